@@ -1,0 +1,236 @@
+"""Which tensor of a PyTorch file is which parameter, and how its axes lie: one table for both directions.
+
+A rule's layout is an einops pattern from the PyTorch axes to ours; letters on our side are single axes, so their sizes
+are read off the parameter, and the pattern turned round is the way back. Letters: v vocabulary, e text width, f MLP
+width, h heads, k head width, d vision width, p patch voxels, l latents, n table rows, x = which of q, k, v.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import einops
+import flax.linen as nn
+import numpy as np
+
+from radfm_jax.checkpoint import flatten
+from radfm_jax.models import radfm
+
+# --- the table ----------------------------------------------------------------------------------------------------------
+
+LLAMA = {
+    "model.embed_tokens.weight": ("embedding", "v e -> v e"),
+    "model.layers.*.self_attn.q_proj.weight": ("blocks/query/kernel", "(h k) e -> e h k"),
+    "model.layers.*.self_attn.k_proj.weight": ("blocks/key/kernel", "(h k) e -> e h k"),
+    "model.layers.*.self_attn.v_proj.weight": ("blocks/value/kernel", "(h k) e -> e h k"),
+    "model.layers.*.self_attn.o_proj.weight": ("blocks/out/kernel", "e (h k) -> h k e"),
+    "model.layers.*.mlp.gate_proj.weight": ("blocks/gate/kernel", "f e -> e f"),
+    "model.layers.*.mlp.down_proj.weight": ("blocks/down/kernel", "e f -> f e"),
+    "model.layers.*.mlp.up_proj.weight": ("blocks/up/kernel", "f e -> e f"),
+    "model.layers.*.input_layernorm.weight": ("blocks/attention_norm/scale", "e -> e"),
+    "model.layers.*.post_attention_layernorm.weight": ("blocks/mlp_norm/scale", "e -> e"),
+    "model.norm.weight": ("norm/scale", "e -> e"),
+    "lm_head.weight": ("head", "v e -> e v"),
+}
+
+VISION = {
+    "to_patch_embedding.1.weight": ("embedding/patch_norm/scale", "p -> p"),
+    "to_patch_embedding.1.bias": ("embedding/patch_norm/bias", "p -> p"),
+    "to_patch_embedding.2.weight": ("embedding/projection/kernel", "d p -> p d"),
+    "to_patch_embedding.2.bias": ("embedding/projection/bias", "d -> d"),
+    "to_patch_embedding.3.weight": ("embedding/norm/scale", "d -> d"),
+    "to_patch_embedding.3.bias": ("embedding/norm/bias", "d -> d"),
+    "pos_embedding.row_embed.weight": ("embedding/row_positions", "n d -> n d"),
+    "pos_embedding.col_embed.weight": ("embedding/column_positions", "n d -> n d"),
+    "pos_embedding.dep_embed.weight": ("embedding/depth_positions", "n d -> n d"),
+    "transformer.layers.*.0.norm.weight": ("blocks/attention_norm/scale", "d -> d"),
+    "transformer.layers.*.0.norm.bias": ("blocks/attention_norm/bias", "d -> d"),
+    "transformer.layers.*.0.fn.to_qkv.weight": ("blocks/qkv/kernel", "(x h k) d -> d x h k"),
+    "transformer.layers.*.0.fn.to_out.0.weight": ("blocks/out/kernel", "d (h k) -> h k d"),
+    "transformer.layers.*.0.fn.to_out.0.bias": ("blocks/out/bias", "d -> d"),
+    "transformer.layers.*.1.norm.weight": ("blocks/mlp_norm/scale", "d -> d"),
+    "transformer.layers.*.1.norm.bias": ("blocks/mlp_norm/bias", "d -> d"),
+    "transformer.layers.*.1.fn.net.0.weight": ("blocks/mlp/up/kernel", "f d -> d f"),
+    "transformer.layers.*.1.fn.net.0.bias": ("blocks/mlp/up/bias", "f -> f"),
+    "transformer.layers.*.1.fn.net.3.weight": ("blocks/mlp/down/kernel", "d f -> f d"),
+    "transformer.layers.*.1.fn.net.3.bias": ("blocks/mlp/down/bias", "d -> d"),
+}
+
+PERCEIVER = {
+    "latents": ("latents", "l d -> l d"),
+    "layers.*.0.norm_media.weight": ("blocks/token_norm/scale", "d -> d"),
+    "layers.*.0.norm_media.bias": ("blocks/token_norm/bias", "d -> d"),
+    "layers.*.0.norm_latents.weight": ("blocks/latent_norm/scale", "d -> d"),
+    "layers.*.0.norm_latents.bias": ("blocks/latent_norm/bias", "d -> d"),
+    "layers.*.0.to_q.weight": ("blocks/query/kernel", "(h k) d -> d h k"),
+    "layers.*.0.to_kv.weight": ("blocks/key_value/kernel", "(x h k) d -> d x h k"),
+    "layers.*.0.to_out.weight": ("blocks/out/kernel", "d (h k) -> h k d"),
+    "layers.*.1.0.weight": ("blocks/mlp_norm/scale", "d -> d"),
+    "layers.*.1.0.bias": ("blocks/mlp_norm/bias", "d -> d"),
+    "layers.*.1.1.weight": ("blocks/mlp/up/kernel", "f d -> d f"),
+    "layers.*.1.3.weight": ("blocks/mlp/down/kernel", "d f -> f d"),
+    "norm.weight": ("norm/scale", "d -> d"),
+    "norm.bias": ("norm/bias", "d -> d"),
+}
+
+RADFM = {
+    "embedding_layer.figure_token_weight": ("image_marks", "n e -> n e"),
+    "embedding_layer.fc.weight": ("projection/kernel", "e d -> d e"),
+    "embedding_layer.fc.bias": ("projection/bias", "e -> e"),
+    **{f"embedding_layer.vision_encoder.{k}": (f"vit/{v}", layout) for k, (v, layout) in VISION.items()},
+    **{f"embedding_layer.perceiver.{k}": (f"perceiver/{v}", layout) for k, (v, layout) in PERCEIVER.items()},
+    **{f"lang_model.{k}": (f"llama/{v}", layout) for k, (v, layout) in LLAMA.items()},
+}
+
+# One tensor under two names in a released file. Where a file holds two different ones, loading it into the released
+# code leaves the value of the second.
+EMBEDDING, EMBEDDING_ALIAS = "lang_model.model.embed_tokens.weight", "embedding_layer.weight"
+
+# Parts of the released class that its forward pass never runs: Med-KEBERT with its projection, and a segmentation head.
+UNUSED = re.compile(
+    r"embedding_layer\.(bert_model|bert_projection_fc|output_upscaling|transformer_decoder|transformer_decoder_mlp|"
+    r"cls_head)\..+"
+)
+# Values that are computed, not learned; transformers 4.28 writes them into the file, later ones do not.
+ROTARY = re.compile(r"(?:lang_model\.)?model\.layers\.(\d+)\.self_attn\.rotary_emb\.inv_freq")
+POSITION_IDS = "embedding_layer.bert_model.embeddings.position_ids"
+
+
+def is_buffer(name: str) -> bool:
+    """Whether `name` is one of the 41 buffers that a file holds when transformers 4.28 saved it."""
+    return name == POSITION_IDS or ROTARY.fullmatch(name) is not None
+
+
+# --- rules for a given model --------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One tensor of the file: its name and shape there, the parameter, its layer in a stack, and the layout."""
+
+    name: str
+    torch_shape: tuple[int, ...]
+    path: str
+    layer: int | None
+    layout: str
+    axes: dict[str, int] = dataclasses.field(hash=False)
+
+    @property
+    def index(self) -> tuple:
+        return () if self.layer is None else (self.layer,)
+
+    def to_ours(self, tensor: np.ndarray) -> np.ndarray:
+        return einops.rearrange(tensor, self.layout, **self._sizes())
+
+    def to_torch(self, value: np.ndarray) -> np.ndarray:
+        theirs, ours = self.layout.split(" -> ")
+        return np.ascontiguousarray(einops.rearrange(value, f"{ours} -> {theirs}", **self._sizes()))
+
+    def _sizes(self) -> dict[str, int]:
+        """einops is told the axes that are folded into one; it knows the others and refuses to be told."""
+        return {letter: self.axes[letter] for letter in re.sub(r"[^a-z]", "", "".join(_groups(self.layout)))}
+
+
+def _groups(layout: str) -> list[str]:
+    return re.findall(r"\([^)]*\)", layout)
+
+
+def entries(config: radfm.RadFMConfig, part: str = "radfm") -> list[Entry]:
+    """Every tensor of the PyTorch form of a model, in the order of the table.
+
+    Args:
+      part: `radfm` with the released names, or `llama` with those of a Hugging Face folder.
+    """
+    shapes = {k: v.shape for k, v in flatten(nn.unbox(radfm.abstract_params(config))).items()}
+    if part == "llama":
+        shapes = {k.removeprefix("llama/"): v for k, v in shapes.items() if k.startswith("llama/")}
+    found = []
+    for name, (path, layout) in (LLAMA if part == "llama" else RADFM).items():
+        if path.endswith("head") and config.llama.tied_head:
+            continue
+        stacked = "*" in name
+        shape = shapes[path][1:] if stacked else shapes[path]
+        theirs, ours = layout.split(" -> ")
+        axes = dict(zip(ours.split(), shape, strict=True))
+        torch_shape = tuple(
+            int(np.prod([axes[letter] for letter in re.findall("[a-z]", group)]))
+            for group in re.findall(r"\([^)]*\)|[a-z]", theirs)
+        )
+        for layer in range(shapes[path][0]) if stacked else (None,):
+            found.append(Entry(name.replace("*", str(layer)), torch_shape, path, layer, layout, axes))
+    missing = shapes.keys() - {e.path for e in found}
+    assert not missing, f"parameters without a rule: {missing}"
+    return found
+
+
+def param_shapes(config: radfm.RadFMConfig, part: str = "radfm") -> dict[str, tuple[int, ...]]:
+    shapes = {k: tuple(v.shape) for k, v in flatten(nn.unbox(radfm.abstract_params(config))).items()}
+    if part == "llama":
+        return {k.removeprefix("llama/"): v for k, v in shapes.items() if k.startswith("llama/")}
+    return shapes
+
+
+# --- tensors that the model does not use, and buffers -------------------------------------------------------------------
+
+
+def unused_shapes(config: radfm.RadFMConfig) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Names, shapes and dtypes of the 143,079,969 unused parameters and their counters at released sizes, for files
+    that must load strictly into the released class although nobody kept the originals."""
+    d, bert, mlp = config.vision.width, 768, 3072
+    shapes: dict[str, tuple[tuple[int, ...], str]] = {}
+
+    def put(prefix, dtype="float32", **leaves):
+        shapes.update({f"embedding_layer.{prefix}.{k}": (shape, dtype) for k, shape in leaves.items()})
+
+    def linear(prefix, out, inner):
+        put(prefix, weight=(out, inner), bias=(out,))
+
+    def norm(prefix, width):
+        put(prefix, weight=(width,), bias=(width,))
+
+    put("bert_model.embeddings.word_embeddings", weight=(30522, bert))
+    put("bert_model.embeddings.position_embeddings", weight=(512, bert))
+    put("bert_model.embeddings.token_type_embeddings", weight=(2, bert))
+    norm("bert_model.embeddings.LayerNorm", bert)
+    for i in range(12):
+        layer = f"bert_model.encoder.layer.{i}"
+        for name in ("query", "key", "value"):
+            linear(f"{layer}.attention.self.{name}", bert, bert)
+        linear(f"{layer}.attention.output.dense", bert, bert)
+        norm(f"{layer}.attention.output.LayerNorm", bert)
+        linear(f"{layer}.intermediate.dense", mlp, bert)
+        linear(f"{layer}.output.dense", bert, mlp)
+        norm(f"{layer}.output.LayerNorm", bert)
+    linear("bert_model.pooler.dense", bert, bert)
+    linear("bert_projection_fc", d, bert)
+    put("output_upscaling.0", weight=(d, d // 4, 2, 2, 2), bias=(d // 4,))
+    norm("output_upscaling.1", d // 4)
+    put("output_upscaling.1", running_mean=(d // 4,), running_var=(d // 4,))
+    put("output_upscaling.1", "int64", num_batches_tracked=())
+    put("output_upscaling.3", weight=(d // 4, d // 8, 2, 2, 2), bias=(d // 8,))
+    for i in range(4):
+        layer = f"transformer_decoder.layers.{i}"
+        for name in ("self_attn", "multihead_attn"):
+            put(f"{layer}.{name}", in_proj_weight=(3 * d, d), in_proj_bias=(3 * d,))
+            linear(f"{layer}.{name}.out_proj", d, d)
+        linear(f"{layer}.linear1", 2048, d)
+        linear(f"{layer}.linear2", d, 2048)
+        for name in ("norm1", "norm2", "norm3"):
+            norm(f"{layer}.{name}", d)
+    norm("transformer_decoder.norm", d)
+    linear("transformer_decoder_mlp.0", d // 4, d)
+    linear("transformer_decoder_mlp.2", d // 8, d // 4)
+    linear("cls_head", 1, d // 8)
+    return shapes
+
+
+def buffers(config: radfm.RadFMConfig, position_ids: int = 512) -> dict[str, np.ndarray]:
+    """The 41 buffers of a file saved by transformers 4.28, computed as it does: 40 x inv_freq float32[K / 2] and
+    BERT's position_ids int64[1, 512]."""
+    exponents = np.arange(0, config.llama.head_dim, 2, dtype=np.float32) / np.float32(config.llama.head_dim)
+    inv_freq = np.float32(1.0) / np.power(np.float32(config.llama.rope_theta), exponents, dtype=np.float32)
+    rotary = {
+        f"lang_model.model.layers.{i}.self_attn.rotary_emb.inv_freq": inv_freq for i in range(config.llama.num_layers)
+    }
+    return {**rotary, POSITION_IDS: np.arange(position_ids, dtype=np.int64)[None]}

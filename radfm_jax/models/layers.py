@@ -1,0 +1,170 @@
+"""Building blocks shared by the vision encoder, the perceiver and LLaMA.
+
+Letters: B rows, T query tokens, U key tokens, H query heads, G key/value heads, M = H / G queries a key head,
+K head width, E model width, F hidden width of an MLP.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from radfm_jax.models import flash
+
+# --- how a model computes ---------------------------------------------------------------------------------------------
+
+# What the backward pass keeps of a transformer block, from most arithmetic and least memory to the reverse. The names
+# are those the blocks give their intermediates with `checkpoint_name`.
+REMAT_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+    "projections": jax.checkpoint_policies.save_only_these_names("attention", "query", "key", "value"),
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "none": None,
+}
+
+
+def matmul_precision(dtype: str) -> jax.lax.Precision:
+    """float32 means float32: TPUs and Ampere GPUs would otherwise multiply float32 operands in fewer bits."""
+    return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else jax.lax.Precision.DEFAULT
+
+
+def scan_blocks(block: type[nn.Module], length: int, remat: str):
+    """A stack of `length` blocks as one scanned, rematerialised module: compile time does not grow with depth.
+
+    The block is called as `block(config)(x, *broadcast) -> (x, None)`; parameters get a leading axis `layers`.
+    Raises ValueError for an unknown remat policy.
+    """
+    if remat not in REMAT_POLICIES:
+        raise ValueError(f"remat policy {remat!r} is unknown: choose one of {', '.join(REMAT_POLICIES)}")
+    if remat != "none":
+        block = nn.remat(block, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    return nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=nn.broadcast,
+        length=length,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+
+
+# --- parameters ---------------------------------------------------------------------------------------------------------
+
+
+def dense(features, names, config, *, axis=-1, bias=False, init=None, name=None) -> nn.DenseGeneral:
+    """A linear map whose kernel carries logical axis names (radfm_jax.sharding says where each one goes)."""
+    init = init or nn.initializers.lecun_normal()
+    return nn.DenseGeneral(
+        features=features,
+        axis=axis,
+        use_bias=bias,
+        dtype=config.dtype,
+        param_dtype=config.param_dtype,
+        precision=matmul_precision(config.dtype),
+        kernel_init=nn.with_logical_partitioning(init, names),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("bias",)),
+        name=name,
+    )
+
+
+def layer_norm(config, name: str, axis_name: str = "embed") -> nn.LayerNorm:
+    """PyTorch's LayerNorm: eps 1e-5, statistics in float32, the two-pass variance (E[x^2]-E[x]^2 loses digits)."""
+    return nn.LayerNorm(
+        epsilon=1e-5,
+        use_fast_variance=False,
+        dtype=config.dtype,
+        param_dtype=config.param_dtype,
+        scale_init=nn.with_logical_partitioning(nn.initializers.ones, (axis_name,)),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, (axis_name,)),
+        name=name,
+    )
+
+
+def rms_norm(config, eps: float, name: str) -> nn.RMSNorm:
+    return nn.RMSNorm(
+        epsilon=eps,
+        dtype=config.dtype,
+        param_dtype=config.param_dtype,
+        scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("embed",)),
+        name=name,
+    )
+
+
+class GeluMlp(nn.Module):
+    """Linear -> exact (erf) GELU -> Linear. A tanh GELU moves RadFM's logits by 1e-3."""
+
+    config: object
+    hidden: int
+    bias: bool
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
+        width = x.shape[-1]
+        x = dense(self.hidden, ("embed", "mlp"), self.config, bias=self.bias, name="up")(x)
+        x = nn.Dropout(self.dropout)(jax.nn.gelu(x, approximate=False), deterministic)
+        x = dense(width, ("mlp", "embed"), self.config, bias=self.bias, name="down")(x)
+        return nn.Dropout(self.dropout)(x, deterministic)
+
+
+# --- attention ----------------------------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.named_call, name="attention")
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    q_segments: jax.Array,
+    k_segments: jax.Array,
+    *,
+    causal: bool,
+    kernel: str = "auto",
+) -> jax.Array:
+    """Scaled dot-product attention inside segments: the one entry point of every part of the model.
+
+    Query i sees key j if their segments are equal and, when causal, j <= i.
+
+        q_segments  1 1 1 2 2 0        key j   1 . . . . .
+        k_segments  1 1 1 2 2 0        seen by 1 1 . . . .
+        causal                         query i 1 1 1 . . .
+                                               . . . 2 . .
+                                               . . . 2 2 .
+                                               . . . . . 0     padding sees padding, so no softmax is empty
+
+    Args:
+      q: float[B, T, H, K].
+      k, v: float[B, U, G, K], H a multiple of G.
+      q_segments: int32[B, T].
+      k_segments: int32[B, U]; a key that nobody may see has segment -1.
+      kernel: `auto` takes the fastest kernel that fits platform, dtype and shapes (see radfm_jax.models.flash);
+        `xla`, `cudnn`, `splash` ask for one.
+    Returns:
+      float[B, T, H, K] in v's dtype. A query that sees no key gets the mean of all values (as a masked row of the
+      released model does), which is finite.
+    """
+    chosen = flash.choose(kernel, q, k)
+    if chosen != "xla":
+        return flash.KERNELS[chosen](q, k, v, q_segments, k_segments, causal=causal)
+    b, t, h, width = q.shape
+    u, g = k.shape[1:3]
+    q = q.reshape(b, t, g, h // g, width)
+    precision = matmul_precision(q.dtype)
+    scores = jnp.einsum("btgmk,bugk->bgmtu", q, k, precision=precision, preferred_element_type=jnp.float32)
+    allowed = attention_mask(q_segments, k_segments, causal)[:, None, None]
+    scores = jnp.where(allowed, scores * width**-0.5, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bgmtu,bugk->btgmk", weights, v, precision=precision).reshape(b, t, h, width)
+
+
+def attention_mask(q_segments: jax.Array, k_segments: jax.Array, causal: bool) -> jax.Array:
+    """bool[B, T, U]: which keys each query sees (drawn in `attention`)."""
+    allowed = q_segments[:, :, None] == k_segments[:, None, :]
+    if causal:
+        t, u = allowed.shape[1:]
+        allowed &= jnp.arange(u) <= jnp.arange(t)[:, None]
+    return allowed

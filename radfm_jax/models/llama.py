@@ -1,0 +1,165 @@
+"""LLaMA, the decoder: embeddings in, hidden states out. Covers LLaMA 1 to 3.x (grouped key/value heads, RoPE theta and
+the Llama-3.1 RoPE scaling, tied or untied head).
+
+Letters: B rows, T text tokens, E width, F MLP width, H query heads, G key/value heads, K head width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+
+from radfm_jax.models.layers import attention, dense, matmul_precision, rms_norm, scan_blocks
+from radfm_jax.sharding import constrain
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Llama-3.1's stretching of the slow RoPE frequencies to contexts `factor` times as long."""
+
+    factor: float = 8.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_context: int = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Sizes of the language model; the defaults are LLaMA-13B's, which RadFM uses."""
+
+    vocab_size: int = 32000
+    width: int = 5120
+    mlp_width: int = 13824
+    num_layers: int = 40
+    num_heads: int = 40
+    num_kv_heads: int = 40
+    head_dim: int = 128
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-6
+    tied_head: bool = False
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    remat: str = "full"
+    attention: str = "auto"
+
+    def __post_init__(self):
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"{self.num_heads} query heads cannot share {self.num_kv_heads} key/value heads evenly")
+        if self.head_dim % 2:
+            raise ValueError(f"head width {self.head_dim} is odd: RoPE turns pairs")
+
+
+# --- rotary positions ---------------------------------------------------------------------------------------------------
+
+
+def rope_frequencies(config: LlamaConfig) -> np.ndarray:
+    """float32[K / 2]: radians a position for each pair of channels (RoFormer; scaling as published with Llama 3.1)."""
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    frequencies = 1.0 / np.power(np.float32(config.rope_theta), exponents)
+    scaling = config.rope_scaling
+    if scaling is not None:
+        wavelength = 2 * math.pi / frequencies
+        # 0: as slow as the whole old context, stretched fully; 1: fast, kept; between, mixed.
+        turns = scaling.original_context / wavelength
+        kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        kept = np.clip(kept, 0.0, 1.0)
+        frequencies = kept * frequencies + (1 - kept) * frequencies / scaling.factor
+    return frequencies.astype(np.float32)
+
+
+def rope_table(positions: jax.Array, config: LlamaConfig) -> tuple[jax.Array, jax.Array]:
+    """int32[B, T] -> cosines and sines, float32[B, T, 1, K / 2]."""
+    angles = positions[..., None, None].astype(jnp.float32) * rope_frequencies(config)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Turns the pairs (channel i, channel i + K/2) of float[B, T, H, K] by their angles, in float32."""
+    cos, sin = rope
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+# --- the network --------------------------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, rope, q_segments: jax.Array, k_segments: jax.Array):
+        c = self.config
+        init = nn.initializers.normal(0.02)
+        h = rms_norm(c, c.norm_eps, "attention_norm")(x)
+        q = dense((c.num_heads, c.head_dim), ("embed", "heads", "head_dim"), c, init=init, name="query")(h)
+        k = dense((c.num_kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"), c, init=init, name="key")(h)
+        v = dense((c.num_kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"), c, init=init, name="value")(h)
+        q, k = checkpoint_name(rotate(q, rope), "query"), checkpoint_name(rotate(k, rope), "key")
+        v = checkpoint_name(v, "value")
+        h = checkpoint_name(attention(q, k, v, q_segments, k_segments, causal=True, kernel=c.attention), "attention")
+        h = dense(c.width, ("heads", "head_dim", "embed"), c, axis=(-2, -1), init=init, name="out")(h)
+        x = constrain(x + h, "batch", None, None)
+        h = rms_norm(c, c.norm_eps, "mlp_norm")(x)
+        gate = dense(c.mlp_width, ("embed", "mlp"), c, init=init, name="gate")(h)
+        up = dense(c.mlp_width, ("embed", "mlp"), c, init=init, name="up")(h)
+        h = dense(c.width, ("mlp", "embed"), c, init=init, name="down")(jax.nn.silu(gate) * up)
+        return constrain(x + h, "batch", None, None), None
+
+
+class Llama(nn.Module):
+    """`embed` ids, `__call__` the trunk, `logits` the head: RadFM puts visual tokens in between."""
+
+    config: LlamaConfig
+
+    def setup(self):
+        c = self.config
+        init = nn.initializers.normal(0.02)
+        vocabulary = nn.with_logical_partitioning(init, ("vocab", "embed"))
+        self.embedding = self.param("embedding", vocabulary, (c.vocab_size, c.width), c.param_dtype)
+        self.blocks = scan_blocks(Block, c.num_layers, c.remat)(c)
+        self.norm = rms_norm(c, c.norm_eps, None)
+        if not c.tied_head:
+            head = nn.with_logical_partitioning(init, ("embed", "vocab"))
+            self.head = self.param("head", head, (c.width, c.vocab_size), c.param_dtype)
+
+    def embed(self, ids: jax.Array) -> jax.Array:
+        """int32[B, T], ids clipped into the vocabulary -> [B, T, E]. A gather: a one-hot product would copy the table."""
+        return self.embedding[jnp.clip(ids, 0, self.config.vocab_size - 1)].astype(self.config.dtype)
+
+    def __call__(self, x: jax.Array, positions: jax.Array, segments: jax.Array, key_ok: jax.Array) -> jax.Array:
+        """Hidden states after the final norm.
+
+        Args:
+          x: float[B, T, E]; positions: int32[B, T], restarting in every segment.
+          segments: int32[B, T], 0 = padding; key_ok: bool[B, T], false where a key must not be seen.
+        Returns:
+          float[B, T, E].
+        """
+        k_segments = jnp.where(key_ok | (segments == 0), segments, -1)
+        x, _ = self.blocks(x.astype(self.config.dtype), rope_table(positions, self.config), segments, k_segments)
+        return self.norm(x)
+
+    def head_kernel(self) -> jax.Array:
+        """[E, V]."""
+        return self.embedding.T if self.config.tied_head else self.head
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """float[..., E] -> float32[..., V]."""
+        return head_logits(hidden, self.head_kernel(), self.config.dtype)
+
+
+def head_logits(hidden: jax.Array, kernel: jax.Array, dtype: str) -> jax.Array:
+    """float[..., E] x [E, V] -> float32[..., V], multiplied in `dtype`, summed in float32."""
+    return jnp.matmul(
+        hidden.astype(dtype),
+        kernel.astype(dtype),
+        precision=matmul_precision(dtype),
+        preferred_element_type=jnp.float32,
+    )

@@ -1,0 +1,78 @@
+"""The perceiver resampler: the patch tokens of a scan, however many -> 32 latents (paper, section 4.2).
+
+Letters: B rows, R vision rows, P patch tokens a vision row, S scan slots, L latents, D width, H heads, K head width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from radfm_jax.models.layers import GeluMlp, attention, dense, layer_norm, scan_blocks
+from radfm_jax.models.vit3d import gather_rows
+
+
+@dataclasses.dataclass(frozen=True)
+class PerceiverConfig:
+    """Sizes of the resampler; the defaults are RadFM's. Its width is the vision encoder's."""
+
+    width: int = 768
+    num_latents: int = 32
+    num_layers: int = 6
+    num_heads: int = 8
+    head_dim: int = 64
+    mlp_factor: int = 4
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    remat: str = "full"
+    attention: str = "auto"
+
+
+class Block(nn.Module):
+    """Each scan's latents look at the scan's patch tokens and at themselves, then pass an MLP; no biases."""
+
+    config: PerceiverConfig
+
+    @nn.compact
+    def __call__(self, latents: jax.Array, tokens: jax.Array, patch_segments: jax.Array, scan_rows: jax.Array):
+        c = self.config
+        b, s, n, _ = latents.shape
+        token_norm, latent_norm = layer_norm(c, "token_norm")(tokens), layer_norm(c, "latent_norm")(latents)
+        q = dense((c.num_heads, c.head_dim), ("embed", "heads", "head_dim"), c, name="query")(latent_norm)
+        key_value = dense((2, c.num_heads, c.head_dim), ("embed", None, "heads", "head_dim"), c, name="key_value")
+        # Keys and values are projected once a vision row, then handed to every scan that lies in it.
+        of_tokens = gather_rows(key_value(token_norm), scan_rows)  # [B, S, P, 2, H, K]
+        kv = jnp.concatenate([of_tokens, key_value(latent_norm)], axis=2)
+        own = jnp.broadcast_to(jnp.arange(1, s + 1)[None, :, None], (b, s, n))
+        keys_of = jnp.concatenate([gather_rows(patch_segments, scan_rows), own], axis=2)
+        x = attention(
+            *(a.reshape(b * s, *a.shape[2:]) for a in (q, kv[..., 0, :, :], kv[..., 1, :, :], own, keys_of)),
+            causal=False,
+            kernel=c.attention,
+        )
+        x = checkpoint_name(x.reshape(q.shape), "attention")
+        latents = latents + dense(c.width, ("heads", "head_dim", "embed"), c, axis=(-2, -1), name="out")(x)
+        x = layer_norm(c, "mlp_norm")(latents)
+        return latents + GeluMlp(c, c.mlp_factor * c.width, bias=False, name="mlp")(x), None
+
+
+class Perceiver(nn.Module):
+    config: PerceiverConfig
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, patch_segments: jax.Array, scan_rows: jax.Array) -> jax.Array:
+        """float[B, R, P, D], int32[B, R, P] (1 + slot, 0 = padding), int32[B, S] (-1 = empty) -> float[B, S, L, D].
+
+        An empty slot yields latents that saw no scan; nothing refers to them.
+        """
+        c = self.config
+        init = nn.with_logical_partitioning(nn.initializers.normal(1.0), (None, "embed"))
+        latents = self.param("latents", init, (c.num_latents, c.width), c.param_dtype).astype(c.dtype)
+        latents = jnp.broadcast_to(latents, (*scan_rows.shape, *latents.shape))
+        blocks = scan_blocks(Block, c.num_layers, c.remat)(c, name="blocks")
+        latents, _ = blocks(latents, tokens, patch_segments, jnp.maximum(scan_rows, 0))
+        return layer_norm(c, "norm")(latents)

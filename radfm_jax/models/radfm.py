@@ -1,0 +1,228 @@
+"""RadFM: packed rows of text and scans -> logits (paper, section 4.2, equation 7).
+
+Letters: B rows, T text tokens, S scan slots a row, R vision rows a row, P patch tokens a vision row, M planes a row,
+L latents (visual tokens) a scan, D vision width, E text width, V vocabulary.
+
+A batch is a dict of arrays. One row with two samples, the first with a scan (L = 2 to draw it):
+
+    ids            1 V  .  .  V+1 45 17  2   1 88 23  2   0 0     V `<image>`, V+1 `</image>`, . anything
+    visual_index  -1 -1 0  1  -1 -1 -1 -1  -1 -1 -1 -1  -1 -1     slot * L + latent
+    segments       1 1  1  1  1  1  1  1   2  2  2  2   0 0       a sample each, 0 = padding
+    positions      0 1  2  3  4  5  6  7   0  1  2  3   0 0       RoPE positions
+    key_ok         1 1  1  1  1  1  1  1   1  1  1  1   0 0
+
+    name             dtype and shape                meaning
+    ids, visual_index, segments, positions          int32[B, T]
+    key_ok           bool[B, T]                     false: seen by nobody
+    planes           uint8|int16|float32[B, M, h, w]  one slice of one channel of one patch
+    plane_index      int32[B, R, P, slices, C]      which plane is slice p, channel c of patch n
+    patch_segments   int32[B, R, P]                 1 + scan slot, 0 = padding
+    patch_positions  int32[B, R, P, 3]              entries of the row, column and depth tables
+    scan_rows        int32[B, S]                    the vision row a scan lies in, -1 = empty slot
+    scan_scale, scan_offset  float32[B, S]          voxel = plane * scale + offset
+
+A row is a world of its own: nothing crosses rows, and inside a row nothing crosses segments.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from radfm_jax.models.layers import dense
+from radfm_jax.models.llama import Llama, LlamaConfig, RopeScaling
+from radfm_jax.models.perceiver import Perceiver, PerceiverConfig
+from radfm_jax.models.vit3d import ViT3D, ViTConfig, gather_rows
+from radfm_jax.sharding import constrain
+
+
+@dataclasses.dataclass(frozen=True)
+class RadFMConfig:
+    """All sizes. `vision.width` and `perceiver.width` are one number; `dtype` and `remat` are set for all parts by
+    `with_compute`."""
+
+    vision: ViTConfig = ViTConfig()
+    perceiver: PerceiverConfig = PerceiverConfig()
+    llama: LlamaConfig = LlamaConfig()
+
+    def __post_init__(self):
+        if self.vision.width != self.perceiver.width:
+            raise ValueError(f"vision width {self.vision.width} and perceiver width {self.perceiver.width} must be equal")
+
+    @property
+    def num_latents(self) -> int:
+        return self.perceiver.num_latents
+
+    @property
+    def image_id(self) -> int:
+        """Id of `<image>`; `</image>` is the next one."""
+        return self.llama.vocab_size
+
+    def with_compute(self, **fields) -> RadFMConfig:
+        """The same sizes with `dtype`, `param_dtype`, `remat` or `attention` set in every part."""
+        parts = {f.name: dataclasses.replace(getattr(self, f.name), **fields) for f in dataclasses.fields(self)}
+        return dataclasses.replace(self, **parts)
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict) -> RadFMConfig:
+        """The inverse of `to_dict`; ValueError lists every unknown field."""
+        parts = {"vision": ViTConfig, "perceiver": PerceiverConfig, "llama": LlamaConfig}
+        unknown = [p for p in fields if p not in parts]
+        built = {}
+        for part, kind in parts.items():
+            given = dict(fields.get(part, {}))
+            unknown += [f"{part}.{k}" for k in given if k not in {f.name for f in dataclasses.fields(kind)}]
+            if unknown:
+                continue
+            given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+            if isinstance(given.get("rope_scaling"), dict):
+                given["rope_scaling"] = RopeScaling(**given["rope_scaling"])
+            built[part] = kind(**given)
+        if unknown:
+            raise ValueError(f"unknown model fields: {', '.join(unknown)}")
+        return cls(**built)
+
+
+def radfm_14b() -> RadFMConfig:
+    """The released sizes: 13,123,822,336 parameters."""
+    return RadFMConfig()
+
+
+def tiny() -> RadFMConfig:
+    """For tests: every part present, nothing larger than it must be."""
+    return RadFMConfig(
+        ViTConfig(width=24, num_layers=2, num_heads=2, head_dim=8, mlp_width=32, dropout=0.0),
+        PerceiverConfig(width=24, num_layers=2, num_heads=2, head_dim=8, num_latents=4),
+        LlamaConfig(
+            vocab_size=96, width=32, mlp_width=64, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=8
+        ),
+    )
+
+
+PRESETS = {"radfm_14b": radfm_14b, "tiny": tiny}
+
+
+class RadFM(nn.Module):
+    """The whole network. Use `jax.jit(lambda params, batch: RadFM(config).apply({"params": params}, batch))`."""
+
+    config: RadFMConfig
+
+    def setup(self):
+        c = self.config
+        self.vit = ViT3D(c.vision)
+        self.perceiver = Perceiver(c.perceiver)
+        self.projection = dense(c.llama.width, (None, "embed"), c.llama, bias=True)
+        marks = nn.with_logical_partitioning(nn.initializers.normal(0.02), (None, "embed"))
+        self.image_marks = self.param("image_marks", marks, (2, c.llama.width), c.llama.param_dtype)
+        self.llama = Llama(c.llama)
+
+    def __call__(self, batch: dict[str, jax.Array], *, deterministic: bool = True) -> tuple[jax.Array, dict]:
+        """Logits of every position, float32[B, T, V], and the intermediates. Training uses `hidden` and the chunked
+        loss of `losses.py` instead: logits of 2,048 positions are 262 MB a row."""
+        hidden, out = self.hidden(batch, deterministic=deterministic)
+        with jax.named_scope("logits"):
+            logits = self.llama.logits(hidden)
+        return jnp.where(out["poisoned"][..., None], jnp.nan, logits), out
+
+    def hidden(self, batch: dict[str, jax.Array], *, deterministic: bool = True) -> tuple[jax.Array, dict]:
+        """Hidden states float[B, T, E] after the final norm, and `out`:
+
+        vit float[B, R, P, D]; perceiver float[B, S, L, D]; visual_tokens float[B, S, L, E]; embeddings float[B, T, E];
+        bad_scans bool[B, S]: scans with a voxel that is not finite; poisoned bool[B, T]: tokens of samples that use one.
+
+        Masks do not stop NaN (0 x NaN), so a scan that is not finite enters the network as zeros, and its samples'
+        logits and losses are set to NaN at the very end, where they cannot reach another sample.
+        """
+        c, out = self.config, {}
+        with jax.named_scope("finite_check"):
+            out["bad_scans"], clean = drop_nonfinite(batch)
+        with jax.named_scope("vision_encoder"):
+            patches = (clean[k] for k in ("planes", "plane_index", "patch_segments", "patch_positions"))
+            out["vit"] = self.vit(*patches, clean["scan_scale"], clean["scan_offset"], deterministic=deterministic)
+        with jax.named_scope("perceiver"):
+            out["perceiver"] = self.perceiver(out["vit"], batch["patch_segments"], batch["scan_rows"])
+        with jax.named_scope("projection"):
+            out["visual_tokens"] = self.projection(out["perceiver"].astype(c.llama.dtype))
+        with jax.named_scope("fusion"):
+            x, out["poisoned"] = self.fuse(batch, out["visual_tokens"], out["bad_scans"])
+            out["embeddings"] = x = constrain(x, "batch", None, None)
+        with jax.named_scope("llama"):
+            hidden = self.llama(x, batch["positions"], batch["segments"], batch["key_ok"])
+        return hidden, out
+
+    def fuse(self, batch, visual_tokens, bad_scans) -> tuple[jax.Array, jax.Array]:
+        """Puts visual tokens and image marks among the text embeddings: ([B, T, E], poisoned bool[B, T])."""
+        c = self.config
+        ids, visual_index = batch["ids"], batch["visual_index"]
+        b, s, n, width = visual_tokens.shape
+        text = self.llama.embed(ids)
+        marks = self.image_marks[jnp.clip(ids - c.image_id, 0, 1)].astype(text.dtype)
+        slot = jnp.maximum(visual_index, 0)
+        visual = gather_rows(visual_tokens.reshape(b, s * n, width), slot)
+        is_visual = visual_index >= 0
+        x = jnp.where((ids >= c.image_id)[..., None], marks, text)
+        x = jnp.where(is_visual[..., None], visual, x)
+        uses_bad = is_visual & gather_rows(bad_scans, slot // n)
+        t = ids.shape[1]
+        by_segment = jax.vmap(lambda seg, bad: jnp.zeros(t + 1, bool).at[seg].max(bad))(batch["segments"], uses_bad)
+        return x, gather_rows(by_segment, batch["segments"]) & (batch["segments"] > 0)
+
+
+def drop_nonfinite(batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """bool[B, S] of scans with a voxel, scale or offset that is not finite, and the batch with their values zeroed."""
+    scale, offset = batch["scan_scale"], batch["scan_offset"]
+    bad = ~(jnp.isfinite(scale) & jnp.isfinite(offset))
+    planes = batch["planes"]
+    if jnp.issubdtype(planes.dtype, jnp.floating):
+        plane_bad = ~jnp.isfinite(planes).all(axis=(-2, -1))  # [B, M]
+        patch_bad = gather_rows(plane_bad, batch["plane_index"]).any(axis=(-2, -1))  # [B, R, P]
+        of_slot = jax.vmap(lambda seg, b: jnp.zeros(bad.shape[1] + 1, bool).at[seg].max(b))
+        b = planes.shape[0]
+        bad |= of_slot(batch["patch_segments"].reshape(b, -1), patch_bad.reshape(b, -1))[:, 1:]
+        planes = jnp.where(jnp.isfinite(planes), planes, 0.0)
+    # Zero scale and offset make every voxel of a bad scan zero, whatever its planes hold.
+    zeroed = {"scan_scale": jnp.where(bad, 0.0, scale), "scan_offset": jnp.where(bad, 0.0, offset), "planes": planes}
+    return bad, {**batch, **zeroed}
+
+
+# --- shapes before arrays -----------------------------------------------------------------------------------------------
+
+
+def abstract_batch(
+    config: RadFMConfig, *, rows=1, text=8, scans=1, vision_rows=1, patches=8, planes=8, plane_dtype=jnp.uint8
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of a batch, for `jax.eval_shape`, ahead-of-time compilation and initialisation."""
+    h, w, d = config.vision.patch
+    i32, f32 = jnp.int32, jnp.float32
+    shapes = {
+        **{k: ((rows, text), i32) for k in ("ids", "visual_index", "segments", "positions")},
+        "key_ok": ((rows, text), bool),
+        "planes": ((rows, planes, h, w), plane_dtype),
+        "plane_index": ((rows, vision_rows, patches, d, config.vision.channels), i32),
+        "patch_segments": ((rows, vision_rows, patches), i32),
+        "patch_positions": ((rows, vision_rows, patches, 3), i32),
+        "scan_rows": ((rows, scans), i32),
+        "scan_scale": ((rows, scans), f32),
+        "scan_offset": ((rows, scans), f32),
+    }
+    return {k: jax.ShapeDtypeStruct(shape, dtype) for k, (shape, dtype) in shapes.items()}
+
+
+@functools.lru_cache(maxsize=8)
+def abstract_params(config: RadFMConfig) -> dict:
+    """The boxed tree of parameter shapes and logical axis names, no array made. `nn.unbox` gives the plain shapes."""
+    init = functools.partial(RadFM(config).init, deterministic=True)
+    return jax.eval_shape(init, jax.random.key(0), abstract_batch(config))["params"]
+
+
+def init_params(config: RadFMConfig, rng: jax.Array) -> dict:
+    """Fresh parameters, a plain dict. Jit it with out_shardings so that none ever exists unsharded."""
+    batch = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), abstract_batch(config))
+    return nn.unbox(RadFM(config).init(rng, batch)["params"])

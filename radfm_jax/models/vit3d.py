@@ -1,0 +1,130 @@
+"""The 3D vision transformer: packed patches of scans of any depth -> patch tokens (paper, section 4.2).
+
+Letters: B rows, R vision rows a row, P patch tokens a vision row, M planes a row, S scan slots a row, D = E vision width.
+A patch is 32 x 32 pixels of 4 slices in 3 channels; a plane is one slice of one channel of one patch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import einops
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from radfm_jax.models.layers import GeluMlp, attention, dense, layer_norm, scan_blocks
+
+
+@dataclasses.dataclass(frozen=True)
+class ViTConfig:
+    """Sizes of the vision encoder; the defaults are RadFM's. `tables` are the rows, columns and depths with a learned
+    position: scans of up to 16 * 32 = 512 pixels a side and 128 * 4 = 512 slices."""
+
+    width: int = 768
+    num_layers: int = 12
+    num_heads: int = 8
+    head_dim: int = 64
+    mlp_width: int = 2048
+    patch: tuple[int, int, int] = (32, 32, 4)
+    channels: int = 3
+    tables: tuple[int, int, int] = (16, 16, 128)
+    dropout: float = 0.1
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    remat: str = "full"
+    attention: str = "auto"
+
+    def __post_init__(self):
+        if self.width % 3:
+            raise ValueError(f"vision width {self.width} is not a multiple of 3 (row, column and depth each take a third)")
+
+    @property
+    def patch_size(self) -> int:
+        """Voxels of a patch, channels included: 12288."""
+        h, w, d = self.patch
+        return h * w * d * self.channels
+
+
+class PatchEmbedding(nn.Module):
+    """Planes -> patches -> LayerNorm -> Linear -> LayerNorm -> + position."""
+
+    config: ViTConfig
+
+    @nn.compact
+    def __call__(self, planes, plane_index, patch_segments, patch_positions, scan_scale, scan_offset):
+        c = self.config
+        with jax.named_scope("patchify"):
+            x = gather_rows(planes, plane_index).astype(jnp.float32)  # [B, R, P, slices, channels, h, w]
+            # Each scan has its own quantisation; padding patches show plane 0 of somebody else and are zeroed.
+            slot = jnp.maximum(patch_segments - 1, 0)
+            shape = (*slot.shape, 1, 1, 1, 1)
+            x = x * gather_rows(scan_scale, slot).reshape(shape) + gather_rows(scan_offset, slot).reshape(shape)
+            x = jnp.where((patch_segments > 0).reshape(shape), x, 0.0)
+            x = einops.rearrange(x, "b r p d c h w -> b r p (h w d c)")
+        x = layer_norm(c, "patch_norm", "patch")(x)
+        # One of the two axes takes the fsdp mesh axis; the long one always divides.
+        x = dense(c.width, ("patch", None), c, bias=True, name="projection")(x)
+        x = layer_norm(c, "norm")(x)
+        return x + self.positions(patch_positions).astype(x.dtype)
+
+    def positions(self, patch_positions: jax.Array) -> jax.Array:
+        """int32[..., 3] entries of the row, column and depth tables -> float32[..., D], the three side by side."""
+        c = self.config
+        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), (None, "embed"))
+        tables = [
+            self.param(f"{axis}_positions", init, (size, c.width // 3), c.param_dtype)
+            for axis, size in zip(("row", "column", "depth"), c.tables, strict=True)
+        ]
+        parts = [table[patch_positions[..., i]] for i, table in enumerate(tables)]
+        return jnp.concatenate(parts, axis=-1).astype(jnp.float32)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP. Dropout stands where it does in most ViTs (after projections and in the MLP), not on
+    attention weights: fused kernels have none."""
+
+    config: ViTConfig
+    deterministic: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array, segments: jax.Array):
+        c = self.config
+        h = layer_norm(c, "attention_norm")(x)
+        qkv = dense((3, c.num_heads, c.head_dim), ("embed", None, "heads", "head_dim"), c, name="qkv")(h)
+        q, k, v = (checkpoint_name(qkv[..., i, :, :], n) for i, n in enumerate(("query", "key", "value")))
+        h = checkpoint_name(attention(q, k, v, segments, segments, causal=False, kernel=c.attention), "attention")
+        h = dense(c.width, ("heads", "head_dim", "embed"), c, axis=(-2, -1), bias=True, name="out")(h)
+        x = x + nn.Dropout(c.dropout)(h, self.deterministic)
+        h = layer_norm(c, "mlp_norm")(x)
+        x = x + GeluMlp(c, c.mlp_width, bias=True, dropout=c.dropout, name="mlp")(h, self.deterministic)
+        return x, None
+
+
+class ViT3D(nn.Module):
+    """Packed patches -> patch tokens. There is no final norm; the perceiver normalises what it reads."""
+
+    config: ViTConfig
+
+    @nn.compact
+    def __call__(
+        self, planes, plane_index, patch_segments, patch_positions, scan_scale, scan_offset, *, deterministic=True
+    ) -> jax.Array:
+        """See `radfm.py` for the batch; returns float[B, R, P, D]."""
+        c = self.config
+        # 12,288 numbers a patch are cheap to make again from 12 planes and dear to keep for the backward pass.
+        x = nn.remat(PatchEmbedding, prevent_cse=False)(c, name="embedding")(
+            planes, plane_index, patch_segments, patch_positions, scan_scale, scan_offset
+        )
+        b, r, p, width = x.shape
+        x = nn.Dropout(c.dropout)(x.reshape(b * r, p, width), deterministic)
+        blocks = scan_blocks(Block, c.num_layers, c.remat)(c, deterministic, name="blocks")
+        x, _ = blocks(x, patch_segments.reshape(b * r, p))
+        return x.reshape(b, r, p, width)
+
+
+def gather_rows(values: jax.Array, index: jax.Array) -> jax.Array:
+    """values[B, N, ...] taken at index[B, ...], row by row: [B, *index, ...]. Never looks into another row, so a row
+    and its scans stay on one device."""
+    return jax.vmap(lambda v, i: v[i])(values, index)
