@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -39,9 +39,10 @@ DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfl
 
 
 @contextlib.contextmanager
-def new_directory(path) -> Iterator[Path]:
-    """A directory that appears whole or not at all: it is filled under a hidden name beside `path`, gets its manifest,
-    and is renamed. Whatever interrupts that, nothing of the name `path` exists.
+def new_directory(path, *, manifest: bool = True) -> Iterator[Path]:
+    """A directory that appears whole or not at all: it is filled under a hidden name beside `path`, gets its manifest
+    (an export for other programs does without), and is renamed. Whatever interrupts that, nothing of the name `path`
+    exists.
 
     Raises ValueError if `path` exists or cannot be made.
     """
@@ -55,7 +56,8 @@ def new_directory(path) -> Iterator[Path]:
         raise ValueError(f"cannot write beside {path}: {e.strerror or e}") from e
     try:
         yield partial
-        write_manifest(partial)
+        if manifest:
+            write_manifest(partial)
         os.chmod(partial, 0o777 & ~_umask())  # mkdtemp makes it private
         os.replace(partial, path)
     except BaseException:
@@ -292,6 +294,3 @@ class ParamReader:
 
 def bytes_of(shapes: dict[str, tuple[tuple[int, ...], np.dtype]]) -> int:
     return sum(int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize for shape, dtype in shapes.values())
-
-
-Progress = Callable[[int], None]

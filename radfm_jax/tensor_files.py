@@ -184,7 +184,7 @@ def _open_file(path: Path, verify: bool, scratch: Any, progress: Progress | None
                 file = resources.enter_context(_unpack(path, archive, scratch, progress))
             return TensorReader(path, *_open_torch(path, file, verify, progress), resources.pop_all())
         if path.suffix == ".safetensors":
-            return TensorReader(path, *_open_safetensors(path, resources), resources.pop_all())
+            return TensorReader(path, *_open_safetensors(path, file), resources.pop_all())
     if not head:
         raise ValueError(f"{path} is empty: download or copy it again")
     if head[:1] == b"\x80":
@@ -286,14 +286,10 @@ def _open_torch(path: Path, file: BinaryIO, verify: bool, progress: Progress | N
     torch = _import_torch()
     with _as_damage(path):
         archive = zipfile.ZipFile(file)
-        _check_layout(path, archive)
-        if verify:
-            _check_sums(path, archive, progress)
-        places = {}
-        for entry in archive.infolist():
-            file.seek(entry.header_offset + 26)
-            name_bytes, extra_bytes = struct.unpack("<HH", file.read(4))
-            places[entry.header_offset + 30 + name_bytes + extra_bytes] = entry.file_size
+        places = {_data_position(file, entry): entry.file_size for entry in archive.infolist()}
+        _check_layout(path, file, archive)
+    if verify:
+        _check_sums(path, archive, progress)
     file.seek(0)
     try:
         state = torch.load(file, map_location="meta", weights_only=True)
@@ -306,11 +302,19 @@ def _open_torch(path: Path, file: BinaryIO, verify: bool, progress: Progress | N
     return _tensors_of_state(path, file, state, places, torch)
 
 
-def _check_layout(path: Path, archive: zipfile.ZipFile) -> None:
+def _data_position(file: BinaryIO, entry: zipfile.ZipInfo) -> int:
+    file.seek(entry.header_offset + 26)
+    name_bytes, extra_bytes = struct.unpack("<HH", file.read(4))
+    return entry.header_offset + 30 + name_bytes + extra_bytes
+
+
+def _check_layout(path: Path, file: BinaryIO, archive: zipfile.ZipFile) -> None:
     """Refuses what torch.save never writes, so that torch's zip reader and Python's see one and the same file."""
     roots = _torch_roots(archive)
     if len(roots) != 1:
         raise ValueError(f"{path} has {len(roots)} records */data.pkl, not one: save it again with torch.save")
+    if min(entry.header_offset for entry in archive.infolist()) != 0:
+        raise zipfile.BadZipFile("its first record is not at its beginning")
     counts = collections.Counter(archive.namelist())
     problems = [f"{name!r} appears {count} times" for name, count in counts.items() if count > 1]
     problems += [f"{name!r} lies outside {roots[0]!r}" for name in counts if not name.startswith(roots[0])]
@@ -320,8 +324,10 @@ def _check_layout(path: Path, archive: zipfile.ZipFile) -> None:
     pickle_bytes = archive.getinfo(roots[0] + "data.pkl").file_size
     if pickle_bytes > MAX_PICKLE_BYTES:
         problems.append(f"its pickle has {pickle_bytes:,} bytes, more than the {MAX_PICKLE_BYTES:,} allowed")
-    if counts[roots[0] + "byteorder"] and archive.open(roots[0] + "byteorder").read(8) != b"little":
-        problems.append("its values are not little-endian")
+    if counts[roots[0] + "byteorder"]:
+        file.seek(_data_position(file, archive.getinfo(roots[0] + "byteorder")))
+        if file.read(6) != b"little":
+            problems.append("its values are not little-endian")
     _refuse(path, "is not laid out as torch.save does", problems, "save it again with torch.save")
 
 
@@ -332,7 +338,9 @@ def _check_sums(path: Path, archive: zipfile.ZipFile, progress: Progress | None)
             "torch.serialization.set_crc32_options(True), or pass verify=False to take it as it is"
         )
     for entry in archive.infolist():
-        with archive.open(entry) as record:
+        with _as_damage(path):
+            record = archive.open(entry)
+        with record:
             for chunk in _chunks(path, record, entry.file_size):
                 if progress:
                     progress(len(chunk))
@@ -396,36 +404,39 @@ def _read_strided(
     buffer = np.empty(span, np.uint8)
     file.seek(start)
     if file.readinto(buffer) != span:
-        raise ValueError(f"{path} ended before byte {start + span:,}: it was cut since it was opened, copy it again")
+        raise ValueError(f"{path} ended before byte {start + span:,}: it was cut since it was opened: copy it again")
     return np.asarray(np.ndarray(shape, dtype, buffer, strides=strides), order="C")
 
 
 # ---- safetensors and folders -----------------------------------------------------------------------------------------
 
 
-def _open_safetensors(path: Path, resources: contextlib.ExitStack) -> Contents:
-    try:
-        # The default backend maps the file, and its resident pages grow with every tensor that is read.
-        handle = resources.enter_context(safetensors.safe_open(path, framework="numpy", backend="pread"))
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is no whole safetensors file ({error}): download or copy it again") from error
+def _open_safetensors(path: Path, file: BinaryIO) -> Contents:
+    """Lets the library check the header and reads the values by position.
+
+    The library itself either maps the file, whose resident pages then grow with every tensor, or reads a whole tensor
+    for every part of one. The format has no gaps, so positions follow from sizes and order.
+    """
     codes = {code: np.dtype(name) for name, (code, _) in _DTYPES.items()}
     infos, readers, problems = {}, {}, []
-    for name in handle.offset_keys():
-        part = handle.get_slice(name)
-        if part.get_dtype() not in codes:
-            problems.append(f"{name!r}: dtype {part.get_dtype()}")
-            continue
-        infos[name] = TensorInfo(tuple(part.get_shape()), codes[part.get_dtype()])
-        readers[name] = functools.partial(_read_slice, handle, name, infos[name].shape)
+    file.seek(0)
+    position = 8 + int.from_bytes(file.read(8), "little")
+    try:
+        with safetensors.safe_open(path, framework="numpy", backend="pread") as header:
+            for name in header.offset_keys():
+                part = header.get_slice(name)
+                if part.get_dtype() not in codes:
+                    problems.append(f"{name!r}: dtype {part.get_dtype()}")
+                    continue
+                infos[name] = info = TensorInfo(tuple(part.get_shape()), codes[part.get_dtype()])
+                strides = tuple(step * info.dtype.itemsize for step in _row_major(info.shape))
+                readers[name] = functools.partial(_read_strided, path, file, position, info.dtype, strides)
+                position += info.nbytes
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is no whole safetensors file ({error}): download or copy it again") from error
     _refuse(path, "holds tensors of other dtypes", problems, f"convert them to one of {', '.join(_DTYPES)}")
+    assert position == path.stat().st_size, (position, path)
     return infos, {}, readers
-
-
-def _read_slice(handle: Any, name: str, shape: tuple[int, ...], index: Index) -> np.ndarray:
-    if index == tuple(slice(0, size) for size in shape):
-        return handle.get_tensor(name)
-    return handle.get_slice(name)[index]
 
 
 def _open_index(path: Path, verify: bool, scratch: Any, progress: Progress | None) -> TensorReader:
@@ -471,6 +482,11 @@ def _read_weight_map(path: Path) -> dict[str, str]:
 
 def _is_inside(root: Path, name: str) -> bool:
     return "\0" not in name and (root / name).resolve().is_relative_to(root.resolve())
+
+
+def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides in elements."""
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 def _refuse(path: Path, what: str, problems: Sequence[str], remedy: str) -> None:
@@ -547,8 +563,8 @@ def _pickle_state(
 
         def __reduce__(self) -> tuple[Any, ...]:
             shape = self.storage.info.shape
-            strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
-            return torch._utils._rebuild_tensor_v2, (self.storage, 0, shape, strides, False, collections.OrderedDict())
+            layout = (0, shape, _row_major(shape))
+            return torch._utils._rebuild_tensor_v2, (self.storage, *layout, False, collections.OrderedDict())
 
     class Pickler(pickle.Pickler):
         def persistent_id(self, obj: Any) -> tuple[Any, ...] | None:

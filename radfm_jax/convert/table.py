@@ -8,6 +8,7 @@ width, h heads, k head width, d vision width, p patch voxels, l latents, n table
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 
 import einops
@@ -120,6 +121,11 @@ class Entry:
     def index(self) -> tuple:
         return () if self.layer is None else (self.layer,)
 
+    def row_index(self, rows: slice) -> tuple:
+        """Where rows of the tensor lie in the parameter, for tensors whose first axis is not folded."""
+        theirs, ours = self.layout.split(" -> ")
+        return (slice(None),) * ours.split().index(theirs[0]) + (rows,)
+
     def to_ours(self, tensor: np.ndarray) -> np.ndarray:
         return einops.rearrange(tensor, self.layout, **self._sizes())
 
@@ -128,35 +134,30 @@ class Entry:
         return np.ascontiguousarray(einops.rearrange(value, f"{ours} -> {theirs}", **self._sizes()))
 
     def _sizes(self) -> dict[str, int]:
-        """einops is told the axes that are folded into one; it knows the others and refuses to be told."""
-        return {letter: self.axes[letter] for letter in re.sub(r"[^a-z]", "", "".join(_groups(self.layout)))}
-
-
-def _groups(layout: str) -> list[str]:
-    return re.findall(r"\([^)]*\)", layout)
+        """einops is told the axes that are folded into one; it knows the others."""
+        folded = re.findall(r"\(([^)]*)\)", self.layout)
+        return {letter: self.axes[letter] for letter in " ".join(folded).split()}
 
 
 def entries(config: radfm.RadFMConfig, part: str = "radfm") -> list[Entry]:
     """Every tensor of the PyTorch form of a model, in the order of the table.
 
     Args:
-      part: `radfm` with the released names, or `llama` with those of a Hugging Face folder.
+      part: `radfm` with the released names, or `llama` with those of a Hugging Face folder. The parameters are called
+        the same in both (`llama/...`), so that one can initialise the other.
     """
-    shapes = {k: v.shape for k, v in flatten(nn.unbox(radfm.abstract_params(config))).items()}
-    if part == "llama":
-        shapes = {k.removeprefix("llama/"): v for k, v in shapes.items() if k.startswith("llama/")}
+    shapes = param_shapes(config, part)
+    rules = RADFM if part == "radfm" else {k: (f"llama/{v}", layout) for k, (v, layout) in LLAMA.items()}
     found = []
-    for name, (path, layout) in (LLAMA if part == "llama" else RADFM).items():
-        if path.endswith("head") and config.llama.tied_head:
+    for name, (path, layout) in rules.items():
+        if path == "llama/head" and config.llama.tied_head:
             continue
         stacked = "*" in name
         shape = shapes[path][1:] if stacked else shapes[path]
         theirs, ours = layout.split(" -> ")
         axes = dict(zip(ours.split(), shape, strict=True))
-        torch_shape = tuple(
-            int(np.prod([axes[letter] for letter in re.findall("[a-z]", group)]))
-            for group in re.findall(r"\([^)]*\)|[a-z]", theirs)
-        )
+        groups = re.findall(r"\([^)]*\)|[a-z]", theirs)
+        torch_shape = tuple(math.prod(axes[letter] for letter in re.findall("[a-z]", group)) for group in groups)
         for layer in range(shapes[path][0]) if stacked else (None,):
             found.append(Entry(name.replace("*", str(layer)), torch_shape, path, layer, layout, axes))
     missing = shapes.keys() - {e.path for e in found}
@@ -165,10 +166,9 @@ def entries(config: radfm.RadFMConfig, part: str = "radfm") -> list[Entry]:
 
 
 def param_shapes(config: radfm.RadFMConfig, part: str = "radfm") -> dict[str, tuple[int, ...]]:
+    """{parameter path: shape} of a whole RadFM, or of its language model alone."""
     shapes = {k: tuple(v.shape) for k, v in flatten(nn.unbox(radfm.abstract_params(config))).items()}
-    if part == "llama":
-        return {k.removeprefix("llama/"): v for k, v in shapes.items() if k.startswith("llama/")}
-    return shapes
+    return shapes if part == "radfm" else {k: v for k, v in shapes.items() if k.startswith("llama/")}
 
 
 # --- tensors that the model does not use, and buffers -------------------------------------------------------------------

@@ -1,0 +1,170 @@
+"""`python -m radfm_jax.convert`: the command line."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator
+
+import absl.logging
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+EXAMPLES = """\
+examples:
+  # the released checkpoint (the .bin, or the zip around it) -> a checkpoint directory
+  python -m radfm_jax.convert from-torch pytorch_model.bin radfm/ --tokenizer tokenizer.model --unused keep
+  # and back, for the released PyTorch code
+  python -m radfm_jax.convert to-torch radfm/ pytorch_model.bin
+  # ... or as a folder of safetensors with config.json, tokenizer and model card
+  python -m radfm_jax.convert to-torch radfm/ radfm_safetensors/ --dtype bfloat16
+  # a LLaMA to start training from (MedLLaMA, LLaMA 1 to 3.x), and back
+  python -m radfm_jax.convert from-llama MedLLaMA_13B/ medllama/
+  python -m radfm_jax.convert to-llama medllama/ MedLLaMA_again/
+  # the same random inputs through two checkpoints of either format
+  python -m radfm_jax.convert check radfm/ pytorch_model.bin
+
+A checkpoint directory holds its sizes and tokenizer; nothing else is needed to use it:
+  radfm_jax.load("radfm/")
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="python -m radfm_jax.convert",
+        description="Convert weights between PyTorch and Orbax, in either direction, and check them. Peak memory does "
+        "not depend on the size of the model.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, help: str, src: str, dst: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help)
+        sub.add_argument("src", metavar="SRC", help=src)
+        sub.add_argument("dst", metavar="DST", help=dst)
+        sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="store parameters as this (default: as they are)")
+        return sub
+
+    def source_options(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--tokenizer", metavar="FILE", help="SentencePiece model (default: tokenizer.model beside SRC)")
+        sub.add_argument("--config", metavar="FILE", help="config.json or configs/*.py, for sizes that tensor shapes cannot tell (heads); default: config.json beside SRC")
+        sub.add_argument("--no-verify", action="store_true", help="skip the checksums of SRC")
+
+    sub = command(
+        "from-torch",
+        "released RadFM weights -> checkpoint directory",
+        "pytorch_model.bin, the zip it is published in, a .safetensors file or a folder of them",
+        "checkpoint directory to make",
+    )
+    source_options(sub)
+    sub.add_argument("--unused", choices=("keep", "drop"), default="drop", help="what happens to the 143M parameters that RadFM never uses (default: drop)")
+    sub = command(
+        "to-torch",
+        "checkpoint directory -> released names",
+        "checkpoint directory",
+        "a file x.bin, or a folder to make (safetensors, config.json, tokenizer, model card)",
+    )
+    sub.add_argument("--layout", choices=("4.28", "plain"), default="4.28", help="with or without the 41 buffers that the released code's strict load wants (default: with)")
+    sub = command("from-llama", "Hugging Face LLaMA folder -> checkpoint directory of the language model", "folder with config.json and weights", "checkpoint directory to make")
+    source_options(sub)
+    command("to-llama", "language model of a checkpoint directory -> Hugging Face LLaMA folder", "checkpoint directory", "folder to make")
+    sub = commands.add_parser("check", help="same random inputs through two checkpoints", description="Logits of B against those of A; exits with 1 beyond the tolerance.")
+    sub.add_argument("a", metavar="A", help="checkpoint directory, PyTorch file or folder")
+    sub.add_argument("b", metavar="B", help="the same")
+    sub.add_argument("--config", metavar="FILE", help="as in from-torch, for PyTorch files without config.json")
+    sub.add_argument("--tolerance", type=float, default=1e-3, help="largest difference of a logit that passes (default: %(default)s)")
+    sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="compute in this (default: float32)")
+    sub.add_argument("--seed", type=int, default=0, help="of the inputs (default: 0)")
+    return top
+
+
+@contextlib.contextmanager
+def progress_bar(console: Console, label: str) -> Iterator[Progress]:
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        bar.add_task(label, total=None)
+        yield bar
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    # Converting needs no accelerator, and a busy one must not be touched.
+    if args.command != "check":
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax warns about merges that it rightly skips
+    console = Console(stderr=True)
+    try:
+        return _check(args, console) if args.command == "check" else _convert(args, console)
+    except (ValueError, ImportError) as e:
+        console.print(f"error: {e}", style="red", markup=False, highlight=False, soft_wrap=True)
+        return 2
+
+
+def _convert(args: argparse.Namespace, console: Console) -> int:
+    from radfm_jax.convert import run, sizes
+
+    start = time.monotonic()
+    part = "llama" if args.command.endswith("llama") else "radfm"
+    with progress_bar(console, args.command) as bar:
+        (task,) = bar.task_ids
+        common = {
+            "part": part,
+            "dtype": args.dtype,
+            "progress": lambda n: bar.advance(task, n),
+            "total": lambda n: bar.update(task, total=n),
+        }
+        if args.command.startswith("from"):
+            report = run.from_torch(
+                args.src,
+                args.dst,
+                config=sizes.read_config(args.config) if args.config else None,
+                tokenizer=args.tokenizer,
+                unused=getattr(args, "unused", "drop"),
+                verify=not args.no_verify,
+                **common,
+            )
+        else:
+            report = run.to_torch(args.src, args.dst, layout=getattr(args, "layout", "plain"), **common)
+    seconds = time.monotonic() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    console.print(f"{args.src} -> {args.dst}", highlight=False, markup=False, soft_wrap=True)
+    console.print(
+        f"{report.parameters:,} parameters, {', '.join(report.dtypes)}, {report.bytes / 1e9:.2f} GB in {seconds:.1f} s "
+        f"({report.bytes / 1e6 / seconds:.0f} MB/s), peak memory {peak:.2f} GB",
+        highlight=False,
+        soft_wrap=True,
+    )
+    for line in report.lines:
+        console.print(f"- {line}", highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+def _check(args: argparse.Namespace, console: Console) -> int:
+    from radfm_jax.convert import sizes
+    from radfm_jax.convert.check import compare
+
+    config = sizes.read_config(args.config) if args.config else None
+    c = compare(args.a, args.b, config=config, seed=args.seed, dtype=args.dtype)
+    ok = c.max_difference <= args.tolerance  # NaN is not
+    for name, value in (
+        ("positions", f"{c.positions}"),
+        ("largest logit of A", f"{c.largest_logit:.3f}"),
+        ("max difference", f"{c.max_difference:.3e}"),
+        ("mean difference", f"{c.mean_difference:.3e}"),
+        ("top-1 agreement", f"{c.top1_agreement:.2%}"),
+        ("top-10 agreement", f"{c.top10_agreement:.2%}"),
+        ("KL(A || B), mean", f"{c.mean_kl:.3e}"),
+        ("KL(A || B), max", f"{c.max_kl:.3e}"),
+    ):
+        console.print(f"{name:20s} {value}", highlight=False)
+    console.print(f"{'PASS' if ok else 'FAIL'}: tolerance {args.tolerance:g}", highlight=False)
+    return 0 if ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""A logit checker: the same random inputs through two checkpoints of any format."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from input_pipeline.packing import plain_rows
+from radfm_jax import checkpoint
+from radfm_jax.convert.run import TorchModel
+from radfm_jax.models.llama import Llama
+from radfm_jax.models.radfm import RadFM, RadFMConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Logits of B against those of A over N positions."""
+
+    positions: int
+    max_difference: float
+    mean_difference: float
+    top1_agreement: float
+    top10_agreement: float  # mean share of A's ten most likely tokens that are among B's
+    mean_kl: float  # KL(A || B) in nats
+    max_kl: float
+    largest_logit: float
+
+
+def load_any(path, *, config: dict | None = None) -> tuple[str, RadFMConfig, dict]:
+    """(part, sizes, params) of a checkpoint directory of ours or of PyTorch weights, in the stored dtype, on the host."""
+    if (Path(path) / checkpoint.DESCRIPTION).is_file():
+        checkpoint.verify(path)
+        description = checkpoint.read_description(path)
+        reader = checkpoint.ParamReader(path)
+        sizes = RadFMConfig.from_dict(description["model"])
+        return description["part"], sizes, checkpoint.unflatten({k: reader.read(k) for k in reader.shapes})
+    with TorchModel(path, config=config) as model:
+        model.check()
+        params = {k: np.empty(shape, dtype) for k, (shape, dtype) in model.shapes.items()}
+        for name, index, value in model.slices():
+            params[name][index or ...] = value
+        return model.part, model.config, checkpoint.unflatten(params)
+
+
+def random_inputs(part: str, config: RadFMConfig, seed: int, length: int = 64) -> tuple[np.ndarray, np.ndarray | None]:
+    """ids int32[2, length] and, for a RadFM, vision float32[2, 1, C, H, W, D]: a scan stands at the start of each text."""
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(3, config.llama.vocab_size, size=(2, length), dtype=np.int32)
+    ids[:, 0] = 1
+    if part == "llama":
+        return ids, None
+    v, latents = config.llama.vocab_size, config.num_latents
+    scan = [v, *range(v + 2, v + 2 + latents), v + 1]
+    ids = np.concatenate([ids[:, :1], np.tile(np.array(scan, np.int32), (2, 1)), ids[:, 1:]], axis=1)
+    side = [4 * p if n >= 4 else p for p, n in zip(config.vision.patch, config.vision.tables, strict=True)]
+    return ids, rng.random((2, 1, config.vision.channels, *side), dtype=np.float32)
+
+
+def logits_of(part: str, config: RadFMConfig, params: dict, ids: np.ndarray, vision, dtype: str) -> np.ndarray:
+    """float32[2, L, V], computed in `dtype`."""
+    config = config.with_compute(dtype=dtype)
+    if part == "llama":
+        llama = Llama(config.llama)
+        positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+
+        def run(params, ids):
+            model = llama.bind({"params": params["llama"]})
+            ones = jnp.ones_like(ids)
+            return model.logits(model(model.embed(ids), positions, ones, ones > 0))
+
+        return np.asarray(jax.jit(run)(params, ids))
+    tables, patch = config.vision.tables, config.vision.patch
+    batch = plain_rows(
+        ids, vision, vocab_size=config.llama.vocab_size, num_latents=config.num_latents, patch=patch, tables=tables
+    )
+    return np.asarray(jax.jit(lambda p, b: RadFM(config).apply({"params": p}, b)[0])(params, batch))
+
+
+def compare(a, b, *, config: dict | None = None, seed: int = 0, dtype: str = "float32") -> Comparison:
+    """Runs both, one after the other, on the same inputs.
+
+    Raises ValueError if they are models of different sizes or parts, or either cannot be read.
+    """
+    part, sizes, params = load_any(a, config=config)
+    ids, vision = random_inputs(part, sizes, seed)
+    first = logits_of(part, sizes, params, ids, vision, dtype)
+    del params  # only one model in memory at a time
+    part_b, sizes_b, params = load_any(b, config=config)
+    if part_b != part:
+        raise ValueError(f"{a} is a {part}, {b} is a {part_b}: they cannot be compared")
+    if sizes_b.llama.vocab_size != sizes.llama.vocab_size or sizes_b.num_latents != sizes.num_latents:
+        raise ValueError(
+            f"{a} and {b} do not read the same inputs: vocabularies {sizes.llama.vocab_size} and "
+            f"{sizes_b.llama.vocab_size}, visual tokens {sizes.num_latents} and {sizes_b.num_latents}"
+        )
+    return compare_logits(first, logits_of(part, sizes_b, params, ids, vision, dtype))
+
+
+def compare_logits(a: np.ndarray, b: np.ndarray) -> Comparison:
+    """float[..., V] twice -> how they differ; float64 throughout. NaN anywhere gives NaN differences."""
+    a, b = (x.reshape(-1, x.shape[-1]).astype(np.float64) for x in (a, b))
+    log_a, log_b = (x - np.logaddexp.reduce(x, axis=-1, keepdims=True) for x in (a, b))
+    kl = np.sum(np.exp(log_a) * (log_a - log_b), axis=-1)
+    k = min(10, a.shape[-1])
+    top = [np.argsort(-x, axis=-1, kind="stable")[:, :k] for x in (a, b)]
+    shared = [len(np.intersect1d(x, y)) / k for x, y in zip(*top, strict=True)]
+    return Comparison(
+        positions=len(a),
+        max_difference=float(np.abs(a - b).max()),
+        mean_difference=float(np.abs(a - b).mean()),
+        top1_agreement=float((top[0][:, 0] == top[1][:, 0]).mean()),
+        top10_agreement=float(np.mean(shared)),
+        mean_kl=float(kl.mean()),
+        max_kl=float(kl.max()),
+        largest_logit=float(np.abs(a).max()),
+    )

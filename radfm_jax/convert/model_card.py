@@ -1,0 +1,54 @@
+"""The README.md of an exported folder."""
+
+from __future__ import annotations
+
+from radfm_jax.models.radfm import RadFMConfig
+
+WARNING = "**Research only, not for clinical use.**"
+
+
+def model_card(config: RadFMConfig, part: str, parameters: int) -> str:
+    """Markdown that says what the weights are, how they are used, and what they must not be used for."""
+    llm = config.llama
+    text = f"LLaMA decoder: {llm.num_layers} layers, width {llm.width}, {llm.num_heads} heads, vocabulary {llm.vocab_size}"
+    if part == "llama":
+        title, sizes = "Language model of a RadFM", [text]
+        use = "`transformers.LlamaForCausalLM.from_pretrained(folder)`, or `python -m radfm_jax.convert from-llama folder DIR`."
+    else:
+        title = "RadFM, generalist radiology vision-language model"
+        vision = config.vision
+        sizes = [
+            f"3D vision transformer: {vision.num_layers} layers, width {vision.width}, patches of "
+            f"{' x '.join(map(str, vision.patch))} voxels in {vision.channels} channels",
+            f"Perceiver resampler: {config.perceiver.num_layers} layers, {config.num_latents} visual tokens a scan",
+            text,
+        ]
+        use = (
+            "`python -m radfm_jax.convert from-torch folder DIR`, then `radfm_jax.load(DIR)`. The tensors have the names "
+            "of the released PyTorch RadFM."
+        )
+    lines = "\n".join(f"- {line}" for line in sizes)
+    return f"""---
+library_name: radfm_jax
+tags: [radiology, medical, vision-language]
+---
+
+# {title}
+
+{WARNING} The model can be wrong in ways that read well. It is no medical device, has no regulatory approval, and its
+answers must not guide the care of any patient.
+
+Exported by radfm_jax; {parameters:,} parameters.
+
+{lines}
+
+## Use
+
+{use}
+
+## Origin and limits
+
+Architecture: Wu et al., "Towards Generalist Foundation Model for Radiology" (arXiv 2308.02463). Performance depends on the
+data these weights were trained on, which this export does not know; measure it on data of your own before you rely on
+any answer. Licences of the weights and of the language model they started from apply.
+"""
