@@ -15,6 +15,7 @@ def plain_rows(
     vocab_size: int,
     num_latents: int = 32,
     patch=PATCH,
+    channels: int = 3,
     tables=POSITION_TABLES,
 ) -> dict[str, np.ndarray]:
     """Rows of one sample each, from arrays in the layout of the released model.
@@ -35,7 +36,9 @@ def plain_rows(
     if vision.ndim != 6:
         raise ValueError(f"vision must be [B, S, C, H, W, D], got {list(vision.shape)}")
     b, length = ids.shape
-    s, channels = vision.shape[1:3]
+    s = vision.shape[1]
+    if vision.shape[2] != channels:
+        raise ValueError(f"vision {list(vision.shape)}: the model reads {channels} channels")
     if len(vision) != b:
         raise ValueError(f"{b} rows of ids but {len(vision)} rows of scans")
     last = vocab_size + 2 + num_latents * s

@@ -45,8 +45,8 @@ class Model:
         return self.forward(ids, vision, attention_mask)[0]
 
     def forward(self, ids, vision=None, attention_mask=None) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """`logits` and a dict `out` of intermediates: vit float[B, S, P, D] (patch tokens), perceiver float[B, S, 32, D],
-        visual_tokens float[B, S, 32, E], embeddings float[B, L, E] (text and scans fused)."""
+        """`logits` and a dict `out` of intermediates: vit float[B, S, P, D] (patch tokens), perceiver
+        float[B, S, 32, D], visual_tokens float[B, S, 32, E], embeddings float[B, L, E] (text and scans fused)."""
         c = self.config
         ids = np.asarray(ids)
         if vision is None:
@@ -54,7 +54,8 @@ class Model:
         vision = np.asarray(vision)
         bad = np.argwhere(~np.isfinite(vision).reshape(*vision.shape[:2], -1).all(-1)) if vision.ndim == 6 else []
         if len(bad):
-            raise ValueError(f"voxels that are not finite in (sample, scan): {', '.join(str(tuple(map(int, b))) for b in bad)}")
+            scans = ", ".join(f"scan {s} of sample {b}" for b, s in bad)
+            raise ValueError(f"voxels that are not finite in {scans}")
         batch = plain_rows(
             ids,
             vision,
@@ -62,6 +63,7 @@ class Model:
             vocab_size=c.llama.vocab_size,
             num_latents=c.num_latents,
             patch=c.vision.patch,
+            channels=c.vision.channels,
             tables=c.vision.tables,
         )
         return _forward(c, self.params, batch)

@@ -1,10 +1,10 @@
 """Checkpoint directories: Orbax parameters with all that is needed to use them, committed by a manifest.
 
-    DIR/radfm.json           what it is: which part, model sizes, dtypes, where it came from, versions
-    DIR/params/              the parameters, an Orbax PyTree; layers of a stack lie along the first axis
-    DIR/tokenizer.model      the SentencePiece model, if one is known
-    DIR/unused.safetensors   tensors of a released file that no part of the model reads (convert --unused keep)
-    DIR/manifest.json        size and SHA-256 of every other file, written last: it is the commit mark
+DIR/radfm.json           what it is: which part, model sizes, dtypes, where it came from, versions
+DIR/params/              the parameters, an Orbax PyTree; layers of a stack lie along the first axis
+DIR/tokenizer.model      the SentencePiece model, if one is known
+DIR/unused.safetensors   tensors of a released file that no part of the model reads (convert --unused keep)
+DIR/manifest.json        size and SHA-256 of every other file, written last: it is the commit mark
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CHUNK_BYTES = 32 * 2**20
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
-# --- the directory ------------------------------------------------------------------------------------------------------
+# --- the directory ----------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -77,7 +77,7 @@ def require_space(path, need: int, what: str) -> None:
     existing = next(p for p in (path, *path.parents) if p.exists())
     free = shutil.disk_usage(existing).free
     if free < need:
-        raise ValueError(f"{what} needs {need / 1e9:.2f} GB on the disk of {existing}, which has {free / 1e9:.2f} GB free")
+        raise ValueError(f"{what} needs {need / 1e9:.2f} GB, but the disk of {existing} has {free / 1e9:.2f} GB free")
 
 
 def write_manifest(directory: Path) -> None:
@@ -110,7 +110,7 @@ def verify(directory, *, hashes: bool = True) -> None:
         listed = json.loads((directory / MANIFEST).read_text())["files"]
     except FileNotFoundError:
         raise ValueError(
-            f"{directory} has no {MANIFEST}: it is not a checkpoint directory of radfm_jax, or its writing was interrupted"
+            f"{directory} has no {MANIFEST}: it is no checkpoint directory of radfm_jax, or its writing was interrupted"
         ) from None
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{directory / MANIFEST} is damaged: {e}") from None
@@ -123,8 +123,8 @@ def verify(directory, *, hashes: bool = True) -> None:
     problems += [f"size differs: {n}" for n in both if n not in set(sized)]
     if hashes:
         with concurrent.futures.ThreadPoolExecutor() as pool:
-            actual = pool.map(lambda n: _sha256(found[n]), sized)
-            problems += [f"content differs: {n}" for n, h in zip(sized, actual, strict=True) if h != listed[n]["sha256"]]
+            actual = zip(sized, pool.map(lambda n: _sha256(found[n]), sized), strict=True)
+            problems += [f"content differs: {n}" for n, sha256 in actual if sha256 != listed[n]["sha256"]]
     if problems:
         raise ValueError(f"checkpoint {directory} is damaged:\n  " + "\n  ".join(problems))
 
@@ -161,7 +161,7 @@ def model_config(description: dict, directory) -> radfm.RadFMConfig:
     return radfm.RadFMConfig.from_dict(description["model"])
 
 
-# --- parameters, whole --------------------------------------------------------------------------------------------------
+# --- parameters, whole ------------------------------------------------------------------------------------------------
 
 
 def save_params(directory: Path, params: dict) -> None:
@@ -219,7 +219,7 @@ def unflatten(leaves: dict) -> dict:
     return tree
 
 
-# --- parameters, a slice at a time --------------------------------------------------------------------------------------
+# --- parameters, a slice at a time ------------------------------------------------------------------------------------
 
 
 class ParamWriter:
@@ -250,6 +250,8 @@ class ParamWriter:
                     "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
                 },
             }
+            # Zeros are written too: Orbax takes an absent chunk for a lost one.
+            spec["store_data_equal_to_fill_value"] = True
             self._stores[name] = ts.open(spec, create=True, delete_existing=True).result()
 
     def write(self, name: str, value: np.ndarray, index: tuple = ()) -> None:
@@ -284,6 +286,7 @@ class ParamReader:
             else:
                 kvstore = {**file, "path": f"{path / '.'.join(keys)}/"}
             spec = {"driver": "zarr3" if metadata["use_zarr3"] else "zarr", "kvstore": kvstore}
+            spec["fill_missing_data_reads"] = False  # a lost chunk is an error, not zeros
             self._stores["/".join(keys)] = ts.open(spec, open=True, read=True).result()
         self.shapes = {k: tuple(v.shape) for k, v in self._stores.items()}
         self.dtypes = {k: v.dtype.numpy_dtype for k, v in self._stores.items()}

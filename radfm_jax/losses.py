@@ -37,9 +37,7 @@ def radfm_loss(
       out: intermediates of the model, and token_loss float32[B, T] (0 without weight), correct bool[B, T],
         weights float32[B, T] as used.
     """
-    hidden, out = model.apply(
-        {"params": params}, batch, deterministic=rngs is None, rngs=rngs, method=RadFM.hidden
-    )
+    hidden, out = model.apply({"params": params}, batch, deterministic=rngs is None, rngs=rngs, method=RadFM.hidden)
     llama = params["llama"]
     kernel = llama["embedding"].T if model.config.llama.tied_head else llama["head"]
     weights = token_weights(batch["weights"], batch["segments"], weighting=weighting, normalise=normalise)

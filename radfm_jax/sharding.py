@@ -63,7 +63,7 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, slices: int = 1
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-# --- from names to shardings --------------------------------------------------------------------------------------------
+# --- from names to shardings ------------------------------------------------------------------------------------------
 
 
 def spec(names: tuple[str | None, ...], what: str = "array") -> PartitionSpec:
@@ -117,7 +117,7 @@ def param_shardings(boxed, mesh: Mesh) -> tuple[dict, dict[str, str]]:
     return shardings, notes
 
 
-# --- activations and batches --------------------------------------------------------------------------------------------
+# --- activations and batches ------------------------------------------------------------------------------------------
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:

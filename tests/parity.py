@@ -1,5 +1,6 @@
 """Our network with the weights of a PyTorch state_dict, and its gradients under PyTorch's names."""
 
+import golden
 import jax
 import numpy as np
 import torch_radfm
@@ -80,3 +81,8 @@ def targets_of(labels: np.ndarray, loss_reweight: np.ndarray | None = None) -> t
     else:
         weights = np.concatenate([loss_reweight[:, 1:], np.zeros_like(loss_reweight[:, :1])], axis=1) * valid
     return np.where(valid, ahead, 0).astype(np.int32), weights.astype(np.float32)
+
+
+def recipe_params(config: RadFMConfig, salt: str = "") -> dict:
+    """Parameters of any size by the recipe of the golden cases: attention and predictions are sharp, not flat."""
+    return params_of(config, {e.name: golden.tensor(e.name, e.torch_shape, salt) for e in entries(config)})

@@ -17,7 +17,7 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 
-from radfm_jax.tensor_files import TensorInfo, open_tensors, write_safetensors, write_torch_bin
+from radfm_jax.convert.tensor_files import TensorInfo, open_tensors, write_safetensors, write_torch_bin
 
 TORCH_DTYPES = ("bool", "uint8", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64")
 ALL_DTYPES = (*TORCH_DTYPES, "uint16", "uint32", "uint64")
@@ -642,7 +642,7 @@ MEMORY_PROBE = """
 import sys
 import numpy as np
 import torch
-from radfm_jax.tensor_files import TensorInfo, open_tensors, write_safetensors, write_torch_bin
+from radfm_jax.convert.tensor_files import TensorInfo, open_tensors, write_safetensors, write_torch_bin
 
 
 def status(key):

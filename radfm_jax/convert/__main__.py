@@ -47,12 +47,18 @@ def parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help, description=help)
         sub.add_argument("src", metavar="SRC", help=src)
         sub.add_argument("dst", metavar="DST", help=dst)
-        sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="store parameters as this (default: as they are)")
+        dtypes = ("float32", "bfloat16", "float16")
+        sub.add_argument("--dtype", choices=dtypes, help="store parameters as this (default: as they are)")
         return sub
 
     def source_options(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--tokenizer", metavar="FILE", help="SentencePiece model (default: tokenizer.model beside SRC)")
-        sub.add_argument("--config", metavar="FILE", help="config.json or configs/*.py, for sizes that tensor shapes cannot tell (heads); default: config.json beside SRC")
+        sub.add_argument("--tokenizer", metavar="FILE", help="SentencePiece model (default: beside SRC)")
+        sub.add_argument(
+            "--config",
+            metavar="FILE",
+            help="config.json or configs/*.py, for what tensor shapes cannot tell: the number of heads "
+            "(default: config.json beside SRC)",
+        )
         sub.add_argument("--no-verify", action="store_true", help="skip the checksums of SRC")
 
     sub = command(
@@ -62,31 +68,59 @@ def parser() -> argparse.ArgumentParser:
         "checkpoint directory to make",
     )
     source_options(sub)
-    sub.add_argument("--unused", choices=("keep", "drop"), default="drop", help="what happens to the 143M parameters that RadFM never uses (default: drop)")
+    sub.add_argument(
+        "--unused",
+        choices=("keep", "drop"),
+        default="drop",
+        help="what happens to the 143M parameters that RadFM never uses (default: drop)",
+    )
     sub = command(
         "to-torch",
         "checkpoint directory -> released names",
         "checkpoint directory",
         "a file x.bin, or a folder to make (safetensors, config.json, tokenizer, model card)",
     )
-    sub.add_argument("--layout", choices=("4.28", "plain"), default="4.28", help="with or without the 41 buffers that the released code's strict load wants (default: with)")
-    sub = command("from-llama", "Hugging Face LLaMA folder -> checkpoint directory of the language model", "folder with config.json and weights", "checkpoint directory to make")
+    sub.add_argument(
+        "--layout",
+        choices=("4.28", "plain"),
+        default="4.28",
+        help="4.28 adds the 41 buffers that the released code's strict load wants (default: 4.28)",
+    )
+    sub = command(
+        "from-llama",
+        "Hugging Face LLaMA folder -> checkpoint directory of the language model",
+        "folder with config.json and weights",
+        "checkpoint directory to make",
+    )
     source_options(sub)
-    command("to-llama", "language model of a checkpoint directory -> Hugging Face LLaMA folder", "checkpoint directory", "folder to make")
-    sub = commands.add_parser("check", help="same random inputs through two checkpoints", description="Logits of B against those of A; exits with 1 beyond the tolerance.")
+    command(
+        "to-llama",
+        "language model of a checkpoint directory -> Hugging Face LLaMA folder",
+        "checkpoint directory, of a RadFM or of a language model",
+        "folder to make",
+    )
+    sub = commands.add_parser(
+        "check",
+        help="same random inputs through two checkpoints",
+        description="Logits of B against those of A, both run by this package; exits with 1 beyond the tolerance.",
+    )
     sub.add_argument("a", metavar="A", help="checkpoint directory, PyTorch file or folder")
     sub.add_argument("b", metavar="B", help="the same")
     sub.add_argument("--config", metavar="FILE", help="as in from-torch, for PyTorch files without config.json")
-    sub.add_argument("--tolerance", type=float, default=1e-3, help="largest difference of a logit that passes (default: %(default)s)")
-    sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="compute in this (default: float32)")
+    sub.add_argument(
+        "--tolerance", type=float, default=1e-3, help="largest difference of a logit that passes (default: %(default)s)"
+    )
+    sub.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="compute in (default: float32)"
+    )
     sub.add_argument("--seed", type=int, default=0, help="of the inputs (default: 0)")
     return top
 
 
 @contextlib.contextmanager
 def progress_bar(console: Console, label: str) -> Iterator[Progress]:
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
+    sizes = (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(TextColumn("{task.description}"), BarColumn(), *sizes, console=console, transient=True) as bar:
         bar.add_task(label, total=None)
         yield bar
 

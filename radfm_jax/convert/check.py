@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from input_pipeline.packing import plain_rows
 from radfm_jax import checkpoint
+from radfm_jax.api import Model
 from radfm_jax.convert.run import TorchModel
-from radfm_jax.models.llama import Llama
-from radfm_jax.models.radfm import RadFM, RadFMConfig
+from radfm_jax.models.llama import Llama, LlamaConfig
+from radfm_jax.models.radfm import RadFMConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Comparison:
 
 
 def load_any(path, *, config: dict | None = None) -> tuple[str, RadFMConfig, dict]:
-    """(part, sizes, params) of a checkpoint directory of ours or of PyTorch weights, in the stored dtype, on the host."""
+    """(part, sizes, params) of a checkpoint directory or of PyTorch weights, in the stored dtype, on the host."""
     if (Path(path) / checkpoint.DESCRIPTION).is_file():
         checkpoint.verify(path)
         description = checkpoint.read_description(path)
@@ -47,7 +48,7 @@ def load_any(path, *, config: dict | None = None) -> tuple[str, RadFMConfig, dic
 
 
 def random_inputs(part: str, config: RadFMConfig, seed: int, length: int = 64) -> tuple[np.ndarray, np.ndarray | None]:
-    """ids int32[2, length] and, for a RadFM, vision float32[2, 1, C, H, W, D]: a scan stands at the start of each text."""
+    """ids int32[2, length] and, for a RadFM, vision float32[2, 1, C, H, W, D]: a scan stands first in each text."""
     rng = np.random.default_rng(seed)
     ids = rng.integers(3, config.llama.vocab_size, size=(2, length), dtype=np.int32)
     ids[:, 0] = 1
@@ -63,21 +64,17 @@ def random_inputs(part: str, config: RadFMConfig, seed: int, length: int = 64) -
 def logits_of(part: str, config: RadFMConfig, params: dict, ids: np.ndarray, vision, dtype: str) -> np.ndarray:
     """float32[2, L, V], computed in `dtype`."""
     config = config.with_compute(dtype=dtype)
-    if part == "llama":
-        llama = Llama(config.llama)
-        positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+    if part == "radfm":
+        return np.asarray(Model(config, params).logits(ids, vision))
+    return np.asarray(_llama_logits(config.llama, params["llama"], ids))
 
-        def run(params, ids):
-            model = llama.bind({"params": params["llama"]})
-            ones = jnp.ones_like(ids)
-            return model.logits(model(model.embed(ids), positions, ones, ones > 0))
 
-        return np.asarray(jax.jit(run)(params, ids))
-    tables, patch = config.vision.tables, config.vision.patch
-    batch = plain_rows(
-        ids, vision, vocab_size=config.llama.vocab_size, num_latents=config.num_latents, patch=patch, tables=tables
-    )
-    return np.asarray(jax.jit(lambda p, b: RadFM(config).apply({"params": p}, b)[0])(params, batch))
+@functools.partial(jax.jit, static_argnums=0)
+def _llama_logits(config: LlamaConfig, params: dict, ids: jax.Array) -> jax.Array:
+    llama = Llama(config).bind({"params": params})
+    positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+    ones = jnp.ones_like(ids)
+    return llama.logits(llama(llama.embed(ids), positions, ones, ones > 0))
 
 
 def compare(a, b, *, config: dict | None = None, seed: int = 0, dtype: str = "float32") -> Comparison:

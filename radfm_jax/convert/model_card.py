@@ -10,10 +10,10 @@ WARNING = "**Research only, not for clinical use.**"
 def model_card(config: RadFMConfig, part: str, parameters: int) -> str:
     """Markdown that says what the weights are, how they are used, and what they must not be used for."""
     llm = config.llama
-    text = f"LLaMA decoder: {llm.num_layers} layers, width {llm.width}, {llm.num_heads} heads, vocabulary {llm.vocab_size}"
+    text = f"LLaMA: {llm.num_layers} layers, width {llm.width}, {llm.num_heads} heads, vocabulary {llm.vocab_size}"
     if part == "llama":
         title, sizes = "Language model of a RadFM", [text]
-        use = "`transformers.LlamaForCausalLM.from_pretrained(folder)`, or `python -m radfm_jax.convert from-llama folder DIR`."
+        use = "`transformers.LlamaForCausalLM.from_pretrained(folder)`, or `python -m radfm_jax.convert from-llama`."
     else:
         title = "RadFM, generalist radiology vision-language model"
         vision = config.vision
@@ -24,8 +24,8 @@ def model_card(config: RadFMConfig, part: str, parameters: int) -> str:
             text,
         ]
         use = (
-            "`python -m radfm_jax.convert from-torch folder DIR`, then `radfm_jax.load(DIR)`. The tensors have the names "
-            "of the released PyTorch RadFM."
+            "`python -m radfm_jax.convert from-torch folder DIR`, then `radfm_jax.load(DIR)`. The tensors have the "
+            "names of the released PyTorch RadFM."
         )
     lines = "\n".join(f"- {line}" for line in sizes)
     return f"""---
@@ -48,7 +48,7 @@ Exported by radfm_jax; {parameters:,} parameters.
 
 ## Origin and limits
 
-Architecture: Wu et al., "Towards Generalist Foundation Model for Radiology" (arXiv 2308.02463). Performance depends on the
-data these weights were trained on, which this export does not know; measure it on data of your own before you rely on
-any answer. Licences of the weights and of the language model they started from apply.
+Architecture: Wu et al., "Towards Generalist Foundation Model for Radiology" (arXiv 2308.02463). Performance depends on
+the data these weights were trained on, which this export does not know; measure it on data of your own before you rely
+on any answer. Licences of the weights and of the language model they started from apply.
 """

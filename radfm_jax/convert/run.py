@@ -15,7 +15,7 @@ import numpy as np
 from radfm_jax import checkpoint
 from radfm_jax.convert import sizes, table
 from radfm_jax.convert.model_card import model_card
-from radfm_jax.tensor_files import TensorInfo, TensorReader, open_tensors, write_safetensors, write_torch_bin
+from radfm_jax.convert.tensor_files import TensorInfo, TensorReader, open_tensors, write_safetensors, write_torch_bin
 from radfm_jax.models.radfm import RadFMConfig
 
 BLOCK_BYTES = 256 * 2**20
@@ -36,7 +36,7 @@ def _ignore(_: int) -> None:
     """No progress wanted."""
 
 
-# --- PyTorch -> Orbax ---------------------------------------------------------------------------------------------------
+# --- PyTorch -> Orbax -------------------------------------------------------------------------------------------------
 
 
 class TorchModel:
@@ -51,7 +51,7 @@ class TorchModel:
       unused: names of tensors that no part of the model reads, buffers of transformers 4.28 included.
     """
 
-    def __init__(self, src, *, config: dict | None = None, dtype=None, verify: bool = True, progress: Progress = _ignore):
+    def __init__(self, src, *, config: dict | None = None, dtype=None, verify=True, progress: Progress = _ignore):
         self.src = Path(src)
         self.reader: TensorReader = open_tensors(self.src, verify=verify, progress=progress)
         self.dtype = np.dtype(checkpoint.DTYPES[dtype]) if dtype else None
@@ -82,7 +82,7 @@ class TorchModel:
         self.part = "llama" if "model.embed_tokens.weight" in infos else "radfm"
         if self.part == "llama":
             if given is None:
-                raise ValueError(f"{self.folder} has no config.json: pass --config with the language model's config.json")
+                raise ValueError(f"{self.folder} has no config.json: pass the language model's with --config")
             where = self.folder / "config.json"
             self.config = (
                 RadFMConfig.from_dict(given["model"])
@@ -123,11 +123,12 @@ class TorchModel:
             info = self.reader.infos.get(self._source(e))
             if info is not None:
                 dtypes.setdefault(e.path, set()).add(info.dtype)
-        if self.dtype is None:
-            mixed = [f"layers of {path} have different dtypes: {sorted(map(str, d))}" for path, d in dtypes.items() if len(d) > 1]
-            self.problems += [f"{line}; pass --dtype to store one" for line in mixed]
+        for path, several in dtypes.items():
+            if len(several) > 1 and self.dtype is None:
+                self.problems.append(f"layers of {path} are {' and '.join(sorted(map(str, several)))}: pass --dtype")
+        found = {path: self.dtype or min(several, key=str) for path, several in dtypes.items()}
         shapes = table.param_shapes(self.config, self.part)
-        return {k: (shape, self.dtype or next(iter(dtypes.get(k, {np.dtype(np.float32)})))) for k, shape in shapes.items()}
+        return {path: (shape, found.get(path, np.dtype(np.float32))) for path, shape in shapes.items()}
 
     def check(self) -> None:
         """Raises ValueError listing every tensor that is missing, unexpected, misshapen or not finite.
@@ -261,7 +262,7 @@ def check_tokenizer(path: Path, vocab_size: int) -> None:
     except (OSError, RuntimeError) as e:
         raise ValueError(f"{path} is not a SentencePiece model: {e}") from None
     if pieces != vocab_size:
-        raise ValueError(f"vocabulary of {path} is {pieces}, but the embedding has {vocab_size} rows: pass the right one")
+        raise ValueError(f"vocabulary of {path} is {pieces}, but the embedding has {vocab_size} rows")
 
 
 def _report_from(model: TorchModel, kept: dict, vocabulary: Path) -> Report:
@@ -285,13 +286,13 @@ def _report_from(model: TorchModel, kept: dict, vocabulary: Path) -> Report:
         report.lines.append("tied: " + ", ".join(f"{a} = {b}" for a, b in model.reader.ties.items()))
     if not vocabulary.is_file():
         report.lines.append(
-            f"no tokenizer: copy the SentencePiece model beside the source as {checkpoint.TOKENIZER} or pass --tokenizer; "
-            "text commands need it"
+            f"no tokenizer: put the SentencePiece model beside the source as {checkpoint.TOKENIZER} or pass it with "
+            "--tokenizer; text commands need it"
         )
     return report
 
 
-# --- Orbax -> PyTorch ---------------------------------------------------------------------------------------------------
+# --- Orbax -> PyTorch -------------------------------------------------------------------------------------------------
 
 
 def to_torch(

@@ -38,7 +38,7 @@ def read_config(path) -> dict:
     return config
 
 
-# --- Hugging Face's LLaMA config ----------------------------------------------------------------------------------------
+# --- Hugging Face's LLaMA config --------------------------------------------------------------------------------------
 
 
 def llama_from_hf(config: dict, where) -> LlamaConfig:
@@ -122,7 +122,7 @@ def llama_to_hf(config: LlamaConfig, dtype: str) -> dict:
     }
 
 
-# --- a released RadFM file ----------------------------------------------------------------------------------------------
+# --- a released RadFM file --------------------------------------------------------------------------------------------
 
 
 def radfm_from_shapes(shapes: Shapes, given: dict | None, where) -> RadFMConfig:
@@ -199,7 +199,7 @@ def _attention(shapes, given, sizes, query_width: int, kv_width: int, where) -> 
         head_dim = radfm_14b().llama.head_dim
     else:
         raise ValueError(
-            f"{where}: shapes cannot tell the number of attention heads. Put the language model's config.json beside the "
-            "file, or pass --config with a config.json (num_attention_heads) or a configs/*.py"
+            f"{where}: shapes cannot tell the number of attention heads. Put the language model's config.json beside "
+            "the file, or pass --config with a config.json (num_attention_heads) or a configs/*.py"
         )
     return {"num_heads": query_width // head_dim, "num_kv_heads": kv_width // head_dim, "head_dim": head_dim}

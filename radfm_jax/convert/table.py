@@ -18,7 +18,7 @@ import numpy as np
 from radfm_jax.checkpoint import flatten
 from radfm_jax.models import radfm
 
-# --- the table ----------------------------------------------------------------------------------------------------------
+# --- the table --------------------------------------------------------------------------------------------------------
 
 LLAMA = {
     "model.embed_tokens.weight": ("embedding", "v e -> v e"),
@@ -103,7 +103,7 @@ def is_buffer(name: str) -> bool:
     return name == POSITION_IDS or ROTARY.fullmatch(name) is not None
 
 
-# --- rules for a given model --------------------------------------------------------------------------------------------
+# --- rules for a given model ------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +171,7 @@ def param_shapes(config: radfm.RadFMConfig, part: str = "radfm") -> dict[str, tu
     return shapes if part == "radfm" else {k: v for k, v in shapes.items() if k.startswith("llama/")}
 
 
-# --- tensors that the model does not use, and buffers -------------------------------------------------------------------
+# --- tensors that the model does not use, and buffers -----------------------------------------------------------------
 
 
 def unused_shapes(config: radfm.RadFMConfig) -> dict[str, tuple[tuple[int, ...], str]]:

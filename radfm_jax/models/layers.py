@@ -52,7 +52,7 @@ def scan_blocks(block: type[nn.Module], length: int, remat: str):
     )
 
 
-# --- parameters ---------------------------------------------------------------------------------------------------------
+# --- parameters -------------------------------------------------------------------------------------------------------
 
 
 def dense(features, names, config, *, axis=-1, bias=False, init=None, name=None) -> nn.DenseGeneral:
@@ -111,7 +111,7 @@ class GeluMlp(nn.Module):
         return nn.Dropout(self.dropout)(x, deterministic)
 
 
-# --- attention ----------------------------------------------------------------------------------------------------------
+# --- attention --------------------------------------------------------------------------------------------------------
 
 
 @functools.partial(jax.named_call, name="attention")

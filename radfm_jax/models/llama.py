@@ -56,7 +56,7 @@ class LlamaConfig:
             raise ValueError(f"head width {self.head_dim} is odd: RoPE turns pairs")
 
 
-# --- rotary positions ---------------------------------------------------------------------------------------------------
+# --- rotary positions -------------------------------------------------------------------------------------------------
 
 
 def rope_frequencies(config: LlamaConfig) -> np.ndarray:
@@ -87,7 +87,7 @@ def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-# --- the network --------------------------------------------------------------------------------------------------------
+# --- the network ------------------------------------------------------------------------------------------------------
 
 
 class Block(nn.Module):
@@ -130,7 +130,7 @@ class Llama(nn.Module):
             self.head = self.param("head", head, (c.width, c.vocab_size), c.param_dtype)
 
     def embed(self, ids: jax.Array) -> jax.Array:
-        """int32[B, T], ids clipped into the vocabulary -> [B, T, E]. A gather: a one-hot product would copy the table."""
+        """int32[B, T], clipped into the vocabulary -> [B, T, E]. A gather: a one-hot product would copy the table."""
         return self.embedding[jnp.clip(ids, 0, self.config.vocab_size - 1)].astype(self.config.dtype)
 
     def __call__(self, x: jax.Array, positions: jax.Array, segments: jax.Array, key_ok: jax.Array) -> jax.Array:

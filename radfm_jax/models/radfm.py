@@ -51,7 +51,7 @@ class RadFMConfig:
 
     def __post_init__(self):
         if self.vision.width != self.perceiver.width:
-            raise ValueError(f"vision width {self.vision.width} and perceiver width {self.perceiver.width} must be equal")
+            raise ValueError(f"vision width {self.vision.width} and perceiver width {self.perceiver.width} differ")
 
     @property
     def num_latents(self) -> int:
@@ -100,9 +100,7 @@ def tiny() -> RadFMConfig:
     return RadFMConfig(
         ViTConfig(width=24, num_layers=2, num_heads=2, head_dim=8, mlp_width=32, dropout=0.0),
         PerceiverConfig(width=24, num_layers=2, num_heads=2, head_dim=8, num_latents=4),
-        LlamaConfig(
-            vocab_size=96, width=32, mlp_width=64, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=8
-        ),
+        LlamaConfig(vocab_size=96, width=32, mlp_width=64, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=8),
     )
 
 
@@ -135,7 +133,7 @@ class RadFM(nn.Module):
         """Hidden states float[B, T, E] after the final norm, and `out`:
 
         vit float[B, R, P, D]; perceiver float[B, S, L, D]; visual_tokens float[B, S, L, E]; embeddings float[B, T, E];
-        bad_scans bool[B, S]: scans with a voxel that is not finite; poisoned bool[B, T]: tokens of samples that use one.
+        bad_scans bool[B, S]: scans with a voxel that is not finite; poisoned bool[B, T]: tokens of samples using one.
 
         Masks do not stop NaN (0 x NaN), so a scan that is not finite enters the network as zeros, and its samples'
         logits and losses are set to NaN at the very end, where they cannot reach another sample.
@@ -192,7 +190,7 @@ def drop_nonfinite(batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, ja
     return bad, {**batch, **zeroed}
 
 
-# --- shapes before arrays -----------------------------------------------------------------------------------------------
+# --- shapes before arrays ---------------------------------------------------------------------------------------------
 
 
 def abstract_batch(

@@ -1,6 +1,6 @@
 """The 3D vision transformer: packed patches of scans of any depth -> patch tokens (paper, section 4.2).
 
-Letters: B rows, R vision rows a row, P patch tokens a vision row, M planes a row, S scan slots a row, D = E vision width.
+Letters: B rows, R vision rows a row, P patch tokens a vision row, M planes a row, S scan slots a row, D vision width.
 A patch is 32 x 32 pixels of 4 slices in 3 channels; a plane is one slice of one channel of one patch.
 """
 
@@ -38,7 +38,7 @@ class ViTConfig:
 
     def __post_init__(self):
         if self.width % 3:
-            raise ValueError(f"vision width {self.width} is not a multiple of 3 (row, column and depth each take a third)")
+            raise ValueError(f"vision width {self.width} is not a multiple of 3: row, column and depth take a third")
 
     @property
     def patch_size(self) -> int:

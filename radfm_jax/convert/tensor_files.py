@@ -547,9 +547,7 @@ def _storage_class(info: TensorInfo) -> str | None:
     return _DTYPES.get(info.dtype.name, (None, None))[1]
 
 
-def _pickle_state(
-    torch: Any, infos: Mapping[str, TensorInfo], owners: Sequence[str], ties: Mapping[str, str]
-) -> bytes:
+def _pickle_state(torch: Any, infos: Mapping[str, TensorInfo], owners: Sequence[str], ties: Mapping[str, str]) -> bytes:
     """The record data.pkl: an OrderedDict of tensors whose storages are named by their position in `owners`."""
 
     @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,185 @@
+"""Checkpoint directories: whole or absent, damage always found, restored onto any mesh."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import radfm_jax
+from radfm_jax import checkpoint, sharding
+from radfm_jax.models import radfm
+
+
+@pytest.fixture(scope="module")
+def model() -> radfm_jax.Model:
+    config = radfm.tiny()
+    return radfm_jax.Model(config, jax.jit(lambda k: radfm.init_params(config, k))(jax.random.key(0)))
+
+
+@pytest.fixture
+def directory(model, tmp_path):
+    radfm_jax.save(model, tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+def assert_equal(a, b):
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
+
+
+def test_save_and_load_are_bit_equal(model, directory):
+    again = radfm_jax.load(directory)
+    assert again.config == model.config and again.directory == directory
+    assert_equal(model.params, again.params)
+    assert not (directory / "tokenizer.model").exists()
+
+
+def test_load_in_another_dtype(model, directory):
+    again = radfm_jax.load(directory, dtype="bfloat16", param_dtype="bfloat16")
+    assert again.config.llama.dtype == "bfloat16"
+    assert_equal(jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.params), again.params)
+
+
+@pytest.mark.parametrize("sizes", [dict(fsdp=8), dict(fsdp=4, tensor=2), dict(data=2, fsdp=2, tensor=2)])
+def test_load_onto_a_mesh(sizes, model, directory):
+    mesh = sharding.make_mesh(**sizes)
+    again = radfm_jax.load(directory, mesh=mesh)
+    assert_equal(model.params, again.params)
+    kernel = again.params["llama"]["blocks"]["gate"]["kernel"]  # (layers, embed, mlp)
+    assert kernel.sharding.spec == jax.sharding.PartitionSpec(None, "fsdp", "tensor")
+    assert kernel.addressable_shards[0].data.shape == (2, 32 // mesh.shape["fsdp"], 64 // mesh.shape["tensor"])
+
+
+def test_saved_from_a_mesh(model, tmp_path):
+    mesh = sharding.make_mesh(fsdp=4, tensor=2)
+    shardings, _ = sharding.param_shardings(radfm.abstract_params(model.config), mesh)
+    spread = radfm_jax.Model(model.config, jax.device_put(model.params, shardings))
+    radfm_jax.save(spread, tmp_path / "checkpoint")
+    assert_equal(model.params, radfm_jax.load(tmp_path / "checkpoint").params)
+
+
+def test_what_lies_beside_the_parameters_goes_along(model, directory, tmp_path):
+    """tokenizer.model and unused tensors of a released file survive load and save."""
+    with checkpoint.new_directory(tmp_path / "with") as partial:
+        checkpoint.save_params(partial, model.params)
+        (partial / "tokenizer.model").write_bytes(b"pieces")
+        (partial / "unused.safetensors").write_bytes(b"tensors")
+        checkpoint.write_description(partial, "radfm", model.config.to_dict(), source={"file": "x.bin"})
+    radfm_jax.save(radfm_jax.load(tmp_path / "with"), tmp_path / "again")
+    assert (tmp_path / "again" / "tokenizer.model").read_bytes() == b"pieces"
+    assert (tmp_path / "again" / "unused.safetensors").read_bytes() == b"tensors"
+    assert checkpoint.read_description(tmp_path / "again")["source"] == {"file": "x.bin"}
+
+
+# --- damage -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_flipped_bit_is_found(directory):
+    """60 random bits over all files, manifest included: 0 silent."""
+    rng = np.random.default_rng(0)
+    files = sorted(p for p in directory.rglob("*") if p.is_file())
+    silent = []
+    for _ in range(60):
+        path = files[rng.integers(len(files))]
+        data = path.read_bytes()
+        bit = int(rng.integers(8 * len(data)))
+        damaged = bytearray(data)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        try:
+            checkpoint.verify(directory)
+            silent.append((path.name, bit))
+        except ValueError:
+            continue
+        finally:
+            path.write_bytes(data)
+    # A flip in the manifest's own spelling of white space or in the format number changes nothing that is read.
+    manifest = json.loads((directory / "manifest.json").read_text())
+    assert [s for s in silent if s[0] != "manifest.json"] == []
+    assert manifest["files"].keys() == {str(p.relative_to(directory)) for p in files} - {"manifest.json"}
+
+
+@pytest.mark.parametrize("damage", ["truncate", "delete", "add", "swap", "no manifest", "broken manifest"])
+def test_damaged_directories_are_refused(damage, directory):
+    chunks = sorted(p for p in (directory / "params").rglob("*") if p.is_file() and p.parent.name != "params")
+    large = [p for p in chunks if p.stat().st_size > 100 and p.name != "zarr.json"]
+    if damage == "truncate":
+        large[0].write_bytes(large[0].read_bytes()[:-1])
+    elif damage == "delete":  # zarr would read a missing chunk as zeros
+        large[0].unlink()
+    elif damage == "add":
+        (directory / "params" / "stray").write_text("")
+    elif damage == "swap":
+        a, b = large[0].read_bytes(), large[1].read_bytes()
+        large[0].write_bytes(b), large[1].write_bytes(a)
+    elif damage == "no manifest":
+        (directory / "manifest.json").unlink()
+    else:
+        (directory / "manifest.json").write_text('{"files": ')
+    with pytest.raises(ValueError, match=str(directory)) as e:
+        radfm_jax.load(directory)
+    words = {"truncate": "size differs", "delete": "missing", "add": "not in the manifest", "swap": "differs: "}
+    assert words.get(damage, "manifest.json") in str(e.value)
+
+
+def test_parameters_that_do_not_fit_are_all_listed(model, tmp_path):
+    params = jax.tree.map(lambda x: x, model.params)
+    params["llama"]["norm"]["scale"] = jnp.ones(7)
+    params["extra"] = jnp.ones(2)
+    del params["image_marks"]
+    with checkpoint.new_directory(tmp_path / "wrong") as partial:
+        checkpoint.save_params(partial, params)
+        checkpoint.write_description(partial, "radfm", model.config.to_dict())
+    with pytest.raises(ValueError) as e:
+        radfm_jax.load(tmp_path / "wrong")
+    for line in (
+        "missing: image_marks (2, 32)",
+        "unexpected: extra (2,)",
+        "shape of llama/norm/scale: (7,), expected (32,)",
+    ):
+        assert line in str(e.value)
+
+
+def test_descriptions_that_cannot_be_read(directory):
+    path = directory / "radfm.json"
+    description = json.loads(path.read_text())
+    for text, words in (
+        (json.dumps({**description, "format": 99}), "format 99.*update"),
+        ("{", "is damaged"),
+        (json.dumps({"format": 1}), "is damaged"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=words):
+            checkpoint.read_description(directory)
+    with pytest.raises(ValueError, match="not a directory"):
+        radfm_jax.load(directory / "nothing")
+
+
+def test_a_failed_save_leaves_nothing(model, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_params", full)
+    with pytest.raises(OSError, match="No space left"):
+        radfm_jax.save(model, tmp_path / "checkpoint")
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- slices -----------------------------------------------------------------------------------------------------------
+
+
+def test_written_slice_by_slice_reads_like_any_other(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 1000)  # cut every layer into several chunks
+    flat = checkpoint.flatten(model.params)
+    stacked = {k for k in flat if "/blocks/" in k}
+    with checkpoint.new_directory(tmp_path / "sliced") as partial:
+        writer = checkpoint.ParamWriter(partial, {k: (v.shape, v.dtype) for k, v in flat.items()}, stacked)
+        for name, value in flat.items():
+            for layer in range(len(value)) if name in stacked else [None]:
+                index = () if layer is None else (layer,)
+                writer.write(name, np.asarray(value)[index or ...], index)
+        checkpoint.write_description(partial, "radfm", model.config.to_dict())
+    assert_equal(model.params, radfm_jax.load(tmp_path / "sliced").params)
+    reader = checkpoint.ParamReader(tmp_path / "sliced")
+    np.testing.assert_array_equal(reader.read("llama/blocks/up/kernel", (1,)), flat["llama/blocks/up/kernel"][1])

@@ -1,0 +1,526 @@
+"""radfm_jax.convert: PyTorch files <-> checkpoint directories, with the released names of the golden manifest."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import zipfile
+from pathlib import Path
+
+import golden
+import llama_oracle
+import numpy as np
+import pytest
+import torch
+
+import radfm_jax
+from radfm_jax import checkpoint
+from radfm_jax.convert import run, sizes, table
+from radfm_jax.convert.__main__ import main
+from radfm_jax.convert.tensor_files import open_tensors, write_safetensors, write_torch_bin
+from radfm_jax.models import radfm
+
+CASE = "p1_2d_s1"
+ROOT = Path(__file__).parents[1]
+
+
+def save_bin(path: Path, state: dict[str, np.ndarray], tie: bool = True) -> Path:
+    tensors = {k: torch.from_numpy(np.array(v)) for k, v in state.items()}
+    if tie and table.EMBEDDING_ALIAS in tensors:
+        tensors[table.EMBEDDING_ALIAS] = tensors[table.EMBEDDING]
+    torch.save(tensors, path)
+    return path
+
+
+def load_bin(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    bits = [x.contiguous().reshape(-1).view(torch.uint8) for x in (a, b)]
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(*bits)
+
+
+def small_config() -> radfm.RadFMConfig:
+    """Quick to convert, with the head width of 64 that a file of released names implies."""
+    return radfm.RadFMConfig(
+        radfm.ViTConfig(width=12, num_layers=2, num_heads=2, head_dim=64, mlp_width=16),
+        radfm.PerceiverConfig(width=12, num_layers=2, num_heads=2, head_dim=64, num_latents=4),
+        radfm.LlamaConfig(vocab_size=40, width=16, mlp_width=24, num_layers=3, num_heads=2, num_kv_heads=2, head_dim=8),
+    )
+
+
+def small_state(seed: int = 0, dtype=np.float32) -> dict[str, np.ndarray]:
+    """Every used tensor of `small_config` under its released name, both names of the embedding, and the rotary buffers
+    from which the number of heads is read."""
+    rng = np.random.default_rng(seed)
+    config = small_config()
+    state = {e.name: rng.standard_normal(e.torch_shape).astype(dtype) for e in table.entries(config)}
+    state[table.EMBEDDING_ALIAS] = state[table.EMBEDDING]
+    rotary = {k: v for k, v in table.buffers(config).items() if table.ROTARY.fullmatch(k)}
+    return {**state, **rotary}
+
+
+@pytest.fixture(scope="module")
+def golden_bin(tmp_path_factory) -> Path:
+    return save_bin(tmp_path_factory.mktemp("golden") / "pytorch_model.bin", golden.state_dict(CASE))
+
+
+@pytest.fixture(scope="module")
+def golden_checkpoint(golden_bin) -> Path:
+    path = golden_bin.parent / "checkpoint"
+    run.from_torch(golden_bin, path, unused="keep")
+    return path
+
+
+@pytest.fixture(scope="module")
+def small_checkpoint(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("small")
+    run.from_torch(save_bin(folder / "small.bin", small_state()), folder / "checkpoint")
+    return folder / "checkpoint"
+
+
+# --- round trips ------------------------------------------------------------------------------------------------------
+
+
+def test_kept_tensors_come_back_byte_by_byte(golden_bin, golden_checkpoint, tmp_path):
+    run.to_torch(golden_checkpoint, tmp_path / "back.bin")
+    before, after = load_bin(golden_bin), load_bin(tmp_path / "back.bin")
+    assert before.keys() == after.keys()
+    assert [k for k in before if not same_bits(before[k], after[k])] == []
+    pointers = [after[k].untyped_storage().data_ptr() for k in (table.EMBEDDING, table.EMBEDDING_ALIAS)]
+    assert pointers[0] == pointers[1], "the two names of the embedding share one storage, as in the released file"
+
+
+def test_safetensors_folder_round_trip(golden_checkpoint, tmp_path):
+    run.to_torch(golden_checkpoint, tmp_path / "folder", max_shard_bytes=4 * 10**6)
+    names = sorted(p.name for p in (tmp_path / "folder").iterdir())
+    assert {"README.md", "config.json", "model.safetensors.index.json"} < set(names) and "manifest.json" not in names
+    assert "not for clinical use" in (tmp_path / "folder" / "README.md").read_text()
+    run.from_torch(tmp_path / "folder", tmp_path / "again", unused="keep")
+    one, two = (checkpoint.ParamReader(d) for d in (golden_checkpoint, tmp_path / "again"))
+    assert one.shapes == two.shapes
+    for name in one.shapes:
+        np.testing.assert_array_equal(one.read(name), two.read(name), err_msg=name)
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_the_published_zip(compression, small_checkpoint, tmp_path):
+    save_bin(tmp_path / "pytorch_model.bin", small_state())
+    with zipfile.ZipFile(tmp_path / "published.zip", "w", compression) as z:
+        z.write(tmp_path / "pytorch_model.bin", "RadFM/pytorch_model.bin")
+    run.from_torch(tmp_path / "published.zip", tmp_path / "checkpoint")
+    one, two = (checkpoint.ParamReader(d) for d in (small_checkpoint, tmp_path / "checkpoint"))
+    assert all(np.array_equal(one.read(k), two.read(k)) for k in one.shapes)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_dtype_option_and_unchanged_dtype(dtype, small_checkpoint, tmp_path):
+    state = {k: torch.from_numpy(v) for k, v in small_state().items()}
+    run.to_torch(small_checkpoint, tmp_path / "narrow.bin", dtype=dtype)
+    narrow = load_bin(tmp_path / "narrow.bin")
+    name = "lang_model.model.layers.1.mlp.up_proj.weight"
+    assert same_bits(narrow[name], state[name].to(getattr(torch, dtype)))
+    run.from_torch(tmp_path / "narrow.bin", tmp_path / "checkpoint", unused="keep")
+    assert {str(d) for d in checkpoint.ParamReader(tmp_path / "checkpoint").dtypes.values()} == {dtype}
+    run.to_torch(tmp_path / "checkpoint", tmp_path / "back.bin")
+    back = load_bin(tmp_path / "back.bin")
+    assert back.keys() == narrow.keys() and all(same_bits(back[k], narrow[k]) for k in back)
+
+
+def test_buffers_by_layout(small_checkpoint, tmp_path):
+    run.to_torch(small_checkpoint, tmp_path / "4.28.bin")
+    run.to_torch(small_checkpoint, tmp_path / "plain.bin", layout="plain")
+    full, plain = load_bin(tmp_path / "4.28.bin"), load_bin(tmp_path / "plain.bin")
+    extra = full.keys() - plain.keys()
+    assert {k for k in full if table.is_buffer(k)} == extra and len(extra) == 3 + 1
+    # as transformers 4.28 computes them
+    expected = 1.0 / (10000 ** (torch.arange(0, 8, 2).float() / 8))
+    torch.testing.assert_close(
+        full["lang_model.model.layers.2.self_attn.rotary_emb.inv_freq"], expected, rtol=0, atol=0
+    )
+    assert torch.equal(full[table.POSITION_IDS], torch.arange(512)[None])
+
+
+def test_dropped_tensors_are_named_and_come_back_as_zeros(golden_bin, tmp_path):
+    report = run.from_torch(golden_bin, tmp_path / "checkpoint", unused="drop")
+    assert any("dropped" in line and "bert_model" in line and "cls_head" in line for line in report.lines)
+    report = run.to_torch(tmp_path / "checkpoint", tmp_path / "back.bin")
+    assert any("filled with zeros" in line for line in report.lines)
+    before, after = load_bin(golden_bin), load_bin(tmp_path / "back.bin")
+    assert {k: v.shape for k, v in before.items()} == {k: v.shape for k, v in after.items()}
+    unused = [k for k in before if table.UNUSED.fullmatch(k) and not table.is_buffer(k)]
+    assert unused and all(not after[k].any() for k in unused)
+    assert all(same_bits(before[k], after[k]) for k in before if k not in unused and not table.is_buffer(k))
+
+
+def test_unused_tensors_at_released_size():
+    """143,079,969 unused parameters, as counted in the released file; the batch-norm statistics are no parameters."""
+    shapes = table.unused_shapes(radfm.radfm_14b())
+    counters = ("running_mean", "running_var", "num_batches_tracked")
+    parameters = {k: shape for k, (shape, _) in shapes.items() if not k.endswith(counters)}
+    assert sum(int(np.prod(s)) for s in parameters.values()) == 143_079_969
+    assert len(table.buffers(radfm.radfm_14b())) == 41
+    names = [*shapes, *table.buffers(radfm.radfm_14b()), *(e.name for e in table.entries(radfm.radfm_14b()))]
+    assert len(names) + 1 == 908  # + the second name of the embedding
+
+
+def test_large_tensors_are_read_in_blocks_of_rows(small_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "BLOCK_BYTES", 100)
+    run.from_torch(save_bin(tmp_path / "small.bin", small_state()), tmp_path / "checkpoint")
+    one, two = (checkpoint.ParamReader(d) for d in (small_checkpoint, tmp_path / "checkpoint"))
+    assert all(np.array_equal(one.read(k), two.read(k)) for k in one.shapes)
+
+
+def test_differing_names_of_the_embedding(tmp_path):
+    """The released code's load leaves the second name's value in the one tensor."""
+    state = small_state()
+    state[table.EMBEDDING_ALIAS] = state[table.EMBEDDING] + 1
+    report = run.from_torch(save_bin(tmp_path / "x.bin", state, tie=False), tmp_path / "checkpoint")
+    assert any("differ" in line for line in report.lines)
+    stored = checkpoint.ParamReader(tmp_path / "checkpoint").read("llama/embedding")
+    np.testing.assert_array_equal(stored, state[table.EMBEDDING_ALIAS])
+
+
+@pytest.mark.parametrize("absent", [table.EMBEDDING, table.EMBEDDING_ALIAS])
+def test_either_name_of_the_embedding_will_do(absent, tmp_path):
+    state = small_state()
+    del state[absent]
+    report = run.from_torch(save_bin(tmp_path / "x.bin", state, tie=False), tmp_path / "checkpoint")
+    assert any(absent in line and "absent" in line for line in report.lines)
+
+
+# --- sizes ------------------------------------------------------------------------------------------------------------
+
+
+def test_sizes_are_read_off_the_file(golden_checkpoint, small_checkpoint):
+    assert radfm_jax.load(small_checkpoint).config == small_config()
+    config, case = radfm_jax.load(golden_checkpoint).config, golden.load(CASE).meta["llama"]
+    assert (config.llama.vocab_size, config.llama.num_heads, config.vision.width) == (160, 4, 24)
+    assert (config.llama.width, config.llama.mlp_width) == (case["hidden"], case["inter"])
+    assert (config.vision.num_layers, config.perceiver.num_layers, config.num_latents) == (12, 6, 32)
+
+
+def test_released_sizes_need_no_config():
+    """At the released shapes the file alone is enough, with or without the rotary buffers."""
+    shapes = {e.name: e.torch_shape for e in table.entries(radfm.radfm_14b())}
+    assert sizes.radfm_from_shapes(shapes, None, "x") == radfm.radfm_14b()
+
+
+def test_heads_that_no_shape_tells(tmp_path):
+    state = {k: v for k, v in small_state().items() if not table.is_buffer(k)}
+    path = save_bin(tmp_path / "x.bin", state)
+    with pytest.raises(ValueError, match="number of attention heads.*--config"):
+        run.from_torch(path, tmp_path / "checkpoint")
+    (tmp_path / "config.json").write_text('{"num_attention_heads": 4, "rms_norm_eps": 1e-5}')
+    run.from_torch(path, tmp_path / "checkpoint")  # from the config beside the file
+    llama = radfm_jax.load(tmp_path / "checkpoint").config.llama
+    assert (llama.num_heads, llama.head_dim, llama.norm_eps) == (4, 4, 1e-5)
+
+
+def test_a_config_that_contradicts_the_buffers(tmp_path):
+    (tmp_path / "config.json").write_text('{"num_attention_heads": 4}')
+    with pytest.raises(ValueError, match="heads of \\[8\\], but the config says 4 heads of 4"):
+        run.from_torch(save_bin(tmp_path / "x.bin", small_state()), tmp_path / "checkpoint")
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+def test_everything_wrong_is_listed_in_one_error_and_nothing_is_written(tmp_path):
+    state = small_state()
+    del state["lang_model.model.norm.weight"], state["embedding_layer.perceiver.layers.1.0.to_q.weight"]
+    state["embedding_layer.extra.weight"] = np.zeros(3, np.float32)
+    state["embedding_layer.fc.bias"] = np.zeros(17, np.float32)
+    state["lang_model.model.layers.1.mlp.up_proj.weight"][3, 4] = np.nan
+    state["embedding_layer.perceiver.latents"][0, 0] = np.inf
+    (tmp_path / "config.json").write_text('{"num_attention_heads": 2}')
+    path = save_bin(tmp_path / "x.bin", state)
+    with pytest.raises(ValueError) as e:
+        # the width is read off norm.weight, which is gone: the config says it
+        run.from_torch(path, tmp_path / "checkpoint", config={"model": small_config().to_dict()})
+    for line in (
+        "missing: lang_model.model.norm.weight (16,)",
+        "missing: embedding_layer.perceiver.layers.1.0.to_q.weight (128, 12)",
+        "unexpected: embedding_layer.extra.weight (3,)",
+        "shape of embedding_layer.fc.bias: (17,), expected (16,)",
+        "not finite: lang_model.model.layers.1.mlp.up_proj.weight",
+        "not finite: embedding_layer.perceiver.latents",
+    ):
+        assert line in str(e.value)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "x.bin"]
+
+
+def test_values_that_are_not_finite_are_all_listed(tmp_path):
+    state = small_state()
+    state["lang_model.model.layers.0.mlp.up_proj.weight"][0, 0] = np.nan
+    state["lang_model.lm_head.weight"][1, 1] = -np.inf
+    with pytest.raises(ValueError, match="(?s)not finite: .*layers.0.mlp.up_proj.*not finite: lang_model.lm_head"):
+        run.from_torch(save_bin(tmp_path / "x.bin", state), tmp_path / "checkpoint")
+    assert [p.name for p in tmp_path.iterdir()] == ["x.bin"]
+
+
+def test_a_narrow_dtype_that_overflows(tmp_path):
+    state = small_state()
+    state["embedding_layer.fc.weight"][0, 0] = 1e6
+    with pytest.raises(ValueError, match="not finite as float16: embedding_layer.fc.weight"):
+        run.from_torch(save_bin(tmp_path / "x.bin", state), tmp_path / "checkpoint", dtype="float16")
+
+
+def test_layers_of_different_dtypes(tmp_path):
+    state = small_state()
+    name = "lang_model.model.layers.1.mlp.up_proj.weight"
+    state[name] = state[name].astype(np.float16)
+    path = save_bin(tmp_path / "x.bin", state)
+    with pytest.raises(ValueError, match="llama/blocks/up/kernel are float16 and float32: pass --dtype"):
+        run.from_torch(path, tmp_path / "checkpoint")
+    run.from_torch(path, tmp_path / "checkpoint", dtype="bfloat16")
+
+
+class Payload:
+    def __init__(self, target: Path):
+        self.target = target
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.target}",)
+
+
+def test_a_payload_never_runs(tmp_path):
+    torch.save(
+        {"x": Payload(tmp_path / "ran"), **{k: torch.from_numpy(v) for k, v in small_state().items()}},
+        tmp_path / "x.bin",
+    )
+    with pytest.raises(ValueError, match="refused by torch's safe loader"):
+        run.from_torch(tmp_path / "x.bin", tmp_path / "checkpoint")
+    assert [p.name for p in tmp_path.iterdir()] == ["x.bin"]
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.01, 0.5, 0.999])
+def test_truncated_files(keep, tmp_path):
+    path = save_bin(tmp_path / "x.bin", small_state())
+    data = path.read_bytes()
+    path.write_bytes(data[: int(keep * len(data))])
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        run.from_torch(path, tmp_path / "checkpoint")
+    assert [p.name for p in tmp_path.iterdir()] == ["x.bin"]
+
+
+def test_a_destination_that_exists(small_checkpoint, tmp_path):
+    path = save_bin(tmp_path / "x.bin", small_state())
+    (tmp_path / "there").mkdir()
+    for convert in (lambda: run.from_torch(path, tmp_path / "there"), lambda: run.to_torch(small_checkpoint, path)):
+        with pytest.raises(ValueError, match="exists: choose another name"):
+            convert()
+
+
+def test_too_little_disk_is_said_before_anything_is_written(small_checkpoint, tmp_path, monkeypatch):
+    path = save_bin(tmp_path / "x.bin", small_state())
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(ValueError, match=r"needs 0\.00 GB, but the disk of .* has 0\.00 GB free"):
+        run.from_torch(path, tmp_path / "checkpoint")
+    with pytest.raises(ValueError, match="GB free"):
+        run.to_torch(small_checkpoint, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["x.bin"]
+
+
+def test_interruption_leaves_nothing_that_looks_complete(tmp_path, monkeypatch):
+    path = save_bin(tmp_path / "x.bin", small_state())
+    written = []
+
+    def interrupted(self, name, value, index=()):
+        written.append(name)
+        if len(written) == 20:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint.ParamWriter, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run.from_torch(path, tmp_path / "checkpoint")
+    assert [p.name for p in tmp_path.iterdir()] == ["x.bin"]
+
+
+def test_sigkill_half_way_leaves_nothing_that_looks_complete(tmp_path):
+    """The process is killed while it waits inside its tenth write, so the fault is sure to fire in the middle."""
+    save_bin(tmp_path / "x.bin", small_state())
+    code = f"""
+        import time
+        from radfm_jax import checkpoint
+        from radfm_jax.convert import run
+        write, count = checkpoint.ParamWriter.write, 0
+        def slow(self, *args):
+            global count
+            count += 1
+            write(self, *args)
+            if count == 10:
+                open({str(tmp_path / "tenth")!r}, "w").close()
+                time.sleep(600)
+        checkpoint.ParamWriter.write = slow
+        run.from_torch({str(tmp_path / "x.bin")!r}, {str(tmp_path / "checkpoint")!r})
+    """
+    child = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "tenth").exists():
+        assert child.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    child.send_signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    assert not (tmp_path / "checkpoint").exists()
+    (partial,) = tmp_path.glob(".checkpoint.partial-*")
+    with pytest.raises(ValueError, match="its writing was interrupted"):
+        radfm_jax.load(partial)
+    run.from_torch(tmp_path / "x.bin", tmp_path / "checkpoint")  # and the next try is not in its way
+
+
+def test_tokenizer_goes_along_and_must_fit(tmp_path):
+    import sentencepiece
+
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text(
+        "the lungs are clear and the heart is of normal size, no fracture of a rib or joint is visible\n" * 9
+    )
+    for vocabulary in (40, 30):
+        sentencepiece.SentencePieceTrainer.train(
+            input=str(corpus), model_prefix=str(tmp_path / str(vocabulary)), vocab_size=vocabulary, minloglevel=2
+        )
+    path = save_bin(tmp_path / "x.bin", small_state())
+    with pytest.raises(ValueError, match="30.model is 30, but the embedding has 40 rows"):
+        run.from_torch(path, tmp_path / "a", tokenizer=tmp_path / "30.model")
+    with pytest.raises(ValueError, match="corpus.txt is not a SentencePiece model"):
+        run.from_torch(path, tmp_path / "a", tokenizer=corpus)
+    report = run.from_torch(path, tmp_path / "a")
+    assert any("no tokenizer" in line for line in report.lines)
+    shutil.copy(tmp_path / "40.model", tmp_path / "tokenizer.model")
+    run.from_torch(path, tmp_path / "b")  # found beside the source
+    run.to_torch(tmp_path / "b", tmp_path / "folder")
+    assert (tmp_path / "folder" / "tokenizer.model").read_bytes() == (tmp_path / "40.model").read_bytes()
+
+
+# --- LLaMA folders ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["gqa", "llama31", "tied", "head_dim"])
+def test_llama_folder_and_back(variant, tmp_path):
+    """transformers writes a folder; it becomes a checkpoint and a folder again: same logits."""
+    import transformers
+
+    state, logits, save = llama_oracle.build(llama_oracle.variants()[variant], seed=3)
+    save(tmp_path / "hf")
+    run.from_torch(tmp_path / "hf", tmp_path / "checkpoint", part="llama")
+    run.to_torch(tmp_path / "checkpoint", tmp_path / "back", part="llama")
+    with open_tensors(tmp_path / "back") as reader:
+        assert all(np.array_equal(reader.read(k), state[k]) for k in reader.infos)
+    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "back", attn_implementation="eager").eval()
+    ids = np.random.default_rng(0).integers(3, again.config.vocab_size, size=(2, 48))
+    with torch.no_grad():
+        np.testing.assert_array_equal(again(torch.from_numpy(ids)).logits.numpy(), logits(ids))
+    with pytest.raises(ValueError, match="holds only the part 'llama'"):
+        radfm_jax.load(tmp_path / "checkpoint")
+    with pytest.raises(ValueError, match="use `from-llama`"):
+        run.from_torch(tmp_path / "hf", tmp_path / "other")
+
+
+def test_language_model_of_a_radfm(small_checkpoint, tmp_path):
+    run.to_torch(small_checkpoint, tmp_path / "llm", part="llama")
+    with open_tensors(tmp_path / "llm") as reader:
+        state = small_state()
+        assert all(np.array_equal(reader.read(k), state[f"lang_model.{k}"]) for k in reader.infos)
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def test_check_passes_fails_and_refuses(small_checkpoint, tmp_path, capsys):
+    state = small_state()
+    write = lambda name: save_bin(tmp_path / name, state)  # noqa: E731
+    assert main(["check", str(small_checkpoint), str(write("same.bin"))]) == 0
+    state["lang_model.model.norm.weight"][0] += 0.5
+    assert main(["check", str(small_checkpoint), str(write("other.bin"))]) == 1
+    printed = capsys.readouterr().err
+    assert all(word in printed for word in ("max difference", "top-10 agreement", "KL(A || B)", "PASS", "FAIL"))
+    assert main(["check", str(small_checkpoint), str(tmp_path / "nothing")]) == 2
+    assert "error: " in capsys.readouterr().err
+
+
+def test_every_command_in_turn(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save_bin(tmp_path / "x.bin", small_state())
+    for command in (
+        "from-torch x.bin ck --unused keep",
+        "to-torch ck y.bin --layout plain",
+        "to-llama ck llm",
+        "from-llama llm llm_ck",
+        "check llm_ck llm",
+    ):
+        assert main(command.split()) == 0, capsys.readouterr().err
+    assert main("from-torch x.bin ck".split()) == 2
+    assert "error: ck exists" in capsys.readouterr().err
+
+
+def test_the_shell_sees_exit_codes_and_no_traceback(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "radfm_jax.convert", "from-torch", str(tmp_path / "no.bin"), str(tmp_path / "ck")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and "error: " in done.stderr and "Traceback" not in done.stderr
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path):
+    """A stack of 40 layers of 7 MB: 290 MB of parameters convert both ways in less than a third of that."""
+    config = radfm.RadFMConfig(
+        small_config().vision,
+        small_config().perceiver,
+        radfm.LlamaConfig(
+            vocab_size=40, width=256, mlp_width=2000, num_layers=40, num_heads=4, num_kv_heads=4, head_dim=64
+        ),
+    )
+    rng = np.random.default_rng(0)
+    infos = {e.name: run.TensorInfo(e.torch_shape, np.dtype(np.float32)) for e in table.entries(config)}
+    write_torch_bin(tmp_path / "x.bin", infos, lambda n: rng.standard_normal(infos[n].shape, np.float32))
+    size = (tmp_path / "x.bin").stat().st_size
+    code = """
+        import json, resource
+        from pathlib import Path
+        from radfm_jax.convert import run
+        config = json.loads(Path("config.json").read_text())
+        peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        import torch
+        run.from_torch("small.bin", "warm")
+        run.to_torch("warm", "warm.bin")
+        before = peak()
+        run.from_torch("x.bin", "checkpoint", config=config)
+        run.to_torch("checkpoint", "back.bin", layout="plain")
+        print(peak() - before)
+    """
+    (tmp_path / "config.json").write_text(json.dumps({"model": config.to_dict()}))
+    small = tmp_path / "sub"
+    small.mkdir()
+    save_bin(small / "small.bin", small_state())
+    code = code.replace('"small.bin"', repr(str(small / "small.bin")))
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    grown = int(done.stdout)
+    assert grown < size / 3, f"peak memory grew by {grown / 1e6:.0f} MB for a file of {size / 1e6:.0f} MB"
+    with open_tensors(tmp_path / "x.bin") as a, open_tensors(tmp_path / "back.bin") as b:
+        assert all(np.array_equal(a.read(n), b.read(n)) for n in list(infos)[::37])
+
+
+def test_exported_safetensors_of_one_file(tmp_path):
+    """A single .safetensors file with released names converts as well."""
+    state = small_state()
+    infos = {k: run.TensorInfo(v.shape, v.dtype) for k, v in state.items()}
+    write_safetensors(tmp_path, infos, state.__getitem__)
+    run.from_torch(tmp_path / "model.safetensors", tmp_path / "checkpoint")
+    assert radfm_jax.load(tmp_path / "checkpoint").config == small_config()

@@ -1,0 +1,400 @@
+"""Samples packed into one row are what they are alone, and no sample can touch another.
+
+The row of all tests below (L = 2 visual tokens a scan; V `<image>`, W `</image>`, . a place whose id is not read; the
+key of 30 and of every EOS is seen by nobody; segments also name the samples: 1 = A, 2 = B, 3 = C, 4 = D):
+
+    ids           1  V  .  .  W 11 12 13  2   1  V  .  .  W 14  V  .  .  W 15 16 17  2
+    visual_index -1 -1  0  1 -1 -1 -1 -1 -1  -1 -1  2  3 -1 -1 -1  4  5 -1 -1 -1 -1 -1
+    segments      1  1  1  1  1  1  1  1  1   2  2  2  2  2  2  2  2  2  2  2  2  2  2
+    positions     0  1  2  3  4  5  6  7  8   0  1  2  3  4  5  6  7  8  9 10 11 12 13
+    key_ok        1  1  1  1  1  1  1  1  0   1  1  1  1  1  1  1  1  1  1  1  1  1  0
+    targets       .  .  .  .  .  . 13  2  .   .  .  .  .  .  .  .  .  .  . 16 17  2  .
+    weights       0  0  0  0  0  0  3  1  0   0  0  0  0  0  0  0  0  0  0  1  3  1  0
+
+    ids           1 18 19 30 20 21  2   1  V  .  .  W 22 23 24  2   0  0  0  0  0
+    visual_index -1 -1 -1 -1 -1 -1 -1  -1 -1  2  3 -1 -1 -1 -1 -1  -1 -1 -1 -1 -1
+    segments      3  3  3  3  3  3  3   4  4  4  4  4  4  4  4  4   0  0  0  0  0
+    positions     0  1  2  3  4  5  6   0  1  2  3  4  5  6  7  8   0  0  0  0  0
+    key_ok        1  1  1  0  1  1  0   1  1  1  1  1  1  1  1  0   0  0  0  0  0
+    targets       .  .  .  . 21  2  .   .  .  .  .  . 23 24  2  .   .  .  .  .  .
+    weights       0  0  0  0  1  1  0   0  0  0  0  0  1  1  3  0   0  0  0  0  0
+
+    scan slot             0 cxr             1 ct              2 mr              3 empty
+    voxels                8 x 8 gray, 2D    8 x 4 x 4         4 x 12 x 4
+    patches               2 x 2 x 1         2 x 1 x 2         1 x 3 x 2
+    planes                0-3, each 2 x 3   4-11, each 3      12-23, each 3     times in a patch of 2 slices, 3 channels
+    scan_rows             0                 0                 1                -1
+    of samples            A                 B and D           B
+
+    patch_segments        1 1 1 1 2 2 2 2 0 0 0 0      vision row 0
+                          3 3 3 3 3 3 0 0 0 0 0 0      vision row 1
+"""
+
+import dataclasses
+
+import jax
+import numpy as np
+import packed
+import parity
+import pytest
+from packed import CONFIG, SAMPLES, SCANS, SIZES, Sample
+
+from input_pipeline.packing import plain_rows
+from radfm_jax.losses import radfm_loss
+from radfm_jax.models.radfm import RadFM
+
+PARAMS = parity.recipe_params(CONFIG)
+SEGMENT = {name: i for i, name in enumerate(SAMPLES, 1)}
+SLOT = {name: i for i, name in enumerate(SCANS)}
+
+
+@jax.jit
+def run(params, batch) -> dict:
+    """Everything that a row yields; `grads` of the loss's sum. Compiled once for each kind of voxels."""
+    model = RadFM(CONFIG)
+
+    def loss(params):
+        total, weight, out = radfm_loss(model, params, batch, chunk=16)
+        return total, {**out, "sum": total, "weight": weight}
+
+    grads, out = jax.grad(loss, has_aux=True)(params)
+    return {**out, "grads": grads, "logits": model.apply({"params": params}, batch)[0]}
+
+
+def evaluate(batch) -> dict:
+    return jax.tree.map(np.asarray, run(PARAMS, batch))
+
+
+def all_four(dtype=np.int16, scans=SCANS) -> dict:
+    return packed.row(SAMPLES.values(), scans, dtype=dtype, **SIZES)
+
+
+def as_float(scans=SCANS) -> dict:
+    return {name: scan.expand() for name, scan in scans.items()}
+
+
+def only(batch, sample: str) -> dict:
+    """The batch with the weights of one sample alone."""
+    return {**batch, "weights": np.where(batch["segments"] == SEGMENT[sample], batch["weights"], 0)}
+
+
+def largest(tree) -> float:
+    return max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(tree))
+
+
+def difference(ours, theirs) -> float:
+    return largest(jax.tree.map(lambda a, b: a.astype(np.float64) - b, ours, theirs))
+
+
+def assert_equal_trees(ours, theirs):
+    for (path, a), (_, b) in zip(*(jax.tree_util.tree_leaves_with_path(t) for t in (ours, theirs)), strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
+
+
+def assert_same_for(sample: str, before: dict, after: dict, grads: bool = True):
+    """Bit for bit: the sample's logits and losses; and the gradients, if both are of its loss alone."""
+    mine = before["segments"] == SEGMENT[sample]
+    for key in ("logits", "token_loss", "correct", "embeddings", "poisoned"):
+        np.testing.assert_array_equal(before[key][mine], after[key][mine], err_msg=f"{key} of {sample}")
+    if grads:
+        assert np.isfinite(largest(before["grads"])) and largest(before["grads"]) > 1e-3
+        assert_equal_trees(before["grads"], after["grads"])
+
+
+def outcome(batch) -> dict:
+    return {**evaluate(batch), "segments": batch["segments"]}
+
+
+def test_the_row_is_the_one_drawn_above():
+    batch = {k: v[0] for k, v in all_four().items()}
+    lines = [line.split() for line in __doc__.splitlines()]
+    drawn = {}
+    for name, *numbers in (line for line in lines if line and line[0] in batch and len(line) > 15):
+        drawn.setdefault(name, []).extend(numbers)
+    words = {"V": 40, "W": 41, ".": 0}
+    for name in ("ids", "visual_index", "segments", "positions", "key_ok", "targets", "weights"):
+        numbers = [words.get(n, n) for n in drawn[name]]
+        np.testing.assert_array_equal(batch[name], np.array(numbers, np.float64), err_msg=name)
+    np.testing.assert_array_equal(batch["patch_segments"], [[1] * 4 + [2] * 4 + [0] * 4, [3] * 6 + [0] * 6])
+    np.testing.assert_array_equal(batch["scan_rows"], [0, 0, 1, -1])
+    np.testing.assert_array_equal(batch["plane_index"][0, 1], np.full((2, 3), 1))
+    np.testing.assert_array_equal(batch["plane_index"][0, 5], [[6] * 3, [7] * 3])
+    np.testing.assert_array_equal(batch["plane_index"][1, 0], [[12] * 3, [13] * 3])
+
+
+# --- a sample alone ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def together():
+    return outcome(all_four())
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return {name: outcome(packed.row([sample], **SIZES)) for name, sample in SAMPLES.items()}
+
+
+def test_a_sample_gives_the_same_alone(together, alone):
+    for name in SAMPLES:
+        mine, own = together["segments"] == SEGMENT[name], alone[name]["segments"] == 1
+        for key, atol in (("logits", 2e-5), ("token_loss", 2e-5), ("embeddings", 2e-5)):
+            np.testing.assert_allclose(together[key][mine], alone[name][key][own], rtol=0, atol=atol, err_msg=key)
+        np.testing.assert_array_equal(together["correct"][mine], alone[name]["correct"][own])
+
+
+def test_losses_and_gradients_add_up(together, alone):
+    total = sum(one["sum"].astype(np.float64) for one in alone.values())
+    assert together["weight"] == sum(one["weight"] for one in alone.values()) == 16
+    np.testing.assert_allclose(together["sum"], total, rtol=1e-6)
+    summed = jax.tree.map(lambda *g: sum(x.astype(np.float64) for x in g), *(one["grads"] for one in alone.values()))
+    for (path, ours), (_, theirs) in zip(
+        *(jax.tree_util.tree_leaves_with_path(t) for t in (together["grads"], summed)), strict=True
+    ):
+        np.testing.assert_allclose(
+            ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max(), err_msg=jax.tree_util.keystr(path)
+        )
+
+
+def test_rows_of_a_batch_do_not_meet(together, alone):
+    """Row after row in one batch: the same numbers as one batch a row."""
+    batch = packed.stack([packed.row([sample], **SIZES) for sample in SAMPLES.values()])
+    out = evaluate(batch)
+    for i, one in enumerate(alone.values()):
+        np.testing.assert_allclose(out["logits"][i], one["logits"][0], rtol=0, atol=2e-5)
+    np.testing.assert_allclose(out["sum"], together["sum"], rtol=1e-6)
+
+
+# --- what one sample does to another: nothing -------------------------------------------------------------------------
+
+
+def with_other_ids(batch) -> dict:
+    ids = np.where((batch["segments"] == SEGMENT["A"]) & (batch["ids"] < 40), (batch["ids"] + 7) % 40, batch["ids"])
+    return {**batch, "ids": ids.astype(np.int32)}
+
+
+def with_other_voxels(batch) -> dict:
+    planes = batch["planes"].copy()
+    planes[:, :4] = planes[:, :4][..., ::-1] + 3
+    return {**batch, "planes": planes}
+
+
+def with_scale(value: float, key: str = "scan_scale"):
+    def change(batch) -> dict:
+        scale = batch[key].copy()
+        scale[:, SLOT["cxr"]] = value
+        return {**batch, key: scale}
+
+    return change
+
+
+def without_a(batch) -> dict:
+    """A's tokens and patches become padding where they stand."""
+    tokens = batch["segments"] == SEGMENT["A"]
+    patches = batch["patch_segments"] == SLOT["cxr"] + 1
+    slots = np.arange(SIZES["slots"]) == SLOT["cxr"]
+    empty = {"ids": 0, "visual_index": -1, "segments": 0, "positions": 0, "key_ok": False, "targets": 0, "weights": 0}
+    out = {k: np.where(tokens, v, batch[k]).astype(batch[k].dtype) for k, v in empty.items()}
+    for key in ("plane_index", "patch_segments", "patch_positions"):
+        where = patches.reshape(*patches.shape, *(1,) * (batch[key].ndim - 3))
+        out[key] = np.where(where, 0, batch[key])
+    out["scan_rows"] = np.where(slots, -1, batch["scan_rows"])
+    out |= {k: np.where(slots, np.float32(0), batch[k]) for k in ("scan_scale", "scan_offset")}
+    return {**batch, **out}
+
+
+CHANGES = {
+    "ids": with_other_ids,
+    "voxels": with_other_voxels,
+    "scale": with_scale(0.01),
+    "scale_nan": with_scale(np.nan),
+    "offset_inf": with_scale(np.inf, "scan_offset"),
+    "removed": without_a,
+}
+
+
+@pytest.fixture(scope="module")
+def only_b():
+    return outcome(only(all_four(), "B"))
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changes_nothing_for_b(change, only_b):
+    before, batch = all_four(), CHANGES[change](all_four())
+    mine = batch["segments"] == SEGMENT["A"]
+    after = {**outcome(only(batch, "B")), "segments": before["segments"]}
+    for other in ("B", "C", "D"):
+        assert_same_for(other, only_b, after)
+    if mine.any():  # and the change was one
+        assert not np.array_equal(only_b["logits"][mine], after["logits"][mine])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_voxel_that_is_not_finite_reaches_nobody_else(value):
+    before = all_four(np.float32, as_float())
+    after = {**before, "planes": before["planes"].copy()}
+    after["planes"][0, 5, 0, 1] = value  # one voxel of A's scan
+    clean, dirty = outcome(only(before, "B")), outcome(only(after, "B"))
+    assert not clean["bad_scans"].any() and not clean["poisoned"].any()
+    np.testing.assert_array_equal(dirty["bad_scans"], [[True, False, False, False]])
+    np.testing.assert_array_equal(dirty["poisoned"], after["segments"] == SEGMENT["A"])
+    assert np.isnan(dirty["logits"][dirty["poisoned"]]).all()
+    assert np.isfinite(dirty["logits"][~dirty["poisoned"]]).all()
+    for other in ("B", "C", "D"):
+        assert_same_for(other, clean, dirty)
+
+    whole = outcome(after)  # A's own losses and so the sum are NaN; those of the others are what they were
+    clean = outcome(before)
+    trained = (after["segments"] == SEGMENT["A"]) & (after["weights"] > 0)
+    assert np.isnan(whole["token_loss"][trained]).all() and np.isnan(whole["sum"])
+    for other in ("B", "C", "D"):
+        assert_same_for(other, clean, whole, grads=False)
+
+
+def test_planes_that_nobody_uses_may_hold_anything():
+    before = all_four(np.float32, as_float())
+    after = {**before, "planes": before["planes"].copy()}
+    used = np.unique(before["plane_index"])
+    after["planes"][:, np.setdiff1d(np.arange(SIZES["planes"]), used)] = np.nan
+    clean, dirty = outcome(before), outcome(after)
+    assert not dirty["bad_scans"].any() and np.isfinite(dirty["logits"]).all()
+    assert_equal_trees(clean["grads"], dirty["grads"])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_shared_scan_that_is_not_finite(value):
+    """The scan of B and D: both are poisoned, A and C are not."""
+    batch = all_four()
+    batch["scan_offset"] = batch["scan_offset"].copy()
+    batch["scan_offset"][0, SLOT["ct"]] = value
+    out, clean = outcome(batch), outcome(all_four())
+    np.testing.assert_array_equal(out["bad_scans"], [[False, True, False, False]])
+    np.testing.assert_array_equal(out["poisoned"], np.isin(batch["segments"], [SEGMENT["B"], SEGMENT["D"]]))
+    assert np.isnan(out["logits"][out["poisoned"]]).all()
+    np.testing.assert_array_equal(np.isnan(out["token_loss"]), out["poisoned"] & (batch["weights"] > 0))
+    for other in ("A", "C"):
+        assert_same_for(other, clean, out, grads=False)
+
+
+def test_a_slot_that_is_bad_but_unused_poisons_nobody():
+    batch = all_four()
+    batch["scan_scale"] = batch["scan_scale"].copy()
+    batch["scan_scale"][0, 3] = np.nan
+    out, clean = outcome(batch), outcome(all_four())
+    assert not out["poisoned"].any()
+    np.testing.assert_array_equal(out["logits"], clean["logits"])
+    assert_equal_trees(out["grads"], clean["grads"])
+
+
+def test_a_key_that_nobody_may_see():
+    """Token 30 of C: what stands there changes its own logits alone; its neighbour 20 changes all that follow."""
+    batch, clean = all_four(), outcome(all_four())
+    for token, changed in ((30, [False] * 3 + [True] + [False] * 3), (20, [False] * 4 + [True] * 3)):
+        other = {**batch, "ids": np.where(batch["ids"] == token, 31, batch["ids"])}
+        mine = batch["segments"] == SEGMENT["C"]
+        differs = (outcome(other)["logits"] != clean["logits"]).any(-1)
+        np.testing.assert_array_equal(differs[mine], changed)
+        assert not differs[~mine].any()
+
+
+def test_nothing_has_weight():
+    out = outcome({**all_four(), "weights": np.zeros((1, SIZES["text"]), np.float32)})
+    assert out["sum"] == 0 and out["weight"] == 0
+    assert largest(out["grads"]) == 0 and largest(out["token_loss"]) == 0
+    # Not even with a scan that is not finite: the sample that uses it is not trained on.
+    bad = with_scale(np.nan)({**all_four(), "weights": np.zeros((1, SIZES["text"]), np.float32)})
+    out = outcome(bad)
+    assert out["sum"] == 0 and out["weight"] == 0 and out["bad_scans"].any()
+    assert largest(out["grads"]) == 0
+
+
+# --- the same voxels, differently carried -----------------------------------------------------------------------------
+
+
+def test_shared_planes_are_exact(together):
+    """Every plane written out, none shared: the same bits."""
+    scans = {name: scan.expand(scaled=False) for name, scan in SCANS.items()}
+    batch = all_four(scans=scans)
+    own = batch["plane_index"][batch["patch_segments"] > 0]
+    assert np.unique(own).size == own.size
+    out = evaluate(batch)
+    np.testing.assert_array_equal(out["logits"], together["logits"])
+    assert_equal_trees(out["grads"], together["grads"])
+
+
+def test_stored_values_are_those_of_float32(together):
+    """voxel * scale + offset on the device, against float32 values made on the host."""
+    out = evaluate(all_four(np.float32, as_float()))
+    np.testing.assert_allclose(out["logits"], together["logits"], rtol=0, atol=2e-5)
+    for a, b in zip(jax.tree.leaves(out["grads"]), jax.tree.leaves(together["grads"]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
+
+
+def test_order_of_scans_and_vision_rows_does_not_matter(together):
+    """D before B: other slots, other places among the patches."""
+    batch = packed.row([SAMPLES[name] for name in "CDBA"], **SIZES)
+    out = evaluate(batch)
+    for place, name in enumerate("CDBA", 1):
+        mine, there = batch["segments"] == place, together["segments"] == SEGMENT[name]
+        np.testing.assert_allclose(out["logits"][mine], together["logits"][there], rtol=0, atol=2e-5)
+    np.testing.assert_allclose(out["sum"], together["sum"], rtol=1e-6)
+
+
+# --- one program for every depth --------------------------------------------------------------------------------------
+
+MIXES = {
+    "2D and 3D, gray": {"a": (8, 8, 1, 1), "b": (8, 4, 4, 1), "c": (4, 12, 4, 1)},
+    "2D only, one in colour": {"a": (8, 8, 1, 3), "b": (16, 8, 1, 1), "c": (4, 4, 1, 1)},
+    "deep 3D": {"a": (4, 4, 16, 1), "b": (4, 8, 4, 3), "c": (4, 4, 6, 1)},
+    "one volume that fills a vision row": {"a": (8, 4, 12, 1), "b": (4, 4, 2, 1), "c": (8, 8, 4, 1)},
+}
+MIXED = [Sample((1, "a", 11, "b"), (12, 2), (1, 1)), Sample((1, 13, "c"), (14, 2), (1, 3))]
+
+
+def released(scan: packed.Scan) -> np.ndarray:
+    """The visual tokens of a scan by way of the released layout, which the golden cases prove: float32[L, E]."""
+    ids = np.array([[1]], np.int32)
+    vision = CONFIG.vision
+    batch = plain_rows(
+        ids,
+        scan.values()[None, None],
+        vocab_size=CONFIG.llama.vocab_size,
+        num_latents=CONFIG.num_latents,
+        patch=vision.patch,
+        tables=vision.tables,
+    )
+    return np.asarray(RadFM(CONFIG).apply({"params": PARAMS}, batch)[1]["visual_tokens"][0, 0])
+
+
+def test_one_program_serves_every_mix_of_depths():
+    forward = jax.jit(lambda params, batch: RadFM(CONFIG).apply({"params": params}, batch)[1]["visual_tokens"])
+    seen = []
+    for shapes in MIXES.values():
+        scans = {name: packed.scan(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
+        tokens = np.asarray(forward(PARAMS, packed.row(MIXED, scans, **SIZES)))
+        for slot, scan in enumerate(scans.values()):
+            np.testing.assert_allclose(tokens[0, slot], released(scan), rtol=0, atol=1e-5)
+        seen.append(tokens)
+    assert forward._cache_size() == 1
+    assert all(largest(a - b) > 0.1 for a, b in zip(seen, seen[1:], strict=False))
+
+
+def test_gray_values_of_eight_bits():
+    """Rows of 2D scans alone travel as uint8: the same numbers as in 16 bits."""
+    scans = {name: packed.scan(8, 8, 1, dtype=np.uint8, seed=i) for i, name in enumerate("abc")}
+    forward = jax.jit(lambda params, batch: RadFM(CONFIG).apply({"params": params}, batch)[0])
+    wide = forward(PARAMS, packed.row(MIXED, scans, **SIZES))
+    narrow = packed.row(MIXED, scans, dtype=np.uint8, **SIZES)
+    assert narrow["planes"].dtype == np.uint8
+    np.testing.assert_array_equal(forward(PARAMS, narrow), wide)
+    assert forward._cache_size() == 2
+
+
+def test_every_sample_of_these_tests_is_trained_on():
+    """A weight for each answer token, none lost by the builder."""
+    batch = all_four()
+    for name, sample in SAMPLES.items():
+        mine = (batch["segments"] == SEGMENT[name]) & (batch["weights"] > 0)
+        np.testing.assert_array_equal(batch["targets"][mine], sample.answer)
+        np.testing.assert_array_equal(batch["weights"][mine], sample.weights)
+        assert dataclasses.asdict(sample)["question"] == sample.question

@@ -1,0 +1,371 @@
+"""The whole network: its full size and its config; neither scan, remat, mesh nor size changes what it computes."""
+
+import dataclasses
+import functools
+import json
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import packed
+import parity
+import pytest
+import torch
+import torch_radfm
+from packed import CONFIG, SAMPLES, SIZES
+
+from input_pipeline.packing import plain_rows
+from radfm_jax.losses import radfm_loss
+from radfm_jax.models import llama, perceiver, vit3d
+from radfm_jax.models.layers import REMAT_POLICIES
+from radfm_jax.models.radfm import (
+    PRESETS,
+    RadFM,
+    RadFMConfig,
+    abstract_batch,
+    abstract_params,
+    init_params,
+    radfm_14b,
+    tiny,
+)
+from radfm_jax.sharding import batch_sharding, make_mesh, param_shardings, place_batch
+
+PARAMS = parity.recipe_params(CONFIG)
+
+
+def assert_close_trees(ours, theirs, to_peak: float):
+    """Each tensor within `to_peak` times the largest absolute value that it should have."""
+    for (path, a), (_, b) in zip(*(jax.tree_util.tree_leaves_with_path(t) for t in (ours, theirs)), strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        np.testing.assert_allclose(a, b, rtol=0, atol=to_peak * np.abs(b).max(), err_msg=jax.tree_util.keystr(path))
+
+
+@functools.cache
+def step(config: RadFMConfig):
+    """(params, batch, dropout key or None) -> ((mean loss, out with logits), gradients)."""
+    model = RadFM(config)
+
+    def mean_loss(params, batch, key):
+        rngs = None if key is None else {"dropout": key}
+        total, weight, out = radfm_loss(model, params, batch, chunk=16, rngs=rngs)
+        return total / weight, out
+
+    return jax.jit(jax.value_and_grad(mean_loss, has_aux=True))
+
+
+@functools.cache
+def eight_rows() -> dict:
+    """Eight packed rows, each with other samples and other scans."""
+    names = ["ABCD", "BDC", "C", "AD", "CA", "DBA", "B", "CDAC"]
+    shapes = {"cxr": (8, 8, 1), "ct": (8, 4, 4), "mr": (4, 12, 4)}
+    rows = []
+    for i, row in enumerate(names):
+        scans = {name: packed.scan(*shape, seed=10 * i + j) for j, (name, shape) in enumerate(shapes.items())}
+        rows.append(packed.row([SAMPLES[name] for name in row], scans, **SIZES))
+    return packed.stack(rows)
+
+
+@functools.cache
+def plain_run():
+    """Losses and gradients of the eight rows on one device."""
+    return jax.device_get(step(CONFIG)(PARAMS, eight_rows(), None))
+
+
+# --- full size --------------------------------------------------------------------------------------------------------
+
+
+def test_full_size_shapes():
+    config = radfm_14b()
+    batch = abstract_batch(config, rows=2, text=2048, scans=16, vision_rows=4, patches=1024, planes=16384)
+    params = nn.unbox(abstract_params(config))
+    model = RadFM(config)
+    logits, out = jax.eval_shape(lambda p, b: model.apply({"params": p}, b), params, batch)
+    hidden, _ = jax.eval_shape(lambda p, b: model.apply({"params": p}, b, method=RadFM.hidden), params, batch)
+    assert (logits.shape, logits.dtype) == ((2, 2048, 32000), jnp.float32)
+    assert hidden.shape == (2, 2048, 5120)
+    assert {name: value.shape for name, value in out.items()} == {
+        "vit": (2, 4, 1024, 768),
+        "perceiver": (2, 16, 32, 768),
+        "visual_tokens": (2, 16, 32, 5120),
+        "embeddings": (2, 2048, 5120),
+        "bad_scans": (2, 16),
+        "poisoned": (2, 2048),
+    }
+
+
+def test_full_size_parameters():
+    """The released state_dict, its unused parts left out and its tied table counted once."""
+    params = nn.unbox(abstract_params(radfm_14b()))
+    count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))  # noqa: E731
+    assert {part: count(tree) for part, tree in params.items()} == {
+        "vit": 66_208_000,  # embedding_layer.vision_encoder
+        "perceiver": 37_802_496,  # embedding_layer.perceiver
+        "projection": 3_937_280,  # embedding_layer.fc
+        "image_marks": 10_240,  # embedding_layer.figure_token_weight
+        "llama": 12_852_024_320 + 163_840_000,  # lang_model.model, lang_model.lm_head
+    }
+    assert count(params) == 13_123_822_336
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+
+
+def test_full_size_is_sharded():
+    """Nothing larger than a megabyte lies whole on each of 32 devices in the mesh of the paper's runs."""
+    mesh = jax.sharding.AbstractMesh((1, 32, 1), ("data", "fsdp", "tensor"))
+    shardings, notes = param_shardings(abstract_params(radfm_14b()), mesh)
+    shapes = nn.unbox(abstract_params(radfm_14b()))
+    whole = jax.tree.map(lambda s, leaf: leaf.size if s.is_fully_replicated else 0, shardings, shapes)
+    assert max(jax.tree.leaves(whole)) * 4 < 2**20, notes
+
+
+# --- config -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_config_there_and_back(name):
+    config = PRESETS[name]()
+    scaling = llama.RopeScaling(factor=4.0, original_context=64)
+    scaled = dataclasses.replace(config, llama=dataclasses.replace(config.llama, rope_scaling=scaling))
+    for c in (config, scaled, config.with_compute(dtype="bfloat16", remat="dots")):
+        assert RadFMConfig.from_dict(c.to_dict()) == c
+        again = RadFMConfig.from_dict(json.loads(json.dumps(c.to_dict())))  # JSON has lists for tuples
+        assert again == c and hash(again) == hash(c)
+    assert RadFMConfig.from_dict({}) == radfm_14b()
+
+
+def test_config_names_every_unknown_field():
+    fields = tiny().to_dict()
+    fields["vision"] |= {"depth": 3, "heads": 1}
+    fields["llama"]["theta"] = 1.0
+    fields["audio"] = {}
+    with pytest.raises(ValueError, match="unknown model fields") as error:
+        RadFMConfig.from_dict(fields)
+    for name in ("vision.depth", "vision.heads", "llama.theta", "audio"):
+        assert name in str(error.value)
+
+
+def test_config_refuses_sizes_that_do_not_fit():
+    with pytest.raises(ValueError, match="vision width 24 and perceiver width 48"):
+        RadFMConfig(tiny().vision, dataclasses.replace(tiny().perceiver, width=48), tiny().llama)
+    with pytest.raises(ValueError, match="vision width 25"):
+        dataclasses.replace(tiny().vision, width=25)
+    with pytest.raises(ValueError, match="4 query heads cannot share 3"):
+        dataclasses.replace(tiny().llama, num_kv_heads=3)
+    with pytest.raises(ValueError, match="remat policy 'ful' is unknown: choose one of full, attention"):
+        abstract_params(tiny().with_compute(remat="ful"))
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        tiny().with_compute(dytpe="bfloat16")
+
+
+def test_compute_is_set_in_every_part():
+    config = tiny().with_compute(dtype="bfloat16", param_dtype="bfloat16", remat="none", attention="xla")
+    for part in (config.vision, config.perceiver, config.llama):
+        assert (part.dtype, part.param_dtype, part.remat, part.attention) == ("bfloat16", "bfloat16", "none", "xla")
+    assert {leaf.dtype for leaf in jax.tree.leaves(nn.unbox(abstract_params(config)))} == {jnp.dtype("bfloat16")}
+    assert config.with_compute(dtype="float32", param_dtype="float32", remat="full", attention="auto") == tiny()
+    assert (config.num_latents, config.image_id) == (4, 96)
+
+
+def test_parameters_are_made_as_announced():
+    """`abstract_params` is the tree that `init_params` makes, which depends on the key alone."""
+    init = jax.jit(functools.partial(init_params, CONFIG))
+    params = init(jax.random.key(1))
+    shapes = nn.unbox(abstract_params(CONFIG))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(lambda x: (x.shape, x.dtype), shapes)
+    again, other = init(jax.random.key(1)), init(jax.random.key(2))
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), params, again))
+    random = [k for k, v in params["llama"]["blocks"].items() if (v == other["llama"]["blocks"][k]).all()]
+    assert not random
+
+
+# --- what must not change the numbers ---------------------------------------------------------------------------------
+
+
+def layer(params: dict, i: int) -> dict:
+    return {"params": jax.tree.map(lambda x: x[i], params)}
+
+
+def test_scanned_stacks_are_their_blocks_one_by_one():
+    batch = {k: jnp.asarray(v) for k, v in packed.row(SAMPLES.values(), **SIZES).items()}
+    logits, out = jax.jit(lambda p, b: RadFM(CONFIG).apply({"params": p}, b))(PARAMS, batch)
+
+    patches = [batch[k] for k in ("planes", "plane_index", "patch_segments", "patch_positions")]
+    embedding = vit3d.PatchEmbedding(CONFIG.vision)
+    x = embedding.apply({"params": PARAMS["vit"]["embedding"]}, *patches, batch["scan_scale"], batch["scan_offset"])
+    b, r, p, width = x.shape
+    x, segments = x.reshape(b * r, p, width), batch["patch_segments"].reshape(b * r, p)
+    for i in range(CONFIG.vision.num_layers):
+        x, _ = vit3d.Block(CONFIG.vision).apply(layer(PARAMS["vit"]["blocks"], i), x, segments)
+    np.testing.assert_allclose(x.reshape(b, r, p, width), out["vit"], rtol=0, atol=2e-5)
+
+    own = PARAMS["perceiver"]
+    x = jnp.broadcast_to(own["latents"], (*batch["scan_rows"].shape, *own["latents"].shape))
+    for i in range(CONFIG.perceiver.num_layers):
+        block = perceiver.Block(CONFIG.perceiver)
+        rows = jnp.maximum(batch["scan_rows"], 0)
+        x, _ = block.apply(layer(own["blocks"], i), x, out["vit"], batch["patch_segments"], rows)
+    x = nn.LayerNorm(epsilon=1e-5).apply({"params": own["norm"]}, x)
+    np.testing.assert_allclose(x, out["perceiver"], rtol=0, atol=2e-5)
+
+    own, c = PARAMS["llama"], CONFIG.llama
+    x, rope = out["embeddings"], llama.rope_table(batch["positions"], c)
+    seen = jnp.where(batch["key_ok"] | (batch["segments"] == 0), batch["segments"], -1)
+    for i in range(c.num_layers):
+        x, _ = llama.Block(c).apply(layer(own["blocks"], i), x, rope, batch["segments"], seen)
+    x = nn.RMSNorm(epsilon=c.norm_eps).apply({"params": own["norm"]}, x)
+    np.testing.assert_allclose(x @ own["head"], logits, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("remat", [name for name in REMAT_POLICIES if name != CONFIG.llama.remat])
+def test_remat_changes_nothing(remat):
+    (loss, out), grads = plain_run()
+    (other_loss, other_out), other_grads = step(CONFIG.with_compute(remat=remat))(PARAMS, eight_rows(), None)
+    np.testing.assert_allclose(other_loss, loss, rtol=1e-6)
+    np.testing.assert_allclose(other_out["token_loss"], out["token_loss"], rtol=0, atol=2e-5)
+    assert_close_trees(other_grads, grads, to_peak=1e-5)
+
+
+def test_bfloat16():
+    (loss, out), grads = plain_run()
+    (half_loss, half_out), half_grads = step(CONFIG.with_compute(dtype="bfloat16"))(PARAMS, eight_rows(), None)
+    assert half_out["vit"].dtype == half_out["embeddings"].dtype == jnp.bfloat16
+    assert half_out["token_loss"].dtype == half_loss.dtype == jnp.float32
+    assert {g.dtype for g in jax.tree.leaves(half_grads)} == {jnp.dtype("float32")}
+    assert np.isfinite(half_out["token_loss"]).all()
+    np.testing.assert_allclose(half_loss, loss, rtol=2e-2)
+    np.testing.assert_allclose(half_out["token_loss"], out["token_loss"], rtol=0, atol=0.5)
+    norm = lambda tree: np.sqrt(sum(float((np.asarray(g, np.float64) ** 2).sum()) for g in jax.tree.leaves(tree)))  # noqa: E731
+    apart = norm(jax.tree.map(lambda a, b: np.asarray(a, np.float64) - b, half_grads, grads))
+    assert apart < 0.1 * norm(grads)
+
+
+def test_dropout():
+    vision = dataclasses.replace(CONFIG.vision, dropout=0.3)
+    config = dataclasses.replace(CONFIG, vision=vision)
+    run = step(config)
+    (loss, out), _ = plain_run()
+    (off, _), _ = run(PARAMS, eight_rows(), None)
+    np.testing.assert_allclose(off, loss, rtol=1e-6)  # no key: nothing is dropped
+    first, again, other = (run(PARAMS, eight_rows(), jax.random.key(i)) for i in (0, 0, 1))
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+    losses = [float(x[0][0]) for x in (first, other)]
+    assert np.isfinite(losses).all() and len({*losses, float(off)}) == 3
+    # Text alone has no dropout: the released LLaMA has none, and scans reach only the samples that show them.
+    text = eight_rows()["segments"][2] == 1
+    np.testing.assert_allclose(first[0][1]["token_loss"][2][text], out["token_loss"][2][text], rtol=0, atol=2e-5)
+    # Layers draw their own masks: with one layer's branches switched off, the other one still drops.
+    vit = np.asarray(first[0][1]["vit"])
+    assert np.abs(vit - np.asarray(other[0][1]["vit"])).max() > 0.1
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2)], ids=str)
+def test_meshes(shape):
+    """Data, fsdp and tensor parallel: the loss and every gradient are those of one device."""
+    (loss, out), grads = plain_run()
+    mesh = make_mesh(*shape)
+    shardings, notes = param_shardings(abstract_params(CONFIG), mesh)
+    divides = [why for why in notes.values() if "not divisible" in why]
+    assert not divides
+    with jax.set_mesh(mesh):
+        init = jax.jit(functools.partial(init_params, CONFIG), out_shardings=shardings)
+        fresh = init(jax.random.key(3))
+        batch = place_batch(eight_rows(), mesh)
+        out_shardings = ((None, batch_sharding(mesh)), shardings)
+        run = jax.jit(step(CONFIG).__wrapped__, static_argnums=2, out_shardings=out_shardings)
+        (mesh_loss, mesh_out), mesh_grads = run(jax.device_put(PARAMS, shardings), batch, None)
+    whole = jax.jit(functools.partial(init_params, CONFIG))(jax.random.key(3))
+    jax.tree.map(np.testing.assert_array_equal, fresh, whole)
+    for leaf, sharding in zip(jax.tree.leaves(fresh), jax.tree.leaves(shardings), strict=True):
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+    kernel = fresh["llama"]["blocks"]["up"]["kernel"]  # [layers, embed, mlp]
+    assert kernel.addressable_shards[0].data.shape == (2, 32 // shape[1], 64 // shape[2])
+    rows = {shard.data.shape[0] for shard in batch["ids"].addressable_shards}
+    assert rows == {8 // (shape[0] * shape[1])}
+
+    np.testing.assert_allclose(mesh_loss, loss, rtol=1e-6)
+    np.testing.assert_allclose(mesh_out["token_loss"], out["token_loss"], rtol=0, atol=2e-5)
+    np.testing.assert_array_equal(mesh_out["correct"], out["correct"])
+    assert_close_trees(mesh_grads, grads, to_peak=1e-5)
+
+
+# --- parity at sizes that no golden case has --------------------------------------------------------------------------
+
+
+def drawn_sizes(rng) -> torch_radfm.Sizes:
+    one_of = lambda *values: int(rng.choice(values))  # noqa: E731
+    kv_heads = one_of(1, 2, 3)
+    heads = kv_heads * one_of(1, 2, 3)
+    return torch_radfm.Sizes(
+        vocab=one_of(37, 50, 64),
+        hidden=heads * one_of(4, 6, 10),
+        inter=one_of(20, 33),
+        layers=one_of(1, 3),
+        heads=heads,
+        kv_heads=kv_heads,
+        vis_dim=one_of(6, 15, 30),
+        vit_depth=one_of(1, 3),
+        vit_heads=one_of(1, 3),
+        vit_dim_head=one_of(4, 7),
+        vit_mlp=one_of(10, 25),
+        patch=(one_of(2, 4), one_of(3, 5), one_of(2, 3)),
+        tables=(one_of(5, 6), one_of(7, 8), one_of(9, 11)),
+        perceiver_depth=one_of(1, 2),
+        perceiver_heads=one_of(1, 3),
+        perceiver_dim_head=one_of(3, 8),
+        latents=one_of(1, 5),
+        ff_mult=one_of(2, 3),
+        rope_theta=float(one_of(300, 20000)),
+        rms_eps=float(rng.choice([1e-5, 1e-3])),
+    )
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_any_size_agrees_with_pytorch(seed):
+    """Two samples of two scans with H != W and D > 1, an attention mask with holes, gradients of every parameter."""
+    rng = np.random.default_rng(seed)
+    sizes = drawn_sizes(rng)
+    height, width, depth = (step * n for step, n in zip(sizes.patch, (2, 3, 2), strict=True))
+    vision = rng.random((2, 2, 3, height, width, depth), np.float32)
+    v, n = sizes.vocab, sizes.latents
+    text = lambda k: [int(i) for i in rng.integers(3, v, k)]  # noqa: E731
+    image = lambda s: [v, *range(v + 2 + n * s, v + 2 + n * (s + 1)), v + 1]  # noqa: E731
+    rows = [
+        [1, *image(0), *text(3), *image(1), *text(5), 2],
+        [1, *text(2), *image(1), *text(3), *image(0), *text(2)],  # the scans in the other order
+    ]
+    length = max(map(len, rows)) + 2
+    ids = np.array([[*row, *[0] * (length - len(row))] for row in rows], np.int32)
+    mask = (np.arange(length) < [[len(row)] for row in rows]).astype(np.int32)
+    mask[0, 5], mask[1, [2, length - 6]] = 0, 0
+    labels = np.where((ids < v) & (ids > 1) & (rng.random(ids.shape) < 0.7), ids, -100)
+    weights = rng.choice([1, 3], ids.shape).astype(np.float32)
+
+    model = torch_radfm.build(sizes, salt=str(seed))
+    theirs = model(torch.from_numpy(ids).long(), torch.from_numpy(vision), torch.from_numpy(mask))
+    their_loss, _, token_ce = torch_radfm.losses(
+        theirs["logits"], torch.from_numpy(labels).long(), torch.from_numpy(weights)
+    )
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    their_grads = dict(zip(names, torch.autograd.grad(their_loss, parameters), strict=True))
+    theirs = {k: value.detach().numpy() for k, value in theirs.items()}
+
+    config = parity.config_of(sizes)
+    params = parity.params_of(config, torch_radfm.arrays_of(model))
+    batch = plain_rows(
+        ids, vision, mask, vocab_size=v, num_latents=n, patch=sizes.patch, tables=sizes.tables
+    )
+    targets, weights = parity.targets_of(labels, weights)
+    (loss, out), grads = step(config)(params, {**batch, "targets": targets, "weights": weights}, None)
+    logits = RadFM(config).apply({"params": params}, batch)[0]
+
+    close = functools.partial(np.testing.assert_allclose, rtol=0, atol=2e-5)
+    close(out["vit"].reshape(theirs["vit"].shape), theirs["vit"])
+    close(out["perceiver"], theirs["perceiver"])
+    close(out["visual_tokens"].reshape(theirs["visual_tokens"].shape), theirs["visual_tokens"])
+    close(out["embeddings"], theirs["embeds"])
+    close(logits, theirs["logits"])
+    close(out["token_loss"][:, :-1], token_ce.detach().numpy())
+    np.testing.assert_allclose(loss, their_loss.item(), rtol=1e-6)
+    ours = parity.under_torch_names(config, grads)
+    assert ours.keys() == their_grads.keys()
+    assert_close_trees(ours, {name: their_grads[name].numpy() for name in ours}, to_peak=1e-4)
