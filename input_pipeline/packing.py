@@ -1,6 +1,14 @@
-"""Samples -> fixed-size rows (the batch of radfm_jax/models/radfm.py)."""
+"""Samples -> fixed-size rows (the batch of radfm_jax/models/radfm.py).
+
+`plan_rows` decides from token, patch and plane counts alone, before any pixel is read, which samples share a row and
+where their scans lie; `assemble` fills the arrays of one row. `plain_rows` is the special case of one sample a row.
+"""
 
 from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -70,3 +78,251 @@ def plain_rows(
         "scan_scale": np.ones((b, s), np.float32),
         "scan_offset": np.zeros((b, s), np.float32),
     }
+
+
+# --- planning ---------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Sizes of a row: T text tokens, R vision rows of P patches, M planes, S scans. `overflow` says what exceeds them."""
+
+    text_length: int = 2048
+    vision_rows: int = 4
+    patch_length: int = 1024
+    planes: int = 8192
+    scans: int = 24
+
+    def overflow(self, tokens: int, patches: Sequence[int], planes: int) -> str | None:
+        """Why a sample alone does not fit an empty row, or None."""
+        if tokens > self.text_length:
+            return f"{tokens} tokens, a row has {self.text_length}"
+        if len(patches) > self.scans:
+            return f"{len(patches)} scans, a row has {self.scans}"
+        if planes > self.planes:
+            return f"{planes} planes, a row has {self.planes}"
+        if patches and max(patches) > self.patch_length:
+            return f"a scan of {max(patches)} patches, a vision row has {self.patch_length}"
+        if _place(list(patches), [self.patch_length] * self.vision_rows) is None:
+            return f"{len(patches)} scans of {sum(patches)} patches do not fit {self.vision_rows} vision rows"
+        return None
+
+
+@dataclasses.dataclass
+class Row:
+    """A planned row: which samples, and which scan lies in which slot and vision row.
+
+    Attributes:
+      samples: indices into the window, in the order in which they stand in the row.
+      scans: scan id -> (slot, vision row); a scan that several samples ask about has one slot.
+    """
+
+    samples: list[int] = dataclasses.field(default_factory=list)
+    scans: dict[int, tuple[int, int]] = dataclasses.field(default_factory=dict)
+
+
+def plan_rows(
+    tokens: Sequence[int],
+    scans: Sequence[tuple[int, ...]],
+    patches: Sequence[int] | np.ndarray,
+    planes: Sequence[int] | np.ndarray,
+    limits: Limits,
+    *,
+    share_scans: bool = True,
+) -> list[Row]:
+    """Packs the samples of a window into as few rows as it can; a pure function of its arguments.
+
+    Best fit of the largest first, over text, patches, planes and slots at once: each sample (or, with `share_scans`,
+    each group of samples about the same scans) goes into the row with the least room left that holds it.
+
+        limits 10 tokens        tokens 7 3 6 4 2     ->  rows [0 1] [2 3] [4]
+
+    Args:
+      tokens: text tokens of each sample, image tokens included.
+      scans: ids of the distinct scans of each sample.
+      patches, planes: of each scan, by id.
+      share_scans: bring samples of one scan together, so that it is loaded and encoded once.
+    Raises:
+      ValueError: a sample that does not fit an empty row, with what exceeds it.
+    """
+    patches, planes = np.asarray(patches).tolist(), np.asarray(planes).tolist()
+    for i, ids in enumerate(scans):
+        problem = limits.overflow(tokens[i], [patches[s] for s in ids], sum(planes[s] for s in ids))
+        if problem:
+            raise ValueError(f"sample {i} of the window does not fit a row: {problem}")
+    units = _groups(tokens, scans, limits) if share_scans else [[i] for i in range(len(tokens))]
+    # What each unit needs of a row: text, patches, planes, slots, and one vision row free enough for its largest scan.
+    full = np.array(
+        [
+            limits.text_length,
+            limits.vision_rows * limits.patch_length,
+            limits.planes,
+            limits.scans,
+            limits.patch_length,
+        ],
+        np.float64,
+    )
+    wanted = [tuple(dict.fromkeys(s for i in unit for s in scans[i])) for unit in units]
+    need = np.array(
+        [
+            [
+                sum(tokens[i] for i in unit),
+                sum(patches[s] for s in ids),
+                sum(planes[s] for s in ids),
+                len(ids),
+                max((patches[s] for s in ids), default=0),
+            ]
+            for unit, ids in zip(units, wanted, strict=True)
+        ],
+        np.float64,
+    ).reshape(-1, len(full))
+    rows: list[Row] = []
+    free = np.zeros((0, len(full)))  # of the rows that are still open, one line each
+    numbers: list[int] = []  # which row each line is
+    free_patches: list[list[int]] = []  # of each row, by vision row
+    smallest = need.min(axis=0) if len(need) else None
+    for u in np.argsort(-(need[:, :-1] / full[:-1]).max(axis=1), kind="stable").tolist():
+        room = free[: len(numbers)]
+        fitting = np.flatnonzero((room >= need[u]).all(axis=1))
+        left = (room[fitting, :2] / full[:2]).sum(axis=1)
+        for line in fitting[np.argsort(left, kind="stable")[:4]].tolist():
+            places = _place([patches[s] for s in wanted[u]], free_patches[numbers[line]])
+            if places is not None:
+                break
+        else:
+            line = len(numbers)
+            if line == len(free):
+                free = np.concatenate([free, np.tile(full, (max(64, line), 1))])
+            free[line] = full
+            numbers.append(len(rows))
+            rows.append(Row())
+            free_patches.append([limits.patch_length] * limits.vision_rows)
+            places = _place([patches[s] for s in wanted[u]], free_patches[-1])
+        number = numbers[line]
+        rows[number].samples += units[u]
+        for s, vision_row in zip(wanted[u], places, strict=True):
+            rows[number].scans[s] = (len(rows[number].scans), vision_row)
+            free_patches[number][vision_row] -= patches[s]
+        free[line] -= need[u]
+        free[line, -1] = max(free_patches[number])
+        if (free[line] < smallest).any():  # nothing fits any more: its line goes to the last open row
+            numbers[line] = numbers[-1]
+            free[line] = free[len(numbers) - 1]
+            numbers.pop()
+    return rows
+
+
+def _groups(tokens, scans, limits: Limits) -> list[list[int]]:
+    """Samples about the same scans, together as long as their text fits a row; samples without scans stand alone."""
+    groups: dict[tuple[int, ...], list[list[int]]] = {}
+    room: dict[tuple[int, ...], int] = {}
+    alone = []
+    for i, ids in enumerate(scans):
+        if not ids:
+            alone.append([i])
+        elif ids in groups and room[ids] >= tokens[i]:
+            groups[ids][-1].append(i)
+            room[ids] -= tokens[i]
+        else:
+            groups.setdefault(ids, []).append([i])
+            room[ids] = limits.text_length - tokens[i]
+    return alone + [group for several in groups.values() for group in several]
+
+
+def _place(sizes: list[int], free: list[int]) -> list[int] | None:
+    """A vision row for each scan, the largest first into the fullest that has room; None if they do not fit."""
+    free, places = list(free), [0] * len(sizes)
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        fitting = [r for r, room in enumerate(free) if room >= sizes[i]]
+        if not fitting:
+            return None
+        places[i] = best = min(fitting, key=lambda r: free[r])
+        free[best] -= sizes[i]
+    return places
+
+
+# --- filling ----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Planes:
+    """A scan as it enters a row: planes [m, h, w], plane_index int32[n, slices, channels] into them, positions
+    int32[n, 3], and voxel = plane * scale + offset."""
+
+    planes: np.ndarray
+    plane_index: np.ndarray
+    positions: np.ndarray
+    scale: float = 1.0
+    offset: float = 0.0
+
+
+def assemble(
+    row: Row,
+    samples: Sequence,
+    scans: dict[int, Planes],
+    limits: Limits,
+    *,
+    num_latents: int = 32,
+    plane_dtype=np.uint8,
+) -> dict[str, np.ndarray]:
+    """The arrays of one row, without the batch axis (radfm_jax/models/radfm.py draws them), with targets and weights.
+
+    Args:
+      samples: the encoded samples of the row, in the order of `row.samples`, each with ids, targets, weights, key_ok
+        [t], visual int32[t, 2] (which of its scans, which latent; -1) and scan_ids: its distinct scans by id.
+      scans: what lies in the row's slots, by scan id.
+    Raises:
+      ValueError: a scan of another dtype, or with more patches or planes than the plan allowed for.
+    """
+    t, r, p, s = limits.text_length, limits.vision_rows, limits.patch_length, limits.scans
+    of_one = next(iter(scans.values()), None)
+    slices, channels = of_one.plane_index.shape[1:] if of_one else (PATCH[2], 3)
+    h, w = of_one.planes.shape[1:] if of_one else PATCH[:2]
+    i32 = np.int32
+    out = {
+        **{k: np.zeros(t, i32) for k in ("ids", "targets", "segments", "positions")},
+        "visual_index": np.full(t, -1, i32),
+        "weights": np.zeros(t, np.float32),
+        "key_ok": np.zeros(t, bool),
+        "planes": np.zeros((limits.planes, h, w), plane_dtype),
+        "plane_index": np.zeros((r, p, slices, channels), i32),
+        "patch_segments": np.zeros((r, p), i32),
+        "patch_positions": np.zeros((r, p, 3), i32),
+        "scan_rows": np.full(s, -1, i32),
+        "scan_scale": np.ones(s, np.float32),
+        "scan_offset": np.zeros(s, np.float32),
+    }
+    at = 0
+    for segment, sample in enumerate(samples, 1):
+        n = len(sample.ids)
+        here = slice(at, at + n)
+        for name in ("ids", "targets", "weights", "key_ok"):
+            out[name][here] = getattr(sample, name)
+        slots = np.array([row.scans[scan][0] for scan in sample.scan_ids] or [0], i32)
+        which, latent = sample.visual[:, 0], sample.visual[:, 1]
+        out["visual_index"][here] = np.where(which >= 0, slots[np.maximum(which, 0)] * num_latents + latent, -1)
+        out["segments"][here] = segment
+        out["positions"][here] = np.arange(n)
+        at += n
+    plane_at, patch_at = 0, collections.Counter()
+    for scan, (slot, vision_row) in row.scans.items():
+        value = scans[scan]
+        n, m, start = len(value.plane_index), len(value.planes), patch_at[vision_row]
+        if value.planes.dtype != plane_dtype or start + n > p or plane_at + m > limits.planes:
+            raise ValueError(
+                f"scan {scan} has {m} planes of {value.planes.dtype} and {n} patches; the row has room for "
+                f"{limits.planes - plane_at} of {np.dtype(plane_dtype)} and {p - start}: the index is out of date"
+            )
+        patches = slice(start, start + n)
+        out["planes"][plane_at : plane_at + m] = value.planes
+        out["plane_index"][vision_row, patches] = value.plane_index + plane_at
+        out["patch_segments"][vision_row, patches] = slot + 1
+        out["patch_positions"][vision_row, patches] = value.positions
+        out["scan_rows"][slot], out["scan_scale"][slot], out["scan_offset"][slot] = (
+            vision_row,
+            value.scale,
+            value.offset,
+        )
+        plane_at += m
+        patch_at[vision_row] += n
+    return out

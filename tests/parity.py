@@ -1,5 +1,7 @@
 """Our network with the weights of a PyTorch state_dict, and its gradients under PyTorch's names."""
 
+import functools
+
 import golden
 import jax
 import numpy as np
@@ -7,9 +9,10 @@ import torch_radfm
 
 from radfm_jax.checkpoint import flatten, unflatten
 from radfm_jax.convert.table import entries
-from radfm_jax.models.llama import LlamaConfig
+from radfm_jax.losses import radfm_loss
+from radfm_jax.models.llama import LlamaConfig, head_logits
 from radfm_jax.models.perceiver import PerceiverConfig
-from radfm_jax.models.radfm import RadFMConfig
+from radfm_jax.models.radfm import RadFM, RadFMConfig
 from radfm_jax.models.vit3d import ViTConfig
 
 
@@ -86,3 +89,32 @@ def targets_of(labels: np.ndarray, loss_reweight: np.ndarray | None = None) -> t
 def recipe_params(config: RadFMConfig, salt: str = "") -> dict:
     """Parameters of any size by the recipe of the golden cases: attention and predictions are sharp, not flat."""
     return params_of(config, {e.name: golden.tensor(e.name, e.torch_shape, salt) for e in entries(config)})
+
+
+class WithHidden:
+    """A model whose `out` also holds the hidden states, so that logits and losses come from one forward pass."""
+
+    def __init__(self, model: RadFM):
+        self.model, self.config = model, model.config
+
+    def apply(self, *args, **kwargs):
+        hidden, out = self.model.apply(*args, **kwargs)
+        return hidden, {**out, "hidden": hidden}
+
+
+def loss_and_gradients(config: RadFMConfig):
+    """A function of (params, batch, dropout key or None) -> ((mean loss, out with logits), gradients)."""
+    model = WithHidden(RadFM(config))
+
+    def mean_loss(params, batch, key=None):
+        rngs = None if key is None else {"dropout": key}
+        total, weight, out = radfm_loss(model, params, batch, chunk=64, rngs=rngs)
+        return total / weight, {**out, "logits": head_logits(out["hidden"], params["llama"]["head"], "float32")}
+
+    return jax.value_and_grad(mean_loss, has_aux=True)
+
+
+@functools.cache
+def step(config: RadFMConfig):
+    """`loss_and_gradients`, compiled once for each shape of a batch."""
+    return jax.jit(loss_and_gradients(config))

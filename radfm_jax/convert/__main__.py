@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import resource
 import sys
 import time
-from collections.abc import Iterator
 
 import absl.logging
 from rich.console import Console
@@ -117,12 +115,19 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-@contextlib.contextmanager
-def progress_bar(console: Console, label: str) -> Iterator[Progress]:
-    sizes = (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(TextColumn("{task.description}"), BarColumn(), *sizes, console=console, transient=True) as bar:
-        bar.add_task(label, total=None)
-        yield bar
+class Bar:
+    """run.Progress on the terminal."""
+
+    def __init__(self, console: Console):
+        sizes = (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        self.rich = Progress(TextColumn("{task.description}"), BarColumn(), *sizes, console=console, transient=True)
+        self.task = self.rich.add_task("", total=None)
+
+    def stage(self, name: str, total: int | None) -> None:
+        self.rich.reset(self.task, description=name, total=total)
+
+    def advance(self, done: int) -> None:
+        self.rich.advance(self.task, done)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -134,7 +139,7 @@ def main(argv: list[str] | None = None) -> int:
     console = Console(stderr=True)
     try:
         return _check(args, console) if args.command == "check" else _convert(args, console)
-    except (ValueError, ImportError) as e:
+    except (ValueError, ImportError, OSError) as e:
         console.print(f"error: {e}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 2
 
@@ -144,14 +149,9 @@ def _convert(args: argparse.Namespace, console: Console) -> int:
 
     start = time.monotonic()
     part = "llama" if args.command.endswith("llama") else "radfm"
-    with progress_bar(console, args.command) as bar:
-        (task,) = bar.task_ids
-        common = {
-            "part": part,
-            "dtype": args.dtype,
-            "progress": lambda n: bar.advance(task, n),
-            "total": lambda n: bar.update(task, total=n),
-        }
+    bar = Bar(console)
+    with bar.rich:
+        common = {"part": part, "dtype": args.dtype, "progress": bar}
         if args.command.startswith("from"):
             report = run.from_torch(
                 args.src,
@@ -183,7 +183,8 @@ def _check(args: argparse.Namespace, console: Console) -> int:
     from radfm_jax.convert.check import compare
 
     config = sizes.read_config(args.config) if args.config else None
-    c = compare(args.a, args.b, config=config, seed=args.seed, dtype=args.dtype)
+    with console.status("comparing"):
+        c = compare(args.a, args.b, config=config, seed=args.seed, dtype=args.dtype)
     ok = c.max_difference <= args.tolerance  # NaN is not
     for name, value in (
         ("positions", f"{c.positions}"),

@@ -19,7 +19,19 @@ from radfm_jax.convert.tensor_files import TensorInfo, TensorReader, open_tensor
 from radfm_jax.models.radfm import RadFMConfig
 
 BLOCK_BYTES = 256 * 2**20
-Progress = Callable[[int], None]
+
+
+class Progress:
+    """Hears how far a conversion is, in bytes; this one tells nobody."""
+
+    def stage(self, name: str, total: int | None) -> None:
+        """A new stage begins; `total` is None where nobody knows it yet."""
+
+    def advance(self, done: int) -> None:
+        """So many bytes more are done."""
+
+
+SILENT = Progress()
 
 
 @dataclasses.dataclass
@@ -30,10 +42,6 @@ class Report:
     bytes: int = 0
     dtypes: tuple[str, ...] = ()
     lines: list[str] = dataclasses.field(default_factory=list)
-
-
-def _ignore(_: int) -> None:
-    """No progress wanted."""
 
 
 # --- PyTorch -> Orbax -------------------------------------------------------------------------------------------------
@@ -51,9 +59,9 @@ class TorchModel:
       unused: names of tensors that no part of the model reads, buffers of transformers 4.28 included.
     """
 
-    def __init__(self, src, *, config: dict | None = None, dtype=None, verify=True, progress: Progress = _ignore):
+    def __init__(self, src, *, config: dict | None = None, dtype=None, verify=True, progress: Progress = SILENT):
         self.src = Path(src)
-        self.reader: TensorReader = open_tensors(self.src, verify=verify, progress=progress)
+        self.reader: TensorReader = open_tensors(self.src, verify=verify, progress=progress.advance)
         self.dtype = np.dtype(checkpoint.DTYPES[dtype]) if dtype else None
         self.notes: list[str] = []
         try:
@@ -105,22 +113,22 @@ class TorchModel:
         others = [name for name in infos if name not in known]
         self.unused = [name for name in others if table.UNUSED.fullmatch(name) or table.is_buffer(name)]
         self.problems = [f"unexpected: {name} {shapes[name]}" for name in others if name not in set(self.unused)]
-        self.problems += [f"missing: {e.name} {e.torch_shape}" for e in self.entries if self._source(e) not in infos]
+        self.problems += [f"missing: {e.name} {e.torch_shape}" for e in self.entries if self.source(e) not in infos]
         for e in self.entries:
-            info = infos.get(self._source(e))
+            info = infos.get(self.source(e))
             if info is not None and info.shape != e.torch_shape:
-                self.problems.append(f"shape of {self._source(e)}: {info.shape}, expected {e.torch_shape}")
+                self.problems.append(f"shape of {self.source(e)}: {info.shape}, expected {e.torch_shape}")
             elif info is not None and info.dtype.name not in checkpoint.DTYPES:
-                self.problems.append(f"dtype of {self._source(e)}: {info.dtype} is not a float of 16 or 32 bits")
+                self.problems.append(f"dtype of {self.source(e)}: {info.dtype} is not a float of 16 or 32 bits")
         self.shapes = self._param_shapes()
 
-    def _source(self, entry: table.Entry) -> str:
+    def source(self, entry: table.Entry) -> str:
         return self.sources[entry.name]
 
     def _param_shapes(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         dtypes: dict[str, set] = {}
         for e in self.entries:
-            info = self.reader.infos.get(self._source(e))
+            info = self.reader.infos.get(self.source(e))
             if info is not None:
                 dtypes.setdefault(e.path, set()).add(info.dtype)
         for path, several in dtypes.items():
@@ -137,7 +145,7 @@ class TorchModel:
         """
         if self.problems:
             for e in self.entries:
-                name = self._source(e)
+                name = self.source(e)
                 if name in self.reader.infos and not all(np.isfinite(b).all() for _, b in self._blocks(name)):
                     self.problems.append(f"not finite: {name}")
             raise self.error()
@@ -145,13 +153,13 @@ class TorchModel:
     def error(self) -> ValueError:
         return ValueError(f"{self.src} cannot be converted, nothing was written:\n  " + "\n  ".join(self.problems))
 
-    def slices(self, progress: Progress = _ignore) -> Iterator[tuple[str, tuple, np.ndarray]]:
+    def slices(self, progress: Progress = SILENT) -> Iterator[tuple[str, tuple, np.ndarray]]:
         """Yields (parameter path, index, value) for every part of every parameter, in the stored dtype.
 
         Raises ValueError at the end listing every tensor that is not finite (or became so in a narrower dtype).
         """
         for e in self.entries:
-            name, (_, dtype) = self._source(e), self.shapes[e.path]
+            name, (_, dtype) = self.source(e), self.shapes[e.path]
             for rows, block in self._blocks(name, whole=e.layer is not None):
                 with np.errstate(over="ignore"):  # an overflow is found below, with its name
                     value = e.to_ours(block).astype(dtype, copy=False)
@@ -159,7 +167,7 @@ class TorchModel:
                     fit = "" if not np.isfinite(block).all() else f" as {dtype}"
                     self.problems.append(f"not finite{fit}: {name}")
                 yield e.path, e.index or e.row_index(rows), value
-                progress(block.nbytes)
+                progress.advance(block.nbytes)
         self._check_alias()
         if self.problems:
             self.problems = list(dict.fromkeys(self.problems))
@@ -197,8 +205,7 @@ def from_torch(
     unused: str = "drop",
     dtype: str | None = None,
     verify: bool = True,
-    progress: Progress = _ignore,
-    total: Progress = _ignore,
+    progress: Progress = SILENT,
 ) -> Report:
     """PyTorch weights -> a checkpoint directory.
 
@@ -211,13 +218,13 @@ def from_torch(
       unused: `keep` stores tensors that the model never reads, `drop` their names and shapes only.
       dtype: float32, bfloat16 or float16; None keeps what the file has.
       verify: check the file's CRCs first.
-      progress: called with bytes done; total: called once with bytes to do.
     Raises:
       ValueError: everything that is wrong with the input, in one message; `dst` then does not exist.
     """
     if Path(dst).exists():
         raise ValueError(f"{dst} exists: choose another name or remove it first")
-    with TorchModel(src, config=config, dtype=dtype, verify=verify) as model:
+    progress.stage("opening", None)
+    with TorchModel(src, config=config, dtype=dtype, verify=verify, progress=progress) as model:
         if model.part != part:
             command = {"radfm": "from-torch", "llama": "from-llama"}[model.part]
             raise ValueError(f"{src} holds the tensors of a {model.part}: use `{command}`")
@@ -229,17 +236,16 @@ def from_torch(
         vocabulary = Path(tokenizer) if tokenizer else model.folder / checkpoint.TOKENIZER
         if tokenizer or vocabulary.is_file():
             check_tokenizer(vocabulary, model.config.llama.vocab_size)
-        total(sum(infos[model._source(e)].nbytes for e in model.entries) + sum(i.nbytes for i in kept.values()))
+        read = [*(infos[model.source(e)] for e in model.entries), *kept.values()]
+        progress.stage("converting", sum(info.nbytes for info in read))
         with checkpoint.new_directory(dst) as directory:
             stacked = {e.path for e in model.entries if e.layer is not None}
             writer = checkpoint.ParamWriter(directory, model.shapes, stacked)
             for path, index, value in model.slices(progress):
                 writer.write(path, value, index)
             if kept:
-                one_file = size + 1
-                write_safetensors(
-                    directory, kept, model.reader.read, max_shard_bytes=one_file, basename="unused", progress=progress
-                )
+                more = {"max_shard_bytes": size + 1, "basename": "unused", "progress": progress.advance}  # one file
+                write_safetensors(directory, kept, model.reader.read, **more)
             if vocabulary.is_file():
                 shutil.copyfile(vocabulary, directory / checkpoint.TOKENIZER)
             sizes_of = model.config.to_dict() if part == "radfm" else {"llama": model.config.to_dict()["llama"]}
@@ -303,8 +309,7 @@ def to_torch(
     layout: str = "4.28",
     dtype: str | None = None,
     max_shard_bytes: int = 5 * 10**9,
-    progress: Progress = _ignore,
-    total: Progress = _ignore,
+    progress: Progress = SILENT,
 ) -> Report:
     """A checkpoint directory -> PyTorch weights.
 
@@ -313,13 +318,14 @@ def to_torch(
         model card.
       part: `radfm` for the released names, `llama` for the language model alone in Hugging Face names (from either).
       layout: `4.28` adds the 41 buffers that the released code's strict load wants, `plain` leaves them out.
-      dtype, progress, total: as in `from_torch`.
+      dtype, progress: as in `from_torch`.
     Raises:
       ValueError: `src` is damaged or not a checkpoint, `dst` exists, too little space.
     """
     dst = Path(dst)
     if dst.exists():
         raise ValueError(f"{dst} exists: choose another name or remove it first")
+    progress.stage("verifying", None)
     checkpoint.verify(src)
     description = checkpoint.read_description(src)
     if part == "radfm":
@@ -360,16 +366,16 @@ def to_torch(
         report.bytes = sum(info.nbytes for name, info in infos.items() if not (as_bin and name in ties))
         report.dtypes = tuple(sorted({infos[e.name].dtype.name for e in entries}))
         checkpoint.require_space(dst, report.bytes + report.bytes // 50, f"writing {dst}")
-        total(report.bytes)
+        progress.stage("converting", report.bytes)
         if as_bin:
             dst.parent.mkdir(parents=True, exist_ok=True)
-            write_torch_bin(dst, infos, read, ties=ties, progress=progress)
+            write_torch_bin(dst, infos, read, ties=ties, progress=progress.advance)
         else:
             hf = sizes.llama_to_hf(config.llama, report.dtypes[0])
             if part == "radfm":
                 hf |= {"architectures": ["MultiLLaMAForCausalLM"], "model": config.to_dict()}
             with checkpoint.new_directory(dst, manifest=False) as folder:
-                write_safetensors(folder, infos, read, max_shard_bytes=max_shard_bytes, progress=progress)
+                write_safetensors(folder, infos, read, max_shard_bytes=max_shard_bytes, progress=progress.advance)
                 (folder / "config.json").write_text(json.dumps(hf, indent=2))
                 (folder / "README.md").write_text(model_card(config, part, report.parameters))
                 if (Path(src) / checkpoint.TOKENIZER).is_file():

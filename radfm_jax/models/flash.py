@@ -30,7 +30,8 @@ def choose(kernel: str, q: jax.Array, k: jax.Array, platform: str | None = None)
     t, u, width = q.shape[1], k.shape[1], q.shape[3]
     refusals = {
         "xla": [],
-        "splash": [
+        "splash": [  # it multiplies float32 in bfloat16, forward and backward
+            *([f"dtype {q.dtype} is not bfloat16"] if q.dtype != jnp.bfloat16 else []),
             *([f"head width {width} is not a multiple of 64"] if width % 64 else []),
             *([f"lengths {t} and {u} are not multiples of 128"] if t % 128 or u % 128 else []),
         ],
