@@ -103,7 +103,8 @@ class Limits:
             return f"{planes} planes, a row has {self.planes}"
         if patches and max(patches) > self.patch_length:
             return f"a scan of {max(patches)} patches, a vision row has {self.patch_length}"
-        if _place(list(patches), [self.patch_length] * self.vision_rows) is None:
+        crowded = len(patches) > self.vision_rows  # otherwise each can have a vision row of its own
+        if crowded and _place(list(patches), [self.patch_length] * self.vision_rows) is None:
             return f"{len(patches)} scans of {sum(patches)} patches do not fit {self.vision_rows} vision rows"
         return None
 
@@ -151,63 +152,54 @@ def plan_rows(
         if problem:
             raise ValueError(f"sample {i} of the window does not fit a row: {problem}")
     units = _groups(tokens, scans, limits) if share_scans else [[i] for i in range(len(tokens))]
-    # What each unit needs of a row: text, patches, planes, slots, and one vision row free enough for its largest scan.
-    full = np.array(
-        [
-            limits.text_length,
-            limits.vision_rows * limits.patch_length,
-            limits.planes,
-            limits.scans,
-            limits.patch_length,
-        ],
-        np.float64,
-    )
     wanted = [tuple(dict.fromkeys(s for i in unit for s in scans[i])) for unit in units]
-    need = np.array(
-        [
-            [
-                sum(tokens[i] for i in unit),
-                sum(patches[s] for s in ids),
-                sum(planes[s] for s in ids),
-                len(ids),
-                max((patches[s] for s in ids), default=0),
-            ]
-            for unit, ids in zip(units, wanted, strict=True)
-        ],
-        np.float64,
-    ).reshape(-1, len(full))
+    # What a row has and each unit needs: text, patches, planes, slots, and a vision row free for its largest scan.
+    full = np.array(
+        [limits.text_length, limits.vision_rows * limits.patch_length, limits.planes, limits.scans, limits.patch_length]
+    )
+    need = np.zeros((len(units), len(full)), np.int64)
+    for u, (unit, ids) in enumerate(zip(units, wanted, strict=True)):
+        sizes = [patches[s] for s in ids]
+        text = sum(tokens[i] for i in unit)
+        need[u] = text, sum(sizes), sum(planes[s] for s in ids), len(ids), max(sizes, default=0)
+    smallest = need.min(axis=0, initial=limits.text_length)
     rows: list[Row] = []
-    free = np.zeros((0, len(full)))  # of the rows that are still open, one line each
-    numbers: list[int] = []  # which row each line is
     free_patches: list[list[int]] = []  # of each row, by vision row
-    smallest = need.min(axis=0) if len(need) else None
-    for u in np.argsort(-(need[:, :-1] / full[:-1]).max(axis=1), kind="stable").tolist():
-        room = free[: len(numbers)]
-        fitting = np.flatnonzero((room >= need[u]).all(axis=1))
-        left = (room[fitting, :2] / full[:2]).sum(axis=1)
-        for line in fitting[np.argsort(left, kind="stable")[:4]].tolist():
-            places = _place([patches[s] for s in wanted[u]], free_patches[numbers[line]])
+    numbers: list[int] = []  # of the rows that are still open; the columns of `free` and `left` are theirs
+    free = np.zeros((len(full), len(units)), np.int64)
+    left = np.zeros(len(units))  # how empty an open row is: the shares of its text and its patches that are free
+    for u in np.argsort(-(need[:, :-1] / full[:-1]).max(axis=1, initial=0), kind="stable").tolist():
+        n = len(numbers)
+        fits = (free[:, :n] >= need[u, :, None]).all(axis=0)
+        emptiness = np.where(fits, left[:n], np.inf)
+        for _ in range(4):  # patches may fit by number and yet not by vision row
+            column = int(emptiness.argmin()) if n else 0
+            if not n or emptiness[column] == np.inf:
+                column = n
+                break
+            places = _place([patches[s] for s in wanted[u]], free_patches[numbers[column]])
             if places is not None:
                 break
+            emptiness[column] = np.inf
         else:
-            line = len(numbers)
-            if line == len(free):
-                free = np.concatenate([free, np.tile(full, (max(64, line), 1))])
-            free[line] = full
+            column = n
+        if column == n:
             numbers.append(len(rows))
             rows.append(Row())
             free_patches.append([limits.patch_length] * limits.vision_rows)
+            free[:, n] = full
             places = _place([patches[s] for s in wanted[u]], free_patches[-1])
-        number = numbers[line]
+        number = numbers[column]
         rows[number].samples += units[u]
         for s, vision_row in zip(wanted[u], places, strict=True):
             rows[number].scans[s] = (len(rows[number].scans), vision_row)
             free_patches[number][vision_row] -= patches[s]
-        free[line] -= need[u]
-        free[line, -1] = max(free_patches[number])
-        if (free[line] < smallest).any():  # nothing fits any more: its line goes to the last open row
-            numbers[line] = numbers[-1]
-            free[line] = free[len(numbers) - 1]
+        free[:, column] -= need[u]
+        free[-1, column] = max(free_patches[number])
+        left[column] = (free[:2, column] / full[:2]).sum()
+        if (free[:, column] < smallest).any():  # nothing fits any more: the last open row takes its column
+            last = len(numbers) - 1
+            numbers[column], free[:, column], left[column] = numbers[last], free[:, last], left[last]
             numbers.pop()
     return rows
 
@@ -232,12 +224,15 @@ def _groups(tokens, scans, limits: Limits) -> list[list[int]]:
 def _place(sizes: list[int], free: list[int]) -> list[int] | None:
     """A vision row for each scan, the largest first into the fullest that has room; None if they do not fit."""
     free, places = list(free), [0] * len(sizes)
-    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        fitting = [r for r, room in enumerate(free) if room >= sizes[i]]
-        if not fitting:
+    for i in sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True):
+        best, size = -1, sizes[i]
+        for vision_row, room in enumerate(free):
+            if room >= size and (best < 0 or room < free[best]):
+                best = vision_row
+        if best < 0:
             return None
-        places[i] = best = min(fitting, key=lambda r: free[r])
-        free[best] -= sizes[i]
+        places[i] = best
+        free[best] -= size
     return places
 
 
