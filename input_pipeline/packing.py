@@ -85,7 +85,7 @@ def plain_rows(
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Sizes of a row: T text tokens, R vision rows of P patches, M planes, S scans. `overflow` says what exceeds them."""
+    """Sizes of a row: T text tokens, R vision rows of P patches, M planes, S scans."""
 
     text_length: int = 2048
     vision_rows: int = 4
