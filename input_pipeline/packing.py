@@ -63,10 +63,11 @@ def plain_rows(
     everywhere = lambda x, *shape: np.ascontiguousarray(np.broadcast_to(x, (b, *shape)))  # noqa: E731
     planes = to_planes(vision, patch)
     index = np.arange(s * n * per_patch, dtype=np.int32).reshape(s, n, patch[2], channels)
+    ids = ids.astype(np.int32)  # in unsigned integers -1 would be a large slot
     visual_index = np.where(ids >= vocab_size + 2, ids - vocab_size - 2, -1)
     return {
-        "ids": np.where(visual_index >= 0, 0, ids).astype(np.int32),
-        "visual_index": visual_index.astype(np.int32),
+        "ids": np.where(visual_index >= 0, 0, ids),
+        "visual_index": visual_index,
         "segments": np.ones(ids.shape, np.int32),
         "positions": everywhere(np.arange(length, dtype=np.int32), length),
         "key_ok": mask,

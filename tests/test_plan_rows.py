@@ -67,12 +67,12 @@ def test_every_row_keeps_every_limit_and_every_sample_stands_once():
 
 
 def test_a_window_is_filled():
-    """On VQA-like samples with enough vision rows, 98 % of the places hold real tokens: measured 98.6 % of 30,000
-    samples, 97.5 % of 3,000 (the last rows of a small window weigh more)."""
+    """On VQA-like samples with enough vision rows, 98 % of the places hold real tokens: measured 98.7 % here
+    and 98.6 % of another 30,000 samples, in 16 times fewer rows than samples."""
     tokens, scans, patches, planes = vqa_like(np.random.default_rng(0), 3000)
     rows = plan_rows(tokens, scans, patches, planes, Limits(vision_rows=14, planes=57344, scans=56))
-    assert sum(tokens) / (2048 * len(rows)) > 0.95
-    assert 3000 / len(rows) > 12  # rows of one sample each would be 3,000
+    assert sum(tokens) / (2048 * len(rows)) > 0.98
+    assert 3000 / len(rows) > 15
 
 
 def test_the_plan_is_a_function_of_its_arguments():
