@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import absl.logging
 import jax
 import ml_dtypes
 import numpy as np
@@ -30,6 +31,9 @@ from radfm_jax.models import radfm
 
 DESCRIPTION, MANIFEST, PARAMS, TOKENIZER = "radfm.json", "manifest.json", "params", "tokenizer.model"
 UNUSED = "unused.safetensors"
+# Tokenizer files of Hugging Face folders, for language models that have no SentencePiece model.
+TOKENIZERS = (TOKENIZER, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+BESIDE = (*TOKENIZERS, UNUSED)
 FORMAT = 1
 CHUNK_BYTES = 32 * 2**20
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -115,6 +119,8 @@ def verify(directory, *, hashes: bool = True) -> None:
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{directory / MANIFEST} is damaged: {e}") from None
     found = {str(p.relative_to(directory)): p for p in directory.rglob("*") if p.is_file()}
+    # File browsers leave hidden files behind; nothing here reads one.
+    found = {n: p for n, p in found.items() if n in listed or not Path(n).name.startswith(".")}
     found.pop(MANIFEST)
     problems = [f"missing: {n}" for n in sorted(listed.keys() - found.keys())]
     problems += [f"not in the manifest: {n}" for n in sorted(found.keys() - listed.keys())]
@@ -130,7 +136,10 @@ def verify(directory, *, hashes: bool = True) -> None:
 
 
 def write_description(directory: Path, part: str, model: dict, **facts) -> None:
-    """`part` is `radfm`, or `llama` for a language model alone; `model` holds that part's sizes."""
+    """`part` is `radfm`, or `llama` for a language model alone; `model` holds that part's sizes, of which only what
+    describes the weights is written, not how somebody computed with them."""
+    how = ("dtype", "param_dtype", "remat", "attention")
+    model = {name: {k: v for k, v in sizes.items() if k not in how} for name, sizes in model.items()}
     versions = {p: importlib.metadata.version(p) for p in ("jax", "flax", "orbax-checkpoint", "numpy")}
     description = {"format": FORMAT, "part": part, "model": model, **facts, "versions": versions}
     (directory / DESCRIPTION).write_text(json.dumps(description, indent=1))
@@ -155,8 +164,7 @@ def model_config(description: dict, directory) -> radfm.RadFMConfig:
     """Sizes of a whole RadFM. Raises ValueError for a checkpoint of the language model alone."""
     if description["part"] != "radfm":
         raise ValueError(
-            f"{directory} holds only the part {description['part']!r}; it can initialise a RadFM (init_from), "
-            "but it is not one"
+            f"{directory} holds only the part {description['part']!r}; it can initialise a RadFM, but it is not one"
         )
     return radfm.RadFMConfig.from_dict(description["model"])
 
@@ -167,8 +175,17 @@ def model_config(description: dict, directory) -> radfm.RadFMConfig:
 def save_params(directory: Path, params: dict) -> None:
     """Writes a tree of arrays with Orbax; sharded arrays are written by the processes that hold them."""
     args = jax.tree.map(lambda x: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), params)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True)) as checkpointer:
-        checkpointer.save(directory.absolute() / PARAMS, args=ocp.args.PyTreeSave(params, save_args=args))
+    _orbax_save(directory, params, args)
+
+
+def _orbax_save(directory: Path, params: dict, save_args: dict | None = None) -> None:
+    verbosity = absl.logging.get_verbosity()
+    absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax warns that it skips a merge that there is no need for
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True)) as checkpointer:
+            checkpointer.save(directory.absolute() / PARAMS, args=ocp.args.PyTreeSave(params, save_args=save_args))
+    finally:
+        absl.logging.set_verbosity(verbosity)
 
 
 def restore_params(directory, abstract: dict, shardings: dict | None = None) -> dict:
@@ -233,8 +250,7 @@ class ParamWriter:
     def __init__(self, directory: Path, shapes: dict[str, tuple[tuple[int, ...], np.dtype]], stacked: set[str]):
         path = directory.absolute() / PARAMS
         placeholders = unflatten({k: np.zeros((1,) * len(shape), dtype) for k, (shape, dtype) in shapes.items()})
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True)) as checkpointer:
-            checkpointer.save(path, args=ocp.args.PyTreeSave(placeholders))
+        _orbax_save(directory, placeholders)
         self._stores = {}
         for name, (shape, dtype) in shapes.items():
             spec = {

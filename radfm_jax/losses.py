@@ -24,7 +24,7 @@ NORMALISATIONS = ("token", "sample", "sqrt_sample")
 
 
 def radfm_loss(
-    model: RadFM, params, batch, *, weighting="weighted", normalise="token", chunk=1024, rngs=None
+    model: RadFM, params, batch, *, weighting="weighted", normalise="token", chunk=256, rngs=None
 ) -> tuple[jax.Array, jax.Array, dict]:
     """Loss of a packed batch as (sum, weight): sum them over micro-batches and devices, divide last.
 
@@ -68,7 +68,7 @@ def token_weights(weights: jax.Array, segments: jax.Array, *, weighting: str, no
 
 
 def token_losses(
-    hidden: jax.Array, kernel: jax.Array, targets: jax.Array, active: jax.Array, *, dtype="float32", chunk=1024
+    hidden: jax.Array, kernel: jax.Array, targets: jax.Array, active: jax.Array, *, dtype="float32", chunk=256
 ) -> tuple[jax.Array, jax.Array]:
     """Cross-entropy of every active position, and whether the most likely token is the target.
 
@@ -115,17 +115,20 @@ def _walk(chunk: int, active: jax.Array, body, carry):
     n = active.size
     count = active.sum()
     order = jnp.argsort(~active, stable=True)
-    order = jnp.where(jnp.arange(n) < count, order, n)  # n is out of range: gathers clamp, scatters drop
+    order = jnp.where(jnp.arange(n) < count, order, n)  # n is out of range: gathers fill with zeros, scatters drop
     order = jnp.pad(order, (0, -n % chunk), constant_values=n)
     step = lambda i, c: body(jax.lax.dynamic_slice(order, (i * chunk,), (chunk,)), c)  # noqa: E731
     return jax.lax.fori_loop(0, (count + chunk - 1) // chunk, step, carry)
 
 
+take = functools.partial(jnp.take, axis=0, mode="fill", fill_value=0)
+
+
 def _forward(chunk, dtype, hidden, kernel, targets, active):
     def body(at, carry):
         losses, correct = carry
-        logits = head_logits(hidden.at[at].get(mode="clip"), kernel, dtype)
-        target = targets.at[at].get(mode="clip")
+        logits = head_logits(take(hidden, at), kernel, dtype)
+        target = take(targets, at)
         loss = jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
         losses = losses.at[at].set(loss, mode="drop")
         return losses, correct.at[at].set(logits.argmax(-1) == target, mode="drop")
@@ -140,10 +143,10 @@ def _backward(chunk, dtype, saved, cotangents):
 
     def body(at, carry):
         d_hidden, d_kernel = carry
-        h = hidden.at[at].get(mode="clip")
+        h = take(hidden, at)
         probabilities = jax.nn.softmax(head_logits(h, kernel, dtype), axis=-1)
-        target = jax.nn.one_hot(targets.at[at].get(mode="clip"), kernel.shape[1], dtype=jnp.float32)
-        d_logits = (probabilities - target) * weight.at[at].get(mode="fill", fill_value=0)[:, None]
+        target = jax.nn.one_hot(take(targets, at), kernel.shape[1], dtype=jnp.float32)
+        d_logits = (probabilities - target) * take(weight, at)[:, None]
         d_hidden = d_hidden.at[at].set(head_logits(d_logits, kernel.T, dtype).astype(h.dtype), mode="drop")
         return d_hidden, d_kernel + head_logits(h.T, d_logits.astype(dtype), dtype)
 

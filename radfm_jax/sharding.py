@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
@@ -49,7 +49,7 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, slices: int = 1
         sizes[sizes.index(-1)] = len(devices) // known
     if int(np.prod(sizes)) != len(devices):
         raise ValueError(f"mesh {wanted} does not fit {len(devices)} devices: their product must be that number")
-    if sizes[0] % slices:
+    if slices < 1 or sizes[0] % slices:
         raise ValueError(f"mesh {wanted}: data must be a multiple of the {slices} slices, which lie along it")
     if slices == 1:
         grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
@@ -92,8 +92,9 @@ def param_specs(boxed) -> dict:
     return jax.tree_util.tree_map_with_path(one, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
 
 
-def param_shardings(boxed, mesh: Mesh) -> tuple[dict, dict[str, str]]:
-    """NamedShardings of a boxed parameter tree, and why a parameter is not sharded as the table says.
+def param_shardings(boxed, mesh: Mesh | AbstractMesh) -> tuple[dict, dict[str, str]]:
+    """NamedShardings of a boxed parameter tree, and why a parameter is not sharded as the table says. An AbstractMesh
+    does, so that a layout can be seen without its devices.
 
     A dimension that the mesh axis does not divide is replicated (a GPU mesh of 5 cannot split 768): never an error,
     always in the returned notes {parameter path: reason}.
@@ -101,15 +102,17 @@ def param_shardings(boxed, mesh: Mesh) -> tuple[dict, dict[str, str]]:
     notes: dict[str, str] = {}
 
     def one(path, leaf, wanted):
-        name, axes = jax.tree_util.keystr(path, simple=True, separator="/"), []
+        name, axes, reasons = jax.tree_util.keystr(path, simple=True, separator="/"), [], []
         for dim, axis in zip(leaf.value.shape, wanted, strict=True):
             ways = mesh.shape[axis] if axis is not None else 1
             if dim % ways:
-                notes[name] = f"dimension {dim} of {leaf.value.shape} is not divisible by {axis}={ways}: replicated"
+                reasons.append(f"dimension {dim} of {leaf.value.shape} is not divisible by {axis}={ways}: replicated")
                 axis = None
             axes.append(axis)
-        if "fsdp" not in axes and name not in notes:
-            notes[name] = f"axes {leaf.names} have none on fsdp"
+        if "fsdp" not in axes and not reasons:
+            reasons.append(f"axes {leaf.names} have none on fsdp")
+        if reasons:
+            notes[name] = "; ".join(reasons)
         return NamedSharding(mesh, PartitionSpec(*axes))
 
     is_box = lambda x: isinstance(x, nn.Partitioned)  # noqa: E731
@@ -137,8 +140,9 @@ def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array
     """This process's rows of a global batch -> global arrays. Raises ValueError if rows do not divide the devices."""
     ways = int(np.prod([mesh.shape[a] for a in BATCH]))
     rows = {len(v) for v in batch.values()}
-    if len(rows) != 1 or (rows.pop() * jax.process_count()) % ways:
+    # With several processes the share of one depends on how the mesh lies over them, which JAX checks itself.
+    if len(rows) != 1 or (jax.process_count() == 1 and rows.pop() % ways):
         counts = {k: len(v) for k, v in batch.items()}
-        raise ValueError(f"rows a process {counts} x {jax.process_count()} processes do not divide over {ways} devices")
+        raise ValueError(f"rows of the batch {counts} do not divide over {ways} devices")
     sharding = batch_sharding(mesh)
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}

@@ -72,10 +72,10 @@ def under_torch_names(config: RadFMConfig, tree: dict) -> dict[str, np.ndarray]:
 def targets_of(labels: np.ndarray, loss_reweight: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """PyTorch's labels (-100: none) -> targets int32[B, T] and weights float32[B, T] at the position that predicts.
 
-        labels         -100 -100   17    9    2 -100
-        loss_reweight     1    1    3    1    1    0
-        targets           0   17    9    2    0    0      the label one further on; the last position predicts nothing
-        weights           0    3    1    1    0    0      1 for every label if no loss_reweight is given
+    labels         -100 -100   17    9    2 -100
+    loss_reweight     1    1    3    1    1    0
+    targets           0   17    9    2    0    0      the label one further on; the last position predicts nothing
+    weights           0    3    1    1    0    0      1 for every label if no loss_reweight is given
     """
     ahead = np.concatenate([labels[:, 1:], np.full_like(labels[:, :1], -100)], axis=1)
     valid = ahead != -100

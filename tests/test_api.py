@@ -62,6 +62,27 @@ def test_text_alone(model):
     np.testing.assert_array_equal(logits, model.logits(ids, zeros))
 
 
+def test_a_visual_token_needs_a_scan(model, sample):
+    ids, _ = sample
+    for vision in (None, np.zeros((2, 0, 3, 32, 32, 4), np.float32)):
+        with pytest.raises(ValueError, match="visual token, but there is no scan"):
+            model.logits(ids, vision)
+
+
+def test_intensities_that_nobody_scaled(model, sample):
+    ids, vision = sample
+    with pytest.warns(UserWarning, match=r"vision runs from -1000 to .*the model reads \[0, 1\]"):
+        model.logits(ids, np.where(vision < 0.01, -1000, vision))
+
+
+def test_names_that_do_not_exist(tmp_path):
+    with pytest.raises(ValueError, match="dtype 'bf16' is unknown: choose one of float32"):
+        radfm_jax.load(tmp_path, dtype="bf16")
+    mesh = jax.make_mesh((8,), ("x",))
+    with pytest.raises(ValueError, match="use sharding.make_mesh"):
+        radfm_jax.load(tmp_path, mesh=mesh)
+
+
 @pytest.mark.parametrize(
     "change, words",
     [

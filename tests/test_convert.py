@@ -229,6 +229,14 @@ def test_a_config_that_contradicts_the_buffers(tmp_path):
         run.from_torch(save_bin(tmp_path / "x.bin", small_state()), tmp_path / "checkpoint")
 
 
+def test_our_own_config_must_not_contradict_the_buffers_either(tmp_path):
+    """Four heads of 4 instead of two of 8: every shape fits, only the rotary buffers know better."""
+    config = small_config().to_dict()
+    config["llama"] |= {"num_heads": 4, "num_kv_heads": 4, "head_dim": 4}
+    with pytest.raises(ValueError, match="heads of \\[8\\], but the config says 4 heads of 4"):
+        run.from_torch(save_bin(tmp_path / "x.bin", small_state()), tmp_path / "checkpoint", config={"model": config})
+
+
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
@@ -383,13 +391,17 @@ def test_tokenizer_goes_along_and_must_fit(tmp_path):
     corpus.write_text(
         "the lungs are clear and the heart is of normal size, no fracture of a rib or joint is visible\n" * 9
     )
-    for vocabulary in (40, 30):
+    for vocabulary in (40, 39):
         sentencepiece.SentencePieceTrainer.train(
-            input=str(corpus), model_prefix=str(tmp_path / str(vocabulary)), vocab_size=vocabulary, minloglevel=2
+            input=str(corpus),
+            model_prefix=str(tmp_path / str(vocabulary)),
+            vocab_size=vocabulary,
+            model_type="bpe",
+            minloglevel=2,
         )
     path = save_bin(tmp_path / "x.bin", small_state())
-    with pytest.raises(ValueError, match="30.model is 30, but the embedding has 40 rows"):
-        run.from_torch(path, tmp_path / "a", tokenizer=tmp_path / "30.model")
+    with pytest.raises(ValueError, match="39.model is 39, but the embedding has 40 rows"):
+        run.from_torch(path, tmp_path / "a", tokenizer=tmp_path / "39.model")
     with pytest.raises(ValueError, match="corpus.txt is not a SentencePiece model"):
         run.from_torch(path, tmp_path / "a", tokenizer=corpus)
     report = run.from_torch(path, tmp_path / "a")
@@ -424,6 +436,34 @@ def test_llama_folder_and_back(variant, tmp_path):
         run.from_torch(tmp_path / "hf", tmp_path / "other")
 
 
+def test_what_the_network_does_not_read_survives(tmp_path):
+    """Context length, special tokens and the tokenizer files of a folder come back."""
+    _, _, save = llama_oracle.build(llama_oracle.variants()["llama31"], seed=3)
+    save(tmp_path / "hf")
+    path = tmp_path / "hf" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "max_position_embeddings": 8192, "bos_token_id": 90}))
+    (tmp_path / "hf" / "tokenizer.json").write_text("{}")
+    run.from_torch(tmp_path / "hf", tmp_path / "checkpoint", part="llama")
+    run.to_torch(tmp_path / "checkpoint", tmp_path / "back", part="llama")
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert (config["max_position_embeddings"], config["bos_token_id"]) == (8192, 90)
+    assert (tmp_path / "back" / "tokenizer.json").read_text() == "{}"
+
+
+def test_a_tied_head_in_a_state_dict(tmp_path):
+    """torch.save(model.state_dict()) of a tied model holds the embedding twice; a head that differs is no tie."""
+    variant = llama_oracle.variants()["tied"]
+    state, _, save = llama_oracle.build(variant, seed=3)
+    save(tmp_path / "hf")
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    both = {**state, "lm_head.weight": state["model.embed_tokens.weight"]}
+    save_bin(tmp_path / "hf" / "pytorch_model.bin", both)
+    run.from_torch(tmp_path / "hf", tmp_path / "checkpoint", part="llama")
+    save_bin(tmp_path / "hf" / "pytorch_model.bin", {**both, "lm_head.weight": both["lm_head.weight"] + 1})
+    with pytest.raises(ValueError, match="lm_head.weight differs from model.embed_tokens.weight"):
+        run.from_torch(tmp_path / "hf", tmp_path / "again", part="llama")
+
+
 def test_language_model_of_a_radfm(small_checkpoint, tmp_path):
     run.to_torch(small_checkpoint, tmp_path / "llm", part="llama")
     with open_tensors(tmp_path / "llm") as reader:
@@ -440,7 +480,7 @@ def test_check_passes_fails_and_refuses(small_checkpoint, tmp_path, capsys):
     assert main(["check", str(small_checkpoint), str(write("same.bin"))]) == 0
     state["lang_model.model.norm.weight"][0] += 0.5
     assert main(["check", str(small_checkpoint), str(write("other.bin"))]) == 1
-    printed = capsys.readouterr().err
+    printed = capsys.readouterr().out
     assert all(word in printed for word in ("max difference", "top-10 agreement", "KL(A || B)", "PASS", "FAIL"))
     assert main(["check", str(small_checkpoint), str(tmp_path / "nothing")]) == 2
     assert "error: " in capsys.readouterr().err

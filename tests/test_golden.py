@@ -47,12 +47,15 @@ def absolute(ours, theirs) -> float:
 def relative(ours, theirs) -> float:
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
     assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
-    # Where no token refers to a scan, gradients of the vision parts are 0, and ours must be.
-    return float((np.abs(ours - theirs) / np.maximum(np.abs(theirs), 1e-30)).max())
+    return float((np.abs(ours - theirs) / np.maximum(np.abs(theirs), TINY)).max())
 
 
 def to_peak(ours, theirs) -> float:
-    return absolute(ours, theirs) / float(np.abs(theirs).max())
+    return absolute(ours, theirs) / max(float(np.abs(theirs).max()), TINY)
+
+
+TINY = 1e-30
+"""Where no token refers to a scan, the vision parts have gradients of exactly 0, and so must ours."""
 
 
 def pad(batch: dict, text: int, patches: int) -> dict:
@@ -150,7 +153,7 @@ def test_agrees_with_the_released_model(run):
     found = errors(run)
     assert found.keys() == LIMITS.keys()
     beyond = {name: error for name, error in found.items() if not error <= LIMITS[name]}
-    assert not beyond, f"{run.case.name}: {beyond} but the limits are {({name: LIMITS[name] for name in beyond})}"
+    assert not beyond, f"{run.case.name}: {beyond} but the limits are { ({name: LIMITS[name] for name in beyond}) }"
 
 
 def test_likeliest_tokens(run):

@@ -127,7 +127,7 @@ def test_attention_is_the_plain_form(heads, kv_heads, causal):
     k_segments = np.array([[1, 1, -1, 1, 2, 2, -1, 0, 0], [1, 1, 1, -1, -1, 1, 1, 1, 1]])
     mask = np.array(attention_mask(q_segments, k_segments, causal))
     ours = jax.jit(functools.partial(attention, causal=causal, kernel="xla"))(q, k, v, q_segments, k_segments)
-    # Measured 4e-7.
+    # Measured 3e-7.
     np.testing.assert_allclose(ours, plain_attention(q, k, v, mask), atol=2e-6)
 
 
@@ -136,7 +136,7 @@ def test_attention_over_keys_of_another_length():
     q_segments, k_segments = np.array([[1, 1, 2, 2]]), np.array([[1, 1, 1, 2, 2, 0]])
     mask = np.array(attention_mask(q_segments, k_segments, False))
     ours = attention(q, k, v, q_segments, k_segments, causal=False)
-    np.testing.assert_allclose(ours, plain_attention(q, k, v, mask), atol=2e-6)  # measured 3e-7
+    np.testing.assert_allclose(ours, plain_attention(q, k, v, mask), atol=2e-6)  # measured 1.3e-7
 
 
 def test_a_query_that_sees_no_key_gets_the_mean_and_finite_gradients():
@@ -220,8 +220,8 @@ def test_norm_statistics_are_float32_in_bfloat16():
     assert ours.dtype == jnp.bfloat16
     x = torch.from_numpy(np.asarray(x, np.float32))
     theirs = torch.nn.functional.layer_norm(x, (4096,)).numpy()
-    # One rounding to bfloat16 of values up to 4: half a step of 2^-6.
-    np.testing.assert_allclose(np.asarray(ours, np.float32), theirs, atol=2**-7)
+    # Measured 2^-7, the rounding of a result of 4; statistics in bfloat16 would be off by 0.03.
+    np.testing.assert_allclose(np.asarray(ours, np.float32), theirs, atol=2**-6)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -285,15 +285,21 @@ def block_stack(remat: str):
     return lambda p: stack.apply(p, x, segments)[0], params
 
 
-@pytest.mark.parametrize("remat", REMAT_POLICIES.keys() - {"none"})
+@functools.cache
+def block_gradients(remat: str):
+    stack, params = block_stack(remat)
+    return jax.jit(jax.grad(lambda p: (stack(p) ** 2).sum()))(params)
+
+
+@pytest.mark.parametrize("remat", sorted(REMAT_POLICIES.keys() - {"none"}))
 def test_remat_does_not_change_numbers(remat):
-    gradients = []
-    for policy in (remat, "none"):
-        stack, params = block_stack(policy)
-        gradients.append(jax.jit(jax.grad(lambda p, stack=stack: (stack(p) ** 2).sum()))(params))
-    scale = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(gradients[1]))
-    # Measured 3e-7: the same sums, fused otherwise.
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a / scale, b / scale, atol=2e-6), *gradients)
+    scale = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(block_gradients("none")))
+    # The same sums, fused otherwise: measured 6e-8.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a / scale, b / scale, atol=1e-6),
+        block_gradients(remat),
+        block_gradients("none"),
+    )
 
 
 def test_remat_policies_save_what_their_names_say():

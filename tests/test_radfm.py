@@ -16,7 +16,6 @@ import torch_radfm
 from packed import CONFIG, SAMPLES, SIZES
 
 from input_pipeline.packing import plain_rows
-from radfm_jax.losses import radfm_loss
 from radfm_jax.models import llama, perceiver, vit3d
 from radfm_jax.models.layers import REMAT_POLICIES
 from radfm_jax.models.radfm import (
@@ -33,25 +32,18 @@ from radfm_jax.sharding import batch_sharding, make_mesh, param_shardings, place
 
 PARAMS = parity.recipe_params(CONFIG)
 
+# Tolerances beside the worst that was measured, on the CPU.
+ATOL = 2e-5  # outputs: scan 5e-6, remat 0, meshes 3e-6, PyTorch 1.4e-5 (values are of order 1, logits up to 10)
+LOSS_RTOL = 1e-6  # meshes 1.1e-7, rows turned 2.2e-7, PyTorch 9e-8
+GRADS = 2e-5  # of a tensor's largest value: remat 8e-7, rows turned 6e-7, meshes 5.3e-6
+PYTORCH_GRADS = 3e-4  # likewise: 6.3e-5
+
 
 def assert_close_trees(ours, theirs, to_peak: float):
     """Each tensor within `to_peak` times the largest absolute value that it should have."""
     for (path, a), (_, b) in zip(*(jax.tree_util.tree_leaves_with_path(t) for t in (ours, theirs)), strict=True):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         np.testing.assert_allclose(a, b, rtol=0, atol=to_peak * np.abs(b).max(), err_msg=jax.tree_util.keystr(path))
-
-
-@functools.cache
-def step(config: RadFMConfig):
-    """(params, batch, dropout key or None) -> ((mean loss, out with logits), gradients)."""
-    model = RadFM(config)
-
-    def mean_loss(params, batch, key):
-        rngs = None if key is None else {"dropout": key}
-        total, weight, out = radfm_loss(model, params, batch, chunk=16, rngs=rngs)
-        return total / weight, out
-
-    return jax.jit(jax.value_and_grad(mean_loss, has_aux=True))
 
 
 @functools.cache
@@ -69,7 +61,7 @@ def eight_rows() -> dict:
 @functools.cache
 def plain_run():
     """Losses and gradients of the eight rows on one device."""
-    return jax.device_get(step(CONFIG)(PARAMS, eight_rows(), None))
+    return jax.device_get(parity.step(CONFIG)(PARAMS, eight_rows()))
 
 
 # --- full size --------------------------------------------------------------------------------------------------------
@@ -166,16 +158,24 @@ def test_compute_is_set_in_every_part():
     assert (config.num_latents, config.image_id) == (4, 96)
 
 
+@functools.cache
+def fresh_params():
+    return jax.device_get(jax.jit(functools.partial(init_params, CONFIG))(jax.random.key(3)))
+
+
 def test_parameters_are_made_as_announced():
-    """`abstract_params` is the tree that `init_params` makes, which depends on the key alone."""
-    init = jax.jit(functools.partial(init_params, CONFIG))
-    params = init(jax.random.key(1))
-    shapes = nn.unbox(abstract_params(CONFIG))
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(lambda x: (x.shape, x.dtype), shapes)
-    again, other = init(jax.random.key(1)), init(jax.random.key(2))
-    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), params, again))
-    random = [k for k, v in params["llama"]["blocks"].items() if (v == other["llama"]["blocks"][k]).all()]
-    assert not random
+    """`init_params` makes the tree of `abstract_params`: norms are 1, biases 0, every layer differs."""
+    params, kind = fresh_params(), lambda x: (x.shape, x.dtype)
+    assert jax.tree.map(kind, params) == jax.tree.map(kind, nn.unbox(abstract_params(CONFIG)))
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    for path, leaf in leaves:
+        name, stacked = jax.tree_util.keystr(path, simple=True, separator="/"), "blocks" in str(path)
+        if name.endswith(("scale", "bias")):
+            assert (leaf == name.endswith("scale")).all(), name
+        else:
+            assert 0.01 < leaf.std() < 1.1 and not (stacked and (leaf[0] == leaf[1]).any()), name
+    firsts = [leaf.ravel()[0] for path, leaf in leaves if leaf.std() > 0]
+    assert len(set(firsts)) == len(firsts)
 
 
 # --- what must not change the numbers ---------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ def test_scanned_stacks_are_their_blocks_one_by_one():
     x, segments = x.reshape(b * r, p, width), batch["patch_segments"].reshape(b * r, p)
     for i in range(CONFIG.vision.num_layers):
         x, _ = vit3d.Block(CONFIG.vision).apply(layer(PARAMS["vit"]["blocks"], i), x, segments)
-    np.testing.assert_allclose(x.reshape(b, r, p, width), out["vit"], rtol=0, atol=2e-5)
+    np.testing.assert_allclose(x.reshape(b, r, p, width), out["vit"], rtol=0, atol=ATOL)
 
     own = PARAMS["perceiver"]
     x = jnp.broadcast_to(own["latents"], (*batch["scan_rows"].shape, *own["latents"].shape))
@@ -205,7 +205,7 @@ def test_scanned_stacks_are_their_blocks_one_by_one():
         rows = jnp.maximum(batch["scan_rows"], 0)
         x, _ = block.apply(layer(own["blocks"], i), x, out["vit"], batch["patch_segments"], rows)
     x = nn.LayerNorm(epsilon=1e-5).apply({"params": own["norm"]}, x)
-    np.testing.assert_allclose(x, out["perceiver"], rtol=0, atol=2e-5)
+    np.testing.assert_allclose(x, out["perceiver"], rtol=0, atol=ATOL)
 
     own, c = PARAMS["llama"], CONFIG.llama
     x, rope = out["embeddings"], llama.rope_table(batch["positions"], c)
@@ -213,49 +213,62 @@ def test_scanned_stacks_are_their_blocks_one_by_one():
     for i in range(c.num_layers):
         x, _ = llama.Block(c).apply(layer(own["blocks"], i), x, rope, batch["segments"], seen)
     x = nn.RMSNorm(epsilon=c.norm_eps).apply({"params": own["norm"]}, x)
-    np.testing.assert_allclose(x @ own["head"], logits, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(x @ own["head"], logits, rtol=0, atol=ATOL)
 
 
 @pytest.mark.parametrize("remat", [name for name in REMAT_POLICIES if name != CONFIG.llama.remat])
 def test_remat_changes_nothing(remat):
     (loss, out), grads = plain_run()
-    (other_loss, other_out), other_grads = step(CONFIG.with_compute(remat=remat))(PARAMS, eight_rows(), None)
-    np.testing.assert_allclose(other_loss, loss, rtol=1e-6)
-    np.testing.assert_allclose(other_out["token_loss"], out["token_loss"], rtol=0, atol=2e-5)
-    assert_close_trees(other_grads, grads, to_peak=1e-5)
+    (other_loss, other_out), other_grads = parity.step(CONFIG.with_compute(remat=remat))(PARAMS, eight_rows())
+    np.testing.assert_allclose(other_loss, loss, rtol=LOSS_RTOL)
+    np.testing.assert_allclose(other_out["token_loss"], out["token_loss"], rtol=0, atol=ATOL)
+    assert_close_trees(other_grads, grads, to_peak=GRADS)
 
 
 def test_bfloat16():
     (loss, out), grads = plain_run()
-    (half_loss, half_out), half_grads = step(CONFIG.with_compute(dtype="bfloat16"))(PARAMS, eight_rows(), None)
+    (half_loss, half_out), half_grads = parity.step(CONFIG.with_compute(dtype="bfloat16"))(PARAMS, eight_rows())
     assert half_out["vit"].dtype == half_out["embeddings"].dtype == jnp.bfloat16
     assert half_out["token_loss"].dtype == half_loss.dtype == jnp.float32
     assert {g.dtype for g in jax.tree.leaves(half_grads)} == {jnp.dtype("float32")}
     assert np.isfinite(half_out["token_loss"]).all()
-    np.testing.assert_allclose(half_loss, loss, rtol=2e-2)
-    np.testing.assert_allclose(half_out["token_loss"], out["token_loss"], rtol=0, atol=0.5)
+    np.testing.assert_allclose(half_loss, loss, rtol=1e-3)  # measured: 6.8e-5
+    np.testing.assert_allclose(half_out["token_loss"], out["token_loss"], rtol=0, atol=0.15)  # 5.4e-2
     norm = lambda tree: np.sqrt(sum(float((np.asarray(g, np.float64) ** 2).sum()) for g in jax.tree.leaves(tree)))  # noqa: E731
     apart = norm(jax.tree.map(lambda a, b: np.asarray(a, np.float64) - b, half_grads, grads))
-    assert apart < 0.1 * norm(grads)
+    assert apart < 0.03 * norm(grads), apart / norm(grads)  # TODO
 
 
 def test_dropout():
-    vision = dataclasses.replace(CONFIG.vision, dropout=0.3)
-    config = dataclasses.replace(CONFIG, vision=vision)
-    run = step(config)
-    (loss, out), _ = plain_run()
-    (off, _), _ = run(PARAMS, eight_rows(), None)
-    np.testing.assert_allclose(off, loss, rtol=1e-6)  # no key: nothing is dropped
+    config = dataclasses.replace(CONFIG, vision=dataclasses.replace(CONFIG.vision, dropout=0.3))
+    run = parity.step(config)
+    # Without a key nothing is dropped: the program is that of a model without dropout, to the letter.
+    assert run.lower(PARAMS, eight_rows()).as_text() == parity.step(CONFIG).lower(PARAMS, eight_rows()).as_text()
+    (off, out), _ = plain_run()
     first, again, other = (run(PARAMS, eight_rows(), jax.random.key(i)) for i in (0, 0, 1))
     jax.tree.map(np.testing.assert_array_equal, first, again)
     losses = [float(x[0][0]) for x in (first, other)]
     assert np.isfinite(losses).all() and len({*losses, float(off)}) == 3
-    # Text alone has no dropout: the released LLaMA has none, and scans reach only the samples that show them.
-    text = eight_rows()["segments"][2] == 1
-    np.testing.assert_allclose(first[0][1]["token_loss"][2][text], out["token_loss"][2][text], rtol=0, atol=2e-5)
-    # Layers draw their own masks: with one layer's branches switched off, the other one still drops.
-    vit = np.asarray(first[0][1]["vit"])
-    assert np.abs(vit - np.asarray(other[0][1]["vit"])).max() > 0.1
+    # The language model drops nothing: rows whose samples show no scan lose what they lost.
+    text = eight_rows()["scan_rows"].max(axis=1) < 0
+    assert text.sum() == 1
+    np.testing.assert_allclose(first[0][1]["token_loss"][text], out["token_loss"][text], rtol=0, atol=ATOL)
+    seen = np.abs(first[0][1]["token_loss"] - out["token_loss"]).max(axis=1)
+    assert (seen[~text] > 1e-3).all()
+
+
+def test_rows_do_not_meet():
+    """The rows in another order, and one of them replaced: the losses of the others keep their bits."""
+    (loss, out), grads = plain_run()
+    run, rows = parity.step(CONFIG), eight_rows()
+    (turned_loss, turned), turned_grads = run(PARAMS, {k: v[::-1] for k, v in rows.items()})
+    np.testing.assert_array_equal(turned["logits"][::-1], out["logits"])
+    np.testing.assert_allclose(turned_loss, loss, rtol=LOSS_RTOL)
+    assert_close_trees(turned_grads, grads, to_peak=GRADS)
+    (_, changed), _ = run(PARAMS, {k: np.concatenate([v[:3], v[:1], v[4:]]) for k, v in rows.items()})
+    same = np.arange(8) != 3
+    np.testing.assert_array_equal(changed["logits"][same], out["logits"][same])
+    assert np.abs(changed["logits"][3] - out["logits"][3]).max() > 0.1
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2)], ids=str)
@@ -266,26 +279,32 @@ def test_meshes(shape):
     shardings, notes = param_shardings(abstract_params(CONFIG), mesh)
     divides = [why for why in notes.values() if "not divisible" in why]
     assert not divides
+    out_shardings = ((None, batch_sharding(mesh)), shardings)
     with jax.set_mesh(mesh):
-        init = jax.jit(functools.partial(init_params, CONFIG), out_shardings=shardings)
-        fresh = init(jax.random.key(3))
-        batch = place_batch(eight_rows(), mesh)
-        out_shardings = ((None, batch_sharding(mesh)), shardings)
-        run = jax.jit(step(CONFIG).__wrapped__, static_argnums=2, out_shardings=out_shardings)
-        (mesh_loss, mesh_out), mesh_grads = run(jax.device_put(PARAMS, shardings), batch, None)
-    whole = jax.jit(functools.partial(init_params, CONFIG))(jax.random.key(3))
-    jax.tree.map(np.testing.assert_array_equal, fresh, whole)
-    for leaf, sharding in zip(jax.tree.leaves(fresh), jax.tree.leaves(shardings), strict=True):
-        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
-    kernel = fresh["llama"]["blocks"]["up"]["kernel"]  # [layers, embed, mlp]
+        run = jax.jit(parity.loss_and_gradients(CONFIG), out_shardings=out_shardings)
+        params, batch = jax.device_put(PARAMS, shardings), place_batch(eight_rows(), mesh)
+        (mesh_loss, mesh_out), mesh_grads = run(params, batch)
+    kernel = mesh_grads["llama"]["blocks"]["up"]["kernel"]  # [layers, embed, mlp]
     assert kernel.addressable_shards[0].data.shape == (2, 32 // shape[1], 64 // shape[2])
     rows = {shard.data.shape[0] for shard in batch["ids"].addressable_shards}
     assert rows == {8 // (shape[0] * shape[1])}
 
-    np.testing.assert_allclose(mesh_loss, loss, rtol=1e-6)
-    np.testing.assert_allclose(mesh_out["token_loss"], out["token_loss"], rtol=0, atol=2e-5)
+    np.testing.assert_allclose(mesh_loss, loss, rtol=LOSS_RTOL)
+    np.testing.assert_allclose(mesh_out["token_loss"], out["token_loss"], rtol=0, atol=ATOL)
     np.testing.assert_array_equal(mesh_out["correct"], out["correct"])
-    assert_close_trees(mesh_grads, grads, to_peak=1e-5)
+    assert_close_trees(mesh_grads, grads, to_peak=GRADS)
+
+
+def test_parameters_are_born_sharded():
+    """Each device makes its share, and the numbers do not depend on who made them."""
+    mesh = make_mesh(2, 2, 2)
+    shardings, _ = param_shardings(abstract_params(CONFIG), mesh)
+    with jax.set_mesh(mesh):
+        params = jax.jit(functools.partial(init_params, CONFIG), out_shardings=shardings)(jax.random.key(3))
+    for leaf, sharding in zip(jax.tree.leaves(params), jax.tree.leaves(shardings), strict=True):
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+    assert params["llama"]["head"].addressable_shards[0].data.shape == (32 // 2, 40 // 2)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), fresh_params())
 
 
 # --- parity at sizes that no golden case has --------------------------------------------------------------------------
@@ -351,21 +370,18 @@ def test_any_size_agrees_with_pytorch(seed):
 
     config = parity.config_of(sizes)
     params = parity.params_of(config, torch_radfm.arrays_of(model))
-    batch = plain_rows(
-        ids, vision, mask, vocab_size=v, num_latents=n, patch=sizes.patch, tables=sizes.tables
-    )
+    batch = plain_rows(ids, vision, mask, vocab_size=v, num_latents=n, patch=sizes.patch, tables=sizes.tables)
     targets, weights = parity.targets_of(labels, weights)
-    (loss, out), grads = step(config)(params, {**batch, "targets": targets, "weights": weights}, None)
-    logits = RadFM(config).apply({"params": params}, batch)[0]
+    (loss, out), grads = parity.step(config)(params, {**batch, "targets": targets, "weights": weights})
 
-    close = functools.partial(np.testing.assert_allclose, rtol=0, atol=2e-5)
+    close = functools.partial(np.testing.assert_allclose, rtol=0, atol=ATOL)
     close(out["vit"].reshape(theirs["vit"].shape), theirs["vit"])
     close(out["perceiver"], theirs["perceiver"])
     close(out["visual_tokens"].reshape(theirs["visual_tokens"].shape), theirs["visual_tokens"])
     close(out["embeddings"], theirs["embeds"])
-    close(logits, theirs["logits"])
+    close(out["logits"], theirs["logits"])
     close(out["token_loss"][:, :-1], token_ce.detach().numpy())
-    np.testing.assert_allclose(loss, their_loss.item(), rtol=1e-6)
+    np.testing.assert_allclose(loss, their_loss.item(), rtol=LOSS_RTOL)
     ours = parity.under_torch_names(config, grads)
     assert ours.keys() == their_grads.keys()
-    assert_close_trees(ours, {name: their_grads[name].numpy() for name in ours}, to_peak=1e-4)
+    assert_close_trees(ours, {name: their_grads[name].numpy() for name in ours}, to_peak=PYTORCH_GRADS)

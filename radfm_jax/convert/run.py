@@ -65,7 +65,8 @@ class TorchModel:
         self.dtype = np.dtype(checkpoint.DTYPES[dtype]) if dtype else None
         self.notes: list[str] = []
         try:
-            self._match(config if config is not None else self._config_beside())
+            self.given = config if config is not None else self._config_beside()
+            self._match(self.given)
         except BaseException:
             self.reader.close()
             raise
@@ -110,6 +111,12 @@ class TorchModel:
         elif alias and table.EMBEDDING in infos:
             self.notes.append(f"{alias} is absent; its other name {table.EMBEDDING} was read")
         known = {*self.sources, *self.sources.values()}
+        # state_dict() of a model with a tied head has the embedding under the head's name too.
+        self.tied_head = next((n for n in ("lm_head.weight", "lang_model.lm_head.weight") if n in infos), None)
+        if self.config.llama.tied_head and self.tied_head:
+            known.add(self.tied_head)
+        else:
+            self.tied_head = None
         others = [name for name in infos if name not in known]
         self.unused = [name for name in others if table.UNUSED.fullmatch(name) or table.is_buffer(name)]
         self.problems = [f"unexpected: {name} {shapes[name]}" for name in others if name not in set(self.unused)]
@@ -151,7 +158,10 @@ class TorchModel:
             raise self.error()
 
     def error(self) -> ValueError:
-        return ValueError(f"{self.src} cannot be converted, nothing was written:\n  " + "\n  ".join(self.problems))
+        sizes_from = "; the sizes are those of --config" if self.given and "model" in self.given else ""
+        return ValueError(
+            f"{self.src} cannot be converted, nothing was written{sizes_from}:\n  " + "\n  ".join(self.problems)
+        )
 
     def slices(self, progress: Progress = SILENT) -> Iterator[tuple[str, tuple, np.ndarray]]:
         """Yields (parameter path, index, value) for every part of every parameter, in the stored dtype.
@@ -169,19 +179,29 @@ class TorchModel:
                 yield e.path, e.index or e.row_index(rows), value
                 progress.advance(block.nbytes)
         self._check_alias()
+        self._check_tied_head()
         if self.problems:
             self.problems = list(dict.fromkeys(self.problems))
             raise self.error()
 
     def _check_alias(self) -> None:
         names = (table.EMBEDDING, table.EMBEDDING_ALIAS)
-        if all(n in self.reader.infos for n in names) and not self.reader.ties.keys() & set(names):
-            infos = [self.reader.infos[n] for n in names]
-            equal = infos[0] == infos[1] and all(
-                np.array_equal(a, self.reader.read(names[1], (rows,))) for rows, a in self._blocks(names[0])
-            )
-            if not equal:
-                self.notes.append(f"{names[0]} and {names[1]} differ; the second was read, as the released code does")
+        if all(n in self.reader.infos for n in names) and not self._equal(*names):
+            self.notes.append(f"{names[0]} and {names[1]} differ; the second was read, as the released code does")
+
+    def _check_tied_head(self) -> None:
+        if self.tied_head is not None:
+            embedding = next(self.source(e) for e in self.entries if e.path == "llama/embedding")
+            if not self._equal(embedding, self.tied_head):
+                self.problems.append(f"{self.tied_head} differs from {embedding}, although the config ties them")
+
+    def _equal(self, one: str, other: str) -> bool:
+        infos, ties = self.reader.infos, self.reader.ties
+        if ties.get(one, one) == ties.get(other, other):
+            return True
+        return infos[one] == infos[other] and all(
+            np.array_equal(a, self.reader.read(other, (rows,))) for rows, a in self._blocks(one)
+        )
 
     def _blocks(self, name: str, whole: bool = False) -> Iterator[tuple[slice, np.ndarray]]:
         """A tensor in blocks of rows: a vocabulary of 128,000 x 8,192 float32 would alone be 4 GB."""
@@ -223,6 +243,8 @@ def from_torch(
     """
     if Path(dst).exists():
         raise ValueError(f"{dst} exists: choose another name or remove it first")
+    if tokenizer and not Path(tokenizer).is_file():
+        raise ValueError(f"tokenizer {tokenizer} does not exist")
     progress.stage("opening", None)
     with TorchModel(src, config=config, dtype=dtype, verify=verify, progress=progress) as model:
         if model.part != part:
@@ -246,6 +268,9 @@ def from_torch(
             if kept:
                 more = {"max_shard_bytes": size + 1, "basename": "unused", "progress": progress.advance}  # one file
                 write_safetensors(directory, kept, model.reader.read, **more)
+            for name in checkpoint.TOKENIZERS if part == "llama" else ():
+                if (model.folder / name).is_file():
+                    shutil.copyfile(model.folder / name, directory / name)
             if vocabulary.is_file():
                 shutil.copyfile(vocabulary, directory / checkpoint.TOKENIZER)
             sizes_of = model.config.to_dict() if part == "radfm" else {"llama": model.config.to_dict()["llama"]}
@@ -254,8 +279,13 @@ def from_torch(
                 directory,
                 part,
                 sizes_of,
-                source={"file": model.src.name, "unused": dropped},
+                source={
+                    "file": model.src.name,
+                    "unused": dropped,
+                    "config": model.given if part == "llama" and "model" not in model.given else None,
+                },
             )
+            progress.stage("hashing", None)
         return _report_from(model, kept, vocabulary)
 
 
@@ -268,7 +298,9 @@ def check_tokenizer(path: Path, vocab_size: int) -> None:
     except (OSError, RuntimeError) as e:
         raise ValueError(f"{path} is not a SentencePiece model: {e}") from None
     if pieces != vocab_size:
-        raise ValueError(f"vocabulary of {path} is {pieces}, but the embedding has {vocab_size} rows")
+        raise ValueError(
+            f"vocabulary of {path} is {pieces}, but the embedding has {vocab_size} rows: pass the model's own"
+        )
 
 
 def _report_from(model: TorchModel, kept: dict, vocabulary: Path) -> Report:
@@ -293,7 +325,7 @@ def _report_from(model: TorchModel, kept: dict, vocabulary: Path) -> Report:
     if not vocabulary.is_file():
         report.lines.append(
             f"no tokenizer: put the SentencePiece model beside the source as {checkpoint.TOKENIZER} or pass it with "
-            "--tokenizer; text commands need it"
+            "--tokenizer, if text is to go through this checkpoint"
         )
     return report
 
@@ -323,6 +355,8 @@ def to_torch(
       ValueError: `src` is damaged or not a checkpoint, `dst` exists, too little space.
     """
     dst = Path(dst)
+    if dst.suffix == ".safetensors":
+        raise ValueError(f"{dst}: safetensors are written as a folder; name it without .safetensors")
     if dst.exists():
         raise ValueError(f"{dst} exists: choose another name or remove it first")
     progress.stage("verifying", None)
@@ -371,16 +405,17 @@ def to_torch(
             dst.parent.mkdir(parents=True, exist_ok=True)
             write_torch_bin(dst, infos, read, ties=ties, progress=progress.advance)
         else:
-            hf = sizes.llama_to_hf(config.llama, report.dtypes[0])
+            hf = sizes.llama_to_hf(config.llama, report.dtypes[0], description.get("source", {}).get("config"))
             if part == "radfm":
                 hf |= {"architectures": ["MultiLLaMAForCausalLM"], "model": config.to_dict()}
             with checkpoint.new_directory(dst, manifest=False) as folder:
                 write_safetensors(folder, infos, read, max_shard_bytes=max_shard_bytes, progress=progress.advance)
                 (folder / "config.json").write_text(json.dumps(hf, indent=2))
                 (folder / "README.md").write_text(model_card(config, part, report.parameters))
-                if (Path(src) / checkpoint.TOKENIZER).is_file():
-                    shutil.copyfile(Path(src) / checkpoint.TOKENIZER, folder / checkpoint.TOKENIZER)
-                else:
+                tokenizers = [p for n in checkpoint.TOKENIZERS if (p := Path(src) / n).is_file()]
+                for path in tokenizers:
+                    shutil.copyfile(path, folder / path.name)
+                if not tokenizers:
                     report.lines.append("the checkpoint has no tokenizer, so the folder has none")
     return report
 

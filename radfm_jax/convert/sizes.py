@@ -28,6 +28,8 @@ def read_config(path) -> dict:
         spec = importlib.util.spec_from_file_location(path.stem, path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise ValueError(f"config {path} has no get_config()")
         return {"model": module.get_config().model.to_dict()}
     try:
         config = json.loads(path.read_text())
@@ -68,6 +70,10 @@ def _attention_from_hf(config: dict, width: int, where) -> dict:
     kind = rope.get("rope_type", rope.get("type", "default"))
     scaling = None
     if kind == "llama3":
+        parts = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        absent = [k for k in parts if k not in rope]
+        if absent:
+            raise ValueError(f"{where}: RoPE scaling llama3 lacks {', '.join(absent)}")
         scaling = RopeScaling(
             factor=rope["factor"],
             low_freq_factor=rope["low_freq_factor"],
@@ -86,8 +92,9 @@ def _attention_from_hf(config: dict, width: int, where) -> dict:
     }
 
 
-def llama_to_hf(config: LlamaConfig, dtype: str) -> dict:
-    """config.json for transformers, in the form that old and new versions read."""
+def llama_to_hf(config: LlamaConfig, dtype: str, source: dict | None = None) -> dict:
+    """config.json for transformers, in the form that old and new versions read. `source`: the config.json that the
+    model came with; what the network does not read (special tokens, context length) is kept from it."""
     scaling = config.rope_scaling
     rope_scaling = None
     if scaling is not None:
@@ -98,7 +105,14 @@ def llama_to_hf(config: LlamaConfig, dtype: str) -> dict:
             "high_freq_factor": scaling.high_freq_factor,
             "original_max_position_embeddings": scaling.original_context,
         }
+    unread = {
+        "max_position_embeddings": 2048 if scaling is None else int(scaling.original_context * scaling.factor),
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        **{k: v for k, v in (source or {}).items() if k not in ("rope_parameters", "dtype")},
+    }
     return {
+        **unread,
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "vocab_size": config.vocab_size,
@@ -109,15 +123,12 @@ def llama_to_hf(config: LlamaConfig, dtype: str) -> dict:
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
         "hidden_act": "silu",
-        "max_position_embeddings": 2048 if scaling is None else int(scaling.original_context * scaling.factor),
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
         "rope_scaling": rope_scaling,
         "tie_word_embeddings": config.tied_head,
         "attention_bias": False,
         "mlp_bias": False,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
         "torch_dtype": dtype,
     }
 
@@ -134,7 +145,9 @@ def radfm_from_shapes(shapes: Shapes, given: dict | None, where) -> RadFMConfig:
     Raises ValueError: no source for the heads, sources that disagree, or no tensor to read a size from.
     """
     if given and "model" in given:
-        return RadFMConfig.from_dict(given["model"])
+        config = RadFMConfig.from_dict(given["model"])
+        _check_rotary(shapes, config.llama.num_heads, config.llama.head_dim, where)
+        return config
     absent = []
 
     def size(pattern: str, axis: int) -> int:
@@ -151,7 +164,7 @@ def radfm_from_shapes(shapes: Shapes, given: dict | None, where) -> RadFMConfig:
     llm, vit = r"lang_model\.model\.", r"embedding_layer\.vision_encoder\."
     perceiver, block = r"embedding_layer\.perceiver\.", r"layers\.\d+\."
     embedding = r"(lang_model\.model\.embed_tokens|embedding_layer)\.weight"
-    width = size(rf"{llm}norm\.weight", 0)
+    width = size(rf"{llm}({block}input_layernorm|norm)\.weight", 0)
     query_width = size(rf"{llm}{block}self_attn\.q_proj\.weight", 0)
     kv_width = size(rf"{llm}{block}self_attn\.k_proj\.weight", 0)
     sizes = {
@@ -161,7 +174,7 @@ def radfm_from_shapes(shapes: Shapes, given: dict | None, where) -> RadFMConfig:
         "num_layers": layers(rf"{llm}layers\.(\d+)\."),
         "tied_head": bool((given or {}).get("tie_word_embeddings", False)),  # a missing head is missing, not tied
     }
-    vision_width = size(rf"{vit}to_patch_embedding\.3\.weight", 0)
+    vision_width = size(rf"{vit}(to_patch_embedding\.3|transformer\.{block}0\.norm)\.weight", 0)
     head = ViTConfig().head_dim
     vision = ViTConfig(
         width=vision_width,
@@ -183,16 +196,23 @@ def radfm_from_shapes(shapes: Shapes, given: dict | None, where) -> RadFMConfig:
     return RadFMConfig(vision, resampler, LlamaConfig(**sizes, **attention))
 
 
-def _attention(shapes, given, sizes, query_width: int, kv_width: int, where) -> dict:
+def _check_rotary(shapes: Shapes, heads: int, head_dim: int, where) -> set[int]:
+    """Head widths of the rotary buffers, which a config must not contradict (ValueError)."""
     rotary = {2 * shape[0] for name, shape in shapes.items() if ROTARY.fullmatch(name) and len(shape) == 1}
+    if rotary and head_dim and rotary != {head_dim}:
+        raise ValueError(
+            f"{where}: its rotary buffers are for heads of {sorted(rotary)}, but the config says {heads} heads of "
+            f"{head_dim}"
+        )
+    return rotary
+
+
+def _attention(shapes, given, sizes, query_width: int, kv_width: int, where) -> dict:
     if given:
         attention = _attention_from_hf(given, sizes["width"], where)
-        if rotary and rotary != {attention["head_dim"]}:
-            raise ValueError(
-                f"{where}: its rotary buffers are for heads of {sorted(rotary)}, but the config says "
-                f"{attention['num_heads']} heads of {attention['head_dim']}"
-            )
+        _check_rotary(shapes, attention["num_heads"], attention["head_dim"], where)
         return attention
+    rotary = _check_rotary(shapes, 0, 0, where)
     if len(rotary) == 1:
         head_dim = rotary.pop()
     elif all(getattr(radfm_14b().llama, k) == v for k, v in sizes.items()):

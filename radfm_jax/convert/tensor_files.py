@@ -181,9 +181,10 @@ def _open_file(path: Path, verify: bool, scratch: Any, progress: Progress | None
             with _as_damage(path):
                 archive = zipfile.ZipFile(file)
             if not _torch_roots(archive):
+                _import_torch()  # before tens of gigabytes are unpacked for nothing
                 file = resources.enter_context(_unpack(path, archive, scratch, progress))
             return TensorReader(path, *_open_torch(path, file, verify, progress), resources.pop_all())
-        if path.suffix == ".safetensors":
+        if path.suffix == ".safetensors" and not head.startswith(b"version https://git-lfs"):
             return TensorReader(path, *_open_safetensors(path, file), resources.pop_all())
     if not head:
         raise ValueError(f"{path} is empty: download or copy it again")
@@ -294,7 +295,9 @@ def _open_torch(path: Path, file: BinaryIO, verify: bool, progress: Progress | N
     try:
         state = torch.load(file, map_location="meta", weights_only=True)
     except Exception as error:  # whatever a hostile pickle makes the loader raise; there is no second, unsafe try
-        reason = str(error).rsplit("WeightsUnpickler error: ", 1)[-1].strip().split("\n")[0]
+        # Only what it met, never torch's own advice to load the file unsafely.
+        met = re.search(r"Unsupported (?:global|operand|class)[^.\n]*|GLOBAL [\w.]+", str(error))
+        reason = met[0] if met else "the pickle is not one of plain tensors"
         raise ValueError(
             f"{path} was refused by torch's safe loader ({type(error).__name__}: {reason}): it is damaged or holds "
             "more than tensors; get a file with the plain state dict, best as safetensors"

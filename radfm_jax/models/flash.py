@@ -38,14 +38,26 @@ def choose(kernel: str, q: jax.Array, k: jax.Array, platform: str | None = None)
         "cudnn": [
             *([f"dtype {q.dtype} is not bfloat16 or float16"] if q.dtype not in (jnp.bfloat16, jnp.float16) else []),
             *([f"head width {width} is not a multiple of 8 up to 128"] if width % 8 or width > 128 else []),
+            # With a bias its backward pass takes even lengths only.
+            *([f"lengths {t} and {u} are not even"] if t % 2 or u % 2 else []),
         ],
     }
     if kernel != "auto":
         if refusals[kernel]:
             raise ValueError(f"attention kernel {kernel!r}: {'; '.join(refusals[kernel])}")
         return kernel
-    best = {"tpu": "splash", "cuda": "cudnn", "gpu": "cudnn"}.get(platform or jax.default_backend(), "xla")
+    best = {"tpu": "splash", "cuda": "cudnn"}.get(platform or _platform(), "xla")
     return best if not refusals[best] else "xla"
+
+
+def _platform() -> str:
+    """`tpu`, `cpu`, or `cuda` for NVIDIA GPUs from Ampere on, which cuDNN's fused attention needs; else `gpu`."""
+    backend = jax.default_backend()
+    if backend != "gpu":
+        return backend
+    device = jax.devices()[0]
+    is_nvidia = "cuda" in device.client.platform_version.lower()
+    return "cuda" if is_nvidia and float(device.compute_capability) >= 8 else "gpu"
 
 
 def cudnn(q, k, v, q_segments, k_segments, *, causal: bool) -> jax.Array:

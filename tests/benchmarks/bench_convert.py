@@ -65,7 +65,7 @@ def convert(*args: str) -> tuple[float, float, float, float]:
     done = subprocess.run([sys.executable, "-m", "radfm_jax.convert", *args], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)
-    found = re.search(r"([\d.]+) GB in ([\d.]+) s \((\d+) MB/s\), peak memory ([\d.]+) GB", done.stderr)
+    found = re.search(r"([\d.]+) GB in ([\d.]+) s \((\d+) MB/s\), peak memory ([\d.]+) GB", done.stdout)
     return tuple(map(float, found.groups()))
 
 
