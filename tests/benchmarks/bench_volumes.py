@@ -1,0 +1,157 @@
+"""From a scan's file to what the device gets, against the steps of the released code; one core, ratios only.
+
+    taskset -c 0 python tests/benchmarks/bench_volumes.py --repeats 7
+
+C1: 3D volumes a second. Scans are drawn by a seed: an int16 CT of 512 x 512 x 200 with noise of 12 HU inside the body,
+and the same mapped to 0..255, as Rad3D has it. The released steps, each with the quickest of its kind of library:
+SimpleITK reads, torch interpolates to the size of the stack (512 x 512 x 64) in float32, three equal channels, min-max
+in numpy over all of them, nearest neighbour to the stack and then to 256 x 256 x 64. Ours: inflate with isal, nibabel,
+`prepare_volume`, `planes`; and `planes` of a prepared uncompressed uint8 file.
+C2: 2D images a second. The released steps: Pillow decodes, RGB, bicubic resize, float tensor, nearest neighbour to
+four slices, and again in the collator. Ours: Pillow decodes, `prepare_volume`, `planes`.
+
+Both sides run in turn on the same files, one thread each, in processor time; a ratio is the median of the paired ones.
+Needs SimpleITK and torch (requirements-test.txt).
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import SimpleITK
+import torch
+from isal import isal_zlib
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from input_pipeline.volumes import Volume, planes, prepare_volume
+
+DEPTH = 64
+
+
+def phantom(shape, seed: int) -> np.ndarray:
+    """float32[H, W, D], a body of smooth tissue with noise in air, in Hounsfield units."""
+    rng = np.random.default_rng(seed)
+    y, x, z = (np.linspace(-1, 1, n, dtype=np.float32) for n in shape)
+    y, x, z = y[:, None, None], x[None, :, None], z[None, None, :]
+    body = (x**2 / 0.8 + y**2 / 0.5 < 1) & (z < 2)
+    tissue = 40 + 60 * np.sin(9 * x) * np.cos(7 * y) + 20 * z + 12 * rng.standard_normal(shape, np.float32)
+    return np.where(body, tissue, -1000).astype(np.float32)
+
+
+def to_bytes(hu: np.ndarray) -> np.ndarray:
+    return np.clip((hu + 1000) * (255 / 1400), 0, 255).astype(np.uint8)
+
+
+def read_nifti(path: Path) -> np.ndarray:
+    raw = isal_zlib.decompress(path.read_bytes(), 31)
+    header = nibabel.Nifti1Header.from_fileobj(io.BytesIO(raw[:348]))
+    start = int(header.get_data_offset())
+    return np.frombuffer(raw, header.get_data_dtype(), offset=start).reshape(header.get_data_shape(), order="F")[
+        ..., None
+    ]
+
+
+def read_picture(path: Path) -> np.ndarray:
+    pixels = np.asarray(Image.open(path))
+    return pixels.reshape(*pixels.shape[:2], 1, -1)
+
+
+def ours_from_file(path: Path):
+    read = read_nifti if path.suffix == ".gz" else read_picture
+    return planes(prepare_volume(read(path)))
+
+
+def ours_from_record(path: Path):
+    """The record holds `Volume.slices`; its shape and scale stand in the index."""
+    slices = np.fromfile(path, np.uint8).reshape(DEPTH, 1, 256, 256)
+    return planes(Volume.from_slices(slices, 1 / 255, 0.0))
+
+
+def nearest(x: torch.Tensor, size) -> torch.Tensor:
+    return torch.nn.functional.interpolate(x, size)
+
+
+def released_volume(path: Path) -> torch.Tensor:
+    array = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path))).astype(np.float32)
+    x = torch.from_numpy(array)[None, None]  # [1, 1, D, H, W]
+    x = torch.nn.functional.interpolate(x, (DEPTH, 512, 512), mode="trilinear")[0, 0]
+    image = np.repeat(x.permute(1, 2, 0).numpy()[None], 3, axis=0)  # [3, H, W, D]
+    image = (image - image.min()) / (image.max() - image.min())
+    stack = nearest(torch.from_numpy(image)[None], (512, 512, DEPTH))
+    return nearest(stack, (256, 256, DEPTH))
+
+
+def released_picture(path: Path) -> torch.Tensor:
+    image = Image.open(path).convert("RGB").resize((512, 512), Image.Resampling.BICUBIC)
+    x = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().to(torch.float32).div(255)
+    stack = nearest(x[None, ..., None], (512, 512, 4))
+    return nearest(stack, (512, 512, 4))  # the collator resizes again, whether it must or not
+
+
+def measure(ours: Callable, theirs: Callable, repeats: int) -> tuple[float, float, float]:
+    """Median processor seconds of each side and the median of the paired ratios, after one unmeasured round."""
+    pairs = []
+    for _ in range(repeats + 1):
+        pair = []
+        for side in (ours, theirs):
+            start = time.process_time()
+            side()
+            pair.append(time.process_time() - start)
+        pairs.append(pair)
+    a, b = zip(*pairs[1:], strict=True)
+    return statistics.median(a), statistics.median(b), statistics.median(y / x for x, y in zip(a, b, strict=True))
+
+
+def write_inputs(folder: Path) -> dict[str, Path]:
+    hu = phantom((512, 512, 200), seed=1)
+    files = {n: folder / n for n in ("ct.nii.gz", "bytes.nii.gz", "gray.png", "gray.jpg", "colour.jpg", "record.raw")}
+    nibabel.save(nibabel.Nifti1Image(hu.astype(np.int16), np.eye(4)), files["ct.nii.gz"])
+    nibabel.save(nibabel.Nifti1Image(to_bytes(hu), np.eye(4)), files["bytes.nii.gz"])
+    prepare_volume(read_nifti(files["ct.nii.gz"])).slices.tofile(files["record.raw"])
+    film = to_bytes(phantom((1200, 1000, 1), seed=2))[..., 0]
+    Image.fromarray(film).save(files["gray.png"])
+    Image.fromarray(film).save(files["gray.jpg"], quality=95)
+    figure = np.stack([film, film[::-1], film[:, ::-1]], -1)[:700, :900]
+    Image.fromarray(np.ascontiguousarray(figure)).save(files["colour.jpg"], quality=95)
+    return files
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=7)
+    repeats = parser.parse_args().repeats
+    torch.set_num_threads(1)
+    SimpleITK.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        files = write_inputs(Path(folder))
+        volume, picture, n = released_volume, released_picture, repeats
+        cases = [
+            ("C1 CT int16 .nii.gz -> uint8 planes", ours_from_file, volume, "ct.nii.gz", "ct.nii.gz", n, "5x (6x)"),
+            ("C1 8-bit .nii.gz -> uint8 planes", ours_from_file, volume, "bytes.nii.gz", "bytes.nii.gz", n, "5x (6x)"),
+            ("C1 prepared uint8 -> planes", ours_from_record, volume, "record.raw", "ct.nii.gz", n, "100x (300x)"),
+            ("C2 gray PNG 1200 x 1000", ours_from_file, picture, "gray.png", "gray.png", 3 * n, "3x (4x)"),
+            ("C2 gray JPEG 1200 x 1000", ours_from_file, picture, "gray.jpg", "gray.jpg", 3 * n, "3x (4x)"),
+            ("C2 colour JPEG 700 x 900", ours_from_file, picture, "colour.jpg", "colour.jpg", 3 * n, "3x (4x)"),
+        ]
+        table = Table("what", "ours ms", "released ms", "ratio", "least (aim)", "bytes to the device")
+        for name, ours, theirs, mine, other, times, goal in cases:
+            a, b, ratio = measure(lambda f=ours, p=files[mine]: f(p), lambda f=theirs, p=files[other]: f(p), times)
+            sent, index = ours(files[mine])
+            full = theirs(files[other]).nbytes
+            size = f"{full / sent.nbytes:.0f}x fewer ({full / (sent.nbytes + index.nbytes):.0f}x with plane_index)"
+            table.add_row(name, f"{1e3 * a:.1f}", f"{1e3 * b:.1f}", f"{ratio:.1f}x", goal, size)
+        Console(width=150).print(table)
+
+
+if __name__ == "__main__":
+    main()
