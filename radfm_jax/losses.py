@@ -46,7 +46,7 @@ def radfm_loss(
             hidden, kernel, batch["targets"], weights > 0, dtype=model.config.llama.dtype, chunk=chunk
         )
         # A sample with a voxel that is not finite must be seen, and by nobody else (models/radfm.py).
-        losses = jnp.where(out["poisoned"] & (weights > 0), jnp.nan, losses)
+        losses = jnp.where(out["nonfinite_tokens"] & (weights > 0), jnp.nan, losses)
     total = jnp.sum(jnp.where(weights > 0, weights * losses, 0.0))
     return total, jnp.sum(weights), {**out, "token_loss": losses, "correct": correct, "weights": weights}
 

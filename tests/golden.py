@@ -30,8 +30,14 @@ EMBED = "lang_model.model.embed_tokens.weight"
 EMBED_ALIAS = "embedding_layer.weight"
 """The two names of the one text embedding table."""
 
-UNUSED = ("bert_model", "bert_projection_fc", "output_upscaling", "transformer_decoder", "transformer_decoder_mlp",
-          "cls_head")
+UNUSED = (
+    "bert_model",
+    "bert_projection_fc",
+    "output_upscaling",
+    "transformer_decoder",
+    "transformer_decoder_mlp",
+    "cls_head",
+)
 """Modules of the released state_dict, below ``embedding_layer.``, that take no part in any output."""
 
 
@@ -40,8 +46,15 @@ def _is_table(key: str) -> bool:
     if key in (EMBED, "embedding_layer.figure_token_weight", "embedding_layer.perceiver.latents"):
         return True
     parent = key.split(".")[-2] if key.endswith(".weight") else ""
-    return parent in ("embed_tokens", "row_embed", "col_embed", "dep_embed", "word_embeddings", "position_embeddings",
-                      "token_type_embeddings")
+    return parent in (
+        "embed_tokens",
+        "row_embed",
+        "col_embed",
+        "dep_embed",
+        "word_embeddings",
+        "position_embeddings",
+        "token_type_embeddings",
+    )
 
 
 def _gain(key: str) -> float:

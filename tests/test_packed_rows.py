@@ -101,7 +101,7 @@ def assert_equal_trees(ours, theirs):
 def assert_same_for(sample: str, before: dict, after: dict, grads: bool = True):
     """Bit for bit: the sample's logits and losses; and the gradients, if both are of its loss alone."""
     mine = before["segments"] == SEGMENT[sample]
-    for key in ("logits", "token_loss", "correct", "embeddings", "poisoned"):
+    for key in ("logits", "token_loss", "correct", "embeddings", "nonfinite_tokens"):
         np.testing.assert_array_equal(before[key][mine], after[key][mine], err_msg=f"{key} of {sample}")
     if grads:
         assert np.isfinite(largest(before["grads"])) and largest(before["grads"]) > 1e-3
@@ -207,6 +207,7 @@ CHANGES = {
     "scale": with_scale(0.01),
     "scale_nan": with_scale(np.nan),
     "offset_inf": with_scale(np.inf, "scan_offset"),
+    "scale_huge": with_scale(3e38),  # finite, but voxel * scale is not
     "removed": without_a,
 }
 
@@ -227,17 +228,17 @@ def test_a_changes_nothing_for_b(change, only_b):
         assert not np.array_equal(only_b["logits"][mine], after["logits"][mine])
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e38])  # the last is finite, but not its square
 def test_a_voxel_that_is_not_finite_reaches_nobody_else(value):
     before = all_four(np.float32, as_float())
     after = {**before, "planes": before["planes"].copy()}
     after["planes"][0, 5, 0, 1] = value  # one voxel of A's scan
     clean, dirty = outcome(only(before, "B")), outcome(only(after, "B"))
-    assert not clean["bad_scans"].any() and not clean["poisoned"].any()
-    np.testing.assert_array_equal(dirty["bad_scans"], [[True, False, False, False]])
-    np.testing.assert_array_equal(dirty["poisoned"], after["segments"] == SEGMENT["A"])
-    assert np.isnan(dirty["logits"][dirty["poisoned"]]).all()
-    assert np.isfinite(dirty["logits"][~dirty["poisoned"]]).all()
+    assert not clean["nonfinite_scans"].any() and not clean["nonfinite_tokens"].any()
+    np.testing.assert_array_equal(dirty["nonfinite_scans"], [[True, False, False, False]])
+    np.testing.assert_array_equal(dirty["nonfinite_tokens"], after["segments"] == SEGMENT["A"])
+    assert np.isnan(dirty["logits"][dirty["nonfinite_tokens"]]).all()
+    assert np.isfinite(dirty["logits"][~dirty["nonfinite_tokens"]]).all()
     for other in ("B", "C", "D"):
         assert_same_for(other, clean, dirty)
 
@@ -255,21 +256,21 @@ def test_planes_that_nobody_uses_may_hold_anything():
     used = np.unique(before["plane_index"])
     after["planes"][:, np.setdiff1d(np.arange(SIZES["planes"]), used)] = np.nan
     clean, dirty = outcome(before), outcome(after)
-    assert not dirty["bad_scans"].any() and np.isfinite(dirty["logits"]).all()
+    assert not dirty["nonfinite_scans"].any() and np.isfinite(dirty["logits"]).all()
     assert_equal_trees(clean["grads"], dirty["grads"])
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_shared_scan_that_is_not_finite(value):
-    """The scan of B and D: both are poisoned, A and C are not."""
+    """The scan of B and D: both are nonfinite_tokens, A and C are not."""
     batch = all_four()
     batch["scan_offset"] = batch["scan_offset"].copy()
     batch["scan_offset"][0, SLOT["ct"]] = value
     out, clean = outcome(batch), outcome(all_four())
-    np.testing.assert_array_equal(out["bad_scans"], [[False, True, False, False]])
-    np.testing.assert_array_equal(out["poisoned"], np.isin(batch["segments"], [SEGMENT["B"], SEGMENT["D"]]))
-    assert np.isnan(out["logits"][out["poisoned"]]).all()
-    np.testing.assert_array_equal(np.isnan(out["token_loss"]), out["poisoned"] & (batch["weights"] > 0))
+    np.testing.assert_array_equal(out["nonfinite_scans"], [[False, True, False, False]])
+    np.testing.assert_array_equal(out["nonfinite_tokens"], np.isin(batch["segments"], [SEGMENT["B"], SEGMENT["D"]]))
+    assert np.isnan(out["logits"][out["nonfinite_tokens"]]).all()
+    np.testing.assert_array_equal(np.isnan(out["token_loss"]), out["nonfinite_tokens"] & (batch["weights"] > 0))
     for other in ("A", "C"):
         assert_same_for(other, clean, out, grads=False)
 
@@ -279,7 +280,7 @@ def test_a_slot_that_is_bad_but_unused_poisons_nobody():
     batch["scan_scale"] = batch["scan_scale"].copy()
     batch["scan_scale"][0, 3] = np.nan
     out, clean = outcome(batch), outcome(all_four())
-    assert not out["poisoned"].any()
+    assert not out["nonfinite_tokens"].any()
     np.testing.assert_array_equal(out["logits"], clean["logits"])
     assert_equal_trees(out["grads"], clean["grads"])
 
@@ -295,6 +296,25 @@ def test_a_key_that_nobody_may_see():
         assert not differs[~mine].any()
 
 
+def test_positions_are_those_of_the_batch():
+    """RoPE sees distances alone, so a segment's positions, stretched, change its logits and nobody else's."""
+    batch, clean = all_four(), outcome(all_four())
+    mine = batch["segments"] == SEGMENT["B"]
+    stretched = outcome({**batch, "positions": np.where(mine, 2 * batch["positions"], batch["positions"])})
+    assert np.abs(stretched["logits"] - clean["logits"])[mine].max() > 0.1
+    for other in "ACD":
+        assert_same_for(other, clean, stretched, grads=False)
+
+
+def test_padding_patches_show_nothing():
+    """Their index points at plane 0, which is A's; whatever it holds, padding is the same."""
+    before, after = all_four(), with_other_voxels(all_four())
+    padding = before["patch_segments"] == 0
+    clean, other = outcome(before)["vit"], outcome(after)["vit"]
+    np.testing.assert_array_equal(clean[padding], other[padding])
+    assert np.abs(clean - other)[before["patch_segments"] == SLOT["cxr"] + 1].max() > 0.1
+
+
 def test_nothing_has_weight():
     out = outcome({**all_four(), "weights": np.zeros((1, SIZES["text"]), np.float32)})
     assert out["sum"] == 0 and out["weight"] == 0
@@ -302,7 +322,7 @@ def test_nothing_has_weight():
     # Not even with a scan that is not finite: the sample that uses it is not trained on.
     bad = with_scale(np.nan)({**all_four(), "weights": np.zeros((1, SIZES["text"]), np.float32)})
     out = outcome(bad)
-    assert out["sum"] == 0 and out["weight"] == 0 and out["bad_scans"].any()
+    assert out["sum"] == 0 and out["weight"] == 0 and out["nonfinite_scans"].any()
     assert largest(out["grads"]) == 0
 
 

@@ -81,8 +81,8 @@ def test_full_size_shapes():
         "perceiver": (2, 16, 32, 768),
         "visual_tokens": (2, 16, 32, 5120),
         "embeddings": (2, 2048, 5120),
-        "bad_scans": (2, 16),
-        "poisoned": (2, 2048),
+        "nonfinite_scans": (2, 16),
+        "nonfinite_tokens": (2, 2048),
     }
 
 

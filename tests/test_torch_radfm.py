@@ -63,8 +63,14 @@ def test_vit(run):
     if "vit_full" in run.case:
         _close(vit, run.case["vit_full"], 1e-4)
     values = vit.detach().double().flatten().numpy()
-    stats = [values.mean(), values.std(), values.min(), values.max(), np.abs(values).sum(),
-             values @ np.sin(0.01 * np.arange(values.size))]
+    stats = [
+        values.mean(),
+        values.std(),
+        values.min(),
+        values.max(),
+        np.abs(values).sum(),
+        values @ np.sin(0.01 * np.arange(values.size)),
+    ]
     np.testing.assert_allclose(stats, run.case["vit_stats"], rtol=1e-4, atol=1e-2)
 
 
@@ -141,9 +147,26 @@ def test_names_and_shapes(name):
 def test_other_sizes():
     """Sizes that no golden case has: a build repeats itself, and scans and samples do not leak into each other."""
     sizes = torch_radfm.Sizes(
-        vocab=11, hidden=16, inter=20, layers=1, heads=4, kv_heads=2, vis_dim=6, vit_depth=2, vit_heads=2,
-        vit_dim_head=4, vit_mlp=10, patch=(4, 2, 2), tables=(4, 6, 9), perceiver_depth=2, perceiver_heads=3,
-        perceiver_dim_head=2, latents=5, ff_mult=2, rope_theta=500.0, rms_eps=1e-5,
+        vocab=11,
+        hidden=16,
+        inter=20,
+        layers=1,
+        heads=4,
+        kv_heads=2,
+        vis_dim=6,
+        vit_depth=2,
+        vit_heads=2,
+        vit_dim_head=4,
+        vit_mlp=10,
+        patch=(4, 2, 2),
+        tables=(4, 6, 9),
+        perceiver_depth=2,
+        perceiver_heads=3,
+        perceiver_dim_head=2,
+        latents=5,
+        ff_mult=2,
+        rope_theta=500.0,
+        rms_eps=1e-5,
     )
     model = torch_radfm.build(sizes, salt="a")
     again = torch_radfm.load_arrays(torch_radfm.TorchRadFM(sizes), torch_radfm.arrays_of(model)).eval()

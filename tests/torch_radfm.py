@@ -100,10 +100,12 @@ class _Transformer(nn.Module):
     def __init__(self, s: Sizes):
         super().__init__()
         self.layers = nn.ModuleList(
-            nn.ModuleList([
-                _PreNorm(s.vis_dim, _SelfAttention(s.vis_dim, s.vit_heads, s.vit_dim_head)),
-                _PreNorm(s.vis_dim, _FeedForward(s.vis_dim, s.vit_mlp)),
-            ])
+            nn.ModuleList(
+                [
+                    _PreNorm(s.vis_dim, _SelfAttention(s.vis_dim, s.vit_heads, s.vit_dim_head)),
+                    _PreNorm(s.vis_dim, _FeedForward(s.vis_dim, s.vit_mlp)),
+                ]
+            )
             for _ in range(s.vit_depth)
         )
 
@@ -192,12 +194,17 @@ class _Perceiver(nn.Module):
         dim, inner = s.vis_dim, s.vis_dim * s.ff_mult
         self.latents = nn.Parameter(torch.zeros(s.latents, dim))
         self.layers = nn.ModuleList(
-            nn.ModuleList([
-                _LatentAttention(dim, s.perceiver_heads, s.perceiver_dim_head),
-                nn.Sequential(
-                    nn.LayerNorm(dim), nn.Linear(dim, inner, bias=False), nn.GELU(), nn.Linear(inner, dim, bias=False)
-                ),
-            ])
+            nn.ModuleList(
+                [
+                    _LatentAttention(dim, s.perceiver_heads, s.perceiver_dim_head),
+                    nn.Sequential(
+                        nn.LayerNorm(dim),
+                        nn.Linear(dim, inner, bias=False),
+                        nn.GELU(),
+                        nn.Linear(inner, dim, bias=False),
+                    ),
+                ]
+            )
             for _ in range(s.perceiver_depth)
         )
         self.norm = nn.LayerNorm(dim)
@@ -291,9 +298,7 @@ class TorchRadFM(nn.Module):
         return out
 
     @torch.no_grad()
-    def greedy(
-        self, ids: Tensor, visual_tokens: Tensor, steps: int, stop: int | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def greedy(self, ids: Tensor, visual_tokens: Tensor, steps: int, stop: int | None = None) -> tuple[Tensor, Tensor]:
         """Continue ids (1, L) with the likeliest words, without a mask or a cache, for at most ``steps`` tokens.
 
         visual_tokens (1, S*latents, E) are those of ``forward`` or ``embedding_layer.see``. Returns the new ids (n,),

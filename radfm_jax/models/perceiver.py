@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from radfm_jax.models.layers import GeluMlp, attention, dense, layer_norm, scan_blocks
 from radfm_jax.models.vit3d import gather_rows
+from radfm_jax.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +56,11 @@ class Block(nn.Module):
             kernel=c.attention,
         )
         x = checkpoint_name(x.reshape(q.shape), "attention")
-        latents = latents + dense(c.width, ("heads", "head_dim", "embed"), c, axis=(-2, -1), name="out")(x)
+        x = dense(c.width, ("heads", "head_dim", "embed"), c, axis=(-2, -1), name="out")(x)
+        latents = constrain(latents + x, "batch", None, None, None)
         x = layer_norm(c, "mlp_norm")(latents)
-        return latents + GeluMlp(c, c.mlp_factor * c.width, bias=False, name="mlp")(x), None
+        x = GeluMlp(c, c.mlp_factor * c.width, bias=False, name="mlp")(x)
+        return constrain(latents + x, "batch", None, None, None), None
 
 
 class Perceiver(nn.Module):

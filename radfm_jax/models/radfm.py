@@ -127,20 +127,20 @@ class RadFM(nn.Module):
         hidden, out = self.hidden(batch, deterministic=deterministic)
         with jax.named_scope("logits"):
             logits = self.llama.logits(hidden)
-        return jnp.where(out["poisoned"][..., None], jnp.nan, logits), out
+        return jnp.where(out["nonfinite_tokens"][..., None], jnp.nan, logits), out
 
     def hidden(self, batch: dict[str, jax.Array], *, deterministic: bool = True) -> tuple[jax.Array, dict]:
         """Hidden states float[B, T, E] after the final norm, and `out`:
 
         vit float[B, R, P, D]; perceiver float[B, S, L, D]; visual_tokens float[B, S, L, E]; embeddings float[B, T, E];
-        bad_scans bool[B, S]: scans with a voxel that is not finite; poisoned bool[B, T]: tokens of samples using one.
+        nonfinite_scans bool[B, S]: scans with such a voxel; nonfinite_tokens bool[B, T]: tokens of samples using one.
 
         Masks do not stop NaN (0 x NaN), so a scan that is not finite enters the network as zeros, and its samples'
         logits and losses are set to NaN at the very end, where they cannot reach another sample.
         """
         c, out = self.config, {}
         with jax.named_scope("finite_check"):
-            out["bad_scans"], clean = drop_nonfinite(batch)
+            out["nonfinite_scans"], clean = drop_nonfinite(batch)
         with jax.named_scope("vision_encoder"):
             patches = (clean[k] for k in ("planes", "plane_index", "patch_segments", "patch_positions"))
             out["vit"] = self.vit(*patches, clean["scan_scale"], clean["scan_offset"], deterministic=deterministic)
@@ -149,14 +149,14 @@ class RadFM(nn.Module):
         with jax.named_scope("projection"):
             out["visual_tokens"] = self.projection(out["perceiver"].astype(c.llama.dtype))
         with jax.named_scope("fusion"):
-            x, out["poisoned"] = self.fuse(batch, out["visual_tokens"], out["bad_scans"])
+            x, out["nonfinite_tokens"] = self.fuse(batch, out["visual_tokens"], out["nonfinite_scans"])
             out["embeddings"] = x = constrain(x, "batch", None, None)
         with jax.named_scope("llama"):
             hidden = self.llama(x, batch["positions"], batch["segments"], batch["key_ok"])
         return hidden, out
 
-    def fuse(self, batch, visual_tokens, bad_scans) -> tuple[jax.Array, jax.Array]:
-        """Puts visual tokens and image marks among the text embeddings: ([B, T, E], poisoned bool[B, T])."""
+    def fuse(self, batch, visual_tokens, nonfinite_scans) -> tuple[jax.Array, jax.Array]:
+        """Puts visual tokens and image marks among the text embeddings: ([B, T, E], nonfinite_tokens bool[B, T])."""
         c = self.config
         ids, visual_index = batch["ids"], batch["visual_index"]
         b, s, n, width = visual_tokens.shape
@@ -167,7 +167,7 @@ class RadFM(nn.Module):
         is_visual = visual_index >= 0
         x = jnp.where((ids >= c.image_id)[..., None], marks, text)
         x = jnp.where(is_visual[..., None], visual, x)
-        uses_bad = is_visual & gather_rows(bad_scans, slot // n)
+        uses_bad = is_visual & gather_rows(nonfinite_scans, slot // n)
         t = ids.shape[1]
         by_segment = jax.vmap(lambda seg, bad: jnp.zeros(t + 1, bool).at[seg].max(bad))(batch["segments"], uses_bad)
         return x, gather_rows(by_segment, batch["segments"]) & (batch["segments"] > 0)
@@ -175,16 +175,18 @@ class RadFM(nn.Module):
 
 def drop_nonfinite(batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
     """bool[B, S] of scans with a voxel, scale or offset that is not finite, and the batch with their values zeroed."""
+    # A finite voxel of 1e30 is no better: its square, in the first LayerNorm, is not finite.
+    finite = lambda x: jnp.abs(x) < 1e15  # noqa: E731
     scale, offset = batch["scan_scale"], batch["scan_offset"]
-    bad = ~(jnp.isfinite(scale) & jnp.isfinite(offset))
+    bad = ~(finite(scale) & finite(offset))
     planes = batch["planes"]
     if jnp.issubdtype(planes.dtype, jnp.floating):
-        plane_bad = ~jnp.isfinite(planes).all(axis=(-2, -1))  # [B, M]
+        plane_bad = ~finite(planes).all(axis=(-2, -1))  # [B, M]
         patch_bad = gather_rows(plane_bad, batch["plane_index"]).any(axis=(-2, -1))  # [B, R, P]
         of_slot = jax.vmap(lambda seg, b: jnp.zeros(bad.shape[1] + 1, bool).at[seg].max(b))
         b = planes.shape[0]
         bad |= of_slot(batch["patch_segments"].reshape(b, -1), patch_bad.reshape(b, -1))[:, 1:]
-        planes = jnp.where(jnp.isfinite(planes), planes, 0.0)
+        planes = jnp.where(finite(planes), planes, 0.0)
     # Zero scale and offset make every voxel of a bad scan zero, whatever its planes hold.
     zeroed = {"scan_scale": jnp.where(bad, 0.0, scale), "scan_offset": jnp.where(bad, 0.0, offset), "planes": planes}
     return bad, {**batch, **zeroed}
@@ -216,11 +218,16 @@ def abstract_batch(
 @functools.lru_cache(maxsize=8)
 def abstract_params(config: RadFMConfig) -> dict:
     """The boxed tree of parameter shapes and logical axis names, no array made. `nn.unbox` gives the plain shapes."""
-    init = functools.partial(RadFM(config).init, deterministic=True)
+    init = functools.partial(_tracer(config).init, deterministic=True)
     return jax.eval_shape(init, jax.random.key(0), abstract_batch(config))["params"]
+
+
+def _tracer(config: RadFMConfig) -> RadFM:
+    """Parameters do not depend on the attention kernel, and a few tokens fit none but XLA's."""
+    return RadFM(config.with_compute(attention="xla"))
 
 
 def init_params(config: RadFMConfig, rng: jax.Array) -> dict:
     """Fresh parameters, a plain dict. Jit it with out_shardings so that none ever exists unsharded."""
     batch = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), abstract_batch(config))
-    return nn.unbox(RadFM(config).init(rng, batch)["params"])
+    return nn.unbox(_tracer(config).init(rng, batch)["params"])

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from radfm_jax.models.layers import GeluMlp, attention, dense, layer_norm, scan_blocks
+from radfm_jax.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +63,7 @@ class PatchEmbedding(nn.Module):
             shape = (*slot.shape, 1, 1, 1, 1)
             x = x * gather_rows(scan_scale, slot).reshape(shape) + gather_rows(scan_offset, slot).reshape(shape)
             x = jnp.where((patch_segments > 0).reshape(shape), x, 0.0)
-            x = einops.rearrange(x, "b r p d c h w -> b r p (h w d c)")
+            x = constrain(einops.rearrange(x, "b r p d c h w -> b r p (h w d c)"), "batch", None, None, None)
         x = layer_norm(c, "patch_norm", "patch")(x)
         # One of the two axes takes the fsdp mesh axis; the long one always divides.
         x = dense(c.width, ("patch", None), c, bias=True, name="projection")(x)
@@ -96,10 +97,10 @@ class Block(nn.Module):
         q, k, v = (checkpoint_name(qkv[..., i, :, :], n) for i, n in enumerate(("query", "key", "value")))
         h = checkpoint_name(attention(q, k, v, segments, segments, causal=False, kernel=c.attention), "attention")
         h = dense(c.width, ("heads", "head_dim", "embed"), c, axis=(-2, -1), bias=True, name="out")(h)
-        x = x + nn.Dropout(c.dropout)(h, self.deterministic)
+        x = constrain(x + nn.Dropout(c.dropout)(h, self.deterministic), "batch", None, None)
         h = layer_norm(c, "mlp_norm")(x)
-        x = x + GeluMlp(c, c.mlp_width, bias=True, dropout=c.dropout, name="mlp")(h, self.deterministic)
-        return x, None
+        h = GeluMlp(c, c.mlp_width, bias=True, dropout=c.dropout, name="mlp")(h, self.deterministic)
+        return constrain(x + h, "batch", None, None), None
 
 
 class ViT3D(nn.Module):

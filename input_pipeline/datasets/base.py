@@ -1,0 +1,248 @@
+"""What the families of data sets share: a table read once and checked, rows that are samples, reproducible choices."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import pathlib
+import re
+from typing import ClassVar, Protocol
+
+import numpy as np
+
+from input_pipeline.datasets import tables
+from input_pipeline.datasets.tables import Row, TableError
+from input_pipeline.samples import RowError, Sample, Scan, Task, Text
+
+# What a path says about who must stay on one side of a split: a paper, a patient or a case of the public sets.
+_STUDY = re.compile(
+    r"(PMC\d+)|(?:^|/)(p\d{8})(?:/|$)|(patient\d+)|(MPX\d+)|(?:^|/)(\d{8})_\d{3}\.(?:png|jpe?g)$", re.IGNORECASE
+)
+
+
+class Dataset(Protocol):
+    """What the pipeline asks of a data set. Row i is a pure function of the table, i and the generator passed in."""
+
+    name: str
+    root: pathlib.Path
+    fraction: float
+
+    def __len__(self) -> int: ...
+    def row_id(self, i: int) -> str: ...
+    def sample(self, i: int, rng: np.random.Generator) -> Sample: ...
+    def scans(self, i: int) -> tuple[Scan, ...]: ...
+
+
+def sample_rng(seed: int, epoch: int, dataset: str, row_id: str) -> np.random.Generator:
+    """The generator of all random choices of one sample: the same on every machine, run and host."""
+    key = f"{int(seed)}\x1f{int(epoch)}\x1f{dataset}\x1f{row_id}".encode()
+    return np.random.Generator(np.random.PCG64(int.from_bytes(hashlib.blake2b(key, digest_size=16).digest(), "little")))
+
+
+def pick(rng: np.random.Generator, items):
+    """One item, each as likely."""
+    return items[int(rng.random() * len(items))]
+
+
+def choose(rng: np.random.Generator, count: int, most: int) -> list[int]:
+    """At most `most` of range(count), each set as likely, in order."""
+    if count <= most:
+        return list(range(count))
+    return sorted(np.argsort(rng.random(count))[:most].tolist())
+
+
+def ask(rng: np.random.Generator, scans: tuple[Scan, ...], question: str, answer: str, context: str = "") -> tuple:
+    """Parts of an instruction sample: the scans stand before or after the question, half of the time each."""
+    asked = Text(question, "instruction")
+    middle = (*scans, asked) if rng.random() < 0.5 else (asked, *scans)
+    if context:
+        middle = (Text(context, "context"), *middle)
+    return (*middle, Text(answer, "response"))
+
+
+def npy_scans(root: pathlib.Path, path: str) -> tuple[Scan, ...]:
+    """The scans in a file: [S, 3, H, W, D] in .npy holds S; any other file one. Reads the header only.
+
+    Raises:
+      ValueError: the .npy file is missing, no array file, holds Python objects, or no array of 2 to 5 axes.
+    """
+    if not path.lower().endswith(".npy"):
+        return (Scan(path),)
+    try:
+        with open(root / path, "rb") as file:
+            version = np.lib.format.read_magic(file)
+            read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+            if version not in read:
+                raise ValueError(f"format version {version} is unknown")
+            shape, _, dtype = read[version](file)
+    except OSError as error:
+        raise ValueError(f"{path} below {root} cannot be read: {error.strerror}") from error
+    except Exception as error:
+        # numpy hands a damaged header to its expression parser, which raises what it likes (SyntaxError, TokenError).
+        raise ValueError(f"{path} is no .npy file: {str(error)[:120]}") from error
+    if dtype.hasobject or not 2 <= len(shape) <= 5 or 0 in shape:
+        raise ValueError(f"{path} holds {dtype} {list(shape)}, not volumes [S, 3, H, W, D]")
+    if len(shape) < 5 or shape[0] == 1:
+        return (Scan(path),)
+    return tuple(Scan(path, volume=s) for s in range(shape[0]))
+
+
+@dataclasses.dataclass(kw_only=True, eq=False)
+class TableDataset:
+    """A data set whose rows stand in one CSV or JSON file.
+
+    A family says which columns it needs, how a row becomes a compact value (`parse`, once, when the table is read) and
+    how that value becomes the parts of a sample (`parts`, for each epoch).
+
+    Attributes:
+      table: the file; a relative path is below the root.
+      root: the directory below which all scans lie.
+      split: which split this is. If the table has a column `split`, only its rows of this split are used.
+      strip: a prefix to remove from the paths of the table (published tables hold their authors' absolute paths).
+      study: regular expression with one group that finds the study in a path; default: the patterns of the public sets.
+      fraction: share of the rows used in an epoch (RadFM: 0.2 for MPx-Single and Rad3D-Modality).
+      quarantine: go on without the bad rows, which stay in `problems`; without it opening raises TableError.
+      problems: a RowError for each bad row.
+      left_out: why good rows are not used -> how many (another split, another language).
+      duplicates: (row, earlier row with the same content); they are kept.
+    Raises:
+      RowError, TableError: see `quarantine`; a table without a single good row always raises.
+    """
+
+    name: ClassVar[str]
+    task: ClassVar[Task]
+    required: ClassVar[tuple[str, ...]] = ()
+    extra: ClassVar[tuple[str, ...]] = ()
+    layout: ClassVar[str] = "csv"
+
+    table: str | pathlib.Path
+    root: str | pathlib.Path
+    split: str | None = None
+    strip: str = ""
+    study: str | None = None
+    fraction: float = 1.0
+    quarantine: bool = False
+
+    def __post_init__(self):
+        self.root = pathlib.Path(self.root).absolute()
+        self.file = self.root / self.table
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"{self.name}: fraction must lie above 0 and not above 1, got {self.fraction}")
+        self._study = re.compile(self.study) if self.study else _STUDY
+        if self.study and self._study.groups != 1:
+            raise ValueError(f"{self.name}: study {self.study!r} must have exactly one group")
+        self.left_out: dict[str, int] = {}
+        self.duplicates: list[tuple[int, int]] = []
+        self.problems: list[RowError] = []
+        self._npy: dict[str, tuple[Scan, ...]] = {}
+        self._rows, self._numbers = [], []
+        self._read()
+        self.problems.sort(key=lambda p: p.row if isinstance(p.row, int) else 0)
+        counted = f"{self.file}: {len(self.problems)} bad rows, {len(self._rows)} good ones"
+        if self.problems and not self.quarantine:
+            raise TableError(self.problems, f"{counted} (open with quarantine=True to go on without the bad ones)")
+        if not len(self):
+            if self.problems:
+                raise TableError(self.problems, counted)
+            reason = f"no row is left ({self.left_out})" if self.left_out else "the table has no rows"
+            raise RowError(self.file, 0, reason, "check the table and the split")
+
+    def _read(self) -> None:
+        if self.layout == "csv":
+            self.header, rows, self.problems = tables.read_csv(self.file, self.required, (*self.extra, "split"))
+        elif self.layout == "json":
+            rows, self.problems = tables.read_json(self.file, self.required)
+        else:
+            rows, self.problems = tables.read_jsonl(self.file)
+        self.problems += self._keep(rows)
+        self.problems += self.finish()
+
+    def _keep(self, rows) -> list[RowError]:
+        problems, seen = [], {}
+        make = lambda number, cells: Row(self.file, number, cells, self.root, self.strip)  # noqa: E731
+        for number, value in tables.parse_rows(rows, self._parse, make):
+            if isinstance(value, RowError):
+                problems.append(value)
+            elif isinstance(value, LeftOut):
+                self.left_out[value] = self.left_out.get(value, 0) + 1
+            else:
+                self._rows.append(value)
+                self._numbers.append(number)
+        for number, value in zip(self._numbers, self._rows, strict=True):
+            key = hashlib.blake2b(repr(value).encode("utf-8"), digest_size=12).digest()
+            if key in seen:
+                self.duplicates.append((number, seen[key]))
+            else:
+                seen[key] = number
+        return problems
+
+    def _parse(self, row: Row):
+        split = row.cells.get("split")
+        if split is not None and self.split is not None and row.optional("split") != self.split:
+            return LeftOut(f"split {row.optional('split')!r}")
+        return self.parse(row)
+
+    # What a family defines.
+
+    def parse(self, row: Row):
+        """A row -> the compact value that is kept, or LeftOut(reason). Raises RowError."""
+        raise NotImplementedError
+
+    def finish(self) -> list[RowError]:
+        """After all rows are read: what needs the whole table. Returns further problems."""
+        return []
+
+    def parts(self, value, rng: np.random.Generator) -> tuple[Task, str | None, tuple[Text | Scan, ...]]:
+        """A kept value -> task, study and parts of the sample."""
+        raise NotImplementedError
+
+    def scans_of(self, value) -> tuple[Scan, ...]:
+        """All scans that a kept value can use."""
+        raise NotImplementedError
+
+    # What the pipeline calls.
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def row_id(self, i: int) -> str:
+        """Row number in the table, the first row below the header being 1."""
+        return str(self._numbers[i])
+
+    def sample(self, i: int, rng: np.random.Generator) -> Sample:
+        """The sample of row i. Raises RowError for what only a look into a file beside the table can show."""
+        try:
+            task, study, parts = self.parts(self._rows[i], rng)
+        except RowError:
+            raise
+        except ValueError as error:
+            raise self._blame(i, error) from error
+        return Sample(self.row_id(i), self.name, task, study, parts)
+
+    def scans(self, i: int) -> tuple[Scan, ...]:
+        """All scans that row i can use in any epoch."""
+        try:
+            return self.scans_of(self._rows[i])
+        except RowError:
+            raise
+        except ValueError as error:
+            raise self._blame(i, error) from error
+
+    def study_of(self, path: str) -> str:
+        """What must stay on one side of a split: the study named in the path, or the path itself."""
+        match = self._study.search(path)
+        return next((g for g in match.groups() if g), path) if match else path
+
+    def npy_scans(self, path: str) -> tuple[Scan, ...]:
+        """`npy_scans` of a path of this data set, each header read once."""
+        scans = self._npy.get(path)
+        if scans is None:
+            scans = self._npy[path] = npy_scans(self.root, path)
+        return scans
+
+    def _blame(self, i: int, error: ValueError) -> RowError:
+        return RowError(self.file, self.row_id(i), str(error), "correct the file or remove the row")
+
+
+class LeftOut(str):
+    """Why a good row is not used."""

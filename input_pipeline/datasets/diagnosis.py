@@ -1,0 +1,282 @@
+"""Diagnosis sets: CXR-Mix (nine chest X-ray sets in one table), VinDr-PCXR, VinDr-Mammo and VinDr-SpineXR.
+
+    open table      csv `image_path, label`            label: one disease or several, "Edema, Pneumothorax"
+    yes/no table    csv `image_path, disease, label`   label: 1 or 0
+
+Negatives are true: they come from explicit zeros, or, with `form="both"` on an open table, from diseases of the table
+that are neither among the image's labels nor may hide behind one of them (diseases.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from input_pipeline import prompts
+from input_pipeline.datasets import diseases
+from input_pipeline.datasets.base import TableDataset, ask
+from input_pipeline.samples import RowError, Sample, Scan
+
+_FLAGS = {"1": True, "1.0": True, "0": False, "0.0": False}
+
+
+@dataclasses.dataclass(kw_only=True, eq=False)
+class Diagnosis(TableDataset):
+    """Open or yes/no questions about one region of the body.
+
+    A yes/no table is balanced disease by disease: with P images that have it and N that lack it, there are min(P, N)
+    pairs, each of a row that is answered yes and a row that is answered no. The larger side is dealt out over the
+    pairs, and a row draws from its own share: no image is lost, none is asked twice in an epoch, no pool runs dry, and
+    neither the disease asked about nor the epoch says anything about the answer.
+
+        5 images without edema: a b c d e, 2 with: x y    ->    (x | a c e)  (y | b d)
+
+    Attributes:
+      form: `open` and `yes_no` name the kind of table (default: whether it has a column `disease`); `both` reads an
+        open table and asks every second question as yes/no. Only right if every label of the table was looked for in
+        every image, as in the VinDr sets.
+      balance: False keeps every row of a yes/no table as it is (for test tables).
+      vocabulary: the labels that may occur; others are errors. Default: any.
+    """
+
+    region: ClassVar[str]
+    task = "diagnosis"
+    required = ("image_path", "label")
+    extra = ("disease",)
+
+    form: Literal["open", "yes_no", "both"] | None = None
+    balance: bool = True
+    vocabulary: tuple[str, ...] | None = None
+
+    def __post_init__(self):
+        if self.form not in (None, "open", "yes_no", "both"):
+            raise ValueError(f"{self.name}: form {self.form!r} is unknown: open, yes_no or both")
+        self._known = self.vocabulary and {diseases.canonical(d) for d in self.vocabulary}
+        self._pairs: list[tuple[str, int, bool, tuple[int, ...], int]] | None = None
+        super().__post_init__()
+
+    def _read(self):
+        super()._read()
+        self._check_form()
+
+    def _check_form(self):
+        yes_no = "disease" in self.header
+        if (self.form == "yes_no") != yes_no and self.form is not None:
+            need = "needs a column disease" if self.form == "yes_no" else "is for tables without a column disease"
+            raise RowError(self.file, 0, f"form={self.form!r} {need}", "choose the form that fits the table")
+
+    def parse(self, row):
+        scan = row.scan("image_path")
+        if "disease" in row.cells:
+            disease = self._label(row, row.text("disease"))
+            flag = row.text("label")
+            if flag not in _FLAGS:
+                raise row.error(f"label {flag!r} is unknown", "1 (present) or 0 (absent)")
+            return scan, disease, _FLAGS[flag]
+        labels = row.texts("label")
+        if len(labels) == 1:
+            labels = [part for part in re.split(r"\s*[,;|]\s*", labels[0]) if part]
+        labels = tuple(dict.fromkeys(self._label(row, label) for label in labels))
+        if not labels:
+            raise row.error("label is blank", "a disease, or 'No finding'")
+        if len(labels) > 1 and any(diseases.is_normal(label) for label in labels):
+            raise row.error(f"label says both {' and '.join(map(repr, labels))}", "normal, or diseases")
+        return scan, labels
+
+    def _label(self, row, label: str) -> str:
+        label = label.strip().rstrip(".").strip()
+        if not diseases.canonical(label):
+            raise row.error(f"label {label!r} names no disease")
+        if self._known and diseases.canonical(label) not in self._known:
+            raise row.error(f"label {label!r} is unknown", f"one of {', '.join(self.vocabulary)}")
+        return label
+
+    def finish(self):
+        if not self._rows:
+            return []
+        if "disease" in self.header:
+            problems = self._refuse_contradictions()
+            return problems + (self._pair() if self.balance else [])
+        if self.form == "both":
+            self._weigh()
+        return []
+
+    # Yes/no tables.
+
+    def _refuse_contradictions(self) -> list[RowError]:
+        problems, first, kept = [], {}, []
+        for k, ((scan, disease, present), number) in enumerate(zip(self._rows, self._numbers, strict=True)):
+            key = scan.path, diseases.canonical(disease)
+            earlier = first.setdefault(key, (present, number))
+            if earlier[0] != present:
+                reason = f"{disease!r} is {int(present)} for {scan.path}, but {int(earlier[0])} in row {earlier[1]}"
+                problems.append(RowError(self.file, number, reason, "keep one of the two rows"))
+            else:
+                kept.append(k)
+        # The earlier row of a contradiction is no better than the later one.
+        bad = {(self._rows_at(p.row)[0].path, diseases.canonical(self._rows_at(p.row)[1])) for p in problems}
+        kept = [k for k in kept if (self._rows[k][0].path, diseases.canonical(self._rows[k][1])) not in bad]
+        self._rows, self._numbers = [self._rows[k] for k in kept], [self._numbers[k] for k in kept]
+        return problems
+
+    def _rows_at(self, number: int):
+        return self._rows[int(np.searchsorted(self._numbers, number))]
+
+    def _pair(self) -> list[RowError]:
+        sides: dict[str, tuple[list[int], list[int]]] = {}
+        for k, (_, disease, present) in enumerate(self._rows):
+            sides.setdefault(diseases.canonical(disease), ([], []))[not present].append(k)
+        problems, self._pairs = [], []
+        for disease, (yes, no) in sides.items():
+            if not yes or not no:
+                side, number = ("present", yes[0]) if yes else ("absent", no[0])
+                reason = f"{disease!r} is {side} in all its {len(yes or no)} rows: its name gives the answer away"
+                remedy = "add rows of the other kind, remove these, or open with balance=False"
+                problems.append(RowError(self.file, self._numbers[number], reason, remedy))
+                continue
+            count = min(len(yes), len(no))
+            for pair in range(count):
+                self._pairs.append((disease, pair, True, tuple(yes[pair::count])))
+                self._pairs.append((disease, pair, False, tuple(no[pair::count])))
+        return problems
+
+    def __len__(self):
+        return len(self._rows if self._pairs is None else self._pairs)
+
+    def row_id(self, i):
+        """Number of the row in the table; in a balanced yes/no table "disease/pair/present" or ".../absent"."""
+        if self._pairs is None:
+            return super().row_id(i)
+        disease, pair, present, _ = self._pairs[i]
+        return f"{disease}/{pair}/{'present' if present else 'absent'}"
+
+    def sample(self, i, rng):
+        if self._pairs is None:
+            return super().sample(i, rng)
+        share = self._pairs[i][3]
+        return Sample(self.row_id(i), self.name, *self.parts(self._rows[share[int(rng.random() * len(share))]], rng))
+
+    def scans(self, i):
+        if self._pairs is None:
+            return super().scans(i)
+        return tuple(dict.fromkeys(self._rows[k][0] for k in self._pairs[i][3]))
+
+    # Open tables.
+
+    def _weigh(self):
+        """How often to ask what, so that yes and no come out equal over the table.
+
+        An image with diseases is asked yes/no half of the time, an image without any only with the answer no: the
+        images with diseases are answered yes more often in turn, or the others are asked less often.
+        """
+        counts: dict[str, float] = {}
+        names: dict[str, str] = {}
+        for _, labels in self._rows:
+            for label in labels:
+                if not diseases.is_normal(label) and not diseases.is_vague(label):
+                    key = diseases.canonical(label)
+                    counts[key] = counts.get(key, 0.0) + 1.0
+                    names.setdefault(key, label)
+        self._names, self._counts = [names[k] for k in counts], np.array(list(counts.values()))
+        self._pools: dict[tuple[str, ...], tuple[tuple[str, ...], np.ndarray]] = {}
+        # Groups: answerable with both, with yes only (no safe "no" in the table), with no only.
+        both = yes = no = 0
+        for _, labels in self._rows:
+            has, lacks = bool(self._askable(labels)), bool(len(self._negatives(labels)[0]))
+            both, yes, no = both + (has and lacks), yes + (has and not lacks), no + (lacks and not has)
+        # b(2y - 1) + s_yes - s_no = 0, with the b images of both kinds answered yes with y, the others asked with
+        # half the probability of a question times s_yes / yes or s_no / no.
+        asked_yes, asked_no = min(yes, both + no), min(no, both + yes)
+        self._yes = 0.5 if both == 0 else 0.5 + (asked_no - asked_yes) / (2 * both)
+        self._ask_yes, self._ask_no = asked_yes / max(yes, 1), asked_no / max(no, 1)
+
+    def _askable(self, labels) -> tuple[str, ...]:
+        return tuple(d for d in labels if not diseases.is_normal(d) and not diseases.is_vague(d))
+
+    def _negatives(self, labels) -> tuple[tuple[str, ...], np.ndarray]:
+        """Diseases of the table that an image with these labels lacks, and their cumulated frequency."""
+        if labels not in self._pools:
+            # A vague label ("Other lesion") may be any of them: nothing can be denied.
+            normal = len(labels) == 1 and diseases.is_normal(labels[0])
+            safe = [] if any(map(diseases.is_vague, labels)) and not normal else [
+                k for k, d in enumerate(self._names)
+                if normal or not any(diseases.may_coexist(present, d) for present in labels)
+            ]  # fmt: skip
+            self._pools[labels] = tuple(self._names[k] for k in safe), np.cumsum(self._counts[safe])
+        return self._pools[labels]
+
+    def _judge(self, labels, rng) -> tuple[str, bool] | None:
+        """(disease, present) for a yes/no question about the image; None: ask the open question."""
+        positives, (negatives, edges) = self._askable(labels), self._negatives(labels)
+        form, side = rng.random(), rng.random()
+        if positives and negatives:
+            if form >= 0.5:
+                return None
+            present = side < self._yes
+        elif positives or negatives:
+            present = bool(positives)
+            if form >= 0.5 * (self._ask_yes if present else self._ask_no):
+                return None
+        else:
+            return None
+        if present:
+            return positives[int(rng.random() * len(positives))], True
+        return negatives[int(np.searchsorted(edges, rng.random() * edges[-1], side="right"))], False
+
+    # Both.
+
+    def parts(self, value, rng):
+        scan, labels, *flag = value
+        judged = (labels, flag[0]) if flag else self._judge(labels, rng) if self.form == "both" else None
+        if judged is None:
+            question = prompts.draw(f"diagnosis_open_{self.region}", rng)
+            answer = ", ".join(labels) + "."
+            answer = answer[0].upper() + answer[1:]
+        else:
+            disease, present = judged
+            if diseases.is_normal(disease):
+                # "No finding: 1" is the answer no to "is anything abnormal?".
+                disease, present = diseases.ANYTHING, not present
+            question = prompts.draw(f"diagnosis_judge_{self.region}", rng, disease=diseases.spoken(disease))
+            answer = "yes" if present else "no"
+        return self.task, self.study_of(scan.path), ask(rng, (scan,), question, answer)
+
+    def scans_of(self, value) -> tuple[Scan, ...]:
+        return value[:1]
+
+
+@dataclasses.dataclass(kw_only=True, eq=False)
+class CXRMix(Diagnosis):
+    """VinDr-CXR, ChestXray14, CheXpert, Covid-CXR2, NLM-TB, Object-CXR, OpenI, RSNA and SIIM-ACR in one table."""
+
+    name = "cxr_mix"
+    region = "cxr"
+
+
+@dataclasses.dataclass(kw_only=True, eq=False)
+class VinDrPCXR(Diagnosis):
+    name = "vindr_pcxr"
+    region = "pcxr"
+
+
+@dataclasses.dataclass(kw_only=True, eq=False)
+class VinDrMammo(Diagnosis):
+    name = "vindr_mammo"
+    region = "mammo"
+
+
+@dataclasses.dataclass(kw_only=True, eq=False)
+class VinDrSpineXR(Diagnosis):
+    name = "vindr_spinexr"
+    region = "spine"
+
+
+@dataclasses.dataclass(kw_only=True, eq=False)
+class AnyDiagnosis(Diagnosis):
+    """A user's own tables of either kind, of any modality and region."""
+
+    name = "diagnosis"
+    region = "general"

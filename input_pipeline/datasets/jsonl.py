@@ -1,0 +1,131 @@
+"""The user's own data: JSON Lines, one object a line.
+
+    {"id": "case-17", "task": "report", "scans": ["ct.nii.gz", "old_cxr.png"], "context": "65-year-old, chest pain.",
+     "instruction": "<image-1> Compare with <image-2>. What are the findings?", "response": "..."}
+    {"id": "paper-3", "task": "interleaved", "scans": ["fig1.jpg"], "text": "... shown in <image-1> ..."}
+
+A scan is a path below the root or {"path": ..., "volume": 0, "window": "lung" or [-160, 240]}. `<image-i>` shows scan i
+(from 1) in the context, the instruction or the text: in any order and as often as wanted, each scan at least once.
+`context` and `study` (what must not be split between training and test) may lack.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from input_pipeline.datasets.base import TableDataset
+from input_pipeline.datasets.tables import Row
+from input_pipeline.samples import TASKS, RowError, Sample, Scan, Text
+from input_pipeline.tokens import parse_marks
+
+KEYS = ("id", "task", "scans", "context", "instruction", "response", "text", "study")
+_REMEDY = "see docs/data_layouts.md"
+
+
+@dataclasses.dataclass(kw_only=True, eq=False)
+class JSONL(TableDataset):
+    name = "jsonl"
+    layout = "jsonl"
+
+    def parse(self, row):
+        return parse_object(row)
+
+    def finish(self):
+        """Identifiers that stand twice: the later rows are problems."""
+        problems, first, kept = [], {}, []
+        for k, (row_id, *_) in enumerate(self._rows):
+            if row_id in first:
+                reason = f"id {row_id!r} stands already in row {self._numbers[first[row_id]]}"
+                problems.append(RowError(self.file, self._numbers[k], reason, "make the ids of a file differ"))
+            else:
+                first[row_id] = k
+                kept.append(k)
+        self._rows, self._numbers = [self._rows[k] for k in kept], [self._numbers[k] for k in kept]
+        return problems
+
+    def row_id(self, i):
+        """The object's `id`."""
+        return self._rows[i][0]
+
+    def sample(self, i, rng):
+        """Nothing is random here: rng is not used."""
+        row_id, task, study, parts = self._rows[i]
+        return Sample(row_id, self.name, task, study, parts)
+
+    def scans_of(self, value):
+        return tuple(dict.fromkeys(p for p in value[3] if isinstance(p, Scan)))
+
+
+def parse_object(row: Row) -> tuple[str, str, str | None, tuple[Text | Scan, ...]]:
+    """One object of the schema above -> id, task, study, parts. Raises RowError."""
+    cells = row.cells
+    unknown = [str(key)[:40] for key in cells if key not in KEYS]
+    if unknown:
+        raise row.error(f"unknown keys: {', '.join(map(repr, unknown[:10]))}", f"known: {', '.join(KEYS)}")
+    row_id, task = row.text("id"), row.choice("task", TASKS)
+    if any(ord(c) < 32 for c in row_id):
+        raise row.error(f"id {row_id!r} holds a control character")
+    scans = _scans(row)
+    wanted, banned = (("text",), ("context", "instruction", "response"))
+    if task != "interleaved":
+        wanted, banned = ("instruction", "response"), ("text",)
+    wrong = [f"{key} is needed" for key in wanted if cells.get(key) is None]
+    wrong += [f"{key} is not allowed" for key in banned if cells.get(key) is not None]
+    if wrong:
+        raise row.error(f"task {task}: {', '.join(wrong)}", _REMEDY)
+    texts = {role: row.text(role) for role in wanted}
+    if task == "interleaved":
+        templates = {"interleaved": texts["text"]}
+    else:
+        context = "" if cells.get("context") is None else row.text("context")
+        templates = {"context": context, "instruction": texts["instruction"]}
+        try:
+            parse_marks(texts["response"], 0)
+        except ValueError:
+            remedy = "marks belong into the context or the instruction"
+            raise row.error("the response shows a scan", remedy) from None
+    try:
+        parsed = parse_marks(list(templates.values()), len(scans))
+    except ValueError as error:
+        raise row.error(str(error)[:300], "show every scan with its mark, <image-1> being the first") from None
+    # White space beside a mark says nothing: it is left to whoever joins texts and scans.
+    fields = [
+        (role, [p if isinstance(p, int) else p.strip() for p in pieces if isinstance(p, int) or p.strip()])
+        for role, pieces in zip(templates, parsed, strict=True)
+    ]
+    for role, pieces in fields[-1:]:
+        if not any(isinstance(p, str) for p in pieces):
+            raise row.error(f"{role if role != 'interleaved' else 'text'} has marks but no words", _REMEDY)
+    parts = tuple(scans[p] if isinstance(p, int) else Text(p, role) for role, pieces in fields for p in pieces)
+    if task != "interleaved":
+        parts += (Text(texts["response"], "response"),)
+    return row_id, task, row.optional("study") or None, parts
+
+
+def _scans(row: Row) -> tuple[Scan, ...]:
+    values = row.cells.get("scans")
+    if not isinstance(values, list):
+        raise row.error(f"scans must be a list, got {type(values).__name__}", "[] for a text without scans")
+    return tuple(_scan(row, value) for value in values)
+
+
+def _scan(row: Row, value) -> Scan:
+    if isinstance(value, str):
+        value = {"path": value}
+    if (
+        not isinstance(value, dict)
+        or not isinstance(value.get("path"), str)
+        or value.keys() - {"path", "volume", "window"}
+    ):
+        raise row.error(f"scan {str(value)[:60]!r} is neither a path nor {{path, volume, window}}", _REMEDY)
+    volume, window = value.get("volume"), value.get("window")
+    if volume is not None and (type(volume) is not int or volume < 0):
+        raise row.error(f"volume {volume!r} of a scan must be a number from 0", _REMEDY)
+    if isinstance(window, list):
+        numbers = len(window) == 2 and all(type(w) in (int, float) and abs(w) < 1e9 for w in window)
+        if not numbers or not window[0] < window[1]:
+            raise row.error(f"window {window!r} of a scan must be [low, high]", _REMEDY)
+        window = (float(window[0]), float(window[1]))
+    elif window is not None and not (isinstance(window, str) and window.strip()):
+        raise row.error(f"window {window!r} of a scan must be a name or [low, high]", _REMEDY)
+    return Scan(row.path(value["path"].strip()), volume, window)

@@ -1,0 +1,84 @@
+"""MPx-Multi: csv `name` (comma-separated images), `type`, `context` (what is asked for), `history`. And the MPx
+questions: csv `name, question, answer, explanation`."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from input_pipeline import prompts
+from input_pipeline.datasets.base import TableDataset, ask, choose
+from input_pipeline.datasets.sentences import closed, join
+from input_pipeline.samples import Scan
+
+# type -> prompts
+TYPES = {
+    "txFollowup": "mpx_followup",
+    "ddx": "mpx_ddx",
+    "dxHow": "mpx_how",
+    "diagnosis": "mpx_diagnosis",
+    "findings": "mpx_findings",
+    "exam": "mpx_exam",
+    "discussion": "mpx_discussion",
+}
+
+
+@dataclasses.dataclass(kw_only=True, eq=False)
+class _MPxCase(TableDataset):
+    """Attributes:
+    images: folder of the pictures below the root.
+    max_scans: pictures at most in a sample; of more, some are chosen by the sample's generator, in their order.
+    """
+
+    images: str = ""
+    max_scans: int = 10
+
+    def __post_init__(self):
+        if self.max_scans < 1:
+            raise ValueError(f"{self.name}: max_scans must be at least 1, got {self.max_scans}")
+        super().__post_init__()
+
+    def _scans(self, row) -> tuple[Scan, ...]:
+        names = [part.strip() for text in row.texts("name") for part in text.split(",")]
+        if not names or not all(names):
+            raise row.error(f"name {row.cells.get('name')!r} holds a blank image name")
+        return tuple(Scan(row.path(name, self.images)) for name in names)
+
+    def _shown(self, scans, rng) -> tuple[Scan, ...]:
+        return tuple(scans[k] for k in choose(rng, len(scans), self.max_scans))
+
+    def scans_of(self, value):
+        return value[0]
+
+
+@dataclasses.dataclass(kw_only=True, eq=False)
+class MPxMulti(_MPxCase):
+    name = "mpx_multi"
+    task = "report"
+    required = ("name", "type", "context", "history")
+
+    def parse(self, row):
+        return self._scans(row), row.choice("type", TYPES), row.text("context"), row.optional("history")
+
+    def parts(self, value, rng):
+        scans, kind, answer, history = value
+        shown = self._shown(scans, rng)
+        return self.task, self.study_of(scans[0].path), ask(rng, shown, prompts.draw(TYPES[kind], rng), answer, history)
+
+
+@dataclasses.dataclass(kw_only=True, eq=False)
+class MPxQuestions(_MPxCase):
+    """The answer is followed by its explanation, where there is one."""
+
+    name = "mpx_questions"
+    task = "vqa"
+    required = ("name", "question", "answer")
+    extra = ("explanation",)
+
+    def parse(self, row):
+        answer, explanation = row.text("answer"), row.optional("explanation")
+        full = join(closed(answer), explanation) if explanation else answer
+        return self._scans(row), row.text("question"), full
+
+    def parts(self, value, rng):
+        scans, question, answer = value
+        return self.task, self.study_of(scans[0].path), ask(rng, self._shown(scans, rng), question, answer)

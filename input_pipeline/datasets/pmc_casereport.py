@@ -1,0 +1,55 @@
+"""PMC-CaseReport: csv `PMC_id, img_ref, context, question, answer`; VQA with the patient's history before it."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+from input_pipeline.datasets.base import TableDataset, pick
+from input_pipeline.datasets.sentences import shorten
+from input_pipeline.samples import Scan, Text
+
+_TAG = re.compile(r"^[QA]\s*:\s*", re.IGNORECASE)
+_ID = re.compile(r"[A-Za-z0-9._-]+")
+
+
+@dataclasses.dataclass(kw_only=True, eq=False)
+class PMCCaseReport(TableDataset):
+    """Pictures are `figures/PMCID_imgref.jpg`; they stand after the context or after the question.
+
+    Attributes:
+      figures: folder of the pictures below the root.
+    """
+
+    name = "pmc_casereport"
+    task = "vqa"
+    required = ("PMC_id", "img_ref", "context", "question", "answer")
+
+    figures: str = "figures"
+
+    def parse(self, row):
+        paper = row.text("PMC_id")
+        figures = row.texts("img_ref")
+        if not figures:
+            raise row.error("img_ref names no figure")
+        for name in (paper, *figures):
+            if not _ID.fullmatch(name) or name.strip(".") == "":
+                raise row.error(f"{name[:60]!r} is no name of a paper or a figure", "letters, digits, '.', '_', '-'")
+        scans = tuple(Scan(row.path(f"{paper}_{name}.jpg", self.figures)) for name in figures)
+        asked = []
+        for column in ("question", "answer"):
+            text = _TAG.sub("", row.text(column), count=1).strip()
+            if not text:
+                raise row.error(f"{column} has nothing after its 'Q:' or 'A:'")
+            asked.append(text)
+        return paper, scans, row.optional("context"), *asked
+
+    def parts(self, value, rng):
+        paper, scans, context, question, answer = value
+        told = (Text(shorten(context), "context"),) if context else ()
+        asked = Text(question, "instruction")
+        middle = pick(rng, ((*told, *scans, asked), (*told, asked, *scans)))
+        return self.task, paper, (*middle, Text(answer, "response"))
+
+    def scans_of(self, value):
+        return value[1]

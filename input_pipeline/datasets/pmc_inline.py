@@ -1,0 +1,111 @@
+"""PMC-Inline: csv `PMC_path`, one JSON a paper: a list of {text, img_ref: [..]}. No question: all text is learned."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import re
+
+from input_pipeline.datasets.base import TableDataset, choose, pick
+from input_pipeline.datasets.tables import bad_path, bad_text, load_json
+from input_pipeline.samples import RowError, Scan, Text
+
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+
+
+@dataclasses.dataclass(kw_only=True, eq=False)
+class PMCInline(TableDataset):
+    """A window of a paper's sentences, each figure before the first sentence of the window that refers to it.
+
+    The papers themselves are read when a sample is asked for, and checked then: errors name the paper's file.
+
+    Attributes:
+      figures: folder below the root with the pictures PMCID_imgref.jpg.
+      window: sentences at most in a sample.
+      max_scans: figures at most in a sample; of more, some are chosen by the sample's generator.
+      around_figure: share of the samples whose window is laid around a figure; the others lie anywhere.
+    """
+
+    name = "pmc_inline"
+    task = "interleaved"
+    required = ("PMC_path",)
+
+    figures: str = "figures"
+    window: int = 50
+    max_scans: int = 3
+    around_figure: float = 0.5
+
+    def parse(self, row):
+        return row.path(row.text("PMC_path"))
+
+    def read(self, path: str) -> list[tuple[str, tuple[str, ...]]]:
+        """The sentences of a paper and the figures each refers to. Raises RowError: row = number of the sentence."""
+        file = self.root / path
+        paper = load_json(file)
+        if not isinstance(paper, list):
+            raise RowError(file, 0, "a paper must be a list of {text, img_ref}", "convert the paper anew")
+        sentences, problems = [], []
+        for number, item in enumerate(paper, 1):
+            reason = None
+            if not isinstance(item, dict) or not isinstance(item.get("text"), str):
+                reason = "a sentence needs the key text"
+            else:
+                reason = bad_text(item["text"])
+            figures = (item.get("img_ref") or []) if reason is None else []
+            if isinstance(figures, str):
+                figures = [figures]
+            if not isinstance(figures, list) or not all(isinstance(f, str) and _NAME.fullmatch(f) for f in figures):
+                reason = f"img_ref {str(figures)[:60]!r} is no list of figure names"
+            if reason:
+                problems.append(RowError(file, number, reason, "correct the paper"))
+            elif item["text"].strip() or figures:
+                sentences.append((item["text"].strip(), tuple(figures)))
+        if problems:
+            raise problems[0]
+        if not any(text for text, _ in sentences):
+            raise RowError(file, 0, "the paper has no text", "remove it from the table")
+        return sentences
+
+    def parts(self, value, rng):
+        sentences = self.read(value)
+        low = self._window(sentences, rng)
+        chosen = sentences[low : low + self.window]
+        order = list(dict.fromkeys(f for _, figures in chosen for f in figures))
+        shown = {order[k] for k in choose(rng, len(order), self.max_scans)}
+        parts, text = [], []
+        for sentence, figures in chosen:
+            for figure in dict.fromkeys(figures):
+                if figure in shown:
+                    shown.remove(figure)
+                    if text:
+                        parts.append(Text(" ".join(text), "interleaved"))
+                        text = []
+                    parts.append(self._scan(value, figure))
+            if sentence:
+                text.append(sentence)
+        if text:
+            parts.append(Text(" ".join(text), "interleaved"))
+        if not any(isinstance(p, Text) for p in parts):
+            raise RowError(self.root / value, low + 1, "no text in the chosen window", "remove sentences without text")
+        return self.task, pathlib.PurePosixPath(value).stem, tuple(parts)
+
+    def _window(self, sentences, rng) -> int:
+        """First sentence of the window. It always lies inside the paper, and around a figure if it is to show one."""
+        last = max(len(sentences) - self.window, 0)
+        around, where = rng.random() < self.around_figure, rng.random()
+        with_figure = [k for k, (_, figures) in enumerate(sentences) if figures]
+        if around and with_figure:
+            k = pick(rng, with_figure)
+            low, high = max(k - self.window + 1, 0), min(k, last)
+            return low + int(where * (high - low + 1))
+        return int(where * (last + 1))
+
+    def scans_of(self, value):
+        return tuple(self._scan(value, f) for f in dict.fromkeys(f for _, fs in self.read(value) for f in fs))
+
+    def _scan(self, value: str, figure: str) -> Scan:
+        path = f"{self.figures}/{pathlib.PurePosixPath(value).stem}_{figure}.jpg"
+        reason = bad_path(path)
+        if reason:
+            raise ValueError(reason)
+        return Scan(path)

@@ -1,0 +1,29 @@
+"""PMC-OA: csv `Figure_path, Caption`; figures of papers, asked to be captioned."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from input_pipeline import prompts
+from input_pipeline.datasets.base import TableDataset, ask
+
+
+@dataclasses.dataclass(kw_only=True, eq=False)
+class PMCOA(TableDataset):
+    """Attributes: images: folder of the figures below the root."""
+
+    name = "pmc_oa"
+    task = "report"
+    required = ("Figure_path", "Caption")
+
+    images: str = ""
+
+    def parse(self, row):
+        return row.scan("Figure_path", self.images), row.text("Caption")
+
+    def parts(self, value, rng):
+        scan, caption = value
+        return self.task, self.study_of(scan.path), ask(rng, (scan,), prompts.draw("caption_figure", rng), caption)
+
+    def scans_of(self, value):
+        return value[:1]

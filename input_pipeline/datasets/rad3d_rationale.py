@@ -1,0 +1,103 @@
+"""Rad3D-Rationale: the JSON of Rad3D-Caption; the disease and its features, or (half the time) a yes/no question."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+from input_pipeline import prompts
+from input_pipeline.datasets import diseases
+from input_pipeline.datasets.base import TableDataset, ask
+from input_pipeline.datasets.rad3d_caption import patient
+from input_pipeline.datasets.sentences import closed, join
+
+# An entry of `articles` that is longer is the text of an article, not its name.
+LONGEST_NAME = 120
+
+
+@dataclasses.dataclass(kw_only=True, eq=False)
+class Rad3DRationale(TableDataset):
+    """The disease is in `title`. A yes/no question names it, or a disease that the case certainly is not: the title or
+    an article of another case which is neither a kind nor a synonym of one of this case's own, and which none of its
+    texts mentions. Names are drawn as often as they are titles, so that a name does not give the answer away. A normal
+    case, and one to which nothing can be denied, is always asked the open question.
+
+    Attributes:
+      judgement: share of yes/no questions.
+    """
+
+    name = "rad3d_rationale"
+    required = ("npy_path", "title", "radiographic_features")
+    layout = "json"
+
+    judgement: float = 0.5
+
+    def parse(self, row):
+        path, title = row.path(row.text("npy_path")), row.text("title")
+        if not diseases.words(title):
+            raise row.error(f"title {title!r} names no disease")
+        features = join(*(closed(text) for text in row.texts("radiographic_features", literal=False)))
+        if not features:
+            raise row.error("radiographic_features is blank")
+        articles = row.texts("articles", literal=False)
+        names = tuple(a for a in articles if len(a) <= LONGEST_NAME and "\n" not in a and diseases.words(a))
+        told = [
+            *articles,
+            features,
+            *(" ".join(row.texts(c, literal=False)) for c in ("finding", "impression", "pat", "pre")),
+        ]
+        return path, patient(row), title, names, features, _plain(" ".join(told))
+
+    def finish(self):
+        # Every title counts as often as it occurs; an article's name that is never a title counts once.
+        self._pool = [title for _, _, title, *_ in self._rows if not diseases.is_normal(title)]
+        titles = {diseases.canonical(title) for title in self._pool}
+        for _, _, _, names, *_ in self._rows:
+            for name in names:
+                if diseases.canonical(name) not in titles and not diseases.is_normal(name):
+                    titles.add(diseases.canonical(name))
+                    self._pool.append(name)
+        return []
+
+    def _absent(self, value, rng) -> str | None:
+        """A name of the pool that the case certainly is not; None if the table has none."""
+        _, _, title, names, _, told = value
+
+        def is_safe(name: str) -> bool:
+            if any(diseases.may_coexist(own, name) for own in (title, *names)):
+                return False
+            return f" {diseases.canonical(name)} " not in told and f" {_plain(name).strip()} " not in told
+
+        if diseases.is_normal(title) or not self._pool:
+            return None
+        count, start = len(self._pool), rng.random()
+        for _ in range(32):
+            name = self._pool[int(rng.random() * count)]
+            if is_safe(name):
+                return name
+        # Nearly all names are this case's own: look through the whole pool, from a drawn start.
+        first = int(start * count)
+        return next((name for name in self._pool[first:] + self._pool[:first] if is_safe(name)), None)
+
+    def parts(self, value, rng):
+        path, context, title, _, features, _ = value
+        scans = self.scans_of(value)
+        # All draws are made whatever they decide, so that the choices stay independent of each other.
+        judged, side = rng.random() < self.judgement, rng.random() < 0.5
+        if judged:
+            absent = self._absent(value, rng)
+            # A case with no safe "no" would always be asked for a "yes": it is asked the open question instead.
+            if absent is not None:
+                disease, answer = (title, "yes") if side else (absent, "no")
+                question = prompts.draw("diagnosis_judge_general", rng, disease=disease)
+                return "diagnosis", self.study_of(path), ask(rng, scans, question, answer, context)
+        answer = join(closed(title), features)
+        return "rationale", self.study_of(path), ask(rng, scans, prompts.draw("rationale", rng), answer, context)
+
+    def scans_of(self, value):
+        return self.npy_scans(value[0])
+
+
+def _plain(text: str) -> str:
+    """Lower-case words between single spaces, one at each end, to look names up in."""
+    return f" {' '.join(re.sub(r'[^a-z0-9]+', ' ', text.lower()).split())} "

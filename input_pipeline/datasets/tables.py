@@ -1,0 +1,340 @@
+"""CSV and JSON tables -> rows, each fault with its file and row.
+
+A row is counted from 1, the header not included; in JSON Lines it is the line. Faults of one row are collected as
+problems; a fault after which the rest of a file has no meaning (no header, not UTF-8 at all, an open quote) raises.
+"""
+
+from __future__ import annotations
+
+import ast
+import csv
+import dataclasses
+import io
+import json
+import pathlib
+import re
+from collections.abc import Callable, Iterator
+
+from input_pipeline.samples import RowError, Scan
+
+# Longer than any caption, report or case history by a factor of ten; a cell beyond it is a broken quote or an attack.
+MAX_CELL = 1_000_000
+# What a table program writes for an empty cell. Not text: a model would learn to say it.
+EMPTY_WORDS = frozenset({"", "nan", "none", "null", "<na>"})
+SHOWN = 20
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+
+class TableError(RowError):
+    """All faults of a table in one error; `problems` holds every one."""
+
+    def __init__(self, problems: list[RowError], counted: str = ""):
+        self.problems = tuple(problems)
+        first = problems[0]
+        super().__init__(first.file, first.row, first.reason, first.remedy)
+        lines = [str(p) for p in problems[:SHOWN]]
+        if len(problems) > SHOWN:
+            lines.append(f"and {len(problems) - SHOWN} more")
+        if counted:
+            lines.insert(0, counted)
+        self.args = ("\n  ".join(lines),)
+
+
+def bad_text(value: str) -> str | None:
+    """Why a string cannot be used as text, or None."""
+    if "\x00" in value:
+        return "holds a NUL character"
+    if len(value) > MAX_CELL:
+        return f"has {len(value)} characters, more than {MAX_CELL}"
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return "is not valid UTF-8"
+    return None
+
+
+def bad_path(value: str) -> str | None:
+    """Why a path of a table is refused below a root, or None. Links are looked at when the file is opened."""
+    parts = value.replace("\\", "/").split("/")
+    if ".." in parts:
+        return f"path {value!r} climbs with '..'"
+    if value.startswith("/") or (len(parts[0]) == 2 and parts[0][1] == ":"):
+        return f"path {value!r} is absolute"
+    if _CONTROL.search(value):
+        return f"path {value!r} holds a control character"
+    if not any(part not in ("", ".") for part in parts):
+        return f"path {value!r} names no file"
+    return None
+
+
+@dataclasses.dataclass
+class Row:
+    """One row while it is read: checked access to its fields.
+
+    Attributes:
+      cells: column -> value as read (str from CSV, any JSON value from JSON).
+      root, strip: what paths are relative to, and the prefix that is removed from them first.
+    """
+
+    file: pathlib.Path
+    number: int
+    cells: dict
+    root: pathlib.Path
+    strip: str = ""
+
+    def error(self, reason: str, remedy: str = "correct or remove the row") -> RowError:
+        return RowError(self.file, self.number, reason, remedy)
+
+    def text(self, column: str) -> str:
+        """The text of a field that must have one, without outer white space."""
+        value = self.optional(column)
+        if not value:
+            raise self.error(f"{column} is blank: {str(self.cells.get(column))[:40]!r}")
+        return value
+
+    def optional(self, column: str) -> str:
+        """The text of a field that may be empty; an absent, blank, None or nan one is ''."""
+        value = self.cells.get(column)
+        if value is None or (isinstance(value, float) and value != value):
+            return ""
+        if not isinstance(value, str):
+            raise self.error(f"{column} must be text, got {type(value).__name__} {str(value)[:40]!r}")
+        reason = bad_text(value)
+        if reason:
+            raise self.error(f"{column} {reason}", "write the table as UTF-8 text")
+        value = value.replace("\r\n", "\n").strip()
+        return "" if value.casefold() in EMPTY_WORDS else value
+
+    def choice(self, column: str, choices) -> str:
+        value = self.text(column)
+        if value not in choices:
+            raise self.error(f"{column} {value!r} is unknown", f"one of {', '.join(choices)}")
+        return value
+
+    def texts(self, column: str, literal: bool = True) -> list[str]:
+        """A field that is a list of texts: a JSON list, a list literal (if these are possible), or one text."""
+        value = self.cells.get(column)
+        if literal and isinstance(value, str) and value.lstrip().startswith("["):
+            reason = bad_text(value)
+            if reason:
+                raise self.error(f"{column} {reason}")
+            try:
+                value = ast.literal_eval(value.strip())
+            except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
+                raise self.error(f"{column} is no list literal: {value[:60]!r}") from error
+        if not isinstance(value, list):
+            one = self.optional(column)
+            return [one] if one else []
+        out = []
+        for item in value:
+            if not isinstance(item, str) or bad_text(item) or item.strip().casefold() in EMPTY_WORDS:
+                raise self.error(f"{column} holds {str(item)[:40]!r}, which is no text")
+            out.append(item.strip())
+        return out
+
+    def path(self, value: str, folder: str = "") -> str:
+        """A path of the table -> the path below the root."""
+        if self.strip and value.startswith(self.strip):
+            value = value[len(self.strip) :].lstrip("/")
+        try:
+            if value.startswith("/"):
+                value = pathlib.PurePosixPath(value).relative_to(self.root).as_posix()
+        except ValueError:
+            reason = f"path {value!r} is not below the root {self.root}"
+            raise self.error(reason, "give `root`, or `strip`, the prefix to remove") from None
+        if folder:
+            value = f"{folder.rstrip('/')}/{value}"
+        reason = bad_path(value)
+        if reason:
+            raise self.error(f"{reason}; the root is {self.root}", "name files below the root")
+        return value
+
+    def scan(self, column: str, folder: str = "") -> Scan:
+        return Scan(self.path(self.text(column), folder))
+
+    def scans(self, column: str, folder: str = "") -> tuple[Scan, ...]:
+        """One path, or a list of paths written as a list literal."""
+        values = self.texts(column)
+        if not values:
+            raise self.error(f"{column} is blank")
+        return tuple(Scan(self.path(value, folder)) for value in values)
+
+
+def read_bytes(file: pathlib.Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        reason = f"the table cannot be read: {error.strerror}"
+        raise RowError(file, 0, reason, "check the path of the table") from error
+
+
+def decode(file: pathlib.Path) -> str:
+    """The text of a table. Bytes that are not UTF-8 stay visible as lone surrogates, so that their row is named."""
+    data = read_bytes(file)
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise RowError(file, 0, "the table is UTF-16", "save it as UTF-8")
+    return data.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
+
+
+def read_csv(file: pathlib.Path, required, optional=()) -> tuple[list[str], list[tuple[int, dict]], list[RowError]]:
+    """Reads a CSV file with a header.
+
+    Returns:
+      header: the column names; rows: (number, {column: cell}) with the required and optional columns only; problems.
+    Raises:
+      RowError: row 0 for the header; the row in which a quote stays open until the end of the file.
+    """
+    text = decode(file)
+    # Where a row ends must not depend on how long its cells are: their length is checked once the row is whole.
+    limit = csv.field_size_limit(max(len(text), 1))
+    try:
+        return _read_csv(file, text, tuple(required), tuple(optional))
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _records(text: str) -> Iterator[tuple[int, list[str], str]]:
+    """Yields (first line, cells, fault) of each record.
+
+    A lenient reader finds where records end, a strict one then looks for broken quotes in those that have quotes: after
+    an error a strict reader would go on in the next line, in the middle of a cell, and count from there.
+    """
+    raw: list[str] = []
+
+    def lines():
+        for line in io.StringIO(text, newline=""):
+            raw.append(line)
+            yield line
+
+    first = 1
+    for cells in csv.reader(lines()):
+        fault = ""
+        if any('"' in line for line in raw):
+            try:
+                next(csv.reader(raw, strict=True))
+            except csv.Error as error:
+                fault = str(error)
+        yield first, cells, fault
+        first += len(raw)
+        raw.clear()
+
+
+def _read_csv(file, text, required, optional):
+    records = _records(text)
+    rows, problems = [], []
+    try:
+        _, cells, fault = next(records)
+    except StopIteration:
+        raise RowError(file, 0, "the table is empty", f"it needs the columns {', '.join(required)}") from None
+    if fault:
+        raise RowError(file, 0, f"the header cannot be read: {fault}", "correct the quotes of the first line")
+    header = [name.strip() for name in cells]
+    missing = [name for name in required if name not in header]
+    twice = sorted({name for name in header if header.count(name) > 1 and name in (*required, *optional)})
+    if missing or twice:
+        reason = "; ".join(
+            [f"column {n} is missing" for n in missing] + [f"column {n} stands there twice" for n in twice]
+        )
+        shown = ascii(", ".join(header))[:200]
+        raise RowError(file, 0, f"{reason}; the header has {shown}", f"needed: {', '.join(required)}")
+    wanted = [(name, header.index(name)) for name in (*required, *optional) if name in header]
+    # Tables repeat themselves (one case history for ten questions): equal cells share one string.
+    seen: dict[str, str] = {}
+    for number, (line, cells, fault) in enumerate(records, 1):
+        if "unexpected end of data" in fault:
+            reason = f"a quote opened in this row (line {line}) is never closed: everything after it is lost"
+            raise RowError(file, number, reason, "close or double the quote")
+        if fault:
+            problems.append(RowError(file, number, f"{fault} (line {line})", "double quotes inside a quoted cell"))
+        elif not cells:
+            problems.append(RowError(file, number, f"the row is blank (line {line})", "remove it"))
+        elif len(cells) != len(header):
+            reason = f"{len(cells)} cells, but the header has {len(header)} (line {line})"
+            problems.append(RowError(file, number, reason, "quote cells that hold commas or line breaks"))
+        else:
+            rows.append((number, {name: seen.setdefault(cells[i], cells[i]) for name, i in wanted}))
+    return header, rows, problems
+
+
+def parse_json(text: str):
+    """json.loads that refuses NaN, infinities and a key that stands twice. Raises ValueError."""
+    return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
+
+
+def _refuse_constant(name):
+    raise ValueError(f"{name} is not JSON")
+
+
+def _unique_keys(pairs):
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(k for k in keys if keys.count(k) > 1)!r} stands there twice")
+    return out
+
+
+def load_json(file: pathlib.Path):
+    """The value of a whole JSON file. Raises RowError with row 0."""
+    text = decode(file)
+    try:
+        text.encode("utf-8")
+        return parse_json(text)
+    except (ValueError, RecursionError) as error:
+        raise RowError(file, 0, f"the file is not valid JSON: {_short(error)}", "write it anew as UTF-8 JSON") from None
+
+
+def read_json(file: pathlib.Path, required) -> tuple[list[tuple[int, dict]], list[RowError]]:
+    """Reads a JSON file that is a list of objects; rows are counted from 1."""
+    value = load_json(file)
+    if not isinstance(value, list):
+        raise RowError(file, 0, f"a list of objects is needed, got {type(value).__name__}", "see docs/data_layouts.md")
+    rows, problems = [], []
+    for number, item in enumerate(value, 1):
+        keep_object(file, number, item, required, rows, problems)
+    return rows, problems
+
+
+def read_jsonl(file: pathlib.Path) -> tuple[list[tuple[int, dict]], list[RowError]]:
+    """Reads JSON Lines: one object a line, blank lines are problems; rows are lines."""
+    rows, problems = [], []
+    lines = decode(file).split("\n")
+    if lines and not lines[-1].strip():
+        lines.pop()
+    for number, line in enumerate(lines, 1):
+        reason = bad_text(line)
+        if not reason and not line.strip():
+            reason = "is blank"
+        if reason:
+            problems.append(RowError(file, number, f"the line {reason}", "one JSON object a line, as UTF-8"))
+            continue
+        try:
+            value = parse_json(line)
+        except (ValueError, RecursionError) as error:
+            problems.append(RowError(file, number, f"not valid JSON: {_short(error)}", "one JSON object a line"))
+            continue
+        keep_object(file, number, value, (), rows, problems)
+    return rows, problems
+
+
+def keep_object(file, number, value, required, rows: list, problems: list) -> None:
+    if not isinstance(value, dict):
+        problems.append(RowError(file, number, f"an object is needed, got {type(value).__name__}", "see the layout"))
+        return
+    missing = [key for key in required if key not in value]
+    if missing:
+        problems.append(RowError(file, number, f"{', '.join(missing)} missing", "every object needs these keys"))
+        return
+    rows.append((number, value))
+
+
+def parse_rows(rows, make: Callable[[Row], object], row_of: Callable[[int, dict], Row]) -> Iterator[tuple]:
+    """Yields (number, parsed value or RowError) for each row."""
+    for number, cells in rows:
+        try:
+            yield number, make(row_of(number, cells))
+        except RowError as error:
+            yield number, error
+
+
+def _short(error: BaseException) -> str:
+    return (str(error) or type(error).__name__)[:120]

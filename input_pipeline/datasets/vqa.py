@@ -1,0 +1,65 @@
+"""PMC-VQA, VQA-RAD and SLAKE: csv `img_root_dir, Figure_path, Question, Answer`; the scan stands first or last."""
+
+from __future__ import annotations
+
+import dataclasses
+import unicodedata
+
+from input_pipeline.datasets.base import LeftOut, TableDataset
+from input_pipeline.samples import Scan, Text
+
+
+@dataclasses.dataclass(kw_only=True, eq=False)
+class VQA(TableDataset):
+    task = "vqa"
+    required = ("img_root_dir", "Figure_path", "Question", "Answer")
+
+    def parse(self, row):
+        folder = row.optional("img_root_dir")
+        name = row.text("Figure_path")
+        # The two columns make one path: the prefix to strip may end inside the folder or be the folder itself.
+        path = row.path(f"{folder.rstrip('/')}/{name}" if folder else name)
+        return self.keep(path, row.text("Question"), row.text("Answer"))
+
+    def keep(self, path, question, answer):
+        """What of a row never changes is made once: a mixture asks for millions of these samples."""
+        scans = None if path.lower().endswith(".npy") else (Scan(path),)
+        return path, self.study_of(path), scans, Text(question, "instruction"), Text(answer, "response")
+
+    def parts(self, value, rng):
+        path, study, scans, question, answer = value
+        if scans is None:
+            scans = self.npy_scans(path)
+        parts = (*scans, question, answer) if rng.random() < 0.5 else (question, *scans, answer)
+        return self.task, study, parts
+
+    def scans_of(self, value):
+        return value[2] or self.npy_scans(value[0])
+
+
+@dataclasses.dataclass(kw_only=True, eq=False)
+class PMCVQA(VQA):
+    name = "pmc_vqa"
+
+
+@dataclasses.dataclass(kw_only=True, eq=False)
+class VQARAD(VQA):
+    name = "vqa_rad"
+
+
+@dataclasses.dataclass(kw_only=True, eq=False)
+class Slake(VQA):
+    """SLAKE, English part: rows whose `q_lang` is not `en` are left out and counted; without that column, rows with
+    Chinese characters in the question or the answer."""
+
+    name = "slake"
+    extra = ("q_lang",)
+
+    def parse(self, row):
+        language = row.optional("q_lang")
+        if language:
+            if row.choice("q_lang", ("en", "zh")) != "en":
+                return LeftOut("q_lang 'zh'")
+        elif any(unicodedata.name(c, "").startswith("CJK") for c in row.text("Question") + row.text("Answer")):
+            return LeftOut("not English")
+        return super().parse(row)

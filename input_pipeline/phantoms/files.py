@@ -1,0 +1,142 @@
+"""Voxels -> files as a scanner, an archive or a data set would have them. The same phantom gives the same bytes."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import uuid
+
+import nibabel
+import numpy as np
+from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
+from PIL import Image
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import (
+    ComputedRadiographyImageStorage,
+    CTImageStorage,
+    ExplicitVRLittleEndian,
+    MRImageStorage,
+    UltrasoundImageStorage,
+)
+
+from input_pipeline.phantoms.plan import Study, random
+
+DICOM_KINDS = {
+    "X-ray": ("CR", ComputedRadiographyImageStorage),
+    "CT": ("CT", CTImageStorage),
+    "MRI": ("MR", MRImageStorage),
+    "ultrasound": ("US", UltrasoundImageStorage),
+}
+CT_INTERCEPT = -1024
+
+
+def encode(study: Study, voxels: np.ndarray) -> dict[str, bytes]:
+    """Path below the data set's directory -> content; a DICOM volume has one entry a slice, others one entry.
+
+    Args:
+      voxels: [H, W, D, 1] of `drawing.to_stored`.
+    """
+    if study.file_format == "dicom":
+        return _dicom(study, voxels[..., 0])
+    if study.file_format == "nifti":
+        return {study.path: _nifti(study, voxels[..., 0])}
+    stream = io.BytesIO()
+    options = {"format": "JPEG", "quality": 92} if study.file_format == "jpeg" else {"format": "PNG"}
+    Image.fromarray(voxels[:, :, 0, 0]).save(stream, **options)
+    return {study.path: stream.getvalue()}
+
+
+def _nifti(study: Study, voxels: np.ndarray) -> bytes:
+    """[H, W, D] -> .nii.gz, stored along the axes that `study.stored_as` names.
+
+    voxels [row, column, slice]   run towards   posterior, left, head
+    array  [column, row, slice]   is            LPS-like: 'L', 'P', 'S', then flipped to `stored_as`
+    """
+    array = voxels.transpose(1, 0, 2)
+    row, column, slice_ = study.spacing
+    # Left and back are negative here: NIfTI's millimetres grow towards the right, the front and the head.
+    lps = np.diag([-column, -row, slice_, 1.0])
+    lps[:3, 3] = -lps[:3, :3] @ ((np.array(array.shape) - 1) / 2)
+    change = ornt_transform(io_orientation(lps), axcodes2ornt(study.stored_as))
+    affine = lps @ inv_ornt_aff(change, array.shape)
+    image = nibabel.Nifti1Image(nibabel.apply_orientation(array, change), affine)
+    image.header.set_xyzt_units("mm")
+    image.set_qform(affine, code=1)
+    image.set_sform(affine, code=1)
+    return gzip.compress(image.to_bytes(), compresslevel=1, mtime=0)
+
+
+def _uid(*name) -> str:
+    """A DICOM identifier that follows from the names given (a name-based UUID below the root 2.25)."""
+    return f"2.25.{uuid.uuid5(uuid.NAMESPACE_OID, '/'.join(map(str, ('phantom', *name)))).int}"
+
+
+def _dicom(study: Study, voxels: np.ndarray) -> dict[str, bytes]:
+    """[H, W, D] -> a file, or one file a slice whose names are in no order and whose numbers may run either way."""
+    head = _dicom_head(study)
+    if study.depth == 1:
+        return {study.path: _dicom_file(study, head, voxels[:, :, 0], 0)}
+    if random((study.seed, study.split, study.index), stream=3).random() < 0.5:
+        numbers = range(1, study.depth + 1)
+    else:
+        numbers = range(study.depth, 0, -1)
+    contents = {}
+    for k, number in enumerate(numbers):
+        head.InstanceNumber = number
+        name = hashlib.sha256(f"{study.study_id}/{k}".encode()).hexdigest()[:8]
+        contents[f"{study.path}/{name}.dcm"] = _dicom_file(study, head, voxels[:, :, k], k)
+    return contents
+
+
+def _dicom_head(study: Study) -> Dataset:
+    """All but what differs between slices. Who was scanned, when and where stays empty or says `phantom`."""
+    modality, sop_class = DICOM_KINDS[study.labels.modality]
+    head = Dataset()
+    head.SOPClassUID = sop_class
+    head.Modality = modality
+    head.StudyInstanceUID = _uid(study.study_id)
+    head.SeriesInstanceUID = _uid(study.study_id, "series")
+    head.FrameOfReferenceUID = _uid(study.study_id, "frame")
+    head.PatientName, head.PatientID = "PHANTOM", "PHANTOM"
+    head.PatientBirthDate = head.PatientSex = head.ReferringPhysicianName = head.AccessionNumber = ""
+    head.StudyDate = head.StudyTime = head.StudyID = head.Manufacturer = ""
+    head.PatientIdentityRemoved, head.DeidentificationMethod = "YES", "drawn, no patient"
+    head.ImageType = ["DERIVED", "SECONDARY"]
+    head.BodyPartExamined = "PHANTOM"
+    head.SeriesNumber = head.InstanceNumber = 1
+    head.Rows = head.Columns = study.size
+    head.PixelSpacing = list(study.spacing[:2])
+    head.SamplesPerPixel = 1
+    head.PhotometricInterpretation = "MONOCHROME1" if study.inverted else "MONOCHROME2"
+    eight_bit = study.labels.modality == "ultrasound"
+    head.BitsAllocated, head.BitsStored, head.HighBit = (8, 8, 7) if eight_bit else (16, 12, 11)
+    head.PixelRepresentation = 0
+    if study.labels.modality == "CT":
+        head.RescaleIntercept, head.RescaleSlope, head.RescaleType = CT_INTERCEPT, 1, "HU"
+    if study.labels.modality in ("CT", "MRI"):
+        head.PatientPosition = "HFS"
+        head.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]  # columns towards the left, rows towards the back
+        head.SliceThickness = study.spacing[2]
+    else:
+        head.PatientOrientation = ["L", "F"]  # columns towards the left, rows towards the feet
+    return head
+
+
+def _dicom_file(study: Study, head: Dataset, pixels: np.ndarray, k: int) -> bytes:
+    if "ImageOrientationPatient" in head:
+        corner = [-(study.size - 1) / 2 * study.spacing[1], -(study.size - 1) / 2 * study.spacing[0]]
+        height = (k - (study.depth - 1) / 2) * study.spacing[2]
+        head.ImagePositionPatient = [round(c, 4) for c in (*corner, height)]
+    if study.labels.modality == "CT":
+        pixels = pixels.astype(np.int32) - CT_INTERCEPT
+    if study.inverted:
+        pixels = 4095 - pixels
+    head.SOPInstanceUID = _uid(study.study_id, "slice", k)
+    head.PixelData = np.ascontiguousarray(pixels, "u1" if head.BitsAllocated == 8 else "<u2").tobytes()
+    head["PixelData"].VR = "OB" if head.BitsAllocated == 8 else "OW"
+    head.file_meta = FileMetaDataset()
+    head.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    stream = io.BytesIO()
+    head.save_as(stream, enforce_file_format=True)
+    return stream.getvalue()

@@ -1,0 +1,261 @@
+"""What a phantom shows, decided before a voxel is drawn: kind of scan, lesions, body, file format.
+
+Every choice is a pure function of (seed, split, index, size, volumes).
+
+Picture coordinates run from -1 to 1 and mean the same for every kind of scan:
+
+        patient's right          patient's left
+       (-1, -1) ------------------- (1, -1)     upper
+           |      right  |  left       |
+           |      upper  |  upper      |        x = column: from the patient's right to the left
+           |  -----------+-----------  |        y = row: down
+           |      right  |  left       |        z = slice: from the feet to the head (CT, MRI volumes)
+           |      lower  |  lower      |
+       (-1, 1) -------------------- (1, 1)      lower
+
+so the patient's left is on the right of the picture, as films, axial CT and MRI are hung. CT and MRI are axial: their
+upper half is the front of the body. X-rays are frontal: their upper half is towards the head.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+MODALITIES = ("X-ray", "CT", "MRI", "ultrasound")
+SPLITS = {"train": 0, "test": 1}
+SIDES, LEVELS, SIZES = ("left", "right"), ("upper", "lower"), ("small", "big")
+DIAGNOSES = ("normal", "nodule", "mass", "multiple lesions")
+
+COUNT_SHARES = (0.5, 0.3, 0.2)  # scans with 0, 1, 2 lesions
+RADII = {"small": (0.14, 0.19), "big": (0.26, 0.33)}  # in half-widths of the picture
+AMPLITUDE = (0.32, 0.38)  # brighter or darker than the body, as a share of the intensity range
+NOISE = {"X-ray": 0.03, "CT": 0.05, "MRI": 0.05, "ultrasound": 0.25}  # ultrasound: share of the brightness
+NOISE_SPREAD = (0.75, 1.33)
+DEPTHS = (8, 32)
+# Formats have the same shares for every kind of scan that can be 2D (3D), so that a format does not tell the kind.
+FORMATS_2D = {"png8": 0.35, "png16": 0.2, "jpeg": 0.2, "dicom": 0.25}
+FORMATS_3D = {"nifti": 0.5, "dicom": 0.5}
+
+
+@dataclasses.dataclass(frozen=True)
+class Labels:
+    """What can be read off a phantom. `side`, `level` and `size` are those of a solitary lesion, else None."""
+
+    modality: str
+    count: int
+    side: str | None = None
+    level: str | None = None
+    size: str | None = None
+
+    @property
+    def diagnosis(self) -> str:
+        """`normal`, `nodule` (one small lesion), `mass` (one big lesion) or `multiple lesions`."""
+        if self.count == 1:
+            return {"small": "nodule", "big": "mass"}[self.size]
+        return {0: "normal", 2: "multiple lesions"}[self.count]
+
+
+@dataclasses.dataclass(frozen=True)
+class Lesion:
+    """An ellipse, in a volume an ellipsoid: centre and radii (x, y, z) in picture coordinates."""
+
+    side: str
+    level: str
+    size: str
+    centre: tuple[float, float, float]
+    radii: tuple[float, float, float]
+    amplitude: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Body:
+    """Chance differences between phantoms that no question asks about.
+
+    Attributes:
+      axes: half-axes of the body ellipse (x, y). Ultrasound has a fan instead and only keeps lesions inside.
+      centre: of the ellipse (x, y).
+      level: intensity of the tissue, of a range from 0 to 1.
+      air: intensity outside the body (outside an ultrasound fan it is 0).
+      frame: intensity of the brightest structure (spine, skull, fat, skin line).
+      frame_width: of that structure, as a multiple of its usual width.
+      noise: standard deviation; for ultrasound that of the speckle, relative to the brightness.
+      tilt: (x, y) slope of the shading, intensities over a half-width.
+      phase: of ribs and layers, in turns.
+      fan: half-angle of the ultrasound fan, radians.
+    """
+
+    axes: tuple[float, float]
+    centre: tuple[float, float]
+    level: float
+    air: float
+    frame: float
+    frame_width: float
+    noise: float
+    tilt: tuple[float, float]
+    phase: float
+    fan: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """One phantom, complete: `drawing.paint` makes its voxels from this alone.
+
+    Attributes:
+      size, depth: rows = columns, and slices (1 = a 2D image).
+      file_format: png8, png16, jpeg, dicom (a file, or a directory for a volume) or nifti.
+      inverted: stored as MONOCHROME1 (X-ray as DICOM only).
+      stored_as: axes of the NIfTI array on disk, such as LPS; the affine says so and a reader undoes it.
+      spacing: mm (row, column, slice).
+      value_range: the stored values (HU for CT) of intensities 0 and 1.
+    """
+
+    seed: int
+    split: str
+    index: int
+    size: int
+    depth: int
+    labels: Labels
+    lesions: tuple[Lesion, ...]
+    body: Body
+    file_format: str
+    inverted: bool
+    stored_as: str
+    spacing: tuple[float, float, float]
+    value_range: tuple[int, int]
+
+    @property
+    def study_id(self) -> str:
+        return f"p{self.seed}-{self.split}-{self.index:06d}"
+
+    @property
+    def path(self) -> str:
+        """Below the data set's directory; a volume in DICOM is a directory with one file a slice."""
+        suffix = {"png8": ".png", "png16": ".png", "jpeg": ".jpg", "nifti": ".nii.gz"}.get(self.file_format)
+        if suffix is None:
+            suffix = ".dcm" if self.depth == 1 else ""
+        return f"scans/{self.split}/{self.study_id}{suffix}"
+
+
+def random(study_or_key, stream: int) -> np.random.Generator:
+    """Independent streams for each (seed, split, index): 0 plans, 1 draws noise. SFC64 is numpy's fastest generator."""
+    seed, split, index = study_or_key
+    return np.random.Generator(np.random.SFC64(np.random.SeedSequence([seed, SPLITS[split], index, stream])))
+
+
+def describe(seed: int, split: str, index: int, size: int = 128, volumes: float = 0.23) -> Study:
+    """Plan phantom `index` of a split.
+
+    Args:
+      seed: of the data set, 0 or more.
+      split: `train` or `test`; their random streams are different.
+      index: 0 or more; phantoms do not depend on how many there are.
+      size: rows and columns, at least 64.
+      volumes: share of volumes among all phantoms, 0 to 0.5 (X-rays and ultrasound, the other half, are always 2D).
+
+    Raises:
+      ValueError: an argument outside these bounds; all of them are named.
+    """
+    problems = [f"split {split!r}: use 'train' or 'test'"] if split not in SPLITS else []
+    problems += [f"{k} {v}: use 0 or more" for k, v in (("seed", seed), ("index", index)) if v < 0]
+    problems += [f"size {size}: use 64 to 1024"] if not 64 <= size <= 1024 else []
+    problems += [f"volumes {volumes}: use 0 to 0.5"] if not 0 <= volumes <= 0.5 else []
+    if problems:
+        raise ValueError("; ".join(problems))
+
+    rng = random((seed, split, index), stream=0)
+    modality = MODALITIES[rng.integers(4)]
+    is_volume = modality in ("CT", "MRI") and rng.random() < 2 * volumes
+    depth = int(rng.integers(DEPTHS[0], DEPTHS[1] + 1)) if is_volume else 1
+    body = _body(rng, modality)
+    lesions = _lesions(rng, body, int(rng.choice(3, p=COUNT_SHARES)), depth)
+    labels = Labels(modality, len(lesions))
+    if len(lesions) == 1:
+        labels = dataclasses.replace(labels, side=lesions[0].side, level=lesions[0].level, size=lesions[0].size)
+
+    formats = FORMATS_3D if is_volume else FORMATS_2D
+    file_format = str(rng.choice(list(formats), p=list(formats.values())))
+    in_plane = round(float(rng.uniform(0.5, 1.5)) * 128 / size, 4)
+    return Study(
+        seed=seed,
+        split=split,
+        index=index,
+        size=size,
+        depth=depth,
+        labels=labels,
+        lesions=lesions,
+        body=body,
+        file_format=file_format,
+        inverted=bool(rng.random() < 0.5) and file_format == "dicom" and modality == "X-ray",
+        stored_as=str(rng.choice(["RAS", "LAS", "LPS", "RPS"])),
+        spacing=(in_plane, in_plane, round(float(rng.uniform(1.5, 6.0)), 4)),
+        value_range=_value_range(rng, modality, file_format),
+    )
+
+
+def _body(rng: np.random.Generator, modality: str) -> Body:
+    uniform = rng.uniform
+    return Body(
+        axes=(0.86, 0.84) if modality == "ultrasound" else (uniform(0.86, 0.98), uniform(0.84, 0.96)),
+        centre=(uniform(-0.02, 0.02), uniform(-0.02, 0.02)),
+        level=uniform(0.43, 0.57),
+        air=uniform(0.06, 0.14),
+        frame=uniform(0.9, 1.0),
+        frame_width=uniform(0.7, 1.5),
+        noise=NOISE[modality] * uniform(*NOISE_SPREAD),
+        tilt=(uniform(-0.05, 0.05), uniform(-0.05, 0.05)),
+        phase=uniform(0, 1),
+        fan=uniform(np.radians(25), np.radians(33)),
+    )
+
+
+def _lesions(rng: np.random.Generator, body: Body, count: int, depth: int) -> tuple[Lesion, ...]:
+    """Lesions in different quadrants, inside the body, apart from each other; centres off both midlines."""
+    quadrants = [(SIDES[q % 2], LEVELS[q // 2]) for q in rng.permutation(4)[:count]]
+    sizes = [SIZES[k] for k in rng.integers(2, size=count)]
+    signs = np.array([(1 if side == "left" else -1, 1 if level == "lower" else -1) for side, level in quadrants])
+    low, high = np.array([RADII[size] for size in sizes]).reshape(-1, 2).T
+    for _ in range(20_000):
+        # Radii are drawn anew with the centres: two of the biggest lesions may fit nowhere. 64 tries at once.
+        centres = rng.uniform(0.22, 0.65, (64, count, 2)) * signs.reshape(count, 2)
+        radii = rng.uniform(low, high, (64, count))
+        fitting = np.flatnonzero(_fit(centres, radii, body))
+        if fitting.size:
+            centres, radii = centres[fitting[0]].tolist(), radii[fitting[0]].tolist()
+            break
+    else:
+        raise AssertionError(f"no room for {sizes} lesions in {quadrants} of {body}")
+
+    lesions = []
+    for (side, level), size, (x, y), radius in zip(quadrants, sizes, centres, radii, strict=True):
+        stretch = rng.uniform(0.93, 1.07)
+        # Half-depth of an ellipsoid: three slices or more of the thinnest volume, whatever its radius in the plane.
+        z, half_depth = (0.0, 1.0) if depth == 1 else (rng.uniform(-0.3, 0.3), rng.uniform(0.45, 0.65))
+        amplitude = rng.uniform(*AMPLITUDE) * (-1, 1)[rng.integers(2)]
+        lesions.append(
+            Lesion(side, level, size, (x, y, z), (radius * stretch, radius / stretch, half_depth), amplitude)
+        )
+    return tuple(lesions)
+
+
+def _fit(centres: np.ndarray, radii: np.ndarray, body: Body) -> np.ndarray:
+    """float[N, lesions, 2], float[N, lesions] -> bool[N]: all inside the body and apart from each other."""
+    reach = np.hypot(*np.moveaxis((centres - body.centre) / body.axes, -1, 0)) + 1.07 * radii / min(body.axes)
+    apart = np.hypot(*(centres[:, 0] - centres[:, -1]).T) > 1.07 * radii.sum(1) + 0.03 if radii.shape[1] == 2 else True
+    return (reach < 0.88).all(axis=1) & apart
+
+
+def _value_range(rng: np.random.Generator, modality: str, file_format: str) -> tuple[int, int]:
+    """Stored values of intensities 0 and 1: another gain and offset for every phantom, whatever it shows."""
+    low, high = {
+        "png8": ((0, 25), (200, 255)),
+        "jpeg": ((0, 25), (200, 255)),
+        "png16": ((0, 3000), (20_000, 65_535)),
+    }.get(file_format) or {
+        "X-ray": ((0, 300), (2500, 4095)),
+        "CT": ((-1020, -980), (800, 1600)),
+        "MRI": ((0, 50), (300, 1500)),
+        "ultrasound": ((0, 25), (200, 255)),
+    }[modality]
+    return int(rng.integers(*low)), int(rng.integers(*high))

@@ -1,0 +1,294 @@
+"""Damaged scan files: an exact read or a ScanError, never a hang; no silent wrong read where a format has checksums.
+
+Every case is a pure function of (kind of file, seed), so any one can be made again. Kinds of damage, in turn:
+
+    flip      1 to 3 bits anywhere
+    cut       the file ends early
+    splice    a run of bytes is copied over another place
+    header    a byte of the first part, or of the compressed stream's own header, gets another value
+    zeros     a run of up to 512 bytes becomes 0
+    grow      a run of bytes is put in between
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import io
+import logging
+import resource
+import time
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pydicom
+import pytest
+import tifffile
+from PIL import Image
+from pydicom.data import get_testdata_file
+
+from input_pipeline import scans
+
+QUICK, SLOW = 50, 1000  # cases of each kind; several kinds of each format
+NIBABEL = Path(nibabel.__file__).parent / "tests" / "data"
+DAMAGES = ("flip", "cut", "splice", "header", "zeros", "grow")
+SECONDS, MEGABYTES = 5.0, 150  # for one read; MEASURED
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A family of files.
+
+    Attributes:
+      checked: a checksum covers the voxels, so that every wrong read counts as a failure.
+      complete: a file that was cut short is always noticed.
+      head: bytes that the `header` damage aims at; from the mark on, if one is given.
+    """
+
+    name: str
+    file: str
+    checked: bool
+    head: int
+    mark: bytes = b""
+    volume: int | None = None
+    complete: bool = True
+
+
+def installed(name: str) -> bytes:
+    path = get_testdata_file(name, download=False)
+    assert path is not None, name
+    return Path(path).read_bytes()
+
+
+def pixels(channels: int) -> np.ndarray:
+    """A smooth picture with some noise, uint8[40, 48(, 3)]."""
+    rng = np.random.default_rng(3)
+    y, x = np.mgrid[:40, :48]
+    planes = [128 + 80 * np.sin(x / (5 + c)) * np.cos(y / 7) + rng.normal(0, 5, x.shape) for c in range(channels)]
+    picture = np.clip(np.stack(planes, axis=-1), 0, 255).astype(np.uint8)
+    return picture[..., 0] if channels == 1 else picture
+
+
+def content(kind: Kind) -> bytes:
+    """The undamaged file: real DICOM and NIfTI; pictures and arrays made here."""
+    if kind.file.endswith(".dcm"):
+        return installed(kind.file)
+    if kind.name == "nii":
+        return (NIBABEL / "anatomical.nii").read_bytes()
+    if kind.name.startswith("nii.gz"):
+        return (NIBABEL / ("standard.nii.gz" if "small" in kind.name else "example4d.nii.gz")).read_bytes()
+    buffer = io.BytesIO()
+    if kind.name.startswith("png"):
+        picture = pixels(3 if "colour" in kind.name else 1)
+        Image.fromarray(picture.astype(np.uint16) * 200 if "16" in kind.name else picture).save(buffer, "PNG")
+    elif kind.name.startswith("jpeg"):
+        Image.fromarray(pixels(3)).save(buffer, "JPEG", progressive="progressive" in kind.name)
+    elif kind.name.startswith("tiff"):
+        stack = np.stack([pixels(1)] * 3).astype(np.uint16) * np.array([1, 2, 3], np.uint16)[:, None, None]
+        tifffile.imwrite(
+            buffer, stack, photometric="minisblack", compression="zlib" if "deflate" in kind.name else None
+        )
+    else:
+        np.save(buffer, np.stack([pixels(3)] * 4, axis=2).astype(np.int16))
+    return buffer.getvalue()
+
+
+KINDS = [
+    Kind("nii.gz 4D", "a.nii.gz", True, 64, volume=1),
+    Kind("nii.gz small", "a.nii.gz", True, 64),
+    Kind("nii", "a.nii", False, 352),
+    Kind("png gray", "a.png", True, 64),
+    Kind("png gray16", "a.png", True, 64),
+    Kind("png colour", "a.png", True, 64),
+    Kind("jpeg", "a.jpg", False, 700),
+    Kind("jpeg progressive", "a.jpg", False, 700),
+    Kind("tiff", "a.tif", False, 300),
+    Kind("tiff deflate", "a.tif", False, 300),
+    Kind("npy", "a.npy", False, 128),
+    Kind("dicom native", "CT_small.dcm", False, 6000),
+    Kind("dicom implicit", "MR_small_implicit.dcm", False, 1500),
+    Kind("dicom RLE", "MR_small_RLE.dcm", False, 1700),
+    Kind("dicom JPEG 2000", "MR_small_jp2klossless.dcm", False, 150, b"\xff\x4f\xff\x51"),
+    Kind("dicom JPEG-LS", "MR_small_jpeg_ls_lossless.dcm", False, 60, b"\xff\xd8"),
+    Kind("dicom JPEG lossless", "SC_rgb_jpeg_gdcm.dcm", False, 200, b"\xff\xd8"),
+    Kind("dicom JPEG", "SC_rgb_dcmtk_+eb+cr.dcm", False, 300, b"\xff\xd8"),
+    Kind("dicom frames", "emri_small_jpeg_2k_lossless.dcm", False, 150, b"\xff\x4f\xff\x51"),
+    Kind("dicom deflated", "image_dfl.dcm", False, 400),
+]
+
+
+def damaged(kind: Kind, data: bytes, case: int) -> tuple[str, bytes]:
+    """(kind of damage, the damaged file) of one case."""
+    rng = np.random.default_rng([KINDS.index(kind), case])
+    how = DAMAGES[case % len(DAMAGES)]
+    out, size = bytearray(data), len(data)
+    if how == "flip":
+        for bit in rng.integers(8 * size, size=rng.integers(1, 4)):
+            out[bit // 8] ^= 1 << int(bit % 8)
+    elif how == "cut":
+        out = out[: rng.integers(1, size)]
+    elif how == "splice":
+        source, target, run = rng.integers(size), rng.integers(size), rng.integers(1, 1 + min(2000, size // 4))
+        chunk = data[source : source + run]
+        out[target : target + len(chunk)] = chunk
+    elif how == "header":
+        start = max(data.find(kind.mark), 0) if kind.mark else 0
+        out[start + int(rng.integers(min(kind.head, size - start)))] = int(rng.integers(256))
+    elif how == "zeros":
+        at, run = rng.integers(size), rng.integers(1, 513)
+        out[at : at + run] = bytes(len(out[at : at + run]))
+    else:
+        at, run = rng.integers(size), rng.integers(1, 100)
+        out[at:at] = rng.bytes(int(run))
+    return how, bytes(out)
+
+
+def run(kind: Kind, path: Path, cases) -> Counter:
+    """Read every case; count its ends: `exact`, `error`, or `silent <damage>`.
+
+    Fails on anything but an array or a ScanError, on a slow read, and on memory.
+    """
+    data = content(kind)
+    path.write_bytes(data)
+    good, head = scans.read(path, volume=kind.volume)
+    assert scans.header(path) == head
+    before, counts = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, Counter()
+    for case in cases:
+        how, bad = damaged(kind, data, case)
+        path.write_bytes(bad)
+        start = time.monotonic()
+        try:
+            voxels, found = scans.read(path, volume=kind.volume)
+        except scans.ScanError as error:
+            assert error.fault in scans.FAULTS and error.remedy and str(path) in str(error)
+            assert "while reading the file" not in error.reason, (kind.name, case, error.reason)  # the last resort
+            counts["error"] += 1
+        else:
+            assert voxels.shape == found.shape and np.isfinite(voxels).all()
+            same = voxels.dtype == good.dtype and np.array_equal(voxels, good)
+            counts["exact" if same and (found == head or not kind.checked) else f"silent {how}"] += 1
+        assert time.monotonic() - start < SECONDS, (kind.name, case)
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    assert grown < MEGABYTES, (kind.name, grown)
+    assert counts["error"] > len(cases) / 10, counts  # the damage does damage
+    return counts
+
+
+def check(kind: Kind, counts: Counter) -> None:
+    silent = {name: n for name, n in counts.items() if name.startswith("silent")}
+    if kind.checked:
+        assert not silent, (kind.name, silent)
+    if kind.complete:
+        assert "silent cut" not in silent, (kind.name, silent)
+
+
+@pytest.fixture(autouse=True)
+def libraries_may_warn():
+    """A library's warning must not turn into the error that is looked for here."""
+    logging.disable(logging.CRITICAL)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    logging.disable(logging.NOTSET)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_damaged_files(tmp_path, kind):
+    check(kind, run(kind, tmp_path / kind.file, range(QUICK)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_damaged_files_at_length(tmp_path, kind):
+    counts = run(kind, tmp_path / kind.file, range(QUICK, QUICK + SLOW))
+    print(f"\n{kind.name}: {dict(sorted(counts.items()))} of {SLOW}")
+    check(kind, counts)
+
+
+# ---------------------------------------------------------------- series
+
+
+def series() -> list[pydicom.Dataset]:
+    """Eight slices from a real one, each with its own noise, at 2.5 mm."""
+    source, rng = pydicom.dcmread(get_testdata_file("CT_small.dcm", download=False)), np.random.default_rng(5)
+    stored = source.pixel_array
+    for element in list(source):
+        if element.tag.group not in (0x0008, 0x0020, 0x0028, 0x7FE0) or element.VR == "SQ":
+            del source[element.tag]  # smaller files, quicker tests
+    made = []
+    for k in range(8):
+        dataset = copy.deepcopy(source)
+        cut = stored[::4, ::4] + rng.integers(-20, 20, (32, 32))
+        dataset.Rows = dataset.Columns = 32
+        dataset.PixelData = cut.astype(np.int16).tobytes()
+        dataset.ImagePositionPatient = [0, 0, 2.5 * k]
+        dataset.file_meta = source.file_meta
+        made.append(dataset)
+    return made
+
+
+def spoil(made: list[pydicom.Dataset], rng) -> tuple[str, list[pydicom.Dataset], bool]:
+    """(what, the series, whether it can be seen)."""
+    k = int(rng.integers(1, len(made) - 1))
+    made = [*made[:k], copy.deepcopy(made[k]), *made[k + 1 :]]
+    what = ("order", "missing", "twice", "moved", "size", "series", "turned", "spacing", "ends")[rng.integers(9)]
+    if what == "order":
+        rng.shuffle(made)
+    elif what == "missing":
+        del made[k]
+    elif what == "twice":
+        made.append(copy.deepcopy(made[k]))
+    elif what == "moved":
+        sign = 1 if rng.random() < 0.5 else -1
+        made[k].ImagePositionPatient = [0, 0, 2.5 * k + sign * rng.uniform(0.7, 6)]
+    elif what == "size":
+        made[k].Rows, made[k].PixelData = 16, made[k].PixelData[: 16 * 32 * 2]
+    elif what == "series":
+        made[k].SeriesInstanceUID = "1.2.3.4"
+    elif what == "turned":
+        made[k].ImageOrientationPatient = [1, 0, 0, 0, 0.996, 0.087]
+    elif what == "spacing":
+        made[k].PixelSpacing = [0.7, 0.7]
+    else:
+        del made[0 if rng.random() < 0.5 else -1]
+    return what, made, what not in ("order", "ends")
+
+
+def run_series(folder: Path, cases) -> Counter:
+    made = series()
+    expected = np.stack([d.pixel_array.astype(int) - 1024 for d in made], axis=-1)[..., None]
+    counts = Counter()
+    for case in cases:
+        rng = np.random.default_rng([77, case])
+        what, bad, seen = spoil(made, rng)
+        target = folder / str(case)
+        target.mkdir()
+        names = rng.permutation(len(bad))
+        for name, dataset in zip(names, bad, strict=True):
+            dataset.save_as(target / f"{name}.dcm")
+        try:
+            voxels, _ = scans.read(target)
+        except scans.ScanError as error:
+            assert error.fault == "series" and ".dcm" in str(error), str(error)
+            assert seen, what
+            counts["error"] += 1
+        else:
+            counts["exact" if np.array_equal(voxels, expected) else f"silent {what}"] += 1
+            assert not seen, (what, case)
+    return counts
+
+
+def test_spoiled_series(tmp_path):
+    """A missing first or last slice is the one fault that positions do not show."""
+    counts = run_series(tmp_path, range(QUICK))
+    assert set(counts) == {"exact", "error", "silent ends"}
+
+
+@pytest.mark.slow
+def test_spoiled_series_at_length(tmp_path):
+    counts = run_series(tmp_path, range(QUICK, QUICK + SLOW))
+    print(f"\nseries: {dict(sorted(counts.items()))} of {SLOW}")
+    assert set(counts) == {"exact", "error", "silent ends"}
