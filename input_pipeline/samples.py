@@ -16,8 +16,8 @@ class Text:
     """A piece of text.
 
     Attributes:
-      role: `context` may be shortened when a sample is too long; `instruction` is what the user asks; `response` is what
-        the model learns to say; `interleaved` text is learned throughout (paper, equations 3 and 4).
+      role: `context` may be shortened when a sample is too long; `instruction` is what the user asks; `response` is
+        what the model learns to say; `interleaved` text is learned throughout (paper, equations 3 and 4).
     """
 
     text: str

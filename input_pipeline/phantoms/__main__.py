@@ -7,6 +7,7 @@ import sys
 import time
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -55,8 +56,8 @@ def main(argv: list[str] | None = None) -> int:
         with Progress(*columns, console=console, transient=True) as bar:
             task = bar.add_task("drawing scans", total=args.train + args.test)
             summary = write(**vars(args), progress=lambda n: bar.advance(task, n))
-    except ValueError as error:
-        console.print(f"[red]error:[/red] {error}", soft_wrap=True, highlight=False)
+    except (ValueError, OSError) as error:
+        console.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True, highlight=False)
         return 2
     Console().print(summary_table(summary))
     state = "written" if summary["written"] else "was there already; all checksums agree"

@@ -78,13 +78,10 @@ def _balanced(study: Study) -> Study:
         return _moments(changed, _with_lesions(changed, mean))[1] - variance
 
     change, step, before = 0.0, 0.5, excess(0.0)
-    for _ in range(SECANT_STEPS):
+    for _ in range(2):
         after = excess(change + step)
         change, step, before = change + step, -step * after / (after - before), after
     return _changed(study, change + step)
-
-
-SECANT_STEPS = 2
 
 
 def _moments(study: Study, picture: np.ndarray) -> tuple[float, float]:

@@ -138,9 +138,10 @@ class Study:
         return f"scans/{self.split}/{self.study_id}{suffix}"
 
 
-def random(study_or_key, stream: int) -> np.random.Generator:
-    """Independent streams for each (seed, split, index): 0 plans, 1 draws noise. SFC64 is numpy's fastest generator."""
-    seed, split, index = study_or_key
+def random(key: tuple[int, str, int], stream: int) -> np.random.Generator:
+    """Independent streams for each (seed, split, index): 0 plans, 1 draws noise, 2 chooses a disease to ask
+    about, 3 numbers slices. SFC64 is numpy's fastest generator."""
+    seed, split, index = key
     return np.random.Generator(np.random.SFC64(np.random.SeedSequence([seed, SPLITS[split], index, stream])))
 
 

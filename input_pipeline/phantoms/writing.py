@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import contextlib
 import csv
 import dataclasses
 import fcntl
@@ -65,6 +66,7 @@ def write(
 
     Raises:
       ValueError: bad arguments; `out` holds something else, another data set or damaged files; another run is at it.
+      OSError: a file cannot be written; it is named.
     """
     if train < 0 or test < 0 or train + test == 0:
         raise ValueError(f"train {train}, test {test}: use 0 or more, and at least one scan")
@@ -73,10 +75,9 @@ def write(
     partial = out.parent / (out.name + ".partial")
     arguments = {"format": FORMAT, "train": train, "test": test, "seed": seed, "size": size, "volumes": volumes}
 
-    partial_exists = partial.exists()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         return _check_existing(out, arguments, progress)
-    if partial_exists and not (partial / ".phantoms").exists() and any(partial.iterdir()):
+    if partial.exists() and not (partial / ".phantoms").exists() and any(partial.iterdir()):
         raise ValueError(f"{partial} exists and was not made by this program: move it, or choose another directory")
     partial.mkdir(parents=True, exist_ok=True)
     with _locked(partial):
@@ -90,22 +91,17 @@ def write(
     return summary | {"written": True}
 
 
-class _locked:
-    """Holds a lock on a directory that the operating system drops when the process ends, however it ends."""
-
-    def __init__(self, directory: Path):
-        self.directory = directory
-
-    def __enter__(self):
-        self.handle = os.open(self.directory, os.O_RDONLY)
-        try:
-            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self.handle)
-            raise ValueError(f"another run is writing {self.directory}: wait for it, or end it first") from None
-
-    def __exit__(self, *_):
-        os.close(self.handle)
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Holds a lock on a directory, which the operating system drops when the process ends, however it ends."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise ValueError(f"another run is writing {directory}: wait for it, or end it first") from None
+    finally:
+        os.close(handle)
 
 
 def _check_existing(out: Path, arguments: dict, progress) -> dict:
@@ -211,8 +207,11 @@ def _write_chunk(chunk) -> list[list[tuple[str, str]]]:
 def _save(directory: Path, name: str, content: bytes) -> tuple[str, str]:
     """Write a file; its name and SHA-256."""
     path = directory / name
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes(content)
+    try:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+    except OSError as error:  # a full disk does not name the file by itself
+        raise OSError(error.errno, f"{error.strerror}, writing {len(content)} bytes", str(path)) from error
     return name, hashlib.sha256(content).hexdigest()
 
 
