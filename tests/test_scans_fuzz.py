@@ -34,7 +34,7 @@ from input_pipeline import scans
 QUICK, SLOW = 50, 1000  # cases of each kind; several kinds of each format
 NIBABEL = Path(nibabel.__file__).parent / "tests" / "data"
 DAMAGES = ("flip", "cut", "splice", "header", "zeros", "grow")
-SECONDS, MEGABYTES = 5.0, 150  # for one read; MEASURED
+SECONDS, MEGABYTES = 5.0, 30  # for one read; measured at most 0.7 s and 3 MB over the 20,000 slow cases
 
 
 @dataclasses.dataclass(frozen=True)

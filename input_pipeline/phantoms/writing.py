@@ -96,10 +96,11 @@ def _locked(directory: Path) -> Iterator[None]:
     """Holds a lock on a directory, which the operating system drops when the process ends, however it ends."""
     handle = os.open(directory, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another run is writing {directory}: wait for it, or end it first") from None
         yield
-    except BlockingIOError:
-        raise ValueError(f"another run is writing {directory}: wait for it, or end it first") from None
     finally:
         os.close(handle)
 

@@ -14,7 +14,7 @@ import zlib
 import numpy as np
 import pydicom
 from pydicom import uid
-from pydicom.datadict import keyword_dict, tag_for_keyword
+from pydicom.datadict import keyword_dict
 from pydicom.dataelem import RawDataElement
 
 from input_pipeline.scans import codestream
@@ -75,8 +75,8 @@ class Fields:
         self.path, self.dataset = path, dataset
 
     def raw(self, keyword: str) -> RawDataElement | pydicom.DataElement | None:
-        tag = tag_for_keyword(keyword)
-        return self.dataset.get_item(tag) if tag in self.dataset else None
+        with blamed(self.path, f"reading {keyword}", quiet=True):
+            return self.dataset.get_item(keyword) if keyword in self.dataset else None
 
     def wrong(self, keyword: str) -> ScanError:
         return ScanError(self.path, f"has an unreadable {keyword}", "its header is damaged: " + EXPORT)
@@ -125,11 +125,10 @@ class Fields:
 
     def items(self, keyword: str) -> list[Fields]:
         """The items of a sequence; none if absent."""
-        tag = tag_for_keyword(keyword)
-        if tag not in self.dataset:
-            return []
         with blamed(self.path, f"reading {keyword}", quiet=True):
-            sequence = self.dataset[tag].value
+            if keyword not in self.dataset:
+                return []
+            sequence = self.dataset[keyword].value
             if not isinstance(sequence, pydicom.Sequence):
                 raise self.wrong(keyword)
             return [Fields(self.path, item) for item in sequence]
@@ -236,7 +235,7 @@ def check_rest(path, file: BoundedFile, dataset: pydicom.Dataset) -> None:
     Bytes that came in between (a transfer in text mode turns every newline into two bytes) shift the picture and push
     its end out of the element; no reader looks there.
     """
-    element = dataset.get_item(tag_for_keyword("PixelData"))
+    element = Fields(path, dataset).raw("PixelData")
     if not isinstance(element, RawDataElement) or element.length == 0xFFFFFFFF:
         return  # absent, empty or encapsulated: told apart where the frames are taken
     file.seek(element.value_tell + element.length)
