@@ -67,3 +67,7 @@ class RowError(ValueError):
     def __init__(self, file, row, reason: str, remedy: str = ""):
         self.file, self.row, self.reason, self.remedy = str(file), row, reason, remedy
         super().__init__(f"{file}, row {row}: {reason}" + (f" ({remedy})" if remedy else ""))
+
+    def __reduce__(self):
+        """Errors cross from worker processes pickled, and BaseException would pickle the message alone."""
+        return type(self), (self.file, self.row, self.reason, self.remedy)

@@ -29,7 +29,7 @@ class TableError(RowError):
     """All faults of a table in one error; `problems` holds every one."""
 
     def __init__(self, problems: list[RowError], counted: str = ""):
-        self.problems = tuple(problems)
+        self.problems, self.counted = tuple(problems), counted
         first = problems[0]
         super().__init__(first.file, first.row, first.reason, first.remedy)
         lines = [str(p) for p in problems[:SHOWN]]
@@ -38,6 +38,9 @@ class TableError(RowError):
         if counted:
             lines.insert(0, counted)
         self.args = ("\n  ".join(lines),)
+
+    def __reduce__(self):
+        return type(self), (list(self.problems), self.counted)
 
 
 def bad_text(value: str) -> str | None:
