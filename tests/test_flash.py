@@ -35,11 +35,13 @@ def arrays(length=256, keys=None, width=64, dtype="bfloat16"):
         ("tpu", {"length": 32, "keys": 1056}, "xla"),  # the perceiver
         ("tpu", {"dtype": "float32"}, "xla"),
         ("cuda", {}, "cudnn"),
-        ("gpu", {}, "cudnn"),
-        ("gpu", {"dtype": "float16", "width": 8, "length": 33}, "cudnn"),
-        ("gpu", {"dtype": "float32"}, "xla"),
-        ("gpu", {"width": 12}, "xla"),
-        ("gpu", {"width": 256}, "xla"),
+        ("cuda", {}, "cudnn"),
+        ("cuda", {"dtype": "float16", "width": 8, "length": 34}, "cudnn"),
+        ("cuda", {"length": 33}, "xla"),  # cuDNN's backward pass with a bias takes even lengths
+        ("cuda", {"dtype": "float32"}, "xla"),
+        ("cuda", {"width": 12}, "xla"),
+        ("cuda", {"width": 256}, "xla"),
+        ("gpu", {}, "xla"),  # another maker's, or older than Ampere
         ("cpu", {}, "xla"),
         ("rocm", {}, "xla"),
         (None, {}, "xla"),  # these tests run on the CPU
@@ -58,10 +60,11 @@ def test_auto_takes_the_fastest_that_fits(platform, form, chosen):
         ("cudnn", {"dtype": "float32"}, ["float32 is not bfloat16 or float16"]),
         ("cudnn", {"width": 12}, ["head width 12 is not a multiple of 8 up to 128"]),
         ("cudnn", {"width": 136}, ["head width 136"]),
+        ("cudnn", {"length": 33}, ["lengths 33 and 33 are not even"]),
         ("flash2", {}, ["auto, xla, cudnn, splash"]),
     ],
 )
-@pytest.mark.parametrize("platform", ["tpu", "gpu", "cpu"])
+@pytest.mark.parametrize("platform", ["tpu", "cuda", "gpu", "cpu"])
 def test_a_kernel_asked_for_by_name_runs_or_raises(kernel, form, reasons, platform):
     with pytest.raises(ValueError, match=re.escape(repr(kernel))) as raised:
         flash.choose(kernel, *arrays(**form), platform=platform)
@@ -69,7 +72,7 @@ def test_a_kernel_asked_for_by_name_runs_or_raises(kernel, form, reasons, platfo
 
 
 @pytest.mark.parametrize("kernel", ["xla", "cudnn", "splash"])
-@pytest.mark.parametrize("platform", ["tpu", "gpu", "cpu"])
+@pytest.mark.parametrize("platform", ["tpu", "cuda", "gpu", "cpu"])
 def test_a_kernel_that_fits_is_not_replaced(kernel, platform):
     assert flash.choose(kernel, *arrays(), platform=platform) == kernel
 
