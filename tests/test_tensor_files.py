@@ -686,4 +686,5 @@ def test_memory_is_bounded_by_a_tensor(tmp_path):
     command = [sys.executable, "-c", MEMORY_PROBE, str(tmp_path), str(count), str(size)]
     result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
     grown = [int(line) for line in result.stdout.split()]
-    assert len(grown) == 4 and all(0 < bytes_ < 3 * size for bytes_ in grown), grown
+    # A later step may stay below the high-water mark of an earlier one: then it shows no growth.
+    assert len(grown) == 4 and grown[0] > 0 and max(grown) < 3 * size, grown
