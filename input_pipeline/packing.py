@@ -143,7 +143,8 @@ def plan_rows(
       tokens: text tokens of each sample, image tokens included.
       scans: ids of the distinct scans of each sample.
       patches, planes: of each scan, by id.
-      share_scans: bring samples of one scan together, so that it is loaded and encoded once.
+      share_scans: bring samples of one scan together, so that it is loaded and encoded once. Without it only samples
+        that meet in a row anyway share; give their scans ids of their own where they must not.
     Raises:
       ValueError: a sample that does not fit an empty row, with what exceeds it.
     """
@@ -173,29 +174,31 @@ def plan_rows(
         n = len(numbers)
         fits = (free[:, :n] >= need[u, :, None]).all(axis=0)
         emptiness = np.where(fits, left[:n], np.inf)
+        new, places = wanted[u], None
         for _ in range(4):  # patches may fit by number and yet not by vision row
             column = int(emptiness.argmin()) if n else 0
             if not n or emptiness[column] == np.inf:
-                column = n
                 break
-            places = _place([patches[s] for s in wanted[u]], free_patches[numbers[column]])
+            there = rows[numbers[column]].scans
+            new = [s for s in wanted[u] if s not in there]
+            places = _place([patches[s] for s in new], free_patches[numbers[column]])
             if places is not None:
                 break
             emptiness[column] = np.inf
-        else:
-            column = n
-        if column == n:
+        if places is None:
+            column, new = n, wanted[u]
             numbers.append(len(rows))
             rows.append(Row())
             free_patches.append([limits.patch_length] * limits.vision_rows)
             free[:, n] = full
-            places = _place([patches[s] for s in wanted[u]], free_patches[-1])
+            places = _place([patches[s] for s in new], free_patches[-1])
         number = numbers[column]
         rows[number].samples += units[u]
-        for s, vision_row in zip(wanted[u], places, strict=True):
+        for s, vision_row in zip(new, places, strict=True):
             rows[number].scans[s] = (len(rows[number].scans), vision_row)
             free_patches[number][vision_row] -= patches[s]
-        free[:, column] -= need[u]
+        sizes = [patches[s] for s in new]
+        free[:4, column] -= need[u, 0], sum(sizes), sum(planes[s] for s in new), len(new)
         free[-1, column] = max(free_patches[number])
         left[column] = (free[:2, column] / full[:2]).sum()
         if (free[:, column] < smallest).any():  # nothing fits any more: the last open row takes its column

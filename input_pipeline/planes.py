@@ -65,7 +65,23 @@ def to_planes(volumes: np.ndarray, patch=PATCH) -> np.ndarray:
     return einops.rearrange(volumes, pattern, h=h, w=w, d=d)
 
 
-def target_shape(shape, mode: str = "paper") -> tuple[int, int, int]:
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What scans are brought to in `paper` mode: sides of a 2D scan and of a volume, and a volume's greatest depth."""
+
+    flat: int = 512
+    volume: int = 256
+    depth: int = MAX_DEPTH
+
+    def __post_init__(self):
+        patch_grid((self.flat, self.flat, PATCH[2]))
+        patch_grid((self.volume, self.volume, self.depth))
+
+
+PAPER_SIZES = Sizes()
+
+
+def target_shape(shape, mode: str = "paper", sizes: Sizes = PAPER_SIZES) -> tuple[int, int, int]:
     """(H, W, D) of a scan as its header gives it -> (H', W', D') that the model reads. A scan of one slice is 2D.
 
     `paper` (section 4.2 of the paper): 512 x 512 x 4 in 2D; 256 x 256 in 3D, its depth to the nearest multiple of 4,
@@ -79,8 +95,8 @@ def target_shape(shape, mode: str = "paper") -> tuple[int, int, int]:
     height, width, depth = _checked_shape(shape)
     if mode == "paper":
         if depth == 1:
-            return 512, 512, PATCH[2]
-        return 256, 256, min(max((depth + 2) // 4 * 4, 4), MAX_DEPTH)
+            return sizes.flat, sizes.flat, PATCH[2]
+        return sizes.volume, sizes.volume, min(max((depth + 2) // 4 * 4, 4), sizes.depth)
     if mode == "released":
         return released_shape([depth])
     raise ValueError(f"mode {mode!r} is none of {', '.join(MODES)}")
@@ -199,18 +215,22 @@ def _plane_index(grid: tuple[int, int, int], one_slice: bool, channels: int) -> 
     return out
 
 
-def patch_count(shape, mode: str = "paper", final: tuple[int, int, int] | None = None) -> int:
+def patch_count(
+    shape, mode: str = "paper", final: tuple[int, int, int] | None = None, sizes: Sizes = PAPER_SIZES
+) -> int:
     """n, patches of a scan whose header says (H, W, D).
 
     final: its target, where the whole sample decides it (`released_shape`).
     """
-    return math.prod(patch_grid(final or target_shape(shape, mode)))
+    return math.prod(patch_grid(final or target_shape(shape, mode, sizes)))
 
 
-def plane_count(shape, channels: int, mode: str = "paper", final: tuple[int, int, int] | None = None) -> int:
+def plane_count(
+    shape, channels: int, mode: str = "paper", final: tuple[int, int, int] | None = None, sizes: Sizes = PAPER_SIZES
+) -> int:
     """m, planes of a scan whose header says (H, W, D) and 1 or 3 channels; exactly what `planes` returns."""
     if channels not in (1, CHANNELS):
         raise ValueError(f"a scan has 1 or {CHANNELS} channels, not {channels}")
-    rows, columns, depths = patch_grid(final or target_shape(shape, mode))
+    rows, columns, depths = patch_grid(final or target_shape(shape, mode, sizes))
     slices = 1 if _checked_shape(shape)[2] == 1 else depths * PATCH[2]
     return rows * columns * slices * channels

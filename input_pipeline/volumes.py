@@ -20,9 +20,11 @@ from PIL import Image
 from input_pipeline.planes import (  # noqa: F401
     CHANNELS,
     MODES,
+    PAPER_SIZES,
     PATCH,
     POSITION_TABLES,
     STORAGE,
+    Sizes,
     Volume,
     patch_count,
     patch_grid,
@@ -84,6 +86,7 @@ def prepare_volume(
     storage: str | None = None,
     rng: np.random.Generator | None = None,
     flips: Sequence[str] = (),
+    sizes: Sizes = PAPER_SIZES,
 ) -> Volume:
     """A scan at the size of `target_shape`, its intensities in [0, 1].
 
@@ -122,7 +125,7 @@ def prepare_volume(
     if storage not in STORAGE:
         raise ValueError(f"storage {storage!r} is none of {', '.join(STORAGE)}")
     low, high = _intensity_range(_checked(voxels), window)
-    height, width, depth = target_shape(voxels.shape[:3])
+    height, width, depth = target_shape(voxels.shape[:3], mode, sizes)
     if voxels.shape[2] == 1:
         depth = 1
     if rng is not None:

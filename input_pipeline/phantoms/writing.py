@@ -3,6 +3,7 @@
 DIR/phantoms.json             what this is: arguments, versions, conventions, counts
 DIR/SHA256SUMS                of every other file (`sha256sum -c SHA256SUMS` checks them)
 DIR/contact_sheet.png         what the scans look like
+DIR/tokenizer.model           a SentencePiece model of 512 pieces, trained on the texts of train and on the prompts
 DIR/scans/{train,test}/       PNG, JPEG, DICOM (files, and directories for volumes), NIfTI
 DIR/{train,test}/             modality.csv diagnosis_yes_no.csv diagnosis.csv report.csv vqa.csv rationale.json
                               all.jsonl labels.jsonl
@@ -27,11 +28,15 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import sentencepiece
+
+from input_pipeline import prompts
 from input_pipeline.phantoms import drawing, files, questions, sheet
 from input_pipeline.phantoms.plan import SPLITS, Study, describe
 
-FORMAT = 1  # raise it when the same arguments give other bytes
+FORMAT = 2  # raise it when the same arguments give other bytes
 CHUNK = 16
+VOCABULARY = 512
 CONVENTION = (
     "Every picture is hung as in radiology: the patient's left is on its right. CT and MRI are axial, front on top, "
     "slices from the feet to the head; X-rays are frontal. 'upper' and 'lower' mean halves of the picture."
@@ -154,9 +159,10 @@ def _write_all(directory: Path, arguments: dict, workers: int | None, progress) 
         for name, content in _tables(studies).items():
             sums.append(_save(directory, f"{split}/{name}", content))
         counts[split] = _counts(studies)
+    sums.append(_save(directory, "tokenizer.model", _tokenizer(directory)))
     sums.append(_save(directory, "contact_sheet.png", sheet.contact_sheet(seed, size=size, volumes=volumes)))
     _save(directory, "SHA256SUMS", "".join(f"{digest}  {name}\n" for name, digest in sorted(sums)).encode())
-    packages = ("numpy", "pillow", "nibabel", "pydicom")
+    packages = ("numpy", "pillow", "nibabel", "pydicom", "sentencepiece")
     summary = {
         "what": "drawn phantoms with labels, for practice; no patients, no clinical meaning",
         "arguments": arguments,
@@ -167,6 +173,26 @@ def _write_all(directory: Path, arguments: dict, workers: int | None, progress) 
     }
     _save(directory, "phantoms.json", (json.dumps(summary, indent=1) + "\n").encode())
     return summary
+
+
+def _tokenizer(directory: Path) -> bytes:
+    """A SentencePiece model in LLaMA's layout: `<unk>`, `<s>`, `</s>`, 256 bytes, then pieces."""
+    texts = {sentence for group in prompts.load().values() for sentence in group}
+    for line in (directory / "train" / "all.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        texts |= {row[key].replace("<image-1>", "").strip() for key in ("instruction", "response")}
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sorted(texts)),
+        model_writer=model,
+        vocab_size=VOCABULARY,
+        model_type="bpe",
+        character_coverage=1.0,
+        byte_fallback=True,
+        num_threads=1,  # more would change its bytes
+        minloglevel=2,
+    )
+    return model.getvalue()
 
 
 def _in_order(chunks: list, workers: int) -> Iterator[list]:

@@ -5,10 +5,10 @@
 C1: 3D volumes a second. Scans are drawn by a seed: an int16 CT of 512 x 512 x 200 with noise of 12 HU inside the body,
 and the same mapped to 0..255, as Rad3D has it. The released steps, each with the quickest of its kind of library:
 SimpleITK reads, torch interpolates to the size of the stack (512 x 512 x 64) in float32, three equal channels, min-max
-in numpy over all of them, nearest neighbour to the stack and then to 256 x 256 x 64. Ours: inflate with isal, nibabel,
-`prepare_volume`, `planes`; and `planes` of a prepared uncompressed uint8 file.
+in numpy over all of them, nearest neighbour to the stack and then to 256 x 256 x 64. Ours: `scans.read` with all its
+checks, `prepare_volume`, `planes`; and `planes` of a prepared uncompressed uint8 file.
 C2: 2D images a second. The released steps: Pillow decodes, RGB, bicubic resize, float tensor, nearest neighbour to
-four slices, and again in the collator. Ours: Pillow decodes, `prepare_volume`, `planes`.
+four slices, and again in the collator. Ours: `scans.read`, `prepare_volume`, `planes`.
 
 Both sides run in turn on the same files, one thread each, in processor time; a ratio is the median of the paired ones.
 Needs SimpleITK and torch (requirements-test.txt).
@@ -17,7 +17,6 @@ Needs SimpleITK and torch (requirements-test.txt).
 from __future__ import annotations
 
 import argparse
-import io
 import statistics
 import tempfile
 import time
@@ -28,11 +27,11 @@ import nibabel
 import numpy as np
 import SimpleITK
 import torch
-from isal import isal_zlib
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from input_pipeline import scans
 from input_pipeline.volumes import Volume, planes, prepare_volume
 
 DEPTH = 64
@@ -52,23 +51,9 @@ def to_bytes(hu: np.ndarray) -> np.ndarray:
     return np.clip((hu + 1000) * (255 / 1400), 0, 255).astype(np.uint8)
 
 
-def read_nifti(path: Path) -> np.ndarray:
-    raw = isal_zlib.decompress(path.read_bytes(), 31)
-    header = nibabel.Nifti1Header.from_fileobj(io.BytesIO(raw[:348]))
-    start = int(header.get_data_offset())
-    return np.frombuffer(raw, header.get_data_dtype(), offset=start).reshape(header.get_data_shape(), order="F")[
-        ..., None
-    ]
-
-
-def read_picture(path: Path) -> np.ndarray:
-    pixels = np.asarray(Image.open(path))
-    return pixels.reshape(*pixels.shape[:2], 1, -1)
-
-
 def ours_from_file(path: Path):
-    read = read_nifti if path.suffix == ".gz" else read_picture
-    return planes(prepare_volume(read(path)))
+    voxels, _ = scans.read(path)
+    return planes(prepare_volume(voxels))
 
 
 def ours_from_record(path: Path):
@@ -117,7 +102,7 @@ def write_inputs(folder: Path) -> dict[str, Path]:
     files = {n: folder / n for n in ("ct.nii.gz", "bytes.nii.gz", "gray.png", "gray.jpg", "colour.jpg", "record.raw")}
     nibabel.save(nibabel.Nifti1Image(hu.astype(np.int16), np.eye(4)), files["ct.nii.gz"])
     nibabel.save(nibabel.Nifti1Image(to_bytes(hu), np.eye(4)), files["bytes.nii.gz"])
-    prepare_volume(read_nifti(files["ct.nii.gz"])).slices.tofile(files["record.raw"])
+    prepare_volume(scans.read(files["ct.nii.gz"])[0]).slices.tofile(files["record.raw"])
     film = to_bytes(phantom((1200, 1000, 1), seed=2))[..., 0]
     Image.fromarray(film).save(files["gray.png"])
     Image.fromarray(film).save(files["gray.jpg"], quality=95)

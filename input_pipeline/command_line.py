@@ -1,0 +1,40 @@
+"""`--config=FILE --config.a.b=value` beside argparse's options: one way for every command that takes a config."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """Documents the option; `parse` reads it."""
+    parser.add_argument(
+        "--config", metavar="FILE", required=True, help="configs/*.py; any field is changed with --config.group.field=x"
+    )
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Namespace, ConfigDict]:
+    """Arguments, and the config with its changes. Exits with a message for a missing file or a misspelt field."""
+    spaced = [a for a in argv if a.startswith("--config.") and "=" not in a]
+    if spaced:
+        parser.error(f"{spaced[0]}: write --config.group.field=value, with an equals sign")
+    overrides = [a for a in argv if a.startswith("--config.")]
+    args = parser.parse_args([a for a in argv if not a.startswith("--config.")])
+    if not Path(args.config).is_file():
+        parser.error(f"{args.config}: there is no such file; configs/ holds those of the project")
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values)
+    try:
+        # Its messages go to standard output as well as into the exception.
+        with contextlib.redirect_stdout(io.StringIO()):
+            values([parser.prog, f"--config={args.config}", *overrides])
+            config = values.config
+    except (flags.Error, OSError, AttributeError, KeyError, TypeError, ValueError, SyntaxError, ImportError) as error:
+        said = str(error.args[0] if error.args else error).strip()  # str of a KeyError is quoted twice
+        parser.error(f"{args.config}: {' '.join(said.split()) or type(error).__name__}")
+    return args, config

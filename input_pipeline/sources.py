@@ -1,0 +1,56 @@
+"""Opens what a config names: the tables of its sources, its tokenizer, its finder of medical terms."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+from input_pipeline.config import DataConfig, open_fields
+from input_pipeline.datasets import Dataset, open_dataset
+from input_pipeline.terms import TermFinder, open_terms, scispacy_terms, umls_terms
+from input_pipeline.tokenizer import Tokenizer
+
+
+def open_sources(config: DataConfig, split: str | None = None) -> dict[str, Dataset]:
+    """name -> data set. Bad rows stay in its `problems`: `prepare` has reported them, and they are in no index.
+
+    Raises:
+      ValueError: a table that cannot be read, an unknown family or field, with the source's name.
+    """
+    opened = {}
+    for name, fields in config.sources(split).items():
+        try:
+            opened[name] = open_dataset(fields["family"], **open_fields(fields) | {"quarantine": True})
+        except ValueError as error:
+            error.add_note(f"source {name}")
+            raise
+    return opened
+
+
+@functools.lru_cache(maxsize=4)
+def terms_of(choice: str) -> TermFinder:
+    """The finder that `data.terms` names; ValueError for one it does not know."""
+    kind, _, argument = choice.partition(":")
+    if kind == "umls" and argument:
+        return umls_terms(Path(argument) / "MRCONSO.RRF", Path(argument) / "MRSTY.RRF")
+    if kind == "scispacy" and argument:
+        return scispacy_terms(argument)
+    if choice == "open":
+        return open_terms()
+    if choice == "none":
+        return NoTerms()
+    raise ValueError(f"data.terms is {choice!r}; known: open, umls:DIR, scispacy:MODEL, none")
+
+
+class NoTerms:
+    """Every trained token weighs 1."""
+
+    def find(self, text: str) -> list[tuple[int, int]]:
+        return []
+
+
+def tokenizer_of(config: DataConfig) -> Tokenizer:
+    """The tokenizer that `data.tokenizer` names."""
+    if not config.tokenizer:
+        raise ValueError("data.tokenizer is empty: name a SentencePiece model, --config.data.tokenizer=tokenizer.model")
+    return Tokenizer(config.tokenizer)

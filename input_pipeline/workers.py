@@ -1,0 +1,263 @@
+"""Processes that work off tasks over one shared state, and always say on what they failed.
+
+    with Pool(make, workers=4) as pool:               # make() -> state, called once, in a process of its own
+        future = pool.submit("row 17", function, arg)  # function(state, arg) in a worker
+        future.result()
+
+    caller ------ pipes ------+--------------+
+       |                      |              |
+       +-- keeper: make() -- fork: worker 0  worker 1 ...
+
+The keeper is a fresh process, free of the caller's threads and accelerators. It makes the state once and forks the
+workers, which share its memory (tables of millions of rows) instead of holding a copy each.
+
+What a task raises arrives as it was raised. A worker that dies (killed, out of memory, a crash in a decoder) or says
+nothing for `timeout` seconds ends every task with WorkerError, which names the task and the file it was at. When the
+caller dies, by whatever means, the keeper and the workers end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import queue
+import signal
+import threading
+import traceback
+from collections.abc import Callable
+from concurrent.futures import Future
+from multiprocessing import connection
+from typing import Any
+
+START_TIMEOUT = 600.0  # seconds for make(), which reads whole tables
+
+_report: Callable[[str], None] | None = None  # in a worker: says what it is at
+
+
+def at(what: str) -> None:
+    """To be called in a task before each file: an error then names it, and the time-out starts anew."""
+    if _report is not None:
+        _report(what)
+
+
+class WorkerError(RuntimeError):
+    """A worker died or hung: at which task, at which file, and how."""
+
+
+class Pool:
+    """See the head of this file.
+
+    Args:
+      make: called without arguments; picklable with workers, so a function of a module or a functools.partial of one.
+      workers: 0 runs every task in the calling thread, when its result is asked for.
+      timeout: seconds without a word from a worker that has a task.
+    Raises:
+      Exception: what `make` raised, at once.
+    """
+
+    def __init__(self, make: Callable[[], Any], workers: int, timeout: float = 30.0):
+        self.workers, self._timeout = workers, timeout
+        self._broken: BaseException | None = None
+        self._closed = False
+        if workers == 0:
+            self._state = make()
+            return
+        self._tasks: queue.SimpleQueue = queue.SimpleQueue()
+        context = multiprocessing.get_context("spawn")
+        pipes = [context.Pipe() for _ in range(workers)]
+        self._control, keepers_end = context.Pipe()
+        self._keeper = context.Process(
+            target=_keep, args=(make, [theirs for _, theirs in pipes], keepers_end), name="keeper"
+        )
+        self._keeper.start()
+        keepers_end.close()
+        for _, theirs in pipes:
+            theirs.close()
+        try:
+            self._receive_start()
+        except BaseException:
+            self._kill()
+            raise
+        self._threads = [
+            threading.Thread(target=self._feed, args=(ours, pid), daemon=True, name=f"feed {pid}")
+            for (ours, _), pid in zip(pipes, self._pids, strict=True)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def _receive_start(self) -> None:
+        self._pids: list[int] = []
+        if not self._control.poll(START_TIMEOUT):
+            raise WorkerError(f"the data was not opened within {START_TIMEOUT:.0f} s")
+        try:
+            kind, value = self._control.recv()
+        except EOFError:
+            self._keeper.join(10)
+            raise WorkerError(f"the process that opens the data {_ending(self._keeper.exitcode)}") from None
+        if kind == "error":
+            raise value
+        self._pids = value
+
+    def submit(self, what: str, function: Callable, *args) -> Future:
+        """function(state, *args), in a worker. `what` names the task in errors."""
+        if self._closed:
+            raise RuntimeError("the pool is closed")
+        if self.workers == 0:
+            return _Later(lambda: function(self._state, *args))
+        future: Future = Future()
+        if self._broken is not None:
+            future.set_exception(self._broken)
+        else:
+            self._tasks.put((what, pickle.dumps((function, args)), future))
+        return future
+
+    def _feed(self, pipe: connection.Connection, pid: int) -> None:
+        """Hands tasks to one worker, one after the other."""
+        while (task := self._tasks.get()) is not None:
+            what, message, future = task
+            if self._broken is not None:
+                future.set_exception(self._broken)
+                continue
+            if not future.set_running_or_notify_cancel():
+                continue
+            place = ""
+            try:
+                pipe.send_bytes(message)
+                while True:
+                    if not pipe.poll(self._timeout):
+                        os.kill(pid, signal.SIGKILL)
+                        raise WorkerError(f"{what}: no word from its worker for {self._timeout:g} s{place}")
+                    kind, value = pipe.recv()
+                    if kind != "at":
+                        break
+                    place = f", at {value}"
+            except (EOFError, OSError):
+                self._break(future, WorkerError(f"{what}: its worker died{place} (killed, out of memory, or a crash)"))
+            except BaseException as error:  # whatever it was, somebody waits for this future
+                self._break(future, error)
+            else:
+                if kind == "result":
+                    future.set_result(value)
+                else:
+                    future.set_exception(value)
+        with contextlib.suppress(OSError):
+            pipe.send_bytes(b"")
+
+    def _break(self, future: Future, error: BaseException) -> None:
+        self._broken = self._broken or error
+        future.set_exception(error)
+
+    def close(self) -> None:
+        """Ends the workers; tasks not begun are cancelled. Nothing is left behind."""
+        if self._closed or self.workers == 0:
+            self._closed = True
+            return
+        self._closed = True
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._tasks.get_nowait()[2].cancel()
+        for _ in self._threads:
+            self._tasks.put(None)
+        self._kill()
+        for thread in self._threads:
+            thread.join()
+
+    def _kill(self) -> None:
+        self._control.close()  # the keeper takes its workers with it
+        self._keeper.join(5)
+        if self._keeper.is_alive():
+            for pid in self._pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            self._keeper.kill()
+            self._keeper.join()
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+class _Later(Future):
+    """Runs when it is asked for its result."""
+
+    def __init__(self, run: Callable[[], Any]):
+        super().__init__()
+        self._run = run
+
+    def result(self, timeout=None):
+        if not self.done():
+            try:
+                self.set_result(self._run())
+            except BaseException as error:
+                self.set_exception(error)
+                raise
+        return super().result(timeout)
+
+
+def _ending(code: int | None) -> str:
+    if code is None:
+        return "does not answer"
+    return f"was ended by signal {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
+
+def _picklable(error: BaseException) -> BaseException:
+    """The error, with the worker's traceback as a note; by its text if it does not survive the way."""
+    error.add_note("in a worker:\n" + "".join(traceback.format_exception(error)).rstrip())
+    try:
+        # Some exceptions pickle and cannot be built again.
+        pickle.loads(pickle.dumps(error))
+        return error
+    except Exception:
+        return RuntimeError("".join(traceback.format_exception(error)).rstrip())
+
+
+# --- in the other processes -------------------------------------------------------------------------------------------
+
+
+def _keep(make, pipes: list[connection.Connection], control: connection.Connection) -> None:
+    """Makes the state, forks the workers, waits for the caller's end of `control` to close, kills the workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller decides when Ctrl-C ends them
+    try:
+        state = make()
+    except BaseException as error:
+        control.send(("error", _picklable(error)))
+        return
+    pids = []
+    for mine in pipes:
+        pid = os.fork()
+        if pid == 0:
+            control.close()
+            for other in pipes:
+                if other is not mine:
+                    other.close()
+            _work(state, mine)
+        pids.append(pid)
+    for pipe in pipes:  # so that the caller sees the end of a worker as the end of its pipe
+        pipe.close()
+    with contextlib.suppress(EOFError, OSError):
+        control.send(("pids", pids))
+        control.recv()
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    for pid in pids:
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, 0)
+
+
+def _work(state, pipe: connection.Connection) -> None:
+    global _report
+    _report = lambda what: pipe.send(("at", what))  # noqa: E731
+    with contextlib.suppress(EOFError, OSError):  # the caller is gone
+        while message := pipe.recv_bytes():
+            try:
+                function, args = pickle.loads(message)
+                answer = ("result", function(state, *args))
+            except BaseException as error:
+                answer = ("error", _picklable(error))
+            pipe.send(answer)
+    os._exit(0)  # what the keeper registered to run at exit is the keeper's
