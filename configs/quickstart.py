@@ -20,8 +20,10 @@ def sources(split: str) -> dict[str, dict]:
     end = "" if split == "train" else "_test"
     return {
         f"modality{end}": source("rad3d_modality", "modality.csv", split),
+        f"yes_no{end}": source("diagnosis", "diagnosis_yes_no.csv", split),
+        f"diagnosis{end}": source("diagnosis", "diagnosis.csv", split),
         f"vqa{end}": source("vqa_rad", "vqa.csv", split),
-        f"report{end}": source("rad3d_caption", "report.csv", split),
+        f"report{end}": source("rad3d_caption", "rationale.json", split),
         f"rationale{end}": source("rad3d_rationale", "rationale.json", split),
         f"questions{end}": source("jsonl", "all.jsonl", split),
     }
