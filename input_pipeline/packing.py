@@ -12,7 +12,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from input_pipeline.volumes import PATCH, POSITION_TABLES, patch_grid, patch_positions, to_planes
+from input_pipeline.planes import CHANNELS, PATCH, POSITION_TABLES, patch_grid, patch_positions, to_planes
+from input_pipeline.tokens import Encoded
 
 
 def plain_rows(
@@ -257,7 +258,8 @@ class Planes:
 
 def assemble(
     row: Row,
-    samples: Sequence,
+    samples: Sequence[Encoded],
+    scan_ids: Sequence[Sequence[int]],
     scans: dict[int, Planes],
     limits: Limits,
     *,
@@ -267,15 +269,16 @@ def assemble(
     """The arrays of one row, without the batch axis (radfm_jax/models/radfm.py draws them), with targets and weights.
 
     Args:
-      samples: the encoded samples of the row, in the order of `row.samples`, each with ids, targets, weights, key_ok
-        [t], visual int32[t, 2] (which of its scans, which latent; -1) and scan_ids: its distinct scans by id.
-      scans: what lies in the row's slots, by scan id.
+      samples: what stands in the row, in the order of `row.samples`.
+      scan_ids: for each of them the ids of its `scans`.
+      scans: what lies in the row's slots, by id. One of the row that is not here leaves its slot empty, and the samples
+        that show it have no visual tokens and no weights.
     Raises:
       ValueError: a scan of another dtype, or with more patches or planes than the plan allowed for.
     """
     t, r, p, s = limits.text_length, limits.vision_rows, limits.patch_length, limits.scans
     of_one = next(iter(scans.values()), None)
-    slices, channels = of_one.plane_index.shape[1:] if of_one else (PATCH[2], 3)
+    slices, channels = of_one.plane_index.shape[1:] if of_one else (PATCH[2], CHANNELS)
     h, w = of_one.planes.shape[1:] if of_one else PATCH[:2]
     i32 = np.int32
     out = {
@@ -292,19 +295,24 @@ def assemble(
         "scan_offset": np.zeros(s, np.float32),
     }
     at = 0
-    for segment, sample in enumerate(samples, 1):
+    for segment, (sample, ids) in enumerate(zip(samples, scan_ids, strict=True), 1):
         n = len(sample.ids)
         here = slice(at, at + n)
         for name in ("ids", "targets", "weights", "key_ok"):
             out[name][here] = getattr(sample, name)
-        slots = np.array([row.scans[scan][0] for scan in sample.scan_ids] or [0], i32)
-        which, latent = sample.visual[:, 0], sample.visual[:, 1]
-        out["visual_index"][here] = np.where(which >= 0, slots[np.maximum(which, 0)] * num_latents + latent, -1)
+        if all(scan in scans for scan in ids):
+            slots = np.array([row.scans[scan][0] for scan in ids] or [0], i32)
+            which, latent = sample.visual[:, 0], sample.visual[:, 1]
+            out["visual_index"][here] = np.where(which >= 0, slots[np.maximum(which, 0)] * num_latents + latent, -1)
+        else:
+            out["weights"][here] = 0
         out["segments"][here] = segment
         out["positions"][here] = np.arange(n)
         at += n
     plane_at, patch_at = 0, collections.Counter()
     for scan, (slot, vision_row) in row.scans.items():
+        if scan not in scans:
+            continue
         value = scans[scan]
         n, m, start = len(value.plane_index), len(value.planes), patch_at[vision_row]
         if value.planes.dtype != plane_dtype or start + n > p or plane_at + m > limits.planes:
@@ -317,11 +325,8 @@ def assemble(
         out["plane_index"][vision_row, patches] = value.plane_index + plane_at
         out["patch_segments"][vision_row, patches] = slot + 1
         out["patch_positions"][vision_row, patches] = value.positions
-        out["scan_rows"][slot], out["scan_scale"][slot], out["scan_offset"][slot] = (
-            vision_row,
-            value.scale,
-            value.offset,
-        )
+        out["scan_rows"][slot] = vision_row
+        out["scan_scale"][slot], out["scan_offset"][slot] = value.scale, value.offset
         plane_at += m
         patch_at[vision_row] += n
     return out

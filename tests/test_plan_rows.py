@@ -1,12 +1,13 @@
 """Which samples share a row, and what the row then holds."""
 
-import dataclasses
 import itertools
 
 import numpy as np
 import pytest
 
 from input_pipeline.packing import Limits, Planes, Row, assemble, plan_rows
+from input_pipeline.samples import Scan
+from input_pipeline.tokens import Encoded
 
 
 def text_rows(tokens, limit):
@@ -92,6 +93,22 @@ def test_samples_of_one_scan_share_its_slot():
     assert sum(len(row.scans) for row in together) <= asked
 
 
+def test_a_scan_stands_once_in_a_row_however_its_samples_come_there():
+    """The texts about scan 0 alone are three groups, of which the first and the third meet in a row; the fourth sample
+    shows scan 0 again, with another.
+
+    limits 10 tokens, 3 slots     tokens 6 7 3 1 | scans 0, 0, 0, 0+1
+    """
+    tokens, scans = [6, 7, 3, 1], [(0,), (0,), (0,), (0, 1)]
+    limits = Limits(text_length=10, vision_rows=1, patch_length=16, planes=100, scans=3)
+    rows = plan_rows(tokens, scans, [4, 4], [8, 8], limits)
+    assert sorted(i for row in rows for i in row.samples) == [0, 1, 2, 3]
+    for row in rows:
+        assert sorted(slot for slot, _ in row.scans.values()) == list(range(len(row.scans)))
+        assert row.scans.keys() == {s for i in row.samples for s in scans[i]}
+    assert len(rows) == 2
+
+
 @pytest.mark.parametrize(
     "tokens, ids, words",
     [
@@ -111,14 +128,15 @@ def test_what_fits_no_row_is_an_error_with_the_reason(tokens, ids, words):
 # --- assemble ---------------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
-class Encoded:
-    ids: np.ndarray
-    targets: np.ndarray
-    weights: np.ndarray
-    key_ok: np.ndarray
-    visual: np.ndarray
-    scan_ids: tuple[int, ...]
+def encoded(ids, targets, weights, key_ok, visual, scans):
+    return Encoded(
+        np.array(ids),
+        np.array(targets),
+        np.array(weights, np.float32),
+        np.array(visual),
+        np.array(key_ok, bool),
+        tuple(map(Scan, scans)),
+    )
 
 
 def test_a_row_by_hand():
@@ -127,21 +145,16 @@ def test_a_row_by_hand():
     ids           1  V  0  0  0  0  9   1  0  0  8   0         segments  1 1 1 1 1 1 1 2 2 2 2 0
     visual_index -1 -1  2  3  0  1 -1  -1  2  3 -1  -1         positions 0 1 2 3 4 5 6 0 1 2 3 0
     """
-    first = Encoded(
-        np.array([1, 90, 0, 0, 0, 0, 9]),
-        np.array([0, 0, 0, 0, 0, 9, 0]),
-        np.array([0, 0, 0, 0, 0, 3, 0], np.float32),
-        np.ones(7, bool),
-        np.array([[-1, -1], [-1, -1], [0, 0], [0, 1], [1, 0], [1, 1], [-1, -1]]),
-        (7, 5),
+    first = encoded(
+        [1, 90, 0, 0, 0, 0, 9],
+        [0, 0, 0, 0, 0, 9, 0],
+        [0, 0, 0, 0, 0, 3, 0],
+        [1] * 7,
+        [[-1, -1], [-1, -1], [0, 0], [0, 1], [1, 0], [1, 1], [-1, -1]],
+        ["seven", "five"],
     )
-    second = Encoded(
-        np.array([1, 0, 0, 8]),
-        np.array([0, 0, 8, 0]),
-        np.array([0, 0, 1, 0], np.float32),
-        np.array([1, 1, 1, 0], bool),
-        np.array([[-1, -1], [0, 0], [0, 1], [-1, -1]]),
-        (7,),
+    second = encoded(
+        [1, 0, 0, 8], [0, 0, 8, 0], [0, 0, 1, 0], [1, 1, 1, 0], [[-1, -1], [0, 0], [0, 1], [-1, -1]], ["seven"]
     )
     one = lambda n, value: Planes(  # noqa: E731  n patches of one plane each, seen in 2 slices and 1 channel
         np.full((n, 2, 2), value, np.uint8),
@@ -152,7 +165,8 @@ def test_a_row_by_hand():
     )
     row = Row(samples=[3, 4], scans={5: (0, 1), 7: (1, 0)})
     limits = Limits(text_length=12, vision_rows=2, patch_length=3, planes=6, scans=3)
-    out = assemble(row, [first, second], {5: one(2, 50), 7: one(3, 70)}, limits, num_latents=2)
+    planes = {5: one(2, 50), 7: one(3, 70)}
+    out = assemble(row, [first, second], [(7, 5), (7,)], planes, limits, num_latents=2)
     assert out["ids"].tolist() == [1, 90, 0, 0, 0, 0, 9, 1, 0, 0, 8, 0]
     assert out["visual_index"].tolist() == [-1, -1, 2, 3, 0, 1, -1, -1, 2, 3, -1, -1]
     assert out["segments"].tolist() == [1] * 7 + [2] * 4 + [0]
@@ -167,10 +181,17 @@ def test_a_row_by_hand():
     assert out["scan_rows"].tolist() == [1, 0, -1]
     np.testing.assert_allclose(out["scan_scale"], [50 / 255, 70 / 255, 1])
     assert out["scan_offset"].tolist() == [0.5, 0.5, 0]
+    # Without scan 5 its slot is empty, and the first sample, which shows it, teaches nothing.
+    out = assemble(row, [first, second], [(7, 5), (7,)], {7: planes[7]}, limits, num_latents=2)
+    assert out["scan_rows"].tolist() == [-1, 0, -1]
+    assert out["visual_index"].tolist() == [-1] * 8 + [2, 3, -1, -1]
+    assert out["weights"].tolist() == [0] * 9 + [1, 0, 0]
+    assert out["planes"][:, 0, 0].tolist() == [70, 70, 70, 0, 0, 0]
+    assert out["patch_segments"].tolist() == [[2, 2, 2], [0, 0, 0]]
 
 
 def test_a_scan_that_outgrew_the_index():
     planes = Planes(np.zeros((4, 2, 2), np.uint8), np.zeros((4, 1, 1), np.int32), np.zeros((4, 3), np.int32))
     limits = Limits(text_length=12, vision_rows=1, patch_length=3, planes=6, scans=3)
     with pytest.raises(ValueError, match="scan 5 has 4 planes of uint8 and 4 patches; .*index is out of date"):
-        assemble(Row(scans={5: (0, 0)}), [], {5: planes}, limits)
+        assemble(Row(scans={5: (0, 0)}), [], [], {5: planes}, limits)

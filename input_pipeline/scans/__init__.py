@@ -21,13 +21,24 @@ are errors. Voxels may be a view with any strides.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import stat
 
 import numpy as np
 
 from input_pipeline.scans import arrays, dicom, images, nifti, tiff
-from input_pipeline.scans.base import FAULTS, Header, Limits, ScanError, blamed, file_stat, opened, resolve
+from input_pipeline.scans.base import (
+    FAULTS,
+    Header,
+    Limits,
+    ScanError,
+    blamed,
+    check_values,
+    file_stat,
+    opened,
+    resolve,
+)
 
 __all__ = ["FAULTS", "Header", "Limits", "ScanError", "header", "read", "resolve"]
 
@@ -91,8 +102,8 @@ def read(path, *, volume: int | None = None, limits: Limits = Limits()) -> tuple
     path = os.fspath(path)
     with blamed(path, "reading the file"):
         voxels, head = reader(path, limits).read(path, volume=volume, limits=limits)
-    assert voxels.shape == head.shape, (voxels.shape, head.shape)
-    return voxels, head
+        assert voxels.shape == head.shape, (voxels.shape, head.shape)
+        return voxels, dataclasses.replace(head, extremes=check_values(path, voxels))
 
 
 def header(path, *, limits: Limits = Limits()) -> Header:  # noqa: B008

@@ -18,7 +18,6 @@ from input_pipeline.scans.base import (
     ScanError,
     blamed,
     check_shape,
-    check_values,
     check_volume,
     natural,
     opened,
@@ -149,5 +148,4 @@ def read(path, *, volume: int | None, limits: Limits) -> tuple[np.ndarray, Heade
     array = array[chosen] if stacked and not skipping else array
     array = array if stacked or array.ndim == 4 else array[..., None]
     voxels = natural(path, array.transpose(stored.axes), limits=limits)
-    check_values(path, voxels)
     return voxels, head

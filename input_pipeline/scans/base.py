@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import stat
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 import numpy as np
+
+from input_pipeline.extremes import extremes
 
 Format = Literal["nifti", "dicom", "image", "npy"]
 Fault = Literal[
@@ -73,6 +76,8 @@ class Header:
       photometric: as stored (MONOCHROME1, RGB, palette, ...); None for NIfTI and .npy.
       oblique_degrees: largest angle between a voxel axis and its anatomical axis; None without an orientation.
       padding: (low, high) values that mark voxels outside the field of view, after rescaling; None if not stated.
+      extremes: (least, greatest) of the voxels that `read` returned; None from `header`, which reads none, and no part
+        of a comparison.
     """
 
     format: Format
@@ -87,6 +92,7 @@ class Header:
     photometric: str | None = None
     oblique_degrees: float | None = None
     padding: tuple[float, float] | None = None
+    extremes: tuple[float, float] | None = dataclasses.field(default=None, compare=False)
 
 
 def printable(path) -> str:
@@ -255,16 +261,22 @@ def natural(path, frames: np.ndarray, slopes=1.0, intercepts=0.0, limits: Limits
     return out
 
 
-def check_values(path, voxels: np.ndarray) -> None:
-    """Raise if a voxel is NaN or infinite, or if every channel of [H, W, D, C] is constant."""
-    low, high = voxels.min(axis=(0, 1, 2)), voxels.max(axis=(0, 1, 2))
-    if not (np.isfinite(low).all() and np.isfinite(high).all()):
+def check_values(path, voxels: np.ndarray) -> tuple[float, float]:
+    """The least and the greatest of voxels [H, W, D, C].
+
+    Raises:
+      ScanError: a voxel is NaN or infinite, or every channel is constant.
+    """
+    low, high = extremes(voxels)
+    if not (math.isfinite(low) and math.isfinite(high)):
         bad = int(voxels.size - np.count_nonzero(np.isfinite(voxels)))
         what = f"{bad} of {voxels.size} voxels are NaN, infinite or too large for float32"
         raise ScanError(path, what, "repair the scan, or leave it out", "non-finite")
-    if (low == high).all():
-        value = low[0].item() if low.size == 1 else tuple(low.tolist())
+    first = voxels[0, 0, 0]
+    if low == high or (len(first) > 1 and all((row == first).all() for row in voxels)):
+        value = first[0].item() if len(first) == 1 else tuple(first.tolist())
         raise ScanError(path, f"constant: every voxel is {value}", "it shows nothing: leave it out", "constant")
+    return low, high
 
 
 def resolve(root, path) -> Path:

@@ -18,7 +18,6 @@ from input_pipeline.scans.base import (
     ScanError,
     blamed,
     check_shape,
-    check_values,
     check_volume,
     listed,
     natural,
@@ -225,9 +224,7 @@ def finish(path, frames: np.ndarray, slopes, intercepts, layout, limits: Limits)
     """Sorted stored frames [D, H, W, C] -> voxels [H, W, D, C]."""
     frames = natural(path, frames, slopes, intercepts, limits)
     voxels = frames.transpose(1, 2, 0, 3)
-    voxels = layout.apply(voxels) if layout else voxels
-    check_values(path, voxels)
-    return voxels
+    return layout.apply(voxels) if layout else voxels
 
 
 def fill(frames: np.ndarray | None, count: int, index: int, frame: np.ndarray) -> np.ndarray:

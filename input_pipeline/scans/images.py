@@ -21,7 +21,6 @@ from input_pipeline.scans.base import (
     ScanError,
     blamed,
     check_shape,
-    check_values,
     check_volume,
     natural,
     opened,
@@ -169,5 +168,4 @@ def read(path, *, volume: int | None, limits: Limits) -> tuple[np.ndarray, Heade
     picture, tag, head = inspect(path, limits)
     pixels = oriented(decode(path, picture), tag)
     voxels = natural(path, pixels[None])[0].reshape(head.shape)
-    check_values(path, voxels)
     return voxels, head

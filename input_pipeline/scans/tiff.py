@@ -23,7 +23,6 @@ from input_pipeline.scans.base import (
     ScanError,
     blamed,
     check_shape,
-    check_values,
     check_volume,
     listed,
     natural,
@@ -264,5 +263,4 @@ def read(path, *, volume: int | None, limits: Limits) -> tuple[np.ndarray, Heade
         frames[number] = pixels
     tif.close()
     voxels = natural(path, frames, limits=limits).transpose(1, 2, 0, 3)
-    check_values(path, voxels)
     return voxels, head
