@@ -40,7 +40,8 @@ class DataConfig:
       share_scans: samples of one row about one scan share its slot; training crops are then drawn once a scan.
       max_scans: most distinct scans of a sample; of more, the sample's own generator chooses.
       num_latents: visual tokens of a scan, as the model has them.
-      crop: random crops in training. flips: of height, width, depth, in training.
+      crop: least share of a slice's area that a random crop keeps in training; 1: none.
+      flips: of height, width, depth, in training.
       allowed_loss: scans that may fail to load in a run, their samples then left without weight and named; beyond it,
         and at 0 for the first, the run stops with the scan's name.
       seed: of all choices: order, prompts, crops.
@@ -71,7 +72,7 @@ class DataConfig:
     share_scans: bool = True
     max_scans: int = 12
     num_latents: int = 32
-    crop: bool = True
+    crop: float = 0.8
     flips: tuple[str, ...] = ()
     allowed_loss: int = 0
     seed: int = 0
@@ -96,6 +97,8 @@ class DataConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least.get(name, 1):
                 problems.append(f"data.{name} is {value!r}: a whole number of at least {least.get(name, 1)} is needed")
+        if not 0 < self.crop <= 1:
+            problems.append(f"data.crop is {self.crop}: a share above 0 and not above 1 is needed")
         if self.worker_timeout <= 0:
             problems.append(f"data.worker_timeout is {self.worker_timeout}: seconds above 0 are needed")
         for split in SPLITS:

@@ -17,6 +17,7 @@ import numpy as np
 import scipy.sparse
 from PIL import Image
 
+from input_pipeline.extremes import extremes as extremes_of
 from input_pipeline.planes import (  # noqa: F401
     CHANNELS,
     MODES,
@@ -40,18 +41,20 @@ from input_pipeline.planes import (  # noqa: F401
 # The pipeline runs a process a core; threads of OpenCV's own would only fight over them.
 cv2.setNumThreads(1)
 
-# (low, high) in Hounsfield units: level -+ width / 2 of the usual settings (radiopaedia.org/articles/windowing-ct).
+# (low, high) in Hounsfield units: level -+ width / 2. Widths and levels of the table of typical settings in
+# radiopaedia.org/articles/windowing-ct; other tables and viewers differ (soft tissue at level 40, bone 2000 wide).
 CT_WINDOWS: dict[str, tuple[float, float]] = {
     "lung": (-1350.0, 150.0),  # width 1500, level -600
     "mediastinum": (-125.0, 225.0),  # width 350, level 50
-    "soft_tissue": (-150.0, 250.0),  # width 400, level 50
+    "soft_tissue": (-150.0, 250.0),  # width 400, level 50 (abdomen)
     "liver": (-45.0, 105.0),  # width 150, level 30
-    "bone": (-500.0, 1300.0),  # width 1800, level 400
+    "bone": (-500.0, 1300.0),  # width 1800, level 400 (spine)
     "brain": (0.0, 80.0),  # width 80, level 40
 }
 
 CROP_AREA = (0.8, 1.0)
 FLIPS = {"height": 2, "width": 3, "depth": 0}  # axes of slices [K, C, H, W]
+QUANTA = {"uint8": (1 / 255, 0.0), "int16": (1 / 65535, 32768 / 65535), "float32": (1.0, 0.0)}  # scale, offset
 INTENSITIES = ("stack", "scan", "as_is")
 
 
@@ -85,16 +88,21 @@ def prepare_volume(
     window: str | tuple[float, float] | None = None,
     storage: str | None = None,
     rng: np.random.Generator | None = None,
+    crop: float = CROP_AREA[0],
     flips: Sequence[str] = (),
     sizes: Sizes = PAPER_SIZES,
+    padding: tuple[float, float] | None = None,
+    extremes: tuple[float, float] | None = None,
 ) -> Volume:
     """A scan at the size of `target_shape`, its intensities in [0, 1].
 
     `paper` mode, in this order:
       1. Intensity: the least and the greatest voxel of the whole scan become 0 and 1; with a window, voxels are clipped
          to it and its ends become 0 and 1. Taken on the scan as read, before any crop or resize (which average, and so
-         would find a smaller range); being linear, it is applied after the resize, to far fewer voxels.
-      2. Crop, with an rng: one box for all slices, 0.8 to 1.0 of their area, in the plane only.
+         would find a smaller range); being linear, it is applied after the resize, to far fewer voxels. Voxels marked
+         as padding (outside the field of view, by custom far darker than air) are no part of the range and become its
+         least voxel first.
+      2. Crop, with an rng: one box for all slices, `crop` (0.8) to 1.0 of their area, in the plane only.
       3. Height and width: box average (every source voxel counts by the area it shares) where the scan shrinks, linear
          where it grows, each axis by itself.
       4. Depth: linear; where it shrinks the kernel widens with the ratio (antialiased), so no slice is left out.
@@ -111,9 +119,13 @@ def prepare_volume(
       storage: uint8 (default), int16 or float32; `released` mode is float32 only.
       rng: training only. The same generator state gives the same volume.
       flips: of "height", "width", "depth". Off by default: left and right matter in a report.
+      padding: (low, high), both included, that mark padding: pass `Header.padding`. It is left out here and not in
+        `scans.read`, which returns what is stored; `released` mode, whose original knows no padding, ignores it.
+      extremes: least and greatest of `voxels`, padding included, where they are known: pass `Header.extremes`. They are
+        believed, and save `paper` mode one look at every voxel.
     Raises:
-      ValueError: voxels that are not finite, all the same, or all outside the window (with the numbers); arrays or
-        options of another form.
+      ValueError: voxels that are not finite, all the same, all padding, or all outside the window (with the numbers);
+        arrays or options of another form.
     """
     if mode == "released":
         if window is not None or flips or storage not in (None, "float32"):
@@ -124,35 +136,38 @@ def prepare_volume(
     storage = "uint8" if storage is None else storage
     if storage not in STORAGE:
         raise ValueError(f"storage {storage!r} is none of {', '.join(STORAGE)}")
-    low, high = _intensity_range(_checked(voxels), window)
+    voxels, least, greatest = _without_padding(_checked(voxels), padding, extremes)
+    low, high = _intensity_range(least, greatest, window)
     height, width, depth = target_shape(voxels.shape[:3], mode, sizes)
     if voxels.shape[2] == 1:
         depth = 1
     if rng is not None:
-        top, left, h, w = crop_box(*voxels.shape[:2], rng)
+        top, left, h, w = crop_box(*voxels.shape[:2], rng, crop)
         voxels = voxels[top : top + h, left : left + w]
     clip = None if window is None else (low, high)
+    slices = np.empty((depth, voxels.shape[3], height, width), storage)
     # Where the first axis is the fast one, as nibabel reads, slices are worked on transposed.
     swapped = abs(voxels.strides[0]) < abs(voxels.strides[1])
     if swapped:
-        resized = _resize(voxels.swapaxes(0, 1), (width, height, depth), low, clip)
+        resized = _resized(voxels.swapaxes(0, 1), (width, height, depth), low, clip)
     else:
-        resized = _resize(voxels, (height, width, depth), low, clip)
-    slices, scale, offset = _store(resized, high - low, storage)
-    if swapped:
-        slices = np.stack([cv2.transpose(s) for s in slices.reshape(-1, width, height)])
-        slices = slices.reshape(depth, -1, height, width)
-    return Volume.from_slices(_flip(slices, flips, rng), scale, offset)
+        resized = _resized(voxels, (height, width, depth), low, clip)
+    for k, c, plane in resized:
+        plane = _stored(plane, high - low, storage)
+        slices[k, c] = cv2.transpose(plane) if swapped else plane
+    return Volume.from_slices(_flip(slices, flips, rng), *QUANTA[storage])
 
 
-def crop_box(height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of a crop of 0.8 to 1.0 of the area.
+def crop_box(
+    height: int, width: int, rng: np.random.Generator, least: float = CROP_AREA[0]
+) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of a crop of `least` to 1.0 of the area; 1.0 is no crop.
 
     RandomResizedCrop, except that the box's proportions are drawn relative to the picture's own, within what fits:
-    there a picture wider than 4:3 can lose up to all but a 4:3 middle of it, here never more than a fifth.
+    there a picture wider than 4:3 can lose up to all but a 4:3 middle of it, here never more than a fifth (1 - least).
     """
     area, at, y, x = rng.random(4)
-    area = CROP_AREA[0] + (CROP_AREA[1] - CROP_AREA[0]) * area
+    area = least + (1 - least) * area
     stretch = area ** (2 * at - 1)  # log-uniform in [area, 1 / area]
     h = min(max(round(height * math.sqrt(area / stretch)), 1), height)
     w = min(max(round(width * math.sqrt(area * stretch)), 1), width)
@@ -170,11 +185,7 @@ def _checked(voxels: np.ndarray) -> np.ndarray:
 
 def _extremes(voxels: np.ndarray) -> tuple[float, float]:
     """Least and greatest voxel; ValueError unless all are finite and not all the same."""
-    # Slice by slice where they lie one after the other, so that the second look finds them in the cache.
-    by_slice = voxels.shape[2] > 1 and abs(voxels.strides[2]) == max(map(abs, voxels.strides))
-    parts = [voxels[:, :, k] for k in range(voxels.shape[2])] if by_slice else [voxels]
-    ends = np.array([(part.min(), part.max()) for part in parts])
-    low, high = float(ends[:, 0].min()), float(ends[:, 1].max())
+    low, high = extremes_of(voxels)
     if not (math.isfinite(low) and math.isfinite(high)):
         nan, inf = int(np.isnan(voxels).sum()), int(np.isinf(voxels).sum())
         raise ValueError(f"{nan + inf} of {voxels.size} voxels are not finite ({nan} NaN, {inf} infinite)")
@@ -183,18 +194,35 @@ def _extremes(voxels: np.ndarray) -> tuple[float, float]:
     return low, high
 
 
-def _intensity_range(voxels: np.ndarray, window) -> tuple[float, float]:
+def _without_padding(voxels: np.ndarray, padding, extremes) -> tuple[np.ndarray, float, float]:
+    """(voxels, a copy with padding set to the least other voxel if there is any; least and greatest of the others)."""
+    least, greatest = _extremes(voxels) if extremes is None else extremes
+    if padding is None or padding[0] > greatest or padding[1] < least:
+        return voxels, least, greatest
+    padded = (voxels >= padding[0]) & (voxels <= padding[1])
+    if not padded.any():
+        return voxels, least, greatest
+    seen = voxels[~padded]
+    if not seen.size:
+        low, high = padding
+        raise ValueError(f"every one of the {voxels.size} voxels is padding ({low:g} to {high:g}): nothing to see")
+    least, greatest = _extremes(seen)
+    voxels = voxels.copy(order="K")
+    voxels[padded] = seen.min()
+    return voxels, least, greatest
+
+
+def _intensity_range(least: float, greatest: float, window) -> tuple[float, float]:
     """The intensities that become 0 and 1."""
-    low, high = _extremes(voxels)
-    if not 1e-30 < high - low < 1e30:
-        raise ValueError(f"voxels run from {low:g} to {high:g}: float32 cannot scale that range")
+    if not 1e-30 < greatest - least < 1e30:
+        raise ValueError(f"voxels run from {least:g} to {greatest:g}: float32 cannot scale that range")
     if window is None:
-        return low, high
+        return least, greatest
     ends = ct_window(window)
-    if high <= ends[0] or low >= ends[1]:
+    if greatest <= ends[0] or least >= ends[1]:
         raise ValueError(
-            f"voxels run from {low:g} to {high:g}, all outside the window {ends[0]:g} to {ends[1]:g}: every one would "
-            f"be {'black' if high <= ends[0] else 'white'}; is the scan in Hounsfield units?"
+            f"voxels run from {least:g} to {greatest:g}, all outside the window {ends[0]:g} to {ends[1]:g}: every one "
+            f"would be {'black' if greatest <= ends[0] else 'white'}; is the scan in Hounsfield units?"
         )
     return ends
 
@@ -210,37 +238,64 @@ def _slices(voxels: np.ndarray) -> Iterator[np.ndarray]:
             yield voxels[:, :, k]
 
 
-def _resize(voxels: np.ndarray, size: tuple[int, int, int], low: float, clip) -> np.ndarray:
-    """[H, W, D, C] -> float32[D', C, H', W'] of voxel - low, streaming over the slices: each is read once.
+def _resized(voxels: np.ndarray, size: tuple[int, int, int], low: float, clip) -> Iterator[tuple[int, int, np.ndarray]]:
+    """[H, W, D, C] -> (slice, channel, float32[H', W'] of voxel - low), slice by slice.
+
+    Each source slice is read once, and an output slice leaves when the last of its sources is added, so all the work
+    but that reading stays in the cache. A plane is the caller's until the next one.
 
     clip: (low, high), or None where nothing lies outside.
     """
-    h, w, depth, channels = voxels.shape
-    height, width, out_depth = size
-    # float32 holds 16-bit integers exactly, so low can wait; other types are brought near zero while they are exact.
     small_type = voxels.dtype.itemsize <= 2
-    shift = 0.0 if small_type else low
+    depth, out_depth = voxels.shape[2], size[2]
     shares = depth_weights(depth, out_depth)
-    out = np.zeros((out_depth, channels, height, width), np.float32)
-    picture = np.empty((h, w) if channels == 1 else (h, w, channels), np.float32)
-    for k, source in enumerate(_slices(voxels)):
-        source = source if channels > 1 else source[..., 0]
-        if small_type:
-            np.copyto(picture, source)
+    uses = [np.flatnonzero(share) for share in shares.T]
+    last = depth - 1 - np.argmax(shares[:, ::-1] > 0, axis=1)  # the last source of each output slice
+    sums: dict[int, list[np.ndarray]] = {}
+    ready = 0
+    for k, picture in enumerate(_pictures(voxels, size[:2], 0.0 if small_type else low, clip)):
+        channels = cv2.split(picture) if picture.ndim == 3 else [picture]
+        if depth == out_depth:
+            sums[k] = channels
         else:
-            np.subtract(source, low, out=picture, casting="same_kind")
+            for j in uses[k]:
+                if j not in sums:
+                    sums[j] = [np.zeros(size[:2], np.float32) for _ in channels]
+                for total, channel in zip(sums[j], channels, strict=True):
+                    cv2.scaleAdd(channel, float(shares[j, k]), total, total)
+        while ready < out_depth and last[ready] == k:
+            for c, plane in enumerate(sums.pop(ready)):
+                yield ready, c, np.subtract(plane, np.float32(low), out=plane) if small_type else plane
+            ready += 1
+
+
+def _pictures(voxels: np.ndarray, size: tuple[int, int], shift: float, clip) -> Iterator[np.ndarray]:
+    """[H, W, D, C] -> float32[H', W'] or [H', W', C] of voxel - shift, for each of the D slices.
+
+    float32 holds 16-bit integers exactly, so these need no shift; other types are brought near zero while they are
+    exact.
+    """
+    (h, w, _, channels), (height, width) = voxels.shape, size
+    # numpy converts a picture several times faster the way it lies in memory; OpenCV then turns it round. Sums of few
+    # 16-bit integers are exact in any order: where whole boxes are averaged, the small result is turned instead.
+    code = {(False, False): None, (True, False): 0, (False, True): 1, (True, True): -1}[
+        voxels.strides[0] < 0, voxels.strides[1] < 0
+    ]
+    voxels = voxels[:: -1 if code in (0, -1) else 1, :: -1 if code in (1, -1) else 1]
+    whole = h % height == 0 and w % width == 0 and h // height * (w // width) <= 256
+    turn_small = whole and voxels.dtype.kind in "iu" and voxels.dtype.itemsize <= 2 and clip is None
+    picture = np.empty((h, w) if channels == 1 else (h, w, channels), np.float32)
+    for source in _slices(voxels):
+        source = source if channels > 1 else source[..., 0]
+        if shift:
+            np.subtract(source, shift, out=picture, casting="same_kind")
+        else:
+            np.copyto(picture, source, casting="same_kind")
         if clip is not None:
             np.clip(picture, clip[0] - shift, clip[1] - shift, out=picture)
-        resized = resize_plane(picture, (height, width))
-        for c, plane in enumerate(cv2.split(resized) if channels > 1 else [resized]):
-            if depth == out_depth:
-                out[k, c] = plane
-                continue
-            for j in np.flatnonzero(shares[:, k]):
-                cv2.scaleAdd(plane, float(shares[j, k]), out[j, c], out[j, c])
-    if small_type:
-        out -= np.float32(low)
-    return out
+        upright = picture if code is None or turn_small else cv2.flip(picture, code)
+        resized = resize_plane(upright, size)
+        yield cv2.flip(resized, code) if code is not None and turn_small else resized
 
 
 def resize_plane(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -291,29 +346,27 @@ def depth_weights(depth: int, out_depth: int) -> np.ndarray:
     return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
-def _store(resized: np.ndarray, span: float, storage: str) -> tuple[np.ndarray, float, float]:
-    """float32[D', C, H', W'] from 0 to span -> the same of the storage dtype, scale, offset."""
-    flat = resized.reshape(-1, resized.shape[-1])
+def _stored(plane: np.ndarray, span: float, storage: str) -> np.ndarray:
+    """float32[H', W'] from 0 to span, which is overwritten -> the storage dtype, by the scale and offset of QUANTA."""
     if storage == "uint8":
         # Rounds to nearest and saturates in one pass; nothing is negative but rounding noise around 0.
-        return cv2.convertScaleAbs(flat, alpha=255 / span).reshape(resized.shape), 1 / 255, 0.0
+        return cv2.convertScaleAbs(plane, alpha=255 / span)
     if storage == "int16":
-        flat *= np.float32(65535 / span)
-        flat -= np.float32(32768)
-        np.clip(np.rint(flat, out=flat), -32768, 32767, out=flat)
-        return resized.astype(np.int16), 1 / 65535, 32768 / 65535
-    flat /= np.float32(span)
-    return np.clip(resized, 0, 1, out=resized), 1.0, 0.0
+        plane *= np.float32(65535 / span)
+        plane -= np.float32(32768)
+        return np.clip(np.rint(plane, out=plane), -32768, 32767, out=plane).astype(np.int16)
+    plane /= np.float32(span)
+    return np.clip(plane, 0, 1, out=plane)
 
 
-def augment(volume: Volume, rng: np.random.Generator, flips: Sequence[str] = ()) -> Volume:
+def augment(volume: Volume, rng: np.random.Generator, flips: Sequence[str] = (), crop: float = CROP_AREA[0]) -> Volume:
     """Crop and flips of `prepare_volume` for a volume that is already at its final size (a prepared record).
 
     The crop grows back to the volume's height and width by linear interpolation in the storage dtype: to 0.8 of a step
     in uint8, half a step in int16.
     """
     k, channels, height, width = volume.slices.shape
-    top, left, h, w = crop_box(height, width, rng)
+    top, left, h, w = crop_box(height, width, rng, crop)
     box = volume.slices.reshape(k * channels, height, width)[:, top : top + h, left : left + w]
     slices = np.stack([resize_plane(np.ascontiguousarray(s), (height, width)) for s in box])
     slices = _flip(slices.reshape(k, channels, height, width), flips, rng)

@@ -52,8 +52,8 @@ def to_bytes(hu: np.ndarray) -> np.ndarray:
 
 
 def ours_from_file(path: Path):
-    voxels, _ = scans.read(path)
-    return planes(prepare_volume(voxels))
+    voxels, header = scans.read(path)
+    return planes(prepare_volume(voxels, padding=header.padding, extremes=header.extremes))
 
 
 def ours_from_record(path: Path):
