@@ -126,6 +126,7 @@ class RowMaker:
         self.starts = np.concatenate([[0], np.cumsum([len(good) for good in self.good])])
         self.facts = self.index.scans(sources)
         self.numbers = {key: number for number, key in enumerate(self.facts)}
+        self._known: dict[tuple, tuple[int, int, int]] = {}
         self.tokenizer = tokenizer_of(config)
         self.terms = terms_of(config.terms)
         self.released = config.preprocess == "released"
@@ -190,23 +191,27 @@ class RowMaker:
 
     def _shapes(self, name: str, sample: Sample, encoded: Encoded) -> list[tuple[int, int, int]]:
         """(number, patches, planes) of each scan of a sample."""
-        root, config, found = self.datasets[name].root, self.config, []
-        for scan in encoded.scans:
-            key = scan_key(root, scan)
+        keys = [scan_key(self.datasets[name].root, scan) for scan in encoded.scans]
+        for key in keys:
             if key not in self.facts:
-                raise RowError(
-                    scan.path, f"{sample.row_id} of {name}", "the index does not know it", "run prepare again"
-                )
-            found.append((self.numbers[key], self.facts[key].shape))
-        final = released_shape([shape[2] for _, shape in found]) if self.released and found else None
-        return [
-            (
-                number,
-                patch_count(shape[:3], config.preprocess, final, config.sizes),
-                plane_count(shape[:3], shape[3], config.preprocess, final, config.sizes),
-            )
-            for number, shape in found
-        ]
+                raise RowError(key[1], f"{sample.row_id} of {name}", "the index does not know it", "run prepare again")
+        if self.released:  # the depth of all scans of a sample is that of the deepest
+            final = released_shape([self.facts[key].shape[2] for key in keys]) if keys else None
+            return [self._shape(key, final) for key in keys]
+        found = []
+        for key in keys:
+            if key not in self._known:
+                self._known[key] = self._shape(key, None)
+            found.append(self._known[key])
+        return found
+
+    def _shape(self, key, final) -> tuple[int, int, int]:
+        config, (*shape, channels) = self.config, self.facts[key].shape
+        return (
+            self.numbers[key],
+            patch_count(shape, config.preprocess, final, config.sizes),
+            plane_count(shape, channels, config.preprocess, final, config.sizes),
+        )
 
     def measure(self, epoch: int, samples: np.ndarray) -> Measured:
         """Tokens and scans of these numbers of the mixture."""

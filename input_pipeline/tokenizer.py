@@ -11,6 +11,7 @@ from sentencepiece import sentencepiece_model_pb2
 
 # A cut moves to the nearest word, but not further than this many tokens.
 WORD_REACH = 16
+WORDS_KEPT = 100_000
 
 
 class Tokenizer:
@@ -60,6 +61,15 @@ class Tokenizer:
         self._is_byte = [kind == byte for kind in kinds]
         self._is_control = [kind == control or i == self._words.unk_id() for i, kind in enumerate(kinds)]
         self._starts_word = [piece.startswith("▁") for piece in pieces]
+        user_defined = sentencepiece_model_pb2.ModelProto.SentencePiece.USER_DEFINED
+        # Where no piece reaches over a space, words can be encoded one by one, and most have been seen before.
+        self._by_word = (
+            spec.normalizer_spec.name == "identity"
+            and not spec.normalizer_spec.remove_extra_whitespaces
+            and user_defined not in kinds
+            and not any("▁" in piece.lstrip("▁") or (piece.startswith("▁▁") and piece.strip("▁")) for piece in pieces)
+        )
+        self._seen: dict[str, tuple[list[int], list[tuple[int, int]]]] = {}
         # Bytes 80 to BF continue a UTF-8 character.
         self._continues = [b and 0x80 <= int(p[1:-1], 16) < 0xC0 for p, b in zip(pieces, self._is_byte, strict=True)]
 
@@ -74,10 +84,7 @@ class Tokenizer:
         Raises:
           ValueError: a text that is not valid Unicode (a lone surrogate).
         """
-        try:
-            return (self._words if starts_word else self._continued).encode(text)
-        except (RuntimeError, TypeError, UnicodeError) as error:
-            raise _not_unicode(text) from error
+        return self.encode_with_offsets(text, starts_word=starts_word)[0]
 
     def encode_with_offsets(self, text: str, *, starts_word: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids, and the characters [begin, end) of the text that each stands for.
@@ -85,8 +92,31 @@ class Tokenizer:
         The pieces of a character that is spelled in bytes all stand for that character. The mark of a word's start
         belongs to no character where there is no space in the text.
         """
+        if not self._by_word or not text or "  " in text or "▁" in text or text[0] == " " or text[-1] == " ":
+            return self._encode(self._words if starts_word else self._continued, text)
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        at = 0
+        for k, word in enumerate(text.split(" ")):
+            if k or starts_word:
+                found = self._seen.get(word)
+                if found is None:
+                    if len(self._seen) >= WORDS_KEPT:
+                        self._seen.clear()
+                    found = self._seen[word] = self._encode(self._words, word)
+            else:
+                found = self._encode(self._continued, word)
+            ids += found[0]
+            first = len(offsets)
+            offsets += [(begin + at, end + at) for begin, end in found[1]]
+            if k:  # the space is the mark of the word's start
+                offsets[first] = (at - 1, offsets[first][1])
+            at += len(word) + 1
+        return ids, offsets
+
+    def _encode(self, model, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         try:
-            result = (self._words if starts_word else self._continued).encode(text, return_type="offset_mapping")
+            result = model.encode(text, return_type="offset_mapping")
         except (RuntimeError, TypeError, UnicodeError) as error:
             raise _not_unicode(text) from error
         ids, offsets = result["ids"], result["offsets"]

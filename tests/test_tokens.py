@@ -667,3 +667,34 @@ def test_released_cuts_the_end_of_a_long_answer(tokenizer):
         assert (short.ids == V).sum() == (short.ids == V + 1).sum() == len(short.scans) == 2 - short.dropped_scans
         text = lambda e: int((e.ids < V).sum() - (e.visual[:, 0] >= 0).sum())  # noqa: E731
         assert short.cut_response == text(whole) - text(short)
+
+
+def test_words_one_by_one_are_the_whole_text(tokenizer):
+    """Words are encoded one by one and remembered; ids and offsets are those of the text as a whole."""
+    assert tokenizer._by_word
+    rng = np.random.default_rng(0)
+    bits = [
+        "a",
+        "lung",
+        "Œ",
+        "放",
+        "\n",
+        "\t",
+        " ",
+        "  ",
+        "3.5",
+        ",",
+        "(",
+        "</s>",
+        "<image-1>",
+        "\0",
+        "😀",
+        "▁",
+        "-",
+        "\u3000",
+    ]
+    texts = ["".join(rng.choice(bits) + " " * rng.integers(2) for _ in range(rng.integers(9))) for _ in range(3000)]
+    assert sum("  " not in text and "▁" not in text for text in texts) > 500
+    for text in texts:
+        for starts_word, model in ((True, tokenizer._words), (False, tokenizer._continued)):
+            assert tokenizer.encode_with_offsets(text, starts_word=starts_word) == tokenizer._encode(model, text)

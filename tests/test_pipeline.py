@@ -1,0 +1,400 @@
+"""Which rows come in which order, on any number of hosts and workers, and after any interruption."""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from practice import practice
+
+from input_pipeline.datasets import sample_rng
+from input_pipeline.pipeline import Batch, Mixture, PackingReport, Rows, batches, prefetch
+from input_pipeline.planes import planes
+from input_pipeline.rows import RowInfo, RowMaker, SampleInRow
+from input_pipeline.samples import RowError
+from input_pipeline.scans import read
+from input_pipeline.volumes import one_channel_if_gray, prepare_volume, released_volumes
+from input_pipeline.workers import WorkerError
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return practice(tmp_path_factory.mktemp("practice"), train=14, test=8, window=25)
+
+
+def digest(batch: Batch) -> str:
+    """Of every bit of the arrays, and of which samples they are."""
+    code = hashlib.sha256(repr(batch.rows).encode())
+    for name in sorted(batch.arrays):
+        code.update(
+            f"{name}{batch.arrays[name].dtype}{batch.arrays[name].shape}".encode() + batch.arrays[name].tobytes()
+        )
+    return code.hexdigest()
+
+
+def global_rows(config, *, batch, hosts, epochs=1, split="train"):
+    """The rows of all hosts in their global order: (samples, digest of the arrays) of each."""
+    per_host = []
+    for host in range(hosts):
+        with Rows(config, split, batch=batch, host=host, hosts=hosts, epochs=epochs) as rows:
+            per_host.append(list(batches(rows)))
+    stream = []
+    for of_hosts in zip(*per_host, strict=True):
+        for part in of_hosts:
+            for i, info in enumerate(part.rows):
+                stream.append((info, digest(Batch({k: v[i] for k, v in part.arrays.items()}, ()))))
+    return stream
+
+
+def samples_of(stream):
+    return [(s.source, s.row_id) for info, _ in stream if info is not None for s in info.samples]
+
+
+# --- the order --------------------------------------------------------------------------------------------------------
+
+
+def test_hosts_and_workers_do_not_change_a_bit(config):
+    expected = global_rows(config, batch=4, hosts=1)
+    for hosts, workers in ((2, 0), (4, 0), (1, 1), (2, 2)):
+        assert global_rows(dataclasses.replace(config, workers=workers), batch=4, hosts=hosts) == expected
+    with Rows(config, batch=4) as rows:
+        assert len(rows.mixture) == len(samples_of(expected)) == len(set(samples_of(expected)))
+        assert rows.windows > 1
+    # What a batch of 4 leaves over is filled up with empty rows, and another size of batch gives the same rows.
+    real = [row for row in expected if row[0] is not None]
+    assert [row for row in global_rows(config, batch=3, hosts=1) if row[0] is not None] == real
+    assert len(expected) % 4 == 0 and len(expected) - len(real) < 4
+
+
+def test_epochs_follow_each_other_without_a_gap(config):
+    """Two epochs in one run: every row once in each, in another order, with other crops, no empty row between them."""
+    stream = global_rows(config, batch=2, hosts=1, epochs=2)
+    first = [row for row in stream if row[0] is not None and row[0].epoch == 0]
+    second = [row for row in stream if row[0] is not None and row[0].epoch == 1]
+    assert sorted(samples_of(first)) == sorted(samples_of(second)) and samples_of(first) != samples_of(second)
+    assert all(info is not None for info, _ in stream[:-1])
+    with Rows(config, batch=1, epochs=None) as rows:
+        endless = list(itertools.islice(batches(rows), len(first) + 3))
+    assert [b.rows[0] for b in endless] == [info for info, _ in stream[: len(endless)]]
+
+
+def test_another_seed_is_another_order(config):
+    assert samples_of(global_rows(config, batch=2, hosts=1)) != samples_of(
+        global_rows(dataclasses.replace(config, seed=1), batch=2, hosts=1)
+    )
+
+
+def test_evaluation_keeps_the_tables_order_and_crops_nothing(config):
+    once, twice = (global_rows(config, batch=2, hosts=1, split="test", epochs=n) for n in (1, 2))
+    assert [d for i, d in twice if i is not None and i.epoch == 0] == [d for i, d in once if i is not None]
+    seen = [s for s in samples_of(once) if s[0] == "modality_test"]
+    assert sorted(seen) == sorted(("modality_test", str(i)) for i in range(1, 9))
+
+
+SOURCES = {
+    "a": {"rows": 10, "fraction": 1.0, "weight": 3.0},
+    "b": {"rows": 5, "fraction": 0.4, "weight": 1.0},
+}
+
+
+def test_a_fraction_shows_each_row_equally_often():
+    """Of b, two of five rows an epoch: in five epochs each row twice; of a, every row once an epoch."""
+    mixture = Mixture(SOURCES, seed=0, weights=False)
+    epochs = [mixture.epoch(e) for e in range(5)]
+    assert [len(e) for e in epochs] == [12] * 5 == [len(mixture)] * 5
+    for epoch in epochs:
+        assert sorted(n for n in epoch if n < 10) == list(range(10))
+    counts = np.bincount(np.concatenate(epochs), minlength=15)
+    assert counts.tolist() == [5] * 10 + [2] * 5
+    np.testing.assert_array_equal(mixture.epoch(3), epochs[3])
+    assert any((epochs[0] != other).any() for other in epochs[1:])
+
+
+def test_weights_are_shares_of_an_epoch():
+    """3 : 1 of 18 samples are 13.5 and 4.5: the remainder goes to one of them. b, with 5 rows, begins anew."""
+    mixture = Mixture(SOURCES, seed=0, weights=True, samples=18)
+    assert mixture.counts.tolist() == [14, 4]
+    epochs = [mixture.epoch(e) for e in range(10)]
+    counts = np.bincount(np.concatenate(epochs), minlength=15)
+    assert counts[:10].tolist() == [14] * 10 and counts[10:].tolist() == [8] * 5
+
+
+def test_a_batch_that_hosts_cannot_share(config):
+    with pytest.raises(ValueError, match="5 rows a batch cannot be shared evenly by 2 hosts"):
+        Rows(config, batch=5, hosts=2)
+
+
+# --- what a row holds -------------------------------------------------------------------------------------------------
+
+
+def test_a_row_holds_its_samples(config):
+    """Every token and every plane of a row, against the parts of the pipeline called one by one."""
+    with Rows(config, batch=1, epochs=1) as rows:
+        batch = max(batches(rows), key=lambda b: len(b.rows[0].samples))
+    maker = RowMaker(config, "train", training=True)
+    numbers = {
+        (name, maker.datasets[name].row_id(int(row))): int(maker.starts[k] + i)
+        for k, name in enumerate(maker.names)
+        for i, row in enumerate(maker.good[k])
+    }
+    arrays = {k: v[0] for k, v in batch.arrays.items()}
+    info, shown = batch.rows[0], {}
+    assert len(info.samples) > 3 and info.epoch == 0
+    for segment, placed in enumerate(info.samples, 1):
+        name, sample, encoded = maker.sample(numbers[placed.source, placed.row_id], 0)
+        assert (name, sample.task, sample.study_id) == (placed.source, placed.task, placed.study)
+        here = arrays["segments"] == segment
+        np.testing.assert_array_equal(arrays["ids"][here], encoded.ids)
+        np.testing.assert_array_equal(arrays["targets"][here], encoded.targets)
+        np.testing.assert_array_equal(arrays["weights"][here], encoded.weights)
+        np.testing.assert_array_equal(arrays["positions"][here], np.arange(placed.tokens))
+        slots = arrays["visual_index"][here] // 32
+        (slot,) = set(slots[slots >= 0].tolist())
+        shown[slot] = maker.datasets[name].root, encoded.scans[0]
+    assert info.scans == len(shown) and (arrays["scan_rows"] >= 0).sum() == len(shown)
+    for slot, (root, scan) in shown.items():
+        voxels, header = read(root / scan.path)
+        rng = sample_rng(config.seed, 0, "scan", scan.path)
+        volume = prepare_volume(
+            one_channel_if_gray(voxels), rng=rng, sizes=config.sizes, crop=config.crop, padding=header.padding
+        )
+        wanted, index = planes(volume)
+        patches = arrays["plane_index"][arrays["patch_segments"] == slot + 1]
+        np.testing.assert_array_equal(arrays["planes"][patches], wanted[index])
+        assert arrays["scan_scale"][slot] == np.float32(volume.scale)
+
+
+def test_released_numbers(config):
+    """In released mode a scan's planes are those of `released_volumes`, float32, one slot a sample."""
+    released = dataclasses.replace(
+        config, preprocess="released", storage="float32", patch_length=1024, planes=4096, crop=1.0
+    )
+    with Rows(released, batch=1, epochs=1) as rows:
+        batch = next(iter(batches(rows)))
+    info, arrays = batch.rows[0], {k: v[0] for k, v in batch.arrays.items()}
+    assert info.scans == len(info.samples) > 1
+    maker = RowMaker(released, "train", training=True)
+    first = info.samples[0]
+    dataset = maker.datasets[first.source]
+    row = next(i for i in range(len(dataset)) if dataset.row_id(i) == first.row_id)
+    scan = dataset.scans(row)[0]
+    intensity = "scan" if first.source == "modality" else "stack"
+    volume = released_volumes([one_channel_if_gray(read(dataset.root / scan.path)[0])], intensity=intensity)[0]
+    wanted, index = planes(volume)
+    slot = arrays["visual_index"][arrays["segments"] == 1].max() // 32
+    np.testing.assert_array_equal(
+        arrays["planes"][arrays["plane_index"][arrays["patch_segments"] == slot + 1]], wanted[index]
+    )
+
+
+def test_scans_that_are_not_shared_have_crops_of_their_own(config):
+    alone = dataclasses.replace(config, share_scans=False)
+    with Rows(alone, batch=1, epochs=1) as rows:
+        assert all(b.rows[0].scans == len(b.rows[0].samples) for b in batches(rows))
+    with Rows(config, batch=1, epochs=1) as rows:
+        assert sum(b.rows[0].scans for b in batches(rows)) < len(rows.mixture)
+
+
+def test_the_report_counts_every_place():
+    sample = SampleInRow("vqa", "1", "vqa", None, 30, cut=3, dropped_scans=1)
+    row = lambda tokens, padding: RowInfo(0, 0, 0, (sample, sample), tokens, padding, 2)  # noqa: E731
+    report = PackingReport(100)
+    report.add([row(100, ""), row(90, "no sample is that short"), None])
+    assert report.as_dict() == {
+        "real tokens": 190 / 300,
+        "padding: no sample is that short": 10 / 300,
+        "padding: no room for another scan": 0.0,
+        "padding: end of the window": 0.0,
+        "padding: empty row": 100 / 300,
+        "samples a row": 4 / 3,
+        "scans a row": 4 / 3,
+        "cut tokens": 12,
+        "dropped scans": 4,
+        "scans left out": 0,
+    }
+
+
+def test_padding_has_a_cause(config):
+    """Rows with room for two scans are full of scans first; rows of one window end with it."""
+    with Rows(dataclasses.replace(config, scans=2, share_scans=False), batch=1, epochs=1) as rows:
+        report = PackingReport(config.text_length)
+        for batch in batches(rows):
+            report.add(batch.rows)
+    shares = report.as_dict()
+    assert shares["padding: no room for another scan"] > 0.4 and shares["scans a row"] > 1.9
+    assert sum(v for k, v in shares.items() if k.startswith(("real", "padding"))) == pytest.approx(1)
+
+
+# --- interruption -----------------------------------------------------------------------------------------------------
+
+
+def after(config, state, count, *, batch=3, hosts=1, host=0, ahead=2):
+    with Rows(config, batch=batch, host=host, hosts=hosts, epochs=None) as rows:
+        iterator = iter(prefetch(batches(rows), buffer=ahead))
+        if state is not None:
+            iterator.set_state(json.loads(json.dumps(state)))
+        found = []
+        for _ in range(count):
+            found.append((digest(next(iterator)), iterator.get_state()))
+        iterator.close()
+        return found
+
+
+def test_a_resumed_run_goes_on_bit_by_bit(config):
+    """At each of the first batches: inside a window, at its edge, across the edge of the epoch, prefetch being full."""
+    whole = after(config, None, 16)
+    with Rows(config, batch=3, epochs=1) as rows:
+        assert sum(1 for _ in batches(rows)) < 12  # so an epoch ends within
+    for stop in (0, 2, 5, 9, 12):
+        assert after(config, whole[stop][1], 3) == whole[stop + 1 : stop + 4]
+    assert after(dataclasses.replace(config, workers=2), whole[4][1], 3) == whole[5:8]
+
+
+def test_other_hosts_take_over(config):
+    """A run of one host goes on with two: the same batches, in halves."""
+    whole = after(config, None, 5, batch=4)
+    halves = [after(config, whole[1][1], 3, batch=4, hosts=2, host=h) for h in (0, 1)]
+    assert [state for _, state in halves[0]] == [state for _, state in halves[1]] == [state for _, state in whole[2:]]
+    with Rows(config, batch=4, epochs=None) as rows:
+        expected = list(itertools.islice(batches(rows), 5))[2:]
+    parts = [Batch({k: v[:2] for k, v in b.arrays.items()}, b.rows[:2]) for b in expected]
+    assert [digest(p) for p in parts] == [code for code, _ in halves[0]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(25))
+def test_interrupted_anywhere(config, seed):
+    """100 tries: seeds, windows, batches and places at random; two interruptions each, with other hosts and workers."""
+    rng = np.random.default_rng(seed)
+    changed = dataclasses.replace(config, seed=seed, window=int(rng.integers(7, 90)))
+    hosts = int(rng.choice([1, 2, 4, 8]))
+    whole = after(changed, None, 20, batch=8)
+    for _ in range(2):
+        stop = int(rng.integers(0, 15))
+        workers = int(rng.choice([0, 1, 2]))
+        resumed = after(dataclasses.replace(changed, workers=workers), whole[stop][1], 4, batch=8)
+        assert resumed == whole[stop + 1 : stop + 5]
+        halves = [after(changed, whole[stop][1], 2, batch=8, hosts=hosts, host=h) for h in range(hosts)]
+        assert all([s for _, s in half] == [s for _, s in whole[stop + 1 : stop + 3]] for half in halves)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("hosts", [1, 2, 4, 8])
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_the_global_order_over_hosts_and_workers(config, seed, hosts, workers):
+    changed = dataclasses.replace(config, seed=seed, window=11 + seed)
+    expected = global_rows(changed, batch=8, hosts=1)
+    assert len(set(samples_of(expected))) == len(samples_of(expected))
+    assert global_rows(dataclasses.replace(changed, workers=workers), batch=8, hosts=hosts) == expected
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"seed": 5}, "seed is 5, was 0"),
+        ({"window": 50}, "window is 50, was 25"),
+        ({"text_length": 300}, "text_length is 300, was 256"),
+        ({"crop": 1.0}, "crop is 1.0, was 0.8"),
+        ({"max_scans": 3, "scans": 5}, "scans is 5, was 6; max_scans is 3, was 12"),
+    ],
+)
+def test_a_state_of_other_settings_is_refused(config, change, words):
+    with Rows(config, batch=2) as rows:
+        state = iter(rows).get_state()
+    with Rows(dataclasses.replace(config, **change), batch=2) as rows, pytest.raises(ValueError, match=words):
+        iter(rows).set_state(state)
+
+
+def test_a_state_of_other_data_is_refused(config, tmp_path):
+    with Rows(config, batch=2) as rows:
+        state = iter(rows).get_state()
+    fewer = {k: dict(v) for k, v in config.train.items() if k != "vqa"}
+    with Rows(dataclasses.replace(config, train=fewer), batch=2) as rows:
+        with pytest.raises(ValueError, match=r"sources is .*rows and share of vqa is None, was \[\d+, 1.0\]"):
+            iter(rows).set_state(state)
+        half = state | {"delivered": 2, "data": rows.identity}
+        with pytest.raises(ValueError, match="2 rows of a batch were delivered, a host now has 2"):
+            iter(rows).set_state(half)
+
+
+# --- faults -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def damaged(config, tmp_path):
+    """The same data with a scan that has vanished since it was indexed: (config, path)."""
+    shutil.copytree(Path(config.index).parent, tmp_path, dirs_exist_ok=True)
+    moved = lambda sources: {  # noqa: E731
+        name: dict(fields) | {"root": str(tmp_path / "data")} for name, fields in sources.items()
+    }
+    found = next(p for p in sorted((tmp_path / "data/scans/train").iterdir()) if p.is_file())
+    path = str(found.relative_to(tmp_path / "data"))
+    found.unlink()
+    return (
+        dataclasses.replace(
+            config, train=moved(config.train), test=moved(config.test), index=str(tmp_path / "index"), crop=1.0
+        ),
+        path,
+    )
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_vanished_scan_stops_the_run_by_name(damaged, workers):
+    config, path = damaged
+    with Rows(dataclasses.replace(config, workers=workers), batch=2, epochs=1) as rows:
+        with pytest.raises(RowError, match=f"{path}, row .* there is no such file .*data.allowed_loss") as caught:
+            list(batches(rows))
+    assert caught.value.file == path and " of " in caught.value.row
+
+
+def test_an_allowed_loss_is_named_and_hurts_nobody_else(config, damaged):
+    changed, path = damaged
+    whole = {info.row: (info, batch) for info, batch in rows_of(dataclasses.replace(config, crop=1.0))}
+    lost = dataclasses.replace(changed, allowed_loss=50)
+    left_out = 0
+    for info, batch in rows_of(lost):
+        expected_info, expected = whole[info.row]
+        assert info.samples == expected_info.samples
+        if not info.left_out:
+            assert digest(Batch(batch.arrays, ())) == digest(Batch(expected.arrays, ()))
+            continue
+        left_out += len(info.left_out)
+        assert all(line.startswith(f"{path}, row ") for line in info.left_out)
+        blind = batch.arrays["weights"][0] != expected.arrays["weights"][0]
+        segments = set(batch.arrays["segments"][0][blind].tolist())
+        assert segments and not batch.arrays["weights"][0][np.isin(batch.arrays["segments"][0], list(segments))].any()
+        rest = ~np.isin(batch.arrays["segments"][0], list(segments))
+        np.testing.assert_array_equal(batch.arrays["weights"][0][rest], expected.arrays["weights"][0][rest])
+    assert left_out
+    with Rows(dataclasses.replace(lost, allowed_loss=left_out - 1 or 1), batch=1, epochs=2) as rows:
+        with pytest.raises(ValueError, match=f"scans could not be loaded, data.allowed_loss is .*{path}"):
+            list(batches(rows))
+
+
+def rows_of(config):
+    with Rows(dataclasses.replace(config, window=10**6), batch=1, epochs=1) as rows:
+        return [(batch.rows[0], batch) for batch in batches(rows)]
+
+
+def test_a_killed_worker_ends_the_run_with_its_row(config):
+    with Rows(dataclasses.replace(config, workers=2, read_ahead=2), batch=1, epochs=None) as rows:
+        iterator = iter(batches(rows))
+        next(iterator)
+        pids = list(rows.pool._pids)
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        start = time.monotonic()
+        with pytest.raises(WorkerError, match=r"(epoch 0, window \d+, row \d+|epoch 0, window 1).*its worker died"):
+            for _ in range(50):
+                next(iterator)
+        assert time.monotonic() - start < 30
+    with pytest.raises(ProcessLookupError):
+        os.kill(pids[0], 0)
