@@ -1,0 +1,172 @@
+"""The data group of a config, and `--config.a.b=value`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+
+import pytest
+from ml_collections import ConfigDict
+
+from input_pipeline import command_line
+from input_pipeline.config import DataConfig, fingerprint, open_fields
+
+SOURCE = {"family": "vqa_rad", "table": "train.csv", "root": "/data"}
+
+
+def test_defaults_are_the_sizes_of_the_paper():
+    config = DataConfig()
+    assert (config.sizes.flat, config.sizes.volume, config.sizes.depth) == (512, 256, 64)
+    assert dataclasses.astuple(config.limits) == (2048, 14, 1024, 57344, 56)
+
+
+def test_round_trip_through_a_config():
+    config = DataConfig(train={"a": SOURCE | {"weight": 2.0}}, test={"b": SOURCE}, flips=("height",), depth=32)
+    group = ConfigDict({"data": config.to_dict()}, convert_dict=True).lock().data
+    assert DataConfig.from_dict(group) == config
+    group.text_length = 512
+    assert DataConfig.from_dict(group).limits.text_length == 512
+    assert config.sources("train") == {"a": SOURCE | {"weight": 2.0}}
+    assert list(config.sources()) == ["a", "b"]
+
+
+def test_every_problem_is_named_at_once():
+    with pytest.raises(ValueError) as error:
+        DataConfig(
+            preprocess="papers",
+            storage="uint4",
+            mixture="both",
+            flips=("height", "left"),
+            window=0,
+            max_scans=2.5,
+            seed=-1,
+            crop=0.0,
+            worker_timeout=0,
+            train={"a": {"table": "x"}, "b": SOURCE},
+            test={"b": SOURCE},
+        )
+    for said in (
+        "data.preprocess is 'papers'; known: paper, released",
+        "data.storage is 'uint4'; known: uint8, int16, float32",
+        "data.mixture is 'both'; known: epoch, weights",
+        "data.flips has 'left'; known: height, width, depth",
+        "data.window is 0: a whole number of at least 1",
+        "data.max_scans is 2.5: a whole number of at least 1",
+        "data.seed is -1: a whole number of at least 0",
+        "data.crop is 0.0: a share above 0",
+        "data.worker_timeout is 0: seconds above 0",
+        "data.train.a has no `family`; known: pmc_inline",
+        "data.train.b and data.test.b share a name; call one b_test",
+    ):
+        assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "fields, said",
+    [
+        ({"size_2d": 100}, "data.size_2d, data.size_3d, data.depth: .*not a multiple of 32"),
+        ({"depth": 6}, "depth 6 is not a multiple of 4"),
+        ({"preprocess": "released"}, "needs data.storage='float32'"),
+        ({"preprocess": "released", "storage": "float32", "records": True}, "neither records nor flips"),
+        ({"mixture": "weights", "train": {"a": SOURCE | {"weight": 0.0}}}, "data.train.a.weight is 0.0"),
+        ({"workers": True}, "data.workers is True"),
+    ],
+)
+def test_what_does_not_go_together(fields, said):
+    with pytest.raises(ValueError, match=said):
+        DataConfig(**fields)
+
+
+def test_weights_matter_only_where_they_are_used():
+    DataConfig(train={"a": SOURCE | {"weight": 0.0}})
+    DataConfig(mixture="weights", test={"a": SOURCE | {"weight": 0.0}})
+
+
+def test_unknown_fields_with_the_nearest_known_one():
+    with pytest.raises(ValueError, match=r"data.text_lenght \(did you mean text_length\?\), data.qqq$"):
+        DataConfig.from_dict({"text_lenght": 3, "qqq": 1})
+
+
+def test_fields_of_a_family():
+    source = SOURCE | {"weight": 2.0, "vocabulary": ["a", "b"]}
+    assert open_fields(source) == {"table": "train.csv", "root": "/data", "vocabulary": ("a", "b")}
+
+
+def test_fingerprint():
+    assert fingerprint({"a": 1, "b": (1, 2)}) == fingerprint({"b": [1, 2], "a": 1})
+    assert fingerprint({"a": 1}) != fingerprint({"a": 2})
+    assert len(fingerprint([])) == 64
+
+
+# --- command_line -----------------------------------------------------------------------------------------------------
+
+CONFIG = """
+from ml_collections import ConfigDict
+
+from input_pipeline.config import DataConfig
+
+
+def get_config():
+    return ConfigDict({"data": DataConfig().to_dict(), "steps": 10}, convert_dict=True).lock()
+"""
+
+
+@pytest.fixture
+def parser():
+    made = argparse.ArgumentParser(prog="program", allow_abbrev=False)
+    command_line.add_config(made)
+    made.add_argument("--out", default="here")
+    return made
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "config.py"
+    path.write_text(CONFIG)
+    return path
+
+
+def test_arguments_and_changes_of_the_config(parser, file):
+    argv = ["--config.data.depth=32", f"--config={file}", "--out", "there", "--config.steps=7"]
+    args, config = command_line.parse(parser, argv)
+    assert (args.out, args.config) == ("there", str(file))
+    assert (config.steps, config.data.depth, config.data.window) == (7, 32, 16384)
+    args, config = command_line.parse(parser, [f"--config={file}"])  # nothing stays from before
+    assert (args.out, config.steps, config.data.depth) == ("here", 10, 64)
+
+
+def test_the_process_has_its_own_arguments(parser, file, monkeypatch):
+    """What is parsed is what was given, not what the process was started with."""
+    monkeypatch.setattr("sys.argv", ["pytest", "--config.steps=3", "--config.data.depth=4"])
+    _, config = command_line.parse(parser, [f"--config={file}", "--config.steps=5"])
+    assert (config.steps, config.data.depth) == (5, 64)
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        (["--config={file}", "--config.data.dept=3"], "dept"),
+        (["--config={file}", "--config.steps=many"], "many"),
+        (["--config={file}", "--config.steps", "3"], "with an equals sign"),
+        (["--config=none.py"], "none.py: there is no such file"),
+        (["--config={file}", "--ouch=3"], "--ouch=3"),
+        ([], "--config"),
+    ],
+)
+def test_errors_are_one_line_and_exit_2(parser, file, capsys, given, said):
+    with pytest.raises(SystemExit) as ended:
+        command_line.parse(parser, [g.format(file=file) for g in given])
+    assert ended.value.code == 2
+    out, err = capsys.readouterr()
+    assert not out and said in err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "broken", ["def get_config(:\n", "import no_such_module\n", "x = 1\n", "raise ValueError('so')"]
+)
+def test_a_broken_config_file(parser, tmp_path, capsys, broken):
+    path = tmp_path / "broken.py"
+    path.write_text(broken)
+    with pytest.raises(SystemExit) as ended:
+        command_line.parse(parser, [f"--config={path}"])
+    assert ended.value.code == 2 and f"error: {path}:" in capsys.readouterr().err

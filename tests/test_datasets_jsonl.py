@@ -1,0 +1,112 @@
+"""The user's own data, one JSON object a line."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from dataset_tables import own
+
+from input_pipeline.datasets import TableError, open_dataset
+from input_pipeline.samples import RowError, Scan, Text
+
+
+def test_jsonl_keeps_the_order_of_marks(tmp_path):
+    fields = own(
+        tmp_path,
+        {
+            "id": "case-17",
+            "task": "report",
+            "scans": ["ct.nii.gz", {"path": "old.png", "window": [-160, 240]}],
+            "context": "Was <image-2>.",
+            "instruction": "<image-1> Compare with <image-2> . What are the findings?",
+            "response": "Better.",
+            "study": "S1",
+        },
+        {
+            "id": "paper-3",
+            "task": "interleaved",
+            "scans": [{"path": "f.nii", "volume": 1, "window": "lung"}],
+            "text": "... in <image-1> ...",
+        },
+        {"id": "plain", "task": "vqa", "scans": [], "instruction": "What is <image12>?", "response": "Text."},
+    )
+    dataset = open_dataset("jsonl", **fields)
+    ct, old = Scan("ct.nii.gz"), Scan("old.png", None, (-160.0, 240.0))
+    sample = dataset.sample(0, np.random.default_rng(0))
+    assert (sample.row_id, sample.task, sample.study_id) == ("case-17", "report", "S1")
+    assert sample.parts == (
+        Text("Was", "context"),
+        old,
+        Text(".", "context"),
+        ct,
+        Text("Compare with", "instruction"),
+        old,
+        Text(". What are the findings?", "instruction"),
+        Text("Better.", "response"),
+    )
+    assert dataset.scans(0) == (old, ct)
+    paper = dataset.sample(1, np.random.default_rng(0))
+    assert paper.parts == (Text("... in", "interleaved"), Scan("f.nii", 1, "lung"), Text("...", "interleaved"))
+    assert dataset.sample(2, np.random.default_rng(0)).parts[0] == Text("What is <image12>?", "instruction")
+
+
+GOOD = {"id": "a", "task": "vqa", "scans": ["a.png"], "instruction": "<image-1> Q?", "response": "A."}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"respnse": "x"}, "unknown keys: 'respnse'"),
+        ({"id": 3}, "id must be text"),
+        ({"id": ""}, "id is blank"),
+        ({"task": "vqua"}, "task 'vqua' is unknown"),
+        ({"task": None}, "task is blank"),
+        ({"scans": "a.png"}, "scans must be a list"),
+        ({"scans": [3]}, "neither a path"),
+        ({"scans": [{"path": "a", "wndow": "lung"}]}, "neither a path"),
+        ({"scans": None}, "scans must"),
+        ({"scans": [{"path": "a", "volume": True}]}, "volume True"),
+        ({"scans": [{"path": "a", "volume": -1}]}, "volume -1"),
+        ({"scans": [{"path": "a", "window": [2, 1]}]}, "window"),
+        ({"scans": [{"path": "a", "window": 3}]}, "window 3"),
+        ({"scans": ["../a.png"]}, "climbs"),
+        ({"scans": [""]}, "names no file"),
+        ({"scans": ["a", "b"]}, "no mark <image-2>"),
+        ({"instruction": "<image-2> Q?"}, "no scan for <image-2>"),
+        ({"instruction": "Q?"}, "no mark <image-1>"),
+        ({"instruction": "<image-1>"}, "marks but no words"),
+        ({"instruction": " "}, "instruction is blank"),
+        ({"response": "nan"}, "response is blank"),
+        ({"response": "see <image-1>"}, "response shows a scan"),
+        ({"response": None}, "response is needed"),
+        ({"text": "x"}, "text is not allowed"),
+        ({"task": "interleaved"}, "text is needed"),
+        ({"response": ["A"]}, "response must be text, got list"),
+        ({"context": ""}, "context is blank"),
+        ({"response": "\x00"}, "NUL"),
+        ({"response": "\ud800"}, "UTF-8"),
+        ({"instruction": "<image-99999> <image-1> q"}, "no scan for <image-99999>"),
+    ],
+)
+def test_jsonl_refuses(tmp_path, change, message):
+    open_dataset("jsonl", **own(tmp_path, GOOD))
+    with pytest.raises(RowError) as error:
+        open_dataset("jsonl", **own(tmp_path, {**GOOD, "id": "first"}, {**GOOD, **change}))
+    assert error.value.row == 2 and message in str(error.value)
+
+
+def test_jsonl_lines_and_ids(tmp_path):
+    nan = json.dumps(GOOD).replace('"A."', "NaN")
+    twice = json.dumps(GOOD)[:-1] + ', "id": "b"}'
+    fields = own(tmp_path, GOOD, "{", "", "[]", nan, twice, GOOD, "[" * 100000, {**GOOD, "id": "z"})
+    with pytest.raises(TableError) as error:
+        open_dataset("jsonl", **fields)
+    assert [p.row for p in error.value.problems] == [2, 3, 4, 5, 6, 7, 8]
+    for problem, reason in zip(
+        error.value.problems, ("JSON", "blank", "object", "NaN", "twice", "row 1", "JSON"), strict=True
+    ):
+        assert reason in problem.reason
+    dataset = open_dataset("jsonl", **fields, quarantine=True)
+    assert [dataset.row_id(i) for i in range(len(dataset))] == ["a", "z"]

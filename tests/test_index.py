@@ -1,0 +1,165 @@
+"""The index against the data it was made of: every difference has a name, and another place is none."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from input_pipeline import index
+from input_pipeline.index import Index, ScanFacts, scan_key, table_checksum
+from input_pipeline.samples import Scan
+
+SCANS = [  # path, volume, window, fault, shape, record
+    ("a.png", -1, "", "", (40, 50, 1, 1), 0),
+    ("ct.nii.gz", -1, "", "", (64, 64, 30, 1), 1),
+    ("ct.nii.gz", -1, "[-100.0, 300.0]", "", (64, 64, 30, 1), 2),
+    ("ct.nii.gz", 1, '"lung"', "", (64, 64, 30, 1), -1),
+    ("none.png", -1, "", "missing", (0, 0, 0, 0), -1),
+]
+
+
+@pytest.fixture
+def made(tmp_path) -> tuple[Path, dict]:
+    """An index of two sources below tmp_path/data, written by hand, and the sources."""
+    root, directory = tmp_path / "data", tmp_path / "index"
+    root.mkdir()
+    directory.mkdir()
+    for name in ("train.csv", "more.csv"):
+        (root / name).write_text(name)
+    fields = {
+        "vqa": {"family": "vqa_rad", "table": "train.csv", "root": str(root), "split": "train"},
+        "more": {"family": "diagnosis", "table": "more.csv", "root": str(root), "vocabulary": ["edema", "nodule"]},
+    }
+    sources = {
+        name: {
+            "family": f["family"],
+            "fields": f,
+            "table": f["table"],
+            "root": str(root),
+            "sha256": table_checksum(root / f["table"]),
+            "rows": rows,
+        }
+        for (name, f), rows in zip(fields.items(), (4, 2), strict=True)
+    }
+    described = {"version": index.VERSION, "sources": sources, "identity": "abc"}
+    (directory / "index.json").write_text(json.dumps(described))
+    lines = [
+        {"source": "vqa", "root": str(root), "path": path, "volume": volume, "window": window, "fault": fault,
+         **dict(zip(("height", "width", "depth", "channels"), shape, strict=True)), "record": record}
+        for path, volume, window, fault, shape, record in SCANS
+    ]  # fmt: skip
+    rows = [
+        {"source": "vqa", "row": i, "row_id": str(i), "state": s} for i, s in enumerate(["good", "bad", "good", "x"])
+    ]
+    rows += [{"source": "more", "row": i, "row_id": str(i), "state": "good"} for i in range(2)]
+    pq.write_table(pa.Table.from_pylist(lines, index.SCANS), directory / "scans.parquet")
+    pq.write_table(pa.Table.from_pylist(rows, index.ROWS), directory / "rows.parquet")
+    return directory, fields
+
+
+def test_the_data_it_was_made_of(made):
+    directory, sources = made
+    opened = Index(directory)
+    opened.check(sources)
+    assert opened.identity == "abc" and set(opened.tables) == {"vqa", "more"}
+    assert opened.bad_rows("vqa").tolist() == [False, True, False, True]
+    assert opened.bad_rows("more").tolist() == [False, False]
+
+
+def test_scans_by_key(made):
+    directory, sources = made
+    root = sources["vqa"]["root"]
+    found = Index(directory).scans({"vqa": sources["vqa"]})
+    assert found == {
+        scan_key(root, Scan("a.png")): ScanFacts((40, 50, 1, 1), 0),
+        scan_key(root, Scan("ct.nii.gz")): ScanFacts((64, 64, 30, 1), 1),
+        scan_key(root, Scan("ct.nii.gz", window=(-100.0, 300.0))): ScanFacts((64, 64, 30, 1), 2),
+        scan_key(root, Scan("ct.nii.gz", 1, "lung")): ScanFacts((64, 64, 30, 1), -1),
+    }  # and not the one with a fault
+
+
+def test_a_root_may_move(made, tmp_path):
+    directory, sources = made
+    moved = tmp_path / "elsewhere"
+    shutil.move(sources["vqa"]["root"], moved)
+    here = {name: fields | {"root": str(moved)} for name, fields in sources.items()}
+    opened = Index(directory)
+    opened.check(here)
+    assert set(opened.scans(here)) == {scan_key(moved, Scan(p, None if v < 0 else v, _window(w))) for p, v, w, f, *_ in SCANS if not f}  # fmt: skip # noqa: E501
+
+
+def _window(text: str):
+    value = json.loads(text) if text else None
+    return tuple(value) if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"weight": 3.0},
+        {"fraction": 0.2},
+        {"quarantine": True},
+        {"vocabulary": ("edema", "nodule")},
+        {"balance": None},
+    ],
+)
+def test_what_does_not_matter(made, change):
+    directory, sources = made
+    Index(directory).check(sources | {"more": sources["more"] | change})
+
+
+def test_every_difference_is_named(made):
+    directory, sources = made
+    root = Path(sources["vqa"]["root"])
+    (root / "train.csv").write_text("edited")
+    (root / "more.csv").unlink()
+    changed = {
+        "vqa": sources["vqa"] | {"split": "test", "family": "slake"},
+        "more": sources["more"] | {"vocabulary": ["edema"]},
+        "mor": sources["more"],
+    }
+    with pytest.raises(ValueError) as error:
+        Index(directory).check(changed)
+    for said in (
+        "source vqa: split is 'test', was 'train'",
+        "source vqa: family is 'slake', was 'vqa_rad'",
+        f"source vqa: {root / 'train.csv'} has changed since",
+        "source more: vocabulary is ['edema'], was ['edema', 'nodule']",
+        f"source more: {root / 'more.csv'} is missing",
+        "source mor is not in it (did you mean more?)",
+        "run prepare again",
+    ):
+        assert said in str(error.value)
+
+
+def test_a_source_that_is_left_out_is_no_difference(made):
+    directory, sources = made
+    Index(directory).check({"vqa": sources["vqa"]})
+
+
+def test_no_index(tmp_path, made):
+    with pytest.raises(ValueError, match="index.json is missing; make it with"):
+        Index(tmp_path)
+    directory, _ = made
+    described = json.loads((directory / "index.json").read_text())
+    (directory / "index.json").write_text(json.dumps(described | {"version": 0}))
+    with pytest.raises(ValueError, match=f"is of version 0, not {index.VERSION}: prepare it anew"):
+        Index(directory)
+
+
+def test_checksum_of_a_prepared_data_set(tmp_path):
+    """A directory: names and sizes of all files, and what the descriptions say."""
+    (tmp_path / "a.json").write_text('{"n": 1}')
+    (tmp_path / "data-00000").write_bytes(b"12345")
+    first = table_checksum(tmp_path)
+    (tmp_path / "a.json").write_text('{"n": 2}')
+    second = table_checksum(tmp_path)
+    (tmp_path / "data-00000").write_bytes(b"123456")
+    third = table_checksum(tmp_path)
+    (tmp_path / "data-00000").rename(tmp_path / "data-00001")
+    assert len({first, second, third, table_checksum(tmp_path)}) == 4

@@ -1,0 +1,572 @@
+"""The index: everything read once, nothing lost, whatever ends the run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from input_pipeline import phantoms, prepare, scans
+from input_pipeline.config import DataConfig
+from input_pipeline.index import Index, scan_key
+from input_pipeline.prepare import checking, picture, run, tasks
+from input_pipeline.prepare.__main__ import main
+from input_pipeline.sources import open_sources
+from input_pipeline.workers import WorkerError
+
+FAMILIES = {
+    "modality": ("rad3d_modality", "modality.csv"),
+    "rationale": ("rad3d_rationale", "rationale.json"),
+    "vqa": ("vqa_rad", "vqa.csv"),
+    "yes_no": ("diagnosis", "diagnosis_yes_no.csv"),
+}
+
+
+@pytest.fixture(scope="module")
+def practice(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("prepare") / "practice"
+    phantoms.write(out, train=40, test=16, size=64, workers=1)
+    return out
+
+
+def config_of(root: Path, tables: dict | None = None, **changes) -> DataConfig:
+    """The practice data, or tables {split: {source: fields}} below root."""
+    if tables is None:
+        tables = {
+            split: {
+                name + end: {"family": family, "table": f"{split}/{table}", "root": str(root), "split": split}
+                for name, (family, table) in FAMILIES.items()
+            }
+            for split, end in (("train", ""), ("test", "_test"))
+        }
+    fields = {
+        "tokenizer": str(root / "tokenizer.model"), "terms": "none", "size_2d": 64, "size_3d": 64, "depth": 16,
+        "text_length": 256, "vision_rows": 2, "patch_length": 32, "planes": 200, "scans": 4,
+    }  # fmt: skip
+    return DataConfig(**tables, **(fields | changes))
+
+
+@pytest.fixture(autouse=True)
+def no_picture(request, monkeypatch):
+    """Drawing takes longer than all the rest; `test_the_command` has a picture."""
+    if request.node.name != "test_the_command":
+        monkeypatch.setattr(picture, "draw", lambda report, file: file.touch())
+
+
+@pytest.fixture
+def mine(tmp_path, practice) -> Path:
+    """A directory of a user's own pictures p0.png to p5.png and a volume ct.nii.gz."""
+    root = tmp_path / "mine"
+    root.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        Image.fromarray(rng.integers(0, 255, (40, 40), np.uint8)).save(root / f"p{i}.png")
+    voxels = rng.integers(-1000, 1000, (40, 40, 12)).astype(np.int16)
+    nibabel.save(nibabel.Nifti1Image(voxels, np.eye(4)), root / "ct.nii.gz")
+    shutil.copy(practice / "tokenizer.model", root)
+    return root
+
+
+def row(name: str, *named, **changes) -> dict:
+    question = " ".join(f"<image-{i + 1}>" for i in range(len(named))) + " Any effusion?"
+    return {"id": name, "task": "vqa", "scans": list(named), "instruction": question, "response": "yes"} | changes
+
+
+def own(root: Path, train: list, test: list = (), **changes) -> DataConfig:
+    """A config of JSON Lines tables; text among the rows is written as it is."""
+    tables = {}
+    for split, rows in (("train", train), ("test", test)):
+        if rows:
+            lines = (r if isinstance(r, str) else json.dumps(r) for r in rows)
+            (root / f"{split}.jsonl").write_text("".join(line + "\n" for line in lines))
+            tables[split] = {f"own_{split}": {"family": "jsonl", "table": f"{split}.jsonl", "root": str(root)}}
+    return config_of(root, tables, **changes)
+
+
+def lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def facts(directory: Path) -> dict[str, dict]:
+    """path with volume and window -> line of scans.parquet."""
+    table = pq.read_table(directory / "scans.parquet").to_pylist()
+    return {line["path"] + ("" if line["volume"] < 0 else str(line["volume"])) + line["window"]: line for line in table}
+
+
+def states(directory: Path) -> dict[tuple[str, str], str]:
+    table = pq.read_table(directory / "rows.parquet").to_pylist()
+    return {(line["source"], line["row_id"]): line["state"] for line in table}
+
+
+# --- a whole run ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def indexed(practice, tmp_path_factory) -> tuple[DataConfig, Path, dict]:
+    out = tmp_path_factory.mktemp("indexed") / "index"
+    config = config_of(practice, index=str(out))
+    return config, out, prepare.prepare(config, out, workers=0)
+
+
+def test_the_index_is_what_training_opens(indexed):
+    config, out, report = indexed
+    index, opened = Index(out), open_sources(config)
+    index.check(config.sources())
+    for name, dataset in opened.items():
+        assert index.tables[name]["rows"] == len(dataset) == index.tables[name]["good_rows"] > 0
+        assert index.tables[name]["split"] == ("test" if name.endswith("_test") else "train")
+        assert not index.bad_rows(name).any()
+        known = index.scans({name: config.sources()[name]})
+        for i in range(len(dataset)):
+            for scan in dataset.scans(i):
+                voxels, _ = scans.read(dataset.root / scan.path)
+                assert known[scan_key(dataset.root, scan)].shape[:3] == voxels.shape[:3]
+    assert report["rows"]["good"] == sum(len(dataset) for dataset in opened.values())
+    assert report["scans"] == {"good": 56, "bad": 0}
+    assert set(os.listdir(out)) == {
+        "index.json", "scans.parquet", "rows.parquet", "quarantine.jsonl", "duplicates.jsonl", "leaks.jsonl",
+        "summary.txt", "summary.json", "summary.png", ".lock",
+    }  # fmt: skip
+
+
+def test_facts_of_a_scan(mine, tmp_path):
+    """An array of its own, seen whole and through a window, and a gray picture saved in colour."""
+    gray = np.random.default_rng(1).integers(0, 255, (33, 50), np.uint8)
+    Image.fromarray(np.stack([gray] * 3, -1)).save(mine / "colour.png")
+    window = {"path": "ct.nii.gz", "window": [-100, 300]}
+    config = own(mine, [row("a", "ct.nii.gz", window), row("b", "colour.png")])
+    prepare.prepare(config, tmp_path / "index", workers=0)
+    found = facts(tmp_path / "index")
+    whole, seen, picture = found["ct.nii.gz"], found["ct.nii.gz[-100.0, 300.0]"], found["colour.png"]
+    assert (whole["height"], whole["width"], whole["depth"], whole["channels"]) == (40, 40, 12, 1)
+    assert whole["format"] == "nifti" and whole["dtype"] == "int16" and whole["spacing"] == [1, 1, 1]
+    assert (whole["low"], whole["high"]) == (-1000, 999)
+    assert whole["bytes"] == (mine / "ct.nii.gz").stat().st_size
+    assert whole["sha256"] == seen["sha256"] == checking.file_hash(mine / "ct.nii.gz")
+    assert (whole["patches"], whole["planes"]) == (2 * 2 * 3, 2 * 2 * 12)
+    assert (picture["height"], picture["width"], picture["depth"], picture["channels"]) == (33, 50, 1, 1)
+    assert (picture["patches"], picture["planes"], picture["spacing"]) == (4, 4, [])
+    assert all(line["record"] == -1 and line["fault"] == "" for line in found.values())
+
+
+def test_facts_of_a_row(mine, tmp_path):
+    config = own(mine, [row("a", "p0.png", "p1.png", study="s"), row("b", "p0.png", response="yes " * 400)])
+    report = prepare.prepare(config, tmp_path / "index", workers=0)
+    first, second = pq.read_table(tmp_path / "index" / "rows.parquet").to_pylist()
+    assert (first["row_id"], first["task"], first["study"], first["scans"]) == ("a", "vqa", "s", 2)
+    assert first["tokens"] > 2 * 34 and 0 < first["trained"] < 10
+    assert second["tokens"] == config.text_length and second["state"] == "good"
+    assert report["splits"]["train"]["cut"]["response"] > 100 and report["splits"]["train"]["cut_rows"] == 1
+
+
+def test_the_result_does_not_depend_on_workers(indexed, tmp_path):
+    """Two and none; the killed run below has one."""
+    config, out, _ = indexed
+    prepare.prepare(config, tmp_path / "index", workers=2)
+    for name in ("scans.parquet", "rows.parquet", "quarantine.jsonl", "leaks.jsonl"):
+        assert (tmp_path / "index" / name).read_bytes() == (out / name).read_bytes(), name
+    assert Index(tmp_path / "index").identity == Index(out).identity
+
+
+def test_identity_is_of_what_training_reads(mine, tmp_path):
+    """Another place is the same data; another byte in a scan, another row or field is not."""
+
+    def identity(root, config, name):
+        prepare.prepare(config, tmp_path / name, workers=0)
+        return Index(tmp_path / name).identity
+
+    rows = [row("a", "p0.png"), row("b", "p1.png")]
+    first = identity(mine, own(mine, rows), "first")
+    moved = tmp_path / "moved"
+    shutil.copytree(mine, moved)
+    assert identity(moved, own(moved, rows), "second") == first
+    assert identity(mine, own(mine, rows[:1]), "third") != first
+    shutil.copy(mine / "p2.png", mine / "p1.png")
+    assert identity(mine, own(mine, rows), "fourth") != first
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+def test_every_kind_of_bad_input_is_in_quarantine_and_nothing_else_is_lost(mine, tmp_path):
+    packed = (mine / "ct.nii.gz").read_bytes()
+    (mine / "cut.nii.gz").write_bytes(packed[: len(packed) // 2])
+    Image.fromarray(np.full((40, 40), 7, np.uint8)).save(mine / "constant.png")
+    shutil.copy(mine / "p0.png", tmp_path / "outside.png")
+    os.symlink(tmp_path / "outside.png", mine / "link.png")
+    expected = {  # row -> fault of its scan, or "" where the row itself is bad; part of the reason; part of the remedy
+        "missing": ("missing", "no such file", "below the root"),
+        "cut": ("damaged", "gzip", "copy it again"),
+        "constant": ("constant", "every voxel is 7", "leave it out"),
+        "link": ("refused", "leads out of the root", "below the root"),
+        "window": ("unsupported", "all outside the window", "window"),
+        "no window": ("unsupported", "is none of lung", "window"),
+        "no volume": ("ambiguous", "no volume 3", "only volume is 0"),
+        "one of two": ("missing", "no such file", "below the root"),
+        "many": ("", "5 scans, a row has 4", "data.scans"),
+        "nothing fits": ("", "do not fit into", "data.text_length"),
+        "climbing": ("", "climbs with '..'", "below the root"),
+        "blank": ("", "response is blank", "remove the row"),
+        "no mark": ("", "no mark <image-1>", "mark"),
+        "not JSON": ("", "not valid JSON", "JSON"),
+    }
+    bad = [
+        row("missing", "none.png"),
+        row("cut", "cut.nii.gz"),
+        row("constant", "constant.png"),
+        row("link", "link.png"),
+        row("window", {"path": "ct.nii.gz", "window": [4000, 5000]}),
+        row("no window", {"path": "ct.nii.gz", "window": "lungs"}),
+        row("no volume", {"path": "p0.png", "volume": 3}),
+        row("one of two", "p0.png", "none.png"),
+        row("many", *[f"p{i}.png" for i in range(5)]),
+        row(
+            "nothing fits", *[f"p{i}.png" for i in range(6)], *[{"path": "ct.nii.gz", "window": [0, i]} for i in (1, 2)]
+        ),
+        row("climbing", "../outside.png"),
+        row("blank", "p0.png", response=" "),
+        row("no mark", "p0.png", instruction="What?"),
+        "{not JSON",
+    ]
+    good = [row(f"good {i}", f"p{i}.png") for i in range(6)] + [
+        row("windowed", {"path": "ct.nii.gz", "window": "lung"})
+    ]
+    config = own(mine, good[:3] + bad + good[3:])
+    report = prepare.prepare(config, tmp_path / "index", workers=0)
+
+    found = states(tmp_path / "index")
+    assert {name for (_, name), state in found.items() if state == "good"} == {r["id"] for r in good}
+    quarantined = lines(tmp_path / "index" / "quarantine.jsonl")
+    opened = {name for name in expected if ("own_train", name) in found}
+    assert opened == set(list(expected)[:10])
+    unopened = [line for line in quarantined if line["kind"] == "row" and line["row"] not in opened]
+    assert [line["row"] for line in unopened] == ["14", "15", "16", "17"]
+    for name, (fault, reason, remedy) in expected.items():
+        of_row = [line for line in quarantined if line.get("row") == name]
+        if name not in opened:
+            of_row = [unopened[list(expected).index(name) - 10]]
+        assert len(of_row) == 1 and reason in of_row[0]["reason"], (name, of_row)
+        assert of_row[0]["file"] == str(mine / "train.jsonl") and of_row[0]["source"] == "own_train"
+        if fault:
+            of_scan = [line for line in quarantined if line["kind"] == "scan" and reason in line["reason"]]
+            assert len(of_scan) == 1 and of_scan[0]["fault"] == fault and remedy in of_scan[0]["remedy"], (
+                name,
+                of_scan,
+            )
+        else:
+            assert remedy in of_row[0]["remedy"], of_row
+    assert len(quarantined) == 7 + len(expected) == report["quarantine"]
+    assert report["rows"] == {"good": len(good), "bad": 10, "not_opened": 4}
+    assert sum(report["reasons"]["rows"].values()) == 14 and sum(report["reasons"]["scans"].values()) == 7
+    index = Index(tmp_path / "index")
+    assert index.bad_rows("own_train").sum() == 10 and len(index.bad_rows("own_train")) == len(good) + 10
+
+
+def test_leaks_and_duplicates(mine, tmp_path, capsys):
+    shutil.copy(mine / "p0.png", mine / "again.png")
+    train = [row("a", "p0.png"), row("b", "p1.png", study="s"), row("c", "p4.png")]
+    test = [row("d", "again.png"), row("e", "p2.png", study="s"), row("f", "p3.png", study="t")]
+    config = own(mine, train, test)
+    with pytest.raises(prepare.Refused, match="studies: 1, scans: 1") as refused:
+        prepare.prepare(config, tmp_path / "index", workers=0)
+    assert refused.value.report["leaks"] == {"study": 1, "scan": 1}
+    assert not (tmp_path / "index" / "index.json").exists() and (tmp_path / "index" / "summary.txt").exists()
+    study, scan = lines(tmp_path / "index" / "leaks.jsonl")
+    assert study["study"] == "s" and study["train"] == [{"source": "own_train", "row": "b"}]
+    assert study["test"] == [{"source": "own_test", "row": "e"}]
+    assert (scan["train"], scan["test"]) == ([str(mine / "p0.png")], [str(mine / "again.png")])
+    (same,) = lines(tmp_path / "index" / "duplicates.jsonl")
+    assert same["paths"] == [str(mine / "p0.png"), str(mine / "again.png")]
+
+    report = prepare.prepare(config, tmp_path / "index", workers=0, allow_leaks=True)
+    assert report["reading"]["scans_read"] == 0 and Index(tmp_path / "index")
+    prepare.prepare(own(mine, train), tmp_path / "alone", workers=0)  # without a test split nothing can leak
+
+
+def test_a_leak_in_another_epoch(practice, mine, tmp_path):
+    """A balanced row shows one of several images: the studies of all of them count, not only of the one at epoch 0."""
+    for name in ("train", "test"):
+        (mine / name).mkdir()
+        for i, patient in enumerate((f"{name}1", "9", f"{name}2")):
+            picture = np.random.default_rng(hash_of(name, i)).integers(0, 255, (40, 40), np.uint8)
+            Image.fromarray(picture).save(
+                mine / name / f"patient{patient if patient == '9' else 10 * i + len(name)}.png"
+            )
+    paths = {name: sorted(f"{name}/{f}" for f in os.listdir(mine / name)) for name in ("train", "test")}
+    shared = [p for p in paths["train"] if "patient9." in p]
+    assert shared
+    for name, found in paths.items():
+        others = [p for p in found if "patient9." not in p]
+        cells = [(others[0], 0), *((p, 0) for p in found if "patient9." in p), (others[1], 1)]
+        text = "image_path,disease,label\n" + "".join(f"{p},edema,{label}\n" for p, label in cells)
+        (mine / f"{name}.csv").write_text(text)
+    source = lambda name: {"family": "diagnosis", "table": f"{name}.csv", "root": str(mine)}  # noqa: E731
+    config = config_of(mine, {"train": {"a": source("train")}, "test": {"b": source("test")}})
+    for seed in range(4):  # whichever image epoch 0 shows
+        with pytest.raises(prepare.Refused):
+            prepare.prepare(dataclasses.replace(config, seed=seed), tmp_path / "index", workers=0)
+        assert "patient9" in {line.get("study") for line in lines(tmp_path / "index" / "leaks.jsonl")}
+
+
+def hash_of(name: str, i: int) -> int:
+    return sum(name.encode()) * 10 + i
+
+
+def test_strict(mine, tmp_path):
+    config = own(mine, [row("a", "p0.png"), row("b", "none.png")])
+    with pytest.raises(prepare.Refused, match="quarantine.jsonl"):
+        prepare.prepare(config, tmp_path / "index", workers=0, strict=True)
+    assert not (tmp_path / "index" / "index.json").exists()
+    prepare.prepare(own(mine, [row("a", "p0.png")]), tmp_path / "index", workers=0, strict=True)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"tokenizer": "none.model"}, "none.model cannot be read"),
+        ({"train": {}}, "name no source"),
+        ({"train": {"x": {"family": "jsonl", "table": "none.jsonl", "root": "."}}}, "source x: .*none.jsonl"),
+        ({"train": {"x": {"family": "jsonl", "root": "."}}}, "source x needs table"),
+        ({"terms": "closed"}, "data.terms is 'closed'"),
+    ],
+)
+def test_what_cannot_be_read_at_all(mine, tmp_path, change, said):
+    config = dataclasses.replace(own(mine, [row("a", "p0.png")]), **change)
+    with pytest.raises(ValueError, match=said):
+        prepare.prepare(config, tmp_path / "index", workers=0)
+
+
+def test_a_table_that_changes_meanwhile(mine, tmp_path, monkeypatch):
+    config = own(mine, [row("a", "p0.png"), row("b", "p1.png")])
+    encode = run._encode
+
+    def and_edit(*args):
+        encode(*args)
+        own(mine, [row("a", "p0.png")])
+
+    monkeypatch.setattr(run, "_encode", and_edit)
+    with pytest.raises(ValueError, match="was changed while it was read"):
+        prepare.prepare(config, tmp_path / "index", workers=0)
+    assert not (tmp_path / "index" / "index.json").exists()
+
+
+def test_a_directory_of_something_else_is_left_alone(mine):
+    with pytest.raises(ValueError, match="holds what is no index"):
+        prepare.prepare(own(mine, [row("a", "p0.png")]), mine, workers=0)
+
+
+def test_one_writer(mine, tmp_path):
+    config = own(mine, [row("a", "p0.png")])
+    with run.held(tmp_path / "index"), pytest.raises(ValueError, match="another prepare is writing"):
+        prepare.prepare(config, tmp_path / "index", workers=0)
+
+
+# --- interruptions ----------------------------------------------------------------------------------------------------
+
+KILLED = """
+import os, pickle, signal, sys
+from input_pipeline import prepare
+from input_pipeline.prepare import journal
+
+config, out, workers, appends = pickle.load(sys.stdin.buffer)
+append = journal.Journal.append
+
+def and_die(self, *args):
+    global appends
+    append(self, *args)
+    appends -= 1
+    if not appends:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+journal.Journal.append = and_die
+if __name__ == "__main__":
+    prepare.prepare(config, out, workers=workers)
+"""
+
+
+def killed(config: DataConfig, out: Path, workers: int, appends: int) -> None:
+    """A run that SIGKILLs itself when so many chunks stand in the journal."""
+    import pickle
+
+    root = Path(prepare.__file__).parents[2]
+    ended = subprocess.run(
+        [sys.executable, "-c", KILLED], input=pickle.dumps((config, out, workers, appends)), cwd=root, timeout=120
+    )
+    assert ended.returncode == -signal.SIGKILL
+
+
+def test_killed_in_the_middle_it_goes_on_where_it_was(indexed, tmp_path, monkeypatch):
+    config, unbroken, _ = indexed
+    out = tmp_path / "index"
+    killed(config, out, workers=1, appends=2)
+    journal = [json.loads(line) for line in (out / ".progress").read_text().splitlines()]
+    finished = {line[1] for line in journal if isinstance(line, list)}
+    assert not (out / "index.json").exists() and 0 < len(finished) < 56
+    with open(out / ".progress", "a") as torn:  # killed in the middle of a line
+        torn.write('["/data", "scans/tr')
+
+    opened = []
+    read = scans.read
+    monkeypatch.setattr(scans, "read", lambda path, **choice: opened.append(str(path)) or read(path, **choice))
+    report = prepare.prepare(config, out, workers=0)
+    assert report["reading"]["scans_read"] == len(opened) == 56 - len(finished)
+    assert not any(path.endswith(tuple(finished)) for path in opened)
+    for name in ("scans.parquet", "rows.parquet"):
+        assert (out / name).read_bytes() == (unbroken / name).read_bytes()
+    assert not (out / ".progress").exists() and Index(out).identity == Index(unbroken).identity
+
+
+def test_only_what_has_changed_is_read_again(mine, tmp_path, monkeypatch):
+    config = own(mine, [row(str(i), f"p{i}.png") for i in range(6)] + [row("x", "none.png")])
+    prepare.prepare(config, tmp_path / "index", workers=0)
+    Image.fromarray(np.eye(40, dtype=np.uint8)).save(mine / "p2.png")
+    opened = []
+    read = scans.read
+    monkeypatch.setattr(scans, "read", lambda path, **choice: opened.append(path.name) or read(path, **choice))
+    prepare.prepare(config, tmp_path / "index", workers=0)
+    assert opened == ["p2.png"]
+    assert facts(tmp_path / "index")["p2.png"]["high"] == 1
+    shutil.copy(mine / "p0.png", mine / "none.png")  # what was bad is looked at again
+    report = prepare.prepare(config, tmp_path / "index", workers=0)
+    assert opened == ["p2.png", "none.png"] and report["rows"]["bad"] == 0
+    prepare.prepare(config, tmp_path / "index", workers=0, recheck=True)
+    assert len(opened) == 2 + 7
+
+
+def test_a_series_is_read_again_when_one_of_its_files_changes(tmp_path):
+    series = tmp_path / "series"
+    series.mkdir()
+    for name in ("b", "a"):
+        (series / name).write_text(name)
+    stamp, size = checking.stamp_of(series)
+    assert size == 2 and checking.stamp_of(series) == (stamp, size)
+    import hashlib
+
+    assert checking.file_hash(series) == hashlib.sha256(b"ab").hexdigest()
+    os.utime(series / "a", (1, 1))
+    assert checking.stamp_of(series)[0] != stamp
+    (series / "c").touch()
+    (series / "a").unlink()
+    assert checking.stamp_of(series)[0] != stamp
+
+
+# --- files that end their reader --------------------------------------------------------------------------------------
+
+
+def sabotage() -> None:
+    """In the workers' keeper: two files that end whoever reads them."""
+    read = scans.read
+
+    def reading(path, **choice):
+        if path.name == "p1.png":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if path.name == "p3.png":
+            signal.pause()
+        return read(path, **choice)
+
+    scans.read = reading
+
+
+def test_a_file_that_ends_its_reader_is_in_quarantine(mine, tmp_path, monkeypatch):
+    monkeypatch.setattr(checking, "nothing", sabotage)
+    config = own(mine, [row(str(i), f"p{i}.png") for i in range(6)], worker_timeout=1.5)
+    said = []
+    report = prepare.prepare(config, tmp_path / "index", workers=1, said=said.append)
+    found = facts(tmp_path / "index")
+    assert {name for name, line in found.items() if line["fault"]} == {"p1.png", "p3.png"}
+    assert "was ended" in found["p1.png"]["reason"] and "hung" in found["p3.png"]["reason"]
+    assert report["rows"] == {"good": 4, "bad": 2, "not_opened": 0} and report["reading"]["workers_ended"] == 2
+    assert len(said) == 2 and "p1.png" in said[0] and "p3.png" in said[1]
+    monkeypatch.undo()
+    again = prepare.prepare(config, tmp_path / "index", workers=0)  # it may have been the machine: tried again
+    assert again["rows"]["bad"] == 0 and again["reading"]["scans_read"] == 2
+
+
+def nothing() -> None:
+    pass
+
+
+def crash(state, items):
+    from input_pipeline import workers
+
+    for item in items:
+        workers.at(item)
+        os._exit(1)
+
+
+def test_too_many_deaths_end_the_run(monkeypatch):
+    monkeypatch.setattr(tasks, "MAX_DEATHS", 1)
+    with tasks.Team(nothing, 1, 10.0) as team, pytest.raises(WorkerError, match="at b"):
+        given = team.map(crash, ["a", "b", "c"], 1, label=str, failed=lambda item, reason: item.upper())
+        assert next(given) == (["a"], ["A"])
+        next(given)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def command(tmp_path: Path, config: DataConfig) -> str:
+    file = tmp_path / "config.py"
+    file.write_text(
+        "from ml_collections import ConfigDict\n\n\n"
+        f"def get_config():\n    return ConfigDict({{'data': {config.to_dict()!r}}}, convert_dict=True).lock()\n"
+    )
+    return f"--config={file}"
+
+
+def test_the_command(mine, tmp_path, capsys):
+    config = command(tmp_path, own(mine, [row("a", "p0.png"), row("b", "none.png")], [row("c", "p1.png")]))
+    out = tmp_path / "index"
+    assert main([config, "--out", str(out), "--workers=0", "--config.data.depth=32"]) == 0
+    said = capsys.readouterr().out
+    assert "own_train" in said and "2 rows are good, 1 are left out" in said
+    assert (
+        f"--config.data.index={out}" in said and "input_pipeline.inspect" in said and "--config.data.depth=32" in said
+    )
+    assert json.loads((out / "index.json").read_text())["data"]["depth"] == 32
+    printed = {line.rstrip() for line in said.splitlines()}
+    assert not set((out / "summary.txt").read_text().splitlines()) - printed
+    with Image.open(out / "summary.png") as picture:
+        assert picture.size[0] >= 1000 and len(set(picture.convert("L").resize((64, 64)).get_flattened_data())) > 10
+    assert main([config, "--out", str(out), "--workers=0", "--strict"]) == 1
+    assert "quarantine.jsonl" in capsys.readouterr().err
+    leaking = command(tmp_path, own(mine, [row("a", "p0.png")], [row("c", "p0.png")]))
+    assert main([leaking, "--out", str(out), "--workers=0"]) == 1
+    assert "leaks.jsonl" in capsys.readouterr().err
+    assert main([leaking, "--out", str(out), "--workers=0", "--allow-leaks"]) == 0
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--workers=-1"], "0 or more"),
+        (["--config.data.dept=3"], "dept"),
+        (["--config.data.tokenizer=none.model"], "none.model"),
+        (["--config.data.train.own_train.table=none.jsonl"], "none.jsonl"),
+    ],
+)
+def test_errors_are_one_line_and_exit_2(mine, tmp_path, capsys, arguments, said):
+    config = command(tmp_path, own(mine, [row("a", "p0.png")]))
+    try:
+        code = main([config, "--out", str(tmp_path / "index"), "--workers=0", *arguments])
+    except SystemExit as ended:
+        code = ended.code
+    assert code == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said in last and "error:" in last
+
+
+def test_no_directory(mine, tmp_path, capsys):
+    assert main([command(tmp_path, own(mine, [row("a", "p0.png")])), "--workers=0"]) == 2
+    assert "--out DIR" in capsys.readouterr().err

@@ -1,0 +1,23 @@
+"""Sizes that JPEG, JPEG 2000 and JPEG-LS streams state of themselves."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from PIL import Image
+from scan_files import COLOUR
+
+from input_pipeline.scans import codestream
+
+
+def test_codestream_sizes():
+    buffer = io.BytesIO()
+    Image.fromarray(COLOUR).save(buffer, "JPEG")
+    assert codestream.jpeg(buffer.getvalue()) == codestream.Size(5, 12, 3, 8)
+    with pytest.raises(ValueError, match="end mark"):
+        codestream.jpeg(buffer.getvalue()[:-2])
+    with pytest.raises(ValueError, match="201 JPEG scans"):
+        codestream.jpeg(b"\xff\xd8" + b"\xff\xda" * 201 + b"\xff\xd9")
+    # 3 literals, 5 times the same, a no-op
+    assert codestream.packbits_size(b"\x02abc\xfcx\x80", 100) == 8

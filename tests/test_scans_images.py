@@ -1,0 +1,124 @@
+"""PNG and JPEG pictures."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image, ImageOps
+from scan_files import COLOUR, RAMP, fails, picture
+
+from input_pipeline import scans
+
+
+def test_png_gray_and_colour(tmp_path):
+    for pixels in (RAMP, RAMP.astype(np.uint16) * 250, COLOUR):
+        voxels, header = scans.read(picture(tmp_path / "a.png", pixels))
+        assert voxels.shape == header.shape == (5, 12, 1, pixels.ndim if pixels.ndim == 3 else 1)
+        assert voxels.dtype == pixels.dtype == header.dtype and header.kind == "2d" and header.format == "image"
+        np.testing.assert_array_equal(voxels.reshape(pixels.shape), pixels)
+        assert scans.header(tmp_path / "a.png") == header
+
+
+def test_png_palette_and_few_bits(tmp_path):
+    palette = Image.fromarray(RAMP // 60).convert("P")
+    palette.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90, 1, 2, 3])
+    palette.save(tmp_path / "a.png")
+    voxels, header = scans.read(tmp_path / "a.png")
+    assert header.photometric == "palette" and voxels[0, 0, 0].tolist() == [10, 20, 30]
+    assert voxels[4, 11, 0].tolist() == [1, 2, 3]
+    Image.fromarray(RAMP > 100).save(tmp_path / "b.png")
+    assert set(scans.read(tmp_path / "b.png")[0].ravel()) == {0, 255}
+
+
+def test_alpha_is_dropped_only_if_opaque(tmp_path):
+    for pixels in (COLOUR, RAMP[..., None]):
+        alpha = np.full((5, 12, 1), 255, np.uint8)
+        path = picture(tmp_path / "a.png", np.concatenate([pixels, alpha], axis=-1))
+        np.testing.assert_array_equal(scans.read(path)[0][:, :, 0], pixels)
+        alpha[2, 3] = 254
+        path = picture(tmp_path / "a.png", np.concatenate([pixels, alpha], axis=-1))
+        fails(path, "ambiguous", "transparent", "background")
+    Image.fromarray(RAMP).save(tmp_path / "key.png", transparency=8)
+    fails(tmp_path / "key.png", "ambiguous", "transparent")
+    Image.fromarray(RAMP).save(tmp_path / "key.png", transparency=9)  # no pixel has it
+    np.testing.assert_array_equal(scans.read(tmp_path / "key.png")[0][..., 0, 0], RAMP)
+
+
+def test_png_refuses_what_would_lose_bits_or_frames(tmp_path):
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    rows = b"".join(b"\0" + bytes(range(12)) for _ in range(2))
+    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 2, 16, 2, 0, 0, 0))
+    (tmp_path / "a.png").write_bytes(data + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+    fails(tmp_path / "a.png", "unsupported", "16 bits")
+    frames = [Image.fromarray(RAMP), Image.fromarray(RAMP[::-1])]
+    frames[0].save(tmp_path / "b.png", save_all=True, append_images=frames[1:])
+    fails(tmp_path / "b.png", "unsupported", "animated")
+
+
+def test_every_damaged_bit_of_a_png_is_seen(tmp_path):
+    """Pillow itself skips the checksum of the picture data."""
+    path = picture(tmp_path / "a.png", np.random.default_rng(0).integers(0, 256, (6, 7), dtype=np.uint8))
+    data = path.read_bytes()
+    for bit in range(8 * 8, 8 * len(data), 3):
+        damaged = bytearray(data)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        fails(path, "damaged")
+
+
+@pytest.mark.parametrize("tag", range(1, 9))
+def test_orientation_tag(tmp_path, tag):
+    """3 x 2 picture, told apart at every place, against Pillow's own turning, and drawn for tag 6:
+
+    stored  a b     shown, turned right   e c a
+            c d                           f d b
+            e f
+    """
+    pixels = np.array([[10, 60], [110, 160], [210, 250]], np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = tag
+    path = picture(tmp_path / "a.png", pixels, exif=exif)
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(path)))
+    voxels, header = scans.read(path)
+    np.testing.assert_array_equal(voxels[..., 0, 0], expected)
+    assert header.shape[:2] == expected.shape
+    if tag == 6:
+        assert expected.tolist() == [[210, 110, 10], [250, 160, 60]]
+    tifffile.imwrite(tmp_path / "a.tif", pixels, extratags=[(274, "H", 1, tag, True)])
+    np.testing.assert_array_equal(scans.read(tmp_path / "a.tif")[0][..., 0, 0], expected)
+
+
+def test_jpeg(tmp_path):
+    smooth = np.linspace(0, 255, 64 * 48).reshape(64, 48).astype(np.uint8)
+    voxels, header = scans.read(picture(tmp_path / "a.jpg", smooth, quality=95))
+    assert header.shape == (64, 48, 1, 1)
+    assert np.abs(voxels[..., 0, 0].astype(int) - smooth).max() <= 3  # measured: 3
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    turned, header = scans.read(picture(tmp_path / "b.jpg", smooth, quality=95, exif=exif))
+    assert header.shape == (48, 64, 1, 1)
+    np.testing.assert_array_equal(turned[..., 0, 0], np.rot90(voxels[..., 0, 0]))
+    colour, header = scans.read(picture(tmp_path / "c.jpg", np.stack([smooth] * 3, axis=-1)))
+    assert header.shape == (64, 48, 1, 3)
+    Image.fromarray(smooth).convert("CMYK").save(tmp_path / "d.jpg")
+    assert scans.read(tmp_path / "d.jpg")[1].photometric == "CMYK"
+    data = (tmp_path / "a.jpg").read_bytes()
+    for end in range(3, len(data) - 1, 61):
+        (tmp_path / "e.jpg").write_bytes(data[:end])
+        with pytest.raises(scans.ScanError):
+            scans.read(tmp_path / "e.jpg")
+
+
+def test_a_jpeg_named_png_is_read_but_a_picture_named_nii_is_not(tmp_path):
+    smooth = np.tile(np.arange(64, dtype=np.uint8), (64, 1))
+    path = picture(tmp_path / "a.jpg", smooth)
+    path.rename(tmp_path / "a.png")
+    assert scans.read(tmp_path / "a.png")[1].shape == (64, 64, 1, 1)
+    (tmp_path / "a.png").rename(tmp_path / "a.nii")
+    fails(tmp_path / "a.nii", "ambiguous", "a picture")

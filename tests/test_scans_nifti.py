@@ -1,0 +1,201 @@
+"""NIfTI files: dtypes, scaling, volumes, colours, headers that contradict themselves, gzip streams."""
+
+from __future__ import annotations
+
+import gzip
+import struct
+import zlib
+
+import nibabel
+import numpy as np
+import pytest
+from scan_files import fails, lps_volume, nifti, patched, seen
+
+from input_pipeline import scans
+
+
+@pytest.mark.parametrize("dtype", ["u1", "i1", "i2", "u2", "i4", "u4", "i8", "u8", "f4", "f8"])
+@pytest.mark.parametrize("endian", "<>")
+def test_nifti_dtypes(tmp_path, dtype, endian):
+    array = lps_volume().astype(endian + dtype)
+    image = nibabel.Nifti1Image(array, np.diag([-1.0, -1.0, 1.0, 1.0]), dtype=array.dtype)
+    if endian == ">":
+        image = nibabel.Nifti1Image(array, image.affine, image.header.as_byteswapped(">"))
+    nibabel.save(image, tmp_path / "a.nii")
+    voxels, header = scans.read(tmp_path / "a.nii")
+    np.testing.assert_array_equal(voxels, seen(lps_volume()))
+    natural_dtype = {"u1": "u1", "i1": "i2", "i2": "i2", "u2": "u2", "i4": "i4", "f4": "f4", "f8": "f4"}
+    assert voxels.dtype == natural_dtype.get(dtype, "i2") and voxels.dtype.isnative
+    assert header.dtype == np.dtype(dtype).name
+
+
+def test_nifti_2(tmp_path):
+    nibabel.save(nibabel.Nifti2Image(lps_volume(), np.diag([-1.0, -1.0, 1.0, 1.0])), tmp_path / "a.nii.gz")
+    np.testing.assert_array_equal(scans.read(tmp_path / "a.nii.gz")[0], seen(lps_volume()))
+
+
+@pytest.mark.parametrize(
+    ("slope", "inter", "dtype"),
+    [
+        (1, -1024, np.int16),  # Hounsfield units
+        (1000, 0, np.int16),
+        (5000, 7, np.int32),
+        (1e9, 0, np.float32),  # beyond int32
+        (0.5, 10, np.float32),
+    ],
+)
+def test_nifti_scaling(tmp_path, slope, inter, dtype):
+    path = nifti(tmp_path / "a.nii", lps_volume(), np.diag([-1.0, -1.0, 1.0, 1.0]))
+    data = bytearray(path.read_bytes())
+    struct.pack_into("<ff", data, 112, slope, inter)
+    path.write_bytes(data)
+    voxels, header = scans.read(path)
+    assert voxels.dtype == dtype and header.rescaled
+    np.testing.assert_array_equal(voxels, (seen(lps_volume()) * float(slope) + inter).astype(dtype))
+
+
+@pytest.mark.parametrize(
+    ("slope", "inter", "fault"),
+    [(0, 5, None), (np.nan, np.nan, None), (np.nan, 0, "damaged"), (1, np.nan, "damaged"), (np.inf, 0, "damaged")],
+)
+def test_nifti_scaling_without_meaning(tmp_path, slope, inter, fault):
+    path = nifti(tmp_path / "a.nii", lps_volume(), np.diag([-1.0, -1.0, 1.0, 1.0]))
+    data = bytearray(path.read_bytes())
+    struct.pack_into("<ff", data, 112, slope, inter)
+    path.write_bytes(data)
+    if fault:
+        fails(path, fault, "scaling")
+    else:
+        voxels, header = scans.read(path)
+        np.testing.assert_array_equal(voxels, seen(lps_volume()))
+        assert not header.rescaled
+
+
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+def test_4d_needs_a_choice(tmp_path, ending):
+    array = np.stack([lps_volume(), lps_volume() + 100, lps_volume() + 200], axis=3)
+    path = nifti(tmp_path / f"a{ending}", array, np.diag([-1.0, -1.0, 1.0, 1.0]))
+    fails(path, "ambiguous", "3 volumes", "volume=0 to 2")
+    for volume in range(3):
+        voxels, header = scans.read(path, volume=volume)
+        np.testing.assert_array_equal(voxels, seen(lps_volume()) + 100 * volume)
+        assert header.volumes == 3 and header == scans.header(path)
+    for volume in (3, -1):
+        fails(path, "ambiguous", f"no volume {volume}", "0 to 2", volume=volume)
+
+
+@pytest.mark.parametrize("names", ["RGB", "RGBA"])
+def test_nifti_colour(tmp_path, names):
+    pixels = np.stack([lps_volume() + 10 * c for c in range(3)] + [np.full((4, 3, 2), 255)][: len(names) - 3], axis=-1)
+    array = np.ascontiguousarray(pixels.astype(np.uint8)).view([(c, "u1") for c in names])[..., 0]
+    path = nifti(tmp_path / "a.nii", array, np.diag([-1.0, -1.0, 1.0, 1.0]))
+    voxels, header = scans.read(path)
+    assert header.shape == (3, 4, 2, 3) == voxels.shape and voxels.dtype == np.uint8
+    np.testing.assert_array_equal(voxels, pixels[..., :3].transpose(1, 0, 2, 3))
+    if names == "RGBA":
+        array["A"][0, 0, 0] = 254
+        fails(nifti(path, array, np.eye(4)), "ambiguous", "transparent")
+
+
+@pytest.mark.parametrize(
+    ("field", "fault", "words"),
+    [
+        (("<h", 42, -4), "damaged", "dimensions"),
+        (("<h", 42, 0), "damaged", "dimensions"),
+        (("<h", 40, 9), "damaged", "dimensions"),
+        (("<h", 40, 1), "unsupported", "1 dimensions"),
+        (("<h", 42, 5), "damaged", "its header asks for"),
+        (("<h", 70, 1792), "unsupported", "complex"),
+        (("<h", 70, 7), "damaged", "data type 7"),
+        (("<h", 72, 8), "damaged", "bits"),
+        (("<f", 108, 12.5), "damaged", "byte 12.5"),
+        (("<f", 108, np.nan), "damaged", "byte nan"),
+        (("<B", 123, 7), "damaged", "unit"),
+        (("4s", 344, b"ni1\0"), "unsupported", "pair"),
+        (("4s", 344, b"n+3\0"), "damaged", "magic"),
+    ],
+)
+def test_nifti_header_fields(tmp_path, field, fault, words):
+    path = patched(nifti(tmp_path / "a.nii", lps_volume(), np.eye(4)), field)
+    fails(path, fault, words)
+
+
+def test_nifti_sizes_are_checked_before_allocation(tmp_path):
+    path = nifti(tmp_path / "a.nii", lps_volume(), np.eye(4))
+    huge = [("<h", 42 + 2 * i, 32767) for i in range(3)]
+    fails(patched(path, *huge), "limit", "more than")
+    path = nifti(tmp_path / "b.nii", lps_volume(), np.eye(4))
+    fails(path, "limit", "48 bytes", limits=scans.Limits(max_bytes=47))
+    fails(path, "limit", "rows or columns", limits=scans.Limits(max_side=3))
+    fails(path, "limit", "slices", limits=scans.Limits(max_slices=1))
+    fails(path, "limit", "limit of 300", limits=scans.Limits(max_file_bytes=300))
+    four = nifti(tmp_path / "c.nii", np.stack([lps_volume()] * 3, axis=3), np.eye(4))
+    fails(four, "limit", "3 volumes", limits=scans.Limits(max_volumes=2), volume=0)
+    assert scans.read(path, limits=scans.Limits(max_bytes=48, max_side=4, max_slices=2))[0].size == 24
+
+
+def test_nifti_stream_must_end_where_its_header_says(tmp_path):
+    path = nifti(tmp_path / "a.nii", lps_volume(), np.eye(4))
+    data = path.read_bytes()
+    for wrong in (data[:-1], data + b"\0"):
+        path.write_bytes(wrong)
+        fails(path, "damaged", f"{len(wrong)} bytes")
+        packed = tmp_path / "a.nii.gz"
+        packed.write_bytes(gzip.compress(wrong))
+        fails(packed, "damaged")
+    whole = gzip.compress(data)
+    for cut in (whole[:-1], whole[:-8], whole[: len(whole) // 2], whole[:5]):
+        packed.write_bytes(cut)
+        fails(packed, "damaged")
+    packed.write_bytes(whole + b"more")
+    fails(packed, "damaged")
+    packed.write_bytes(gzip.compress(data[:400]) + gzip.compress(data[400:]))  # two members are one stream
+    assert scans.read(packed)[0].size == 24
+    packed.write_bytes(gzip.compress(b"\0" * 128 + b"DICM" + b"\0" * 300))
+    fails(packed, "unsupported", "DICOM in a gzip")
+
+
+def test_gzip_streams_are_judged_as_by_the_standard_library(tmp_path):
+    """What may stand around a stream, and every value of its header's flags: refused or read alike."""
+    data = nifti(tmp_path / "a.nii", lps_volume(), np.eye(4)).read_bytes()
+    whole = gzip.compress(data, mtime=0)
+    named = b"\x1f\x8b\x08\x08" + whole[4:10] + b"a.nii\0" + whole[10:]
+    streams = [whole, named, whole + bytes(100), whole + bytes(100) + b"q", whole + b"\x1f\x8b", whole + b"\x1f"]
+    streams += [
+        whole + gzip.compress(b""),
+        whole + bytes(7) + gzip.compress(b""),
+        whole + whole,
+        named[:14],
+        whole[:10],
+    ]
+    streams += [whole[:-8] + bytes([whole[-8] ^ 1]) + whole[-7:], whole[:-1] + bytes([whole[-1] ^ 1]), whole[:-3]]
+    streams += [whole[:3] + bytes([flags]) + whole[4:] for flags in range(256)]
+    path, read = tmp_path / "a.nii.gz", 0
+    for stream in streams:
+        path.write_bytes(stream)
+        try:
+            good = gzip.decompress(stream) == data
+        except (EOFError, OSError, zlib.error):
+            good = False
+        if good:
+            np.testing.assert_array_equal(scans.read(path)[0], scans.read(tmp_path / "a.nii")[0])
+            read += 1
+        else:
+            fails(path, "damaged")
+    assert read >= 5, "the whole stream, its name, zeros and empty members behind it"
+
+
+def test_every_flipped_bit_of_a_gzip_stream_is_seen(tmp_path):
+    data = gzip.compress(nifti(tmp_path / "a.nii", lps_volume(), np.eye(4)).read_bytes(), mtime=0)
+    path, good, errors = tmp_path / "a.nii.gz", None, 0
+    path.write_bytes(data)
+    good = scans.read(path)[0]
+    for bit in range(0, 8 * len(data), 3):
+        damaged = bytearray(data)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        try:
+            np.testing.assert_array_equal(scans.read(path)[0], good)
+        except scans.ScanError:
+            errors += 1
+    assert errors > 0.8 * (8 * len(data) / 3)  # the rest are header bytes without meaning: time, system

@@ -1,0 +1,138 @@
+"""TIFF files: pages, compressions, photometric interpretations."""
+
+from __future__ import annotations
+
+import struct
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+from scan_files import COLOUR, RAMP, fails, patched
+
+from input_pipeline import scans
+
+TIFFS = {
+    "u8": (RAMP, {}),
+    "u16": (RAMP.astype(np.uint16) * 250, {}),
+    "i16": (RAMP.astype(np.int16) - 100, {}),
+    "f32": (RAMP.astype(np.float32) / 7, {}),
+    "rgb": (COLOUR, {"photometric": "rgb"}),
+    "rgb16": (COLOUR.astype(np.uint16) * 250, {"photometric": "rgb"}),
+    "planar": (np.moveaxis(COLOUR, -1, 0), {"photometric": "rgb", "planarconfig": "separate"}),
+    "deflate": (COLOUR.astype(np.uint16) * 250, {"photometric": "rgb", "compression": "zlib", "predictor": False}),
+    "big": (RAMP.astype(np.uint16) * 250, {"bigtiff": True, "byteorder": ">"}),
+    "strips": (RAMP, {"rowsperstrip": 2}),
+    "tiles": (np.tile(RAMP, (8, 4)), {"tile": (16, 16)}),
+    "tiles_deflate": (np.tile(RAMP, (8, 4)), {"tile": (16, 16), "compression": "zlib"}),
+}
+
+
+@pytest.mark.parametrize("kind", TIFFS)
+def test_tiff(tmp_path, kind):
+    pixels, options = TIFFS[kind]
+    tifffile.imwrite(tmp_path / "a.tif", pixels, **options)
+    voxels, header = scans.read(tmp_path / "a.tif")
+    expected = np.moveaxis(pixels, 0, -1) if kind == "planar" else pixels
+    np.testing.assert_array_equal(voxels.reshape(expected.shape), expected)
+    assert voxels.dtype == pixels.dtype.newbyteorder("=") and header == scans.header(tmp_path / "a.tif")
+    assert header.shape == (*expected.shape[:2], 1, 3 if expected.ndim == 3 else 1)
+
+
+def test_tiff_pages_are_slices(tmp_path):
+    pages = np.stack([RAMP.astype(np.uint16) * (k + 1) for k in range(4)])
+    tifffile.imwrite(tmp_path / "a.tif", pages, photometric="minisblack", metadata=None)
+    voxels, header = scans.read(tmp_path / "a.tif")
+    assert header.shape == (5, 12, 4, 1) and header.kind == "3d"
+    np.testing.assert_array_equal(voxels[..., 0], np.moveaxis(pages, 0, -1))
+    fails(tmp_path / "a.tif", "limit", "3 pages", limits=scans.Limits(max_slices=3))
+    with tifffile.TiffWriter(tmp_path / "b.tif") as tif:
+        tif.write(RAMP, photometric="minisblack")
+        tif.write(RAMP[:, :6], photometric="minisblack")
+    fails(tmp_path / "b.tif", "ambiguous", "page 2 is 5 x 6")
+
+
+@pytest.mark.parametrize(
+    ("compression", "pixels"),
+    [
+        (compression, pixels)
+        for pixels in (RAMP, COLOUR, RAMP.astype(np.uint16) * 250)
+        for compression in ("tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg")
+        if compression != "jpeg" or pixels.dtype == np.uint8
+    ],
+)
+def test_tiff_compressions(tmp_path, compression, pixels):
+    Image.fromarray(pixels).save(tmp_path / "a.tif", compression=compression)
+    voxels, _ = scans.read(tmp_path / "a.tif")
+    if compression != "jpeg":
+        np.testing.assert_array_equal(voxels.reshape(pixels.shape), pixels)
+    else:
+        expected = np.asarray(Image.open(tmp_path / "a.tif").convert("RGB" if pixels.ndim == 3 else "L"))
+        np.testing.assert_array_equal(voxels.reshape(pixels.shape), expected)
+
+
+def test_tiff_miniswhite_palette_and_alpha(tmp_path):
+    for compression in (None, "zlib"):
+        tifffile.imwrite(tmp_path / "a.tif", RAMP, photometric="miniswhite", compression=compression)
+        np.testing.assert_array_equal(scans.read(tmp_path / "a.tif")[0][..., 0, 0], 255 - RAMP)
+    Image.fromarray(RAMP).save(tmp_path / "l.tif", compression="tiff_lzw")  # LZW goes through Pillow
+    np.testing.assert_array_equal(scans.read(tmp_path / "l.tif")[0][..., 0, 0], RAMP)
+    with tifffile.TiffFile(tmp_path / "l.tif") as tif:
+        photometric = tif.pages[0].tags["PhotometricInterpretation"].valueoffset
+    np.testing.assert_array_equal(
+        scans.read(patched(tmp_path / "l.tif", ("<H", photometric, 0)))[0][..., 0, 0], 255 - RAMP
+    )
+    colormap = np.zeros((3, 256), np.uint16)
+    colormap[:, 4] = 10 * 257, 20 * 257, 30 * 257
+    tifffile.imwrite(tmp_path / "p.tif", RAMP, photometric="palette", colormap=colormap)
+    voxels = scans.read(tmp_path / "p.tif")[0]
+    assert voxels[0, 1, 0].tolist() == [10, 20, 30] and voxels[0, 0, 0].tolist() == [0, 0, 0]
+    rgba = np.concatenate([COLOUR, np.full((5, 12, 1), 255, np.uint8)], axis=-1)
+    tifffile.imwrite(tmp_path / "r.tif", rgba, photometric="rgb", extrasamples=["unassalpha"])
+    np.testing.assert_array_equal(scans.read(tmp_path / "r.tif")[0][:, :, 0], COLOUR)
+    rgba[0, 0, 3] = 0
+    tifffile.imwrite(tmp_path / "r.tif", rgba, photometric="rgb", extrasamples=["unassalpha"])
+    fails(tmp_path / "r.tif", "ambiguous", "transparent")
+
+
+def test_tiff_imagej_stack_is_not_cut_to_its_first_slice(tmp_path):
+    stack = np.stack([RAMP.astype(np.uint16) * (k + 1) for k in range(3)])
+    tifffile.imwrite(tmp_path / "a.tif", stack, imagej=True)
+    try:
+        voxels, _ = scans.read(tmp_path / "a.tif")
+    except scans.ScanError as error:
+        assert error.fault == "ambiguous" and "3 images" in str(error)
+    else:
+        np.testing.assert_array_equal(voxels[..., 0], np.moveaxis(stack, 0, -1))
+
+
+def test_tiff_with_a_broken_chain_of_pages(tmp_path):
+    path = tmp_path / "a.tif"
+    for big in (False, True):
+        pages = np.stack([RAMP.astype(np.uint16) * (k + 1) for k in range(3)])
+        tifffile.imwrite(path, pages, photometric="minisblack", metadata=None, bigtiff=big)
+        with tifffile.TiffFile(path) as tif:
+            last = tif.pages[2].offset
+            first = tif.pages[0].offset
+        data = path.read_bytes()
+        form = "<Q" if big else "<I"
+        for target, words in ((len(data) + 100, "outside the file"), (first, "loop")):
+            broken = data.replace(struct.pack(form, last), struct.pack(form, target), 1)
+            assert broken != data
+            path.write_bytes(broken)
+            fails(path, "damaged", "page 3", words)
+    tifffile.imwrite(path, pages, photometric="minisblack", metadata={"axes": "ZYX"}, truncate=True)
+    fails(path, "ambiguous", "several slices in one page")
+
+
+def test_tiff_cut_short(tmp_path):
+    """tifffile would fill what is missing with zeros."""
+    for compression in (None, "zlib"):
+        tifffile.imwrite(
+            tmp_path / "a.tif", np.random.default_rng(0).integers(0, 99, (40, 30)), compression=compression
+        )
+        data = (tmp_path / "a.tif").read_bytes()
+        for end in range(8, len(data) - 1, 211):
+            (tmp_path / "b.tif").write_bytes(data[:end])
+            with pytest.raises(scans.ScanError):
+                scans.read(tmp_path / "b.tif")

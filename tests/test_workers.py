@@ -1,0 +1,264 @@
+"""Workers end well, and end badly with the name of what they were at."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from input_pipeline.samples import RowError
+from input_pipeline.workers import Pool, WorkerError, at
+
+# --- what the workers run: found there by import ---
+
+
+def make(base: int = 10) -> dict:
+    return {"base": base, "keeper": os.getpid()}
+
+
+def make_badly() -> None:
+    raise RowError("train.csv", 3, "the label is blank", "fill it")
+
+
+def make_and_die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def add(state: dict, number: int, wait: float = 0.0) -> int:
+    time.sleep(wait)
+    return state["base"] + number
+
+
+def pids(state: dict) -> tuple[int, int]:
+    time.sleep(0.2)
+    return state["keeper"], os.getpid()
+
+
+def square(state, values: np.ndarray) -> np.ndarray:
+    return values**2
+
+
+class Awkward(Exception):
+    """Pickles, and cannot be built again."""
+
+    def __init__(self, a, b):
+        super().__init__(a)
+
+
+def fail(state, how: str) -> None:
+    if how == "row":
+        raise RowError("train.csv", "17", "no such label", "one of a, b")
+    if how == "awkward":
+        raise Awkward(1, 2)
+    raise KeyError(how)
+
+
+def die(state, file: str) -> None:
+    at("first.png")
+    at(file)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hang(state, file: str, words: int = 0) -> str:
+    for word in range(words):
+        at(f"{word}.png")
+        time.sleep(0.4)
+    at(file)
+    time.sleep(600)
+    return "never"
+
+
+def slowly(state, words: int) -> str:
+    for word in range(words):
+        at(f"{word}.png")
+        time.sleep(0.4)
+    return "done"
+
+
+def take_memory(state, file: str) -> int:
+    at(file)
+    now = psutil.Process().memory_info().vms
+    resource.setrlimit(resource.RLIMIT_AS, (now + (64 << 20), now + (64 << 20)))
+    return len(np.ones(1 << 28))
+
+
+def segfault(state, file: str) -> None:
+    at(file)
+    import ctypes
+
+    ctypes.string_at(0)
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with Pool(functools.partial(make, 100), workers=2, timeout=20) as opened:
+        yield opened
+
+
+def gone(process_ids, seconds: float = 10.0) -> bool:
+    """Whether all of them end within so many seconds."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        alive = [pid for pid in process_ids if psutil.pid_exists(pid)]
+        alive = [pid for pid in alive if psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
+        if not alive:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+# --- all is well ---
+
+
+def test_results_belong_to_their_tasks(pool):
+    """Slow and quick ones, more than workers."""
+    futures = [pool.submit(f"task {i}", add, i, 0.05 if i % 3 == 0 else 0.0) for i in range(12)]
+    assert [f.result() for f in futures] == list(range(100, 112))
+
+
+def test_arrays_travel(pool):
+    values = np.arange(1 << 18, dtype=np.int64).reshape(512, 512)
+    np.testing.assert_array_equal(pool.submit("array", square, values).result(), values**2)
+
+
+def test_the_state_is_made_once_and_shared(pool):
+    found = [f.result() for f in [pool.submit("pids", pids) for _ in range(4)]]
+    assert len({keeper for keeper, _ in found}) == 1
+    workers = {worker for _, worker in found}
+    assert len(workers) == 2 and not workers & {os.getpid(), found[0][0]}
+
+
+def test_without_workers_everything_happens_here_when_it_is_asked_for():
+    with Pool(make, workers=0) as here:
+        assert here.submit("pids", pids).result() == (os.getpid(), os.getpid())
+        never = here.submit("fails", fail, "row")
+        assert here.submit("adds", add, 1).result() == 11
+        with pytest.raises(RowError, match="no such label"):
+            never.result()
+        with pytest.raises(RowError):
+            never.result()
+
+
+# --- errors ---
+
+
+def test_an_error_arrives_as_it_was_raised(pool):
+    with pytest.raises(RowError, match="train.csv, row 17: no such label") as error:
+        pool.submit("row", fail, "row").result()
+    assert (error.value.row, error.value.remedy) == ("17", "one of a, b")
+    assert "in fail" in "".join(error.value.__notes__) and "test_workers.py" in "".join(error.value.__notes__)
+    with pytest.raises(KeyError, match="key"):
+        pool.submit("key", fail, "key").result()
+    with pytest.raises(RuntimeError, match="Awkward"):
+        pool.submit("awkward", fail, "awkward").result()
+    assert pool.submit("after", add, 1).result() == 101
+
+
+def test_out_of_memory(pool):
+    """An allocation that fails is an error of that task; the worker goes on. (Killed by the system it is a death.)"""
+    with Pool(make, workers=1, timeout=20) as own, pytest.raises(MemoryError):
+        own.submit("large", take_memory, "large.nii.gz").result()
+
+
+@pytest.mark.parametrize("end, named", [(die, "scan.dcm"), (segfault, "crash.dcm")])
+def test_a_dead_worker_is_named_with_its_task_and_file(end, named):
+    start = time.monotonic()
+    with Pool(make, workers=2, timeout=20) as broken:
+        waiting = [broken.submit("task 1", add, 1), broken.submit("row 7", end, named)]
+        waiting += [broken.submit(f"later {i}", add, i, 0.1) for i in range(8)]
+        with pytest.raises(WorkerError, match=f"row 7: its worker died, at {named}") as error:
+            waiting[1].result()
+        assert (error.value.task, error.value.place) == ("row 7", named)
+        assert waiting[0].result() == 11
+        after = [f.exception() for f in waiting[2:]]  # those begun are finished, the others get the same error
+        assert after[-1] is error.value and all(e in (None, error.value) for e in after)
+        assert broken.submit("too late", add, 1).exception() is error.value
+    assert time.monotonic() - start < 30
+
+
+def test_a_hung_worker_is_named_with_its_task_and_file():
+    start = time.monotonic()
+    with Pool(make, workers=1, timeout=1.0) as broken:
+        with pytest.raises(WorkerError, match="row 9: no word from its worker for 1 s, at hung.dcm") as error:
+            broken.submit("row 9", hang, "hung.dcm", 1).result()
+        assert (error.value.task, error.value.place) == ("row 9", "hung.dcm")
+    assert time.monotonic() - start < 30
+
+
+def test_a_word_starts_the_time_anew():
+    with Pool(make, workers=1, timeout=1.0) as patient:
+        assert patient.submit("slow", slowly, 4).result() == "done"  # 1.6 s in all
+
+
+def test_what_make_raises_arrives():
+    for workers in (0, 1):
+        with pytest.raises(RowError, match="train.csv, row 3: the label is blank"):
+            Pool(make_badly, workers=workers)
+    with pytest.raises(WorkerError, match="ended by signal SIGKILL"):
+        Pool(make_and_die, workers=1)
+
+
+# --- nothing is left behind ---
+
+
+def test_close_leaves_nothing():
+    closed = Pool(make, workers=2, timeout=20)
+    found = [f.result() for f in [closed.submit("pids", pids) for _ in range(4)]]
+    running = closed.submit("hang", hang, "x")
+    not_begun = [closed.submit("add", add, i, 5.0) for i in range(4)]
+    time.sleep(0.3)
+    closed.close()
+    closed.close()
+    assert gone({pid for both in found for pid in both})
+    assert isinstance(running.exception(timeout=5), WorkerError)
+    assert all(f.cancelled() or f.exception(timeout=5) for f in not_begun) and any(f.cancelled() for f in not_begun)
+    with pytest.raises(RuntimeError, match="closed"):
+        closed.submit("add", add, 1)
+
+
+CALLER = """
+import sys
+sys.path[:0] = {paths!r}
+import test_workers
+from input_pipeline.workers import Pool
+
+if __name__ == "__main__":
+    pool = Pool(test_workers.make, workers=2, timeout=60)
+    for future in [pool.submit("pids", test_workers.pids) for _ in range(4)]:
+        print(*future.result())
+    pool.submit("hang", test_workers.hang, "x")
+    print("ready", flush=True)
+    pool.submit("hang", test_workers.hang, "x").result()
+"""
+
+
+def test_a_killed_caller_leaves_nothing(tmp_path):
+    tests = Path(__file__).parent
+    program = tmp_path / "caller.py"
+    program.write_text(CALLER.format(paths=[str(tests), str(tests.parent)]))
+    caller = subprocess.Popen([sys.executable, str(program)], stdout=subprocess.PIPE, text=True)
+    try:
+        left = set()
+        for line in caller.stdout:
+            if line.strip() == "ready":
+                break
+            left |= set(map(int, line.split()))
+        assert len(left) == 3 and all(psutil.pid_exists(pid) for pid in left)
+        caller.send_signal(signal.SIGKILL)
+        assert caller.wait(10) == -signal.SIGKILL
+        assert gone(left)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            caller.kill()
+        caller.stdout.close()
+        caller.wait()
