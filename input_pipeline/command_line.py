@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import sys
+import warnings
 from pathlib import Path
 
 from absl import flags
@@ -27,14 +29,19 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Na
     args = parser.parse_args([a for a in argv if not a.startswith("--config.")])
     if not Path(args.config).is_file():
         parser.error(f"{args.config}: there is no such file; configs/ holds those of the project")
+    sys.modules.pop("config_config", None)  # an earlier config of this process: names it had would stand in for ours
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values)
+    given = [parser.prog, f"--config={args.config}", *overrides]
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=given)
     try:
         # Its messages go to standard output as well as into the exception.
-        with contextlib.redirect_stdout(io.StringIO()):
-            values([parser.prog, f"--config={args.config}", *overrides])
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"the load_module\(\) method", DeprecationWarning)  # ml_collections' own
+            values(given)
             config = values.config
     except (flags.Error, OSError, AttributeError, KeyError, TypeError, ValueError, SyntaxError, ImportError) as error:
         said = str(error.args[0] if error.args else error).strip()  # str of a KeyError is quoted twice
         parser.error(f"{args.config}: {' '.join(said.split()) or type(error).__name__}")
+    if not isinstance(config, ConfigDict):
+        parser.error(f"{args.config}: needs a function get_config() that returns a ConfigDict")
     return args, config

@@ -53,6 +53,7 @@ SCANS = pa.schema(
         ("patches", pa.int32()),  # in `paper` mode
         ("planes", pa.int32()),
         ("record", pa.int64()),  # its number in the records; -1
+        ("stamp", pa.string()),  # sizes and times of its files, by which `prepare` knows what it need not read again
     ]
 )
 ROWS = pa.schema(

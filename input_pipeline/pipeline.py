@@ -49,7 +49,8 @@ class Batch:
     """This host's rows of a global batch.
 
     Attributes:
-      arrays: as drawn in radfm_jax/models/radfm.py, with targets int32[B, T] and weights float32[B, T].
+      arrays: as drawn in radfm_jax/models/radfm.py, with targets and tasks int32[B, T], weights
+        float32[B, T].
       rows: what stands in each; None for an empty row behind the end of the data.
     """
 
@@ -209,7 +210,7 @@ class Rows(grain.IterDataset):
     def empty(self) -> dict[str, np.ndarray]:
         """A row without samples."""
         row = packing.assemble(packing.Row(), [], [], {}, self.config.limits, plane_dtype=np.dtype(self.config.storage))
-        return row | {"planes": row["planes"][:0]}
+        return row | {"planes": row["planes"][:0], "tasks": np.zeros_like(row["segments"])}
 
     def close(self) -> None:
         """Ends the workers."""

@@ -19,7 +19,7 @@ from input_pipeline.config import DataConfig, fingerprint
 from input_pipeline.datasets import sample_rng
 from input_pipeline.index import Index, scan_key
 from input_pipeline.planes import Volume, patch_count, patch_grid, patch_positions, plane_count, planes, released_shape
-from input_pipeline.samples import RowError, Sample, Scan
+from input_pipeline.samples import TASKS, RowError, Sample, Scan
 from input_pipeline.sources import open_sources, terms_of, tokenizer_of
 from input_pipeline.tokens import Encoded, encode
 from input_pipeline.volumes import augment, one_channel_if_gray, prepare_volume, released_volumes
@@ -164,7 +164,7 @@ class RowMaker:
             "identity": {
                 "index": self.index.identity,
                 "tokenizer": self.tokenizer.fingerprint,
-                "sources": fingerprint({name: self.index.tables[name]["sha256"] for name in self.names}),
+                "sources": fingerprint([[name, self.index.tables[name]["sha256"]] for name in self.names]),
             },
         }
 
@@ -278,7 +278,10 @@ class RowMaker:
     # --- a row ---
 
     def load(self, planned: Planned, epoch: int, window: int, row: int) -> tuple[dict[str, np.ndarray], RowInfo]:
-        """The arrays of a row (`packing.assemble`; of `planes` only those in use) and what stands in it.
+        """The arrays of a row and what stands in it.
+
+        The arrays are those of `packing.assemble`, of `planes` only the ones in use; and tasks int32[T], 1 + the number
+        in samples.TASKS of what a token belongs to, 0 for padding.
 
         Raises:
           RowError: a scan that cannot be read although the index says so, unless `data.allowed_loss` is set.
@@ -319,6 +322,8 @@ class RowMaker:
         )
         used = sum(len(value.planes) for value in loaded.values())
         arrays["planes"] = arrays["planes"][:used].copy()  # the rest is zeros: not sent between processes
+        tasks = np.array([0, *(1 + TASKS.index(sample.task) for sample in infos)], np.int32)
+        arrays["tasks"] = tasks[arrays["segments"]]
         info = RowInfo(epoch, window, row, tuple(infos), planned.tokens, planned.padding, len(loaded), tuple(left_out))
         return arrays, info
 
@@ -343,6 +348,7 @@ class RowMaker:
                     flips=config.flips,
                     sizes=config.sizes,
                     padding=header.padding,
+                    extremes=header.extremes,
                 )
             loaded[i] = _planes(volume)
 

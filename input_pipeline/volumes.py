@@ -251,31 +251,28 @@ def _resized(voxels: np.ndarray, size: tuple[int, int, int], low: float, clip) -
     shares = depth_weights(depth, out_depth)
     uses = [np.flatnonzero(share) for share in shares.T]
     last = depth - 1 - np.argmax(shares[:, ::-1] > 0, axis=1)  # the last source of each output slice
-    sums: dict[int, list[np.ndarray]] = {}
-    ready = 0
-    for k, picture in enumerate(_pictures(voxels, size[:2], 0.0 if small_type else low, clip)):
-        channels = cv2.split(picture) if picture.ndim == 3 else [picture]
+    sums: dict[tuple[int, int], np.ndarray] = {}
+    for k, c, picture in _pictures(voxels, size[:2], 0.0 if small_type else low, clip):
         if depth == out_depth:
-            sums[k] = channels
-        else:
-            for j in uses[k]:
-                if j not in sums:
-                    sums[j] = [np.zeros(size[:2], np.float32) for _ in channels]
-                for total, channel in zip(sums[j], channels, strict=True):
-                    cv2.scaleAdd(channel, float(shares[j, k]), total, total)
-        while ready < out_depth and last[ready] == k:
-            for c, plane in enumerate(sums.pop(ready)):
-                yield ready, c, np.subtract(plane, np.float32(low), out=plane) if small_type else plane
-            ready += 1
+            yield k, c, np.subtract(picture, np.float32(low), out=picture) if small_type else picture
+            continue
+        for j in uses[k]:
+            if (j, c) not in sums:
+                sums[j, c] = np.zeros(size[:2], np.float32)
+            cv2.scaleAdd(picture, float(shares[j, k]), sums[j, c], sums[j, c])
+        for j in uses[k]:
+            if last[j] == k:
+                plane = sums.pop((j, c))
+                yield j, c, np.subtract(plane, np.float32(low), out=plane) if small_type else plane
 
 
-def _pictures(voxels: np.ndarray, size: tuple[int, int], shift: float, clip) -> Iterator[np.ndarray]:
-    """[H, W, D, C] -> float32[H', W'] or [H', W', C] of voxel - shift, for each of the D slices.
+def _pictures(voxels: np.ndarray, size: tuple[int, int], shift: float, clip) -> Iterator[tuple[int, int, np.ndarray]]:
+    """[H, W, D, C] -> (slice, channel, float32[H', W'] of voxel - shift), slice by slice.
 
     float32 holds 16-bit integers exactly, so these need no shift; other types are brought near zero while they are
     exact.
     """
-    (h, w, _, channels), (height, width) = voxels.shape, size
+    (h, w), (height, width) = voxels.shape[:2], size
     # numpy converts a picture several times faster the way it lies in memory; OpenCV then turns it round. Sums of few
     # 16-bit integers are exact in any order: where whole boxes are averaged, the small result is turned instead.
     code = {(False, False): None, (True, False): 0, (False, True): 1, (True, True): -1}[
@@ -284,31 +281,31 @@ def _pictures(voxels: np.ndarray, size: tuple[int, int], shift: float, clip) -> 
     voxels = voxels[:: -1 if code in (0, -1) else 1, :: -1 if code in (1, -1) else 1]
     whole = h % height == 0 and w % width == 0 and h // height * (w // width) <= 256
     turn_small = whole and voxels.dtype.kind in "iu" and voxels.dtype.itemsize <= 2 and clip is None
-    picture = np.empty((h, w) if channels == 1 else (h, w, channels), np.float32)
-    for source in _slices(voxels):
-        source = source if channels > 1 else source[..., 0]
-        if shift:
-            np.subtract(source, shift, out=picture, casting="same_kind")
-        else:
-            np.copyto(picture, source, casting="same_kind")
-        if clip is not None:
-            np.clip(picture, clip[0] - shift, clip[1] - shift, out=picture)
-        upright = picture if code is None or turn_small else cv2.flip(picture, code)
-        resized = resize_plane(upright, size)
-        yield cv2.flip(resized, code) if code is not None and turn_small else resized
+    picture = np.empty((h, w), np.float32)
+    for k, source in enumerate(_slices(voxels)):
+        for c in range(source.shape[2]):
+            if shift:
+                np.subtract(source[..., c], shift, out=picture, casting="same_kind")
+            else:
+                np.copyto(picture, source[..., c], casting="same_kind")
+            if clip is not None:
+                np.clip(picture, clip[0] - shift, clip[1] - shift, out=picture)
+            upright = picture if code is None or turn_small else cv2.flip(picture, code)
+            resized = resize_plane(upright, size)
+            yield k, c, cv2.flip(resized, code) if code is not None and turn_small else resized
 
 
 def resize_plane(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """[h, w] or [h, w, C] -> the same of `size` (H', W'): box average where it shrinks, linear where it grows.
+    """[h, w] -> [H', W'], its `size`: box average where it shrinks, linear where it grows.
 
     Each axis by itself. float32, or where nothing shrinks also uint8 and int16.
     """
     (h, w), (height, width) = picture.shape[:2], size
     small = min(h, height), min(w, width)
     if (h, w) != small:
-        if picture.ndim == 3 or (h % small[0] == 0 and w % small[1] == 0):
+        if h % small[0] == 0 and w % small[1] == 0:
             picture = cv2.resize(picture, small[::-1], interpolation=cv2.INTER_AREA)
-        else:  # the same boxes; OpenCV is quick for whole ones and for colour only
+        else:  # the same boxes; OpenCV is quick for whole ones only
             picture = area_weights(h, small[0]) @ picture
             picture = cv2.transpose(area_weights(w, small[1]) @ cv2.transpose(picture))
     if small != size:

@@ -43,7 +43,16 @@ def at(what: str) -> None:
 
 
 class WorkerError(RuntimeError):
-    """A worker died or hung: at which task, at which file, and how."""
+    """A worker died or hung: at which task, at which file, and how.
+
+    Attributes:
+      task: what the task was called; "" if it ended before any task. Tasks not begun are given the same error.
+      place: what the worker last said it was `at`; "" if nothing.
+    """
+
+    def __init__(self, message: str, task: str = "", place: str = ""):
+        self.task, self.place = task, place
+        super().__init__(message)
 
 
 class Pool:
@@ -97,7 +106,7 @@ class Pool:
             self._keeper.join(10)
             raise WorkerError(f"the process that opens the data {_ending(self._keeper.exitcode)}") from None
         if kind == "error":
-            raise value
+            raise _unpacked(value)
         self._pids = value
 
     def submit(self, what: str, function: Callable, *args) -> Future:
@@ -128,20 +137,23 @@ class Pool:
                 while True:
                     if not pipe.poll(self._timeout):
                         os.kill(pid, signal.SIGKILL)
-                        raise WorkerError(f"{what}: no word from its worker for {self._timeout:g} s{place}")
+                        raise WorkerError(
+                            f"{what}: no word from its worker for {self._timeout:g} s{_at(place)}", what, place
+                        )
                     kind, value = pipe.recv()
                     if kind != "at":
                         break
-                    place = f", at {value}"
+                    place = value
             except (EOFError, OSError):
-                self._break(future, WorkerError(f"{what}: its worker died{place} (killed, out of memory, or a crash)"))
+                died = f"{what}: its worker died{_at(place)} (killed, out of memory, or a crash)"
+                self._break(future, WorkerError(died, what, place))
             except BaseException as error:  # whatever it was, somebody waits for this future
                 self._break(future, error)
             else:
                 if kind == "result":
                     future.set_result(value)
                 else:
-                    future.set_exception(value)
+                    future.set_exception(_unpacked(value))
         with contextlib.suppress(OSError):
             pipe.send_bytes(b"")
 
@@ -198,21 +210,34 @@ class _Later(Future):
         return super().result(timeout)
 
 
+def _at(place: str) -> str:
+    return f", at {place}" if place else ""
+
+
 def _ending(code: int | None) -> str:
     if code is None:
         return "does not answer"
     return f"was ended by signal {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 
-def _picklable(error: BaseException) -> BaseException:
-    """The error, with the worker's traceback as a note; by its text if it does not survive the way."""
-    error.add_note("in a worker:\n" + "".join(traceback.format_exception(error)).rstrip())
+def _packed(error: BaseException) -> tuple[BaseException, list[str]]:
+    """The error and its notes, the worker's traceback the last; by its text if it does not survive the way."""
+    text = "".join(traceback.format_exception(error)).rstrip()
+    # An exception with a `__reduce__` of its own loses its notes when it is pickled.
+    notes = [*getattr(error, "__notes__", []), f"in a worker:\n{text}"]
     try:
         # Some exceptions pickle and cannot be built again.
         pickle.loads(pickle.dumps(error))
-        return error
+        return error, notes
     except Exception:
-        return RuntimeError("".join(traceback.format_exception(error)).rstrip())
+        return RuntimeError(text), []
+
+
+def _unpacked(packed: tuple[BaseException, list[str]]) -> BaseException:
+    error, notes = packed
+    if notes:
+        error.__notes__ = notes
+    return error
 
 
 # --- in the other processes -------------------------------------------------------------------------------------------
@@ -224,7 +249,7 @@ def _keep(make, pipes: list[connection.Connection], control: connection.Connecti
     try:
         state = make()
     except BaseException as error:
-        control.send(("error", _picklable(error)))
+        control.send(("error", _packed(error)))
         return
     pids = []
     for mine in pipes:
@@ -258,6 +283,6 @@ def _work(state, pipe: connection.Connection) -> None:
                 function, args = pickle.loads(message)
                 answer = ("result", function(state, *args))
             except BaseException as error:
-                answer = ("error", _picklable(error))
+                answer = ("error", _packed(error))
             pipe.send(answer)
     os._exit(0)  # what the keeper registered to run at exit is the keeper's

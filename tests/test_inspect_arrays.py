@@ -1,5 +1,7 @@
 """What the page is made from: volumes and texts as they come back out of the arrays of a row."""
 
+import re
+
 import numpy as np
 import pytest
 

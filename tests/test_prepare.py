@@ -6,9 +6,6 @@ import dataclasses
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import nibabel
@@ -20,10 +17,10 @@ from PIL import Image
 from input_pipeline import phantoms, prepare, scans
 from input_pipeline.config import DataConfig
 from input_pipeline.index import Index, scan_key
-from input_pipeline.prepare import checking, picture, run, tasks
+from input_pipeline.prepare import checking, picture, run
 from input_pipeline.prepare.__main__ import main
+from input_pipeline.rows import RowMaker
 from input_pipeline.sources import open_sources
-from input_pipeline.workers import WorkerError
 
 FAMILIES = {
     "modality": ("rad3d_modality", "modality.csv"),
@@ -138,6 +135,19 @@ def test_the_index_is_what_training_opens(indexed):
         "index.json", "scans.parquet", "rows.parquet", "quarantine.jsonl", "duplicates.jsonl", "leaks.jsonl",
         "summary.txt", "summary.json", "summary.png", ".lock",
     }  # fmt: skip
+
+
+def test_rows_and_scans_are_those_of_the_first_epoch(indexed):
+    """What `prepare` counts is what training finds: tokens, and patches and planes of the scans."""
+    config, out, _ = indexed
+    maker = RowMaker(config, "train", training=False)
+    measured = maker.measure(0, np.arange(maker.starts[-1]))
+    rows = pq.read_table(out / "rows.parquet").to_pylist()
+    counted = [(line["source"], line["tokens"]) for line in rows if line["source"] in config.train]
+    assert counted == list(zip(np.repeat(maker.names, np.diff(maker.starts)), measured.tokens, strict=True))
+    sizes = {(line["root"], line["path"]): (line["patches"], line["planes"]) for line in facts(out).values()}
+    keys = list(maker.facts)
+    assert [sizes[keys[k][:2]] for k in measured.scans] == list(zip(measured.patches, measured.planes, strict=True))
 
 
 def test_facts_of_a_scan(mine, tmp_path):
@@ -324,11 +334,13 @@ def hash_of(name: str, i: int) -> int:
 
 
 def test_strict(mine, tmp_path):
+    """The index of before does not stay: it is not of the files that were read."""
+    prepare.prepare(own(mine, [row("a", "p0.png")]), tmp_path / "index", workers=0, strict=True)
+    assert Index(tmp_path / "index")
     config = own(mine, [row("a", "p0.png"), row("b", "none.png")])
     with pytest.raises(prepare.Refused, match="quarantine.jsonl"):
         prepare.prepare(config, tmp_path / "index", workers=0, strict=True)
     assert not (tmp_path / "index" / "index.json").exists()
-    prepare.prepare(own(mine, [row("a", "p0.png")]), tmp_path / "index", workers=0, strict=True)
 
 
 @pytest.mark.parametrize(
@@ -370,147 +382,6 @@ def test_one_writer(mine, tmp_path):
     config = own(mine, [row("a", "p0.png")])
     with run.held(tmp_path / "index"), pytest.raises(ValueError, match="another prepare is writing"):
         prepare.prepare(config, tmp_path / "index", workers=0)
-
-
-# --- interruptions ----------------------------------------------------------------------------------------------------
-
-KILLED = """
-import os, pickle, signal, sys
-from input_pipeline import prepare
-from input_pipeline.prepare import journal
-
-config, out, workers, appends = pickle.load(sys.stdin.buffer)
-append = journal.Journal.append
-
-def and_die(self, *args):
-    global appends
-    append(self, *args)
-    appends -= 1
-    if not appends:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-journal.Journal.append = and_die
-if __name__ == "__main__":
-    prepare.prepare(config, out, workers=workers)
-"""
-
-
-def killed(config: DataConfig, out: Path, workers: int, appends: int) -> None:
-    """A run that SIGKILLs itself when so many chunks stand in the journal."""
-    import pickle
-
-    root = Path(prepare.__file__).parents[2]
-    ended = subprocess.run(
-        [sys.executable, "-c", KILLED], input=pickle.dumps((config, out, workers, appends)), cwd=root, timeout=120
-    )
-    assert ended.returncode == -signal.SIGKILL
-
-
-def test_killed_in_the_middle_it_goes_on_where_it_was(indexed, tmp_path, monkeypatch):
-    config, unbroken, _ = indexed
-    out = tmp_path / "index"
-    killed(config, out, workers=1, appends=2)
-    journal = [json.loads(line) for line in (out / ".progress").read_text().splitlines()]
-    finished = {line[1] for line in journal if isinstance(line, list)}
-    assert not (out / "index.json").exists() and 0 < len(finished) < 56
-    with open(out / ".progress", "a") as torn:  # killed in the middle of a line
-        torn.write('["/data", "scans/tr')
-
-    opened = []
-    read = scans.read
-    monkeypatch.setattr(scans, "read", lambda path, **choice: opened.append(str(path)) or read(path, **choice))
-    report = prepare.prepare(config, out, workers=0)
-    assert report["reading"]["scans_read"] == len(opened) == 56 - len(finished)
-    assert not any(path.endswith(tuple(finished)) for path in opened)
-    for name in ("scans.parquet", "rows.parquet"):
-        assert (out / name).read_bytes() == (unbroken / name).read_bytes()
-    assert not (out / ".progress").exists() and Index(out).identity == Index(unbroken).identity
-
-
-def test_only_what_has_changed_is_read_again(mine, tmp_path, monkeypatch):
-    config = own(mine, [row(str(i), f"p{i}.png") for i in range(6)] + [row("x", "none.png")])
-    prepare.prepare(config, tmp_path / "index", workers=0)
-    Image.fromarray(np.eye(40, dtype=np.uint8)).save(mine / "p2.png")
-    opened = []
-    read = scans.read
-    monkeypatch.setattr(scans, "read", lambda path, **choice: opened.append(path.name) or read(path, **choice))
-    prepare.prepare(config, tmp_path / "index", workers=0)
-    assert opened == ["p2.png"]
-    assert facts(tmp_path / "index")["p2.png"]["high"] == 1
-    shutil.copy(mine / "p0.png", mine / "none.png")  # what was bad is looked at again
-    report = prepare.prepare(config, tmp_path / "index", workers=0)
-    assert opened == ["p2.png", "none.png"] and report["rows"]["bad"] == 0
-    prepare.prepare(config, tmp_path / "index", workers=0, recheck=True)
-    assert len(opened) == 2 + 7
-
-
-def test_a_series_is_read_again_when_one_of_its_files_changes(tmp_path):
-    series = tmp_path / "series"
-    series.mkdir()
-    for name in ("b", "a"):
-        (series / name).write_text(name)
-    stamp, size = checking.stamp_of(series)
-    assert size == 2 and checking.stamp_of(series) == (stamp, size)
-    import hashlib
-
-    assert checking.file_hash(series) == hashlib.sha256(b"ab").hexdigest()
-    os.utime(series / "a", (1, 1))
-    assert checking.stamp_of(series)[0] != stamp
-    (series / "c").touch()
-    (series / "a").unlink()
-    assert checking.stamp_of(series)[0] != stamp
-
-
-# --- files that end their reader --------------------------------------------------------------------------------------
-
-
-def sabotage() -> None:
-    """In the workers' keeper: two files that end whoever reads them."""
-    read = scans.read
-
-    def reading(path, **choice):
-        if path.name == "p1.png":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if path.name == "p3.png":
-            signal.pause()
-        return read(path, **choice)
-
-    scans.read = reading
-
-
-def test_a_file_that_ends_its_reader_is_in_quarantine(mine, tmp_path, monkeypatch):
-    monkeypatch.setattr(checking, "nothing", sabotage)
-    config = own(mine, [row(str(i), f"p{i}.png") for i in range(6)], worker_timeout=1.5)
-    said = []
-    report = prepare.prepare(config, tmp_path / "index", workers=1, said=said.append)
-    found = facts(tmp_path / "index")
-    assert {name for name, line in found.items() if line["fault"]} == {"p1.png", "p3.png"}
-    assert "was ended" in found["p1.png"]["reason"] and "hung" in found["p3.png"]["reason"]
-    assert report["rows"] == {"good": 4, "bad": 2, "not_opened": 0} and report["reading"]["workers_ended"] == 2
-    assert len(said) == 2 and "p1.png" in said[0] and "p3.png" in said[1]
-    monkeypatch.undo()
-    again = prepare.prepare(config, tmp_path / "index", workers=0)  # it may have been the machine: tried again
-    assert again["rows"]["bad"] == 0 and again["reading"]["scans_read"] == 2
-
-
-def nothing() -> None:
-    pass
-
-
-def crash(state, items):
-    from input_pipeline import workers
-
-    for item in items:
-        workers.at(item)
-        os._exit(1)
-
-
-def test_too_many_deaths_end_the_run(monkeypatch):
-    monkeypatch.setattr(tasks, "MAX_DEATHS", 1)
-    with tasks.Team(nothing, 1, 10.0) as team, pytest.raises(WorkerError, match="at b"):
-        given = team.map(crash, ["a", "b", "c"], 1, label=str, failed=lambda item, reason: item.upper())
-        assert next(given) == (["a"], ["A"])
-        next(given)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

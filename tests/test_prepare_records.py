@@ -1,11 +1,14 @@
 """Records: the volumes of `prepare_volume` bit for bit, and none of them half written, damaged or of another kind."""
 
+# ruff: noqa: F811 (fixtures that are imported)
+
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
 import pickle
+import resource
 import shutil
 import signal
 import subprocess
@@ -111,10 +114,11 @@ def test_it_survives_a_fork(written):
     directory, volumes = written
     opened = Records(directory)
     opened[0]
+    before = opened._readers[0]
     pid = os.fork()
     if pid == 0:
         same = all((opened[i].voxels == volumes[i].voxels).all() for i in range(10))
-        os._exit(0 if same else 1)
+        os._exit(0 if same and opened._readers[0] is not before else 1)
     assert os.waitpid(pid, 0)[1] == 0
 
 
@@ -162,7 +166,7 @@ def test_damage_is_an_error_with_the_file(written, tmp_path):
 
 
 @pytest.mark.parametrize("storage", ["uint8", "int16"])
-def test_records_are_the_volumes_of_training(practice, tmp_path, storage):  # noqa: F811
+def test_records_are_the_volumes_of_training(practice, tmp_path, storage):
     out = tmp_path / "index"
     config = config_of(practice, storage=storage, depth=12)
     report = prepare.prepare(config, out, workers=0, records=True)
@@ -177,7 +181,7 @@ def test_records_are_the_volumes_of_training(practice, tmp_path, storage):  # no
     assert described["storage"] == storage and described["records"] == len(opened)
 
 
-def test_identical_scans_share_a_record(mine, tmp_path):  # noqa: F811
+def test_identical_scans_share_a_record(mine, tmp_path):
     shutil.copy(mine / "p0.png", mine / "again.png")
     seen = {"path": "ct.nii.gz", "window": "lung"}
     config = own(mine, [row("a", "p0.png", "again.png"), row("b", "ct.nii.gz", seen), row("c", "none.png")])
@@ -210,7 +214,7 @@ prepare.prepare(config, out, workers=0, records=True)
 """
 
 
-def test_killed_within_a_shard_it_goes_on_with_the_last_whole_one(practice, tmp_path, monkeypatch):  # noqa: F811
+def test_killed_within_a_shard_it_goes_on_with_the_last_whole_one(practice, tmp_path, monkeypatch):
     config, out, unbroken = config_of(practice), tmp_path / "index", tmp_path / "unbroken"
     monkeypatch.setattr(records, "SHARD_BYTES", 40_000)
     prepare.prepare(config, unbroken, workers=2, records=True)
@@ -233,7 +237,25 @@ def test_killed_within_a_shard_it_goes_on_with_the_last_whole_one(practice, tmp_
         assert (out / "records" / shard_name(i)).read_bytes() == (unbroken / "records" / shard_name(i)).read_bytes()
 
 
-def test_an_edited_scan_gets_another_record(mine, tmp_path):  # noqa: F811
+def test_a_full_disk(mine, tmp_path):
+    """The error names the file; with room again the run goes on."""
+    config, out = own(mine, [row(str(i), f"p{i}.png") for i in range(6)]), tmp_path / "index"
+    pid = os.fork()
+    if pid == 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))
+        try:
+            prepare.prepare(config, out, workers=0, records=True)
+        except OSError as error:
+            (tmp_path / "said").write_text(str(error))
+        os._exit(0)
+    os.waitpid(pid, 0)
+    assert "records/volumes-scans.array_record-00000.partial cannot be written" in (tmp_path / "said").read_text()
+    prepare.prepare(config, out, workers=0, records=True)
+    assert len(Records(out / "records")) == 6
+    assert not [name for name in os.listdir(out / "records") if name.endswith(".partial")]
+
+
+def test_an_edited_scan_gets_another_record(mine, tmp_path):
     config, out = own(mine, [row("a", "p0.png"), row("b", "p1.png")]), tmp_path / "index"
     prepare.prepare(config, out, workers=0, records=True)
     before = facts(out)
@@ -247,7 +269,7 @@ def test_an_edited_scan_gets_another_record(mine, tmp_path):  # noqa: F811
     assert report["records"]["unused"] == 0 and len(Records(out / "records")) == 2
 
 
-def test_records_of_another_kind_are_refused(mine, tmp_path):  # noqa: F811
+def test_records_of_another_kind_are_refused(mine, tmp_path):
     config, out = own(mine, [row("a", "p0.png")]), tmp_path / "index"
     prepare.prepare(config, out, workers=0, records=True)
     other = dataclasses.replace(config, storage="int16", depth=32)
@@ -265,14 +287,14 @@ def test_records_of_another_kind_are_refused(mine, tmp_path):  # noqa: F811
     assert not (out / "records").exists() and facts(out)["p0.png"]["record"] == -1
 
 
-def test_records_for_an_index_that_has_none(mine, tmp_path):  # noqa: F811
+def test_records_for_an_index_that_has_none(mine, tmp_path):
     config, out = own(mine, [row("a", "p0.png")]), tmp_path / "index"
     prepare.prepare(config, out, workers=0)
     report = prepare.prepare(config, out, workers=0, records=True)
     assert report["reading"]["scans_read"] == 1 and facts(out)["p0.png"]["record"] == 0
 
 
-def test_released_volumes_have_no_records(mine, tmp_path):  # noqa: F811
+def test_released_volumes_have_no_records(mine, tmp_path):
     config = own(mine, [row("a", "p0.png")], preprocess="released", storage="float32", patch_length=1024, planes=4096)
     with pytest.raises(ValueError, match="--records"):
         prepare.prepare(config, tmp_path / "index", workers=0, records=True)

@@ -19,7 +19,7 @@ import pytest
 from input_pipeline.samples import RowError
 from input_pipeline.workers import Pool, WorkerError, at
 
-# --- what the workers run: found there by import ---
+# --- what the workers run: found there by import ----------------------------------------------------------------------
 
 
 def make(base: int = 10) -> dict:
@@ -117,7 +117,7 @@ def gone(process_ids, seconds: float = 10.0) -> bool:
     return False
 
 
-# --- all is well ---
+# --- all is well ------------------------------------------------------------------------------------------------------
 
 
 def test_results_belong_to_their_tasks(pool):
@@ -149,7 +149,7 @@ def test_without_workers_everything_happens_here_when_it_is_asked_for():
             never.result()
 
 
-# --- errors ---
+# --- errors -----------------------------------------------------------------------------------------------------------
 
 
 def test_an_error_arrives_as_it_was_raised(pool):
@@ -208,7 +208,7 @@ def test_what_make_raises_arrives():
         Pool(make_and_die, workers=1)
 
 
-# --- nothing is left behind ---
+# --- nothing is left behind -------------------------------------------------------------------------------------------
 
 
 def test_close_leaves_nothing():

@@ -155,7 +155,8 @@ def decode(path, picture: Image.Image) -> np.ndarray:
             full = picture.convert("RGBA")
             opaque(path, np.asarray(full.getchannel("A")), 255)
             return np.asarray(full.convert("RGB").getchannel(0) if gray else full.convert("RGB"))
-        return np.asarray(picture.convert("L" if picture.mode in GRAY_MODES else "RGB"))
+        mode = "L" if picture.mode in GRAY_MODES else "RGB"
+        return np.asarray(picture if picture.mode == mode else picture.convert(mode))  # convert always copies
 
 
 def header(path, *, limits: Limits) -> Header:

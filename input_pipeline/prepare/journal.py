@@ -1,0 +1,146 @@
+"""What is known of scans from before: the last index in a directory, and what a run that was ended had finished.
+
+scans.parquet   of the last complete run; its metadata has what its records are
+.progress       JSON Lines, appended and flushed while scans are read:
+                  {"version": 1}                  how to read the rest
+                  {"shard": 3, "length": 64}      a shard of the records that is complete
+                  ["/data", "ct.nii.gz", ...]     checking.ScanFacts
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from input_pipeline.prepare.checking import Key, ScanFacts
+
+VERSION = 1  # raise it when scans are read or converted otherwise than before
+METADATA = b"prepare"
+OURS = frozenset(
+    "index.json scans.parquet rows.parquet quarantine.jsonl duplicates.jsonl leaks.jsonl summary.txt summary.json "
+    "summary.png records .progress .lock".split()
+)
+
+
+@contextlib.contextmanager
+def held(directory: Path) -> Iterator[None]:
+    """Makes the directory and keeps other writers out of it; the operating system ends that with the process.
+
+    Raises:
+      ValueError: another process writes to it, or something else lies there.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    foreign = sorted(f.name for f in directory.iterdir() if f.name.removesuffix(".partial") not in OURS)
+    if foreign:
+        shown = ", ".join(foreign[:5]) + (f" and {len(foreign) - 5} more" if len(foreign) > 5 else "")
+        raise ValueError(f"{directory} holds what is no index ({shown}): choose a directory of its own for --out")
+    with open(directory / ".lock", "w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another prepare is writing {directory}: wait for it, or end it first") from None
+        yield
+
+
+class Journal:
+    """Facts of scans by key, as far as they are known, and the lengths of the records' shards.
+
+    Attributes:
+      known: facts that need not be found again while their stamp holds.
+      shards: lengths of the complete shards.
+      settings: what the records are (`data.storage` and the sizes); None where there are none.
+    """
+
+    def __init__(self, directory: Path):
+        self.file = directory / ".progress"
+        self.known: dict[Key, ScanFacts] = {}
+        self.shards: list[int] = []
+        self.settings: dict | None = None
+        self._read_last(directory / "scans.parquet")
+        self._read_progress()
+        self._opened = None
+
+    def _read_last(self, file: Path) -> None:
+        if not file.is_file():
+            return
+        table = pq.read_table(file, use_threads=False)
+        last = json.loads((table.schema.metadata or {}).get(METADATA, b"{}"))
+        if last.get("version") != VERSION:
+            return
+        self.shards, self.settings = list(last["shards"]), last["records"]
+        columns = [table[name] for name in ScanFacts._fields]
+        for batch in pa.table(columns, names=ScanFacts._fields).to_batches(4096):
+            for values in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+                facts = ScanFacts(*values)
+                # A bad one is looked at again: it is a new decoder, perhaps, that this run is about.
+                if facts.stamp and not facts.fault:
+                    self.known[facts.key] = facts
+
+    def _read_progress(self) -> None:
+        if not self.file.is_file():
+            return
+        whole = 0
+        with open(self.file, "rb") as lines:
+            for number, line in enumerate(lines):
+                try:
+                    value = json.loads(line) if line.endswith(b"\n") else None
+                    if value is None or (number == 0 and value["version"] != VERSION):
+                        break
+                    if isinstance(value, dict) and "shard" in value:
+                        del self.shards[value["shard"] :]
+                        self.shards.append(value["length"])
+                    elif isinstance(value, dict):
+                        self.settings = value.get("records", self.settings)
+                    else:
+                        facts = ScanFacts(*value)
+                        if facts.stamp:
+                            self.known[facts.key] = facts
+                except (ValueError, TypeError, LookupError):
+                    break
+                whole += len(line)
+        os.truncate(self.file, whole)  # a kill in the middle of a line: what follows would be glued to it
+
+    def start(self, settings: dict | None) -> None:
+        """Opens the file to append to."""
+        self.settings = settings
+        empty = not self.file.is_file() or not self.file.stat().st_size
+        self._opened = open(self.file, "a", encoding="utf-8")
+        if empty:
+            self._write({"version": VERSION})
+        if settings is not None:
+            self._write({"records": settings})
+
+    def append(self, facts: Sequence[ScanFacts], shards: Sequence[int] = ()) -> None:
+        """Notes what is finished; `shards` are all that are complete now."""
+        values: list = [{"shard": n, "length": shards[n]} for n in range(len(self.shards), len(shards))]
+        self.shards += shards[len(self.shards) :]
+        self._write(*values, *facts)
+
+    def _write(self, *values) -> None:
+        try:
+            self._opened.write("".join(json.dumps(value, separators=(",", ":")) + "\n" for value in values))
+            self._opened.flush()
+        except OSError as error:  # which does not say where the disk is full
+            raise OSError(error.errno, error.strerror, str(self.file)) from error
+
+    def close(self) -> None:
+        if self._opened is not None:
+            self._opened.close()
+
+    def metadata(self) -> dict[bytes, bytes]:
+        """For the schema of scans.parquet."""
+        last = {"version": VERSION, "records": self.settings, "shards": self.shards}
+        return {METADATA: json.dumps(last).encode()}
+
+    def forget(self, directory: Path) -> None:
+        """As if nothing had ever been read."""
+        for name in ("index.json", ".progress", "scans.parquet"):
+            (directory / name).unlink(missing_ok=True)
+        self.known, self.shards, self.settings = {}, [], None

@@ -1,0 +1,353 @@
+"""From a config to an index directory: tables, scans, rows, reports."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from input_pipeline import index
+from input_pipeline.config import DataConfig
+from input_pipeline.prepare import checking, findings, summary, writing
+from input_pipeline.prepare.checking import Conversion, Problem, RowFacts, ScanFacts
+from input_pipeline.prepare.findings import Findings
+from input_pipeline.prepare.journal import Journal, held
+from input_pipeline.prepare.tasks import Team
+from input_pipeline.sources import tokenizer_of
+from input_pipeline.workers import WorkerError
+
+SCAN_CHUNK = 16
+RECORD_CHUNK = 4  # volumes travel between processes: few at a time
+ROW_CHUNK = 128
+
+# (what is done, how many in all) -> a function that is told how many more are done, and the count of bad ones
+Progress = Callable[[str, str, int | None], Callable[[int, int], None]]
+
+
+class Refused(Exception):
+    """Everything was read and the reports are written, but not index.json, for these reasons."""
+
+    def __init__(self, reasons: list[str], report: dict):
+        self.reasons, self.report = reasons, report
+        super().__init__("; ".join(reasons))
+
+
+def prepare(
+    config: DataConfig,
+    directory: Path | str,
+    *,
+    records: bool = False,
+    workers: int | None = None,
+    recheck: bool = False,
+    strict: bool = False,
+    allow_leaks: bool = False,
+    progress: Progress = lambda *_: lambda *_: None,
+    said: Callable[[str], None] = lambda _: None,
+) -> dict:
+    """Reads everything that `config.train` and `config.test` name and writes the index.
+
+    A run that is ended in the middle goes on where it was; scans whose files have not changed are not read again.
+    The result does not depend on `workers`, nor on how often the run was ended, except for where shards of records end.
+
+    Args:
+      records: write the volumes at their final size as well.
+      workers: processes; None: the cores this process may use; 0: none beside this one.
+      recheck: read everything again, as if the directory were empty.
+      strict: refuse anything in quarantine. allow_leaks: do not refuse leaks.
+      progress, said: see `Progress`; told of workers that ended.
+    Returns:
+      The summary (summary.json).
+    Raises:
+      Refused: a leak between the splits, or with `strict` anything in quarantine.
+      ValueError: a table or tokenizer that cannot be read, a directory that is not ours or in use.
+      WorkerError: too many files end the process that reads them.
+    """
+    directory, started = Path(directory).absolute(), time.monotonic()
+    if workers is None:
+        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if not config.sources():
+        raise ValueError("data.train and data.test name no source")
+    if records and config.preprocess == "released":
+        raise ValueError("--records holds volumes of data.preprocess='paper'; 'released' reads the scans' files")
+    tokenizer = tokenizer_of(config)
+    checksums = _checksums(config)
+    with held(directory):
+        journal = Journal(directory)
+        settings = _record_settings(config) if records else None
+        _prepare_records(directory, journal, settings, recheck)
+        if recheck:
+            journal.forget(directory)
+        team = functools.partial(_team, config, workers, said)
+        done = progress("opening the tables", "tables", None)
+        with team(functools.partial(checking.open_tables, config.to_dict())) as tables:
+            found = Findings(config, tables.call("the tables", checking.describe), checksums)
+            done(len(found.tables), 0)
+            _list_scans(found, tables, progress)
+            journal.start(settings)
+            try:
+                with team(checking.nothing) as readers:
+                    reading = _Reading(found, journal, directory, settings, readers)
+                    reading.run(progress)
+            finally:
+                journal.close()
+            _encode(found, tables, progress)
+        if _checksums(config) != checksums:
+            raise ValueError("a table was changed while it was read: run again")
+        findings.judge(found)
+        report = summary.report(found)
+        report["reading"] = {
+            "seconds": round(time.monotonic() - started, 1),
+            "workers": workers,
+            "scans_read": reading.read,
+            "scans_unchanged": len(found.scans) - reading.read,
+            "workers_ended": len(readers.deaths) + len(tables.deaths),
+        }
+        return _commit(found, journal, directory, tokenizer.fingerprint, report, strict, allow_leaks)
+
+
+def _team(config: DataConfig, workers: int, said, make) -> Team:
+    return Team(make, workers, config.worker_timeout, said)
+
+
+def _checksums(config: DataConfig) -> dict[str, str]:
+    checksums = {}
+    for name, fields in config.sources().items():
+        missing = [key for key in ("root", "table") if not fields.get(key)]
+        if missing:
+            raise ValueError(f"source {name} needs {' and '.join(missing)}")
+        table = Path(fields["root"]).absolute() / fields["table"]
+        try:
+            checksums[name] = index.table_checksum(table)
+        except OSError as error:
+            raise ValueError(f"source {name}: {table} cannot be read: {error.strerror}") from error
+    return checksums
+
+
+# --- records ----------------------------------------------------------------------------------------------------------
+
+
+def _record_settings(config: DataConfig) -> dict:
+    return {
+        "storage": config.storage, "size_2d": config.size_2d, "size_3d": config.size_3d, "depth": config.depth
+    }  # fmt: skip
+
+
+def _prepare_records(directory: Path, journal: Journal, settings: dict | None, recheck: bool) -> None:
+    """Refuses to mix records of two kinds; makes room for new ones."""
+    place = directory / "records"
+    if recheck or not journal.shards:
+        if place.exists() and (recheck or settings is not None):
+            # The index speaks of what is deleted here.
+            (directory / "index.json").unlink(missing_ok=True)
+            shutil.rmtree(place)
+        return
+    # Imported late: TFDS takes half a second, and most runs write no records.
+    from input_pipeline.records import shard_name
+
+    missing = [name for name in map(shard_name, range(len(journal.shards))) if not (place / name).is_file()]
+    if missing:
+        raise ValueError(
+            f"{place} lacks {', '.join(missing[:5])}: put them back, or write all records anew (--recheck)"
+        )
+    if settings is None:
+        raise ValueError(
+            f"{place} holds records, which this run would leave behind the index: add --records, or --recheck to "
+            "start anew without them"
+        )
+    if journal.settings != settings:
+        changed = [f"data.{k} is {v}, was {journal.settings.get(k)}" for k, v in settings.items()]
+        changed = [text for text, (k, v) in zip(changed, settings.items(), strict=True) if journal.settings.get(k) != v]
+        raise ValueError(
+            f"{place} holds records of another kind ({'; '.join(changed)}): add --recheck, or change --out"
+        )
+
+
+# --- scans ------------------------------------------------------------------------------------------------------------
+
+
+def _list_scans(found: Findings, tables: Team, progress: Progress) -> None:
+    """Fills `keys`, `owners` and `row_scans`."""
+    rows = _all_rows(found)
+    done = progress("looking through the rows", "rows", len(rows))
+    numbers: dict[checking.Key, int] = {}
+    found.row_scans = {name: [] for name in found.tables}
+    chunks = tables.map(
+        checking.list_scans,
+        rows,
+        8 * ROW_CHUNK,
+        label=lambda row: checking.row_label(*row),
+        failed=lambda row, reason: (),  # `encode_rows` meets it again, and keeps the reason
+    )
+    for items, results in chunks:
+        for (name, _), keys in zip(items, results, strict=True):
+            for key in keys:
+                if key not in numbers:
+                    numbers[key] = len(numbers)
+                    found.owners.append(name)
+            found.row_scans[name].append(tuple(numbers[key] for key in keys))
+        done(len(items), 0)
+    found.keys = list(numbers)
+
+
+def _all_rows(found: Findings) -> list[tuple[str, int]]:
+    return [(name, row) for name, table in found.tables.items() for row in range(table.rows)]
+
+
+class _Reading:
+    """Reads what is not known yet, and writes down what it finds as it goes.
+
+    Attributes:
+      read: scans that were read (the others had not changed).
+    """
+
+    def __init__(self, found: Findings, journal: Journal, directory: Path, settings: dict | None, readers: Team):
+        self.found, self.journal, self.readers = found, journal, readers
+        self.conversion = Conversion(found.config.sizes, found.config.storage, settings is not None)
+        self.read = 0
+        self.finished: list[ScanFacts] = []  # not yet in the journal
+        self.writer = None
+        if settings is not None:
+            from input_pipeline import records
+
+            self.shard_bytes = records.SHARD_BYTES
+            self.writer = records.Writer(directory / "records", journal.shards)
+            # The same bytes seen through the same window give the same volume, whatever the file is called.
+            self.numbers = {_content(facts): facts.record for facts in journal.known.values() if facts.record >= 0}
+
+    def run(self, progress: Progress) -> None:
+        known = [(key, self._stamp(key)) for key in self.found.keys]
+        done = progress("reading the scans", "scans", len(known))
+        chunks = self.readers.map(
+            checking.check_scans,
+            known,
+            SCAN_CHUNK if self.writer is None else RECORD_CHUNK,
+            self.conversion,
+            label=lambda item: checking.label(item[0]),
+            failed=_ended,
+        )
+        try:
+            for items, results in chunks:
+                facts = [self._take(key, *result) for (key, _), result in zip(items, results, strict=True)]
+                self.found.scans += facts
+                if self.writer is None or self.writer.size >= self.shard_bytes:
+                    self._commit()
+                done(len(items), sum(bool(f.fault) for f in facts))
+        except (KeyboardInterrupt, WorkerError):
+            self._commit()
+            raise
+        self._commit()
+        if self.writer is not None:
+            from input_pipeline import records
+
+            described = "Scans at their final size, for training; written by input_pipeline.prepare."
+            if self.writer.lengths:
+                records.describe(self.writer.directory, self.writer.lengths, described)
+
+    def _stamp(self, key: checking.Key) -> str:
+        facts = self.journal.known.get(key)
+        usable = facts is not None and (self.writer is None or facts.fault or facts.record >= 0)
+        return facts.stamp if usable else ""
+
+    def _take(self, key: checking.Key, facts: ScanFacts | None, record: bytes | None) -> ScanFacts:
+        if facts is None:
+            return self.journal.known[key]
+        self.read += 1
+        if record is not None:
+            content = _content(facts)
+            if content not in self.numbers:
+                self.numbers[content] = self.writer.add(record)
+            facts = facts._replace(record=self.numbers[content])
+        self.finished.append(facts)
+        return facts
+
+    def _commit(self) -> None:
+        lengths = ()
+        if self.writer is not None:
+            self.writer.commit()
+            lengths = self.writer.lengths
+        self.journal.append(self.finished, lengths)
+        self.finished = []
+
+
+def _content(facts: ScanFacts) -> tuple[str, int, str]:
+    return facts.sha256, facts.volume, facts.window
+
+
+def _ended(item: tuple[checking.Key, str], reason: str) -> tuple[ScanFacts, None]:
+    remedy = "open it by hand; with little memory use fewer --workers, with slow files a longer data.worker_timeout"
+    return ScanFacts(*item[0], fault="damaged", reason=reason, remedy=remedy), None
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def _encode(found: Findings, tables: Team, progress: Progress) -> None:
+    """Fills `rows`."""
+    rows = _all_rows(found)
+    done = progress("encoding the rows", "rows", len(rows))
+    found.rows = {name: [] for name in found.tables}
+
+    def failed(row: tuple[str, int], reason: str) -> RowFacts:
+        name, number = row
+        problem = Problem(found.tables[name].file, f"number {number}", reason, "remove the row")
+        return RowFacts(problem.row, problem=problem)
+
+    label = lambda row: checking.row_label(*row)  # noqa: E731
+    for items, results in tables.map(checking.encode_rows, rows, ROW_CHUNK, label=label, failed=failed):
+        for (name, _), facts in zip(items, results, strict=True):
+            found.rows[name].append(facts)
+        done(len(items), sum(facts.problem is not None for facts in results))
+
+
+# --- the end ----------------------------------------------------------------------------------------------------------
+
+
+def _commit(
+    found: Findings, journal: Journal, directory: Path, tokenizer: str, report: dict, strict: bool, allow_leaks: bool
+) -> dict:
+    """Writes everything. index.json is deleted before anything it speaks of is replaced, and written last."""
+    (directory / "index.json").unlink(missing_ok=True)
+    scans = writing.write_scans(directory / "scans.parquet", found, journal.metadata())
+    journal.file.unlink(missing_ok=True)
+    rows = writing.write_rows(directory / "rows.parquet", found)
+    bad = writing.write_lines(directory / "quarantine.jsonl", findings.quarantine(found))
+    writing.write_lines(directory / "duplicates.jsonl", findings.duplicates(found))
+    leaks = list(findings.leaks(found))
+    writing.write_lines(directory / "leaks.jsonl", leaks)
+    report["quarantine"] = bad
+    report["leaks"] = {kind: sum(leak["kind"] == kind for leak in leaks) for kind in ("study", "scan")}
+    if journal.settings is not None:
+        used = len({scan.record for scan in found.scans if scan.record >= 0})
+        place = directory / "records"
+        report["records"] = journal.settings | {
+            "shards": len(journal.shards),
+            "records": sum(journal.shards),
+            "unused": sum(journal.shards) - used,
+            "bytes": sum(f.stat().st_size for f in place.iterdir() if f.is_file()),
+        }
+    reasons = []
+    if leaks and not allow_leaks:
+        counted = f"studies: {report['leaks']['study']:,}, scans: {report['leaks']['scan']:,}"
+        reasons.append(f"train and test share some ({counted}), see {directory / 'leaks.jsonl'}")
+    if bad and strict:
+        reasons.append(f"--strict, and there is something in {directory / 'quarantine.jsonl'} (lines: {bad:,})")
+    report["refused"] = reasons
+    writing.write_text(directory / "summary.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    writing.write_text(directory / "summary.txt", summary.text(report))
+    with writing.replacing(directory / "summary.png") as partial:
+        # Imported late: matplotlib takes a second, which no worker needs to spend.
+        from input_pipeline.prepare import picture
+
+        picture.draw(report, partial)
+    if reasons:
+        raise Refused(reasons, report)
+    counts = {key: report[key] for key in ("rows", "scans", "quarantine", "leaks")}
+    described = writing.index_json(found, journal, scans, rows, tokenizer, counts)
+    writing.write_text(
+        directory / "index.json", json.dumps(described, indent=1, ensure_ascii=False, default=list) + "\n"
+    )
+    return report

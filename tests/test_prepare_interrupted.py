@@ -1,0 +1,168 @@
+"""Runs of `prepare` that are ended, by whatever means, and go on; files that end their reader; files that change."""
+
+# ruff: noqa: F811 (fixtures that are imported)
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_prepare import facts, indexed, mine, no_picture, own, practice, row  # noqa: F401
+
+from input_pipeline import prepare, scans, workers
+from input_pipeline.config import DataConfig
+from input_pipeline.index import Index
+from input_pipeline.prepare import checking, tasks
+from input_pipeline.workers import WorkerError
+
+# --- interruptions ----------------------------------------------------------------------------------------------------
+
+KILLED = """
+import os, pickle, signal, sys
+from input_pipeline import prepare
+from input_pipeline.prepare import journal
+
+config, out, workers, appends = pickle.load(sys.stdin.buffer)
+append = journal.Journal.append
+
+def and_die(self, *args):
+    global appends
+    append(self, *args)
+    appends -= 1
+    if not appends:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+journal.Journal.append = and_die
+if __name__ == "__main__":
+    prepare.prepare(config, out, workers=workers)
+"""
+
+
+def killed(config: DataConfig, out: Path, workers: int, appends: int) -> None:
+    """A run that SIGKILLs itself when so many chunks stand in the journal."""
+    root = Path(prepare.__file__).parents[2]
+    ended = subprocess.run(
+        [sys.executable, "-c", KILLED], input=pickle.dumps((config, out, workers, appends)), cwd=root, timeout=120
+    )
+    assert ended.returncode == -signal.SIGKILL
+
+
+def test_killed_in_the_middle_it_goes_on_where_it_was(indexed, tmp_path, monkeypatch):
+    """Killed after two chunks of 16 scans, in the middle of a line; and again after the third."""
+    config, unbroken, _ = indexed
+    out = tmp_path / "index"
+    finished = [0]
+    for workers, appends in ((1, 2), (0, 3)):
+        killed(config, out, workers, appends)
+        assert not (out / "index.json").exists()
+        journal = [json.loads(line) for line in (out / ".progress").read_text().splitlines()]
+        names = {line[1] for line in journal if isinstance(line, list)}
+        finished.append(len(names))
+        if workers:
+            with open(out / ".progress", "a") as torn:
+                torn.write('["/data", "scans/tr')
+    assert finished == [0, 32, 48]
+
+    opened = []
+    read = scans.read
+    monkeypatch.setattr(scans, "read", lambda path, **choice: opened.append(str(path)) or read(path, **choice))
+    report = prepare.prepare(config, out, workers=0)
+    assert report["reading"]["scans_read"] == len(opened) == 56 - finished[2]
+    assert not any(path.endswith(tuple(names)) for path in opened)
+    for name in ("scans.parquet", "rows.parquet"):
+        assert (out / name).read_bytes() == (unbroken / name).read_bytes()
+    assert not (out / ".progress").exists() and Index(out).identity == Index(unbroken).identity
+
+
+def test_only_what_has_changed_is_read_again(mine, tmp_path, monkeypatch):
+    Image.fromarray(np.zeros((40, 40), np.uint8)).save(mine / "flat.png")
+    rows = [row(str(i), f"p{i}.png") for i in range(6)] + [row("x", "none.png"), row("y", "flat.png")]
+    config = own(mine, rows)
+    prepare.prepare(config, tmp_path / "index", workers=0)
+    Image.fromarray(np.eye(40, dtype=np.uint8)).save(mine / "p2.png")
+    opened = []
+    read = scans.read
+    monkeypatch.setattr(scans, "read", lambda path, **choice: opened.append(path.name) or read(path, **choice))
+    prepare.prepare(config, tmp_path / "index", workers=0)
+    assert opened == ["p2.png", "flat.png"]  # what is bad is looked at again
+    assert facts(tmp_path / "index")["p2.png"]["high"] == 1
+    shutil.copy(mine / "p0.png", mine / "none.png")
+    report = prepare.prepare(config, tmp_path / "index", workers=0)
+    assert opened[2:] == ["none.png", "flat.png"] and report["rows"]["bad"] == 1
+    prepare.prepare(config, tmp_path / "index", workers=0, recheck=True)
+    assert len(opened) == 4 + 8
+
+
+def test_a_series_is_read_again_when_one_of_its_files_changes(tmp_path):
+    series = tmp_path / "series"
+    series.mkdir()
+    for name in ("b", "a"):
+        (series / name).write_text(name)
+    stamp, size = checking.stamp_of(series)
+    assert size == 2 and checking.stamp_of(series) == (stamp, size)
+    assert checking.file_hash(series) == hashlib.sha256(b"ab").hexdigest()
+    os.utime(series / "a", (1, 1))
+    assert checking.stamp_of(series)[0] != stamp
+    (series / "c").touch()
+    (series / "a").unlink()
+    assert checking.stamp_of(series)[0] != stamp
+
+
+# --- files that end their reader --------------------------------------------------------------------------------------
+
+
+def sabotage() -> None:
+    """In the workers' keeper: two files that end whoever reads them."""
+    read = scans.read
+
+    def reading(path, **choice):
+        if path.name == "p1.png":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if path.name == "p3.png":
+            signal.pause()
+        return read(path, **choice)
+
+    scans.read = reading
+
+
+def test_a_file_that_ends_its_reader_is_in_quarantine(mine, tmp_path, monkeypatch):
+    monkeypatch.setattr(checking, "nothing", sabotage)
+    config = own(mine, [row(str(i), f"p{i}.png") for i in range(6)], worker_timeout=3.0)
+    said = []
+    report = prepare.prepare(config, tmp_path / "index", workers=1, said=said.append)
+    found = facts(tmp_path / "index")
+    assert {name for name, line in found.items() if line["fault"]} == {"p1.png", "p3.png"}
+    assert "was ended" in found["p1.png"]["reason"] and "hung" in found["p3.png"]["reason"]
+    assert report["rows"] == {"good": 4, "bad": 2, "not_opened": 0} and report["reading"]["workers_ended"] == 2
+    assert len(said) == 2 and "p1.png" in said[0] and "p3.png" in said[1]
+    monkeypatch.undo()
+    again = prepare.prepare(config, tmp_path / "index", workers=0)  # it may have been the machine: tried again
+    assert again["rows"]["bad"] == 0 and again["reading"]["scans_read"] == 2
+
+
+def nothing() -> None:
+    pass
+
+
+def crash(state, items):
+    for item in items:
+        workers.at(item)
+        os._exit(1)
+
+
+def test_too_many_deaths_end_the_run(monkeypatch):
+    monkeypatch.setattr(tasks, "MAX_DEATHS", 1)
+    with tasks.Team(nothing, 1, 10.0) as team, pytest.raises(WorkerError, match="at b"):
+        given = team.map(crash, ["a", "b", "c"], 1, label=str, failed=lambda item, reason: item.upper())
+        assert next(given) == (["a"], ["A"])
+        next(given)
