@@ -62,13 +62,13 @@ def test_killed_in_the_middle_it_goes_on_where_it_was(indexed, tmp_path, monkeyp
     config, unbroken, _ = indexed
     out = tmp_path / "index"
     finished = [0]
-    for workers, appends in ((1, 2), (0, 3)):
-        killed(config, out, workers, appends)
+    for processes, appends in ((1, 2), (0, 3)):
+        killed(config, out, processes, appends)
         assert not (out / "index.json").exists()
         journal = [json.loads(line) for line in (out / ".progress").read_text().splitlines()]
         names = {line[1] for line in journal if isinstance(line, list)}
         finished.append(len(names))
-        if workers:
+        if processes:
             with open(out / ".progress", "a") as torn:
                 torn.write('["/data", "scans/tr')
     assert finished == [0, 32, 48]
@@ -122,12 +122,10 @@ def test_a_series_is_read_again_when_one_of_its_files_changes(tmp_path):
 
 
 def sabotage() -> None:
-    """In the workers' keeper: two files that end whoever reads them."""
+    """In the workers' keeper: a file that hangs whoever reads it."""
     read = scans.read
 
     def reading(path, **choice):
-        if path.name == "p1.png":
-            os.kill(os.getpid(), signal.SIGKILL)
         if path.name == "p3.png":
             signal.pause()
         return read(path, **choice)
@@ -135,19 +133,19 @@ def sabotage() -> None:
     scans.read = reading
 
 
-def test_a_file_that_ends_its_reader_is_in_quarantine(mine, tmp_path, monkeypatch):
+def test_a_file_that_hangs_its_reader_is_in_quarantine(mine, tmp_path, monkeypatch):
     monkeypatch.setattr(checking, "nothing", sabotage)
     config = own(mine, [row(str(i), f"p{i}.png") for i in range(6)], worker_timeout=3.0)
     said = []
     report = prepare.prepare(config, tmp_path / "index", workers=1, said=said.append)
     found = facts(tmp_path / "index")
-    assert {name for name, line in found.items() if line["fault"]} == {"p1.png", "p3.png"}
-    assert "was ended" in found["p1.png"]["reason"] and "hung" in found["p3.png"]["reason"]
-    assert report["rows"] == {"good": 4, "bad": 2, "not_opened": 0} and report["reading"]["workers_ended"] == 2
-    assert len(said) == 2 and "p1.png" in said[0] and "p3.png" in said[1]
+    assert {name: line["fault"] for name, line in found.items() if line["fault"]} == {"p3.png": "damaged"}
+    assert "hung" in found["p3.png"]["reason"] and "data.worker_timeout" in found["p3.png"]["remedy"]
+    assert report["rows"] == {"good": 5, "bad": 1, "not_opened": 0} and report["reading"]["workers_ended"] == 1
+    assert len(said) == 1 and "p3.png" in said[0]
     monkeypatch.undo()
     again = prepare.prepare(config, tmp_path / "index", workers=0)  # it may have been the machine: tried again
-    assert again["rows"]["bad"] == 0 and again["reading"]["scans_read"] == 2
+    assert again["rows"]["bad"] == 0 and again["reading"]["scans_read"] == 1
 
 
 def nothing() -> None:
@@ -157,12 +155,17 @@ def nothing() -> None:
 def crash(state, items):
     for item in items:
         workers.at(item)
-        os._exit(1)
+        if item.isupper():
+            os._exit(1)
+    return [item * 2 for item in items]
 
 
-def test_too_many_deaths_end_the_run(monkeypatch):
+def test_what_ends_a_worker_is_passed_over_until_it_happens_too_often(monkeypatch):
+    """The items beside it, before and behind, have their results, in order."""
     monkeypatch.setattr(tasks, "MAX_DEATHS", 1)
-    with tasks.Team(nothing, 1, 10.0) as team, pytest.raises(WorkerError, match="at b"):
-        given = team.map(crash, ["a", "b", "c"], 1, label=str, failed=lambda item, reason: item.upper())
-        assert next(given) == (["a"], ["A"])
+    with tasks.Team(nothing, 1, 20.0) as team, pytest.raises(WorkerError, match="at C") as error:
+        given = team.map(crash, ["a", "B", "b", "c", "C"], 3, label=str, failed=lambda item, reason: reason)
+        items, (first, second, third) = next(given)
+        assert items == ["a", "B", "b"] and (first, third) == ("aa", "bb") and "was ended" in second
         next(given)
+    assert "more than 1 items" in error.value.__notes__[0]
