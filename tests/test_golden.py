@@ -78,7 +78,14 @@ PADDED = dict.fromkeys(("p1_2d_s1", "p2_3d_d24", "p5_noimage", "p7_3d_d12_answer
 """The cases of one scan, 2D and 3D, share a program; so padding is proved to change nothing. The others have none."""
 
 
-@pytest.fixture(scope="module", params=golden.CASES)
+# Three full-depth volumes of 1,024 patches take a minute and more; the other 3D cases have everything but the size.
+SLOW = "p3_3d_s3_d64"
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(c, marks=pytest.mark.slow if c == SLOW else ()) for c in golden.CASES],
+)
 def run(request):
     """A golden case, and the outputs of our network with its weights: one compilation serves both losses."""
     case = golden.load(request.param)

@@ -35,7 +35,7 @@ PARAMS = parity.recipe_params(CONFIG)
 # Tolerances beside the worst that was measured, on the CPU.
 ATOL = 2e-5  # outputs: scan 5e-6, remat 0, meshes 3e-6, PyTorch 1.4e-5 (values are of order 1, logits up to 10)
 LOSS_RTOL = 1e-6  # meshes 1.1e-7, rows turned 2.2e-7, PyTorch 9e-8
-GRADS = 2e-5  # of a tensor's largest value: remat 8e-7, rows turned 6e-7, meshes 5.3e-6
+GRADS = 5e-5  # of a tensor's largest value: remat 8e-7, rows turned 6e-7, meshes 5.3e-6 (2.1e-5 without fusions)
 PYTORCH_GRADS = 3e-4  # likewise: 6.3e-5
 
 
@@ -304,7 +304,9 @@ def test_parameters_are_born_sharded():
     for leaf, sharding in zip(jax.tree.leaves(params), jax.tree.leaves(shardings), strict=True):
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
     assert params["llama"]["head"].addressable_shards[0].data.shape == (32 // 2, 40 // 2)
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), fresh_params())
+    # Bit-equal with XLA's optimisations; without them, as here, the normal distribution differs in its last bit.
+    close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-6)
+    jax.tree.map(close, jax.device_get(params), fresh_params())
 
 
 # --- parity at sizes that no golden case has --------------------------------------------------------------------------

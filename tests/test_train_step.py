@@ -17,9 +17,6 @@ from radfm_jax.losses import radfm_loss
 from radfm_jax.models.radfm import RadFM
 from radfm_jax.optimizer import OptimizerConfig, merge, optimizer, schedule, split
 
-# Half of the time to compile; nothing here runs long.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 CONFIG = OptimizerConfig(learning_rate=1e-2, warmup_steps=1, clip=1.0)
 STEPS = 50
 
@@ -46,7 +43,7 @@ def setting(data, fsdp, tensor, frozen=(), devices=8):
 def compiled(data, fsdp, tensor, frozen=(), devices=8, normalise="token"):
     mesh, _, abstract, transform = setting(data, fsdp, tensor, frozen, devices)
     step = train_step.make_train_step(packed.CONFIG, transform, train_step.StepConfig(normalise=normalise, chunk=16))
-    return jit(step, donate_argnums=0, out_shardings=(train_step.shardings_of(abstract), None))
+    return jax.jit(step, donate_argnums=0, out_shardings=(train_step.shardings_of(abstract), None))
 
 
 @functools.cache
@@ -86,7 +83,7 @@ def test_a_step_is_adam_on_the_mean_of_all_weights():
         total, weight, _ = radfm_loss(RadFM(packed.CONFIG), params, rows, chunk=16)
         return total / weight
 
-    @jit
+    @jax.jit
     def by_hand(params):
         loss, grads = jax.value_and_grad(mean)(params)
         transform = optimizer(CONFIG, params, STEPS)
@@ -177,7 +174,7 @@ def test_evaluation_counts_by_task():
     """Row "AB": A is segment 1 (modality), B segment 2 (diagnosis). Its sums against the loss's own intermediates."""
     mesh, state = fresh()
     params = train_step.params_of(state)
-    evaluate = jit(train_step.make_eval_step(packed.CONFIG, train_step.StepConfig(chunk=16)))
+    evaluate = jax.jit(train_step.make_eval_step(packed.CONFIG, train_step.StepConfig(chunk=16)))
     with jax.set_mesh(mesh):
         counts = evaluate(params, batch_of(("AB", "B"), mesh=mesh))
     found = train_step.summarise(counts)
