@@ -8,7 +8,12 @@ python -m input_pipeline.inspect --config=configs/quickstart.py --out practice/p
 from ml_collections import ConfigDict
 
 from input_pipeline.config import DataConfig
-from radfm_jax.models import radfm
+from radfm_jax.experiment import CheckpointConfig, Experiment, TrainConfig
+from radfm_jax.models.llama import LlamaConfig
+from radfm_jax.models.perceiver import PerceiverConfig
+from radfm_jax.models.radfm import RadFMConfig
+from radfm_jax.models.vit3d import ViTConfig
+from radfm_jax.optimizer import OptimizerConfig
 
 
 def source(family: str, table: str, split: str, **fields) -> dict:
@@ -48,6 +53,25 @@ def data() -> DataConfig:
     )
 
 
+def model() -> RadFMConfig:
+    """About 3.4 million parameters. The vocabulary is that of the tokenizer that comes with the practice data."""
+    return RadFMConfig(
+        ViTConfig(width=96, num_layers=2, num_heads=4, head_dim=24, mlp_width=192, dropout=0.0),
+        PerceiverConfig(width=96, num_layers=2, num_heads=4, head_dim=24, mlp_factor=2),
+        LlamaConfig(vocab_size=512, width=128, mlp_width=352, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=32),
+    )
+
+
 def get_config() -> ConfigDict:
-    config = ConfigDict({"model": radfm.tiny().to_dict(), "data": data().to_dict()}, convert_dict=True)
-    return config.lock()
+    experiment = Experiment(
+        model(),
+        data(),
+        TrainConfig(
+            steps=1500, batch=4, remat="none", normalise="sqrt_sample", log_every=20, eval_every=500, chunk=128
+        ),
+        OptimizerConfig(
+            learning_rate=7e-4, warmup_steps=50, b2=0.98, final=0.05, rates={"vit/embedding/projection": 0.2}
+        ),
+        checkpoint=CheckpointConfig(save_every=250),
+    )
+    return ConfigDict(experiment.to_dict(), convert_dict=True).lock()

@@ -152,6 +152,7 @@ class RowMaker:
         """Sources with their number of good rows and their shares, and what identifies all of it."""
         sources = self.config.sources(self.split)
         return {
+            "vocab_size": self.tokenizer.vocab_size,
             "sources": {
                 name: {
                     "rows": len(good),

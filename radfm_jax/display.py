@@ -20,6 +20,11 @@ from input_pipeline.pipeline import PackingReport
 from radfm_jax.checkpoint import flatten
 
 
+def say(*what) -> None:
+    """A line, or a table, on standard error."""
+    Console(stderr=True).print(*what, highlight=False, soft_wrap=True)
+
+
 class Display:
     """Where the numbers of a run go.
 

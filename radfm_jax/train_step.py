@@ -156,7 +156,8 @@ def make_train_step(
     in a row.
 
     metrics: loss (what is minimised), weight, correct (share of the trained tokens that were the most likely ones),
-    grad_norm before clipping, finite bool, and for each task of samples.TASKS its loss and weight, float32[tasks].
+    grad_norm before clipping, finite bool, skipped steps in a row; and for each task of samples.TASKS its loss and
+    weight, float32[tasks].
     """
     network = radfm.RadFM(model)
     normalise = "token" if config.normalise == "micro_batch" else config.normalise
@@ -205,7 +206,9 @@ def make_train_step(
             "opt": kept(moments, state["opt"]),
             "skipped": jnp.where(finite, 0, state["skipped"] + 1),
         }
-        return after, {"loss": total * share, "weight": weight, "grad_norm": norm, "finite": finite, **_shares(counts)}
+        metrics = {"loss": total * share, "weight": weight, "grad_norm": norm, "finite": finite, **_shares(counts)}
+        metrics["skipped"] = after["skipped"]
+        return after, metrics
 
     return step
 

@@ -1,0 +1,404 @@
+"""`python -m radfm_jax.train --config=configs/x.py --workdir=DIR`: train, or go on where the last start was saved.
+
+A start takes, in this order: the newest step in DIR; else the parameters of `checkpoint.init_from`; else fresh ones.
+
+WORKDIR/config.json, checkpoints/     run_directory.py
+WORKDIR/metrics.jsonl, tensorboard/, curves.png     display.py
+WORKDIR/rows/PROCESS.jsonl            which samples each step saw
+WORKDIR/profile/                      with train.profile
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import dataclasses
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from input_pipeline import command_line
+from input_pipeline.pipeline import Batch, PackingReport, Rows, batches, join, prefetch
+from input_pipeline.rows import RowInfo
+from input_pipeline.samples import TASKS
+from radfm_jax import display as shown
+from radfm_jax import faults, flops, run_directory, sharding, train_step
+from radfm_jax.experiment import Experiment
+from radfm_jax.saver import Saver
+
+DESCRIPTION = """\
+Trains RadFM as a config says. Started again with the same directory, it goes on bit by bit where it was saved last.
+"""
+EPILOG = """\
+examples:
+  python -m radfm_jax.train --config=configs/quickstart.py --workdir=runs/quickstart
+  python -m radfm_jax.train --config=configs/quickstart.py --workdir=runs/slow --config.optimizer.learning_rate=1e-4
+  python -m radfm_jax.train --config=configs/x.py --workdir=runs/b --config.checkpoint.init_from=runs/a/checkpoints/500
+
+exit codes: 0 done; 75 saved after SIGTERM or Ctrl-C, start again with the same command; 70 a step was stuck; 2 a
+mistake in the config or the data, or a checkpoint that cannot be used; 1 anything else.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m radfm_jax.train",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command_line.add_config(parser)
+    parser.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="where the run is kept")
+    args, config = command_line.parse(parser, sys.argv[1:] if argv is None else argv)
+    try:
+        return train(Experiment.from_dict(config), args.workdir)
+    except ValueError as error:
+        print(f"error: {error}", *getattr(error, "__notes__", []), sep="\n", file=sys.stderr)
+        return 2
+
+
+def train(config: Experiment, workdir: Path) -> int:
+    """One start of a run; its exit code.
+
+    Raises:
+      ValueError: mistakes in the config or the data, a checkpoint that cannot be used, values that are not finite.
+      SaveError: a step could not be saved.
+    """
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, slices=config.mesh.slices)
+    where = {"batch": config.train.batch, "host": jax.process_index(), "hosts": jax.process_count()}
+    with contextlib.ExitStack() as opened:
+        stop = opened.enter_context(faults.Stop())
+        saver = opened.enter_context(
+            Saver(
+                workdir,
+                config=config.to_dict(),
+                model=config.model,
+                tokenizer=config.data.tokenizer,
+                keep_last=config.checkpoint.keep_last,
+                keep_every=config.checkpoint.keep_every,
+                best="eval/all/loss" if config.checkpoint.best and config.data.test else None,
+            )
+        )
+        rows = opened.enter_context(Rows(config.data, "train", **where))
+        check_model(config, rows)
+        steps = config.train.steps or steps_of(rows, config)
+        abstract, transform, notes = train_step.abstract_state(config.compute, config.optimizer, steps, mesh)
+        say = shown.say if jax.process_index() == 0 else lambda *_: None
+        say(shown.parameter_table(abstract))
+        say(shown.data_table(rows.description, len(rows.mixture), rows.windows))
+        programs = Programs.compile(config, abstract, transform, rows, mesh, say)
+        state, data_state = first_state(config, workdir, abstract, transform, say)
+        held_out = opened.enter_context(Rows(config.data, "test", **where, epochs=1)) if config.data.test else None
+        run = Run(config, workdir, mesh, steps, rows, held_out, programs, saver, stop)
+        return run(state, data_state)
+
+
+def check_model(config: Experiment, rows: Rows) -> None:
+    """ValueError for data that are made for another model."""
+    latents, vocabulary = config.model.num_latents, config.model.llama.vocab_size
+    if config.data.num_latents != latents:
+        raise ValueError(f"data.num_latents is {config.data.num_latents}, the model makes {latents} latents a scan")
+    pieces = rows.description["vocab_size"]
+    if pieces != vocabulary:
+        raise ValueError(f"{config.data.tokenizer} has {pieces} pieces, model.llama.vocab_size is {vocabulary}")
+
+
+def steps_of(rows: Rows, config: Experiment) -> int:
+    """Steps that `train.epochs` take, from how the first window packs."""
+    rows_an_epoch = len(rows.plan(0, 0)) * rows.windows
+    return math.ceil(config.train.epochs * rows_an_epoch / config.train.batch)
+
+
+def first_state(config: Experiment, workdir: Path, abstract: dict, transform, say) -> tuple[dict, dict | None]:
+    """The state to go on from, and where the data stood (None: at the beginning)."""
+    newest = run_directory.latest(workdir, allow_older=config.checkpoint.allow_older, warn=say)
+    if newest is not None:
+        say(f"going on from {newest}")
+        return run_directory.restore(newest, abstract, verified=True), run_directory.data_state(newest)
+    state = train_step.init_state(abstract, config.model, config.optimizer, transform, config.train.seed)
+    if config.checkpoint.init_from:
+        params, report = run_directory.init_from(config.checkpoint.init_from, state, config.model)
+        say(str(report))
+        state = train_step.with_params(state, params, config.optimizer)
+    return state, None
+
+
+# --- what is compiled -------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """Compiled before the first step for the one shape that all batches have: nothing can compile later.
+
+    Attributes:
+      step: (state, batch) -> (state, metrics). evaluate: (parameters, batch) -> sums.
+    """
+
+    step: jax.stages.Compiled
+    evaluate: jax.stages.Compiled | None
+
+    @classmethod
+    def compile(cls, config: Experiment, abstract: dict, transform, rows: Rows, mesh, say: Callable) -> Programs:
+        empty = join([(rows.empty, None)], config.data.planes).arrays
+        micro = config.train.batch // config.train.accumulation
+        where = train_step.batch_sharding(mesh)
+        batch = {
+            name: jax.ShapeDtypeStruct((config.train.accumulation, micro, *x.shape[1:]), x.dtype, sharding=where)
+            for name, x in empty.items()
+        }
+        began = time.perf_counter()
+        with jax.set_mesh(mesh):
+            step = jax.jit(
+                train_step.make_train_step(config.compute, transform, config.train.step),
+                donate_argnums=0,
+                out_shardings=(train_step.shardings_of(abstract), None),
+            )
+            compiled = step.lower(abstract, batch).compile()
+            evaluate = None
+            if config.data.test:
+                test = jax.jit(train_step.make_eval_step(config.compute, config.train.step))
+                evaluate = test.lower(train_step.params_of(abstract), batch).compile()
+        memory = compiled.memory_analysis()
+        say(
+            f"compiled in {time.perf_counter() - began:.0f} s; memory a device: "
+            f"{shown.mb(memory.argument_size_in_bytes)} state and batch, "
+            f"{shown.mb(memory.temp_size_in_bytes)} temporary; mesh {dict(mesh.shape)} over {mesh.devices.size} {mesh.devices.flat[0].device_kind} devices, "
+            f"{jax.process_count()} processes"
+        )
+        return cls(compiled, evaluate)
+
+
+# --- the loop ---------------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """The steps of one start."""
+
+    def __init__(
+        self,
+        config: Experiment,
+        workdir: Path,
+        mesh: jax.sharding.Mesh,
+        steps: int,
+        rows: Rows,
+        held_out: Rows | None,
+        programs: Programs,
+        saver: Saver,
+        stop: faults.Stop,
+    ):
+        self.config, self.workdir, self.mesh, self.steps = config, workdir, mesh, steps
+        self.rows, self.held_out, self.programs, self.saver, self.stop = rows, held_out, programs, saver, stop
+        self.report = PackingReport(config.data.text_length)
+        self.flops = flops.training(config.model, config.data.limits, config.optimizer.frozen) * config.train.batch
+        self.saved = -1
+
+    def place(self, batch: Batch) -> tuple[dict[str, jax.Array], tuple[RowInfo | None, ...]]:
+        return train_step.place(batch.arrays, self.mesh, self.config.train.accumulation), batch.rows
+
+    def __call__(self, state: dict, data_state: dict | None) -> int:
+        train = self.config.train
+        first = int(state["step"])
+        data = iter(prefetch(batches(self.rows), self.place))
+        if data_state is not None:
+            data.set_state(data_state)
+        timeout = faults.Watchdog(train.step_timeout)
+        with (
+            contextlib.closing(data),
+            contextlib.closing(shown.Display(self.workdir, first, self.steps, jax.process_index() == 0)) as display,
+            contextlib.closing(RowLog(self.workdir, first)) as log,
+            timeout,
+            jax.set_mesh(self.mesh),
+        ):
+            self.display = display
+            timing = Timing(self, display)
+            waiting: collections.deque = collections.deque()  # steps that are computing: (number, metrics, rows)
+            for step in range(first, self.steps):
+                timeout.alive(f"step {step}")
+                self.profile(step)
+                began = time.perf_counter()
+                arrays, rows = next(data)
+                timing.waited(time.perf_counter() - began)
+                log.add(step, rows)
+                self.report.add(rows)
+                with jax.transfer_guard("disallow"):
+                    state, metrics = self.programs.step(state, arrays)
+                waiting.append((step, metrics, rows))
+                if len(waiting) > 1:  # the step before, while this one computes
+                    timing.finished(*waiting.popleft())
+                number = step + 1
+                stopping = self.wanted_to_stop(number)
+                evaluating = number == self.steps or (train.eval_every and number % train.eval_every == 0)
+                saving = number == self.steps or stopping or number % self.config.checkpoint.save_every == 0
+                if evaluating or saving:
+                    while waiting:
+                        timing.finished(*waiting.popleft())
+                    found = {}
+                    if evaluating and self.held_out is not None and not stopping:
+                        timeout.alive(f"evaluation after step {number}")
+                        found = self.evaluate(state, number, timeout)
+                        stopping = self.wanted_to_stop(number)
+                    if saving or stopping or (found and self.config.checkpoint.best):
+                        timeout.alive(f"saving step {number}")
+                        self.saver.save(state, data.get_state(), metrics=found)
+                        self.saved = number
+                    timing.restart()
+                if stopping and number < self.steps:
+                    self.saver.wait()
+                    display.say(f"{self.stop.signal.name if self.stop else 'asked to stop'}: saved step {number}")
+                    return faults.REQUEUE
+            if first < self.steps:
+                display.say(shown.packing_line(self.report))
+            self.saver.wait()
+        return 0
+
+    def wanted_to_stop(self, step: int) -> bool:
+        """Whether any process was told to end; the same answer in all."""
+        if jax.process_count() == 1:
+            return bool(self.stop)
+        from jax.experimental import multihost_utils
+
+        return bool(np.max(multihost_utils.process_allgather(np.int32(bool(self.stop)))))
+
+    def evaluate(self, state: dict, step: int, timeout: faults.Watchdog) -> dict[str, float]:
+        """Metrics on the held-out rows, logged; {} if a signal cut it short."""
+        totals = None
+        data = iter(prefetch(batches(self.held_out), self.place))
+        with contextlib.closing(data):
+            for number, (arrays, _) in enumerate(limited(data, self.config.train.eval_batches)):
+                counts = self.programs.evaluate(train_step.params_of(state), arrays)
+                totals = counts if totals is None else jax.tree.map(lambda a, b: a + b, totals, counts)
+                timeout.alive(f"batch {number} of the evaluation after step {step}")
+                if jax.process_count() == 1 and self.stop:
+                    return {}
+        found = {
+            f"eval/{task}/{name}": value
+            for task, values in train_step.summarise(jax.device_get(totals)).items()
+            for name, value in values.items()
+        }
+        self.display.log(step, found)
+        exact = ", ".join(
+            f"{task} {found[f'eval/{task}/exact_match']:.1%}" for task in TASKS if f"eval/{task}/exact_match" in found
+        )
+        self.display.say(f"step {step}: held-out loss {found['eval/all/loss']:.4f}; every token right: {exact}")
+        return found
+
+    def profile(self, step: int) -> None:
+        span = self.config.train.profile
+        if span and step == span[0]:
+            jax.profiler.start_trace(str(self.workdir / "profile"))
+        if span and step == span[1]:
+            jax.profiler.stop_trace()
+
+
+def limited(data: Iterator, count: int) -> Iterator:
+    """The first `count` items, all for 0."""
+    for number, item in enumerate(data):
+        if count and number == count:
+            return
+        yield item
+
+
+class Timing:
+    """Turns finished steps into log lines, and stops the run on values that are not finite."""
+
+    def __init__(self, run: Run, display: shown.Display):
+        self.run, self.display = run, display
+        self.devices = run.mesh.devices.size
+        self.peak = flops.peak(run.mesh.devices.flat[0])
+        self.first = True
+        self.restart()
+
+    def restart(self) -> None:
+        self.began, self.wait, self.samples, self.tokens, self.steps = time.perf_counter(), 0.0, 0, 0, 0
+
+    def waited(self, seconds: float) -> None:
+        self.wait += seconds
+
+    def finished(self, step: int, metrics: dict, rows: Sequence[RowInfo | None]) -> None:
+        """Logs a step; called in order. Raises ValueError by the policy of train.nonfinite."""
+        train, number = self.run.config.train, step + 1
+        values = jax.device_get(metrics)
+        placed = [info for info in rows if info is not None]
+        self.steps += 1
+        self.samples += sum(len(info.samples) for info in placed) * jax.process_count()
+        self.tokens += sum(info.tokens for info in placed) * jax.process_count()
+        logged = {
+            "train/loss": float(values["loss"]),
+            "train/weight": float(values["weight"]),
+            "train/token_accuracy": float(values["correct"]),
+            "train/grad_norm": float(values["grad_norm"]),
+        }
+        logged |= {
+            f"train/{task}/loss": float(loss)
+            for task, loss, weight in zip(TASKS, values["task_loss"], values["task_weight"], strict=True)
+            if weight
+        }
+        line = ""
+        if number % train.log_every == 0 or number == self.run.steps or self.first:
+            self.first = False
+            seconds = max(time.perf_counter() - self.began, 1e-9)
+            speed = {
+                "speed/step_s": seconds / self.steps,
+                "speed/samples_s": self.samples / seconds,
+                "speed/tokens_s_device": self.tokens / seconds / self.devices,
+                "speed/tflops_device": self.run.flops * self.steps / seconds / self.devices / 1e12,
+                "speed/data_wait": self.wait / seconds,
+                "data/real_tokens": self.run.report.as_dict()["real tokens"],
+            }
+            if self.peak:
+                speed["speed/mfu"] = speed["speed/tflops_device"] * 1e12 / self.peak
+            logged |= speed
+            line = (
+                f"loss {logged['train/loss']:.3f}  {speed['speed/samples_s']:.1f} samples/s  "
+                f"{speed['speed/tokens_s_device']:.0f} tokens/s/device  "
+                f"{speed['speed/tflops_device']:.3g} TFLOP/s/device  "
+                + (f"MFU {speed['speed/mfu']:.1%}  " if self.peak else "")
+                + f"data wait {speed['speed/data_wait']:.0%}  real tokens {speed['data/real_tokens']:.0%}"
+            )
+            self.restart()
+        self.display.log(number, logged, line)
+        if not values["finite"]:
+            self.not_finite(number, logged, placed, int(values["skipped"]))
+
+    def not_finite(self, step: int, logged: dict, rows: Sequence[RowInfo], skipped: int) -> None:
+        train = self.run.config.train
+        samples = ", ".join(f"{s.source} {s.row_id}" for info in rows for s in info.samples)
+        loss, norm = logged["train/loss"], logged["train/grad_norm"]
+        what = f"step {step}: loss {loss}, gradient norm {norm}; its samples: {samples}"
+        if train.nonfinite == "stop" or skipped > train.max_skipped:
+            count = f"{skipped} steps in a row" if skipped > 1 else "a step"
+            raise ValueError(f"{count} not finite, parameters as they were before: {what}")
+        self.display.say(f"[red]not finite, skipped[/red] ({skipped} in a row): {what}")
+
+
+class RowLog:
+    """rows/PROCESS.jsonl: which samples each step saw, so that a run can be followed and two runs compared."""
+
+    def __init__(self, workdir: Path, first: int):
+        path = workdir / "rows" / f"{jax.process_index()}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        shown.cut_off(path, first - 1)
+        self._file = open(path, "a", buffering=1)
+
+    def add(self, step: int, rows: Sequence[RowInfo | None]) -> None:
+        listed = [
+            None if r is None else [r.epoch, r.window, r.row, [[s.source, s.row_id] for s in r.samples]] for r in rows
+        ]
+        left_out = [line for r in rows if r is not None for line in r.left_out]
+        self._file.write(
+            json.dumps({"step": step, "rows": listed} | ({"left_out": left_out} if left_out else {})) + "\n"
+        )
+
+    def close(self) -> None:
+        self._file.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
