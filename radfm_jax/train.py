@@ -165,12 +165,12 @@ class Programs:
             if config.data.test:
                 test = jax.jit(train_step.make_eval_step(config.compute, config.train.step))
                 evaluate = test.lower(train_step.params_of(abstract), batch).compile()
-        memory = compiled.memory_analysis()
+        memory, device = compiled.memory_analysis(), mesh.devices.flat[0].device_kind
         say(
             f"compiled in {time.perf_counter() - began:.0f} s; memory a device: "
             f"{shown.mb(memory.argument_size_in_bytes)} state and batch, "
-            f"{shown.mb(memory.temp_size_in_bytes)} temporary; mesh {dict(mesh.shape)} over {mesh.devices.size} {mesh.devices.flat[0].device_kind} devices, "
-            f"{jax.process_count()} processes"
+            f"{shown.mb(memory.temp_size_in_bytes)} temporary; "
+            f"mesh {dict(mesh.shape)} over {mesh.devices.size} {device} devices, {jax.process_count()} processes"
         )
         return cls(compiled, evaluate)
 
