@@ -112,12 +112,13 @@ def verify(directory, *, hashes: bool = True) -> None:
         raise ValueError(f"{directory} is not a directory: expected a checkpoint directory of radfm_jax")
     try:
         listed = json.loads((directory / MANIFEST).read_text())["files"]
+        listed = {name: {"bytes": entry["bytes"], "sha256": entry["sha256"]} for name, entry in listed.items()}
     except FileNotFoundError:
         raise ValueError(
             f"{directory} has no {MANIFEST}: it is no checkpoint directory of radfm_jax, or its writing was interrupted"
         ) from None
-    except (ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{directory / MANIFEST} is damaged: {e}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"{directory / MANIFEST} is damaged: {e!r}") from None
     found = {str(p.relative_to(directory)): p for p in directory.rglob("*") if p.is_file()}
     # File browsers leave hidden files behind; nothing here reads one.
     found = {n: p for n, p in found.items() if n in listed or not Path(n).name.startswith(".")}

@@ -98,6 +98,7 @@ class Saver:
         self._lock: run_directory.Lock | None = None
         self._thread: threading.Thread | None = None
         self._failure: SaveError | None = None
+        self._closed = False
         together(f"start/{next(_starts)}", self._start, timeout)
 
     def _start(self) -> None:
@@ -124,7 +125,7 @@ class Saver:
         """Deletes what is half written. As long as the lock is held and no save is under way, that is of no use to
         anybody: it was left by a run that is dead, or by a save that failed."""
         for path in self._directory.glob(f"*{PARTIAL}"):
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)  # what resists does so next time, and takes nothing but room
 
     # --- saving -------------------------------------------------------------------------------------------------------
 
@@ -140,16 +141,19 @@ class Saver:
         Returns:
           Seconds that the caller was held up, which includes waiting for the save before.
         Raises:
-          SaveError: the save before failed, or this one could not begin.
+          SaveError: the save before failed, or this one could not begin. ValueError: after `close`.
         """
         began = time.perf_counter()
         self.wait()
+        if self._closed:
+            raise ValueError(f"{self.workdir}: this Saver is closed")
         with jax.transfer_guard("allow"):  # what is copied to the host here is meant to be
-            number, step = next(_saves), int(state["step"])
-        data = json.dumps(data_state)
+            step = int(state["step"])
+            metrics = {name: float(value) for name, value in (metrics or {}).items()}
+        number, data = next(_saves), json.dumps(data_state)
         facts = {
             "step": step,
-            "metrics": {name: float(value) for name, value in (metrics or {}).items()},
+            "metrics": metrics,
             "processes": jax.process_count(),
             "mesh": _mesh(state),
             "versions": {p: importlib.metadata.version(p) for p in PACKAGES},
@@ -160,9 +164,7 @@ class Saver:
             save.begin(data, facts)
         except Exception as e:
             raise save.failed(e) from e
-        self._thread = threading.Thread(
-            target=self._finish, args=(save, facts), name=f"saving step {step}", daemon=True
-        )
+        self._thread = threading.Thread(target=self._finish, args=(save,), name=f"saving step {step}", daemon=True)
         _unfinished.add(self)
         self._thread.start()
         if wait:
@@ -184,6 +186,7 @@ class Saver:
         try:
             self.wait()
         finally:
+            self._closed = True
             self._release()
 
     def _release(self) -> None:
@@ -202,7 +205,7 @@ class Saver:
                 raise
             exception.add_note(f"Besides, {e}")
 
-    def _finish(self, save: _Save, facts: dict) -> None:
+    def _finish(self, save: _Save) -> None:
         try:
             save.finish()
         except Exception as e:

@@ -443,8 +443,8 @@ def test_whatever_fails_in_the_background_is_told(told_by, where, tmp_path, monk
     assert isinstance(e.value.__cause__, OSError)
     assert names(workdir) == {"1"}
     assert_same(restore(latest(workdir), abstract(mesh())), 1)
-    s.save(state(4, mesh()), data_state(4))  # told once, and then it goes on
-    s.close()
+    with saver(workdir) if told_by in ("close", "with") else s as s:  # told once, and then it goes on
+        s.save(state(4, mesh()), data_state(4))
     assert steps(workdir) == [1, 4]
 
 
@@ -513,6 +513,8 @@ def test_a_second_writer_is_refused(tmp_path):
         saver(tmp_path)
     first.close()
     saver(tmp_path).close()
+    with pytest.raises(ValueError, match="this Saver is closed"):
+        first.save(state(1, mesh()), data_state(1))
 
 
 @pytest.mark.parametrize("forked", [False, True])
@@ -523,9 +525,11 @@ def test_the_lock_ends_with_its_process(forked, children, tmp_path):
         with pytest.raises(ValueError, match=rf"written by process {child.pid} on "):
             saver(tmp_path)
         child.kill()
-    saver(tmp_path).close()
-    if forked:
-        os.kill(grandchild, signal.SIGKILL)  # it was alive, or this raises
+    try:
+        saver(tmp_path).close()
+    finally:
+        if forked:
+            os.kill(grandchild, signal.SIGKILL)  # it was alive, or this raises
 
 
 # --- kills and ends ---------------------------------------------------------------------------------------------------
@@ -550,11 +554,25 @@ class Children:
     def run(self, **job):
         self.server.stdin.write(json.dumps(job) + "\n")
         self.server.stdin.flush()
-        self.pid, self.code = int(self.read().removeprefix("pid ")), None
-        yield self
-        self.wait()
+        self.pid, self.code, self.said = int(self._line().removeprefix("pid ")), None, []
+        try:
+            yield self
+        except BaseException:
+            if self.code is None:
+                os.kill(self.pid, signal.SIGKILL)
+            raise
+        finally:
+            self.wait()
 
     def read(self) -> str:
+        """The next line that the child says. It may not end before."""
+        line = self._line()
+        if line.startswith("ended "):
+            self.code = int(line.removeprefix("ended "))
+            raise AssertionError(f"the child ended: {self.errors.read_text()}")
+        return line
+
+    def _line(self) -> str:
         line = self.server.stdout.readline().strip()
         assert line, self.errors.read_text()
         return line
@@ -564,17 +582,14 @@ class Children:
         self.wait()
         assert self.code == -signal.SIGKILL, "the kill did not fire"
 
-    def wait(self) -> list[str]:
-        """What the child still says."""
-        said = []
+    def wait(self) -> None:
+        """Until the child has ended; `said` then holds what it still said."""
         while self.code is None:
-            line = self.read()
+            line = self._line()
             if line.startswith("ended "):
                 self.code = int(line.removeprefix("ended "))
             else:
-                said.append(line)
-        self.said = said
-        return said
+                self.said.append(line)
 
 
 @pytest.fixture(scope="module")

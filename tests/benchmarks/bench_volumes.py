@@ -6,7 +6,7 @@ C1: 3D volumes a second. Scans are drawn by a seed: an int16 CT of 512 x 512 x 2
 and the same mapped to 0..255, as Rad3D has it. The released steps, each with the quickest of its kind of library:
 SimpleITK reads, torch interpolates to the size of the stack (512 x 512 x 64) in float32, three equal channels, min-max
 in numpy over all of them, nearest neighbour to the stack and then to 256 x 256 x 64. Ours: `scans.read` with all its
-checks, `prepare_volume`, `planes`; and `planes` of a prepared uncompressed uint8 file.
+checks, `prepare_volume`, `planes`; and a prepared uint8 record read and cut.
 C2: 2D images a second. The released steps: Pillow decodes, RGB, bicubic resize, float tensor, nearest neighbour to
 four slices, and again in the collator. Ours: `scans.read`, `prepare_volume`, `planes`.
 
@@ -17,6 +17,7 @@ Needs SimpleITK and torch (requirements-test.txt).
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import tempfile
 import time
@@ -31,7 +32,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from input_pipeline import scans
+from input_pipeline import records, scans
 from input_pipeline.volumes import Volume, planes, prepare_volume
 
 DEPTH = 64
@@ -57,9 +58,20 @@ def ours_from_file(path: Path):
 
 
 def ours_from_record(path: Path):
-    """The record holds `Volume.slices`; its shape and scale stand in the index."""
-    slices = np.fromfile(path, np.uint8).reshape(DEPTH, 1, 256, 256)
-    return planes(Volume.from_slices(slices, 1 / 255, 0.0))
+    """As training reads it: the first of the records in a directory, opened once a process."""
+    return planes(_records(path)[0])
+
+
+@functools.cache
+def _records(path: Path) -> records.Records:
+    return records.Records(path)
+
+
+def write_record(directory: Path, volume: Volume) -> None:
+    writer = records.Writer(directory, [])
+    writer.add(records.serialize(volume, "0" * 64))
+    writer.commit()
+    records.describe(directory, writer.lengths, "one volume")
 
 
 def nearest(x: torch.Tensor, size) -> torch.Tensor:
@@ -99,10 +111,10 @@ def measure(ours: Callable, theirs: Callable, repeats: int) -> tuple[float, floa
 
 def write_inputs(folder: Path) -> dict[str, Path]:
     hu = phantom((512, 512, 200), seed=1)
-    files = {n: folder / n for n in ("ct.nii.gz", "bytes.nii.gz", "gray.png", "gray.jpg", "colour.jpg", "record.raw")}
+    files = {n: folder / n for n in ("ct.nii.gz", "bytes.nii.gz", "gray.png", "gray.jpg", "colour.jpg", "records")}
     nibabel.save(nibabel.Nifti1Image(hu.astype(np.int16), np.eye(4)), files["ct.nii.gz"])
     nibabel.save(nibabel.Nifti1Image(to_bytes(hu), np.eye(4)), files["bytes.nii.gz"])
-    prepare_volume(scans.read(files["ct.nii.gz"])[0]).slices.tofile(files["record.raw"])
+    write_record(files["records"], prepare_volume(scans.read(files["ct.nii.gz"])[0]))
     film = to_bytes(phantom((1200, 1000, 1), seed=2))[..., 0]
     Image.fromarray(film).save(files["gray.png"])
     Image.fromarray(film).save(files["gray.jpg"], quality=95)
@@ -123,7 +135,7 @@ def main() -> None:
         cases = [
             ("C1 CT int16 .nii.gz -> uint8 planes", ours_from_file, volume, "ct.nii.gz", "ct.nii.gz", n, "5x (6x)"),
             ("C1 8-bit .nii.gz -> uint8 planes", ours_from_file, volume, "bytes.nii.gz", "bytes.nii.gz", n, "5x (6x)"),
-            ("C1 prepared uint8 -> planes", ours_from_record, volume, "record.raw", "ct.nii.gz", n, "100x (300x)"),
+            ("C1 prepared uint8 -> planes", ours_from_record, volume, "records", "ct.nii.gz", n, "100x (300x)"),
             ("C2 gray PNG 1200 x 1000", ours_from_file, picture, "gray.png", "gray.png", 3 * n, "3x (4x)"),
             ("C2 gray JPEG 1200 x 1000", ours_from_file, picture, "gray.jpg", "gray.jpg", 3 * n, "3x (4x)"),
             ("C2 colour JPEG 700 x 900", ours_from_file, picture, "colour.jpg", "colour.jpg", 3 * n, "3x (4x)"),
