@@ -197,7 +197,6 @@ class Run:
         self.rows, self.held_out, self.programs, self.saver, self.stop = rows, held_out, programs, saver, stop
         self.report = PackingReport(config.data.text_length)
         self.flops = flops.training(config.model, config.data.limits, config.optimizer.frozen) * config.train.batch
-        self.saved = -1
 
     def place(self, batch: Batch) -> tuple[dict[str, jax.Array], tuple[RowInfo | None, ...]]:
         return train_step.place(batch.arrays, self.mesh, self.config.train.accumulation), batch.rows
@@ -218,6 +217,10 @@ class Run:
         ):
             self.display = display
             timing = Timing(self, display)
+            if first and self.due(first) and not self.evaluated(first):  # the last start was ended before it could
+                if not (found := self.evaluate(state, first, timeout)):
+                    return faults.REQUEUE
+                self.saver.save(state, data.get_state(), metrics=found)
             waiting: collections.deque = collections.deque()  # steps that are computing: (number, metrics, rows)
             for step in range(first, self.steps):
                 timeout.alive(f"step {step}")
@@ -234,29 +237,33 @@ class Run:
                     timing.finished(*waiting.popleft())
                 number = step + 1
                 stopping = self.wanted_to_stop(number)
-                evaluating = number == self.steps or (train.eval_every and number % train.eval_every == 0)
+                evaluating = self.due(number) and not stopping
                 saving = number == self.steps or stopping or number % self.config.checkpoint.save_every == 0
                 if evaluating or saving:
                     while waiting:
                         timing.finished(*waiting.popleft())
-                    found = {}
-                    if evaluating and self.held_out is not None and not stopping:
-                        timeout.alive(f"evaluation after step {number}")
-                        found = self.evaluate(state, number, timeout)
-                        stopping = self.wanted_to_stop(number)
+                    found = self.evaluate(state, number, timeout) if evaluating else {}
+                    stopping = self.wanted_to_stop(number)
                     if saving or stopping or (found and self.config.checkpoint.best):
                         timeout.alive(f"saving step {number}")
                         self.saver.save(state, data.get_state(), metrics=found)
-                        self.saved = number
                     timing.restart()
-                if stopping and number < self.steps:
-                    self.saver.wait()
-                    display.say(f"{self.stop.signal.name if self.stop else 'asked to stop'}: saved step {number}")
-                    return faults.REQUEUE
+                    if stopping and (number < self.steps or (self.due(number) and not found)):
+                        self.saver.wait()
+                        display.say(f"{self.stop.signal.name if self.stop else 'asked to stop'}: saved step {number}")
+                        return faults.REQUEUE
             if first < self.steps:
                 display.say(shown.packing_line(self.report))
             self.saver.wait()
         return 0
+
+    def due(self, step: int) -> bool:
+        """Whether a step is followed by an evaluation."""
+        every = self.config.train.eval_every
+        return self.held_out is not None and (step == self.steps or bool(every and step % every == 0))
+
+    def evaluated(self, step: int) -> bool:
+        return any(line["step"] == step and "eval/all/loss" in line for line in shown.read(self.workdir))
 
     def wanted_to_stop(self, step: int) -> bool:
         """Whether any process was told to end; the same answer in all."""
@@ -268,6 +275,7 @@ class Run:
 
     def evaluate(self, state: dict, step: int, timeout: faults.Watchdog) -> dict[str, float]:
         """Metrics on the held-out rows, logged; {} if a signal cut it short."""
+        timeout.alive(f"the evaluation after step {step}")
         totals = None
         data = iter(prefetch(batches(self.held_out), self.place))
         with contextlib.closing(data):

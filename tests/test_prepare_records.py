@@ -109,6 +109,11 @@ def test_few_shards_are_open_at_once(written, monkeypatch):
         assert len(opened._readers) <= 2
 
 
+# JAX, which the tests before this one may have started in this process, warns of every fork; the child uses none of it.
+forks = pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
+
+
+@forks
 def test_it_survives_a_fork(written):
     """A worker is forked from a process that has read already."""
     directory, volumes = written
@@ -237,6 +242,7 @@ def test_killed_within_a_shard_it_goes_on_with_the_last_whole_one(practice, tmp_
         assert (out / "records" / shard_name(i)).read_bytes() == (unbroken / "records" / shard_name(i)).read_bytes()
 
 
+@forks
 def test_a_full_disk(mine, tmp_path):
     """The error names the file; with room again the run goes on."""
     config, out = own(mine, [row(str(i), f"p{i}.png") for i in range(6)]), tmp_path / "index"

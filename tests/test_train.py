@@ -1,0 +1,148 @@
+"""The loop: a run that is ended and started again is the run that was not, bit by bit."""
+
+import dataclasses
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+from practice import practice
+
+from radfm_jax import api, display, run_directory, train
+from radfm_jax.experiment import CheckpointConfig, Experiment, TrainConfig
+from radfm_jax.models.llama import LlamaConfig
+from radfm_jax.models.perceiver import PerceiverConfig
+from radfm_jax.models.radfm import RadFMConfig
+from radfm_jax.models.vit3d import ViTConfig
+from radfm_jax.optimizer import OptimizerConfig
+
+MODEL = RadFMConfig(
+    ViTConfig(width=24, num_layers=1, num_heads=2, head_dim=8, mlp_width=32, dropout=0.1),
+    PerceiverConfig(width=24, num_layers=1, num_heads=2, head_dim=8, num_latents=4),
+    LlamaConfig(vocab_size=512, width=32, mlp_width=64, num_layers=1, num_heads=4, num_kv_heads=4, head_dim=8),
+)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    data = practice(tmp_path_factory.mktemp("train"), train=10, test=4, num_latents=4, text_length=128)
+    return Experiment(
+        MODEL,
+        data,
+        TrainConfig(steps=6, batch=8, accumulation=1, remat="none", log_every=2, eval_every=3, chunk=64),
+        OptimizerConfig(learning_rate=1e-2, warmup_steps=1),
+        checkpoint=CheckpointConfig(save_every=2, keep_last=9),
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(config, tmp_path_factory):
+    """An unbroken run."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    assert train.train(config, workdir) == 0
+    return workdir
+
+
+def record(workdir) -> tuple[list, list]:
+    """(metrics without what depends on the clock, samples of every step)."""
+    timeless = [{k: v for k, v in line.items() if not k.startswith("speed/")} for line in display.read(workdir)]
+    for line in timeless:
+        line.pop("data/real_tokens", None)  # of this start alone
+    rows = (workdir / "rows" / "0.jsonl").read_text().splitlines()
+    return timeless, [json.loads(line) for line in rows]
+
+
+def bits(workdir, step):
+    model = api.load(run_directory.step_directory(workdir, step))
+    return jax.tree.map(np.asarray, model.params)
+
+
+@pytest.mark.parametrize("at", [2, 3, 5])
+def test_ended_by_a_signal_and_started_again(config, whole, tmp_path, monkeypatch, at):
+    """SIGTERM while step `at` is logged: exit code 75, everything saved; the second start brings the same end."""
+    log = display.Display.log
+
+    def signalled(self, step, values, shown=""):
+        log(self, step, values, shown)
+        if step == at and "train/loss" in values:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(display.Display, "log", signalled)
+        assert train.train(config, tmp_path / "run") == 75
+    assert run_directory.steps(tmp_path / "run")[-1] in (at, at + 1)
+    assert train.train(config, tmp_path / "run") == 0
+    assert record(tmp_path / "run") == record(whole)
+    jax.tree.map(np.testing.assert_array_equal, bits(tmp_path / "run", 6), bits(whole, 6))
+
+
+def test_what_a_run_leaves(config, whole):
+    metrics, rows = record(whole)
+    steps = [line["step"] for line in metrics if "train/loss" in line]
+    assert steps == [1, 2, 3, 4, 5, 6] and [line["step"] for line in rows] == [0, 1, 2, 3, 4, 5]
+    losses = [line["train/loss"] for line in metrics if "train/loss" in line]
+    assert losses[0] == pytest.approx(np.log(512), rel=0.05) and losses[-1] < losses[0] - 0.1
+    held_out = [line for line in metrics if "eval/all/loss" in line]
+    assert [line["step"] for line in held_out] == [3, 6]
+    assert {k.split("/")[1] for k in held_out[0] if k != "step"} >= {"all", "modality", "vqa", "diagnosis", "rationale"}
+    assert (whole / "curves.png").stat().st_size > 10_000 and any((whole / "tensorboard").iterdir())
+    assert run_directory.steps(whole) == [2, 3, 4, 6]
+    best = min(held_out, key=lambda line: line["eval/all/loss"])["step"]
+    assert run_directory.best(whole).name == str(best)
+    logits = api.load(run_directory.step_directory(whole, 6)).logits(np.array([[1, 5, 6]]))
+    assert logits.shape == (1, 3, 512)
+
+
+def test_another_run_begins_with_its_parameters(config, whole, tmp_path, capsys):
+    """init_from with a frozen language model: it does not move, the rest does, and the data begin anew."""
+    stage = dataclasses.replace(
+        config,
+        train=dataclasses.replace(config.train, steps=2, eval_every=0),
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=1, frozen=("llama",)),
+        checkpoint=CheckpointConfig(init_from=str(run_directory.step_directory(whole, 6))),
+    )
+    assert train.train(stage, tmp_path / "next") == 0
+    before, after = bits(whole, 6), bits(tmp_path / "next", 2)
+    jax.tree.map(np.testing.assert_array_equal, before["llama"], after["llama"])
+    assert (before["projection"]["kernel"] != after["projection"]["kernel"]).any()
+    said = capsys.readouterr().err
+    assert "arrays loaded, 0 new" in said and "frozen" in said
+
+
+def test_values_that_are_not_finite_stop_a_run(config, tmp_path):
+    """A learning rate that breaks the model: skipped so often, then an error with the rows; the state is as it was."""
+    broken = dataclasses.replace(
+        config,
+        optimizer=OptimizerConfig(learning_rate=1e30, warmup_steps=0, clip=0),
+        train=dataclasses.replace(config.train, max_skipped=1, eval_every=0),
+    )
+    with pytest.raises(
+        ValueError, match=r"2 steps in a row not finite, parameters as they were before: step .* vqa \d+"
+    ):
+        train.train(broken, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"data": {"num_latents": 8}}, "data.num_latents is 8, the model makes 4 latents"),
+        ({"model": {"llama": {"vocab_size": 100}}}, "tokenizer.model has 512 pieces, model.llama.vocab_size is 100"),
+        ({"train": {"batch": 3, "accumulation": 2}}, "train.batch 3 is not a multiple of train.accumulation 2"),
+        ({"train": {"stepz": 3}}, r"unknown fields: train.stepz \(did you mean train.steps\?\)"),
+        ({"trian": {}}, r"unknown fields: trian \(did you mean train\?\)"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_compiled(config, tmp_path, change, words):
+    fields = config.to_dict()
+    for group, values in change.items():
+        for name, value in values.items():
+            fields.setdefault(group, {})[name] = {**fields[group][name], **value} if isinstance(value, dict) else value
+        fields.setdefault(group, {})
+    with pytest.raises(ValueError, match=words):
+        train.train(Experiment.from_dict(fields), tmp_path / "run")
+
+
+def test_an_experiment_survives_its_dict(config):
+    assert Experiment.from_dict(json.loads(json.dumps(config.to_dict(), default=list))) == config
