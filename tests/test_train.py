@@ -25,6 +25,17 @@ MODEL = RadFMConfig(
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """Every start compiles the same two programs: the second finds them on the disk."""
+    before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("cache")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    yield
+    jax.config.update("jax_compilation_cache_dir", before[0])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])
+
+
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     data = practice(tmp_path_factory.mktemp("train"), train=10, test=4, num_latents=4, text_length=128)
@@ -59,7 +70,7 @@ def bits(workdir, step):
     return jax.tree.map(np.asarray, model.params)
 
 
-@pytest.mark.parametrize("at", [2, 3, 5])
+@pytest.mark.parametrize("at", [pytest.param(2, marks=pytest.mark.slow), 3, 5])
 def test_ended_by_a_signal_and_started_again(config, whole, tmp_path, monkeypatch, at):
     """SIGTERM while step `at` is logged: exit code 75, everything saved; the second start brings the same end."""
     log = display.Display.log
