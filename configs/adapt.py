@@ -3,6 +3,7 @@
     python -m input_pipeline.prepare --config=configs/adapt.py --out my/index \
         --config.data.train.own.root=my --config.data.test.own_test.root=my --config.data.tokenizer=tokenizer.model
 
+`tokenizer.model` is the SentencePiece model of the language model (LLaMA's stands beside its weights). This
 reads my/train.jsonl and my/test.jsonl, and scans by paths relative to my/. For tables of another family, copy this file
 and change `family` and `table`.
 """

@@ -40,7 +40,8 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Na
             values(given)
             config = values.config
     except (flags.Error, OSError, AttributeError, KeyError, TypeError, ValueError, SyntaxError, ImportError) as error:
-        said = str(error.args[0] if error.args else error).strip()  # str of a KeyError is quoted twice
+        # ml_collections quotes the message of a KeyError once more, line ends and all.
+        said = str(error.args[0] if error.args else error).replace("\\n", " ").replace("\\'", "'").strip("'\" ")
         parser.error(f"{args.config}: {' '.join(said.split()) or type(error).__name__}")
     if not isinstance(config, ConfigDict):
         parser.error(f"{args.config}: needs a function get_config() that returns a ConfigDict")

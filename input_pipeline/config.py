@@ -42,8 +42,8 @@ class DataConfig:
       num_latents: visual tokens of a scan, as the model has them.
       crop: least share of a slice's area that a random crop keeps in training; 1: none.
       flips: of height, width, depth, in training.
-      allowed_loss: scans that may fail to load in a run, their samples then left without weight and named; beyond it,
-        and at 0 for the first, the run stops with the scan's name.
+      allowed_loss: how often a scan may fail to load in a run (once a row that shows it), its samples then left without
+        weight and named; beyond it, and at 0 for the first, the run stops with the scan's name.
       seed: of all choices: order, prompts, crops.
       workers: processes that load rows; 0 loads in the calling process.
       worker_timeout: seconds that a worker may spend on one scan or one stretch of texts before it counts as hung.
@@ -129,9 +129,9 @@ class DataConfig:
         return Sizes(self.size_2d, self.size_3d, self.depth)
 
     def sources(self, split: str | None = None) -> dict[str, dict]:
-        """name -> fields, of one split or of both."""
+        """name -> fields, of one split or of both; by name within a split, as a ConfigDict has them."""
         splits = SPLITS if split is None else (split,)
-        return {name: dict(fields) for s in splits for name, fields in getattr(self, s).items()}
+        return {name: dict(fields) for s in splits for name, fields in sorted(getattr(self, s).items())}
 
     def to_dict(self) -> dict:
         """Plain values, for a ConfigDict."""

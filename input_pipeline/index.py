@@ -77,10 +77,12 @@ class ScanFacts:
 
     Attributes:
       shape: (H, W, D, C) as read, C being 1 where three channels are equal.
+      bytes: of its file, or of the files of its series.
       record: its number in the records, -1 without.
     """
 
     shape: tuple[int, int, int, int]
+    bytes: int = -1
     record: int = -1
 
 
@@ -155,16 +157,40 @@ class Index:
         moved: dict[str, set[str]] = {}
         for name, fields in sources.items():
             moved.setdefault(self.tables[name]["root"], set()).add(str(Path(fields["root"]).absolute()))
-        columns = ["root", "path", "volume", "window", "fault", "height", "width", "depth", "channels", "record"]
+        columns = [
+            "root",
+            "path",
+            "volume",
+            "window",
+            "fault",
+            "height",
+            "width",
+            "depth",
+            "channels",
+            "bytes",
+            "record",
+        ]
         # Threads of Arrow would not survive the fork of a worker pool.
         table = pq.read_table(self.directory / "scans.parquet", columns=columns, use_threads=False)
         facts = {}
-        for root, path, volume, window, fault, *shape, record in zip(
+        for root, path, volume, window, fault, *shape, size, record in zip(
             *(column.to_pylist() for column in table.columns), strict=True
         ):
             for now in moved.get(root, ()) if not fault else ():
-                facts[now, path, volume, window] = ScanFacts(tuple(shape), record)
+                facts[now, path, volume, window] = ScanFacts(tuple(shape), size, record)
         return facts
+
+    def check_records(self, wanted: Mapping[str, object]) -> None:
+        """Whether the records are there and of these settings. ValueError names every difference."""
+        found = self.description.get("records")
+        if not found:
+            raise ValueError(f"the index {self.directory} has no records: run prepare with --records")
+        wrong = [f"data.{k} is {v}, theirs {found.get(k)}" for k, v in wanted.items() if found.get(k) != v]
+        if wrong:
+            raise ValueError(
+                f"the records of {self.directory} are of another kind: {'; '.join(wrong)}; run prepare with --records "
+                "--recheck, or go by the files (data.records=False)"
+            )
 
     def bad_rows(self, source: str) -> np.ndarray:
         """bool[rows of the opened data set]: those that are left out."""

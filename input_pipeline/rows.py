@@ -135,6 +135,8 @@ class RowMaker:
         if config.records:
             from input_pipeline.records import Records
 
+            fields = ("storage", "size_2d", "size_3d", "depth")
+            self.index.check_records({name: getattr(config, name) for name in fields})
             self.records = Records(self.index.directory / "records")
 
     def _good_rows(self, name: str) -> np.ndarray:
@@ -289,6 +291,7 @@ class RowMaker:
         """
         config, encoded, infos, scan_ids = self.config, [], [], []
         loaded: dict[int, packing.Planes] = {}
+        tried: set[int] = set()
         ids: dict = {}
         left_out: list[str] = []
         share = config.share_scans and not self.released
@@ -302,10 +305,10 @@ class RowMaker:
             keys = [scan_key(self.datasets[name].root, scan) for scan in text.scans]
             own = [ids.setdefault(key if share else (number, key), len(ids)) for key in keys]
             scan_ids.append(own)
-            wanted = [i for i in own if i not in loaded]
-            if not wanted:
+            todo = [(i, scan) for i, scan in zip(own, text.scans, strict=True) if i not in tried]
+            if not todo:
                 continue
-            todo = [(i, scan) for i, scan in zip(own, text.scans, strict=True) if i in wanted]
+            tried.update(own)
             if self.released:
                 self._load_released(loaded, left_out, name, sample, todo, epoch)
             else:
@@ -383,7 +386,12 @@ class RowMaker:
 
     def _read(self, root, scan: Scan):
         workers.at(scan.path)
-        voxels, header = scans.read(scans.resolve(root, scan.path), volume=scan.volume)
+        path = scans.resolve(root, scan.path)
+        size = sum(f.stat().st_size for f in path.iterdir() if f.is_file()) if path.is_dir() else path.stat().st_size
+        known = self.facts[scan_key(root, scan)].bytes
+        if size != known:
+            raise ValueError(f"it has {size:,} bytes, {known:,} when it was indexed: it has changed")
+        voxels, header = scans.read(path, volume=scan.volume)
         return one_channel_if_gray(voxels), header
 
 

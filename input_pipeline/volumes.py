@@ -219,6 +219,11 @@ def _intensity_range(least: float, greatest: float, window) -> tuple[float, floa
     if window is None:
         return least, greatest
     ends = ct_window(window)
+    if isinstance(window, str) and 0 <= least and greatest <= 255:
+        raise ValueError(
+            f"CT window {window!r} is in Hounsfield units, but voxels run from {least:g} to {greatest:g}, as in a "
+            "picture: leave the window out, or give (low, high)"
+        )
     if greatest <= ends[0] or least >= ends[1]:
         raise ValueError(
             f"voxels run from {least:g} to {greatest:g}, all outside the window {ends[0]:g} to {ends[1]:g}: every one "

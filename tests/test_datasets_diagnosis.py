@@ -75,8 +75,9 @@ def test_yes_no_tables_refuse_what_cannot_be_true_or_balanced(tmp_path):
     write_csv(tmp_path / "t.csv", header, *rows)
     with pytest.raises(TableError) as error:
         open_dataset("cxr_mix", table="t.csv", root=tmp_path)
-    assert [p.row for p in error.value.problems] == [2, 5, 6]
-    assert "row 1" in error.value.problems[0].reason and "gives the answer away" in error.value.problems[1].reason
+    assert [p.row for p in error.value.problems] == [1, 2, 5, 6]  # both sides of the contradiction
+    assert "not in a later row" in error.value.problems[0].reason and "row 1" in error.value.problems[1].reason
+    assert "gives the answer away" in error.value.problems[2].reason
     dataset = open_dataset("cxr_mix", table="t.csv", root=tmp_path, quarantine=True)
     assert {s.path for i in range(len(dataset)) for s in dataset.scans(i)} == {"b.png", "c.png", "f.png", "g.png"}
     # "No finding" is turned into a question one can ask, with its answer turned too.

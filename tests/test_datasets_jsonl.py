@@ -110,3 +110,21 @@ def test_jsonl_lines_and_ids(tmp_path):
         assert reason in problem.reason
     dataset = open_dataset("jsonl", **fields, quarantine=True)
     assert [dataset.row_id(i) for i in range(len(dataset))] == ["a", "z"]
+
+
+def test_a_study_that_is_not_given_is_that_of_the_first_scan(tmp_path):
+    """The patient a public path names, else the path; so patients that stand in train and test are found."""
+    question = {"task": "vqa", "instruction": "<image-1> What?", "response": "None"}
+    fields = own(
+        tmp_path,
+        {**question, "id": "a", "scans": ["files/p10000032/s1.png"]},
+        {**question, "id": "b", "scans": ["mine/17.png"]},
+        {**question, "id": "c", "scans": ["mine/17.png"]},
+        {"task": "vqa", "id": "None", "scans": [], "instruction": "What?", "response": "none"},
+    )
+    dataset = open_dataset("jsonl", **fields)
+    samples = [dataset.sample(i, np.random.default_rng(0)) for i in range(4)]
+    assert [s.study_id for s in samples] == ["p10000032", "mine/17.png", "mine/17.png", None]
+    # JSON has a null of its own: "None" is an answer, and an id.
+    assert samples[0].parts[-1].text == "None" and samples[3].row_id == "None"
+    assert dataset.duplicates == [(3, 2)]  # equal but for the id

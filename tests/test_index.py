@@ -50,7 +50,7 @@ def made(tmp_path) -> tuple[Path, dict]:
     (directory / "index.json").write_text(json.dumps(described))
     lines = [
         {"source": "vqa", "root": str(root), "path": path, "volume": volume, "window": window, "fault": fault,
-         **dict(zip(("height", "width", "depth", "channels"), shape, strict=True)), "record": record}
+         **dict(zip(("height", "width", "depth", "channels"), shape, strict=True)), "record": record, "bytes": 7}
         for path, volume, window, fault, shape, record in SCANS
     ]  # fmt: skip
     rows = [
@@ -76,10 +76,10 @@ def test_scans_by_key(made):
     root = sources["vqa"]["root"]
     found = Index(directory).scans({"vqa": sources["vqa"]})
     assert found == {
-        scan_key(root, Scan("a.png")): ScanFacts((40, 50, 1, 1), 0),
-        scan_key(root, Scan("ct.nii.gz")): ScanFacts((64, 64, 30, 1), 1),
-        scan_key(root, Scan("ct.nii.gz", window=(-100.0, 300.0))): ScanFacts((64, 64, 30, 1), 2),
-        scan_key(root, Scan("ct.nii.gz", 1, "lung")): ScanFacts((64, 64, 30, 1), -1),
+        scan_key(root, Scan("a.png")): ScanFacts((40, 50, 1, 1), 7, 0),
+        scan_key(root, Scan("ct.nii.gz")): ScanFacts((64, 64, 30, 1), 7, 1),
+        scan_key(root, Scan("ct.nii.gz", window=(-100.0, 300.0))): ScanFacts((64, 64, 30, 1), 7, 2),
+        scan_key(root, Scan("ct.nii.gz", 1, "lung")): ScanFacts((64, 64, 30, 1), 7, -1),
     }  # and not the one with a fault
 
 

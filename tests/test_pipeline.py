@@ -355,6 +355,33 @@ def test_a_vanished_scan_stops_the_run_by_name(damaged, workers):
     assert caught.value.file == path and " of " in caught.value.row
 
 
+def test_a_scan_that_has_changed_stops_the_run(damaged):
+    config, path = damaged
+    other = next(p for p in sorted((Path(config.index).parent / "data/scans/train").iterdir()) if p.suffix == ".png")
+    (Path(config.index).parent / "data" / path).write_bytes(other.read_bytes())
+    with Rows(config, batch=2, epochs=1) as rows:
+        with pytest.raises(RowError, match=f"{path}, row .* bytes, [0-9,]+ when it was indexed: it has changed"):
+            list(batches(rows))
+
+
+def test_records_of_other_sizes_are_refused(config):
+    with pytest.raises(ValueError, match="has no records: run prepare with --records"):
+        Rows(dataclasses.replace(config, records=True), batch=2)
+    maker = RowMaker(config, "train", training=True)
+    maker.index.description["records"] = {"storage": "uint8", "size_2d": 64}
+    with pytest.raises(ValueError, match="data.size_2d is 32, theirs 64; run prepare"):
+        maker.index.check_records({"storage": "uint8", "size_2d": 32})
+
+
+def test_sources_come_by_name(config):
+    """The order in which a config names them changes nothing."""
+    turned = dataclasses.replace(config, train=dict(reversed(config.train.items())))
+    assert list(turned.train) != list(config.train)
+    with Rows(turned, batch=2) as rows, Rows(config, batch=2) as others:
+        assert rows.identity == others.identity
+        assert next(iter(batches(rows))).rows == next(iter(batches(others))).rows
+
+
 def test_an_allowed_loss_is_named_and_hurts_nobody_else(config, damaged):
     changed, path = damaged
     whole = {info.row: (info, batch) for info, batch in rows_of(dataclasses.replace(config, crop=1.0))}
@@ -367,6 +394,7 @@ def test_an_allowed_loss_is_named_and_hurts_nobody_else(config, damaged):
             assert digest(Batch(batch.arrays, ())) == digest(Batch(expected.arrays, ()))
             continue
         left_out += len(info.left_out)
+        assert len(info.left_out) == 1  # once a row, however many samples show it
         assert all(line.startswith(f"{path}, row ") for line in info.left_out)
         blind = batch.arrays["weights"][0] != expected.arrays["weights"][0]
         segments = set(batch.arrays["segments"][0][blind].tolist())

@@ -169,7 +169,7 @@ class TableDataset:
                 self._rows.append(value)
                 self._numbers.append(number)
         for number, value in zip(self._numbers, self._rows, strict=True):
-            key = hashlib.blake2b(repr(value).encode("utf-8"), digest_size=12).digest()
+            key = hashlib.blake2b(repr(self.content(value)).encode("utf-8"), digest_size=12).digest()
             if key in seen:
                 self.duplicates.append((number, seen[key]))
             else:
@@ -195,6 +195,10 @@ class TableDataset:
     def parts(self, value, rng: np.random.Generator) -> tuple[Task, str | None, tuple[Text | Scan, ...]]:
         """A kept value -> task, study and parts of the sample."""
         raise NotImplementedError
+
+    def content(self, value):
+        """What of a kept value makes two rows duplicates."""
+        return value
 
     def scans_of(self, value) -> tuple[Scan, ...]:
         """All scans that a kept value can use."""

@@ -118,7 +118,13 @@ class Diagnosis(TableDataset):
                 kept.append(k)
         # The earlier row of a contradiction is no better than the later one.
         bad = {(self._rows_at(p.row)[0].path, diseases.canonical(self._rows_at(p.row)[1])) for p in problems}
-        kept = [k for k in kept if (self._rows[k][0].path, diseases.canonical(self._rows[k][1])) not in bad]
+        is_bad = lambda k: (self._rows[k][0].path, diseases.canonical(self._rows[k][1])) in bad  # noqa: E731
+        for k in filter(is_bad, kept):
+            reason = (
+                f"{self._rows[k][1]!r} is {int(self._rows[k][2])} for {self._rows[k][0].path}, but not in a later row"
+            )
+            problems.append(RowError(self.file, self._numbers[k], reason, "keep one of the two rows"))
+        kept = [k for k in kept if not is_bad(k)]
         self._rows, self._numbers = [self._rows[k] for k in kept], [self._numbers[k] for k in kept]
         return problems
 
@@ -132,10 +138,11 @@ class Diagnosis(TableDataset):
         problems, self._pairs = [], []
         for disease, (yes, no) in sides.items():
             if not yes or not no:
-                side, number = ("present", yes[0]) if yes else ("absent", no[0])
+                side = "present" if yes else "absent"
                 reason = f"{disease!r} is {side} in all its {len(yes or no)} rows: its name gives the answer away"
                 remedy = "add rows of the other kind, remove these, or open with balance=False"
-                problems.append(RowError(self.file, self._numbers[number], reason, remedy))
+                # One line a row, so that good rows and bad ones add up to the table.
+                problems += [RowError(self.file, self._numbers[row], reason, remedy) for row in yes or no]
                 continue
             count = min(len(yes), len(no))
             for pair in range(count):

@@ -6,7 +6,8 @@
 
 A scan is a path below the root or {"path": ..., "volume": 0, "window": "lung" or [-160, 240]}. `<image-i>` shows scan i
 (from 1) in the context, the instruction or the text: in any order and as often as wanted, each scan at least once.
-`context` and `study` (what must not be split between training and test) may lack.
+`context` and `study` (what must not be split between training and test) may lack; without a study it is the one that
+the path of the first scan names, or that path.
 """
 
 from __future__ import annotations
@@ -50,7 +51,12 @@ class JSONL(TableDataset):
     def sample(self, i, rng):
         """Nothing is random here: rng is not used."""
         row_id, task, study, parts = self._rows[i]
+        if study is None:
+            study = next((self.study_of(part.path) for part in parts if isinstance(part, Scan)), None)
         return Sample(row_id, self.name, task, study, parts)
+
+    def content(self, value):
+        return value[1:]  # ids differ always
 
     def scans_of(self, value):
         return tuple(dict.fromkeys(p for p in value[3] if isinstance(p, Scan)))
@@ -62,7 +68,7 @@ def parse_object(row: Row) -> tuple[str, str, str | None, tuple[Text | Scan, ...
     unknown = [str(key)[:40] for key in cells if key not in KEYS]
     if unknown:
         raise row.error(f"unknown keys: {', '.join(map(repr, unknown[:10]))}", f"known: {', '.join(KEYS)}")
-    row_id, task = row.text("id"), row.choice("task", TASKS)
+    row_id, task = row.text("id", literal=True), row.choice("task", TASKS)
     if any(ord(c) < 32 for c in row_id):
         raise row.error(f"id {row_id!r} holds a control character")
     scans = _scans(row)
@@ -73,11 +79,11 @@ def parse_object(row: Row) -> tuple[str, str, str | None, tuple[Text | Scan, ...
     wrong += [f"{key} is not allowed" for key in banned if cells.get(key) is not None]
     if wrong:
         raise row.error(f"task {task}: {', '.join(wrong)}", _REMEDY)
-    texts = {role: row.text(role) for role in wanted}
+    texts = {role: row.text(role, literal=True) for role in wanted}
     if task == "interleaved":
         templates = {"interleaved": texts["text"]}
     else:
-        context = "" if cells.get("context") is None else row.text("context")
+        context = "" if cells.get("context") is None else row.text("context", literal=True)
         templates = {"context": context, "instruction": texts["instruction"]}
         try:
             parse_marks(texts["response"], 0)

@@ -88,14 +88,19 @@ class Row:
     def error(self, reason: str, remedy: str = "correct or remove the row") -> RowError:
         return RowError(self.file, self.number, reason, remedy)
 
-    def text(self, column: str) -> str:
-        """The text of a field that must have one, without outer white space."""
-        value = self.optional(column)
+    def text(self, column: str, literal: bool = False) -> str:
+        """The text of a field that must have one, without outer white space.
+
+        literal: "None" is text, where the format has a null of its own; it is an answer as good as any.
+        """
+        if column not in self.cells:
+            raise self.error(f"{column} is missing")
+        value = self.optional(column, literal)
         if not value:
             raise self.error(f"{column} is blank: {str(self.cells.get(column))[:40]!r}")
         return value
 
-    def optional(self, column: str) -> str:
+    def optional(self, column: str, literal: bool = False) -> str:
         """The text of a field that may be empty; an absent, blank, None or nan one is ''."""
         value = self.cells.get(column)
         if value is None or (isinstance(value, float) and value != value):
@@ -106,7 +111,8 @@ class Row:
         if reason:
             raise self.error(f"{column} {reason}", "write the table as UTF-8 text")
         value = value.replace("\r\n", "\n").strip()
-        return "" if value.casefold() in EMPTY_WORDS else value
+        blank = EMPTY_WORDS - {"none"} if literal else EMPTY_WORDS
+        return "" if value.casefold() in blank else value
 
     def choice(self, column: str, choices) -> str:
         value = self.text(column)

@@ -333,6 +333,9 @@ def _commit(
     if leaks and not allow_leaks:
         counted = f"studies: {report['leaks']['study']:,}, scans: {report['leaks']['scan']:,}"
         reasons.append(f"train and test share some ({counted}), see {directory / 'leaks.jsonl'}")
+    empty = [name for name, states in found.states.items() if "good" not in states]
+    if empty:
+        reasons.append(f"no row of {', '.join(empty)} can be used, see {directory / 'quarantine.jsonl'}")
     if bad and strict:
         reasons.append(f"--strict, and there is something in {directory / 'quarantine.jsonl'} (lines: {bad:,})")
     report["refused"] = reasons

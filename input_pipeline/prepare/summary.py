@@ -186,6 +186,8 @@ def _contents(report: dict) -> Table:
 
     def group(title: str, of, names=None) -> None:
         values = names or dict.fromkeys(name for split in splits for name in of(split))
+        if title == "slices":
+            values = sorted(values, key=lambda name: int(name.split()[0]))
         for i, name in enumerate(values):
             cells = (f"{of(split).get(name, 0):,}" for split in splits)
             table.add_row(title if i == 0 else "", str(name), *cells, end_section=i == len(values) - 1)

@@ -13,9 +13,9 @@
 | TIFF | a page is a slice | flipped bits in plain pixels |
 | .npy | [H, W, D], [H, W, D, C], released [S, 3, H, W, D] | flipped bits in voxels |
 
-The format is told by a file's first bytes; a name that promises another format is an error. Intensities keep a natural
-dtype: as stored if that is uint8, uint16, int16, int32 or float32; whole-numbered rescaling (Hounsfield units) gives
-int16 or int32; all else float32. Windows are not applied. Every array is checked: NaN, infinities and constant scans
+The format is told by a file's first bytes; a name that promises another format is an error (a picture may
+have the name of any other kind). Intensities keep a natural dtype: as stored if that is uint8, uint16, int16, int32 or
+float32; whole-numbered rescaling (Hounsfield units) gives int16 or int32; all else float32. Windows are not applied. Every array is checked: NaN, infinities and constant scans
 are errors. Voxels may be a view with any strides.
 """  # noqa: E501
 
