@@ -1,0 +1,66 @@
+"""Signals and a step that is stuck, each in a process of its own."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+from radfm_jax import faults
+
+
+def run(code: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=60)
+
+
+def test_a_stuck_step_ends_with_stacks():
+    done = run(
+        """
+        import time
+        from radfm_jax.faults import Watchdog
+        def waits_for_a_peer():
+            time.sleep(50)
+        with Watchdog(0.4) as watchdog:
+            for step in range(4):  # alive often enough
+                watchdog.alive(f"step {step}")
+                time.sleep(0.2)
+            waits_for_a_peer()
+        """
+    )
+    assert done.returncode == faults.STUCK == 70
+    assert "stuck: step 3 has taken" in done.stderr and "train.step_timeout is 0.4" in done.stderr
+    assert "waits_for_a_peer" in done.stderr
+
+
+def test_a_watchdog_that_is_done_does_nothing():
+    done = run(
+        """
+        import time
+        from radfm_jax.faults import Watchdog
+        with Watchdog(0.2):
+            pass
+        time.sleep(0.6)
+        """
+    )
+    assert done.returncode == 0 and not done.stderr
+
+
+def test_a_signal_is_a_wish_and_a_second_one_an_order():
+    before = signal.getsignal(signal.SIGTERM)
+    with faults.Stop() as stop:
+        assert not stop
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop and stop.signal is signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
+    done = run(
+        """
+        import os, signal
+        from radfm_jax.faults import Stop
+        with Stop():
+            os.kill(os.getpid(), signal.SIGINT)
+            print("goes on", flush=True)
+            os.kill(os.getpid(), signal.SIGTERM)
+            print("never")
+        """
+    )
+    assert done.returncode == 128 + signal.SIGTERM and done.stdout == "goes on\n"
