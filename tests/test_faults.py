@@ -5,12 +5,14 @@ import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 from radfm_jax import faults
 
 
 def run(code: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=60)
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    return subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=60)
 
 
 def test_a_stuck_step_ends_with_stacks():

@@ -28,6 +28,8 @@ from radfm_jax.run_directory import latest, restore, step_directory, steps
 from radfm_jax.saver import SaveError
 
 CHILD = Path(__file__).with_name("saving_child.py")
+# A script finds what lies beside it, not the package, unless that is installed.
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(CHILD.parents[1])}
 MESHES = {
     "1": dict(devices=1),
     "8 fsdp": dict(fsdp=8, devices=8),
@@ -542,7 +544,9 @@ class Children:
         self.errors = errors
         command = [sys.executable, str(CHILD), "serve"]
         with errors.open("a") as f:
-            self.server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=f, text=True)
+            self.server = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=f, text=True, env=ENVIRONMENT
+            )
 
     def __enter__(self):
         return self
@@ -673,7 +677,7 @@ def test_two_processes_and_one(tmp_path):
         port = str(s.getsockname()[1])
     command = [sys.executable, str(CHILD), "pair", str(tmp_path / "run"), str(tmp_path / "alone"), port]
     pair = [
-        subprocess.Popen([*command, str(p)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen([*command, str(p)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
         for p in range(2)
     ]
     told = [p.communicate(timeout=120) for p in pair]
