@@ -20,8 +20,8 @@ from input_pipeline.datasets import sample_rng
 from input_pipeline.index import Index, scan_key
 from input_pipeline.planes import Volume, patch_count, patch_grid, patch_positions, plane_count, planes, released_shape
 from input_pipeline.samples import TASKS, RowError, Sample, Scan
-from input_pipeline.sources import open_sources, terms_of, tokenizer_of
-from input_pipeline.tokens import Encoded, encode
+from input_pipeline.sources import encode_row, open_sources, terms_of, tokenizer_of
+from input_pipeline.tokens import Encoded
 from input_pipeline.volumes import augment, one_channel_if_gray, prepare_volume, released_volumes
 
 # Why a place of a row holds no token.
@@ -178,18 +178,7 @@ class RowMaker:
         which = int(np.searchsorted(self.starts, number, side="right")) - 1
         name, config = self.names[which], self.config
         dataset, row = self.datasets[name], int(self.good[which][number - self.starts[which]])
-        rng = sample_rng(config.seed, epoch, name, dataset.row_id(row))
-        sample = dataset.sample(row, rng)
-        encoded = encode(
-            sample,
-            self.tokenizer,
-            self.terms,
-            max_scans=config.max_scans,
-            num_latents=config.num_latents,
-            max_tokens=config.text_length,
-            mode=config.preprocess,
-            rng=rng,
-        )
+        sample, encoded = encode_row(config, name, dataset, row, epoch, self.tokenizer, self.terms)
         return name, sample, encoded
 
     def _shapes(self, name: str, sample: Sample, encoded: Encoded) -> list[tuple[int, int, int]]:

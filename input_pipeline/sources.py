@@ -6,9 +6,11 @@ import functools
 from pathlib import Path
 
 from input_pipeline.config import DataConfig, open_fields
-from input_pipeline.datasets import Dataset, open_dataset
+from input_pipeline.datasets import Dataset, open_dataset, sample_rng
+from input_pipeline.samples import Sample
 from input_pipeline.terms import TermFinder, open_terms, scispacy_terms, umls_terms
 from input_pipeline.tokenizer import Tokenizer
+from input_pipeline.tokens import Encoded, encode
 
 
 def open_sources(config: DataConfig, split: str | None = None) -> dict[str, Dataset]:
@@ -40,6 +42,28 @@ def terms_of(choice: str) -> TermFinder:
     if choice == "none":
         return NoTerms()
     raise ValueError(f"data.terms is {choice!r}; known: open, umls:DIR, scispacy:MODEL, none")
+
+
+def encode_row(
+    config: DataConfig, name: str, dataset: Dataset, row: int, epoch: int, tokenizer: Tokenizer, terms: TermFinder
+) -> tuple[Sample, Encoded]:
+    """Row `row` of a source as `prepare` counts it and as training sees it: one generator makes all its choices.
+
+    Raises RowError.
+    """
+    rng = sample_rng(config.seed, epoch, name, dataset.row_id(row))
+    sample = dataset.sample(row, rng)
+    encoded = encode(
+        sample,
+        tokenizer,
+        terms,
+        max_scans=config.max_scans,
+        num_latents=config.num_latents,
+        max_tokens=config.text_length,
+        mode=config.preprocess,
+        rng=rng,
+    )
+    return sample, encoded
 
 
 class NoTerms:

@@ -35,7 +35,8 @@ PARAMS = parity.recipe_params(CONFIG)
 # Tolerances beside the worst that was measured, on the CPU.
 ATOL = 2e-5  # outputs: scan 5e-6, remat 0, meshes 3e-6, PyTorch 1.4e-5 (values are of order 1, logits up to 10)
 LOSS_RTOL = 1e-6  # meshes 1.1e-7, rows turned 2.2e-7, PyTorch 9e-8
-GRADS = 5e-5  # of a tensor's largest value: remat 8e-7, rows turned 6e-7, meshes 5.3e-6 (2.1e-5 without fusions)
+GRADS = 2e-5  # of a tensor's largest value: remat 8e-7, rows turned 6e-7
+MESH_GRADS = 5e-5  # likewise: 5.3e-6 with XLA's fusions, 2.1e-5 without, as the tests are compiled
 PYTORCH_GRADS = 3e-4  # likewise: 6.3e-5
 
 
@@ -292,7 +293,7 @@ def test_meshes(shape):
     np.testing.assert_allclose(mesh_loss, loss, rtol=LOSS_RTOL)
     np.testing.assert_allclose(mesh_out["token_loss"], out["token_loss"], rtol=0, atol=ATOL)
     np.testing.assert_array_equal(mesh_out["correct"], out["correct"])
-    assert_close_trees(mesh_grads, grads, to_peak=GRADS)
+    assert_close_trees(mesh_grads, grads, to_peak=MESH_GRADS)
 
 
 def test_parameters_are_born_sharded():

@@ -12,13 +12,13 @@ from typing import NamedTuple
 
 from input_pipeline import scans, workers
 from input_pipeline.config import DataConfig
-from input_pipeline.datasets import Dataset, sample_rng
+from input_pipeline.datasets import Dataset
 from input_pipeline.index import scan_key
 from input_pipeline.planes import Sizes
 from input_pipeline.samples import RowError, Sample, Scan
 from input_pipeline.scans.base import printable
-from input_pipeline.sources import open_sources, terms_of, tokenizer_of
-from input_pipeline.tokens import TERM_WEIGHT, Encoded, encode
+from input_pipeline.sources import encode_row, open_sources, terms_of, tokenizer_of
+from input_pipeline.tokens import TERM_WEIGHT, Encoded
 from input_pipeline.volumes import one_channel_if_gray, prepare_volume
 
 # --- scans ------------------------------------------------------------------------------------------------------------
@@ -309,18 +309,7 @@ def encode_rows(tables: Tables, rows: Sequence[tuple[str, int]]) -> list[RowFact
 
 def _encode_row(tables: Tables, name: str, dataset: Dataset, row: int, row_id: str) -> RowFacts:
     config = tables.config
-    rng = sample_rng(config.seed, 0, name, row_id)
-    sample = dataset.sample(row, rng)
-    encoded = encode(
-        sample,
-        tables.tokenizer,
-        tables.terms,
-        max_scans=config.max_scans,
-        num_latents=config.num_latents,
-        max_tokens=config.text_length,
-        mode=config.preprocess,
-        rng=rng,
-    )
+    sample, encoded = encode_row(config, name, dataset, row, 0, tables.tokenizer, tables.terms)
     keys = {key: i for i, key in enumerate(dict.fromkeys(scan_key(dataset.root, s) for s in dataset.scans(row)))}
     used = tuple(keys[scan_key(dataset.root, scan)] for scan in encoded.scans)
     latents = int((encoded.visual[:, 0] >= 0).sum())
