@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from input_pipeline.datasets import FAMILIES
 from input_pipeline.packing import Limits
-from input_pipeline.planes import MODES, STORAGE, Sizes
+from input_pipeline.planes import CHANNELS, MODES, STORAGE, Sizes
 from input_pipeline.volumes import FLIPS
 
 SPLITS = ("train", "test")
@@ -32,6 +32,7 @@ class DataConfig:
       storage: uint8, int16 or float32 planes.
       size_2d, size_3d, depth: sides in pixels that 2D scans and volumes are brought to in `paper` mode, and the most
         slices of a volume: multiples of the patch (32, 32, 4).
+      channels: 3; or 1 where every scan is gray: what is made of three equal channels is then computed from one.
       records: read volumes from the records that `prepare --records` wrote, not from the scans' files.
       mixture: `epoch`: every source gives `fraction` of its rows an epoch; `weights`: shares of `epoch_samples`.
       epoch_samples: samples of an epoch under `weights`; 0: as many as all the sources have rows.
@@ -60,6 +61,7 @@ class DataConfig:
     size_2d: int = 512
     size_3d: int = 256
     depth: int = 64
+    channels: int = 3
     records: bool = False
     mixture: str = "epoch"
     epoch_samples: int = 0
@@ -99,6 +101,8 @@ class DataConfig:
                 problems.append(f"data.{name} is {value!r}: a whole number of at least {least.get(name, 1)} is needed")
         if not 0 < self.crop <= 1:
             problems.append(f"data.crop is {self.crop}: a share above 0 and not above 1 is needed")
+        if self.channels not in (1, CHANNELS):
+            problems.append(f"data.channels is {self.channels}: 1 or {CHANNELS}")
         if self.worker_timeout <= 0:
             problems.append(f"data.worker_timeout is {self.worker_timeout}: seconds above 0 are needed")
         for split in SPLITS:

@@ -265,6 +265,7 @@ def assemble(
     *,
     num_latents: int = 32,
     plane_dtype=np.uint8,
+    channels: int = CHANNELS,
 ) -> dict[str, np.ndarray]:
     """The arrays of one row, without the batch axis (radfm_jax/models/radfm.py draws them), with targets and weights.
 
@@ -273,12 +274,14 @@ def assemble(
       scan_ids: for each of them the ids of its `scans`.
       scans: what lies in the row's slots, by id. One of the row that is not here leaves its slot empty, and the samples
         that show it have no visual tokens and no weights.
+      channels: of `plane_index`: 1 where all scans are gray, which the network computes in a third of the time.
     Raises:
-      ValueError: a scan of another dtype, or with more patches or planes than the plan allowed for.
+      ValueError: a scan of another dtype, or with more patches or planes than the plan allowed for, or in colour where
+        `channels` is 1.
     """
     t, r, p, s = limits.text_length, limits.vision_rows, limits.patch_length, limits.scans
     of_one = next(iter(scans.values()), None)
-    slices, channels = of_one.plane_index.shape[1:] if of_one else (PATCH[2], CHANNELS)
+    slices = of_one.plane_index.shape[1] if of_one else PATCH[2]
     h, w = of_one.planes.shape[1:] if of_one else PATCH[:2]
     i32 = np.int32
     out = {
@@ -320,9 +323,11 @@ def assemble(
                 f"scan {scan} has {m} planes of {value.planes.dtype} and {n} patches; the row has room for "
                 f"{limits.planes - plane_at} of {np.dtype(plane_dtype)} and {p - start}: the index is out of date"
             )
+        if channels == 1 and (value.plane_index != value.plane_index[..., :1]).any():
+            raise ValueError(f"scan {scan} is in colour, but data.channels is 1")
         patches = slice(start, start + n)
         out["planes"][plane_at : plane_at + m] = value.planes
-        out["plane_index"][vision_row, patches] = value.plane_index + plane_at
+        out["plane_index"][vision_row, patches] = value.plane_index[..., :channels] + plane_at
         out["patch_segments"][vision_row, patches] = slot + 1
         out["patch_positions"][vision_row, patches] = value.positions
         out["scan_rows"][slot] = vision_row

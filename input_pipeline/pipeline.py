@@ -209,7 +209,8 @@ class Rows(grain.IterDataset):
     @functools.cached_property
     def empty(self) -> dict[str, np.ndarray]:
         """A row without samples."""
-        row = packing.assemble(packing.Row(), [], [], {}, self.config.limits, plane_dtype=np.dtype(self.config.storage))
+        dtype, channels = np.dtype(self.config.storage), self.config.channels
+        row = packing.assemble(packing.Row(), [], [], {}, self.config.limits, plane_dtype=dtype, channels=channels)
         return row | {"planes": row["planes"][:0], "tasks": np.zeros_like(row["segments"])}
 
     def close(self) -> None:

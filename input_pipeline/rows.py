@@ -125,6 +125,10 @@ class RowMaker:
         self.good = [self._good_rows(name) for name in self.names]
         self.starts = np.concatenate([[0], np.cumsum([len(good) for good in self.good])])
         self.facts = self.index.scans(sources)
+        if colour := [path for (_, path, *_), facts in self.facts.items() if facts.shape[-1] > config.channels]:
+            raise ValueError(
+                f"data.channels is 1, but {len(colour)} scans are in colour, such as {colour[0]}: make it 3"
+            )
         self.numbers = {key: number for number, key in enumerate(self.facts)}
         self._known: dict[tuple, tuple[int, int, int]] = {}
         self.tokenizer = tokenizer_of(config)
@@ -312,6 +316,7 @@ class RowMaker:
             config.limits,
             num_latents=config.num_latents,
             plane_dtype=np.dtype(config.storage),
+            channels=config.channels,
         )
         used = sum(len(value.planes) for value in loaded.values())
         arrays["planes"] = arrays["planes"][:used].copy()  # the rest is zeros: not sent between processes

@@ -15,7 +15,8 @@ A batch is a dict of arrays. One row with two samples, the first with a scan (L 
     ids, visual_index, segments, positions          int32[B, T]
     key_ok           bool[B, T]                     false: seen by nobody
     planes           uint8|int16|float32[B, M, h, w]  one slice of one channel of one patch
-    plane_index      int32[B, R, P, slices, C]      which plane is slice p, channel c of patch n
+    plane_index      int32[B, R, P, slices, C]      which plane is slice p, channel c of patch n;
+                                                    C = 1: all channels are equal
     patch_segments   int32[B, R, P]                 1 + scan slot, 0 = padding
     patch_positions  int32[B, R, P, 3]              entries of the row, column and depth tables
     scan_rows        int32[B, S]                    the vision row a scan lies in, -1 = empty slot
