@@ -1,20 +1,25 @@
-"""The Python interface: `model = radfm_jax.load(directory)`."""
+"""The Python interface: `model = radfm_jax.load(directory)`, then `model.answer("...", ["scan.nii.gz"])`."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import functools
+import json
 import shutil
 import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import flax.linen as nn
 import jax
 import numpy as np
 
+from input_pipeline import ask
 from input_pipeline.packing import plain_rows
-from radfm_jax import checkpoint, sharding
+from input_pipeline.tokenizer import Tokenizer
+from radfm_jax import checkpoint, run_directory, sharding
+from radfm_jax.generate import EncodedScans, Generator, Request, Sampling, checked
 from radfm_jax.models import radfm
 
 
@@ -27,12 +32,116 @@ class Model:
       params: a plain dict of arrays.
       directory: where it was loaded from, None for a model made in memory.
       mesh: what the parameters are sharded over, None for one device.
+      tokenizer_file: of a model whose directory has none.
+      prepared: how its scans were prepared, where that is not to be what its directory says.
     """
 
     config: radfm.RadFMConfig
     params: dict
     directory: Path | None = None
     mesh: jax.sharding.Mesh | None = None
+    tokenizer_file: Path | None = None
+    prepared: ask.Preparation | None = None
+
+    # --- answers ------------------------------------------------------------------------------------------------------
+
+    def answer(
+        self,
+        prompt: str,
+        scans: Sequence[ask.Scan] | EncodedScans = (),
+        *,
+        context: str = "",
+        place: str = "first",
+        **options,
+    ) -> str:
+        """The answer to a question about scans.
+
+            model.answer("Compare <image-2> with <image-1>. What is new?", ["old.png", "new.dcm"], max_new_tokens=80)
+
+        Args:
+          prompt: the question. `<image-1>` marks say where scans stand; without any they stand first, or where `place`
+            says: `first`, `last`.
+          scans: paths (all formats of the pipeline), samples.Scan (a volume of a 4D file, a window), voxels [H, W, D]
+            or [H, W, D, C]; or what `encode_scans` made of them, for further questions about the same.
+          context: what is known of the patient.
+          options: generate.Sampling (max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, stop,
+            stop_ids).
+        Raises:
+          ValueError: a mark without scan, a scan without mark or that cannot be read, an empty or too long prompt,
+            logits that are not finite; a checkpoint that lacks its tokenizer or does not say how scans are prepared.
+        """
+        return self.answers([Request(prompt, scans, context, place)], **options)[0]
+
+    def answers(self, requests: Sequence[Request | tuple], **options) -> list[str]:
+        """The same for several questions at once: generate.Request or (prompt, scans). Each answer is that which
+        `answer` gives; of draws, number i is that of seed + i. Raises ValueError if any of them has none."""
+        requests = [r if isinstance(r, Request) else Request(*r) for r in requests]
+        sampling = Sampling(**options)
+        return [a.text for a in checked(self._speaking(requests).answers(requests, sampling))]
+
+    def stream(
+        self,
+        prompt: str,
+        scans: Sequence[ask.Scan] | EncodedScans = (),
+        *,
+        context: str = "",
+        place: str = "first",
+        chunk: int = 8,
+        **options,
+    ) -> Iterator[str]:
+        """`answer` in pieces, as they come: after every `chunk` tokens one, which may be empty."""
+        requests = [Request(prompt, scans, context, place)]
+        for pieces, answers in self._speaking(requests).stream(requests, Sampling(**options), chunk=chunk):
+            checked(answers)
+            yield pieces[0]
+
+    def encode_scans(self, scans: Sequence[ask.Scan]) -> EncodedScans:
+        """Visual tokens of scans, which stay on the device: in place of the scans they go into any number of
+        questions. In `released` mode scans of one question are prepared together, so encode them together."""
+        _ = self.preparation
+        return self.generator.encode_scans(scans)
+
+    def _speaking(self, requests: Sequence[Request]) -> Generator:
+        """The generator, once it is certain that it has what words and scans need."""
+        _ = self.tokenizer, self.preparation if any(len(r.scans) for r in requests) else None
+        return self.generator
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Raises ValueError if there is none."""
+        if self.tokenizer_file is not None:
+            return Tokenizer(self.tokenizer_file)
+        if self.directory is None:
+            raise ValueError("this model was made in memory and has no tokenizer: give it `tokenizer_file`")
+        if not (self.directory / checkpoint.TOKENIZER).is_file():
+            raise ValueError(
+                f"{self.directory} has no {checkpoint.TOKENIZER}: load it with tokenizer=FILE (on the command line "
+                "--tokenizer FILE), the SentencePiece model of its language model"
+            )
+        return Tokenizer(self.directory / checkpoint.TOKENIZER)
+
+    @functools.cached_property
+    def preparation(self) -> ask.Preparation:
+        """How scans are prepared for this model. Raises ValueError if nothing says so."""
+        if self.prepared is not None:
+            return self.prepared
+        if self.directory is None:
+            raise ValueError("this model was made in memory: give it `prepared`, how its scans were prepared")
+        return preparation_of(self.directory, self.config)
+
+    @functools.cached_property
+    def generator(self) -> Generator:
+        """Compiled functions, and tokens instead of words."""
+        tokenizer = preparation = None
+        with contextlib.suppress(ValueError):  # what is lacking is said when it is needed
+            tokenizer = self.tokenizer
+        with contextlib.suppress(ValueError):
+            preparation = self.preparation
+        length = {} if preparation is None else {"length": preparation.text_length}
+        more = {"tokenizer": tokenizer, "preparation": preparation, "mesh": self.mesh}
+        return Generator(self.config, self.params, **more, **length)
+
+    # --- logits -------------------------------------------------------------------------------------------------------
 
     def logits(self, ids, vision=None, attention_mask=None) -> jax.Array:
         """Logits of every position, in the layout of the released model.
@@ -90,14 +199,27 @@ def _forward(config, params, batch):
     return radfm.RadFM(config).apply({"params": params}, batch)
 
 
-def load(directory, *, dtype: str = "float32", param_dtype: str | None = None, mesh=None, verify: bool = True) -> Model:
+def load(
+    directory,
+    *,
+    dtype: str = "float32",
+    param_dtype: str | None = None,
+    mesh=None,
+    verify: bool = True,
+    tokenizer=None,
+    prepared: ask.Preparation | None = None,
+) -> Model:
     """Reads a checkpoint directory (made by `python -m radfm_jax.convert`, training or `save`).
 
     Args:
+      directory: of a checkpoint; or of a training run, of which the best step is taken, or the newest if none was
+        ever compared.
       dtype: what matrices are multiplied in: float32 or bfloat16.
       param_dtype: what parameters are kept in; None keeps each as it is stored.
       mesh: a mesh of `sharding.make_mesh` to shard the parameters over; None uses the first device.
       verify: compare every file with its SHA-256 first; False compares sizes only.
+      tokenizer: SentencePiece model of a checkpoint that has none.
+      prepared: how scans are prepared, if not as the checkpoint says.
     Raises:
       ValueError: not a checkpoint directory, damaged, or not a whole RadFM.
     """
@@ -106,7 +228,9 @@ def load(directory, *, dtype: str = "float32", param_dtype: str | None = None, m
             raise ValueError(f"dtype {name!r} is unknown: choose one of {', '.join(checkpoint.DTYPES)}")
     if mesh is not None and mesh.axis_names != sharding.AXES:
         raise ValueError(f"mesh has axes {mesh.axis_names}, expected {sharding.AXES}: use sharding.make_mesh")
-    directory = Path(directory)
+    if tokenizer is not None and not Path(tokenizer).is_file():
+        raise ValueError(f"tokenizer {tokenizer} does not exist")
+    directory = run_directory.chosen(directory)
     checkpoint.verify(directory, hashes=verify)
     config = checkpoint.model_config(checkpoint.read_description(directory), directory)
     boxed = radfm.abstract_params(config)
@@ -119,7 +243,35 @@ def load(directory, *, dtype: str = "float32", param_dtype: str | None = None, m
     )
     shardings = sharding.param_shardings(boxed, mesh)[0] if mesh is not None else None
     params = checkpoint.restore_params(directory, abstract, shardings)
-    return Model(config.with_compute(dtype=dtype), params, directory, mesh)
+    tokenizer = None if tokenizer is None else Path(tokenizer)
+    return Model(config.with_compute(dtype=dtype), params, directory, mesh, tokenizer, prepared)
+
+
+def preparation_of(directory, config: radfm.RadFMConfig) -> ask.Preparation:
+    """How scans were prepared for a checkpoint: as its training run was told; converted weights are the released ones.
+
+    Raises:
+      ValueError: nothing says so.
+    """
+    path = Path(directory) / run_directory.RUN
+    try:
+        data = json.loads(path.read_text())["config"]["data"]
+    except FileNotFoundError:
+        data = None
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"{path} does not say how scans were prepared ({e!r}): {_PREPARED}") from None
+    if data is not None:
+        known = {f.name for f in dataclasses.fields(ask.Preparation)}
+        return ask.Preparation(**{name: value for name, value in data.items() if name in known})
+    if "file" in checkpoint.read_description(directory).get("source", {}):
+        return dataclasses.replace(ask.RELEASED, num_latents=config.num_latents)
+    raise ValueError(f"{directory} has no {run_directory.RUN} that says how scans were prepared: {_PREPARED}")
+
+
+_PREPARED = (
+    "load it with prepared=Preparation(preprocess=..., size_2d=..., ...) (on the command line --preprocess paper "
+    "--size-2d ... --size-3d ... --depth ...)"
+)
 
 
 def save(model: Model, directory) -> None:
@@ -132,7 +284,7 @@ def save(model: Model, directory) -> None:
         raise ValueError("save writes from one process, and there are several: gather the parameters in one of them")
     beside = []
     if model.directory is not None:
-        beside = [p for n in checkpoint.BESIDE if (p := model.directory / n).is_file()]
+        beside = [p for n in (*checkpoint.BESIDE, run_directory.RUN) if (p := model.directory / n).is_file()]
     size = sum(x.nbytes for x in jax.tree.leaves(model.params)) + sum(p.stat().st_size for p in beside)
     checkpoint.require_space(directory, size + size // 50, f"saving {directory}")
     with checkpoint.new_directory(directory) as partial:

@@ -230,6 +230,20 @@ def best(workdir) -> Path | None:
     return directory
 
 
+def chosen(directory) -> Path:
+    """`directory` if it is a checkpoint; of a run its best step, or the newest if none was ever compared.
+
+    Raises ValueError: a run that has not saved a step.
+    """
+    directory = Path(directory)
+    if (directory / checkpoint.DESCRIPTION).is_file() or not (directory / CHECKPOINTS).is_dir():
+        return directory
+    found = best(directory) or next((step_directory(directory, step) for step in reversed(steps(directory))), None)
+    if found is None:
+        raise ValueError(f"{directory} is a training run without any saved step: let it save one first")
+    return found
+
+
 # --- a state out of a step --------------------------------------------------------------------------------------------
 
 
@@ -320,7 +334,8 @@ class Initialised:
 def init_from(
     directory, state: dict, model: radfm.RadFMConfig | None = None, *, verified: bool = False
 ) -> tuple[dict, Initialised]:
-    """Parameters for a state from a checkpoint of any kind: a step, a converted RadFM, or a language model alone.
+    """Parameters for a state from a checkpoint of any kind: a run (its best step, or its newest), a step, a converted
+    RadFM, or a language model alone.
 
     Args:
       state: of train_step.init_state. Its parameters are replaced where the checkpoint has them, in the dtype and
@@ -331,7 +346,7 @@ def init_from(
     Raises:
       ValueError: the directory is damaged; lists every shape that differs; or nothing in it fits.
     """
-    directory = Path(directory)
+    directory = chosen(directory)
     if not verified:
         verify(directory)
     description = checkpoint.read_description(directory)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from input_pipeline.datasets.base import TableDataset
+from input_pipeline.datasets.base import LeftOut, TableDataset
 from input_pipeline.datasets.tables import Row
 from input_pipeline.samples import TASKS, RowError, Sample, Scan, Text
 from input_pipeline.tokens import parse_marks
@@ -25,11 +25,25 @@ _REMEDY = "see docs/data_layouts.md"
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class JSONL(TableDataset):
+    """See the head of this file.
+
+    Attributes:
+      tasks: rows of these tasks only; () for all. Two sources of one file can so have different weights.
+    """
+
     name = "jsonl"
     layout = "jsonl"
 
+    tasks: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if unknown := [task for task in self.tasks if task not in TASKS]:
+            raise ValueError(f"jsonl: tasks {unknown} are unknown; known: {', '.join(TASKS)}")
+        super().__post_init__()
+
     def parse(self, row):
-        return parse_object(row)
+        value = parse_object(row)
+        return value if not self.tasks or value[1] in self.tasks else LeftOut("another task")
 
     def finish(self):
         """Identifiers that stand twice: the later rows are problems."""
@@ -71,7 +85,7 @@ def parse_object(row: Row) -> tuple[str, str, str | None, tuple[Text | Scan, ...
     row_id, task = row.text("id", literal=True), row.choice("task", TASKS)
     if any(ord(c) < 32 for c in row_id):
         raise row.error(f"id {row_id!r} holds a control character")
-    scans = _scans(row)
+    scans = scans_of_row(row)
     wanted, banned = (("text",), ("context", "instruction", "response"))
     if task != "interleaved":
         wanted, banned = ("instruction", "response"), ("text",)
@@ -108,7 +122,7 @@ def parse_object(row: Row) -> tuple[str, str, str | None, tuple[Text | Scan, ...
     return row_id, task, row.optional("study") or None, parts
 
 
-def _scans(row: Row) -> tuple[Scan, ...]:
+def scans_of_row(row: Row) -> tuple[Scan, ...]:
     values = row.cells.get("scans")
     if not isinstance(values, list):
         raise row.error(f"scans must be a list, got {type(values).__name__}", "[] for a text without scans")

@@ -55,9 +55,16 @@ def scan_blocks(block: type[nn.Module], length: int, remat: str):
 # --- parameters -------------------------------------------------------------------------------------------------------
 
 
-def dense(features, names, config, *, axis=-1, bias=False, init=None, name=None) -> nn.DenseGeneral:
-    """A linear map whose kernel carries logical axis names (radfm_jax.sharding says where each one goes)."""
-    init = init or nn.initializers.lecun_normal()
+RESIDUAL = 0.5
+
+
+def dense(features, names, config, *, axis=-1, bias=False, gain=1.0, name=None) -> nn.DenseGeneral:
+    """A linear map whose kernel carries logical axis names (radfm_jax.sharding says where each one goes).
+
+    A fresh kernel has the deviation gain / sqrt(fan in); half of it (`RESIDUAL`) where its outputs are added to the
+    stream.
+    """
+    init = nn.initializers.variance_scaling(gain**2, "fan_in", "truncated_normal")
     return nn.DenseGeneral(
         features=features,
         axis=axis,
@@ -110,7 +117,7 @@ class GeluMlp(nn.Module):
         width = x.shape[-1]
         x = dense(self.hidden, ("embed", "mlp"), self.config, bias=self.bias, name="up")(x)
         x = nn.Dropout(self.dropout)(jax.nn.gelu(x, approximate=False), deterministic)
-        x = dense(width, ("mlp", "embed"), self.config, bias=self.bias, name="down")(x)
+        x = dense(width, ("mlp", "embed"), self.config, bias=self.bias, gain=RESIDUAL, name="down")(x)
         return nn.Dropout(self.dropout)(x, deterministic)
 
 

@@ -1,5 +1,5 @@
-"""LLaMA, the decoder: embeddings in, hidden states out. Covers LLaMA 1 to 3.x (grouped key/value heads, RoPE theta and
-the Llama-3.1 RoPE scaling, tied or untied head).
+"""LLaMA, the decoder: embeddings in, hidden states out, with or without an explicit cache. Covers LLaMA 1 to 3.x
+(grouped key/value heads, RoPE theta and the Llama-3.1 RoPE scaling, tied or untied head).
 
 Letters: B rows, T text tokens, E width, F MLP width, H query heads, G key/value heads, K head width, V vocabulary.
 """
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from radfm_jax.models.layers import attention, dense, matmul_precision, rms_norm, scan_blocks
+from radfm_jax.models.layers import RESIDUAL, attention, dense, matmul_precision, rms_norm, scan_blocks
 from radfm_jax.sharding import constrain
 
 
@@ -94,23 +94,37 @@ class Block(nn.Module):
     config: LlamaConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, rope, q_segments: jax.Array, k_segments: jax.Array):
+    def __call__(
+        self, x: jax.Array, rope, q_segments: jax.Array, k_segments: jax.Array, cache=None, layer=None, starts=None
+    ):
+        """(x, cache). Without a cache, attention is among the x. With one (`empty_cache`), keys and values of the x go
+        into its `layer`: with `starts` None at the beginning, attention being among the x (a prompt); otherwise at
+        starts int32[B], for x of one token, which sees what stands in the cache under its own segment."""
         c = self.config
-        init = nn.initializers.normal(0.02)
         h = rms_norm(c, c.norm_eps, "attention_norm")(x)
-        q = dense((c.num_heads, c.head_dim), ("embed", "heads", "head_dim"), c, init=init, name="query")(h)
-        k = dense((c.num_kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"), c, init=init, name="key")(h)
-        v = dense((c.num_kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"), c, init=init, name="value")(h)
+        q = dense((c.num_heads, c.head_dim), ("embed", "heads", "head_dim"), c, name="query")(h)
+        k = dense((c.num_kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"), c, name="key")(h)
+        v = dense((c.num_kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"), c, name="value")(h)
         q, k = checkpoint_name(rotate(q, rope), "query"), checkpoint_name(rotate(k, rope), "key")
         v = checkpoint_name(v, "value")
-        h = checkpoint_name(attention(q, k, v, q_segments, k_segments, causal=True, kernel=c.attention), "attention")
-        h = dense(c.width, ("heads", "head_dim", "embed"), c, axis=(-2, -1), init=init, name="out")(h)
+        if cache is not None:
+            cache = {
+                "key": _written(cache["key"], k, layer, starts),
+                "value": _written(cache["value"], v, layer, starts),
+            }
+        if starts is None:
+            h = attention(q, k, v, q_segments, k_segments, causal=True, kernel=c.attention)
+        else:
+            k, v = (jax.lax.dynamic_index_in_dim(cache[n], layer, keepdims=False) for n in ("key", "value"))
+            h = attention(q, k, v, q_segments, k_segments, causal=False, kernel="xla")
+        h = checkpoint_name(h, "attention")
+        h = dense(c.width, ("heads", "head_dim", "embed"), c, axis=(-2, -1), gain=RESIDUAL, name="out")(h)
         x = constrain(x + h, "batch", None, None)
         h = rms_norm(c, c.norm_eps, "mlp_norm")(x)
-        gate = dense(c.mlp_width, ("embed", "mlp"), c, init=init, name="gate")(h)
-        up = dense(c.mlp_width, ("embed", "mlp"), c, init=init, name="up")(h)
-        h = dense(c.width, ("mlp", "embed"), c, init=init, name="down")(jax.nn.silu(gate) * up)
-        return constrain(x + h, "batch", None, None), None
+        gate = dense(c.mlp_width, ("embed", "mlp"), c, name="gate")(h)
+        up = dense(c.mlp_width, ("embed", "mlp"), c, name="up")(h)
+        h = dense(c.width, ("mlp", "embed"), c, gain=RESIDUAL, name="down")(jax.nn.silu(gate) * up)
+        return constrain(x + h, "batch", None, None), cache
 
 
 class Llama(nn.Module):
@@ -120,13 +134,12 @@ class Llama(nn.Module):
 
     def setup(self):
         c = self.config
-        init = nn.initializers.normal(0.02)
-        vocabulary = nn.with_logical_partitioning(init, ("vocab", "embed"))
+        vocabulary = nn.with_logical_partitioning(nn.initializers.normal(0.5), ("vocab", "embed"))
         self.embedding = self.param("embedding", vocabulary, (c.vocab_size, c.width), c.param_dtype)
         self.blocks = scan_blocks(Block, c.num_layers, c.remat)(c)
         self.norm = rms_norm(c, c.norm_eps, None)
         if not c.tied_head:
-            head = nn.with_logical_partitioning(init, ("embed", "vocab"))
+            head = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", "vocab"))
             self.head = self.param("head", head, (c.width, c.vocab_size), c.param_dtype)
 
     def embed(self, ids: jax.Array) -> jax.Array:
@@ -163,3 +176,68 @@ def head_logits(hidden: jax.Array, kernel: jax.Array, dtype: str) -> jax.Array:
         precision=matmul_precision(dtype),
         preferred_element_type=jnp.float32,
     )
+
+
+# --- with a cache -----------------------------------------------------------------------------------------------------
+
+
+def empty_cache(config: LlamaConfig, batch: int, length: int) -> dict[str, jax.Array]:
+    """{"key", "value"}, each [layers, B, length, G, K] in `config.dtype`: rows over `data` and `fsdp`, heads over
+    `tensor`. Place i of a row is its position i; what lies behind a row's last token is never seen."""
+    shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
+    mesh = jax.sharding.get_abstract_mesh()
+    heads = None if mesh.empty or config.num_kv_heads % mesh.shape["tensor"] else "kv_heads"
+    zeros = constrain(jnp.zeros(shape, config.dtype), None, "batch", None, heads, None)
+    return {"key": zeros, "value": zeros}
+
+
+def _written(cache: jax.Array, new: jax.Array, layer, starts) -> jax.Array:
+    """[layers, B, U, G, K] with new [B, T, G, K] put into a layer, from place 0 or each row's own on."""
+    new = new.astype(cache.dtype)
+    if starts is None:
+        return jax.lax.dynamic_update_slice(cache, new[None], (layer, 0, 0, 0, 0))
+    put = lambda row, x, at: jax.lax.dynamic_update_slice(row, x[None], (layer, at, 0, 0))  # noqa: E731
+    return jax.vmap(put, in_axes=(1, 0, 0), out_axes=1)(cache, new, starts)
+
+
+def prefill(config: LlamaConfig, params: dict, x: jax.Array, lengths: jax.Array, cache: dict) -> tuple[jax.Array, dict]:
+    """Prompts into an empty cache.
+
+    Args:
+      params: of the language model. `blocks` may be a list of the layers instead of their stack: where a slice of a
+        stack is copied before it is multiplied, as on CPUs, that halves the time of a token.
+      x: float[B, T, E] embeddings, of which the first lengths[b] are row b; T at most the cache's length.
+      lengths: int32[B].
+    Returns:
+      Hidden states float[B, T, E] after the final norm, as `Llama` gives them, and the cache.
+    """
+    positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+    segments = (positions < lengths[:, None]).astype(jnp.int32)
+    return _through_blocks(config, params, x, positions, segments, segments, cache, None)
+
+
+def extend(config: LlamaConfig, params: dict, x: jax.Array, positions: jax.Array, cache: dict):
+    """One more token in each row: x float[B, 1, E] at positions int32[B] -> (hidden [B, 1, E], cache)."""
+    seen = jnp.arange(cache["key"].shape[2]) <= positions[:, None]
+    k_segments = jnp.where(seen, 1, -1)
+    q_segments = jnp.ones_like(positions)[:, None]
+    return _through_blocks(config, params, x, positions[:, None], q_segments, k_segments, cache, positions)
+
+
+def _through_blocks(config, params, x, positions, q_segments, k_segments, cache, starts) -> tuple[jax.Array, dict]:
+    rope = rope_table(positions, config)
+
+    def one(x, cache, block, layer):
+        arguments = (x, rope, q_segments, k_segments, cache, layer, starts)
+        return Block(config).apply({"params": block}, *arguments)
+
+    x, blocks = x.astype(config.dtype), params["blocks"]
+    if isinstance(blocks, dict):
+        # The cache is carried, not sliced: as a scanned input and output it would be written anew for every token.
+        (x, cache), _ = jax.lax.scan(
+            lambda carry, of_layer: (one(*carry, *of_layer), None), (x, cache), (blocks, jnp.arange(config.num_layers))
+        )
+    else:
+        for layer, block in enumerate(blocks):
+            x, cache = one(x, cache, block, layer)
+    return rms_norm(config, config.norm_eps, None).apply({"params": params["norm"]}, x), cache

@@ -118,7 +118,7 @@ class RadFM(nn.Module):
         self.vit = ViT3D(c.vision)
         self.perceiver = Perceiver(c.perceiver)
         self.projection = dense(c.llama.width, (None, "embed"), c.llama, bias=True)
-        marks = nn.with_logical_partitioning(nn.initializers.normal(0.02), (None, "embed"))
+        marks = nn.with_logical_partitioning(nn.initializers.normal(0.5), (None, "embed"))
         self.image_marks = self.param("image_marks", marks, (2, c.llama.width), c.llama.param_dtype)
         self.llama = Llama(c.llama)
 

@@ -15,7 +15,16 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from radfm_jax.models.layers import NORM_EPS, GeluMlp, attention, dense, layer_norm, matmul_precision, scan_blocks
+from radfm_jax.models.layers import (
+    NORM_EPS,
+    RESIDUAL,
+    GeluMlp,
+    attention,
+    dense,
+    layer_norm,
+    matmul_precision,
+    scan_blocks,
+)
 from radfm_jax.sharding import constrain
 
 
@@ -91,7 +100,7 @@ class PatchEmbedding(nn.Module):
     def positions(self, patch_positions: jax.Array) -> jax.Array:
         """int32[..., 3] entries of the row, column and depth tables -> float32[..., D], the three side by side."""
         c = self.config
-        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), (None, "embed"))
+        init = nn.with_logical_partitioning(nn.initializers.normal(1.0), (None, "embed"))
         tables = [
             self.param(f"{axis}_positions", init, (size, c.width // 3), c.param_dtype)
             for axis, size in zip(("row", "column", "depth"), c.tables, strict=True)
@@ -135,7 +144,7 @@ class Block(nn.Module):
         qkv = dense((3, c.num_heads, c.head_dim), ("embed", None, "heads", "head_dim"), c, name="qkv")(h)
         q, k, v = (checkpoint_name(qkv[..., i, :, :], n) for i, n in enumerate(("query", "key", "value")))
         h = checkpoint_name(attention(q, k, v, segments, segments, causal=False, kernel=c.attention), "attention")
-        h = dense(c.width, ("heads", "head_dim", "embed"), c, axis=(-2, -1), bias=True, name="out")(h)
+        h = dense(c.width, ("heads", "head_dim", "embed"), c, axis=(-2, -1), bias=True, gain=RESIDUAL, name="out")(h)
         x = constrain(x + nn.Dropout(c.dropout)(h, self.deterministic), "batch", None, None)
         h = layer_norm(c, "mlp_norm")(x)
         h = GeluMlp(c, c.mlp_width, bias=True, dropout=c.dropout, name="mlp")(h, self.deterministic)

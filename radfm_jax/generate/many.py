@@ -1,0 +1,245 @@
+"""Questions in a JSON Lines file -> answers in another one; it can be stopped at any time and goes on.
+
+    {"id": "case-17", "scans": ["ct.nii.gz", "old_cxr.png"], "prompt": "Compare <image-1> with <image-2>."}
+
+`prompt` may be called `instruction`, `context` may stand beside it, and `task`, `response` and `study` are not read:
+the data that a model was trained on are such a file (input_pipeline/datasets/jsonl.py says what a scan may be).
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from input_pipeline import ask, scans
+from input_pipeline.datasets import jsonl
+from input_pipeline.datasets.tables import Row
+from input_pipeline.planes import Volume
+from input_pipeline.samples import Scan
+from radfm_jax.generate.generator import EncodedScans, Generator, Prompt, Request
+from radfm_jax.generate.sampling import Sampling
+
+READ = ("id", "prompt", "instruction", "context", "scans")
+NOT_READ = ("task", "response", "study")
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A line of the file. `problem` says why it cannot be asked; "" if it can."""
+
+    row_id: str
+    prompt: str = ""
+    context: str = ""
+    scans: tuple[Scan, ...] = ()
+    problem: str = ""
+
+
+def read_questions(file: Path, root: Path) -> list[Question]:
+    """Every line; scans are looked for below `root`.
+
+    Raises:
+      ValueError: a file that cannot be read, lines without an id or with one that stands twice: they could not be told
+        apart when the run is resumed.
+    """
+    try:
+        lines = file.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} cannot be read ({error}): give a JSON Lines file in UTF-8") from None
+    found: dict[str, Question] = {}
+    problems = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            cells = json.loads(line)
+        except ValueError as error:
+            problems.append(f"line {number} is no JSON ({error})")
+            continue
+        row_id = cells.get("id") if isinstance(cells, dict) else None
+        if not isinstance(row_id, str) or not row_id.strip():
+            problems.append(f"line {number} has no `id`")
+        elif row_id in found:
+            problems.append(f"line {number}: id {row_id!r} stands twice")
+        else:
+            found[row_id] = _question(file, number, root, row_id, cells)
+    if problems:
+        raise ValueError(f"{file}: {'; '.join(problems[:10])}" + (" ..." if len(problems) > 10 else ""))
+    return list(found.values())
+
+
+def _question(file: Path, number: int, root: Path, row_id: str, cells: dict) -> Question:
+    row = Row(file, number, {"scans": []} | cells, root)
+    try:
+        if unknown := [k for k in cells if k not in (*READ, *NOT_READ)]:
+            raise row.error(f"unknown keys: {', '.join(unknown[:10])}", f"known: {', '.join((*READ, *NOT_READ))}")
+        if "prompt" in cells and "instruction" in cells:
+            raise row.error("has both `prompt` and `instruction`", "give one of them")
+        prompt = row.text("prompt" if "prompt" in cells else "instruction", literal=True)
+        context = row.optional("context", literal=True)
+        resolved = (dataclasses.replace(s, path=str(scans.resolve(root, s.path))) for s in jsonl.scans_of_row(row))
+        return Question(row_id, prompt, context, tuple(resolved))
+    except ValueError as error:
+        return Question(row_id, problem=str(error))
+
+
+# --- the answers ------------------------------------------------------------------------------------------------------
+
+
+def answered(out: Path, made_with: dict) -> set[str]:
+    """Ids that have an answer already; a last line that was cut short is removed from the file.
+
+    Raises:
+      ValueError: a line before the last is damaged, or its answer was made with other settings.
+    """
+    if not out.exists():
+        return set()
+    text = out.read_bytes()
+    whole = text[: text.rfind(b"\n") + 1]
+    found = set()
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            answer = json.loads(line)
+            row_id, made = answer["id"], answer["made_with"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{out}, line {number} is no answer ({error!r}): name another file") from None
+        if made != made_with:
+            differing = [k for k in {**made, **made_with} if made.get(k) != made_with.get(k)]
+            raise ValueError(
+                f"{out}, line {number} was made with another {', '.join(sorted(differing))}: name another file, or use "
+                f"{', '.join(f'{k}={made.get(k)!r}' for k in sorted(differing))}"
+            )
+        found.add(row_id)
+    if len(whole) < len(text):
+        with open(out, "r+b") as file:
+            file.truncate(len(whole))
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What came of a file of questions. failed: {id: reason}."""
+
+    answered: int
+    before: int
+    failed: dict[str, str]
+    seconds: float
+
+
+def answer_file(
+    generator: Generator,
+    file: Path,
+    out: Path,
+    sampling: Sampling,
+    *,
+    root: Path | None = None,
+    batch: int = 8,
+    place: str = "first",
+    model: str = "",
+    progress: Callable[[int, int, int], None] = lambda done, failed, total: None,
+) -> Outcome:
+    """Answers every question that has no answer in `out` yet, `batch` at a time; scans of the next ones are read while
+    the device computes. A question that fails is left out of `out`, so that a later start tries it again.
+
+    Args:
+      root: of the scans' paths; None: the directory of `file`.
+      model: what made the answers; answers of another one in `out` are refused.
+      progress: called with how many questions are answered, have failed, and are to be asked.
+    Raises:
+      ValueError: a file that cannot be read, answers in `out` that were made with other settings.
+    """
+    prepared = None if generator.preparation is None else dataclasses.asdict(generator.preparation)
+    made_with = {"model": model, "place": place, "prepared": prepared, **dataclasses.asdict(sampling)}
+    made_with = json.loads(json.dumps(made_with))  # as it is read back: a tuple is a list
+    questions = read_questions(file, (root or file.parent).absolute())
+    before = answered(out, made_with)
+    todo = [q for q in questions if q.row_id not in before]
+    numbers = {q.row_id: number for number, q in enumerate(questions)}
+    failed: dict[str, str] = {}
+    done, began = 0, time.perf_counter()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open(out, "a") as results, concurrent.futures.ThreadPoolExecutor(1) as reader:
+        for some, loaded in _loaded(todo, generator, batch, reader):
+            prompts: dict[str, Prompt] = {}
+            for question, scans_of in zip(some, _encoded(generator, some, loaded), strict=True):
+                try:
+                    prompts[question.row_id] = _prompt(generator, question, scans_of, sampling, place)
+                except ValueError as error:
+                    failed[question.row_id] = str(error)
+            # A draw belongs to the question, whatever was answered before it.
+            seeds = [(sampling.seed + numbers[row_id]) % 2**31 for row_id in prompts]
+            answers = generator.answers(list(prompts.values()), sampling, seeds=seeds)
+            asked = [q for q in some if q.row_id in prompts]
+            for question, answer in zip(asked, answers, strict=True):
+                if answer.error:
+                    failed[question.row_id] = answer.error
+                    continue
+                line = {
+                    "id": question.row_id,
+                    "prompt": question.prompt,
+                    **({"context": question.context} if question.context else {}),
+                    "scans": [scan.path for scan in question.scans],
+                    "answer": answer.text,
+                    "ended": answer.ended,
+                    "tokens": len(answer.ids),
+                    "logprob": sum(answer.logprobs),
+                    "made_with": made_with,
+                }
+                results.write(json.dumps(line, ensure_ascii=False) + "\n")
+                done += 1
+            results.flush()
+            progress(done, len(failed), len(todo))
+    return Outcome(done, len(questions) - len(todo), failed, time.perf_counter() - began)
+
+
+def _loaded(todo: list[Question], generator: Generator, batch: int, reader) -> Iterator[tuple[list, list]]:
+    """`batch` questions with their volumes, or why they have none; those after them are being read meanwhile."""
+
+    def read(question: Question) -> list[Volume] | ValueError:
+        if question.problem:
+            return ValueError(question.problem)
+        try:
+            if question.scans and generator.preparation is None:
+                raise ValueError("it is not known how scans are prepared for this model")
+            return ask.read_scans(question.scans, generator.preparation) if question.scans else []
+        except ValueError as error:
+            return error
+
+    ahead: list[tuple[list, concurrent.futures.Future]] = []
+    for start in range(0, len(todo), batch):
+        some = todo[start : start + batch]
+        ahead.append((some, reader.submit(lambda some=some: [read(q) for q in some])))
+        if len(ahead) > 1:
+            questions, future = ahead.pop(0)
+            yield questions, future.result()
+    for questions, future in ahead:
+        yield questions, future.result()
+
+
+def _encoded(generator: Generator, some: list[Question], loaded: list) -> list[EncodedScans | ValueError]:
+    """Visual tokens of each question, or why it has none."""
+    good = [i for i, volumes in enumerate(loaded) if not isinstance(volumes, ValueError)]
+    names = [[scan.path for scan in some[i].scans] for i in good]
+    found: list = list(loaded)
+    try:
+        for i, encoded in zip(good, generator.encode_volumes([loaded[i] for i in good], names), strict=True):
+            found[i] = encoded
+    except ValueError:  # one of them is not finite: each by itself, to see which
+        for i, own in zip(good, names, strict=True):
+            try:
+                found[i] = generator.encode_volumes([loaded[i]], [own])[0]
+            except ValueError as error:
+                found[i] = error
+    return found
+
+
+def _prompt(generator: Generator, question: Question, encoded, sampling: Sampling, place: str) -> Prompt:
+    """Raises ValueError for whatever keeps a question from being asked."""
+    if isinstance(encoded, ValueError):
+        raise encoded
+    prompt = generator.prompt(Request(question.prompt, encoded, question.context, place))
+    generator.check(prompt, sampling)
+    return prompt
