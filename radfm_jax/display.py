@@ -168,6 +168,17 @@ def mb(count: float) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
+def memory_table(parts: dict[str, int], limit: int | None = None) -> Table:
+    """Bytes a device by part (estimate.memory), their sum, and what there is (estimate.capacity), if that is known."""
+    table = Table("part", "bytes a device", title="memory, estimated")
+    for part, size in parts.items():
+        table.add_row(part, mb(size))
+    total = sum(parts.values())
+    of = "" if limit is None else f" of {mb(limit)}"
+    table.add_row("all", mb(total) + of, style="bold red" if limit is not None and total > limit else "bold")
+    return table
+
+
 def data_table(description: dict, samples: int, windows: int) -> Table:
     """Sources with their rows and shares."""
     table = Table(

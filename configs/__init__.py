@@ -1,0 +1,1 @@
+"""One file an experiment (docs/configs.md); a derived one imports its parent and states the differences."""

@@ -1,0 +1,33 @@
+"""Stage 2, epochs 2 to 4 of pre-training (paper, 4.3.1): MedMD, all parameters learn.
+
+    python -m radfm_jax.train --config=configs/pretrain.py --workdir=runs/pretrain --config.data.records=True
+
+starts from the best step of runs/pretrain_align (`--config.checkpoint.init_from=...`) and reads the index that was made
+for it.
+
+Hardware: 32 A100 with 80 GB, as the paper's. By arithmetic (radfm_jax/estimate.py, docs/configs.md):
+
+    memory: 13 GB a device (parameters 1.6, optimizer 3.3, gradients 3.3, batch 0.5, activations 1.1, working set 2.9)
+    a step: 4.38 s (171 TFLOP a row x 128 rows at 50 % of 312 TFLOP/s on 32 x A100)
+    traffic: 305 GB a step into each device, 12 s at 25 GB/s
+    steps: 55,800 for 3 x 2,380,000 rows of 3 samples, 2 d 20 h of arithmetic
+
+The traffic is FSDP's, for each micro-batch; `--config.train.accumulation=1` takes the same step with a quarter of it,
+so that the arithmetic can hide it, in 20 GB a device.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import radfm_14b
+
+SIZES = radfm_14b.SIZES
+
+
+def get_config(root: str = "data") -> ConfigDict:
+    config = radfm_14b.get_config(root)
+    config.train.epochs = 3.0
+    config.checkpoint.init_from = "runs/pretrain_align"
+    # A run counts its epochs from 0: with the seed of stage 1 it would begin with the very same samples and crops.
+    config.data.seed = 1
+    config.train.seed = 1
+    return config
