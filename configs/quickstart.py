@@ -1,8 +1,15 @@
-"""The practice data at toy size: what a laptop can learn within minutes.
+"""The practice data at toy size through the three stages of the paper: what a laptop can learn within minutes.
 
-python -m input_pipeline.phantoms --out practice
-python -m input_pipeline.prepare --config=configs/quickstart.py --out practice/index
-python -m input_pipeline.inspect --config=configs/quickstart.py --out practice/pictures
+    bash launch/quickstart.sh                                   # all of it, or step by step:
+    python -m input_pipeline.phantoms --out practice
+    python -m input_pipeline.prepare --config=configs/quickstart.py --out practice/index --records
+    python -m radfm_jax.train --config=configs/quickstart.py:align --workdir=runs/quickstart/align
+    python -m radfm_jax.train --config=configs/quickstart.py:pretrain --workdir=runs/quickstart/pretrain \
+        --config.checkpoint.init_from=runs/quickstart/align
+    python -m radfm_jax.train --config=configs/quickstart.py:finetune --workdir=runs/quickstart/finetune \
+        --config.checkpoint.init_from=runs/quickstart/pretrain
+
+Hardware: two cores, 2 GB of memory. docs/quickstart.md has the accuracies.
 """
 
 from ml_collections import ConfigDict
@@ -15,62 +22,71 @@ from radfm_jax.models.radfm import RadFMConfig
 from radfm_jax.models.vit3d import ViTConfig
 from radfm_jax.optimizer import OptimizerConfig
 
-
-def source(family: str, table: str, split: str, **fields) -> dict:
-    return {"family": family, "table": f"{split}/{table}", "root": "practice", "split": split, **fields}
-
-
-def sources(split: str) -> dict[str, dict]:
-    """The five tasks of a split."""
-    end = "" if split == "train" else "_test"
-    return {
-        f"modality{end}": source("rad3d_modality", "modality.csv", split),
-        f"yes_no{end}": source("diagnosis", "diagnosis_yes_no.csv", split),
-        f"diagnosis{end}": source("diagnosis", "diagnosis.csv", split),
-        f"vqa{end}": source("vqa_rad", "vqa.csv", split),
-        f"report{end}": source("rad3d_caption", "rationale.json", split),
-        f"rationale{end}": source("rad3d_rationale", "rationale.json", split),
-        f"questions{end}": source("jsonl", "all.jsonl", split),
-    }
+# Of each stage: steps, frozen parts, learning rate, and how often each task is drawn. A report says everything that the
+# other answers say, so scans are learned from reports first, as captions are by other vision-language models.
+STAGES = {
+    "align": (150, ("llama",), 1e-3, {"modality": 1, "report": 4}),
+    "pretrain": (450, (), 1e-3, {"modality": 1, "diagnosis": 1, "vqa": 1, "report": 5, "rationale": 1}),
+    "finetune": (400, (), 7e-4, {"modality": 1, "diagnosis": 3, "vqa": 4, "report": 2, "rationale": 1}),
+}
 
 
-def data() -> DataConfig:
-    # 128 pixels a side: a 2D scan is 4 x 4 patches, a volume of 32 slices 4 x 4 x 8.
+def questions(split: str, task: str, weight: float) -> dict:
+    """The questions of a task about the scans of a split."""
+    table = f"{split}/all.jsonl"
+    return {"family": "jsonl", "table": table, "root": "practice", "split": split, "tasks": (task,), "weight": weight}
+
+
+def data(weights: dict[str, float]) -> DataConfig:
+    # 128 pixels a side: a 2D scan is 4 x 4 patches, a volume of 16 slices 4 x 4 x 4.
+    tasks = STAGES["finetune"][3]
     return DataConfig(
-        train=sources("train"),
-        test=sources("test"),
+        train={task: questions("train", task, weights[task]) for task in weights},
+        test={f"{task}_test": questions("test", task, 1) for task in tasks},
         index="practice/index",
         tokenizer="practice/tokenizer.model",
+        mixture="weights",
         size_2d=128,
         size_3d=128,
-        depth=32,
-        text_length=512,
-        vision_rows=2,
-        patch_length=128,
-        planes=1024,
-        scans=10,
+        depth=16,
+        channels=1,
+        records=True,
+        text_length=256,
+        vision_rows=1,
+        patch_length=96,
+        planes=384,
+        scans=4,
         window=4096,
+        crop=1.0,
     )
 
 
 def model() -> RadFMConfig:
-    """About 3.4 million parameters. The vocabulary is that of the tokenizer that comes with the practice data."""
+    """About 2 million parameters. The vocabulary is that of the tokenizer that comes with the practice data."""
     return RadFMConfig(
-        ViTConfig(width=96, num_layers=2, num_heads=4, head_dim=24, mlp_width=192, dropout=0.0),
-        PerceiverConfig(width=96, num_layers=2, num_heads=4, head_dim=24, mlp_factor=2),
-        LlamaConfig(vocab_size=512, width=128, mlp_width=352, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=32),
+        ViTConfig(width=96, num_layers=2, num_heads=2, head_dim=48, mlp_width=192, dropout=0.0),
+        PerceiverConfig(width=96, num_layers=2, num_heads=2, head_dim=48, mlp_factor=2),
+        LlamaConfig(vocab_size=512, width=128, mlp_width=256, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=64),
     )
 
 
-def get_config() -> ConfigDict:
+def get_config(stage: str = "finetune") -> ConfigDict:
+    if stage not in STAGES:
+        raise ValueError(f"stage {stage!r} is none of {', '.join(STAGES)}")
+    steps, frozen, rate, weights = STAGES[stage]
     experiment = Experiment(
         model(),
-        data(),
+        data(weights),
         TrainConfig(
-            steps=1500, batch=4, remat="none", normalise="sqrt_sample", log_every=20, eval_every=500, chunk=128
+            steps=steps, batch=8, remat="attention", normalise="sqrt_sample", log_every=20, eval_batches=40, chunk=128
         ),
         OptimizerConfig(
-            learning_rate=7e-4, warmup_steps=50, b2=0.98, final=0.05, rates={"vit/embedding/projection": 0.2}
+            learning_rate=rate,
+            warmup_steps=50,
+            b2=0.98,
+            final=0.05,
+            frozen=frozen,
+            rates={"vit/embedding/projection": 0.07},
         ),
         checkpoint=CheckpointConfig(save_every=250),
     )

@@ -16,7 +16,10 @@ from ml_collections import ConfigDict, config_flags
 def add_config(parser: argparse.ArgumentParser) -> None:
     """Documents the option; `parse` reads it."""
     parser.add_argument(
-        "--config", metavar="FILE", required=True, help="configs/*.py; any field is changed with --config.group.field=x"
+        "--config",
+        metavar="FILE",
+        required=True,
+        help="configs/*.py, or FILE:NAME for one of its variants; any field is changed with --config.group.field=x",
     )
 
 
@@ -27,7 +30,8 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Na
         parser.error(f"{spaced[0]}: write --config.group.field=value, with an equals sign")
     overrides = [a for a in argv if a.startswith("--config.")]
     args = parser.parse_args([a for a in argv if not a.startswith("--config.")])
-    if not Path(args.config).is_file():
+    file = args.config if Path(args.config).is_file() else args.config.rpartition(":")[0]
+    if not Path(file).is_file():
         parser.error(f"{args.config}: there is no such file; configs/ holds those of the project")
     sys.modules.pop("config_config", None)  # an earlier config of this process: names it had would stand in for ours
     values = flags.FlagValues()

@@ -39,6 +39,8 @@ class DataConfig:
       window: samples that are packed together.
       text_length, vision_rows, patch_length, planes, scans: the sizes of a row (packing.Limits).
       share_scans: samples of one row about one scan share its slot; training crops are then drawn once a scan.
+      shuffle_scans: a control: each sample shows the scans of another row of its source, so that whatever accuracy is
+        left does not come from looking.
       max_scans: most distinct scans of a sample; of more, the sample's own generator chooses.
       num_latents: visual tokens of a scan, as the model has them.
       crop: least share of a slice's area that a random crop keeps in training; 1: none.
@@ -72,6 +74,7 @@ class DataConfig:
     planes: int = 57344
     scans: int = 56
     share_scans: bool = True
+    shuffle_scans: bool = False
     max_scans: int = 12
     num_latents: int = 32
     crop: float = 0.8

@@ -39,8 +39,8 @@ CHUNK = 256  # samples that a worker measures at a time
 # What decides the rows, beside the data themselves.
 DECIDING = (
     "terms", "preprocess", "storage", "size_2d", "size_3d", "depth", "records", "mixture", "epoch_samples", "window",
-    "text_length", "vision_rows", "patch_length", "planes", "scans", "share_scans", "max_scans", "num_latents", "crop",
-    "flips", "seed",
+    "text_length", "vision_rows", "patch_length", "planes", "scans", "share_scans", "shuffle_scans", "max_scans",
+    "num_latents", "crop", "flips", "seed",
 )  # fmt: skip
 
 

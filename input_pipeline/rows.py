@@ -20,7 +20,7 @@ from input_pipeline.datasets import sample_rng
 from input_pipeline.index import Index, scan_key
 from input_pipeline.planes import Volume, patch_count, patch_grid, patch_positions, plane_count, planes, released_shape
 from input_pipeline.samples import TASKS, RowError, Sample, Scan
-from input_pipeline.sources import encode_row, open_sources, terms_of, tokenizer_of
+from input_pipeline.sources import encode_row, open_sources, rows_shown, terms_of, tokenizer_of
 from input_pipeline.tokens import Encoded
 from input_pipeline.volumes import augment, one_channel_if_gray, prepare_volume, released_volumes
 
@@ -124,6 +124,12 @@ class RowMaker:
         self.names = list(self.datasets)
         self.good = [self._good_rows(name) for name in self.names]
         self.starts = np.concatenate([[0], np.cumsum([len(good) for good in self.good])])
+        self.shown = {}
+        if config.shuffle_scans:
+            self.shown = {
+                name: rows_shown(name, self.datasets[name], good, config.seed)
+                for name, good in zip(self.names, self.good, strict=True)
+            }
         self.facts = self.index.scans(sources)
         if colour := [path for (_, path, *_), facts in self.facts.items() if facts.shape[-1] > config.channels]:
             raise ValueError(
@@ -182,7 +188,8 @@ class RowMaker:
         which = int(np.searchsorted(self.starts, number, side="right")) - 1
         name, config = self.names[which], self.config
         dataset, row = self.datasets[name], int(self.good[which][number - self.starts[which]])
-        sample, encoded = encode_row(config, name, dataset, row, epoch, self.tokenizer, self.terms)
+        shown = self.shown[name][row] if self.shown else None
+        sample, encoded = encode_row(config, name, dataset, row, epoch, self.tokenizer, self.terms, shown)
         return name, sample, encoded
 
     def _shapes(self, name: str, sample: Sample, encoded: Encoded) -> list[tuple[int, int, int]]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from pathlib import Path
 
+import numpy as np
+
 from input_pipeline.config import DataConfig, open_fields
 from input_pipeline.datasets import Dataset, open_dataset, sample_rng
-from input_pipeline.samples import Sample
+from input_pipeline.samples import Sample, Scan
 from input_pipeline.terms import TermFinder, open_terms, scispacy_terms, umls_terms
 from input_pipeline.tokenizer import Tokenizer
 from input_pipeline.tokens import Encoded, encode
@@ -45,14 +48,27 @@ def terms_of(choice: str) -> TermFinder:
 
 
 def encode_row(
-    config: DataConfig, name: str, dataset: Dataset, row: int, epoch: int, tokenizer: Tokenizer, terms: TermFinder
+    config: DataConfig,
+    name: str,
+    dataset: Dataset,
+    row: int,
+    epoch: int,
+    tokenizer: Tokenizer,
+    terms: TermFinder,
+    shown: int | None = None,
 ) -> tuple[Sample, Encoded]:
     """Row `row` of a source as `prepare` counts it and as training sees it: one generator makes all its choices.
+
+    shown: the row whose scans stand in the sample instead of its own, as many of them.
 
     Raises RowError.
     """
     rng = sample_rng(config.seed, epoch, name, dataset.row_id(row))
     sample = dataset.sample(row, rng)
+    if shown is not None:
+        scans = dict(zip(dict.fromkeys(dataset.scans(row)), dict.fromkeys(dataset.scans(shown)), strict=True))
+        parts = tuple(scans[part] if isinstance(part, Scan) else part for part in sample.parts)
+        sample = dataclasses.replace(sample, parts=parts)
     encoded = encode(
         sample,
         tokenizer,
@@ -64,6 +80,23 @@ def encode_row(
         rng=rng,
     )
     return sample, encoded
+
+
+def rows_shown(name: str, dataset: Dataset, rows: np.ndarray, seed: int) -> dict[int, int]:
+    """row -> another one of `rows` with as many distinct scans, each being the other of one row.
+
+    Raises ValueError: a row with scans that is the only one with so many.
+    """
+    by_count: dict[int, list[int]] = {}
+    for row in rows.tolist():
+        by_count.setdefault(len(set(dataset.scans(row))), []).append(row)
+    rng, shown = np.random.default_rng(seed), {}
+    for count, same in by_count.items():
+        if count and len(same) == 1:
+            raise ValueError(f"data.shuffle_scans: {dataset.row_id(same[0])} of {name} alone has {count} scans")
+        order = rng.permutation(same)
+        shown |= dict(zip(order.tolist(), np.roll(order, 1).tolist(), strict=True))
+    return shown
 
 
 class NoTerms:
