@@ -131,10 +131,7 @@ class RowMaker:
                 for name, good in zip(self.names, self.good, strict=True)
             }
         self.facts = self.index.scans(sources)
-        if colour := [path for (_, path, *_), facts in self.facts.items() if facts.shape[-1] > config.channels]:
-            raise ValueError(
-                f"data.channels is 1, but {len(colour)} scans are in colour, such as {colour[0]}: make it 3"
-            )
+        self.check_channels()
         self.numbers = {key: number for number, key in enumerate(self.facts)}
         self._known: dict[tuple, tuple[int, int, int]] = {}
         self.tokenizer = tokenizer_of(config)
@@ -148,6 +145,13 @@ class RowMaker:
             fields = ("storage", "size_2d", "size_3d", "depth")
             self.index.check_records({name: getattr(config, name) for name in fields})
             self.records = Records(self.index.directory / "records")
+
+    def check_channels(self) -> None:
+        """ValueError for scans in colour where the config promises gray ones."""
+        if colour := [path for (_, path, *_), facts in self.facts.items() if facts.shape[-1] > self.config.channels]:
+            raise ValueError(
+                f"data.channels is 1, but {len(colour)} scans are in colour, such as {colour[0]}: make it 3"
+            )
 
     def _good_rows(self, name: str) -> np.ndarray:
         rows, bad = len(self.datasets[name]), self.index.bad_rows(name)

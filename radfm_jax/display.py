@@ -1,7 +1,7 @@
 """What a run shows: tables before step 0, a progress bar, metrics.jsonl, TensorBoard, a picture of the curves.
 
-Process 0 shows it; the others stay silent. metrics.jsonl is the record: a line per logged step, append-only; a resumed
-run goes on in it, and lines of steps that are run again are cut off first.
+Process 0 shows it, and writes what is kept; the others say their lines to their logs. metrics.jsonl is the record: a
+line per logged step, append-only; a resumed run goes on in it, and lines of steps that are run again are cut off first.
 """
 
 from __future__ import annotations
@@ -19,10 +19,14 @@ from rich.table import Table
 from input_pipeline.pipeline import PackingReport
 from radfm_jax.checkpoint import flatten
 
+record: Console | None = None  # the log of process 0, if there are several: gets the lines, but not the bar
+
 
 def say(*what) -> None:
     """A line, or a table, on standard error."""
-    Console(stderr=True).print(*what, highlight=False, soft_wrap=True)
+    for console in (Console(stderr=True), record):
+        if console is not None:
+            console.print(*what, highlight=False, soft_wrap=True)
 
 
 class Display:
@@ -35,7 +39,7 @@ class Display:
 
     def __init__(self, workdir: Path, first: int, steps: int, active: bool = True):
         self.workdir, self.active, self.steps = workdir, active, steps
-        self.console = Console(stderr=True, quiet=not active)
+        self.console = Console(stderr=True)
         self._bar = None
         if not active:
             return
@@ -56,11 +60,18 @@ class Display:
 
     def say(self, *what) -> None:
         """A line, or a table, above the bar."""
-        self.console.print(*what)
+        for console in (self.console, record):
+            if console is not None:
+                console.print(*what)
 
     def log(self, step: int, values: dict[str, float], shown: str = "") -> None:
         """A line of metrics.jsonl, and scalars of TensorBoard; names with a slash are grouped there."""
+        line = f"step {step}/{self.steps}  {shown}"
+        if shown and record is not None:
+            record.print(line, highlight=False, soft_wrap=True)
         if not self.active:
+            if shown:
+                self.console.print(line, highlight=False, soft_wrap=True)
             return
         self._file.write(json.dumps({"step": step, **{k: _number(v) for k, v in values.items()}}) + "\n")
         for name, value in values.items():
@@ -69,7 +80,7 @@ class Display:
         if shown:
             self._bar.update(self._task, completed=step, shown=shown)
             if not self.console.is_terminal:
-                self.console.print(f"step {step}/{self.steps}  {shown}", highlight=False, soft_wrap=True)
+                self.console.print(line, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         if self.active:

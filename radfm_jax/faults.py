@@ -8,11 +8,27 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable, Sequence
+from typing import TextIO
 
-# For schedulers: 75 (EX_TEMPFAIL) means "requeue me", everything else is final.
+# For schedulers: 75 (EX_TEMPFAIL) means "start me again with the same command", everything else is final.
 REQUEUE = 75
 STUCK = 70
-STACKS_AFTER = 5.0
+MISTAKE = 2
+
+
+def code_of(e: BaseException) -> int:
+    """The exit code of a program that ends with this exception."""
+    if isinstance(e, SystemExit) and isinstance(e.code, int):
+        return e.code
+    return MISTAKE if isinstance(e, ValueError) else 1
+
+
+def stacks(*files: TextIO) -> None:
+    """Where each thread of this process is."""
+    for file in files:
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.flush()
 
 
 class Stop:
@@ -45,10 +61,19 @@ class Watchdog:
 
     A peer that is alive but stuck is noticed by nothing else: a collective waits for ever. The process ends without
     clean-up, since clean-up would wait as well.
+
+    Args:
+      files: get the stacks; default: standard error.
+      leave: ends the process, given an exit code and the reason.
     """
 
-    def __init__(self, seconds: float, say=None):
-        self.seconds, self._say = seconds, say or (lambda text: print(text, file=sys.stderr, flush=True))
+    def __init__(
+        self,
+        seconds: float,
+        files: Sequence[TextIO] = (),
+        leave: Callable[[int, str], None] = lambda code, _: os._exit(code),
+    ):
+        self.seconds, self._files, self._leave = seconds, files, leave
         self._last, self._what = time.monotonic(), "starting"
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
@@ -61,12 +86,13 @@ class Watchdog:
         while not self._done.wait(min(self.seconds / 4, 5.0)):
             silent = time.monotonic() - self._last
             if silent > self.seconds:
-                self._say(
-                    f"stuck: {self._what} has taken {silent:.0f} s (train.step_timeout is {self.seconds:g}); stacks:"
-                )
-                faulthandler.dump_traceback(all_threads=True)
-                sys.stderr.flush()
-                os._exit(STUCK)
+                what = f"stuck: {self._what} has taken {silent:.0f} s (train.step_timeout is {self.seconds:g})"
+                files = self._files or [sys.stderr]
+                for file in files:
+                    print(f"{what}; stacks:", file=file, flush=True)
+                stacks(*files)
+                self._leave(STUCK, what)
+                return
 
     def __enter__(self) -> Watchdog:
         self._thread.start()

@@ -62,7 +62,8 @@ def together(key: str, work: Callable[[], T], timeout: float = 1800) -> list[T]:
       work: its result is a value of JSON.
       timeout: seconds to wait for the others.
     Raises:
-      What `work` raises; OSError in the other processes, with the number and the message of those where it failed.
+      What `work` raises; in the other processes OSError, or ValueError if it was that, with the number and the message
+      of those where it failed.
     """
     if jax.process_count() == 1:
         return [work()]
@@ -70,14 +71,15 @@ def together(key: str, work: Callable[[], T], timeout: float = 1800) -> list[T]:
     try:
         answer = {"value": work()}
     except Exception as e:
-        answer, failure = {"error": reason(e)}, e
+        answer, failure = {"error": reason(e), "mistake": isinstance(e, ValueError)}, e
     client.key_value_set(f"radfm_jax/{key}/{jax.process_index()}", json.dumps(answer))
     client.wait_at_barrier(f"radfm_jax/{key}", int(timeout * 1000))
     found = {int(k.rpartition("/")[2]): json.loads(v) for k, v in client.key_value_dir_get(f"radfm_jax/{key}/")}
     if failure is not None:
         raise failure
     if failed := [f"process {p}: {found[p]['error']}" for p in sorted(found) if "error" in found[p]]:
-        raise OSError("; ".join(failed))
+        mistakes = all(answer["mistake"] for answer in found.values() if "error" in answer)
+        raise (ValueError if mistakes else OSError)("; ".join(failed))
     return [found[p]["value"] for p in range(jax.process_count())]
 
 

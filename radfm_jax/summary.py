@@ -87,7 +87,8 @@ def _page(args: argparse.Namespace) -> Iterator[str]:
 def _stages(runs: Sequence[Path]) -> Iterator[str]:
     rows = []
     for run in runs:
-        lines = display.read(run)
+        if not (lines := display.read(run)):
+            raise ValueError(f"{run} has no metrics.jsonl with a step: is it the --workdir of a run?")
         last = {key: value for line in lines for key, value in line.items()}
         speed = [line for line in lines if "speed/step_s" in line][1:]  # the first holds the start
         mean = lambda name: sum(x[name] for x in speed) / len(speed) if speed else float("nan")  # noqa: B023, E731

@@ -6,6 +6,7 @@ WORKDIR/config.json, checkpoints/     run_directory.py
 WORKDIR/metrics.jsonl, tensorboard/, curves.png     display.py
 WORKDIR/rows/PROCESS.jsonl            which samples each step saw
 WORKDIR/profile/                      with train.profile
+WORKDIR/logs/PROCESS.log              what each process said, if there are several
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
-import numpy as np
 
 from input_pipeline import command_line
 from input_pipeline.pipeline import Batch, PackingReport, Rows, batches, join, prefetch
 from input_pipeline.rows import RowInfo
 from input_pipeline.samples import TASKS
 from radfm_jax import display as shown
-from radfm_jax import faults, flops, run_directory, sharding, train_step
+from radfm_jax import distributed, estimate, faults, flops, run_directory, sharding, train_step
 from radfm_jax.experiment import Experiment
+from radfm_jax.peers import Peers
 from radfm_jax.saver import Saver
 
 DESCRIPTION = """\
@@ -42,8 +43,12 @@ examples:
   python -m radfm_jax.train --config=configs/quickstart.py --workdir=runs/slow --config.optimizer.learning_rate=1e-4
   python -m radfm_jax.train --config=configs/x.py --workdir=runs/b --config.checkpoint.init_from=runs/a/checkpoints/500
 
-exit codes: 0 done; 75 saved after SIGTERM or Ctrl-C, start again with the same command; 70 a step was stuck; 2 a
-mistake in the config or the data, or a checkpoint that cannot be used; 1 anything else.
+several processes: the same command in each of them; launch/local.sh N -- ARGUMENTS starts N on this machine.
+
+exit codes: 0 done; 75 ended early, start again with the same command and it goes on (saved after SIGTERM or Ctrl-C to
+any process; or another process was lost: then from the step that was saved last); 70 a step was stuck; 2 a mistake in
+the config or the data, a checkpoint that cannot be used, or processes that would not run the same; 1 anything else,
+also processes that do not find each other. With several processes, that of the one that failed is the code of all.
 """
 
 
@@ -55,49 +60,67 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command_line.add_config(parser)
+    distributed.add_arguments(parser)
     parser.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="where the run is kept")
     args, config = command_line.parse(parser, sys.argv[1:] if argv is None else argv)
     try:
-        return train(Experiment.from_dict(config), args.workdir)
-    except ValueError as error:
+        experiment = Experiment.from_dict(config)
+        with faults.Stop() as stop, distributed.start(args, args.workdir, experiment.to_dict(), stop) as peers:
+            return train(experiment, args.workdir, peers)
+    except InterruptedError:
+        print("told to stop before all processes were there", file=sys.stderr)
+        return faults.REQUEUE
+    except (ValueError, distributed.StartError) as error:
         print(f"error: {error}", *getattr(error, "__notes__", []), sep="\n", file=sys.stderr)
-        return 2
+        return faults.code_of(error)
 
 
-def train(config: Experiment, workdir: Path) -> int:
+def train(config: Experiment, workdir: Path, peers: Peers | None = None) -> int:
     """One start of a run; its exit code.
 
+    Args:
+      peers: of distributed.start; None: this process is alone, and signals are its own affair.
     Raises:
       ValueError: mistakes in the config or the data, a checkpoint that cannot be used, values that are not finite.
       SaveError: a step could not be saved.
     """
+    with contextlib.ExitStack() as opened:
+        peers = peers or Peers(opened.enter_context(faults.Stop()))
+        with peers.guard():
+            return _train(config, workdir, peers, opened)
+
+
+def _train(config: Experiment, workdir: Path, peers: Peers, opened: contextlib.ExitStack) -> int:
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, slices=config.mesh.slices)
     where = {"batch": config.train.batch, "host": jax.process_index(), "hosts": jax.process_count()}
-    with contextlib.ExitStack() as opened:
-        stop = opened.enter_context(faults.Stop())
-        saver = opened.enter_context(
-            Saver(
-                workdir,
-                config=config.to_dict(),
-                model=config.model,
-                tokenizer=config.data.tokenizer,
-                keep_last=config.checkpoint.keep_last,
-                keep_every=config.checkpoint.keep_every,
-                best="eval/all/loss" if config.checkpoint.best and config.data.test else None,
-            )
+    saver = opened.enter_context(
+        Saver(
+            workdir,
+            config=config.to_dict(),
+            model=config.model,
+            tokenizer=config.data.tokenizer,
+            keep_last=config.checkpoint.keep_last,
+            keep_every=config.checkpoint.keep_every,
+            best="eval/all/loss" if config.checkpoint.best and config.data.test else None,
         )
-        rows = opened.enter_context(Rows(config.data, "train", **where))
-        check_model(config, rows)
-        steps = config.train.steps or steps_of(rows, config)
-        abstract, transform, notes = train_step.abstract_state(config.compute, config.optimizer, steps, mesh)
-        say = shown.say if jax.process_index() == 0 else lambda *_: None
-        say(shown.parameter_table(abstract))
-        say(shown.data_table(rows.description, len(rows.mixture), rows.windows))
-        programs = Programs.compile(config, abstract, transform, rows, mesh, say)
-        state, data_state = first_state(config, workdir, abstract, transform, say)
-        held_out = opened.enter_context(Rows(config.data, "test", **where, epochs=1)) if config.data.test else None
-        run = Run(config, workdir, mesh, steps, rows, held_out, programs, saver, stop)
-        return run(state, data_state)
+    )
+    rows = opened.enter_context(Rows(config.data, "train", **where))
+    check_model(config, rows)
+    steps = config.train.steps or steps_of(rows, config)
+    abstract, transform, notes = train_step.abstract_state(config.compute, config.optimizer, steps, mesh)
+    say = shown.say
+    say(shown.parameter_table(abstract))
+    say(shown.memory_table(estimate.memory(config, mesh), estimate.capacity(mesh)))
+    say(shown.data_table(rows.description, len(rows.mixture), rows.windows))
+    say(estimate.time_line(config, steps, estimate.hardware(list(mesh.devices.flat), config.train.dtype)))
+    programs = Programs.compile(config, abstract, transform, rows, mesh, say)
+    if peers.stopping():
+        say(f"{peers.stopped_by}: told to stop before the first step, there is nothing to save")
+        return faults.REQUEUE
+    state, data_state = first_state(config, workdir, abstract, transform, say)
+    held_out = opened.enter_context(Rows(config.data, "test", **where, epochs=1)) if config.data.test else None
+    run = Run(config, workdir, mesh, steps, rows, held_out, programs, saver, peers)
+    return run(state, data_state)
 
 
 def check_model(config: Experiment, rows: Rows) -> None:
@@ -191,12 +214,12 @@ class Run:
         held_out: Rows | None,
         programs: Programs,
         saver: Saver,
-        stop: faults.Stop,
+        peers: Peers,
     ):
         self.config, self.workdir, self.mesh, self.steps = config, workdir, mesh, steps
-        self.rows, self.held_out, self.programs, self.saver, self.stop = rows, held_out, programs, saver, stop
+        self.rows, self.held_out, self.programs, self.saver, self.peers = rows, held_out, programs, saver, peers
         self.report = PackingReport(config.data.text_length)
-        self.flops = flops.training(config.model, config.data.limits, config.optimizer.frozen) * config.train.batch
+        self.flops = estimate.row_flops(config) * config.train.batch
 
     def place(self, batch: Batch) -> tuple[dict[str, jax.Array], tuple[RowInfo | None, ...]]:
         return train_step.place(batch.arrays, self.mesh, self.config.train.accumulation), batch.rows
@@ -207,7 +230,7 @@ class Run:
         data = iter(prefetch(batches(self.rows), self.place))
         if data_state is not None:
             data.set_state(data_state)
-        timeout = faults.Watchdog(train.step_timeout)
+        timeout = faults.Watchdog(train.step_timeout, self.peers.files, self.peers.leave)
         with (
             contextlib.closing(data),
             contextlib.closing(shown.Display(self.workdir, first, self.steps, jax.process_index() == 0)) as display,
@@ -236,21 +259,21 @@ class Run:
                 if len(waiting) > 1:  # the step before, while this one computes
                     timing.finished(*waiting.popleft())
                 number = step + 1
-                stopping = self.wanted_to_stop(number)
+                stopping = self.peers.stopping()
                 evaluating = self.due(number) and not stopping
                 saving = number == self.steps or stopping or number % self.config.checkpoint.save_every == 0
                 if evaluating or saving:
                     while waiting:
                         timing.finished(*waiting.popleft())
                     found = self.evaluate(state, number, timeout) if evaluating else {}
-                    stopping = self.wanted_to_stop(number)
+                    stopping = stopping or self.peers.stopping()
                     if saving or stopping or (found and self.config.checkpoint.best):
                         timeout.alive(f"saving step {number}")
                         self.saver.save(state, data.get_state(), metrics=found)
                     timing.restart()
                     if stopping and (number < self.steps or (self.due(number) and not found)):
                         self.saver.wait()
-                        display.say(f"{self.stop.signal.name if self.stop else 'asked to stop'}: saved step {number}")
+                        display.say(f"{self.peers.stopped_by}: saved step {number}")
                         return faults.REQUEUE
             if first < self.steps:
                 display.say(shown.packing_line(self.report))
@@ -263,15 +286,9 @@ class Run:
         return self.held_out is not None and (step == self.steps or bool(every and step % every == 0))
 
     def evaluated(self, step: int) -> bool:
-        return any(line["step"] == step and "eval/all/loss" in line for line in shown.read(self.workdir))
-
-    def wanted_to_stop(self, step: int) -> bool:
-        """Whether any process was told to end; the same answer in all."""
-        if jax.process_count() == 1:
-            return bool(self.stop)
-        from jax.experimental import multihost_utils
-
-        return bool(np.max(multihost_utils.process_allgather(np.int32(bool(self.stop)))))
+        """Whether the record has that; as process 0, which writes it, finds it."""
+        found = lambda: any(x["step"] == step and "eval/all/loss" in x for x in shown.read(self.workdir))  # noqa: E731
+        return run_directory.together(f"evaluated/{step}", lambda: jax.process_index() == 0 and found())[0]
 
     def evaluate(self, state: dict, step: int, timeout: faults.Watchdog) -> dict[str, float]:
         """Metrics on the held-out rows, logged; {} if a signal cut it short."""
@@ -283,7 +300,7 @@ class Run:
                 counts = self.programs.evaluate(train_step.params_of(state), arrays)
                 totals = counts if totals is None else jax.tree.map(lambda a, b: a + b, totals, counts)
                 timeout.alive(f"batch {number} of the evaluation after step {step}")
-                if jax.process_count() == 1 and self.stop:
+                if self.peers.stopping():
                     return {}
         found = {
             f"eval/{task}/{name}": value
@@ -393,6 +410,10 @@ class RowLog:
         path = workdir / "rows" / f"{jax.process_index()}.jsonl"
         path.parent.mkdir(exist_ok=True)
         shown.cut_off(path, first - 1)
+        if jax.process_index() == 0:  # of a start with more processes, too
+            for other in path.parent.glob("*.jsonl"):
+                if int(other.stem) >= jax.process_count():
+                    shown.cut_off(other, first - 1)
         self._file = open(path, "a", buffering=1)
 
     def add(self, step: int, rows: Sequence[RowInfo | None]) -> None:

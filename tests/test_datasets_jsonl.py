@@ -128,3 +128,12 @@ def test_a_study_that_is_not_given_is_that_of_the_first_scan(tmp_path):
     # JSON has a null of its own: "None" is an answer, and an id.
     assert samples[0].parts[-1].text == "None" and samples[3].row_id == "None"
     assert dataset.duplicates == [(3, 2)]  # equal but for the id
+
+
+def test_jsonl_of_some_tasks(tmp_path):
+    fields = own(tmp_path, GOOD, {**GOOD, "id": "b", "task": "report"}, {**GOOD, "id": "c", "task": "modality"})
+    dataset = open_dataset("jsonl", **fields, tasks=("report", "modality"))
+    assert [dataset.row_id(i) for i in range(len(dataset))] == ["b", "c"]
+    assert dataset.left_out == {"another task": 1}
+    with pytest.raises(ValueError, match=r"tasks \['reports'\] are unknown; known: .*report"):
+        open_dataset("jsonl", **fields, tasks=("reports",))

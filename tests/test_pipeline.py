@@ -373,6 +373,20 @@ def test_records_of_other_sizes_are_refused(config):
         maker.index.check_records({"storage": "uint8", "size_2d": 32})
 
 
+def test_gray_scans_need_one_channel(config):
+    """The same row, its planes named once instead of three times; colour is refused by name."""
+    three, one = RowMaker(config, "train", True), RowMaker(dataclasses.replace(config, channels=1), "train", True)
+    samples = np.arange(6)
+    (planned, *_) = three.pack(samples, [three.measure(0, samples)], (0,))
+    whole, gray = (maker.load(planned, 0, 0, 0)[0] for maker in (three, one))
+    np.testing.assert_array_equal(whole["plane_index"], np.repeat(gray["plane_index"], 3, axis=-1))
+    assert all((whole[name] == gray[name]).all() for name in whole if name != "plane_index")
+    key = next(iter(one.facts))
+    one.facts[key] = dataclasses.replace(one.facts[key], shape=(*one.facts[key].shape[:3], 3))
+    with pytest.raises(ValueError, match=f"data.channels is 1, but 1 scans are in colour, such as {key[1]}"):
+        one.check_channels()
+
+
 def test_sources_come_by_name(config):
     """The order in which a config names them changes nothing."""
     turned = dataclasses.replace(config, train=dict(reversed(config.train.items())))

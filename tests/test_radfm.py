@@ -186,6 +186,27 @@ def layer(params: dict, i: int) -> dict:
     return {"params": jax.tree.map(lambda x: x[i], params)}
 
 
+def test_one_channel_stands_for_three_equal_ones():
+    """Outputs and gradients of the patch embedding: the same function, the kernel summed over the channels."""
+    batch = {k: jnp.asarray(v) for k, v in packed.row(SAMPLES.values(), **SIZES).items()}
+    gray = batch["plane_index"][..., :1]
+
+    def embed(params, index):
+        others = [batch[k] for k in ("patch_segments", "patch_positions", "scan_scale", "scan_offset")]
+        embedding = vit3d.PatchEmbedding(CONFIG.vision)
+        return embedding.apply({"params": params}, batch["planes"], index, *others)
+
+    def both(params):
+        whole, folded = embed(params, jnp.repeat(gray, 3, axis=-1)), embed(params, gray)
+        return (jnp.square(whole).sum(), jnp.square(folded).sum()), (whole, folded)
+
+    params = PARAMS["vit"]["embedding"]
+    _, (whole, folded) = jax.jit(both)(params)
+    np.testing.assert_allclose(folded, whole, rtol=0, atol=ATOL)
+    of_whole, of_folded = (jax.jit(jax.grad(lambda p, i=i: both(p)[0][i]))(params) for i in (0, 1))
+    assert_close_trees(of_folded, of_whole, to_peak=GRADS)
+
+
 def test_scanned_stacks_are_their_blocks_one_by_one():
     batch = {k: jnp.asarray(v) for k, v in packed.row(SAMPLES.values(), **SIZES).items()}
     logits, out = jax.jit(lambda p, b: RadFM(CONFIG).apply({"params": p}, b))(PARAMS, batch)

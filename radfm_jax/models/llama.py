@@ -139,7 +139,7 @@ class Llama(nn.Module):
         self.blocks = scan_blocks(Block, c.num_layers, c.remat)(c)
         self.norm = rms_norm(c, c.norm_eps, None)
         if not c.tied_head:
-            head = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", "vocab"))
+            head = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("embed", "vocab"))
             self.head = self.param("head", head, (c.width, c.vocab_size), c.param_dtype)
 
     def embed(self, ids: jax.Array) -> jax.Array:

@@ -43,9 +43,7 @@ class Block(nn.Module):
         c = self.config
         b, s, n, _ = latents.shape
         token_norm, latent_norm = layer_norm(c, "token_norm")(tokens), layer_norm(c, "latent_norm")(latents)
-        # Fresh latents that look at everything alike say nearly the same of every scan: with these two gains the share
-        # of their variance that comes from the scan is ten times as large, and with it what there is to learn from.
-        q = dense((c.num_heads, c.head_dim), ("embed", "heads", "head_dim"), c, gain=4.0, name="query")(latent_norm)
+        q = dense((c.num_heads, c.head_dim), ("embed", "heads", "head_dim"), c, name="query")(latent_norm)
         key_value = dense((2, c.num_heads, c.head_dim), ("embed", None, "heads", "head_dim"), c, name="key_value")
         # Keys and values are projected once a vision row, then handed to every scan that lies in it.
         of_tokens = gather_rows(key_value(token_norm), scan_rows)  # [B, S, P, 2, H, K]
@@ -75,7 +73,7 @@ class Perceiver(nn.Module):
         An empty slot yields latents that saw no scan; nothing refers to them.
         """
         c = self.config
-        init = nn.with_logical_partitioning(nn.initializers.normal(0.1), (None, "embed"))
+        init = nn.with_logical_partitioning(nn.initializers.normal(1.0), (None, "embed"))
         latents = self.param("latents", init, (c.num_latents, c.width), c.param_dtype).astype(c.dtype)
         latents = jnp.broadcast_to(latents, (*scan_rows.shape, *latents.shape))
         blocks = scan_blocks(Block, c.num_layers, c.remat)(c, name="blocks")

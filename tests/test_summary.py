@@ -1,0 +1,72 @@
+"""One page of a chain of runs."""
+
+import base64
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from radfm_jax import display, evaluate, summary
+from radfm_jax.evaluate import Scored
+
+
+@pytest.fixture
+def run(tmp_path):
+    workdir = tmp_path / "runs" / "align"
+    workdir.mkdir(parents=True)
+    speed = {"speed/step_s": 9.0, "speed/samples_s": 1.0, "speed/data_wait": 0.9, "data/real_tokens": 0.5}
+    lines = [{"step": 1, "train/loss": 6.0, **speed}]
+    for step, seconds in ((10, 0.2), (20, 0.4)):
+        now = {"speed/step_s": seconds, "speed/samples_s": 100.0, "speed/data_wait": 0.01, "data/real_tokens": 0.9}
+        lines.append({"step": step, "train/loss": 1 / step, **now})
+    lines.append({"step": 20, "eval/all/loss": 0.125})
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    display.curves(workdir)
+    return workdir
+
+
+def page(tmp_path, run, *more) -> str:
+    assert summary.main(["--runs", str(run), *map(str, more), "--out", str(tmp_path / "page.html")]) == 0
+    return (tmp_path / "page.html").read_text()
+
+
+def test_the_stages_without_their_first_line(tmp_path, run):
+    text = page(tmp_path, run, "--note", "<drawn>", "--place", "weights=out/pytorch")
+    assert "Not for clinical use" in text and "&lt;drawn&gt;" in text and "<code>out/pytorch</code>" in text
+    row = re.search(r"<tr><td>align</td>.*?</tr>", text).group()
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", row)
+    assert cells == ["align", "20", "0.050", "0.125", "0.300", "100", "1.0%", "90.0%", "<code></code>"]
+    (picture,) = re.findall(r"base64,([^']+)'", text)
+    assert base64.b64decode(picture) == (run / "curves.png").read_bytes()
+
+
+def test_scores_stand_beside_their_control(tmp_path, run):
+    own = [Scored("vqa", str(i), None, "vqa", "Side?", "left", i < 9) for i in range(10)]
+    other = [Scored("vqa", str(i), None, "vqa", "Side?", "left", i < 5, "another") for i in range(10)]
+    evaluate.write(own + other, tmp_path / "scores")
+    text = page(tmp_path, run, "--scores", tmp_path / "scores")
+    assert re.search(r"<td>vqa</td>.*?90\.0%.*?59\.6% to 98\.2%.*?90\.0%.*?50\.0%", text), text[-900:]
+
+
+def test_answers_beside_what_the_model_saw(tmp_path, run):
+    Image.fromarray(np.arange(64 * 64, dtype=np.uint8).reshape(64, 64)).save(tmp_path / "a.png")
+    prepared = {"preprocess": "paper", "size_2d": 64, "size_3d": 32, "depth": 8, "num_latents": 4, "text_length": 64}
+    questions = [
+        {"id": "a", "scans": ["a.png"], "instruction": "<image-1> Side?", "response": "left"},
+        {"id": "b", "scans": ["a.png"], "instruction": "<image-1> Big?"},
+    ]
+    answers = [{"id": "a", "answer": "<b>right", "made_with": {"prepared": prepared}}]
+    for name, lines in (("questions", questions), ("answers", answers)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    more = ("--questions", tmp_path / "questions.jsonl", "--answers", tmp_path / "answers.jsonl", "--root", tmp_path)
+    text = page(tmp_path, run, *more)
+    assert "answer: <b>&lt;b&gt;right</b><br>reference: <b>left</b>" in text
+    assert "answer: <b>no answer</b></div>" in text and "&lt;image-1&gt; Big?" in text
+    assert len(re.findall("data:image/png", text)) == 2  # curves, and the one scan that was answered about
+
+
+def test_a_run_that_is_none(tmp_path, capsys):
+    assert summary.main(["--runs", str(tmp_path / "none"), "--out", str(tmp_path / "page.html")]) == 2
+    assert "none" in capsys.readouterr().err and not (tmp_path / "page.html").exists()
