@@ -37,8 +37,8 @@ def questions(split: str, task: str) -> dict:
 
 
 def data() -> DataConfig:
-    # 128 pixels a side: a 2D scan is 4 x 4 patches, a volume of 16 slices 4 x 4 x 4. A window is an epoch, so that the
-    # questions about a scan share a row and it is encoded once for them.
+    # 128 pixels a side: a 2D scan is 4 x 4 patches, a volume of 16 slices 4 x 4 x 4. A row has room for four
+    # scans whether they are there or not: with a window of a fifth of the epoch few questions of a step share one.
     return DataConfig(
         train={task: questions("train", task) for task in TASKS},
         test={f"{task}_test": questions("test", task) for task in TASKS},
@@ -54,7 +54,7 @@ def data() -> DataConfig:
         patch_length=96,
         planes=384,
         scans=4,
-        window=20000,
+        window=4096,
         crop=1.0,
     )
 

@@ -399,8 +399,10 @@ def test_a_whole_run_of_several_processes(count, processes, evaluated, tmp_path)
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_lost_process(number, victim, processes, whole, tmp_path):
     run = tmp_path / "run"
-    pids = processes.start(run, 2, pace=0.3)
+    pids = processes.start(run, 2, pace=1.0)
     wait_for_step(run, 5, processes)
+    while not run_directory.steps(run):  # step 4 is being written
+        time.sleep(0.05)
     os.kill(pids[victim], number)
     began = time.monotonic()
     assert processes.end([pids[1 - victim]], 30) == [75]

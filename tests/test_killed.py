@@ -1,0 +1,98 @@
+"""SIGKILL at random moments of training, saves included: in the end everything is as if nothing had happened."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from practice import practice
+from test_train import MODEL, bits, record
+
+from radfm_jax.experiment import CheckpointConfig, Experiment, TrainConfig
+from radfm_jax.optimizer import OptimizerConfig
+
+STEPS = 30
+ROOT = Path(__file__).parents[1]
+# Kills a run, and runs: `KILLS=40 RUNS=5 bash launch/test.sh -m slow tests/test_killed.py` for the figure in the docs.
+KILLS, RUNS = int(os.environ.get("KILLS", 10)), int(os.environ.get("RUNS", 2))
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A function that starts the command on a workdir."""
+    directory = tmp_path_factory.mktemp("killed")
+    data = practice(directory, train=10, test=4, num_latents=4, text_length=128)
+    config = Experiment(
+        dataclasses.replace(MODEL),
+        data,
+        TrainConfig(steps=STEPS, batch=8, remat="none", log_every=1, eval_every=10, chunk=64),
+        OptimizerConfig(learning_rate=1e-2, warmup_steps=1),
+        checkpoint=CheckpointConfig(save_every=2, keep_last=2),
+    )
+    file = directory / "config.py"
+    file.write_text(
+        "import json\nfrom ml_collections import ConfigDict\n"
+        f"def get_config():\n    return ConfigDict(json.loads({json.dumps(json.dumps(config.to_dict()))})).lock()\n"
+    )
+    environment = {
+        **os.environ, "JAX_COMPILATION_CACHE_DIR": str(directory / "compiled"), "PYTHONPATH": str(ROOT),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    }  # fmt: skip
+
+    def begin(workdir, log):
+        command = [sys.executable, "-m", "radfm_jax.train", f"--config={file}", f"--workdir={workdir}"]
+        return subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+
+    return begin
+
+
+@pytest.fixture(scope="module")
+def whole(start, tmp_path_factory):
+    """An unbroken run."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    with open(workdir.parent / "log", "w") as log:
+        assert start(workdir, log).wait() == 0, (workdir.parent / "log").read_text()
+    return workdir
+
+
+def steps_begun(workdir) -> int:
+    file = workdir / "rows" / "0.jsonl"
+    return len(file.read_text().splitlines()) if file.exists() else 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(RUNS))
+def test_killed_again_and_again(start, whole, tmp_path, seed):
+    rng, workdir, fired, during_saves = random.Random(seed), tmp_path / "run", 0, 0
+    with open(tmp_path / "log", "w") as log:
+        while fired < KILLS:
+            before, child = steps_begun(workdir), start(workdir, log)
+            # One to four steps further, then at any moment of a step; each save takes several of these moments.
+            wanted = before + rng.randint(1, 4)
+            while child.poll() is None and steps_begun(workdir) < min(wanted, STEPS):
+                time.sleep(0.005)
+            time.sleep(rng.uniform(0, 0.3))
+            if child.poll() is not None:
+                assert child.returncode == 0, (tmp_path / "log").read_text()[-3000:]
+                break  # it was done before all kills had fired: what there is counts
+            os.killpg(child.pid, signal.SIGKILL)
+            assert child.wait() == -signal.SIGKILL
+            fired += 1
+            saved = workdir / "checkpoints"
+            during_saves += (
+                any(".orbax" in p.name or "tmp" in p.name for p in saved.rglob("*")) if saved.exists() else 0
+            )
+        assert start(workdir, log).wait() == 0, (tmp_path / "log").read_text()[-3000:]
+    print(f"\nseed {seed}: {fired} kills, {during_saves} of them while a step was being saved")
+    assert fired
+    assert record(workdir) == record(whole)
+    same = jax.tree.map(np.array_equal, bits(workdir, STEPS), bits(whole, STEPS))
+    assert all(jax.tree.leaves(same))
