@@ -15,6 +15,7 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import sys
@@ -109,6 +110,10 @@ def _train(config: Experiment, workdir: Path, peers: Peers, opened: contextlib.E
     steps = config.train.steps or steps_of(rows, config)
     abstract, transform, notes = train_step.abstract_state(config.compute, config.optimizer, steps, mesh)
     say = shown.say
+    newest = run_directory.latest(workdir, allow_older=config.checkpoint.allow_older, warn=say)
+    if newest == run_directory.step_directory(workdir, steps) and (not config.data.test or evaluated(workdir, steps)):
+        say(f"{newest}: all {steps:,} steps are done")
+        return 0
     say(shown.parameter_table(abstract))
     say(shown.memory_table(estimate.memory(config, mesh), estimate.capacity(mesh)))
     say(shown.data_table(rows.description, len(rows.mixture), rows.windows))
@@ -117,7 +122,7 @@ def _train(config: Experiment, workdir: Path, peers: Peers, opened: contextlib.E
     if peers.stopping():
         say(f"{peers.stopped_by}: told to stop before the first step, there is nothing to save")
         return faults.REQUEUE
-    state, data_state = first_state(config, workdir, abstract, transform, say)
+    state, data_state = first_state(config, newest, abstract, transform, say)
     held_out = opened.enter_context(Rows(config.data, "test", **where, epochs=1)) if config.data.test else None
     run = Run(config, workdir, mesh, steps, rows, held_out, programs, saver, peers)
     return run(state, data_state)
@@ -139,9 +144,21 @@ def steps_of(rows: Rows, config: Experiment) -> int:
     return math.ceil(config.train.epochs * rows_an_epoch / config.train.batch)
 
 
-def first_state(config: Experiment, workdir: Path, abstract: dict, transform, say) -> tuple[dict, dict | None]:
-    """The state to go on from, and where the data stood (None: at the beginning)."""
-    newest = run_directory.latest(workdir, allow_older=config.checkpoint.allow_older, warn=say)
+_asked = itertools.count()
+
+
+def evaluated(workdir: Path, step: int) -> bool:
+    """Whether the record has the evaluation of a step; as process 0, which writes it, finds it."""
+    found = lambda: any(x["step"] == step and "eval/all/loss" in x for x in shown.read(workdir))  # noqa: E731
+    key = f"evaluated/{step}/{next(_asked)}"  # a meeting has a name of its own
+    return run_directory.together(key, lambda: jax.process_index() == 0 and found())[0]
+
+
+def first_state(config: Experiment, newest: Path | None, abstract: dict, transform, say) -> tuple[dict, dict | None]:
+    """The state to go on from, and where the data stood (None: at the beginning).
+
+    newest: the run's own newest step, verified.
+    """
     if newest is not None:
         say(f"going on from {newest}")
         return run_directory.restore(newest, abstract, verified=True), run_directory.data_state(newest)
@@ -240,7 +257,9 @@ class Run:
         ):
             self.display = display
             timing = Timing(self, display)
-            if first and self.due(first) and not self.evaluated(first):  # the last start was ended before it could
+            if (
+                first and self.due(first) and not evaluated(self.workdir, first)
+            ):  # the last start was ended before it could
                 if not (found := self.evaluate(state, first, timeout)):
                     return faults.REQUEUE
                 self.saver.save(state, data.get_state(), metrics=found)
@@ -284,11 +303,6 @@ class Run:
         """Whether a step is followed by an evaluation."""
         every = self.config.train.eval_every
         return self.held_out is not None and (step == self.steps or bool(every and step % every == 0))
-
-    def evaluated(self, step: int) -> bool:
-        """Whether the record has that; as process 0, which writes it, finds it."""
-        found = lambda: any(x["step"] == step and "eval/all/loss" in x for x in shown.read(self.workdir))  # noqa: E731
-        return run_directory.together(f"evaluated/{step}", lambda: jax.process_index() == 0 and found())[0]
 
     def evaluate(self, state: dict, step: int, timeout: faults.Watchdog) -> dict[str, float]:
         """Metrics on the held-out rows, logged; {} if a signal cut it short."""

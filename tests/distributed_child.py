@@ -55,10 +55,9 @@ def run(arguments: list[str], devices: int, cache: str, output: str, pace: float
         run_directory.together("compiled", lambda: None)
         return mine or compiled(*of)
 
-    def compared(config, workdir, *of):
+    def compared(config, newest, *of):
         """Every bit of the parameters that this process took from a step is that of the step."""
-        state, data_state = first_state(config, workdir, *of)
-        newest = run_directory.latest(workdir)
+        state, data_state = first_state(config, newest, *of)
         if newest is not None:
             stored = checkpoint.ParamReader(newest)
             for path, x in checkpoint.flatten({**state["params"], **state["frozen"]}).items():

@@ -70,6 +70,14 @@ def bits(workdir, step):
     return jax.tree.map(np.asarray, model.params)
 
 
+def test_a_run_that_is_done_is_left_alone(config, whole, monkeypatch):
+    """Started once more it compiles nothing and writes nothing."""
+    before = record(whole)
+    monkeypatch.setattr(train.Programs, "compile", lambda *_: pytest.fail("compiled again"))
+    assert train.train(config, whole) == 0
+    assert record(whole) == before
+
+
 @pytest.mark.parametrize("at", [pytest.param(2, marks=pytest.mark.slow), 3, 5])
 def test_ended_by_a_signal_and_started_again(config, whole, tmp_path, monkeypatch, at):
     """SIGTERM while step `at` is logged: exit code 75, everything saved; the second start brings the same end."""
