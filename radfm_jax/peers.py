@@ -134,10 +134,20 @@ class Peers:
             self._exit(faults.code_of(exception) if exception else 1)
         self._done.set()  # and not before: somebody may still have been agreeing on where to stop
         self._threads[0].join(5)
+        if self._service is not None:  # its end before theirs would have JAX abort the others
+            farewell = threading.Thread(target=self._until_alone, daemon=True, name="farewell")
+            farewell.start()
+            farewell.join(10)
         jax.distributed.shutdown()
         if self._service is not None:
             self._service.kill()
             self._service.communicate()
+
+    def _until_alone(self) -> None:
+        """The roll, once all that live have asked for it: here nobody else does any more, but leaves."""
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            while len(self._client.get_live_nodes(list(range(self.processes)))) > 1:
+                time.sleep(0.05)
 
     # --- this process fails -------------------------------------------------------------------------------------------
 

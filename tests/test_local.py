@@ -60,7 +60,10 @@ def test_local_ends_with_the_worst_code(hows, code, local, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_local_passes_signals_on(number, local, tmp_path):
+    # Where tests run in the background signals are ignored, which children would inherit, and Bash cannot undo.
+    before = signal.signal(number, signal.default_int_handler)
     started = local("2", "--", "--workdir=run", "waits", "waits")
+    signal.signal(number, before)
     assert started.stdout.readline() == "0 2 1 waits --workdir=run\n"
     until = time.monotonic() + 20
     while not (log := tmp_path / "run" / "logs" / "1.log").is_file() or not log.read_text():
