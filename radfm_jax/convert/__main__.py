@@ -151,6 +151,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _convert(args: argparse.Namespace, console: Console) -> int:
+    from radfm_jax import run_directory
     from radfm_jax.convert import run, sizes
 
     start = time.monotonic()
@@ -169,7 +170,9 @@ def _convert(args: argparse.Namespace, console: Console) -> int:
                 **common,
             )
         else:
-            report = run.to_torch(args.src, args.dst, layout=getattr(args, "layout", "plain"), **common)
+            report = run.to_torch(
+                run_directory.chosen(args.src), args.dst, layout=getattr(args, "layout", "plain"), **common
+            )
     seconds = time.monotonic() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     out = Console()
