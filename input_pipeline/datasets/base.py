@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import hashlib
 import pathlib
@@ -88,7 +89,7 @@ def npy_scans(root: pathlib.Path, path: str) -> tuple[Scan, ...]:
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
-class TableDataset:
+class TableDataset(abc.ABC):
     """A data set whose rows stand in one CSV or JSON file.
 
     A family says which columns it needs, how a row becomes a compact value (`parse`, once, when the table is read) and
@@ -184,25 +185,25 @@ class TableDataset:
 
     # What a family defines.
 
+    @abc.abstractmethod
     def parse(self, row: Row):
         """A row -> the compact value that is kept, or LeftOut(reason). Raises RowError."""
-        raise NotImplementedError
 
     def finish(self) -> list[RowError]:
         """After all rows are read: what needs the whole table. Returns further problems."""
         return []
 
+    @abc.abstractmethod
     def parts(self, value, rng: np.random.Generator) -> tuple[Task, str | None, tuple[Text | Scan, ...]]:
         """A kept value -> task, study and parts of the sample."""
-        raise NotImplementedError
 
     def content(self, value):
         """What of a kept value makes two rows duplicates."""
         return value
 
+    @abc.abstractmethod
     def scans_of(self, value) -> tuple[Scan, ...]:
         """All scans that a kept value can use."""
-        raise NotImplementedError
 
     # What the pipeline calls.
 

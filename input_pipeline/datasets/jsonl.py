@@ -16,7 +16,7 @@ import dataclasses
 
 from input_pipeline.datasets.base import LeftOut, TableDataset
 from input_pipeline.datasets.tables import Row
-from input_pipeline.samples import TASKS, RowError, Sample, Scan, Text
+from input_pipeline.samples import TASKS, RowError, Scan, Text
 from input_pipeline.tokens import parse_marks
 
 KEYS = ("id", "task", "scans", "context", "instruction", "response", "text", "study")
@@ -62,12 +62,12 @@ class JSONL(TableDataset):
         """The object's `id`."""
         return self._rows[i][0]
 
-    def sample(self, i, rng):
+    def parts(self, value, rng):
         """Nothing is random here: rng is not used."""
-        row_id, task, study, parts = self._rows[i]
+        _, task, study, parts = value
         if study is None:
             study = next((self.study_of(part.path) for part in parts if isinstance(part, Scan)), None)
-        return Sample(row_id, self.name, task, study, parts)
+        return task, study, parts
 
     def content(self, value):
         return value[1:]  # ids differ always
