@@ -26,6 +26,7 @@ import queue
 import signal
 import threading
 import traceback
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from multiprocessing import connection
@@ -81,6 +82,8 @@ class Pool:
             target=_keep, args=(make, [theirs for _, theirs in pipes], keepers_end), name="keeper"
         )
         self._keeper.start()
+        self._pids: list[int] = []
+        self._kill = weakref.finalize(self, _kill, self._control, self._keeper, self._pids)  # at exit, if not before
         keepers_end.close()
         for _, theirs in pipes:
             theirs.close()
@@ -97,7 +100,6 @@ class Pool:
             thread.start()
 
     def _receive_start(self) -> None:
-        self._pids: list[int] = []
         if not self._control.poll(START_TIMEOUT):
             raise WorkerError(f"the data was not opened within {START_TIMEOUT:.0f} s")
         try:
@@ -107,7 +109,7 @@ class Pool:
             raise WorkerError(f"the process that opens the data {_ending(self._keeper.exitcode)}") from None
         if kind == "error":
             raise _unpacked(value)
-        self._pids = value
+        self._pids += value
 
     def submit(self, what: str, function: Callable, *args) -> Future:
         """function(state, *args), in a worker. `what` names the task in errors."""
@@ -176,21 +178,22 @@ class Pool:
         for thread in self._threads:
             thread.join()
 
-    def _kill(self) -> None:
-        self._control.close()  # the keeper takes its workers with it
-        self._keeper.join(5)
-        if self._keeper.is_alive():
-            for pid in self._pids:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            self._keeper.kill()
-            self._keeper.join()
-
     def __enter__(self) -> Pool:
         return self
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
+def _kill(control: connection.Connection, keeper: multiprocessing.process.BaseProcess, pids: list[int]) -> None:
+    control.close()  # the keeper takes its workers with it
+    keeper.join(5)
+    if keeper.is_alive():
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        keeper.kill()
+        keeper.join()
 
 
 class _Later(Future):

@@ -137,3 +137,11 @@ def test_jsonl_of_some_tasks(tmp_path):
     assert dataset.left_out == {"another task": 1}
     with pytest.raises(ValueError, match=r"tasks \['reports'\] are unknown; known: .*report"):
         open_dataset("jsonl", **fields, tasks=("reports",))
+
+
+def test_jsonl_of_some_ids(tmp_path):
+    rows = [{**GOOD, "id": f"p{i}-{kind}"} for i in range(2) for kind in ("side", "level", "Side")]
+    fields = own(tmp_path, *rows)
+    dataset = open_dataset("jsonl", **fields, ids=("*-side", "p1-l*"))
+    assert [dataset.row_id(i) for i in range(len(dataset))] == ["p0-side", "p1-side", "p1-level"]
+    assert dataset.left_out == {"another id": 3}

@@ -13,6 +13,7 @@ the path of the first scan names, or that path.
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 
 from input_pipeline.datasets.base import LeftOut, TableDataset
 from input_pipeline.datasets.tables import Row
@@ -29,12 +30,14 @@ class JSONL(TableDataset):
 
     Attributes:
       tasks: rows of these tasks only; () for all. Two sources of one file can so have different weights.
+      ids: rows whose id fits one of these patterns only (as file names: `*-side`); () for all.
     """
 
     name = "jsonl"
     layout = "jsonl"
 
     tasks: tuple[str, ...] = ()
+    ids: tuple[str, ...] = ()
 
     def __post_init__(self):
         if unknown := [task for task in self.tasks if task not in TASKS]:
@@ -43,7 +46,11 @@ class JSONL(TableDataset):
 
     def parse(self, row):
         value = parse_object(row)
-        return value if not self.tasks or value[1] in self.tasks else LeftOut("another task")
+        if self.tasks and value[1] not in self.tasks:
+            return LeftOut("another task")
+        if self.ids and not any(fnmatch.fnmatchcase(value[0], pattern) for pattern in self.ids):
+            return LeftOut("another id")
+        return value
 
     def finish(self):
         """Identifiers that stand twice: the later rows are problems."""

@@ -78,22 +78,29 @@ class PatchEmbedding(nn.Module):
             shape = (*slot.shape, 1, 1, 1, 1)
             x = x * gather_rows(scan_scale, slot).reshape(shape) + gather_rows(scan_offset, slot).reshape(shape)
             x = jnp.where((patch_segments > 0).reshape(shape), x, 0.0)
-            x = constrain(einops.rearrange(x, "b r p d c h w -> b r p (h w d c)"), "batch", None, None, None)
+            x = constrain(einops.rearrange(x, "b r p d c h w -> b r p (d c h w)"), "batch", None, None, None)
         x = x - x.mean(axis=-1, keepdims=True)
         x = x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + NORM_EPS)
         x = layer_norm(c, "norm")(self.projection(x))
         return x + self.positions(patch_positions).astype(x.dtype)
 
     def projection(self, x: jax.Array) -> jax.Array:
-        """Scale and bias of the first norm, then the linear map: float32[..., voxels of a patch] -> [..., D]."""
+        """Scale and bias of the first norm, then the linear map: float32[..., voxels of a patch] -> [..., D].
+
+        The parameters have the voxels in the released order (rows, columns, slices, channels), a patch in the order of
+        its planes: it is the kernel that is turned, which is smaller than the patches.
+        """
         c = self.config
+        h, w, d = c.patch
         # One of the kernel's axes takes the fsdp mesh axis; the long one always divides.
         norm = AffineParameters(c, "scale", (c.patch_size,), nn.initializers.ones, "patch", name="patch_norm")
         linear = AffineParameters(c, "kernel", (c.patch_size, c.width), nn.initializers.lecun_normal(), "bias",
                                   name="projection")  # fmt: skip
         (scale, shift), (kernel, bias) = norm(), linear()
         bias = bias + jnp.matmul(shift, kernel, precision=jax.lax.Precision.HIGHEST)
-        kernel = (scale[:, None] * kernel).reshape(x.shape[-1], -1, c.width).sum(axis=1)
+        channels = x.shape[-1] // (h * w * d)
+        kernel = (scale[:, None] * kernel).reshape(h, w, d, channels, -1, c.width).sum(axis=4)
+        kernel = einops.rearrange(kernel, "h w d c e -> (d c h w) e")
         x = jnp.matmul(x.astype(c.dtype), kernel.astype(c.dtype), precision=matmul_precision(c.dtype))
         return x + bias.astype(c.dtype)
 
