@@ -341,7 +341,7 @@ def test_an_epoch_is_as_long_as_tokens_or_scans_make_it():
     sizes = {"a": Source(1000, 100, 256), "b": Source(400, 500, 0), "not used": Source(10**9, 1, 1)}
     config = experiment("quickstart")
     sources = {"a": {"family": "vqa_rad", "fraction": 0.5}, "b": {"family": "pmc_oa"}}
-    data = {"train": sources, "text_length": 2000, "vision_rows": 8, "patch_length": 1000}
+    data = {"train": sources, "mixture": "epoch", "text_length": 2000, "vision_rows": 8, "patch_length": 1000}
     settings = {"data": dataclasses.replace(config.data, **data), "train": TrainConfig(epochs=2, batch=8)}
     config = dataclasses.replace(config, **settings)
     found = estimate.epoch(config, sizes)

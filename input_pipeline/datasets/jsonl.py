@@ -45,12 +45,13 @@ class JSONL(TableDataset):
         super().__post_init__()
 
     def parse(self, row):
-        value = parse_object(row)
-        if self.tasks and value[1] not in self.tasks:
+        # Before anything else is looked at: a table of many sources is read by each of them.
+        task, row_id = row.cells.get("task"), row.cells.get("id")
+        if self.tasks and task in TASKS and task not in self.tasks:
             return LeftOut("another task")
-        if self.ids and not any(fnmatch.fnmatchcase(value[0], pattern) for pattern in self.ids):
+        if self.ids and isinstance(row_id, str) and not any(fnmatch.fnmatchcase(row_id.strip(), p) for p in self.ids):
             return LeftOut("another id")
-        return value
+        return parse_object(row)
 
     def finish(self):
         """Identifiers that stand twice: the later rows are problems."""
