@@ -22,7 +22,6 @@ from radfm_jax.models.radfm import RadFMConfig
 from radfm_jax.models.vit3d import ViTConfig
 from radfm_jax.optimizer import OptimizerConfig
 
-
 # Of each stage: steps, learning rate and what is left of it at the end, the column of SOURCES, frozen parts.
 STAGES = {
     "align": (60, 7e-4, 1.0, 0, ("llama",)),
@@ -98,7 +97,7 @@ def get_config(stage: str = "finetune") -> ConfigDict:
             steps=steps,
             batch=8,
             remat="attention",
-            normalise="sample",  # the short answers lead: with every token alike reports hold the lesions back,
+            normalise="sample",  # the short answers lead: with every token alike reports hold the lesions back
             log_every=20,
             eval_batches=40,
             chunk=128,
