@@ -24,21 +24,21 @@ from radfm_jax.optimizer import OptimizerConfig
 
 # Of each stage: steps, learning rate and what is left of it at the end, the column of SOURCES, frozen parts.
 STAGES = {
-    "align": (60, 7e-4, 1.0, 0, ("llama",)),
-    "pretrain": (1400, 7e-4, 0.5, 0, ()),
-    "finetune": (500, 4e-4, 0.02, 1, ()),
+    "align": (60, 4.5e-4, 1.0, 0, ("llama",)),
+    "pretrain": (1800, 4.5e-4, 0.5, 0, ()),
+    "finetune": (600, 3e-4, 0.02, 1, ()),
 }
 
 # source: its questions, their share in align and pretrain, and in finetune. Where a lesion lies and how big it is are
 # learned last, and only scans with exactly one are asked for it: they are asked most.
 SOURCES = {
-    "modality": (("*-modality",), 0.08, 0.08),
-    "yes_no": (("*-has-*",), 0.28, 0.24),
-    "diagnosis": (("*-diagnosis",), 0.06, 0.08),
-    "lesion": (("*-side", "*-level", "*-size"), 0.38, 0.30),
-    "count": (("*-count",), 0.05, 0.06),
+    "modality": (("*-modality",), 0.06, 0.08),
+    "yes_no": (("*-has-*",), 0.26, 0.24),
+    "diagnosis": (("*-diagnosis",), 0.05, 0.08),
+    "lesion": (("*-side", "*-level", "*-size"), 0.45, 0.30),
+    "count": (("*-count",), 0.04, 0.06),
     "report": (("*-report",), 0.09, 0.14),
-    "rationale": (("*-rationale",), 0.06, 0.10),
+    "rationale": (("*-rationale",), 0.05, 0.10),
 }
 
 
@@ -52,7 +52,7 @@ def source(split: str, name: str) -> dict:
     }
 
 
-def data(shares: int) -> DataConfig:
+def data(shares: int = 0) -> DataConfig:
     # 128 pixels a side: a 2D scan is 4 x 4 patches, a volume of 8 slices 4 x 4 x 2. A row has room for three scans
     # whether they are there or not.
     return DataConfig(
