@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from dataset_tables import own
 
-from input_pipeline.datasets import TableError, open_dataset
+from input_pipeline.datasets import TableError, open_dataset, tables
 from input_pipeline.samples import RowError, Scan, Text
 
 
@@ -145,3 +145,19 @@ def test_jsonl_of_some_ids(tmp_path):
     dataset = open_dataset("jsonl", **fields, ids=("*-side", "p1-l*"))
     assert [dataset.row_id(i) for i in range(len(dataset))] == ["p0-side", "p1-side", "p1-level"]
     assert dataset.left_out == {"another id": 3}
+
+
+def test_a_table_of_several_sources_is_parsed_once(tmp_path, monkeypatch):
+    fields = own(tmp_path, GOOD, {**GOOD, "id": "b", "task": "report"}, {"id": "bad"})
+    read, parse = [], tables.parse_json
+    monkeypatch.setattr(tables, "parse_json", lambda line: read.append(line) or parse(line))
+    alone = [open_dataset("jsonl", **fields, quarantine=True, tasks=(task,)) for task in ("vqa", "report")]
+    assert len(read) == 6
+    with tables.kept():
+        shared = [open_dataset("jsonl", **fields, quarantine=True, tasks=(task,)) for task in ("vqa", "report")]
+        assert len(read) == 9
+    for one, other in zip(alone, shared, strict=True):
+        assert [one.row_id(i) for i in range(len(one))] == [other.row_id(i) for i in range(len(other))]
+        assert list(map(str, one.problems)) == list(map(str, other.problems))
+    open_dataset("jsonl", **fields, quarantine=True)
+    assert len(read) == 12

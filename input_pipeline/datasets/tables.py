@@ -7,6 +7,7 @@ problems; a fault after which the rest of a file has no meaning (no header, not 
 from __future__ import annotations
 
 import ast
+import contextlib
 import csv
 import dataclasses
 import io
@@ -303,8 +304,32 @@ def read_json(file: pathlib.Path, required) -> tuple[list[tuple[int, dict]], lis
     return rows, problems
 
 
+_kept: dict[pathlib.Path, tuple[list, list]] | None = None
+
+
+@contextlib.contextmanager
+def kept() -> Iterator[None]:
+    """Within it, a file of JSON Lines that is read several times in a row is parsed once."""
+    global _kept
+    _kept = {}
+    try:
+        yield
+    finally:
+        _kept = None
+
+
 def read_jsonl(file: pathlib.Path) -> tuple[list[tuple[int, dict]], list[RowError]]:
-    """Reads JSON Lines: one object a line, blank lines are problems; rows are lines."""
+    """Reads JSON Lines: one object a line, blank lines are problems; rows are lines. Objects are not to be changed."""
+    if _kept is None:
+        return _read_jsonl(file)
+    if file not in _kept:
+        _kept.clear()  # one table at a time: they can be large
+        _kept[file] = _read_jsonl(file)
+    rows, problems = _kept[file]
+    return list(rows), list(problems)
+
+
+def _read_jsonl(file: pathlib.Path) -> tuple[list[tuple[int, dict]], list[RowError]]:
     rows, problems = [], []
     lines = decode(file).split("\n")
     if lines and not lines[-1].strip():
