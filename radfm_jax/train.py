@@ -257,9 +257,8 @@ class Run:
         ):
             self.display = display
             timing = Timing(self, display)
-            if (
-                first and self.due(first) and not evaluated(self.workdir, first)
-            ):  # the last start was ended before it could
+            # The last start may have been ended before it could evaluate what it had saved.
+            if first and self.due(first) and not evaluated(self.workdir, first):
                 if not (found := self.evaluate(state, first, timeout)):
                     return faults.REQUEUE
                 self.saver.save(state, data.get_state(), metrics=found)

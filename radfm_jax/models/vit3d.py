@@ -107,7 +107,7 @@ class PatchEmbedding(nn.Module):
     def positions(self, patch_positions: jax.Array) -> jax.Array:
         """int32[..., 3] entries of the row, column and depth tables -> float32[..., D], the three side by side."""
         c = self.config
-        # As large as what they are added to: with 0.5 the practice data's sides and levels are learned far later.
+        # About as large as what they are added to, which a norm has just scaled to 1.
         init = nn.with_logical_partitioning(nn.initializers.normal(1.2), (None, "embed"))
         tables = [
             self.param(f"{axis}_positions", init, (size, c.width // 3), c.param_dtype)
