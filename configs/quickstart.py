@@ -24,9 +24,9 @@ from radfm_jax.optimizer import OptimizerConfig
 
 # Of each stage: steps, learning rate and what is left of it at the end, the column of SOURCES, frozen parts.
 STAGES = {
-    "align": (60, 4.5e-4, 1.0, 0, ("llama",)),
-    "pretrain": (1800, 4.5e-4, 0.5, 0, ()),
-    "finetune": (600, 3e-4, 0.02, 1, ()),
+    "align": (40, 1e-3, 1.0, 0, ("llama",)),
+    "pretrain": (500, 1e-3, 0.5, 0, ()),
+    "finetune": (260, 7e-4, 0.02, 1, ()),
 }
 
 # source: its questions, their share in align and pretrain, and in finetune. Where a lesion lies and how big it is are
@@ -103,8 +103,9 @@ def get_config(stage: str = "finetune") -> ConfigDict:
             chunk=128,
         ),
         OptimizerConfig(
+            method="muon",
             learning_rate=rate,
-            warmup_steps=50,
+            warmup_steps=20,
             b2=0.98,
             final=final,
             frozen=frozen,

@@ -1,4 +1,4 @@
-"""AdamW with warm-up and cosine, clipping, learning rates by part, and parts that do not learn at all.
+"""AdamW or Muon with warm-up and cosine, clipping, learning rates by part, and parts that do not learn at all.
 
 The paper gives no settings; these are ours.
 """
@@ -7,14 +7,31 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import optax
+from optax.contrib import MuonDimensionNumbers, muon
 
 from radfm_jax.checkpoint import flatten, unflatten
+
+METHODS = ("adamw", "muon")
+# Kernels of the blocks by name -> axes that are summed over, axes of the output. Axis 0 are the layers; q, k and v that
+# stand in one kernel are matrices of their own.
+MATRICES = {
+    "query": ((1,), (2, 3)),
+    "key": ((1,), (2, 3)),
+    "value": ((1,), (2, 3)),
+    "qkv": ((1,), (3, 4)),
+    "key_value": ((1,), (3, 4)),
+    "out": ((1, 2), (3,)),
+    "gate": ((1,), (2,)),
+    "up": ((1,), (2,)),
+    "down": ((1,), (2,)),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +39,8 @@ class OptimizerConfig:
     """The `optimizer` group of a config.
 
     Attributes:
+      method: adamw; or muon: the matrices of the blocks move by their orthogonalised momentum (one moment instead of
+        two), scaled so that a learning rate for AdamW fits; all else by Adam, both with Nesterov's momentum.
       learning_rate: at the end of the warm-up. final: its share that is left at the last step.
       warmup_steps: from 0 to the full rate, linearly; then a cosine to `final`.
       rates: path of a parameter or of a whole part -> factor of its learning rate; the longest path that fits counts.
@@ -32,6 +51,7 @@ class OptimizerConfig:
       mu_dtype: of the first moment, float32 or bfloat16.
     """
 
+    method: str = "adamw"
     learning_rate: float = 2e-5
     final: float = 0.1
     warmup_steps: int = 1000
@@ -56,6 +76,8 @@ class OptimizerConfig:
             for name in ("warmup_steps", "weight_decay", "clip", "final")
             if getattr(self, name) < 0
         ]
+        if self.method not in METHODS:
+            problems.append(f"optimizer.method is {self.method!r}; known: {', '.join(METHODS)}")
         if self.mu_dtype not in ("float32", "bfloat16"):
             problems.append(f"optimizer.mu_dtype is {self.mu_dtype!r}; known: float32, bfloat16")
         if problems:
@@ -107,11 +129,26 @@ def optimizer(config: OptimizerConfig, learning: dict, steps: int) -> optax.Grad
     scale = optax.stateless(lambda updates, _: jax.tree.map(lambda u, f: u * f, updates, factors))
     return optax.chain(
         optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
-        optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=jnp.dtype(config.mu_dtype)),
+        _direction(config, leaves),
         optax.add_decayed_weights(config.weight_decay, decayed),
         scale,
         optax.scale_by_learning_rate(schedule(config, steps)),
     )
+
+
+def _direction(config: OptimizerConfig, leaves: dict) -> optax.GradientTransformation:
+    """Gradients -> the step at learning rate 1, upwards."""
+    moments = {"eps": config.eps, "mu_dtype": jnp.dtype(config.mu_dtype)}
+    if config.method == "adamw":
+        return optax.scale_by_adam(config.b1, config.b2, **moments)
+    matrices = {path: MATRICES.get(path.split("/")[-2]) for path in leaves if re.search("/blocks/.*/kernel$", path)}
+    if unknown := [path for path, axes in matrices.items() if axes is None]:
+        raise ValueError(f"optimizer.method muon: what are the axes of {', '.join(unknown)}?")
+    axes = {path: MuonDimensionNumbers(*matrices[path]) if path in matrices else None for path in leaves}
+    # 0.2: the root mean square of AdamW's steps (Liu et al., 2025, arXiv:2502.16982).
+    down = muon(1.0, muon_weight_dimension_numbers=unflatten(axes), consistent_rms=0.2, adam_b1=config.b1,
+                adam_b2=config.b2, **moments)  # fmt: skip
+    return optax.chain(down, optax.scale(-1.0))
 
 
 def _within(path: str, part: str) -> bool:

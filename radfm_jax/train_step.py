@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -23,6 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from input_pipeline.samples import TASKS
 from radfm_jax import optimizer as opt
 from radfm_jax import sharding
+from radfm_jax.checkpoint import flatten
 from radfm_jax.losses import NORMALISATIONS, WEIGHTINGS, radfm_loss
 from radfm_jax.models import radfm
 
@@ -66,14 +68,15 @@ def abstract_state(
     transform = opt.optimizer(config, learning, steps)
     everywhere = NamedSharding(mesh, PartitionSpec())
     scalar = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)  # noqa: E731
-    moments = jax.eval_shape(transform.init, learning)
-    moments = optax.tree_utils.tree_map_params(
-        transform,
-        lambda m, p: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=p.sharding),
-        moments,
-        learning,
-        transform_non_params=lambda x: scalar(x.shape, x.dtype),
-    )
+    leaves = flatten(learning)
+
+    def moment(path, x):
+        """Lies as the parameter whose name ends its path; anything else (counts) is everywhere."""
+        names = reversed([*itertools.takewhile(lambda key: hasattr(key, "key"), reversed(path))])
+        parameter = leaves.get("/".join(str(key.key) for key in names))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=parameter.sharding if parameter else everywhere)
+
+    moments = jax.tree_util.tree_map_with_path(moment, jax.eval_shape(transform.init, learning))
     state = {
         "step": scalar((), jnp.int32),
         "params": learning,

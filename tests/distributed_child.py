@@ -14,7 +14,8 @@ import numpy as np
 import tensorboardX
 from jax._src import cache_key
 
-from radfm_jax import checkpoint, display, run_directory, train
+from radfm_jax import checkpoint, display, run_directory
+from radfm_jax.train import __main__, loop
 
 assert matplotlib.pyplot and tensorboardX  # loaded here once, and not in each child
 
@@ -43,7 +44,7 @@ def run(arguments: list[str], devices: int, cache: str, output: str, pace: float
     jax.config.update("jax_num_cpu_devices", devices)
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    add, compiled, first_state = train.RowLog.add, train.Programs.compile, train.first_state
+    add, compiled, first_state = loop.RowLog.add, loop.Programs.compile, loop.first_state
 
     def slowly(self, step, rows):
         time.sleep(pace)
@@ -74,8 +75,8 @@ def run(arguments: list[str], devices: int, cache: str, output: str, pace: float
 
     cache_key._hash_accelerator_config = devices_of_the_job
     display.curves = lambda _: None
-    train.RowLog.add, train.Programs.compile, train.first_state = slowly, one_after_the_other, compared
-    return train.main(arguments)
+    loop.RowLog.add, loop.Programs.compile, loop.first_state = slowly, one_after_the_other, compared
+    return __main__.main(arguments)
 
 
 if __name__ == "__main__":

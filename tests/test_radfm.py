@@ -165,13 +165,17 @@ def fresh_params():
 
 
 def test_parameters_are_made_as_announced():
-    """`init_params` makes the tree of `abstract_params`: norms are 1, biases 0, every layer differs."""
+    """`init_params` makes the tree of `abstract_params`: norms are 1, biases but one 0, every layer differs."""
     params, kind = fresh_params(), lambda x: (x.shape, x.dtype)
     assert jax.tree.map(kind, params) == jax.tree.map(kind, nn.unbox(abstract_params(CONFIG)))
     leaves = jax.tree_util.tree_leaves_with_path(params)
     for path, leaf in leaves:
         name, stacked = jax.tree_util.keystr(path, simple=True, separator="/"), "blocks" in str(path)
-        if name.endswith(("scale", "bias")):
+        if name == "vit/embedding/projection/bias":
+            assert leaf.std() == pytest.approx(0.5, rel=0.3)
+        elif name == "vit/embedding/projection/kernel":
+            assert not (leaf[0] == leaf[1:]).all(axis=0).any()  # what it does: test_fresh_filters_are_smooth
+        elif name.endswith(("scale", "bias")):
             assert (leaf == name.endswith("scale")).all(), name
         elif name.endswith("_positions"):
             assert leaf.std() == pytest.approx(1.2, rel=0.25), name  # of 16 to 128 entries
@@ -179,6 +183,20 @@ def test_parameters_are_made_as_announced():
             assert 0.01 < leaf.std() < 1.1 and not (stacked and (leaf[0] == leaf[1]).any()), name
     firsts = [leaf.ravel()[0] for path, leaf in leaves if leaf.std() > 0]
     assert len(set(firsts)) == len(firsts)
+
+
+def test_fresh_filters_are_smooth():
+    """Patches of deviation 1 through fresh filters: a blob and a ramp keep it, noise all but vanishes."""
+    config = vit3d.ViTConfig()
+    filters = vit3d.smooth_filters(config)(jax.random.key(0), (config.patch_size, config.width), jnp.float32)
+    y, x = np.mgrid[-1:1:32j, -1:1:32j]
+    blob, noise = np.exp(-4 * (x**2 + y**2)), np.random.default_rng(0).standard_normal((32, 32, 4, 1))
+
+    def seen(patch):
+        patch = np.broadcast_to(patch.reshape(32, 32, -1, 1), (32, 32, 4, 3))
+        return np.std((patch - patch.mean()).ravel() / patch.std() @ np.asarray(filters))
+
+    assert 0.6 < seen(blob) < 1.2 and 0.6 < seen(x) < 1.2 and seen(noise) < 0.1, (seen(blob), seen(x), seen(noise))
 
 
 # --- what must not change the numbers ---------------------------------------------------------------------------------

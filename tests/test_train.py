@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from practice import practice
 
-from radfm_jax import api, display, run_directory, train
+from radfm_jax import api, display, run_directory
 from radfm_jax.experiment import CheckpointConfig, Experiment, TrainConfig
 from radfm_jax.models.llama import LlamaConfig
 from radfm_jax.models.perceiver import PerceiverConfig
 from radfm_jax.models.radfm import RadFMConfig
 from radfm_jax.models.vit3d import ViTConfig
 from radfm_jax.optimizer import OptimizerConfig
+from radfm_jax.train import loop
 
 MODEL = RadFMConfig(
     ViTConfig(width=24, num_layers=1, num_heads=2, head_dim=8, mlp_width=32, dropout=0.1),
@@ -52,7 +53,7 @@ def config(tmp_path_factory):
 def whole(config, tmp_path_factory):
     """An unbroken run."""
     workdir = tmp_path_factory.mktemp("whole") / "run"
-    assert train.train(config, workdir) == 0
+    assert loop.train(config, workdir) == 0
     return workdir
 
 
@@ -73,8 +74,8 @@ def bits(workdir, step):
 def test_a_run_that_is_done_is_left_alone(config, whole, monkeypatch):
     """Started once more it compiles nothing and writes nothing."""
     before = record(whole)
-    monkeypatch.setattr(train.Programs, "compile", lambda *_: pytest.fail("compiled again"))
-    assert train.train(config, whole) == 0
+    monkeypatch.setattr(loop.Programs, "compile", lambda *_: pytest.fail("compiled again"))
+    assert loop.train(config, whole) == 0
     assert record(whole) == before
 
 
@@ -90,9 +91,9 @@ def test_ended_by_a_signal_and_started_again(config, whole, tmp_path, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr(display.Display, "log", signalled)
-        assert train.train(config, tmp_path / "run") == 75
+        assert loop.train(config, tmp_path / "run") == 75
     assert run_directory.steps(tmp_path / "run")[-1] in (at, at + 1)
-    assert train.train(config, tmp_path / "run") == 0
+    assert loop.train(config, tmp_path / "run") == 0
     assert record(tmp_path / "run") == record(whole)
     jax.tree.map(np.testing.assert_array_equal, bits(tmp_path / "run", 6), bits(whole, 6))
 
@@ -122,7 +123,7 @@ def test_another_run_begins_with_its_parameters(config, whole, tmp_path, capsys)
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=1, frozen=("llama",)),
         checkpoint=CheckpointConfig(init_from=str(run_directory.step_directory(whole, 6))),
     )
-    assert train.train(stage, tmp_path / "next") == 0
+    assert loop.train(stage, tmp_path / "next") == 0
     before, after = bits(whole, 6), bits(tmp_path / "next", 2)
     jax.tree.map(np.testing.assert_array_equal, before["llama"], after["llama"])
     assert (before["projection"]["kernel"] != after["projection"]["kernel"]).any()
@@ -140,7 +141,7 @@ def test_values_that_are_not_finite_stop_a_run(config, tmp_path):
     with pytest.raises(
         ValueError, match=r"2 steps in a row not finite, parameters as they were before: step .* vqa \d+"
     ):
-        train.train(broken, tmp_path / "run")
+        loop.train(broken, tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -160,7 +161,7 @@ def test_mistakes_are_told_before_anything_is_compiled(config, tmp_path, change,
             fields.setdefault(group, {})[name] = {**fields[group][name], **value} if isinstance(value, dict) else value
         fields.setdefault(group, {})
     with pytest.raises(ValueError, match=words):
-        train.train(Experiment.from_dict(fields), tmp_path / "run")
+        loop.train(Experiment.from_dict(fields), tmp_path / "run")
 
 
 def test_an_experiment_survives_its_dict(config):

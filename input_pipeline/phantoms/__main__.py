@@ -20,7 +20,7 @@ whether there is a lesion, on which side, in which half, how big, how many. Noth
 """
 EPILOG = """\
 examples:
-  python -m input_pipeline.phantoms --out practice                          # 3,400 scans
+  python -m input_pipeline.phantoms --out practice                          # 3,800 scans
   python -m input_pipeline.phantoms --out tiny --train 40 --test 20         # a look at the formats
   python -m input_pipeline.phantoms --out large --train 20000 --test 1400   # 420 solitary lesions to score on
 
@@ -39,12 +39,12 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="directory to make")
-    parser.add_argument("--train", type=int, default=2600, metavar="N", help="scans to learn from (%(default)s)")
+    parser.add_argument("--train", type=int, default=3000, metavar="N", help="scans to learn from (%(default)s)")
     parser.add_argument("--test", type=int, default=800, metavar="N", help="scans to score on (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other phantoms (%(default)s)")
     parser.add_argument("--size", type=int, default=128, help="rows and columns of a scan (%(default)s)")
     parser.add_argument(
-        "--volumes", type=float, default=0.23, metavar="SHARE", help="share of 3D scans, 0 to 0.5 (%(default)s)"
+        "--volumes", type=float, default=0.12, metavar="SHARE", help="share of 3D scans, 0 to 0.5 (%(default)s)"
     )
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: all cores)")
     args = parser.parse_args(argv)

@@ -15,7 +15,7 @@ from input_pipeline.phantoms import plan
 from input_pipeline.phantoms.plan import Labels, Study
 
 
-def draw(seed: int, split: str, index: int, size: int = 128, volumes: float = 0.23) -> tuple[np.ndarray, Labels]:
+def draw(seed: int, split: str, index: int, size: int = 128, volumes: float = 0.12) -> tuple[np.ndarray, Labels]:
     """Draw phantom `index` of a split: voxels[H, W, D, 1] as its file stores them, and its labels.
 
     uint8, uint16, or int16 in HU (CT as DICOM or NIfTI); D = 1 for a 2D image. Arguments and errors as `plan.describe`.

@@ -30,7 +30,8 @@ DIAGNOSES = ("normal", "nodule", "mass", "multiple lesions")
 
 COUNT_SHARES = (0.5, 0.3, 0.2)  # scans with 0, 1, 2 lesions
 RADII = {"small": (0.14, 0.19), "big": (0.26, 0.33)}  # in half-widths of the picture
-AMPLITUDE = (0.32, 0.38)  # brighter or darker than the body, as a share of the intensity range
+AMPLITUDE = (0.32, 0.38)  # of a lesion against the body, as a share of the intensity range
+SIGNS = {"X-ray": 1, "CT": 1, "MRI": 1, "ultrasound": -1}  # brighter or darker than the tissue, as most lesions there
 NOISE = {"X-ray": 0.03, "CT": 0.05, "MRI": 0.05, "ultrasound": 0.25}  # ultrasound: share of the brightness
 NOISE_SPREAD = (0.75, 1.33)
 DEPTHS = (8, 32)
@@ -145,7 +146,7 @@ def random(key: tuple[int, str, int], stream: int) -> np.random.Generator:
     return np.random.Generator(np.random.SFC64(np.random.SeedSequence([seed, SPLITS[split], index, stream])))
 
 
-def describe(seed: int, split: str, index: int, size: int = 128, volumes: float = 0.23) -> Study:
+def describe(seed: int, split: str, index: int, size: int = 128, volumes: float = 0.12) -> Study:
     """Plan phantom `index` of a split.
 
     Args:
@@ -170,7 +171,7 @@ def describe(seed: int, split: str, index: int, size: int = 128, volumes: float 
     is_volume = modality in ("CT", "MRI") and rng.random() < 2 * volumes
     depth = int(rng.integers(DEPTHS[0], DEPTHS[1] + 1)) if is_volume else 1
     body = _body(rng, modality)
-    lesions = _lesions(rng, body, int(rng.choice(3, p=COUNT_SHARES)), depth)
+    lesions = _lesions(rng, body, int(rng.choice(3, p=COUNT_SHARES)), depth, SIGNS[modality])
     labels = Labels(modality, len(lesions))
     if len(lesions) == 1:
         labels = dataclasses.replace(labels, side=lesions[0].side, level=lesions[0].level, size=lesions[0].size)
@@ -211,7 +212,7 @@ def _body(rng: np.random.Generator, modality: str) -> Body:
     )
 
 
-def _lesions(rng: np.random.Generator, body: Body, count: int, depth: int) -> tuple[Lesion, ...]:
+def _lesions(rng: np.random.Generator, body: Body, count: int, depth: int, sign: int) -> tuple[Lesion, ...]:
     """Lesions in different quadrants, inside the body, apart from each other; centres off both midlines."""
     quadrants = [(SIDES[q % 2], LEVELS[q // 2]) for q in rng.permutation(4)[:count]]
     sizes = [SIZES[k] for k in rng.integers(2, size=count)]
@@ -233,7 +234,7 @@ def _lesions(rng: np.random.Generator, body: Body, count: int, depth: int) -> tu
         stretch = rng.uniform(0.93, 1.07)
         # Half-depth of an ellipsoid: three slices or more of the thinnest volume, whatever its radius in the plane.
         z, half_depth = (0.0, 1.0) if depth == 1 else (rng.uniform(-0.3, 0.3), rng.uniform(0.45, 0.65))
-        amplitude = rng.uniform(*AMPLITUDE) * (-1, 1)[rng.integers(2)]
+        amplitude = sign * rng.uniform(*AMPLITUDE)
         lesions.append(
             Lesion(side, level, size, (x, y, z), (radius * stretch, radius / stretch, half_depth), amplitude)
         )

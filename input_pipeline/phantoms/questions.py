@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import re
 
-from input_pipeline.phantoms.plan import DIAGNOSES, LEVELS, MODALITIES, SIDES, SIZES, Labels, Study, random
+from input_pipeline.phantoms.plan import DIAGNOSES, LEVELS, MODALITIES, SIDES, SIGNS, SIZES, Labels, Study, random
 
 NUMBERS = ("zero", "one", "two")
 FEATURES = {
     "normal": "The tissue is even throughout.",
-    "nodule": "One small round area is brighter or darker than the tissue around it.",
-    "mass": "One big round area is brighter or darker than the tissue around it.",
-    "multiple lesions": "Two round areas are brighter or darker than the tissue around them.",
+    "nodule": "One small round area is {than} the tissue around it.",
+    "mass": "One big round area is {than} the tissue around it.",
+    "multiple lesions": "Two round areas are {than} the tissue around them.",
 }
 VQA = {
     "count": "How many lesions are there?",
@@ -53,6 +53,11 @@ def findings(labels: Labels) -> str:
 
 def impression(labels: Labels) -> str:
     return labels.diagnosis.capitalize() + "."
+
+
+def features(labels: Labels) -> str:
+    """What of the picture speaks for the diagnosis: `One small round area is brighter than the tissue around it.`"""
+    return FEATURES[labels.diagnosis].format(than="brighter than" if SIGNS[labels.modality] > 0 else "darker than")
 
 
 def report(labels: Labels) -> str:
@@ -118,7 +123,7 @@ def rows(study: Study) -> dict[str, list]:
         "impression": impression(labels),
         "title": labels.diagnosis.capitalize(),
         "articles": [labels.diagnosis.capitalize()],
-        "radiographic_features": FEATURES[labels.diagnosis],
+        "radiographic_features": features(labels),
     }
     return {
         "modality": [(path, labels.modality)],
@@ -146,5 +151,5 @@ def _own_rows(study: Study):
     for attribute, answer in asked(study).items():
         yield row(attribute, "vqa", f"<image-1> {VQA[attribute]}", answer)
     yield row("report", "report", INSTRUCTIONS["report"], report(labels))
-    response = f"{labels.diagnosis.capitalize()}. {FEATURES[labels.diagnosis]}"
+    response = f"{labels.diagnosis.capitalize()}. {features(labels)}"
     yield row("rationale", "rationale", INSTRUCTIONS["rationale"], response)

@@ -14,7 +14,7 @@ TILE, CAPTION = 128, 28
 WANTED = ((0, None, None), *((1, side, size) for side in SIDES for size in SIZES), (2, None, None))
 
 
-def contact_sheet(seed: int, split: str = "train", size: int = 128, volumes: float = 0.23) -> bytes:
+def contact_sheet(seed: int, split: str = "train", size: int = 128, volumes: float = 0.12) -> bytes:
     """PNG: of every kind of scan, the first phantom of each of WANTED (lesions, side, size); of volumes, the middle."""
     wanted = [(m, *w) for m in MODALITIES for w in WANTED]
     found: dict[tuple, Study] = {}

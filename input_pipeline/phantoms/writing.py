@@ -45,11 +45,11 @@ CONVENTION = (
 
 def write(
     out: str | os.PathLike,
-    train: int = 2600,
+    train: int = 3000,
     test: int = 800,
     seed: int = 0,
     size: int = 128,
-    volumes: float = 0.23,
+    volumes: float = 0.12,
     workers: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> dict:

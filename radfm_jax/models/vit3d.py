@@ -94,8 +94,8 @@ class PatchEmbedding(nn.Module):
         h, w, d = c.patch
         # One of the kernel's axes takes the fsdp mesh axis; the long one always divides.
         norm = AffineParameters(c, "scale", (c.patch_size,), nn.initializers.ones, "patch", name="patch_norm")
-        linear = AffineParameters(c, "kernel", (c.patch_size, c.width), nn.initializers.lecun_normal(), "bias",
-                                  name="projection")  # fmt: skip
+        linear = AffineParameters(c, "kernel", (c.patch_size, c.width), smooth_filters(c), "bias",
+                                  bias_init=nn.initializers.normal(0.5), name="projection")  # fmt: skip
         (scale, shift), (kernel, bias) = norm(), linear()
         bias = bias + jnp.matmul(shift, kernel, precision=jax.lax.Precision.HIGHEST)
         channels = x.shape[-1] // (h * w * d)
@@ -125,6 +125,7 @@ class AffineParameters(nn.Module):
     shape: tuple[int, ...]
     initialiser: Callable
     bias_axis: str
+    bias_init: Callable = nn.initializers.zeros
 
     @nn.compact
     def __call__(self) -> tuple[jax.Array, jax.Array]:
@@ -132,10 +133,25 @@ class AffineParameters(nn.Module):
         named = nn.with_logical_partitioning
         return (
             self.param(self.first, named(self.initialiser, axes), self.shape, self.config.param_dtype),
-            self.param(
-                "bias", named(nn.initializers.zeros, (self.bias_axis,)), self.shape[-1:], self.config.param_dtype
-            ),
+            self.param("bias", named(self.bias_init, (self.bias_axis,)), self.shape[-1:], self.config.param_dtype),
         )
+
+
+def smooth_filters(config: ViTConfig, cells: int = 4) -> Callable:
+    """An initialiser of the projection: every filter is drawn on a grid of cells x cells, all slices alike.
+
+    A smooth patch keeps a deviation of about 1, and a patch of nothing but noise, which the norm before has blown up to
+    the same deviation, almost vanishes beside the bias. Independent weights let such patches look as different from
+    each other as from anything else, until that has been unlearned.
+    """
+
+    def initialise(key: jax.Array, shape: tuple[int, int], dtype) -> jax.Array:
+        h, w, d = config.patch
+        coarse = jax.random.normal(key, (cells, cells, 1, config.channels, config.width)) * cells
+        filters = jax.image.resize(coarse, (h, w, d, config.channels, config.width), "linear")
+        return (filters / (h * w * d * config.channels**0.5)).reshape(shape).astype(dtype)
+
+    return initialise
 
 
 class Block(nn.Module):
