@@ -52,12 +52,12 @@ def source(split: str, name: str) -> dict:
     }
 
 
-def data(shares: int = 0) -> DataConfig:
+def data(shares: int = 0, held_out: bool = True) -> DataConfig:
     # 128 pixels a side: a 2D scan is 4 x 4 patches, a volume of 8 slices 4 x 4 x 2. A row has room for three scans
     # whether they are there or not.
     return DataConfig(
         train={name: {**source("train", name), "weight": SOURCES[name][1 + shares]} for name in SOURCES},
-        test={f"{name}_test": source("test", name) for name in SOURCES},
+        test={f"{name}_test": source("test", name) for name in SOURCES} if held_out else {},
         mixture="weights",
         index="practice/index",
         tokenizer="practice/tokenizer.model",
@@ -92,7 +92,7 @@ def get_config(stage: str = "finetune") -> ConfigDict:
     steps, rate, final, shares, frozen = STAGES[stage]
     experiment = Experiment(
         model(),
-        data(shares),
+        data(shares, held_out=stage == "finetune"),
         TrainConfig(
             steps=steps,
             batch=8,

@@ -166,8 +166,16 @@ class Rows(grain.IterDataset):
     def __iter__(self) -> RowIterator:
         return RowIterator(self)
 
+    def begin(self, state: dict[str, Any] | None = None) -> None:
+        """Begins to plan what will be asked for first: from a state on, or the beginning."""
+        if self._planner is not None:
+            self._planned(*((state["epoch"], state["window"]) if state else (0, 0)))
+
     def plan(self, epoch: int, window: int) -> list[Planned]:
         """The rows of a window. Planning of the next one begins."""
+        return self._planned(epoch, window).result()
+
+    def _planned(self, epoch: int, window: int) -> Future:
         following = divmod(epoch * self.windows + window + 1, self.windows)
         with self._lock:
             for wanted in ((epoch, window), following):
@@ -182,7 +190,7 @@ class Rows(grain.IterDataset):
             self._plans.move_to_end((epoch, window))
             while len(self._plans) > 4:
                 self._plans.popitem(last=False)
-        return found.result()
+        return found
 
     def _plan(self, epoch: int, window: int, eager: bool) -> list[Planned]:
         if self._order is None or self._order[0] != epoch:

@@ -335,16 +335,16 @@ class Initialised:
 
 def init_from(
     directory, state: dict, model: radfm.RadFMConfig | None = None, *, verified: bool = False
-) -> tuple[dict, Initialised]:
+) -> tuple[dict[str, jax.Array], Initialised]:
     """Parameters for a state from a checkpoint of any kind: a run (its best step, or its newest), a step, a converted
     RadFM, or a language model alone.
 
     Args:
-      state: of train_step.init_state. Its parameters are replaced where the checkpoint has them, in the dtype and
-        sharding that they have here; `train_step.with_params` puts the result in.
+      state: arrays or shapes (train_step.abstract_state): what is read gets the dtypes and shardings of its parameters.
       model: sizes of the model, to be compared with what the checkpoint says of itself.
     Returns:
-      All parameters (train_step.params_of) as one tree, and what was done. No parameter ever exists unsharded.
+      path -> array of what the checkpoint has, for `train_step.init_state`, and what was done. No parameter ever exists
+      unsharded.
     Raises:
       ValueError: the directory is damaged; lists every shape that differs; or nothing in it fits.
     """
@@ -378,7 +378,7 @@ def init_from(
         {k: f"{found[k].dtype} -> {v.dtype}" for k, v in loaded.items() if found[k].dtype != v.dtype},
         tuple(sizes),
     )
-    return unflatten(wanted | _read(directory / PARAMS, loaded)), report
+    return _read(directory / PARAMS, loaded), report
 
 
 def data_state(directory, process: int | None = None) -> dict:

@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from input_pipeline.samples import TASKS
 from radfm_jax import optimizer as opt
 from radfm_jax import sharding
-from radfm_jax.checkpoint import flatten
+from radfm_jax.checkpoint import flatten, unflatten
 from radfm_jax.losses import NORMALISATIONS, WEIGHTINGS, radfm_loss
 from radfm_jax.models import radfm
 
@@ -88,27 +88,37 @@ def abstract_state(
     return state, transform, notes
 
 
-def init_state(abstract: dict, model: radfm.RadFMConfig, config: opt.OptimizerConfig, transform, seed: int) -> dict:
-    """Fresh parameters and moments, each made where it will lie."""
+def init_state(
+    abstract: dict,
+    model: radfm.RadFMConfig,
+    config: opt.OptimizerConfig,
+    transform,
+    seed: int,
+    given: dict | None = None,
+) -> dict:
+    """Fresh moments and parameters, each made where it will lie.
+
+    given: path -> array of parameters that are there already (run_directory.init_from); only the others are made.
+    """
+    given = given or {}
+    paths = flatten(params_of(abstract))
 
     def init(key):
-        learning, frozen = opt.split(radfm.init_params(model, key), config.frozen)
+        params = radfm.init_params(model, key)
         return {
             "step": jnp.zeros((), jnp.int32),
-            "params": learning,
-            "frozen": frozen,
-            "opt": transform.init(learning),
+            "fresh": {path: x for path, x in flatten(params).items() if path not in given},
+            "opt": transform.init(opt.split(params, config.frozen)[0]),
             "key": jax.random.key_data(jax.random.fold_in(key, 1)),
             "skipped": jnp.zeros((), jnp.int32),
         }
 
-    return jax.jit(init, out_shardings=shardings_of(abstract))(jax.random.key(seed))
-
-
-def with_params(state: dict, params: dict, config: opt.OptimizerConfig) -> dict:
-    """The state with other parameters, its moments as they are."""
-    learning, frozen = opt.split(params, config.frozen)
-    return {**state, "params": learning, "frozen": frozen}
+    where = {name: shardings_of(abstract[name]) for name in ("step", "opt", "key", "skipped")}
+    where["fresh"] = {path: x.sharding for path, x in paths.items() if path not in given}
+    state = jax.jit(init, out_shardings=where)(jax.random.key(seed))
+    params = state.pop("fresh") | given
+    learning, frozen = opt.split(unflatten({path: params[path] for path in paths}), config.frozen)
+    return state | {"params": learning, "frozen": frozen}
 
 
 def params_of(state: dict) -> dict:

@@ -58,7 +58,7 @@ def run(arguments: list[str], devices: int, cache: str, output: str, pace: float
 
     def compared(config, newest, *of):
         """Every bit of the parameters that this process took from a step is that of the step."""
-        state, data_state = first_state(config, newest, *of)
+        state = first_state(config, newest, *of)
         if newest is not None:
             stored = checkpoint.ParamReader(newest)
             for path, x in checkpoint.flatten({**state["params"], **state["frozen"]}).items():
@@ -67,7 +67,7 @@ def run(arguments: list[str], devices: int, cache: str, output: str, pace: float
                     mine, theirs = np.asarray(shard.data), whole[shard.index]
                     assert mine.shape == theirs.shape and mine.tobytes() == theirs.tobytes(), (path, shard.index)
             print(f"parameters of step {newest.name} are equal in process {jax.process_index()}", flush=True)
-        return state, data_state
+        return state
 
     def devices_of_the_job(hash_object, devices):
         """JAX would hash which of them are this process's, and so find nothing that another process compiled."""

@@ -202,6 +202,16 @@ def test_a_sample_is_exact_if_every_trained_token_is():
     assert found["all"]["exact_match"] == 0.5
 
 
+def test_a_state_of_given_parameters_makes_only_the_others():
+    mesh, config, abstract, transform = setting(2, 2, 2)
+    fresh = train_step.init_state(abstract, packed.CONFIG, config, transform, seed=0)
+    given = {path: x + 1 for path, x in flatten(fresh["params"]).items() if path.startswith("llama")}
+    state = train_step.init_state(abstract, packed.CONFIG, config, transform, seed=0, given=given)
+    assert jax.tree.map(lambda x: x.sharding, state) == train_step.shardings_of(abstract)
+    for path, x in flatten(state["params"]).items():
+        assert (x is given[path]) if path in given else (x == flatten(fresh["params"])[path]).all(), path
+
+
 def test_rows_that_do_not_divide():
     mesh = sharding.make_mesh(2, 4, 1)
     with pytest.raises(ValueError, match="8 rows a process do not divide into 3 micro-batches over 8 devices"):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import re
 
 from input_pipeline.datasets.base import LeftOut, TableDataset
 from input_pipeline.datasets.tables import Row
@@ -42,6 +43,7 @@ class JSONL(TableDataset):
     def __post_init__(self):
         if unknown := [task for task in self.tasks if task not in TASKS]:
             raise ValueError(f"jsonl: tasks {unknown} are unknown; known: {', '.join(TASKS)}")
+        self._wanted = re.compile("|".join(map(fnmatch.translate, self.ids)))
         super().__post_init__()
 
     def parse(self, row):
@@ -49,7 +51,7 @@ class JSONL(TableDataset):
         task, row_id = row.cells.get("task"), row.cells.get("id")
         if self.tasks and task in TASKS and task not in self.tasks:
             return LeftOut("another task")
-        if self.ids and isinstance(row_id, str) and not any(fnmatch.fnmatchcase(row_id.strip(), p) for p in self.ids):
+        if self.ids and isinstance(row_id, str) and not self._wanted.match(row_id.strip()):
             return LeftOut("another id")
         return parse_object(row)
 

@@ -19,10 +19,12 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
 
+from input_pipeline.config import DataConfig
 from input_pipeline.pipeline import Batch, PackingReport, Rows, batches, join, prefetch
 from input_pipeline.rows import RowInfo
 from input_pipeline.samples import TASKS
@@ -62,15 +64,28 @@ def _train(config: Experiment, workdir: Path, peers: Peers, opened: contextlib.E
             best="eval/all/loss" if config.checkpoint.best and config.data.test else None,
         )
     )
-    rows = opened.enter_context(Rows(config.data, "train", **where))
+    newest = run_directory.latest(workdir, allow_older=config.checkpoint.allow_older, warn=shown.say)
+
+    def done(steps: int) -> bool:
+        if newest != run_directory.step_directory(workdir, steps) or (
+            config.data.test and not evaluated(workdir, steps)
+        ):
+            return False
+        shown.say(f"{newest}: all {steps:,} steps are done")
+        return True
+
+    if config.train.steps and done(config.train.steps):  # before the data are opened
+        return 0
+    data = opened.enter_context(Opening(config.data, where))
+    data_state = None if newest is None else run_directory.data_state(newest)
+    rows = data("train")
     check_model(config, rows)
     steps = config.train.steps or steps_of(rows, config)
-    abstract, transform, notes = train_step.abstract_state(config.compute, config.optimizer, steps, mesh)
-    say = shown.say
-    newest = run_directory.latest(workdir, allow_older=config.checkpoint.allow_older, warn=say)
-    if newest == run_directory.step_directory(workdir, steps) and (not config.data.test or evaluated(workdir, steps)):
-        say(f"{newest}: all {steps:,} steps are done")
+    if not config.train.steps and done(steps):
         return 0
+    rows.begin(data_state)
+    abstract, transform, _ = train_step.abstract_state(config.compute, config.optimizer, steps, mesh)
+    say = shown.say
     say(shown.parameter_table(abstract))
     say(shown.memory_table(estimate.memory(config, mesh), estimate.capacity(mesh)))
     say(shown.data_table(rows.description, len(rows.mixture), rows.windows))
@@ -79,10 +94,35 @@ def _train(config: Experiment, workdir: Path, peers: Peers, opened: contextlib.E
     if peers.stopping():
         say(f"{peers.stopped_by}: told to stop before the first step, there is nothing to save")
         return faults.REQUEUE
-    state, data_state = first_state(config, newest, abstract, transform, say)
-    held_out = opened.enter_context(Rows(config.data, "test", **where, epochs=1)) if config.data.test else None
+    state = first_state(config, newest, abstract, transform, say)
+    held_out = data("test") if config.data.test else None
     run = Run(config, workdir, mesh, steps, rows, held_out, programs, saver, peers)
     return run(state, data_state)
+
+
+class Opening:
+    """Opens both splits at once, beside whatever else there is to do: `data("train")` waits for one.
+
+    Raises on the call what opening raised; at its end it closes what was opened.
+    """
+
+    def __init__(self, config: DataConfig, where: dict):
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="opening")
+        self._futures = {"train": self._threads.submit(Rows, config, "train", **where)}
+        if config.test:
+            self._futures["test"] = self._threads.submit(Rows, config, "test", **where, epochs=1)
+
+    def __call__(self, split: str) -> Rows:
+        return self._futures[split].result()
+
+    def __enter__(self) -> Opening:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._threads.shutdown()
+        for future in self._futures.values():
+            if future.exception() is None:
+                future.result().close()
 
 
 def check_model(config: Experiment, rows: Rows) -> None:
@@ -111,20 +151,19 @@ def evaluated(workdir: Path, step: int) -> bool:
     return run_directory.together(key, lambda: jax.process_index() == 0 and found())[0]
 
 
-def first_state(config: Experiment, newest: Path | None, abstract: dict, transform, say) -> tuple[dict, dict | None]:
-    """The state to go on from, and where the data stood (None: at the beginning).
+def first_state(config: Experiment, newest: Path | None, abstract: dict, transform, say) -> dict:
+    """The state to go on from.
 
     newest: the run's own newest step, verified.
     """
     if newest is not None:
         say(f"going on from {newest}")
-        return run_directory.restore(newest, abstract, verified=True), run_directory.data_state(newest)
-    state = train_step.init_state(abstract, config.model, config.optimizer, transform, config.train.seed)
+        return run_directory.restore(newest, abstract, verified=True)
+    given = {}
     if config.checkpoint.init_from:
-        params, report = run_directory.init_from(config.checkpoint.init_from, state, config.model)
+        given, report = run_directory.init_from(config.checkpoint.init_from, abstract, config.model)
         say(str(report))
-        state = train_step.with_params(state, params, config.optimizer)
-    return state, None
+    return train_step.init_state(abstract, config.model, config.optimizer, transform, config.train.seed, given)
 
 
 # --- what is compiled -------------------------------------------------------------------------------------------------
