@@ -1,7 +1,7 @@
 """The practice data at toy size through the three stages of the paper: what a laptop can learn within minutes.
 
     bash launch/quickstart.sh                                   # all of it, or step by step:
-    python -m input_pipeline.phantoms --out practice --train 5000 --volumes 0.12
+    python -m input_pipeline.phantoms --out practice
     python -m input_pipeline.prepare --config=configs/quickstart.py --out practice/index --records
     python -m radfm_jax.train --config=configs/quickstart.py:align --workdir=runs/quickstart/align
     python -m radfm_jax.train --config=configs/quickstart.py:pretrain --workdir=runs/quickstart/pretrain \

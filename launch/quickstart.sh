@@ -30,7 +30,7 @@ stage() { # NAME INIT_FROM OVERRIDES...: a run of its own, begun with the parame
 }
 
 say "practice scans: drawn phantoms, written as PNG, JPEG, DICOM and NIfTI, and a tokenizer of their reports"
-"$python" -m input_pipeline.phantoms --out "$practice" --train 5000 --volumes 0.12
+"$python" -m input_pipeline.phantoms --out "$practice"
 
 say "checking every scan and row, and keeping the scans at the size the model reads"
 "$python" -m input_pipeline.prepare --config="$config" --out "$practice/index" --records
