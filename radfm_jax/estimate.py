@@ -229,9 +229,8 @@ def traffic(config: Experiment, mesh: Mesh | AbstractMesh) -> float:
 
 
 def _state(config: Experiment, mesh: Mesh | AbstractMesh) -> dict:
-    # Neither the dtype of products nor the length of the schedule changes a shape; it must be longer than the warm-up.
-    steps = config.train.steps or config.optimizer.warmup_steps + 1
-    return train_step.abstract_state(config.model, config.optimizer, steps, mesh)[0]
+    # The dtype of products changes no shape.
+    return train_step.abstract_state(config.model, config.optimizer, mesh)[0]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
@@ -103,17 +104,20 @@ def merge(learning: dict, frozen: dict) -> dict:
     return unflatten(flatten(learning) | flatten(frozen))
 
 
-def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate of each of `steps` steps."""
+def learning_rates(config: OptimizerConfig, steps: int) -> np.ndarray:
+    """Learning rate of each of `steps` steps, float32[steps]."""
     if config.warmup_steps >= steps:
         raise ValueError(f"optimizer.warmup_steps {config.warmup_steps} is not below train.steps {steps}")
-    return optax.warmup_cosine_decay_schedule(
+    schedule = optax.warmup_cosine_decay_schedule(
         0.0, config.learning_rate, config.warmup_steps, steps, config.learning_rate * config.final
     )
+    return np.asarray(jax.jit(jax.vmap(schedule))(jnp.arange(steps)), np.float32)
 
 
-def optimizer(config: OptimizerConfig, learning: dict, steps: int) -> optax.GradientTransformation:
-    """The chain for the parameters that learn (`split`).
+def optimizer(config: OptimizerConfig, learning: dict) -> optax.GradientTransformation:
+    """Gradients -> the step of the parameters that learn (`split`), upwards, at learning rate 1.
+
+    The rate is an argument of a step of training, so that one program holds for every schedule.
 
     Args:
       learning: their tree, of arrays or shapes.
@@ -132,12 +136,11 @@ def optimizer(config: OptimizerConfig, learning: dict, steps: int) -> optax.Grad
         _direction(config, leaves),
         optax.add_decayed_weights(config.weight_decay, decayed),
         scale,
-        optax.scale_by_learning_rate(schedule(config, steps)),
     )
 
 
 def _direction(config: OptimizerConfig, leaves: dict) -> optax.GradientTransformation:
-    """Gradients -> the step at learning rate 1, upwards."""
+    """Gradients -> the direction of the step."""
     moments = {"eps": config.eps, "mu_dtype": jnp.dtype(config.mu_dtype)}
     if config.method == "adamw":
         return optax.scale_by_adam(config.b1, config.b2, **moments)

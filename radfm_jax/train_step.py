@@ -58,14 +58,14 @@ class StepConfig:
 
 
 def abstract_state(
-    model: radfm.RadFMConfig, config: opt.OptimizerConfig, steps: int, mesh: Mesh
+    model: radfm.RadFMConfig, config: opt.OptimizerConfig, mesh: Mesh
 ) -> tuple[dict, optax.GradientTransformation, dict[str, str]]:
     """(state as jax.ShapeDtypeStruct with shardings, the optimizer, notes of sharding.param_shardings)."""
     boxed = radfm.abstract_params(model)
     shardings, notes = sharding.param_shardings(boxed, mesh)
     whole = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.unbox(boxed), shardings)
     learning, frozen = opt.split(whole, config.frozen)
-    transform = opt.optimizer(config, learning, steps)
+    transform = opt.optimizer(config, learning)
     everywhere = NamedSharding(mesh, PartitionSpec())
     scalar = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)  # noqa: E731
     leaves = flatten(learning)
@@ -157,13 +157,18 @@ def place(arrays: dict[str, np.ndarray], mesh: Mesh, accumulation: int) -> dict[
     }
 
 
+def place_rate(rate: np.float32, mesh: Mesh) -> jax.Array:
+    """A learning rate, on every device."""
+    return jax.make_array_from_callback((), NamedSharding(mesh, PartitionSpec()), lambda _: rate)
+
+
 # --- the step ---------------------------------------------------------------------------------------------------------
 
 
 def make_train_step(
     model: radfm.RadFMConfig, transform: optax.GradientTransformation, config: StepConfig
-) -> Callable[[dict, dict], tuple[dict, dict]]:
-    """(state, batch [A, B, ...]) -> (state, metrics), to be jitted with the state donated.
+) -> Callable[[dict, dict, jax.Array], tuple[dict, dict]]:
+    """(state, batch [A, B, ...], learning rate) -> (state, metrics), to be jitted with the state donated.
 
     A step whose loss or gradient is not finite leaves parameters and moments as they are; `skipped` counts such steps
     in a row.
@@ -183,7 +188,7 @@ def make_train_step(
         )  # fmt: skip
         return total, (weight, _counts(batch, out))
 
-    def step(state: dict, batch: dict) -> tuple[dict, dict]:
+    def step(state: dict, batch: dict, rate: jax.Array) -> tuple[dict, dict]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state["key"]), state["step"])
         micro_batches = batch["ids"].shape[0]
 
@@ -210,7 +215,7 @@ def make_train_step(
             norm = optax.tree_utils.tree_norm(grads)
             finite = jnp.isfinite(total) & jnp.isfinite(norm)
             updates, moments = transform.update(grads, state["opt"], state["params"])
-            learned = optax.apply_updates(state["params"], updates)
+            learned = optax.apply_updates(state["params"], jax.tree.map(lambda u: -rate * u, updates))
             kept = functools.partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
         after = {
             **state,

@@ -94,7 +94,7 @@ def test_sizes_fit_each_other(name):
     mesh = estimate.abstract_mesh(config.mesh, devices)
     assert min(estimate.memory(config, mesh).values()) > 0  # raises where rows do not divide
     # The schedule, the names in `rates` and in `frozen`.
-    train_step.abstract_state(config.model, config.optimizer, config.train.steps or 100_000, mesh)
+    train_step.abstract_state(config.model, config.optimizer, mesh)
     for where, source in config.data.sources().items():
         known = {field.name for field in dataclasses.fields(FAMILIES[source["family"]])} | {"family", "weight"}
         assert source.keys() <= known, where
@@ -243,7 +243,7 @@ def test_a_frozen_language_model_costs_no_moments():
     for name, learning in (("pretrain_align", beside_llm), ("pretrain", whole)):
         config = experiment(name)
         mesh = estimate.abstract_mesh(config.mesh, 32)
-        state, _, _ = train_step.abstract_state(config.model, config.optimizer, 10_000, mesh)
+        state, _, _ = train_step.abstract_state(config.model, config.optimizer, mesh)
         named = {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state["opt"])}
         assert any("llama" in path for path in named) == (name == "pretrain")
         assert {path.partition("/")[0] for path in flatten(state["frozen"])} == (

@@ -88,7 +88,7 @@ def test_a_step_describes_itself(tmp_path):
 def test_the_real_state_and_its_parameters_for_everybody_else(tmp_path):
     """The state of configs/tiny.py with its real optimizer; radfm_jax.load reads the step as any checkpoint."""
     config = optimizer.OptimizerConfig(warmup_steps=1, frozen=("llama",), mu_dtype="bfloat16")
-    where, *_ = train_step.abstract_state(radfm.tiny(), config, 10, mesh(fsdp=4, tensor=2))
+    where, *_ = train_step.abstract_state(radfm.tiny(), config, mesh(fsdp=4, tensor=2))
     rng = np.random.default_rng(0)
     numbers = jax.tree.map(lambda x: rng.integers(1, 100, x.shape).astype(x.dtype), where)
     full = jax.device_put(numbers, train_step.shardings_of(where))

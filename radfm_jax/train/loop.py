@@ -23,13 +23,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from input_pipeline.config import DataConfig
 from input_pipeline.pipeline import Batch, PackingReport, Rows, batches, join, prefetch
 from input_pipeline.rows import RowInfo
 from input_pipeline.samples import TASKS
 from radfm_jax import display as shown
-from radfm_jax import estimate, faults, flops, run_directory, sharding, train_step
+from radfm_jax import estimate, faults, flops, optimizer, run_directory, sharding, train_step
 from radfm_jax.experiment import Experiment
 from radfm_jax.peers import Peers
 from radfm_jax.saver import Saver
@@ -84,7 +86,8 @@ def _train(config: Experiment, workdir: Path, peers: Peers, opened: contextlib.E
     if not config.train.steps and done(steps):
         return 0
     rows.begin(data_state)
-    abstract, transform, _ = train_step.abstract_state(config.compute, config.optimizer, steps, mesh)
+    rates = optimizer.learning_rates(config.optimizer, steps)
+    abstract, transform, _ = train_step.abstract_state(config.compute, config.optimizer, mesh)
     say = shown.say
     say(shown.parameter_table(abstract))
     say(shown.memory_table(estimate.memory(config, mesh), estimate.capacity(mesh)))
@@ -96,7 +99,7 @@ def _train(config: Experiment, workdir: Path, peers: Peers, opened: contextlib.E
         return faults.REQUEUE
     state = first_state(config, newest, abstract, transform, say)
     held_out = data("test") if config.data.test else None
-    run = Run(config, workdir, mesh, steps, rows, held_out, programs, saver, peers)
+    run = Run(config, workdir, mesh, rates, rows, held_out, programs, saver, peers)
     return run(state, data_state)
 
 
@@ -174,7 +177,7 @@ class Programs:
     """Compiled before the first step for the one shape that all batches have: nothing can compile later.
 
     Attributes:
-      step: (state, batch) -> (state, metrics). evaluate: (parameters, batch) -> sums.
+      step: (state, batch, rate) -> (state, metrics). evaluate: (parameters, batch) -> sums.
     """
 
     step: jax.stages.Compiled
@@ -191,12 +194,13 @@ class Programs:
         }
         began = time.perf_counter()
         with jax.set_mesh(mesh):
+            rate = jax.ShapeDtypeStruct((), np.float32, sharding=NamedSharding(mesh, PartitionSpec()))
             step = jax.jit(
                 train_step.make_train_step(config.compute, transform, config.train.step),
                 donate_argnums=0,
                 out_shardings=(train_step.shardings_of(abstract), None),
             )
-            compiled = step.lower(abstract, batch).compile()
+            compiled = step.lower(abstract, batch, rate).compile()
             evaluate = None
             if config.data.test:
                 test = jax.jit(train_step.make_eval_step(config.compute, config.train.step))
@@ -222,14 +226,14 @@ class Run:
         config: Experiment,
         workdir: Path,
         mesh: jax.sharding.Mesh,
-        steps: int,
+        rates: np.ndarray,
         rows: Rows,
         held_out: Rows | None,
         programs: Programs,
         saver: Saver,
         peers: Peers,
     ):
-        self.config, self.workdir, self.mesh, self.steps = config, workdir, mesh, steps
+        self.config, self.workdir, self.mesh, self.rates, self.steps = config, workdir, mesh, rates, len(rates)
         self.rows, self.held_out, self.programs, self.saver, self.peers = rows, held_out, programs, saver, peers
         self.report = PackingReport(config.data.text_length)
         self.flops = estimate.row_flops(config) * config.train.batch
@@ -267,8 +271,9 @@ class Run:
                 timing.waited(time.perf_counter() - began)
                 log.add(step, rows)
                 self.report.add(rows)
+                rate = train_step.place_rate(self.rates[step], self.mesh)
                 with jax.transfer_guard("disallow"):
-                    state, metrics = self.programs.step(state, arrays)
+                    state, metrics = self.programs.step(state, arrays, rate)
                 waiting.append((step, metrics, rows))
                 if len(waiting) > 1:  # the step before, while this one computes
                     timing.finished(*waiting.popleft())
@@ -368,6 +373,7 @@ class Timing:
             "train/weight": float(values["weight"]),
             "train/token_accuracy": float(values["correct"]),
             "train/grad_norm": float(values["grad_norm"]),
+            "train/learning_rate": float(self.run.rates[step]),
         }
         logged |= {
             f"train/{task}/loss": float(loss)
