@@ -25,7 +25,7 @@ class TrainConfig:
       log_every, eval_every: steps; eval_every=0: only at the end. eval_batches: 0: all of the test sources.
       nonfinite: `skip` a step whose loss or gradient is not finite, at most `max_skipped` in a row; or `stop` at once.
       step_timeout: seconds without a finished step until the run is ended with a dump of all stacks.
-      profile: (first, last) steps to trace into WORKDIR/profile; () for none.
+      profile: (first, last) steps to trace into WORKDIR/profile, both included; () for none.
     """
 
     steps: int = 0
@@ -58,7 +58,7 @@ class TrainConfig:
             problems.append(f"train.nonfinite is {self.nonfinite!r}; known: {', '.join(NONFINITE)}")
         if not self.steps and not self.epochs > 0:
             problems.append("train.steps is 0 and train.epochs is not above 0: how long?")
-        if self.profile and (len(self.profile) != 2 or not 0 <= self.profile[0] < self.profile[1]):
+        if self.profile and (len(self.profile) != 2 or not 0 <= self.profile[0] <= self.profile[1]):
             problems.append(f"train.profile is {self.profile}: give (first, last) steps")
         if problems:
             raise ValueError("; ".join(problems))

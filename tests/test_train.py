@@ -119,7 +119,7 @@ def test_another_run_begins_with_its_parameters(config, whole, tmp_path, capsys)
     """init_from with a frozen language model: it does not move, the rest does, and the data begin anew."""
     stage = dataclasses.replace(
         config,
-        train=dataclasses.replace(config.train, steps=2, eval_every=0),
+        train=dataclasses.replace(config.train, steps=2, eval_every=0, profile=(1, 1)),
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=1, frozen=("llama",)),
         checkpoint=CheckpointConfig(init_from=str(run_directory.step_directory(whole, 6))),
     )
@@ -129,6 +129,8 @@ def test_another_run_begins_with_its_parameters(config, whole, tmp_path, capsys)
     assert (before["projection"]["kernel"] != after["projection"]["kernel"]).any()
     said = capsys.readouterr().err
     assert "arrays loaded, 0 new" in said and "frozen" in said
+    assert [p.suffixes[-2:] for p in (tmp_path / "next" / "profile").rglob("*.pb")] == [[".xplane", ".pb"]]
+    assert not (whole / "profile").exists()
 
 
 def test_values_that_are_not_finite_stop_a_run(config, tmp_path):

@@ -252,6 +252,7 @@ class Run:
             contextlib.closing(data),
             contextlib.closing(shown.Display(self.workdir, first, self.steps, jax.process_index() == 0)) as display,
             contextlib.closing(RowLog(self.workdir, first)) as log,
+            contextlib.closing(Profile(train.profile, self.workdir / "profile")) as profile,
             timeout,
             jax.set_mesh(self.mesh),
         ):
@@ -265,7 +266,7 @@ class Run:
             waiting: collections.deque = collections.deque()  # steps that are computing: (number, metrics, rows)
             for step in range(first, self.steps):
                 timeout.alive(f"step {step}")
-                self.profile(step)
+                profile.before(step, state)
                 began = time.perf_counter()
                 arrays, rows = next(data)
                 timing.waited(time.perf_counter() - began)
@@ -328,11 +329,25 @@ class Run:
         self.display.say(f"step {step}: held-out loss {found['eval/all/loss']:.4f}; every token right: {exact}")
         return found
 
-    def profile(self, step: int) -> None:
-        span = self.config.train.profile
-        if span and step == span[0]:
-            jax.profiler.start_trace(str(self.workdir / "profile"))
-        if span and step == span[1]:
+
+class Profile:
+    """Traces the steps from the first to the last of a span, both included, into a directory."""
+
+    def __init__(self, span: Sequence[int], directory: Path):
+        self.span, self.directory, self.tracing = span, directory, False
+
+    def before(self, step: int, state: dict) -> None:
+        if self.tracing and step > self.span[1]:
+            jax.block_until_ready(state)
+            self.close()
+        elif self.span and step == self.span[0]:
+            jax.block_until_ready(state)
+            jax.profiler.start_trace(str(self.directory))
+            self.tracing = True
+
+    def close(self) -> None:
+        if self.tracing:
+            self.tracing = False
             jax.profiler.stop_trace()
 
 
