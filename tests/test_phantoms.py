@@ -147,6 +147,18 @@ def test_contrast_to_noise_is_what_the_documentation_says():
         assert np.median(found[modality]) == pytest.approx(median, rel=0.12), modality
 
 
+def test_a_lesion_is_brighter_or_darker_as_its_rationale_says():
+    seen = collections.Counter()
+    for study in (s for s in studies(count=120, volumes=0.1) if s.lesions):
+        change = phantoms.paint(study) - phantoms.paint(dataclasses.replace(study, lesions=()))
+        for lesion in study.lesions:
+            (z, y, x), cover = drawing.lesion_cover(study, lesion)
+            inside = np.moveaxis(change, -1, 0)[z, y, x][cover == 1].mean()
+            assert ("brighter" if inside > 0 else "darker") in questions.features(study.labels), study.study_id
+            seen[study.labels.modality] += 1
+    assert set(seen) == set(MODALITIES) and min(seen.values()) > 5
+
+
 # Text
 
 ALL_LABELS = [
