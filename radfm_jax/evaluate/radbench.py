@@ -356,7 +356,10 @@ def leaks(questions: Iterable[Question], directory: Path | str) -> list[dict]:
     index = Index(directory)
     trained = {name for name, source in index.tables.items() if source["split"] == "train"}
     read = lambda file, *columns: parquet.read_table(index.directory / file, columns=list(columns)).to_pylist()  # noqa: E731
-    studies = {row["study"]: row["source"] for row in read("rows.parquet", "source", "study") if row["source"] in trained}
+    studies: dict[str, dict[str, str]] = {}  # study -> root -> source
+    for row in read("rows.parquet", "source", "study"):
+        if row["source"] in trained and row["study"]:
+            studies.setdefault(row["study"], {})[index.tables[row["source"]]["root"]] = row["source"]
     files = {
         scan["sha256"]: f"{scan['source']}: {scan['path']}"
         for scan in read("scans.parquet", "source", "path", "sha256")
@@ -365,8 +368,8 @@ def leaks(questions: Iterable[Question], directory: Path | str) -> list[dict]:
     hashes: dict[str, str | None] = {}
     found = []
     for question in questions:
-        if question.study and question.study in studies:
-            found.append({"id": question.row_id, "kind": "study", "what": question.study, "in": studies[question.study]})
+        if where := _trained_on(question, studies):
+            found.append({"id": question.row_id, "kind": "study", "what": question.study, "in": where})
         for scan in question.scans:
             if scan.path not in hashes:
                 try:
@@ -377,3 +380,13 @@ def leaks(questions: Iterable[Question], directory: Path | str) -> list[dict]:
                 where = files[hashes[scan.path]]
                 found.append({"id": question.row_id, "kind": "scan", "what": scan.path, "in": where})
     return found
+
+
+def _trained_on(question: Question, studies: dict[str, dict[str, str]]) -> str:
+    """The training source that has the study; "" if none has. A study that is only its scan's path is the same study
+    below the same root alone: every data set may have an `images/1.png`."""
+    roots = studies.get(question.study or "", {})
+    own = [s.path.removesuffix(f"/{question.study}") for s in question.scans if s.path.endswith(f"/{question.study}")]
+    if own:
+        return next((roots[root] for root in own if root in roots), "")
+    return next(iter(roots.values()), "")
