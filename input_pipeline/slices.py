@@ -1,4 +1,4 @@
-"""Slices of a scan as 8-bit pictures, for people and for models that see single pictures: full resolution, no resize."""
+"""Slices of a scan as 8-bit pictures of full resolution, for people and for models that see single pictures."""
 
 from __future__ import annotations
 

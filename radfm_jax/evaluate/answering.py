@@ -72,8 +72,18 @@ def answer_all(
         whole = sum(masses)
         return {"p_yes": masses[0] / whole, "p_yes_or_no": whole} if whole > 0 else {}
 
+    # Every path was looked for below the root of its own data set when the question was made.
     outcome = answer_file(
-        generator, asked, file, sampling, batch=batch, model=model, progress=progress, watch=(*yes, *no), more=more
+        generator,
+        asked,
+        file,
+        sampling,
+        root=Path("/"),
+        batch=batch,
+        model=model,
+        progress=progress,
+        watch=(*yes, *no),
+        more=more,
     )
     write_lines(failures_of(file), ({"id": row_id, "error": why} for row_id, why in outcome.failed.items()))
     return outcome

@@ -1,4 +1,4 @@
-"""Metrics of clinical content by RadEval (RadGraph F1, CheXbert F1, BERTScore, RaTEScore, GREEN ...), where it is there.
+"""Metrics of clinical content by RadEval (RadGraph F1, CheXbert F1, BERTScore ...), where it is there.
 
 RadEval needs torch and downloads weights; it is no requirement of this package: `pip install RadEval`.
 """
@@ -56,8 +56,8 @@ def clinical(name: str, answers: Sequence[str], references: Sequence[str]) -> di
             found = RadEval(**{flag: True}, **more)(refs=list(references), hyps=list(answers))
     except Exception as error:  # whatever torch, a hub or a tokenizer of it raises
         raise Unavailable(
-            f"{name} cannot be computed ({type(error).__name__}: {str(error)[:200]}): its weights are downloaded at first "
-            "use, so give it a network or a filled cache"
+            f"{name} cannot be computed ({type(error).__name__}: {str(error)[:200]}): its weights are downloaded at "
+            "first use, so give it a network or a filled cache"
         ) from error
     values = {key: float(v) for key, v in found.items() if isinstance(v, numbers.Real) and not isinstance(v, bool)}
     if not values:

@@ -1,12 +1,12 @@
 """`--export DIR`: the benchmark for other models.
 
 DIR/questions.jsonl   a line a question: id, task, dataset, prompt, references, closed, scans, slices
-DIR/slices/*.png      of every scan one slice, for models that see single pictures: all of a 2D scan, the middle slice of
-                      a volume (number n // 2 + 1 of n along the third axis as it is read), 8 bits, least voxel black and
-                      greatest white (or the scan's window), full resolution
+DIR/slices/*.png      of every scan one slice, for models that see single pictures: all of a 2D scan, the middle slice
+                      of a volume (number n // 2 + 1 of n along the third axis as it is read), 8 bits, least voxel
+                      black and greatest white (or the scan's window), full resolution
 DIR/README.txt        how to answer
 
-`slices` of a question stand in the order of its scans: {"path" below DIR, "slice", "of"}; or {"error"}, why there is none.
+`slices` of a question stand in the order of its scans: {"path" below DIR, "slice", "of"}, or {"error"}.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from input_pipeline.slices import slices
 from radfm_jax.evaluate.radbench import Question, write_lines
 
 README = """\
-questions.jsonl has one question a line. `prompt` holds `<image-1>` where the first of `scans` stands; `context`, if it is
-there, stands before it. A model that sees single pictures takes those of `slices`.
+questions.jsonl has one question a line. `prompt` holds `<image-1>` where the first of `scans` stands; `context`, if it
+is there, stands before it. A model that sees single pictures takes those of `slices`.
 
 Answer each with one line of another file,
 
     {"id": "vqa_rad/17", "answer": "Left lower lobe."}
 
-for yes/no questions with "p_yes", the probability of yes against no, if the model has one; for a question that it cannot
-answer with "error" instead of "answer". It is scored by
+for yes/no questions with "p_yes", the probability of yes against no, if the model has one; for a question that it
+cannot answer with "error" instead of "answer". It is scored by
 
     python -m radfm_jax.evaluate radbench --config=... --answers NAME=answers.jsonl --out=scores
 

@@ -1,7 +1,7 @@
-"""What an answer is worth, and what many of them come to (paper, section 5.1). Numbers and text only; no model, no files.
+"""What an answer is worth, and what many of them come to (paper, section 5.1). Numbers and text; no model, no files.
 
-Of one answer: `match` (closed lists), `bleu1`, `rouge1`, `medical_overlap`, `exact`. Of many: functions of weights w [n],
-one weight a sample, so that one bootstrap serves them all; a weight is how often a resample drew the sample.
+Of one answer: `match` (closed lists), `bleu1`, `rouge1`, `medical_overlap`, `exact`. Of many: functions of weights
+w [n], one a sample, so that one bootstrap serves them all; a weight is how often a resample drew the sample.
 
     mean(x)              sum w x / sum w over the samples that have a value
     accuracy             the mean of whether it is right
@@ -53,7 +53,7 @@ def bleu1(answer: str, references: Sequence[str]) -> float:
 
 
 def rouge1(answer: str, references: Sequence[str]) -> float:
-    """F-measure of ROUGE-1 in [0, 1], lower-case words of letters and digits, not stemmed; the best of the references."""
+    """F-measure of ROUGE-1 in [0, 1], lower-case words of a-z and 0-9, not stemmed; the best of the references."""
     return max(_rouge().score(reference, answer)["rouge1"].fmeasure for reference in references)
 
 
@@ -72,7 +72,7 @@ def _rouge():
 
 
 def medical_words(text: str, terms: TermFinder) -> collections.Counter[str]:
-    """The words inside the medical terms of a text, folded (case, plural, British spelling), and how often each comes."""
+    """Words inside the medical terms of a text, folded (case, plural, British spelling), and how often each comes."""
     found: collections.Counter[str] = collections.Counter()
     for begin, end in terms.find(text):
         found.update(fold_word(word) for word in _WORD.findall(text[begin:end]))
@@ -83,8 +83,9 @@ def medical_overlap(answer: str, references: Sequence[str], terms: TermFinder) -
     """(UMLS-Precision, UMLS-Recall): words inside medical terms that answer and reference share, each as often as both
     have it, over those of the answer, and over those of the reference.
 
-    A share of nothing is 0 where the other side has some, and nan where neither has any: such a pair says nothing about
-    medical words. Recall is nan as well where only the reference has none. Of several references that with the best sum.
+    Precision of an answer without any is 0 where the reference has some, and nan where neither has: such a pair says
+    nothing about medical words. Recall is nan where the reference has none. Of several references that with the best
+    sum.
     """
     said = medical_words(answer, terms)
     found = []

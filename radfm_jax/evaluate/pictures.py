@@ -113,7 +113,7 @@ def calibration(scored: Mapping[str, Sequence[Scored]], file: Path) -> bool:
     found = {}
     for model, all_of in scored.items():
         some = [one for one in all_of if one.question.task == "diagnosis"]
-        if some and scoring._of_probabilities(some):
+        if some and scoring.of_probabilities(some):
             found[model] = scoring.probabilities(some)
     if not found:
         return False
@@ -156,7 +156,9 @@ def lengths(scored: Mapping[str, Sequence[Scored]], file: Path) -> None:
         rows = {"reference": [one.question.references[0] for one in first if one.question.task == task]}
         rows |= {m: [one.given.text for one in of if one.question.task == task] for m, of in scored.items()}
         counts = [[len(text.split()) for text in texts] for texts in rows.values()]
-        panel.boxplot(counts, orientation="horizontal", whis=(5, 95), showfliers=False, tick_labels=list(rows), widths=0.5)
+        panel.boxplot(
+            counts, orientation="horizontal", whis=(5, 95), showfliers=False, tick_labels=list(rows), widths=0.5
+        )
         panel.invert_yaxis()
         panel.set(title=TASKS[task], xlabel="words (box: quartiles, whiskers: 5 and 95 %)")
         panel.xaxis.label.set_fontsize(7)

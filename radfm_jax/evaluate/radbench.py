@@ -249,7 +249,7 @@ def of_set(benchmark: Benchmark, name: str) -> tuple[list[Question], dict[str, i
             of_scan = next((facts[s.path] for s in sample.scans if s.path in facts), {})
             said = {key: of_scan.get(key) or value for key, value in of_all.items()}
             if task == "modality":
-                said["modality"] = question.references[0]
+                said["modality"] = said["modality"] or question.references[0]
             questions.append(dataclasses.replace(question, **said))
     limit = own.get("limit") or benchmark.limit
     if limit and len(questions) > limit:
@@ -268,7 +268,8 @@ def question_of(sample: Sample, dataset: str, task: str, row_id: str, root: Path
     reference.
 
     Raises:
-      NotAsked: another task, an answer outside the closed list, text that a mark could be taken for.
+      NotAsked: another task, an answer outside the closed list, text that a mark could be taken for, a scan whose path
+        leads out of the root.
     """
     if sample.task != task:
         raise NotAsked(f"asks for {sample.task}")
@@ -289,11 +290,21 @@ def question_of(sample: Sample, dataset: str, task: str, row_id: str, root: Path
     said = lambda parts: " ".join(  # noqa: E731
         f"<image-{numbers[p]}>" if isinstance(p, Scan) else p.text.strip() for p in parts
     )
-    resolved = tuple(dataclasses.replace(s, path=str(scans.resolve(root, s.path))) for s in numbers)
     return Question(
-        row_id, task, dataset, said(asked[last + 1 :]), (reference,), said(asked[: last + 1]), resolved,
+        row_id, task, dataset, said(asked[last + 1 :]), (reference,), said(asked[: last + 1]),
+        tuple(dataclasses.replace(scan, path=_found(root, scan)) for scan in numbers),
         sample.study_id, closed=CLOSED.get(task, ()),
     )  # fmt: skip
+
+
+def _found(root: Path, scan: Scan) -> str:
+    """The absolute path. A file that is missing is asked about all the same, and fails for every model."""
+    try:
+        return str(scans.resolve(root, scan.path))
+    except scans.ScanError as error:
+        if error.fault == "missing":
+            return str(root / scan.path)
+        raise NotAsked(f"a scan cannot be used: {error}") from None
 
 
 def _facts(file: Path) -> dict[str, dict[str, str]]:

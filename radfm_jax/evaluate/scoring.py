@@ -69,7 +69,9 @@ def _score(question: Question, given: Given, terms: TermFinder) -> Scored:
     text, references = given.text, question.references
     overlap = metrics.medical_overlap(text, references, terms)
     values = (metrics.bleu1(text, references), metrics.rouge1(text, references), *overlap)
-    return Scored(question, given, None, dict(zip(OF_TEXT, (*values, metrics.exact(text, references)), strict=True)), error)
+    return Scored(
+        question, given, None, dict(zip(OF_TEXT, (*values, metrics.exact(text, references)), strict=True)), error
+    )
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -115,9 +117,7 @@ def tables(model: str, scored: Sequence[Scored], *, resamples: int, seed: int, b
             }  # fmt: skip
             failed = sum(bool(one.error) for one in some)
             name = group[0] if group else ""
-            lines.append(
-                Line(model, task, grouping, name, len(some), failed, len(set(_studies(some))), found, without)
-            )
+            lines.append(Line(model, task, grouping, name, len(some), failed, len(set(_studies(some))), found, without))
     return lines
 
 
@@ -130,7 +130,7 @@ def intervals(some: Sequence[Scored], *, resamples: int, seed: int, by_study: bo
         reference = [one.question.references[0] for one in some]
         if some[0].question.task == "diagnosis":
             statistics["f1"] = metrics.f1(predicted, reference, "yes")
-            statistics |= _of_probabilities(some)
+            statistics |= of_probabilities(some)
         else:
             statistics["f1"] = metrics.macro_f1(predicted, reference)
         statistics["balanced_accuracy"] = metrics.balanced_accuracy(predicted, reference)
@@ -139,7 +139,7 @@ def intervals(some: Sequence[Scored], *, resamples: int, seed: int, by_study: bo
     return metrics.bootstrap(statistics, clusters, resamples, seed)
 
 
-def _of_probabilities(some: Sequence[Scored]) -> dict[str, metrics.Statistic]:
+def of_probabilities(some: Sequence[Scored]) -> dict[str, metrics.Statistic]:
     """AUC and calibration error, where every question has a probability or failed. A failed one, which said neither,
     counts as 0.5: leaving it out would reward failing."""
     if not any(one.given.p_yes is not None for one in some):
@@ -158,4 +158,6 @@ def probabilities(some: Sequence[Scored]) -> tuple[np.ndarray, np.ndarray]:
 
 def _studies(some: Sequence[Scored]) -> list[str]:
     """The study of each; a question without one is its own."""
-    return [f"{one.question.dataset}/{one.question.study}" if one.question.study else one.question.row_id for one in some]
+    return [
+        f"{one.question.dataset}/{one.question.study}" if one.question.study else one.question.row_id for one in some
+    ]

@@ -1,6 +1,6 @@
 """The compiled functions: scans -> visual tokens, prompts -> first token, more tokens.
 
-Letters: B rows, T prompt tokens, U places of the cache, S scan slots, L latents, E width, V vocabulary, W watched tokens.
+Letters: B rows, T prompt tokens, U places of the cache, S scan slots, L latents, E width, V vocabulary, W watched.
 
 Everything between two tokens is one dict of arrays, `state`, an argument and a result:
 

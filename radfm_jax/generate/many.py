@@ -2,9 +2,9 @@
 
     {"id": "case-17", "scans": ["ct.nii.gz", "old_cxr.png"], "prompt": "Compare <image-1> with <image-2>."}
 
-`prompt` may be called `instruction`, `context` may stand beside it; what else `NOT_READ` names may stand there: the data
-that a model was trained on are such a file (input_pipeline/datasets/jsonl.py says what a scan may be), and so are the
-questions that `python -m radfm_jax.evaluate radbench --export` writes.
+`prompt` may be called `instruction`, `context` may stand beside it, and so may what `NOT_READ` names: the data that a
+model was trained on are such a file (input_pipeline/datasets/jsonl.py says what a scan may be), and the questions that
+`python -m radfm_jax.evaluate radbench --export` writes.
 """
 
 from __future__ import annotations
