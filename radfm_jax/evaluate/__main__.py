@@ -256,14 +256,15 @@ def _clinical(scored, wanted: Sequence[str], console: Console) -> dict:
 
 def _table(run: report.Run) -> Table:
     """A line a task and metric, a column a model, and what the paper has for RadFM."""
-    table = Table("task", "metric", *run.scored, "RadFM, published", title="per cent, 95 % intervals")
+    of_paper = ["RadFM, published"] if run.comparable else []
+    table = Table("task", "metric", *run.scored, *of_paper, title="per cent, 95 % intervals")
     for task, title in radbench.TASKS.items():
         lines = {line.model: line for line in report.of_lines(run, "task", task)}
-        theirs = published.values("RadFM", task)
+        theirs = published.values("RadFM", task) if task in run.comparable else {}
         for name in report.columns(list(lines.values())):
             cells = [report.percent(line.metrics[name]) if name in line.metrics else "" for line in lines.values()]
-            of_paper = report.percent(Interval(*theirs[name])) if name in theirs else ""
-            table.add_row(title, scoring.TITLES[name], *cells, of_paper)
+            cells += [report.percent(Interval(*theirs[name])) if name in theirs else ""] * len(of_paper)
+            table.add_row(title, scoring.TITLES[name], *cells)
     return table
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,29 +26,31 @@ def _pyplot():
     return pyplot
 
 
-def averages(lines: Sequence[Line]) -> dict[str, dict[str, float]]:
-    """model -> task -> mean of those of its metrics that Table 4 has for the task, published models included."""
+def averages(lines: Sequence[Line], comparable: Collection[str]) -> dict[str, dict[str, float]]:
+    """model -> task -> mean of the metrics that Table 4 has for the task, published models included for the tasks that
+    are `comparable`. A model that lacks one of the metrics has no mean: it would be one of other things."""
     found: dict[str, dict[str, float]] = {}
     for name in published.MODELS:
-        for task in published.TABLE:
+        for task in (task for task in published.TABLE if task in comparable):
             values = [value for value, _, _ in published.values(name, task).values()]
             found.setdefault(f"{name}, published", {})[task] = float(np.mean(values))
     for line in lines:
-        if not line.grouping or line.grouping == "task":
-            values = [line.metrics[m].value for m in published.TABLE[line.task] if m in line.metrics]
-            values = [v for v in values if np.isfinite(v)]
-            if values:
-                found.setdefault(line.model, {})[line.task] = float(np.mean(values))
+        if line.grouping == "task":
+            value = float(np.mean([line.metrics[m].value for m in published.TABLE[line.task]]))
+            if np.isfinite(value):
+                found.setdefault(line.model, {})[line.task] = value
     return found
 
 
-def radar(lines: Sequence[Line], file: Path) -> None:
+def radar(lines: Sequence[Line], file: Path, comparable: Collection[str] = tuple(TASKS)) -> None:
     """A spoke for each task, logarithmic, from 1 to 100 per cent; what was not scored has no corner."""
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(figsize=(6.4, 5.2), subplot_kw={"polar": True}, layout="constrained")
     angles = {task: 2 * np.pi * k / len(TASKS) for k, task in enumerate(TASKS)}
-    own = [model for model in averages(lines) if not model.endswith(", published")]
-    for model, of in averages(lines).items():
+    axes.set_theta_offset(np.pi / 2)
+    found = averages(lines, comparable)
+    own = list(dict.fromkeys(line.model for line in lines))
+    for model, of in found.items():
         theirs = model.endswith(", published")
         colour = GRAYS[published.MODELS.index(model.removesuffix(", published"))] if theirs else _colour(own, model)
         tasks = [task for task in TASKS if task in of]
@@ -62,12 +64,14 @@ def radar(lines: Sequence[Line], file: Path) -> None:
     axes.set_xticks(list(angles.values()), [name.replace(" ", "\n", 1) for name in TASKS.values()])
     axes.set_ylim(0, 2)
     axes.set_yticks(np.log10([2, 5, 10, 20, 50, 100]), ["2", "5", "10", "20", "50", "100 %"], color="#555", fontsize=7)
-    axes.set_title("mean of a task's metrics, logarithmic")
-    axes.legend(loc="upper left", bbox_to_anchor=(1.08, 1.0), frameon=False, fontsize=8)
+    axes.tick_params(axis="x", pad=14)
+    axes.set_title("mean of a task's metrics, logarithmic", pad=18)
+    if found:
+        axes.legend(loc="upper left", bbox_to_anchor=(1.12, 1.0), frameon=False, fontsize=8)
     _save(pyplot, figure, file)
 
 
-def bars(lines: Sequence[Line], file: Path) -> None:
+def bars(lines: Sequence[Line], file: Path, comparable: Collection[str] = tuple(TASKS)) -> None:
     """A panel for each task: its metrics of Table 4, a bar for each model with its 95 % interval."""
     pyplot = _pyplot()
     whole = [line for line in lines if line.grouping == "task"]
@@ -87,6 +91,7 @@ def bars(lines: Sequence[Line], file: Path) -> None:
                 colour = _colour(own, name)
             else:
                 found, colour = published.values(published.MODELS[k], task), GRAYS[k]
+                found = found if task in comparable else {}
             for x, metric in enumerate(of_metric):
                 value, low, high = (100 * v for v in found.get(metric, (np.nan,) * 3))
                 if np.isfinite(value):
@@ -94,8 +99,8 @@ def bars(lines: Sequence[Line], file: Path) -> None:
                     at = x - 0.42 + step * (k + 0.5)
                     panel.bar(at, value, step, color=colour, label=name)
                     panel.errorbar(at, value, error, color="#222", linewidth=0.8)
-        panel.set_xticks(range(len(of_metric)), [scoring.TITLES[m].replace("-", "-\n") for m in of_metric], fontsize=8)
-        panel.set_title(TASKS[task], fontsize=10)
+        panel.set_xticks(range(len(of_metric)), [scoring.TITLES[m].replace("S-", "S\n") for m in of_metric], fontsize=8)
+        panel.set_title(TASKS[task].replace(" ", "\n", 1), fontsize=10)
         panel.set_ylim(0, 100)
     panels[0].set_ylabel("%")
     handles = {label: h for p in panels for h, label in zip(*p.get_legend_handles_labels(), strict=True)}
@@ -168,5 +173,5 @@ def lengths(scored: Mapping[str, Sequence[Scored]], file: Path) -> None:
 
 def _save(pyplot, figure, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=110)
+    figure.savefig(file, dpi=110, bbox_inches="tight")
     pyplot.close(figure)

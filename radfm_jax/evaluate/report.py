@@ -49,16 +49,17 @@ class Run:
     made: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
-    def first(self) -> Sequence[Scored]:
-        return next(iter(self.scored.values()))
+    def comparable(self) -> set[str]:
+        """Tasks beside which published rows may stand: some of the paper's own data sets are asked for them."""
+        return {q.task for q in self.bench.questions if q.dataset in DATASETS}
 
 
 def write(run: Run, out: Path) -> None:
     """Every file of the report."""
     out.mkdir(parents=True, exist_ok=True)
     folder = out / "pictures"
-    pictures.radar(run.lines, folder / "radar.png")
-    pictures.bars(run.lines, folder / "bars.png")
+    pictures.radar(run.lines, folder / "radar.png", run.comparable)
+    pictures.bars(run.lines, folder / "bars.png", run.comparable)
     pictures.lengths(run.scored, folder / "lengths.png")
     calibrated = pictures.calibration(run.scored, folder / "calibration.png")
     (out / "report.json").write_text(json.dumps(as_json(run), indent=1) + "\n")
@@ -72,9 +73,9 @@ def caveats(run: Run) -> list[str]:
     asked = {q.dataset for q in run.bench.questions}
     said = [f"{len(asked & DATASETS.keys())} of RadBench's {len(DATASETS)} data sets were scored"]
     if foreign := sorted(asked - DATASETS.keys()):
-        said.append(
-            f"of other data: {', '.join(map(run.benchmark.title, foreign))}; published rows are of other questions"
-        )
+        said.append(f"other data were scored: {', '.join(map(run.benchmark.title, foreign))}")
+    if hidden := [title for task, title in TASKS.items() if task not in run.comparable]:
+        said.append(f"none of the paper's own data: {', '.join(hidden)}; so its figures do not stand beside ours there")
     if any(reason.startswith("more than limit") for of in run.bench.left_out.values() for reason in of):
         said.append("some data sets were cut by `limit`")
     if not run.benchmark.terms.startswith("umls:"):
@@ -152,12 +153,12 @@ def as_markdown(run: Run) -> str:
     said += [f"- {line}" for line in caveats(run)] + [f"- {_method(run)}", ""]
     for task, title in TASKS.items():
         if lines := of_lines(run, "task", task):
-            head, rows = _table(lines, task)
+            head, rows = table(lines, task, task in run.comparable)
             said += [f"## {title}", "", *_pipes(head, rows), ""]
     for grouping in ("data set", "modality", "anatomy"):
         for task, title in TASKS.items():
             if lines := of_lines(run, grouping, task):
-                head, rows = _table(lines, None, run.benchmark if grouping == "data set" else None)
+                head, rows = table(lines, named=run.benchmark if grouping == "data set" else None)
                 said += [f"## {title} by {grouping}", "", *_pipes(head, rows), ""]
     said += ["## Not scored", ""] + [f"- {run.benchmark.title(k)}: {why}" for k, why in run.bench.missing.items()]
     said += [f"- {line}" for line in _left_out(run)]
@@ -169,17 +170,18 @@ def _pipes(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [line(head), "|" + "---|" * len(head), *map(line, rows)]
 
 
-def _table(
-    lines: Sequence[Line], task: str | None, named: Benchmark | None = None
+def table(
+    lines: Sequence[Line], task: str = "", theirs: bool = False, named: Benchmark | None = None
 ) -> tuple[list[str], list[list[str]]]:
-    """Head and rows; with `task` the published rows stand first."""
+    """Head and rows of lines of one task; with `theirs` the published rows stand first. named: says what groups are
+    called."""
     names = columns(lines)
-    if task:
+    if theirs:
         names = [n for n in TITLES if n in names or n in published.TABLE[task]]
     grouped = any(line.group for line in lines)
     head = [*(["group"] if grouped else []), "model", "questions", "failed", *(TITLES[n] for n in names)]
     rows = []
-    for model in published.MODELS if task else ():
+    for model in published.MODELS if theirs else ():
         values = published.values(model, task)
         cells = [percent(Interval(*values[n])) if n in values else "" for n in names]
         rows.append([f"{model} (published)", f"{published.CASES[task]:,}", "", *cells])
@@ -201,7 +203,7 @@ def _method(run: Run) -> str:
     what = "studies" if run.benchmark.by_study else "samples"
     return (
         f"per cent, with 95 % intervals: percentiles of {run.benchmark.resamples:,} bootstrap resamples of the {what}, "
-        f"seed {run.benchmark.seed}; the published intervals' method is not stated"
+        f"seed {run.benchmark.seed}, without width where all are right or none; the paper does not say how it made its own"
     )
 
 
@@ -228,7 +230,7 @@ def _page(run: Run, folder: Path, calibrated: bool) -> Iterator[str]:
     for task, title in TASKS.items():
         yield f"<h3>{title}</h3>"
         if lines := of_lines(run, "task", task):
-            yield _scores(*_table(lines, task))
+            yield _scores(*table(lines, task, task in run.comparable))
             yield from _without(lines)
             yield from _clinical(run, task)
         else:
@@ -243,7 +245,7 @@ def _page(run: Run, folder: Path, calibrated: bool) -> Iterator[str]:
             for title, lines in parts:
                 if lines:
                     yield f"<h3>{title}</h3>"
-                    yield _scores(*_table(lines, None, run.benchmark if grouping == "data set" else None))
+                    yield _scores(*table(lines, named=run.benchmark if grouping == "data set" else None))
     yield "<h2>Yes and no</h2>"
     if calibrated:
         yield "<p>From the probability of the answer's first token; the paper could not give it. AUC and calibration "

@@ -64,9 +64,7 @@ def _score(question: Question, given: Given, terms: TermFinder) -> Scored:
     if question.closed:
         predicted = None if error else metrics.match(given.text, question.closed)
         return Scored(question, given, predicted, {"accuracy": float(predicted in question.references)}, error)
-    if error:
-        return Scored(question, given, None, dict.fromkeys(OF_TEXT, 0.0), error)
-    text, references = given.text, question.references
+    text, references = "" if error else given.text, question.references
     overlap = metrics.medical_overlap(text, references, terms)
     values = (metrics.bleu1(text, references), metrics.rouge1(text, references), *overlap)
     return Scored(
