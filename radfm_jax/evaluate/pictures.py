@@ -48,17 +48,16 @@ def radar(lines: Sequence[Line], file: Path, comparable: Collection[str] = tuple
     figure, axes = pyplot.subplots(figsize=(6.4, 5.2), subplot_kw={"polar": True}, layout="constrained")
     angles = {task: 2 * np.pi * k / len(TASKS) for k, task in enumerate(TASKS)}
     axes.set_theta_offset(np.pi / 2)
+    axes.set_theta_direction(-1)
     found = averages(lines, comparable)
     own = list(dict.fromkeys(line.model for line in lines))
     for model, of in found.items():
         theirs = model.endswith(", published")
         colour = GRAYS[published.MODELS.index(model.removesuffix(", published"))] if theirs else _colour(own, model)
-        tasks = [task for task in TASKS if task in of]
-        at = [angles[task] for task in tasks]
-        radii = [np.log10(max(100 * of[task], 1)) for task in tasks]
-        closed = len(tasks) == len(TASKS)
+        # A task without a value breaks the line: what stands on both sides of it are no neighbours.
+        radii = [np.log10(max(100 * of[task], 1)) if task in of else np.nan for task in TASKS]
         axes.plot(
-            at + at[:1] * closed, radii + radii[:1] * closed, "--" if theirs else "-", color=colour, label=model,
+            [*angles.values(), 0.0], [*radii, radii[0]], "--" if theirs else "-", color=colour, label=model,
             marker="o", markersize=4, linewidth=1.2 if theirs else 2,
         )  # fmt: skip
     axes.set_xticks(list(angles.values()), [name.replace(" ", "\n", 1) for name in TASKS.values()])

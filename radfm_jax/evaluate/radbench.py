@@ -23,7 +23,7 @@ from input_pipeline.datasets import FAMILIES, open_dataset, sample_rng
 from input_pipeline.datasets.modalities import modalities
 from input_pipeline.index import Index
 from input_pipeline.prepare.checking import file_hash
-from input_pipeline.prepare.summary import MODALITIES
+from input_pipeline.prepare.summary import MODALITIES, kind
 from input_pipeline.samples import RowError, Sample, Scan, Text
 
 TASKS = {
@@ -234,15 +234,15 @@ def of_set(benchmark: Benchmark, name: str) -> tuple[list[Question], dict[str, i
     facts = _facts(root / own["facts"]) if own.get("facts") else {}
     of_all = {key: own.get(key) or (getattr(known, key) if known else "") for key in ("modality", "anatomy")}
     left_out = collections.Counter({f"row left out by its reader: {why}": n for why, n in dataset.left_out.items()})
-    left_out["bad row"] += len(dataset.problems)
+    left_out.update(f"bad row: {kind(problem.reason)}" for problem in dataset.problems)
     questions = []
     for i in range(len(dataset)):
         row_id = dataset.row_id(i)
         try:
             sample = dataset.sample(i, sample_rng(benchmark.seed, 0, name, row_id))
             question = question_of(sample, name, task, f"{name}/{row_id}", root)
-        except RowError:
-            left_out["bad row"] += 1
+        except RowError as error:
+            left_out[f"bad row: {kind(error.reason)}"] += 1
         except NotAsked as reason:
             left_out[str(reason)] += 1
         else:

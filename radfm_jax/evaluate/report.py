@@ -203,7 +203,7 @@ def _method(run: Run) -> str:
     what = "studies" if run.benchmark.by_study else "samples"
     return (
         f"per cent, with 95 % intervals: percentiles of {run.benchmark.resamples:,} bootstrap resamples of the {what}, "
-        f"seed {run.benchmark.seed}, without width where all are right or none; the paper does not say how it made its own"
+        f"seed {run.benchmark.seed}, without width where all are right or none; the paper does not say how its own came"
     )
 
 
