@@ -204,6 +204,9 @@ def _answer(args: argparse.Namespace, name: str, questions, console: Console) ->
 def _score(args, benchmark, bench, files: dict[str, Path], made: dict[str, str], wanted, console: Console) -> int:
     answers = {name: answering.read_answers(file, bench.questions) for name, file in files.items()}
     terms = terms_of(benchmark.terms)
+    if benchmark.index:
+        said = f"looking for test studies and scans in {benchmark.index}, reading every scan for its SHA-256"
+        console.print(said, highlight=False, markup=False, soft_wrap=True)
     leaks = radbench.leaks(bench.questions, benchmark.index) if benchmark.index else None
     if leaks is not None:
         radbench.write_lines(args.out / "leaks.jsonl", leaks)

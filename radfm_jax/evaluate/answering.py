@@ -149,7 +149,7 @@ def _given(line: object, known: dict[str, Question]) -> tuple[str, Given]:
         raise ValueError("an object with `id` and `answer` is expected")
     row_id, text, error = line["id"], line.get("answer"), line.get("error") or ""
     if row_id not in known:
-        raise ValueError(f"id {row_id!r} is no question of this benchmark")
+        raise ValueError(f"id {row_id!r} is no question of this benchmark: was it another config's?")
     if not isinstance(text, str) and not error:
         raise ValueError(f"{row_id}: `answer` must be a text, or `error` say why there is none")
     wording, asked = line.get("prompt"), known[row_id].prompt
