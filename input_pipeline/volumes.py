@@ -136,8 +136,8 @@ def prepare_volume(
     storage = "uint8" if storage is None else storage
     if storage not in STORAGE:
         raise ValueError(f"storage {storage!r} is none of {', '.join(STORAGE)}")
-    voxels, least, greatest = _without_padding(_checked(voxels), padding, extremes)
-    low, high = _intensity_range(least, greatest, window)
+    voxels, least, greatest = without_padding(_checked(voxels), padding, extremes)
+    low, high = intensity_range(least, greatest, window)
     height, width, depth = target_shape(voxels.shape[:3], mode, sizes)
     if voxels.shape[2] == 1:
         depth = 1
@@ -194,7 +194,7 @@ def _extremes(voxels: np.ndarray) -> tuple[float, float]:
     return low, high
 
 
-def _without_padding(voxels: np.ndarray, padding, extremes) -> tuple[np.ndarray, float, float]:
+def without_padding(voxels: np.ndarray, padding, extremes) -> tuple[np.ndarray, float, float]:
     """(voxels, a copy with padding set to the least other voxel if there is any; least and greatest of the others)."""
     least, greatest = _extremes(voxels) if extremes is None else extremes
     if padding is None or padding[0] > greatest or padding[1] < least:
@@ -212,7 +212,7 @@ def _without_padding(voxels: np.ndarray, padding, extremes) -> tuple[np.ndarray,
     return voxels, least, greatest
 
 
-def _intensity_range(least: float, greatest: float, window) -> tuple[float, float]:
+def intensity_range(least: float, greatest: float, window) -> tuple[float, float]:
     """The intensities that become 0 and 1."""
     if not 1e-30 < greatest - least < 1e30:
         raise ValueError(f"voxels run from {least:g} to {greatest:g}: float32 cannot scale that range")

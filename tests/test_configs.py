@@ -25,12 +25,15 @@ from input_pipeline.packing import Limits
 from radfm_jax import display, estimate, flops, sharding, train_step
 from radfm_jax.checkpoint import flatten
 from radfm_jax.estimate import Source
+from radfm_jax.evaluate.radbench import Benchmark
 from radfm_jax.experiment import GROUPS, Experiment, MeshConfig, TrainConfig
 from radfm_jax.models import radfm
 from radfm_jax.optimizer import OptimizerConfig
 
 ROOT = Path(__file__).parent.parent
-FILES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
+NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
+BENCHMARKS = [name for name in NAMES if name.startswith("radbench")]
+FILES = [name for name in NAMES if name not in BENCHMARKS]
 STAGES = ("pretrain_align", "pretrain", "finetune")
 ADAPTATIONS = [name for name in FILES if name.startswith("adapt")]
 # What the docstrings state their figures for.
@@ -123,7 +126,7 @@ def test_misspelt_fields(name, capsys):
 
 
 def commands():
-    for name in FILES:
+    for name in NAMES:
         text = (module(name).__doc__ or "").replace("\\\n", " ")
         for line in text.splitlines():
             if line.startswith("    python -m ") or line.startswith("python -m "):
@@ -138,7 +141,17 @@ def test_the_commands_of_docstrings(command):
     command_line.add_config(parser)
     if "radfm_jax.convert" not in command and "input_pipeline.phantoms" not in command:
         given = [part for part in command if part.startswith("--config")]
-        Experiment.from_dict(command_line.parse(parser, given)[1])
+        kind = Benchmark if "configs/radbench" in given[0] else Experiment
+        kind.from_dict(command_line.parse(parser, given)[1])
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_a_benchmark_says_everything(name, capsys):
+    config = parsed(name)
+    assert config.is_locked and plain(Benchmark.from_dict(config).to_dict()) == plain(config.to_dict())
+    with pytest.raises(SystemExit):
+        parsed(name, "--config.limt=3")
+    assert "limit" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 @pytest.mark.parametrize("name", HARDWARE)

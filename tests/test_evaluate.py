@@ -12,8 +12,9 @@ from practice import practice
 import radfm_jax
 from input_pipeline.pipeline import Rows, batches
 from input_pipeline.sources import open_sources, rows_shown
-from radfm_jax import checkpoint, evaluate
-from radfm_jax.evaluate import Scored
+from radfm_jax import checkpoint
+from radfm_jax.evaluate import exact as evaluate
+from radfm_jax.evaluate.exact import Scored
 from radfm_jax.experiment import Experiment, TrainConfig
 from radfm_jax.models.llama import LlamaConfig
 from radfm_jax.models.perceiver import PerceiverConfig

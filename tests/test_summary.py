@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from radfm_jax import display, evaluate, summary
-from radfm_jax.evaluate import Scored
+from radfm_jax import display, summary
+from radfm_jax.evaluate import exact
+from radfm_jax.evaluate.exact import Scored
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def test_the_stages_without_their_first_line(tmp_path, run):
 def test_scores_stand_beside_their_control(tmp_path, run):
     own = [Scored("vqa", str(i), None, "vqa", "Side?", "left", i < 9) for i in range(10)]
     other = [Scored("vqa", str(i), None, "vqa", "Side?", "left", i < 5, "another") for i in range(10)]
-    evaluate.write(own + other, tmp_path / "scores")
+    exact.write(own + other, tmp_path / "scores")
     text = page(tmp_path, run, "--scores", tmp_path / "scores")
     assert re.search(r"<td>vqa</td>.*?90\.0%.*?59\.6% to 98\.2%.*?90\.0%.*?50\.0%", text), text[-900:]
 

@@ -1,6 +1,6 @@
 """The compiled functions: scans -> visual tokens, prompts -> first token, more tokens.
 
-Letters: B rows, T prompt tokens, U places of the cache, S scan slots, L latents, E width, V vocabulary.
+Letters: B rows, T prompt tokens, U places of the cache, S scan slots, L latents, E width, V vocabulary, W watched.
 
 Everything between two tokens is one dict of arrays, `state`, an argument and a result:
 
@@ -15,7 +15,9 @@ Everything between two tokens is one dict of arrays, `state`, an argument and a 
     failed   bool[B]       logits were not finite: there is no answer
     seen     bool[B, V]    tokens of the answer, where repetitions are punished; else bool[B, 1]
     keys     uint32[B, 2]  of the draws
-    choice   temperature float32[], top_k int32[], top_p float32[], penalty float32[], stop_ids int32[16], -1 for none
+    watched  float32[B, W] natural logarithms of the probabilities that tokens choice["watch"] had of being the first
+    choice   temperature float32[], top_k int32[], top_p float32[], penalty float32[], stop_ids int32[16], -1 for none,
+             watch int32[W]
 
 A row of a batch is a world of its own: no row changes another one's answer, and one that is not finite ends alone.
 """
@@ -82,7 +84,9 @@ def begin(
         "keys": prompt["keys"],
         "choice": choice,
     }
-    return _with_token(state, _logits(config, params, last), sample, penalise)
+    logits = _logits(config, params, last)
+    state["watched"] = jax.nn.log_softmax(logits, axis=-1)[:, choice["watch"]]
+    return _with_token(state, logits, sample, penalise)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
@@ -164,7 +168,7 @@ def _with_token(state: dict, logits: jax.Array, sample: bool, penalise: bool) ->
     }
 
 
-def choice_of(sampling: Sampling, stop_ids: tuple[int, ...]) -> dict[str, np.ndarray]:
+def choice_of(sampling: Sampling, stop_ids: tuple[int, ...], watch: tuple[int, ...] = ()) -> dict[str, np.ndarray]:
     """The entry `choice` of a state. Raises ValueError for more than 16 stop ids."""
     if len(stop_ids) > STOP_IDS:
         raise ValueError(f"{len(stop_ids)} stop ids, at most {STOP_IDS} are possible")
@@ -176,4 +180,5 @@ def choice_of(sampling: Sampling, stop_ids: tuple[int, ...]) -> dict[str, np.nda
         "top_p": np.float32(sampling.top_p),
         "penalty": np.float32(sampling.repetition_penalty),
         "stop_ids": padded,
+        "watch": np.array(watch, np.int32),
     }

@@ -83,6 +83,7 @@ class Answer:
       logprobs: natural logarithm of each token's probability, before temperature and the like.
       ended: `stop id`, `stop text`, `length` or `failed`.
       error: why there is no answer; "" if there is one.
+      watched: natural logarithm of the probability that each watched token had of being the first.
     """
 
     text: str
@@ -90,6 +91,7 @@ class Answer:
     logprobs: tuple[float, ...]
     ended: str
     error: str = ""
+    watched: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -294,15 +296,17 @@ class Generator:
         sampling: Sampling = Sampling(),  # noqa: B008
         *,
         seeds: Sequence[int] | None = None,
+        watch: Sequence[int] = (),
     ) -> list[Answer]:
         """Answers of a batch, in its order. A prompt whose logits are not finite has an `error` instead of an answer;
-        the others are not touched by it.
+        the others are not touched by it. watch: tokens whose probability of being the first is wanted.
 
         Raises:
           ValueError: prompts that cannot be used, or that are too long for the cache.
         """
         found: list[Answer] = []
-        for _, answers in self.stream(prompts, sampling, chunk=CHUNK if sampling.stop else None, seeds=seeds):
+        chunk = CHUNK if sampling.stop else None
+        for _, answers in self.stream(prompts, sampling, chunk=chunk, seeds=seeds, watch=watch):
             found = answers
         return found
 
@@ -313,15 +317,16 @@ class Generator:
         *,
         chunk: int | None = CHUNK,
         seeds: Sequence[int] | None = None,
+        watch: Sequence[int] = (),
     ) -> Iterator[tuple[list[str], list[Answer]]]:
         """After the first token, and every `chunk` more (None: all at once), the new piece of text of each row, and the
-        answers so far. seeds: of each prompt's draws, instead of sampling.seed + i."""
+        answers so far. seeds: of each prompt's draws, instead of sampling.seed + i. watch: as in `answers`."""
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk is {chunk}: at least 1 token")
         prompts = self._as_prompts(prompts)
         if not prompts:
             return
-        run = _Run(self, prompts, sampling, seeds)
+        run = _Run(self, prompts, sampling, seeds, tuple(watch))
         while True:
             yield run.look()
             if run.finished:
@@ -358,7 +363,14 @@ class Generator:
 class _Run:
     """One batch, from prompts to answers."""
 
-    def __init__(self, generator: Generator, prompts: list[Prompt], sampling: Sampling, seeds: Sequence[int] | None):
+    def __init__(
+        self,
+        generator: Generator,
+        prompts: list[Prompt],
+        sampling: Sampling,
+        seeds: Sequence[int] | None,
+        watch: tuple[int, ...],
+    ):
         self.generator, self.prompts, self.sampling = generator, prompts, sampling
         g, c = generator, generator.config
         lengths = [len(p.ids) for p in prompts]
@@ -384,7 +396,7 @@ class _Run:
             stop_ids = () if g.tokenizer is None else (g.tokenizer.eos_id,)
         self.stop_ids = stop_ids
         sample, penalise = sampling.temperature > 0, sampling.repetition_penalty != 1
-        choice = decoding.choice_of(sampling, stop_ids)
+        choice = decoding.choice_of(sampling, stop_ids, watch)
         with g._on_mesh():
             nothing = np.zeros((s, c.num_latents, c.llama.width), c.llama.dtype)
             of = [nothing if p.visual is None else p.visual for p in prompts] + [nothing] * (rows - len(prompts))
@@ -409,7 +421,7 @@ class _Run:
 
     def look(self) -> tuple[list[str], list[Answer]]:
         """New pieces of text, and the answers so far."""
-        names = ("out", "logprob", "count", "done", "failed", "length")
+        names = ("out", "logprob", "count", "done", "failed", "length", "watched")
         now = jax.device_get({name: self.state[name] for name in names})
         pieces, answers = [], []
         for i, text in enumerate(self.texts):
@@ -426,7 +438,8 @@ class _Run:
             stopped = text is not None and text.stopped
             self.closed[i] = self.closed[i] or over or stopped
             pieces.append("" if failed else piece)
-            answers.append(self._answer(text, ids, now["logprob"][i], failed, stopped, over, i))
+            answer = self._answer(text, ids, now["logprob"][i], failed, stopped, over, i)
+            answers.append(dataclasses.replace(answer, watched=tuple(map(float, now["watched"][i]))))
         self.finished = all(self.closed)
         return pieces, answers
 

@@ -2,8 +2,9 @@
 
     {"id": "case-17", "scans": ["ct.nii.gz", "old_cxr.png"], "prompt": "Compare <image-1> with <image-2>."}
 
-`prompt` may be called `instruction`, `context` may stand beside it, and `task`, `response` and `study` are not read:
-the data that a model was trained on are such a file (input_pipeline/datasets/jsonl.py says what a scan may be).
+`prompt` may be called `instruction`, `context` may stand beside it, and so may what `NOT_READ` names: the data that a
+model was trained on are such a file (input_pipeline/datasets/jsonl.py says what a scan may be), and the questions that
+`python -m radfm_jax.evaluate radbench --export` writes.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import concurrent.futures
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from input_pipeline import ask, scans
@@ -20,11 +21,11 @@ from input_pipeline.datasets import jsonl
 from input_pipeline.datasets.tables import Row
 from input_pipeline.planes import Volume
 from input_pipeline.samples import Scan
-from radfm_jax.generate.generator import EncodedScans, Generator, Prompt, Request
+from radfm_jax.generate.generator import Answer, EncodedScans, Generator, Prompt, Request
 from radfm_jax.generate.sampling import Sampling
 
 READ = ("id", "prompt", "instruction", "context", "scans")
-NOT_READ = ("task", "response", "study")
+NOT_READ = ("task", "response", "study", "dataset", "modality", "anatomy", "references", "closed", "slices")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +141,8 @@ def answer_file(
     place: str = "first",
     model: str = "",
     progress: Callable[[int, int, int], None] = lambda done, failed, total: None,
+    watch: Sequence[int] = (),
+    more: Callable[[str, Answer], dict] = lambda row_id, answer: {},
 ) -> Outcome:
     """Answers every question that has no answer in `out` yet, `batch` at a time; scans of the next ones are read while
     the device computes. A question that fails is left out of `out`, so that a later start tries it again.
@@ -148,6 +151,8 @@ def answer_file(
       root: of the scans' paths; None: the directory of `file`.
       model: what made the answers; answers of another one in `out` are refused.
       progress: called with how many questions are answered, have failed, and are to be asked.
+      watch: tokens whose probability of being the first an answer's `watched` is to say.
+      more: id and answer -> what else is to stand in the line.
     Raises:
       ValueError: a file that cannot be read, answers in `out` that were made with other settings.
     """
@@ -171,7 +176,7 @@ def answer_file(
                     failed[question.row_id] = str(error)
             # A draw belongs to the question, whatever was answered before it.
             seeds = [(sampling.seed + numbers[row_id]) % 2**31 for row_id in prompts]
-            answers = generator.answers(list(prompts.values()), sampling, seeds=seeds)
+            answers = generator.answers(list(prompts.values()), sampling, seeds=seeds, watch=watch)
             asked = [q for q in some if q.row_id in prompts]
             for question, answer in zip(asked, answers, strict=True):
                 if answer.error:
@@ -186,6 +191,7 @@ def answer_file(
                     "ended": answer.ended,
                     "tokens": len(answer.ids),
                     "logprob": sum(answer.logprobs),
+                    **more(question.row_id, answer),
                     "made_with": made_with,
                 }
                 results.write(json.dumps(line, ensure_ascii=False) + "\n")

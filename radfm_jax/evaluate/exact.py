@@ -228,7 +228,3 @@ def table(scored: Sequence[Scored]) -> Table:
             "" if a.balanced is None else f"{a.balanced:.1%}", f"{guessed.exact:.1%}" if guessed else "",
         )  # fmt: skip
     return shown
-
-
-if __name__ == "__main__":
-    sys.exit(main())

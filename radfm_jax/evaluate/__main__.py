@@ -1,0 +1,297 @@
+"""`python -m radfm_jax.evaluate`: held-out rows to the letter; RadBench; grades of people."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import absl.logging
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from input_pipeline import command_line
+from input_pipeline.sources import terms_of
+from radfm_jax import display
+from radfm_jax.evaluate import answering, clinical, exact, published, radbench, rating, report, scoring
+from radfm_jax.evaluate.export import export
+from radfm_jax.evaluate.metrics import Interval
+
+COMMANDS = """\
+commands:
+  radbench  RadBench: questions, answers, scores, report
+  ratings   reads the grades of a rating sheet back
+`python -m radfm_jax.evaluate radbench --help` and `... ratings --help` say more. Without a command:
+"""
+RADBENCH = """\
+Asks a checkpoint the questions of a benchmark and scores it, and any other model whose answers lie in a file, beside
+the published rows of the paper. docs/evaluation.md has the protocol. Research only, not for clinical use.
+"""
+RADBENCH_EPILOG = """\
+examples:
+  python -m radfm_jax.evaluate radbench --config=configs/radbench.py --checkpoint=radfm/ --out=scores
+  python -m radfm_jax.evaluate radbench --config=configs/radbench.py --export=for_others
+  python -m radfm_jax.evaluate radbench --config=configs/radbench.py --checkpoint=radfm/ --out=scores \\
+      --answers MedVInT=medvint.jsonl --answers GPT-4V=gpt4v.jsonl --rating-sheet=scores/rating.html
+  python -m radfm_jax.evaluate radbench --config=configs/radbench.py --config.limit=200 --config.index=data/index ...
+
+--out holds questions.jsonl, answers/, scores/, report.html, report.md, report.json, scores.csv, pictures/, leaks.jsonl.
+Answers that are there are kept: the same command goes on where it was stopped, and scores without asking when all is
+answered. A data set that is not there is named in the report, and so is whatever failed, which counts as wrong.
+
+exit codes: 0 done; 1 scored, but some questions have no answer (the same command asks them again) or are known to the
+training data (--allow-leaks); 2 a mistake in what was given; 130 interrupted.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["radbench"]:
+        return _guarded(_radbench, argv[1:])
+    if argv[:1] == ["ratings"]:
+        return _guarded(_ratings, argv[1:])
+    if {"-h", "--help"} & set(argv):
+        print(COMMANDS)
+    return exact.main(argv)
+
+
+def _guarded(command, argv: list[str]) -> int:
+    absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax warns about merges that it rightly skips
+    try:
+        return command(argv)
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+# --- RadBench ---------------------------------------------------------------------------------------------------------
+
+
+def _radbench(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m radfm_jax.evaluate radbench",
+        description=RADBENCH,
+        epilog=RADBENCH_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command_line.add_config(parser)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where answers, scores and the report are written")
+    ours = parser.add_argument_group("a checkpoint")
+    ours.add_argument("--checkpoint", type=Path, metavar="DIR", help="a run, one of its steps, or converted weights")
+    ours.add_argument("--name", help="what the report calls it (default: the directory's name)")
+    ours.add_argument("--batch", type=int, default=8, help="questions at a time (default: 8)")
+    ours.add_argument("--max-new-tokens", type=int, help="of an answer; default: 200, as the released model's")
+    ours.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
+    ours.add_argument("--devices", type=int, help="how many share the model (default: as many as its heads divide)")
+    ours.add_argument("--tokenizer", type=Path, metavar="FILE", help="SentencePiece model of a checkpoint without one")
+    others = parser.add_argument_group("other models")
+    others.add_argument("--export", type=Path, metavar="DIR", help="write the questions, and a slice of every scan")
+    others.add_argument(
+        "--answers", action="append", default=[], metavar="NAME=FILE", help="score these answers; repeat it for more"
+    )
+    more = parser.add_argument_group("beside the scores")
+    more.add_argument(
+        "--clinical", default="", metavar="A,B", help=f"by RadEval, if it is there: {', '.join(clinical.NAMES)}"
+    )
+    more.add_argument(
+        "--rating-sheet", type=Path, metavar="FILE.html", help="a blinded page for people to grade answers"
+    )
+    more.add_argument("--rating-cases", type=int, default=40, help="questions on it (default: 40)")
+    more.add_argument("--no-reference", action="store_true", help="do not show the data set's answer on it")
+    more.add_argument("--allow-leaks", action="store_true", help="no exit code 1 for test studies in the training data")
+    args, config = command_line.parse(parser, argv)
+    if not (args.checkpoint or args.answers or args.export):
+        parser.error("nothing to do: give --checkpoint, --answers or --export")
+    if (args.checkpoint or args.answers) and not args.out:
+        parser.error("--out DIR is needed: where the scores are written")
+    if args.rating_sheet and not (args.checkpoint or args.answers):
+        parser.error("--rating-sheet needs answers: --checkpoint or --answers")
+    if args.batch < 1 or args.rating_cases < 1:
+        parser.error(f"--batch is {args.batch}, --rating-cases {args.rating_cases}: at least 1")
+    wanted = [name for name in args.clinical.split(",") if name]
+    clinical.check(wanted)
+    files = _named(args)
+    benchmark = radbench.Benchmark.from_dict(config)
+    console = Console(stderr=True)
+    bench = radbench.build(benchmark)
+    for name, why in bench.missing.items():
+        console.print(f"not scored: {benchmark.title(name)}: {why}", highlight=False, markup=False, soft_wrap=True)
+    if not bench.questions:
+        raise ValueError("no data set of the config is there: set sets.NAME.root and sets.NAME.table")
+    sets = len({q.dataset for q in bench.questions})
+    console.print(f"{len(bench.questions):,} questions of {sets} data sets", highlight=False)
+    if args.export:
+        _export(bench.questions, args.export, console)
+    if not files and not args.checkpoint:
+        return 0
+    radbench.write_questions(bench.questions, args.out / "questions.jsonl")
+    made = {name: f"given in {file}" for name, file in files.items()}
+    if args.checkpoint:
+        name = args.name or args.checkpoint.resolve().name
+        made = {name: _answer(args, name, bench.questions, console)} | made
+        files = {name: _answer_file(args.out, name)} | files
+    return _score(args, benchmark, bench, files, made, wanted, console)
+
+
+def _named(args: argparse.Namespace) -> dict[str, Path]:
+    """name -> file of --answers."""
+    found: dict[str, Path] = {}
+    for given in args.answers:
+        name, _, file = given.partition("=")
+        if not name or not file:
+            raise ValueError(f"--answers {given}: write NAME=FILE")
+        if name in found or (args.checkpoint and name == (args.name or args.checkpoint.resolve().name)):
+            raise ValueError(f"--answers {given}: there are two models called {name}")
+        found[name] = Path(file)
+    return found
+
+
+def _answer_file(out: Path, name: str) -> Path:
+    return out / "answers" / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', name)}.jsonl"
+
+
+def _bar(console: Console, what: str) -> Progress:
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True)
+
+
+def _export(questions, directory: Path, console: Console) -> None:
+    with _bar(console, "slices") as bar:
+        task = bar.add_task("", total=None)
+        failed = export(questions, directory, lambda done, total: bar.update(task, completed=done, total=total))
+    console.print(f"exported: {directory}, {len(failed)} scans without a picture", highlight=False, markup=False)
+    for path, why in list(failed.items())[:10]:
+        console.print(f"  {path}: {why}", style="red", highlight=False, markup=False, soft_wrap=True)
+
+
+def _answer(args: argparse.Namespace, name: str, questions, console: Console) -> str:
+    """Answers what is not answered yet. Returns what the report says of where the answers come from."""
+    from radfm_jax.generate import Sampling
+    from radfm_jax.generate.__main__ import load
+
+    options = {"preprocess": None, "size_2d": None, "size_3d": None, "depth": None, "no_verify": False}
+    given = {k: getattr(args, k) for k in ("checkpoint", "dtype", "devices", "tokenizer")}
+    model = load(argparse.Namespace(**options, **given))
+    sampling = Sampling(args.max_new_tokens)
+    with _bar(console, "answers") as bar:
+        task = bar.add_task("", total=None)
+
+        def progress(done: int, failed: int, total: int) -> None:
+            bar.update(task, completed=done + failed, total=total)
+            if not console.is_terminal and ((done + failed) // args.batch) % 50 == 0:
+                console.print(f"{done + failed}/{total}, {failed} failed", highlight=False)
+
+        outcome = answering.answer_all(
+            model.generator, questions, _answer_file(args.out, name), args.out / "questions.jsonl",
+            model=str(model.directory), sampling=sampling, batch=args.batch, progress=progress,
+        )  # fmt: skip
+    rate = outcome.answered / max(outcome.seconds, 1e-9)
+    console.print(
+        f"{outcome.answered} answers in {outcome.seconds:.1f} s ({rate:.2f} samples/s), {outcome.before} were there, "
+        f"{len(outcome.failed)} failed",
+        highlight=False,
+    )
+    return f"checkpoint {model.directory}, greedy, {args.dtype}, at most {args.max_new_tokens or 200} tokens"
+
+
+def _score(args, benchmark, bench, files: dict[str, Path], made: dict[str, str], wanted, console: Console) -> int:
+    answers = {name: answering.read_answers(file, bench.questions) for name, file in files.items()}
+    terms = terms_of(benchmark.terms)
+    if benchmark.index:
+        said = f"looking for test studies and scans in {benchmark.index}, reading every scan for its SHA-256"
+        console.print(said, highlight=False, markup=False, soft_wrap=True)
+    leaks = radbench.leaks(bench.questions, benchmark.index) if benchmark.index else None
+    if leaks is not None:
+        radbench.write_lines(args.out / "leaks.jsonl", leaks)
+    scored, lines = {}, []
+    for name, given in answers.items():
+        console.print(f"scoring {name}", highlight=False, markup=False)
+        scored[name] = scoring.score(bench.questions, given, terms)
+        file = args.out / "scores" / _answer_file(args.out, name).name
+        radbench.write_lines(file, (one.to_dict() for one in scored[name]))
+        lines += scoring.tables(
+            name, scored[name], resamples=benchmark.resamples, seed=benchmark.seed, by_study=benchmark.by_study
+        )
+    found = {name: _clinical(of, wanted, console) for name, of in scored.items()} if wanted else {}
+    run = report.Run(benchmark, bench, scored, lines, leaks, found, made)
+    report.write(run, args.out)
+    if args.rating_sheet:
+        key = rating.write_sheet(
+            scored, args.rating_sheet, cases=args.rating_cases, seed=benchmark.seed, references=not args.no_reference
+        )
+        console.print(f"rating sheet: {args.rating_sheet}; who is who: {key}", highlight=False, markup=False)
+    display.say(_table(run))
+    for name, of in scored.items():
+        failed = [one for one in of if one.error]
+        for one in failed[:3]:
+            said = f"{name} failed at {one.question.row_id}: {one.error}"
+            console.print(said, style="red", highlight=False, markup=False, soft_wrap=True)
+        if len(failed) > 3:
+            console.print(f"... and {len(failed) - 3:,} more, see report.json", style="red", highlight=False)
+    for line in report.caveats(run):
+        console.print(f"- {line}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"report: {args.out / 'report.html'}", highlight=False, markup=False)
+    failed = sum(bool(one.error) for of in scored.values() for one in of)
+    return 1 if failed or (leaks and not args.allow_leaks) else 0
+
+
+def _clinical(scored, wanted: Sequence[str], console: Console) -> dict:
+    """task -> metric -> value, or why there is none."""
+    found: dict[str, dict] = {}
+    for task in clinical.TASKS:
+        some = [one for one in scored if one.question.task == task]
+        for name in wanted if some else ():
+            try:
+                pairs = [one.given.text for one in some], [one.question.references[0] for one in some]
+                found.setdefault(task, {}).update(clinical.clinical(name, *pairs))
+            except clinical.Unavailable as why:
+                found.setdefault(task, {})[name] = f"not scored: {why}"
+                console.print(f"{name} not scored: {why}", style="red", highlight=False, markup=False, soft_wrap=True)
+    return found
+
+
+def _table(run: report.Run) -> Table:
+    """A line a task and metric, a column a model, and what the paper has for RadFM."""
+    of_paper = ["RadFM, published"] if run.comparable else []
+    table = Table("task", "metric", *run.scored, *of_paper, title="per cent, 95 % intervals")
+    for task, title in radbench.TASKS.items():
+        lines = {line.model: line for line in report.of_lines(run, "task", task)}
+        theirs = published.values("RadFM", task) if task in run.comparable else {}
+        for name in report.columns(list(lines.values())):
+            cells = [report.percent(line.metrics[name]) if name in line.metrics else "" for line in lines.values()]
+            cells += [report.percent(Interval(*theirs[name])) if name in theirs else ""] * len(of_paper)
+            table.add_row(title, scoring.TITLES[name], *cells)
+    return table
+
+
+# --- grades -----------------------------------------------------------------------------------------------------------
+
+
+def _ratings(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m radfm_jax.evaluate ratings",
+        description="Means of the grades that people gave on a rating sheet, their 95 % intervals, and agreement.",
+        epilog="exit codes: 0 done; 2 a file that is no grades of this sheet.",
+    )
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="what raters saved: ratings-*.json")
+    parser.add_argument("--key", required=True, type=Path, metavar="FILE", help="SHEET.key.json")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="also write DIR/ratings.json")
+    args = parser.parse_args(argv)
+    found = rating.summary(rating.read(args.key, args.files))
+    for table in rating.tables(found):
+        Console().print(table)
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "ratings.json").write_text(json.dumps(found, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
