@@ -9,6 +9,8 @@ import sys
 TOOLS = {
     "pmc-inline": ("pmc", "papers of PubMed Central -> sentences tied to figures"),
     "pmc-oa": ("pmc", "the same papers -> figures with captions"),
+    "radmd": ("radmd", "tables of MedMD -> RadMD, by the rules of Table 2"),
+    "diagnosis": ("diagnosis", "label files of X-ray sets -> open and yes/no tables (CXR-Mix, VinDr)"),
 }
 
 

@@ -272,21 +272,22 @@ class Report:
         self.reasons: collections.Counter[str] = collections.Counter()
         self.more: dict = {}
         self._started = time.monotonic()
-        self._problems = open(directory / "problems.jsonl.partial", "w", encoding="utf-8")
+        self._file = directory / "problems.jsonl.partial"
+        self._file.write_text("", encoding="utf-8")
         self.problems = 0
 
     def add(self, result: Result) -> None:
         for what, more in result.counts.items():
             self.counts[what] = self.counts.get(what, 0) + more
-        for problem in result.problems:
-            self.problems += 1
-            self.reasons[problem.get("kind") or _kind(problem["reason"])] += 1
-            self._problems.write(json.dumps(problem, ensure_ascii=False) + "\n")
+        self.problems += len(result.problems)
+        self.reasons.update(_kind(problem["reason"]) for problem in result.problems)
+        if result.problems:
+            with open(self._file, "a", encoding="utf-8") as out:
+                out.writelines(json.dumps(problem, ensure_ascii=False) + "\n" for problem in result.problems)
 
     def write(self) -> dict:
-        """Closes the files; returns report.json."""
-        self._problems.close()
-        os.replace(self.directory / "problems.jsonl.partial", self.directory / "problems.jsonl")
+        """Puts the files into place; returns report.json."""
+        os.replace(self._file, self.directory / "problems.jsonl")
         report = {
             "tool": self.tool,
             "options": self.options,

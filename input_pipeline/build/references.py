@@ -39,7 +39,8 @@ _ELSEWHERE_AFTER = re.compile(
     r"\s+et\s+al)|the\s+(?:original\s+)?(?:paper|article|study|work|report)\s+(?:of|by)\b)|\s+therein\b"
 )
 _ELSEWHERE_BEFORE = re.compile(
-    r"(?:\bet\s+al\.?(?:,?\s*\(?(?:19|20)\d\d[a-z]?\)?|\s*\[\d+\])?|[A-Z][\w'’-]+,?\s+(?:19|20)\d\d[a-z]?|\[\d+|\brefs?\.?\s*\d+"
+    r"(?:\bet\s+al\.?(?:,?\s*\(?(?:19|20)\d\d[a-z]?\)?|\s*\[\d+\])?|[A-Z][\w'’-]+,?\s+(?:19|20)\d\d[a-z]?|\[\d+|"
+    r"\brefs?\.?\s*\d+"
     r"|\breferences?\s*\d+)\s*[,;:]?\s*(?:see\s+)?$"
 )
 
