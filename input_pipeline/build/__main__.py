@@ -9,8 +9,14 @@ import sys
 TOOLS = {
     "pmc-inline": ("pmc", "papers of PubMed Central -> sentences tied to figures"),
     "pmc-oa": ("pmc", "the same papers -> figures with captions"),
+    "rad3d": ("cases", "folders of cases -> Rad3D: captions, modalities, rationales, scans as NIfTI"),
+    "mpx": ("cases", "folders of cases with pictures -> MPx-Single and MPx-Multi"),
+    "pmc-casereport": ("asking", "case reports -> questions and answers by a language model"),
+    "vqa": ("asking", "findings of scans -> questions and answers by a language model (Rad3D-VQA)"),
     "radmd": ("radmd", "tables of MedMD -> RadMD, by the rules of Table 2"),
     "diagnosis": ("diagnosis", "label files of X-ray sets -> open and yes/no tables (CXR-Mix, VinDr)"),
+    "splits": ("splits", "train and test without leaks: studies, scans, near duplicates"),
+    "statistics": ("statistics", "2D and 3D, modalities, tasks (Figure 4), and a data card"),
 }
 
 
