@@ -23,7 +23,6 @@ from tests import jats_papers
 from tests.dataset_tables import CASE, volumes, write_json
 from tests.llm_server import Server
 
-pytest.importorskip("openai")
 KEY = "sk-test-0123456789"
 FAST = {"timeout": 5.0, "first_wait": 0.01, "concurrency": 4, "retries": 4}
 
@@ -104,7 +103,7 @@ def test_budget_rate_and_key(tmp_path, monkeypatch):
 
 
 def test_killed_at_any_moment(tmp_path):
-    """SIGKILL in the middle, three times: every answer whole and once; at most what was under way is asked again."""
+    """SIGKILL in the middle, and half a line: every answer whole and once; only what was under way is asked again."""
     write_json(tmp_path / "cap.json", [CASE | {"finding": f"Lesion {k}.", "npy_path": f"{k}.npy"} for k in range(60)])
     command = [sys.executable, "-m", "input_pipeline.build", "vqa", "cap.json", "--out", "out", "--model", "m"]
     root = Path(__file__).parents[1]
@@ -115,7 +114,7 @@ def test_killed_at_any_moment(tmp_path):
             command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        for least in (10, 30):
+        for least in (20,):
             with run() as process:
                 until = time.monotonic() + 200
                 while sum(server.served.values()) < least and process.poll() is None and time.monotonic() < until:
@@ -126,7 +125,7 @@ def test_killed_at_any_moment(tmp_path):
             file.write(b'{"key": "half a li')
         with run() as process:
             assert process.wait(200) == 0
-        assert 60 <= sum(server.served.values()) <= 60 + 2 * 4
+        assert 60 <= sum(server.served.values()) <= 60 + 4
     found = lines(tmp_path / "out")
     assert len({a["key"] for a in found}) == len(found) == 60
     report = json.loads((tmp_path / "out" / "report.json").read_text())

@@ -1,4 +1,4 @@
-"""Splits by group, near duplicates, leaks, statistics and the card; and all builders in a row, prepared for training."""
+"""Splits by group, near duplicates, leaks, statistics and the card; and builders in a row, up to a training index."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from input_pipeline import phantoms
 from input_pipeline.build import duplicates, splits
 from input_pipeline.build.__main__ import main
+from input_pipeline.config import DataConfig
 from input_pipeline.datasets import open_dataset
+from input_pipeline.prepare import picture as prepare_picture
+from input_pipeline.prepare import prepare
+from tests import jats_papers
 from tests.dataset_tables import VQA_HEADER, write_csv
 from tests.scan_files import nifti
 
-pytest.importorskip("imagehash")
-pytest.importorskip("datasketch")
 
-
-def picture(file, seed, noise=0):
-    rng = np.random.default_rng(seed)
-    small = Image.fromarray(rng.integers(0, 255, (6, 6)).astype(np.uint8)).resize((64, 64), Image.Resampling.BICUBIC)
-    pixels = np.asarray(small).astype(int) + np.random.default_rng(99).integers(-noise, noise + 1, (64, 64))
-    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file)
+def picture(file, seed, **encoding):
+    pixels = np.random.default_rng(seed).integers(0, 255, (6, 6)).astype(np.uint8)
+    Image.fromarray(pixels).resize((64, 64), Image.Resampling.BICUBIC).save(file, **encoding)
 
 
 def table(file) -> list[dict]:
@@ -37,7 +37,7 @@ def root(tmp_path):
     place.mkdir()
     for k in range(40):
         picture(place / f"{k}.png", k)
-    picture(place / "near.png", 3, noise=4)
+    picture(place / "near.png", 3, format="JPEG", quality=90)
     long = "There is a large consolidation in the right lower lobe with a small effusion beside it"
     rows = [("", f"{k}.png", f"What is seen in {k}?", f"Finding number {k}") for k in range(40)]
     rows += [("", "0.png", "Again?", "Yes"), ("", "near.png", "Near?", "Yes"), ("", "gone.png", "What?", "Nothing")]
@@ -104,4 +104,39 @@ def test_statistics_and_card(root, tmp_path):
     card = (out / "card.md").read_text()
     for words in ("# Mine", "| CC BY 4.0 |", "not stated: ask", "| X-ray | 2 | 66.7 % |", '"seed": 3', "- kept: 5"):
         assert words in card, words
-    assert Image.open(out / "figure4.png").size[0] > 1000
+    with Image.open(out / "figure4.png") as drawn:
+        assert drawn.size[0] > 1000
+
+
+def test_from_packages_and_cases_to_an_index(tmp_path, monkeypatch):
+    """pmc-inline, rad3d, diagnosis, splits in a row; `prepare` takes every row of what they wrote."""
+    monkeypatch.setattr(prepare_picture, "draw", lambda report, file: file.write_bytes(b""))
+    phantoms.write(tmp_path / "practice", train=8, test=4, size=64, workers=1)
+    root = tmp_path / "built"
+    jats_papers.packages(tmp_path / "oa", ("PMC9000003", "PMC9000004"))
+    for k in range(30):
+        case = tmp_path / "cases" / str(k)
+        case.mkdir(parents=True)
+        voxels = np.random.default_rng(k).integers(0, 99, (8, 8, 4)).astype(np.int16)
+        nifti(case / "a.nii.gz", voxels, np.eye(4))
+        said = {"findings": f"Finding {k}.", "title": f"Disease {k}", "features": [f"Sign {k}."]}
+        (case / "case.json").write_text(json.dumps(said | {"scans": [{"path": "a.nii.gz", "modality": "MRI"}]}))
+    for argv in (
+        ["pmc-inline", str(tmp_path / "oa"), "--workers", "0", "--out", str(root)],
+        ["rad3d", str(tmp_path / "cases"), "--workers", "0", "--out", str(root)],
+        ["splits", "--root", str(root), "--test", "0.3", "--out", str(root / "split"),
+         "rad3d_caption=caption.json", "rad3d_modality=modality.csv", "rad3d_rationale=rationale.json"],
+    ):  # fmt: skip
+        assert main([*argv, "--strict"]) == 0
+    tables = {"caption": "caption.json", "modality": "modality.csv", "rationale": "rationale.json"}
+    train = {k: {"family": f"rad3d_{k}", "table": f"split/{t}", "root": str(root), "split": "train"}
+             for k, t in tables.items()}  # fmt: skip
+    test = {f"{k}_test": fields | {"split": "test"} for k, fields in train.items()}
+    train["inline"] = {"family": "pmc_inline", "table": "inline.csv", "root": str(root)}
+    config = DataConfig(
+        train=train, test=test, tokenizer=str(tmp_path / "practice" / "tokenizer.model"), terms="none", size_2d=64,
+        size_3d=64, depth=16, text_length=1024, vision_rows=2, patch_length=64, planes=400, scans=8, workers=0,
+    )  # fmt: skip
+    report = prepare(config, tmp_path / "index", workers=0, strict=True)
+    assert report["quarantine"] == 0 and report["leaks"] == {"study": 0, "scan": 0}
+    assert (tmp_path / "index" / "index.json").is_file()

@@ -1,9 +1,9 @@
 """rad3d and mpx: folders of cases -> the layouts of the Rad3D and MPx families.
 
-Radiopaedia and MedPix have terms of their own; whoever may use them brings each case as a folder with its scans and one
-case.json, or all cases in one cases.csv:
+Radiopaedia and MedPix have terms of their own; whoever may use them brings each case as a folder with its scans and
+one case.json, or all cases in one cases.csv:
 
-    cases/17/case.json        {"title": "Lung abscess", "findings": "...", "impression": "...", "patient": "Age: 40 ...",
+    cases/17/case.json        {"title": "Lung abscess", "findings": "...", "impression": "...", "patient": "Age: 40",
                                "presentation": "...", "articles": [...], "features": [...], "discussion": "...",
                                "scans": [{"path": "ct", "modality": "CT", "plane": "axial", "caption": "..."}]}
     cases/17/ct/*.dcm         a DICOM series; or .nii.gz, .nii, .npy, .png, .jpg, .tif
@@ -37,8 +37,8 @@ lists are separated by '|', `scans` being paths):
   patient        "Age: 40 years Gender: Male"     presentation, history    why the patient came
   articles       names of the diseases            features                 what they look like (of the article)
   discussion, exam, ddx, dxHow, followup          texts of MedPix
-  scans          [{"path": "ct", "modality": "CT", "plane": "axial", "caption": "..."}]; without it, every scan below
-                 the folder is taken, and DICOM says its modality
+  scans          [{"path": "ct", "modality": "CT", "plane": "axial", "caption": "..."}]; without it, every scan
+                 below the folder is taken, and DICOM says its modality
 A scan is a file (NIfTI, DICOM, PNG, JPEG, TIFF, .npy) or the folder of a DICOM series.
 """
 RAD3D = """\

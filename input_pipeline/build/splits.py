@@ -19,10 +19,10 @@ Split tables into train and test by patient, study and paper, over all tables at
 between splits that tables have already.
 """
 EPILOG = """\
-What belongs together stays together: rows of one study (as the readers find it; the column `study` where there is one),
+What belongs together stays together: rows of one study (as the readers find it; the column `study` if there is one),
 rows that show one scan, and with --near rows with near-duplicate pictures or, in their answers, texts. Each such group
-goes to test with the given share, decided by a hash of the seed and its first member: adding tables moves no other group
-unless it joins two.
+goes to test with the given share, decided by a hash of the seed and its first member: adding tables moves no other
+group unless it joins two.
 
 what is written to DIR:
   the tables with their column `split`        read with split="train" or split="test"

@@ -17,8 +17,8 @@ from input_pipeline.prepare.writing import replacing, write_text
 from input_pipeline.samples import RowError, Text
 
 DESCRIPTION = """\
-Count what tables hold: 2D and 3D scans, modalities, tasks (the paper's Figure 4), splits and lengths; draw it, and write
-a data card.
+Count what tables hold: 2D and 3D scans, modalities, tasks (the paper's Figure 4), splits and lengths; draw it, and
+write a data card.
 """
 EPILOG = """\
 what is written to DIR:
