@@ -1,0 +1,97 @@
+"""Is an image radiologic? By the words of its caption, by modality labels, or by a classifier of the user's.
+
+Terms decide what they can: a caption that names a radiologic examination and none of another kind is radiologic, the
+other way round it is not. Where both are named, the parts of the caption are judged apart, and one radiologic part is
+enough. Where neither is, the answer is None, and the caller's policy, or a classifier, decides.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from typing import Protocol
+
+from input_pipeline.datasets.modalities import modalities
+
+_RADIOLOGIC = re.compile(
+    r"\b(?:(?:[HMP]?D|HR|CB|CE|NC|micro-?|PET[-/ ]?|SPECT[-/ ]?|cone[- ]beam )?CTA?|CTPA|CTs|(?:f|cine[- ]?)?MRI|"
+    r"MRIs|MRA|MRCP|"
+    r"MR (?:images?|imaging|angio\w+|scans?|venograph\w+|urograph\w+)|(?:T1|T2|proton[- ]density)[- ]?(?:weighted|"
+    r"WI|W)\b|"
+    r"(?:T1|T2|DW|PD)WI|FLAIR|STIR|ADC|(?:diffusion|susceptibility)[- ]weighted|PET|SPECT|FDG\S*|DSA|X[- ]?rays?|"
+    r"CXR|AXR|DEXA|DXA|IVU|IVP|HSG|VCUG|ERCP|TTE|TEE|OPG)\b"
+    r"|(?i:\b(?:computed|computeri[sz]ed|magnetic resonance|positron emission|single[- ]photon)\b|tomogra\w+|"
+    r"\b(?!autoradio)\w*radiogra\w+|"
+    r"roentgen\w*|ultraso\w+|\bsonogra\w+|echogra\w+|echocardiogra\w+|doppler|angiogra\w+|arteriogra\w+|venogra\w+|"
+    r"phlebogra\w+|aortogra\w+|cholangiogra\w+|pyelogra\w+|urogra\w+|cystogra\w+|fistulogra\w+|myelogra\w+|mammogra\w+|"
+    r"galactogra\w+|hysterosalpingogra\w+|lymphogra\w+|scintigra\w+|bone scans?|nuclear (?:medicine|scan)\w*|"
+    r"fluoroscop\w+|barium|esophagra\w+|oesophagra\w+|plain films?|chest films?|panoramic (?:film|view)|"
+    r"tractogra\w+|elastogra\w+|angio-?CT|orthopantomogra\w+)"
+)
+_OTHER = re.compile(
+    r"\b(?:H&E|HE stain\w*|PAS|SEM|TEM|qPCR|RT-PCR|PCR|ECG|EKG|EEG|EMG|OCT|ROC|Kaplan)\b"
+    r"|(?i:histo(?:log|patholog|chem)\w+|patholog\w+ (?:section|specimen|examination|finding|image)\w*|"
+    r"microscop\w+|photomicrogra\w+|micrograph\w*|h(?:a)?ematoxylin|\beosin\b|immuno(?:histochem|stain|fluoresc|"
+    r"blot)\w+|"
+    r"staining|original magnification|magnification|biops\w+|cytolog\w+|smear|gross (?:specimen|appearance|pathology)|"
+    r"macroscop\w+|intra-?operative (?:view|photo\w*|image|finding|picture)s?|photogra\w+|clinical (?:picture|"
+    r"appearance|photo)\w*|"
+    r"endoscop\w*\b(?!\s+ultraso)|colonoscop\w+|gastroscop\w+|bronchoscop\w+|laparoscop\w+|arthroscop\w+|cystoscop\w+|"
+    r"dermoscop\w+|"
+    r"fundus|slit[- ]lamp|optical coherence|electro(?:cardio|encephalo|myo)gra\w+|flow ?chart|flow diagram|diagram|"
+    r"schematic|"
+    r"scheme|drawing|illustration|pedigree|sequencing|chromatogra\w+|western blot|gel electrophoresis|electrophoresis|"
+    r"\bplots?\b|histogram|bar (?:chart|graph)|\bgraphs?\b|survival curve|\bcurves?\b|forest plot|box ?plot|time ?line|"
+    r"surgical (?:specimen|field|view)|resected (?:specimen|tumou?r)|autopsy|necropsy|karyotyp\w+)"
+)
+# "CT-guided biopsy: section", "seen on CT before": the word names no picture of this figure.
+_ASIDE = re.compile(
+    r"\b\w+[- ]guid(?:ed|ance)\b|\b(?:after|before|prior to|preceding|previous|following)\s+(?:the\s+)?(?:\w+\s+)?"
+    r"(?:CT|MRI|PET|ultrasound|angiography|biopsy|scan)\b",
+    re.IGNORECASE,
+)
+_PART = re.compile(r"(?<=[.;])\s+|(?=\([A-Za-z](?:\s*[-–,]\s*[A-Za-z])*\))")
+NOT_RADIOLOGIC = frozenset({"histopathology", "a photograph", "endoscopy"})
+
+
+class Classifier(Protocol):
+    """A classifier of images: path -> probability that the image is radiologic."""
+
+    def __call__(self, path: str) -> float: ...
+
+
+def by_caption(text: str) -> bool | None:
+    """Whether a caption or a sentence speaks of a radiologic image; None if its words do not say."""
+    text = _ASIDE.sub(" ", text)
+    yes, no = bool(_RADIOLOGIC.search(text)), bool(_OTHER.search(text))
+    if yes != no:
+        return yes
+    if not yes:
+        return None
+    # Both are named: one part that is radiologic alone makes the figure so.
+    parts = [(bool(_RADIOLOGIC.search(p)), bool(_OTHER.search(p))) for p in _PART.split(text)]
+    if (True, False) in parts:
+        return True
+    return (
+        None
+        if (False, True) not in parts and len(parts) > 1
+        else _RADIOLOGIC.search(text).start() < _OTHER.search(text).start()
+    )
+
+
+def by_label(label: str) -> bool | None:
+    """The same of a modality label: "CT - noncontrast", "Pathology"; None for one that names no modality."""
+    names = modalities(label)
+    return None if not names else bool(names - NOT_RADIOLOGIC)
+
+
+def open_classifier(name: str) -> Classifier:
+    """`package.module:function` -> the function. Raises ValueError."""
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"classifier {name!r} cannot be imported: {error} (give package.module:function)") from None
+    if not callable(found):
+        raise ValueError(f"classifier {name!r} is no function of a path")
+    return found

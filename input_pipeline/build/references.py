@@ -1,0 +1,217 @@
+"""Mentions of figures in running text: "Figs. 1-3 and 5b" -> figures 1, 2, 3 and 5 panel b, each with its place.
+
+What the words mean is said here; which figure of the paper they tie to, `jats` decides, as it knows the links.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+_KEYWORD = re.compile(
+    r"\b(?P<before>(?:supplementa(?:ry|l)|suppl?\.|supporting)(?:\s+(?:materials?|data|information|files?))?,?"
+    r"|online|additional|extended data|appendix|their|his|her)?\s*"
+    r"\b(?P<word>figures?|figs?|schemes?|charts?|plates?|images?)\b\.?[\s:]*",
+    re.IGNORECASE,
+)
+# "2", "12", "S1", "A.3", "3.1", "IV"
+_NUMBER = re.compile(r"(?:[A-Z]\.?[-–]?)?\d+(?:\.\d+)*(?![\d%])|[IVX]+\b")
+# "a", "A-C", "(b, c)", "a and b", "i-iii": letters that cannot be the beginning of a word.
+_LETTER = r"(?:[A-Za-z]|i{2,3}|iv|vi{0,3})(?:['’′*])?(?![A-Za-z0-9])"
+_DASH = r"\s*[-–—−‒]\s*"
+_LETTERS = rf"{_LETTER}(?:(?:{_DASH}|\s*[,/&+]\s*(?:and\s+)?|\s+(?:and|to)\s+){_LETTER})*"
+_PANELS = re.compile(
+    rf"\s?[(\[]\s*(?P<bracketed>{_LETTERS})\s*[)\]]|(?P<joined>{_LETTERS})"
+    rf"|\s(?P<apart>{_LETTERS})(?=\s*(?:[).,;:\]–—-]|$|and\b|&))"
+)
+_RANGE = re.compile(rf"{_DASH}|\s+(?:to|through)\s+", re.IGNORECASE)
+_SEPARATOR = re.compile(r"\s*(?:,|;|/|&|\+)\s*(?:and\s+|&\s*)?|\s+(?:and|or)\s+", re.IGNORECASE)
+_AGAIN = re.compile(r"(?:figures?|figs?)\b\.?\s*", re.IGNORECASE)
+# After a number of a list: it is a number of something else.
+_COUNTED = re.compile(
+    r"\s*(?:%|°|×|=|<|>)|\s+(?:mm|cm|m|ml|mg|g|kg|s|h|hours?|days?|weeks?|months?|years?|patients?|cases?|"
+    r"subjects?|patients|of\s+\d)\b|\s+[a-z]+(?:s|ed)\b(?<!shows)(?<!demonstrates)(?<!depicts)(?<!illustrates)"
+)
+_ENDS = re.compile(r"\s*(?:[).,;:\]–—-]|$)|\s+(?:show|illustrate|demonstrate|depict|present|reveal|and\b|are\b)")
+# Figures of another paper: what stands behind a mention, and before it.
+_ELSEWHERE_AFTER = re.compile(
+    r"[A-Za-z)]{0,2}\s*,?\s*(?:of|in|from)\s+(?:refs?\b|references?\b|\[|\(?[A-Z][\w'’-]+(?:\s+and\s+[A-Z][\w'’-]+|"
+    r"\s+et\s+al)|the\s+(?:original\s+)?(?:paper|article|study|work|report)\s+(?:of|by)\b)|\s+therein\b"
+)
+_ELSEWHERE_BEFORE = re.compile(
+    r"(?:\bet\s+al\.?(?:,?\s*\(?(?:19|20)\d\d[a-z]?\)?|\s*\[\d+\])?|[A-Z][\w'’-]+,?\s+(?:19|20)\d\d[a-z]?|\[\d+|"
+    r"\brefs?\.?\s*\d+"
+    r"|\breferences?\s*\d+)\s*[,;:]?\s*(?:see\s+)?$"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One figure that a mention names.
+
+    Attributes:
+      number: as labels are folded (`fold`): "2", "S1", "IV"; "" for "the figure".
+      panels: small letters; empty: the whole figure.
+      begin, end: where it stands; for the inner ones of a range, where the range stands.
+      inner: it is not written out, but lies within a range.
+    """
+
+    number: str
+    panels: tuple[str, ...]
+    begin: int
+    end: int
+    inner: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Mention:
+    """Attributes:
+    word: "figure", "scheme", "chart", "plate" or "image".
+    supplement, elsewhere: its words say that it is no figure of the paper's body, or one of another paper.
+    begin, end: of the whole, the keyword included.
+    """
+
+    word: str
+    items: tuple[Item, ...]
+    begin: int
+    end: int
+    supplement: bool = False
+    elsewhere: bool = False
+
+
+def fold(number: str) -> str:
+    """A number of a label or a mention, so that equal ones are equal: "S 1." -> "S1", "A.2" -> "A2", "02" -> "2"."""
+    number = re.sub(r"^([A-Za-z])[\s.–-]*(?=\d)", r"\1", number.strip(" .:"))
+    return re.sub(r"(?<![\d.])0+(?=\d)", "", number).upper()
+
+
+def mentions(text: str, is_linked=lambda begin, end: False) -> list[Mention]:
+    """Every mention of numbered figures.
+
+    Args:
+      is_linked: whether the author linked this stretch to a figure: then a number of a list surely is one.
+    """
+    out, at = [], 0
+    while (found := _KEYWORD.search(text, at)) is not None:
+        word, before = found["word"].lower(), (found["before"] or "").lower()
+        plural = word.endswith("s")
+        items, end = _items(text, found.end(), plural, is_linked)
+        at = max(end, found.end())
+        if not items:
+            continue
+        word = {"fig": "figure"}.get(word.rstrip("s"), word.rstrip("s"))
+        elsewhere = before in ("their", "his", "her") or bool(
+            _ELSEWHERE_AFTER.match(text, end)
+            or _ELSEWHERE_BEFORE.search(text, max(0, found.start() - 60), found.start())
+        )
+        supplement = bool(before) and before not in ("their", "his", "her", "appendix")
+        out.append(Mention(word, tuple(items), found.start(), end, supplement, elsewhere))
+    return out
+
+
+def bare(text: str) -> list[Item]:
+    """The figures that a link without a keyword names: "2", "1-3", "4b, c"; empty if it is something else."""
+    items, end = _items(text, len(text) - len(text.lstrip(" (")), True, lambda b, e: True)
+    return items if items and not text[end:].strip(" ).,;") else []
+
+
+def _items(text: str, at: int, plural: bool, is_linked) -> tuple[list[Item], int]:
+    number = _NUMBER.match(text, at)
+    if number is None:
+        return [], at
+    items: list[Item] = []
+    end = at
+    ranged = False
+    while number is not None:
+        panels, stop = _panels(text, number.end())
+        name = fold(number.group())
+        if ranged:
+            items += _between(items[-1], name, number.start())
+        items.append(Item(name, panels, number.start(), stop))
+        end, ranged, number = stop, False, None
+        follow = _RANGE.match(text, end)
+        if follow is not None:
+            again = _AGAIN.match(text, follow.end())
+            start = again.end() if again else follow.end()
+            number = _NUMBER.match(text, start)
+            if number is not None and (
+                is_linked(number.start(), number.end()) or _plausible(text, number, plural, True)
+            ):
+                ranged = items[-1].number.isdigit() and number.group().isdigit()
+                continue
+            number = None
+        follow = _SEPARATOR.match(text, end)
+        if follow is None:
+            break
+        # "Scheme 1, Fig. 2": the next keyword begins a mention of its own.
+        number = _NUMBER.match(text, follow.end())
+        if number is None or not (is_linked(number.start(), number.end()) or _plausible(text, number, plural, False)):
+            break
+    return items, end
+
+
+def _plausible(text: str, number: re.Match, plural: bool, ranged: bool) -> bool:
+    """Whether a further number of a list is a figure: what follows a number of something else says so."""
+    _, stop = _panels(text, number.end())
+    if re.fullmatch(r"[IVX]+", number.group()) and not plural:
+        return False
+    if plural or ranged:
+        return _ENDS.match(text, stop) is not None or _COUNTED.match(text, stop) is None
+    return _ENDS.match(text, stop) is not None
+
+
+def _panels(text: str, at: int) -> tuple[tuple[str, ...], int]:
+    found = _PANELS.match(text, at)
+    if found is None:
+        return (), at
+    letters = found["bracketed"] or found["joined"] or found["apart"]
+    if (
+        found["apart"]
+        and letters in ("a", "A", "I", "i")
+        and text[found.end() : found.end() + 1] not in (")", ",", "]")
+    ):
+        return (), at
+    names: list[str] = []
+    for piece in re.split(r"\s*[,/&+]\s*(?:and\s+)?|\s+and\s+", letters):
+        ends = [e.strip(" '’′*").lower() for e in re.split(rf"{_DASH}|\s+to\s+", piece)]
+        if len(ends) == 2 and all(len(e) == 1 for e in ends) and ends[0] < ends[1]:
+            names += [chr(c) for c in range(ord(ends[0]), ord(ends[1]) + 1)]
+        else:
+            names += ends
+    return tuple(dict.fromkeys(names)), found.end()
+
+
+def _between(first: Item, last: str, at: int) -> list[Item]:
+    """The inner figures of a range; none for one that runs backwards or is longer than a paper has figures."""
+    low, high = int(first.number), int(last)
+    if not low < high <= low + 30:
+        return []
+    return [Item(str(k), (), first.begin, at, True) for k in range(low + 1, high)]
+
+
+_LABEL = re.compile(
+    r"^\W*(?:(?P<before>supplementa(?:ry|l)|suppl?\.?|supporting|online|additional|extended data|appendix)\s+)?"
+    r"(?:(?P<word>figures?|figs?|schemes?|charts?|plates?|images?|abb(?:ildung)?)\b[.:]?\s*)?"
+    r"(?P<number>(?:[A-Z][\s.–-]?)?\d+(?:\.\d+)*|[IVX]+\b)?\s*[-–(]?\s*(?P<panel>[A-Za-z])?\W*$",
+    re.IGNORECASE,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Label:
+    word: str
+    number: str
+    panel: str
+    supplement: bool
+
+
+def label(text: str) -> Label | None:
+    """ "Figure 2A." -> figure 2, panel a; None for what is no numbered label."""
+    found = _LABEL.match(" ".join(text.split()))
+    if found is None or not (found["number"] or found["panel"]):
+        return None
+    word = (found["word"] or "figure").lower().rstrip("s")
+    word = "figure" if word in ("fig", "abb", "abbildung") else word
+    before = (found["before"] or "").lower()
+    number, panel = fold(found["number"] or ""), (found["panel"] or "").lower()
+    return Label(word, number, panel, bool(before) and before != "appendix")

@@ -1,0 +1,184 @@
+"""splits: tables -> the same tables with a column `split`, no patient, study, scan or near duplicate on both sides."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from input_pipeline import scans
+from input_pipeline.build import console, duplicates, jobs
+from input_pipeline.build.jobs import Report, Result
+from input_pipeline.build.radmd import _spec, read_table, write_table
+from input_pipeline.datasets import FAMILIES, open_dataset, sample_rng
+from input_pipeline.datasets.diagnosis import Diagnosis
+from input_pipeline.prepare.writing import write_lines
+from input_pipeline.samples import RowError, Text
+
+DESCRIPTION = """\
+Split tables into train and test by patient, study and paper, over all tables at once; find near duplicates, and leaks
+between splits that tables have already.
+"""
+EPILOG = """\
+What belongs together stays together: rows of one study (as the readers find it; the column `study` if there is one),
+rows that show one scan, and with --near rows with near-duplicate pictures or, in their answers, texts. Each such group
+goes to test with the given share, decided by a hash of the seed and its first member: adding tables moves no other
+group unless it joins two.
+
+what is written to DIR:
+  the tables with their column `split`        read with split="train" or split="test"
+  near.jsonl      with --near: pairs of pictures or texts, and how near they are
+  leaks.jsonl     with --check: groups that stand on both sides of the column `split` that tables have already
+  report.json, problems.jsonl
+
+examples:
+  python -m input_pipeline.build splits --root data --out data/split pmc_vqa=vqa.csv rad3d_caption=caption.json
+  python -m input_pipeline.build splits --root data --out s --near --test 0.05 vqa_rad=vqa.csv
+  python -m input_pipeline.build splits --root data --out s --check --near cxr_mix=open.csv     # changes no split
+"""
+
+
+def main(tool: str, argv: list[str]) -> int:
+    parser = console.parser(tool, DESCRIPTION, EPILOG)
+    parser.add_argument("tables", nargs="+", metavar="FAMILY=TABLE")
+    parser.add_argument("--root", required=True, metavar="DIR", help="below which the tables and all scans lie")
+    parser.add_argument("--test", type=float, default=0.1, metavar="SHARE", help="of the groups (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    parser.add_argument("--near", action="store_true", help="look for near duplicates (imagehash and datasketch)")
+    parser.add_argument("--check", action="store_true", help="keep the splits of the tables, and list what leaks")
+    args = parser.parse_args(argv)
+    if not 0 < args.test < 1:
+        parser.error(f"--test {args.test}: a share between 0 and 1 is needed")
+    options = {name: getattr(args, name) for name in ("test", "seed", "near", "check")}
+    return console.run(args, lambda out, **more: build(args.tables, args.root, out, options, **more))
+
+
+class _Groups:
+    """Union-find over names."""
+
+    def __init__(self):
+        self.parent: dict[str, str] = {}
+
+    def find(self, name: str) -> str:
+        root = name
+        while self.parent.setdefault(root, root) != root:
+            root = self.parent[root]
+        while self.parent[name] != root:
+            self.parent[name], name = root, self.parent[name]
+        return root
+
+    def join(self, a: str, b: str) -> None:
+        a, b = sorted((self.find(a), self.find(b)))
+        self.parent[b] = a  # the first by name stands for all: not the order of the rows
+
+
+def open_all(specs: list[str], root: Path, result: Result) -> dict[str, tuple]:
+    """name of a table -> (family, file, data set); bad rows are reported."""
+    opened = {}
+    for spec in specs:
+        family, file = _spec(spec, root)
+        if file.name in opened:
+            raise ValueError(f"two tables are called {file.name}: rename one")
+        fields = {"balance": False} if issubclass(FAMILIES[family], Diagnosis) else {}
+        dataset = open_dataset(family, table=file, root=root, quarantine=True, **fields)
+        for problem in dataset.problems:
+            result.problem(problem.file, problem.row, problem.reason, problem.remedy)
+        opened[file.name] = family, file, dataset
+    return opened
+
+
+def build(specs, root, directory, options: dict, progress=jobs.silent, said=None) -> dict:
+    """Writes the tables with their splits; returns the report. Raises ValueError."""
+    root, directory = Path(root).absolute(), Path(directory).absolute()
+    result, report = Result(), Report(directory, "splits", {"root": str(root), "tables": specs} | options)
+    opened = open_all(specs, root, result)
+    if any(file.parent == directory for _, file, _ in opened.values()):
+        raise ValueError(f"--out {directory} holds the tables that are to be split: choose another")
+    raw = {name: read_table(family, file) for name, (family, file, _) in opened.items()}
+    groups, rows, pictures, answers = _Groups(), {}, {}, []
+    for name, (_, _, dataset) in opened.items():
+        cells = dict(raw[name][1])
+        done = progress(name, "rows", len(dataset))
+        for i in range(len(dataset)):
+            number = dataset._numbers[i]
+            key = f"row {name} {number}"
+            try:
+                sample = dataset.sample(i, sample_rng(0, 0, dataset.name, str(number)))
+                shown = dataset.scans(i)
+            except RowError as error:
+                result.problem(error.file, number, error.reason, error.remedy)
+                continue
+            study = str(cells[number].get("study") or sample.study_id or "")
+            if study:
+                groups.join(key, f"study {study}")
+            for scan in shown:
+                groups.join(key, f"scan {scan.path}")
+                pictures.setdefault(scan.path, None)
+            rows[key] = name, number, str(cells[number].get("split") or "")
+            text = " ".join(p.text for p in sample.parts if isinstance(p, Text) and p.role == "response")
+            answers.append((key, text))
+            done(1, 0)
+    if options["near"]:
+        _near(root, directory, groups, pictures, answers, result, progress)
+    result.count("rows", len(rows))
+    result.count("groups", len({groups.find(key) for key in rows}))
+    if options["check"]:
+        _check(directory, groups, rows, result)
+    else:
+        _write(directory, opened, raw, groups, rows, options, result)
+    report.add(result)
+    return report.write()
+
+
+def _near(root, directory, groups, pictures, answers, result: Result, progress) -> None:
+    hashes, pairs = {}, []
+    done = progress("hashing pictures", "pictures", len(pictures))
+    for path in pictures:
+        try:
+            hashes[path] = duplicates.picture_hash(scans.resolve(root, path))
+        except scans.ScanError as error:
+            result.problem(error.path, path, error.reason, error.remedy)
+        done(1, 0)
+    for a, b, distance in duplicates.near_pictures(hashes):
+        groups.join(f"scan {a}", f"scan {b}")
+        pairs.append({"kind": "pictures", "a": a, "b": b, "distance": distance})
+    for a, b, similarity in duplicates.near_texts(answers):
+        groups.join(a, b)
+        pairs.append({"kind": "texts", "a": a, "b": b, "similarity": similarity})
+    write_lines(directory / "near.jsonl", pairs)
+    for kind in ("pictures", "texts"):
+        result.count(f"near duplicates of {kind}", sum(p["kind"] == kind for p in pairs))
+
+
+def _check(directory, groups, rows, result: Result) -> None:
+    sides: dict[str, dict[str, list[str]]] = {}
+    for key, (_, _, split) in rows.items():
+        if split:
+            sides.setdefault(groups.find(key), {}).setdefault(split, []).append(key)
+        else:
+            result.count("rows without a split")
+    leaks = [{"group": group, "rows": found} for group, found in sorted(sides.items()) if len(found) > 1]
+    write_lines(directory / "leaks.jsonl", leaks)
+    result.count("groups on several sides (leaks)", len(leaks))
+    for leak in leaks:
+        result.problem(directory / "leaks.jsonl", leak["group"], "a group stands on several sides", "split it anew")
+
+
+def side(seed: int, group: str, test: float) -> str:
+    """train or test, by hash alone."""
+    digest = hashlib.blake2b(f"{seed}\x1f{group}".encode(), digest_size=8).digest()
+    return "test" if int.from_bytes(digest, "little") < test * 2**64 else "train"
+
+
+def _write(directory, opened, raw, groups, rows, options, result: Result) -> None:
+    chosen = {
+        (name, number): side(options["seed"], groups.find(key), options["test"])
+        for key, (name, number, _) in rows.items()
+    }
+    for name in opened:
+        header, cells, _ = raw[name]
+        kept = [row | {"split": chosen[name, number]} for number, row in cells if (name, number) in chosen]
+        if header is not None and "split" not in header:
+            header = [*header, "split"]
+        write_table(directory / name, header, kept)
+        for split in ("train", "test"):
+            result.count(f"{name}: {split}", sum(row["split"] == split for row in kept))

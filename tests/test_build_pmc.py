@@ -1,0 +1,264 @@
+"""pmc-inline and pmc-oa: packages in, layouts out that the readers take; hostile packages; resume; Beam."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from input_pipeline import scans
+from input_pipeline.build import captions, jobs, packages, pmc
+from input_pipeline.build.__main__ import main
+from input_pipeline.datasets import open_dataset, sample_rng
+from input_pipeline.samples import Scan
+from tests import jats_papers
+
+INLINE = {"any_language": False, "pictures": True, "cases": True, "keep_unillustrated": False}
+OA = {"any_language": False, "pictures": True}
+
+
+def build(source, out, tool="pmc-inline", workers=0, **changes):
+    out.mkdir(parents=True, exist_ok=True)
+    options = (INLINE if tool == "pmc-inline" else OA) | changes
+    return pmc.build(tool, source, out, options, workers=workers)
+
+
+def tree(folder: Path, skipped=("report.json",)) -> dict[str, bytes]:
+    return {
+        str(f.relative_to(folder)): f.read_bytes()
+        for f in sorted(folder.rglob("*")) if f.is_file() and f.name not in skipped
+    }  # fmt: skip
+
+
+def jsonl(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def problems(out: Path) -> str:
+    return (out / "problems.jsonl").read_text()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("oa")
+    jats_papers.packages(root / "00" / "archives", tuple(jats_papers.EXPECTED)[:7])
+    return jats_papers.packages(root / "01", tuple(jats_papers.EXPECTED)[7:], archives=False, left_out=("IJO-1-g004",))
+
+
+@pytest.fixture(scope="module")
+def built(source, tmp_path_factory):
+    out = tmp_path_factory.mktemp("built") / "pmc"
+    return out, build(source.parent, out)
+
+
+def test_the_reader_takes_it(built):
+    out, report = built
+    dataset = open_dataset("pmc_inline", table="inline.csv", root=out)
+    assert len(dataset) == report["counts"]["papers written"] == len(jats_papers.EXPECTED)
+    shown = set()
+    for i in range(len(dataset)):
+        shown |= set(dataset.scans(i))
+        sample = dataset.sample(i, sample_rng(0, 0, "pmc_inline", dataset.row_id(i)))
+        assert any(isinstance(p, Scan) for p in sample.parts) and sample.study_id.startswith("PMC90000")
+    for scan in shown:
+        assert scans.read(scans.resolve(out, scan.path))[1].format == "image"
+    assert len(shown) == report["counts"]["pictures"] == len(list((out / "figures").iterdir()))
+
+
+def test_missing_picture_ties_nothing(built):
+    out, report = built
+    paper = json.loads((out / "papers" / "PMC9000008.json").read_text())
+    assert next(s for s in paper if s["text"].startswith("MRI T2"))["img_ref"] == ["F3", "F5"]
+    assert "IJO-1-g004" in problems(out) and report["counts"]["references to figures without a picture"] == 1
+
+
+def test_figure_of_two_pictures(built):
+    paper = json.loads((built[0] / "papers" / "PMC9000009.json").read_text())
+    assert paper[1]["img_ref"] == ["F2.1", "F2.2"]
+
+
+def test_captions_apart_and_case_reports(built):
+    out, report = built
+    texts = "".join(f.read_text() for f in (out / "papers").iterdir())
+    lines = jsonl(out / "captions.jsonl")
+    assert {"paper": "PMC9000003", "figure": "fig0002", "label": "Fig. 2", "caption": "Sagittal CT.",
+            "pictures": ["fig0002"]} in lines  # fmt: skip
+    assert "Sagittal CT." not in texts
+    cases = jsonl(out / "cases.jsonl")
+    assert len(cases) == report["counts"]["case reports"] == 6
+    assert cases[0]["captions"]["fig0001"] == "Axial CT." and cases[0]["sentences"][1]["section"] == "Case report"
+
+
+def test_pmc_oa(source, tmp_path):
+    report = build(source.parent, tmp_path, "pmc-oa")
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "oa.csv").read_text())))
+    assert len(rows) == report["counts"]["pairs"] == len(open_dataset("pmc_oa", table="oa.csv", root=tmp_path))
+    row = next(r for r in rows if r["figure"] == "fig1" and r["PMC_id"] == "PMC9000004")
+    assert row["Caption"].startswith("First mass. (a)") and row["panels"] == "a b" and row["label"] == "Figure 1"
+    assert [r["part"] for r in rows if r["figure"] in ("F2.1", "F2.2")] == ["1 of 2", "2 of 2"]
+    assert all((tmp_path / r["Figure_path"]).is_file() for r in rows)
+
+
+@pytest.mark.parametrize(
+    ("caption", "marks"),
+    [
+        ("(A–C) One. (D) Two.", "abcd"),
+        ("Axial (a) and coronal (b) CT.", "ab"),
+        ("A, axial CT. B, coronal CT.", "ab"),
+        ("Survival (p < 0.05) of (n) mice.", ""),
+        ("(B) only.", ""),
+    ],
+)
+def test_panels_of_captions(caption, marks):
+    assert "".join(captions.panels(caption)) == marks
+
+
+def test_workers_and_resume_change_nothing(source, built, tmp_path, monkeypatch):
+    """Ended after any part, the same command goes on; nothing is read twice, and the result is the same."""
+    monkeypatch.setattr(jobs, "CHUNK", 2)
+    real, read = pmc.inline_paper, []
+
+    def ending(options, path):
+        read.append(path)
+        if len(read) == 6:
+            raise KeyboardInterrupt
+        return real(options, path)
+
+    monkeypatch.setattr(pmc, "inline_paper", ending)
+    with pytest.raises(KeyboardInterrupt):
+        build(source.parent, tmp_path / "ended")
+    assert len(list((tmp_path / "ended" / "parts").iterdir())) == 2
+    with pytest.raises(ValueError, match="--restart"):
+        build(source.parent, tmp_path / "ended", any_language=True)
+    first = set(read[:4])
+    build(source.parent, tmp_path / "ended")
+    assert not first & set(read[6:]) and len(read) == 6 + len(jats_papers.EXPECTED) - 4
+    monkeypatch.undo()
+    build(source.parent, tmp_path / "two", workers=2)
+    assert tree(tmp_path / "ended") == tree(tmp_path / "two") == tree(built[0])
+
+
+def test_hostile_packages(tmp_path):
+    source = tmp_path / "in"
+    jats_papers.packages(source, ("PMC9000001",))
+    good = jats_papers.xml("PMC9000002")
+
+    def archive(name, members, kinds=()):
+        with tarfile.open(source / name, "w:gz") as out:
+            for path, data in members.items():
+                info = tarfile.TarInfo(path)
+                info.size = len(data)
+                out.addfile(info, io.BytesIO(data))
+            for path, kind, target in kinds:
+                info = tarfile.TarInfo(path)
+                info.type, info.linkname = kind, target
+                out.addfile(info)
+
+    secret = tmp_path / "secret.jpg"
+    secret.write_bytes(jats_papers.picture(0))
+    own = good.replace(b">9000002<", b">9000020<")
+    leading_out = own.replace(b'"pone.0099999.g002"', f'"../../{secret.name}"'.encode())
+    archive(
+        "PMC9000020.tar.gz",
+        {"x/a.nxml": leading_out, "../pone.0099999.g001.jpg": jats_papers.picture(1), "/abs.g003.jpg": b"x"},
+        [("x/pone.0099999.g003.jpg", tarfile.SYMTYPE, str(secret))],
+    )
+    archive("PMC9000021.tar.gz", {"a.nxml": good})
+    archive("PMC9000022.tar.gz", {"a.nxml": good, "b.nxml": good})
+    (source / "PMC9000023.tar.gz").write_bytes((source / "PMC9000020.tar.gz").read_bytes()[:300])
+    german = own.replace(b"9000020", b"9000024").replace(b'xml:lang="en"', b'xml:lang="de"')
+    archive("PMC9000024.tar.gz", {"a.nxml": german})
+    jats_papers.packages(source / "again", ("PMC9000001",))
+    shutil.copytree(jats_papers.packages(source / "f", ("PMC9000003",), archives=False) / "PMC9000003", source / "PMC1")
+    report = build(source, tmp_path / "out")
+    said = problems(tmp_path / "out")
+    for words in (
+        "is no plain file name", "its name leads out of the package", "is a link", "it is another paper: PMC9000002",
+        "holds 2 articles", "cannot be read", "is not in English", "stands twice: PMC9000001",
+        "another paper: PMC9000003",
+    ):  # fmt: skip
+        assert words in said, words
+    assert all(json.loads(line)["file"] for line in said.splitlines())
+    assert report["counts"]["papers written"] == 2
+    assert not list((tmp_path / "out" / "figures").glob("PMC9000020*"))
+    assert {f.name for f in tmp_path.iterdir()} == {"in", "out", "secret.jpg"}
+
+
+def test_budget(tmp_path, monkeypatch):
+    jats_papers.packages(tmp_path, ("PMC9000001",))
+    monkeypatch.setattr(packages, "MAX_PACKAGE", 1000)
+    with pytest.raises(packages.PackageError, match="1,000 bytes"):
+        packages.open_package(str(tmp_path / "PMC9000001.tar.gz"))
+
+
+def test_other_formats_become_png(tmp_path):
+    package = packages.Package("p", b"", "", {"a.gif": io.BytesIO()}, [])
+    from PIL import Image
+
+    out = io.BytesIO()
+    Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(out, "GIF")
+    package.pictures["a.gif"] = out.getvalue()
+    assert package.picture("a") == "a.gif" and package.picture("A.tif") == "a.gif"
+    assert pmc._write_picture(package, "a.gif", tmp_path / "a.jpg") is None
+    assert scans.read(tmp_path / "a.jpg")[0][..., 0, 0].tolist() == np.arange(64).reshape(8, 8).tolist()
+    package.pictures["b.gif"] = b"GIF89a"
+    assert "cannot be read" in pmc._write_picture(package, "b.gif", tmp_path / "b.jpg")
+
+
+def test_items_are_read_by_slices(tmp_path):
+    items = jobs.Items.write(tmp_path / "items", (f"item {k}" for k in range(1000)))
+    assert len(items) == 1000 and items[0] == "item 0" and items[999:1001] == ["item 999"]
+    assert items[130:133] == ["item 130", "item 131", "item 132"]
+
+
+def test_a_dead_worker_costs_one_paper(source, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(pmc, "inline_paper", _dies)
+    report = build(source.parent, tmp_path, workers=1)
+    assert "was ended" in problems(tmp_path) and report["counts"]["papers written"] == len(jats_papers.EXPECTED) - 1
+
+
+def _dies(options, path):
+    if path.endswith("PMC9000009"):
+        os._exit(9)
+    return _INLINE(options, path)
+
+
+_INLINE = pmc.inline_paper
+
+
+def test_the_command(source, tmp_path, capsys):
+    assert main(["pmc-inline", str(source), "--out", str(tmp_path), "--workers", "0"]) == 0
+    assert "papers written" in capsys.readouterr().out
+    assert not (tmp_path / "parts").exists() and not (tmp_path / "cases.jsonl").exists()
+    assert main(["pmc-inline", str(tmp_path / "none"), "--out", str(tmp_path)]) == 2
+    assert "is no folder" in capsys.readouterr().err
+    assert main(["pmc-inlin"]) == 2 and main(["--help"]) == 0
+    assert "pmc-oa" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="0"):
+        main(["pmc-oa", "--help"])
+    assert "exit codes" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_beam_gives_the_same(source, built, tmp_path):
+    """In a process of its own: Beam brings older versions of other packages."""
+    pytest.importorskip("apache_beam")
+    command = [sys.executable, "-m", "input_pipeline.build", "pmc-inline", source.parent, "--out", tmp_path, "--cases"]
+    subprocess.run([*map(str, command), "--runner", "direct"], check=True)
+    assert tree(tmp_path, ("report.json", ".lock")) == tree(built[0])
+
+
+def test_without_beam(source, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "apache_beam", None)
+    tmp_path.mkdir(exist_ok=True)
+    with pytest.raises(ValueError, match="pip install apache-beam"):
+        pmc.build("pmc-inline", source, tmp_path, INLINE, runner="direct")
