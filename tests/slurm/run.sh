@@ -56,7 +56,7 @@ done
 # --full: the tasks and the batch shell, as SLURM does when it preempts a job.
 scancel --full --signal=TERM "$job"
 say "SIGTERM sent after $(lines broken) steps"
-for _ in $(seq 120); do [ "$(state "$job")" = RUNNING ] && sleep 1 || break; done
+for _ in $(seq 120); do [ "$(state "$job")" = RUNNING ] || break; sleep 1; done
 saved=$(cd broken/checkpoints && printf '%s\n' [0-9]* | sort -n | tail -n 1)
 [ "$saved" -lt "$steps" ] || fail "the signal came too late: step $saved is saved"
 say "step $saved is saved, the job is $(state "$job") (restarts: $(scontrol -o show job "$job" | sed -n 's/.*Restarts=\([0-9]*\).*/\1/p'))"
