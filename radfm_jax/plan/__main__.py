@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="everything, as JSON")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="memory and time of the rungs, as PNG")
     args, config = command_line.parse(parser, sys.argv[1:] if argv is None else argv)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 140)  # a file is no narrow terminal
     try:
         if args.mfu is not None and not 0 < args.mfu <= 1:
             raise ValueError(f"--mfu {args.mfu}: a share above 0 and not above 1 is needed")

@@ -5,7 +5,7 @@ that come into one device, by the usual ring algorithms, n devices in a group:
 
     all-gather            result (n - 1) / n          reduce-scatter      operand (n - 1) / n
     all-reduce            2 operand (n - 1) / n       all-to-all          operand (n - 1) / n
-    collective-permute    operand: what an all-gather or a reduce-scatter becomes where XLA interleaves it with a product
+    collective-permute    operand: what a gather or a scatter becomes where XLA interleaves it with a product
 """
 
 from __future__ import annotations

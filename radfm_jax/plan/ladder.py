@@ -16,7 +16,7 @@ from radfm_jax.models.layers import REMAT_POLICIES
 from radfm_jax.plan.program import CompileError, Program
 from radfm_jax.plan.topology import Topology
 
-# Of a device's memory that must stay free: what the run time, NCCL and fragments take, and what arithmetic does not see.
+# Of a device's memory that must stay free: for the run time, NCCL, fragments, and what arithmetic does not see.
 MARGIN = 0.1
 # MFU counts recomputing as no work, and published figures are with full remat or near it.
 ASSUMED_REMAT = "full"
@@ -46,8 +46,8 @@ class Rung:
 
     @property
     def total(self) -> int:
-        """Bytes a device: the compiler's, where it compiles for such a device; and the next batch, which is placed while
-        this one computes."""
+        """Bytes a device: the compiler's, where it compiles for such a device, and the next batch, which is placed
+        while this one computes."""
         if self.program is not None and self.topology.kind != "gpu":
             return self.program.peak + self.memory["batch"] // 2
         return sum(self.memory.values())
@@ -162,7 +162,7 @@ def plain(config: Experiment, topology: Topology, batch: int, mfu: float | None)
 
 
 def order(rung: Rung) -> tuple:
-    """What fits first; then the least time a row with nothing hidden, as nobody can promise that; then the most room."""
+    """What fits first; then the least time a row with nothing hidden, which nobody can promise; then the most room."""
     batch = rung.config.train.batch
     seconds = rung.hidden[1] / batch if rung.hidden else executed(rung.config)
     return not rung.fits, round(seconds, 9), rung.total

@@ -1,8 +1,8 @@
 """The very train step, compiled ahead of time for devices that are not here. No array is made.
 
-TPU slices are compiled for by libtpu (`pip install "jax[tpu]"`), which needs no TPU for it. For GPUs and CPUs the program
-is compiled for as many simulated devices of the CPU: the same shapes, shardings and collectives, but a CPU multiplies
-bfloat16 in float32 and has no fused attention, so its memory is not a GPU's.
+TPU slices are compiled for by libtpu (`pip install "jax[tpu]"`), which needs no TPU for it. For GPUs and CPUs the
+program is compiled for as many simulated devices of the CPU: the same shapes and shardings, but a CPU multiplies
+bfloat16 in float32 and has no fused attention, so neither its memory nor its bytes on the network are a GPU's.
 
 A compilation runs in a process of its own, as JAX's devices cannot be exchanged once they are there, and its result is
 kept in the user's cache directory, under a hash of everything it follows from.
@@ -189,7 +189,7 @@ def abstract_batch(config: Experiment) -> dict:
 
 
 def with_kernels(config: Experiment, platform: str):
-    """The model's sizes with the attention kernels that `auto` takes on `platform`: here it would look at this machine."""
+    """The model's sizes with the attention kernels that `auto` takes on `platform`, not on this machine."""
     import jax
 
     from radfm_jax.models import flash

@@ -131,13 +131,15 @@ def _run(plan: Plan) -> list[str]:
     epoch = whole.rows / train.batch
     tokens = whole.rows * best.config.data.text_length
     said = [
-        f"samples/s: {a_row * train.batch / slow:,.0f} to {a_row * train.batch / quick:,.0f} ({a_row:.1f} samples a row, "
-        "by the sizes that the config states)",
-        f"an epoch: {estimate.about(whole.samples)} samples, {tokens / 1e9:.3g} G tokens, {estimate.about(epoch)} steps, "
-        f"{estimate.duration(epoch * quick)} to {estimate.duration(epoch * slow)}{price(epoch * slow)}",
+        f"samples/s: {a_row * train.batch / slow:,.0f} to {a_row * train.batch / quick:,.0f} "
+        f"({a_row:.1f} samples a row, by the sizes that the config states)",
+        f"an epoch: {estimate.about(whole.samples)} samples, {tokens / 1e9:.3g} G tokens, "
+        f"{estimate.about(epoch)} steps, {estimate.duration(epoch * quick)} to {estimate.duration(epoch * slow)}"
+        f"{price(epoch * slow)}",
         f"the stage: {estimate.about(whole.steps)} steps, {estimate.about(whole.steps * train.batch * a_row)} samples, "
         f"{whole.steps * train.batch * best.config.data.text_length / 1e9:.3g} G tokens, "
-        f"{estimate.duration(whole.steps * quick)} to {estimate.duration(whole.steps * slow)}{price(whole.steps * slow)}",
+        f"{estimate.duration(whole.steps * quick)} to {estimate.duration(whole.steps * slow)}"
+        f"{price(whole.steps * slow)}",
     ]
     return said
 

@@ -36,8 +36,8 @@ class Chip:
     torus: int = 0
 
 
-# TPU: cloud.google.com/tpu/docs (memory, peak, interconnect a chip), divided by the chip's links: four of v5e and v6e in
-# two dimensions, six of v4 and v5p in three. v4 and v5p close their axes from a cube of 4 on, v5e and v6e at 16.
+# TPU: cloud.google.com/tpu/docs (memory, peak, interconnect a chip), divided by the chip's links: four of v5e and v6e
+# in two dimensions, six of v4 and v5p in three. v4 and v5p close their axes from a cube of 4 on, v5e and v6e at 16.
 # GPU: data sheets of the SXM forms; NVLink 600 and 900 GB/s in both directions together; one adapter a GPU of
 # 200 Gbit/s (DGX A100) or 400 Gbit/s (DGX H100, H200).
 CHIPS = {
@@ -80,8 +80,8 @@ class Topology:
     def bandwidth(self) -> float | None:
         """Bytes/s that a ring over all devices brings into each of them at best; None for a CPU or a single device.
 
-        TPU: all links of a chip that lead to a neighbour in the slice, an open axis counting one of its two. GPU: NVLink
-        inside a node; over nodes the adapters of a whole node, as what comes into a node is handed on by NVLink.
+        TPU: all links of a chip that lead to a neighbour in the slice, an open axis counting one of its two. GPU:
+        NVLink inside a node; over nodes the adapters of a whole node, as what comes into it is handed on by NVLink.
         """
         if self.chip is None or self.count == 1:
             return None
