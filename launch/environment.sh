@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the scripts beside it: makes .venv in the repository, or brings it up to date. Nothing to do, nothing done.
 #   environment requirements.txt [requirements-test.txt ...]
 environment() {

@@ -34,6 +34,7 @@ import jax
 from jax._src import clusters, distributed  # what is found of a cluster, before anything is connected
 from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
 from jax._src.lib import _jax
+from jax.experimental import multihost_utils
 from rich.console import Console
 
 from radfm_jax import coordination, display, faults
@@ -431,6 +432,7 @@ def start(args: argparse.Namespace, workdir: Path, run: Mapping, stop: faults.St
                     "another program in this moment? Start again, or choose another port"
                 )
         _connect(where, heartbeat, meet_timeout)
+        _greet()
     except BaseException:
         if service is not None:
             service.kill()
@@ -472,6 +474,13 @@ def _connect(where: Place, heartbeat: int, timeout: float) -> None:
     state.process_id, state.num_processes = where.process, where.processes
     if partition := os.environ.get("JAX_PARTITION_INDEX"):
         state.partition_index = int(partition)
+
+
+def _greet() -> None:
+    """A first collective of CPU devices, while all have just met: the connection that it makes is kept. Gloo waits half
+    a minute for it, no longer, and later some processes may still compile what others took from the cache."""
+    if jax.default_backend() == "cpu":
+        multihost_utils.sync_global_devices("radfm_jax")
 
 
 def _log(workdir: Path, where: Place):

@@ -220,12 +220,20 @@ def memory(config: Experiment, mesh: Mesh | AbstractMesh) -> dict[str, int]:
 
 
 def traffic(config: Experiment, mesh: Mesh | AbstractMesh) -> float:
-    """Bytes that FSDP brings into each device in a step, at the least: for every micro-batch the weights twice (forward
-    and backward) and the gradients of what learns once, in the dtype of products. 0 on one device."""
-    state, ways = _state(config, mesh), mesh.shape["fsdp"]
-    numbers = {name: sum(_shard(x) for x in jax.tree.leaves(state[name])) for name in ("params", "frozen")}
-    each = 3 * numbers["params"] + 2 * numbers["frozen"]
-    return (ways - 1) * each * jnp.dtype(config.train.dtype).itemsize * config.train.accumulation
+    """Bytes that come into each device in a step, at the least, in the dtype of products: for every micro-batch the
+    weights that lie over `fsdp` twice (forward and backward) and the gradients of what learns once. What is too small
+    to lie over it (sharding.param_shardings) is only summed, as everything is over replicas of `data`. 0 on one
+    device."""
+    state, ways, replicas = _state(config, mesh), mesh.shape["fsdp"], mesh.shape["data"]
+    summed = lambda n: 2 * (n - 1) / n  # noqa: E731  an all-reduce among n devices
+    numbers = 0.0
+    for name, passes in (("params", 3), ("frozen", 2)):
+        for x in jax.tree.leaves(state[name]):
+            learns = name == "params"
+            lies_over = any("fsdp" in ((axis,) if isinstance(axis, str) else axis or ()) for axis in x.sharding.spec)
+            numbers += _shard(x) * (passes * (ways - 1) if lies_over else learns * summed(ways))
+            numbers += _shard(x) * learns * summed(replicas)
+    return numbers * jnp.dtype(config.train.dtype).itemsize * config.train.accumulation
 
 
 def _state(config: Experiment, mesh: Mesh | AbstractMesh) -> dict:

@@ -427,6 +427,13 @@ def test_traffic():
         found = estimate.traffic(config, estimate.abstract_mesh(config.mesh, 32))
         assert found == pytest.approx(2 * passes * 31 / 32, rel=1e-6)
     assert estimate.traffic(large(4), estimate.abstract_mesh(MeshConfig(), 1)) == 0
+    # Two replicas of 16 sum the gradients that each has; over 1,024 most of vision (768 wide) is whole everywhere.
+    config = large(128, data=2)
+    both = 2 * numbers * (3 * 15 / 16 + 1 / 16)
+    assert estimate.traffic(config, estimate.abstract_mesh(config.mesh, 32)) == pytest.approx(both, rel=1e-6)
+    config = large(1024)
+    found = estimate.traffic(config, estimate.abstract_mesh(config.mesh, 1024))
+    assert 2 * 3 * llama < found / (1023 / 1024) < 2 * 3 * numbers
 
 
 def test_a_batch_is_counted_as_it_is_placed():

@@ -1,0 +1,88 @@
+#!/usr/bin/env bash
+# launch/slurm.sbatch under a real SLURM on this machine: a run of two tasks that gets SIGTERM, goes back into the queue
+# and ends, has bit by bit the parameters, the moments and the losses of one that nobody disturbed.
+#   bash tests/slurm/run.sh [DIR]        DIR (default: runs/slurm) gets the scheduler, the practice data and the runs
+# Needs slurm-wlm and munge (apt-get install slurm-wlm munge), two cores, no root; minutes. Ends with 0 only if all held.
+set -euo pipefail
+case "${1:-}" in -h | --help) sed -n '2,5s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
+repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+dir=${1:-$repository/runs/slurm}
+mkdir -p "$dir"
+dir=$(cd "$dir" && pwd)
+cd "$dir"
+export RADFM_HOME=$repository PLATFORM=cpu PYTHON=${PYTHON:-$repository/.venv/bin/python}
+export PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH} JAX_COMPILATION_CACHE_DIR=$dir/compiled
+steps=${STEPS:-300}
+
+say() { printf '== %s (%d s)\n' "$*" "$SECONDS"; }
+fail() { echo "FAILED: $*" >&2; exit 1; }
+
+say "practice data"
+[ -f practice/index/index.json ] || {
+  "$PYTHON" -m input_pipeline.phantoms --out practice --train 400 --volumes 0.12 --workers 2
+  "$PYTHON" -m input_pipeline.prepare --config="$repository/configs/tiny.py" --out practice/index --records
+} >prepared.log 2>&1 || { tail prepared.log >&2; fail "no practice data"; }
+
+bash "$repository/tests/slurm/scheduler.sh" start "$dir/scheduler"
+trap 'bash "$repository/tests/slurm/scheduler.sh" stop "$dir/scheduler"' EXIT
+export SLURM_CONF=$dir/scheduler/slurm.conf
+rm -rf unbroken broken ./*.log.txt
+
+submit() { # NAME -> job id
+  sbatch --parsable --job-name="$1" --output="$1.log.txt" --nodes=1 --ntasks-per-node=2 --cpus-per-task=1 \
+    --gpus-per-node=0 "$repository/launch/slurm.sbatch" --config="$repository/configs/tiny.py" --workdir="$dir/$1" \
+    --config.train.steps="$steps" --config.train.log_every=1 --config.checkpoint.save_every=1000 --config.data.workers=0
+}
+state() { scontrol -o show job "$1" | sed -n 's/.* JobState=\([A-Z_]*\).*/\1/p'; }
+until_state() { # JOB STATE SECONDS
+  for _ in $(seq "$3"); do
+    [ "$(state "$1")" != "$2" ] || return 0
+    case "$(state "$1")" in FAILED | CANCELLED | TIMEOUT | NODE_FAIL) break ;; esac
+    sleep 1
+  done
+  fail "job $1 is $(state "$1"), not $2: see $dir/*.log.txt"
+}
+lines() { cat "$1/metrics.jsonl" 2>/dev/null | wc -l; }
+
+job=$(submit unbroken)
+say "unbroken: job $job"
+until_state "$job" COMPLETED 600
+
+job=$(submit broken)
+say "broken: job $job, until a third of its steps are done"
+until [ "$(lines broken)" -ge $((steps / 3)) ]; do
+  case "$(state "$job")" in PENDING | CONFIGURING | RUNNING) sleep 0.2 ;; *) fail "job $job is $(state "$job")" ;; esac
+done
+# --full: the tasks and the batch shell, as SLURM does when it preempts a job.
+scancel --full --signal=TERM "$job"
+say "SIGTERM sent after $(lines broken) steps"
+for _ in $(seq 120); do [ "$(state "$job")" = RUNNING ] || break; sleep 1; done
+saved=$(cd broken/checkpoints && printf '%s\n' [0-9]* | sort -n | tail -n 1)
+[ "$saved" -lt "$steps" ] || fail "the signal came too late: step $saved is saved"
+say "step $saved is saved, the job is $(state "$job") (restarts: $(scontrol -o show job "$job" | sed -n 's/.*Restarts=\([0-9]*\).*/\1/p'))"
+until_state "$job" COMPLETED 600
+grep -q "^=== .* start 2" broken.log.txt || fail "the job was not started a second time"
+grep -q "process .* got SIGTERM: saved step $saved" broken.log.txt || fail "broken.log.txt does not tell of SIGTERM"
+say "both have ended; comparing"
+
+"$PYTHON" - "$steps" "$saved" <<'PYTHON'
+import json, pathlib, sys
+import jax, numpy as np
+from ml_collections import ConfigDict
+from radfm_jax import run_directory, sharding, train_step
+from radfm_jax.experiment import Experiment
+
+steps, saved = map(int, sys.argv[1:])
+config = Experiment.from_dict(ConfigDict(json.loads(pathlib.Path("broken/config.json").read_text())))
+mesh = sharding.make_mesh()
+abstract = train_step.abstract_state(config.compute, config.optimizer, steps, mesh)[0]
+states = [run_directory.restore(run_directory.step_directory(pathlib.Path(run), steps), abstract) for run in ("unbroken", "broken")]
+found = [jax.tree_util.tree_leaves_with_path(state) for state in states]
+different = [jax.tree_util.keystr(path) for (path, a), (_, b) in zip(*found) if not np.array_equal(a, b)]
+losses = [[(x["step"], x["train/loss"]) for x in map(json.loads, open(f"{run}/metrics.jsonl")) if "train/loss" in x] for run in ("unbroken", "broken")]
+numbers = sum(x.size for _, x in found[0])
+print(f"{len(found[0])} arrays, {numbers:,} numbers of step {steps}: {len(different)} arrays differ {different[:5]}")
+print(f"{len(losses[0])} and {len(losses[1])} losses, {'equal' if losses[0] == losses[1] else 'DIFFERENT'}; broken off after step {saved}")
+sys.exit(bool(different) or losses[0] != losses[1] or len(losses[0]) != steps)
+PYTHON
+say "held: cancelled after step $saved of $steps, requeued, and the same bits at the end"
