@@ -42,6 +42,10 @@ stage finetune "$dir/pretrain"      # once more, slower
 say "scoring on scans it has never seen, and with the scans exchanged"
 "$python" -m radfm_jax.evaluate --config="$config" --checkpoint="$dir/finetune" --out="$dir/scores"
 
+say "the five tasks of RadBench, 30 questions of each: answers in free text, their scores, a report"
+"$python" -m radfm_jax.evaluate radbench --config=configs/radbench_practice.py --config.limit=30 \
+  --config.index="$practice/index" --checkpoint="$dir/finetune" --out="$dir/radbench"
+
 say "asking about a phantom and about real scans"
 # Real scans come with pydicom and nibabel. What the model says of them means nothing: it has seen drawings only.
 "$python" - "$practice" "$dir/asked" <<'PYTHON'
@@ -72,5 +76,5 @@ rm -rf "$dir/pytorch"
   --questions "$dir/asked/questions.jsonl" --answers "$dir/asked/answers.jsonl" --root . \
   --note "Trained on drawn phantoms. Answers about the real scans show that they can be read, nothing else." \
   --place "practice scans=$practice" --place "what was checked=$practice/index/summary.txt" \
-  --place "PyTorch weights=$dir/pytorch" --place "accuracies=$dir/scores/accuracy.json" --out "$dir/summary.html"
+  --place "PyTorch weights=$dir/pytorch" --place "accuracies=$dir/scores/accuracy.json" --place "RadBench's report=$dir/radbench/report.html" --out "$dir/summary.html"
 say "done: open $dir/summary.html"
