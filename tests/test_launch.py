@@ -117,7 +117,7 @@ def test_what_tpu_vm_would_do():
         "--version=v2-alpha-tpuv6e --spot \n"
     )
     rates = "--config.optimizer.rates={'vit': 2.0}"
-    ran = run(*dry, "run", "radfm", "us-east5-a", "--", "--config=x.py", rates).stdout
+    ran = run(*dry, "run", "radfm", "us-east5-a", "--", "--config=x.py", rates).stdout.strip()
     # What the remote shell gets, after this one has taken its quotes off, and what it makes of it.
     remote = run("bash", "-c", f'set -- {ran}; printf %s "${{@: -1}}"').stdout.removeprefix("--command=")
     assert remote.startswith("cd radfm_jax && . launch/flags/tpu.sh && exec .venv/bin/python -m radfm_jax.train ")

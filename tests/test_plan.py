@@ -215,7 +215,7 @@ def test_the_compiler_has_the_last_word():
         asked.append(rung.config.train.remat)
         if len(asked) == 1:
             raise program.CompileError("RESOURCE_EXHAUSTED")
-        size = 30e9 if len(asked) == 2 else 10e9  # of 34
+        size = 33e9 if len(asked) == 2 else 10e9  # of 34
         return program.Program(0, int(size), 0, {"all-gather": 5e9}, {"all-gather": 1}, 0, 60.0, 100.0)
 
     found, best = ladder.asked(rungs("v6e:4x8"), compile_)

@@ -11,8 +11,6 @@ import dataclasses
 import math
 import re
 
-from radfm_jax import flops
-
 GIB = 2**30
 KNOWN = "v4:2x4x4, v5e:8x8, v5p:4x4x2, v6e:4x8, gpu:32xA100-80GB, gpu:8xA100-40GB, gpu:16xH100, gpu:1xH200, cpu:4"
 
@@ -74,6 +72,8 @@ class Topology:
     @property
     def peak(self) -> float | None:
         """bfloat16 FLOP/s of a device."""
+        from radfm_jax import flops  # which needs JAX; launch/gke.py reads topologies without
+
         return flops.PEAK[self.chip.name] if self.chip else None
 
     @property
