@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Fresh machine -> .venv -> practice scans -> trained in three stages -> scored -> asked -> exported -> one page of it all.
-# Eight minutes or less on two cores, no accelerator needed. Run again, it goes on where it was stopped; what is done is not done twice.
+# Some nine minutes on two cores, no accelerator needed. Run again, it goes on where it was stopped; what is done is not done twice.
 #   bash launch/quickstart.sh [DIR]          everything is written below DIR (default: runs/quickstart)
 set -euo pipefail
 cd "$(dirname "$0")/.."
