@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from input_pipeline.datasets import FAMILIES
 from input_pipeline.packing import Limits
@@ -15,6 +15,17 @@ from input_pipeline.volumes import FLIPS
 
 SPLITS = ("train", "test")
 MIXTURES = ("epoch", "weights")
+
+
+def unknown_fields(given: Iterable[str], cls: type, prefix: str = "") -> str:
+    """The names that a dataclass does not have, each with the nearest that it has; "" if there are none."""
+    known = [f.name for f in dataclasses.fields(cls)]
+    said = []
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1, 0.4)
+            said.append(f"{prefix}{key}" + (f" (did you mean {near[0]}?)" if near else ""))
+    return ", ".join(said)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,14 +160,8 @@ class DataConfig:
     def from_dict(cls, fields: Mapping) -> DataConfig:
         """The inverse of `to_dict`, from a dict or a ConfigDict. ValueError names unknown fields."""
         fields = fields.to_dict() if hasattr(fields, "to_dict") else dict(fields)
-        known = [f.name for f in dataclasses.fields(cls)]
-        unknown = []
-        for key in fields:
-            if key not in known:
-                near = difflib.get_close_matches(key, known, 1, 0.4)
-                unknown.append(f"data.{key}" + (f" (did you mean {near[0]}?)" if near else ""))
-        if unknown:
-            raise ValueError(f"unknown fields: {', '.join(unknown)}")
+        if unknown := unknown_fields(fields, cls, "data."):
+            raise ValueError(f"unknown fields: {unknown}")
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
 
 

@@ -324,10 +324,11 @@ def _head(config: Experiment, rows: int) -> int:
     return c.width * c.vocab_size * (4 + 4 + n) + 3 * 4 * chunk * c.vocab_size + 2 * hidden
 
 
-def _row_bytes(config: Experiment) -> int:
-    """Bytes of one row of a batch (models/radfm.py, with targets, tasks and weights)."""
+def abstract_batch(config: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
+    """The arrays of a step [A, B, ...] as the pipeline makes them (models/radfm.py, with targets, tasks and weights),
+    without shardings."""
     limits = config.data.limits
-    shapes = radfm.abstract_batch(
+    of_row = radfm.abstract_batch(
         config.model,
         text=limits.text_length,
         scans=limits.scans,
@@ -336,10 +337,18 @@ def _row_bytes(config: Experiment) -> int:
         planes=limits.planes,
         plane_dtype=jnp.dtype(config.data.storage),
     )
-    size = lambda x: math.prod(x.shape) * x.dtype.itemsize  # noqa: E731
-    of_one_channel = size(shapes.pop("plane_index")) // config.model.vision.channels
-    beside = 3 * 4 * limits.text_length + of_one_channel * config.data.channels
-    return sum(size(x) for x in shapes.values()) + beside
+    index = of_row["plane_index"]
+    of_row["plane_index"] = jax.ShapeDtypeStruct((*index.shape[:-1], config.data.channels), index.dtype)
+    text = (1, limits.text_length)
+    of_row |= {name: jax.ShapeDtypeStruct(text, jnp.int32) for name in ("targets", "tasks")}
+    of_row["weights"] = jax.ShapeDtypeStruct(text, jnp.float32)
+    micro = (config.train.accumulation, config.train.batch // config.train.accumulation)
+    return {name: jax.ShapeDtypeStruct((*micro, *x.shape[1:]), x.dtype) for name, x in of_row.items()}
+
+
+def _row_bytes(config: Experiment) -> int:
+    """Bytes of one row of a batch."""
+    return sum(math.prod(x.shape[2:]) * x.dtype.itemsize for x in abstract_batch(config).values())
 
 
 def _shard(x: jax.ShapeDtypeStruct) -> int:

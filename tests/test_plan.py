@@ -158,7 +158,7 @@ def test_the_planned_batch_is_that_of_the_pipeline(tmp_path):
     config = dataclasses.replace(config, data=data, train=dataclasses.replace(config.train, batch=4, accumulation=2))
     with Rows(data, "train", batch=4, host=0, hosts=1) as rows:
         real = join([(rows.empty, None)] * 4, data.planes).arrays
-    planned = program.abstract_batch(config)
+    planned = estimate.abstract_batch(config)
     assert {k: ((2, 2, *x.shape[1:]), x.dtype) for k, x in real.items()} == {
         k: (x.shape, x.dtype) for k, x in planned.items()
     }

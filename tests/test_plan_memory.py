@@ -14,7 +14,7 @@ RUN = """
 import dataclasses, json, sys
 import jax, jax.numpy as jnp, numpy as np
 from configs import quickstart
-from radfm_jax import sharding, train_step
+from radfm_jax import estimate, sharding, train_step
 from radfm_jax.experiment import Experiment
 from radfm_jax.plan import program
 from radfm_jax.plan.topology import parse
@@ -37,7 +37,7 @@ abstract, transform, _ = train_step.abstract_state(config.compute, config.optimi
 make = jax.jit(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract),
                out_shardings=train_step.shardings_of(abstract)).lower().compile()
 batch = {k: jax.device_put(jnp.ones(x.shape, x.dtype), train_step.batch_sharding(mesh))
-         for k, x in program.abstract_batch(config).items()}
+         for k, x in estimate.abstract_batch(config).items()}
 rate = train_step.place_rate(np.float32(1e-3), mesh)
 open("/proc/self/clear_refs", "w").write("5")
 before = kilobytes("VmRSS")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import difflib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from input_pipeline import scans
+from input_pipeline.config import unknown_fields
 from input_pipeline.datasets import FAMILIES, open_dataset, sample_rng
 from input_pipeline.datasets.modalities import modalities
 from input_pipeline.index import Index
@@ -131,14 +131,9 @@ class Benchmark:
     def from_dict(cls, fields: Mapping) -> Benchmark:
         """The inverse, from a dict or a ConfigDict. ValueError names unknown fields."""
         fields = fields.to_dict() if hasattr(fields, "to_dict") else dict(fields)
-        known = [f.name for f in dataclasses.fields(cls)]
-        unknown = []
-        for key in fields:
-            if key not in known:
-                near = difflib.get_close_matches(key, known, 1, 0.4)
-                unknown.append(key + (f" (did you mean {near[0]}?)" if near else ""))
-        if unknown:
-            raise ValueError(f"unknown fields: {', '.join(unknown)}; a benchmark has {', '.join(known)}")
+        if unknown := unknown_fields(fields, cls):
+            known = ", ".join(f.name for f in dataclasses.fields(cls))
+            raise ValueError(f"unknown fields: {unknown}; a benchmark has {known}")
         return cls(**fields)
 
 

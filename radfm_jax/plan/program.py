@@ -135,7 +135,7 @@ def compile_step(config: Experiment, topology: Topology):
     import numpy as np
     from jax.sharding import NamedSharding, PartitionSpec
 
-    from radfm_jax import sharding, train_step
+    from radfm_jax import estimate, sharding, train_step
 
     if topology.kind == "tpu":
         import libtpu  # noqa: F401  JAX says much less plainly that it is missing
@@ -152,7 +152,7 @@ def compile_step(config: Experiment, topology: Topology):
     rate = jax.ShapeDtypeStruct((), np.float32, sharding=NamedSharding(mesh, PartitionSpec()))
     batch = {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=train_step.batch_sharding(mesh))
-        for name, x in abstract_batch(config).items()
+        for name, x in estimate.abstract_batch(config).items()
     }
     model = with_kernels(config, "tpu" if topology.kind == "tpu" else "cpu")
     with jax.set_mesh(mesh):
@@ -162,32 +162,6 @@ def compile_step(config: Experiment, topology: Topology):
             out_shardings=(train_step.shardings_of(abstract), None),
         )
         return step.lower(abstract, batch, rate).compile()
-
-
-def abstract_batch(config: Experiment) -> dict:
-    """The arrays of a step [A, B, ...] as the pipeline makes them, without shardings."""
-    import jax
-    import jax.numpy as jnp
-
-    from radfm_jax.models import radfm
-
-    limits = config.data.limits
-    of_row = radfm.abstract_batch(
-        config.model,
-        text=limits.text_length,
-        scans=limits.scans,
-        vision_rows=limits.vision_rows,
-        patches=limits.patch_length,
-        planes=limits.planes,
-        plane_dtype=jnp.dtype(config.data.storage),
-    )
-    index = of_row["plane_index"]
-    of_row["plane_index"] = jax.ShapeDtypeStruct((*index.shape[:-1], config.data.channels), index.dtype)
-    text = (1, limits.text_length)
-    of_row |= {name: jax.ShapeDtypeStruct(text, jnp.int32) for name in ("targets", "tasks")}
-    of_row["weights"] = jax.ShapeDtypeStruct(text, jnp.float32)
-    micro = (config.train.accumulation, config.train.batch // config.train.accumulation)
-    return {name: jax.ShapeDtypeStruct((*micro, *x.shape[1:]), x.dtype) for name, x in of_row.items()}
 
 
 def with_kernels(config: Experiment, platform: str):
