@@ -126,25 +126,29 @@ take = functools.partial(jnp.take, axis=0, mode="fill", fill_value=0)
 
 def _forward(chunk, dtype, hidden, kernel, targets, active):
     def body(at, carry):
-        losses, correct = carry
         logits = head_logits(take(hidden, at), kernel, dtype)
         target = take(targets, at)
-        loss = jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
-        losses = losses.at[at].set(loss, mode="drop")
-        return losses, correct.at[at].set(logits.argmax(-1) == target, mode="drop")
+        top = logits.max(axis=-1)
+        spread = jnp.log(jnp.exp(logits - top[:, None]).sum(axis=-1))
+        # Two parts, not their sum: large logits leave no digits of `spread` in it.
+        loss = spread + (top - jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0])
+        new = (loss, logits.argmax(-1) == target, top, spread)
+        return tuple(old.at[at].set(x, mode="drop") for old, x in zip(carry, new, strict=True))
 
-    start = (jnp.zeros(targets.shape, jnp.float32), jnp.zeros(targets.shape, bool))
-    return _walk(chunk, active, body, start), (hidden, kernel, targets, active)
+    zeros = jnp.zeros(targets.shape, jnp.float32)
+    losses, correct, *normaliser = _walk(chunk, active, body, (zeros, zeros.astype(bool), zeros, zeros))
+    return (losses, correct), (hidden, kernel, targets, active, normaliser)
 
 
 def _backward(chunk, dtype, saved, cotangents):
-    hidden, kernel, targets, active = saved
+    hidden, kernel, targets, active, normaliser = saved
     weight, _ = cotangents
 
     def body(at, carry):
         d_hidden, d_kernel = carry
         h = take(hidden, at)
-        probabilities = jax.nn.softmax(head_logits(h, kernel, dtype), axis=-1)
+        top, spread = (take(x, at)[:, None] for x in normaliser)
+        probabilities = jnp.exp(head_logits(h, kernel, dtype) - top - spread)
         target = jax.nn.one_hot(take(targets, at), kernel.shape[1], dtype=jnp.float32)
         d_logits = (probabilities - target) * take(weight, at)[:, None]
         d_hidden = d_hidden.at[at].set(head_logits(d_logits, kernel.T, dtype).astype(h.dtype), mode="drop")

@@ -5,7 +5,6 @@ import functools
 import golden
 import jax
 import numpy as np
-import torch_radfm
 
 from radfm_jax.checkpoint import flatten, unflatten
 from radfm_jax.convert.table import entries
@@ -16,7 +15,7 @@ from radfm_jax.models.radfm import RadFM, RadFMConfig
 from radfm_jax.models.vit3d import ViTConfig
 
 
-def config_of(sizes: torch_radfm.Sizes, **compute) -> RadFMConfig:
+def config_of(sizes: golden.Sizes, **compute) -> RadFMConfig:
     """The same sizes in our words; `compute` as in `RadFMConfig.with_compute`."""
     return RadFMConfig(
         ViTConfig(

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import parity
 import pytest
-import torch_radfm
 from packed import CONFIG
 
 from input_pipeline.planes import Volume
@@ -84,7 +83,7 @@ def same(ours, theirs):
 def test_the_released_answers(name):
     """Beside a longer prompt with three other scans, so that all cases of a size are one program."""
     case = golden.load(name)
-    config = parity.config_of(torch_radfm.Sizes.of_golden(case))
+    config = parity.config_of(golden.Sizes.of_golden(case))
     v, latents = config.llama.vocab_size, config.num_latents
     ids = case["gen_prompt"].astype(np.int32)
     index = np.where(ids >= v + 2, ids - v - 2, -1).astype(np.int32)
@@ -104,7 +103,7 @@ def test_the_released_answers(name):
 
 def test_scans_become_the_released_visual_tokens():
     case = golden.load("p1_2d_s1")
-    config = parity.config_of(torch_radfm.Sizes.of_golden(case))
+    config = parity.config_of(golden.Sizes.of_golden(case))
     ours = Generator(config, parity.params_of(config, golden.state_dict(case.name)))
     volume = Volume(golden.vision(case)[0, 0].transpose(1, 2, 3, 0))
     encoded, nothing = ours.encode_volumes([[volume], []])

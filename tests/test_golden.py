@@ -7,7 +7,6 @@ import jax
 import numpy as np
 import parity
 import pytest
-import torch_radfm
 
 from input_pipeline.packing import plain_rows
 from radfm_jax.models.vit3d import PatchEmbedding
@@ -89,7 +88,7 @@ SLOW = "p3_3d_s3_d64"
 def run(request):
     """A golden case, and the outputs of our network with its weights: one compilation serves both losses."""
     case = golden.load(request.param)
-    config = parity.config_of(torch_radfm.Sizes.of_golden(case))
+    config = parity.config_of(golden.Sizes.of_golden(case))
     params = parity.params_of(config, golden.state_dict(case.name))
     batch = plain_rows(case["lang_x"], golden.vision(case), case["attention_mask"], vocab_size=config.llama.vocab_size)
     text, patches = case["lang_x"].shape[1], batch["patch_segments"].shape[2]

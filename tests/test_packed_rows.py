@@ -32,6 +32,7 @@ key of 30 and of every EOS is seen by nobody; segments also name the samples: 1 
 
 import dataclasses
 
+import golden
 import jax
 import numpy as np
 import packed
@@ -373,7 +374,7 @@ def test_one_program_serves_every_mix_of_depths():
     """Whatever the mix, nothing is compiled again, and each scan's visual tokens are those of PyTorch for it alone."""
     vision, latents, text = CONFIG.vision, CONFIG.perceiver, CONFIG.llama
     oracle = torch_radfm.build(
-        torch_radfm.Sizes(
+        golden.Sizes(
             vocab=text.vocab_size,
             hidden=text.width,
             inter=text.mlp_width,

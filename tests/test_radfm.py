@@ -5,6 +5,7 @@ import functools
 import json
 
 import flax.linen as nn
+import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -354,11 +355,11 @@ def test_parameters_are_born_sharded():
 # --- parity at sizes that no golden case has --------------------------------------------------------------------------
 
 
-def drawn_sizes(rng) -> torch_radfm.Sizes:
+def drawn_sizes(rng) -> golden.Sizes:
     one_of = lambda *values: int(rng.choice(values))  # noqa: E731
     kv_heads = one_of(1, 2, 3)
     heads = kv_heads * one_of(1, 2, 3)
-    return torch_radfm.Sizes(
+    return golden.Sizes(
         vocab=one_of(37, 50, 64),
         hidden=heads * one_of(4, 6, 10),
         inter=one_of(20, 33),

@@ -146,7 +146,7 @@ def test_names_and_shapes(name):
 
 def test_other_sizes():
     """Sizes that no golden case has: a build repeats itself, and scans and samples do not leak into each other."""
-    sizes = torch_radfm.Sizes(
+    sizes = golden.Sizes(
         vocab=11,
         hidden=16,
         inter=20,

@@ -7,48 +7,13 @@ against the golden cases by ``test_torch_radfm.py``.
 Letters in shapes: B samples, S scans a sample, L tokens, P patches of a scan, C = vis_dim, E = hidden, V = vocab.
 """
 
-from dataclasses import dataclass
-
 import golden
 import numpy as np
 import torch
 import torch.nn.functional as F
+from golden import Sizes
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Sizes of a model; the defaults are those of the released one where a tiny model can keep them.
-
-    patch and tables are (height, width, depth): pixels of a patch, and rows of the learned position tables.
-    """
-
-    vocab: int
-    hidden: int
-    inter: int
-    layers: int
-    heads: int
-    kv_heads: int | None = None
-    vis_dim: int = 24
-    vit_depth: int = 12
-    vit_heads: int = 8
-    vit_dim_head: int = 64
-    vit_mlp: int = 2048
-    patch: tuple[int, int, int] = (32, 32, 4)
-    tables: tuple[int, int, int] = (16, 16, 128)
-    perceiver_depth: int = 6
-    perceiver_heads: int = 8
-    perceiver_dim_head: int = 64
-    latents: int = 32
-    ff_mult: int = 4
-    rope_theta: float = 10000.0
-    rms_eps: float = 1e-6
-
-    @classmethod
-    def of_golden(cls, case: golden.Golden) -> "Sizes":
-        """The sizes of a golden case."""
-        return cls(**case.meta["llama"], rope_theta=case.meta["rope_theta"], rms_eps=case.meta["rms_norm_eps"])
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:

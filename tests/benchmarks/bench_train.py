@@ -1,9 +1,9 @@
 """C4, C5, C6: a training step of ours and of a PyTorch RadFM of the same sizes and weights, in float32.
 
-    python tests/benchmarks/bench_train.py [--repeats 5] [--only unpacked packed vision memory]
+    python tests/benchmarks/bench_train.py [--repeats 5] [--only unpacked packed vision memory] [--remat dots]
 
 Forward and backward. LLaMA of 8 layers, 512 wide, 32,000 words; vision 192 wide, 12 + 6 layers. No optimizer, no
-dropout; ours without remat but for the packed row (`attention`: without, it needs 20 GB);
+dropout. Ours with what the backward pass keeps as --remat says (the packed row: `attention`, or it needs 20 GB).
 The same threads on both sides, which are run in turn; times are medians, ratios medians of paired ratios.
 
 unpacked  2 samples of 512 tokens with a colour scan of 512 x 512 x 4 each, both sides the same numbers; their losses
@@ -38,9 +38,9 @@ ROW = 2048
 
 
 def sizes():
-    import torch_radfm
+    import golden
 
-    return torch_radfm.Sizes(vocab=32000, hidden=512, inter=1376, layers=8, heads=8, vis_dim=192)
+    return golden.Sizes(vocab=32000, hidden=512, inter=1376, layers=8, heads=8, vis_dim=192)
 
 
 def unpacked() -> dict[str, np.ndarray]:
@@ -108,7 +108,7 @@ class Torch:
 
 
 class Ours:
-    def __init__(self, remat: str = "none"):
+    def __init__(self, remat: str):
         import jax
         import parity
 
@@ -195,16 +195,16 @@ def paired(ours: Callable, theirs: Callable, repeats: int) -> tuple[float, float
     return *(statistics.median(x) for x in zip(*times, strict=True)), statistics.median(b / a for a, b in times)
 
 
-def peak(side: str) -> int:
+def peak(side: str, remat: str) -> int:
     """Runs this file again for one side: bytes."""
-    command = [sys.executable, __file__, "--peak-of", side]
+    command = [sys.executable, __file__, "--peak-of", side, "--remat", remat]
     return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
 
 
-def run_peak(side: str) -> None:
+def run_peak(side: str, remat: str) -> None:
     batch = unpacked()
     if side == "ours":
-        ours = Ours()
+        ours = Ours(remat)
         step = ours.step(ours.plain(**batch))
     else:
         theirs = Torch()
@@ -220,17 +220,24 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--timed", type=int, default=4, help="padded samples that PyTorch is timed on (%(default)s)")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--remat", default="dots", help="what ours keeps for the backward pass (%(default)s)")
     parser.add_argument("--peak-of", choices=("ours", "torch"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak_of:
-        run_peak(args.peak_of)
+        run_peak(args.peak_of, args.remat)
         return
-    table = Table("", "ours", "PyTorch", "ratio", title=f"{args.repeats} rounds, load {os.getloadavg()[0]:.1f}")
+    table = Table(
+        "",
+        "ours",
+        "PyTorch",
+        "ratio",
+        title=f"{args.repeats} rounds, remat {args.remat}, load {os.getloadavg()[0]:.1f}",
+    )
     if "memory" in args.only:
-        mine, other = peak("ours"), peak("torch")
+        mine, other = peak("ours", args.remat), peak("torch", args.remat)
         shown = f"{mine / 1e9:.2f} GB", f"{other / 1e9:.2f} GB", f"{mine / other:.2f}x"
         table.add_row("C5 peak of the unpacked step", *shown)
-    ours, theirs, batch = Ours(), Torch(), unpacked()
+    ours, theirs, batch = Ours(args.remat), Torch(), unpacked()
     if "unpacked" in args.only:
         step = ours.step(ours.plain(**batch))
         losses = step(), theirs.step(**batch)
