@@ -1,4 +1,5 @@
-"""SIGKILL at random moments of training, saves included: in the end everything is as if nothing had happened."""
+"""SIGKILL at random moments of training, every other one while a step is being saved: in the end everything is as if
+nothing had happened."""
 
 import dataclasses
 import json
@@ -18,6 +19,7 @@ from test_train import MODEL, bits, record
 
 from radfm_jax.experiment import CheckpointConfig, Experiment, TrainConfig
 from radfm_jax.optimizer import OptimizerConfig
+from radfm_jax.saver import PARTIAL
 
 STEPS = 30
 ROOT = Path(__file__).parents[1]
@@ -68,6 +70,11 @@ def steps_begun(workdir) -> int:
     return len(file.read_text().splitlines()) if file.exists() else 0
 
 
+def saving(workdir) -> bool:
+    """Is a step half written?"""
+    return any((workdir / "checkpoints").glob(f"*{PARTIAL}"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(RUNS))
 def test_killed_again_and_again(start, whole, tmp_path, seed):
@@ -75,21 +82,23 @@ def test_killed_again_and_again(start, whole, tmp_path, seed):
     with open(tmp_path / "log", "w") as log:
         while fired < KILLS:
             before, child = steps_begun(workdir), start(workdir, log)
-            # One to four steps further, then at any moment of a step; each save takes several of these moments.
+            # One to four steps further, then at any moment of a step or of the next save.
             wanted = before + rng.randint(1, 4)
             while child.poll() is None and steps_begun(workdir) < min(wanted, STEPS):
                 time.sleep(0.005)
-            time.sleep(rng.uniform(0, 0.3))
+            if fired % 2:
+                time.sleep(rng.uniform(0, 0.3))
+            else:
+                while child.poll() is None and not saving(workdir):
+                    time.sleep(0.001)
+                time.sleep(rng.uniform(0, 0.03))
             if child.poll() is not None:
                 assert child.returncode == 0, (tmp_path / "log").read_text()[-3000:]
                 break  # it was done before all kills had fired: what there is counts
             os.killpg(child.pid, signal.SIGKILL)
             assert child.wait() == -signal.SIGKILL
             fired += 1
-            saved = workdir / "checkpoints"
-            during_saves += (
-                any(".orbax" in p.name or "tmp" in p.name for p in saved.rglob("*")) if saved.exists() else 0
-            )
+            during_saves += saving(workdir)
         assert start(workdir, log).wait() == 0, (tmp_path / "log").read_text()[-3000:]
     print(f"\nseed {seed}: {fired} kills, {during_saves} of them while a step was being saved")
     assert fired
