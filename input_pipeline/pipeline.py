@@ -64,11 +64,10 @@ class Mixture:
     Args:
       sources: of RowMaker.describe, in order.
       weights: shares of `samples` by weight, instead of each source's own fraction of its rows.
-      shuffled: False keeps the order of the tables (evaluation).
     """
 
-    def __init__(self, sources: dict[str, dict], *, seed: int, weights: bool, samples: int = 0, shuffled: bool = True):
-        self.seed, self.shuffled = seed, shuffled
+    def __init__(self, sources: dict[str, dict], *, seed: int, weights: bool, samples: int = 0):
+        self.seed = seed
         self.sizes = np.array([s["rows"] for s in sources.values()], np.int64)
         self.starts = np.concatenate([[0], np.cumsum(self.sizes)])
         if weights:
@@ -97,11 +96,10 @@ class Mixture:
             while at < end:
                 turn, first = divmod(at, size)
                 last = min(size, first + end - at)
-                order = self._rng(0, source, turn).permutation(size) if self.shuffled else np.arange(size)
+                order = self._rng(0, source, turn).permutation(size)
                 parts.append(self.starts[source] + order[first:last])
                 at += last - first
-        samples = np.concatenate(parts)
-        return self._rng(1, epoch, 0).permutation(samples) if self.shuffled else samples
+        return self._rng(1, epoch, 0).permutation(np.concatenate(parts))
 
     def _rng(self, *key: int) -> np.random.Generator:
         return np.random.Generator(np.random.PCG64((self.seed, *key)))
@@ -114,7 +112,7 @@ class Rows(grain.IterDataset):
       split: "train" or "test".
       batch: rows of the global batch. host, hosts: which share of it this process loads.
       epochs: None goes on for ever.
-      training: random crops and a shuffled order; default: whether the split is "train".
+      training: random crops and flips; default: whether the split is "train".
     Raises:
       ValueError: as RowMaker, and a batch that the hosts cannot share evenly.
     """
@@ -147,7 +145,6 @@ class Rows(grain.IterDataset):
             seed=config.seed,
             weights=config.mixture == "weights" and split == "train",
             samples=config.epoch_samples,
-            shuffled=training,
         )
         self.windows = -(-len(self.mixture) // config.window)
         deciding = {name: _plain(getattr(config, name)) for name in DECIDING}
