@@ -99,6 +99,8 @@ def _train(config: Experiment, workdir: Path, peers: Peers, opened: contextlib.E
         return faults.REQUEUE
     state = first_state(config, newest, abstract, transform, say)
     held_out = data("test") if config.data.test else None
+    # Compiling takes one host much longer than another, and a collective waits for its peers only so long.
+    run_directory.together("ready", lambda: None)
     run = Run(config, workdir, mesh, rates, rows, held_out, programs, saver, peers)
     return run(state, data_state)
 
