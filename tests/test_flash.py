@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from radfm_jax.models import flash
-from radfm_jax.models.layers import attention
+from radfm_jax.models import blocks, flash
+from radfm_jax.models.layers import REMAT_POLICIES, attention
 from radfm_jax.sharding import make_mesh
 
 # --- choice -----------------------------------------------------------------------------------------------------------
@@ -43,6 +43,9 @@ def arrays(length=256, keys=None, width=64, dtype="bfloat16"):
         ("cuda", {"width": 256}, "xla"),
         ("gpu", {}, "xla"),  # another maker's, or older than Ampere
         ("cpu", {}, "xla"),
+        ("cpu", {"length": 512, "dtype": "float32"}, "blocks"),
+        ("cpu", {"length": 512, "keys": 128}, "xla"),
+        ("cpu", {"length": 600}, "xla"),
         ("rocm", {}, "xla"),
         (None, {}, "xla"),  # these tests run on the CPU
     ],
@@ -55,13 +58,14 @@ def test_auto_takes_the_fastest_that_fits(platform, form, chosen):
     "kernel, form, reasons",
     [
         ("splash", {"width": 80}, ["head width 80 is not a multiple of 64"]),
+        ("blocks", {"length": 128, "keys": 200}, ["lengths 128 and 200 are not multiples of 128"]),
         ("splash", {"length": 128, "keys": 200}, ["lengths 128 and 200 are not multiples of 128"]),
         ("splash", {"width": 8, "length": 10, "dtype": "float32"}, ["float32", "head width 8", "lengths 10 and 10"]),
         ("cudnn", {"dtype": "float32"}, ["float32 is not bfloat16 or float16"]),
         ("cudnn", {"width": 12}, ["head width 12 is not a multiple of 8 up to 128"]),
         ("cudnn", {"width": 136}, ["head width 136"]),
         ("cudnn", {"length": 33}, ["lengths 33 and 33 are not even"]),
-        ("flash2", {}, ["auto, xla, cudnn, splash"]),
+        ("flash2", {}, ["auto, xla, blocks, cudnn, splash"]),
     ],
 )
 @pytest.mark.parametrize("platform", ["tpu", "cuda", "gpu", "cpu"])
@@ -71,13 +75,13 @@ def test_a_kernel_asked_for_by_name_runs_or_raises(kernel, form, reasons, platfo
     assert all(reason in str(raised.value) for reason in reasons), raised.value
 
 
-@pytest.mark.parametrize("kernel", ["xla", "cudnn", "splash"])
+@pytest.mark.parametrize("kernel", ["xla", "blocks", "cudnn", "splash"])
 @pytest.mark.parametrize("platform", ["tpu", "cuda", "gpu", "cpu"])
 def test_a_kernel_that_fits_is_not_replaced(kernel, platform):
     assert flash.choose(kernel, *arrays(), platform=platform) == kernel
 
 
-# --- splash attention -------------------------------------------------------------------------------------------------
+# --- splash attention and tiles ---------------------------------------------------------------------------------------
 
 LENGTH = 256
 
@@ -110,6 +114,13 @@ def outputs_and_gradients(form, args, causal):
 interpreted = functools.partial(flash.splash, interpret=True)
 
 
+@pytest.fixture(params=["splash", "blocks"])
+def form(request, monkeypatch):
+    """The kernels of our making and of Pallas', the first with several tiles a row."""
+    monkeypatch.setattr(blocks, "TILE", 128)
+    return {"splash": interpreted, "blocks": flash.blocks}[request.param]
+
+
 def close(ours, plain, atol=2e-5):
     """Measured 6e-6 of values and gradients up to 7."""
     for name in plain:
@@ -117,45 +128,69 @@ def close(ours, plain, atol=2e-5):
 
 
 @pytest.mark.parametrize("causal, width, kv_heads", [(True, 64, 2), (False, 64, 2), (True, 128, 4)])
-def test_splash_is_the_plain_form_on_packed_rows(causal, width, kv_heads):
+def test_the_plain_form_on_packed_rows(form, causal, width, kv_heads):
     args = packed_row(width=width, kv_heads=kv_heads)
-    close(outputs_and_gradients(interpreted, args, causal), outputs_and_gradients(attention, args, causal))
+    close(outputs_and_gradients(form, args, causal), outputs_and_gradients(attention, args, causal))
 
 
-def test_splash_keeps_packed_samples_apart():
+def test_packed_samples_stay_apart(form):
     """The second segment of a row equals the same sample at the start of a row of its own."""
     q, k, v, q_segments, k_segments = packed_row(rows=1)
     at = np.flatnonzero(q_segments[0] == 2)
-    packed = interpreted(q, k, v, q_segments, k_segments, causal=True)[:, at]
+    packed = form(q, k, v, q_segments, k_segments, causal=True)[:, at]
     alone = [np.zeros_like(x) for x in (q, k, v, q_segments, k_segments)]
     for single, x in zip(alone, (q, k, v, q_segments, k_segments), strict=True):
         single[:, : at.size] = x[:, at]
     # Measured 6e-8: other blocks, so sums in another order.
-    np.testing.assert_allclose(packed, interpreted(*alone, causal=True)[:, : at.size], atol=1e-6)
+    np.testing.assert_allclose(packed, form(*alone, causal=True)[:, : at.size], atol=1e-6)
     noisy = [np.where((q_segments == 2)[..., None, None], x, 1e3) for x in (q, k, v)]
-    np.testing.assert_array_equal(packed, interpreted(*noisy, q_segments, k_segments, causal=True)[:, at])
+    np.testing.assert_array_equal(packed, form(*noisy, q_segments, k_segments, causal=True)[:, at])
 
 
-def test_splash_over_keys_of_another_length():
+def test_keys_of_another_length(form):
     q, k, v, q_segments, k_segments = packed_row(rows=1)
     args = (q[:, :128], k, v, q_segments[:, :128], k_segments)
-    close(outputs_and_gradients(interpreted, args, False), outputs_and_gradients(attention, args, False))
+    close(outputs_and_gradients(form, args, False), outputs_and_gradients(attention, args, False))
 
 
-def test_splash_of_a_query_that_sees_no_key_is_finite():
+def test_a_query_that_sees_no_key_is_finite(form):
     q, k, v, q_segments, k_segments = packed_row(rows=1)
     k_segments[:, 0] = -1
-    found = outputs_and_gradients(interpreted, (q, k, v, q_segments, k_segments), True)
+    found = outputs_and_gradients(form, (q, k, v, q_segments, k_segments), True)
     assert all(np.isfinite(x).all() for x in found.values())
 
 
 @pytest.mark.parametrize("sizes, kv_heads", [((2, 2, 2), 2), ((1, 4, 2), 1)])
-def test_splash_on_a_mesh(sizes, kv_heads):
+def test_on_a_mesh(form, sizes, kv_heads):
     """Rows and heads are handed to the devices; one key head cannot be split over two and is kept whole."""
     args = packed_row(rows=4, heads=2, kv_heads=kv_heads)
     plain = outputs_and_gradients(attention, args, True)
     with jax.set_mesh(make_mesh(*sizes)):
-        close(outputs_and_gradients(interpreted, args, True), plain)
+        close(outputs_and_gradients(form, args, True), plain)
+
+
+def test_tiles_between_samples_are_left_out():
+    """Three samples of 128, 256 and 100 tokens: causal, the tiles x of the rows of tiles; between samples, none."""
+    segments = np.repeat([1, 2, 3, 0], [128, 256, 100, 28]).astype(np.int32)[None]
+    q = k = v = np.random.default_rng(0).standard_normal((1, 512, 2, 8)).astype(np.float32)
+    args = q, k, v, segments, segments
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "TILE", 128)
+        # 1: x...   2: .x..   2: .xx.   3 and padding, whose range of segments touches all before: xxxx
+        assert int(blocks._Tiles(q, k, segments, segments, True).count) == 1 + 1 + 2 + 4
+        assert int(blocks._Tiles(q, k, segments, segments, False).count) == 2 + 3 + 3 + 4
+        close(outputs_and_gradients(flash.blocks, args, True), outputs_and_gradients(attention, args, True))
+
+
+@pytest.mark.parametrize("policy, walks", [("attention", 2), ("full", 3)])
+def test_tiles_are_not_walked_again_where_attention_is_kept(policy, walks):
+    """Forward, backward, and once more between them if nothing is kept."""
+    q = jnp.ones((1, 256, 1, 8))
+    segments = jnp.ones((1, 256), jnp.int32)
+    block = jax.checkpoint(
+        lambda q: flash.blocks(q, q, q, segments, segments, causal=True).sum(), policy=REMAT_POLICIES[policy]
+    )
+    assert str(jax.make_jaxpr(jax.grad(block))(q)).count("while[") == walks
 
 
 @pytest.mark.parametrize("length", range(128, 4097, 128))

@@ -171,7 +171,7 @@ def test_bfloat16_scores_and_softmax_are_float32():
 
 def test_unknown_names_list_the_choices():
     x, segments = normal(1, 2, 1, 8), np.ones((1, 2), int)
-    with pytest.raises(ValueError, match="'flash'.*auto, xla, cudnn, splash"):
+    with pytest.raises(ValueError, match="'flash'.*auto, xla, blocks, cudnn, splash"):
         attention(x, x, x, segments, segments, causal=True, kernel="flash")
     with pytest.raises(ValueError, match="'everything'.*" + ", ".join(REMAT_POLICIES)):
         scan_blocks(vit3d.Block, 2, "everything")

@@ -1,7 +1,9 @@
-"""Fused attention kernels by platform, all with the meaning of `layers.attention`; the choice has this one place.
+"""The choice of an attention kernel by platform, all with the meaning of `layers.attention`; the choice has this one
+place.
 
 TPU: splash attention (blockwise, segment ids inside the kernel). NVIDIA GPU: cuDNN through
-`jax.nn.dot_product_attention` (bf16 and fp16). Everything else, and every shape that a kernel does not take: plain XLA.
+`jax.nn.dot_product_attention` (bf16 and fp16). CPU: long rows tile by tile, without the tiles between samples.
+Everything else, and every shape that a kernel does not take: plain XLA.
 """
 
 from __future__ import annotations
@@ -14,11 +16,14 @@ from jax.sharding import AxisType, PartitionSpec
 
 from radfm_jax.sharding import BATCH
 
-NAMES = ("auto", "xla", "cudnn", "splash")
+NAMES = ("auto", "xla", "blocks", "cudnn", "splash")
+
+
+BLOCKS_FROM = 512  # shorter rows are quicker in one product
 
 
 def choose(kernel: str, q: jax.Array, k: jax.Array, platform: str | None = None) -> str:
-    """The kernel that runs: `xla`, `cudnn` or `splash`. One asked for by name is not silently replaced.
+    """The kernel that runs: `xla`, `blocks`, `cudnn` or `splash`. One asked for by name is not silently replaced.
 
     Args:
       q: [B, T, H, K]; k: [B, U, G, K].
@@ -30,6 +35,7 @@ def choose(kernel: str, q: jax.Array, k: jax.Array, platform: str | None = None)
     t, u, width = q.shape[1], k.shape[1], q.shape[3]
     refusals = {
         "xla": [],
+        "blocks": [f"lengths {t} and {u} are not multiples of 128"] if t % 128 or u % 128 else [],
         "splash": [  # it multiplies float32 in bfloat16, forward and backward
             *([f"dtype {q.dtype} is not bfloat16"] if q.dtype != jnp.bfloat16 else []),
             *([f"head width {width} is not a multiple of 64"] if width % 64 else []),
@@ -46,7 +52,9 @@ def choose(kernel: str, q: jax.Array, k: jax.Array, platform: str | None = None)
         if refusals[kernel]:
             raise ValueError(f"attention kernel {kernel!r}: {'; '.join(refusals[kernel])}")
         return kernel
-    best = {"tpu": "splash", "cuda": "cudnn"}.get(platform or _platform(), "xla")
+    best = {"tpu": "splash", "cuda": "cudnn", "cpu": "blocks"}.get(platform or _platform(), "xla")
+    if best == "blocks" and min(t, u) < BLOCKS_FROM:
+        return "xla"
     return best if not refusals[best] else "xla"
 
 
@@ -95,11 +103,23 @@ def splash(q, k, v, q_segments, k_segments, *, causal: bool, interpret: bool = F
         out = jax.vmap(run)(heads_first(q * width**-0.5), heads_first(k), heads_first(v), segment_ids=ids)
         return jnp.moveaxis(out, 1, 2).astype(v.dtype)
 
+    return _by_device(local, q, k, v, q_segments, k_segments)
+
+
+def blocks(q, k, v, q_segments, k_segments, *, causal: bool) -> jax.Array:
+    """Attention tile by tile (radfm_jax.models.blocks) on each device's rows and heads."""
+    from radfm_jax.models.blocks import attend
+
+    arrays = (jnp.asarray(x) for x in (q, k, v, q_segments, k_segments))
+    return _by_device(lambda *local: attend(*local, causal), *arrays)
+
+
+def _by_device(local, q, k, v, q_segments, k_segments) -> jax.Array:
+    """XLA cannot partition a hand-written kernel or loop: its rows and heads are handed out here."""
     mesh = jax.sharding.get_abstract_mesh()
     axes = {a for a in mesh.axis_names if mesh._name_to_type[a] != AxisType.Manual}
     if not axes:
         return local(q, k, v, q_segments, k_segments)
-    # XLA cannot partition a hand-written kernel, so its rows and heads are handed out here.
     tensor = "tensor" if k.shape[2] % mesh.shape["tensor"] == 0 else None
     heads, rows = PartitionSpec(BATCH, None, tensor), PartitionSpec(BATCH)
     return jax.shard_map(
@@ -112,4 +132,4 @@ def _divisor(length: int, limit: int) -> int:
     return max(size for size in range(128, limit + 1, 128) if length % size == 0)
 
 
-KERNELS = {"cudnn": cudnn, "splash": splash}
+KERNELS = {"blocks": blocks, "cudnn": cudnn, "splash": splash}
