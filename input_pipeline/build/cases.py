@@ -22,12 +22,11 @@ from pathlib import Path
 import nibabel
 import numpy as np
 
-from input_pipeline import scans
+from input_pipeline import parts, scans
 from input_pipeline.build import console, jobs
 from input_pipeline.build.jobs import Result
 from input_pipeline.build.radmd import write_table
 from input_pipeline.datasets import diseases, modalities, tables
-from input_pipeline.prepare.writing import replacing
 from input_pipeline.samples import RowError
 
 LAYOUT = """
@@ -130,7 +129,7 @@ def build(tool: str, source, directory, options: dict, **running) -> dict:
         write_table(directory / name, None if name.endswith(".json") else list(rows[0]), rows)
         report.counts[f"{name}: rows"] = len(rows)
     written = report.write()
-    jobs.clean(directory)
+    parts.clean(directory)
     return written
 
 
@@ -274,7 +273,7 @@ def _as_bytes(voxels: np.ndarray, extremes) -> np.ndarray:
 
 def _write_scan(file: Path, voxels: np.ndarray, spacing) -> None:
     """[H, W, D, C] as PNG (one slice) or NIfTI in the same display order; of the header, the spacing alone."""
-    with replacing(file) as partial:
+    with parts.whole(file) as partial:
         if file.suffix == ".png":
             from PIL import Image
 
