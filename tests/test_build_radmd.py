@@ -119,7 +119,9 @@ def test_the_classifier_decides_what_words_do_not(tmp_path):
         return 0.9 if "F1" in path else 0.1
 
     row = {"PMC_id": "PMC5", "img_ref": "['F1']", "question": "Q: Seen?", "answer": "A: A mass", "context": ""}
-    given = Settings(tmp_path, {("PMC5", "F3"): "Histology."}, classifier)
+    said = filters.Captions()
+    said.add("PMC5", "F3", "Histology.")
+    given = Settings(tmp_path, said, classifier)
     keep = lambda ref, s=given: filters.radiologic(row | {"img_ref": ref}, "pmc_casereport", s).row is not None  # noqa: E731
     assert keep("['F1']") and not keep("['F2']") and not keep("['F3']") and keep("['F2', 'F1']")
     assert len(asked) == 4 and asked[0].endswith("figures/PMC5_F1.jpg")
