@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from input_pipeline.build import filters, radiology, radmd, sizes
+from input_pipeline.build import filters, radiology, radmd
 from input_pipeline.build.__main__ import main
 from input_pipeline.build.filters import Settings
-from input_pipeline.datasets import open_dataset
+from input_pipeline.datasets import open_dataset, sizes
 from tests.dataset_tables import CASE, every_family, volumes, write_csv, write_json
 
 
@@ -101,7 +101,7 @@ def test_cheating(context, answer, away):
     ],
 )
 def test_sizes_taken_out(text, left):
-    assert sizes.remove(text) == left
+    assert sizes.without_sizes(text) == left
 
 
 def test_sizes_leave_whole_sentences():
@@ -120,6 +120,7 @@ def test_the_classifier_decides_what_words_do_not(tmp_path):
 
     row = {"PMC_id": "PMC5", "img_ref": "['F1']", "question": "Q: Seen?", "answer": "A: A mass", "context": ""}
     said = filters.Captions()
+    said.want("PMC5", "F3")
     said.add("PMC5", "F3", "Histology.")
     given = Settings(tmp_path, said, classifier)
     keep = lambda ref, s=given: filters.radiologic(row | {"img_ref": ref}, "pmc_casereport", s).row is not None  # noqa: E731

@@ -5,45 +5,36 @@ A filter is a function (row, family, setting) -> Verdict. Rows are the cells of 
 
 from __future__ import annotations
 
-import array
 import dataclasses
 import hashlib
 import re
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-
-from input_pipeline.build import radiology, sizes
+from input_pipeline.build import radiology
+from input_pipeline.datasets import sizes
 from input_pipeline.datasets.sentences import sentences
 
 
 class Captions:
-    """Whether the caption of a picture says that it is radiologic: 9 bytes a picture, not its text.
-
-    A picture is known by 64 bits of a hash; among 11 million, two that share theirs are to be expected once in 300,000.
-    """
+    """Whether the captions of pictures say that they are radiologic; of the pictures that tables name, as the captions
+    of all papers are many. In memory is a hash of each picture and the answer, not the text."""
 
     def __init__(self):
-        self._hashes, self._verdicts = array.array("Q"), bytearray()
-        self._order: np.ndarray | None = None
+        self._verdicts: dict[int, bool | None] = {}
+
+    def want(self, paper: str, picture: str) -> None:
+        self._verdicts[self._hash(paper, picture)] = None
 
     def add(self, paper: str, picture: str, caption: str) -> None:
         """The last one counts."""
-        self._order = None
-        self._hashes.append(self._hash(paper, picture))
-        self._verdicts.append({None: 0, False: 1, True: 2}[radiology.by_caption(caption)])
+        key = self._hash(paper, picture)
+        if key in self._verdicts:
+            self._verdicts[key] = radiology.by_caption(caption)
 
     def judged(self, paper: str, picture: str) -> bool | None:
         """None: there is no caption, or its words do not say."""
-        if self._order is None:
-            hashes = np.array(self._hashes, np.uint64)
-            self._order = np.argsort(hashes, kind="stable")
-            self._sorted = hashes[self._order]
-        at = int(np.searchsorted(self._sorted, np.uint64(found := self._hash(paper, picture)), side="right")) - 1
-        if at < 0 or int(self._sorted[at]) != found:
-            return None
-        return (None, False, True)[self._verdicts[self._order[at]]]
+        return self._verdicts.get(self._hash(paper, picture))
 
     @staticmethod
     def _hash(paper: str, picture: str) -> int:
@@ -108,7 +99,7 @@ def radiologic(row: dict, family: str, settings: Settings) -> Verdict:
         return Verdict(row)
     if labels and None not in labels:
         return Verdict(None, "the modality is not radiologic")
-    judged = [settings.captions.judged(*key) for key in _pictures(row, family)]
+    judged = [settings.captions.judged(*key) for key in pictures(row, family)]
     if not any(verdict is not None for verdict in judged):
         judged = [radiology.by_caption(" ".join(_said(row, _WORDS.get(family, ()))))]
     if True in judged:
@@ -124,7 +115,7 @@ def radiologic(row: dict, family: str, settings: Settings) -> Verdict:
     return Verdict(row) if keep else Verdict(None, "nothing says that the image is radiologic")
 
 
-def _pictures(row: dict, family: str) -> list[tuple[str, str]]:
+def pictures(row: dict, family: str) -> list[tuple[str, str]]:
     if family != "pmc_casereport":
         return []
     return [(row["PMC_id"].strip(), name) for name in re.findall(r"[A-Za-z0-9._-]+", row["img_ref"])]
@@ -132,7 +123,7 @@ def _pictures(row: dict, family: str) -> list[tuple[str, str]]:
 
 def _paths(row: dict, family: str) -> list[str]:
     if family == "pmc_casereport":
-        return [f"figures/{paper}_{name}.jpg" for paper, name in _pictures(row, family)]
+        return [f"figures/{paper}_{name}.jpg" for paper, name in pictures(row, family)]
     return [row[c] for c in ("image_path", "npy_path", "Figure_path", "name") if isinstance(row.get(c), str)][:1]
 
 
@@ -187,9 +178,9 @@ def size_phrases(row: dict, family: str, settings: Settings) -> Verdict:
     for column in ("finding", "impression"):
         value = row.get(column)
         if isinstance(value, str) and sizes.has_size(value):
-            changed[column] = sizes.remove(value)
+            changed[column] = sizes.without_sizes(value)
         elif isinstance(value, list):
-            changed[column] = [t for t in (sizes.remove(v) if sizes.has_size(v) else v for v in value) if t]
+            changed[column] = [t for t in (sizes.without_sizes(v) if sizes.has_size(v) else v for v in value) if t]
     if changed == row:
         return Verdict(row)
     if not _said(changed, ("finding", "impression")):

@@ -83,7 +83,7 @@ def build(specs: list[str], root, directory: Path, options: dict, progress=jobs.
     of_captions = Result()
     settings = Settings(
         root,
-        _captions(options.get("captions", ()), of_captions),
+        _captions(options.get("captions", ()), named, of_captions),
         radiology.open_classifier(options["classifier"]) if options.get("classifier") else None,
         options.get("threshold", 0.5),
         options.get("unknown", ""),
@@ -105,9 +105,14 @@ def build(specs: list[str], root, directory: Path, options: dict, progress=jobs.
     return report.write()
 
 
-def _captions(files, result: Result) -> filters.Captions:
-    """What captions.jsonl says of each picture."""
+def _captions(files, named, result: Result) -> filters.Captions:
+    """What captions.jsonl says of each picture that the tables name."""
     found = filters.Captions()
+    for family, file in named if files else ():
+        if family == "pmc_casereport":
+            for _, row in layouts.read(family, file, Result())[1]:
+                for paper, picture in filters.pictures(row, family):
+                    found.want(paper, picture)
     for file in files:
         for number, row in layouts.read_lines(Path(file), result):
             try:

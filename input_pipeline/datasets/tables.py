@@ -195,7 +195,7 @@ def read_csv(file: pathlib.Path, required, optional=()) -> tuple[list[str], list
     Raises:
       RowError: row 0 for the header; the row in which a quote stays open until the end of the file.
     """
-    header, found = _stream_csv(file, io.StringIO(decode(file), newline=""), tuple(required), tuple(optional))
+    header, found = _stream_csv(file, _lines(file), tuple(required), tuple(optional))
     rows, problems = [], []
     # Tables repeat themselves (one case history for ten questions): equal cells share one string.
     seen: dict[str, str] = {}

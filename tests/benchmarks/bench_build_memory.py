@@ -70,7 +70,7 @@ def make(tool: str, root: Path, n: int) -> list[str]:
               ((f"PMC{k}", "['F1']", text(k), "Q: What is seen?", f"A: Lesion {k}") for k in range(n)))  # fmt: skip
         with open(root / "captions.jsonl", "w") as out:
             for k in range(n):
-                out.write(json.dumps({"paper": f"PMC{k}", "pictures": ["F1"], "caption": text(k)}) + "\n")
+                out.write(json.dumps({"paper": f"PMC{k}", "pictures": ["F1"], "caption": text(k, 20)}) + "\n")
         return ["--root", str(root), "--captions", str(root / "captions.jsonl"), "pmc_casereport=case.csv"]
     if tool == "radmd (balance)":
         table(root / "open.csv", ("image_path", "label"),
