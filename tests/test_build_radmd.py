@@ -184,7 +184,7 @@ def test_tables(tmp_path, capsys):
     capsys.readouterr()
     for wrong, words in (
         (["radmd", "--root", str(root), "--out", str(root), "pmc_oa=oa.csv"], "choose another"),
-        (["radmd", "--root", str(root), "--out", str(out), "oa.csv"], "FAMILY=TABLE"),
+        (["radmd", "--root", str(root), "--out", str(out), "oa.csv"], "FAMILY=[FOLDER:]TABLE"),
         (["radmd", "--root", str(root), "--out", str(out), "pmc_oa=x.csv"], "no such table"),
         (["radmd", "--root", str(root), "--out", str(out), "pmc_oa=oa.csv", "--without", "x"], "is unknown"),
     ):

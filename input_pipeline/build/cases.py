@@ -69,8 +69,8 @@ MPX_EPILOG = (
     + """
 what is written to DIR:
   images/CASE_K.png   every picture
-  single.csv          family mpx_single (images="images")
-  multi.csv           family mpx_multi (images="images")
+  single.csv          family mpx_single
+  multi.csv           family mpx_multi
   report.json, problems.jsonl
 
 examples:
@@ -253,7 +253,7 @@ def _scans(place: Path, name: str, case: dict, options: dict, result: Result) ->
         _write_scan(Path(options["out"]) / folder / file, voxels, header.spacing_mm)
         result.count("scans")
         out.append({
-            "file": f"{folder}/{file}" if folder == "scans" else file,
+            "file": f"{folder}/{file}",
             "modality": (said.get("modality") or _CODES.get(header.modality or "", "")).strip(),
             "plane": (said.get("plane") or "").strip(),
             "caption": (said.get("caption") or "").strip(),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import csv
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from input_pipeline.build.jobs import Result
 from input_pipeline.datasets import FAMILIES, tables
@@ -15,25 +17,58 @@ from input_pipeline.prepare.writing import replacing
 from input_pipeline.samples import RowError
 
 
-def named(spec: str, root: Path) -> tuple[str, Path]:
-    """FAMILY=TABLE -> the family and the file. Raises ValueError."""
-    family, equals, table = spec.partition("=")
+class Named(NamedTuple):
+    """A table of the command line: `FAMILY=TABLE`, or `FAMILY=FOLDER:TABLE`.
+
+    Attributes:
+      file: below the folder. root: the folder, below which its scans lie. folder: the same, below --root.
+    """
+
+    family: str
+    file: Path
+    root: Path
+    folder: str
+
+    @property
+    def name(self) -> str:
+        return self.file.name
+
+    def below(self, path: str) -> str:
+        """A path of the table as it stands below --root: scans of several folders are told apart by it."""
+        return f"{self.folder}/{path}" if self.folder else path
+
+
+HELP = "a table below --root and its family; FOLDER:TABLE where the paths in it begin in a folder below --root"
+
+
+def add_tables(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("tables", nargs="+", metavar="FAMILY=[FOLDER:]TABLE", help=HELP)
+    parser.add_argument("--root", required=True, metavar="DIR", help="below which the tables and all scans lie")
+
+
+def named(spec: str, root: Path) -> Named:
+    """Raises ValueError."""
+    family, equals, place = spec.partition("=")
+    folder, colon, table = place.rpartition(":")
     known = [name for name, kind in FAMILIES.items() if issubclass(kind, TableDataset) and kind.layout != "jsonl"]
     if not equals or family not in known:
-        raise ValueError(f"{spec!r}: FAMILY=TABLE is needed, the family being one of {', '.join(known)}")
-    if not (root / table).is_file():
-        raise ValueError(f"{root / table}: there is no such table")
-    return family, root / table
+        raise ValueError(f"{spec!r}: FAMILY=[FOLDER:]TABLE is needed, the family being one of {', '.join(known)}")
+    found = Named(family, root / folder / table, root / folder, folder.strip("/"))
+    if tables.bad_path(folder) and folder:
+        raise ValueError(f"{spec!r}: {tables.bad_path(folder)}, but it must lie below --root {root}")
+    if not found.file.is_file():
+        raise ValueError(f"{found.file}: there is no such table")
+    return found
 
 
-def all_named(specs: list[str], root: Path, directory: Path | None = None) -> list[tuple[str, Path]]:
+def all_named(specs: list[str], root: Path, directory: Path | None = None) -> list[Named]:
     """The same of several, each to be written to `directory` under its name, if one is given. Raises ValueError."""
     found = [named(spec, root) for spec in specs]
-    names = [file.name for _, file in found]
+    names = [table.name for table in found]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"two tables are called {', '.join(twice)}: rename one")
-    if directory is not None and any(file.parent.resolve() == directory.resolve() for _, file in found):
+    if directory is not None and any(table.file.parent.resolve() == directory.resolve() for table in found):
         raise ValueError(f"--out {directory} holds the tables that are read: choose another")
     return found
 

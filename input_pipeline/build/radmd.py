@@ -48,8 +48,7 @@ asked only where neither a label nor the caption says so.
 
 def main(tool: str, argv: list[str]) -> int:
     parser = console.parser(tool, DESCRIPTION, EPILOG)
-    parser.add_argument("tables", nargs="+", metavar="FAMILY=TABLE", help="a table below --root and its family")
-    parser.add_argument("--root", required=True, metavar="DIR", help="below which the tables and their images lie")
+    layouts.add_tables(parser)
     parser.add_argument("--captions", action="append", default=[], metavar="FILE", help="captions.jsonl of pmc-inline")
     parser.add_argument("--classifier", metavar="MODULE:FUNCTION", help="path of an image -> probability")
     parser.add_argument("--threshold", type=float, default=0.5, help="of the classifier (%(default)s)")
@@ -91,14 +90,15 @@ def build(specs: list[str], root, directory: Path, options: dict, progress=jobs.
     )
     report = Report(directory, "radmd", {"root": str(root), "tables": specs} | options)
     report.add(of_captions)
-    if said and not options.get("captions") and any(family == "pmc_casereport" for family, _ in named):
+    if said and not options.get("captions") and any(table.family == "pmc_casereport" for table in named):
         said("no --captions: what figures show is judged by questions and answers alone, which often do not say")
     examples = _Examples(options.get("examples", 20))
     done = progress("radmd", "tables", len(named))
     report.more["tables"] = {}
-    for family, file in named:
-        result = Result()
-        report.more["tables"][file.name] = _table(family, file, directory, settings, options, examples, result)
+    for table in named:
+        result, settings.root = Result(), table.root
+        found = _table(table.family, table.file, directory, settings, options, examples, result)
+        report.more["tables"][table.name] = found
         report.add(result)
         done(1, bool(result.problems))
     write_lines(directory / "examples.jsonl", examples.all())
@@ -108,10 +108,10 @@ def build(specs: list[str], root, directory: Path, options: dict, progress=jobs.
 def _captions(files, named, result: Result) -> filters.Captions:
     """What captions.jsonl says of each picture that the tables name."""
     found = filters.Captions()
-    for family, file in named if files else ():
-        if family == "pmc_casereport":
-            for _, row in layouts.read(family, file, Result())[1]:
-                for paper, picture in filters.pictures(row, family):
+    for table in named if files else ():
+        if table.family == "pmc_casereport":
+            for _, row in layouts.read(table.family, table.file, Result())[1]:
+                for paper, picture in filters.pictures(row, table.family):
                     found.want(paper, picture)
     for file in files:
         for number, row in layouts.read_lines(Path(file), result):

@@ -9,6 +9,7 @@ from pathlib import Path
 from input_pipeline import scans
 from input_pipeline.build import console, duplicates, jobs, layouts
 from input_pipeline.build.jobs import Report, Result
+from input_pipeline.build.layouts import Named
 from input_pipeline.datasets import FAMILIES, Dataset, open_dataset, sample_rng
 from input_pipeline.datasets.diagnosis import Diagnosis
 from input_pipeline.prepare.writing import write_lines
@@ -39,8 +40,7 @@ examples:
 
 def main(tool: str, argv: list[str]) -> int:
     parser = console.parser(tool, DESCRIPTION, EPILOG)
-    parser.add_argument("tables", nargs="+", metavar="FAMILY=TABLE")
-    parser.add_argument("--root", required=True, metavar="DIR", help="below which the tables and all scans lie")
+    layouts.add_tables(parser)
     parser.add_argument("--test", type=float, default=0.1, metavar="SHARE", help="of the groups (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     parser.add_argument("--near", action="store_true", help="look for near duplicates (imagehash and datasketch)")
@@ -74,16 +74,16 @@ class _Groups:
 _KINDS = ("study", "scan", "row")
 
 
-def opened(named, root: Path, result: Result) -> Iterator[tuple[str, str, Path, Dataset]]:
-    """(name of the table, family, file, data set) of each, one at a time; bad rows are reported."""
-    for family, file in named:
-        fields = {"balance": False} if issubclass(FAMILIES[family], Diagnosis) else {}
-        dataset = open_dataset(family, table=file, root=root, quarantine=True, **fields)
+def opened(named: list[Named], result: Result) -> Iterator[tuple[Named, Dataset]]:
+    """Each table with its data set, one at a time; bad rows are reported."""
+    for table in named:
+        fields = {"balance": False} if issubclass(FAMILIES[table.family], Diagnosis) else {}
+        dataset = open_dataset(table.family, table=table.file, root=table.root, quarantine=True, **fields)
         for problem in dataset.problems:
             result.problem(problem.file, problem.row, problem.reason, problem.remedy)
         for why, count in dataset.left_out.items():
-            result.count(f"{file.name}: left out, {why}", count)
-        yield file.name, family, file, dataset
+            result.count(f"{table.name}: left out, {why}", count)
+        yield table, dataset
 
 
 def build(specs, root, directory, options: dict, progress=jobs.silent, said=None) -> dict:
@@ -97,9 +97,10 @@ def build(specs, root, directory, options: dict, progress=jobs.silent, said=None
     groups, rows, pictures = _Groups(), {}, {}
     texts = duplicates.Texts() if options["near"] else None
     near: list[dict] = []
-    for name, family, file, dataset in opened(named, root, result):
+    for table, dataset in opened(named, result):
+        name = table.name
         done = progress(name, "rows", len(dataset))
-        cells = layouts.read(family, file, Result())[1]
+        cells = layouts.read(table.family, table.file, Result())[1]
         for i in range(len(dataset)):
             done(1, 0)
             number = int(dataset.row_id(i))
@@ -111,12 +112,15 @@ def build(specs, root, directory, options: dict, progress=jobs.silent, said=None
             except RowError as error:
                 result.problem(error.file, number, error.reason, error.remedy)
                 continue
-            study = str(given.get("study") or sample.study_id or "")
+            study = sample.study_id or ""
+            # A study that is no more than the path of a scan is one of this folder.
+            study = table.below(study) if study in {scan.path for scan in shown} else study
+            study = str(given.get("study") or study)
             if study:
                 groups.join(key, f"study {study}")
             for scan in shown:
-                groups.join(key, f"scan {scan.path}")
-                pictures.setdefault(scan.path, None)
+                groups.join(key, f"scan {table.below(scan.path)}")
+                pictures.setdefault(table.below(scan.path), None)
             rows[name, number] = str(given.get("split") or "")
             if texts is not None:
                 text = " ".join(p.text for p in sample.parts if isinstance(p, Text) and p.role == "response")
@@ -175,14 +179,14 @@ def side(seed: int, group: str, test: float) -> str:
 
 
 def _write(directory, named, groups, rows, options, result: Result) -> None:
-    for family, file in named:
-        header, cells = layouts.read(family, file, Result())
+    for table in named:
+        header, cells = layouts.read(table.family, table.file, Result())
         if header is not None and "split" not in header:
             header = [*header, "split"]
-        with layouts.Tables(directory, {file.name: header}) as out:
+        with layouts.Tables(directory, {table.name: header}) as out:
             for number, row in cells:
-                if (file.name, number) in rows:
-                    group = groups.find(f"row {file.name} {number}")
+                if (table.name, number) in rows:
+                    group = groups.find(f"row {table.name} {number}")
                     split = side(options["seed"], group, options["test"])
-                    out.write(file.name, row | {"split": split})
-                    result.count(f"{file.name}: {split}")
+                    out.write(table.name, row | {"split": split})
+                    result.count(f"{table.name}: {split}")

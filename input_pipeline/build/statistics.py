@@ -40,8 +40,7 @@ NOT_STATED = "not stated"
 
 def main(tool: str, argv: list[str]) -> int:
     parser = console.parser(tool, DESCRIPTION, EPILOG)
-    parser.add_argument("tables", nargs="+", metavar="FAMILY=TABLE")
-    parser.add_argument("--root", required=True, metavar="DIR", help="below which the tables and all scans lie")
+    layouts.add_tables(parser)
     parser.add_argument("--name", default="A data set for RadFM", help="title of the card")
     parser.add_argument("--report", action="append", default=[], metavar="FILE", help="report.json of a builder")
     parser.add_argument("--licence", action="append", default=[], metavar="TABLE=TEXT", help="for the card; repeatable")
@@ -61,7 +60,8 @@ def build(specs, root, directory, options: dict, progress=jobs.silent, said=None
     where: dict[str, str] = {}
     tables: dict[str, dict] = {}
     tasks: collections.Counter[str] = collections.Counter()
-    for name, family, _, dataset in opened(named, root, result):
+    for table, dataset in opened(named, result):
+        name, family = table.name, table.family
         done = progress(name, "rows", len(dataset))
         counted = tables[name] = {"family": family, "rows": len(dataset), "scans": 0, "studies": 0, "tasks": {}}
         shown, studies, words, most = set(), set(), 0, 0
@@ -79,10 +79,10 @@ def build(specs, root, directory, options: dict, progress=jobs.silent, said=None
             words, most = words + said_here, max(most, said_here)
             for scan in found:
                 shown.add(scan.path)
-                where.setdefault(scan.path, family)
-            named = _label(family, dataset._rows[i])
-            if named:
-                labels.update(dict.fromkeys((scan.path for scan in found), named))
+                where.setdefault(table.below(scan.path), family)
+            label = _label(family, dataset._rows[i])
+            if label:
+                labels.update(dict.fromkeys((table.below(scan.path) for scan in found), label))
             done(1, 0)
         tasks.update(own)
         counted |= {"scans": len(shown), "studies": len(studies), "tasks": dict(own.most_common())}
