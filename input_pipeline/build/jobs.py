@@ -202,6 +202,7 @@ class Report:
         self.reasons: collections.Counter[str] = collections.Counter()
         self.more: dict = {}
         self._started = time.monotonic()
+        directory.mkdir(parents=True, exist_ok=True)
         self._file = directory / "problems.jsonl.partial"
         self._file.write_text("", encoding="utf-8")
         self.problems = 0
