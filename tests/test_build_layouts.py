@@ -150,3 +150,22 @@ def test_bad_lines_of_captions_are_told(tmp_path):
     options = {"captions": [str(tmp_path / "captions.jsonl")]}
     report = radmd.build(["pmc_casereport=c.csv"], tmp_path, tmp_path / "out", options)
     assert report["problems"] == 2 and report["counts"]["c.csv: kept"] == 1
+
+
+@pytest.mark.parametrize(("argv", "words"), [
+    ("vqa c.json --model m --budget 5", "--budget needs --price-in"),
+    ("vqa c.json --model m --base-url https://me:secret@host/v1", "holds a user or a password"),
+    ("vqa c.json --model m --limit 0", "--limit needs at least 1"),
+    ("radmd --root . rad3d_vqa=v.csv --examples -1", "--examples needs at least 0"),
+    ("diagnosis --root . rsna=R --per-disease 0", "at least 1 is needed"),
+    ("splits --root . rad3d_vqa=v.csv --test 1", "a share between 0 and 1"),
+])  # fmt: skip
+def test_options_that_cannot_be_meant(tmp_path, capsys, argv, words):
+    with pytest.raises(SystemExit, match="2"):
+        main([*argv.split(), "--out", str(tmp_path)])
+    assert words in capsys.readouterr().err
+
+
+def test_a_set_beside_the_root(tmp_path, capsys):
+    assert main(["diagnosis", "--root", str(tmp_path), "--out", str(tmp_path / "o"), "rsna=../R"]) == 2
+    assert "must lie below --root" in " ".join(capsys.readouterr().err.split())

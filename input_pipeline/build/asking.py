@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import re
+import urllib.parse
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -91,6 +92,16 @@ def main(tool: str, argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.concurrency < 1 or args.retries < 0 or args.max_tokens < 1 or args.timeout <= 0:
         parser.error("--concurrency and --max-tokens need at least 1, --retries 0, --timeout more than 0")
+    if (
+        args.limit is not None
+        and args.limit < 1
+        or min(args.per_minute, args.price_in, args.price_out, args.budget) < 0
+    ):
+        parser.error("--limit needs at least 1; --per-minute, --price-in, --price-out and --budget at least 0")
+    if args.budget and not (args.price_in or args.price_out):
+        parser.error("--budget needs --price-in and --price-out: without them nothing costs anything")
+    if "@" in urllib.parse.urlsplit(args.base_url).netloc:
+        parser.error("--base-url holds a user or a password, which would be written to the report: use --key-variable")
     return _coded(args, console.run(args, lambda out, **more: build(tool, args.source, out, endpoint(args), {
         "dry_run": args.dry_run, "limit": args.limit, "all_figures": cases and args.all_figures}, **more)))  # fmt: skip
 

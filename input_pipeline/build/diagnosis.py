@@ -9,7 +9,7 @@ from pathlib import Path
 from input_pipeline.build import console, jobs, labels, layouts
 from input_pipeline.build.jobs import Report, Result
 from input_pipeline.build.radmd import order
-from input_pipeline.datasets import diseases
+from input_pipeline.datasets import diseases, tables
 
 DESCRIPTION = """\
 Make diagnosis tables from the label files of public X-ray sets as their owners publish them: an open table (what does
@@ -99,6 +99,9 @@ def _member(spec: str) -> tuple[str, str]:
     member, equals, folder = spec.partition("=")
     if not equals or member not in labels.MEMBERS:
         raise ValueError(f"{spec!r}: MEMBER=FOLDER is needed, the member being one of {', '.join(labels.MEMBERS)}")
+    folder = folder.strip("/")
+    if tables.bad_path(folder):
+        raise ValueError(f"{spec!r}: the folder must lie below --root: {tables.bad_path(folder)}")
     return member, folder
 
 
@@ -108,7 +111,7 @@ def _add(member: str, folder: str, root: Path, rule, seed: int, most, out, resul
     result.count(f"{member}: images", len(images))
     labelled = 0
     for image in images:
-        image.path = f"{folder.strip('/')}/{image.path}"
+        image.path = f"{folder}/{image.path}"
         row = _open(image, member)
         if row is not None:
             out.write("open.csv", row)

@@ -68,6 +68,8 @@ def main(tool: str, argv: list[str]) -> int:
     parser.add_argument("--examples", type=int, default=20, metavar="N", help="of each rule and outcome (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the balance (%(default)s)")
     args = parser.parse_args(argv)
+    if args.examples < 0 or not 0 <= args.threshold <= 1:
+        parser.error("--examples needs at least 0, --threshold a probability")
     options = {k: v for k, v in vars(args).items() if k not in ("out", "strict", "tables", "root")}
     return console.run(args, lambda out, **more: build(args.tables, args.root, out, options, **more))
 

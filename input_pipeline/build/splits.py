@@ -26,13 +26,16 @@ goes to test with the given share, decided by a hash of the seed and the name of
 rows and tables moves no other group, unless it joins two or brings a study whose name comes before.
 
 what is written to DIR:
-  the tables with their column `split`        read with split="train" or split="test"
+  the tables with their column `split`        read with split="train" or split="test", and the root that they had
   near.jsonl      with --near: pairs of pictures or texts, and how near they are
   leaks.jsonl     with --check: groups that stand on both sides of the column `split` that tables have already
   report.json, problems.jsonl
 
+FAMILY=FOLDER:TABLE is for a table whose paths begin in a folder below --root, as the other builders write them; TABLE is
+below that folder, too, or leads out of it: rad3d_caption=rad3d:../split/caption.json.
+
 examples:
-  python -m input_pipeline.build splits --root data --out data/split pmc_vqa=vqa.csv rad3d_caption=caption.json
+  python -m input_pipeline.build splits --root data --out data/split pmc_vqa=vqa.csv rad3d_caption=rad3d:caption.json
   python -m input_pipeline.build splits --root data --out s --near --test 0.05 vqa_rad=vqa.csv
   python -m input_pipeline.build splits --root data --out s --check --near cxr_mix=open.csv     # changes no split
 """
