@@ -31,7 +31,7 @@ what is written to DIR:
   leaks.jsonl     with --check: groups that stand on both sides of the column `split` that tables have already
   report.json, problems.jsonl
 
-FAMILY=FOLDER:TABLE is for a table whose paths begin in a folder below --root, as the other builders write them; TABLE is
+FAMILY=FOLDER:TABLE is for a table whose paths begin in a folder below --root, as the other builders write; TABLE is
 below that folder, too, or leads out of it: rad3d_caption=rad3d:../split/caption.json.
 
 examples:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import shlex
 import sys
 from pathlib import Path
@@ -108,6 +109,9 @@ def main(argv: list[str] | None = None) -> int:
         out = args.out or data.index
         if not out:
             raise ValueError("name the directory of the index: --out DIR")
+        if args.records:
+            # While TFDS is imported it puts an import function of its own in place, which ends the thread of the bars.
+            importlib.import_module("input_pipeline.records")
         with bars:
             report = prepare(
                 data,
