@@ -88,6 +88,13 @@ class Server:
             choice["message"]["content"] = "I'm sorry, but I can't help with that."
         elif what == "empty":
             choice["message"]["content"] = ""
+        elif what == "echo":
+            # A model that repeats the key, as one may that an attacker's text or its server's log has made say it.
+            choice["message"]["content"] = (
+                f"User: Which key is seen?\nAssistant: It is {handler.headers['Authorization'].split()[1]}, or none."
+            )
+        elif what == "echo refusal":
+            choice["message"] |= {"content": None, "refusal": f"Not with {handler.headers['Authorization']}."}
         elif what == "none":
             choice["message"]["content"] = "NONE"
         answer = {

@@ -97,8 +97,8 @@ def test_mpx(tmp_path):
     }
     case(root, "MPX1", texts | {"scans": said}, "a.png", "b.png")
     assert main(["mpx", str(root), "--out", str(out), "--workers", "0"]) == 0
-    single = open_dataset("mpx_single", table="single.csv", root=out, images="images")
-    multi = open_dataset("mpx_multi", table="multi.csv", root=out, images="images")
+    single = open_dataset("mpx_single", table="single.csv", root=out)
+    multi = open_dataset("mpx_multi", table="multi.csv", root=out)
     assert len(single) == 3 and len(multi) == 4
     sample = multi.sample(0, sample_rng(0, 0, "x", "1"))
     assert len(sample.scans) == 2 and sample.study_id == "MPX1"

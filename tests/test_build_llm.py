@@ -236,6 +236,25 @@ def test_vqa_reads_back_and_says_what_is_left(tmp_path, capsys):
     assert "no such table" in capsys.readouterr().err
 
 
+def test_a_key_that_an_answer_repeats_is_cut_out(tmp_path, capsys):
+    """From what is written and from what is shown; an answer that says "none" is left as it is without a key."""
+    rows = [CASE | {"npy_path": f"v/{k}.npy", "finding": f"Case {k} of a mass."} for k in range(3)]
+    write_json(tmp_path / "cap.json", rows)
+    plans = {"Case 0": ["echo"], "Case 1": ["echo refusal"], "Case 2": ["400"]}
+    with Server(plans) as server:
+        command = ["vqa", str(tmp_path / "cap.json"), "--model", "m", "--base-url", server.url]
+        assert main([*command, "--out", str(tmp_path / "out")]) == 0
+        assert server.keys == {f"Bearer {KEY}"}
+        assert main([*command, "--out", str(tmp_path / "keyless"), "--key-variable", ""]) == 0
+    written = {f.name: f.read_text() for f in (tmp_path / "out").iterdir() if f.is_file()}
+    assert "It is ..., or none." in written["vqa.csv"] and "Not with Bearer ..." in written["problems.jsonl"]
+    assert len(written["answers.jsonl"].splitlines()) == 3
+    shown = capsys.readouterr()
+    for name, text in (written | {"stdout": shown.out, "stderr": shown.err}).items():
+        assert KEY not in text, name
+    assert "It is none, or none." in (tmp_path / "keyless" / "vqa.csv").read_text()
+
+
 def test_another_request_is_another_key():
     endpoint = llm.Endpoint("http://a", "m")
     one = llm.request_key(endpoint, [{"role": "user", "content": "a"}])

@@ -7,7 +7,6 @@ import io
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -15,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from input_pipeline import scans
-from input_pipeline.build import captions, jobs, packages, pmc
+from input_pipeline import parts, scans
+from input_pipeline.build import captions, packages, pmc
 from input_pipeline.build.__main__ import main
 from input_pipeline.datasets import open_dataset, sample_rng
 from input_pipeline.samples import Scan
@@ -124,7 +123,7 @@ def test_panels_of_captions(caption, marks):
 
 def test_workers_and_resume_change_nothing(source, built, tmp_path, monkeypatch):
     """Ended after any part, the same command goes on; nothing is read twice, and the result is the same."""
-    monkeypatch.setattr(jobs, "CHUNK", 2)
+    monkeypatch.setattr(parts, "CHUNK", 2)
     real, read = pmc.inline_paper, []
 
     def ending(options, path):
@@ -136,7 +135,7 @@ def test_workers_and_resume_change_nothing(source, built, tmp_path, monkeypatch)
     monkeypatch.setattr(pmc, "inline_paper", ending)
     with pytest.raises(KeyboardInterrupt):
         build(source.parent, tmp_path / "ended")
-    assert len(list((tmp_path / "ended" / "parts").iterdir())) == 2
+    assert len(list((tmp_path / "ended" / "parts").glob("*.jsonl"))) == 2
     with pytest.raises(ValueError, match="--restart"):
         build(source.parent, tmp_path / "ended", any_language=True)
     first = set(read[:4])
@@ -215,8 +214,9 @@ def test_other_formats_become_png(tmp_path):
 
 
 def test_items_are_read_by_slices(tmp_path):
-    items = jobs.Items.write(tmp_path / "items", (f"item {k}" for k in range(1000)))
+    items = parts.Items.write(tmp_path, (f"item {k}" for k in range(1000)))
     assert len(items) == 1000 and items[0] == "item 0" and items[999:1001] == ["item 999"]
+    assert items.chunks == 16 and items.chunk(15) == [f"item {k}" for k in range(960, 1000)]
     assert items[130:133] == ["item 130", "item 131", "item 132"]
 
 
@@ -246,15 +246,6 @@ def test_the_command(source, tmp_path, capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["pmc-oa", "--help"])
     assert "exit codes" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_beam_gives_the_same(source, built, tmp_path):
-    """In a process of its own: Beam brings older versions of other packages."""
-    pytest.importorskip("apache_beam")
-    command = [sys.executable, "-m", "input_pipeline.build", "pmc-inline", source.parent, "--out", tmp_path, "--cases"]
-    subprocess.run([*map(str, command), "--runner", "direct"], check=True)
-    assert tree(tmp_path, ("report.json", ".lock")) == tree(built[0])
 
 
 def test_without_beam(source, tmp_path, monkeypatch):

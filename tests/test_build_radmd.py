@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from input_pipeline.build import filters, radiology, radmd, sizes
+from input_pipeline.build import filters, radiology, radmd
 from input_pipeline.build.__main__ import main
 from input_pipeline.build.filters import Settings
-from input_pipeline.datasets import open_dataset
+from input_pipeline.datasets import open_dataset, sizes
 from tests.dataset_tables import CASE, every_family, volumes, write_csv, write_json
 
 
@@ -101,7 +101,7 @@ def test_cheating(context, answer, away):
     ],
 )
 def test_sizes_taken_out(text, left):
-    assert sizes.remove(text) == left
+    assert sizes.without_sizes(text) == left
 
 
 def test_sizes_leave_whole_sentences():
@@ -119,7 +119,10 @@ def test_the_classifier_decides_what_words_do_not(tmp_path):
         return 0.9 if "F1" in path else 0.1
 
     row = {"PMC_id": "PMC5", "img_ref": "['F1']", "question": "Q: Seen?", "answer": "A: A mass", "context": ""}
-    given = Settings(tmp_path, {("PMC5", "F3"): "Histology."}, classifier)
+    said = filters.Captions()
+    said.want("PMC5", "F3")
+    said.add("PMC5", "F3", "Histology.")
+    given = Settings(tmp_path, said, classifier)
     keep = lambda ref, s=given: filters.radiologic(row | {"img_ref": ref}, "pmc_casereport", s).row is not None  # noqa: E731
     assert keep("['F1']") and not keep("['F2']") and not keep("['F3']") and keep("['F2', 'F1']")
     assert len(asked) == 4 and asked[0].endswith("figures/PMC5_F1.jpg")
@@ -181,7 +184,7 @@ def test_tables(tmp_path, capsys):
     capsys.readouterr()
     for wrong, words in (
         (["radmd", "--root", str(root), "--out", str(root), "pmc_oa=oa.csv"], "choose another"),
-        (["radmd", "--root", str(root), "--out", str(out), "oa.csv"], "FAMILY=TABLE"),
+        (["radmd", "--root", str(root), "--out", str(out), "oa.csv"], "FAMILY=[FOLDER:]TABLE"),
         (["radmd", "--root", str(root), "--out", str(out), "pmc_oa=x.csv"], "no such table"),
         (["radmd", "--root", str(root), "--out", str(out), "pmc_oa=oa.csv", "--without", "x"], "is unknown"),
     ):

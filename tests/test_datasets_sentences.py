@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from input_pipeline.datasets.sentences import closed, join, sentences, shorten, without_sizes
+from input_pipeline.datasets.sentences import closed, join, sentences, shorten
+from input_pipeline.datasets.sizes import without_sizes
 
 
 def test_sentences_know_abbreviations_and_decimals():

@@ -19,10 +19,10 @@ import pytest
 from PIL import Image
 from test_prepare import facts, indexed, mine, no_picture, own, practice, row  # noqa: F401
 
-from input_pipeline import prepare, scans, workers
+from input_pipeline import prepare, scans, tasks, workers
 from input_pipeline.config import DataConfig
 from input_pipeline.index import Index
-from input_pipeline.prepare import checking, tasks
+from input_pipeline.prepare import checking
 from input_pipeline.workers import WorkerError
 
 # --- interruptions ----------------------------------------------------------------------------------------------------

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import itertools
 import json
 import re
-from collections.abc import Iterator
+import urllib.parse
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from input_pipeline.build import console, jobs, llm, questions, radiology
+from input_pipeline.build import console, jobs, layouts, llm, questions, radiology
 from input_pipeline.build.jobs import Report, Result
-from input_pipeline.build.radmd import write_table
-from input_pipeline.datasets import tables
 from input_pipeline.samples import RowError
 
 CASES = """\
@@ -42,6 +43,10 @@ examples:
   python -m input_pipeline.build {tool} {source} --out {out} --model my-llama --base-url http://localhost:8000/v1 \\
       --key-variable '' --concurrency 64
 """  # noqa: E501
+_TABLES = {
+    "pmc-casereport": ("casereport.csv", "PMC_id", "img_ref", "context", "question", "answer"),
+    "vqa": ("vqa.csv", "image_path", "question", "answer"),
+}
 BACKGROUND = 12  # sentences of a case that become context at most; the reader shortens them further
 _CASE_SECTION = re.compile(r"\bcases?\b|presentation|history|patient|report", re.IGNORECASE)
 _AFTERWARDS = re.compile(r"discussion|conclusion|introduction|background|method|review|consent|abbreviation", re.I)
@@ -87,6 +92,16 @@ def main(tool: str, argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.concurrency < 1 or args.retries < 0 or args.max_tokens < 1 or args.timeout <= 0:
         parser.error("--concurrency and --max-tokens need at least 1, --retries 0, --timeout more than 0")
+    if (
+        args.limit is not None
+        and args.limit < 1
+        or min(args.per_minute, args.price_in, args.price_out, args.budget) < 0
+    ):
+        parser.error("--limit needs at least 1; --per-minute, --price-in, --price-out and --budget at least 0")
+    if args.budget and not (args.price_in or args.price_out):
+        parser.error("--budget needs --price-in and --price-out: without them nothing costs anything")
+    if "@" in urllib.parse.urlsplit(args.base_url).netloc:
+        parser.error("--base-url holds a user or a password, which would be written to the report: use --key-variable")
     return _coded(args, console.run(args, lambda out, **more: build(tool, args.source, out, endpoint(args), {
         "dry_run": args.dry_run, "limit": args.limit, "all_figures": cases and args.all_figures}, **more)))  # fmt: skip
 
@@ -113,84 +128,83 @@ def build(
     shown = {"source": str(source), "base_url": endpoint.base_url, "model": endpoint.model,
              "temperature": endpoint.temperature, "max_tokens": endpoint.max_tokens} | options  # fmt: skip
     report, result = Report(directory, tool, shown), Result()
-    asked = list(_limited((case_requests if tool == "pmc-casereport" else caption_requests)(source, options, result),
-                          options.get("limit")))  # fmt: skip
-    result.count("texts to ask about", len(asked))
-    if not asked:
-        raise ValueError(f"{source} has nothing to ask about: {dict(result.counts)}")
-    answers = llm.Answers(directory / "answers.jsonl")
-    requests = (questions.messages(a.text) for a in asked)
-    if options.get("dry_run"):
-        said("a request:\n" + json.dumps(questions.messages(asked[0].text), indent=1, ensure_ascii=False))
+    found = case_requests if tool == "pmc-casereport" else caption_requests
+
+    def asked(told: Result) -> Iterator[Asked]:
+        """Read anew each time, so that no more than a request is in memory."""
+        return itertools.islice(found(source, options, told), options.get("limit"))
+
+    first = next(asked(Result()), None)
+    if first is None:
+        for _ in asked(result):
+            pass
         report.add(result)
-        report.counts |= llm.estimate(endpoint, answers, requests)
+        report.write()
+        raise ValueError(f"{source} has nothing to ask about: {dict(result.counts)}, see problems.jsonl")
+    answers = llm.Answers(directory / "answers.jsonl")
+    if options.get("dry_run"):
+        said("a request:\n" + json.dumps(questions.messages(first.text), indent=1, ensure_ascii=False))
+        estimated = llm.estimate(endpoint, answers, (questions.messages(a.text) for a in asked(result)))
+        report.add(result)
+        report.counts |= estimated
         return report.write()
-    done = progress(tool, "requests", len(asked))
+    for _ in asked(result):
+        result.count("texts to ask about")
+    report.add(result)
+    done = progress(tool, "requests", result.counts["texts to ask about"])
     stopped = None
     counts = llm.Counts()
     try:
-        counts = llm.ask_all(endpoint, answers, requests, done)
+        counts = llm.ask_all(endpoint, answers, (questions.messages(a.text) for a in asked(Result())), done)
     except llm.Stop as error:
         stopped, counts = str(error), error.counts
         said(stopped)
-    report.add(result)
     report.counts |= counts.to_dict(endpoint)
     if stopped:
         report.more["stopped"] = stopped
-    _write(tool, directory, asked, answers, endpoint, report)
+    _write(tool, directory, asked(Result()), answers, endpoint, report)
     return report.write()
 
 
-def _limited(found: Iterator[Asked], limit: int | None) -> Iterator[Asked]:
-    for k, asked in enumerate(found):
-        if limit is not None and k >= limit:
-            return
-        yield asked
-
-
-def _write(tool: str, directory: Path, asked: list[Asked], answers: llm.Answers, endpoint, report: Report) -> None:
+def _write(tool: str, directory: Path, asked: Iterable[Asked], answers: llm.Answers, endpoint, report: Report) -> None:
     """The table, in the order of the source, whatever order the answers came in."""
-    result, rows, seen = Result(), [], set()
-    for item in asked:
-        key = llm.request_key(endpoint, questions.messages(item.text))
-        if key not in answers:
-            result.count("texts without an answer yet")
-            continue
-        answer = answers[key]
-        if answer["kind"] in ("refused", "rejected", "empty"):
-            result.count(f"answers: {answer['kind']}")
-            result.problem(directory / "answers.jsonl", key, f"the endpoint's answer is {answer['kind']}",
-                           f"{answer['text'] or answer['finish']}"[:200])  # fmt: skip
-            continue
-        for pair in questions.usable(answer["text"], answer["kind"] == "cut", result.count):
-            row = item.cells | {"question": pair.question, "answer": pair.answer}
-            if tool == "pmc-casereport":
-                row |= {"question": f"Q: {pair.question}", "answer": f"A: {pair.answer}"}
-            content = tuple(row.values())
-            if content in seen:
-                result.count("pairs dropped: the same row twice")
-            else:
-                seen.add(content)
-                rows.append(row)
-    result.count("rows written", len(rows))
+    result, seen = Result(), set()  # 8 bytes of a hash of each row
+    name, *header = _TABLES[tool]
+    with layouts.Tables(directory, {name: header}) as out:
+        for item in asked:
+            key = llm.request_key(endpoint, questions.messages(item.text))
+            if key not in answers:
+                result.count("texts without an answer yet")
+                continue
+            answer = answers[key]
+            if answer["kind"] in ("refused", "rejected", "empty"):
+                result.count(f"answers: {answer['kind']}")
+                result.problem(directory / "answers.jsonl", key, f"the endpoint's answer is {answer['kind']}",
+                               f"{answer['text'] or answer['finish']}"[:200])  # fmt: skip
+                continue
+            for pair in questions.usable(answer["text"], answer["kind"] == "cut", result.count):
+                row = item.cells | {"question": pair.question, "answer": pair.answer}
+                if tool == "pmc-casereport":
+                    row |= {"question": f"Q: {pair.question}", "answer": f"A: {pair.answer}"}
+                content = hashlib.blake2b(json.dumps(list(row.values())).encode(), digest_size=8).digest()
+                if content in seen:
+                    result.count("pairs dropped: the same row twice")
+                else:
+                    seen.add(content)
+                    out.write(name, row)
+    result.count("rows written", out.rows[name])
     report.add(result)
-    if tool == "pmc-casereport":
-        write_table(directory / "casereport.csv", ["PMC_id", "img_ref", "context", "question", "answer"], rows)
-    else:
-        write_table(directory / "vqa.csv", ["image_path", "question", "answer"], rows)
 
 
 # --- what is asked about ----------------------------------------------------------------------------------------------
 
 
-def _read(source: Path, result: Result) -> list[tuple[int, dict]]:
+def _read(source: Path, result: Result) -> Iterator[tuple[int, dict]]:
+    if not source.is_file():
+        raise RowError(source, 0, "there is no such table", "give cases.jsonl, or JSON of rad3d_caption")
     if source.suffix == ".jsonl":
-        rows, problems = tables.read_jsonl(source)
-    else:
-        rows, problems = tables.read_json(source, ("npy_path", "finding", "impression"))
-    for problem in problems:
-        result.problem(problem.file, problem.row, problem.reason, problem.remedy)
-    return rows
+        return layouts.read_lines(source, result)
+    return layouts.read("rad3d_caption", source, result)[1]
 
 
 def case_requests(source: Path, options: dict, result: Result) -> Iterator[Asked]:
@@ -237,8 +251,6 @@ def background(before: list[tuple[str, str, list[str]]]) -> str:
 
 def caption_requests(source: Path, options: dict, result: Result) -> Iterator[Asked]:
     """One request for each case with findings or an impression."""
-    if not source.is_file():
-        raise RowError(source, 0, "there is no such table", "give the JSON of the family rad3d_caption")
     for number, row in _read(source, result):
         parts = {name: row.get(name) for name in ("finding", "impression")}
         said = {k: " ".join(v) if isinstance(v, list) else v for k, v in parts.items() if v}

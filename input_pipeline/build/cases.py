@@ -11,8 +11,8 @@ one case.json, or all cases in one cases.csv:
 
 from __future__ import annotations
 
-import csv
 import gzip
+import hashlib
 import json
 import os
 import re
@@ -22,12 +22,10 @@ from pathlib import Path
 import nibabel
 import numpy as np
 
-from input_pipeline import scans
-from input_pipeline.build import console, jobs
+from input_pipeline import parts, scans
+from input_pipeline.build import console, jobs, layouts
 from input_pipeline.build.jobs import Result
-from input_pipeline.build.radmd import write_table
 from input_pipeline.datasets import diseases, modalities, tables
-from input_pipeline.prepare.writing import replacing
 from input_pipeline.samples import RowError
 
 LAYOUT = """
@@ -71,14 +69,18 @@ MPX_EPILOG = (
     + """
 what is written to DIR:
   images/CASE_K.png   every picture
-  single.csv          family mpx_single (images="images")
-  multi.csv           family mpx_multi (images="images")
+  single.csv          family mpx_single
+  multi.csv           family mpx_multi
   report.json, problems.jsonl
 
 examples:
   python -m input_pipeline.build mpx cases --out mpx
 """
 )
+_TABLES: dict[str, dict[str, list[str] | None]] = {
+    "rad3d": {"caption.json": None, "rationale.json": None, "modality.csv": ["image_path", "answer"]},
+    "mpx": {"single.csv": ["name", "type", "context"], "multi.csv": ["name", "type", "context", "history"]},
+}
 _TEXTS = (
     "title findings impression patient presentation history discussion exam ddx dxHow followup articles features"
 ).split()
@@ -121,45 +123,52 @@ def build(tool: str, source, directory, options: dict, **running) -> dict:
     options = options | {"tool": tool, "out": str(directory)}
     items = jobs.run(directory, tool, one_case, options, _listed(source), **running)
     report = jobs.Report(directory, tool, {"source": str(source), "first": options["first"]})
-    found: dict[str, list] = {}
-    for _, result in jobs.results(directory, items):
-        report.add(result)
-        for name, rows in result.tables.items():
-            found.setdefault(name, []).extend(rows)
-    for name, rows in found.items():
-        write_table(directory / name, None if name.endswith(".json") else list(rows[0]), rows)
-        report.counts[f"{name}: rows"] = len(rows)
+    with layouts.Tables(directory, _TABLES[tool]) as out:
+        for _, result in jobs.results(directory, items):
+            report.add(result)
+            for name, rows in result.tables.items():
+                for row in rows:
+                    out.write(name, row)
+    report.counts |= {f"{name}: rows": count for name, count in out.rows.items()}
     written = report.write()
-    jobs.clean(directory)
+    parts.clean(directory)
     return written
 
 
 def _listed(source: Path) -> Iterator[str]:
-    """One item a case: JSON of (folder, texts), so that a row function needs nothing else."""
+    """One item a case, so that a row function needs nothing else: JSON of the place, the folder's name, the row of
+    cases.csv with its cells (0 and null without one), and what is wrong with it."""
     table = source / "cases.csv"
-    if table.is_file():
-        with open(table, encoding="utf-8-sig", newline="") as lines:
-            header = [c.strip() for c in next(csv.reader(lines), [])]
-        known = [c for c in header if c in (*_TEXTS, "scans")]
-        _, rows, problems = tables.read_csv(table, ("case",), known)
-        if problems:
-            raise tables.TableError(problems)
-        for number, cells in rows:
-            yield json.dumps(
-                [str(source), cells["case"].strip(), number, {k: cells[k] for k in known if cells[k].strip()}]
-            )
-        return
-    for folder in sorted(f.name for f in source.iterdir() if f.is_dir()):
-        yield json.dumps([str(source), folder, 0, None])
+    if not table.is_file():
+        cases = ((0, {"case": f.name}) for f in sorted(f for f in source.iterdir() if f.is_dir()))
+    else:
+        _, cases = tables.stream_csv(table, ("case",), None)
+    files: set[int] = set()  # names of what is written, 8 bytes of a hash each
+    for row in cases:
+        if isinstance(row, RowError):
+            yield json.dumps([str(source), "", row.row, None, row.reason])
+            continue
+        number, cells = row
+        name = cells["case"].strip()
+        written = int.from_bytes(hashlib.blake2b(_SAFE.sub("_", name).encode(), digest_size=8).digest(), "big")
+        fault = "another case has this name, or one whose files would be called the same" if written in files else ""
+        files.add(written)
+        more = {k: v for k, v in cells.items() if k in (*_TEXTS, "scans") and v.strip()} if number else None
+        yield json.dumps([str(source), name, number, more, fault])
 
 
 def one_case(options: dict, item: str) -> Result:
     """A case -> its rows; writes its scans."""
-    root, name, number, cells = json.loads(item)
+    root, name, number, cells, fault = json.loads(item)
     result, place = Result(), Path(root) / name
     result.count("cases read")
     where = Path(root) / "cases.csv" if number else place / "case.json"
+    if fault:
+        result.count("cases that cannot be used")
+        result.problem(where, number, fault, "correct or rename it")
+        return result
     if tables.bad_path(name) or "/" in name or "\\" in name:
+        result.count("cases that cannot be used")
         result.problem(where, number, f"the case is no plain folder name: {name[:60]!r}", "rename it")
         return result
     try:
@@ -244,7 +253,7 @@ def _scans(place: Path, name: str, case: dict, options: dict, result: Result) ->
         _write_scan(Path(options["out"]) / folder / file, voxels, header.spacing_mm)
         result.count("scans")
         out.append({
-            "file": f"{folder}/{file}" if folder == "scans" else file,
+            "file": f"{folder}/{file}",
             "modality": (said.get("modality") or _CODES.get(header.modality or "", "")).strip(),
             "plane": (said.get("plane") or "").strip(),
             "caption": (said.get("caption") or "").strip(),
@@ -274,7 +283,7 @@ def _as_bytes(voxels: np.ndarray, extremes) -> np.ndarray:
 
 def _write_scan(file: Path, voxels: np.ndarray, spacing) -> None:
     """[H, W, D, C] as PNG (one slice) or NIfTI in the same display order; of the header, the spacing alone."""
-    with replacing(file) as partial:
+    with parts.whole(file) as partial:
         if file.suffix == ".png":
             from PIL import Image
 

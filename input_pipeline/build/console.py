@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from input_pipeline.build import jobs
+from input_pipeline import beam, parts
 from input_pipeline.prepare.__main__ import Rate, _bar, _one_line
 from input_pipeline.workers import WorkerError
 
@@ -39,15 +39,7 @@ def parser(tool: str, description: str, epilog: str) -> argparse.ArgumentParser:
 def add_job_options(made: argparse.ArgumentParser) -> None:
     """For builders that work item by item (jobs.py)."""
     made.add_argument("--workers", type=int, metavar="N", help="processes (default: all cores; 0: none of its own)")
-    made.add_argument(
-        "--runner",
-        default="local",
-        metavar="NAME",
-        help="local (default), or a runner of Apache Beam: direct, dataflow, flink, spark, prism or a class name",
-    )
-    made.add_argument(
-        "--runner-option", action="append", default=[], metavar="--NAME=VALUE", help="handed on to Beam; repeatable"
-    )
+    beam.add_options(made)
     made.add_argument("--restart", action="store_true", help="begin anew, whatever an earlier run had finished")
 
 
@@ -55,12 +47,7 @@ def job_options(args: argparse.Namespace) -> dict:
     """Of `jobs.run`, from `add_job_options`."""
     if args.workers is not None and args.workers < 0:
         raise ValueError(f"--workers {args.workers}: 0 or more are needed")
-    return {
-        "runner": args.runner,
-        "workers": args.workers,
-        "restart": args.restart,
-        "runner_options": tuple(args.runner_option),
-    }
+    return {"workers": args.workers, "restart": args.restart} | beam.chosen(args)
 
 
 def run(args: argparse.Namespace, build: Callable[..., dict]) -> int:
@@ -72,7 +59,7 @@ def run(args: argparse.Namespace, build: Callable[..., dict]) -> int:
     )  # fmt: skip
     directory = Path(args.out)
     try:
-        with jobs.held(directory), bars:
+        with parts.held(directory, "build"), bars:
             report = build(
                 directory,
                 progress=lambda what, unit, total: _bar(bars, what, unit, total),

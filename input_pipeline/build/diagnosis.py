@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import heapq
+from collections.abc import Iterator
 from pathlib import Path
 
-from input_pipeline.build import console, jobs, labels
+from input_pipeline.build import console, jobs, labels, layouts
 from input_pipeline.build.jobs import Report, Result
-from input_pipeline.build.radmd import order, write_table
-from input_pipeline.datasets import diseases
+from input_pipeline.build.radmd import order
+from input_pipeline.datasets import diseases, tables
 
 DESCRIPTION = """\
 Make diagnosis tables from the label files of public X-ray sets as their owners publish them: an open table (what does
@@ -49,6 +51,8 @@ def main(tool: str, argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="which images of the larger side are asked (%(default)s)")
     parser.add_argument("--per-disease", type=int, metavar="N", help="at most N questions a disease, member and answer")
     args = parser.parse_args(argv)
+    if args.per_disease is not None and args.per_disease < 1:
+        parser.error(f"--per-disease {args.per_disease}: at least 1 is needed")
     options = {"uncertain": args.uncertain, "seed": args.seed, "per_disease": args.per_disease}
     return console.run(args, lambda out, **more: build(args.members, args.root, out, options, **more))
 
@@ -73,36 +77,52 @@ def build(specs: list[str], root, directory, options: dict, progress=jobs.silent
     root, directory = Path(root).absolute(), Path(directory).absolute()
     rule, seed, most = policy(options["uncertain"]), options["seed"], options["per_disease"]
     report = Report(directory, "diagnosis", {"root": str(root), "members": specs} | options)
+    named = [_member(spec) for spec in specs]
     done = progress("diagnosis", "members", len(specs))
-    open_rows, questions = [], []
     report.more["diseases"] = {}
-    for spec in specs:
-        member, equals, folder = spec.partition("=")
-        if not equals or member not in labels.MEMBERS:
-            raise ValueError(f"{spec!r}: MEMBER=FOLDER is needed, the member being one of {', '.join(labels.MEMBERS)}")
-        result = Result()
-        images = labels.read(member, root / folder, rule, result)
-        result.count(f"{member}: images", len(images))
-        for image in images:
-            image.path = f"{folder.strip('/')}/{image.path}"
-        rows = [row for row in (_open(image, member) for image in images) if row]
-        result.count(f"{member}: images without a label for the open table", len(images) - len(rows))
-        open_rows += rows
-        asked, counts = _ask(images, member, seed, most)
-        result.count(f"{member}: yes/no questions", len(asked))
-        report.more["diseases"][member] = counts
-        questions += asked
-        report.add(result)
-        done(1, bool(result.problems))
-    if not open_rows and not questions:
-        raise ValueError("no image has a label that can be used: see problems.jsonl")
     base = ["source", "study", "split"]
-    if open_rows:
-        write_table(directory / "open.csv", ["image_path", "label", *base], open_rows)
-    if questions:
-        write_table(directory / "yes_no.csv", ["image_path", "disease", "label", *base], questions)
-    report.counts |= {"open.csv: rows": len(open_rows), "yes_no.csv: rows": len(questions)}
+    headers = {"open.csv": ["image_path", "label", *base], "yes_no.csv": ["image_path", "disease", "label", *base]}
+    with layouts.Tables(directory, headers) as out:
+        for member, folder in named:
+            result = Result()
+            _add(member, folder, root, rule, seed, most, out, result, report)
+            report.add(result)
+            done(1, bool(result.problems))
+        if not any(out.rows.values()):
+            report.write()
+            raise ValueError(f"no image has a label that can be used: see {directory / 'problems.jsonl'}")
+    report.counts |= {f"{name}: rows": count for name, count in out.rows.items()}
     return report.write()
+
+
+def _member(spec: str) -> tuple[str, str]:
+    member, equals, folder = spec.partition("=")
+    if not equals or member not in labels.MEMBERS:
+        raise ValueError(f"{spec!r}: MEMBER=FOLDER is needed, the member being one of {', '.join(labels.MEMBERS)}")
+    folder = folder.strip("/")
+    if tables.bad_path(folder):
+        raise ValueError(f"{spec!r}: the folder must lie below --root: {tables.bad_path(folder)}")
+    return member, folder
+
+
+def _add(member: str, folder: str, root: Path, rule, seed: int, most, out, result: Result, report: Report) -> None:
+    """The rows of one set, whose images alone are in memory."""
+    images = labels.read(member, root / folder, rule, result)
+    result.count(f"{member}: images", len(images))
+    labelled = 0
+    for image in images:
+        image.path = f"{folder}/{image.path}"
+        row = _open(image, member)
+        if row is not None:
+            out.write("open.csv", row)
+            labelled += 1
+    result.count(f"{member}: images without a label for the open table", len(images) - labelled)
+    asked, report.more["diseases"][member] = _ask(images, member, seed, most)
+    questions = 0
+    for row in asked:
+        out.write("yes_no.csv", row)
+        questions += 1
+    result.count(f"{member}: yes/no questions", questions)
 
 
 def _row(image, member: str, **cells) -> dict:
@@ -123,7 +143,7 @@ def _open(image, member: str) -> dict | None:
     )
 
 
-def _ask(images, member: str, seed: int, most: int | None) -> tuple[list[dict], dict]:
+def _ask(images, member: str, seed: int, most: int | None) -> tuple[Iterator[dict], dict]:
     """Balanced questions: for each disease as many images that have it as images that certainly lack it."""
     sides: dict[str, tuple[list, list]] = {}
     for image in images:
@@ -143,13 +163,18 @@ def _ask(images, member: str, seed: int, most: int | None) -> tuple[list[dict], 
             if not present and any(v is None and diseases.may_coexist(d, disease) for d, v in said.items()):
                 continue
             sides.setdefault(disease, ([], []))[not present].append(image)
-    rows, counts = [], {}
+    counts = {}
     for disease, (yes, no) in sorted(sides.items()):
-        count = min(len(yes), len(no), most or len(yes))
+        count = min(len(yes), len(no), len(yes) if most is None else most)
         counts[disease] = {"present": len(yes), "absent": len(no), "asked": 2 * count}
-        for side, label in ((yes, "1"), (no, "0")):
-            chosen = sorted(side, key=lambda image: order(seed, member, disease, image.path))[:count]
-            rows += [
-                _row(image, member, disease=disease, label=label) for image in sorted(chosen, key=lambda i: i.path)
-            ]
-    return rows, counts
+
+    def rows() -> Iterator[dict]:
+        for disease, (yes, no) in sorted(sides.items()):
+            for side, label in ((yes, "1"), (no, "0")):
+                chosen = heapq.nsmallest(
+                    counts[disease]["asked"] // 2, side, key=lambda image: order(seed, member, disease, image.path)
+                )
+                for image in sorted(chosen, key=lambda image: image.path):
+                    yield _row(image, member, disease=disease, label=label)
+
+    return rows(), counts

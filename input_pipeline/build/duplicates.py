@@ -8,7 +8,7 @@ Texts: MinHash of runs of three words (`datasketch`), candidates by LSH, kept at
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -52,22 +52,32 @@ def near_pictures(hashes: dict[str, int]) -> Iterator[tuple[str, str, int]]:
             yield other, name, distance
 
 
-def near_texts(texts: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str, float]]:
-    """(key, other key, similarity) of texts that say nearly the same. Raises ValueError without datasketch."""
-    try:
-        from datasketch import MinHash, MinHashLSH
-    except ImportError as error:
-        raise ValueError(f"near duplicates of texts need datasketch: pip install datasketch ({error})") from None
-    index, kept = MinHashLSH(threshold=SIMILARITY, num_perm=PERMUTATIONS), {}
-    for key, text in texts:
+class Texts:
+    """Texts as they come, each compared with those before. In memory are 128 hashes a text, 512 bytes, and their index.
+
+    Raises ValueError without datasketch.
+    """
+
+    def __init__(self):
+        try:
+            from datasketch import MinHash, MinHashLSH
+        except ImportError as error:
+            raise ValueError(f"near duplicates of texts need datasketch: pip install datasketch ({error})") from None
+        self._minhash, self._index = MinHash, MinHashLSH(threshold=SIMILARITY, num_perm=PERMUTATIONS)
+        self._hashes: dict[str, np.ndarray] = {}
+
+    def add(self, key: str, text: str) -> Iterator[tuple[str, float]]:
+        """(key, similarity) of earlier texts that say nearly the same."""
         words = re.findall(r"\w+", text.lower())
         if len(words) < _LEAST_WORDS:
-            continue
-        made = MinHash(num_perm=PERMUTATIONS, seed=1)
+            return
+        made = self._minhash(num_perm=PERMUTATIONS, seed=1)
         made.update_batch({" ".join(words[k : k + 3]).encode() for k in range(len(words) - 2)})
-        for other in sorted(index.query(made)):
-            similarity = made.jaccard(kept[other])
+        found = sorted(self._index.query(made))
+        own = made.hashvalues.astype(np.uint32)  # they have 32 bits
+        self._index.insert(key, made, check_duplication=False)
+        self._hashes[key] = own
+        for other in found:
+            similarity = float((own == self._hashes[other]).mean())
             if similarity >= SIMILARITY:
-                yield other, key, round(similarity, 3)
-        index.insert(key, made)
-        kept[key] = made
+                yield other, round(similarity, 3)

@@ -6,12 +6,39 @@ A filter is a function (row, family, setting) -> Verdict. Rows are the cells of 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import re
 from collections.abc import Callable
 from pathlib import Path
 
-from input_pipeline.build import radiology, sizes
+from input_pipeline.build import radiology
+from input_pipeline.datasets import sizes
 from input_pipeline.datasets.sentences import sentences
+
+
+class Captions:
+    """Whether the captions of pictures say that they are radiologic; of the pictures that tables name, as the captions
+    of all papers are many. In memory is a hash of each picture and the answer, not the text."""
+
+    def __init__(self):
+        self._verdicts: dict[int, bool | None] = {}
+
+    def want(self, paper: str, picture: str) -> None:
+        self._verdicts[self._hash(paper, picture)] = None
+
+    def add(self, paper: str, picture: str, caption: str) -> None:
+        """The last one counts."""
+        key = self._hash(paper, picture)
+        if key in self._verdicts:
+            self._verdicts[key] = radiology.by_caption(caption)
+
+    def judged(self, paper: str, picture: str) -> bool | None:
+        """None: there is no caption, or its words do not say."""
+        return self._verdicts.get(self._hash(paper, picture))
+
+    @staticmethod
+    def _hash(paper: str, picture: str) -> int:
+        return int.from_bytes(hashlib.blake2b(f"{paper}\x1f{picture}".encode(), digest_size=8).digest(), "big")
 
 
 @dataclasses.dataclass
@@ -19,14 +46,14 @@ class Settings:
     """What the filters may look at beside the row.
 
     Attributes:
-      root: below which the images lie. captions: (paper, picture) -> caption.
+      root: below which the images lie. captions: what the captions of figures say.
       classifier, threshold: asked about images whose words do not say whether they are radiologic.
       unknown: "keep" or "drop" what nobody can say it of; "" : as the family has it.
       cheating: "drop" the row whose context gives the answer away, or "cut" the sentences that do.
     """
 
     root: Path
-    captions: dict[tuple[str, str], str] = dataclasses.field(default_factory=dict)
+    captions: Captions = dataclasses.field(default_factory=lambda: Captions())
     classifier: radiology.Classifier | None = None
     threshold: float = 0.5
     unknown: str = ""
@@ -72,9 +99,8 @@ def radiologic(row: dict, family: str, settings: Settings) -> Verdict:
         return Verdict(row)
     if labels and None not in labels:
         return Verdict(None, "the modality is not radiologic")
-    captions = [settings.captions[key] for key in _pictures(row, family) if key in settings.captions]
-    judged = [radiology.by_caption(text) for text in captions]
-    if not captions or set(judged) == {None}:
+    judged = [settings.captions.judged(*key) for key in pictures(row, family)]
+    if not any(verdict is not None for verdict in judged):
         judged = [radiology.by_caption(" ".join(_said(row, _WORDS.get(family, ()))))]
     if True in judged:
         return Verdict(row)
@@ -89,7 +115,7 @@ def radiologic(row: dict, family: str, settings: Settings) -> Verdict:
     return Verdict(row) if keep else Verdict(None, "nothing says that the image is radiologic")
 
 
-def _pictures(row: dict, family: str) -> list[tuple[str, str]]:
+def pictures(row: dict, family: str) -> list[tuple[str, str]]:
     if family != "pmc_casereport":
         return []
     return [(row["PMC_id"].strip(), name) for name in re.findall(r"[A-Za-z0-9._-]+", row["img_ref"])]
@@ -97,7 +123,7 @@ def _pictures(row: dict, family: str) -> list[tuple[str, str]]:
 
 def _paths(row: dict, family: str) -> list[str]:
     if family == "pmc_casereport":
-        return [f"figures/{paper}_{name}.jpg" for paper, name in _pictures(row, family)]
+        return [f"figures/{paper}_{name}.jpg" for paper, name in pictures(row, family)]
     return [row[c] for c in ("image_path", "npy_path", "Figure_path", "name") if isinstance(row.get(c), str)][:1]
 
 
@@ -152,9 +178,9 @@ def size_phrases(row: dict, family: str, settings: Settings) -> Verdict:
     for column in ("finding", "impression"):
         value = row.get(column)
         if isinstance(value, str) and sizes.has_size(value):
-            changed[column] = sizes.remove(value)
+            changed[column] = sizes.without_sizes(value)
         elif isinstance(value, list):
-            changed[column] = [t for t in (sizes.remove(v) if sizes.has_size(v) else v for v in value) if t]
+            changed[column] = [t for t in (sizes.without_sizes(v) if sizes.has_size(v) else v for v in value) if t]
     if changed == row:
         return Verdict(row)
     if not _said(changed, ("finding", "impression")):

@@ -1,37 +1,26 @@
 """Many items, one row function, one ordered result: on all cores of a machine, or on Apache Beam.
 
-    items      PMC1.tar.gz  PMC2.tar.gz | PMC3.tar.gz  PMC4.tar.gz | PMC5.tar.gz
-    chunks     0                        | 1                        | 2
-    parts      parts/00000000.jsonl       parts/00000001.jsonl       parts/00000002.jsonl
-
-A row function maps (options, item) to a Result and knows no other item. A chunk's results become one part, renamed into
-place when it is whole, so a run that is ended goes on with the parts that are missing, and the parts are the same
-whoever makes them. Merging reads one part at a time: nothing here grows with the number of items but a list of offsets,
-8 bytes a chunk.
+A row function maps (options, item) to a Result and knows no other item. The results of a chunk of items are one part
+(parts.py): a run that is ended goes on with the parts that are missing. Merging reads one part at a time.
 """
 
 from __future__ import annotations
 
 import array
 import collections
-import contextlib
 import dataclasses
-import fcntl
-import hashlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from input_pipeline import workers
-from input_pipeline.prepare.checking import nothing
-from input_pipeline.prepare.tasks import Team
-from input_pipeline.prepare.writing import replacing, write_text
+from input_pipeline import beam, parts, workers
+from input_pipeline.parts import Items
+from input_pipeline.prepare.writing import write_text
+from input_pipeline.tasks import Team, nothing
 
 VERSION = 1  # raise it when a row function makes something else of the same item
-CHUNK = 64
 TIMEOUT = 300.0  # seconds that one item may take before its worker counts as hung
 
 
@@ -68,69 +57,20 @@ def silent(*_) -> Callable[[int, int], None]:
     return lambda more, bad: None
 
 
-class Items(Sequence):
-    """The items of a job, in a file, one a line; a slice is read when it is asked for."""
-
-    def __init__(self, file: Path):
-        self.file, self._starts, self._length = file, array.array("Q"), 0
-        digest = hashlib.sha256()
-        with open(file, "rb") as lines:
-            at = 0
-            for line in lines:
-                if self._length % CHUNK == 0:
-                    self._starts.append(at)
-                self._length += 1
-                at += len(line)
-                digest.update(line)
-        self.checksum = digest.hexdigest()
-
-    @classmethod
-    def write(cls, file: Path, items: Iterable[str]) -> Items:
-        """The items of an iterable, which may be longer than memory."""
-        with replacing(file) as partial, open(partial, "w", encoding="utf-8", errors="surrogateescape") as out:
-            for item in items:
-                if "\n" in item:
-                    raise ValueError(f"{item!r}: a name must not hold a line end; rename it")
-                out.write(item + "\n")
-        return cls(file)
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, k):
-        if isinstance(k, int):
-            return self[k : k + 1][0] if k < self._length else _out_of_range(k)
-        low, high, step = k.indices(self._length)
-        assert step == 1, step
-        if low >= high:
-            return []
-        first = low // CHUNK
-        with open(self.file, encoding="utf-8", errors="surrogateescape", newline="\n") as lines:
-            lines.seek(self._starts[first])
-            for _ in range(low - first * CHUNK):
-                lines.readline()
-            return [lines.readline().rstrip("\n") for _ in range(high - low)]
-
-
-def _out_of_range(k):
-    raise IndexError(k)
-
-
 class _Missing(Sequence):
-    """The items of the chunks that have no part yet, as one sequence whose every CHUNK items are one chunk."""
+    """The items of the chunks that have no part yet, as one sequence whose every parts.CHUNK items are one chunk."""
 
     def __init__(self, items: Items, chunks: Sequence[int]):
         self.items, self.chunks = items, chunks
-        short = len(items) % CHUNK
-        last = bool(chunks) and short and chunks[-1] == len(items) // CHUNK
-        self._length = len(chunks) * CHUNK - (CHUNK - short if last else 0)
+        short = len(items) % parts.CHUNK
+        last = bool(chunks) and short and chunks[-1] == items.chunks - 1
+        self._length = len(chunks) * parts.CHUNK - (parts.CHUNK - short if last else 0)
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, k: slice):
-        chunk = self.chunks[k.start // CHUNK]
-        return self.items[chunk * CHUNK : (chunk + 1) * CHUNK]
+        return self.items.chunk(self.chunks[k.start // parts.CHUNK])
 
 
 def make_results(_, items: Sequence[str], function: RowFunction, options: dict) -> list[str]:
@@ -155,14 +95,6 @@ def _died(item: str, reason: str) -> str:
     result = Result()
     result.problem(item, 0, reason, "look at the file, or run again with fewer --workers")
     return as_line(result)
-
-
-def part_file(directory: Path, chunk: int) -> Path:
-    return directory / "parts" / f"{chunk:08d}.jsonl"
-
-
-def write_part(directory: Path, chunk: int, lines: Sequence[str]) -> None:
-    write_text(part_file(directory, chunk), "".join(line + "\n" for line in lines))
 
 
 def run(
@@ -190,14 +122,15 @@ def run(
     Raises:
       ValueError: the parts there are of another tool, other options or other items; no items at all.
     """
-    listed = Items.write(directory / "items.txt", items)
+    if restart:
+        parts.clean(directory)
+    listed = Items.write(directory, items)
     if not len(listed):
+        parts.clean(directory)
         raise ValueError("there is nothing to read: check the path")
-    job = {"version": VERSION, "tool": tool, "options": options, "items": listed.checksum, "chunk": CHUNK}
-    file, parts = directory / "job.json", directory / "parts"
-    if restart and parts.exists():
-        shutil.rmtree(parts)
-    if file.is_file() and parts.exists() and any(parts.iterdir()):
+    job = {"version": VERSION, "tool": tool, "options": options, "items": listed.checksum, "chunk": parts.CHUNK}
+    file = directory / "parts" / "job.json"
+    if file.is_file() and any(file.parent.glob("*.jsonl")):
         before = json.loads(file.read_text(encoding="utf-8"))
         if before != job:
             changed = [key for key in job if before.get(key) != job[key]]
@@ -206,57 +139,54 @@ def run(
                 "choose another --out"
             )
     write_text(file, json.dumps(job, indent=1, ensure_ascii=False) + "\n")
-    parts.mkdir(exist_ok=True)
-    for stale in parts.glob("*.partial"):
-        stale.unlink()
-    chunks = (len(listed) + CHUNK - 1) // CHUNK
-    missing = array.array("Q", (k for k in range(chunks) if not part_file(directory, k).is_file()))
+    parts.sweep(directory)
+    missing = array.array("Q", (k for k in range(listed.chunks) if not parts.part(directory, k).is_file()))
     done = progress(tool, "items", len(listed))
     todo = _Missing(listed, missing)
     done(len(listed) - len(todo), 0)
-    if runner != "local":
-        # Imported late: Beam is an optional extra, and takes seconds to import.
-        from input_pipeline.build import beam
-
-        beam.make_parts(directory, function, options, listed, missing, runner, runner_options)
-        done(len(todo), 0)
+    if runner != beam.LOCAL:
+        work = _Work(directory, listed.file, function, options)
+        beam.make_parts(
+            directory, listed, missing, work, TIMEOUT, runner, runner_options, lambda more: done(more, 0), said
+        )
         return listed
     if workers is None:
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with Team(nothing, workers, TIMEOUT, said) as team:
-        results = team.map(make_results, todo, CHUNK, function, options, label=str, failed=_died)
+        results = _made(team, todo, function, options)
         for chunk, (_, lines) in zip(missing, results, strict=True):
-            write_part(directory, chunk, lines)
+            parts.write(directory, chunk, lines)
             done(len(lines), sum('"problems":[]' not in line for line in lines))
     return listed
 
 
+def _made(team: Team, items: Sequence[str], function: RowFunction, options: dict) -> Iterator[tuple[list, list]]:
+    return team.map(make_results, items, parts.CHUNK, function, options, label=str, failed=_died)
+
+
+class _Work:
+    """beam.Work: a chunk of items -> its part."""
+
+    def __init__(self, directory: Path, items: Path, function: RowFunction, options: dict):
+        self.directory, self.file, self.function, self.options = directory, items, function, options
+        self._items: Items | None = None
+
+    def __getstate__(self):
+        return self.__dict__ | {"_items": None}
+
+    def __call__(self, team: Team, chunk: int) -> None:
+        if self._items is None:
+            self._items = Items(self.file)
+        for _, lines in _made(team, self._items.chunk(chunk), self.function, self.options):
+            parts.write(self.directory, chunk, lines)
+
+
 def results(directory: Path, items: Items) -> Iterator[tuple[str, Result]]:
     """Every item with its result, in order."""
-    for chunk in range((len(items) + CHUNK - 1) // CHUNK):
-        names = items[chunk * CHUNK : (chunk + 1) * CHUNK]
-        with open(part_file(directory, chunk), encoding="utf-8") as lines:
-            for name, line in zip(names, lines, strict=True):
+    for chunk in range(items.chunks):
+        with open(parts.part(directory, chunk), encoding="utf-8") as lines:
+            for name, line in zip(items.chunk(chunk), lines, strict=True):
                 yield name, Result(**json.loads(line))
-
-
-def clean(directory: Path) -> None:
-    """After the tables are written: what only a resumed run needs."""
-    shutil.rmtree(directory / "parts")
-    (directory / "items.txt").unlink()
-    (directory / "job.json").unlink()
-
-
-@contextlib.contextmanager
-def held(directory: Path) -> Iterator[None]:
-    """Makes the directory and keeps other builders out of it; the operating system ends that with the process."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with open(directory / ".lock", "w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another build is writing {directory}: wait for it, or end it first") from None
-        yield
 
 
 class Report:
@@ -272,6 +202,7 @@ class Report:
         self.reasons: collections.Counter[str] = collections.Counter()
         self.more: dict = {}
         self._started = time.monotonic()
+        directory.mkdir(parents=True, exist_ok=True)
         self._file = directory / "problems.jsonl.partial"
         self._file.write_text("", encoding="utf-8")
         self.problems = 0

@@ -24,6 +24,7 @@ import csv
 import dataclasses
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -35,7 +36,7 @@ NORMAL = "No finding"
 UNCERTAIN = ("ignore", "positive", "negative")
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class Image:
     """Attributes:
     path: below the member's folder. study: what must stay on one side of a split (a patient, where the set says).
@@ -421,6 +422,8 @@ def read(member: str, folder: Path, policy: Policy, result: Result) -> list[Imag
         raise ValueError(f"{member}: {folder} is no folder")
     images: dict[str, Image] = {}
     bad: set[str] = set()
+    # Few sets of findings, and few names of files, serve all images.
+    findings: dict[tuple, dict[str, bool | None]] = {}
     try:
         for image in MEMBERS[member](folder, policy, result):
             reason = tables.bad_path(image.path)
@@ -434,6 +437,8 @@ def read(member: str, folder: Path, policy: Policy, result: Result) -> list[Imag
                 if not same:
                     bad.add(image.path)
             else:
+                image.findings = findings.setdefault(tuple(image.findings.items()), image.findings)
+                image.file = sys.intern(image.file)
                 images[image.path] = image
     except RowError as error:
         error.add_note(f"member {member}")

@@ -56,9 +56,9 @@ class Endpoint:
     budget: float = 0.0
 
     def key(self) -> str:
-        """Raises ValueError if the variable is not set."""
+        """ "" for a server that wants none. Raises ValueError if the variable is not set."""
         if not self.key_variable:
-            return "none"
+            return ""
         found = os.environ.get(self.key_variable, "").strip()
         if not found:
             raise ValueError(
@@ -207,7 +207,7 @@ class _Asking:
     async def run(self, requests: Iterable[list[dict]]) -> Counts:
         # Its own retries are switched off: ours are counted, and end where the user says.
         client = self.openai.AsyncOpenAI(
-            base_url=self.endpoint.base_url, api_key=self.secret, timeout=self.endpoint.timeout, max_retries=0
+            base_url=self.endpoint.base_url, api_key=self.secret or "none", timeout=self.endpoint.timeout, max_retries=0
         )
         waiting: dict[asyncio.Task, str] = {}
         under_way: set[str] = set()
@@ -335,7 +335,7 @@ class _Asking:
 
     def _write(self, key, kind: str, text: str, finish, attempts: int, tokens_in: int, tokens_out: int) -> None:
         self.answers.append({
-            "key": key, "kind": kind, "text": text.replace(self.secret, "..."), "finish": finish,
+            "key": key, "kind": kind, "text": self._without_key(text), "finish": self._without_key(str(finish)),
             "attempts": attempts, "tokens_in": tokens_in, "tokens_out": tokens_out, "model": self.endpoint.model,
         })  # fmt: skip
         self.counts.ended[kind] = self.counts.ended.get(kind, 0) + 1
@@ -344,7 +344,10 @@ class _Asking:
         self.done(1, kind != "answered")
 
     def _said(self, error) -> str:
-        return " ".join(str(error).replace(self.secret, "...").split())[:200]
+        return " ".join(self._without_key(str(error)).split())[:200]
+
+    def _without_key(self, text: str) -> str:
+        return text.replace(self.secret, "...") if self.secret else text
 
 
 def _seconds(text: str | None) -> float:

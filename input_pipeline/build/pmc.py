@@ -5,15 +5,15 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image
 
+from input_pipeline import parts
 from input_pipeline.build import console, jobs, packages
 from input_pipeline.build.jobs import Result
-from input_pipeline.prepare.writing import replacing, write_text
+from input_pipeline.prepare.writing import replacing
 
 LANGUAGES = ("en",)
 
@@ -98,7 +98,7 @@ def build(tool: str, source: str | Path, directory: Path, options: dict, **runni
     report.add(twice)
     (_merge_inline if tool == "pmc-inline" else _merge_oa)(directory, items, report, options)
     written = report.write()
-    jobs.clean(directory)
+    parts.clean(directory)
     return written
 
 
@@ -199,9 +199,8 @@ def _write_picture(package, name: str, file: Path) -> str | None:
                 data = out.getvalue()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, EOFError) as error:
         return f"a picture cannot be read: {name} ({str(error)[:100]})"
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    partial.write_bytes(data)
-    os.replace(partial, file)
+    with parts.whole(file) as partial:
+        partial.write_bytes(data)
     return None
 
 
@@ -233,7 +232,8 @@ def inline_paper(options: dict, path: str) -> Result:
     result.count("papers written")
     result.count("references to pictures", tied)
     result.count("sentences with a figure", sum(bool(s["img_ref"]) for s in sentences))
-    write_text(Path(options["out"]) / "papers" / f"{key}.json", json.dumps(sentences, ensure_ascii=False, indent=0))
+    with parts.whole(Path(options["out"]) / "papers" / f"{key}.json") as partial:
+        partial.write_text(json.dumps(sentences, ensure_ascii=False, indent=0), encoding="utf-8")
     result.add("papers", f"papers/{key}.json")
     for figure in paper.figures:
         names = [name for name in figure.names if name in there]

@@ -6,9 +6,9 @@ from __future__ import annotations
 import dataclasses
 import re
 
-from input_pipeline.build import sizes
 from input_pipeline.build.filters import _AGE_QUESTION
 from input_pipeline.build.language import is_english
+from input_pipeline.datasets import sizes
 
 RULES = (
     "You write questions and answers about radiologic images, for teaching a model that will see the image and nothing "

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import csv
+import array
 import hashlib
 import heapq
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
-from input_pipeline.build import console, jobs, radiology
+import numpy as np
+
+from input_pipeline.build import console, filters, jobs, layouts, radiology
 from input_pipeline.build.filters import FILTERS, OF_FAMILY, Settings
 from input_pipeline.build.jobs import Report, Result
-from input_pipeline.datasets import FAMILIES, diseases, tables
+from input_pipeline.datasets import FAMILIES, diseases
 from input_pipeline.datasets.diagnosis import Diagnosis
-from input_pipeline.prepare.writing import replacing, write_lines
+from input_pipeline.prepare.writing import write_lines
 
 DESCRIPTION = """\
 Filter tables of MedMD into RadMD (paper, Table 2). Give each table with its family; it is written again under its name,
@@ -26,7 +29,8 @@ rules by family (all others keep every row):
   rad3d_caption          radiologic, size_phrases
   rad3d_vqa              radiologic, size_questions, age_questions
   rad3d_modality, rad3d_rationale   radiologic
-  cxr_mix, vindr_*, diagnosis   balance: of normal and abnormal (open tables), of yes and no a disease (yes/no)
+  cxr_mix, vindr_*, diagnosis   balance: of normal and abnormal (open tables), of yes and no a disease (yes/no), in
+                                each split of a column `split`
 
 what is written to DIR: the tables; report.json (counts by table and rule); examples.jsonl (rule, what became of the
 row, before, after); problems.jsonl (rows that cannot be read)
@@ -44,8 +48,7 @@ asked only where neither a label nor the caption says so.
 
 def main(tool: str, argv: list[str]) -> int:
     parser = console.parser(tool, DESCRIPTION, EPILOG)
-    parser.add_argument("tables", nargs="+", metavar="FAMILY=TABLE", help="a table below --root and its family")
-    parser.add_argument("--root", required=True, metavar="DIR", help="below which the tables and their images lie")
+    layouts.add_tables(parser)
     parser.add_argument("--captions", action="append", default=[], metavar="FILE", help="captions.jsonl of pmc-inline")
     parser.add_argument("--classifier", metavar="MODULE:FUNCTION", help="path of an image -> probability")
     parser.add_argument("--threshold", type=float, default=0.5, help="of the classifier (%(default)s)")
@@ -65,6 +68,8 @@ def main(tool: str, argv: list[str]) -> int:
     parser.add_argument("--examples", type=int, default=20, metavar="N", help="of each rule and outcome (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the balance (%(default)s)")
     args = parser.parse_args(argv)
+    if args.examples < 0 or not 0 <= args.threshold <= 1:
+        parser.error("--examples needs at least 0, --threshold a probability")
     options = {k: v for k, v in vars(args).items() if k not in ("out", "strict", "tables", "root")}
     return console.run(args, lambda out, **more: build(args.tables, args.root, out, options, **more))
 
@@ -72,145 +77,130 @@ def main(tool: str, argv: list[str]) -> int:
 def build(specs: list[str], root, directory: Path, options: dict, progress=jobs.silent, said=None) -> dict:
     """Filters every table; returns the report. Raises ValueError."""
     root, directory = Path(root).absolute(), Path(directory).absolute()
-    named = [_spec(spec, root) for spec in specs]
-    names = [file.name for _, file in named]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"two tables are called {', '.join(twice)}: rename one")
-    if directory == root or any(file.parent == directory for _, file in named):
-        raise ValueError(f"--out {directory} holds the tables that are to be filtered: choose another")
+    named = layouts.all_named(specs, root, directory)
     unknown = [rule for rule in options.get("without", ()) if rule not in (*FILTERS, "balance")]
     if unknown:
         raise ValueError(f"rule {', '.join(unknown)} is unknown; known: {', '.join((*FILTERS, 'balance'))}")
+    of_captions = Result()
     settings = Settings(
         root,
-        _captions(options.get("captions", ())),
+        _captions(options.get("captions", ()), named, of_captions),
         radiology.open_classifier(options["classifier"]) if options.get("classifier") else None,
         options.get("threshold", 0.5),
         options.get("unknown", ""),
         options.get("cheating", "drop"),
     )
     report = Report(directory, "radmd", {"root": str(root), "tables": specs} | options)
+    report.add(of_captions)
+    if said and not options.get("captions") and any(table.family == "pmc_casereport" for table in named):
+        said("no --captions: what figures show is judged by questions and answers alone, which often do not say")
     examples = _Examples(options.get("examples", 20))
     done = progress("radmd", "tables", len(named))
     report.more["tables"] = {}
-    for family, file in named:
-        result = Result()
-        report.more["tables"][file.name] = _table(family, file, directory, settings, options, examples, result)
+    for table in named:
+        result, settings.root = Result(), table.root
+        found = _table(table.family, table.file, directory, settings, options, examples, result)
+        report.more["tables"][table.name] = found
         report.add(result)
         done(1, bool(result.problems))
     write_lines(directory / "examples.jsonl", examples.all())
     return report.write()
 
 
-def _spec(spec: str, root: Path) -> tuple[str, Path]:
-    family, equals, table = spec.partition("=")
-    if not equals or family not in FAMILIES or family in ("tfds", "jsonl"):
-        raise ValueError(f"{spec!r}: FAMILY=TABLE is needed, the family being one of {', '.join(FAMILIES)}")
-    if not (root / table).is_file():
-        raise ValueError(f"{root / table}: there is no such table")
-    return family, root / table
-
-
-def _captions(files) -> dict[tuple[str, str], str]:
-    """(paper, picture) -> caption, from captions.jsonl."""
-    found = {}
+def _captions(files, named, result: Result) -> filters.Captions:
+    """What captions.jsonl says of each picture that the tables name."""
+    found = filters.Captions()
+    for table in named if files else ():
+        if table.family == "pmc_casereport":
+            for _, row in layouts.read(table.family, table.file, Result())[1]:
+                for paper, picture in filters.pictures(row, table.family):
+                    found.want(paper, picture)
     for file in files:
-        rows, problems = tables.read_jsonl(Path(file))
-        if problems:
-            raise problems[0]
-        for _, row in rows:
-            found |= {(row["paper"], picture): row["caption"] for picture in row["pictures"]}
+        for number, row in layouts.read_lines(Path(file), result):
+            try:
+                for picture in row["pictures"]:
+                    found.add(row["paper"], picture, row["caption"])
+            except (KeyError, TypeError, AttributeError) as error:
+                result.problem(file, number, f"is no line of captions.jsonl: {error}", "run pmc-inline anew")
     return found
 
 
-def read_table(family: str, file: Path) -> tuple[list[str] | None, list[tuple[int, dict]], list]:
-    """(header or None for JSON, rows with all their columns, problems)."""
-    required = FAMILIES[family].required
-    if FAMILIES[family].layout == "json":
-        return None, *tables.read_json(file, required)
-    header, _, _ = tables.read_csv(file, required)
-    more = [name for name in dict.fromkeys(header) if name and name not in required and header.count(name) == 1]
-    _, rows, problems = tables.read_csv(file, required, more)
-    return [name for name in header if name in (*required, *more)], rows, problems
-
-
-def write_table(file: Path, header: list[str] | None, rows) -> None:
-    with replacing(file) as partial, open(partial, "w", encoding="utf-8", newline="") as out:
-        if header is None:
-            json.dump(list(rows), out, ensure_ascii=False, indent=0)
-        else:
-            table = csv.DictWriter(out, header)
-            table.writeheader()
-            table.writerows(rows)
-
-
 def _table(family, file, directory, settings, options, examples, result: Result) -> dict:
-    header, rows, problems = read_table(family, file)
-    for problem in problems:
-        result.problem(problem.file, problem.row, problem.reason, problem.remedy)
     without = options.get("without", ())
     rules = [rule for rule in OF_FAMILY.get(family, ()) if rule not in without]
     counts: dict[str, dict[str, int]] = {rule: {"dropped": 0, "changed": 0} for rule in rules}
     reasons: dict[str, int] = {}
-    kept = []
-    for number, row in rows:
-        before = row
-        for rule in rules:
-            try:
-                verdict = FILTERS[rule](row, family, settings)
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                result.problem(
-                    file, number, f"the rule {rule} fails: {error}", "correct the row, or leave out the rule"
-                )
-                row = None
-                break
-            if verdict.row is None or verdict.reason:
-                outcome = "dropped" if verdict.row is None else "changed"
-                counts[rule][outcome] += 1
-                reasons[verdict.reason] = reasons.get(verdict.reason, 0) + 1
-                examples.add(file.name, rule, outcome, verdict.reason, before, verdict.row)
-            row = verdict.row
-            if row is None:
-                break
-        if row is not None:
-            kept.append((number, row))
-            for rule in rules:
-                examples.add(file.name, rule, "kept", "", before, row if row != before else None)
+    header, rows = layouts.read(family, file, result)
+    chosen = None
     if issubclass(FAMILIES[family], Diagnosis) and "balance" not in without:
-        chosen = _balance(kept, options.get("seed", 0))
-        counts["balance"] = {"dropped": len(kept) - len(chosen), "changed": 0}
-        kept = chosen
-    if kept:
-        write_table(directory / file.name, header, [row for _, row in kept])
-    else:
-        (directory / file.name).unlink(missing_ok=True)
-    name = file.name
-    result.count(f"{name}: rows", len(rows))
+        assert not rules, family
+        chosen = _balance(layouts.read(family, file, Result())[1], options.get("seed", 0))
+        counts["balance"] = {"dropped": 0, "changed": 0}
+    total = 0
+    with layouts.Tables(directory, {file.name: header}) as out:
+        for number, before in rows:
+            total += 1
+            if chosen is not None and number not in chosen:
+                counts["balance"]["dropped"] += 1
+                examples.add(file.name, "balance", "dropped", "more of this side than of the other", before, None)
+                continue
+            row = _filtered(family, file, number, before, rules, settings, counts, reasons, examples, result)
+            if row is not None:
+                out.write(file.name, row)
+                for rule in rules or counts:
+                    examples.add(file.name, rule, "kept", "", before, row if row != before else None)
+    name, kept = file.name, out.rows[file.name]
+    result.count(f"{name}: rows", total)
     for rule, found in counts.items():
         for outcome, count in found.items():
             if count or outcome == "dropped":
                 result.count(f"{name}: {outcome} by {rule}", count)
-    result.count(f"{name}: kept", len(kept))
-    return {"family": family, "rows": len(rows), "kept": len(kept), "rules": counts, "reasons": reasons}
+    result.count(f"{name}: kept", kept)
+    return {"family": family, "rows": total, "kept": kept, "rules": counts, "reasons": reasons}
 
 
-def _balance(rows: list[tuple[int, dict]], seed: int) -> list[tuple[int, dict]]:
-    """As many of one side as of the other, by disease where rows say one; which, a hash decides."""
-    sides: dict[str, tuple[list, list]] = {}
+def _filtered(family, file, number, before, rules, settings, counts, reasons, examples, result) -> dict | None:
+    row = before
+    for rule in rules:
+        try:
+            verdict = FILTERS[rule](row, family, settings)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            said = f"{type(error).__name__}: {error}"
+            result.problem(file, number, f"the rule {rule} fails: {said}", "correct the row, or leave out the rule")
+            return None
+        if verdict.row is None or verdict.reason:
+            outcome = "dropped" if verdict.row is None else "changed"
+            counts[rule][outcome] += 1
+            reasons[verdict.reason] = reasons.get(verdict.reason, 0) + 1
+            examples.add(file.name, rule, outcome, verdict.reason, before, verdict.row)
+        row = verdict.row
+        if row is None:
+            return None
+    return row
+
+
+def _balance(rows: Iterator[tuple[int, dict]], seed: int) -> set[int]:
+    """As many of one side as of the other, in each split, by disease where rows say one; which, a hash decides.
+
+    Returns the numbers of the rows that stay. In memory are 16 bytes a row, and these numbers.
+    """
+    sides: dict[tuple[str, str], tuple[array.array, array.array, array.array, array.array]] = {}
     for number, row in rows:
         disease = row.get("disease")
         if disease:
             key, side = diseases.canonical(disease), row["label"].strip() in ("1", "1.0")
         else:
             key, side = "", diseases.is_normal(row["label"].strip("[]' ."))
-        sides.setdefault(key, ([], []))[side].append((number, row))
-    kept = []
+        both = sides.setdefault((row.get("split") or "", key), tuple(array.array("Q") for _ in range(4)))
+        both[2 * side].append(int.from_bytes(order(seed, row)[:8], "big"))
+        both[2 * side + 1].append(number)
+    kept: set[int] = set()
     for both in sides.values():
-        count = min(map(len, both))
-        for side in both:
-            kept += heapq.nsmallest(count, side, key=lambda item: order(seed, item[1]))
-    return sorted(kept, key=lambda item: item[0])
+        count = min(len(both[1]), len(both[3]))
+        for places, numbers in (both[:2], both[2:]):
+            first = np.lexsort((np.array(numbers, np.uint64), np.array(places, np.uint64)))[:count]
+            kept.update(np.array(numbers, np.uint64)[first].tolist())
+    return kept
 
 
 def order(seed: int, *values) -> bytes:

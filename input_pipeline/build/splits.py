@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from input_pipeline import scans
-from input_pipeline.build import console, duplicates, jobs
+from input_pipeline.build import console, duplicates, jobs, layouts
 from input_pipeline.build.jobs import Report, Result
-from input_pipeline.build.radmd import _spec, read_table, write_table
-from input_pipeline.datasets import FAMILIES, open_dataset, sample_rng
+from input_pipeline.build.layouts import Named
+from input_pipeline.datasets import FAMILIES, Dataset, open_dataset, sample_rng
 from input_pipeline.datasets.diagnosis import Diagnosis
 from input_pipeline.prepare.writing import write_lines
 from input_pipeline.samples import RowError, Text
@@ -21,17 +22,20 @@ between splits that tables have already.
 EPILOG = """\
 What belongs together stays together: rows of one study (as the readers find it; the column `study` if there is one),
 rows that show one scan, and with --near rows with near-duplicate pictures or, in their answers, texts. Each such group
-goes to test with the given share, decided by a hash of the seed and its first member: adding tables moves no other
-group unless it joins two.
+goes to test with the given share, decided by a hash of the seed and the name of its first study (else scan): adding
+rows and tables moves no other group, unless it joins two or brings a study whose name comes before.
 
 what is written to DIR:
-  the tables with their column `split`        read with split="train" or split="test"
+  the tables with their column `split`        read with split="train" or split="test", and the root that they had
   near.jsonl      with --near: pairs of pictures or texts, and how near they are
   leaks.jsonl     with --check: groups that stand on both sides of the column `split` that tables have already
   report.json, problems.jsonl
 
+FAMILY=FOLDER:TABLE is for a table whose paths begin in a folder below --root, as the other builders write; TABLE is
+below that folder, too, or leads out of it: rad3d_caption=rad3d:../split/caption.json.
+
 examples:
-  python -m input_pipeline.build splits --root data --out data/split pmc_vqa=vqa.csv rad3d_caption=caption.json
+  python -m input_pipeline.build splits --root data --out data/split pmc_vqa=vqa.csv rad3d_caption=rad3d:caption.json
   python -m input_pipeline.build splits --root data --out s --near --test 0.05 vqa_rad=vqa.csv
   python -m input_pipeline.build splits --root data --out s --check --near cxr_mix=open.csv     # changes no split
 """
@@ -39,8 +43,7 @@ examples:
 
 def main(tool: str, argv: list[str]) -> int:
     parser = console.parser(tool, DESCRIPTION, EPILOG)
-    parser.add_argument("tables", nargs="+", metavar="FAMILY=TABLE")
-    parser.add_argument("--root", required=True, metavar="DIR", help="below which the tables and all scans lie")
+    layouts.add_tables(parser)
     parser.add_argument("--test", type=float, default=0.1, metavar="SHARE", help="of the groups (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     parser.add_argument("--near", action="store_true", help="look for near duplicates (imagehash and datasketch)")
@@ -53,7 +56,7 @@ def main(tool: str, argv: list[str]) -> int:
 
 
 class _Groups:
-    """Union-find over names."""
+    """Union-find over names. A group is called after its first study, else its first scan, else its first row."""
 
     def __init__(self):
         self.parent: dict[str, str] = {}
@@ -67,39 +70,44 @@ class _Groups:
         return root
 
     def join(self, a: str, b: str) -> None:
-        a, b = sorted((self.find(a), self.find(b)))
-        self.parent[b] = a  # the first by name stands for all: not the order of the rows
+        a, b = sorted((self.find(a), self.find(b)), key=lambda name: (_KINDS.index(name.split(" ", 1)[0]), name))
+        self.parent[b] = a  # not the order of the rows decides, nor where in a table they stand
 
 
-def open_all(specs: list[str], root: Path, result: Result) -> dict[str, tuple]:
-    """name of a table -> (family, file, data set); bad rows are reported."""
-    opened = {}
-    for spec in specs:
-        family, file = _spec(spec, root)
-        if file.name in opened:
-            raise ValueError(f"two tables are called {file.name}: rename one")
-        fields = {"balance": False} if issubclass(FAMILIES[family], Diagnosis) else {}
-        dataset = open_dataset(family, table=file, root=root, quarantine=True, **fields)
+_KINDS = ("study", "scan", "row")
+
+
+def opened(named: list[Named], result: Result) -> Iterator[tuple[Named, Dataset]]:
+    """Each table with its data set, one at a time; bad rows are reported."""
+    for table in named:
+        fields = {"balance": False} if issubclass(FAMILIES[table.family], Diagnosis) else {}
+        dataset = open_dataset(table.family, table=table.file, root=table.root, quarantine=True, **fields)
         for problem in dataset.problems:
             result.problem(problem.file, problem.row, problem.reason, problem.remedy)
-        opened[file.name] = family, file, dataset
-    return opened
+        for why, count in dataset.left_out.items():
+            result.count(f"{table.name}: left out, {why}", count)
+        yield table, dataset
 
 
 def build(specs, root, directory, options: dict, progress=jobs.silent, said=None) -> dict:
-    """Writes the tables with their splits; returns the report. Raises ValueError."""
+    """Writes the tables with their splits; returns the report. Raises ValueError.
+
+    In memory are one table at a time, as training has it, the names of studies, scans and rows, and hashes.
+    """
     root, directory = Path(root).absolute(), Path(directory).absolute()
     result, report = Result(), Report(directory, "splits", {"root": str(root), "tables": specs} | options)
-    opened = open_all(specs, root, result)
-    if any(file.parent == directory for _, file, _ in opened.values()):
-        raise ValueError(f"--out {directory} holds the tables that are to be split: choose another")
-    raw = {name: read_table(family, file) for name, (family, file, _) in opened.items()}
-    groups, rows, pictures, answers = _Groups(), {}, {}, []
-    for name, (_, _, dataset) in opened.items():
-        cells = dict(raw[name][1])
+    named = layouts.all_named(specs, root, directory)
+    groups, rows, pictures = _Groups(), {}, {}
+    texts = duplicates.Texts() if options["near"] else None
+    near: list[dict] = []
+    for table, dataset in opened(named, result):
+        name = table.name
         done = progress(name, "rows", len(dataset))
+        cells = layouts.read(table.family, table.file, Result())[1]
         for i in range(len(dataset)):
-            number = dataset._numbers[i]
+            done(1, 0)
+            number = int(dataset.row_id(i))
+            given = next(row for at, row in cells if at == number)
             key = f"row {name} {number}"
             try:
                 sample = dataset.sample(i, sample_rng(0, 0, dataset.name, str(number)))
@@ -107,30 +115,35 @@ def build(specs, root, directory, options: dict, progress=jobs.silent, said=None
             except RowError as error:
                 result.problem(error.file, number, error.reason, error.remedy)
                 continue
-            study = str(cells[number].get("study") or sample.study_id or "")
+            study = sample.study_id or ""
+            # A study that is no more than the path of a scan is one of this folder.
+            study = table.below(study) if study in {scan.path for scan in shown} else study
+            study = str(given.get("study") or study)
             if study:
                 groups.join(key, f"study {study}")
             for scan in shown:
-                groups.join(key, f"scan {scan.path}")
-                pictures.setdefault(scan.path, None)
-            rows[key] = name, number, str(cells[number].get("split") or "")
-            text = " ".join(p.text for p in sample.parts if isinstance(p, Text) and p.role == "response")
-            answers.append((key, text))
-            done(1, 0)
+                groups.join(key, f"scan {table.below(scan.path)}")
+                pictures.setdefault(table.below(scan.path), None)
+            rows[name, number] = str(given.get("split") or "")
+            if texts is not None:
+                text = " ".join(p.text for p in sample.parts if isinstance(p, Text) and p.role == "response")
+                for other, similarity in texts.add(key, text):
+                    groups.join(other, key)
+                    near.append({"kind": "texts", "a": other, "b": key, "similarity": similarity})
     if options["near"]:
-        _near(root, directory, groups, pictures, answers, result, progress)
+        _near(root, directory, groups, pictures, near, result, progress)
     result.count("rows", len(rows))
-    result.count("groups", len({groups.find(key) for key in rows}))
+    result.count("groups", len({groups.find(f"row {name} {number}") for name, number in rows}))
     if options["check"]:
         _check(directory, groups, rows, result)
     else:
-        _write(directory, opened, raw, groups, rows, options, result)
+        _write(directory, named, groups, rows, options, result)
     report.add(result)
     return report.write()
 
 
-def _near(root, directory, groups, pictures, answers, result: Result, progress) -> None:
-    hashes, pairs = {}, []
+def _near(root, directory, groups, pictures, pairs: list[dict], result: Result, progress) -> None:
+    hashes = {}
     done = progress("hashing pictures", "pictures", len(pictures))
     for path in pictures:
         try:
@@ -141,9 +154,7 @@ def _near(root, directory, groups, pictures, answers, result: Result, progress) 
     for a, b, distance in duplicates.near_pictures(hashes):
         groups.join(f"scan {a}", f"scan {b}")
         pairs.append({"kind": "pictures", "a": a, "b": b, "distance": distance})
-    for a, b, similarity in duplicates.near_texts(answers):
-        groups.join(a, b)
-        pairs.append({"kind": "texts", "a": a, "b": b, "similarity": similarity})
+    pairs.sort(key=lambda pair: pair["kind"])
     write_lines(directory / "near.jsonl", pairs)
     for kind in ("pictures", "texts"):
         result.count(f"near duplicates of {kind}", sum(p["kind"] == kind for p in pairs))
@@ -151,7 +162,8 @@ def _near(root, directory, groups, pictures, answers, result: Result, progress) 
 
 def _check(directory, groups, rows, result: Result) -> None:
     sides: dict[str, dict[str, list[str]]] = {}
-    for key, (_, _, split) in rows.items():
+    for (name, number), split in rows.items():
+        key = f"row {name} {number}"
         if split:
             sides.setdefault(groups.find(key), {}).setdefault(split, []).append(key)
         else:
@@ -169,16 +181,15 @@ def side(seed: int, group: str, test: float) -> str:
     return "test" if int.from_bytes(digest, "little") < test * 2**64 else "train"
 
 
-def _write(directory, opened, raw, groups, rows, options, result: Result) -> None:
-    chosen = {
-        (name, number): side(options["seed"], groups.find(key), options["test"])
-        for key, (name, number, _) in rows.items()
-    }
-    for name in opened:
-        header, cells, _ = raw[name]
-        kept = [row | {"split": chosen[name, number]} for number, row in cells if (name, number) in chosen]
+def _write(directory, named, groups, rows, options, result: Result) -> None:
+    for table in named:
+        header, cells = layouts.read(table.family, table.file, Result())
         if header is not None and "split" not in header:
             header = [*header, "split"]
-        write_table(directory / name, header, kept)
-        for split in ("train", "test"):
-            result.count(f"{name}: {split}", sum(row["split"] == split for row in kept))
+        with layouts.Tables(directory, {table.name: header}) as out:
+            for number, row in cells:
+                if (table.name, number) in rows:
+                    group = groups.find(f"row {table.name} {number}")
+                    split = side(options["seed"], group, options["test"])
+                    out.write(table.name, row | {"split": split})
+                    result.count(f"{table.name}: {split}")

@@ -8,10 +8,10 @@ import json
 from pathlib import Path
 
 from input_pipeline import scans
-from input_pipeline.build import console, jobs
+from input_pipeline.build import console, jobs, layouts
 from input_pipeline.build.cases import _CODES
 from input_pipeline.build.jobs import Report, Result
-from input_pipeline.build.splits import open_all
+from input_pipeline.build.splits import opened
 from input_pipeline.datasets import modalities, sample_rng
 from input_pipeline.prepare.writing import replacing, write_text
 from input_pipeline.samples import RowError, Text
@@ -40,8 +40,7 @@ NOT_STATED = "not stated"
 
 def main(tool: str, argv: list[str]) -> int:
     parser = console.parser(tool, DESCRIPTION, EPILOG)
-    parser.add_argument("tables", nargs="+", metavar="FAMILY=TABLE")
-    parser.add_argument("--root", required=True, metavar="DIR", help="below which the tables and all scans lie")
+    layouts.add_tables(parser)
     parser.add_argument("--name", default="A data set for RadFM", help="title of the card")
     parser.add_argument("--report", action="append", default=[], metavar="FILE", help="report.json of a builder")
     parser.add_argument("--licence", action="append", default=[], metavar="TABLE=TEXT", help="for the card; repeatable")
@@ -56,15 +55,16 @@ def build(specs, root, directory, options: dict, progress=jobs.silent, said=None
     result, report = Result(), Report(directory, "statistics", {"root": str(root), "tables": specs} | options)
     licences = dict(text.partition("=")[::2] for text in options["licence"])
     reports = [json.loads(Path(file).read_text(encoding="utf-8")) for file in options["report"]]
-    opened = open_all(specs, root, result)
+    named = layouts.all_named(specs, root)
     labels: dict[str, str] = {}
     where: dict[str, str] = {}
     tables: dict[str, dict] = {}
     tasks: collections.Counter[str] = collections.Counter()
-    for name, (family, _, dataset) in opened.items():
+    for table, dataset in opened(named, result):
+        name, family = table.name, table.family
         done = progress(name, "rows", len(dataset))
         counted = tables[name] = {"family": family, "rows": len(dataset), "scans": 0, "studies": 0, "tasks": {}}
-        shown, studies, words = set(), set(), []
+        shown, studies, words, most = set(), set(), 0, 0
         own: collections.Counter[str] = collections.Counter()
         for i in range(len(dataset)):
             try:
@@ -75,17 +75,18 @@ def build(specs, root, directory, options: dict, progress=jobs.silent, said=None
                 continue
             own[sample.task] += 1
             studies.add(sample.study_id)
-            words.append(sum(len(p.text.split()) for p in sample.parts if isinstance(p, Text)))
+            said_here = sum(len(p.text.split()) for p in sample.parts if isinstance(p, Text))
+            words, most = words + said_here, max(most, said_here)
             for scan in found:
                 shown.add(scan.path)
-                where.setdefault(scan.path, family)
-            named = _label(family, dataset._rows[i])
-            if named:
-                labels.update(dict.fromkeys((scan.path for scan in found), named))
+                where.setdefault(table.below(scan.path), family)
+            label = _label(family, dataset._rows[i])
+            if label:
+                labels.update(dict.fromkeys((table.below(scan.path) for scan in found), label))
             done(1, 0)
         tasks.update(own)
         counted |= {"scans": len(shown), "studies": len(studies), "tasks": dict(own.most_common())}
-        counted["words"] = {"mean": round(sum(words) / max(len(words), 1), 1), "most": max(words, default=0)}
+        counted["words"] = {"mean": round(words / max(sum(own.values()), 1), 1), "most": most}
     dimensions, found = _scans(root, where, labels, result, progress)
     statistics = {
         "dimensions": dict(dimensions.most_common()),

@@ -8,7 +8,8 @@ from typing import Literal
 
 from input_pipeline import prompts
 from input_pipeline.datasets.base import LeftOut, TableDataset, ask
-from input_pipeline.datasets.sentences import closed, join, without_sizes
+from input_pipeline.datasets.sentences import closed, join
+from input_pipeline.datasets.sizes import without_sizes
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)

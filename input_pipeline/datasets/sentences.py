@@ -1,4 +1,4 @@
-"""Sentences: where they end, how they are joined, and phrases of size inside them."""
+"""Sentences: where they end, and how they are joined. (Phrases of size inside them: sizes.py.)"""
 
 from __future__ import annotations
 
@@ -73,63 +73,3 @@ def closed(text: str) -> str:
     """The text with a full stop, unless it ends a sentence already."""
     text = text.strip()
     return text if not text or text[-1] in ".!?:;" or re.search(r"[.!?][\"'”’)\]]+$", text) else text + "."
-
-
-_NUMBER = r"\d+(?:[.,]\d+)?"
-_UNIT = r"(?:mm|cm|millimet(?:er|re)s?|centimet(?:er|re)s?)(?:[³²]|\^?[23]\b)?(?![A-Za-z])"
-_AXIS = r"(?:\s*\(?\b(?:AP|TR|TV|CC|ML|SI|LL|transverse|craniocaudal|anteroposterior)\b\)?)"
-_TIMES = r"\s*(?:x|×|\*|by|to|-|–|and)\s*"
-# "3 x 2.5 cm", "3.5 cm (AP) x 2 cm (TR)", "12-mm": the last number always has its unit, so that no "3 x" is left over.
-_ALONG = r"(?:\s+in\s+(?:\w+\s+)?(?:size|diameter|dimensions?|length|width|thickness|depth|axis))"
-_SIZE = (
-    rf"(?<![\w.])(?:{_NUMBER}\s*-?\s*(?:{_UNIT})?{_AXIS}?{_TIMES})*{_NUMBER}\s*-?\s*{_UNIT}{_AXIS}?"
-    r"(?:\s*-?\s*(?:thick|wide|long|deep|high)\b)?" + _ALONG + "?"
-)
-_ABOUT = (
-    r"(?:(?:approximately|about|around|up\s+to|at\s+least|more\s+than|less\s+than|over|nearly)\s+"
-    r"|(?:ca\.|~|≈|<|>|≤|≥)\s*)"
-)
-_MEASURE = rf"(?:{_ABOUT})*{_SIZE}"
-_HAS_SIZE = re.compile(_SIZE, re.IGNORECASE)
-_PHRASES = tuple(
-    re.compile(pattern, re.IGNORECASE)
-    for pattern in (
-        rf"\s*[(\[]\s*(?:measur\w+\s+)?{_MEASURE}\s*[)\]]",
-        rf",?\s*\b(?:and\s+)?(?:measuring|sized)\s+{_MEASURE}",
-        r"\s*\b(?:with\s+an?\s+(?:\w+\s+)?(?:size|diameter|thickness|length|width)\s+of|of|(?<!up )to|at)"
-        rf"\s+{_MEASURE}",
-    )
-)
-_STATEMENT = re.compile(rf"\b(?:measures?|measured|is|are|was|were|than|by|from|=|:)\s+{_MEASURE}", re.IGNORECASE)
-_REST = re.compile(_MEASURE, re.IGNORECASE)
-
-
-def without_sizes(text: str) -> str:
-    """Removes phrases that state a size in mm or cm (paper, Table 2: Rad3D-Caption of RadMD).
-
-        "A 3 x 2.5 cm mass, measuring 30 mm, and a cyst (4 mm)."  ->  "A mass, and a cyst."
-
-    A sentence whose statement is the size itself ("It measures 3 cm.") goes whole: nothing of it is left standing.
-    """
-    if not _HAS_SIZE.search(text):
-        return text
-    paragraphs = []
-    for paragraph in text.split("\n"):
-        kept = []
-        for sentence in sentences(paragraph):
-            if _HAS_SIZE.search(sentence):
-                sentence = _without_sizes(sentence)
-            if sentence.strip(" .,;:"):
-                kept.append(sentence)
-        paragraphs.append(" ".join(kept))
-    return "\n".join(paragraphs).strip()
-
-
-def _without_sizes(sentence: str) -> str:
-    for phrase in _PHRASES:
-        sentence = phrase.sub("", sentence)
-    if _STATEMENT.search(sentence):
-        return ""
-    sentence = re.sub(r"[ \t]{2,}", " ", _REST.sub("", sentence))
-    sentence = re.sub(r"[\s,]+([.;:])|\s+(,)", r"\1\2", sentence).strip(" ,")
-    return sentence[:1].upper() + sentence[1:]

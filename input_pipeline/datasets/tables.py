@@ -14,7 +14,8 @@ import io
 import json
 import pathlib
 import re
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 
 from input_pipeline.samples import RowError, Scan
 
@@ -194,17 +195,50 @@ def read_csv(file: pathlib.Path, required, optional=()) -> tuple[list[str], list
     Raises:
       RowError: row 0 for the header; the row in which a quote stays open until the end of the file.
     """
-    text = decode(file)
-    # Where a row ends must not depend on how long its cells are: their length is checked once the row is whole.
-    limit = csv.field_size_limit(max(len(text), 1))
+    header, found = _stream_csv(file, _lines(file), tuple(required), tuple(optional))
+    rows, problems = [], []
+    # Tables repeat themselves (one case history for ten questions): equal cells share one string.
+    seen: dict[str, str] = {}
+    for row in found:
+        if isinstance(row, RowError):
+            problems.append(row)
+        else:
+            rows.append((row[0], {name: seen.setdefault(cell, cell) for name, cell in row[1].items()}))
+    return header, rows, problems
+
+
+def stream_csv(file: pathlib.Path, required, optional=()) -> tuple[list[str], Iterator[tuple[int, dict] | RowError]]:
+    """The same row by row, for tables larger than memory, each row a problem or good.
+
+    Args:
+      optional: None: every column that stands there once; cells that are no text are problems then, as they go on.
+    Returns:
+      header: the columns that rows have, in their order, if `optional` is None.
+    """
+    return _stream_csv(file, _lines(file), tuple(required), None if optional is None else tuple(optional))
+
+
+@contextlib.contextmanager
+def _open(file: pathlib.Path, newline: str = "") -> Iterator[io.TextIOBase]:
+    """The text that `decode` has."""
     try:
-        return _read_csv(file, text, tuple(required), tuple(optional))
-    finally:
-        csv.field_size_limit(limit)
+        with open(file, "rb") as start:
+            if start.read(2) in (b"\xff\xfe", b"\xfe\xff"):
+                raise RowError(file, 0, "the table is UTF-16", "save it as UTF-8")
+        with open(file, encoding="utf-8-sig", errors="surrogateescape", newline=newline) as text:
+            yield text
+    except OSError as error:
+        reason = f"the table cannot be read: {error.strerror}"
+        raise RowError(file, 0, reason, "check the path of the table") from error
 
 
-def _records(text: str) -> Iterator[tuple[int, list[str], str]]:
-    """Yields (first line, cells, fault) of each record.
+def _lines(file: pathlib.Path, newline: str = "") -> Iterator[str]:
+    with _open(file, newline) as text:
+        yield from text
+
+
+def _records(text: Iterable[str]) -> Iterator[tuple[int, list[str], str]]:
+    """Of lines. Yields (first line, cells, fault) of each record.
 
     A lenient reader finds where records end, a strict one then looks for broken quotes in those that have quotes: after
     an error a strict reader would go on in the next line, in the middle of a cell, and count from there.
@@ -212,26 +246,36 @@ def _records(text: str) -> Iterator[tuple[int, list[str], str]]:
     raw: list[str] = []
 
     def lines():
-        for line in io.StringIO(text, newline=""):
+        for line in text:
             raw.append(line)
             yield line
 
-    first = 1
-    for cells in csv.reader(lines()):
+    first, reader = 1, csv.reader(lines())
+    while True:
+        # Where a row ends must not depend on how long its cells are: their length is checked once the row is whole.
+        limit = csv.field_size_limit(sys.maxsize)
+        try:
+            cells = next(reader, None)
+        finally:
+            csv.field_size_limit(limit)
+        if cells is None:
+            return
         fault = ""
         if any('"' in line for line in raw):
+            limit = csv.field_size_limit(sys.maxsize)
             try:
                 next(csv.reader(raw, strict=True))
             except csv.Error as error:
                 fault = str(error)
+            finally:
+                csv.field_size_limit(limit)
         yield first, cells, fault
         first += len(raw)
         raw.clear()
 
 
-def _read_csv(file, text, required, optional):
-    records = _records(text)
-    rows, problems = [], []
+def _stream_csv(file, lines, required, optional):
+    records = _records(lines)
     try:
         _, cells, fault = next(records)
     except StopIteration:
@@ -239,6 +283,9 @@ def _read_csv(file, text, required, optional):
     if fault:
         raise RowError(file, 0, f"the header cannot be read: {fault}", "correct the quotes of the first line")
     header = [name.strip() for name in cells]
+    every = optional is None
+    if every:
+        optional = [name for name in header if name and name not in required and header.count(name) == 1]
     missing = [name for name in required if name not in header]
     twice = sorted({name for name in header if header.count(name) > 1 and name in (*required, *optional)})
     if missing or twice:
@@ -248,22 +295,27 @@ def _read_csv(file, text, required, optional):
         shown = ascii(", ".join(header))[:200]
         raise RowError(file, 0, f"{reason}; the header has {shown}", f"needed: {', '.join(required)}")
     wanted = [(name, header.index(name)) for name in (*required, *optional) if name in header]
-    # Tables repeat themselves (one case history for ten questions): equal cells share one string.
-    seen: dict[str, str] = {}
+    if every:
+        wanted.sort(key=lambda one: one[1])
+    return [name for name, _ in wanted] if every else header, _rows(file, records, len(header), wanted, every)
+
+
+def _rows(file, records, length: int, wanted, checked: bool) -> Iterator[tuple[int, dict] | RowError]:
     for number, (line, cells, fault) in enumerate(records, 1):
         if "unexpected end of data" in fault:
             reason = f"a quote opened in this row (line {line}) is never closed: everything after it is lost"
             raise RowError(file, number, reason, "close or double the quote")
         if fault:
-            problems.append(RowError(file, number, f"{fault} (line {line})", "double quotes inside a quoted cell"))
+            yield RowError(file, number, f"{fault} (line {line})", "double quotes inside a quoted cell")
         elif not cells:
-            problems.append(RowError(file, number, f"the row is blank (line {line})", "remove it"))
-        elif len(cells) != len(header):
-            reason = f"{len(cells)} cells, but the header has {len(header)} (line {line})"
-            problems.append(RowError(file, number, reason, "quote cells that hold commas or line breaks"))
+            yield RowError(file, number, f"the row is blank (line {line})", "remove it")
+        elif len(cells) != length:
+            reason = f"{len(cells)} cells, but the header has {length} (line {line})"
+            yield RowError(file, number, reason, "quote cells that hold commas or line breaks")
+        elif checked and (bad := next(((n, why) for n, i in wanted if (why := bad_text(cells[i]))), None)):
+            yield RowError(file, number, f"{bad[0]} {bad[1]}", "write the table as UTF-8 text")
         else:
-            rows.append((number, {name: seen.setdefault(cells[i], cells[i]) for name, i in wanted}))
-    return header, rows, problems
+            yield number, {name: cells[i] for name, i in wanted}
 
 
 def parse_json(text: str):
@@ -304,6 +356,77 @@ def read_json(file: pathlib.Path, required) -> tuple[list[tuple[int, dict]], lis
     return rows, problems
 
 
+def stream_json(file: pathlib.Path, required) -> Iterator[tuple[int, dict] | RowError]:
+    """The same row by row, for files larger than memory: each row a problem or good.
+
+    Raises:
+      RowError: with the number of the row from which on the file is no JSON.
+    """
+    decoder = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
+    blocks, text, at, number, whole = _blocks(file), "", 0, 0, False
+
+    def more() -> None:
+        nonlocal text, at, whole
+        block = next(blocks, "")
+        text, at, whole = text[at:] + block, 0, not block
+
+    def following() -> str:
+        nonlocal at
+        while True:
+            at = _SPACE.match(text, at).end()
+            if at < len(text) or whole:
+                return text[at : at + 1]
+            more()
+
+    def broken(error) -> RowError:
+        return RowError(file, number, f"the file is not valid JSON: {_short(error)}", "write it anew as UTF-8 JSON")
+
+    first = following()
+    if first != "[":
+        found = {"{": "dict", "": "nothing"}.get(first, repr(first))
+        raise RowError(file, 0, f"a list of objects is needed, got {found}", "see docs/data_layouts.md")
+    at += 1
+    if following() != "]":
+        while True:
+            number += 1
+            following()
+            while True:
+                try:
+                    value, end = decoder.raw_decode(text, at)
+                    if end < len(text) or whole:  # else a number may go on in the next block
+                        break
+                except (ValueError, RecursionError) as error:
+                    if whole or len(text) - at > _MOST:
+                        raise broken(error) from None
+                more()
+            good = not bad_text(text[at:end])
+            at = end
+            rows: list = []
+            if good:
+                keep_object(file, number, value, required, rows, rows)
+            yield rows[0] if good else RowError(file, number, "is no UTF-8 text, or too long", "write it as UTF-8")
+            mark = following()
+            at += 1
+            if mark == "]":
+                break
+            if mark != ",":
+                raise broken("',' or ']' is missing after the row")
+    else:
+        at += 1
+    if following():
+        raise broken("something follows the list")
+
+
+_SPACE = re.compile(r"[ \t\n\r]*")
+_MOST = 64 * MAX_CELL  # characters of a row: a quote or brace that is never closed would take the whole file
+
+
+def _blocks(file: pathlib.Path) -> Iterator[str]:
+    with _open(file) as text:
+        while block := text.read(1 << 20):
+            yield block
+
+
 _kept: dict[pathlib.Path, tuple[list, list]] | None = None
 
 
@@ -334,20 +457,33 @@ def _read_jsonl(file: pathlib.Path) -> tuple[list[tuple[int, dict]], list[RowErr
     lines = decode(file).split("\n")
     if lines and not lines[-1].strip():
         lines.pop()
+    for row in _json_rows(file, lines):
+        (problems if isinstance(row, RowError) else rows).append(row)
+    return rows, problems
+
+
+def stream_jsonl(file: pathlib.Path) -> Iterator[tuple[int, dict] | RowError]:
+    """The same row by row, for files larger than memory."""
+    # Not "universal" line ends: a lone carriage return is white space of JSON, no line end.
+    return _json_rows(file, (line.removesuffix("\n") for line in _lines(file, "\n")))
+
+
+def _json_rows(file, lines: Iterable[str]) -> Iterator[tuple[int, dict] | RowError]:
     for number, line in enumerate(lines, 1):
         reason = bad_text(line)
         if not reason and not line.strip():
             reason = "is blank"
         if reason:
-            problems.append(RowError(file, number, f"the line {reason}", "one JSON object a line, as UTF-8"))
+            yield RowError(file, number, f"the line {reason}", "one JSON object a line, as UTF-8")
             continue
         try:
             value = parse_json(line)
         except (ValueError, RecursionError) as error:
-            problems.append(RowError(file, number, f"not valid JSON: {_short(error)}", "one JSON object a line"))
+            yield RowError(file, number, f"not valid JSON: {_short(error)}", "one JSON object a line")
             continue
-        keep_object(file, number, value, (), rows, problems)
-    return rows, problems
+        kept: list = []
+        keep_object(file, number, value, (), kept, kept)
+        yield kept[0]
 
 
 def keep_object(file, number, value, required, rows: list, problems: list) -> None:

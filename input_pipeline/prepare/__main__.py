@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import shlex
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from input_pipeline import command_line
+from input_pipeline import beam, command_line
 from input_pipeline.config import DataConfig
 from input_pipeline.prepare import Refused, prepare, summary
 from input_pipeline.workers import WorkerError
@@ -42,9 +43,14 @@ examples:
   python -m input_pipeline.prepare --config=configs/quickstart.py --out practice/index
   python -m input_pipeline.prepare --config=my.py --out index --records --config.data.storage=int16
   python -m input_pipeline.prepare --config=my.py --out index --strict      # fails if anything is in quarantine
+  python -m input_pipeline.prepare --config=my.py --out /shared/index --runner flink \
+      --runner-option=--flink_master=host:8081
 
 Ended in the middle, the same command goes on where it was. Run again later, only files whose size or time has changed
-are read; --recheck reads all of them. The result does not depend on --workers.
+are read; --recheck reads all of them. The result depends neither on --workers nor on --runner.
+
+With --runner the scans, most of the work, are read by Apache Beam's workers, which must see the data and DIR under the
+same paths; tables and texts are read here, as always.
 
 exit codes: 0 the index is there; 1 everything was read, but a leak (or, with --strict, the quarantine) stands against
 it: the reports are there, index.json is not; 2 the config or a table cannot be used, or too many files crash their
@@ -75,6 +81,7 @@ def main(argv: list[str] | None = None) -> int:
         "--records", action="store_true", help="also write the scans at their final size, as data.records reads them"
     )
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: all cores; 0: none of its own)")
+    beam.add_options(parser)
     parser.add_argument("--strict", action="store_true", help="exit 1 if anything at all is in quarantine")
     parser.add_argument(
         "--allow-leaks", action="store_true", help="write the index although train and test share studies or scans"
@@ -102,12 +109,16 @@ def main(argv: list[str] | None = None) -> int:
         out = args.out or data.index
         if not out:
             raise ValueError("name the directory of the index: --out DIR")
+        if args.records:
+            # While TFDS is imported it puts an import function of its own in place, which ends the thread of the bars.
+            importlib.import_module("input_pipeline.records")
         with bars:
             report = prepare(
                 data,
                 out,
                 records=args.records,
                 workers=args.workers,
+                **beam.chosen(args),
                 recheck=args.recheck,
                 strict=args.strict,
                 allow_leaks=args.allow_leaks,

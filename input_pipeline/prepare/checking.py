@@ -64,6 +64,11 @@ class Conversion:
     storage: str
     records: bool
 
+    @property
+    def chunk(self) -> int:
+        """Scans of one task: volumes travel between processes, so they are few at a time."""
+        return 4 if self.records else 16
+
 
 def scan_of(key: Key) -> Scan:
     """The inverse of `scan_key`."""
@@ -77,6 +82,16 @@ def label(key: Key) -> str:
     root, path, volume, window = key
     said = f"{printable(root)}/{printable(path)}"
     return said + (f", volume {volume}" if volume >= 0 else "") + (f", window {window}" if window else "")
+
+
+def item_label(item: tuple[Key, str]) -> str:
+    return label(item[0])
+
+
+def ended(item: tuple[Key, str], reason: str) -> tuple[ScanFacts, None]:
+    """In place of a result: the scan ended the process that read it."""
+    remedy = "open it by hand; with little memory use fewer --workers, with slow files a longer data.worker_timeout"
+    return ScanFacts(*item[0], fault="damaged", reason=reason, remedy=remedy), None
 
 
 def check_scans(

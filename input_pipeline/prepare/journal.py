@@ -10,7 +10,6 @@ scans.parquet   of the last complete run; its metadata has what its records are
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -19,13 +18,14 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from input_pipeline import parts
 from input_pipeline.prepare.checking import Key, ScanFacts
 
 VERSION = 1  # raise it when scans are read or converted otherwise than before
 METADATA = b"prepare"
 OURS = frozenset(
     "index.json scans.parquet rows.parquet quarantine.jsonl duplicates.jsonl leaks.jsonl summary.txt summary.json "
-    "summary.png records .progress .lock".split()
+    "summary.png records parts .progress .lock".split()
 )
 
 
@@ -41,11 +41,7 @@ def held(directory: Path) -> Iterator[None]:
     if foreign:
         shown = ", ".join(foreign[:5]) + (f" and {len(foreign) - 5} more" if len(foreign) > 5 else "")
         raise ValueError(f"{directory} holds what is no index ({shown}): choose a directory of its own for --out")
-    with open(directory / ".lock", "w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another prepare is writing {directory}: wait for it, or end it first") from None
+    with parts.held(directory, "prepare"):
         yield
 
 

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from input_pipeline import index
+from input_pipeline import beam, index, parts
 from input_pipeline.config import DataConfig
-from input_pipeline.prepare import checking, findings, summary, writing
+from input_pipeline.prepare import checking, findings, spread, summary, writing
 from input_pipeline.prepare.checking import Conversion, Problem, RowFacts, ScanFacts
 from input_pipeline.prepare.findings import Findings
 from input_pipeline.prepare.journal import Journal, held
-from input_pipeline.prepare.tasks import Team
 from input_pipeline.sources import tokenizer_of
+from input_pipeline.tasks import Team
 from input_pipeline.workers import WorkerError
 
-SCAN_CHUNK = 16
-RECORD_CHUNK = 4  # volumes travel between processes: few at a time
 ROW_CHUNK = 128
 
 # (what is done, how many in all) -> a function that is told how many more are done, and the count of bad ones
@@ -42,6 +41,8 @@ def prepare(
     *,
     records: bool = False,
     workers: int | None = None,
+    runner: str = beam.LOCAL,
+    runner_options: Sequence[str] = (),
     recheck: bool = False,
     strict: bool = False,
     allow_leaks: bool = False,
@@ -51,11 +52,13 @@ def prepare(
     """Reads everything that `config.train` and `config.test` name and writes the index.
 
     A run that is ended in the middle goes on where it was; scans whose files have not changed are not read again.
-    The result does not depend on `workers`, nor on how often the run was ended, except for where shards of records end.
+    The result does not depend on `workers` and `runner`, nor on how often the run was ended, except for where shards of
+    records end.
 
     Args:
       records: write the volumes at their final size as well.
       workers: processes; None: the cores this process may use; 0: none beside this one.
+      runner, runner_options: what reads the scans: `local`, or Apache Beam's (beam.py). Tables are always read here.
       recheck: read everything again, as if the directory were empty.
       strict: refuse anything in quarantine. allow_leaks: do not refuse leaks.
       progress, said: see `Progress`; told of workers that ended.
@@ -81,6 +84,7 @@ def prepare(
         _prepare_records(directory, journal, settings, recheck)
         if recheck:
             journal.forget(directory)
+            parts.clean(directory)
         team = functools.partial(_team, config, workers, said)
         done = progress("opening the tables", "tables", None)
         with team(functools.partial(checking.open_tables, config.to_dict())) as tables:
@@ -89,11 +93,16 @@ def prepare(
             _list_scans(found, tables, progress)
             journal.start(settings)
             try:
-                with team(checking.nothing) as readers:
+                with contextlib.ExitStack() as stack:
+                    if runner == beam.LOCAL:
+                        readers = stack.enter_context(team(checking.nothing))
+                    else:
+                        readers = spread.Readers(directory, config.worker_timeout, runner, runner_options, said)
                     reading = _Reading(found, journal, directory, settings, readers)
                     reading.run(progress)
             finally:
                 journal.close()
+            parts.clean(directory)
             _encode(found, tables, progress)
         if _checksums(config) != checksums:
             raise ValueError("a table was changed while it was read: run again")
@@ -102,6 +111,7 @@ def prepare(
         report["reading"] = {
             "seconds": round(time.monotonic() - started, 1),
             "workers": workers,
+            "runner": runner,
             "scans_read": reading.read,
             "scans_unchanged": len(found.scans) - reading.read,
             "workers_ended": len(readers.deaths) + len(tables.deaths),
@@ -224,10 +234,10 @@ class _Reading:
         chunks = self.readers.map(
             checking.check_scans,
             known,
-            SCAN_CHUNK if self.writer is None else RECORD_CHUNK,
+            self.conversion.chunk,
             self.conversion,
-            label=lambda item: checking.label(item[0]),
-            failed=_ended,
+            label=checking.item_label,
+            failed=checking.ended,
         )
         try:
             for items, results in chunks:
@@ -275,11 +285,6 @@ class _Reading:
 
 def _content(facts: ScanFacts) -> tuple[str, int, str]:
     return facts.sha256, facts.volume, facts.window
-
-
-def _ended(item: tuple[checking.Key, str], reason: str) -> tuple[ScanFacts, None]:
-    remedy = "open it by hand; with little memory use fewer --workers, with slow files a longer data.worker_timeout"
-    return ScanFacts(*item[0], fault="damaged", reason=reason, remedy=remedy), None
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------

@@ -119,3 +119,7 @@ class Team:
             chunk.dead[at[0]] = f"the process that read it {how}"
         self.pool.close()
         self.pool = Pool(*self._arguments)
+
+
+def nothing() -> None:
+    """The state of workers that need none."""

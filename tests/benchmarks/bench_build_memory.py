@@ -1,0 +1,123 @@
+"""Peak memory of the builders at N and 10 N made items: does it grow with them?
+
+    PYTHONPATH=. python tests/benchmarks/bench_build_memory.py [TOOL ...]
+
+Every run is a process of its own, which reads VmHWM of itself when it is done. Rows hold some 3 kB of text each, so
+that a table held in memory shows. Linux only.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from tests.llm_server import Server
+
+CHILD = """
+import sys
+from input_pipeline.build.__main__ import main
+code = main(sys.argv[1:])
+print("peak", next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")), code)
+"""
+SIZES = {"rad3d": 200, "mpx": 200, "diagnosis": 10_000, "radmd": 500, "radmd (balance)": 5000, "splits": 1000,
+         "splits --near": 200, "statistics": 200, "pmc-casereport": 100, "vqa": 400}  # fmt: skip
+
+
+def text(k: int, words: int = 500) -> str:
+    """Some 3 kB that no other row has."""
+    rng = np.random.default_rng(k)
+    return f"Finding {k} on the CT: " + " ".join(f"word{n}" for n in rng.integers(0, 100, words))
+
+
+def picture(file: Path, k: int) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    small = np.random.default_rng(k).integers(0, 255, (6, 6)).astype(np.uint8)
+    Image.fromarray(small).resize((32, 32), Image.Resampling.BICUBIC).save(file)
+
+
+def table(file: Path, header, rows) -> None:
+    with open(file, "w", newline="") as out:
+        lines = csv.writer(out)
+        lines.writerow(header)
+        lines.writerows(rows)
+
+
+def make(tool: str, root: Path, n: int) -> list[str]:
+    """Writes n items; returns the options of the command."""
+    if tool in ("rad3d", "mpx"):
+        for k in range(n):
+            picture(root / "cases" / f"{k:06d}" / "a.png", k)
+            said = {"findings": text(k), "discussion": text(k + n), "title": f"Cyst {k}", "features": [text(k + 2 * n)],
+                    "scans": [{"path": "a.png", "modality": "CT", "caption": text(k)}]}  # fmt: skip
+            (root / "cases" / f"{k:06d}" / "case.json").write_text(json.dumps(said))
+        return [str(root / "cases"), "--workers", "0"]
+    if tool == "diagnosis":
+        (root / "NIH").mkdir()
+        labels = ("No Finding", "Mass", "Nodule", "Mass|Nodule", "Edema")
+        table(root / "NIH" / "Data_Entry_2017.csv", ("Image Index", "Finding Labels", "Patient ID"),
+              ((f"{k:08d}.png", labels[k % 5], k // 3) for k in range(n)))  # fmt: skip
+        return ["--root", str(root), "chestxray14=NIH"]
+    if tool == "radmd":
+        table(root / "case.csv", ("PMC_id", "img_ref", "context", "question", "answer"),
+              ((f"PMC{k}", "['F1']", text(k), "Q: What is seen?", f"A: Lesion {k}") for k in range(n)))  # fmt: skip
+        with open(root / "captions.jsonl", "w") as out:
+            for k in range(n):
+                out.write(json.dumps({"paper": f"PMC{k}", "pictures": ["F1"], "caption": text(k, 20)}) + "\n")
+        return ["--root", str(root), "--captions", str(root / "captions.jsonl"), "pmc_casereport=case.csv"]
+    if tool == "radmd (balance)":
+        table(root / "open.csv", ("image_path", "label"),
+              ((f"images/of/a/set/{k:08d}.png", "Edema" if k % 3 else "No finding") for k in range(n)))  # fmt: skip
+        return ["--root", str(root), "cxr_mix=open.csv"]
+    if tool in ("splits", "splits --near", "statistics"):
+        for k in range(n if tool != "splits" else 0):
+            picture(root / f"{k}.png", k)
+        table(root / "vqa.csv", ("img_root_dir", "Figure_path", "Question", "Answer"),
+              (("", f"{k}.png", f"What is seen in {k}?", text(k)) for k in range(n)))  # fmt: skip
+        return ["--root", str(root), "vqa_rad=vqa.csv", *tool.split()[1:]]
+    if tool == "vqa":
+        (root / "caption.json").write_text(
+            json.dumps([{"npy_path": f"{k}.nii.gz", "finding": text(k), "impression": text(k + n)} for k in range(n)])
+        )
+        return [str(root / "caption.json")]
+    with open(root / "cases.jsonl", "w") as out:
+        for k in range(n):
+            told = [{"text": text(k), "section": "Case", "img_ref": []}]
+            told += [{"text": f"The CT of {k} shows it.", "section": "Case", "img_ref": ["F1"]}]
+            out.write(json.dumps({"paper": f"PMC{k}", "sentences": told, "captions": {"F1": text(k)}}) + "\n")
+    return [str(root / "cases.jsonl")]
+
+
+def peak(tool: str, n: int, url: str) -> float:
+    """MB of a process that runs the tool on n items."""
+    with tempfile.TemporaryDirectory() as place:
+        (root := Path(place) / "in").mkdir()
+        options = [tool.split()[0], *make(tool, root, n), "--out", str(Path(place) / "out")]
+        if tool in ("pmc-casereport", "vqa"):
+            options += ["--model", "m", "--base-url", url, "--key-variable", "", "--concurrency", "8"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        done = subprocess.run([sys.executable, "-c", CHILD, *options], capture_output=True, text=True, env=environment)
+        said = [line.split() for line in done.stdout.splitlines() if line.startswith("peak")]
+        if done.returncode or not said or said[-1][2] != "0":
+            raise SystemExit(f"{tool} failed:\n{done.stdout[-1000:]}{done.stderr[-2000:]}")
+        return int(said[-1][1]) / 1024
+
+
+def main() -> None:
+    print(f"{'tool':<18}{'N':>8}{'MB at N':>10}{'MB at 10 N':>12}{'kB an item':>12}", flush=True)
+    with Server() as server:
+        for tool in sys.argv[1:] or SIZES:
+            n = SIZES[tool]
+            small, large = peak(tool, n, server.url), peak(tool, 10 * n, server.url)
+            print(f"{tool:<18}{n:>8,}{small:>10.1f}{large:>12.1f}{(large - small) * 1024 / (9 * n):>12.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
