@@ -180,6 +180,9 @@ def test_tiles_between_samples_are_left_out():
         assert int(blocks._Tiles(q, k, segments, segments, True).count) == 1 + 1 + 2 + 4
         assert int(blocks._Tiles(q, k, segments, segments, False).count) == 2 + 3 + 3 + 4
         close(outputs_and_gradients(flash.blocks, args, True), outputs_and_gradients(attention, args, True))
+        empty = np.zeros_like(segments)
+        assert int(blocks._Tiles(q, k, empty, empty, False).count) == 0
+        assert not np.asarray(flash.blocks(q, k, v, empty, empty, causal=False)).any()
 
 
 @pytest.mark.parametrize("policy, walks", [("attention", 2), ("full", 3)])

@@ -23,7 +23,8 @@ LOWEST = jnp.finfo(jnp.float32).min
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def attend(q, k, v, q_segments, k_segments, causal: bool) -> jax.Array:
-    """As `layers.attention`; T and U are multiples of 128. A query that sees no key gets zeros."""
+    """As `layers.attention`; T and U are multiples of 128. A query that sees no key gets zeros, and so may one
+    of padding (segment 0)."""
     return _forward(q, k, v, q_segments, k_segments, causal)[0]
 
 
@@ -100,6 +101,7 @@ class _Tiles:
             pick(x, axis=1).reshape(b, -1) for x in (self.q_segments, self.k_segments) for pick in (jnp.min, jnp.max)
         )
         matters = (low_q[:, :, None] <= high_k[:, None]) & (low_k[:, None] <= high_q[:, :, None])
+        matters &= high_q[:, :, None] > 0  # what padding sees, nobody reads
         if causal:
             matters &= jnp.arange(self.j) * self.d < (jnp.arange(self.i)[:, None] + 1) * self.c
         self.count = matters.sum()

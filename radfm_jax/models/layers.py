@@ -171,8 +171,8 @@ def attention(
       kernel: `auto` takes the fastest kernel that fits platform, dtype and shapes (see radfm_jax.models.flash);
         `xla`, `cudnn`, `splash` ask for one.
     Returns:
-      float[B, T, H, K] in v's dtype. A query that sees no key gets a finite mean of values: of all of them, as a masked
-      row of the released model does, or of those that a fused kernel visited.
+      float[B, T, H, K] in v's dtype. A query that sees no key gets something finite: the mean of all values, as a
+      masked row of the released model does, of those that a fused kernel visited, or zeros (`blocks`).
     """
     chosen = flash.choose(kernel, q, k)
     if chosen != "xla":
