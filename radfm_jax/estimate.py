@@ -21,7 +21,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from radfm_jax import flops, sharding, train_step
 from radfm_jax.experiment import Experiment, MeshConfig
-from radfm_jax.models import radfm
+from radfm_jax.models import flash, radfm
 from radfm_jax.models.layers import matmul_precision
 
 # Bytes/s of a 200 Gbit/s network adapter, as each A100 of a common node has one.
@@ -200,7 +200,7 @@ def memory(config: Experiment, mesh: Mesh | AbstractMesh) -> dict[str, int]:
     state = _state(config, mesh)
     learning = _bytes(state["params"])
     in_float32 = sum(_shard(x) * 4 for x in jax.tree.leaves(state["params"]))
-    # On a CPU there is no fused attention: scores of all pairs of tokens exist.
+    # On a CPU there is no fused attention: scores of all pairs of tokens exist, but where rows are walked tile by tile.
     fused = not isinstance(mesh, Mesh) or mesh.devices.flat[0].platform != "cpu"
     blocks = _stacks(config, rows, tensor, fused)
     return {
@@ -248,7 +248,7 @@ class _Stack:
     Attributes:
       entry: what comes in and goes on, T E n.
       attention: what attention gives, T H n. projections: with queries, keys, values, T (2 H + 2 G) n.
-      dots: every product with weights. live: all that one block makes.
+      dots: what attention gives, and every product with weights. live: all that one block makes.
     """
 
     layers: int
@@ -275,7 +275,8 @@ def _stacks(config: Experiment, rows: int, tensor: int, fused: bool) -> dict[str
         """`tokens` that ask `keys` each; `more_keys` whose keys and values a block gathers beside."""
         query, key, hidden = query // tensor, key // tensor, hidden // tensor
         # float32 scores and their softmax, where no kernel keeps them to itself.
-        scores = 0 if fused else 2 * 4 * tokens * keys * heads // tensor
+        tiled = keys >= flash.BLOCKS_FROM and keys % 128 == 0
+        scores = 0 if fused or tiled else 2 * 4 * tokens * keys * heads // tensor
         products = query + 2 * key + width + hidden + width
         # Two norms, each also in float32, two sums, and what the activation makes of the hidden layer.
         live = n * tokens * (products + query + 4 * width + hidden) + 2 * 4 * tokens * width + scores
@@ -284,7 +285,7 @@ def _stacks(config: Experiment, rows: int, tensor: int, fused: bool) -> dict[str
             n * tokens * width,
             n * tokens * query,
             n * tokens * (2 * query + 2 * key),
-            n * tokens * products,
+            n * tokens * (products + query),
             live + n * more_keys * 2 * key,
         )
 
