@@ -192,6 +192,21 @@ def test_tables(tmp_path, capsys):
         assert words in capsys.readouterr().err
 
 
+def test_balance_is_of_each_set_and_split(tmp_path):
+    """All of one set's images with a disease and all of another's without it would let the set's look answer."""
+    (tmp_path / "in").mkdir()
+    header = ("image_path", "disease", "label", "source", "split")
+    counts = {("a", "train"): (3, 1), ("b", "train"): (1, 3), ("a", "test"): (2, 0), ("b", "test"): (0, 2)}
+    rows = [
+        (f"{source}/{split}{label}{k}.png", "Edema", label, source, split)
+        for (source, split), many in counts.items() for label, n in zip("10", many, strict=True) for k in range(n)
+    ]  # fmt: skip
+    write_csv(tmp_path / "in" / "yes_no.csv", header, *rows)
+    radmd.build(["cxr_mix=yes_no.csv"], tmp_path / "in", tmp_path / "out", {})
+    kept = [line.split(",")[2:] for line in (tmp_path / "out" / "yes_no.csv").read_text().splitlines()[1:]]
+    assert sorted(kept) == [[label, source, "train"] for label in "01" for source in "ab"]
+
+
 def test_every_family_passes(tmp_path):
     """No family's own table makes the tool fail, and kept tables are read again."""
     root = tmp_path / "in"

@@ -29,8 +29,8 @@ rules by family (all others keep every row):
   rad3d_caption          radiologic, size_phrases
   rad3d_vqa              radiologic, size_questions, age_questions
   rad3d_modality, rad3d_rationale   radiologic
-  cxr_mix, vindr_*, diagnosis   balance: of normal and abnormal (open tables), of yes and no a disease (yes/no), in
-                                each split of a column `split`
+  cxr_mix, vindr_*, diagnosis   balance: of normal and abnormal (open tables), of yes and no a disease (yes/no) of
+                                each set of a column `source`; in each split of a column `split`
 
 what is written to DIR: the tables; report.json (counts by table and rule); examples.jsonl (rule, what became of the
 row, before, after); problems.jsonl (rows that cannot be read)
@@ -180,18 +180,20 @@ def _filtered(family, file, number, before, rules, settings, counts, reasons, ex
 
 
 def _balance(rows: Iterator[tuple[int, dict]], seed: int) -> set[int]:
-    """As many of one side as of the other, in each split, by disease where rows say one; which, a hash decides.
+    """As many of one side as of the other, in each split; where rows say a disease, for each disease of each set
+    (`source`), so that the look of a set still says nothing about the answer. Which rows stay, a hash decides.
 
     Returns the numbers of the rows that stay. In memory are 16 bytes a row, and these numbers.
     """
-    sides: dict[tuple[str, str], tuple[array.array, array.array, array.array, array.array]] = {}
+    sides: dict[tuple[str, str, str], tuple[array.array, array.array, array.array, array.array]] = {}
     for number, row in rows:
         disease = row.get("disease")
         if disease:
             key, side = diseases.canonical(disease), row["label"].strip() in ("1", "1.0")
+            source = row.get("source") or ""
         else:
-            key, side = "", diseases.is_normal(row["label"].strip("[]' ."))
-        both = sides.setdefault((row.get("split") or "", key), tuple(array.array("Q") for _ in range(4)))
+            key, source, side = "", "", diseases.is_normal(row["label"].strip("[]' ."))
+        both = sides.setdefault((row.get("split") or "", source, key), tuple(array.array("Q") for _ in range(4)))
         both[2 * side].append(int.from_bytes(order(seed, row)[:8], "big"))
         both[2 * side + 1].append(number)
     kept: set[int] = set()
