@@ -151,6 +151,18 @@ def test_small_members(tmp_path):
     assert len(images) == 2 and len(result.problems) == 2
 
 
+def test_a_row_that_is_not_utf_8_is_named_and_costs_itself_alone(tmp_path, capsys):
+    (tmp_path / "NIH").mkdir()
+    lines = ["Image Index,Finding Labels,Patient ID", "a.png,Mass,1", "M\xfcller.png,Mass,2", "b.png,No Finding,3"]
+    (tmp_path / "NIH" / "Data_Entry_2017.csv").write_bytes("\n".join(lines).encode("latin-1"))
+    command = ["diagnosis", "--root", str(tmp_path), "--out", str(tmp_path / "t"), "chestxray14=NIH"]
+    assert main(command) == 0
+    assert [row["image_path"] for row in table(tmp_path / "t" / "open.csv")] == ["NIH/a.png", "NIH/b.png"]
+    (problem,) = map(json.loads, (tmp_path / "t" / "problems.jsonl").read_text().splitlines())
+    assert problem["row"] == "2" and problem["reason"] == "Image Index is not valid UTF-8"
+    assert main([*command, "chestxray14=./NIH/"]) == 2 and "a set stands twice" in capsys.readouterr().err
+
+
 def test_every_member_has_a_reader_and_says_what_it_lacks(tmp_path):
     for member in labels.MEMBERS:
         with pytest.raises(ValueError, match="as it was published"):

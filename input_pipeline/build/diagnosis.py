@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import posixpath
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -78,6 +79,8 @@ def build(specs: list[str], root, directory, options: dict, progress=jobs.silent
     rule, seed, most = policy(options["uncertain"]), options["seed"], options["per_disease"]
     report = Report(directory, "diagnosis", {"root": str(root), "members": specs} | options)
     named = [_member(spec) for spec in specs]
+    if len(set(named)) < len(named):
+        raise ValueError(f"{', '.join(specs)}: a set stands twice; its images would be asked about twice")
     done = progress("diagnosis", "members", len(specs))
     report.more["diseases"] = {}
     base = ["source", "study", "split"]
@@ -90,7 +93,7 @@ def build(specs: list[str], root, directory, options: dict, progress=jobs.silent
             done(1, bool(result.problems))
         if not any(out.rows.values()):
             report.write()
-            raise ValueError(f"no image has a label that can be used: see {directory / 'problems.jsonl'}")
+            raise ValueError(f"no image has a label that can be used: see {report.listed}")
     report.counts |= {f"{name}: rows": count for name, count in out.rows.items()}
     return report.write()
 
@@ -99,7 +102,7 @@ def _member(spec: str) -> tuple[str, str]:
     member, equals, folder = spec.partition("=")
     if not equals or member not in labels.MEMBERS:
         raise ValueError(f"{spec!r}: MEMBER=FOLDER is needed, the member being one of {', '.join(labels.MEMBERS)}")
-    folder = folder.strip("/")
+    folder = posixpath.normpath(folder.strip("/"))
     if tables.bad_path(folder):
         raise ValueError(f"{spec!r}: the folder must lie below --root: {tables.bad_path(folder)}")
     return member, folder

@@ -83,7 +83,13 @@ def _rows(file: Path, required, result: Result, optional=()) -> Iterator[tuple[i
     _, rows, problems = tables.read_csv(file, required, optional)
     for problem in problems:
         result.problem(problem.file, problem.row, problem.reason, problem.remedy)
-    yield from rows
+    for number, cells in rows:
+        bad = next(((name, why) for name, text in cells.items() if (why := tables.bad_text(text))), None)
+        if bad:
+            result.count("rows that cannot be used")
+            result.problem(file, number, f"{bad[0]} {bad[1]}", "write the table as UTF-8 text")
+        else:
+            yield number, cells
 
 
 def _files(folder: Path, *patterns: str) -> list[Path]:
@@ -137,9 +143,8 @@ def chestxray14(folder: Path, policy: Policy, result: Result) -> Iterator[Image]
             labels = [label.strip() for label in cells["Finding Labels"].split("|") if label.strip()]
             unknown = [label for label in labels if label not in (*CHESTXRAY14, "No Finding")]
             if not labels or unknown or ("No Finding" in labels and len(labels) > 1):
-                _refuse(
-                    result, file, row, f"labels {cells['Finding Labels'][:60]!r} are unknown or contradict each other"
-                )
+                said = cells["Finding Labels"][:60]
+                _refuse(result, file, row, f"labels are unknown, contradict each other or lack: {said!r}")
                 continue
             findings: dict = {d.replace("_", " "): d in labels for d in CHESTXRAY14}
             split = "" if not test else "test" if name in test else "train"
@@ -173,10 +178,12 @@ def chexpert(folder: Path, policy: Policy, result: Result) -> Iterator[Image]:
                 elif value:
                     bad.append(f"{disease} {value[:20]!r}")
             path = re.sub(r"^CheXpert-v1\.0(?:-small)?/", "", cells["Path"].strip())
-            if bad or not path or (findings.get("No Finding") and any(
-                p for d, p in findings.items() if d not in ("No Finding", "Support Devices")
-            )):  # fmt: skip
-                _refuse(result, file, row, f"{', '.join(bad) or 'No Finding beside a finding'}: {path[:60]}")
+            if bad or not path:
+                _refuse(result, file, row, f"a label is none of 1, 0, -1: {', '.join(bad)}" if bad else "Path is blank")
+                continue
+            beside = [d for d, present in findings.items() if present and d not in ("No Finding", "Support Devices")]
+            if findings.get("No Finding") and beside:
+                _refuse(result, file, row, f"No Finding beside a finding: {', '.join(beside)}: {path[:60]}")
                 continue
             if findings.pop("No Finding", None):
                 findings[NORMAL] = True
@@ -429,7 +436,7 @@ def read(member: str, folder: Path, policy: Policy, result: Result) -> list[Imag
             reason = tables.bad_path(image.path)
             other = images.get(image.path)
             if reason:
-                _refuse(result, Path(image.file), image.row, reason)
+                _refuse(result, Path(image.file), image.row, f"the path cannot be used: {reason}")
             elif other is not None:
                 same = other.findings == image.findings
                 twice = "the image stands twice" if same else "the image stands twice, with other labels"
