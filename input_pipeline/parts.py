@@ -123,9 +123,9 @@ def whole(file: Path) -> Iterator[Path]:
         raise
 
 
-def sweep(directory: Path) -> None:
-    """Removes what killed workers left half-written."""
-    for left in (directory / "parts").glob("*" + _PARTIAL):
+def sweep(directory: Path, folder: str = "parts") -> None:
+    """Removes what killed workers left half-written in a folder of it, or in those that fit a pattern."""
+    for left in directory.glob(f"{folder}/*{_PARTIAL}"):
         left.unlink()
 
 

@@ -202,8 +202,11 @@ def test_case_reports(tmp_path, capsys):
         assert main([*common, "--limit", "2"]) == 0
         assert main(common) == 0
         assert max(server.tries.values()) == 1
-    report = json.loads((tmp_path / "pmc" / "report.json").read_text())
-    assert report["counts"]["answers: refused"] == 1 and report["counts"]["answers known from before"] == 2
+    assert json.loads((tmp_path / "pmc" / "report.json").read_text())["tool"] == "pmc-inline", "it is not overwritten"
+    report = json.loads((tmp_path / "pmc" / "report-pmc-casereport.json").read_text())
+    assert (tmp_path / "pmc" / "report-pmc-casereport-dry-run.json").is_file()
+    assert report["counts"]["answers: refused"] == 1
+    assert report["counts"]["requests answered before, or equal to another"] == 2
     dataset = open_dataset("pmc_casereport", table="casereport.csv", root=tmp_path / "pmc")
     assert len(dataset) == report["counts"]["rows written"]
     contexts = {v[2] for v in dataset._rows if v[0] == "PMC9000003"}
@@ -230,7 +233,7 @@ def test_vqa_reads_back_and_says_what_is_left(tmp_path, capsys):
         assert main([*command, "--base-url", server.url]) == 0
     assert len(open_dataset("rad3d_vqa", table="vqa.csv", root=tmp_path)) == 4
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["problems"] == 1 and report["counts"]["answers known from before"] == 1
+    assert report["problems"] == 1 and report["counts"]["requests answered before, or equal to another"] == 1
     assert KEY not in "".join(f.read_text() for f in tmp_path.glob("*.json*"))
     assert main([*command[:1], str(tmp_path / "none.json"), *command[2:]]) == 2
     assert "no such table" in capsys.readouterr().err

@@ -105,6 +105,7 @@ def test_pmc_oa(source, tmp_path):
     assert row["Caption"].startswith("First mass. (a)") and row["panels"] == "a b" and row["label"] == "Figure 1"
     assert [r["part"] for r in rows if r["figure"] in ("F2.1", "F2.2")] == ["1 of 2", "2 of 2"]
     assert all((tmp_path / r["Figure_path"]).is_file() for r in rows)
+    assert "a reference " not in problems(tmp_path) and "no figure has" not in problems(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -139,6 +140,7 @@ def test_workers_and_resume_change_nothing(source, built, tmp_path, monkeypatch)
     with pytest.raises(ValueError, match="--restart"):
         build(source.parent, tmp_path / "ended", any_language=True)
     first = set(read[:4])
+    (tmp_path / "ended" / "papers" / "PMC9000001.json.0.partial").touch()  # of a worker that was killed
     build(source.parent, tmp_path / "ended")
     assert not first & set(read[6:]) and len(read) == 6 + len(jats_papers.EXPECTED) - 4
     monkeypatch.undo()
@@ -168,7 +170,12 @@ def test_hostile_packages(tmp_path):
     leading_out = own.replace(b'"pone.0099999.g002"', f'"../../{secret.name}"'.encode())
     archive(
         "PMC9000020.tar.gz",
-        {"x/a.nxml": leading_out, "../pone.0099999.g001.jpg": jats_papers.picture(1), "/abs.g003.jpg": b"x"},
+        {
+            "x/a.nxml": leading_out,
+            "../M\udcfcller.jpg": b"x",
+            "../pone.0099999.g001.jpg": jats_papers.picture(1),
+            "/abs.g003.jpg": b"x",
+        },
         [("x/pone.0099999.g003.jpg", tarfile.SYMTYPE, str(secret))],
     )
     archive("PMC9000021.tar.gz", {"a.nxml": good})

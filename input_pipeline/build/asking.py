@@ -29,7 +29,8 @@ EPILOG = """\
 what is written to DIR:
   {table:<18}        read as the family {family}
   answers.jsonl             every answer of the endpoint, appended as it comes; keyed by a hash of what was asked
-  report.json, problems.jsonl
+  report.json, problems.jsonl   report-{tool}.json, problems-{tool}.jsonl in a folder with another tool's report;
+                            with --dry-run nothing but report-{tool}-dry-run.json and its problems
 
 The key comes from the environment variable OPENAI_API_KEY (--key-variable) and is written nowhere. Begin with --dry-run:
 it shows a request and says how many there are and what they cost at most. Ended at any moment, the same command goes on:
@@ -102,15 +103,16 @@ def main(tool: str, argv: list[str]) -> int:
         parser.error("--budget needs --price-in and --price-out: without them nothing costs anything")
     if "@" in urllib.parse.urlsplit(args.base_url).netloc:
         parser.error("--base-url holds a user or a password, which would be written to the report: use --key-variable")
-    return _coded(args, console.run(args, lambda out, **more: build(tool, args.source, out, endpoint(args), {
-        "dry_run": args.dry_run, "limit": args.limit, "all_figures": cases and args.all_figures}, **more)))  # fmt: skip
+    options = {"dry_run": args.dry_run, "limit": args.limit, "all_figures": cases and args.all_figures}
+    report: dict = {}
 
+    def run(out, **more) -> dict:
+        report.update(build(tool, args.source, out, endpoint(args), options, **more))
+        return report
 
-def _coded(args: argparse.Namespace, code: int) -> int:
-    if code == 0 and not args.dry_run:
-        report = json.loads((Path(args.out) / "report.json").read_text(encoding="utf-8"))
-        return 1 if report["counts"].get("requests left for the next run") or report.get("stopped") else 0
-    return code
+    code = console.run(args, run)
+    left = code == 0 and (report["counts"].get("requests left for the next run") or report.get("stopped"))
+    return 1 if left else code
 
 
 def endpoint(args: argparse.Namespace) -> llm.Endpoint:
@@ -127,7 +129,7 @@ def build(
     source, directory = Path(source).absolute(), Path(directory).absolute()
     shown = {"source": str(source), "base_url": endpoint.base_url, "model": endpoint.model,
              "temperature": endpoint.temperature, "max_tokens": endpoint.max_tokens} | options  # fmt: skip
-    report, result = Report(directory, tool, shown), Result()
+    report, result = Report(directory, tool, shown, trial=bool(options.get("dry_run"))), Result()
     found = case_requests if tool == "pmc-casereport" else caption_requests
 
     def asked(told: Result) -> Iterator[Asked]:
@@ -140,7 +142,7 @@ def build(
             pass
         report.add(result)
         report.write()
-        raise ValueError(f"{source} has nothing to ask about: {dict(result.counts)}, see problems.jsonl")
+        raise ValueError(f"{source} has nothing to ask about: {dict(result.counts)}, see {report.listed}")
     answers = llm.Answers(directory / "answers.jsonl")
     if options.get("dry_run"):
         said("a request:\n" + json.dumps(questions.messages(first.text), indent=1, ensure_ascii=False))

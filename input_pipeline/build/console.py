@@ -72,7 +72,8 @@ def run(args: argparse.Namespace, build: Callable[..., dict]) -> int:
         console.print(f"[red]error:[/red] {escape(_one_line(error))}", soft_wrap=True, highlight=False)
         return 2
     show(report)
-    print(f"{args.out}: report.json" + (", problems.jsonl" if report.get("problems") else ""))
+    said, listed = report["files"]
+    print(f"{args.out}: {said}" + (f", {listed}" if report.get("problems") else ""))
     return 1 if args.strict and report.get("problems") else 0
 
 

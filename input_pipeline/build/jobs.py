@@ -11,6 +11,7 @@ import collections
 import dataclasses
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -45,7 +46,9 @@ class Result:
         self.counts[what] = self.counts.get(what, 0) + more
 
     def problem(self, file, row, reason: str, remedy: str = "") -> None:
-        self.problems.append({"file": str(file), "row": str(row), "reason": reason, "remedy": remedy})
+        said = {"file": str(file), "row": str(row), "reason": reason, "remedy": remedy}
+        # Names of files may hold bytes that are not UTF-8: problems.jsonl shows those as escapes.
+        self.problems.append({k: v.encode("utf-8", "backslashreplace").decode() for k, v in said.items()})
 
 
 RowFunction = Callable[[dict, str], Result]
@@ -139,7 +142,7 @@ def run(
                 "choose another --out"
             )
     write_text(file, json.dumps(job, indent=1, ensure_ascii=False) + "\n")
-    parts.sweep(directory)
+    parts.sweep(directory, "*")
     missing = array.array("Q", (k for k in range(listed.chunks) if not parts.part(directory, k).is_file()))
     done = progress(tool, "items", len(listed))
     todo = _Missing(listed, missing)
@@ -192,18 +195,26 @@ def results(directory: Path, items: Items) -> Iterator[tuple[str, Result]]:
 class Report:
     """What a tool says in the end: report.json, problems.jsonl, and the same as text.
 
+    Where report.json is another tool's, as in a folder that two tools write to, that one stays with its problems, and
+    these are report-TOOL.json and problems-TOOL.jsonl.
+
+    Args:
+      trial: nothing was made, only tried: report-TOOL-dry-run.json, so that no report of what was made is lost.
     Attributes:
       counts: in the order in which they were first counted.
+      file, listed: the report and the list of problems.
     """
 
-    def __init__(self, directory: Path, tool: str, options: dict):
+    def __init__(self, directory: Path, tool: str, options: dict, trial: bool = False):
         self.directory, self.tool, self.options = directory, tool, options
+        end = f"-{tool}-dry-run" if trial else f"-{tool}" if _is_of_another(directory / "report.json", tool) else ""
+        self.file, self.listed = directory / f"report{end}.json", directory / f"problems{end}.jsonl"
         self.counts: dict[str, int] = {}
         self.reasons: collections.Counter[str] = collections.Counter()
         self.more: dict = {}
         self._started = time.monotonic()
         directory.mkdir(parents=True, exist_ok=True)
-        self._file = directory / "problems.jsonl.partial"
+        self._file = self.listed.with_name(self.listed.name + ".partial")
         self._file.write_text("", encoding="utf-8")
         self.problems = 0
 
@@ -217,8 +228,8 @@ class Report:
                 out.writelines(json.dumps(problem, ensure_ascii=False) + "\n" for problem in result.problems)
 
     def write(self) -> dict:
-        """Puts the files into place; returns report.json."""
-        os.replace(self._file, self.directory / "problems.jsonl")
+        """Puts the files into place; returns the report, with their names as `files`."""
+        os.replace(self._file, self.listed)
         report = {
             "tool": self.tool,
             "options": self.options,
@@ -227,12 +238,20 @@ class Report:
             "reasons": dict(self.reasons.most_common(50)),
             **self.more,
         }
-        write_text(self.directory / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-        return report
+        write_text(self.file, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        return report | {"files": [self.file.name, self.listed.name]}
+
+
+def _is_of_another(file: Path, tool: str) -> bool:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and found.get("tool") not in (None, tool)
 
 
 def _kind(reason: str) -> str:
-    """A reason without its particulars, to count by: what stands before a colon or a quotation."""
-    for mark in (": ", " '", ' "', " ("):
+    """A reason without its particulars, to count by: what stands before a colon or a quotation, numbers as N."""
+    for mark in (": ", " '", ' "', " (", ", to "):
         reason = reason.split(mark, 1)[0]
-    return reason[:80]
+    return re.sub(r"(?<![\w-])\d[\d,]*(?![\w-])", "N", reason)[:80]

@@ -140,7 +140,7 @@ class Counts:
     def to_dict(self, endpoint: Endpoint) -> dict:
         out = {
             "requests": self.requests,
-            "answers known from before": self.known,
+            "requests answered before, or equal to another": self.known,
             "requests sent": self.sent,
             **{f"requests {kind}": count for kind, count in sorted(self.ended.items())},
             **{f"retries after {why}": count for why, count in sorted(self.retried.items())},
@@ -169,7 +169,7 @@ def estimate(endpoint: Endpoint, answers: Answers, requests: Iterable[list[dict]
     most = asked * endpoint.max_tokens
     return {
         "requests to send": asked,
-        "answers known from before": known,
+        "requests answered before, or equal to another": known,
         "tokens in, estimated": tokens,
         "tokens out, at most": most,
         "cost, at most": f"{endpoint.cost(tokens, most):.2f}",

@@ -16,6 +16,7 @@ from input_pipeline.build.jobs import Result
 from input_pipeline.prepare.writing import replacing
 
 LANGUAGES = ("en",)
+_REFERENCES = ("a reference ", "no figure has the number")  # how problems of references begin
 
 INLINE = """\
 Tie the sentences of papers to the figures that they refer to: PMC-Inline. Reads packages of the PubMed Central
@@ -38,8 +39,8 @@ examples:
   python -m input_pipeline.build pmc-inline /shared/oa_package --out /shared/pmc --runner flink --runner-option=--flink_master=host:8081
 
 Ended in the middle, the same command goes on where it was. The result depends on neither --workers nor --runner.
-A reference that contradicts its link, leads nowhere, or names a figure whose picture is missing is listed and ties to
-nothing. References to supplements and to other papers' figures are counted and left alone.
+A reference that contradicts its link, or names a figure whose picture is missing, is listed and ties to nothing; one
+whose link leads nowhere is listed, and ties to the figure that has its number, if there is one. References to supplements and to other papers' figures are counted and left alone.
 """  # noqa: E501
 OA = """\
 Take the figures of papers with their captions: PMC-OA. Reads the same packages as pmc-inline.
@@ -143,7 +144,9 @@ def _open(options: dict, path: str, result: Result):
         result.problem(path, 0, "the paper is not in English", "add --any-language to have it")
         return None
     for line, reason in paper.problems:
-        result.problem(f"{path}/{package.xml_name}", line, reason, "nothing was tied to it")
+        astray = reason.startswith("a reference leads to ")
+        remedy = "its number alone can tie it, if a figure has it" if astray else "nothing was tied to it"
+        result.problem(f"{path}/{package.xml_name}", line, reason, remedy)
     for what, count in sorted(paper.counts.items()):
         result.count(what, count)
     return package, paper, key
@@ -276,7 +279,9 @@ def oa_paper(options: dict, path: str) -> Result:
     if opened is None:
         return result
     package, paper, key = opened
+    # What the text refers to is no matter here.
     result.counts = {k: v for k, v in result.counts.items() if not k.startswith("references")}
+    result.problems = [p for p in result.problems if not p["reason"].startswith(_REFERENCES)]
     figures = []
     for figure in paper.figures:
         result.count("figures")
