@@ -144,7 +144,7 @@ def chestxray14(folder: Path, policy: Policy, result: Result) -> Iterator[Image]
             unknown = [label for label in labels if label not in (*CHESTXRAY14, "No Finding")]
             if not labels or unknown or ("No Finding" in labels and len(labels) > 1):
                 said = cells["Finding Labels"][:60]
-                _refuse(result, file, row, f"labels are unknown, contradict each other or lack: {said!r}")
+                _refuse(result, file, row, f"labels are missing, unknown or contradictory: {said!r}")
                 continue
             findings: dict = {d.replace("_", " "): d in labels for d in CHESTXRAY14}
             split = "" if not test else "test" if name in test else "train"
