@@ -81,6 +81,16 @@ def test_series_is_sorted_by_position(tmp_path):
     assert header.rescaled and header.shape == (3, 4, 6, 1) and header.kind == "3d"
 
 
+def test_a_series_that_unpacks_to_too_much_is_refused(tmp_path):
+    """Each deflated slice is within the limit, and on disk all of them are; only their sum unpacked is not."""
+    lps = np.zeros((256, 256, 3), np.int16)
+    lps[0] = 1
+    folder = make_series(tmp_path / "zeros", lps, syntax=uid.DeflatedExplicitVRLittleEndian)
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 10_000
+    assert scans.read(folder)[0].shape == (256, 256, 3, 1)
+    fails(folder, "limit", "unpacks to more than", limits=scans.Limits(max_file_bytes=5 * lps.nbytes // 6))
+
+
 def test_series_equals_its_nifti(tmp_path):
     """A sagittal series with thick slices, stored from left to right, and the same voxels as NIfTI."""
     lps = np.random.default_rng(0).integers(-100, 100, (5, 4, 3), dtype=np.int16)

@@ -24,7 +24,7 @@ from input_pipeline.scans.base import (
     opened,
     printable,
 )
-from input_pipeline.scans.fields import EXPORT, GRAY, PIXELS, PLUGINS, Fields, Instance, check_frame, load
+from input_pipeline.scans.fields import EXPORT, GRAY, PIXELS, PLUGINS, Fields, Instance, check_frame, load, tag_of
 
 GAP = 0.25  # of the usual distance: positions rounded to 0.1 mm pass at 0.625 mm, a missing slice is at 1.0
 LPS_TO_RAS = np.array([-1.0, -1.0, 1.0])
@@ -307,11 +307,11 @@ def series(path, limits: Limits, *, want: bool) -> tuple[np.ndarray | None, Head
     files = series_files(path, limits)
     if len(files) == 1:
         return one(files[0], limits, want=want)
-    names, instances, problems = [printable(f.name) for f in files], [], []
+    names, instances, datasets, problems, held = [printable(f.name) for f in files], [], [], [], 0
     for name, file_path in zip(names, files, strict=True):
         try:
             with opened(file_path, limits) as file:
-                instance = load(file_path, file, limits, pixels=False)[0]
+                instance, dataset = load(file_path, file, limits, pixels=want)
         except ScanError as error:
             problems.append(f"{name} {error.reason}")
             continue
@@ -321,6 +321,12 @@ def series(path, limits: Limits, *, want: bool) -> tuple[np.ndarray | None, Head
             problems.append(f"{name} states no position, orientation or spacing, so it cannot be sorted")
         else:
             instances.append(instance)
+            datasets.append(dataset)
+            found = (dataset.get_item(tag_of(keyword)) for keyword in PIXELS)
+            held += sum(len(element.value or b"") for element in found if element is not None)
+            if held > limits.max_file_bytes:  # of deflated files, which are small on disk
+                what = f"unpacks to more than {limits.max_file_bytes:,} bytes"
+                raise ScanError(path, what, "raise Limits.max_file_bytes if this is right", "limit")
     if problems:
         what = f"{len(problems)} of {len(files)} files are no slices of a series: {listed(problems)}"
         raise ScanError(
@@ -342,12 +348,10 @@ def series(path, limits: Limits, *, want: bool) -> tuple[np.ndarray | None, Head
         return None, head
     frames = None
     for target, index in enumerate(order):
-        with opened(files[index], limits) as file:
-            instance, dataset = load(files[index], file, limits, pixels=True)
-        if instance != instances[index]:
-            raise ScanError(files[index], "changed while its series was read", "read it again when it is complete")
-        data = list(encoded_frames(files[index], dataset, instance))
-        frames = fill(frames, len(files), target, decode(files[index], data[0], instance, dataset))
+        file_path, instance, dataset = files[index], instances[index], datasets[index]
+        datasets[index] = None  # the files' bytes go as the voxels come
+        data = list(encoded_frames(file_path, dataset, instance))
+        frames = fill(frames, len(files), target, decode(file_path, data[0], instance, dataset))
     if first.lut:
         slopes, intercepts = 1.0, 0.0
     return finish(path, frames, slopes, intercepts, layout, limits), head

@@ -7,6 +7,7 @@ name would stand in a log. No other attribute of the main data set is kept (`spe
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import struct
 import zlib
@@ -16,6 +17,7 @@ import pydicom
 from pydicom import uid
 from pydicom.datadict import keyword_dict
 from pydicom.dataelem import RawDataElement
+from pydicom.tag import Tag
 
 from input_pipeline.scans import codestream
 from input_pipeline.scans.base import BoundedFile, Limits, ScanError, blamed, check_shape
@@ -61,6 +63,7 @@ KEYWORDS = (
     *("PerFrameFunctionalGroupsSequence", "ExtendedOffsetTable", "ExtendedOffsetTableLengths"),
     *PALETTE,
 )
+tag_of = functools.cache(Tag)  # pydicom tries every keyword as a number first, which takes it longer than all else
 EXPORT = "export it again, or convert it with dcm2niix"
 
 
@@ -76,7 +79,7 @@ class Fields:
 
     def raw(self, keyword: str) -> RawDataElement | pydicom.DataElement | None:
         with blamed(self.path, f"reading {keyword}", quiet=True):
-            return self.dataset.get_item(keyword) if keyword in self.dataset else None
+            return self.dataset.get_item(tag_of(keyword))
 
     def wrong(self, keyword: str) -> ScanError:
         return ScanError(self.path, f"has an unreadable {keyword}", "its header is damaged: " + EXPORT)
@@ -126,9 +129,9 @@ class Fields:
     def items(self, keyword: str) -> list[Fields]:
         """The items of a sequence; none if absent."""
         with blamed(self.path, f"reading {keyword}", quiet=True):
-            if keyword not in self.dataset:
+            if tag_of(keyword) not in self.dataset:
                 return []
-            sequence = self.dataset[keyword].value
+            sequence = self.dataset[tag_of(keyword)].value
             if not isinstance(sequence, pydicom.Sequence):
                 raise self.wrong(keyword)
             return [Fields(self.path, item) for item in sequence]
@@ -263,7 +266,7 @@ def load(path, file: BoundedFile, limits: Limits, *, pixels: bool) -> tuple[Inst
         check_deflated(path, file, limits)
     file.seek(0)
     with blamed(path, "reading the DICOM header", quiet=True):
-        tags = list(KEYWORDS) + (list(PIXELS) if pixels else [])
+        tags = [tag_of(keyword) for keyword in (*KEYWORDS, *(PIXELS if pixels else ()))]
         dataset = pydicom.dcmread(file, stop_before_pixels=not pixels, specific_tags=tags)
     if pixels and syntax != uid.DeflatedExplicitVRLittleEndian and not uid.UID(syntax).is_encapsulated:
         check_rest(path, file, dataset)
