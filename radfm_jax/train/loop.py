@@ -14,6 +14,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -88,7 +89,12 @@ def _train(config: Experiment, workdir: Path, peers: Peers, opened: contextlib.E
     rows.begin(data_state)
     rates = optimizer.learning_rates(config.optimizer, steps)
     abstract, transform, _ = train_step.abstract_state(config.compute, config.optimizer, mesh)
-    say = shown.say
+    say, told = shown.say, []
+    beginning = functools.partial(first_state, config, newest, abstract, transform, told.append)
+    if mesh.devices.flat[0].platform != "gpu":  # whose compiler takes the times of kernels, and wants it to itself
+        # A checkpoint is read, or the program of fresh parameters compiled, while the step is compiled.
+        threads = opened.enter_context(ThreadPoolExecutor(1, thread_name_prefix="first state"))
+        beginning = threads.submit(beginning).result
     say(shown.parameter_table(abstract))
     say(shown.memory_table(estimate.memory(config, mesh), estimate.capacity(mesh)))
     say(shown.data_table(rows.description, len(rows.mixture), rows.windows))
@@ -97,7 +103,9 @@ def _train(config: Experiment, workdir: Path, peers: Peers, opened: contextlib.E
     if peers.stopping():
         say(f"{peers.stopped_by}: told to stop before the first step, there is nothing to save")
         return faults.REQUEUE
-    state = first_state(config, newest, abstract, transform, say)
+    state = beginning()
+    for line in told:
+        say(line)
     held_out = data("test") if config.data.test else None
     # Compiling takes one host much longer than another, and a collective waits for its peers only so long.
     run_directory.together("ready", lambda: None)
