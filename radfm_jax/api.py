@@ -19,6 +19,7 @@ from input_pipeline import ask
 from input_pipeline.packing import plain_rows
 from input_pipeline.tokenizer import Tokenizer
 from radfm_jax import checkpoint, run_directory, sharding
+from radfm_jax import int8 as quantised
 from radfm_jax.generate import EncodedScans, Generator, Request, Sampling, checked
 from radfm_jax.models import radfm
 
@@ -204,6 +205,7 @@ def load(
     *,
     dtype: str = "float32",
     param_dtype: str | None = None,
+    int8: bool = False,
     mesh=None,
     verify: bool = True,
     tokenizer=None,
@@ -216,6 +218,7 @@ def load(
         ever compared.
       dtype: what matrices are multiplied in: float32 or bfloat16.
       param_dtype: what parameters are kept in; None keeps each as it is stored.
+      int8: keep the matrices of the language model as int8 with a scale for each output (radfm_jax.int8).
       mesh: a mesh of `sharding.make_mesh` to shard the parameters over; None uses the first device.
       verify: compare every file with its SHA-256 first; False compares sizes only.
       tokenizer: SentencePiece model of a checkpoint that has none.
@@ -242,7 +245,8 @@ def load(
         }
     )
     shardings = sharding.param_shardings(boxed, mesh)[0] if mesh is not None else None
-    params = checkpoint.restore_params(directory, abstract, shardings)
+    restore = quantised.restore_params if int8 else checkpoint.restore_params
+    params = restore(directory, abstract, shardings)
     tokenizer = None if tokenizer is None else Path(tokenizer)
     return Model(config.with_compute(dtype=dtype), params, directory, mesh, tokenizer, prepared)
 
@@ -278,8 +282,10 @@ def save(model: Model, directory) -> None:
     """Writes a checkpoint directory, whole or not at all; what `load` found beside the parameters (tokenizer, unused
     tensors of a released file) goes along. For one process with all parameters.
 
-    Raises ValueError if `directory` exists, the disk is too small, or there are several processes.
+    Raises ValueError if `directory` exists, the disk is too small, weights are int8, or there are several processes.
     """
+    if any(x.dtype == np.int8 for x in jax.tree.leaves(model.params)):
+        raise ValueError("weights in int8 cannot be saved: load the model without int8 and save that")
     if jax.process_count() > 1:
         raise ValueError("save writes from one process, and there are several: gather the parameters in one of them")
     beside = []

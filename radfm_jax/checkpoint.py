@@ -189,16 +189,18 @@ def _orbax_save(directory: Path, params: dict, save_args: dict | None = None) ->
         absl.logging.set_verbosity(verbosity)
 
 
-def restore_params(directory, abstract: dict, shardings: dict | None = None) -> dict:
+def restore_params(directory, abstract: dict, shardings: dict | None = None, *, partial: bool = False) -> dict:
     """Reads parameters onto any mesh.
 
     Args:
       abstract: tree of jax.ShapeDtypeStruct; the dtypes are those wanted, whatever the file holds.
       shardings: tree of shardings, or None for the default device.
+      partial: there may be more in the file than is asked for.
     Raises:
       ValueError: lists every parameter that is missing, unexpected or of another shape.
     """
-    check_shapes({k: v.shape for k, v in flatten(abstract).items()}, ParamReader(directory).shapes, directory)
+    wanted, found = {k: v.shape for k, v in flatten(abstract).items()}, ParamReader(directory).shapes
+    check_shapes(wanted, {k: v for k, v in found.items() if k in wanted or not partial}, directory)
     one_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shardings = jax.tree.map(lambda _: one_device, abstract) if shardings is None else shardings
     args = jax.tree.map(
@@ -206,7 +208,8 @@ def restore_params(directory, abstract: dict, shardings: dict | None = None) -> 
     )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         path = Path(directory).absolute() / PARAMS
-        return checkpointer.restore(path, args=ocp.args.PyTreeRestore(item=abstract, restore_args=args))
+        asked = ocp.args.PyTreeRestore(item=abstract, restore_args=args, partial_restore=partial)
+        return checkpointer.restore(path, args=asked)
 
 
 def check_shapes(wanted: dict[str, tuple], found: dict[str, tuple], where) -> None:

@@ -89,6 +89,7 @@ def _radbench(argv: list[str]) -> int:
     ours.add_argument("--batch", type=int, default=8, help="questions at a time (default: 8)")
     ours.add_argument("--max-new-tokens", type=int, help="of an answer; default: 200, as the released model's")
     ours.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
+    ours.add_argument("--int8", action="store_true", help="the language model's matrices as int8")
     ours.add_argument("--devices", type=int, help="how many share the model (default: as many as its heads divide)")
     ours.add_argument("--tokenizer", type=Path, metavar="FILE", help="SentencePiece model of a checkpoint without one")
     others = parser.add_argument_group("other models")
@@ -177,8 +178,9 @@ def _answer(args: argparse.Namespace, name: str, questions, console: Console) ->
     from radfm_jax.generate.__main__ import load
 
     options = {"preprocess": None, "size_2d": None, "size_3d": None, "depth": None, "no_verify": False}
-    given = {k: getattr(args, k) for k in ("checkpoint", "dtype", "devices", "tokenizer")}
+    given = {k: getattr(args, k) for k in ("checkpoint", "dtype", "int8", "devices", "tokenizer")}
     model = load(argparse.Namespace(**options, **given))
+    weights = " with int8 weights" if args.int8 else ""
     sampling = Sampling(args.max_new_tokens)
     with _bar(console, "answers") as bar:
         task = bar.add_task("", total=None)
@@ -190,7 +192,7 @@ def _answer(args: argparse.Namespace, name: str, questions, console: Console) ->
 
         outcome = answering.answer_all(
             model.generator, questions, _answer_file(args.out, name), args.out / "questions.jsonl",
-            model=str(model.directory), sampling=sampling, batch=args.batch, progress=progress,
+            model=f"{model.directory}{weights}", sampling=sampling, batch=args.batch, progress=progress,
         )  # fmt: skip
     rate = outcome.answered / max(outcome.seconds, 1e-9)
     console.print(
@@ -198,7 +200,8 @@ def _answer(args: argparse.Namespace, name: str, questions, console: Console) ->
         f"{len(outcome.failed)} failed",
         highlight=False,
     )
-    return f"checkpoint {model.directory}, greedy, {args.dtype}, at most {args.max_new_tokens or 200} tokens"
+    tokens = args.max_new_tokens or 200
+    return f"checkpoint {model.directory}{weights}, greedy, {args.dtype}, at most {tokens} tokens"
 
 
 def _score(args, benchmark, bench, files: dict[str, Path], made: dict[str, str], wanted, console: Console) -> int:

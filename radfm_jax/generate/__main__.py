@@ -83,6 +83,8 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("--depth", type=int, help="most slices of a volume, if not as in training")
     model.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="compute in, and keep "
                        "weights in (default: float32)")  # fmt: skip
+    model.add_argument("--int8", action="store_true", help="keep the language model's matrices as int8: half of the "
+                       "memory of bfloat16, a fourth of float32; answers may differ")  # fmt: skip
     model.add_argument("--devices", type=int, help="how many share the model (default: as many as its heads divide)")
     model.add_argument("--no-verify", action="store_true", help="do not compare files with their SHA-256 first")
     return top
@@ -146,6 +148,7 @@ def load(args: argparse.Namespace) -> api.Model:
         directory,
         dtype=args.dtype,
         param_dtype=args.dtype if args.dtype != "float32" else None,
+        int8=args.int8,
         mesh=mesh_of(config, args.devices),
         verify=False,
         tokenizer=args.tokenizer,

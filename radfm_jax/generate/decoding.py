@@ -131,7 +131,9 @@ def _without_blocks(params: dict) -> dict:
 def _logits(config, params, hidden) -> jax.Array:
     c, of = config.llama, params["llama"]
     with jax.named_scope("logits"):
-        return llama.head_logits(hidden, of["embedding"].T if c.tied_head else of["head"], c.dtype)
+        return llama.head_logits(
+            hidden, of["embedding"].T if c.tied_head else of["head"], c.dtype, of.get("head_scale")
+        )
 
 
 def _with_token(state: dict, logits: jax.Array, sample: bool, penalise: bool) -> dict:

@@ -177,8 +177,8 @@ class Generator:
         """Parameters as decoding reads them: matrices in the dtype of the computation, layers apart."""
         dtype = jnp.dtype(self.config.llama.dtype)
         # A matrix is cast where it is used; once is enough, and half the bytes to read for every token. The scales of
-        # norms are multiplied in float32 and stay as they are.
-        keep = lambda path, x: path[-1].key == "scale" or x.dtype == dtype  # noqa: E731
+        # norms are multiplied in float32 and stay as they are, matrices of integers too, and their scales.
+        keep = lambda path, x: path[-1].key.endswith("scale") or x.dtype in (dtype, jnp.int8)  # noqa: E731
         cast = lambda path, x: x if keep(path, x) else x.astype(dtype)  # noqa: E731
         of = jax.tree_util.tree_map_with_path(cast, self._decoding["llama"])
         if apart:

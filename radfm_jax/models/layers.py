@@ -62,14 +62,25 @@ def scan_blocks(block: type[nn.Module], length: int, remat: str):
 RESIDUAL = 0.5
 
 
-def dense(features, names, config, *, axis=-1, bias=False, gain=1.0, name=None) -> nn.DenseGeneral:
+class Dense(nn.DenseGeneral):
+    """A linear map that also reads kernels of integers: with a `scale` beside the kernel (radfm_jax.int8), the outputs
+    are multiplied by it."""
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        out = super().__call__(inputs)
+        if not self.has_variable("params", "scale"):
+            return out
+        return out * self.get_variable("params", "scale").astype(out.dtype)
+
+
+def dense(features, names, config, *, axis=-1, bias=False, gain=1.0, name=None) -> Dense:
     """A linear map whose kernel carries logical axis names (radfm_jax.sharding says where each one goes).
 
     A fresh kernel has the deviation gain / sqrt(fan in); half of it (`RESIDUAL`) where its outputs are added to the
     stream.
     """
     init = nn.initializers.variance_scaling(gain**2, "fan_in", "truncated_normal")
-    return nn.DenseGeneral(
+    return Dense(
         features=features,
         axis=axis,
         use_bias=bias,

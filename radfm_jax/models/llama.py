@@ -165,17 +165,20 @@ class Llama(nn.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float[..., E] -> float32[..., V]."""
-        return head_logits(hidden, self.head_kernel(), self.config.dtype)
+        scale = self.get_variable("params", "head_scale") if self.has_variable("params", "head_scale") else None
+        return head_logits(hidden, self.head_kernel(), self.config.dtype, scale)
 
 
-def head_logits(hidden: jax.Array, kernel: jax.Array, dtype: str) -> jax.Array:
-    """float[..., E] x [E, V] -> float32[..., V], multiplied in `dtype`, summed in float32."""
-    return jnp.matmul(
+def head_logits(hidden: jax.Array, kernel: jax.Array, dtype: str, scale: jax.Array | None = None) -> jax.Array:
+    """float[..., E] x [E, V] -> float32[..., V], multiplied in `dtype`, summed in float32; times float32[V] `scale`,
+    where the kernel is one of integers."""
+    logits = jnp.matmul(
         hidden.astype(dtype),
         kernel.astype(dtype),
         precision=matmul_precision(dtype),
         preferred_element_type=jnp.float32,
     )
+    return logits if scale is None else logits * scale
 
 
 # --- with a cache -----------------------------------------------------------------------------------------------------
