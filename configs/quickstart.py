@@ -25,8 +25,8 @@ from radfm_jax.optimizer import OptimizerConfig
 # Of each stage: steps, learning rate and what is left of it at the end, the column of SOURCES, frozen parts.
 STAGES = {
     "align": (40, 1e-3, 1.0, 0, ("llama",)),
-    "pretrain": (500, 1e-3, 0.5, 0, ()),
-    "finetune": (260, 7e-4, 0.02, 1, ()),
+    "pretrain": (420, 1e-3, 0.5, 0, ()),
+    "finetune": (220, 7e-4, 0.02, 1, ()),
 }
 
 # source: its questions, their share in align and pretrain, and in finetune. Where a lesion lies and how big it is are

@@ -1,12 +1,13 @@
-"""Greedy decoding: tokens a second of ours at batch 1 and 8, and of transformers' `generate` with the same weights.
+"""Greedy decoding: tokens a second of ours at batch 1 and 8, with the same weights in int8, and of transformers'
+`generate`.
 
     python tests/benchmarks/bench_decode.py [--layers 8] [--new 64] [--repeats 5] [--prompt 128]
 
 A LLaMA of random weights in float32, by default 8 layers of 512 wide with 32,000 words. All sides have the same
-threads, prompt and number of tokens, run in turn, and have to write the same tokens. A time is that of the tokens
-behind the first, taken as the difference of two calls (`--new` tokens and one), so that neither prompt nor the
-overhead of a call is in it. `copy` is how long the matrices of a token take to be copied within memory, counting bytes
-read and written: the rate that a loop which only reads them could reach.
+threads, prompt and number of tokens, run in turn, and have to write the same tokens (but for int8). A time is that of
+the tokens behind the first, taken as the difference of two calls (`--new` tokens and one), so that neither prompt nor
+the overhead of a call is in it. `copy` is how long the matrices of a token take to be copied within memory, counting
+bytes read and written: the rate that a loop which only reads them could reach.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
+from radfm_jax import int8
 from radfm_jax.checkpoint import flatten, unflatten
 from radfm_jax.convert.table import entries
 from radfm_jax.generate import Generator, Prompt, Sampling
@@ -118,7 +120,9 @@ def main() -> None:
     params = random_params(config)
     ids = np.random.default_rng(1).integers(3, config.llama.vocab_size, (max(BATCHES), args.prompt)).astype(np.int32)
     generator, model = Generator(config, jax.tree.map(jax.numpy.asarray, params)), torch_model(config, params)
+    small = Generator(config, int8.quantised(params))
     sides = {f"ours, batch {b}": (b, Ours(generator, ids[:b])) for b in BATCHES}
+    sides |= {f"ours in int8, batch {b}": (b, Ours(small, ids[:b])) for b in BATCHES}
     sides |= {f"transformers, batch {b}": (b, Theirs(model, ids[:b])) for b in BATCHES}
     read = sum(x.nbytes for x in jax.tree.leaves(params["llama"]["blocks"])) + params["llama"]["head"].nbytes
     source, target = np.ones(read // 4, np.float32), np.zeros(read // 4, np.float32)
@@ -126,7 +130,8 @@ def main() -> None:
         written, expected = (sides[f"{who}, batch {b}"][1](args.new) for who in ("ours", "transformers"))
         if written != expected:
             raise SystemExit(f"batch {b}: the two sides write different tokens")
-        _ = [sides[f"{who}, batch {b}"][1](1) for who in ("ours", "transformers")]
+        sides[f"ours in int8, batch {b}"][1](args.new)
+        _ = [sides[f"{who}, batch {b}"][1](1) for who in ("ours", "ours in int8", "transformers")]
     rounds = []
     for _ in range(args.repeats):
         took = {name: seconds(side, args.new) - seconds(side, 1) for name, (_, side) in sides.items()}
@@ -144,6 +149,8 @@ def main() -> None:
     ratio = lambda a, b: f"{median(r[a] / r[b] for r in rounds):.2f}"  # noqa: E731
     console.print(f"ours over transformers: batch 1 {ratio('ours, batch 1', 'transformers, batch 1')}, "
                   f"batch 8 {ratio('ours, batch 8', 'transformers, batch 8')}")  # fmt: skip
+    console.print(f"int8 over float32: batch 1 {ratio('ours in int8, batch 1', 'ours, batch 1')}, "
+                  f"batch 8 {ratio('ours in int8, batch 8', 'ours, batch 8')}")  # fmt: skip
     console.print(f"batch 8 over batch 1: ours {ratio('ours, batch 8', 'ours, batch 1')}, transformers "
                   f"{ratio('transformers, batch 8', 'transformers, batch 1')}")  # fmt: skip
 
