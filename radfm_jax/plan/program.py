@@ -76,7 +76,9 @@ def compiled(config: Experiment, topology: Topology, *, again: bool = False) -> 
     if kept.is_file() and not again:
         return Program(**json.loads(kept.read_text()))
     job = json.dumps({"config": config.to_dict(), "topology": topology.text}, default=list)
-    environment = {"TF_CPP_MIN_LOG_LEVEL": "3", **os.environ, "TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu"}
+    # A compiler needs no TPU to itself: neither another plan nor a lock file that a killed one left is in its way.
+    alone = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_PLATFORMS": "cpu"}
+    environment = {"TF_CPP_MIN_LOG_LEVEL": "3", **os.environ, **alone}
     root = str(Path(__file__).resolve().parents[2])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     child = subprocess.run(
