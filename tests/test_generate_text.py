@@ -329,6 +329,7 @@ def test_a_file_of_questions(run, model, scans, tmp_path, capsys):
         "b": greedy(model, "<image-2> or <image-1>?", [ct, film], context="small lung"),
         "d": greedy(model, "Report the findings."),
     }
+    assert [line["scans"] for line in lines] == [["film.png"], ["ct.nii.gz", "film.png"], []]  # as the file has them
     # A kill left half a line: it is written again, and nothing else is.
     whole = out.read_text().splitlines(keepends=True)
     out.write_text(whole[0] + whole[1] + whole[2][:30])
@@ -342,6 +343,8 @@ def test_a_file_of_questions(run, model, scans, tmp_path, capsys):
     assert (
         "line 1 was made with another temperature: name another file, or use temperature=0.0" in capsys.readouterr().err
     )
+    assert main([*command, "--int8"]) == 2
+    assert "made with another weights: name another file, or use weights='float32'" in capsys.readouterr().err
     file.write_text('{"id": "a", "prompt": "x"}\n{"id": "a", "prompt": "y"}\n{"prompt": "z"}\nnonsense\n')
     assert main(command) == 2
     err = capsys.readouterr().err

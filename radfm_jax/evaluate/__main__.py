@@ -180,7 +180,6 @@ def _answer(args: argparse.Namespace, name: str, questions, console: Console) ->
     options = {"preprocess": None, "size_2d": None, "size_3d": None, "depth": None, "no_verify": False}
     given = {k: getattr(args, k) for k in ("checkpoint", "dtype", "int8", "devices", "tokenizer")}
     model = load(argparse.Namespace(**options, **given))
-    weights = " with int8 weights" if args.int8 else ""
     sampling = Sampling(args.max_new_tokens)
     with _bar(console, "answers") as bar:
         task = bar.add_task("", total=None)
@@ -192,7 +191,7 @@ def _answer(args: argparse.Namespace, name: str, questions, console: Console) ->
 
         outcome = answering.answer_all(
             model.generator, questions, _answer_file(args.out, name), args.out / "questions.jsonl",
-            model=f"{model.directory}{weights}", sampling=sampling, batch=args.batch, progress=progress,
+            model=str(model.directory), sampling=sampling, batch=args.batch, progress=progress,
         )  # fmt: skip
     rate = outcome.answered / max(outcome.seconds, 1e-9)
     console.print(
@@ -200,8 +199,8 @@ def _answer(args: argparse.Namespace, name: str, questions, console: Console) ->
         f"{len(outcome.failed)} failed",
         highlight=False,
     )
-    tokens = args.max_new_tokens or 200
-    return f"checkpoint {model.directory}{weights}, greedy, {args.dtype}, at most {tokens} tokens"
+    how = f"greedy, {args.dtype}, weights in {model.generator.weights}, at most {args.max_new_tokens or 200} tokens"
+    return f"checkpoint {model.directory}, {how}"
 
 
 def _score(args, benchmark, bench, files: dict[str, Path], made: dict[str, str], wanted, console: Console) -> int:

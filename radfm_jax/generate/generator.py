@@ -173,6 +173,12 @@ class Generator:
         with self._on_mesh():
             self._prepare(apart)
 
+    @property
+    def weights(self) -> str:
+        """The dtype of the language model's matrices: int8, or that of the computation."""
+        blocks = self._decoding["llama"]["blocks"]
+        return (blocks if isinstance(blocks, dict) else blocks[0])["query"]["kernel"].dtype.name
+
     def _prepare(self, apart: bool) -> None:
         """Parameters as decoding reads them: matrices in the dtype of the computation, layers apart."""
         dtype = jnp.dtype(self.config.llama.dtype)

@@ -30,12 +30,18 @@ NOT_READ = ("task", "response", "study", "dataset", "modality", "anatomy", "refe
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A line of the file. `problem` says why it cannot be asked; "" if it can."""
+    """A line of the file.
+
+    Attributes:
+      scans: to be read; named: their paths as the line has them.
+      problem: why it cannot be asked; "" if it can.
+    """
 
     row_id: str
     prompt: str = ""
     context: str = ""
     scans: tuple[Scan, ...] = ()
+    named: tuple[str, ...] = ()
     problem: str = ""
 
 
@@ -81,8 +87,9 @@ def _question(file: Path, number: int, root: Path, row_id: str, cells: dict) -> 
             raise row.error("has both `prompt` and `instruction`", "give one of them")
         prompt = row.text("prompt" if "prompt" in cells else "instruction", literal=True)
         context = row.optional("context", literal=True)
-        resolved = (dataclasses.replace(s, path=str(scans.resolve(root, s.path))) for s in jsonl.scans_of_row(row))
-        return Question(row_id, prompt, context, tuple(resolved))
+        named = jsonl.scans_of_row(row)
+        resolved = (dataclasses.replace(s, path=str(scans.resolve(root, s.path))) for s in named)
+        return Question(row_id, prompt, context, tuple(resolved), tuple(s.path for s in named))
     except ValueError as error:
         return Question(row_id, problem=str(error))
 
@@ -157,7 +164,8 @@ def answer_file(
       ValueError: a file that cannot be read, answers in `out` that were made with other settings.
     """
     prepared = None if generator.preparation is None else dataclasses.asdict(generator.preparation)
-    made_with = {"model": model, "place": place, "prepared": prepared, **dataclasses.asdict(sampling)}
+    computed = {"dtype": generator.config.llama.dtype, "weights": generator.weights}
+    made_with = {"model": model, **computed, "place": place, "prepared": prepared, **dataclasses.asdict(sampling)}
     made_with = json.loads(json.dumps(made_with))  # as it is read back: a tuple is a list
     questions = read_questions(file, (root or file.parent).absolute())
     before = answered(out, made_with)
@@ -186,7 +194,7 @@ def answer_file(
                     "id": question.row_id,
                     "prompt": question.prompt,
                     **({"context": question.context} if question.context else {}),
-                    "scans": [scan.path for scan in question.scans],
+                    "scans": list(question.named),
                     "answer": answer.text,
                     "ended": answer.ended,
                     "tokens": len(answer.ids),
@@ -228,7 +236,7 @@ def _loaded(todo: list[Question], generator: Generator, batch: int, reader) -> I
 def _encoded(generator: Generator, some: list[Question], loaded: list) -> list[EncodedScans | ValueError]:
     """Visual tokens of each question, or why it has none."""
     good = [i for i, volumes in enumerate(loaded) if not isinstance(volumes, ValueError)]
-    names = [[scan.path for scan in some[i].scans] for i in good]
+    names = [some[i].named for i in good]
     found: list = list(loaded)
     try:
         for i, encoded in zip(good, generator.encode_volumes([loaded[i] for i in good], names), strict=True):
