@@ -1,6 +1,7 @@
 """Scripts that launch: what they would run, what they make of exit codes, files that a cluster would take."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -131,7 +132,7 @@ def test_what_tpu_vm_would_do():
 
 # --- GKE --------------------------------------------------------------------------------------------------------------
 
-# Fields and types of jobset.x-k8s.io/v1alpha2, as far as they are used here (hack/python-sdk/swagger.json of
+# Fields and types of jobset.x-k8s.io/v1alpha2, as far as they are used here (the CustomResourceDefinition of
 # kubernetes-sigs/jobset); a field that the published schema does not have is refused by the cluster.
 JOBSET = {
     "apiVersion": str, "kind": str, "metadata": {"name": str, "annotations": dict},
@@ -190,6 +191,7 @@ def test_a_jobset_of_a_tpu_slice():
     assert rule["action"] == "FailJob" and rule["onExitCodes"]["values"] == [1, 2, 70]
     (policy,) = found["spec"]["failurePolicy"]["rules"]
     assert policy["action"] == "FailJobSet" and policy["onJobFailureReasons"] == ["PodFailurePolicy"]
+    assert re.fullmatch("[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?", policy["name"])  # the schema's own pattern
     assert job["template"]["spec"]["restartPolicy"] == "Never" and job["backoffLimit"] == 0
 
 
