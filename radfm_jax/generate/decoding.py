@@ -4,7 +4,7 @@ Letters: B rows, T prompt tokens, U places of the cache, S scan slots, L latents
 
 Everything between two tokens is one dict of arrays, `state`, an argument and a result:
 
-    cache    {"key", "value"} [layers, B, U, kv heads, head dim]
+    cache    {"key", "value"} [layers, B, kv heads, U, head dim], or a list of such with one layer each
     length   int32[B]      places in use; the newest token is not among them yet
     token    int32[B]      the newest token
     count    int32[B]      tokens of the answer so far
@@ -67,7 +67,7 @@ def begin(
         x, _ = radfm.RadFM(config).apply({"params": embedding}, arrays, prompt["visual"], finite, method="fuse")
         x = constrain(x, "batch", None, None)
     with jax.named_scope("prefill"):
-        cache = llama.empty_cache(config.llama, b, length)
+        cache = llama.empty_cache(config.llama, b, length, apart=isinstance(params["llama"]["blocks"], list))
         hidden, cache = llama.prefill(config.llama, params["llama"], x, prompt["lengths"], cache)
     last = jnp.take_along_axis(hidden, (prompt["lengths"] - 1)[:, None, None], axis=1)[:, 0]
     state = {

@@ -188,15 +188,28 @@ def attention(
     chosen = flash.choose(kernel, q, k)
     if chosen != "xla":
         return flash.KERNELS[chosen](q, k, v, q_segments, k_segments, causal=causal)
+    allowed = attention_mask(q_segments, k_segments, causal)
+    return plain_attention(q, jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2), allowed)
+
+
+def plain_attention(q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Array) -> jax.Array:
+    """Attention as two products around a softmax, by XLA.
+
+    Args:
+      q: float[B, T, H, K].
+      k, v: float[B, G, U, K]. Batch axes first: XLA's CPU products are twice as fast then, and other platforms choose
+        their own layout anyway.
+      allowed: bool[B, T, U].
+    Returns:
+      float[B, T, H, K] in v's dtype.
+    """
     b, t, h, width = q.shape
-    u, g = k.shape[1:3]
-    # Batch axes first: XLA's CPU products are twice as fast then, and other platforms choose their own layout anyway.
+    g, u = k.shape[1:3]
     q = jnp.moveaxis(q.reshape(b, t, g, h // g, width), 1, 3).reshape(b, g, -1, width)  # [B, G, M T, K]
-    k, v = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
     precision = matmul_precision(q.dtype)
     scores = jnp.einsum("bgqk,bguk->bgqu", q, k, precision=precision, preferred_element_type=jnp.float32)
-    allowed = attention_mask(q_segments, k_segments, causal)[:, None]
-    scores = jnp.where(allowed, scores.reshape(b, h, t, u) * width**-0.5, jnp.finfo(jnp.float32).min)
+    scores = scores.reshape(b, h, t, u) * width**-0.5
+    scores = jnp.where(allowed[:, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(b, g, -1, u)
     out = jnp.einsum("bgqu,bguk->bgqk", weights, v, precision=precision)
     return jnp.moveaxis(out.reshape(b, g, h // g, t, width), 3, 1).reshape(b, t, h, width)

@@ -15,7 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from radfm_jax.models.layers import RESIDUAL, attention, dense, matmul_precision, rms_norm, scan_blocks
+from radfm_jax.models.layers import (
+    RESIDUAL,
+    attention,
+    attention_mask,
+    dense,
+    matmul_precision,
+    plain_attention,
+    rms_norm,
+    scan_blocks,
+)
 from radfm_jax.sharding import constrain
 
 
@@ -116,7 +125,8 @@ class Block(nn.Module):
             h = attention(q, k, v, q_segments, k_segments, causal=True, kernel=c.attention)
         else:
             k, v = (jax.lax.dynamic_index_in_dim(cache[n], layer, keepdims=False) for n in ("key", "value"))
-            h = attention(q, k, v, q_segments, k_segments, causal=False, kernel="xla")
+            with jax.named_scope("attention"):
+                h = plain_attention(q, k, v, attention_mask(q_segments, k_segments, causal=False))
         h = checkpoint_name(h, "attention")
         h = dense(c.width, ("heads", "head_dim", "embed"), c, axis=(-2, -1), gain=RESIDUAL, name="out")(h)
         x = constrain(x + h, "batch", None, None)
@@ -184,31 +194,37 @@ def head_logits(hidden: jax.Array, kernel: jax.Array, dtype: str, scale: jax.Arr
 # --- with a cache -----------------------------------------------------------------------------------------------------
 
 
-def empty_cache(config: LlamaConfig, batch: int, length: int) -> dict[str, jax.Array]:
-    """{"key", "value"}, each [layers, B, length, G, K] in `config.dtype`: rows over `data` and `fsdp`, heads over
-    `tensor`. Place i of a row is its position i; what lies behind a row's last token is never seen."""
-    shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
+def empty_cache(config: LlamaConfig, batch: int, length: int, *, apart: bool = False) -> dict | list[dict]:
+    """{"key", "value"}, each [layers, B, G, length, K] in `config.dtype`, as attention reads them: rows over `data` and
+    `fsdp`, heads over `tensor`. Place i of a row is its position i; what lies behind a row's last token is never
+    seen. apart: a list of such stacks of one layer each, for parameters whose layers are a list."""
     mesh = jax.sharding.get_abstract_mesh()
     heads = None if mesh.empty or config.num_kv_heads % mesh.shape["tensor"] else "kv_heads"
-    zeros = constrain(jnp.zeros(shape, config.dtype), None, "batch", None, heads, None)
-    return {"key": zeros, "value": zeros}
+
+    def stack(layers: int) -> dict[str, jax.Array]:
+        shape = (layers, batch, config.num_kv_heads, length, config.head_dim)
+        zeros = constrain(jnp.zeros(shape, config.dtype), None, "batch", heads, None, None)
+        return {"key": zeros, "value": zeros}
+
+    return [stack(1) for _ in range(config.num_layers)] if apart else stack(config.num_layers)
 
 
 def _written(cache: jax.Array, new: jax.Array, layer, starts) -> jax.Array:
-    """[layers, B, U, G, K] with new [B, T, G, K] put into a layer, from place 0 or each row's own on."""
+    """[layers, B, G, U, K] with new [B, T, G, K] put into a layer: from place 0 on, or, T = 1, at each row's own."""
     new = new.astype(cache.dtype)
     if starts is None:
-        return jax.lax.dynamic_update_slice(cache, new[None], (layer, 0, 0, 0, 0))
-    put = lambda row, x, at: jax.lax.dynamic_update_slice(row, x[None], (layer, at, 0, 0))  # noqa: E731
-    return jax.vmap(put, in_axes=(1, 0, 0), out_axes=1)(cache, new, starts)
+        return jax.lax.dynamic_update_slice(cache, jnp.moveaxis(new, 1, 2)[None], (layer, 0, 0, 0, 0))
+    return cache.at[layer, jnp.arange(len(new)), :, starts].set(new[:, 0], mode="drop", unique_indices=True)
 
 
-def prefill(config: LlamaConfig, params: dict, x: jax.Array, lengths: jax.Array, cache: dict) -> tuple[jax.Array, dict]:
+def prefill(
+    config: LlamaConfig, params: dict, x: jax.Array, lengths: jax.Array, cache
+) -> tuple[jax.Array, dict | list]:
     """Prompts into an empty cache.
 
     Args:
       params: of the language model. `blocks` may be a list of the layers instead of their stack: where a slice of a
-        stack is copied before it is multiplied, as on CPUs, that halves the time of a token.
+        stack is copied before it is multiplied, as on CPUs, that halves the time of a token; the cache is apart, too.
       x: float[B, T, E] embeddings, of which the first lengths[b] are row b; T at most the cache's length.
       lengths: int32[B].
     Returns:
@@ -219,9 +235,9 @@ def prefill(config: LlamaConfig, params: dict, x: jax.Array, lengths: jax.Array,
     return _through_blocks(config, params, x, positions, segments, segments, cache, None)
 
 
-def extend(config: LlamaConfig, params: dict, x: jax.Array, positions: jax.Array, cache: dict):
+def extend(config: LlamaConfig, params: dict, x: jax.Array, positions: jax.Array, cache):
     """One more token in each row: x float[B, 1, E] at positions int32[B] -> (hidden [B, 1, E], cache)."""
-    seen = jnp.arange(cache["key"].shape[2]) <= positions[:, None]
+    seen = jnp.arange(jax.tree.leaves(cache)[0].shape[3]) <= positions[:, None]
     k_segments = jnp.where(seen, 1, -1)
     q_segments = jnp.ones_like(positions)[:, None]
     return _through_blocks(config, params, x, positions[:, None], q_segments, k_segments, cache, positions)
@@ -241,6 +257,7 @@ def _through_blocks(config, params, x, positions, q_segments, k_segments, cache,
             lambda carry, of_layer: (one(*carry, *of_layer), None), (x, cache), (blocks, jnp.arange(config.num_layers))
         )
     else:
+        cache = list(cache)
         for layer, block in enumerate(blocks):
-            x, cache = one(x, cache, block, layer)
+            x, cache[layer] = one(x, cache[layer], block, 0)
     return rms_norm(config, config.norm_eps, None).apply({"params": params["norm"]}, x), cache
