@@ -359,27 +359,31 @@ def test_grades_come_back(ran, tmp_path, capsys):
 
 
 class FakeRadEval:
-    def __init__(self, do_radgraph=False, do_f1chexbert=False, show_progress=True):
-        assert do_radgraph != do_f1chexbert and not show_progress
-        self.chexbert = do_f1chexbert
+    """As radeval 2.2 takes its arguments and gives its results."""
+
+    def __init__(self, metrics=None, show_progress=True):
+        (self.metric,) = metrics
+        assert not show_progress
+        if self.metric == "green":
+            raise ValueError("Unknown metric 'green'")
 
     def __call__(self, refs, hyps):
-        if self.chexbert:
+        if self.metric == "f1chexbert":
             raise OSError("no network")
         return {"radgraph_simple": np.mean([r == h for r, h in zip(refs, hyps, strict=True)]), "details": []}
 
 
 def test_clinical_metrics_by_a_fake(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "RadEval", types.SimpleNamespace(RadEval=FakeRadEval))
+    monkeypatch.setitem(__import__("sys").modules, "radeval", types.SimpleNamespace(RadEval=FakeRadEval))
     assert clinical.clinical("radgraph", ["a", "b"], ["a", "c"]) == {"radgraph_simple": 0.5}
     with pytest.raises(clinical.Unavailable, match="OSError: no network.*weights"):
         clinical.clinical("chexbert", ["a"], ["a"])
-    with pytest.raises(clinical.Unavailable, match="does not know green; it knows radgraph, f1chexbert"):
+    with pytest.raises(clinical.Unavailable, match="Unknown metric 'green'"):
         clinical.clinical("green", ["a"], ["a"])
 
 
 def test_clinical_metrics_without_the_package():
-    with pytest.raises(clinical.Unavailable, match="pip install RadEval"):
+    with pytest.raises(clinical.Unavailable, match="pip install radeval"):
         clinical.clinical("radgraph", ["a"], ["a"])
     with pytest.raises(ValueError, match="radgrap are unknown"):
         clinical.check(["radgrap"])
