@@ -44,9 +44,18 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Na
             values(given)
             config = values.config
     except (flags.Error, OSError, AttributeError, KeyError, TypeError, ValueError, SyntaxError, ImportError) as error:
-        # ml_collections quotes the message of a KeyError once more, line ends and all.
-        said = str(error.args[0] if error.args else error).replace("\\n", " ").replace("\\'", "'").strip("'\" ")
-        parser.error(f"{args.config}: {' '.join(said.split()) or type(error).__name__}")
+        parser.error(f"{args.config}: {_said(error)}")
     if not isinstance(config, ConfigDict):
         parser.error(f"{args.config}: needs a function get_config() that returns a ConfigDict")
     return args, config
+
+
+def _said(error: Exception) -> str:
+    """An error of ml_collections in one line: without the traceback that it puts into its messages, and the quotes and
+    line ends of a KeyError that it quotes once more."""
+    said = str(error.args[0] if error.args else error).replace("\\n", "\n").replace("\\'", "'").strip()
+    if "Traceback (most recent call last)" in said:
+        said = said.splitlines()[-1]
+    if len(said) > 1 and said[0] == said[-1] and said[0] in "'\"":
+        said = said[1:-1]
+    return " ".join(said.split()) or type(error).__name__

@@ -39,14 +39,19 @@ stage align ""                      # the language model is frozen, scans learn 
 stage pretrain "$dir/align"         # everything learns
 stage finetune "$dir/pretrain"      # once more, slower
 
-say "scoring on scans it has never seen, and with the scans exchanged"
-# Beside it, RadBench's five tasks, 30 questions of each: answers in free text, their scores, a report. Mostly compiling.
-"$python" -m radfm_jax.evaluate radbench --config=configs/radbench_practice.py --config.limit=30 \
-  --config.index="$practice/index" --checkpoint="$dir/finetune" --out="$dir/radbench" > "$dir/radbench.log" 2>&1 &
-"$python" -m radfm_jax.evaluate --config="$config" --checkpoint="$dir/finetune" --out="$dir/scores"
-say "the five tasks of RadBench"
-wait $! || { cat "$dir/radbench.log"; exit 1; }
-cat "$dir/radbench.log"
+trained=$dir/finetune/checkpoints # what is newer than this was made of it
+if [ "$dir/scores/accuracy.json" -nt "$trained" ] && [ "$dir/radbench/report.html" -nt "$trained" ]; then
+  say "scored before: $dir/scores/accuracy.json, $dir/radbench/report.html"
+else
+  say "scoring on scans it has never seen, and with the scans exchanged"
+  # Beside it, RadBench's five tasks, 30 questions of each: answers in free text, their scores, a report. Mostly compiling.
+  "$python" -m radfm_jax.evaluate radbench --config=configs/radbench_practice.py --config.limit=30 \
+    --config.index="$practice/index" --checkpoint="$dir/finetune" --out="$dir/radbench" > "$dir/radbench.log" 2>&1 &
+  "$python" -m radfm_jax.evaluate --config="$config" --checkpoint="$dir/finetune" --out="$dir/scores"
+  say "the five tasks of RadBench"
+  wait $! || { cat "$dir/radbench.log"; exit 1; }
+  cat "$dir/radbench.log"
+fi
 
 say "asking about a phantom and about real scans"
 # Real scans come with pydicom and nibabel. What the model says of them means nothing: it has seen drawings only.
@@ -70,9 +75,11 @@ PYTHON
 "$python" -m radfm_jax.generate --checkpoint="$dir/finetune" --jsonl "$dir/asked/questions.jsonl" --root . \
   --out "$dir/asked/answers.jsonl" --max-new-tokens 64
 
-say "writing the weights as PyTorch safetensors"
-rm -rf "$dir/pytorch"
-"$python" -m radfm_jax.convert to-torch "$dir/finetune" "$dir/pytorch"
+if [ ! "$dir/pytorch" -nt "$trained" ]; then
+  say "writing the weights as PyTorch safetensors"
+  rm -rf "$dir/pytorch"
+  "$python" -m radfm_jax.convert to-torch "$dir/finetune" "$dir/pytorch"
+fi
 
 "$python" -m radfm_jax.summary --runs "$dir/align" "$dir/pretrain" "$dir/finetune" --scores "$dir/scores" \
   --questions "$dir/asked/questions.jsonl" --answers "$dir/asked/answers.jsonl" --root . \

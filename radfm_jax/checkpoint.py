@@ -75,6 +75,11 @@ def _umask() -> int:
     return mask
 
 
+def absolute(path) -> Path:
+    """Also without `..`, which tensorstore refuses."""
+    return Path(os.path.abspath(path))
+
+
 def require_space(path, need: int, what: str) -> None:
     """Raises ValueError if the disk of `path` has less than `need` bytes free."""
     path = Path(path).absolute()
@@ -184,7 +189,7 @@ def _orbax_save(directory: Path, params: dict, save_args: dict | None = None) ->
     absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax warns that it skips a merge that there is no need for
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True)) as checkpointer:
-            checkpointer.save(directory.absolute() / PARAMS, args=ocp.args.PyTreeSave(params, save_args=save_args))
+            checkpointer.save(absolute(directory) / PARAMS, args=ocp.args.PyTreeSave(params, save_args=save_args))
     finally:
         absl.logging.set_verbosity(verbosity)
 
@@ -207,7 +212,7 @@ def restore_params(directory, abstract: dict, shardings: dict | None = None, *, 
         lambda x, s: ocp.ArrayRestoreArgs(sharding=s, global_shape=x.shape, dtype=x.dtype), abstract, shardings
     )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        path = Path(directory).absolute() / PARAMS
+        path = absolute(directory) / PARAMS
         asked = ocp.args.PyTreeRestore(item=abstract, restore_args=args, partial_restore=partial)
         return checkpointer.restore(path, args=asked)
 
@@ -252,7 +257,7 @@ class ParamWriter:
     """
 
     def __init__(self, directory: Path, shapes: dict[str, tuple[tuple[int, ...], np.dtype]], stacked: set[str]):
-        path = directory.absolute() / PARAMS
+        path = absolute(directory) / PARAMS
         placeholders = unflatten({k: np.zeros((1,) * len(shape), dtype) for k, (shape, dtype) in shapes.items()})
         _orbax_save(directory, placeholders)
         self._stores = {}
@@ -292,7 +297,7 @@ class ParamReader:
     """Reads single parameters, or slices of them, of any Orbax PyTree (zarr or zarr3, OCDBT or not)."""
 
     def __init__(self, directory):
-        path = Path(directory).absolute() / PARAMS
+        path = absolute(directory) / PARAMS
         try:
             metadata = json.loads((path / "_METADATA").read_text())
         except FileNotFoundError:

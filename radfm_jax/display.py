@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from input_pipeline.pipeline import PackingReport
 from radfm_jax.checkpoint import flatten
@@ -50,11 +50,17 @@ class Display:
         cut_off(self.metrics, first)
         self._file = open(self.metrics, "a", buffering=1)
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first or None)
+        # On a narrow terminal the end of what is shown is cut, not where the run stands.
+        whole, cut = (lambda: Column(no_wrap=True, overflow="ignore")), Column(ratio=1, no_wrap=True)
         columns = (
-            TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=20), TimeElapsedColumn(), TextColumn("/"),
-            TimeRemainingColumn(), TextColumn("{task.fields[shown]}"),
+            TextColumn("step", table_column=whole()), MofNCompleteColumn(table_column=whole()),
+            BarColumn(bar_width=10, table_column=whole()), TimeElapsedColumn(table_column=whole()),
+            TextColumn("/", table_column=whole()), TimeRemainingColumn(table_column=whole()),
+            TextColumn("{task.fields[shown]}", table_column=cut),
         )  # fmt: skip
-        self._bar = Progress(*columns, console=self.console, refresh_per_second=2)
+        self._bar = Progress(
+            *columns, console=self.console, refresh_per_second=2, expand=True, disable=not self.console.is_terminal
+        )
         self._task = self._bar.add_task("train", total=steps, completed=first, shown="")
         self._bar.start()
 

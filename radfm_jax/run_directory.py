@@ -417,7 +417,7 @@ def _stored(directory: Path) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and dtypes of an Orbax PyTree of dicts, without its arrays."""
     with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
         try:
-            tree = handler.metadata(epath.Path(directory.absolute())).tree
+            tree = handler.metadata(epath.Path(checkpoint.absolute(directory))).tree
         except FileNotFoundError:
             raise ValueError(f"{directory} does not exist or holds no Orbax arrays") from None
     return {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in flatten(tree).items()}
@@ -429,4 +429,4 @@ def _read(directory: Path, wanted: dict) -> dict:
     args = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape, dtype=x.dtype), tree)
     with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
         asked = ocp.args.PyTreeRestore(tree, restore_args=args, partial_restore=True)
-        return flatten(handler.restore(epath.Path(directory.absolute()), args=asked))
+        return flatten(handler.restore(epath.Path(checkpoint.absolute(directory)), args=asked))

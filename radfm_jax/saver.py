@@ -312,7 +312,7 @@ class _Save:
                 self.handlers.append(handler)
                 args = jax.tree.map(lambda x: ocp.SaveArgs(chunk_byte_size=checkpoint.CHUNK_BYTES), tree)
                 args = ocp.args.PyTreeSave(tree, save_args=args)
-                path = epath.Path((self.partial / part).absolute())
+                path = epath.Path(checkpoint.absolute(self.partial / part))
                 with jax.transfer_guard("allow"):
                     self.futures += asyncio.run(handler.async_save(path, args=args))
             self.parts = {}

@@ -138,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
     listed = ["summary.txt", "summary.png", *(["quarantine.jsonl"] if report["quarantine"] else [])]
     print(f"{'Reports' if refused else 'Index'} in {out}: {', '.join(listed)}")
     for reason in refused:
-        more = "" if "--strict" in reason else " (correct the tables, or add --allow-leaks)"
+        more = " (correct the tables, or add --allow-leaks)" if reason.startswith("train and test share") else ""
         console.print(f"[red]error:[/red] {escape(reason)}{more}", soft_wrap=True, highlight=False)
     if refused:
         return 1

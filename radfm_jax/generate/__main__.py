@@ -24,11 +24,11 @@ from radfm_jax.generate.sampling import Sampling
 
 EPILOG = """\
 examples:
-  python -m radfm_jax.generate --checkpoint runs/quickstart --scan ct.nii.gz --prompt "Is there a lesion?"
+  python -m radfm_jax.generate --checkpoint runs/quickstart/finetune --scan ct.nii.gz --prompt "Is there a lesion?"
   python -m radfm_jax.generate --checkpoint radfm/ --scan old.png --scan new.png --show seen.png \\
       --prompt "<image-1> is from May. What has changed in <image-2>?"
-  python -m radfm_jax.generate --checkpoint runs/quickstart --scan ct.nii.gz --chat
-  python -m radfm_jax.generate --checkpoint runs/quickstart --jsonl questions.jsonl --out answers.jsonl
+  python -m radfm_jax.generate --checkpoint runs/quickstart/finetune --scan ct.nii.gz --chat
+  python -m radfm_jax.generate --checkpoint runs/quickstart/finetune --jsonl questions.jsonl --out answers.jsonl
 
 The checkpoint says how scans are prepared for it, and holds its tokenizer. A dialogue keeps the scans on the device;
 each question stands alone, as in training, unless --history puts the earlier ones before it.

@@ -118,13 +118,13 @@ def _run(plan: Plan) -> list[str]:
     """Epochs, samples, cost, where the config states the sizes of its data."""
     best, count = plan.best, plan.topology.count
     quick, slow = best.hidden
-    price = lambda seconds: "" if plan.price is None else f", {cost(plan, seconds):,.0f}"  # noqa: E731
+
+    def price(fast: float, slow: float) -> str:
+        return "" if plan.price is None else f", cost {cost(plan, fast):,.0f} to {cost(plan, slow):,.0f}"
+
     if plan.sources is None:
         hours = f"{1000 * quick / 3600:.3g} to {1000 * slow / 3600:.3g} h for 1,000 steps on {count} devices"
-        return [
-            hours
-            + ("" if plan.price is None else f", {cost(plan, 1000 * quick):,.0f} to {cost(plan, 1000 * slow):,.0f}")
-        ]
+        return [hours + price(1000 * quick, 1000 * slow)]
     whole = estimate.epoch(best.config, plan.sources)
     a_row = whole.samples / whole.rows
     train = best.config.train
@@ -135,11 +135,11 @@ def _run(plan: Plan) -> list[str]:
         f"({a_row:.1f} samples a row, by the sizes that the config states)",
         f"an epoch: {estimate.about(whole.samples)} samples, {tokens / 1e9:.3g} G tokens, "
         f"{estimate.about(epoch)} steps, {estimate.duration(epoch * quick)} to {estimate.duration(epoch * slow)}"
-        f"{price(epoch * slow)}",
+        f"{price(epoch * quick, epoch * slow)}",
         f"the stage: {estimate.about(whole.steps)} steps, {estimate.about(whole.steps * train.batch * a_row)} samples, "
         f"{whole.steps * train.batch * best.config.data.text_length / 1e9:.3g} G tokens, "
         f"{estimate.duration(whole.steps * quick)} to {estimate.duration(whole.steps * slow)}"
-        f"{price(whole.steps * slow)}",
+        f"{price(whole.steps * quick, whole.steps * slow)}",
     ]
     return said
 

@@ -31,8 +31,8 @@ from input_pipeline.config import DataConfig
 from input_pipeline.pipeline import Batch, PackingReport, Rows, batches, join, prefetch
 from input_pipeline.rows import RowInfo
 from input_pipeline.samples import TASKS
+from radfm_jax import checkpoint, estimate, faults, flops, optimizer, run_directory, sharding, train_step
 from radfm_jax import display as shown
-from radfm_jax import estimate, faults, flops, optimizer, run_directory, sharding, train_step
 from radfm_jax.experiment import Experiment
 from radfm_jax.peers import Peers
 from radfm_jax.saver import Saver
@@ -68,6 +68,9 @@ def _train(config: Experiment, workdir: Path, peers: Peers, opened: contextlib.E
         )
     )
     newest = run_directory.latest(workdir, allow_older=config.checkpoint.allow_older, warn=shown.say)
+
+    if newest is None and config.checkpoint.init_from:  # a mistake is said before anything is compiled
+        checkpoint.verify(run_directory.chosen(config.checkpoint.init_from), hashes=False)
 
     def done(steps: int) -> bool:
         if newest != run_directory.step_directory(workdir, steps) or (
