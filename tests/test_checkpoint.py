@@ -35,6 +35,14 @@ def test_save_and_load_are_bit_equal(model, directory):
     assert not (directory / "tokenizer.model").exists()
 
 
+def test_paths_that_climb(model, directory, tmp_path):
+    """tensorstore refuses `..`."""
+    (tmp_path / "x").mkdir()
+    assert_equal(model.params, radfm_jax.load(tmp_path / "x" / ".." / directory.name).params)
+    radfm_jax.save(model, tmp_path / "x" / ".." / "second")
+    assert_equal(model.params, radfm_jax.load(tmp_path / "second").params)
+
+
 def test_load_in_another_dtype(model, directory):
     again = radfm_jax.load(directory, dtype="bfloat16", param_dtype="bfloat16")
     assert again.config.llama.dtype == "bfloat16"

@@ -145,8 +145,8 @@ def test_the_process_has_its_own_arguments(parser, file, monkeypatch):
 @pytest.mark.parametrize(
     "given, said",
     [
-        (["--config={file}", "--config.data.dept=3"], "dept"),
-        (["--config={file}", "--config.steps=many"], "many"),
+        (["--config={file}", "--config.data.dept=3"], ": 'dept' Did you mean"),
+        (["--config={file}", "--config.steps=many"], "base 10: 'many'"),
         (["--config={file}", "--config.steps", "3"], "with an equals sign"),
         (["--config=none.py"], "none.py: there is no such file"),
         (["--config={file}", "--ouch=3"], "--ouch=3"),
@@ -159,6 +159,15 @@ def test_errors_are_one_line_and_exit_2(parser, file, capsys, given, said):
     assert ended.value.code == 2
     out, err = capsys.readouterr()
     assert not out and said in err.strip().splitlines()[-1]
+
+
+def test_what_a_config_file_raises_is_said_without_its_traceback(parser, tmp_path, capsys):
+    path = tmp_path / "stages.py"
+    path.write_text("def get_config(stage):\n    raise ValueError(f'stage {stage!r} is none of a, b')\n")
+    with pytest.raises(SystemExit):
+        command_line.parse(parser, [f"--config={path}:c"])
+    err = capsys.readouterr().err
+    assert err.endswith(f"error: {path}:c: ValueError: stage 'c' is none of a, b\n") and "Traceback" not in err
 
 
 @pytest.mark.parametrize(

@@ -254,7 +254,7 @@ def test_the_command(tmp_path, capsys):
     assert "25% of what gathering for every micro-batch of one row sends (arithmetic)" in said.out
     steps = estimate.epoch(Experiment.from_dict(pretrain.get_config()), pretrain.SIZES).steps
     cost = 2 * 32 * steps * take["seconds_not_hidden"] / 3600
-    assert f"{cost:,.0f}" in said.out and len(found["ladder"]) == 15
+    assert f" to {cost:,.0f}\n" in said.out and ", cost " in said.out and len(found["ladder"]) == 15
     assert math.isclose(found["take"]["can_hide"], 1.0)
 
 

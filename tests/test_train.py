@@ -1,6 +1,7 @@
 """The loop: a run that is ended and started again is the run that was not, bit by bit."""
 
 import dataclasses
+import io
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from practice import practice
+from rich.console import Console
 
 from radfm_jax import api, display, run_directory
 from radfm_jax.experiment import CheckpointConfig, Experiment, TrainConfig
@@ -96,6 +98,29 @@ def test_ended_by_a_signal_and_started_again(config, whole, tmp_path, monkeypatc
     assert loop.train(config, tmp_path / "run") == 0
     assert record(tmp_path / "run") == record(whole)
     jax.tree.map(np.testing.assert_array_equal, bits(tmp_path / "run", 6), bits(whole, 6))
+
+
+def test_a_start_that_is_not_there_is_found_before_anything_is_compiled(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "Opening", lambda *_: pytest.fail("the data were opened"))
+    absent = dataclasses.replace(config, checkpoint=CheckpointConfig(init_from=str(tmp_path / "nowhere")))
+    with pytest.raises(ValueError, match="nowhere is not a directory"):
+        loop.train(absent, tmp_path / "run")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_line_of_a_narrow_terminal(tmp_path, monkeypatch, terminal):
+    """It says where the run stands, and cuts the rest; a log has lines, and no bar."""
+    said = io.StringIO()
+    narrow = Console(file=said, width=60, force_terminal=terminal, color_system=None)
+    monkeypatch.setattr(display, "Console", lambda **_: narrow)
+    shown = display.Display(tmp_path, 0, 500)
+    shown.log(20, {"train/loss": 0.5}, "loss 0.500  43.7 samples/s  1672 tokens/s/device  data wait 1%")
+    shown.close()
+    text = said.getvalue()
+    if terminal:
+        assert "20/500" in text and "loss 0.5" in text and "…" in text and "data wait" not in text
+    else:
+        assert text == "step 20/500  loss 0.500  43.7 samples/s  1672 tokens/s/device  data wait 1%\n"
 
 
 def test_what_a_run_leaves(config, whole):
