@@ -15,7 +15,9 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import sys
 import time
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -24,6 +26,8 @@ import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from radfm_jax import int8
 from radfm_jax.checkpoint import flatten, unflatten
