@@ -257,15 +257,19 @@ def _no_counts() -> dict:
     return {name: jnp.zeros(len(TASKS) + 1) for name in ("loss", "weight", "tokens", "correct", "samples", "exact")}
 
 
+def by_segment(segments: jax.Array, values: jax.Array) -> jax.Array:
+    """[B, T], [B, T] -> [B, T + 1]: the largest value in each segment of a row; 0 or False where there is none."""
+    return jax.vmap(lambda segment, x: jnp.zeros(x.size + 1, x.dtype).at[segment].max(x))(segments, values)
+
+
 def _counts(batch: dict, out: dict) -> dict[str, jax.Array]:
     """Sums by task, float32[1 + tasks]; entry 0 belongs to the padding."""
     active = out["weights"] > 0
     by_task = lambda values: jnp.zeros(len(TASKS) + 1).at[batch["tasks"]].add(values)  # noqa: E731
     segments = batch["segments"]
-    of_segment = jax.vmap(lambda seg, x: jnp.zeros(x.size + 1, x.dtype).at[seg].max(x))
-    wrong = of_segment(segments, active & ~out["correct"])
-    seen = of_segment(segments, active)
-    task = of_segment(segments, batch["tasks"])
+    wrong = by_segment(segments, active & ~out["correct"])
+    seen = by_segment(segments, active)
+    task = by_segment(segments, batch["tasks"])
     per_segment = lambda x: jnp.zeros(len(TASKS) + 1).at[task].add(x.astype(jnp.float32))  # noqa: E731
     return {
         "loss": by_task(jnp.where(active, out["weights"] * out["token_loss"], 0.0)),

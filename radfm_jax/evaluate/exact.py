@@ -20,7 +20,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress
@@ -36,6 +35,7 @@ from input_pipeline.sources import open_sources
 from radfm_jax import api, display, losses
 from radfm_jax.experiment import Experiment
 from radfm_jax.models.radfm import RadFM
+from radfm_jax.train_step import by_segment
 
 DESCRIPTION = """\
 Scores a checkpoint on the test sources of a config: how many answers are right to the letter, by source and question,
@@ -140,8 +140,7 @@ def evaluate(config: Experiment, params: dict, *, control: bool = True, progress
 def _exact(model, weighting: str, chunk: int, params: dict, batch: dict) -> jax.Array:
     """bool[B, T + 1]: whether every trained token of segment s is the most likely one."""
     _, _, out = losses.radfm_loss(RadFM(model), params, batch, weighting=weighting, chunk=chunk)
-    wrong = (out["weights"] > 0) & ~out["correct"]
-    return ~jax.vmap(lambda segments, x: jnp.zeros(x.size + 1, bool).at[segments].max(x))(batch["segments"], wrong)
+    return ~by_segment(batch["segments"], (out["weights"] > 0) & ~out["correct"])
 
 
 def _of_rows(infos: Sequence[RowInfo | None], exact: np.ndarray, texts: _Texts, scans_of: str) -> Iterator[Scored]:
