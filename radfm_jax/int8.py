@@ -73,7 +73,6 @@ def restore_params(directory, abstract: dict, shardings: dict | None = None) -> 
             values, scales = _stack(path, wanted[path].shape, lambda i, p=path: reader.read(p, i))
         except ValueError as error:
             raise ValueError(f"{directory}: {path}: {error}") from None
-        params[path], params[scale] = values, scales
         if where:
             axes = [*where[path].spec] + [None] * (values.ndim - len(where[path].spec))
             summed = _summed(path)
