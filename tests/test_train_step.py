@@ -89,16 +89,21 @@ def test_a_step_is_adam_on_the_mean_of_all_weights():
         transform = optimizer(CONFIG, params)
         updates, _ = transform.update(grads, transform.init(params), params)
         down = jax.tree.map(lambda u: -RATE * u, updates)
-        return loss, optax.tree_utils.tree_norm(grads), optax.apply_updates(params, down)
+        return loss, optax.tree_utils.tree_norm(grads), grads, optax.apply_updates(params, down)
 
-    loss, norm, expected = by_hand(params)
+    loss, norm, grads, expected = by_hand(params)
     after, metrics = run(ROWS, steps=1)
     np.testing.assert_allclose(metrics["loss"], loss, rtol=2e-6)
     np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
     assert after["step"] == 6 and metrics["finite"]
-    # The first step of Adam is a sign times the rate, 1e-2: elsewhere than at gradients near zero (measured 3.5e-5),
-    # equal to 1e-5.
-    close(train_step.params_of(after), expected, 6e-5)
+    # The first step of Adam is a sign times the rate, 1e-2, so where a gradient is near its epsilon, any rounding of it
+    # is a part of the rate: there only the size of a step is known.
+    clear = {path: (np.abs(g) > 1e-6) | (g == 0) for path, g in flatten(grads).items()}
+    assert np.mean(np.concatenate([np.ravel(x) for x in clear.values()])) > 0.99
+    after, expected = flatten(train_step.params_of(after)), flatten(expected)
+    for path, known in clear.items():
+        off = np.abs(after[path] - np.asarray(expected[path]))
+        assert off[known].max() < 1e-5 and off.max() <= 2 * RATE, path
 
 
 def test_accumulation_is_exact():
