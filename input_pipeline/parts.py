@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -31,15 +32,27 @@ def held(directory: Path, what: str) -> Iterator[None]:
     Args:
       what: the kind of writer, for the error.
     Raises:
-      ValueError: another process writes to it.
+      ValueError: another process writes to it, or it cannot be made.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory)
     with open(directory / ".lock", "w") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another {what} is writing {directory}: wait for it, or end it first") from None
         yield
+
+
+def make_directory(directory: Path) -> None:
+    """Makes a directory to write to, if it is missing. Raises ValueError."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if not os.access(directory, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise ValueError(
+            f"{directory} cannot be written to ({error.strerror}): give --out a directory that is there, or can be made"
+        ) from error
 
 
 class Items(Sequence):

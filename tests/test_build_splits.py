@@ -82,6 +82,26 @@ def test_leaks_are_found(root, tmp_path):
     assert not (tmp_path / "b" / "given.csv").exists()
 
 
+def test_an_owners_split_is_kept(root, tmp_path):
+    """A group takes the side that one of its rows has; of a group on two sides the part in test stays."""
+    given = {"1.png": "test", "2.png": "val", "3.png": "train", "near.png": "test", "0.png": ""}
+    rows = [(*r.values(), given.get(r["Figure_path"], "")) for r in table(root / "vqa.csv")]
+    rows[-3] = (*rows[-3][:-1], "train")  # the second row of 0.png; the first one has no split
+    assert rows[-3][1] == "0.png" and rows[-2][1] == "near.png"
+    write_csv(root / "given.csv", (*VQA_HEADER, "split"), *rows)
+    command = ["splits", "--root", str(root), "vqa_rad=given.csv", "--near", "--test", "0.3", "--out"]
+    assert main([*command, str(tmp_path / "a")]) == 0
+    made = [(r["Figure_path"], r["split"]) for r in table(tmp_path / "a" / "given.csv")]
+    assert {"1.png": "test", "2.png": "val", "3.png": "", "near.png": "test"}.items() <= dict(made).items()
+    assert [split for name, split in made if name == "0.png"] == ["train", "train"]
+    assert {split for name, split in made if name not in given} == {"train", "test"}
+    problems = (tmp_path / "a" / "problems.jsonl").read_text()
+    assert "the row is in train, but what belongs to it is in test" in problems
+    assert "3.png" in (tmp_path / "a" / "leaks.jsonl").read_text()
+    assert main([*command, str(tmp_path / "b"), "--anew"]) == 0
+    assert {r["split"] for r in table(tmp_path / "b" / "given.csv")} == {"train", "test"}
+
+
 def test_a_group_keeps_its_side():
     assert len({splits.side(0, f"g{k}", 0.5) for k in range(20)}) == 2
     share = sum(splits.side(1, f"g{k}", 0.1) == "test" for k in range(4000)) / 4000

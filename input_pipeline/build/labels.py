@@ -136,7 +136,7 @@ CHESTXRAY14 = (
 def chestxray14(folder: Path, policy: Policy, result: Result) -> Iterator[Image]:
     index, test = _index(folder, (".png",)), set()
     for file in folder.rglob("test_list.txt"):
-        test |= set(file.read_text(encoding="utf-8").split())
+        test |= set(tables.decode(file).split())
     for file in _files(folder, "Data_Entry_2017*.csv"):
         for row, cells in _rows(file, ("Image Index", "Finding Labels"), result, ("Patient ID",)):
             name = cells["Image Index"].strip()
@@ -297,7 +297,7 @@ def vindr_pcxr(folder: Path, policy: Policy, result: Result) -> Iterator[Image]:
 def covid_cxr2(folder: Path, policy: Policy, result: Result) -> Iterator[Image]:
     files = [f for name in ("train.txt", "test.txt", "val.txt") for f in sorted(folder.rglob(name))]
     for file in files or _files(folder, "train.txt"):
-        for row, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        for row, line in enumerate(tables.decode(file).splitlines(), 1):
             cells = line.split()
             # Patient id, file, class, source; some patient ids hold blanks.
             if len(cells) < 3 or not {"positive", "negative"} & set(cells[2:]):

@@ -14,8 +14,7 @@ import numpy as np
 from input_pipeline.build import console, filters, jobs, layouts, radiology
 from input_pipeline.build.filters import FILTERS, OF_FAMILY, Settings
 from input_pipeline.build.jobs import Report, Result
-from input_pipeline.datasets import FAMILIES, diseases
-from input_pipeline.datasets.diagnosis import Diagnosis
+from input_pipeline.datasets import FAMILIES, diagnosis, diseases
 from input_pipeline.prepare.writing import write_lines
 
 DESCRIPTION = """\
@@ -29,8 +28,9 @@ rules by family (all others keep every row):
   rad3d_caption          radiologic, size_phrases
   rad3d_vqa              radiologic, size_questions, age_questions
   rad3d_modality, rad3d_rationale   radiologic
-  cxr_mix, vindr_*, diagnosis   balance: of normal and abnormal (open tables), of yes and no a disease (yes/no) of
-                                each set of a column `source`; in each split of a column `split`
+  cxr_mix, vindr_*, diagnosis   balance, in each split of a column `split`: of normal and abnormal (open tables, over
+                                all their sets), of yes and no for each disease (yes/no tables, in each set of a
+                                column `source`, so that the look of a set says nothing about the answer)
 
 what is written to DIR: the tables; report.json (counts by table and rule); examples.jsonl (rule, what became of the
 row, before, after); problems.jsonl (rows that cannot be read)
@@ -132,15 +132,17 @@ def _table(family, file, directory, settings, options, examples, result: Result)
     reasons: dict[str, int] = {}
     header, rows = layouts.read(family, file, result)
     chosen = None
-    if issubclass(FAMILIES[family], Diagnosis) and "balance" not in without:
+    if issubclass(FAMILIES[family], diagnosis.Diagnosis) and "balance" not in without:
         assert not rules, family
-        chosen = _balance(layouts.read(family, file, Result())[1], options.get("seed", 0))
+        chosen = _balance(layouts.read(family, file, Result())[1], options.get("seed", 0), file, result)
         counts["balance"] = {"dropped": 0, "changed": 0}
     total = 0
     with layouts.Tables(directory, {file.name: header}) as out:
         for number, before in rows:
             total += 1
             if chosen is not None and number not in chosen:
+                if _side(before) is None:
+                    continue  # a problem, and listed as one
                 counts["balance"]["dropped"] += 1
                 examples.add(file.name, "balance", "dropped", "more of this side than of the other", before, None)
                 continue
@@ -179,7 +181,15 @@ def _filtered(family, file, number, before, rules, settings, counts, reasons, ex
     return row
 
 
-def _balance(rows: Iterator[tuple[int, dict]], seed: int) -> set[int]:
+def _side(row: dict) -> bool | None:
+    """Present or absent in a yes/no table, normal or abnormal in an open one; None: the label says neither."""
+    label = row["label"].strip()
+    if "disease" in row:
+        return diagnosis.FLAGS.get(label) if row["disease"] else None
+    return diseases.is_normal(label.strip("[]' .")) if label else None
+
+
+def _balance(rows: Iterator[tuple[int, dict]], seed: int, file: Path, result: Result) -> set[int]:
     """As many of one side as of the other, in each split; where rows say a disease, for each disease of each set
     (`source`), so that the look of a set still says nothing about the answer. Which rows stay, a hash decides.
 
@@ -187,13 +197,14 @@ def _balance(rows: Iterator[tuple[int, dict]], seed: int) -> set[int]:
     """
     sides: dict[tuple[str, str, str], tuple[array.array, array.array, array.array, array.array]] = {}
     for number, row in rows:
-        disease = row.get("disease")
-        if disease:
-            key, side = diseases.canonical(disease), row["label"].strip() in ("1", "1.0")
-            source = row.get("source") or ""
-        else:
-            key, source, side = "", "", diseases.is_normal(row["label"].strip("[]' ."))
-        both = sides.setdefault((row.get("split") or "", source, key), tuple(array.array("Q") for _ in range(4)))
+        side = _side(row)
+        if side is None:
+            said = f"the label {row['label'][:40]!r} is neither yes nor no" if row.get("disease") else "a cell is blank"
+            remedy = "1 (present) or 0 (absent) of a disease; in an open table a disease, or 'No finding'"
+            result.problem(file, number, said, remedy)
+            continue
+        of = (row.get("source") or "", diseases.canonical(row["disease"])) if "disease" in row else ("", "")
+        both = sides.setdefault((row.get("split") or "", *of), tuple(array.array("Q") for _ in range(4)))
         both[2 * side].append(int.from_bytes(order(seed, row)[:8], "big"))
         both[2 * side + 1].append(number)
     kept: set[int] = set()

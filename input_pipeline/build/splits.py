@@ -25,10 +25,14 @@ rows that show one scan, and with --near rows with near-duplicate pictures or, i
 goes to test with the given share, decided by a hash of the seed and the name of its first study (else scan): adding
 rows and tables moves no other group, unless it joins two or brings a study whose name comes before.
 
+A split that a table has already, as its owner published it, is kept, and what belongs to it goes with it. Where rows of
+one group stand on two sides, those in test stay, and the others get no split and are listed: the test set stays
+comparable, and nothing leaks into it. --anew decides every split by hash instead.
+
 what is written to DIR:
   the tables with their column `split`        read with split="train" or split="test", and the root that they had
   near.jsonl      with --near: pairs of pictures or texts, and how near they are
-  leaks.jsonl     with --check: groups that stand on both sides of the column `split` that tables have already
+  leaks.jsonl     groups that stand on both sides of the column `split` that tables have already
   report.json, problems.jsonl
 
 FAMILY=FOLDER:TABLE is for a table whose paths begin in a folder below --root, as the other builders write; TABLE is
@@ -47,11 +51,14 @@ def main(tool: str, argv: list[str]) -> int:
     parser.add_argument("--test", type=float, default=0.1, metavar="SHARE", help="of the groups (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     parser.add_argument("--near", action="store_true", help="look for near duplicates (imagehash and datasketch)")
-    parser.add_argument("--check", action="store_true", help="keep the splits of the tables, and list what leaks")
+    parser.add_argument("--anew", action="store_true", help="take no notice of splits that the tables have already")
+    parser.add_argument("--check", action="store_true", help="write no table, only list what leaks")
     args = parser.parse_args(argv)
     if not 0 < args.test < 1:
         parser.error(f"--test {args.test}: a share between 0 and 1 is needed")
-    options = {name: getattr(args, name) for name in ("test", "seed", "near", "check")}
+    if args.check and args.anew:
+        parser.error("--check looks at the splits that --anew takes no notice of: give one of them")
+    options = {name: getattr(args, name) for name in ("test", "seed", "near", "anew", "check")}
     return console.run(args, lambda out, **more: build(args.tables, args.root, out, options, **more))
 
 
@@ -134,10 +141,15 @@ def build(specs, root, directory, options: dict, progress=jobs.silent, said=None
         _near(root, directory, groups, pictures, near, result, progress)
     result.count("rows", len(rows))
     result.count("groups", len({groups.find(f"row {name} {number}") for name, number in rows}))
+    if not options["anew"]:
+        given = _given(groups, rows)
+        leaks = [{"group": group, "rows": found} for group, found in sorted(given.items()) if len(found) > 1]
+        write_lines(directory / "leaks.jsonl", leaks)
+        result.count("groups on several sides (leaks)", len(leaks))
     if options["check"]:
-        _check(directory, groups, rows, result)
+        _check(directory, leaks, rows, result)
     else:
-        _write(directory, named, groups, rows, options, result)
+        _write(named, groups, rows, {} if options["anew"] else given, directory, options, result)
     report.add(result)
     return report.write()
 
@@ -160,17 +172,18 @@ def _near(root, directory, groups, pictures, pairs: list[dict], result: Result, 
         result.count(f"near duplicates of {kind}", sum(p["kind"] == kind for p in pairs))
 
 
-def _check(directory, groups, rows, result: Result) -> None:
+def _given(groups, rows) -> dict[str, dict[str, list[str]]]:
+    """Groups some of whose rows have a split already: group -> split -> rows."""
     sides: dict[str, dict[str, list[str]]] = {}
     for (name, number), split in rows.items():
-        key = f"row {name} {number}"
         if split:
+            key = f"row {name} {number}"
             sides.setdefault(groups.find(key), {}).setdefault(split, []).append(key)
-        else:
-            result.count("rows without a split")
-    leaks = [{"group": group, "rows": found} for group, found in sorted(sides.items()) if len(found) > 1]
-    write_lines(directory / "leaks.jsonl", leaks)
-    result.count("groups on several sides (leaks)", len(leaks))
+    return sides
+
+
+def _check(directory, leaks: list[dict], rows, result: Result) -> None:
+    result.count("rows without a split", sum(not split for split in rows.values()))
     for leak in leaks:
         result.problem(directory / "leaks.jsonl", leak["group"], "a group stands on several sides", "split it anew")
 
@@ -181,7 +194,7 @@ def side(seed: int, group: str, test: float) -> str:
     return "test" if int.from_bytes(digest, "little") < test * 2**64 else "train"
 
 
-def _write(directory, named, groups, rows, options, result: Result) -> None:
+def _write(named, groups, rows, given, directory, options, result: Result) -> None:
     for table in named:
         header, cells = layouts.read(table.family, table.file, Result())
         if header is not None and "split" not in header:
@@ -190,6 +203,13 @@ def _write(directory, named, groups, rows, options, result: Result) -> None:
             for number, row in cells:
                 if (table.name, number) in rows:
                     group = groups.find(f"row {table.name} {number}")
-                    split = side(options["seed"], group, options["test"])
+                    # What stands in several sides stays in the one that nothing may leak into.
+                    own = min(given.get(group, ()), key=lambda split: (split != "test", split == "train", split),
+                              default="")  # fmt: skip
+                    split = own or side(options["seed"], group, options["test"])
+                    if rows[table.name, number] not in ("", split) and own:
+                        reason = f"the row is in {rows[table.name, number]}, but what belongs to it is in {own}"
+                        result.problem(table.file, number, reason, f"it has no split now: see {directory}/leaks.jsonl")
+                        split = ""
                     out.write(table.name, row | {"split": split})
-                    result.count(f"{table.name}: {split}")
+                    result.count(f"{table.name}: {split or 'in no split, as it leaks'}")

@@ -20,7 +20,8 @@ from input_pipeline.datasets import diseases
 from input_pipeline.datasets.base import TableDataset, ask
 from input_pipeline.samples import RowError, Sample, Scan
 
-_FLAGS = {"1": True, "1.0": True, "0": False, "0.0": False}
+# What the label of a yes/no table says.
+FLAGS = {"1": True, "1.0": True, "0": False, "0.0": False}
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
@@ -73,9 +74,9 @@ class Diagnosis(TableDataset):
         if "disease" in row.cells:
             disease = self._label(row, row.text("disease"))
             flag = row.text("label")
-            if flag not in _FLAGS:
+            if flag not in FLAGS:
                 raise row.error(f"label {flag!r} is unknown", "1 (present) or 0 (absent)")
-            return scan, disease, _FLAGS[flag]
+            return scan, disease, FLAGS[flag]
         labels = row.texts("label")
         if len(labels) == 1:
             labels = [part for part in re.split(r"\s*[,;|]\s*", labels[0]) if part]

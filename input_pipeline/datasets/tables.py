@@ -340,6 +340,10 @@ def load_json(file: pathlib.Path):
     text = decode(file)
     try:
         text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        line, byte = text.count("\n", 0, error.start) + 1, ord(text[error.start]) - 0xDC00
+        raise RowError(file, 0, f"line {line} is not UTF-8 (byte 0x{byte:02x})", "save it as UTF-8") from None
+    try:
         return parse_json(text)
     except (ValueError, RecursionError) as error:
         raise RowError(file, 0, f"the file is not valid JSON: {_short(error)}", "write it anew as UTF-8 JSON") from None

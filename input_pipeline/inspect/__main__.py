@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from input_pipeline import command_line
+from input_pipeline import command_line, parts
 from input_pipeline.config import SPLITS, DataConfig
 from input_pipeline.inspect.facts import RowFacts
 from input_pipeline.inspect.look import Head, look
@@ -96,7 +96,7 @@ def _refuse_foreign(out: Path) -> None:
 
 def _write(out: Path, head: Head, rows: list[RowFacts]) -> None:
     """rows.json, then index.html; each appears whole."""
-    out.mkdir(parents=True, exist_ok=True)
+    parts.make_directory(out)
     facts = {"head": dataclasses.asdict(head), "rows": [row.as_dict() for row in rows]}
     for name, text in (("rows.json", json.dumps(facts, indent=1)), ("index.html", page(head, rows))):
         part = out / f".{name}.part"

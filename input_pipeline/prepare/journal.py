@@ -36,7 +36,7 @@ def held(directory: Path) -> Iterator[None]:
     Raises:
       ValueError: another process writes to it, or something else lies there.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    parts.make_directory(directory)
     foreign = sorted(f.name for f in directory.iterdir() if f.name.removesuffix(".partial") not in OURS)
     if foreign:
         shown = ", ".join(foreign[:5]) + (f" and {len(foreign) - 5} more" if len(foreign) > 5 else "")

@@ -31,7 +31,7 @@ from input_pipeline.config import DataConfig
 from input_pipeline.pipeline import Batch, PackingReport, Rows, batches, join, prefetch
 from input_pipeline.rows import RowInfo
 from input_pipeline.samples import TASKS
-from radfm_jax import checkpoint, estimate, faults, flops, optimizer, run_directory, sharding, train_step
+from radfm_jax import checkpoint, estimate, faults, flops, host_memory, optimizer, run_directory, sharding, train_step
 from radfm_jax import display as shown
 from radfm_jax.experiment import Experiment
 from radfm_jax.peers import Peers
@@ -218,6 +218,7 @@ class Programs:
             if config.data.test:
                 test = jax.jit(train_step.make_eval_step(config.compute, config.train.step))
                 evaluate = test.lower(train_step.params_of(abstract), batch).compile()
+        host_memory.release()
         memory, device = compiled.memory_analysis(), mesh.devices.flat[0].device_kind
         say(
             f"compiled in {time.perf_counter() - began:.0f} s; memory a device: "

@@ -1,4 +1,4 @@
-"""Peak memory of the builders at N and 10 N made items: does it grow with them?
+"""Peak memory of the builders and of `prepare` at N and 10 N made items: does it grow with them?
 
     PYTHONPATH=. python tests/benchmarks/bench_build_memory.py [TOOL ...]
 
@@ -19,16 +19,21 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from input_pipeline import phantoms
 from tests.llm_server import Server
 
 CHILD = """
 import sys
-from input_pipeline.build.__main__ import main
-code = main(sys.argv[1:])
+if sys.argv[1] == "prepare":
+    from input_pipeline.prepare.__main__ import main
+    code = main(sys.argv[2:])
+else:
+    from input_pipeline.build.__main__ import main
+    code = main(sys.argv[1:])
 print("peak", next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")), code)
 """
 SIZES = {"rad3d": 200, "mpx": 200, "diagnosis": 10_000, "radmd": 500, "radmd (balance)": 5000, "splits": 1000,
-         "splits --near": 200, "statistics": 200, "pmc-casereport": 100, "vqa": 400}  # fmt: skip
+         "splits --near": 200, "statistics": 200, "pmc-casereport": 100, "vqa": 400, "prepare": 2000}  # fmt: skip
 
 
 def text(k: int, words: int = 500) -> str:
@@ -48,6 +53,10 @@ def table(file: Path, header, rows) -> None:
         lines = csv.writer(out)
         lines.writerow(header)
         lines.writerows(rows)
+
+
+def source(root: Path) -> str:
+    return json.dumps({"own": {"family": "jsonl", "root": str(root), "table": "train.jsonl"}})
 
 
 def make(tool: str, root: Path, n: int) -> list[str]:
@@ -76,6 +85,16 @@ def make(tool: str, root: Path, n: int) -> list[str]:
         table(root / "open.csv", ("image_path", "label"),
               ((f"images/of/a/set/{k:08d}.png", "Edema" if k % 3 else "No finding") for k in range(n)))  # fmt: skip
         return ["--root", str(root), "cxr_mix=open.csv"]
+    if tool == "prepare":
+        phantoms.write(root / "practice", train=8, test=0, size=64, workers=0)
+        with open(root / "train.jsonl", "w") as out:
+            for k in range(n):
+                picture(root / f"study{k:08d}" / "image.png", k)
+                row = {"id": f"row{k:08d}", "task": "vqa", "study": f"s{k}", "scans": [f"study{k:08d}/image.png"]}
+                row |= {"instruction": f"<image-1> What is seen in {k}?", "response": f"Lesion {k}."}
+                out.write(json.dumps(row) + "\n")
+        return ["--config=configs/quickstart.py", f"--config.data.train={source(root)}", "--config.data.test={}",
+                f"--config.data.tokenizer={root}/practice/tokenizer.model", "--workers", "0"]  # fmt: skip
     if tool in ("splits", "splits --near", "statistics"):
         for k in range(n if tool != "splits" else 0):
             picture(root / f"{k}.png", k)

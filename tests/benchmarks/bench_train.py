@@ -1,9 +1,9 @@
 """C4, C5, C6: a training step of ours and of a PyTorch RadFM of the same sizes and weights, in float32.
 
-    python tests/benchmarks/bench_train.py [--repeats 5] [--only unpacked packed vision memory] [--remat dots]
+    python tests/benchmarks/bench_train.py [--only unpacked packed vision memory] [--remat dots] [--chunk 256]
 
 Forward and backward. LLaMA of 8 layers, 512 wide, 32,000 words; vision 192 wide, 12 + 6 layers. No optimizer, no
-dropout. Ours keeps for the backward pass what --remat says.
+dropout. Ours keeps for the backward pass what --remat says, and has the logits of --chunk positions at a time.
 The same threads on both sides, which are run in turn; times are medians, ratios medians of paired ratios. On one core
 (taskset -c 0) it is processor time that counts, which what else runs on the machine changes less.
 
@@ -109,12 +109,12 @@ class Torch:
 
 
 class Ours:
-    def __init__(self, remat: str):
+    def __init__(self, remat: str, chunk: int):
         import jax
         import parity
 
         self.jax = jax
-        self.config = parity.config_of(sizes(), remat=remat)
+        self.config, self.chunk = parity.config_of(sizes(), remat=remat), chunk
         self.params = jax.tree.map(jax.numpy.asarray, parity.recipe_params(self.config, "bench:"))
         self.targets_of = parity.targets_of
 
@@ -124,14 +124,17 @@ class Ours:
         from radfm_jax.models.radfm import RadFM
 
         def loss(params, batch):
-            total, weight, _ = radfm_loss(RadFM(self.config), params, batch)
+            total, weight, _ = radfm_loss(RadFM(self.config), params, batch, chunk=self.chunk)
             return total / weight
 
         return self._compiled(self.jax.value_and_grad(loss), batch)
 
     def _compiled(self, function, batch) -> Callable[[], float]:
+        from radfm_jax import host_memory
+
         batch = self.jax.tree.map(self.jax.numpy.asarray, batch)
         program = self.jax.jit(function).lower(self.params, batch).compile()
+        host_memory.release()  # as a training run does
         return lambda: float(self.jax.block_until_ready(program(self.params, batch))[0])
 
     def plain(self, ids, vision, labels) -> dict:
@@ -197,19 +200,23 @@ def paired(ours: Callable, theirs: Callable, repeats: int) -> tuple[float, float
     return *(statistics.median(x) for x in zip(*times, strict=True)), statistics.median(b / a for a, b in times)
 
 
-def peak(side: str, remat: str) -> int:
-    """Runs this file again for one side: bytes."""
-    command = [sys.executable, __file__, "--peak-of", side, "--remat", remat]
-    return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
+def peak(side: str, remat: str, chunk: int) -> int:
+    """Runs this file again for one side: bytes.
+
+    For both, malloc keeps nothing of more than 1 MB that is freed: else what a step frees of last time's arrays counts
+    as well, on each side according to the order of its allocations.
+    """
+    command = [sys.executable, __file__, "--peak-of", side, "--remat", remat, "--chunk", str(chunk)]
+    given = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_TRIM_THRESHOLD_": "1000000"}
+    return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=given).stdout.split()[-1])
 
 
-def run_peak(side: str, remat: str) -> None:
-    batch = unpacked()
+def run_peak(side: str, remat: str, chunk: int) -> None:
     if side == "ours":
-        ours = Ours(remat)
-        step = ours.step(ours.plain(**batch))
+        ours = Ours(remat, chunk)
+        step = ours.step(ours.plain(**unpacked()))
     else:
-        theirs = Torch()
+        theirs, batch = Torch(), unpacked()
         step = lambda: theirs.step(**batch)  # noqa: E731
     for _ in range(3):
         step()
@@ -223,10 +230,11 @@ def main() -> None:
     parser.add_argument("--timed", type=int, default=4, help="padded samples that PyTorch is timed on (%(default)s)")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--remat", default="dots", help="what ours keeps for the backward pass (%(default)s)")
+    parser.add_argument("--chunk", type=int, default=256, help="positions with logits at a time (%(default)s)")
     parser.add_argument("--peak-of", choices=("ours", "torch"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak_of:
-        run_peak(args.peak_of, args.remat)
+        run_peak(args.peak_of, args.remat, args.chunk)
         return
     table = Table(
         "",
@@ -236,10 +244,13 @@ def main() -> None:
         title=f"{args.repeats} rounds, remat {args.remat}, load {os.getloadavg()[0]:.1f}",
     )
     if "memory" in args.only:
-        mine, other = peak("ours", args.remat), peak("torch", args.remat)
+        mine, other = (peak(side, args.remat, args.chunk) for side in ("ours", "torch"))
         shown = f"{mine / 1e9:.2f} GB", f"{other / 1e9:.2f} GB", f"{mine / other:.2f}x"
         table.add_row("C5 peak of the unpacked step", *shown)
-    ours, theirs, batch = Ours(args.remat), Torch(), unpacked()
+    if args.only == ["memory"]:
+        Console(width=120).print(table)
+        return
+    ours, theirs, batch = Ours(args.remat, args.chunk), Torch(), unpacked()
     if "unpacked" in args.only:
         step = ours.step(ours.plain(**batch))
         losses = step(), theirs.step(**batch)
