@@ -23,8 +23,8 @@ from radfm_jax.saver import PARTIAL
 
 STEPS = 30
 ROOT = Path(__file__).parents[1]
-# Kills a run, and runs: `KILLS=40 RUNS=5 bash launch/test.sh -m slow tests/test_killed.py` for the figure in the docs.
-KILLS, RUNS = int(os.environ.get("KILLS", 10)), int(os.environ.get("RUNS", 2))
+# Kills a run, runs, and the seed of the first one: `KILLS=10 RUNS=20 bash launch/test.sh -m slow tests/test_killed.py` for the figure in the docs.
+KILLS, RUNS, FIRST = (int(os.environ.get(name, value)) for name, value in (("KILLS", 10), ("RUNS", 2), ("FIRST", 0)))
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def saving(workdir) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(RUNS))
+@pytest.mark.parametrize("seed", range(FIRST, FIRST + RUNS))
 def test_killed_again_and_again(start, whole, tmp_path, seed):
     rng, workdir, fired, during_saves = random.Random(seed), tmp_path / "run", 0, 0
     with open(tmp_path / "log", "w") as log:
