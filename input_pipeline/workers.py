@@ -32,6 +32,9 @@ from concurrent.futures import Future
 from multiprocessing import connection
 from typing import Any
 
+from input_pipeline.samples import RowError
+from input_pipeline.scans.base import ScanError
+
 START_TIMEOUT = 600.0  # seconds for make(), which reads whole tables
 
 _report: Callable[[str], None] | None = None  # in a worker: says what it is at
@@ -224,10 +227,12 @@ def _ending(code: int | None) -> str:
 
 
 def _packed(error: BaseException) -> tuple[BaseException, list[str]]:
-    """The error and its notes, the worker's traceback the last; by its text if it does not survive the way."""
+    """The error and its notes, the worker's traceback the last if it is none about data; by its text if it does not survive the way."""
     text = "".join(traceback.format_exception(error)).rstrip()
     # An exception with a `__reduce__` of its own loses its notes when it is pickled.
-    notes = [*getattr(error, "__notes__", []), f"in a worker:\n{text}"]
+    notes = getattr(error, "__notes__", [])
+    if not isinstance(error, (RowError, ScanError)):  # which say of the data what is to be said
+        notes = [*notes, f"in a worker:\n{text}"]
     try:
         # Some exceptions pickle and cannot be built again.
         pickle.loads(pickle.dumps(error))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from input_pipeline.prepare import picture
 from input_pipeline.prepare.__main__ import main as prepare_main
 from input_pipeline.tasks import Team, nothing
 from input_pipeline.workers import WorkerError
+from tests import jats_papers
 
 PICTURES = 150  # more than two chunks
 CONFIG = """
@@ -194,6 +196,27 @@ def test_builders_on_beam(root, tmp_path, options):
     (tmp_path / "out").rename(tmp_path / "beam")
     cases.build("rad3d", root / "cases", tmp_path / "out", {"first": False}, workers=0)
     assert there == tree(tmp_path / "out") and len(json.loads(there["caption.json"])) == PICTURES - 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tool", ["pmc-inline", "pmc-oa"])
+def test_papers_on_beam(tmp_path, tool):
+    """140 packages, three chunks: the annotated papers under ten numbers each, and one that is broken."""
+    jats_papers.packages(tmp_path / "base", archives=False)
+    for k, paper in enumerate(sorted((tmp_path / "base").iterdir()) * 10):
+        new = f"PMC{9_100_000 + k}"
+        shutil.copytree(paper, tmp_path / "oa" / new)
+        xml = tmp_path / "oa" / new / f"{paper.name.lower()}.nxml"
+        xml.write_bytes(
+            xml.read_bytes().replace(paper.name[3:].encode(), new[3:].encode()) if k != 77 else b"<article>"
+        )
+    more = ["--cases"] if tool == "pmc-inline" else []
+    on_beam("-m", "input_pipeline.build", tool, tmp_path / "oa", "--out", tmp_path / "out", "--runner", "direct", *more)
+    there = tree(tmp_path / "out")
+    (tmp_path / "out").rename(tmp_path / "beam")
+    assert build_main([tool, str(tmp_path / "oa"), "--out", str(tmp_path / "out"), "--workers", "2", *more]) == 0
+    assert there == tree(tmp_path / "out") and "PMC9100077" in there["problems.jsonl"].decode()
+    assert sum(name.startswith("figures/") for name in there) > 140
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from input_pipeline import phantoms
 from input_pipeline.build.__main__ import main as build
 from input_pipeline.prepare.__main__ import main as prepare
 from radfm_jax import display
+from radfm_jax.experiment import Experiment
 from radfm_jax.train.__main__ import main as train
 from tests import jats_papers
 from tests.dataset_tables import write_csv
@@ -154,6 +155,21 @@ def test_prepare_takes_what_builders_write(built, indexed):
         "modality", "diagnosis", "vqa", "report", "rationale", "interleaved"
     }  # fmt: skip
     assert len(summary["sources"]) == 20, "every table, in train and in test"
+
+
+def test_the_config_of_the_docs_names_what_builders_write(built, monkeypatch):
+    """docs/data.md, step 7."""
+    text = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
+    found: dict = {}
+    exec(text.split("```python\n")[1].split("```")[0], found)
+    monkeypatch.chdir(built)
+    for made, dropped in (("split", 0), ("radmd", 2)):
+        data = Experiment.from_dict(found["get_config"](made).to_dict()).data
+        tables = [Path(f["root"]) / f["table"] for f in (*data.train.values(), *data.test.values())]
+        assert len(tables) == 2 * (len(TABLES) - dropped) and all(file.is_file() for file in tables)
+        assert {Path(data.train[k]["root"]).resolve() for k in ("cxr_mix", "mpx_multi")} == {
+            built / "data", built / "data" / "mpx"
+        }  # fmt: skip
 
 
 @pytest.mark.slow

@@ -58,7 +58,7 @@ GOOD = {"id": "a", "task": "vqa", "scans": ["a.png"], "instruction": "<image-1> 
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"respnse": "x"}, "unknown keys: 'respnse'"),
+        ({"respnse": "x"}, "unknown keys: 'respnse' (did you mean 'response'?"),
         ({"id": 3}, "id must be text"),
         ({"id": ""}, "id is blank"),
         ({"task": "vqua"}, "task 'vqua' is unknown"),

@@ -23,8 +23,10 @@ from radfm_jax.saver import PARTIAL
 
 STEPS = 30
 ROOT = Path(__file__).parents[1]
-# Kills a run, runs, and the seed of the first one: `KILLS=10 RUNS=20 bash launch/test.sh -m slow tests/test_killed.py` for the figure in the docs.
-KILLS, RUNS, FIRST = (int(os.environ.get(name, value)) for name, value in (("KILLS", 10), ("RUNS", 2), ("FIRST", 0)))
+# Kills a run, runs, and the seed of the first: `KILLS=10 RUNS=20 bash launch/test.sh -m slow tests/test_killed.py` for
+# the figure in the docs.
+KILLS, RUNS = int(os.environ.get("KILLS", 10)), int(os.environ.get("RUNS", 2))
+FIRST = int(os.environ.get("FIRST", 0))
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -100,6 +102,9 @@ def build(tool: str, source: str | Path, directory: Path, options: dict, **runni
     (_merge_inline if tool == "pmc-inline" else _merge_oa)(directory, items, report, options)
     written = report.write()
     parts.clean(directory)
+    said = running.get("said")
+    if said and tool == "pmc-inline" and not options["cases"] and (directory / "cases.jsonl").exists():
+        said(f"{directory / 'cases.jsonl'} is of an earlier run with --cases and stays as it is")
     return written
 
 
@@ -308,7 +313,7 @@ def _merge_inline(directory: Path, items, report, options) -> None:
     with (
         replacing(directory / "inline.csv") as table,
         replacing(directory / "captions.jsonl") as captions,
-        replacing(directory / "cases.jsonl") as cases,
+        replacing(directory / "cases.jsonl") if options["cases"] else contextlib.nullcontext(os.devnull) as cases,
         open(table, "w", encoding="utf-8", newline="") as table,
         open(captions, "w", encoding="utf-8") as captions,
         open(cases, "w", encoding="utf-8") as cases,
@@ -321,8 +326,6 @@ def _merge_inline(directory: Path, items, report, options) -> None:
             for name, file in (("captions", captions), ("cases", cases)):
                 for row in result.tables.get(name, ()):
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    if not options["cases"]:
-        (directory / "cases.jsonl").unlink()
 
 
 def _merge_oa(directory: Path, items, report, options) -> None:

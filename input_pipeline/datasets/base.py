@@ -30,6 +30,8 @@ class Dataset(Protocol):
 
     def __len__(self) -> int: ...
     def row_id(self, i: int) -> str: ...
+
+    def number(self, i: int) -> int | None: ...
     def sample(self, i: int, rng: np.random.Generator) -> Sample: ...
     def scans(self, i: int) -> tuple[Scan, ...]: ...
 
@@ -213,6 +215,10 @@ class TableDataset(abc.ABC):
     def row_id(self, i: int) -> str:
         """Row number in the table, the first row below the header being 1."""
         return str(self._numbers[i])
+
+    def number(self, i: int) -> int | None:
+        """The row of the table that this one is, as in `problems`; None where it is made of several."""
+        return self._numbers[i]
 
     def sample(self, i: int, rng: np.random.Generator) -> Sample:
         """The sample of row i. Raises RowError for what only a look into a file beside the table can show."""

@@ -161,6 +161,9 @@ class Diagnosis(TableDataset):
         disease, pair, present, _ = self._pairs[i]
         return f"{disease}/{pair}/{'present' if present else 'absent'}"
 
+    def number(self, i):
+        return super().number(i) if self._pairs is None else None
+
     def sample(self, i, rng):
         if self._pairs is None:
             return super().sample(i, rng)

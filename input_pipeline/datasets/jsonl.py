@@ -13,6 +13,7 @@ the path of the first scan names, or that path.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import fnmatch
 import re
 
@@ -91,7 +92,9 @@ def parse_object(row: Row) -> tuple[str, str, str | None, tuple[Text | Scan, ...
     cells = row.cells
     unknown = [str(key)[:40] for key in cells if key not in KEYS]
     if unknown:
-        raise row.error(f"unknown keys: {', '.join(map(repr, unknown[:10]))}", f"known: {', '.join(KEYS)}")
+        near = difflib.get_close_matches(unknown[0], KEYS, 1)
+        meant = f"did you mean {near[0]!r}? " if near else ""
+        raise row.error(f"unknown keys: {', '.join(map(repr, unknown[:10]))}", f"{meant}known: {', '.join(KEYS)}")
     row_id, task = row.text("id", literal=True), row.choice("task", TASKS)
     if any(ord(c) < 32 for c in row_id):
         raise row.error(f"id {row_id!r} holds a control character")

@@ -250,6 +250,7 @@ class RowFacts(NamedTuple):
       studies: what must not stand in both splits, the study of the sample first.
       cut: tokens of context, instruction and response that were cut; scans that were dropped.
       problem: why the row is left out, or None; then nothing else need be known.
+      number: of the row in the table, -1 where it is made of several.
     """
 
     row_id: str
@@ -263,6 +264,7 @@ class RowFacts(NamedTuple):
     studies: tuple[str, ...] = ()
     cut: tuple[int, int, int, int] = (0, 0, 0, 0)
     problem: Problem | None = None
+    number: int = -1
 
 
 class Tables:
@@ -316,9 +318,11 @@ def encode_rows(tables: Tables, rows: Sequence[tuple[str, int]]) -> list[RowFact
         dataset = tables.datasets[name]
         row_id = dataset.row_id(row)
         try:
-            facts.append(_encode_row(tables, name, dataset, row, row_id))
+            found = _encode_row(tables, name, dataset, row, row_id)
         except RowError as error:
-            facts.append(RowFacts(row_id, problem=_problem(dataset, row_id, error)))
+            found = RowFacts(row_id, problem=_problem(dataset, row_id, error))
+        number = dataset.number(row)
+        facts.append(found if number is None else found._replace(number=number))
     return facts
 
 

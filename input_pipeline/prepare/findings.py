@@ -83,7 +83,10 @@ def _state(found: Findings, row: RowFacts, scans: list[ScanFacts]) -> str:
 
 
 def quarantine(found: Findings) -> Iterator[dict]:
-    """A line for each row of a table that is no sample, each bad scan, and each row that is left out."""
+    """A line for each row of a table that is no sample, each bad scan, and each row that is left out.
+
+    `row` is its number in the table, `id` what it is called elsewhere, if that is something else.
+    """
     for name, table in found.tables.items():
         for problem in table.problems:
             yield {"source": name, "kind": "row", **problem._asdict()}
@@ -113,9 +116,10 @@ def quarantine(found: Findings) -> Iterator[dict]:
                 remedy = "repair the scan; or take it out of the table, and the row can do with its other scans"
                 if len(numbers) == 1:
                     remedy = "repair the scan, or remove the row"
-        yield {
-            "source": name, "kind": "row", "file": file, "row": row.row_id, "reason": state, "remedy": remedy
-        }  # fmt: skip
+        at = {"row": str(row.number)} if row.number >= 0 else {}
+        if row.row_id != at.get("row"):
+            at["id"] = row.row_id
+        yield {"source": name, "kind": "row", "file": file, **at, "reason": state, "remedy": remedy}
 
 
 def duplicates(found: Findings) -> Iterator[dict]:

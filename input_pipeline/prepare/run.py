@@ -103,6 +103,9 @@ def prepare(
             finally:
                 journal.close()
             parts.clean(directory)
+            colour = sum(scan.channels > config.channels for scan in found.scans if not scan.fault)
+            if colour:
+                said(f"data.channels is {config.channels}, but {colour:,} scans are in colour: training will want it 3")
             _encode(found, tables, progress)
         if _checksums(config) != checksums:
             raise ValueError("a table was changed while it was read: run again")
