@@ -4,6 +4,7 @@
     scans.parquet      a line per scan: source, path, volume, window; what its voxels are; its place in the records
     rows.parquet       a line per row of every table: study, task, token count at epoch 0, state
     quarantine.jsonl   a line per bad row or scan: file, row, reason, remedy
+    cut.jsonl          a line per row of which text or scans are left out: how many
     summary.txt, summary.json, summary.png
     records/           with --records: the volumes at their final size, a TFDS data set
 

@@ -111,4 +111,7 @@ def tokenizer_of(config: DataConfig) -> Tokenizer:
     """The tokenizer that `data.tokenizer` names."""
     if not config.tokenizer:
         raise ValueError("data.tokenizer is empty: name a SentencePiece model, --config.data.tokenizer=tokenizer.model")
-    return Tokenizer(config.tokenizer)
+    try:
+        return Tokenizer(config.tokenizer)
+    except ValueError as error:
+        raise ValueError(f"data.tokenizer: {error}") from None

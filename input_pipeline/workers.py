@@ -227,11 +227,14 @@ def _ending(code: int | None) -> str:
 
 
 def _packed(error: BaseException) -> tuple[BaseException, list[str]]:
-    """The error and its notes, the worker's traceback the last if it is none about data; by its text if it does not survive the way."""
+    """The error and its notes, the worker's traceback the last; by its text if it does not survive the way.
+
+    What is wrong with the data is said by the error itself, and needs no traceback.
+    """
     text = "".join(traceback.format_exception(error)).rstrip()
     # An exception with a `__reduce__` of its own loses its notes when it is pickled.
     notes = getattr(error, "__notes__", [])
-    if not isinstance(error, (RowError, ScanError)):  # which say of the data what is to be said
+    if not isinstance(error, (RowError, ScanError)):
         notes = [*notes, f"in a worker:\n{text}"]
     try:
         # Some exceptions pickle and cannot be built again.

@@ -38,6 +38,7 @@ from jax.experimental import multihost_utils
 from rich.console import Console
 
 from radfm_jax import coordination, display, faults
+from radfm_jax.experiment import flat
 from radfm_jax.peers import Peers
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -185,21 +186,15 @@ def facts(config: Mapping, workdir: Path) -> dict:
 
 def differences(found: Mapping[int, Mapping]) -> list[str]:
     """{process: facts} -> a line for each fact that is not the same in all of them."""
-    flat = {process: _flat(of) for process, of in found.items()}
+    facts_of = {process: flat(of) for process, of in found.items()}
     lines = []
-    for key in dict.fromkeys(k for of in flat.values() for k in of):
+    for key in dict.fromkeys(k for of in facts_of.values() for k in of):
         values: dict[str, list[int]] = {}
-        for process, of in sorted(flat.items()):
+        for process, of in sorted(facts_of.items()):
             values.setdefault(of.get(key, "not there"), []).append(process)
         if len(values) > 1:
             lines.append(f"{key} is " + ", ".join(f"{_short(v)} in {_numbers(p)}" for v, p in values.items()))
     return lines
-
-
-def _flat(fact, path: str = "") -> dict[str, str]:
-    if not isinstance(fact, dict) or not fact:
-        return {path: json.dumps(fact)}
-    return {k: v for name, x in fact.items() for k, v in _flat(x, f"{path}.{name}" if path else name).items()}
 
 
 def _short(text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 from collections.abc import Mapping
 
 from input_pipeline.config import DataConfig
@@ -146,6 +147,20 @@ class Experiment:
     def compute(self) -> RadFMConfig:
         """The model's sizes with how this run computes."""
         return self.model.with_compute(dtype=self.train.dtype, remat=self.train.remat)
+
+
+def flat(value, path: str = "") -> dict[str, str]:
+    """Nested dicts -> {"train.steps": "30", ...}, values as JSON."""
+    if not isinstance(value, Mapping) or not value:
+        return {path: json.dumps(value)}
+    return {k: v for name, x in value.items() for k, v in flat(x, f"{path}.{name}" if path else name).items()}
+
+
+def changes(before: Mapping, now: Mapping) -> list[str]:
+    """ "train.steps is 60, was 30" for each setting that differs; `before` may be of an older version."""
+    old, new = flat(before), flat(now)
+    keys = [key for key in dict.fromkeys((*new, *old)) if old.get(key) != new.get(key)]
+    return [f"{key} is {new.get(key, 'not there')}, was {old.get(key, 'not there')}" for key in keys]
 
 
 def _plain(group) -> dict:

@@ -147,6 +147,14 @@ class Lock:
 # --- which steps there are --------------------------------------------------------------------------------------------
 
 
+def last_config(workdir) -> dict:
+    """The config of the latest start; {} before the first one."""
+    try:
+        return json.loads((Path(workdir) / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # a start that was killed wrote it in part: it is written anew by this one
+        return {}
+
+
 def step_directory(workdir, step: int) -> Path:
     return Path(workdir) / CHECKPOINTS / str(step)
 

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import io
 import json
+from types import SimpleNamespace
 
 import jax
 import nibabel
@@ -287,19 +288,30 @@ def test_dialogue(run, model, scans, capsys, monkeypatch):
         ["Lesion?", "/nonsense", "/scan " + str(scans / "broken.png"), f"/scan {film}", "/scans", "Lesion?", ""]
     )
 
-    def typed(_):
+    def typed(prompt):
+        assert prompt == "> "
         try:
             return next(lines)
         except StopIteration:
             raise EOFError from None
 
     monkeypatch.setattr("builtins.input", typed)
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
     assert main(["--checkpoint", str(run), "--chat", "--history", *SHORT]) == 0
     out, err = capsys.readouterr()
     first = greedy(model, "Lesion?")
     second = greedy(model, "Lesion?", [film], context=f"Lesion? {first}")
     assert out == f"{first}\n{second}\n"
     assert "/nonsense is unknown" in err and "broken.png" in err and f"<image-1> {film}" in err
+
+
+@pytest.mark.parametrize("lines, code", [("Lesion?\n", 0), ("/nonsense\nLesion?\n/quit\nLesion?\n", 1)])
+def test_dialogue_from_a_pipe(run, model, capsys, monkeypatch, lines, code):
+    """Answers alone on standard output, and the exit code says whether a line failed."""
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    assert main(["--checkpoint", str(run), "--chat", *SHORT]) == code
+    out, err = capsys.readouterr()
+    assert out == greedy(model, "Lesion?") + "\n" and ("/nonsense is unknown" in err) == bool(code)
 
 
 def test_a_file_of_questions(run, model, scans, tmp_path, capsys):

@@ -178,6 +178,9 @@ def test_facts_of_a_row(mine, tmp_path):
     assert first["tokens"] > 2 * 34 and 0 < first["trained"] < 10
     assert second["tokens"] == config.text_length and second["state"] == "good"
     assert report["splits"]["train"]["cut"]["response"] > 100 and report["splits"]["train"]["cut_rows"] == 1
+    (cut,) = lines(tmp_path / "index" / "cut.jsonl")
+    assert (cut["id"], cut["row"], cut["source"]) == ("b", "2", "own_train")
+    assert cut["tokens_cut"]["response"] == report["splits"]["train"]["cut"]["response"] and not cut["scans_left_out"]
 
 
 def test_the_result_does_not_depend_on_workers(indexed, tmp_path):

@@ -73,12 +73,17 @@ def bits(workdir, step):
     return jax.tree.map(np.asarray, model.params)
 
 
-def test_a_run_that_is_done_is_left_alone(config, whole, monkeypatch):
+def test_a_run_that_is_done_is_left_alone(config, whole, monkeypatch, capfd):
     """Started once more it compiles nothing and writes nothing."""
     before = record(whole)
     monkeypatch.setattr(loop.Programs, "compile", lambda *_: pytest.fail("compiled again"))
     assert loop.train(config, whole) == 0
     assert record(whole) == before
+    capfd.readouterr()
+    longer = dataclasses.replace(config, train=dataclasses.replace(config.train, log_every=3))
+    assert loop.train(longer, whole) == 0 and loop.train(config, whole) == 0
+    said = " ".join(capfd.readouterr().err.split())
+    assert "differ from the last start: train.log_every is 3, was 2" in said and "train.log_every is 2, was 3" in said
 
 
 @pytest.mark.parametrize("at", [pytest.param(2, marks=pytest.mark.slow), 3, 5])

@@ -34,6 +34,7 @@ EPILOG = """\
 what is written to DIR:
   index.json, scans.parquet, rows.parquet   the index; put DIR into data.index of the config
   quarantine.jsonl                          every bad row and scan: file, row, reason, remedy
+  cut.jsonl                                 rows of which text or scans are left out, as they are too long
   leaks.jsonl                               studies and scans that stand in train and in test
   duplicates.jsonl                          rows of equal content, scans of equal bytes (they are kept)
   summary.txt, summary.json, summary.png    counts by data set, split, task, modality, depth, length
@@ -43,7 +44,7 @@ examples:
   python -m input_pipeline.prepare --config=configs/quickstart.py --out practice/index
   python -m input_pipeline.prepare --config=my.py --out index --records --config.data.storage=int16
   python -m input_pipeline.prepare --config=my.py --out index --strict      # fails if anything is in quarantine
-  python -m input_pipeline.prepare --config=my.py --out /shared/index --runner flink \
+  python -m input_pipeline.prepare --config=my.py --out /shared/index --runner flink \\
       --runner-option=--flink_master=host:8081
 
 Ended in the middle, the same command goes on where it was. Run again later, only files whose size or time has changed

@@ -116,10 +116,24 @@ def quarantine(found: Findings) -> Iterator[dict]:
                 remedy = "repair the scan; or take it out of the table, and the row can do with its other scans"
                 if len(numbers) == 1:
                     remedy = "repair the scan, or remove the row"
-        at = {"row": str(row.number)} if row.number >= 0 else {}
-        if row.row_id != at.get("row"):
-            at["id"] = row.row_id
-        yield {"source": name, "kind": "row", "file": file, **at, "reason": state, "remedy": remedy}
+        yield {"source": name, "kind": "row", "file": file, **_named(row), "reason": state, "remedy": remedy}
+
+
+def cut(found: Findings) -> Iterator[dict]:
+    """A line for each good row whose texts are longer, or whose scans are more, than a sample takes (in epoch 0)."""
+    for name, i, row, _ in found.each_row():
+        if any(row.cut) and found.states[name][i] == GOOD:
+            context, instruction, response, scans = row.cut
+            yield {
+                "source": name, "file": found.tables[name].file, **_named(row),
+                "tokens_cut": {"context": context, "instruction": instruction, "response": response},
+                "scans_left_out": scans,
+            }  # fmt: skip
+
+
+def _named(row: RowFacts) -> dict[str, str]:
+    at = {"row": str(row.number)} if row.number >= 0 else {}
+    return at if row.row_id == at.get("row") else at | {"id": row.row_id}
 
 
 def duplicates(found: Findings) -> Iterator[dict]:

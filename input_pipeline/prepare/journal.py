@@ -24,8 +24,8 @@ from input_pipeline.prepare.checking import Key, ScanFacts
 VERSION = 1  # raise it when scans are read or converted otherwise than before
 METADATA = b"prepare"
 OURS = frozenset(
-    "index.json scans.parquet rows.parquet quarantine.jsonl duplicates.jsonl leaks.jsonl summary.txt summary.json "
-    "summary.png records parts .progress .lock".split()
+    "index.json scans.parquet rows.parquet quarantine.jsonl cut.jsonl duplicates.jsonl leaks.jsonl summary.txt "
+    "summary.json summary.png records parts .progress .lock".split()
 )
 
 

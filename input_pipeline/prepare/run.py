@@ -323,6 +323,7 @@ def _commit(
     journal.file.unlink(missing_ok=True)
     rows = writing.write_rows(directory / "rows.parquet", found)
     bad = writing.write_lines(directory / "quarantine.jsonl", findings.quarantine(found))
+    writing.write_lines(directory / "cut.jsonl", findings.cut(found))
     writing.write_lines(directory / "duplicates.jsonl", findings.duplicates(found))
     leaks = list(findings.leaks(found))
     writing.write_lines(directory / "leaks.jsonl", leaks)

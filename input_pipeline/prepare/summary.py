@@ -164,7 +164,11 @@ def text(report: dict) -> str:
 
 
 def _sources(report: dict) -> Table:
-    table = Table(title="Rows, their distinct scans, and mean tokens a row", title_justify="left", box=box.SIMPLE)
+    table = Table(
+        title="Rows, their distinct scans, and mean tokens a row", title_justify="left", box=box.SIMPLE,
+        caption="bad: left out; unread: lines of the table that are no row (both are in quarantine.jsonl); trained: "
+        "tokens of answers, terms: the share of them that are medical terms", caption_justify="left",
+    )  # fmt: skip
     table.add_column("source", overflow="fold")
     table.add_column("split")
     for heading in ("good", "bad", "unread", "2D", "3D", "tokens", "trained", "terms"):

@@ -209,7 +209,7 @@ def check_volume(path, volume: int | None, volumes: int, limits: Limits, *, need
         raise ScanError(path, what, "raise Limits.max_volumes if this is right", "limit")
     if volume is None:
         if volumes > 1 and needed:
-            raise ScanError(path, f"has {volumes} volumes", f"choose one: volume=0 to {volumes - 1}", "ambiguous")
+            raise ScanError(path, f"has {volumes} volumes", f"choose one: volume 0 to {volumes - 1}", "ambiguous")
         return 0
     if isinstance(volume, bool) or not isinstance(volume, int | np.integer):
         raise ScanError(path, f"volume={volume!r} is no integer", "count volumes from 0", "ambiguous")

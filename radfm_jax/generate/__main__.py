@@ -33,7 +33,8 @@ examples:
 The checkpoint says how scans are prepared for it, and holds its tokenizer. A dialogue keeps the scans on the device;
 each question stands alone, as in training, unless --history puts the earlier ones before it.
 
-exit codes: 0 done; 1 some questions of --jsonl have no answer (start it again to try them again); 2 a mistake in what
+exit codes: 0 done; 1 some questions of --jsonl have no answer (start it again to try them again), or some lines of a
+--chat whose input is no terminal; 2 a mistake in what
 was given, or a scan or checkpoint that cannot be used.
 """
 HELP = "/scan FILE adds a scan, /scans lists them, /new forgets scans and history, /quit ends"
@@ -207,17 +208,22 @@ class Chat:
         self.history: list[tuple[str, str]] = []
 
     def run(self) -> int:
-        self.console.print(HELP, style="dim", highlight=False)
+        """0; where the lines come from a pipe or a file, 1 if one of them failed."""
+        asked = sys.stdin.isatty()
+        if asked:
+            self.console.print(HELP, style="dim", highlight=False)
+        failed = 0
         while True:
             try:
-                line = input("> ").strip()
+                line = input("> " if asked else "").strip()
             except EOFError:
-                return 0
+                line = "/quit"
             if line in ("/quit", "/exit"):
-                return 0
+                return int(failed > 0 and not asked)
             try:
                 self.take(line)
             except (ValueError, OSError) as error:  # a mistake ends a question, not the dialogue
+                failed += 1
                 self.console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
 
     def take(self, line: str) -> None:

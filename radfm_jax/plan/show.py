@@ -40,7 +40,9 @@ def table(plan: Plan, limit: int = 12) -> Table:
     """The ladder: one line a rung."""
     found = Table(
         "", "micro-batches x rows", "remat", "GB a device", "free", "TFLOP a device", "GB sent in", "a row",
-        "s a step", "rows/s", "compiled", title=f"{plan.name} on {plan.topology.text}",
+        "s a step", "rows/s", "compiled", title=f"{plan.name} on {plan.topology.text}", caption_justify="left",
+        caption="GB sent in: into each device a step, and of it a row. s a step: all of the sending hidden behind "
+        "arithmetic - none of it. plain: weights gathered for every micro-batch of one row a device.",
     )  # fmt: skip
     shown = plan.rungs[:limit]
     for rung in shown if plan.plain in shown else [*shown, plan.plain]:

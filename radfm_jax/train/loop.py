@@ -33,7 +33,7 @@ from input_pipeline.rows import RowInfo
 from input_pipeline.samples import TASKS
 from radfm_jax import checkpoint, estimate, faults, flops, host_memory, optimizer, run_directory, sharding, train_step
 from radfm_jax import display as shown
-from radfm_jax.experiment import Experiment
+from radfm_jax.experiment import Experiment, changes
 from radfm_jax.peers import Peers
 from radfm_jax.saver import Saver
 
@@ -55,6 +55,7 @@ def train(config: Experiment, workdir: Path, peers: Peers | None = None) -> int:
 
 def _train(config: Experiment, workdir: Path, peers: Peers, opened: contextlib.ExitStack) -> int:
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, slices=config.mesh.slices)
+    before = run_directory.last_config(workdir)
     where = {"batch": config.train.batch, "host": jax.process_index(), "hosts": jax.process_count()}
     saver = opened.enter_context(
         Saver(
@@ -71,6 +72,10 @@ def _train(config: Experiment, workdir: Path, peers: Peers, opened: contextlib.E
 
     if newest is None and config.checkpoint.init_from:  # a mistake is said before anything is compiled
         checkpoint.verify(run_directory.chosen(config.checkpoint.init_from), hashes=False)
+
+    changed = changes(before, config.to_dict()) if newest is not None and before else []
+    if changed:
+        shown.say(f"settings that differ from the last start: {'; '.join(changed)}")
 
     def done(steps: int) -> bool:
         if newest != run_directory.step_directory(workdir, steps) or (
@@ -101,7 +106,8 @@ def _train(config: Experiment, workdir: Path, peers: Peers, opened: contextlib.E
     say(shown.parameter_table(abstract))
     say(shown.memory_table(estimate.memory(config, mesh), estimate.capacity(mesh)))
     say(shown.data_table(rows.description, len(rows.mixture), rows.windows))
-    say(estimate.time_line(config, steps, estimate.hardware(list(mesh.devices.flat), config.train.dtype)))
+    done_before = 0 if newest is None else int(newest.name)
+    say(estimate.time_line(config, steps - done_before, estimate.hardware(list(mesh.devices.flat), config.train.dtype)))
     programs = Programs.compile(config, abstract, transform, rows, mesh, say)
     if peers.stopping():
         say(f"{peers.stopped_by}: told to stop before the first step, there is nothing to save")
