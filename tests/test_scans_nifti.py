@@ -75,7 +75,7 @@ def test_nifti_scaling_without_meaning(tmp_path, slope, inter, fault):
 def test_4d_needs_a_choice(tmp_path, ending):
     array = np.stack([lps_volume(), lps_volume() + 100, lps_volume() + 200], axis=3)
     path = nifti(tmp_path / f"a{ending}", array, np.diag([-1.0, -1.0, 1.0, 1.0]))
-    fails(path, "ambiguous", "3 volumes", "volume=0 to 2")
+    fails(path, "ambiguous", "3 volumes", "volume 0 to 2")
     for volume in range(3):
         voxels, header = scans.read(path, volume=volume)
         np.testing.assert_array_equal(voxels, seen(lps_volume()) + 100 * volume)
