@@ -4,6 +4,8 @@ import dataclasses
 import io
 import json
 import os
+import re
+import shutil
 import signal
 
 import jax
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 from practice import practice
 from rich.console import Console
+from slurm import compare
 
 from radfm_jax import api, display, run_directory
 from radfm_jax.experiment import CheckpointConfig, Experiment, TrainConfig
@@ -103,6 +106,21 @@ def test_ended_by_a_signal_and_started_again(config, whole, tmp_path, monkeypatc
     assert loop.train(config, tmp_path / "run") == 0
     assert record(tmp_path / "run") == record(whole)
     jax.tree.map(np.testing.assert_array_equal, bits(tmp_path / "run", 6), bits(whole, 6))
+    assert compare.main([str(whole), str(tmp_path / "run"), "6"]) == 0
+
+
+def test_two_runs_are_told_apart(whole, tmp_path, capsys):
+    """What tests/slurm/run.sh compares with."""
+    other = tmp_path / "other"
+    shutil.copytree(whole, other)
+    lines = (other / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (other / "metrics.jsonl").write_text("".join(lines[1:]))
+    assert compare.main([str(whole), str(other), "6"]) == 1 and "DIFFERENT" in capsys.readouterr().out
+    step = run_directory.step_directory(other, 6)
+    shutil.rmtree(step)
+    shutil.copytree(run_directory.step_directory(other, 4), step)
+    assert compare.main([str(whole), str(other), "6"]) == 1
+    assert re.search("[1-9][0-9]* arrays differ", capsys.readouterr().out)
 
 
 def test_a_start_that_is_not_there_is_found_before_anything_is_compiled(config, tmp_path, monkeypatch):

@@ -1,0 +1,119 @@
+"""What all formats share: tensors that have not been read, and how a part of one is read."""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy and, through it, with safetensors)
+import numpy as np
+
+# Name in numpy and torch: (code in safetensors, storage class in torch).
+DTYPES = {
+    "bool": ("BOOL", "BoolStorage"),
+    "uint8": ("U8", "ByteStorage"),
+    "int8": ("I8", "CharStorage"),
+    "int16": ("I16", "ShortStorage"),
+    "int32": ("I32", "IntStorage"),
+    "int64": ("I64", "LongStorage"),
+    "uint16": ("U16", None),
+    "uint32": ("U32", None),
+    "uint64": ("U64", None),
+    "float16": ("F16", "HalfStorage"),
+    "bfloat16": ("BF16", "BFloat16Storage"),
+    "float32": ("F32", "FloatStorage"),
+    "float64": ("F64", "DoubleStorage"),
+}
+
+Index = tuple[slice, ...]
+Progress = Callable[[int], object]
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+    """Shape and dtype of a tensor that has not been read; dtype bfloat16 is that of ml_dtypes."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+# What a format's reader makes of a file: infos, ties, and for each name a function that reads a part of the tensor.
+Contents = tuple[dict[str, TensorInfo], dict[str, str], dict[str, Callable[[Index], np.ndarray]]]
+
+
+class TensorReader(contextlib.AbstractContextManager["TensorReader"]):
+    """The tensors of a file or folder, read one at a time. Not for use from several threads at once.
+
+    Attributes:
+      path: the file that was opened; of a sharded folder, its index.
+      infos: every tensor by name, in file order, tied ones included.
+      ties: name -> first name with the very same values: one storage, offset and shape. Only torch's format has ties.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        infos: dict[str, TensorInfo],
+        ties: dict[str, str],
+        readers: dict[str, Callable[[Index], np.ndarray]],
+        resources: contextlib.ExitStack,
+    ):
+        self.path, self.infos, self.ties = path, infos, ties
+        self._readers, self._resources = readers, resources
+
+    def read(self, name: str, index: Index | None = None) -> np.ndarray:
+        """Returns a tensor, or the part that `index` selects, as a contiguous array with its own memory.
+
+        Args:
+          name: a key of `infos`.
+          index: slices of step 1 for the leading axes, as `jax.make_array_from_callback` passes them; None is all.
+
+        Raises:
+          ValueError: no such tensor, or an index of another kind.
+        """
+        if name not in self.infos:
+            raise ValueError(f"{self.path} has no tensor {name!r}: it holds {len(self.infos)} others, see `infos`")
+        shape, index = self.infos[name].shape, index or ()
+        if len(index) > len(shape) or not all(isinstance(part, slice) and part.step in (None, 1) for part in index):
+            raise ValueError(f"{self.path}: {name} of shape {shape} cannot be read at {index}: pass slices of step 1")
+        bounds = [part.indices(size) for part, size in zip(index, shape, strict=False)]
+        bounds += [(0, size, 1) for size in shape[len(index) :]]
+        return self._readers[name](tuple(slice(start, max(start, stop)) for start, stop, _ in bounds))
+
+    def close(self) -> None:
+        self._resources.close()
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def read_strided(
+    path: Path, file: BinaryIO, position: int, dtype: np.dtype, strides: tuple[int, ...], index: Index
+) -> np.ndarray:
+    """Reads a part of a (possibly strided) tensor; its position in the file and its strides are in bytes."""
+    shape = tuple(part.stop - part.start for part in index)
+    if 0 in shape:
+        return np.empty(shape, dtype)
+    start = position + sum(part.start * stride for part, stride in zip(index, strides, strict=True))
+    span = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) + dtype.itemsize
+    buffer = np.empty(span, np.uint8)
+    file.seek(start)
+    if file.readinto(buffer) != span:
+        raise ValueError(f"{path} ended before byte {start + span:,}: it was cut since it was opened: copy it again")
+    return np.asarray(np.ndarray(shape, dtype, buffer, strides=strides), order="C")
+
+
+def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides in elements."""
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+
+
+def refuse(path: Path, what: str, problems: Sequence[str], remedy: str) -> None:
+    if problems:
+        raise ValueError(f"{path} {what}:\n  " + "\n  ".join(problems) + f"\nRemedy: {remedy}.")
