@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -144,6 +146,24 @@ def test_the_line_of_a_narrow_terminal(tmp_path, monkeypatch, terminal):
         assert "20/500" in text and "loss 0.5" in text and "…" in text and "data wait" not in text
     else:
         assert text == "step 20/500  loss 0.500  43.7 samples/s  1672 tokens/s/device  data wait 1%\n"
+
+
+def test_tfds_is_imported_before_there_are_threads(config):
+    """Imported beside another thread, it gives that one lazy modules in the place of what it imports."""
+    data = dataclasses.replace(config.data, records=True, workers=0)
+    program = """
+import sys, threading
+from input_pipeline.config import DataConfig
+from radfm_jax.train import loop
+def rows(*_, **__):
+    assert threading.current_thread() is not threading.main_thread()
+    return "tensorflow_datasets" in sys.modules
+loop.Rows = rows
+opened = loop.Opening(DataConfig.from_dict(eval(sys.argv[1])), {})
+print(opened("train"), opened("test"))
+"""
+    command = [sys.executable, "-c", program, repr(data.to_dict())]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() == ["True"] * 2
 
 
 def test_what_a_run_leaves(config, whole):

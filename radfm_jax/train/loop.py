@@ -129,6 +129,10 @@ class Opening:
     """
 
     def __init__(self, config: DataConfig, where: dict):
+        families = {fields.get("family") for fields in config.sources().values()}
+        if not config.workers and (config.records or "tfds" in families):
+            # While it is imported, every thread of its process gets lazy modules: here, not beside others.
+            import tensorflow_datasets  # noqa: F401
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="opening")
         self._futures = {"train": self._threads.submit(Rows, config, "train", **where)}
         if config.test:

@@ -48,7 +48,7 @@ lines() { cat "$1/metrics.jsonl" 2>/dev/null | wc -l; }
 
 job=$(submit unbroken)
 say "unbroken: job $job"
-until_state "$job" COMPLETED 600
+until_state "$job" COMPLETED 1800
 
 job=$(submit broken)
 say "broken: job $job, until a third of its steps are done"
@@ -63,7 +63,7 @@ saved=$(find broken/checkpoints -maxdepth 1 -name '[0-9]*' -printf '%f\n' | sort
 [ -n "$saved" ] || fail "nothing was saved: see broken.log.txt"
 [ "$saved" -lt "$steps" ] || fail "the signal came too late: step $saved is saved"
 say "step $saved is saved, the job is $(state "$job") (restarts: $(scontrol -o show job "$job" | sed -n 's/.*Restarts=\([0-9]*\).*/\1/p'))"
-until_state "$job" COMPLETED 600
+until_state "$job" COMPLETED 1800
 grep -q "^=== .* start 2" broken.log.txt || fail "the job was not started a second time"
 grep -q "process .* got SIGTERM: saved step $saved" broken.log.txt || fail "broken.log.txt does not tell of SIGTERM"
 say "both have ended; comparing"

@@ -13,8 +13,13 @@ case "${1:-}" in start | stop) ;; -h | --help) usage; exit 0 ;; *) usage >&2; ex
 mkdir -p "$2"
 dir=$(cd "$2" && pwd)
 
-stop() { # what this script started, by the ids that the daemons wrote
+stop() { # what this script started, by the ids that the daemons wrote; first what runs under it, which would go on
   local name pid
+  if [ -f "$dir/slurmctld.pid" ] && kill -0 "$(cat "$dir/slurmctld.pid")" 2>/dev/null; then
+    export SLURM_CONF=$dir/slurm.conf
+    timeout 20 scancel --user="$(id -un)" || true
+    for _ in $(seq 45); do [ -n "$(timeout 5 squeue --noheader 2>/dev/null)" ] || break; sleep 1; done
+  fi
   for name in slurmd slurmctld munged; do
     [ -f "$dir/$name.pid" ] || continue
     pid=$(cat "$dir/$name.pid")
@@ -29,6 +34,7 @@ for program in munged slurmctld slurmd; do
   command -v "$program" >/dev/null || { echo "$program is missing: apt-get install slurm-wlm munge" >&2; exit 2; }
 done
 stop
+rm -rf "$dir/state" "$dir/spool" # jobs of an earlier one are not gone on with
 mkdir -p "$dir/state" "$dir/spool"
 chmod go-w "$dir"
 
