@@ -8,6 +8,7 @@ that a table held in memory shows. Linux only.
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import os
@@ -130,9 +131,12 @@ def peak(tool: str, n: int, url: str) -> float:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tools", nargs="*", metavar="TOOL", choices=[[], *SIZES], help=", ".join(SIZES))
+    tools = parser.parse_args().tools or SIZES
     print(f"{'tool':<18}{'N':>8}{'MB at N':>10}{'MB at 10 N':>12}{'kB an item':>12}", flush=True)
     with Server() as server:
-        for tool in sys.argv[1:] or SIZES:
+        for tool in tools:
             n = SIZES[tool]
             small, large = peak(tool, n, server.url), peak(tool, 10 * n, server.url)
             print(f"{tool:<18}{n:>8,}{small:>10.1f}{large:>12.1f}{(large - small) * 1024 / (9 * n):>12.2f}", flush=True)
