@@ -141,6 +141,7 @@ def build(specs, root, directory, options: dict, progress=jobs.silent, said=None
         _near(root, directory, groups, pictures, near, result, progress)
     result.count("rows", len(rows))
     result.count("groups", len({groups.find(f"row {name} {number}") for name, number in rows}))
+    (directory / "leaks.jsonl").unlink(missing_ok=True)
     if not options["anew"]:
         given = _given(groups, rows)
         leaks = [{"group": group, "rows": found} for group, found in sorted(given.items()) if len(found) > 1]
