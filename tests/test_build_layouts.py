@@ -94,13 +94,13 @@ def test_equal_names_in_two_folders_are_two_scans(tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         write_csv(tmp_path / folder / f"{folder}.csv", ("image_path", "question", "answer"), *rows)
-    options = {"test": 0.5, "seed": 0, "near": False, "check": False}
+    options = {"test": 0.5, "seed": 0, "near": False, "anew": False, "check": False}
     report = splits.build(["rad3d_vqa=a:a.csv", "rad3d_vqa=b:b.csv"], tmp_path, tmp_path / "out", options)
     assert report["counts"]["groups"] == 5
 
 
 def test_a_group_keeps_its_side_when_rows_are_added_before_it(tmp_path):
-    options = {"test": 0.5, "seed": 0, "near": False, "check": False}
+    options = {"test": 0.5, "seed": 0, "near": False, "anew": False, "check": False}
     rows = [(f"{k}.png", "What?", "A") for k in range(40)]
     sides = []
     for added in (0, 3):
