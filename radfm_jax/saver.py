@@ -253,7 +253,13 @@ class Saver:
         if not values:
             return None
         step = min(values, key=values.get)
-        _write_json(self._directory / BEST, {"step": step, "metric": self.best, "value": values[step]})
+        chosen, file = {"step": step, "metric": self.best, "value": values[step]}, self._directory / BEST
+        try:
+            same = json.loads(file.read_text()) == chosen
+        except (OSError, ValueError):
+            same = False
+        if not same:  # else a start that has nothing to do would look like one that did something
+            _write_json(file, chosen)
         return step
 
 
