@@ -183,6 +183,15 @@ def test_facts_of_a_row(mine, tmp_path):
     assert cut["tokens_cut"]["response"] == report["splits"]["train"]["cut"]["response"] and not cut["scans_left_out"]
 
 
+@pytest.mark.parametrize("channels, told", [(1, True), (3, False)])
+def test_colour_that_training_would_refuse_is_told(mine, tmp_path, channels, told):
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), np.uint8)).save(mine / "red.png")
+    said = []
+    config = own(mine, [row("a", "p0.png"), row("b", "red.png")], channels=channels)
+    prepare.prepare(config, tmp_path / "index", workers=0, said=said.append)
+    assert any("but 1 scans are in colour" in line for line in said) == told
+
+
 def test_the_result_does_not_depend_on_workers(indexed, tmp_path):
     """Two and none; the killed run below has one."""
     config, out, _ = indexed
