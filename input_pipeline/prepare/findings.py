@@ -1,85 +1,147 @@
-"""What was read, and what follows from it: states of rows, quarantine, duplicates, leaks between the splits."""
+"""What `prepare` found, and what follows from it: which rows are good, what is in quarantine, what leaks."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
+import itertools
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from input_pipeline.config import SPLITS, DataConfig
 from input_pipeline.planes import patch_count, plane_count, released_shape
+from input_pipeline.prepare import database
 from input_pipeline.prepare.checking import Key, RowFacts, ScanFacts, SourceFacts
 from input_pipeline.scans.base import printable
 
 GOOD = "good"
+_ROWS = (
+    "source row row_id number task study tokens trained terms instruction cut_context cut_instruction cut_response "
+    "cut_scans scans state file remedy".split()
+)
 
 
-@dataclasses.dataclass
 class Findings:
-    """Everything that was found.
+    """Everything that was found; what there is of each scan and row lies in the database.
 
     Attributes:
       tables: source -> what its table says. checksums: source -> index.table_checksum.
-      keys: every distinct scan, in the order in which rows name them; owners: the source that names each first.
-      row_scans: source -> for each row, the numbers of the scans it can use.
-      scans: facts of each scan. rows: source -> facts of each row.
-      states: source -> for each row, GOOD or why it is left out.
+      names: the sources by their number in the database. split: source -> its split.
     """
 
-    config: DataConfig
-    tables: dict[str, SourceFacts]
-    checksums: dict[str, str]
-    keys: list[Key] = dataclasses.field(default_factory=list)
-    owners: list[str] = dataclasses.field(default_factory=list)
-    row_scans: dict[str, list[tuple[int, ...]]] = dataclasses.field(default_factory=dict)
-    scans: list[ScanFacts] = dataclasses.field(default_factory=list)
-    rows: dict[str, list[RowFacts]] = dataclasses.field(default_factory=dict)
-    states: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    def __init__(
+        self, config: DataConfig, tables: dict[str, SourceFacts], checksums: dict[str, str], db: sqlite3.Connection
+    ):
+        self.config, self.tables, self.checksums, self.db = config, tables, checksums, db
+        self.names = list(tables)
+        self.split = {name: split for split in SPLITS for name in config.sources(split)}
+        db.executemany(
+            "INSERT INTO sources VALUES (?, ?, ?, ?)",
+            [(i, name, self.split[name], tables[name].root) for i, name in enumerate(self.names)],
+        )
+        self._numbers = {name: i for i, name in enumerate(self.names)}
 
-    def __post_init__(self):
-        self.split = {name: split for split in SPLITS for name in self.config.sources(split)}
+    def count(self, of: str, *values) -> int:
+        """Lines of a table, with a condition perhaps: `count("facts WHERE fault != ''")`."""
+        return self.db.execute(f"SELECT COUNT(*) FROM {of}", values).fetchone()[0]
 
-    def each_row(self) -> Iterator[tuple[str, int, RowFacts, tuple[int, ...]]]:
-        """(source, number, facts, scans) of every row."""
-        for name, facts in self.rows.items():
-            for i, (fact, scans) in enumerate(zip(facts, self.row_scans[name], strict=True)):
-                yield name, i, fact, scans
+    # --- what is put in ---
+
+    def list_scans(self, rows: Sequence[tuple[str, int]], keys: Sequence[tuple[Key, ...]]) -> None:
+        """The scans that these rows can use."""
+        mentions = []
+        for (name, row), of_row in zip(rows, keys, strict=True):
+            for place, key in enumerate(of_row):
+                mentions.append((self._numbers[name], row, place, *key))
+        self.db.executemany(
+            f"INSERT OR IGNORE INTO keys VALUES (NULL, ?, {database.marks(len(database.KEY))})",
+            [(source, *key) for source, _, _, *key in mentions],
+        )
+        same = " AND ".join(f"{column} = ?" for column in database.KEY)
+        self.db.executemany(f"INSERT INTO mentions SELECT ?, ?, ?, scan FROM keys WHERE {same}", mentions)
+
+    def add_scans(self, facts: Iterable[ScanFacts]) -> None:
+        """What the next scans are, in the order of their numbers."""
+        skipped = len(database.KEY)
+        self.db.executemany(
+            f"INSERT INTO facts VALUES (NULL, {database.marks(len(database.FACTS))})",
+            [database.values(f)[skipped:] for f in facts],
+        )
+
+    def add_rows(self, rows: Sequence[tuple[str, int]], facts: Sequence[RowFacts]) -> None:
+        """What these rows are; what their scans are must be known."""
+        lines, studies = [], []
+        for (name, number), row in zip(rows, facts, strict=True):
+            source, scans = self._numbers[name], self.scans_of(name, number)
+            state, file, remedy = self._state(name, row, scans)
+            lines.append(
+                (source, number, row.row_id, row.number, row.task, row.study, row.tokens, row.trained, row.terms)
+                + (row.instruction, *row.cut, len(scans), state, file, remedy)
+            )
+            studies += [(source, number, study) for study in row.studies]
+        self.db.executemany(f"INSERT INTO rows VALUES ({database.marks(len(_ROWS))})", lines)
+        self.db.executemany("INSERT INTO studies VALUES (NULL, ?, ?, ?)", studies)
+
+    def scans_of(self, name: str, row: int) -> list[ScanFacts]:
+        """The scans that a row can use."""
+        found = self.db.execute(
+            f"SELECT {database.SCAN} FROM mentions JOIN scans USING (scan) "
+            "WHERE mentions.source = ? AND row = ? ORDER BY place",
+            (self._numbers[name], row),
+        )
+        return [database.scan_facts(scan) for scan in found]
+
+    def _state(self, name: str, row: RowFacts, scans: list[ScanFacts]) -> tuple[str, str, str]:
+        """GOOD or why a row is left out; and then the file at fault and what to do."""
+        if row.problem is not None:
+            return row.problem.reason, row.problem.file, row.problem.remedy
+        file = self.tables[name].file
+        bad = [scan for scan in scans if scan.fault]
+        if bad:
+            more = f"; and {len(bad) - 1} more of its scans" if len(bad) > 1 else ""
+            remedy = "repair the scan; or take it out of the table, and the row can do with its other scans"
+            if len(scans) == 1:
+                remedy = "repair the scan, or remove the row"
+            return f"scan {printable(bad[0].path)}: {bad[0].reason}{more}", file, remedy
+        problem = self._overflow(row.tokens, [scans[i] for i in row.used])
+        if problem:
+            return f"does not fit a row: {problem}", file, "allow for more in a row (data.scans, data.planes, ...)"
+        return GOOD, "", ""
+
+    def _overflow(self, tokens: int, used: list[ScanFacts]) -> str | None:
+        config = self.config
+        if config.preprocess == "released":
+            final = released_shape([scan.depth for scan in used]) if used else None
+            sizes = [
+                (
+                    patch_count((s.height, s.width, s.depth), "released", final),
+                    plane_count((s.height, s.width, s.depth), s.channels, "released", final),
+                )
+                for s in used
+            ]
+        else:
+            sizes = [self.sizes(scan) for scan in used]
+        return config.limits.overflow(tokens, [n for n, _ in sizes], sum(m for _, m in sizes))
 
     def sizes(self, scan: ScanFacts) -> tuple[int, int]:
         """Patches and planes of a good scan in `paper` mode."""
         shape, sizes = (scan.height, scan.width, scan.depth), self.config.sizes
         return patch_count(shape, sizes=sizes), plane_count(shape, scan.channels, sizes=sizes)
 
+    # --- what is read ---
 
-def judge(found: Findings) -> None:
-    """Fills `states`."""
-    for name in found.tables:
-        found.states[name] = []
-    for name, _, row, numbers in found.each_row():
-        found.states[name].append(_state(found, row, [found.scans[i] for i in numbers]))
+    def scans(self, condition: str = "TRUE") -> Iterator[tuple[str, ScanFacts]]:
+        """(the source that names it first, facts) of every scan, in the order of their numbers."""
+        found = self.db.execute(f"SELECT source, {database.SCAN} FROM scans WHERE {condition} ORDER BY scan")
+        for source, *scan in found:
+            yield self.names[source], database.scan_facts(scan)
+
+    def rows(self, condition: str = "TRUE") -> Iterator[tuple[str, dict]]:
+        """(source, columns) of every row, in their order."""
+        for values in self.db.execute(f"SELECT * FROM rows WHERE {condition} ORDER BY source, row"):
+            yield self.names[values[0]], dict(zip(_ROWS, values, strict=True))
 
 
-def _state(found: Findings, row: RowFacts, scans: list[ScanFacts]) -> str:
-    if row.problem is not None:
-        return row.problem.reason
-    bad = [scan for scan in scans if scan.fault]
-    if bad:
-        more = f"; and {len(bad) - 1} more of its scans" if len(bad) > 1 else ""
-        return f"scan {printable(bad[0].path)}: {bad[0].reason}{more}"
-    config, used = found.config, [scans[i] for i in row.used]
-    if config.preprocess == "released":
-        final = released_shape([scan.depth for scan in used]) if used else None
-        sizes = [
-            (
-                patch_count((s.height, s.width, s.depth), "released", final),
-                plane_count((s.height, s.width, s.depth), s.channels, "released", final),
-            )
-            for s in used
-        ]
-    else:
-        sizes = [found.sizes(scan) for scan in used]
-    problem = config.limits.overflow(row.tokens, [n for n, _ in sizes], sum(m for _, m in sizes))
-    return f"does not fit a row: {problem}" if problem else GOOD
+# --- reports ----------------------------------------------------------------------------------------------------------
 
 
 def quarantine(found: Findings) -> Iterator[dict]:
@@ -90,50 +152,38 @@ def quarantine(found: Findings) -> Iterator[dict]:
     for name, table in found.tables.items():
         for problem in table.problems:
             yield {"source": name, "kind": "row", **problem._asdict()}
-    for owner, scan in zip(found.owners, found.scans, strict=True):
-        if scan.fault:
-            yield {
-                "source": owner,
-                "kind": "scan",
-                "file": printable(Path(scan.root) / scan.path),
-                "scan": printable(scan.path),
-                **({"volume": scan.volume} if scan.volume >= 0 else {}),
-                **({"window": scan.window} if scan.window else {}),
-                "fault": scan.fault,
-                "reason": scan.reason,
-                "remedy": scan.remedy,
-            }
-    for name, i, row, numbers in found.each_row():
-        state = found.states[name][i]
-        if state == GOOD:
-            continue
-        problem = row.problem
-        if problem is not None:
-            file, remedy = problem.file, problem.remedy
-        else:
-            file, remedy = found.tables[name].file, "allow for more in a row (data.scans, data.planes, ...)"
-            if any(found.scans[k].fault for k in numbers):
-                remedy = "repair the scan; or take it out of the table, and the row can do with its other scans"
-                if len(numbers) == 1:
-                    remedy = "repair the scan, or remove the row"
-        yield {"source": name, "kind": "row", "file": file, **_named(row), "reason": state, "remedy": remedy}
+    for owner, scan in found.scans("fault != ''"):
+        yield {
+            "source": owner,
+            "kind": "scan",
+            "file": printable(Path(scan.root) / scan.path),
+            "scan": printable(scan.path),
+            **({"volume": scan.volume} if scan.volume >= 0 else {}),
+            **({"window": scan.window} if scan.window else {}),
+            "fault": scan.fault,
+            "reason": scan.reason,
+            "remedy": scan.remedy,
+        }
+    for name, row in found.rows(f"state != '{GOOD}'"):
+        yield {
+            "source": name, "kind": "row", "file": row["file"], **_named(row), "reason": row["state"],
+            "remedy": row["remedy"],
+        }  # fmt: skip
 
 
 def cut(found: Findings) -> Iterator[dict]:
     """A line for each good row whose texts are longer, or whose scans are more, than a sample takes (in epoch 0)."""
-    for name, i, row, _ in found.each_row():
-        if any(row.cut) and found.states[name][i] == GOOD:
-            context, instruction, response, scans = row.cut
-            yield {
-                "source": name, "file": found.tables[name].file, **_named(row),
-                "tokens_cut": {"context": context, "instruction": instruction, "response": response},
-                "scans_left_out": scans,
-            }  # fmt: skip
+    for name, row in found.rows(f"state = '{GOOD}' AND cut_context + cut_instruction + cut_response + cut_scans > 0"):
+        yield {
+            "source": name, "file": found.tables[name].file, **_named(row),
+            "tokens_cut": {part: row[f"cut_{part}"] for part in ("context", "instruction", "response")},
+            "scans_left_out": row["cut_scans"],
+        }  # fmt: skip
 
 
-def _named(row: RowFacts) -> dict[str, str]:
-    at = {"row": str(row.number)} if row.number >= 0 else {}
-    return at if row.row_id == at.get("row") else at | {"id": row.row_id}
+def _named(row: dict) -> dict[str, str]:
+    at = {"row": str(row["number"])} if row["number"] >= 0 else {}
+    return at if row["row_id"] == at.get("row") else at | {"id": row["row_id"]}
 
 
 def duplicates(found: Findings) -> Iterator[dict]:
@@ -141,47 +191,47 @@ def duplicates(found: Findings) -> Iterator[dict]:
     for name, table in found.tables.items():
         for row, earlier in table.duplicates:
             yield {"kind": "row", "source": name, "file": table.file, "row": row, "same_as": earlier}
-    first: dict[str, ScanFacts] = {}
-    paths: dict[str, dict[str, None]] = {}
-    for scan in found.scans:
-        if scan.sha256 and (before := first.setdefault(scan.sha256, scan))[:2] != scan[:2]:
-            same = paths.setdefault(scan.sha256, {printable(Path(before.root) / before.path): None})
-            same[printable(Path(scan.root) / scan.path)] = None
-    for sha256, same in paths.items():
-        yield {"kind": "scan", "sha256": sha256, "paths": list(same)}
+    found.db.execute("CREATE INDEX IF NOT EXISTS by_content ON facts (sha256)")
+    same = found.db.execute(
+        "SELECT sha256, root, path FROM scans JOIN (SELECT sha256, MIN(scan) AS first FROM scans WHERE sha256 != '' "
+        "GROUP BY sha256 HAVING COUNT(DISTINCT root || '/' || path) > 1) USING (sha256) ORDER BY first, scan"
+    )
+    for sha256, files in itertools.groupby(same, lambda line: line[0]):
+        yield {"kind": "scan", "sha256": sha256, "paths": list(_paths(files))}
+
+
+def _paths(files: Iterable[tuple]) -> dict[str, None]:
+    return {printable(Path(root) / path): None for *_, root, path in files}
 
 
 def leaks(found: Findings) -> Iterator[dict]:
     """Studies and scans that stand in train and in test, bad rows included: with the rows, or the paths, of both."""
     if not all(found.config.sources(split) for split in SPLITS):
         return
-    # A bit for each split: sets of names would take most of the memory of a run over millions of scans.
-    bits = {name: 1 << SPLITS.index(split) for name, split in found.split.items()}
-    both = (1 << len(SPLITS)) - 1
-    studies: dict[tuple[str, str], int] = {}
-    of_scan = [0] * len(found.keys)
-    for name, _, row, numbers in found.each_row():
-        for study in row.studies:
-            key = found.tables[name].root, study
-            studies[key] = studies.get(key, 0) | bits[name]
-        for k in numbers:
-            of_scan[k] |= bits[name]
-    listed = {key: {split: [] for split in SPLITS} for key, mask in studies.items() if mask == both}
-    for name, _, row, _ in found.each_row() if listed else ():
-        for study in row.studies:
-            if rows := listed.get((found.tables[name].root, study)):
-                rows[found.split[name]].append({"source": name, "row": row.row_id})
-    for (root, study), rows in listed.items():
-        yield {"kind": "study", "study": study, "root": root, **rows}
-    files: dict[str, int] = {}
-    for scan, mask in zip(found.scans, of_scan, strict=True):
-        if scan.sha256:
-            files[scan.sha256] = files.get(scan.sha256, 0) | mask
-    shared = {sha256: {split: {} for split in SPLITS} for sha256, mask in files.items() if mask == both}
-    for scan, mask in zip(found.scans, of_scan, strict=True):
-        if paths := shared.get(scan.sha256):
-            for i, split in enumerate(SPLITS):
-                if mask >> i & 1:
-                    paths[split][printable(Path(scan.root) / scan.path)] = None
-    for sha256, paths in shared.items():
-        yield {"kind": "scan", "sha256": sha256, **{split: list(paths[split]) for split in SPLITS}}
+    found.db.execute("CREATE INDEX IF NOT EXISTS by_study ON studies (study)")
+    both = f"HAVING COUNT(DISTINCT split) = {len(SPLITS)}"
+    rows = found.db.execute(
+        "WITH members AS "
+        "(SELECT root, study, split, name, source, row, place FROM studies JOIN sources USING (source)), "
+        f"shared AS (SELECT root, study, MIN(place) AS first FROM members GROUP BY root, study {both}) "
+        "SELECT root, study, split, name, row_id FROM shared JOIN members USING (root, study) "
+        "JOIN (SELECT source, row, row_id FROM rows) USING (source, row) ORDER BY first, place"
+    )
+    for (root, study), members in itertools.groupby(rows, lambda line: line[:2]):
+        line: dict = {"kind": "study", "study": study, "root": root, **{split: [] for split in SPLITS}}
+        for *_, split, name, row_id in members:
+            line[split].append({"source": name, "row": row_id})
+        yield line
+    found.db.execute("CREATE INDEX IF NOT EXISTS by_content ON facts (sha256)")
+    files = found.db.execute(
+        "WITH sides AS (SELECT DISTINCT scan, split FROM mentions JOIN sources USING (source)), "
+        "shared AS (SELECT sha256, MIN(scan) AS first FROM sides JOIN facts USING (scan) WHERE sha256 != '' "
+        f"GROUP BY sha256 {both}) "
+        "SELECT sha256, split, root, path FROM shared JOIN scans USING (sha256) JOIN sides USING (scan) "
+        "ORDER BY first, scan"
+    )
+    for sha256, members in itertools.groupby(files, lambda line: line[0]):
+        by_split = {split: [] for split in SPLITS}
+        for member in members:
+            by_split[member[1]].append(member)
+        yield {"kind": "scan", "sha256": sha256, **{split: list(_paths(by_split[split])) for split in SPLITS}}

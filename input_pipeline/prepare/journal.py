@@ -10,15 +10,17 @@ scans.parquet   of the last complete run; its metadata has what its records are
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
-from collections.abc import Iterator, Sequence
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from input_pipeline import parts
+from input_pipeline.prepare import database
 from input_pipeline.prepare.checking import Key, ScanFacts
 
 VERSION = 1  # raise it when scans are read or converted otherwise than before
@@ -46,17 +48,17 @@ def held(directory: Path) -> Iterator[None]:
 
 
 class Journal:
-    """Facts of scans by key, as far as they are known, and the lengths of the records' shards.
+    """Facts of scans, as far as they are known, and the lengths of the records' shards.
+
+    `known` of the database has the facts that need not be found again while their stamp holds.
 
     Attributes:
-      known: facts that need not be found again while their stamp holds.
       shards: lengths of the complete shards.
       settings: what the records are (`data.storage` and the sizes); None where there are none.
     """
 
-    def __init__(self, directory: Path):
-        self.file = directory / ".progress"
-        self.known: dict[Key, ScanFacts] = {}
+    def __init__(self, directory: Path, db: sqlite3.Connection):
+        self.file, self.db = directory / ".progress", db
         self.shards: list[int] = []
         self.settings: dict | None = None
         self._read_last(directory / "scans.parquet")
@@ -66,18 +68,15 @@ class Journal:
     def _read_last(self, file: Path) -> None:
         if not file.is_file():
             return
-        table = pq.read_table(file, use_threads=False)
-        last = json.loads((table.schema.metadata or {}).get(METADATA, b"{}"))
-        if last.get("version") != VERSION:
-            return
-        self.shards, self.settings = list(last["shards"]), last["records"]
-        columns = [table[name] for name in ScanFacts._fields]
-        for batch in pa.table(columns, names=ScanFacts._fields).to_batches(4096):
-            for values in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-                facts = ScanFacts(*values)
+        with pq.ParquetFile(file) as table:
+            last = json.loads((table.schema_arrow.metadata or {}).get(METADATA, b"{}"))
+            if last.get("version") != VERSION:
+                return
+            self.shards, self.settings = list(last["shards"]), last["records"]
+            for batch in table.iter_batches(4096, columns=list(ScanFacts._fields), use_threads=False):
+                columns = [batch[name].to_pylist() for name in ScanFacts._fields]
                 # A bad one is looked at again: it is a new decoder, perhaps, that this run is about.
-                if facts.stamp and not facts.fault:
-                    self.known[facts.key] = facts
+                self._know(f for f in itertools.starmap(ScanFacts, zip(*columns, strict=True)) if not f.fault)
 
     def _read_progress(self) -> None:
         if not self.file.is_file():
@@ -95,13 +94,22 @@ class Journal:
                     elif isinstance(value, dict):
                         self.settings = value.get("records", self.settings)
                     else:
-                        facts = ScanFacts(*value)
-                        if facts.stamp:
-                            self.known[facts.key] = facts
-                except (ValueError, TypeError, LookupError):
+                        self._know([ScanFacts(*value)])
+                except (ValueError, TypeError, LookupError, sqlite3.Error):
                     break
                 whole += len(line)
         os.truncate(self.file, whole)  # a kill in the middle of a line: what follows would be glued to it
+
+    def _know(self, facts: Iterable[ScanFacts]) -> None:
+        self.db.executemany(
+            f"INSERT OR REPLACE INTO known VALUES ({database.marks(len(ScanFacts._fields))})",
+            (database.values(f) for f in facts if f.stamp),
+        )
+
+    def known(self, key: Key) -> ScanFacts:
+        """What is known of this scan, which must be."""
+        same = " AND ".join(f"{column} = ?" for column in database.KEY)
+        return database.scan_facts(self.db.execute(f"SELECT {database.SCAN} FROM known WHERE {same}", key).fetchone())
 
     def start(self, settings: dict | None) -> None:
         """Opens the file to append to."""
@@ -139,4 +147,5 @@ class Journal:
         """As if nothing had ever been read."""
         for name in ("index.json", ".progress", "scans.parquet"):
             (directory / name).unlink(missing_ok=True)
-        self.known, self.shards, self.settings = {}, [], None
+        self.db.execute("DELETE FROM known")
+        self.shards, self.settings = [], None

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import bisect
+import collections
 import contextlib
 import functools
+import itertools
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from input_pipeline import beam, index, parts
 from input_pipeline.config import DataConfig
-from input_pipeline.prepare import checking, findings, spread, summary, writing
-from input_pipeline.prepare.checking import Conversion, Problem, RowFacts, ScanFacts
+from input_pipeline.prepare import checking, database, findings, spread, summary, writing
+from input_pipeline.prepare.checking import Conversion, Key, Problem, RowFacts, ScanFacts
 from input_pipeline.prepare.findings import Findings
 from input_pipeline.prepare.journal import Journal, held
 from input_pipeline.sources import tokenizer_of
@@ -78,8 +81,8 @@ def prepare(
         raise ValueError("--records holds volumes of data.preprocess='paper'; 'released' reads the scans' files")
     tokenizer = tokenizer_of(config)
     checksums = _checksums(config)
-    with held(directory):
-        journal = Journal(directory)
+    with held(directory), database.opened() as db:
+        journal = Journal(directory, db)
         settings = _record_settings(config) if records else None
         _prepare_records(directory, journal, settings, recheck)
         if recheck:
@@ -88,9 +91,10 @@ def prepare(
         team = functools.partial(_team, config, workers, said)
         done = progress("opening the tables", "tables", None)
         with team(functools.partial(checking.open_tables, config.to_dict())) as tables:
-            found = Findings(config, tables.call("the tables", checking.describe), checksums)
+            found = Findings(config, tables.call("the tables", checking.describe), checksums, db)
+            rows = _Rows(found)
             done(len(found.tables), 0)
-            _list_scans(found, tables, progress)
+            _list_scans(found, rows, tables, progress)
             journal.start(settings)
             try:
                 with contextlib.ExitStack() as stack:
@@ -103,20 +107,18 @@ def prepare(
             finally:
                 journal.close()
             parts.clean(directory)
-            colour = sum(scan.channels > config.channels for scan in found.scans if not scan.fault)
-            if colour:
+            if colour := found.count("facts WHERE fault = '' AND channels > ?", config.channels):
                 said(f"data.channels is {config.channels}, but {colour:,} scans are in colour: training will want it 3")
-            _encode(found, tables, progress)
+            _encode(found, rows, tables, progress)
         if _checksums(config) != checksums:
             raise ValueError("a table was changed while it was read: run again")
-        findings.judge(found)
         report = summary.report(found)
         report["reading"] = {
             "seconds": round(time.monotonic() - started, 1),
             "workers": workers,
             "runner": runner,
             "scans_read": reading.read,
-            "scans_unchanged": len(found.scans) - reading.read,
+            "scans_unchanged": found.count("facts") - reading.read,
             "workers_ended": len(readers.deaths) + len(tables.deaths),
         }
         return _commit(found, journal, directory, tokenizer.fingerprint, report, strict, allow_leaks)
@@ -182,12 +184,25 @@ def _prepare_records(directory: Path, journal: Journal, settings: dict | None, r
 # --- scans ------------------------------------------------------------------------------------------------------------
 
 
-def _list_scans(found: Findings, tables: Team, progress: Progress) -> None:
-    """Fills `keys`, `owners` and `row_scans`."""
-    rows = _all_rows(found)
+class _Rows(Sequence):
+    """(source, row) of every row of every table, made when they are asked for."""
+
+    def __init__(self, found: Findings):
+        self.names = found.names
+        self.ends = list(itertools.accumulate(table.rows for table in found.tables.values()))
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, k):
+        if isinstance(k, slice):
+            return [self[i] for i in range(*k.indices(len(self)))]
+        source = bisect.bisect_right(self.ends, k)
+        return self.names[source], k - (self.ends[source - 1] if source else 0)
+
+
+def _list_scans(found: Findings, rows: _Rows, tables: Team, progress: Progress) -> None:
     done = progress("looking through the rows", "rows", len(rows))
-    numbers: dict[checking.Key, int] = {}
-    found.row_scans = {name: [] for name in found.tables}
     chunks = tables.map(
         checking.list_scans,
         rows,
@@ -196,18 +211,38 @@ def _list_scans(found: Findings, tables: Team, progress: Progress) -> None:
         failed=lambda row, reason: (),  # `encode_rows` meets it again, and keeps the reason
     )
     for items, results in chunks:
-        for (name, _), keys in zip(items, results, strict=True):
-            for key in keys:
-                if key not in numbers:
-                    numbers[key] = len(numbers)
-                    found.owners.append(name)
-            found.row_scans[name].append(tuple(numbers[key] for key in keys))
+        found.list_scans(items, results)
         done(len(items), 0)
-    found.keys = list(numbers)
 
 
-def _all_rows(found: Findings) -> list[tuple[str, int]]:
-    return [(name, row) for name, table in found.tables.items() for row in range(table.rows)]
+class _Scans(Sequence):
+    """(key, stamp) of every scan: what the files of those that need not be read again were like, "" for the others.
+
+    Args:
+      recorded: those without a record have to be read again, as records are to be made.
+    """
+
+    def __init__(self, found: Findings, recorded: bool):
+        self.db, self.length = found.db, found.count("keys")
+        columns = ", ".join(database.KEY)
+        usable = "(fault != '' OR record >= 0)" if recorded else "TRUE"
+        self.select = (
+            f"SELECT {columns}, COALESCE(stamp, '') FROM keys LEFT JOIN (SELECT {columns}, stamp FROM known "
+            f"WHERE {usable}) USING ({columns}) WHERE scan > ? AND scan <= ? ORDER BY scan"
+        )
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, k):
+        if not isinstance(k, slice):
+            return self[k : k + 1][0]
+        low, high, _ = k.indices(self.length)
+        return [(tuple(key), stamp) for *key, stamp in self.db.execute(self.select, (low, high))]
+
+    def __iter__(self):
+        for at in range(0, self.length, ROW_CHUNK):
+            yield from self[at : at + ROW_CHUNK]
 
 
 class _Reading:
@@ -228,11 +263,12 @@ class _Reading:
 
             self.shard_bytes = records.SHARD_BYTES
             self.writer = records.Writer(directory / "records", journal.shards)
-            # The same bytes seen through the same window give the same volume, whatever the file is called.
-            self.numbers = {_content(facts): facts.record for facts in journal.known.values() if facts.record >= 0}
+            found.db.execute(
+                "INSERT OR REPLACE INTO records SELECT sha256, volume, window, record FROM known WHERE record >= 0"
+            )
 
     def run(self, progress: Progress) -> None:
-        known = [(key, self._stamp(key)) for key in self.found.keys]
+        known = _Scans(self.found, recorded=self.writer is not None)
         done = progress("reading the scans", "scans", len(known))
         chunks = self.readers.map(
             checking.check_scans,
@@ -245,7 +281,7 @@ class _Reading:
         try:
             for items, results in chunks:
                 facts = [self._take(key, *result) for (key, _), result in zip(items, results, strict=True)]
-                self.found.scans += facts
+                self.found.add_scans(facts)
                 if self.writer is None or self.writer.size >= self.shard_bytes:
                     self._commit()
                 done(len(items), sum(bool(f.fault) for f in facts))
@@ -260,22 +296,24 @@ class _Reading:
             if self.writer.lengths:
                 records.describe(self.writer.directory, self.writer.lengths, described)
 
-    def _stamp(self, key: checking.Key) -> str:
-        facts = self.journal.known.get(key)
-        usable = facts is not None and (self.writer is None or facts.fault or facts.record >= 0)
-        return facts.stamp if usable else ""
-
-    def _take(self, key: checking.Key, facts: ScanFacts | None, record: bytes | None) -> ScanFacts:
+    def _take(self, key: Key, facts: ScanFacts | None, record: bytes | None) -> ScanFacts:
         if facts is None:
-            return self.journal.known[key]
+            return self.journal.known(key)
         self.read += 1
         if record is not None:
-            content = _content(facts)
-            if content not in self.numbers:
-                self.numbers[content] = self.writer.add(record)
-            facts = facts._replace(record=self.numbers[content])
+            facts = facts._replace(record=self._number(facts, record))
         self.finished.append(facts)
         return facts
+
+    def _number(self, facts: ScanFacts, record: bytes) -> int:
+        """Where its record stands: the same bytes seen through the same window give the same volume."""
+        db, content = self.found.db, (facts.sha256, facts.volume, facts.window)
+        there = db.execute("SELECT record FROM records WHERE sha256 = ? AND volume = ? AND window = ?", content)
+        if (number := there.fetchone()) is not None:
+            return number[0]
+        number = self.writer.add(record)
+        db.execute("INSERT INTO records VALUES (?, ?, ?, ?)", (*content, number))
+        return number
 
     def _commit(self) -> None:
         lengths = ()
@@ -286,18 +324,11 @@ class _Reading:
         self.finished = []
 
 
-def _content(facts: ScanFacts) -> tuple[str, int, str]:
-    return facts.sha256, facts.volume, facts.window
-
-
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
-def _encode(found: Findings, tables: Team, progress: Progress) -> None:
-    """Fills `rows`."""
-    rows = _all_rows(found)
+def _encode(found: Findings, rows: _Rows, tables: Team, progress: Progress) -> None:
     done = progress("encoding the rows", "rows", len(rows))
-    found.rows = {name: [] for name in found.tables}
 
     def failed(row: tuple[str, int], reason: str) -> RowFacts:
         name, number = row
@@ -306,8 +337,7 @@ def _encode(found: Findings, tables: Team, progress: Progress) -> None:
 
     label = lambda row: checking.row_label(*row)  # noqa: E731
     for items, results in tables.map(checking.encode_rows, rows, ROW_CHUNK, label=label, failed=failed):
-        for (name, _), facts in zip(items, results, strict=True):
-            found.rows[name].append(facts)
+        found.add_rows(items, results)
         done(len(items), sum(facts.problem is not None for facts in results))
 
 
@@ -325,12 +355,12 @@ def _commit(
     bad = writing.write_lines(directory / "quarantine.jsonl", findings.quarantine(found))
     writing.write_lines(directory / "cut.jsonl", findings.cut(found))
     writing.write_lines(directory / "duplicates.jsonl", findings.duplicates(found))
-    leaks = list(findings.leaks(found))
-    writing.write_lines(directory / "leaks.jsonl", leaks)
+    leaks = collections.Counter(study=0, scan=0)
+    writing.write_lines(directory / "leaks.jsonl", _counted(findings.leaks(found), leaks))
     report["quarantine"] = bad
-    report["leaks"] = {kind: sum(leak["kind"] == kind for leak in leaks) for kind in ("study", "scan")}
+    report["leaks"] = dict(leaks)
     if journal.settings is not None:
-        used = len({scan.record for scan in found.scans if scan.record >= 0})
+        used = found.count("(SELECT DISTINCT record FROM facts WHERE record >= 0)")
         place = directory / "records"
         report["records"] = journal.settings | {
             "shards": len(journal.shards),
@@ -339,10 +369,10 @@ def _commit(
             "bytes": sum(f.stat().st_size for f in place.iterdir() if f.is_file()),
         }
     reasons = []
-    if leaks and not allow_leaks:
-        counted = f"studies: {report['leaks']['study']:,}, scans: {report['leaks']['scan']:,}"
+    if leaks.total() and not allow_leaks:
+        counted = f"studies: {leaks['study']:,}, scans: {leaks['scan']:,}"
         reasons.append(f"train and test share some ({counted}), see {directory / 'leaks.jsonl'}")
-    empty = [name for name, states in found.states.items() if "good" not in states]
+    empty = [name for name, source in report["sources"].items() if not source["good"]]
     if empty:
         reasons.append(f"no row of {', '.join(empty)} can be used, see {directory / 'quarantine.jsonl'}")
     if bad and strict:
@@ -358,8 +388,15 @@ def _commit(
     if reasons:
         raise Refused(reasons, report)
     counts = {key: report[key] for key in ("rows", "scans", "quarantine", "leaks")}
-    described = writing.index_json(found, journal, scans, rows, tokenizer, counts)
+    good = {name: source["good"] for name, source in report["sources"].items()}
+    described = writing.index_json(found, journal, scans, rows, good, tokenizer, counts)
     writing.write_text(
         directory / "index.json", json.dumps(described, indent=1, ensure_ascii=False, default=list) + "\n"
     )
     return report
+
+
+def _counted(lines: Iterable[dict], kinds: collections.Counter) -> Iterator[dict]:
+    for line in lines:
+        kinds[line["kind"]] += 1
+        yield line

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from input_pipeline.config import SPLITS
 from input_pipeline.prepare import findings
-from input_pipeline.prepare.findings import GOOD, Findings
+from input_pipeline.prepare.findings import Findings
 from input_pipeline.samples import TASKS
 
 # DICOM's codes, and the families whose name says it, in the words of figure 4 of the paper.
@@ -48,8 +48,7 @@ def kind(reason: str) -> str:
 
 def report(found: Findings) -> dict:
     """Plain values, as summary.json has them. Lengths, tasks and scans are those of good rows."""
-    sources = {name: _source(found, name) for name in found.tables}
-    splits = {split: _split(found, split) for split in SPLITS if found.config.sources(split)}
+    sources = _sources_of(found)
     reasons = {"rows": collections.Counter(), "scans": collections.Counter()}
     for line in findings.quarantine(found):
         if line["kind"] == "scan":
@@ -59,83 +58,99 @@ def report(found: Findings) -> dict:
         else:
             reasons["rows"][kind(line["reason"])] += 1
     same = collections.Counter(line["kind"] for line in findings.duplicates(found))
-    good = sum(s["good"] for s in sources.values())
-    bad_scans = sum(bool(scan.fault) for scan in found.scans)
+    bad_scans = found.count("facts WHERE fault != ''")
     return {
-        "rows": {
-            "good": good,
-            "bad": sum(s["bad"] for s in sources.values()),
-            "not_opened": sum(s["not_opened"] for s in sources.values()),
-        },
-        "scans": {"good": len(found.scans) - bad_scans, "bad": bad_scans},
+        "rows": {what: sum(s[what] for s in sources.values()) for what in ("good", "bad", "not_opened")},
+        "scans": {"good": found.count("facts") - bad_scans, "bad": bad_scans},
         "sources": sources,
-        "splits": splits,
+        "splits": {split: _split(found, split) for split in SPLITS if found.config.sources(split)},
         "reasons": {which: dict(counts.most_common()) for which, counts in reasons.items()},
         "duplicates": {"rows": same["row"], "scans": same["scan"]},
     }
 
 
-def _source(found: Findings, name: str) -> dict:
-    table, states, rows = found.tables[name], found.states[name], found.rows[name]
-    good = [row for row, state in zip(rows, states, strict=True) if state == GOOD]
-    numbers = {k for numbers in found.row_scans[name] for k in numbers}
-    shapes = [found.scans[k] for k in numbers if not found.scans[k].fault]
-    trained = sum(row.trained for row in good)
-    return {
-        "split": found.split[name],
-        "family": found.config.sources()[name]["family"],
-        "good": len(good),
-        "bad": len(rows) - len(good),
-        "not_opened": len(table.problems),
-        "left_out": table.left_out,
-        "scans": len(numbers),
-        "scans_2d": sum(scan.depth == 1 for scan in shapes),
-        "scans_3d": sum(scan.depth > 1 for scan in shapes),
-        "tokens_a_row": round(sum(row.tokens for row in good) / max(len(good), 1), 1),
-        "trained_a_row": round(trained / max(len(good), 1), 1),
-        "term_share": round(sum(row.terms for row in good) / max(trained, 1), 4),
-    }
+def _sources_of(found: Findings) -> dict:
+    rows = found.db.execute("SELECT source, COUNT(*), SUM(tokens), SUM(trained), SUM(terms) FROM good GROUP BY source")
+    good = {source: counts for source, *counts in rows}
+    scans = found.db.execute(
+        "SELECT source, COUNT(*), SUM(fault = '' AND depth = 1), SUM(fault = '' AND depth > 1) "
+        "FROM (SELECT DISTINCT source, scan FROM mentions) JOIN facts USING (scan) GROUP BY source"
+    )
+    shown = {source: counts for source, *counts in scans}
+    described = {}
+    for source, (name, table) in enumerate(found.tables.items()):
+        count, tokens, trained, terms = good.get(source, (0, 0, 0, 0))
+        every, flat, deep = shown.get(source, (0, 0, 0))
+        described[name] = {
+            "split": found.split[name],
+            "family": found.config.sources()[name]["family"],
+            "good": count,
+            "bad": table.rows - count,
+            "not_opened": len(table.problems),
+            "left_out": table.left_out,
+            "scans": every,
+            "scans_2d": flat,
+            "scans_3d": deep,
+            "tokens_a_row": round(tokens / max(count, 1), 1),
+            "trained_a_row": round(trained / max(count, 1), 1),
+            "term_share": round(terms / max(trained, 1), 4),
+        }
+    return described
 
 
 def _split(found: Findings, split: str) -> dict:
-    tasks, used, rows = collections.Counter(), {}, []
-    for name, i, row, numbers in found.each_row():
-        if found.split[name] == split and found.states[name][i] == GOOD:
-            rows.append(row)
-            tasks[row.task] += 1
-            used |= dict.fromkeys(numbers)
-    shapes = [found.scans[k] for k in used]
-    family = {k: found.config.sources()[found.owners[k]]["family"] for k in used}
-    modalities = collections.Counter(modality(found.scans[k].modality, family[k]) for k in used)
-    depths = collections.Counter(scan.depth for scan in shapes if scan.depth > 1)
-    trained, terms = sum(row.trained for row in rows), sum(row.terms for row in rows)
-    cut = np.array([row.cut for row in rows], np.int64).reshape(-1, len(CUT))
+    def counted(column: str) -> dict:
+        groups = f"SELECT {column}, COUNT(*) FROM good WHERE split = ? GROUP BY {column} ORDER BY {column}"
+        return dict(found.db.execute(groups, (split,)))
+
+    def sums(*expressions: str) -> list[int]:
+        columns = ", ".join(f"COALESCE(SUM({expression}), 0)" for expression in expressions)
+        return list(found.db.execute(f"SELECT {columns} FROM good WHERE split = ?", (split,)).fetchone())
+
+    tasks, tokens = counted("task"), sums("tokens", "trained", "terms")
+    modalities, depths = collections.Counter(), collections.Counter()
+    scans = found.db.execute(
+        "SELECT owner, modality, depth, COUNT(*) "
+        "FROM (SELECT DISTINCT scan FROM mentions JOIN good USING (source, row) WHERE split = ?) "
+        "JOIN (SELECT scan, source AS owner, modality, depth FROM scans) USING (scan) "
+        "GROUP BY owner, modality, depth ORDER BY owner, modality, depth",
+        (split,),
+    )
+    for owner, code, depth, count in scans:
+        modalities[modality(code, found.config.sources()[found.names[owner]]["family"])] += count
+        depths[depth] += count
     return {
-        "rows": len(rows),
-        "tasks": {task: tasks[task] for task in TASKS if tasks[task]},
-        "scans": {"2d": sum(scan.depth == 1 for scan in shapes), "3d": sum(depths.values())},
+        "rows": sum(tasks.values()),
+        "tasks": {task: tasks[task] for task in TASKS if task in tasks},
+        "scans": {"2d": depths.pop(1, 0), "3d": depths.total()},
         "modalities": dict(modalities.most_common()),
         "depths": {str(depth): depths[depth] for depth in sorted(depths)},
-        "instruction": _lengths([row.instruction for row in rows]),
-        "response": _lengths([row.trained for row in rows]),
-        "tokens": {"all": sum(row.tokens for row in rows), "trained": trained, "terms": terms},
-        "cut": dict(zip(CUT, cut.sum(axis=0).tolist(), strict=True)),
-        "cut_rows": int((cut[:, :3] > 0).any(axis=1).sum()),
-        "rows_without_some_scans": int((cut[:, 3] > 0).sum()),
+        "instruction": _lengths(counted("instruction")),
+        "response": _lengths(counted("trained")),
+        "tokens": dict(zip(("all", "trained", "terms"), tokens, strict=True)),
+        "cut": dict(zip(CUT, sums(*(f"cut_{part}" for part in CUT)), strict=True)),
+        "cut_rows": sums("cut_context + cut_instruction + cut_response > 0")[0],
+        "rows_without_some_scans": sums("cut_scans > 0")[0],
     }
 
 
-def _lengths(values: list[int]) -> dict:
-    """How many rows have 0, 1, 2 to 3, 4 to 7, 8 to 15, ... tokens."""
-    values = np.array(values or [0][:0], np.int64)
-    if not len(values):
+def _lengths(rows: dict[int, int]) -> dict:
+    """How many rows have 0, 1, 2 to 3, 4 to 7, 8 to 15, ... tokens.
+
+    Args:
+      rows: tokens -> how many rows have so many, in ascending order.
+    """
+    if not rows:
         return {"counts": [], "median": 0, "mean": 0.0, "most": 0}
-    bins = np.ceil(np.log2(values + 1)).astype(int)
+    tokens, counts = np.array(list(rows.items()), np.int64).T
+    until = np.cumsum(counts)
+    middle = tokens[np.searchsorted(until, [(until[-1] - 1) // 2, until[-1] // 2], side="right")]
+    bins = np.ceil(np.log2(tokens + 1)).astype(int)
     return {
-        "counts": np.bincount(bins).tolist(),
-        "median": int(np.median(values)),
-        "mean": round(float(values.mean()), 1),
-        "most": int(values.max()),
+        "counts": np.bincount(bins, counts).astype(int).tolist(),
+        "median": int(middle.mean()),
+        "mean": round(float((tokens * counts).sum() / until[-1]), 1),
+        "most": int(tokens[-1]),
     }
 
 

@@ -55,7 +55,7 @@ def write_scans(file: Path, found: Findings, metadata: dict[bytes, bytes]) -> st
     schema, digest = index.SCANS.with_metadata(metadata), hashlib.sha256()
 
     def lines():
-        for owner, scan in zip(found.owners, found.scans, strict=True):
+        for owner, scan in found.scans():
             patches, planes = (0, 0) if scan.fault else found.sizes(scan)
             yield scan._asdict() | {"source": owner, "patches": patches, "planes": planes}
             shape = scan.height, scan.width, scan.depth, scan.channels
@@ -70,20 +70,9 @@ def write_rows(file: Path, found: Findings) -> str:
     digest = hashlib.sha256()
 
     def lines():
-        for name, i, row, _ in found.each_row():
-            state = found.states[name][i]
-            yield {
-                "source": name,
-                "row": i,
-                "row_id": row.row_id,
-                "task": row.task,
-                "study": row.study,
-                "tokens": row.tokens,
-                "trained": row.trained,
-                "scans": len(found.row_scans[name][i]),
-                "state": state,
-            }
-            _add(digest, name, row.row_id, state == GOOD)
+        for name, row in found.rows():
+            yield {field: row[field] for field in index.ROWS.names} | {"source": name}
+            _add(digest, name, row["row_id"], row["state"] == GOOD)
 
     _write(file, index.ROWS, lines())
     return digest.hexdigest()
@@ -120,11 +109,14 @@ def write_text(file: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def index_json(found: Findings, journal: Journal, scans: str, rows: str, tokenizer: str, counts: dict) -> dict:
+def index_json(
+    found: Findings, journal: Journal, scans: str, rows: str, good: dict[str, int], tokenizer: str, counts: dict
+) -> dict:
     """The content of index.json.
 
     Args:
       scans, rows: what `write_scans` and `write_rows` returned.
+      good: source -> how many of its rows are.
       tokenizer: its fingerprint.
     """
     sources = {}
@@ -138,7 +130,7 @@ def index_json(found: Findings, journal: Journal, scans: str, rows: str, tokeniz
             "sha256": found.checksums[name],
             "split": found.split[name],
             "rows": table.rows,
-            "good_rows": found.states[name].count(GOOD),
+            "good_rows": good[name],
         }
     same = {
         name: {k: v for k, v in source["fields"].items() if k not in NOT_IDENTITY} | {"sha256": source["sha256"]}
