@@ -15,18 +15,20 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from input_pipeline.samples import Scan
 
-VERSION = 1
+VERSION = 2
 
 # A scan is what a sample asks for: the same file with another window or volume is another scan.
 SCANS = pa.schema(
@@ -36,6 +38,7 @@ SCANS = pa.schema(
         ("path", pa.string()),
         ("volume", pa.int32()),  # -1: the file's only one
         ("window", pa.string()),  # JSON of a name or [low, high]; "" without
+        ("key", pa.uint64()),  # place_hash of path, volume and window
         ("fault", pa.string()),  # "" if it can be used, else one of scans.FAULTS; then all below may be empty
         ("reason", pa.string()),
         ("remedy", pa.string()),
@@ -91,6 +94,52 @@ def scan_key(root, scan: Scan) -> tuple[str, str, int, str]:
     """What makes two scans the same one: root, path, volume, window."""
     window = "" if scan.window is None else json.dumps(scan.window)
     return str(root), scan.path, -1 if scan.volume is None else scan.volume, window
+
+
+@functools.lru_cache(maxsize=1024)
+def place_hash(*place) -> int:
+    """64 bits of a root, or of path, volume and window: both together by `^` are what training knows a scan by."""
+    digest = hashlib.blake2b("\0".join(map(str, place)).encode("utf-8", "surrogateescape"), digest_size=8)
+    return int.from_bytes(digest.digest(), "little")
+
+
+class Scans:
+    """Facts of good scans, 48 bytes each: a dict of those of MedMD would take 16 GB in every process.
+
+        scans = index.scans(sources)
+        number = scans.number(scan_key(root, scan))
+        scans[number].shape
+
+    Args:
+      keys: uint64[n]; one that stands there again must have the same facts.
+      sizes, records: int64[n]. shapes: int32[n, 4].
+    Raises:
+      ValueError: two scans with one key.
+    """
+
+    def __init__(self, keys: np.ndarray, sizes: np.ndarray, records: np.ndarray, shapes: np.ndarray):
+        self.sizes, self.records, self.shapes = sizes, records, shapes
+        order = np.argsort(keys, kind="stable")
+        again = np.flatnonzero(keys[order[1:]] == keys[order[:-1]])
+        for facts in (sizes, records, shapes):
+            if (facts[order[again]] != facts[order[again + 1]]).any():
+                raise ValueError("the index has two scans with one key: rename a file, or keep the roots apart")
+        self.first = np.delete(order, again + 1)
+        self.keys = keys[self.first]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def number(self, key: tuple[str, str, int, str]) -> int | None:
+        """What a scan_key has here, another number than any other; None: it is unknown, or no good scan."""
+        root, *rest = key
+        wanted = np.uint64(place_hash(root) ^ place_hash(*rest))
+        at = self.keys.searchsorted(wanted)
+        return int(self.first[at]) if at < len(self.keys) and self.keys[at] == wanted else None
+
+    def __getitem__(self, number: int) -> ScanFacts:
+        shape = tuple(self.shapes[number].tolist())
+        return ScanFacts(shape, int(self.sizes[number]), int(self.records[number]))
 
 
 def table_checksum(file: Path) -> str:
@@ -153,33 +202,33 @@ class Index:
         if problems:
             raise ValueError(f"the index {self.directory} is of other data: {'; '.join(problems)}; run prepare again")
 
-    def scans(self, sources: Mapping[str, Mapping]) -> dict[tuple[str, str, int, str], ScanFacts]:
-        """scan_key -> facts of every good scan of these sources, under the roots the sources have now."""
+    def scans(self, sources: Mapping[str, Mapping]) -> Scans:
+        """The good scans of these sources, under the roots the sources have now."""
         moved: dict[str, set[str]] = {}
         for name, fields in sources.items():
             moved.setdefault(self.tables[name]["root"], set()).add(str(Path(fields["root"]).absolute()))
-        columns = [
-            "root",
-            "path",
-            "volume",
-            "window",
-            "fault",
-            "height",
-            "width",
-            "depth",
-            "channels",
-            "bytes",
-            "record",
-        ]
+        now = {root: [place_hash(r) for r in sorted(roots)] for root, roots in moved.items()}
+        numbers = ("key", "bytes", "record", "height", "width", "depth", "channels")
+        parts = [(np.empty(0, np.uint64), *np.empty((2, 0), np.int64), np.empty((0, 4), np.int32))]
         # Threads of Arrow would not survive the fork of a worker pool.
-        table = pq.read_table(self.directory / "scans.parquet", columns=columns, use_threads=False)
-        facts = {}
-        for root, path, volume, window, fault, *shape, size, record in zip(
-            *(column.to_pylist() for column in table.columns), strict=True
-        ):
-            for now in moved.get(root, ()) if not fault else ():
-                facts[now, path, volume, window] = ScanFacts(tuple(shape), size, record)
-        return facts
+        with pq.ParquetFile(self.directory / "scans.parquet") as table:
+            for batch in table.iter_batches(columns=["root", "fault", *numbers], use_threads=False):
+                batch = batch.filter(pc.equal(batch["fault"], ""))
+                root = batch["root"].dictionary_encode()
+                places = [now.get(name, []) for name in root.dictionary.to_pylist()]
+                # A scan stands there once for each of the places to which its root has moved.
+                of_root = root.indices.to_numpy()
+                line = np.repeat(np.arange(len(batch)), np.array([*map(len, places), 0])[of_root])
+                place = np.array([place for k in of_root.tolist() for place in places[k]], np.uint64)
+                key, size, record, *shape = (batch[name].to_numpy()[line] for name in numbers)
+                parts.append((key ^ place, size, record, np.stack(shape, -1)))
+        return Scans(*map(np.concatenate, zip(*parts, strict=True)))
+
+    def colour(self, channels: int, roots: Iterable[str]) -> str:
+        """The path of a good scan with more channels, of these roots as they were; "" if there is none."""
+        wanted = [("channels", ">", channels), ("fault", "=", ""), ("root", "in", set(roots))]
+        found = pq.read_table(self.directory / "scans.parquet", columns=["path"], filters=wanted, use_threads=False)
+        return found["path"][0].as_py() if len(found) else ""
 
     def check_records(self, wanted: Mapping[str, object]) -> None:
         """Whether the records are there and of these settings. ValueError names every difference."""
@@ -202,8 +251,7 @@ class Index:
             use_threads=False,
         )
         bad = np.zeros(self.tables[source]["rows"], bool)
-        states = np.array(table["state"].to_pylist(), object)
-        bad[table["row"].to_numpy()] = states != "good"
+        bad[table["row"].to_numpy()] = pc.not_equal(table["state"], "good").to_numpy()
         return bad
 
 

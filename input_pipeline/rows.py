@@ -17,7 +17,7 @@ import numpy as np
 from input_pipeline import packing, scans, workers
 from input_pipeline.config import DataConfig, fingerprint
 from input_pipeline.datasets import sample_rng
-from input_pipeline.index import Index, scan_key
+from input_pipeline.index import Index, ScanFacts, scan_key
 from input_pipeline.planes import Volume, patch_count, patch_grid, patch_positions, plane_count, planes, released_shape
 from input_pipeline.samples import TASKS, RowError, Sample, Scan
 from input_pipeline.sources import encode_row, open_sources, rows_shown, terms_of, tokenizer_of
@@ -130,10 +130,9 @@ class RowMaker:
                 name: rows_shown(name, self.datasets[name], good, config.seed)
                 for name, good in zip(self.names, self.good, strict=True)
             }
-        self.facts = self.index.scans(sources)
+        self.scans = self.index.scans(sources)
         self.check_channels()
-        self.numbers = {key: number for number, key in enumerate(self.facts)}
-        self._known: dict[tuple, tuple[int, int, int]] = {}
+        self._sizes = functools.lru_cache(maxsize=4096)(self._sizes_of)  # a measure is taken for every scan of an epoch
         self.tokenizer = tokenizer_of(config)
         self.terms = terms_of(config.terms)
         self.released = config.preprocess == "released"
@@ -148,9 +147,10 @@ class RowMaker:
 
     def check_channels(self) -> None:
         """ValueError for scans in colour where the config promises gray ones."""
-        if colour := [path for (_, path, *_), facts in self.facts.items() if facts.shape[-1] > self.config.channels]:
+        if colour := int((self.scans.shapes[:, -1] > self.config.channels).sum()):
+            one = self.index.colour(self.config.channels, {self.index.tables[name]["root"] for name in self.names})
             raise ValueError(
-                f"data.channels is 1, but {len(colour)} scans are in colour, such as {colour[0]}: make it 3"
+                f"data.channels is {self.config.channels}, but {colour:,} scans are in colour, such as {one}: make it 3"
             )
 
     def _good_rows(self, name: str) -> np.ndarray:
@@ -196,26 +196,29 @@ class RowMaker:
         sample, encoded = encode_row(config, name, dataset, row, epoch, self.tokenizer, self.terms, shown)
         return name, sample, encoded
 
+    def _facts(self, root, scan: Scan) -> ScanFacts:
+        """Of a scan that was planned, so the index knows it."""
+        return self.scans[self.scans.number(scan_key(root, scan))]
+
     def _shapes(self, name: str, sample: Sample, encoded: Encoded) -> list[tuple[int, int, int]]:
         """(number, patches, planes) of each scan of a sample."""
-        keys = [scan_key(self.datasets[name].root, scan) for scan in encoded.scans]
-        for key in keys:
-            if key not in self.facts:
-                raise RowError(key[1], f"{sample.row_id} of {name}", "the index does not know it", "run prepare again")
-        if self.released:  # the depth of all scans of a sample is that of the deepest
-            final = released_shape([self.facts[key].shape[2] for key in keys]) if keys else None
-            return [self._shape(key, final) for key in keys]
-        found = []
-        for key in keys:
-            if key not in self._known:
-                self._known[key] = self._shape(key, None)
-            found.append(self._known[key])
-        return found
+        numbers = []
+        for scan in encoded.scans:
+            number = self.scans.number(scan_key(self.datasets[name].root, scan))
+            if number is None:
+                row = f"{sample.row_id} of {name}"
+                raise RowError(scan.path, row, "the index does not know it", "run prepare again")
+            numbers.append(number)
+        shapes = [self.scans[number].shape for number in numbers]
+        final = None
+        if self.released and shapes:  # the depth of all scans of a sample is that of the deepest
+            final = released_shape([shape[2] for shape in shapes])
+        return [(number, *self._sizes(shape, final)) for number, shape in zip(numbers, shapes, strict=True)]
 
-    def _shape(self, key, final) -> tuple[int, int, int]:
-        config, (*shape, channels) = self.config, self.facts[key].shape
+    def _sizes_of(self, shape: tuple[int, int, int, int], final: tuple[int, int, int] | None) -> tuple[int, int]:
+        """Patches and planes of a scan."""
+        config, (*shape, channels) = self.config, shape
         return (
-            self.numbers[key],
             patch_count(shape, config.preprocess, final, config.sizes),
             plane_count(shape, channels, config.preprocess, final, config.sizes),
         )
@@ -343,7 +346,7 @@ class RowMaker:
             rng = sample_rng(config.seed, epoch, *owner)
         with self._blamed(left_out, name, sample, scan):
             if self.records is not None:
-                volume = self.records[self.facts[scan_key(dataset.root, scan)].record]
+                volume = self.records[self._facts(dataset.root, scan).record]
                 if rng is not None:
                     volume = augment(volume, rng, config.flips, config.crop)
             else:
@@ -393,7 +396,7 @@ class RowMaker:
         workers.at(scan.path)
         path = scans.resolve(root, scan.path)
         size = sum(f.stat().st_size for f in path.iterdir() if f.is_file()) if path.is_dir() else path.stat().st_size
-        known = self.facts[scan_key(root, scan)].bytes
+        known = self._facts(root, scan).bytes
         if size != known:
             raise ValueError(f"it has {size:,} bytes, {known:,} when it was indexed: it has changed")
         voxels, header = scans.read(path, volume=scan.volume)

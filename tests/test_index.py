@@ -6,12 +6,13 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from input_pipeline import index
-from input_pipeline.index import Index, ScanFacts, scan_key, table_checksum
+from input_pipeline.index import Index, ScanFacts, Scans, place_hash, scan_key, table_checksum
 from input_pipeline.samples import Scan
 
 SCANS = [  # path, volume, window, fault, shape, record
@@ -50,7 +51,8 @@ def made(tmp_path) -> tuple[Path, dict]:
     (directory / "index.json").write_text(json.dumps(described))
     lines = [
         {"source": "vqa", "root": str(root), "path": path, "volume": volume, "window": window, "fault": fault,
-         **dict(zip(("height", "width", "depth", "channels"), shape, strict=True)), "record": record, "bytes": 7}
+         "key": place_hash(path, volume, window), "record": record, "bytes": 7,
+         **dict(zip(("height", "width", "depth", "channels"), shape, strict=True))}
         for path, volume, window, fault, shape, record in SCANS
     ]  # fmt: skip
     rows = [
@@ -71,16 +73,24 @@ def test_the_data_it_was_made_of(made):
     assert opened.bad_rows("more").tolist() == [False, False]
 
 
+def known(scans: Scans, root) -> dict[Scan, ScanFacts]:
+    """Of those in SCANS."""
+    named = [Scan(path, None if volume < 0 else volume, _window(window)) for path, volume, window, *_ in SCANS]
+    numbers = {scan: scans.number(scan_key(root, scan)) for scan in named}
+    return {scan: scans[number] for scan, number in numbers.items() if number is not None}
+
+
 def test_scans_by_key(made):
     directory, sources = made
-    root = sources["vqa"]["root"]
     found = Index(directory).scans({"vqa": sources["vqa"]})
-    assert found == {
-        scan_key(root, Scan("a.png")): ScanFacts((40, 50, 1, 1), 7, 0),
-        scan_key(root, Scan("ct.nii.gz")): ScanFacts((64, 64, 30, 1), 7, 1),
-        scan_key(root, Scan("ct.nii.gz", window=(-100.0, 300.0))): ScanFacts((64, 64, 30, 1), 7, 2),
-        scan_key(root, Scan("ct.nii.gz", 1, "lung")): ScanFacts((64, 64, 30, 1), 7, -1),
+    assert known(found, sources["vqa"]["root"]) == {
+        Scan("a.png"): ScanFacts((40, 50, 1, 1), 7, 0),
+        Scan("ct.nii.gz"): ScanFacts((64, 64, 30, 1), 7, 1),
+        Scan("ct.nii.gz", window=(-100.0, 300.0)): ScanFacts((64, 64, 30, 1), 7, 2),
+        Scan("ct.nii.gz", 1, "lung"): ScanFacts((64, 64, 30, 1), 7, -1),
     }  # and not the one with a fault
+    assert len(found) == 4 and found.number(scan_key(sources["vqa"]["root"], Scan("b.png"))) is None
+    assert not known(found, "/elsewhere")
 
 
 def test_a_root_may_move(made, tmp_path):
@@ -90,7 +100,28 @@ def test_a_root_may_move(made, tmp_path):
     here = {name: fields | {"root": str(moved)} for name, fields in sources.items()}
     opened = Index(directory)
     opened.check(here)
-    assert set(opened.scans(here)) == {scan_key(moved, Scan(p, None if v < 0 else v, _window(w))) for p, v, w, f, *_ in SCANS if not f}  # fmt: skip # noqa: E501
+    found = opened.scans(here)
+    assert len(found) == len(known(found, moved)) == 4 and not known(found, sources["vqa"]["root"])
+
+
+def test_a_root_may_become_two(made, tmp_path):
+    """The sources of one root lie in two places now: a scan is known in both, under numbers of its own."""
+    directory, sources = made
+    there = sources | {"more": sources["more"] | {"root": str(tmp_path / "second")}}
+    found = Index(directory).scans(there)
+    both = [known(found, there[name]["root"]) for name in ("vqa", "more")]
+    assert both[0] == both[1] and len(both[0]) == 4 and len(found) == 8
+    names = [found.number(scan_key(there[name]["root"], Scan("a.png"))) for name in ("vqa", "more")]
+    assert names[0] != names[1]
+
+
+def test_two_scans_with_one_key():
+    """The same facts twice are one scan; others would make one of them read as the other."""
+    columns = (np.array([5, 9, 5], np.uint64), np.array([7, 8, 7]), np.array([0, 1, 0]), np.ones((3, 4), np.int32))
+    assert len(Scans(*columns)) == 2
+    columns[2][2] = 3
+    with pytest.raises(ValueError, match="two scans with one key"):
+        Scans(*columns)
 
 
 def _window(text: str):

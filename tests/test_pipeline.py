@@ -11,10 +11,13 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from practice import practice
 
 from input_pipeline.datasets import sample_rng
+from input_pipeline.index import SCANS
 from input_pipeline.pipeline import Batch, Mixture, PackingReport, Rows, batches, prefetch
 from input_pipeline.planes import planes
 from input_pipeline.rows import RowInfo, RowMaker, SampleInRow
@@ -373,7 +376,7 @@ def test_records_of_other_sizes_are_refused(config):
         maker.index.check_records({"storage": "uint8", "size_2d": 32})
 
 
-def test_gray_scans_need_one_channel(config):
+def test_gray_scans_need_one_channel(config, tmp_path):
     """The same row, its planes named once instead of three times; colour is refused by name."""
     three, one = RowMaker(config, "train", True), RowMaker(dataclasses.replace(config, channels=1), "train", True)
     samples = np.arange(6)
@@ -381,10 +384,12 @@ def test_gray_scans_need_one_channel(config):
     whole, gray = (maker.load(planned, 0, 0, 0)[0] for maker in (three, one))
     np.testing.assert_array_equal(whole["plane_index"], np.repeat(gray["plane_index"], 3, axis=-1))
     assert all((whole[name] == gray[name]).all() for name in whole if name != "plane_index")
-    key = next(iter(one.facts))
-    one.facts[key] = dataclasses.replace(one.facts[key], shape=(*one.facts[key].shape[:3], 3))
-    with pytest.raises(ValueError, match=f"data.channels is 1, but 1 scans are in colour, such as {key[1]}"):
-        one.check_channels()
+    in_colour = shutil.copytree(config.index, tmp_path / "index")
+    lines = pq.read_table(in_colour / "scans.parquet").to_pylist()
+    path, lines[0]["channels"] = lines[0]["path"], 3
+    pq.write_table(pa.Table.from_pylist(lines, SCANS), in_colour / "scans.parquet")
+    with pytest.raises(ValueError, match=f"data.channels is 1, but 1 scans are in colour, such as {path}: make it 3"):
+        RowMaker(dataclasses.replace(config, channels=1, index=str(in_colour)), "train", True)
 
 
 def test_sources_come_by_name(config):

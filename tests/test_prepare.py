@@ -128,7 +128,7 @@ def test_the_index_is_what_training_opens(indexed):
         for i in range(len(dataset)):
             for scan in dataset.scans(i):
                 voxels, _ = scans.read(dataset.root / scan.path)
-                assert known[scan_key(dataset.root, scan)].shape[:3] == voxels.shape[:3]
+                assert known[known.number(scan_key(dataset.root, scan))].shape[:3] == voxels.shape[:3]
     assert report["rows"]["good"] == sum(len(dataset) for dataset in opened.values())
     assert report["scans"] == {"good": 56, "bad": 0}
     assert set(os.listdir(out)) == {
@@ -145,9 +145,9 @@ def test_rows_and_scans_are_those_of_the_first_epoch(indexed):
     rows = pq.read_table(out / "rows.parquet").to_pylist()
     counted = [(line["source"], line["tokens"]) for line in rows if line["source"] in config.train]
     assert counted == list(zip(np.repeat(maker.names, np.diff(maker.starts)), measured.tokens, strict=True))
-    sizes = {(line["root"], line["path"]): (line["patches"], line["planes"]) for line in facts(out).values()}
-    keys = list(maker.facts)
-    assert [sizes[keys[k][:2]] for k in measured.scans] == list(zip(measured.patches, measured.planes, strict=True))
+    number = lambda line: maker.scans.number(tuple(line[k] for k in ("root", "path", "volume", "window")))  # noqa: E731
+    sizes = {number(line): (line["patches"], line["planes"]) for line in facts(out).values()}
+    assert [sizes[k] for k in measured.scans] == list(zip(measured.patches, measured.planes, strict=True))
 
 
 def test_facts_of_a_scan(mine, tmp_path):

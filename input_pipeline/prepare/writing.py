@@ -57,7 +57,8 @@ def write_scans(file: Path, found: Findings, metadata: dict[bytes, bytes]) -> st
     def lines():
         for owner, scan in found.scans():
             patches, planes = (0, 0) if scan.fault else found.sizes(scan)
-            yield scan._asdict() | {"source": owner, "patches": patches, "planes": planes}
+            named = {"source": owner, "key": index.place_hash(*scan.key[1:])}
+            yield scan._asdict() | named | {"patches": patches, "planes": planes}
             shape = scan.height, scan.width, scan.depth, scan.channels
             _add(digest, owner, *scan.key[1:], scan.fault, scan.sha256, *shape, scan.record)
 

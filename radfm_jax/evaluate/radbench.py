@@ -10,12 +10,14 @@ recorded: questions.jsonl is the benchmark that every model answers.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
+from pyarrow import parquet
 
 from input_pipeline import scans
 from input_pipeline.config import unknown_fields
@@ -360,35 +362,38 @@ def leaks(questions: Iterable[Question], directory: Path | str) -> list[dict]:
       directory: the index that `prepare` wrote. Its training sources count, rows that it left out as well.
     Raises ValueError: no index.
     """
-    import pyarrow.parquet as parquet
-
-    index = Index(directory)
+    index, questions = Index(directory), list(questions)
     trained = {name for name, source in index.tables.items() if source["split"] == "train"}
-    read = lambda file, *columns: parquet.read_table(index.directory / file, columns=list(columns)).to_pylist()  # noqa: E731
+    asked = {question.study for question in questions if question.study}
     studies: dict[str, dict[str, str]] = {}  # study -> root -> source
-    for row in read("rows.parquet", "source", "study"):
-        if row["source"] in trained and row["study"]:
+    for row in _lines(index.directory / "rows.parquet", "source", "study"):
+        if row["source"] in trained and row["study"] in asked:
             studies.setdefault(row["study"], {})[index.tables[row["source"]]["root"]] = row["source"]
+    hashes: dict[str, str] = {}
+    for scan in {scan.path for question in questions for scan in question.scans}:
+        with contextlib.suppress(OSError, ValueError):  # it cannot be asked about either, which scoring will say
+            hashes[scan] = file_hash(Path(scan))
+    shown = set(hashes.values())
     files = {
         scan["sha256"]: f"{scan['source']}: {scan['path']}"
-        for scan in read("scans.parquet", "source", "path", "sha256")
-        if scan["source"] in trained and scan["sha256"]
+        for scan in _lines(index.directory / "scans.parquet", "source", "path", "sha256")
+        if scan["source"] in trained and scan["sha256"] in shown
     }
-    hashes: dict[str, str | None] = {}
     found = []
     for question in questions:
         if where := _trained_on(question, studies):
             found.append({"id": question.row_id, "kind": "study", "what": question.study, "in": where})
         for scan in question.scans:
-            if scan.path not in hashes:
-                try:
-                    hashes[scan.path] = file_hash(Path(scan.path))
-                except (OSError, ValueError):  # it cannot be asked about either, which scoring will say
-                    hashes[scan.path] = None
-            if hashes[scan.path] in files:
-                where = files[hashes[scan.path]]
+            if where := files.get(hashes.get(scan.path)):
                 found.append({"id": question.row_id, "kind": "scan", "what": scan.path, "in": where})
     return found
+
+
+def _lines(file: Path, *columns: str) -> Iterator[dict]:
+    """Of a table that may be larger than memory."""
+    with parquet.ParquetFile(file) as table:
+        for batch in table.iter_batches(columns=list(columns), use_threads=False):
+            yield from batch.to_pylist()
 
 
 def _trained_on(question: Question, studies: dict[str, dict[str, str]]) -> str:
