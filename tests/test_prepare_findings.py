@@ -1,0 +1,95 @@
+"""What `prepare` finds, in its database: millions of scans and rows are found out about one after the other."""
+
+from __future__ import annotations
+
+import itertools
+import tracemalloc
+from pathlib import Path
+
+import pytest
+
+from input_pipeline.config import DataConfig
+from input_pipeline.prepare import database, findings, summary, writing
+from input_pipeline.prepare.checking import RowFacts, ScanFacts, SourceFacts
+from input_pipeline.prepare.findings import Findings
+from input_pipeline.prepare.journal import Journal
+
+ROOT = "/data"
+CONFIG = DataConfig.from_dict(
+    {
+        split: {split: {"family": "jsonl", "root": ROOT, "table": f"{split}.jsonl"}} for split in ("train", "test")
+    } | {"tokenizer": "none"}
+)  # fmt: skip
+
+
+def made(directory: Path, rows: int) -> dict:
+    """All that a run over so many rows does with what it finds, each row with a scan of its own."""
+    with database.opened() as db:
+        tables = {name: SourceFacts(ROOT, name, rows // 2, [], {}, []) for name in ("train", "test")}
+        found = Findings(CONFIG, tables, dict.fromkeys(tables, ""), db)
+        every = ((name, i) for name in tables for i in range(rows // 2))
+        while chunk := list(itertools.islice(every, 100)):
+            keys = [(ROOT, f"{name}/study{i:08d}/image.png", -1, "") for name, i in chunk]
+            found.list_scans(chunk, [(key,) for key in keys])
+            # Each scan of a kind is another file; every tenth of train stands in test as well.
+            same = [i if i % 10 == 0 else f"{name} {i}" for name, i in chunk]
+            found.add_scans(
+                ScanFacts(*key, format="png", height=32, width=32, depth=1, channels=1, sha256=str(n), stamp="1")
+                for key, n in zip(keys, same, strict=True)
+            )
+            found.add_rows(
+                chunk, [RowFacts(f"{name}{i}", "vqa", f"s{n}", 40, 10, 2, 20, (0,), (f"s{n}",), number=i)
+                        for (name, i), n in zip(chunk, same, strict=True)]
+            )  # fmt: skip
+        report = summary.report(found)
+        writing.write_scans(directory / "scans.parquet", found, {})
+        writing.write_rows(directory / "rows.parquet", found)
+        report["leaks"] = writing.write_lines(directory / "leaks.jsonl", findings.leaks(found))
+        report["duplicates"] = writing.write_lines(directory / "duplicates.jsonl", findings.duplicates(found))
+        assert writing.write_lines(directory / "quarantine.jsonl", findings.quarantine(found)) == 0
+    return report
+
+
+def test_memory_does_not_grow_with_the_rows(tmp_path, monkeypatch):
+    """Of Python's objects, which SQLite's pages, of a cache of one size, are none of: 200 bytes a row would be seen."""
+    monkeypatch.setattr(writing, "BATCH", 200)
+    peaks = []
+    for rows in (400, 400, 4000):  # the first time things are imported
+        tracemalloc.start()
+        report = made(tmp_path, rows)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert report["rows"]["good"] == report["scans"]["good"] == rows
+        assert report["leaks"] == 2 * rows // 20 and report["duplicates"] == rows // 20
+        assert report["splits"]["train"]["instruction"]["median"] == 20
+    assert peaks[2] - peaks[1] < 200 * 3600
+
+
+def test_no_room_for_the_database(monkeypatch):
+    monkeypatch.setattr(database, "CACHE", 1)
+    with pytest.raises(OSError, match="TMPDIR") as caught, database.opened() as db:
+        db.execute("PRAGMA max_page_count = 50")
+        db.executemany("INSERT INTO sources VALUES (?, ?, ?, ?)", ((i, "x" * 1000, "", "") for i in range(1000)))
+    assert "full" in str(caught.value)
+
+
+def test_a_fault_of_ours_is_no_full_disk():
+    with pytest.raises(database.sqlite3.OperationalError, match="no such table"), database.opened() as db:
+        db.execute("SELECT * FROM nowhere")
+
+
+def test_what_is_known_comes_back_as_it_was(tmp_path):
+    """Facts of every kind through the journal: a stamp lets them be known, a later line replaces an earlier one."""
+    first = ScanFacts(ROOT, "ct.nii.gz", 1, '"lung"', spacing=(0.5, None, 2.0), low=-1024.5, high=3071.0, stamp="1")
+    other = ScanFacts(ROOT, "ä.png", -1, "", fault="damaged", reason="it is cut", stamp="2")
+    with database.opened() as db:
+        journal = Journal(tmp_path, db)
+        journal.start(None)
+        journal.append([first._replace(low=0.0), other, ScanFacts(ROOT, "b.png", -1, "")])
+        journal.append([first])
+        journal.close()
+    with database.opened() as db:
+        again = Journal(tmp_path, db)
+        assert again.known(first.key)._replace(spacing=tuple(again.known(first.key).spacing)) == first
+        assert again.known(other.key)[:-1] == other._replace(spacing=[])[:-1]
+        assert db.execute("SELECT COUNT(*) FROM known").fetchone() == (2,)
