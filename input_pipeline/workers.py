@@ -9,7 +9,7 @@
        +-- keeper: make() -- fork: worker 0  worker 1 ...
 
 The keeper is a fresh process, free of the caller's threads and accelerators. It makes the state once and forks the
-workers, which share its memory (tables of millions of rows) instead of holding a copy each.
+workers, which share its memory and its open files (rows of tables, on disk) instead of holding a copy each.
 
 What a task raises arrives as it was raised. A worker that dies (killed, out of memory, a crash in a decoder) or says
 nothing for `timeout` seconds ends every task with WorkerError, which names the task and the file it was at. When the

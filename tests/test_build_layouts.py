@@ -27,13 +27,12 @@ def test_json_by_rows_is_json_whole(tmp_path, indent, monkeypatch):
     items = [CASE | {"finding": f'Größe \\u00fc " {k}', "n": k * 1.5} for k in range(50)] + [7, 123456, "x", None]
     file = tmp_path / "a.json"
     file.write_text(" " + json.dumps(items, indent=indent, ensure_ascii=False) + " \n", encoding="utf-8")
-    whole, problems = tables.read_json(file, ("npy_path",))
     for size in (1, 7, 1000):
         real = tables._open
         monkeypatch.setattr(tables, "_blocks", lambda f, size=size: iter(lambda: opened.read(size), ""))
         with real(file) as opened:
             good, bad = split_up(tables.stream_json(file, ("npy_path",)))
-        assert good == whole and bad == [(p.row, p.reason) for p in problems] and len(bad) == 4
+        assert good == list(enumerate(items[:50], 1)) and [row for row, _ in bad] == [51, 52, 53, 54]
 
 
 @pytest.mark.parametrize(("text", "row", "words"), [
@@ -47,8 +46,21 @@ def test_json_that_is_none(tmp_path, text, row, words):
     with pytest.raises(RowError, match=words) as caught:
         list(tables.stream_json(tmp_path / "a.json", ("a",)))
     assert caught.value.row == row
-    with pytest.raises(RowError):
-        tables.read_json(tmp_path / "a.json", ("a",))
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_lines_of_json_are_told(tmp_path, size, monkeypatch):
+    """Wherever blocks end: they are those of an editor."""
+    monkeypatch.setattr(tables, "_blocks", lambda f: iter(lambda: opened.read(size), ""))
+    file, data = tmp_path / "a.json", b'[\n{"a": 1},\n{"a":\n "x\xffy"},\n{"a": 2}\n, {"a": 3,\n}]'
+    file.write_bytes(data)
+    with tables._open(file) as opened:
+        rows, found = tables.stream_json(file, ("a",)), []
+        with pytest.raises(RowError, match=rf"not valid JSON: .*: line 7 \(char {len(data) - 2}\)") as caught:
+            found.extend(rows)
+    good, bad = split_up(found)
+    assert caught.value.row == 4 and good == [(1, {"a": 1}), (3, {"a": 2})]
+    assert bad == [(2, "line 4 is not UTF-8 (byte 0xff)")]
 
 
 def test_csv_by_rows(tmp_path):
@@ -58,7 +70,8 @@ def test_csv_by_rows(tmp_path):
     good, bad = split_up(rows)
     assert header == ["b", "a"] and good == [(1, {"b": "1", "a": "2"}), (4, {"b": "x\ny", "a": "2"})]
     assert [row for row, _ in bad] == [2, 3] and "not valid UTF-8" in bad[0][1]
-    assert len(tables.read_csv(file, ("a",))[1]) == 3, "readers look at the text of a cell when they use it"
+    good, _ = split_up(tables.stream_csv(file, ("a",))[1])
+    assert [row for row, _ in good] == [1, 2, 4], "readers look at the text of a cell when they use it"
 
 
 def test_tables_are_whole_or_not_there(tmp_path):
@@ -109,7 +122,7 @@ def test_a_group_keeps_its_side_when_rows_are_added_before_it(tmp_path):
         more = [(f"9{k}.png", "What?", "A") for k in range(added)] + [("5.png", "Again?", "B")] * (added > 0)
         write_csv(place / "t.csv", ("image_path", "question", "answer"), *more, *rows)
         splits.build(["rad3d_vqa=t.csv"], place, place / "out", options)
-        lines = tables.read_csv(place / "out" / "t.csv", ("image_path", "question", "split"))[1]
+        _, lines = tables.stream_csv(place / "out" / "t.csv", ("image_path", "question", "split"))
         sides.append({r["image_path"]: r["split"] for _, r in lines if r["question"] == "What?"})
     assert sides[0].items() <= sides[1].items() and set(sides[0].values()) == {"train", "test"}
 
@@ -120,7 +133,7 @@ def test_balance_in_each_split(tmp_path):
     rows += [(f"t{k}.png", "Edema", "0", "test") for k in range(4)]
     write_csv(tmp_path / "t.csv", ("image_path", "disease", "label", "split"), *rows)
     report = radmd.build(["diagnosis=t.csv"], tmp_path, tmp_path / "out", {})
-    left = tables.read_csv(tmp_path / "out" / "t.csv", ("label", "split"))[1]
+    _, left = tables.stream_csv(tmp_path / "out" / "t.csv", ("label", "split"))
     assert [r["split"] for _, r in left] == ["train"] * 10 and report["counts"]["t.csv: dropped by balance"] == 4
 
 

@@ -80,10 +80,11 @@ Reader = Callable[[Path, Policy, Result], Iterator[Image]]
 
 def _rows(file: Path, required, result: Result, optional=()) -> Iterator[tuple[int, dict]]:
     """Rows of a CSV file, those that cannot be read being reported."""
-    _, rows, problems = tables.read_csv(file, required, optional)
-    for problem in problems:
-        result.problem(problem.file, problem.row, problem.reason, problem.remedy)
-    for number, cells in rows:
+    for row in tables.stream_csv(file, required, optional)[1]:
+        if isinstance(row, RowError):
+            result.problem(row.file, row.row, row.reason, row.remedy)
+            continue
+        number, cells = row
         bad = next(((name, why) for name, text in cells.items() if (why := tables.bad_text(text))), None)
         if bad:
             result.count("rows that cannot be used")

@@ -99,7 +99,7 @@ def opened(named: list[Named], result: Result) -> Iterator[tuple[Named, Dataset]
 def build(specs, root, directory, options: dict, progress=jobs.silent, said=None) -> dict:
     """Writes the tables with their splits; returns the report. Raises ValueError.
 
-    In memory are one table at a time, as training has it, the names of studies, scans and rows, and hashes.
+    In memory are the names of studies, scans and rows, and hashes.
     """
     root, directory = Path(root).absolute(), Path(directory).absolute()
     result, report = Result(), Report(directory, "splits", {"root": str(root), "tables": specs} | options)

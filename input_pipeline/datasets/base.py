@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import abc
+import copy
 import dataclasses
+import functools
 import hashlib
 import pathlib
 import re
+from array import array
+from collections.abc import Iterator
 from typing import ClassVar, Protocol
 
 import numpy as np
 
 from input_pipeline.datasets import tables
+from input_pipeline.datasets.store import Store, digest, first_equal
 from input_pipeline.datasets.tables import Row, TableError
 from input_pipeline.samples import RowError, Sample, Scan, Task, Text
 
@@ -95,7 +100,7 @@ class TableDataset(abc.ABC):
     """A data set whose rows stand in one CSV or JSON file.
 
     A family says which columns it needs, how a row becomes a compact value (`parse`, once, when the table is read) and
-    how that value becomes the parts of a sample (`parts`, for each epoch).
+    how that value becomes the parts of a sample (`parts`, for each epoch). The values lie on disk (store.py).
 
     Attributes:
       table: the file; a relative path is below the root.
@@ -137,8 +142,9 @@ class TableDataset(abc.ABC):
         self.left_out: dict[str, int] = {}
         self.duplicates: list[tuple[int, int]] = []
         self.problems: list[RowError] = []
-        self._npy: dict[str, tuple[Scan, ...]] = {}
-        self._rows, self._numbers = [], []
+        # Of a path of this data set. A header is asked for several times in a row, seldom again.
+        self.npy_scans = functools.lru_cache(1 << 12)(functools.partial(npy_scans, self.root))
+        self._numbers = array("q")
         self._read()
         self.problems.sort(key=lambda p: p.row if isinstance(p.row, int) else 0)
         counted = f"{self.file}: {len(self.problems)} bad rows, {len(self._rows)} good ones"
@@ -151,33 +157,45 @@ class TableDataset(abc.ABC):
             raise RowError(self.file, 0, reason, "check the table and the split")
 
     def _read(self) -> None:
-        if self.layout == "csv":
-            self.header, rows, self.problems = tables.read_csv(self.file, self.required, (*self.extra, "split"))
-        elif self.layout == "json":
-            rows, self.problems = tables.read_json(self.file, self.required)
-        else:
-            rows, self.problems = tables.read_jsonl(self.file)
-        self.problems += self._keep(rows)
+        digests = bytearray()
+        self._rows = Store(self._good(digests))
+        first = first_equal(digests)
+        repeated = np.flatnonzero(first != np.arange(len(first))).tolist()
+        self.duplicates = [(self._numbers[k], self._numbers[first[k]]) for k in repeated]
         self.problems += self.finish()
 
-    def _keep(self, rows) -> list[RowError]:
-        problems, seen = [], {}
-        make = lambda number, cells: Row(self.file, number, cells, self.root, self.strip)  # noqa: E731
-        for number, value in tables.parse_rows(rows, self._parse, make):
-            if isinstance(value, RowError):
-                problems.append(value)
-            elif isinstance(value, LeftOut):
+    def _stream(self) -> Iterator[tuple[int, dict] | RowError]:
+        if self.layout == "csv":
+            self.header, rows = tables.stream_csv(self.file, self.required, (*self.extra, "split"))
+            return rows
+        if self.layout == "json":
+            return tables.stream_json(self.file, self.required)
+        return tables.stream_jsonl(self.file)
+
+    def _good(self, digests: bytearray) -> Iterator:
+        """The values of the good rows, whose numbers and digests are noted, and what becomes of the others."""
+        for row in self._stream():
+            if isinstance(row, RowError):
+                self.problems.append(row)
+                continue
+            number, cells = row
+            try:
+                value = self._parse(Row(self.file, number, cells, self.root, self.strip))
+            except RowError as error:
+                self.problems.append(copy.copy(error))  # the error itself holds the stack, and in it the row
+                continue
+            if isinstance(value, LeftOut):
                 self.left_out[value] = self.left_out.get(value, 0) + 1
-            else:
-                self._rows.append(value)
-                self._numbers.append(number)
-        for number, value in zip(self._numbers, self._rows, strict=True):
-            key = hashlib.blake2b(repr(self.content(value)).encode("utf-8"), digest_size=12).digest()
-            if key in seen:
-                self.duplicates.append((number, seen[key]))
-            else:
-                seen[key] = number
-        return problems
+                continue
+            self._numbers.append(number)
+            digests += digest(repr(self.content(value)))
+            yield value
+
+    def _select(self, kept: np.ndarray) -> None:
+        """Goes on with those of the good rows for which bool[rows] is true."""
+        if not kept.all():
+            self._rows = self._rows.select(kept)
+            self._numbers = array("q", np.asarray(self._numbers)[kept].tobytes())
 
     def _parse(self, row: Row):
         split = row.cells.get("split")
@@ -243,13 +261,6 @@ class TableDataset(abc.ABC):
         """What must stay on one side of a split: the study named in the path, or the path itself."""
         match = self._study.search(path)
         return next((g for g in match.groups() if g), path) if match else path
-
-    def npy_scans(self, path: str) -> tuple[Scan, ...]:
-        """`npy_scans` of a path of this data set, each header read once."""
-        scans = self._npy.get(path)
-        if scans is None:
-            scans = self._npy[path] = npy_scans(self.root, path)
-        return scans
 
     def _blame(self, i: int, error: ValueError) -> RowError:
         return RowError(self.file, self.row_id(i), str(error), "correct the file or remove the row")

@@ -18,6 +18,7 @@ import numpy as np
 from input_pipeline import prompts
 from input_pipeline.datasets import diseases
 from input_pipeline.datasets.base import TableDataset, ask
+from input_pipeline.datasets.store import digest, first_equal
 from input_pipeline.samples import RowError, Sample, Scan
 
 # What the label of a yes/no table says.
@@ -108,29 +109,22 @@ class Diagnosis(TableDataset):
     # Yes/no tables.
 
     def _refuse_contradictions(self) -> list[RowError]:
-        problems, first, kept = [], {}, []
-        for k, ((scan, disease, present), number) in enumerate(zip(self._rows, self._numbers, strict=True)):
-            key = scan.path, diseases.canonical(disease)
-            earlier = first.setdefault(key, (present, number))
-            if earlier[0] != present:
-                reason = f"{disease!r} is {int(present)} for {scan.path}, but {int(earlier[0])} in row {earlier[1]}"
-                problems.append(RowError(self.file, number, reason, "keep one of the two rows"))
-            else:
-                kept.append(k)
+        digests, present = bytearray(), bytearray()
+        for scan, disease, flag in self._rows:
+            digests += digest(repr((scan.path, diseases.canonical(disease))))
+            present.append(flag)
+        first, flags = first_equal(digests), np.frombuffer(present, bool)
+        denies = flags != flags[first]
         # The earlier row of a contradiction is no better than the later one.
-        bad = {(self._rows_at(p.row)[0].path, diseases.canonical(self._rows_at(p.row)[1])) for p in problems}
-        is_bad = lambda k: (self._rows[k][0].path, diseases.canonical(self._rows[k][1])) in bad  # noqa: E731
-        for k in filter(is_bad, kept):
-            reason = (
-                f"{self._rows[k][1]!r} is {int(self._rows[k][2])} for {self._rows[k][0].path}, but not in a later row"
-            )
+        bad = np.isin(first, first[denies])
+        problems = []
+        for k in np.flatnonzero(bad).tolist():
+            scan, disease, flag = self._rows[k]
+            other = f"{int(flags[first[k]])} in row {self._numbers[first[k]]}" if denies[k] else "not in a later row"
+            reason = f"{disease!r} is {int(flag)} for {scan.path}, but {other}"
             problems.append(RowError(self.file, self._numbers[k], reason, "keep one of the two rows"))
-        kept = [k for k in kept if not is_bad(k)]
-        self._rows, self._numbers = [self._rows[k] for k in kept], [self._numbers[k] for k in kept]
+        self._select(~bad)
         return problems
-
-    def _rows_at(self, number: int):
-        return self._rows[int(np.searchsorted(self._numbers, number))]
 
     def _pair(self) -> list[RowError]:
         sides: dict[str, tuple[list[int], list[int]]] = {}

@@ -17,7 +17,10 @@ import difflib
 import fnmatch
 import re
 
+import numpy as np
+
 from input_pipeline.datasets.base import LeftOut, TableDataset
+from input_pipeline.datasets.store import digest, first_equal
 from input_pipeline.datasets.tables import Row
 from input_pipeline.samples import TASKS, RowError, Scan, Text
 from input_pipeline.tokens import parse_marks
@@ -56,17 +59,22 @@ class JSONL(TableDataset):
             return LeftOut("another id")
         return parse_object(row)
 
+    def _good(self, digests):
+        self._ids = bytearray()
+        for value in super()._good(digests):
+            self._ids += digest(value[0])
+            yield value
+
     def finish(self):
         """Identifiers that stand twice: the later rows are problems."""
-        problems, first, kept = [], {}, []
-        for k, (row_id, *_) in enumerate(self._rows):
-            if row_id in first:
-                reason = f"id {row_id!r} stands already in row {self._numbers[first[row_id]]}"
-                problems.append(RowError(self.file, self._numbers[k], reason, "make the ids of a file differ"))
-            else:
-                first[row_id] = k
-                kept.append(k)
-        self._rows, self._numbers = [self._rows[k] for k in kept], [self._numbers[k] for k in kept]
+        first = first_equal(self._ids)
+        del self._ids
+        own = first == np.arange(len(first))
+        problems = []
+        for k in np.flatnonzero(~own).tolist():
+            reason = f"id {self._rows[k][0]!r} stands already in row {self._numbers[first[k]]}"
+            problems.append(RowError(self.file, self._numbers[k], reason, "make the ids of a file differ"))
+        self._select(own)
         return problems
 
     def row_id(self, i):
@@ -96,7 +104,7 @@ def parse_object(row: Row) -> tuple[str, str, str | None, tuple[Text | Scan, ...
         meant = f"did you mean {near[0]!r}? " if near else ""
         raise row.error(f"unknown keys: {', '.join(map(repr, unknown[:10]))}", f"{meant}known: {', '.join(KEYS)}")
     row_id, task = row.text("id", literal=True), row.choice("task", TASKS)
-    if any(ord(c) < 32 for c in row_id):
+    if min(row_id) < " ":
         raise row.error(f"id {row_id!r} holds a control character")
     scans = scans_of_row(row)
     wanted, banned = (("text",), ("context", "instruction", "response"))

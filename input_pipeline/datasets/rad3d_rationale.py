@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import sys
 
 from input_pipeline import prompts
 from input_pipeline.datasets import diseases
@@ -50,7 +51,7 @@ class Rad3DRationale(TableDataset):
 
     def finish(self):
         # Every title counts as often as it occurs; an article's name that is never a title counts once.
-        self._pool = [title for _, _, title, *_ in self._rows if not diseases.is_normal(title)]
+        self._pool = [sys.intern(title) for _, _, title, *_ in self._rows if not diseases.is_normal(title)]
         titles = {diseases.canonical(title) for title in self._pool}
         for _, _, _, names, *_ in self._rows:
             for name in names:

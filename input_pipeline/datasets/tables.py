@@ -11,18 +11,22 @@ import contextlib
 import csv
 import dataclasses
 import io
+import itertools
 import json
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
+from input_pipeline.datasets.store import Store
 from input_pipeline.samples import RowError, Scan
 
 # Longer than any caption, report or case history by a factor of ten; a cell beyond it is a broken quote or an attack.
 MAX_CELL = 1_000_000
 # What a table program writes for an empty cell. Not text: a model would learn to say it.
 EMPTY_WORDS = frozenset({"", "nan", "none", "null", "<na>"})
+_LITERAL = EMPTY_WORDS - {"none"}
+_LONGEST = max(map(len, EMPTY_WORDS))
 SHOWN = 20
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
@@ -113,8 +117,8 @@ class Row:
         if reason:
             raise self.error(f"{column} {reason}", "write the table as UTF-8 text")
         value = value.replace("\r\n", "\n").strip()
-        blank = EMPTY_WORDS - {"none"} if literal else EMPTY_WORDS
-        return "" if value.casefold() in blank else value
+        blank = _LITERAL if literal else EMPTY_WORDS
+        return "" if len(value) <= _LONGEST and value.casefold() in blank else value
 
     def choice(self, column: str, choices) -> str:
         value = self.text(column)
@@ -187,37 +191,6 @@ def decode(file: pathlib.Path) -> str:
     return data.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
 
 
-def read_csv(file: pathlib.Path, required, optional=()) -> tuple[list[str], list[tuple[int, dict]], list[RowError]]:
-    """Reads a CSV file with a header.
-
-    Returns:
-      header: the column names; rows: (number, {column: cell}) with the required and optional columns only; problems.
-    Raises:
-      RowError: row 0 for the header; the row in which a quote stays open until the end of the file.
-    """
-    header, found = _stream_csv(file, _lines(file), tuple(required), tuple(optional))
-    rows, problems = [], []
-    # Tables repeat themselves (one case history for ten questions): equal cells share one string.
-    seen: dict[str, str] = {}
-    for row in found:
-        if isinstance(row, RowError):
-            problems.append(row)
-        else:
-            rows.append((row[0], {name: seen.setdefault(cell, cell) for name, cell in row[1].items()}))
-    return header, rows, problems
-
-
-def stream_csv(file: pathlib.Path, required, optional=()) -> tuple[list[str], Iterator[tuple[int, dict] | RowError]]:
-    """The same row by row, for tables larger than memory, each row a problem or good.
-
-    Args:
-      optional: None: every column that stands there once; cells that are no text are problems then, as they go on.
-    Returns:
-      header: the columns that rows have, in their order, if `optional` is None.
-    """
-    return _stream_csv(file, _lines(file), tuple(required), None if optional is None else tuple(optional))
-
-
 @contextlib.contextmanager
 def _open(file: pathlib.Path, newline: str = "") -> Iterator[io.TextIOBase]:
     """The text that `decode` has."""
@@ -274,8 +247,18 @@ def _records(text: Iterable[str]) -> Iterator[tuple[int, list[str], str]]:
         raw.clear()
 
 
-def _stream_csv(file, lines, required, optional):
-    records = _records(lines)
+def stream_csv(file: pathlib.Path, required, optional=()) -> tuple[list[str], Iterator[tuple[int, dict] | RowError]]:
+    """Reads a CSV file with a header row by row.
+
+    Args:
+      optional: None: every column that stands there once; cells that are no text are problems then, as they go on.
+    Returns:
+      header: the column names; those that rows have, in their order, if `optional` is None.
+      rows: (number, {column: cell}) with the required and optional columns only, or a problem.
+    Raises:
+      RowError: row 0 for the header, at once; the row in which a quote stays open until the end of the file.
+    """
+    records = _records(_lines(file))
     try:
         _, cells, fault = next(records)
     except StopIteration:
@@ -320,7 +303,7 @@ def _rows(file, records, length: int, wanted, checked: bool) -> Iterator[tuple[i
 
 def parse_json(text: str):
     """json.loads that refuses NaN, infinities and a key that stands twice. Raises ValueError."""
-    return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
+    return _DECODER.decode(text)
 
 
 def _refuse_constant(name):
@@ -335,43 +318,43 @@ def _unique_keys(pairs):
     return out
 
 
-def load_json(file: pathlib.Path):
-    """The value of a whole JSON file. Raises RowError with row 0."""
-    text = decode(file)
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
+
+
+def _bad_byte(text: str) -> tuple[int, str] | None:
+    """Where the first byte stands that `decode` found to be no UTF-8, and which it is."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        line, byte = text.count("\n", 0, error.start) + 1, ord(text[error.start]) - 0xDC00
-        raise RowError(file, 0, f"line {line} is not UTF-8 (byte 0x{byte:02x})", "save it as UTF-8") from None
+        return error.start, f"byte 0x{ord(text[error.start]) - 0xDC00:02x}"
+    return None
+
+
+def load_json(file: pathlib.Path):
+    """The value of a whole JSON file. Raises RowError with row 0."""
+    text = decode(file)
+    if bad := _bad_byte(text):
+        line = text.count("\n", 0, bad[0]) + 1
+        raise RowError(file, 0, f"line {line} is not UTF-8 ({bad[1]})", "save it as UTF-8")
     try:
         return parse_json(text)
     except (ValueError, RecursionError) as error:
         raise RowError(file, 0, f"the file is not valid JSON: {_short(error)}", "write it anew as UTF-8 JSON") from None
 
 
-def read_json(file: pathlib.Path, required) -> tuple[list[tuple[int, dict]], list[RowError]]:
-    """Reads a JSON file that is a list of objects; rows are counted from 1."""
-    value = load_json(file)
-    if not isinstance(value, list):
-        raise RowError(file, 0, f"a list of objects is needed, got {type(value).__name__}", "see docs/data_layouts.md")
-    rows, problems = [], []
-    for number, item in enumerate(value, 1):
-        keep_object(file, number, item, required, rows, problems)
-    return rows, problems
-
-
 def stream_json(file: pathlib.Path, required) -> Iterator[tuple[int, dict] | RowError]:
-    """The same row by row, for files larger than memory: each row a problem or good.
+    """Reads a JSON file that is a list of objects row by row; rows are counted from 1, each a problem or good.
 
     Raises:
       RowError: with the number of the row from which on the file is no JSON.
     """
-    decoder = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
     blocks, text, at, number, whole = _blocks(file), "", 0, 0, False
+    lines, characters = 1, 0  # before `text`
 
     def more() -> None:
-        nonlocal text, at, whole
+        nonlocal text, at, lines, characters, whole
         block = next(blocks, "")
+        lines, characters = lines + text.count("\n", 0, at), characters + at
         text, at, whole = text[at:] + block, 0, not block
 
     def following() -> str:
@@ -382,8 +365,12 @@ def stream_json(file: pathlib.Path, required) -> Iterator[tuple[int, dict] | Row
                 return text[at : at + 1]
             more()
 
-    def broken(error) -> RowError:
-        return RowError(file, number, f"the file is not valid JSON: {_short(error)}", "write it anew as UTF-8 JSON")
+    def line(place: int) -> int:
+        return lines + text.count("\n", 0, place)
+
+    def broken(reason: str, place: int) -> RowError:
+        reason = f"the file is not valid JSON: {reason}: line {line(place)} (char {characters + place})"
+        return RowError(file, number, reason, "write it anew as UTF-8 JSON")
 
     first = following()
     if first != "[":
@@ -396,29 +383,30 @@ def stream_json(file: pathlib.Path, required) -> Iterator[tuple[int, dict] | Row
             following()
             while True:
                 try:
-                    value, end = decoder.raw_decode(text, at)
+                    value, end = _DECODER.raw_decode(text, at)
                     if end < len(text) or whole:  # else a number may go on in the next block
                         break
                 except (ValueError, RecursionError) as error:
                     if whole or len(text) - at > _MOST:
-                        raise broken(error) from None
+                        # What JSON itself says of the place counts from the block's beginning.
+                        raise broken(getattr(error, "msg", _short(error)), getattr(error, "pos", at)) from None
                 more()
-            good = not bad_text(text[at:end])
+            bad = _bad_byte(text[at:end])
+            if bad:
+                yield RowError(file, number, f"line {line(at + bad[0])} is not UTF-8 ({bad[1]})", "save it as UTF-8")
+            else:
+                yield _object(file, number, value, required)
             at = end
-            rows: list = []
-            if good:
-                keep_object(file, number, value, required, rows, rows)
-            yield rows[0] if good else RowError(file, number, "is no UTF-8 text, or too long", "write it as UTF-8")
             mark = following()
             at += 1
             if mark == "]":
                 break
             if mark != ",":
-                raise broken("',' or ']' is missing after the row")
+                raise broken("',' or ']' is missing after the row", at - 1)
     else:
         at += 1
     if following():
-        raise broken("something follows the list")
+        raise broken("something follows the list", at)
 
 
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -431,7 +419,7 @@ def _blocks(file: pathlib.Path) -> Iterator[str]:
             yield block
 
 
-_kept: dict[pathlib.Path, tuple[list, list]] | None = None
+_kept: dict[pathlib.Path, Store] | None = None
 
 
 @contextlib.contextmanager
@@ -445,35 +433,23 @@ def kept() -> Iterator[None]:
         _kept = None
 
 
-def read_jsonl(file: pathlib.Path) -> tuple[list[tuple[int, dict]], list[RowError]]:
-    """Reads JSON Lines: one object a line, blank lines are problems; rows are lines. Objects are not to be changed."""
+def stream_jsonl(file: pathlib.Path) -> Iterator[tuple[int, dict] | RowError]:
+    """Reads JSON Lines row by row: one object a line, blank lines are problems; rows are lines."""
     if _kept is None:
-        return _read_jsonl(file)
+        return _json_rows(file)
     if file not in _kept:
         _kept.clear()  # one table at a time: they can be large
-        _kept[file] = _read_jsonl(file)
-    rows, problems = _kept[file]
-    return list(rows), list(problems)
+        rows = _json_rows(file)
+        _kept[file] = Store(iter(lambda: list(itertools.islice(rows, 64)), []))  # a third faster than one by one
+    return itertools.chain.from_iterable(_kept[file])
 
 
-def _read_jsonl(file: pathlib.Path) -> tuple[list[tuple[int, dict]], list[RowError]]:
-    rows, problems = [], []
-    lines = decode(file).split("\n")
-    if lines and not lines[-1].strip():
-        lines.pop()
-    for row in _json_rows(file, lines):
-        (problems if isinstance(row, RowError) else rows).append(row)
-    return rows, problems
-
-
-def stream_jsonl(file: pathlib.Path) -> Iterator[tuple[int, dict] | RowError]:
-    """The same row by row, for files larger than memory."""
+def _json_rows(file) -> Iterator[tuple[int, dict] | RowError]:
     # Not "universal" line ends: a lone carriage return is white space of JSON, no line end.
-    return _json_rows(file, (line.removesuffix("\n") for line in _lines(file, "\n")))
-
-
-def _json_rows(file, lines: Iterable[str]) -> Iterator[tuple[int, dict] | RowError]:
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(_lines(file, "\n"), 1):
+        if not line.endswith("\n") and not line.strip():
+            return  # white space after the last line
+        line = line.removesuffix("\n")
         reason = bad_text(line)
         if not reason and not line.strip():
             reason = "is blank"
@@ -485,29 +461,16 @@ def _json_rows(file, lines: Iterable[str]) -> Iterator[tuple[int, dict] | RowErr
         except (ValueError, RecursionError) as error:
             yield RowError(file, number, f"not valid JSON: {_short(error)}", "one JSON object a line")
             continue
-        kept: list = []
-        keep_object(file, number, value, (), kept, kept)
-        yield kept[0]
+        yield _object(file, number, value)
 
 
-def keep_object(file, number, value, required, rows: list, problems: list) -> None:
+def _object(file, number: int, value, required=()) -> tuple[int, dict] | RowError:
     if not isinstance(value, dict):
-        problems.append(RowError(file, number, f"an object is needed, got {type(value).__name__}", "see the layout"))
-        return
+        return RowError(file, number, f"an object is needed, got {type(value).__name__}", "see the layout")
     missing = [key for key in required if key not in value]
     if missing:
-        problems.append(RowError(file, number, f"{', '.join(missing)} missing", "every object needs these keys"))
-        return
-    rows.append((number, value))
-
-
-def parse_rows(rows, make: Callable[[Row], object], row_of: Callable[[int, dict], Row]) -> Iterator[tuple]:
-    """Yields (number, parsed value or RowError) for each row."""
-    for number, cells in rows:
-        try:
-            yield number, make(row_of(number, cells))
-        except RowError as error:
-            yield number, error
+        return RowError(file, number, f"{', '.join(missing)} missing", "every object needs these keys")
+    return number, value
 
 
 def _short(error: BaseException) -> str:

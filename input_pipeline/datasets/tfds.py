@@ -29,7 +29,7 @@ class TFDS(JSONL):
     columns: dict[str, str] = dataclasses.field(default_factory=dict)
     constants: dict[str, str] = dataclasses.field(default_factory=dict)
 
-    def _read(self):
+    def _stream(self):
         if not self.split:
             raise ValueError("tfds: split is needed, e.g. split='train'")
         unknown = sorted((self.columns.keys() | self.constants.keys()) - set(KEYS))
@@ -58,20 +58,17 @@ class TFDS(JSONL):
             # TFDS raises anything from KeyError to bare Exception for a wrong split or a missing shard.
             reason = f"the data set cannot be opened: {type(error).__name__}: {str(error)[:200]}"
             raise RowError(self.file, 0, reason, "prepare it anew with file_format='array_record'") from error
-        rows = []
         for number in range(1, len(source) + 1):
             try:
                 record = wanted.deserialize_example_np(source[number - 1])
             except Exception as error:
                 reason = f"the record cannot be read: {type(error).__name__}: {str(error)[:200]}"
-                self.problems.append(RowError(self.file, number, reason, "prepare the data set anew"))
+                yield RowError(self.file, number, reason, "prepare the data set anew")
                 continue
             cells = {"id": str(number), **self.constants}
             cells |= {key: _plain(record[feature]) for key, feature in names.items()}
             # A feature cannot be absent, so an empty text stands for a key that is not there.
-            rows.append((number, {key: value for key, value in cells.items() if value != "" or key in ("id", "task")}))
-        self.problems += self._keep(rows)
-        self.problems += self.finish()
+            yield number, {key: value for key, value in cells.items() if value != "" or key in ("id", "task")}
 
     def _parse(self, row):
         # The split was chosen by TFDS; a feature of that name is none of the schema.
