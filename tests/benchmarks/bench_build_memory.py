@@ -3,7 +3,8 @@
     PYTHONPATH=. python tests/benchmarks/bench_build_memory.py [TOOL ...]
 
 Every run is a process of its own, which reads VmHWM of itself when it is done. Rows hold some 3 kB of text each, so
-that a table held in memory shows. Linux only.
+that a table held in memory shows. `findings` is what `prepare` does with what it finds, without a scan being read: more
+items than a disk of scans has. Linux only.
 """
 
 from __future__ import annotations
@@ -28,13 +29,18 @@ import sys
 if sys.argv[1] == "prepare":
     from input_pipeline.prepare.__main__ import main
     code = main(sys.argv[2:])
+elif sys.argv[1] == "findings":
+    sys.path.insert(0, "tests")
+    from test_prepare_findings import Path, made
+    code = made(Path(sys.argv[2]), int(sys.argv[3]))["leaks"] == 0
 else:
     from input_pipeline.build.__main__ import main
     code = main(sys.argv[1:])
 print("peak", next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")), code)
 """
 SIZES = {"rad3d": 200, "mpx": 200, "diagnosis": 10_000, "radmd": 500, "radmd (balance)": 5000, "splits": 1000,
-         "splits --near": 200, "statistics": 200, "pmc-casereport": 100, "vqa": 400, "prepare": 2000}  # fmt: skip
+         "splits --near": 200, "statistics": 200, "pmc-casereport": 100, "vqa": 400, "prepare": 2000,
+         "findings": 100_000}  # fmt: skip
 
 
 def text(k: int, words: int = 500) -> str:
@@ -86,6 +92,8 @@ def make(tool: str, root: Path, n: int) -> list[str]:
         table(root / "open.csv", ("image_path", "label"),
               ((f"images/of/a/set/{k:08d}.png", "Edema" if k % 3 else "No finding") for k in range(n)))  # fmt: skip
         return ["--root", str(root), "cxr_mix=open.csv"]
+    if tool == "findings":
+        return [str(root), str(n)]
     if tool == "prepare":
         phantoms.write(root / "practice", train=8, test=0, size=64, workers=0)
         with open(root / "train.jsonl", "w") as out:
@@ -119,7 +127,9 @@ def peak(tool: str, n: int, url: str) -> float:
     """MB of a process that runs the tool on n items."""
     with tempfile.TemporaryDirectory() as place:
         (root := Path(place) / "in").mkdir()
-        options = [tool.split()[0], *make(tool, root, n), "--out", str(Path(place) / "out")]
+        options = [tool.split()[0], *make(tool, root, n)]
+        if tool != "findings":
+            options += ["--out", str(Path(place) / "out")]
         if tool in ("pmc-casereport", "vqa"):
             options += ["--model", "m", "--base-url", url, "--key-variable", "", "--concurrency", "8"]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
