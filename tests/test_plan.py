@@ -129,6 +129,38 @@ def test_loops_of_unknown_length_are_said():
         hlo.traffic("")
 
 
+# A gather beside two products, each of which names it whole; before a loop, and in it.
+PIECES = textwrap.dedent("""\
+    %piece.1 (w: bf16[2,64]) -> bf16[8,64] {
+      ROOT %gather.1 = bf16[8,64]{1,0} all-gather(%w), channel_id=7, replica_groups=[1,4]<=[4], dimensions={0}
+    }
+
+    %piece.2 (w: bf16[2,64]) -> bf16[8,64] {
+      ROOT %gather.2 = bf16[8,64]{1,0} all-gather(%w), channel_id=7, replica_groups=[1,4]<=[4], dimensions={0}
+    }
+
+    %body (p: f32[]) -> f32[] {
+      %one = bf16[8,64]{1,0} fusion(%p), kind=kCustom, calls=%piece.1
+      ROOT %two = bf16[8,64]{1,0} fusion(%p), kind=kCustom, calls=%piece.2
+    }
+
+    %condition (r: f32[]) -> pred[] {
+      ROOT %opaque = pred[] custom-call(%r)
+    }
+
+    ENTRY %main (a: f32[]) -> f32[] {
+      %before.1 = bf16[8,64]{1,0} fusion(%a), kind=kCustom, calls=%piece.1
+      %before.2 = bf16[8,64]{1,0} fusion(%a), kind=kCustom, calls=%piece.2
+      ROOT %loop = f32[] while(%a), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+    }
+    """)
+
+
+def test_the_pieces_of_a_collective_are_one():
+    found = hlo.traffic(PIECES)
+    assert found.counts["all-gather"] == 6 and found.bytes["all-gather"] == 6 * 8 * 64 * 2 * 3 / 4
+
+
 def test_traffic_of_a_program_that_xla_made():
     """Three layers that FSDP gathers over eight devices, twice: forward, and again in the backward pass."""
     mesh = sharding.make_mesh()

@@ -6,6 +6,9 @@ that come into one device, by the usual ring algorithms, n devices in a group:
     all-gather            result (n - 1) / n          reduce-scatter      operand (n - 1) / n
     all-reduce            2 operand (n - 1) / n       all-to-all          operand (n - 1) / n
     collective-permute    operand: what a gather or a scatter becomes where XLA interleaves it with a product
+
+Where libtpu takes a collective apart, a piece beside each of several products, every piece names all of it, under one
+channel: it is counted once.
 """
 
 from __future__ import annotations
@@ -45,7 +48,7 @@ def traffic(text: str) -> Traffic:
     """Of `Compiled.as_text()`. Raises ValueError for a text without an entry."""
     computations, entry = _computations(text)
     found = Traffic(dict.fromkeys(KINDS, 0.0), dict.fromkeys(KINDS, 0), [])
-    _walk(entry, 1, True, computations, found)
+    _walk(entry, 1, True, computations, found, set())
     return found
 
 
@@ -69,7 +72,8 @@ def _computations(text: str) -> tuple[dict[str, dict[str, str]], str]:
     return computations, entry
 
 
-def _walk(name: str, times: int, known: bool, computations: dict, found: Traffic) -> None:
+def _walk(name: str, times: int, known: bool, computations: dict, found: Traffic, channels: set[str]) -> None:
+    """channels: those of the collectives that were counted in this run of the loop."""
     for instruction, said in computations[name].items():
         if instruction == "ROOT":
             continue
@@ -77,10 +81,14 @@ def _walk(name: str, times: int, known: bool, computations: dict, found: Traffic
         if opcode == "while":
             condition, body = (re.search(rf"\b{part}=%?([\w.\-]+)", said)[1] for part in ("condition", "body"))
             trips = _trips(said, computations[condition], computations[body])
-            _walk(body, times * (trips or 1), known and trips is not None, computations, found)
+            _walk(body, times * (trips or 1), known and trips is not None, computations, found, set())
             continue
         kind = opcode.removesuffix("-start")
         if kind in KINDS:
+            channel = re.search(r"\bchannel_id=(\d+)", said)
+            if channel and channel[1] in channels:
+                continue
+            channels |= {channel[1]} if channel else set()
             received = _received(kind, said, opcode != kind, computations[name])
             if received:
                 found.bytes[kind] += times * received
@@ -90,7 +98,7 @@ def _walk(name: str, times: int, known: bool, computations: dict, found: Traffic
         elif called := _CALLED.search(said):
             for other in _NAME.findall(called[1]):
                 if other in computations:
-                    _walk(other, times, known, computations, found)
+                    _walk(other, times, known, computations, found, channels)
 
 
 def _opcode(said: str) -> str:
