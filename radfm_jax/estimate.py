@@ -24,7 +24,7 @@ from radfm_jax.experiment import Experiment, MeshConfig
 from radfm_jax.models import flash, radfm
 from radfm_jax.models.layers import matmul_precision
 
-# Bytes/s of a 200 Gbit/s network adapter, as each A100 of a common node has one.
+# Bytes/s of one network adapter of 200 Gbit/s: the worst case. `plan` reckons with the links of a topology.
 LINK = 25e9
 # Share of the places in packed rows that hold tokens.
 FULL_ROWS = 0.95

@@ -32,7 +32,7 @@ if sys.argv[1] == "prepare":
 elif sys.argv[1] == "findings":
     sys.path.insert(0, "tests")
     from test_prepare_findings import Path, made
-    code = made(Path(sys.argv[2]), int(sys.argv[3]))["leaks"] == 0
+    code = int(not made(Path(sys.argv[2]), int(sys.argv[3]))["leaks"])
 else:
     from input_pipeline.build.__main__ import main
     code = main(sys.argv[1:])
