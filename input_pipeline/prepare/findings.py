@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from input_pipeline.config import SPLITS, DataConfig
-from input_pipeline.planes import patch_count, plane_count, released_shape
+from input_pipeline.planes import Sizes, patch_count, plane_count, released_shape
 from input_pipeline.prepare import database
 from input_pipeline.prepare.checking import Key, RowFacts, ScanFacts, SourceFacts
 from input_pipeline.scans.base import printable
@@ -68,27 +69,32 @@ class Findings:
         )
 
     def add_rows(self, rows: Sequence[tuple[str, int]], facts: Sequence[RowFacts]) -> None:
-        """What these rows are; what their scans are must be known."""
-        lines, studies = [], []
+        """What these rows are, which follow each other; what their scans are must be known."""
+        lines, studies, scans = [], [], self._scans_of(rows)
         for (name, number), row in zip(rows, facts, strict=True):
-            source, scans = self._numbers[name], self.scans_of(name, number)
-            state, file, remedy = self._state(name, row, scans)
+            source, shown = self._numbers[name], scans.get((name, number), [])
+            state, file, remedy = self._state(name, row, shown)
             lines.append(
                 (source, number, row.row_id, row.number, row.task, row.study, row.tokens, row.trained, row.terms)
-                + (row.instruction, *row.cut, len(scans), state, file, remedy)
+                + (row.instruction, *row.cut, len(shown), state, file, remedy)
             )
             studies += [(source, number, study) for study in row.studies]
         self.db.executemany(f"INSERT INTO rows VALUES ({database.marks(len(_ROWS))})", lines)
         self.db.executemany("INSERT INTO studies VALUES (NULL, ?, ?, ?)", studies)
 
-    def scans_of(self, name: str, row: int) -> list[ScanFacts]:
-        """The scans that a row can use."""
-        found = self.db.execute(
-            f"SELECT {database.SCAN} FROM mentions JOIN scans USING (scan) "
-            "WHERE mentions.source = ? AND row = ? ORDER BY place",
-            (self._numbers[name], row),
-        )
-        return [database.scan_facts(scan) for scan in found]
+    def _scans_of(self, rows: Sequence[tuple[str, int]]) -> dict[tuple[str, int], list[ScanFacts]]:
+        """The scans that each of these rows can use."""
+        scans: dict[tuple[str, int], list[ScanFacts]] = {}
+        for name, of_source in itertools.groupby(rows, lambda row: row[0]):
+            numbers = [row for _, row in of_source]
+            found = self.db.execute(
+                f"SELECT row, {database.SCAN} FROM mentions JOIN scans USING (scan) "
+                "WHERE mentions.source = ? AND row BETWEEN ? AND ? ORDER BY row, place",
+                (self._numbers[name], numbers[0], numbers[-1]),
+            )
+            for row, *scan in found:
+                scans.setdefault((name, row), []).append(database.scan_facts(scan))
+        return scans
 
     def _state(self, name: str, row: RowFacts, scans: list[ScanFacts]) -> tuple[str, str, str]:
         """GOOD or why a row is left out; and then the file at fault and what to do."""
@@ -124,8 +130,7 @@ class Findings:
 
     def sizes(self, scan: ScanFacts) -> tuple[int, int]:
         """Patches and planes of a good scan in `paper` mode."""
-        shape, sizes = (scan.height, scan.width, scan.depth), self.config.sizes
-        return patch_count(shape, sizes=sizes), plane_count(shape, scan.channels, sizes=sizes)
+        return _sizes((scan.height, scan.width, scan.depth), scan.channels, self.config.sizes)
 
     # --- what is read ---
 
@@ -139,6 +144,11 @@ class Findings:
         """(source, columns) of every row, in their order."""
         for values in self.db.execute(f"SELECT * FROM rows WHERE {condition} ORDER BY source, row"):
             yield self.names[values[0]], dict(zip(_ROWS, values, strict=True))
+
+
+@functools.lru_cache(maxsize=4096)
+def _sizes(shape: tuple[int, int, int], channels: int, sizes: Sizes) -> tuple[int, int]:
+    return patch_count(shape, sizes=sizes), plane_count(shape, channels, sizes=sizes)
 
 
 # --- reports ----------------------------------------------------------------------------------------------------------
