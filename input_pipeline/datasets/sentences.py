@@ -18,6 +18,15 @@ _LETTERED = frozenset(
 )
 _END = re.compile(r"""[.!?]+["'”’)\]]*(?=\s+["'“‘(\[]*[A-Z0-9<≥>≤~])|\n\s*\n""")
 _LAST_WORD = re.compile(r"([^\s(\[\"'“‘]+)$")
+# Reports are lists: a line that starts with a mark, the next number of a list, a capital below a line without a stop.
+_LINE = re.compile(r"(?<=\S)[ \t]*\n(?=[ \t]*(?:(?P<mark>[-–•*][ \t])|(?P<number>\d{1,2})[.)][ \t]|[A-Z]))")
+_NUMBERED = re.compile(r"\s*(\d{1,2})[.)]\s")
+_GOES_ON = re.compile(
+    r"(?:[,:;/(–-]|\b(?:an?|the|and|or|nor|but|of|in|on|at|to|for|from|with|without|by|as|than|is|are|was|were|no|this|"
+    r"that|which|dr|drs|vs))$",
+    re.IGNORECASE,
+)
+_WRAPPED = range(50, 101)  # characters of a line that went on in the next because it was full
 
 
 def sentences(text: str) -> list[str]:
@@ -25,16 +34,39 @@ def sentences(text: str) -> list[str]:
 
         "A 2.5 cm mass (Fig. 2). Seen by Dr. Lee. OK." -> ["A 2.5 cm mass (Fig. 2).", "Seen by Dr. Lee.", "OK."]
 
-    A decimal point, an abbreviation, an initial and the number of a list item end nothing; a blank line always does.
+    A decimal point, an abbreviation, an initial and the number of a list item end nothing; a blank line always does,
+    and so do the lines of a list, with or without a full stop.
     """
+    return [text[begin:end] for begin, end in spans(text)]
+
+
+def spans(text: str) -> list[tuple[int, int]]:
+    """Where the sentences of `sentences` begin and end."""
     out, start = [], 0
-    for match in _END.finditer(text):
-        if text[match.start()] == "." and match.group().startswith(".") and not _ends(text, start, match):
+    for match in sorted([*_END.finditer(text), *_LINE.finditer(text)], key=re.Match.start):
+        if match.re is _LINE:
+            if not _next_line(text, start, match):
+                continue
+        elif match.group().startswith(".") and not _ends(text, start, match):
             continue
-        out.append(text[start : match.end()].strip())
+        out.append((start, match.end()))
         start = match.end()
-    out.append(text[start:].strip())
-    return [s for s in out if s]
+    out.append((start, len(text)))
+    stripped = ((a + len(text[a:b]) - len(text[a:b].lstrip()), a + len(text[a:b].rstrip())) for a, b in out)
+    return [(a, b) for a, b in stripped if a < b]
+
+
+def _next_line(text: str, start: int, match: re.Match) -> bool:
+    """Whether a line without a full stop ends its sentence, and did not just become too long."""
+    if match["mark"]:
+        return True
+    if match["number"]:
+        before = _NUMBERED.match(text, start)
+        return before is not None and int(match["number"]) == int(before[1]) + 1
+    if text[match.start() - 1] in ".!?":
+        return False  # not without one: _END has seen it
+    line = text[text.rfind("\n", 0, match.start()) + 1 : match.start()].strip()
+    return len(line) not in _WRAPPED and not _GOES_ON.search(line)
 
 
 def _ends(text: str, start: int, match: re.Match) -> bool:
