@@ -30,6 +30,13 @@ from tests.dataset_tables import CASE, every_family, volumes, write_csv, write_j
         ("Autoradiography of the horn", None),
         ("Endoscopic ultrasound of the duct", True),
         ("The actor met the petite director.", None),
+        ("Lumbar curve; a drain that curves superiorly to the gastric fundus under EKG leads.", None),
+        ("Cough, status post bronchoscopy and s/p left VATS biopsy.", None),
+        ("Learning curves", False),
+        ("EKG on admission", False),
+        ("Fundus photograph", False),
+        ("Fundus of the left eye", False),
+        ("Biopsy of the lung", False),
     ],
 )
 def test_captions(text, radiologic):

@@ -29,7 +29,8 @@ _RADIOLOGIC = re.compile(
     r"tractogra\w+|elastogra\w+|angio-?CT|orthopantomogra\w+)"
 )
 _OTHER = re.compile(
-    r"\b(?:H&E|HE stain\w*|PAS|SEM|TEM|qPCR|RT-PCR|PCR|ECG|EKG|EEG|EMG|OCT|ROC|Kaplan)\b"
+    r"\b(?:H&E|HE stain\w*|PAS|SEM|TEM|qPCR|RT-PCR|PCR|"
+    r"(?:ECG|EKG)(?! (?:leads?|electrodes?|wires?|gat\w+|trigger\w*))|EEG|EMG|OCT|ROC|Kaplan)\b"
     r"|(?i:histo(?:log|patholog|chem)\w+|patholog\w+ (?:section|specimen|examination|finding|image)\w*|"
     r"microscop\w+|photomicrogra\w+|micrograph\w*|h(?:a)?ematoxylin|\beosin\b|immuno(?:histochem|stain|fluoresc|"
     r"blot)\w+|"
@@ -38,16 +39,22 @@ _OTHER = re.compile(
     r"appearance|photo)\w*|"
     r"endoscop\w*\b(?!\s+ultraso)|colonoscop\w+|gastroscop\w+|bronchoscop\w+|laparoscop\w+|arthroscop\w+|cystoscop\w+|"
     r"dermoscop\w+|"
-    r"fundus|slit[- ]lamp|optical coherence|electro(?:cardio|encephalo|myo)gra\w+|flow ?chart|flow diagram|diagram|"
+    r"fundus(?= (?:photo|exam|image|auto|fluor|of the (?:\w+ )?eye))|"
+    r"(?:ocular|optic|retinal) fundus|fundoscop\w+|slit[- ]lamp|"
+    r"optical coherence|electro(?:cardio|encephalo|myo)gra\w+|flow ?chart|flow diagram|diagram|"
     r"schematic|"
     r"scheme|drawing|illustration|pedigree|sequencing|chromatogra\w+|western blot|gel electrophoresis|electrophoresis|"
-    r"\bplots?\b|histogram|bar (?:chart|graph)|\bgraphs?\b|survival curve|\bcurves?\b|forest plot|box ?plot|time ?line|"
+    r"\bplots?\b|histogram|bar (?:chart|graph)|\bgraphs?\b|"
+    # Not that of a spine or a tube.
+    r"(?<!lumbar )(?<!thoracic )(?<!scoliotic )(?<!spinal )\bcurves?\b(?! (?:(?:super|infer|poster|anter)iorly|"
+    r"medially|laterally|up|down|back|around|over|into|to the)\b)|forest plot|box ?plot|time ?line|"
     r"surgical (?:specimen|field|view)|resected (?:specimen|tumou?r)|autopsy|necropsy|karyotyp\w+)"
 )
-# "CT-guided biopsy: section", "seen on CT before": the word names no picture of this figure.
+# "CT-guided biopsy: section", "seen on CT before", "status post bronchoscopy": no picture of this figure.
 _ASIDE = re.compile(
     r"\b\w+[- ]guid(?:ed|ance)\b|\b(?:after|before|prior to|preceding|previous|following)\s+(?:the\s+)?(?:\w+\s+)?"
-    r"(?:CT|MRI|PET|ultrasound|angiography|biopsy|scan)\b",
+    r"(?:CT|MRI|PET|ultrasound|angiography|biopsy|scan)\b|\b(?:s/p|status[- ]post|history of|post)\s+"
+    r"(?:[\w/-]+\s+){0,3}?(?:biops\w+|\w+oscopy)\b",
     re.IGNORECASE,
 )
 _PART = re.compile(r"(?<=[.;])\s+|(?=\([A-Za-z](?:\s*[-–,]\s*[A-Za-z])*\))")
