@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from input_pipeline import ask
+from input_pipeline.datasets.tables import text_lines
 from input_pipeline.samples import Scan
 from radfm_jax import display, run_directory
 
@@ -149,7 +150,7 @@ def _picture(root: Path, scans: Sequence[Scan], given: dict | None) -> str:
 
 
 def _lines(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
+    return [json.loads(line) for line in text_lines(file) if line.strip()]
 
 
 def _image(png: bytes, what: str) -> str:

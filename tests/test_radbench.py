@@ -149,6 +149,9 @@ def test_bad_rows_are_counted(root, tmp_path):
 def test_questions_are_written_and_read(bench, tmp_path):
     radbench.write_questions(bench.questions, tmp_path / "questions.jsonl")
     assert radbench.read_questions(tmp_path / "questions.jsonl") == bench.questions
+    odd = [radbench.Question("x/1", "vqa", "x", "One\u2028two\x85three?", ("a\u2029b",))]
+    radbench.write_questions(odd, tmp_path / "odd.jsonl")
+    assert radbench.read_questions(tmp_path / "odd.jsonl") == odd
     with open(tmp_path / "questions.jsonl", "a") as file:
         file.write(json.dumps(bench.questions[0].to_dict()) + "\n")
     with pytest.raises(ValueError, match="stands twice"):

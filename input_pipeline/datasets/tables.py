@@ -433,6 +433,12 @@ def kept() -> Iterator[None]:
         _kept = None
 
 
+def text_lines(file: pathlib.Path) -> list[str]:
+    """Lines of a small JSON Lines file; str.splitlines would divide at U+2028 and U+0085 as well, which texts hold."""
+    with open(file, encoding="utf-8") as opened:
+        return list(opened)
+
+
 def stream_jsonl(file: pathlib.Path) -> Iterator[tuple[int, dict] | RowError]:
     """Reads JSON Lines row by row: one object a line, blank lines are problems; rows are lines."""
     if _kept is None:

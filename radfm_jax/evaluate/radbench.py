@@ -23,6 +23,7 @@ from input_pipeline import scans
 from input_pipeline.config import unknown_fields
 from input_pipeline.datasets import FAMILIES, open_dataset, sample_rng
 from input_pipeline.datasets.modalities import modalities
+from input_pipeline.datasets.tables import text_lines
 from input_pipeline.index import Index
 from input_pipeline.prepare.checking import file_hash
 from input_pipeline.prepare.summary import MODALITIES, kind
@@ -310,7 +311,7 @@ def _found(root: Path, scan: Scan) -> str:
 def _facts(file: Path) -> dict[str, dict[str, str]]:
     """path -> modality and anatomy, codes of DICOM spelled out."""
     found = {}
-    for number, line in enumerate(file.read_text().splitlines(), 1):
+    for number, line in enumerate(text_lines(file), 1):
         try:
             cells = json.loads(line)
             said = {key: str(cells[key]) for key in ("modality", "anatomy") if cells.get(key)}
@@ -330,7 +331,7 @@ def write_questions(questions: Iterable[Question], file: Path) -> None:
 def read_questions(file: Path) -> list[Question]:
     """What `write_questions` or `--export` wrote. ValueError: lines that are none, ids that stand twice."""
     found: dict[str, Question] = {}
-    for number, line in enumerate(file.read_text().splitlines(), 1):
+    for number, line in enumerate(text_lines(file), 1):
         try:
             question = Question.from_dict(json.loads(line))
         except (ValueError, KeyError, TypeError) as error:
