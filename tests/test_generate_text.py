@@ -21,6 +21,7 @@ from input_pipeline.tokenizer import Tokenizer
 from radfm_jax import checkpoint
 from radfm_jax.generate import GenerationError, Request, Sampling
 from radfm_jax.generate.__main__ import main, mesh_of
+from radfm_jax.generate.many import read_questions
 from radfm_jax.generate.text import AnswerText
 from radfm_jax.models import radfm
 from radfm_jax.models.llama import LlamaConfig
@@ -324,6 +325,7 @@ def test_a_file_of_questions(run, model, scans, tmp_path, capsys):
         {"id": "e", "prompt": "<image-3>?", "scans": ["film.png"]},
         {"id": "f", "prompt": "Lesion?", "scans": ["../film.png"]},
         {"id": "g", "prompt": "Lesion? " * 60},
+        {"id": "h", "scans": ["film.png"]},
     ]  # fmt: skip
     file, out = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
     file.write_text("".join(json.dumps(q) + "\n" for q in questions))
@@ -331,8 +333,9 @@ def test_a_file_of_questions(run, model, scans, tmp_path, capsys):
     command += SHORT
     assert main(command) == 1
     err = capsys.readouterr().err
-    assert "3 answers in" in err and "4 failed" in err and "samples/s" in err
-    for words in ("c: ", "broken.png", "e: the prompt does not fit", "f: ", "climbs with '..'", "g: the prompt has"):
+    assert "3 answers in" in err and "5 failed" in err and "samples/s" in err
+    for words in ("c: ", "broken.png", "e: the prompt does not fit", "f: ", "climbs with '..'", "g: the prompt has",
+                  "prompt is missing"):  # fmt: skip
         assert words in err, words
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     film, ct = scans / "film.png", scans / "ct.nii.gz"
@@ -350,6 +353,12 @@ def test_a_file_of_questions(run, model, scans, tmp_path, capsys):
     file.write_text("".join(json.dumps(q) + "\n" for q in questions if q["id"] in "abd"))
     assert main(command) == 0
     assert "0 answers in" in capsys.readouterr().err and out.read_text().splitlines(keepends=True) == whole
+    # Of a question that is another one now, the answer before is none.
+    for key, value in {"prompt": "Other?", "scans": ["ct.nii.gz"], "context": "fever"}.items():
+        file.write_text(json.dumps(questions[0] | {key: value}) + "\n")
+        assert main(command) == 2 and out.read_text().splitlines(keepends=True) == whole
+        assert f"line 1 answers 'a' with another {key} than it has now" in capsys.readouterr().err
+    file.write_text("".join(json.dumps(q) + "\n" for q in questions if q["id"] in "abd"))
     # Answers made otherwise are not mixed with these.
     assert main([*command, "--temperature", "1"]) == 2
     assert (

@@ -207,6 +207,12 @@ def test_leaks_are_said(root, data, tmp_path, capsys):
 # --- files of answers -------------------------------------------------------------------------------------------------
 
 
+def test_an_answer_may_hold_line_separators(tmp_path):
+    file, questions = tmp_path / "a.jsonl", [Question("x/1", "vqa", "x", "Q?", ("a",))]
+    file.write_text(json.dumps({"id": "x/1", "answer": "a\u2028b\x85c"}, ensure_ascii=False) + "\n")
+    assert answering.read_answers(file, questions)["x/1"].text == "a\u2028b\x85c"
+
+
 @pytest.mark.parametrize(
     "given, message",
     [
@@ -416,9 +422,11 @@ def test_answers_to_other_questions_are_refused(ran, root, model, tmp_path, caps
     other = config_file(benchmark(root, limit=4, seed=5), tmp_path / "other.py")
     changed = [f"--config={other}" if word.startswith("--config=") else word for word in command]
     questions = out / "questions.jsonl"
-    before = questions.read_text()
+    before, answers = questions.read_text(), (out / "answers" / "tiny.jsonl").read_text()
     assert main(changed) == 2
-    assert "but the question is" in capsys.readouterr().err or "no question" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "with another prompt" in err or "is no question" in err
+    assert (out / "answers" / "tiny.jsonl").read_text() == answers  # refused before anything was asked
     questions.write_text(before)
 
 

@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from input_pipeline.datasets.tables import text_lines
 from input_pipeline.tokenizer import Tokenizer
 from radfm_jax.evaluate.radbench import Question, write_lines
 from radfm_jax.generate import Answer, Generator, Sampling
@@ -84,6 +85,7 @@ def answer_all(
         progress=progress,
         watch=(*yes, *no),
         more=more,
+        no_others=True,  # scoring would refuse them when everything is answered
     )
     write_lines(failures_of(file), ({"id": row_id, "error": why} for row_id, why in outcome.failed.items()))
     return outcome
@@ -122,9 +124,9 @@ def read_answers(file: Path, questions: Sequence[Question]) -> dict[str, Given]:
     """
     known = {q.row_id: q for q in questions}
     try:
-        lines = file.read_text().splitlines()
+        lines = text_lines(file)
         failures = failures_of(file)
-        lines += failures.read_text().splitlines() if failures.exists() else []
+        lines += text_lines(failures) if failures.exists() else []
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} cannot be read ({error}): give JSON Lines in UTF-8, {{id, answer}} a line") from None
     found: dict[str, Given] = {}

@@ -13,12 +13,12 @@ import concurrent.futures
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from input_pipeline import ask, scans
 from input_pipeline.datasets import jsonl
-from input_pipeline.datasets.tables import Row
+from input_pipeline.datasets.tables import Row, text_lines
 from input_pipeline.planes import Volume
 from input_pipeline.samples import Scan
 from radfm_jax.generate.generator import Answer, EncodedScans, Generator, Prompt, Request
@@ -44,6 +44,10 @@ class Question:
     named: tuple[str, ...] = ()
     problem: str = ""
 
+    def said(self) -> dict:
+        """What an answer's line repeats of it."""
+        return {"prompt": self.prompt, "context": self.context, "scans": list(self.named)}
+
 
 def read_questions(file: Path, root: Path) -> list[Question]:
     """Every line; scans are looked for below `root`.
@@ -53,7 +57,7 @@ def read_questions(file: Path, root: Path) -> list[Question]:
         apart when the run is resumed.
     """
     try:
-        lines = file.read_text().splitlines()
+        lines = text_lines(file)
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} cannot be read ({error}): give a JSON Lines file in UTF-8") from None
     found: dict[str, Question] = {}
@@ -85,7 +89,7 @@ def _question(file: Path, number: int, root: Path, row_id: str, cells: dict) -> 
             raise row.error(f"unknown keys: {', '.join(unknown[:10])}", f"known: {', '.join((*READ, *NOT_READ))}")
         if "prompt" in cells and "instruction" in cells:
             raise row.error("has both `prompt` and `instruction`", "give one of them")
-        prompt = row.text("prompt" if "prompt" in cells else "instruction", literal=True)
+        prompt = row.text("instruction" if "instruction" in cells else "prompt", literal=True)
         context = row.optional("context", literal=True)
         named = jsonl.scans_of_row(row)
         resolved = (dataclasses.replace(s, path=str(scans.resolve(root, s.path))) for s in named)
@@ -97,11 +101,12 @@ def _question(file: Path, number: int, root: Path, row_id: str, cells: dict) -> 
 # --- the answers ------------------------------------------------------------------------------------------------------
 
 
-def answered(out: Path, made_with: dict) -> set[str]:
+def answered(out: Path, made_with: dict, questions: Mapping[str, Question], only: Path | None = None) -> set[str]:
     """Ids that have an answer already; a last line that was cut short is removed from the file.
 
     Raises:
-      ValueError: a line before the last is damaged, or its answer was made with other settings.
+      ValueError: a line before the last is damaged, its answer was made with other settings, or its id is now that of
+        another question; with `only`, the file of the questions, an id that is none of theirs.
     """
     if not out.exists():
         return set()
@@ -119,6 +124,15 @@ def answered(out: Path, made_with: dict) -> set[str]:
             raise ValueError(
                 f"{out}, line {number} was made with another {', '.join(sorted(differing))}: name another file, or use "
                 f"{', '.join(f'{k}={made.get(k)!r}' for k in sorted(differing))}"
+            )
+        now = questions.get(row_id)
+        if now is None and only:
+            raise ValueError(f"{out}, line {number}: {row_id!r} is no question of {only}: write elsewhere")
+        said = now.said() if now and not now.problem else {}
+        if differing := [key for key, value in said.items() if answer.get(key, "") != value]:
+            raise ValueError(
+                f"{out}, line {number} answers {row_id!r} with another {', '.join(differing)} than it has now: name "
+                "another file, or give the changed question another id"
             )
         found.add(row_id)
     if len(whole) < len(text):
@@ -150,6 +164,7 @@ def answer_file(
     progress: Callable[[int, int, int], None] = lambda done, failed, total: None,
     watch: Sequence[int] = (),
     more: Callable[[str, Answer], dict] = lambda row_id, answer: {},
+    no_others: bool = False,
 ) -> Outcome:
     """Answers every question that has no answer in `out` yet, `batch` at a time; scans of the next ones are read while
     the device computes. A question that fails is left out of `out`, so that a later start tries it again.
@@ -160,15 +175,17 @@ def answer_file(
       progress: called with how many questions are answered, have failed, and are to be asked.
       watch: tokens whose probability of being the first an answer's `watched` is to say.
       more: id and answer -> what else is to stand in the line.
+      no_others: refuse an `out` that holds answers to questions that are not in `file`.
     Raises:
-      ValueError: a file that cannot be read, answers in `out` that were made with other settings.
+      ValueError: a file that cannot be read, answers in `out` that were made with other settings or to another
+        question of the same id.
     """
     prepared = None if generator.preparation is None else dataclasses.asdict(generator.preparation)
     computed = {"dtype": generator.config.llama.dtype, "weights": generator.weights}
     made_with = {"model": model, **computed, "place": place, "prepared": prepared, **dataclasses.asdict(sampling)}
     made_with = json.loads(json.dumps(made_with))  # as it is read back: a tuple is a list
     questions = read_questions(file, (root or file.parent).absolute())
-    before = answered(out, made_with)
+    before = answered(out, made_with, {q.row_id: q for q in questions}, file if no_others else None)
     todo = [q for q in questions if q.row_id not in before]
     numbers = {q.row_id: number for number, q in enumerate(questions)}
     failed: dict[str, str] = {}
@@ -192,9 +209,7 @@ def answer_file(
                     continue
                 line = {
                     "id": question.row_id,
-                    "prompt": question.prompt,
-                    **({"context": question.context} if question.context else {}),
-                    "scans": list(question.named),
+                    **{key: value for key, value in question.said().items() if key != "context" or value},
                     "answer": answer.text,
                     "ended": answer.ended,
                     "tokens": len(answer.ids),
