@@ -10,6 +10,7 @@ Text and scans go the way that training's go (`tokens.encode`, `scans.read`, `vo
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,6 +30,8 @@ from input_pipeline.tokens import Encoded, encode, parse_marks
 from input_pipeline.volumes import one_channel_if_gray, prepare_volume, released_volumes
 
 PLACES = ("first", "last")
+# What somebody wrote who meant a mark: `<image>`, `<image1>`, `<Image-1>`, `<image 1>`.
+_NEARLY_A_MARK = re.compile(r"<\s*image[\s_-]*[0-9]*\s*>", re.IGNORECASE)
 Scan = str | Path | ScanFile | np.ndarray
 """A path, a path with the volume of a 4D file or a window (samples.Scan), or voxels: [H, W, D], [H, W, D, C]."""
 
@@ -100,12 +103,16 @@ def encode_prompt(
     Returns:
       Tokens whose `visual` numbers are those of the scans in `Encoded.scans`, which hold their number as path.
     Raises:
-      ValueError: an empty prompt, a mark without scan, a scan without mark, text that is not valid Unicode.
+      ValueError: an empty prompt, a mark without scan, a scan without mark, what is nearly a mark, text that is not
+        valid Unicode.
     """
     if place not in PLACES:
         raise ValueError(f"place is {place!r}; known: {', '.join(PLACES)}")
     if not prompt.strip():
         raise ValueError("the prompt is empty: write a question")
+    nearly = [mark for mark in _NEARLY_A_MARK.findall(prompt) if not re.fullmatch("<image-[0-9]+>", mark)]
+    if nearly:  # as text it would be asked with the scan in another place, or with none
+        raise ValueError(f"the prompt holds {', '.join(dict.fromkeys(nearly))}, which is no mark: write <image-1>")
     texts = [("context", context), ("instruction", prompt)]
     try:
         parsed = parse_marks([text for _, text in texts], 0)

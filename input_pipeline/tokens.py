@@ -446,9 +446,11 @@ def parse_marks(text: str | Sequence[str], n_scans: int) -> list:
         parsed.append(parts)
     problems = []
     if unknown:
-        problems.append(f"no scan for {', '.join(unknown)} (marks run from <image-1> to <image-{n_scans}>)")
+        known = {0: "no scans are given", 1: "the only mark is <image-1>"}
+        run = known.get(n_scans, f"marks run from <image-1> to <image-{n_scans}>")
+        problems.append(f"no scan for {', '.join(unknown)} ({run})")
     if missing := [f"<image-{i}>" for i in range(1, n_scans + 1) if i not in used]:
-        problems.append(f"{n_scans} scans, but no mark {', '.join(missing)}")
+        problems.append(f"{n_scans} scan{'s' if n_scans > 1 else ''}, but no mark {', '.join(missing)}")
     if problems:
         raise ValueError("; ".join(problems))
     return parsed[0] if isinstance(text, str) else parsed

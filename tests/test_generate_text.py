@@ -199,6 +199,9 @@ def test_released_form(tokenizer, scans):
         ("<image-1> Lesion?", ["film.png", "ct.nii.gz"], {}, "2 scans, but no mark <image-2>"),
         ("  ", ["film.png"], {}, "the prompt is empty: write a question"),
         ("<image-1>", ["film.png"], {}, "has scans but no words"),
+        ("<image-1> Lesion?", [], {}, "no scan for <image-1> .no scans are given"),
+        ("<image> or <Image-1>?", ["film.png"], {}, "holds <image>, <Image-1>, which is no mark: write <image-1>"),
+        ("<image 1> Lesion?", [], {}, "holds <image 1>, which is no mark"),
         ("Lesion?", ["broken.png"], {}, "broken.png: "),
         ("Lesion?", ["absent.png"], {}, "absent.png: there is no such file"),
         ("Lesion? " * 60, [], {}, "prompt 1 has .* tokens, and 1 of an answer do not fit .* 128 places"),
@@ -370,6 +373,28 @@ def test_a_file_of_questions(run, model, scans, tmp_path, capsys):
     assert main(command) == 2
     err = capsys.readouterr().err
     assert all(w in err for w in ("line 2: id 'a' stands twice", "line 3 has no `id`", "line 4 is no JSON"))
+
+
+def test_lines_end_at_line_feeds_alone(tmp_path):
+    """U+2028 and U+0085 stand in JSON as they are."""
+    file = tmp_path / "questions.jsonl"
+    file.write_text(json.dumps({"id": "a", "prompt": "One\u2028two\x85three?"}, ensure_ascii=False) + "\r\n\n")
+    (question,) = read_questions(file, tmp_path)
+    assert question.prompt == "One\u2028two\x85three?" and not question.problem
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--prompt", "x", "--window", "lung"], "--window and --volume say how a --scan is read"),
+        (["--jsonl", "x", "--out", "y", "--volume", "1"], "--jsonl: scans, their windows and volumes"),
+        (["--prompt", "x", "--history"], "--history is for --chat"),
+    ],
+)
+def test_options_that_would_do_nothing(arguments, words, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["--checkpoint", "x", *arguments])
+    assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -34,8 +34,8 @@ The checkpoint says how scans are prepared for it, and holds its tokenizer. A di
 each question stands alone, as in training, unless --history puts the earlier ones before it.
 
 exit codes: 0 done; 1 some questions of --jsonl have no answer (start it again to try them again), or some lines of a
---chat whose input is no terminal; 2 a mistake in what
-was given, or a scan or checkpoint that cannot be used.
+--chat whose input is no terminal; 2 a mistake in what was given, or a scan or checkpoint that cannot be used; 130
+interrupted.
 """
 HELP = "/scan FILE adds a scan, /scans lists them, /new forgets scans and history, /quit ends"
 
@@ -96,8 +96,16 @@ def main(argv: list[str] | None = None) -> int:
     args = top.parse_args(argv)
     if (args.jsonl is None) != (args.out is None):
         top.error("--jsonl FILE and --out FILE belong together")
-    if args.jsonl and (args.scan or args.context or args.show):
-        top.error("--jsonl: scans and context stand in the file, and --show is for single questions")
+    read_so = args.window is not None or args.volume is not None
+    if args.jsonl and (args.scan or args.context or args.show or read_so):
+        top.error(
+            "--jsonl: scans, their windows and volumes, and context stand in the file, and --show is for single "
+            "questions"
+        )
+    if args.prompt is not None and read_so and not args.scan:
+        top.error("--window and --volume say how a --scan is read, and none is given")
+    if args.history and not args.chat:
+        top.error("--history is for --chat")
     if args.batch < 1:
         top.error(f"--batch is {args.batch}: at least 1")
     absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax warns about merges that it rightly skips
