@@ -20,9 +20,10 @@ from input_pipeline.samples import Scan
 from input_pipeline.slices import slices
 from input_pipeline.terms import Terms
 from input_pipeline.tokenizer import Tokenizer
-from radfm_jax.evaluate import answering, clinical, radbench, rating, report, scoring
+from radfm_jax.evaluate import answering, clinical, pictures, published, radbench, rating, report, scoring
 from radfm_jax.evaluate.__main__ import main
 from radfm_jax.evaluate.answering import Given
+from radfm_jax.evaluate.metrics import Interval
 from radfm_jax.evaluate.radbench import Bench, Question
 from radfm_jax.generate import Request, Sampling
 
@@ -190,6 +191,25 @@ def test_other_data_have_no_published_rows_beside_them(root, tmp_path):
     report.write(report.Run(found, bench, scored, lines_of), tmp_path)
     assert "(published)" not in (tmp_path / "report.html").read_text() + (tmp_path / "report.md").read_text()
     assert "other data were scored: mine" in (tmp_path / "report.md").read_text()
+
+
+def test_bars_stand_around_the_name_of_their_metric(monkeypatch):
+    """With and without published rows beside them; a task without all its metrics has no corner of the radar."""
+    values = {m: Interval(0.5, 0.4, 0.6) for m in published.TABLE["diagnosis"]}
+    vqa = {m: Interval(0.5 if m == "bleu" else math.nan, math.nan, math.nan) for m in published.TABLE["vqa"]}
+    lines = [
+        scoring.Line(model, task, "task", "", 9, 0, 9, of, {})
+        for model in ("a", "b") for task, of in (("diagnosis", values), ("vqa", vqa))
+    ]  # fmt: skip
+    figures = []
+    monkeypatch.setattr(pictures, "_save", lambda pyplot, figure, file: figures.append(figure))
+    for comparable, bars in ((), 2), (("diagnosis",), 5):
+        pictures.bars(lines, Path(), comparable)
+        panel = figures[-1].axes[list(radbench.TASKS).index("diagnosis")]
+        centres = sorted(bar.get_x() + bar.get_width() / 2 for bar in panel.patches)
+        assert len(centres) == 2 * bars
+        assert np.mean(centres[:bars]) == pytest.approx(0) and np.mean(centres[bars:]) == pytest.approx(1)
+    assert pictures.averages(lines, ()) == {"a": {"diagnosis": 0.5}, "b": {"diagnosis": 0.5}}
 
 
 def test_leaks_are_said(root, data, tmp_path, capsys):

@@ -83,19 +83,19 @@ def bars(lines: Sequence[Line], file: Path, comparable: Collection[str] = tuple(
     step = 0.84 / len(names)
     for panel, task in zip(panels, TASKS, strict=True):
         of_metric = list(published.TABLE[task])
-        for k, name in enumerate(names):
+        beside = names if task in comparable else own  # the bars of a metric stand around its name
+        for k, name in enumerate(beside):
             if name in own:
                 line = next((one for one in whole if (one.model, one.task) == (name, task)), None)
                 found = {m: (i.value, i.low, i.high) for m, i in line.metrics.items()} if line else {}
                 colour = _colour(own, name)
             else:
                 found, colour = published.values(published.MODELS[k], task), GRAYS[k]
-                found = found if task in comparable else {}
             for x, metric in enumerate(of_metric):
                 value, low, high = (100 * v for v in found.get(metric, (np.nan,) * 3))
                 if np.isfinite(value):
                     error = [[max(value - low, 0)], [max(high - value, 0)]]
-                    at = x - 0.42 + step * (k + 0.5)
+                    at = x + step * (k - (len(beside) - 1) / 2)
                     panel.bar(at, value, step, color=colour, label=name)
                     panel.errorbar(at, value, error, color="#222", linewidth=0.8)
         panel.set_xticks(range(len(of_metric)), [scoring.TITLES[m].replace("S-", "S\n") for m in of_metric], fontsize=8)

@@ -237,6 +237,10 @@ def _page(run: Run, folder: Path, calibrated: bool) -> Iterator[str]:
             yield "<p>Not scored: no data set of this task is there.</p>"
     yield "<h2>Pictures</h2>"
     yield _image(folder / "radar.png", "radar: mean of each task's metrics, by model")
+    found = pictures.averages(run.lines, run.comparable)
+    if lacking := [f"{m}, {t}" for m in run.scored for task, t in TASKS.items() if task not in found.get(m, {})]:
+        said = "No corner, as there are no questions or a metric of the paper has no value"
+        yield f'<p class="faint">{said}: {visible("; ".join(lacking))}.</p>'
     yield _image(folder / "bars.png", "bars: metrics of each task, by model")
     for grouping in ("data set", "modality", "anatomy"):
         parts = [(title, of_lines(run, grouping, task)) for task, title in TASKS.items()]
