@@ -108,6 +108,8 @@ def encode_prompt(
     """
     if place not in PLACES:
         raise ValueError(f"place is {place!r}; known: {', '.join(PLACES)}")
+    if not isinstance(prompt, str) or not isinstance(context, str):
+        raise ValueError(f"prompt and context are texts, got {type(prompt).__name__} and {type(context).__name__}")
     if not prompt.strip():
         raise ValueError("the prompt is empty: write a question")
     nearly = [mark for mark in _NEARLY_A_MARK.findall(prompt) if not re.fullmatch("<image-[0-9]+>", mark)]

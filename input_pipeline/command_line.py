@@ -58,4 +58,6 @@ def _said(error: Exception) -> str:
         said = said.splitlines()[-1]
     if len(said) > 1 and said[0] == said[-1] and said[0] in "'\"":
         said = said[1:-1]
+    if isinstance(error, KeyError | AttributeError) and said.strip("'").isidentifier():
+        return f"there is no field {said}"
     return " ".join(said.split()) or type(error).__name__

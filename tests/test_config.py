@@ -146,6 +146,7 @@ def test_the_process_has_its_own_arguments(parser, file, monkeypatch):
     "given, said",
     [
         (["--config={file}", "--config.data.dept=3"], ": 'dept' Did you mean"),
+        (["--config={file}", "--config.data.zzzzz=3"], "there is no field 'zzzzz'"),
         (["--config={file}", "--config.steps=many"], "base 10: 'many'"),
         (["--config={file}", "--config.steps", "3"], "with an equals sign"),
         (["--config=none.py"], "none.py: there is no such file"),

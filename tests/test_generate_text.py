@@ -198,6 +198,7 @@ def test_released_form(tokenizer, scans):
         ("<image-2> Lesion?", ["film.png"], {}, "no scan for <image-2>.*no mark <image-1>"),
         ("<image-1> Lesion?", ["film.png", "ct.nii.gz"], {}, "2 scans, but no mark <image-2>"),
         ("  ", ["film.png"], {}, "the prompt is empty: write a question"),
+        (None, ["film.png"], {}, "prompt and context are texts, got NoneType and str"),
         ("<image-1>", ["film.png"], {}, "has scans but no words"),
         ("<image-1> Lesion?", [], {}, "no scan for <image-1> .no scans are given"),
         ("<image> or <Image-1>?", ["film.png"], {}, "holds <image>, <Image-1>, which is no mark: write <image-1>"),

@@ -436,6 +436,27 @@ def test_mistakes_of_the_command(config, more, message, tmp_path, capsys):
     assert code == 2 and message in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ("--config.terms=umls:nowhere", "MRCONSO.RRF"),
+        ("--config.index=nowhere", "nowhere is no index"),
+        ("--answers=other=nowhere.jsonl", "nowhere.jsonl cannot be read"),
+    ],
+)
+def test_what_scoring_would_refuse_is_refused_before_anything_is_asked(ran, given, message, tmp_path, capsys):
+    command = [f"--out={tmp_path}" if word.startswith("--out=") else word for word in ran[1]]
+    assert main([*command, given]) == 2
+    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_set_that_cannot_be_asked_says_why(root, tmp_path, capsys):
+    name, fields = next(iter(sets(root).items()))
+    config = config_file(benchmark(root, sets={name: fields | {"colour": 1}}), tmp_path / "c.py")
+    assert main(["radbench", f"--config={config}", f"--export={tmp_path / 'e'}"]) == 2
+    assert "can be asked: data set" in (err := capsys.readouterr().err) and "field 'colour' is unknown" in err
+
+
 def test_answers_to_other_questions_are_refused(ran, root, model, tmp_path, capsys):
     """The same ids, other wording: what was answered before is not taken for an answer now."""
     out, command, _ = ran

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from input_pipeline import command_line
+from input_pipeline.index import Index
 from input_pipeline.sources import terms_of
 from radfm_jax import display
 from radfm_jax.evaluate import answering, clinical, exact, published, radbench, rating, report, scoring
@@ -125,20 +126,28 @@ def _radbench(argv: list[str]) -> int:
     for name, why in bench.missing.items():
         console.print(f"not scored: {benchmark.title(name)}: {why}", highlight=False, markup=False, soft_wrap=True)
     if not bench.questions:
-        raise ValueError("no data set of the config is there: set sets.NAME.root and sets.NAME.table")
+        raise ValueError(
+            "no data set of the config can be asked: " + "; ".join(bench.missing[s] for s in benchmark.sets)
+        )
     sets = len({q.dataset for q in bench.questions})
     console.print(f"{len(bench.questions):,} questions of {sets} data sets", highlight=False)
     if args.export:
         _export(bench.questions, args.export, console)
     if not files and not args.checkpoint:
         return 0
+    # Whatever scoring would refuse is refused before hours of answering.
+    terms = terms_of(benchmark.terms)
+    if benchmark.index:
+        Index(benchmark.index)
+    for file in files.values():
+        answering.read_answers(file, bench.questions)
     radbench.write_questions(bench.questions, args.out / "questions.jsonl")
     made = {name: f"given in {file}" for name, file in files.items()}
     if args.checkpoint:
         name = args.name or args.checkpoint.resolve().name
         made = {name: _answer(args, name, bench.questions, console)} | made
         files = {name: _answer_file(args.out, name)} | files
-    return _score(args, benchmark, bench, files, made, wanted, console)
+    return _score(args, benchmark, bench, files, made, wanted, terms, console)
 
 
 def _named(args: argparse.Namespace) -> dict[str, Path]:
@@ -203,9 +212,10 @@ def _answer(args: argparse.Namespace, name: str, questions, console: Console) ->
     return f"checkpoint {model.directory}, {how}"
 
 
-def _score(args, benchmark, bench, files: dict[str, Path], made: dict[str, str], wanted, console: Console) -> int:
+def _score(
+    args, benchmark, bench, files: dict[str, Path], made: dict[str, str], wanted, terms, console: Console
+) -> int:
     answers = {name: answering.read_answers(file, bench.questions) for name, file in files.items()}
-    terms = terms_of(benchmark.terms)
     if benchmark.index:
         said = f"looking for test studies and scans in {benchmark.index}, reading every scan for its SHA-256"
         console.print(said, highlight=False, markup=False, soft_wrap=True)
