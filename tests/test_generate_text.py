@@ -263,10 +263,11 @@ def test_checkpoints_that_lack_something(model, run, tokenizer, scans, tmp_path)
 def test_one_question(run, model, scans, tmp_path, capsys):
     film = scans / "film.png"
     command = ["--checkpoint", str(run), "--scan", str(film), "--scan", str(scans / "ct.nii.gz"), *SHORT]
-    assert main([*command, "--prompt", "<image-2> Compare <image-1>.", "--show", str(tmp_path / "seen.png")]) == 0
+    picture = tmp_path / "new" / "seen.png"
+    assert main([*command, "--prompt", "<image-2> Compare <image-1>.", "--show", str(picture)]) == 0
     out, err = capsys.readouterr()
     assert out == greedy(model, "<image-2> Compare <image-1>.", [film, scans / "ct.nii.gz"]) + "\n"
-    page = np.asarray(Image.open(tmp_path / "seen.png").convert("L"))
+    page = np.asarray(Image.open(picture).convert("L"))
     # One slice of the film, eight of the volume, each 160 pixels high below its caption.
     shown = [
         page[k * 180 + 20 : k * 180 + 170, j * 164 + 5 : j * 164 + 155].std() > 5 for k in (0, 1) for j in range(8)

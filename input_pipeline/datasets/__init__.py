@@ -22,7 +22,7 @@ from input_pipeline.datasets.tables import TableError
 from input_pipeline.datasets.tfds import TFDS
 from input_pipeline.datasets.vqa import PMCVQA, VQARAD, Slake
 
-__all__ = ["FAMILIES", "Dataset", "TableError", "open_dataset", "sample_rng"]
+__all__ = ["FAMILIES", "Dataset", "TableError", "nearest", "open_dataset", "sample_rng"]
 
 FAMILIES = {
     family.name: family
@@ -47,10 +47,10 @@ def open_dataset(name: str, **fields) -> Dataset:
       RowError (a ValueError): a table that cannot be read at all.
     """
     if name not in FAMILIES:
-        raise ValueError(f"data set {name!r} is unknown{_nearest(name, FAMILIES)}; known: {', '.join(FAMILIES)}")
+        raise ValueError(f"data set {name!r} is unknown{nearest(name, FAMILIES)}; known: {', '.join(FAMILIES)}")
     family = FAMILIES[name]
     known = {f.name: f for f in dataclasses.fields(family)}
-    problems = [f"field {key!r} is unknown{_nearest(key, known)}" for key in fields if key not in known]
+    problems = [f"field {key!r} is unknown{nearest(key, known)}" for key in fields if key not in known]
     problems += [
         f"field {key!r} is needed"
         for key, field in known.items()
@@ -61,6 +61,7 @@ def open_dataset(name: str, **fields) -> Dataset:
     return family(**fields)
 
 
-def _nearest(word: str, words) -> str:
+def nearest(word: str, words) -> str:
+    """What was meant, in words, or nothing."""
     near = difflib.get_close_matches(str(word), list(words), 1, 0.4)
     return f" (did you mean {near[0]!r}?)" if near else ""

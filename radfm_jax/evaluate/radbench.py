@@ -21,7 +21,7 @@ from pyarrow import parquet
 
 from input_pipeline import scans
 from input_pipeline.config import unknown_fields
-from input_pipeline.datasets import FAMILIES, open_dataset, sample_rng
+from input_pipeline.datasets import FAMILIES, nearest, open_dataset, sample_rng
 from input_pipeline.datasets.modalities import modalities
 from input_pipeline.datasets.tables import text_lines
 from input_pipeline.index import Index
@@ -105,6 +105,10 @@ class Benchmark:
             known = DATASETS.get(name)
             if "family" not in fields or fields["family"] not in FAMILIES:
                 problems.append(f"sets.{name}.family is {fields.get('family')!r}; known: {', '.join(FAMILIES)}")
+            else:
+                named = (*OWN, "family", *(f.name for f in dataclasses.fields(FAMILIES[fields["family"]])))
+                wrong = [key for key in fields if key not in named]
+                problems += [f"sets.{name} has no field {key!r}{nearest(key, named)}" for key in wrong]
             problems += [f"sets.{name} has no `{key}`" for key in ("root", "table") if not fields.get(key)]
             task = fields.get("task", known and known.task)
             if task not in TASKS:

@@ -194,6 +194,7 @@ def _scan(args: argparse.Namespace, path: str) -> Scan:
 def show(seen: EncodedScans | None, file: Path, console: Console) -> None:
     if seen is None:
         raise ValueError("--show needs a --scan")
+    file.parent.mkdir(parents=True, exist_ok=True)
     ask.picture(seen.volumes, seen.names).save(file, format="PNG")
     console.print(f"what the model sees: {file}", highlight=False, soft_wrap=True)
 

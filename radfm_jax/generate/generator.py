@@ -354,7 +354,8 @@ class Generator:
         if room < (wanted or 1):
             raise GenerationError(
                 f"{name} has {len(ids)} tokens, and {wanted or 1} of an answer do not fit behind it: the cache has "
-                f"{self.length} places. Shorten the prompt, ask for fewer tokens, or allow more places"
+                f"{self.length} places. Shorten the prompt, or ask for fewer tokens; in Python, Generator(length=...) "
+                "has more places"
             )
         return wanted or min(NEW_TOKENS, room)
 
