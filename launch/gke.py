@@ -65,6 +65,9 @@ def render(args: argparse.Namespace, topology: Topology) -> str:
     """The YAML. Raises ValueError for names and numbers that GKE would refuse."""
     if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", args.name):
         raise ValueError(f"--name {args.name!r}: small letters, digits and dashes, at most 40, beginning with a letter")
+    for flag, number in (("--restarts", args.restarts), ("--grace", args.grace)):
+        if number < 0:
+            raise ValueError(f"{flag} {number}: at least 0 is needed")
     if topology.kind == "tpu":
         kind = topology.text.partition(":")[0]
         accelerator, chips = TPU[kind]

@@ -52,14 +52,16 @@ create() { # TYPE [--spot]
   do_ "${tpu[@]}" create "$name" "${where[@]}" --accelerator-type="$1" --version="$version" ${2:+"$2"}
 }
 copy() { # git's files alone: no data, no runs, nothing that is ignored
-  local archive
-  archive=$(mktemp --suffix=.tgz) || exit 1
-  [ -n "$dry" ] || git archive --format=tgz --prefix=radfm_jax/ HEAD >"$archive" || exit 1
-  do_ "${tpu[@]}" scp "$archive" "$name:radfm_jax.tgz" "${where[@]}" --worker=all &&
+  local archive=radfm_jax.tgz
+  [ -n "$dry" ] || archive=$(mktemp --suffix=.tgz) || exit 1
+  # The images are Ubuntu 22.04, whose Python 3.10 is too old: uv fetches one that is not.
+  do_ git archive --format=tgz --prefix=radfm_jax/ --output="$archive" HEAD &&
+    do_ "${tpu[@]}" scp "$archive" "$name:radfm_jax.tgz" "${where[@]}" --worker=all &&
     do_ "${tpu[@]}" ssh "$name" "${where[@]}" --worker=all --command="tar xzf radfm_jax.tgz && cd radfm_jax && \
-python3 -m venv .venv && .venv/bin/pip install --quiet -r requirements.txt 'jax[tpu]'"
+python3 -m pip install --quiet --user uv && python3 -m uv venv --quiet --clear --python 3.12 .venv && \
+python3 -m uv pip install --quiet --python .venv/bin/python -r requirements.txt 'jax[tpu]'"
   local code=$?
-  rm -f "$archive"
+  [ -n "$dry" ] || rm -f "$archive"
   return "$code"
 }
 run() { # ARGUMENTS of training
@@ -82,23 +84,32 @@ case "$command" in
     ;;
   logs)
     [ $# = 2 ] || mistake "logs needs DIR and WORKDIR"
-    mkdir -p "$1"
+    [ -n "$dry" ] || mkdir -p "$1"
     # Processes write to WORKDIR/logs, which all machines see: one of them has them all.
     do_ "${tpu[@]}" scp --recurse "$name:$2/logs" "$1" "${where[@]}" --worker=0
     ;;
   keep)
     type=${1:-}
-    shift
+    [ $# = 0 ] || shift
     spot=()
     [ "${1:-}" != --spot ] || { spot=(--spot); shift; }
     [ "${1:-}" = -- ] && [ $# -gt 1 ] || mistake "what is meant for training comes after --"
     shift
+    there() { # makes the slice, once; what is left of one that was taken away is in its way
+      if [ -z "$dry" ]; then
+        case "$(state)" in
+          READY) return 0 ;;
+          "" | CREATING) ;;
+          *) do_ "${tpu[@]}" delete "$name" "${where[@]}" --quiet ;;
+        esac
+      fi
+      create "$type" "${spot[@]}"
+    }
     while :; do
       if [ -n "$dry" ] || [ "$(state)" != READY ]; then
-        [ -n "$dry" ] || [ -z "$(state)" ] || do_ "${tpu[@]}" delete "$name" "${where[@]}" --quiet
-        until create "$type" "${spot[@]}" && copy; do
-          echo "no slice yet: trying again in 5 minutes"
-          sleep 300
+        until there && copy; do
+          echo "no slice yet, or not ready for ssh: trying again in ${RETRY:-300} seconds"
+          sleep "${RETRY:-300}"
         done
       fi
       run "$@"

@@ -125,9 +125,35 @@ def test_what_tpu_vm_would_do():
     words = run("bash", "-c", "printf '%s\\n' " + remote.partition("radfm_jax.train ")[2]).stdout.splitlines()
     assert words == ["--config=x.py", rates]
     kept = run(*dry, "keep", "radfm", "us-east5-a", "v5p-64", "--", "--config=x.py").stdout.splitlines()
-    assert [line.split()[4] for line in kept] == ["create", "scp", "ssh", "ssh"]
+    assert kept[1].startswith("git archive ")
+    assert [line.split()[4] for line in kept if line.startswith("gcloud")] == ["create", "scp", "ssh", "ssh"]
     for wrong in (("create", "a", "b", "v9-1"), ("run", "a", "b", "--config=x"), ("fly", "a", "b"), ("run", "a")):
         assert run(*dry, *wrong).returncode == 2, wrong
+
+
+def test_a_dry_run_leaves_nothing(tmp_path):
+    assert run("bash", "launch/tpu_vm.sh", "--dry-run", "logs", "a", "b", str(tmp_path / "logs"), "/w").returncode == 0
+    assert not (tmp_path / "logs").exists()
+
+
+def test_a_slice_that_is_not_ready_for_ssh_is_not_made_twice(tmp_path):
+    """A stand-in for gcloud that knows one slice; the first copy to it fails."""
+    script(
+        tmp_path / "gcloud",
+        f"""cd {tmp_path}; echo "$4" >>calls
+        case "$4" in
+          describe) [ ! -e slice ] || cat slice ;;
+          delete) rm slice ;;
+          create) [ ! -e slice ] && echo READY >slice ;;
+          scp) [ "$(grep -c scp calls)" -gt 1 ] ;;
+        esac""",
+    )
+    (tmp_path / "slice").write_text("PREEMPTED")
+    keep = ("launch/tpu_vm.sh", "keep", "a", "b", "v5p-64", "--", "--config=x.py")
+    ended = run("timeout", "30", "bash", *keep, PATH=f"{tmp_path}:{os.environ['PATH']}", RETRY="0")
+    assert ended.returncode == 0, ended.stderr
+    calls = [call for call in (tmp_path / "calls").read_text().split() if call != "describe"]
+    assert calls == ["delete", "create", "scp", "scp", "ssh", "ssh"]
 
 
 # --- GKE --------------------------------------------------------------------------------------------------------------
@@ -214,6 +240,7 @@ def test_a_jobset_of_gpus():
         (("--topology=gpu:12xH100",), "machines have 8 devices, 12 is no multiple"),
         (("--topology=cpu:2",), "a TPU slice or GPUs are needed"),
         (("--topology=v6e:4x8", "--name=Pretrain"), "small letters, digits and dashes"),
+        (("--topology=v6e:4x8", "--restarts=-1"), "--restarts -1: at least 0 is needed"),
     ],
 )
 def test_jobsets_that_gke_would_refuse(arguments, words):
