@@ -53,7 +53,7 @@ class TrainConfig:
         for name, least in (("steps", 0), ("batch", 1), ("accumulation", 1), ("log_every", 1), ("eval_every", 0)):
             if getattr(self, name) < least:
                 problems.append(f"train.{name} is {getattr(self, name)}: at least {least} is needed")
-        if self.batch % self.accumulation:
+        if self.accumulation > 0 and self.batch % self.accumulation:
             problems.append(f"train.batch {self.batch} is not a multiple of train.accumulation {self.accumulation}")
         if self.nonfinite not in NONFINITE:
             problems.append(f"train.nonfinite is {self.nonfinite!r}; known: {', '.join(NONFINITE)}")

@@ -16,7 +16,7 @@ from input_pipeline.pipeline import Rows, join
 from radfm_jax import estimate, sharding
 from radfm_jax.experiment import Experiment
 from radfm_jax.plan import __main__ as command
-from radfm_jax.plan import hlo, ladder, program
+from radfm_jax.plan import hlo, ladder, program, show
 from radfm_jax.plan.topology import parse
 
 # --- topologies -------------------------------------------------------------------------------------------------------
@@ -260,6 +260,8 @@ def test_the_compiler_has_the_last_word():
 def test_batches_that_do_not_divide():
     config = Experiment.from_dict(pretrain.get_config())
     assert ladder.batch_for(config, parse("v5p:8x8x4")) == 256
+    with pytest.raises(ValueError, match="a batch of 0 rows: at least 1"):
+        ladder.ladder(config, parse("v5p:4x4x2"), [0], 0.5)
     with pytest.raises(ValueError, match="a batch of 100 rows does not divide over 32 devices"):
         ladder.ladder(config, parse("v5p:4x4x2"), [100], 0.5)
 
@@ -295,6 +297,34 @@ def test_nothing_fits_and_mistakes(capsys):
     assert code == 1 and "nothing fits with 10% of the memory left free" in said.out
     code, said = run(capsys, "--config=configs/pretrain.py", "--topology=gpu:32", "--compile=none")
     assert code == 2 and "is no topology" in said.err
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("--price=-2",), "--price -2.0: 0 or more is needed"),
+        (("--price=nan",), "--price nan: 0 or more is needed"),
+        (("--batch=0",), "a batch of 0 rows: at least 1 is needed"),
+        (("--config.train.accumulation=0",), "train.accumulation is 0: at least 1 is needed"),
+        (("--json={there}/none/plan.json",), "cannot be written"),
+        (("--picture={there}",), "cannot be written"),
+    ],
+)
+def test_mistakes_are_one_line_before_anything_is_compiled(arguments, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(program, "compiled", lambda *_, **__: pytest.fail("compiled"))
+    given = ("--config=configs/pretrain.py", "--topology=gpu:32xA100-80GB", *arguments)
+    code, said = run(capsys, *(argument.format(there=tmp_path) for argument in given))
+    assert code == 2 and said.err.startswith("error: ") and words in said.err and not said.out
+
+
+def test_what_is_arithmetic_is_called_so(capsys):
+    """Of a TPU slice too, where nothing was compiled; and the roofline is what the links allow, if that is longer."""
+    code, said = run(capsys, "--config=configs/pretrain.py", "--topology=v6e:4x8", "--compile=none")
+    assert code == 0 and "of one row sends (arithmetic)" in said.out
+    config = Experiment.from_dict(pretrain.get_config())
+    slow = ladder.ladder(config, parse("gpu:256xH100"), [256], 0.4)[0]
+    assert show.roofline(slow) == slow.hidden[1] - slow.compute > slow.compute * 0.4
+    assert show.brief(0.0) == "0.0" and show.brief(0.0030) == "0.0030" and show.brief(1234.5, 0) == "1,234"
 
 
 def test_compiled_for_simulated_devices_and_kept(tmp_path, monkeypatch, capsys):

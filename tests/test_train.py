@@ -220,6 +220,7 @@ def test_values_that_are_not_finite_stop_a_run(config, tmp_path):
         ({"data": {"num_latents": 8}}, "data.num_latents is 8, the model makes 4 latents"),
         ({"model": {"llama": {"vocab_size": 100}}}, "tokenizer.model has 512 pieces, model.llama.vocab_size is 100"),
         ({"train": {"batch": 3, "accumulation": 2}}, "train.batch 3 is not a multiple of train.accumulation 2"),
+        ({"train": {"accumulation": 0}}, "train.accumulation is 0: at least 1 is needed"),
         ({"train": {"stepz": 3}}, r"unknown fields: train.stepz \(did you mean train.steps\?\)"),
         ({"trian": {}}, r"unknown fields: trian \(did you mean train\?\)"),
     ],

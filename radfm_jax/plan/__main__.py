@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -69,6 +70,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.mfu is not None and not 0 < args.mfu <= 1:
             raise ValueError(f"--mfu {args.mfu}: a share above 0 and not above 1 is needed")
+        if args.price is not None and not 0 <= args.price < math.inf:
+            raise ValueError(f"--price {args.price}: 0 or more is needed")
+        for path in filter(None, (args.json, args.picture)):  # before the minutes that a compiler takes
+            if not path.parent.is_dir() or path.is_dir():
+                raise ValueError(f"{path} cannot be written: {path.parent} is no directory, or {path.name} is one")
         made = plan(Experiment.from_dict(config), parse(args.topology), args, sizes(args.config))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -140,6 +140,8 @@ def ladder(config: Experiment, topology: Topology, batches: list[int], mfu: floa
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     rungs = []
     for batch in batches:
+        if batch < 1:
+            raise ValueError(f"a batch of {batch} rows: at least 1 is needed")
         if batch % ways:
             raise ValueError(f"a batch of {batch} rows does not divide over {ways} devices of mesh.data and mesh.fsdp")
         a_device = batch // ways

@@ -53,17 +53,22 @@ def table(plan: Plan, limit: int = 12) -> Table:
             "take" if rung is plan.best else "plain" if rung is plan.plain else "" if rung.fits else "too big",
             f"{train.accumulation} x {rung.rows}  ({train.batch})",
             train.remat,
-            f"{rung.total / 1e9:.1f}",
+            brief(rung.total / 1e9),
             "" if margin is None else f"{margin:.0%}",
-            f"{executed(rung.config) * train.batch / plan.topology.count / 1e12:,.0f}",
-            f"{rung.sent / 1e9:.1f}",
-            f"{rung.sent / train.batch / 1e9:.2f}",
+            brief(executed(rung.config) * train.batch / plan.topology.count / 1e12, 0),
+            brief(rung.sent / 1e9),
+            brief(rung.sent / train.batch / 1e9, 2),
             "" if seconds is None else f"{seconds[0]:.3g} - {seconds[1]:.3g}",
             "" if seconds is None else f"{train.batch / seconds[1]:.3g} - {train.batch / seconds[0]:.3g}",
             "refused" if rung.refused else f"{rung.program.seconds:.0f} s" if rung.program else "",
             style=style,
         )
     return found
+
+
+def brief(number: float, digits: int = 1) -> str:
+    """With so many decimals, but never 0 for what is not: toys are planned too."""
+    return f"{number:,.{digits}f}" if number >= 1 or not number else f"{number:#.{max(digits, 2)}g}"
 
 
 def lines(plan: Plan) -> list[str]:
@@ -80,25 +85,26 @@ def lines(plan: Plan) -> list[str]:
         f"take: --config.train.batch={train.batch} --config.train.accumulation={train.accumulation} "
         f"--config.train.remat={train.remat}"
     )
-    parts = ", ".join(f"{part} {size / 1e9:.2f}" for part, size in best.memory.items())
-    said.append(f"memory, arithmetic: {sum(best.memory.values()) / 1e9:.2f} GB ({parts})")
+    parts = ", ".join(f"{part} {brief(size / 1e9, 2)}" for part, size in best.memory.items())
+    said.append(f"memory, arithmetic: {brief(sum(best.memory.values()) / 1e9, 2)} GB ({parts})")
     if (p := best.program) is not None:
         where = "this topology" if topology.kind == "tpu" else f"{topology.count} simulated devices of the CPU"
         note = "; a CPU has no fused attention and multiplies in float32: not a GPU's" if topology.kind == "gpu" else ""
         said.append(
-            f"memory, compiled for {where}: {p.peak / 1e9:.2f} GB (state and batch {p.arguments / 1e9:.2f}, temporary "
-            f"{p.temporary / 1e9:.2f}, program {p.beside / 1e9:.2f}){note}"
+            f"memory, compiled for {where}: {brief(p.peak / 1e9, 2)} GB "
+            f"(state and batch {brief(p.arguments / 1e9, 2)}, temporary {brief(p.temporary / 1e9, 2)}, "
+            f"program {brief(p.beside / 1e9, 2)}){note}"
         )
-        sent = ", ".join(f"{kind} {size / 1e9:.1f}" for kind, size in p.received.items() if size)
+        sent = ", ".join(f"{kind} {brief(size / 1e9)}" for kind, size in p.received.items() if size)
         said.append(
-            f"sent, compiled: {sum(p.received.values()) / 1e9:.1f} GB into each device a step ({sent or 'none'})"
+            f"sent, compiled: {brief(sum(p.received.values()) / 1e9)} GB into each device a step ({sent or 'none'})"
         )
         if p.loops_unknown:
             said.append(f"  {p.loops_unknown} collectives in loops of unknown length are counted once")
     if plan.plain.sent:
-        both = best.program is not None and plan.plain.program is not None and topology.kind == "tpu"
+        compiled = sum(rung.program is not None for rung in (best, plan.plain)) if topology.kind == "tpu" else 0
         share = best.sent / train.batch / (plan.plain.sent / plan.plain.config.train.batch)
-        how = "both compiled" if both else "arithmetic" if topology.kind != "tpu" else "one of them by arithmetic"
+        how = ("arithmetic", "one of them by arithmetic", "both compiled")[compiled]
         said.append(f"sent a row: {share:.0%} of what gathering for every micro-batch of one row sends ({how})")
     if best.hidden is None:
         return said
@@ -111,9 +117,23 @@ def lines(plan: Plan) -> list[str]:
             else f", sending {best.hidden[1] - best.compute:.3g} s, of which {hide:.0%} can be hidden"
         )
     )
-    roofline = executed(best.config) * train.batch / topology.count / topology.peak
-    said.append(f"roofline: {roofline:.3g} s a step at the full peak, recomputing included")
+    least = roofline(best)
+    epoch = ""
+    if plan.sources is not None:
+        epoch = f", {estimate.duration(least * estimate.epoch(best.config, plan.sources).rows / train.batch)} an epoch"
+    said.append(
+        f"roofline: {least:.3g} s a step{epoch}: the longer of arithmetic at the full peak, recomputing included, "
+        f"and sending"
+    )
     return said + _run(plan)
+
+
+def roofline(rung: Rung) -> float | None:
+    """Seconds of a step below which these devices and their links cannot go; their memory's speed is not looked at."""
+    if rung.hidden is None:
+        return None
+    computing = executed(rung.config) * rung.config.train.batch / rung.topology.count / rung.topology.peak
+    return max(computing, rung.hidden[1] - rung.compute)
 
 
 def _run(plan: Plan) -> list[str]:
@@ -170,7 +190,8 @@ def as_dict(plan: Plan) -> dict:
             "flops_a_device": executed(rung.config) * train.batch / plan.topology.count,
             "bytes_received": rung.sent, "bytes_received_arithmetic": rung.received,
             "seconds_hidden": seconds and seconds[0], "seconds_not_hidden": seconds and seconds[1],
-            "seconds_arithmetic": rung.compute, "can_hide": rung.can_hide, "refused": rung.refused,
+            "seconds_arithmetic": rung.compute, "seconds_roofline": roofline(rung),
+            "can_hide": rung.can_hide, "refused": rung.refused,
             "compiled": rung.program and dataclasses.asdict(rung.program),
         }  # fmt: skip
 
@@ -195,9 +216,11 @@ def picture(plan: Plan, path: Path, limit: int = 14) -> None:
 
     rungs = plan.rungs[:limit][::-1]
     names = [("take: " if r is plan.best else "") + r.name for r in rungs]
-    figure, (memory, time) = pyplot.subplots(
-        1, 2, figsize=(14, 1.6 + 0.36 * len(rungs)), layout="constrained", sharey=True
+    timed = rungs[0].hidden is not None
+    figure, axes = pyplot.subplots(
+        1, 1 + timed, figsize=(8 + 6 * timed, 2.4 + 0.36 * len(rungs)), layout="constrained", sharey=True, squeeze=False
     )
+    memory, below = axes[0][0], {"loc": "upper center", "bbox_to_anchor": (0.5, -0.6 / (1 + 0.36 * len(rungs)))}
     left = [0.0] * len(rungs)
     for part in rungs[0].memory:
         sizes = [r.memory[part] / 1e9 for r in rungs]
@@ -209,14 +232,15 @@ def picture(plan: Plan, path: Path, limit: int = 14) -> None:
     if plan.topology.memory is not None:
         memory.axvline(plan.topology.memory / 1e9, color="red", label="a device")
     memory.set_xlabel("GB a device, by arithmetic")
-    memory.legend(fontsize=8)
-    if rungs[0].hidden:
+    memory.legend(fontsize=8, ncols=4, **below)
+    if timed:
+        time = axes[0][1]
         compute = [r.compute / r.config.train.batch for r in rungs]
         time.barh(names, compute, label=f"arithmetic at {plan.mfu:.0%} of the peak")
         sending = [(r.hidden[1] - r.compute) / r.config.train.batch for r in rungs]
         time.barh(names, sending, left=compute, label="sending, if nothing of it is hidden")
         time.set_xlabel("seconds a row")
-        time.legend(fontsize=8)
+        time.legend(fontsize=8, ncols=2, **below)
     figure.suptitle(f"{plan.name} on {plan.topology.text}")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -100,7 +100,7 @@ class Topology:
     def said(self) -> str:
         """How its bandwidth comes about."""
         if self.bandwidth is None:
-            return "no network"
+            return "no network" if self.chip else "simulated: no link and no peak, so no times"
         rate = f"{self.bandwidth / 1e9:g} GB/s into each device"
         if self.kind == "tpu":
             return f"{rate}: {self.bandwidth / self.chip.link:g} links of {self.chip.link / 1e9:g} GB/s"
