@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -161,3 +162,20 @@ def test_a_table_of_several_sources_is_parsed_once(tmp_path, monkeypatch):
         assert list(map(str, one.problems)) == list(map(str, other.problems))
     open_dataset("jsonl", **fields, quarantine=True)
     assert len(read) == 12
+
+
+def test_what_is_kept_is_a_thread_s_own(tmp_path, monkeypatch):
+    """Training and test data are opened side by side: one that is done takes nothing from the other."""
+    fields = own(tmp_path, GOOD)
+    read, parse = [], tables.parse_json
+    monkeypatch.setattr(tables, "parse_json", lambda line: read.append(line) or parse(line))
+
+    def open_there():
+        with tables.kept():
+            open_dataset("jsonl", **fields)
+
+    with tables.kept(), ThreadPoolExecutor(1) as other:
+        other.submit(open_there).result()
+        for _ in range(2):
+            open_dataset("jsonl", **fields)
+    assert len(read) == 2

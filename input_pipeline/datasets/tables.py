@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import contextvars
 import csv
 import dataclasses
 import io
@@ -419,18 +420,18 @@ def _blocks(file: pathlib.Path) -> Iterator[str]:
             yield block
 
 
-_kept: dict[pathlib.Path, Store] | None = None
+# Each thread's own: without workers, the training and the test data are opened side by side.
+_kept: contextvars.ContextVar[dict[pathlib.Path, Store] | None] = contextvars.ContextVar("_kept", default=None)
 
 
 @contextlib.contextmanager
 def kept() -> Iterator[None]:
     """Within it, a file of JSON Lines that is read several times in a row is parsed once."""
-    global _kept
-    _kept = {}
+    before = _kept.set({})
     try:
         yield
     finally:
-        _kept = None
+        _kept.reset(before)
 
 
 def text_lines(file: pathlib.Path) -> list[str]:
@@ -441,13 +442,14 @@ def text_lines(file: pathlib.Path) -> list[str]:
 
 def stream_jsonl(file: pathlib.Path) -> Iterator[tuple[int, dict] | RowError]:
     """Reads JSON Lines row by row: one object a line, blank lines are problems; rows are lines."""
-    if _kept is None:
+    stores = _kept.get()
+    if stores is None:
         return _json_rows(file)
-    if file not in _kept:
-        _kept.clear()  # one table at a time: they can be large
+    if file not in stores:
+        stores.clear()  # one table at a time: they can be large
         rows = _json_rows(file)
-        _kept[file] = Store(iter(lambda: list(itertools.islice(rows, 64)), []))  # a third faster than one by one
-    return itertools.chain.from_iterable(_kept[file])
+        stores[file] = Store(iter(lambda: list(itertools.islice(rows, 64)), []))  # a third faster than one by one
+    return itertools.chain.from_iterable(stores[file])
 
 
 def _json_rows(file) -> Iterator[tuple[int, dict] | RowError]:
