@@ -297,6 +297,8 @@ def test_nothing_fits_and_mistakes(capsys):
     assert code == 1 and "nothing fits with 10% of the memory left free" in said.out
     code, said = run(capsys, "--config=configs/pretrain.py", "--topology=gpu:32", "--compile=none")
     assert code == 2 and "is no topology" in said.err
+    code, said = run(capsys, "--config=configs/pretrain.py", "--topology=gpu:12xH100", "--compile=none")
+    assert code == 1 and "99% of the parameters lie on each device, not 1/12" in said.out
 
 
 @pytest.mark.parametrize(

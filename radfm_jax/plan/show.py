@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from radfm_jax import estimate
+from radfm_jax.experiment import MeshConfig
 from radfm_jax.plan.ladder import MARGIN, Rung, executed
 from radfm_jax.plan.topology import Topology
 
@@ -76,6 +77,15 @@ def lines(plan: Plan) -> list[str]:
     topology, best = plan.topology, plan.best
     memory = "" if topology.memory is None else f", {topology.memory / 1e9:.1f} GB each"
     said = [f"{topology.count} devices{memory}; {topology.said}"]
+    mesh = estimate.abstract_mesh(plan.plain.config.mesh, topology.count)
+    ways = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    alone = estimate.memory(plan.plain.config, estimate.abstract_mesh(MeshConfig(), 1))["parameters"]
+    held = plan.plain.memory["parameters"] / alone
+    if held > 1 / ways + 0.1:
+        said.append(
+            f"{held:.0%} of the parameters lie on each device, not 1/{ways}: what {ways} does not divide is not shared "
+            f"out; a power of two divides all that is large"
+        )
     said += [f"refused: {r.name}: {r.refused}" for r in plan.rungs if r.refused]
     if best is None:
         return [*said, f"nothing fits with {MARGIN:.0%} of the memory left free: more devices, mesh.tensor, or fewer "
