@@ -37,6 +37,7 @@ GPU = {
     "H200": ("nvidia-h200-141gb", "h100"),
 }
 PORT = 61000
+PATIENCE = 1200  # seconds: the pods do not start together, as each machine is made and pulls the image by itself
 JOB = "train"  # as in the template
 
 
@@ -98,6 +99,9 @@ def render(args: argparse.Namespace, topology: Topology) -> str:
     tolerations = [{"key": resource, "operator": "Exists", "effect": "NoSchedule"}]
     if args.spot:
         tolerations.append({"key": "cloud.google.com/gke-spot", "operator": "Exists", "effect": "NoSchedule"})
+    arguments = list(args.arguments)
+    if machines > 1 and not any(argument.startswith("--start-timeout") for argument in arguments):
+        arguments.append(f"--start-timeout={PATIENCE}")
     # 8471: libtpu's own port between machines.
     ports = [{"containerPort": PORT}] + ([{"containerPort": 8471}] if topology.kind == "tpu" else [])
     values = {
@@ -105,7 +109,7 @@ def render(args: argparse.Namespace, topology: Topology) -> str:
         "machines": machines, "restarts": args.restarts, "grace": 30 if args.spot else args.grace,
         # JSON is YAML: strings with braces, colons and quotes stay what they are.
         "node_selector": json.dumps(selector), "tolerations": json.dumps(tolerations), "ports": json.dumps(ports),
-        "arguments": json.dumps(args.arguments), "environment": json.dumps(environment),
+        "arguments": json.dumps(arguments), "environment": json.dumps(environment),
         "limits": json.dumps({resource: chips}),
     }  # fmt: skip
     template = (Path(__file__).parent / "gke_jobset.yaml").read_text()

@@ -210,6 +210,7 @@ def test_a_jobset_of_a_tpu_slice():
         "cloud.google.com/gke-spot": "true",
     }
     assert container["args"][1] == "--config.optimizer.rates={'vit': 2.0}"
+    assert container["args"][-1] == "--start-timeout=1200"
     assert '. launch/flags/tpu.sh && exec python -m radfm_jax.train "$@"' in container["command"][2]
     assert not [e for e in container["env"] if e["name"].startswith("RADFM")]
     # What is final fails the job by policy, and the JobSet with it; anything else restarts all pods.
@@ -231,7 +232,7 @@ def test_a_jobset_of_gpus():
     assert found["spec"]["failurePolicy"]["maxRestarts"] == 5
     _, alone, container = jobset("--topology=gpu:1xH200")
     assert alone["completions"] == 1 and container["resources"]["limits"] == {"nvidia.com/gpu": 1}
-    assert len(container["env"]) == 1
+    assert len(container["env"]) == 1 and not any(a.startswith("--start-timeout") for a in container["args"])
 
 
 @pytest.mark.parametrize(
