@@ -25,6 +25,15 @@ def script(path: Path, body: str) -> Path:
     return path
 
 
+def test_shellcheck_finds_nothing():
+    scripts = [
+        p for place in ("launch", "tests/slurm") for p in (ROOT / place).rglob("*") if p.suffix in (".sh", ".sbatch")
+    ]
+    assert len(scripts) > 8
+    done = run(str(Path(sys.executable).with_name("shellcheck")), "-x", *map(str, scripts))
+    assert not done.returncode, done.stdout
+
+
 # --- stages.sh --------------------------------------------------------------------------------------------------------
 
 
