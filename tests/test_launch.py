@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
 
 ROOT = Path(__file__).parents[1]
 
@@ -167,34 +168,22 @@ def test_a_slice_that_is_not_ready_for_ssh_is_not_made_twice(tmp_path):
 
 # --- GKE --------------------------------------------------------------------------------------------------------------
 
-# Fields and types of jobset.x-k8s.io/v1alpha2, as far as they are used here (the CustomResourceDefinition of
-# kubernetes-sigs/jobset); a field that the published schema does not have is refused by the cluster.
-JOBSET = {
-    "apiVersion": str, "kind": str, "metadata": {"name": str, "annotations": dict},
-    "spec": {
-        "network": {"enableDNSHostnames": bool, "publishNotReadyAddresses": bool, "subdomain": str},
-        "failurePolicy": {
-            "maxRestarts": int, "restartStrategy": str,
-            "rules": [{"name": str, "action": str, "onJobFailureReasons": [str], "targetReplicatedJobs": [str]}],
-        },
-        "successPolicy": {"operator": str, "targetReplicatedJobs": [str]}, "suspend": bool,
-        "ttlSecondsAfterFinished": int,
-        "replicatedJobs": [{"name": str, "groupName": str, "replicas": int, "template": dict}],
-    },
-}  # fmt: skip
+
+def strangers(given, known, where: str = "") -> list[str]:
+    """What a file says that its schema does not know: `known` is what the schema read of it, and says again."""
+    if isinstance(given, dict):
+        assert isinstance(known, dict), where
+        new = [f"{where}.{k}" for k in given if k not in known]
+        return new + [s for k, v in given.items() if k in known for s in strangers(v, known[k], f"{where}.{k}")]
+    if isinstance(given, list):
+        return [s for i, (v, k) in enumerate(zip(given, known, strict=True)) for s in strangers(v, k, f"{where}[{i}]")]
+    return [] if given == known else [where]
 
 
-def check(value, schema, where="jobset"):
-    if isinstance(schema, dict):
-        assert isinstance(value, dict) and not value.keys() - schema.keys(), f"{where}: {value.keys() - schema.keys()}"
-        for key, of in value.items():
-            check(of, schema[key], f"{where}.{key}")
-    elif isinstance(schema, list):
-        assert isinstance(value, list), where
-        for of in value:
-            check(of, schema[0], where)
-    else:
-        assert type(value) is schema, f"{where} is {value!r}"
+def published(found: dict) -> list[str]:
+    """Against the published OpenAPI of jobset.x-k8s.io/v1alpha2, down to the containers of its pods: the fields that it
+    does not know. A wrong type raises."""
+    return strangers(found, JobsetV1alpha2JobSet.from_dict(found).to_dict())
 
 
 def jobset(*arguments):
@@ -204,7 +193,7 @@ def jobset(*arguments):
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     found = yaml.safe_load(ended.stdout)
-    check(found, JOBSET)
+    assert published(found) == []
     job = found["spec"]["replicatedJobs"][0]["template"]["spec"]
     return found, job, job["template"]["spec"]["containers"][0]
 
@@ -229,6 +218,20 @@ def test_a_jobset_of_a_tpu_slice():
     assert policy["action"] == "FailJobSet" and policy["onJobFailureReasons"] == ["PodFailurePolicy"]
     assert re.fullmatch("[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?", policy["name"])  # the schema's own pattern
     assert job["template"]["spec"]["restartPolicy"] == "Never" and job["backoffLimit"] == 0
+
+
+def test_the_schema_knows_what_is_wrong():
+    found, job, container = jobset("--topology=v5p:4x4x2")
+    container["volumeMount"] = container.pop("volumeMounts")
+    found["spec"]["network"]["enableDNSHostnamess"] = True
+    job["backOffLimit"] = 0
+    in_job = ".spec.replicatedJobs[0].template.spec"
+    pod = f"{in_job}.template.spec.containers[0]"
+    assert published(found) == [".spec.network.enableDNSHostnamess", f"{in_job}.backOffLimit", f"{pod}.volumeMount"]
+    found, job, _ = jobset("--topology=v5p:4x4x2")
+    job["completions"] = "8"
+    with pytest.raises(ValueError, match="completions"):
+        published(found)
 
 
 def test_a_jobset_of_gpus():
