@@ -352,8 +352,8 @@ def read(workdir: Path) -> list[dict]:
 
 
 def test_2_and_then_4_processes_interrupted_are_the_run_of_one(processes, whole, tmp_path):
-    """One run: two processes, one of which is told to end; then four, of which the first is killed; then one, to the
-    end. Each goes on from what the others saved."""
+    """One run: two processes, one of which is told to end; then four, of which the first is killed; then two, of which
+    the second is stopped; then one, to the end. Each goes on from what the others saved."""
     run = tmp_path / "run"
     pids = processes.start(run, 2, pace=0.2)
     wait_for_step(run, 2, processes)
@@ -375,7 +375,14 @@ def test_2_and_then_4_processes_interrupted_are_the_run_of_one(processes, whole,
         log = (run / "logs" / f"{i}.log").read_text()
         assert f"parameters of step {saved} are equal in process {i}" in log
         assert "process 0 gives no sign of life (--peer-timeout 5): killed, stopped, or cut off. The run ends" in log
-    saved = run_directory.steps(run)[-1]
+
+    logged = max(line["step"] for line in read(run))
+    pids = processes.start(run, 2, pace=0.2)
+    wait_for_step(run, logged + 1, processes)
+    os.kill(pids[1], signal.SIGSTOP)
+    assert processes.end(pids[:1], 30) == [75], processes.console(0)
+    processes.end(pids[1:], 0)
+    assert "process 1 gives no sign of life (--peer-timeout 5)" in (run / "logs" / "0.log").read_text()
 
     saved = run_directory.steps(run)[-1]
     assert processes.end(processes.start(run, 1), PATIENCE) == [0], processes.console(0)
