@@ -138,8 +138,7 @@ def verify(directory, *, hashes: bool = True) -> None:
             actual = zip(sized, pool.map(lambda n: _sha256(found[n]), sized), strict=True)
             problems += [f"content differs: {n}" for n, sha256 in actual if sha256 != listed[n]["sha256"]]
     if problems:
-        listed = "\n  ".join(problems)
-        raise ValueError(f"checkpoint {directory} is damaged:\n  {listed}\ncopy it again, or put back what is missing")
+        raise ValueError(f"checkpoint {directory} is damaged:\n  " + "\n  ".join(problems))
 
 
 def write_description(directory: Path, part: str, model: dict, **facts) -> None:

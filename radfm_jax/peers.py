@@ -31,6 +31,7 @@ from radfm_jax import faults
 
 POLL = 1.0  # seconds
 TOGETHER = 5.0  # seconds in which all must have failed to count as having failed of the same cause
+FAREWELL = 30.0  # seconds that process 0 waits for the others to have left
 ROOT = "radfm_jax/peers"
 
 
@@ -134,20 +135,25 @@ class Peers:
             self._exit(faults.code_of(exception) if exception else 1)
         self._done.set()  # and not before: somebody may still have been agreeing on where to stop
         self._threads[0].join(5)
-        if self._service is not None:  # its end before theirs would have JAX abort the others
-            farewell = threading.Thread(target=self._until_alone, daemon=True, name="farewell")
-            farewell.start()
-            farewell.join(10)
-        jax.distributed.shutdown()
+        alone = threading.Event()
         if self._service is not None:
+            threading.Thread(target=self._until_alone, args=(alone,), daemon=True, name="farewell").start()
+            alone.wait(FAREWELL)
+        jax.distributed.shutdown()
+        # The service's end before theirs would have JAX abort the others. It outlives this process by a while anyway.
+        if alone.is_set():
             self._service.kill()
             self._service.communicate()
 
-    def _until_alone(self) -> None:
+    def _until_alone(self, alone: threading.Event) -> None:
         """The roll, once all that live have asked for it: here nobody else does any more, but leaves."""
-        with contextlib.suppress(jax.errors.JaxRuntimeError):
-            while len(self._client.get_live_nodes(list(range(self.processes)))) > 1:
-                time.sleep(0.05)
+        until = time.monotonic() + FAREWELL
+        while time.monotonic() < until:
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # that of somebody who leaves meanwhile
+                if len(self._client.get_live_nodes(list(range(self.processes)))) == 1:
+                    alone.set()
+                    return
+            time.sleep(0.05)
 
     # --- this process fails -------------------------------------------------------------------------------------------
 

@@ -146,6 +146,45 @@ def test_a_process_that_has_come_to_the_end_does_not_hold_up_the_others(company,
     assert not ending.is_alive() and not company.ends
 
 
+class Program:
+    """The service's process; notes what is done in which order."""
+
+    def __init__(self, done):
+        self.done = done
+
+    def kill(self):
+        self.done.append("service killed")
+
+    def communicate(self):
+        self.done.append("service gone")
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+def test_the_service_is_not_ended_before_the_others_have_left(company, monkeypatch, leaves):
+    """Who is told of the roll while somebody leaves may get an error; who never leaves keeps the service alive."""
+    done, calls = [], []
+    monkeypatch.setattr(jax.distributed, "shutdown", lambda: done.append("left"))
+    monkeypatch.setattr(peers, "FAREWELL", 1.0)
+    first, second = company(2)
+    first._service = Program(done)
+
+    def roll(processes):
+        if threading.current_thread().name != "farewell":
+            return dict.fromkeys(processes, 1)
+        calls.append(len(calls))
+        if len(calls) == 2:
+            raise jax.errors.JaxRuntimeError("UNAVAILABLE: a task has left")
+        return dict.fromkeys(processes[: 1 if leaves and len(calls) > 4 else 2], 1)
+
+    monkeypatch.setattr(company.service, "get_live_nodes", roll)
+    ending = threading.Thread(target=second.__exit__, args=(None, None, None))
+    ending.start()
+    first.__exit__(None, None, None)
+    ending.join(10)
+    assert len(calls) > 4 and not company.ends
+    assert done[-3:] == ["left", "service killed", "service gone"] if leaves else done == ["left", "left"]
+
+
 def test_a_process_that_gives_no_sign_of_life(company, capfd):
     group = company(3)
     time.sleep(0.2)
