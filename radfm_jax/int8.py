@@ -17,9 +17,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from radfm_jax import checkpoint
+from radfm_jax.models.llama import INPUTS
 
-# Axes of a kernel that are summed over, behind the layers'.
-INPUTS = {"query": 1, "key": 1, "value": 1, "out": 2, "gate": 1, "up": 1, "down": 1}
 MOST = 127
 HEAD = "llama/head"
 

@@ -12,6 +12,7 @@ import torch
 
 from radfm_jax.models import vit3d
 from radfm_jax.models.layers import (
+    FEW_ROWS,
     REMAT_POLICIES,
     GeluMlp,
     attention,
@@ -222,6 +223,19 @@ def test_norm_statistics_are_float32_in_bfloat16():
     theirs = torch.nn.functional.layer_norm(x, (4096,)).numpy()
     # Measured 2^-7, the rounding of a result of 4; statistics in bfloat16 would be off by 0.03.
     np.testing.assert_allclose(np.asarray(ours, np.float32), theirs, atol=2**-6)
+
+
+@pytest.mark.parametrize("count", [1, FEW_ROWS, FEW_ROWS + 1])
+@pytest.mark.parametrize("axis", [-1, (-2, -1)])
+def test_rows_in_place_of_a_kernel(count, axis):
+    x, kernel = normal(count, 2, 3, 8), normal(24, 20, seed=1).reshape((3, 8, 5, 4) if axis != -1 else (24, 5, 4))
+    x = x if axis != -1 else x.reshape(count, 2, 24)
+    layer = dense((5, 4), ("heads", "head_dim", "embed"), CONFIG, axis=axis)
+    expected = layer.apply({"params": {"kernel": kernel}}, x)
+    rows = kernel.reshape(24, 20).T
+    np.testing.assert_allclose(layer.apply({"params": {"rows": rows}}, x), expected, rtol=0, atol=1e-5)
+    scaled = layer.apply({"params": {"rows": rows, "scale": np.full((5, 4), 2, np.float32)}}, x)
+    np.testing.assert_allclose(scaled, 2 * expected, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("bias", [True, False])

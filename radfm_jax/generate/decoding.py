@@ -53,7 +53,7 @@ def begin(
 
     Args:
       length: U. sample, penalise: whether tokens are drawn, and repetitions punished; costs nothing where not.
-      params: llama (with `blocks` a stack or a list of layers) and image_marks.
+      params: llama (with `blocks` a stack, or a list of layers and `head_rows`) and image_marks.
       prompt: ids, visual_index int32[B, T]; lengths, limit int32[B]; keys uint32[B, 2]; visual [B, S, L, E].
     Returns:
       The state.
@@ -131,9 +131,10 @@ def _without_blocks(params: dict) -> dict:
 def _logits(config, params, hidden) -> jax.Array:
     c, of = config.llama, params["llama"]
     with jax.named_scope("logits"):
-        return llama.head_logits(
-            hidden, of["embedding"].T if c.tied_head else of["head"], c.dtype, of.get("head_scale")
-        )
+        if "head_rows" in of:
+            return llama.head_logits(hidden, of["head_rows"], c.dtype, of.get("head_scale"), by_rows=True)
+        head = of["embedding"].T if c.tied_head else of["head"]
+        return llama.head_logits(hidden, head, c.dtype, of.get("head_scale"))
 
 
 def _with_token(state: dict, logits: jax.Array, sample: bool, penalise: bool) -> dict:

@@ -22,6 +22,7 @@ from radfm_jax.models.layers import (
     dense,
     matmul_precision,
     plain_attention,
+    product_with_rows,
     rms_norm,
     scan_blocks,
 )
@@ -99,6 +100,10 @@ def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
 # --- the network ------------------------------------------------------------------------------------------------------
 
 
+# The linear maps of a block -> how many axes of their kernels are summed over, behind the layers'.
+INPUTS = {"query": 1, "key": 1, "value": 1, "out": 2, "gate": 1, "up": 1, "down": 1}
+
+
 class Block(nn.Module):
     config: LlamaConfig
 
@@ -107,8 +112,9 @@ class Block(nn.Module):
         self, x: jax.Array, rope, q_segments: jax.Array, k_segments: jax.Array, cache=None, layer=None, starts=None
     ):
         """(x, cache). Without a cache, attention is among the x. With one (`empty_cache`), keys and values of the x go
-        into its `layer`: with `starts` None at the beginning, attention being among the x (a prompt); otherwise at
-        starts int32[B], for x of one token, which sees what stands in the cache under its own segment."""
+        into its `layer`, or into all of it where that is None: with `starts` None at the beginning, attention being
+        among the x (a prompt); otherwise at starts int32[B], for x of one token, which sees what stands in the cache
+        under its own segment."""
         c = self.config
         h = rms_norm(c, c.norm_eps, "attention_norm")(x)
         q = dense((c.num_heads, c.head_dim), ("embed", "heads", "head_dim"), c, name="query")(h)
@@ -124,7 +130,7 @@ class Block(nn.Module):
         if starts is None:
             h = attention(q, k, v, q_segments, k_segments, causal=True, kernel=c.attention)
         else:
-            k, v = (jax.lax.dynamic_index_in_dim(cache[n], layer, keepdims=False) for n in ("key", "value"))
+            k, v = (_read(cache[name], len(q), layer) for name in ("key", "value"))
             with jax.named_scope("attention"):
                 h = plain_attention(q, k, v, attention_mask(q_segments, k_segments, causal=False))
         h = checkpoint_name(h, "attention")
@@ -179,10 +185,13 @@ class Llama(nn.Module):
         return head_logits(hidden, self.head_kernel(), self.config.dtype, scale)
 
 
-def head_logits(hidden: jax.Array, kernel: jax.Array, dtype: str, scale: jax.Array | None = None) -> jax.Array:
+def head_logits(
+    hidden: jax.Array, kernel: jax.Array, dtype: str, scale: jax.Array | None = None, *, by_rows: bool = False
+) -> jax.Array:
     """float[..., E] x [E, V] -> float32[..., V], multiplied in `dtype`, summed in float32; times float32[V] `scale`,
-    where the kernel is one of integers."""
-    logits = jnp.matmul(
+    where the kernel is one of integers. by_rows: the kernel is [V, E] and the hidden states are [T, E]
+    (`product_with_rows`)."""
+    logits = (product_with_rows if by_rows else jnp.matmul)(
         hidden.astype(dtype),
         kernel.astype(dtype),
         precision=matmul_precision(dtype),
@@ -197,24 +206,38 @@ def head_logits(hidden: jax.Array, kernel: jax.Array, dtype: str, scale: jax.Arr
 def empty_cache(config: LlamaConfig, batch: int, length: int, *, apart: bool = False) -> dict | list[dict]:
     """{"key", "value"}, each [layers, B, G, length, K] in `config.dtype`, as attention reads them: rows over `data` and
     `fsdp`, heads over `tensor`. Place i of a row is its position i; what lies behind a row's last token is never
-    seen. apart: a list of such stacks of one layer each, for parameters whose layers are a list."""
+    seen. apart: a list of the layers, each [B G, length, K], for parameters whose layers are a list; on one device.
+    (With more axes, XLA on a CPU writes a cache of one row twice, to keep and to read, and copies it before.)"""
     mesh = jax.sharding.get_abstract_mesh()
     heads = None if mesh.empty or config.num_kv_heads % mesh.shape["tensor"] else "kv_heads"
 
-    def stack(layers: int) -> dict[str, jax.Array]:
-        shape = (layers, batch, config.num_kv_heads, length, config.head_dim)
-        zeros = constrain(jnp.zeros(shape, config.dtype), None, "batch", heads, None, None)
-        return {"key": zeros, "value": zeros}
-
-    return [stack(1) for _ in range(config.num_layers)] if apart else stack(config.num_layers)
+    if apart:
+        zeros = jnp.zeros((batch * config.num_kv_heads, length, config.head_dim), config.dtype)
+        return [{"key": zeros, "value": zeros} for _ in range(config.num_layers)]
+    shape = (config.num_layers, batch, config.num_kv_heads, length, config.head_dim)
+    zeros = constrain(jnp.zeros(shape, config.dtype), None, "batch", heads, None, None)
+    return {"key": zeros, "value": zeros}
 
 
 def _written(cache: jax.Array, new: jax.Array, layer, starts) -> jax.Array:
-    """[layers, B, G, U, K] with new [B, T, G, K] put into a layer: from place 0 on, or, T = 1, at each row's own."""
+    """A cache with new [B, T, G, K] put into a layer: from place 0 on, or, T = 1, at each row's own."""
     new = new.astype(cache.dtype)
+    if layer is None:  # [B G, U, K]
+        new = jnp.moveaxis(new, 1, 2).reshape(len(cache), -1, cache.shape[2])
+        if starts is None:
+            return jax.lax.dynamic_update_slice(cache, new, (0, 0, 0))
+        at = jnp.repeat(starts, len(cache) // len(starts))
+        return cache.at[jnp.arange(len(cache)), at].set(new[:, 0], mode="drop", unique_indices=True)
     if starts is None:
         return jax.lax.dynamic_update_slice(cache, jnp.moveaxis(new, 1, 2)[None], (layer, 0, 0, 0, 0))
     return cache.at[layer, jnp.arange(len(new)), :, starts].set(new[:, 0], mode="drop", unique_indices=True)
+
+
+def _read(cache: jax.Array, batch: int, layer) -> jax.Array:
+    """The layer of a cache, [B, G, U, K]."""
+    if layer is None:
+        return cache.reshape(batch, -1, *cache.shape[1:])
+    return jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False)
 
 
 def prefill(
@@ -237,7 +260,7 @@ def prefill(
 
 def extend(config: LlamaConfig, params: dict, x: jax.Array, positions: jax.Array, cache):
     """One more token in each row: x float[B, 1, E] at positions int32[B] -> (hidden [B, 1, E], cache)."""
-    seen = jnp.arange(jax.tree.leaves(cache)[0].shape[3]) <= positions[:, None]
+    seen = jnp.arange(jax.tree.leaves(cache)[0].shape[-2]) <= positions[:, None]
     k_segments = jnp.where(seen, 1, -1)
     q_segments = jnp.ones_like(positions)[:, None]
     return _through_blocks(config, params, x, positions[:, None], q_segments, k_segments, cache, positions)
@@ -259,5 +282,5 @@ def _through_blocks(config, params, x, positions, q_segments, k_segments, cache,
     else:
         cache = list(cache)
         for layer, block in enumerate(blocks):
-            x, cache[layer] = one(x, cache[layer], block, 0)
+            x, cache[layer] = one(x, cache[layer], block, None)
     return rms_norm(config, config.norm_eps, None).apply({"params": params["norm"]}, x), cache
