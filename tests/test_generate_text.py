@@ -19,7 +19,7 @@ from input_pipeline import ask
 from input_pipeline.samples import Scan
 from input_pipeline.tokenizer import Tokenizer
 from radfm_jax import checkpoint
-from radfm_jax.generate import GenerationError, Request, Sampling
+from radfm_jax.generate import GenerationError, Request, Sampling, many
 from radfm_jax.generate.__main__ import main, mesh_of
 from radfm_jax.generate.many import read_questions
 from radfm_jax.generate.text import AnswerText
@@ -375,6 +375,34 @@ def test_a_file_of_questions(run, model, scans, tmp_path, capsys):
     assert main(command) == 2
     err = capsys.readouterr().err
     assert all(w in err for w in ("line 2: id 'a' stands twice", "line 3 has no `id`", "line 4 is no JSON"))
+
+
+@pytest.mark.parametrize("kept", [1, many.KEPT_BYTES])
+def test_a_scan_asked_about_again_is_not_encoded_again(model, scans, tmp_path, monkeypatch, kept):
+    ct, film = "ct.nii.gz", "film.png"
+    of = [[film], [film], [ct, film], [], [film], [ct], [ct, film], [film]]
+    file, out = tmp_path / "questions.jsonl", tmp_path / f"{kept}.jsonl"
+    rows = [{"id": str(i), "prompt": f"Lesion {i}?", "scans": names} for i, names in enumerate(of)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    encoded, encode = [], model.generator.encode_volumes
+
+    def counting(questions, *args):
+        encoded.extend(map(len, questions))
+        return encode(questions, *args)
+
+    monkeypatch.setattr(many, "KEPT_BYTES", kept)
+    monkeypatch.setattr(model.generator, "encode_volumes", counting)
+    sampling = Sampling(6, stop_ids=())
+    assert many.answer_file(model.generator, file, out, sampling, root=scans, batch=2).answered == len(of)
+    # Batches of two: film; ct and film; film, known by now, and ct; both known. If one is kept, film is new at last.
+    times = sorted(n for n in encoded if n)
+    assert times == ([1, 1, 2] if kept > 1 else [1, 1, 1, 2]), encoded
+    monkeypatch.undo()
+    expected = [
+        model.answer(row["prompt"], [scans / name for name in names], max_new_tokens=6, stop_ids=())
+        for row, names in zip(rows, of, strict=True)
+    ]
+    assert [json.loads(line)["answer"] for line in out.read_text().splitlines()] == expected
 
 
 def test_lines_end_at_line_feeds_alone(tmp_path):

@@ -16,6 +16,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from input_pipeline import ask, scans
 from input_pipeline.datasets import jsonl
 from input_pipeline.datasets.tables import Row, text_lines
@@ -24,6 +26,7 @@ from input_pipeline.samples import Scan
 from radfm_jax.generate.generator import Answer, EncodedScans, Generator, Prompt, Request
 from radfm_jax.generate.sampling import Sampling
 
+KEPT_BYTES = 2**30  # of visual tokens: at full size, 1,600 scans in float32
 READ = ("id", "prompt", "instruction", "context", "scans")
 NOT_READ = ("task", "response", "study", "dataset", "modality", "anatomy", "references", "closed", "slices")
 
@@ -167,7 +170,8 @@ def answer_file(
     no_others: bool = False,
 ) -> Outcome:
     """Answers every question that has no answer in `out` yet, `batch` at a time; scans of the next ones are read while
-    the device computes. A question that fails is left out of `out`, so that a later start tries it again.
+    the device computes, and those that were asked about before are not encoded again. A question that fails is left out
+    of `out`, so that a later start tries it again.
 
     Args:
       root: of the scans' paths; None: the directory of `file`.
@@ -191,10 +195,11 @@ def answer_file(
     failed: dict[str, str] = {}
     done, began = 0, time.perf_counter()
     out.parent.mkdir(parents=True, exist_ok=True)
+    kept = _Kept()
     with open(out, "a") as results, concurrent.futures.ThreadPoolExecutor(1) as reader:
-        for some, loaded in _loaded(todo, generator, batch, reader):
+        for some, loaded in _loaded(todo, generator, batch, reader, kept):
             prompts: dict[str, Prompt] = {}
-            for question, scans_of in zip(some, _encoded(generator, some, loaded), strict=True):
+            for question, scans_of in zip(some, _encoded(generator, some, loaded, kept), strict=True):
                 try:
                     prompts[question.row_id] = _prompt(generator, question, scans_of, sampling, place)
                 except ValueError as error:
@@ -224,45 +229,84 @@ def answer_file(
     return Outcome(done, len(questions) - len(todo), failed, time.perf_counter() - began)
 
 
-def _loaded(todo: list[Question], generator: Generator, batch: int, reader) -> Iterator[tuple[list, list]]:
-    """`batch` questions with their volumes, or why they have none; those after them are being read meanwhile."""
+class _Kept:
+    """Visual tokens by their question's scans, in the memory of the host: `KEPT_BYTES` of those that were used last."""
 
-    def read(question: Question) -> list[Volume] | ValueError:
-        if question.problem:
-            return ValueError(question.problem)
+    def __init__(self):
+        self._found: dict[tuple[Scan, ...], EncodedScans] = {}
+        self._bytes = 0
+
+    def add(self, scans_of: tuple[Scan, ...], encoded: EncodedScans) -> None:
+        tokens = np.array(encoded.tokens[: len(encoded)])
+        self._found[scans_of] = EncodedScans(tokens, encoded.names)
+        self._bytes += tokens.nbytes
+        while self._bytes > KEPT_BYTES and len(self._found) > 1:
+            self._bytes -= self._found.pop(next(iter(self._found))).tokens.nbytes
+
+    def get(self, scans_of: tuple[Scan, ...]) -> EncodedScans | None:
+        encoded = self._found.pop(scans_of, None)
+        if encoded is not None:
+            self._found[scans_of] = encoded  # behind the others
+        return encoded
+
+
+# What is there of the scans of a question: what was read, visual tokens, or why neither.
+Found = list[Volume] | EncodedScans | ValueError
+
+
+def _loaded(
+    todo: list[Question], generator: Generator, batch: int, reader, kept: _Kept
+) -> Iterator[tuple[list[Question], dict[tuple[Scan, ...], Found]]]:
+    """`batch` questions with their scans, each read once; those after them are being read meanwhile."""
+
+    def read(scans_of: tuple[Scan, ...]) -> Found:
         try:
-            if question.scans and generator.preparation is None:
+            if generator.preparation is None:
                 raise ValueError("it is not known how scans are prepared for this model")
-            return ask.read_scans(question.scans, generator.preparation) if question.scans else []
+            return ask.read_scans(scans_of, generator.preparation)
         except ValueError as error:
             return error
 
-    ahead: list[tuple[list, concurrent.futures.Future]] = []
+    ahead: list[tuple[list, dict, concurrent.futures.Future]] = []
     for start in range(0, len(todo), batch):
         some = todo[start : start + batch]
-        ahead.append((some, reader.submit(lambda some=some: [read(q) for q in some])))
+        asked = {q.scans: kept.get(q.scans) for q in some if q.scans and not q.problem}
+        fresh = [scans_of for scans_of, encoded in asked.items() if encoded is None]
+        ahead.append((some, asked, reader.submit(lambda fresh=fresh: {s: read(s) for s in fresh})))
         if len(ahead) > 1:
-            questions, future = ahead.pop(0)
-            yield questions, future.result()
-    for questions, future in ahead:
-        yield questions, future.result()
+            questions, known, future = ahead.pop(0)
+            yield questions, known | future.result()
+    for questions, known, future in ahead:
+        yield questions, known | future.result()
 
 
-def _encoded(generator: Generator, some: list[Question], loaded: list) -> list[EncodedScans | ValueError]:
+def _encoded(
+    generator: Generator, some: list[Question], loaded: dict[tuple[Scan, ...], Found], kept: _Kept
+) -> list[EncodedScans | ValueError]:
     """Visual tokens of each question, or why it has none."""
-    good = [i for i, volumes in enumerate(loaded) if not isinstance(volumes, ValueError)]
-    names = [some[i].named for i in good]
-    found: list = list(loaded)
+    named = {q.scans: q.named for q in some}
+    fresh = []
+    for scans_of, found in loaded.items():
+        if isinstance(found, list):  # unless it was encoded while these were being read
+            loaded[scans_of] = kept.get(scans_of) or found
+            fresh += [scans_of] if loaded[scans_of] is found else []
+
+    def encode(*those: tuple[Scan, ...]) -> None:
+        encoded = generator.encode_volumes([loaded[s] for s in those], [named[s] for s in those])
+        for scans_of, tokens in zip(those, encoded, strict=True):
+            loaded[scans_of] = tokens
+            kept.add(scans_of, tokens)
+
     try:
-        for i, encoded in zip(good, generator.encode_volumes([loaded[i] for i in good], names), strict=True):
-            found[i] = encoded
+        encode(*fresh)
     except ValueError:  # one of them is not finite: each by itself, to see which
-        for i, own in zip(good, names, strict=True):
+        for scans_of in fresh:
             try:
-                found[i] = generator.encode_volumes([loaded[i]], [own])[0]
+                encode(scans_of)
             except ValueError as error:
-                found[i] = error
-    return found
+                loaded[scans_of] = error
+    loaded[()] = generator.encode_volumes([[]])[0]
+    return [ValueError(q.problem) if q.problem else loaded[q.scans] for q in some]
 
 
 def _prompt(generator: Generator, question: Question, encoded, sampling: Sampling, place: str) -> Prompt:
