@@ -121,6 +121,13 @@ def bucket(size: int, least: int = 1) -> int:
     return least
 
 
+def _padded(tokens: jax.Array | np.ndarray, slots: int) -> jax.Array | np.ndarray:
+    """Visual tokens [S, L, E] with zeros up to as many slots; where they lie."""
+    if len(tokens) == slots:
+        return tokens
+    return (np if isinstance(tokens, np.ndarray) else jnp).pad(tokens, ((0, slots - len(tokens)), (0, 0), (0, 0)))
+
+
 @jax.jit
 def _layers(blocks: dict) -> list[dict]:
     """A stack of layers as a list; kernels as `rows`."""
@@ -419,7 +426,7 @@ class _Run:
         with g._on_mesh():
             nothing = np.zeros((s, c.num_latents, c.llama.width), c.llama.dtype)
             of = [nothing if p.visual is None else p.visual for p in prompts] + [nothing] * (rows - len(prompts))
-            visual = jnp.stack([v if len(v) == s else jnp.pad(v, ((0, s - len(v)), (0, 0), (0, 0))) for v in of])
+            visual = jnp.stack([_padded(v, s) for v in of])
             if g.mesh is not None:
                 visual = jax.device_put(visual, sharding.batch_sharding(g.mesh))
             prompt = g._place(arrays) | {"visual": visual}

@@ -237,7 +237,7 @@ class _Kept:
         self._bytes = 0
 
     def add(self, scans_of: tuple[Scan, ...], encoded: EncodedScans) -> None:
-        tokens = np.array(encoded.tokens[: len(encoded)])
+        tokens = np.asarray(encoded.tokens)[: len(encoded)].copy()
         self._found[scans_of] = EncodedScans(tokens, encoded.names)
         self._bytes += tokens.nbytes
         while self._bytes > KEPT_BYTES and len(self._found) > 1:
