@@ -1,123 +1,36 @@
-"""Tokens, targets, weights and visual slots, by hand; the released layout against its reference encodings.
+"""Tokens, targets, weights and visual slots, by hand; what is cut when a sample is too long; what is refused."""
 
-The arrays are written for an installed 32,000-piece model in LLaMA's id layout (mistral-common's first one). The
-reference encodings belong to LLaMA's own model, which has to be given: RADFM_TOKENIZER=/path/to/tokenizer.model.
-"""
+# ruff: noqa: F811 (fixtures that are imported)
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import json
-import os
-import pickle
 import random
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
-import sentencepiece
+from token_parts import (
+    A,
+    B,
+    C,
+    V,
+    check,
+    context,
+    instruction,
+    interleaved,
+    long_text,
+    read_back,
+    response,
+    run,
+    tokenizer,  # noqa: F401
+)
 
-from input_pipeline.released_text import encode_segments, insert_images, released_decode, released_text
-from input_pipeline.samples import RowError, Sample, Scan, Text
+from input_pipeline.samples import RowError, Scan
 from input_pipeline.terms import Terms
-from input_pipeline.tokens import INSTRUCTION_FLOOR, Encoded, Tokenizer, encode, parse_marks
-
-GOLDEN = json.loads((Path(__file__).parent / "data" / "tokenizer_golden.json").read_text())
-V = 32000
-A, B, C = Scan("a.png"), Scan("b.nii.gz"), Scan("c.png", window="lung")
-NO_TERMS = Terms(["zzz"])
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    folder = Path(importlib.util.find_spec("mistral_common").origin).parent
-    return Tokenizer(folder / "data" / "tokenizer.model.v1")
-
-
-@pytest.fixture(scope="module")
-def llama() -> Tokenizer:
-    if not (path := os.environ.get("RADFM_TOKENIZER")):
-        pytest.skip("RADFM_TOKENIZER names no LLaMA tokenizer.model")
-    return Tokenizer(path)
-
-
-def sample(*parts, row_id="7") -> Sample:
-    """Parts: scans, and texts as (role, text)."""
-    texts = tuple(Text(p[1], p[0]) if isinstance(p, tuple) else p for p in parts)
-    return Sample(row_id, "a_set", "vqa", None, texts)
-
-
-def context(text):
-    return ("context", text)
-
-
-def instruction(text):
-    return ("instruction", text)
-
-
-def response(text):
-    return ("response", text)
-
-
-def interleaved(text):
-    return ("interleaved", text)
-
-
-def run(tokenizer, *parts, terms=NO_TERMS, num_latents=2, max_scans=9, **options) -> Encoded:
-    return encode(sample(*parts), tokenizer, terms, num_latents=num_latents, max_scans=max_scans, **options)
-
-
-def read_back(tokenizer: Tokenizer, encoded: Encoded) -> str:
-    """Text of the ids with [a], [b], [c] for scans and | for EOS, as a person would read it."""
-    text, current = "", []
-    names = {A: "[a]", B: "[b]", C: "[c]"}
-
-    def flush():
-        nonlocal text, current
-        words = tokenizer.decode(current)
-        starts_word = bool(current) and tokenizer.starts_word(current[0])
-        text += (" " if text and starts_word else "") + words
-        current = []
-
-    for i, token in enumerate(encoded.ids.tolist()):
-        number, latent = encoded.visual[i]
-        if token == tokenizer.image_id:
-            flush()
-        elif number >= 0:
-            if latent == 0:
-                text += (" " if text else "") + names[encoded.scans[number]]
-        elif token == tokenizer.eos_id:
-            flush()
-            text += "|"
-        elif token not in (tokenizer.image_end_id, tokenizer.bos_id):
-            current.append(token)
-    flush()
-    return text
-
+from input_pipeline.tokens import INSTRUCTION_FLOOR, parse_marks
 
 # --- By hand ---
-
-
-def check(encoded: Encoded, tokenizer: Tokenizer, drawing: str) -> None:
-    """A drawing has rows token, visual, targets, weights; `-` is nothing, `0` in targets is nothing."""
-    rows = {line.split()[0]: line.split()[1:] for line in drawing.strip().splitlines()}
-    special = {"<s>": 1, "</s>": 2, "<image>": V, "</image>": V + 1, "0": 0, "-": 0}
-
-    def number(piece):
-        if piece not in special and not re.fullmatch(r"[ab]\d", piece):
-            special[piece] = tokenizer._words.piece_to_id(piece)
-            assert special[piece] != 0, piece
-        return special.get(piece, 0)
-
-    assert encoded.ids.tolist() == [number(p) for p in rows["token"]]
-    assert encoded.targets.tolist() == [number(p) for p in rows["targets"]]
-    assert encoded.weights.tolist() == [float(w) for w in rows["weights"]]
-    slots = [(-1, -1) if p == "-" else tuple(map(int, p.split(","))) for p in rows["visual"]]
-    assert encoded.visual.tolist() == [list(slot) for slot in slots]
-    assert encoded.ids.dtype == encoded.targets.dtype == encoded.visual.dtype == np.int32
-    assert encoded.weights.dtype == np.float32 and encoded.key_ok.dtype == bool
 
 
 def test_an_instruction_sample_as_drawn(tokenizer):
@@ -248,10 +161,6 @@ def test_a_prompt_is_the_beginning_of_its_training_sample(tokenizer):
 
 
 # --- Too long ---
-
-
-def long_text(n, word="word"):
-    return " ".join(f"{word}{i % 10}" for i in range(n))
 
 
 def test_context_is_shortened_first_and_from_its_beginning(tokenizer):
@@ -399,41 +308,6 @@ def test_bad_use_is_an_error(tokenizer):
         run(tokenizer, A, response("x"), mode="released")
 
 
-def test_tokenizer_files(tokenizer, tmp_path):
-    with pytest.raises(ValueError, match=r"none.model cannot be read \(No such file"):
-        Tokenizer(tmp_path / "none.model")
-    (tmp_path / "bad.model").write_bytes(b"not a model")
-    with pytest.raises(ValueError, match="bad.model is no SentencePiece model"):
-        Tokenizer(tmp_path / "bad.model")
-    again = pickle.loads(pickle.dumps(tokenizer))
-    assert again.fingerprint == tokenizer.fingerprint and again.encode("A mass\n") == tokenizer.encode("A mass\n")
-    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (V, 1, 2, 0)
-    assert (tokenizer.image_id, tokenizer.image_end_id) == (V, V + 1)
-
-
-def test_a_small_model_of_ones_own(tmp_path):
-    """Any SentencePiece model with a dummy prefix serves; one without is refused."""
-    corpus = tmp_path / "corpus.txt"
-    corpus.write_text("the mass is in the left lung\nno edema is seen in the right lung\n" * 20)
-    options = dict(input=str(corpus), vocab_size=60, model_type="bpe", minloglevel=2)
-    sentencepiece.SentencePieceTrainer.train(model_prefix=str(tmp_path / "own"), **options)
-    own = Tokenizer(tmp_path / "own.model")
-    encoded = run(own, A, instruction("is the mass"), response("in the left lung"), terms=Terms(["lung"]))
-    assert read_back(own, encoded) == "[a] is the mass in the left lung|"
-    assert (encoded.ids == 60).sum() == (encoded.ids == 61).sum() == 1
-    assert own.decode(encoded.targets[encoded.weights == 3]) == "lung"
-    # Nothing is spelled in bytes here: an unknown piece has the id of the padding, and the original never trains on it.
-    got = released_text(own, ["is the mass"], ["left 放 lung"], [], num_latents=2, max_tokens=99)
-    assert got.ids.count(0) == 1 and got.weights[got.ids.index(0)] == 0
-    assert sum(got.weights) == len(got.ids) - got.question_length - 1
-    sentencepiece.SentencePieceTrainer.train(model_prefix=str(tmp_path / "bare"), add_dummy_prefix=False, **options)
-    with pytest.raises(ValueError, match="no dummy prefix"):
-        Tokenizer(tmp_path / "bare.model")
-    sentencepiece.SentencePieceTrainer.train(model_prefix=str(tmp_path / "endless"), eos_id=-1, **options)
-    with pytest.raises(ValueError, match="no end-of-text"):
-        Tokenizer(tmp_path / "endless.model")
-
-
 # --- Templates ---
 
 
@@ -526,175 +400,3 @@ def test_what_holds_for_every_sample(tokenizer):
             spaced = lambda text: re.sub(r"\s+(?=[.,])", "", text).split()  # noqa: E731
             assert spaced(tokenizer.decode(e.ids)) == spaced(text)
     assert errors > 5 and cuts > 50
-
-
-# --- The released layout ---
-
-LITERAL = re.compile(r"\{IMG(\d+)\}")
-
-
-def literal_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of a reference text in which images are written out; ours never reads them from text."""
-    pieces = re.split(r"(<image>\{IMG\d+\}</image>|<image>|</image>|<image\d+>)", text)
-    segments = [int(LITERAL.search(p)[1]) if LITERAL.search(p) else p for p in pieces if p]
-    single = [s for s in segments if isinstance(s, str) and re.fullmatch(r"</?image\d*>", s)]
-    if not single:
-        return encode_segments(tokenizer, segments, num_latents=32)
-    ids = [tokenizer.bos_id]  # lone tokens, which only the original can have
-    for i, segment in enumerate(segments):
-        if segment in single:
-            ids.append({"<image>": V, "</image>": V + 1}.get(segment) or V + 2 + int(segment[6:-1]))
-        else:
-            segment = segment.lstrip() if i else segment
-            ids += tokenizer.encode(segment.rstrip() if i + 1 < len(segments) else segment)
-    return ids
-
-
-def test_reference_encodings(llama):
-    assert [literal_ids(llama, case["text"]) for case in GOLDEN["encode"]] == [case["ids"] for case in GOLDEN["encode"]]
-    for case in GOLDEN["concat"]:
-        assert literal_ids(llama, case["question"]) == case["question_ids"]
-        assert literal_ids(llama, case["question"] + " " + case["answer"]) == case["ids"]
-
-
-def test_reference_decodings(llama):
-    assert len(GOLDEN["decode"]) == 7
-    for case in GOLDEN["decode"]:
-        assert llama.decode(case["ids"]) == case["skip_special_tokens"]
-        assert released_decode(llama, case["ids"]) == case["keep"]
-
-
-def images_of(case, side):
-    """(position, scan) of question or answer; scans are numbered in the order given."""
-    return [(position, i) for i, (where, position) in enumerate(case["images"]) if where == side]
-
-
-LABEL_CASES = [case for case in GOLDEN["labels_cases"] if "error" not in case]
-
-
-@pytest.mark.parametrize("case", LABEL_CASES, ids=lambda case: case["question"] or "empty")
-def test_reference_labels_and_weights(llama, case):
-    question = insert_images(case["question"], images_of(case, "question"))
-    answer = insert_images(case["answer"], images_of(case, "answer"))
-    got = released_text(llama, question, answer, case["keys"], num_latents=32, max_tokens=case["max_seq"])
-    n = len(got.ids)
-    assert n + (case["max_seq"] > n) == case["first_n"]
-    assert got.ids == case["lang_x"][:n] and not any(case["lang_x"][n:])
-    assert got.weights == case["loss_reweight"][:n]
-    labels = [t if w else -100 for t, w in zip(got.ids, got.weights, strict=True)]
-    assert labels == case["labels"][:n]
-    assert got.question_length == case["question_length"]
-    assert got.complete == (case["n_attended"] < case["max_seq"]) and case["n_attended"] == n - got.complete
-    assert case["attention_mask"][:n] == [1] * (n - got.complete) + [0] * got.complete
-
-
-@pytest.mark.parametrize("case", LABEL_CASES, ids=lambda case: case["question"] or "empty")
-def test_reference_places_of_images(case):
-    """Needs no tokenizer: the texts of the original with its images written out."""
-    for side in ("question", "answer"):
-        segments = insert_images(case[side], images_of(case, side))
-        text = "".join(s if isinstance(s, str) else f"<image>{{IMG{s}}}</image>" for s in segments)
-        assert text.replace("•", "") == case[f"text_{side}"]
-
-
-def test_an_image_in_an_empty_question_is_an_error():
-    (case,) = [case for case in GOLDEN["labels_cases"] if "error" in case]
-    with pytest.raises(ValueError, match="no place for a scan"):
-        insert_images(case["question"], images_of(case, "question"))
-    with pytest.raises(ValueError, match=r"positions \[9\]"):
-        insert_images("text", [(9, 0)])
-
-
-def test_released_samples_as_drawn(tokenizer):
-    """A scan at the end of the question stands before its last character; EOS is trained on and never attended to."""
-    parts = instruction("Any edema?"), A, response("Mild edema.")
-    encoded = run(tokenizer, *parts, terms=Terms(["edema"]), mode="released")
-    check(
-        encoded,
-        tokenizer,
-        """
-    token    <s> ▁Any ▁ed ema <image> a0  a1  </image> ▁? ▁M  ild ▁ed ema .    </s>
-    visual   -   -    -   -   -       0,0 0,1 -        -  -   -   -   -   -    -
-    targets  ▁Any ▁ed ema 0   0       0   0   ▁?       ▁M ild ▁ed ema .   </s> 0
-    weights  0   0    0   0   0       0   0   0        1  1   3   3   1   1    0
-        """,
-    )
-    assert encoded.key_ok.tolist() == [True] * 14 + [False]
-
-
-def test_released_weights_are_runs_of_ids(tokenizer):
-    """As in the original, not after a bracket or a line end; ours weighs what stands at the term's characters."""
-    parts = instruction("Q:"), response("mass (mass) masses\nmass")
-    weighed = {}
-    for mode in ("released", "paper"):
-        encoded = run(tokenizer, *parts, terms=Terms(["mass"]), mode=mode)
-        weighed[mode] = [tokenizer._words.id_to_piece(int(t)) for t in encoded.targets[encoded.weights == 3]]
-    assert weighed == {"released": ["▁mass", "▁masses"], "paper": ["▁mass", "mass", "▁masses", "mass"]}
-
-
-@pytest.mark.parametrize("asked", [5, 30, 200])
-@pytest.mark.parametrize("length", [1, 7, 40, 400])
-def test_released_keeps_the_answer_and_its_end(tokenizer, length, asked):
-    """The original loses the answer of a long question, and the EOS of a full row; ours does in neither mode."""
-    parts = context(long_text(length)), A, instruction(long_text(asked, "ask") + "?"), response("yes it is")
-    whole = run(tokenizer, *parts, mode="released", max_tokens=10**6)
-    most = 75 if asked == 5 else 110
-    short = run(tokenizer, *parts, mode="released", max_tokens=most)
-    assert len(short.ids) <= most and short.ids[-1] == 2 and (short.weights > 0).sum() == 4
-    assert short.scans == (A,) and short.cut_response == 0
-    gone = len(whole.ids) - len(short.ids)
-    assert gone == short.cut_context + short.cut_instruction and (gone == 0) == (len(whole.ids) <= most)
-    of_context = len(tokenizer.encode(long_text(length)))
-    assert short.cut_instruction == max(0, gone - of_context)
-    assert tokenizer.decode(short.ids[short.weights.argmax() + 1 :]) == "yes it is"
-
-
-def test_released_cuts_never_divide_a_character(tokenizer):
-    heart = "🫀🧠" * 30
-    for room in range(90, 400, 3):
-        short = run(tokenizer, instruction(heart), response(heart), max_tokens=room, mode="released")
-        assert "\ufffd" not in tokenizer.decode(short.ids)
-    assert short.cut_instruction > 0
-
-
-def test_released_cuts_the_end_of_a_long_answer(tokenizer):
-    parts = instruction("Report?"), A, response(long_text(50)), B, response(long_text(50))
-    whole = run(tokenizer, *parts, mode="released")
-    for room in range(12, len(whole.ids)):
-        short = run(tokenizer, *parts, mode="released", max_tokens=room)
-        n = len(short.ids)
-        assert n <= room and short.ids[-1] == 2 and short.ids[: n - 1].tolist() == whole.ids[: n - 1].tolist()
-        assert (short.ids == V).sum() == (short.ids == V + 1).sum() == len(short.scans) == 2 - short.dropped_scans
-        text = lambda e: int((e.ids < V).sum() - (e.visual[:, 0] >= 0).sum())  # noqa: E731
-        assert short.cut_response == text(whole) - text(short)
-
-
-def test_words_one_by_one_are_the_whole_text(tokenizer):
-    """Words are encoded one by one and remembered; ids and offsets are those of the text as a whole."""
-    assert tokenizer._by_word
-    rng = np.random.default_rng(0)
-    bits = [
-        "a",
-        "lung",
-        "Œ",
-        "放",
-        "\n",
-        "\t",
-        " ",
-        "  ",
-        "3.5",
-        ",",
-        "(",
-        "</s>",
-        "<image-1>",
-        "\0",
-        "😀",
-        "▁",
-        "-",
-        "\u3000",
-    ]
-    texts = ["".join(rng.choice(bits) + " " * rng.integers(2) for _ in range(rng.integers(9))) for _ in range(3000)]
-    assert sum("  " not in text and "▁" not in text for text in texts) > 500
-    for text in texts:
-        for starts_word, model in ((True, tokenizer._words), (False, tokenizer._continued)):
-            assert tokenizer.encode_with_offsets(text, starts_word=starts_word) == tokenizer._encode(model, text)
