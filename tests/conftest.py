@@ -10,7 +10,7 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 # Shared parts whose assertions show their values when they fail, as those of the test files do.
-pytest.register_assert_rewrite("token_parts")
+pytest.register_assert_rewrite("tensor_arrays", "token_parts")
 
 # Both must be set before the first array is made: the backend starts with it and keeps what it found.
 jax.config.update("jax_platforms", "cpu")
