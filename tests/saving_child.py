@@ -1,4 +1,4 @@
-"""Processes that save, for test_run_directory.py to kill, end and start in pairs.
+"""Processes that save, for test_saver_processes.py to kill, end and start in pairs.
 
 `serve` reads one job a line from standard input and forks for each: no job pays for the imports again, and each begins
 and ends as a program of its own.
