@@ -115,7 +115,7 @@ def matrix_product(x: jax.Array, kernel: jax.Array, dimensions, **options) -> ja
     return jax.lax.dot_general(x, kernel, (((1,), (0,)), ((), ())), **options).reshape(*outer, *inner)
 
 
-FEW_ROWS = 64
+FEW_ROWS = 32  # beyond, packing the weights is worth its time
 
 
 def product_with_rows(x: jax.Array, rows: jax.Array, **options) -> jax.Array:
