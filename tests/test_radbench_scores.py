@@ -293,7 +293,6 @@ def test_an_unreadable_scan_is_a_failure(root, model, tmp_path):
     good = next(s.path for s in map(Scan, map(str, sorted((root / "scans/test").glob("*.png")))))
     ask = lambda i, path: Question(f"x/{i}", "vqa", "x", "<image-1> Q?", ("a",), scans=(Scan(path),))  # noqa: E731
     questions = [ask(1, str(broken)), ask(2, good), ask(3, str(tmp_path / "none.png"))]
-    radbench.write_questions(questions, tmp_path / "q.jsonl")
     loaded = radfm_jax.load(model)
     file = tmp_path / "a.jsonl"
     outcome = answering.answer_all(
@@ -457,18 +456,30 @@ def test_a_set_that_cannot_be_asked_says_why(root, tmp_path, capsys):
     assert "can be asked: " in (err := capsys.readouterr().err) and "must have exactly one group" in err
 
 
-def test_answers_to_other_questions_are_refused(ran, root, model, tmp_path, capsys):
-    """The same ids, other wording: what was answered before is not taken for an answer now."""
+@pytest.mark.parametrize(
+    "changes, more, message",
+    [
+        ({"seed": 5}, [], "with another prompt|is no question any more"),  # the same ids, other wording
+        ({"limit": 3}, [], "is no question any more"),
+        ({"seed": 5}, ["--max-new-tokens=5"], "another max_new_tokens"),
+        ({"seed": 5}, ["--tokenizer=nowhere"], "tokenizer nowhere does not exist"),
+    ],
+)
+def test_a_refused_run_leaves_the_directory_as_it_was(ran, root, tmp_path, capsys, changes, more, message):
+    """What was answered before is not taken for an answer now, and stays beside its own questions."""
     out, command, _ = ran
-    other = config_file(benchmark(root, limit=4, seed=5), tmp_path / "other.py")
-    changed = [f"--config={other}" if word.startswith("--config=") else word for word in command]
-    questions = out / "questions.jsonl"
-    before, answers = questions.read_text(), (out / "answers" / "tiny.jsonl").read_text()
-    assert main(changed) == 2
-    err = capsys.readouterr().err
-    assert "with another prompt" in err or "is no question" in err
-    assert (out / "answers" / "tiny.jsonl").read_text() == answers  # refused before anything was asked
-    questions.write_text(before)
+    # One that was given, not made, would be refused by itself.
+    kept = [word for word in command if not word.startswith(("--config=", "--answers="))]
+    other = config_file(benchmark(root, **{"limit": 4, **changes}), tmp_path / "other.py")
+    before = contents(out)
+    assert main([*kept, f"--config={other}", *more]) == 2
+    assert re.search(message, " ".join(capsys.readouterr().err.split()))
+    assert contents(out) == before
+
+
+def contents(directory: Path) -> dict[Path, tuple[bytes, int]]:
+    """Every file below it, hidden ones too, and when it was written."""
+    return {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in directory.rglob("*") if p.is_file()}
 
 
 def test_help_and_the_exact_command(capsys):

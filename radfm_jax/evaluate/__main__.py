@@ -141,12 +141,13 @@ def _radbench(argv: list[str]) -> int:
         Index(benchmark.index)
     for file in files.values():
         answering.read_answers(file, bench.questions)
-    radbench.write_questions(bench.questions, args.out / "questions.jsonl")
     made = {name: f"given in {file}" for name, file in files.items()}
     if args.checkpoint:
         name = args.name or args.checkpoint.resolve().name
         made = {name: _answer(args, name, bench.questions, console)} | made
         files = {name: _answer_file(args.out, name)} | files
+    else:
+        radbench.write_questions(bench.questions, args.out / "questions.jsonl")
     return _score(args, benchmark, bench, files, made, wanted, terms, console)
 
 

@@ -12,12 +12,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from input_pipeline.datasets.tables import text_lines
 from input_pipeline.tokenizer import Tokenizer
-from radfm_jax.evaluate.radbench import Question, write_lines
+from radfm_jax.evaluate.radbench import Question, write_lines, write_questions
 from radfm_jax.generate import Answer, Generator, Sampling
 from radfm_jax.generate.many import Outcome, answer_file
 
@@ -59,7 +60,8 @@ def answer_all(
     """Answers what has no answer in `file` yet, and names in the `.failed` file beside it what got none.
 
     Args:
-      asked: the questions as a file, made with `radbench.write_questions`.
+      asked: where the questions are written, once nothing is refused: until then those stand there that the answers in
+        `file` were given to.
       model: what made the answers; those of another one in `file` are refused.
     Raises ValueError: answers in `file` that were made otherwise.
     """
@@ -73,20 +75,24 @@ def answer_all(
         whole = sum(masses)
         return {"p_yes": masses[0] / whole, "p_yes_or_no": whole} if whole > 0 else {}
 
-    # Every path was looked for below the root of its own data set when the question was made.
-    outcome = answer_file(
-        generator,
-        asked,
-        file,
-        sampling,
-        root=Path("/"),
-        batch=batch,
-        model=model,
-        progress=progress,
-        watch=(*yes, *no),
-        more=more,
-        no_others=True,  # scoring would refuse them when everything is answered
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        fresh = Path(folder) / asked.name
+        write_questions(questions, fresh)
+        # Every path was looked for below the root of its own data set when the question was made.
+        outcome = answer_file(
+            generator,
+            fresh,
+            file,
+            sampling,
+            root=Path("/"),
+            batch=batch,
+            model=model,
+            progress=progress,
+            watch=(*yes, *no),
+            more=more,
+            no_others=True,  # scoring would refuse them when everything is answered
+            accepted=lambda: write_questions(questions, asked),
+        )
     write_lines(failures_of(file), ({"id": row_id, "error": why} for row_id, why in outcome.failed.items()))
     return outcome
 

@@ -104,12 +104,12 @@ def _question(file: Path, number: int, root: Path, row_id: str, cells: dict) -> 
 # --- the answers ------------------------------------------------------------------------------------------------------
 
 
-def answered(out: Path, made_with: dict, questions: Mapping[str, Question], only: Path | None = None) -> set[str]:
+def answered(out: Path, made_with: dict, questions: Mapping[str, Question], no_others: bool = False) -> set[str]:
     """Ids that have an answer already; a last line that was cut short is removed from the file.
 
     Raises:
       ValueError: a line before the last is damaged, its answer was made with other settings, or its id is now that of
-        another question; with `only`, the file of the questions, an id that is none of theirs.
+        another question; with `no_others`, an id that is none of theirs.
     """
     if not out.exists():
         return set()
@@ -129,8 +129,10 @@ def answered(out: Path, made_with: dict, questions: Mapping[str, Question], only
                 f"{', '.join(f'{k}={made.get(k)!r}' for k in sorted(differing))}"
             )
         now = questions.get(row_id)
-        if now is None and only:
-            raise ValueError(f"{out}, line {number}: {row_id!r} is no question of {only}: write elsewhere")
+        if now is None and no_others:
+            raise ValueError(
+                f"{out}, line {number}: {row_id!r} is no question any more: write elsewhere, or ask it again"
+            )
         said = now.said() if now and not now.problem else {}
         if differing := [key for key, value in said.items() if answer.get(key, "") != value]:
             raise ValueError(
@@ -168,6 +170,7 @@ def answer_file(
     watch: Sequence[int] = (),
     more: Callable[[str, Answer], dict] = lambda row_id, answer: {},
     no_others: bool = False,
+    accepted: Callable[[], None] = lambda: None,
 ) -> Outcome:
     """Answers every question that has no answer in `out` yet, `batch` at a time; scans of the next ones are read while
     the device computes, and those that were asked about before are not encoded again. A question that fails is left out
@@ -180,6 +183,7 @@ def answer_file(
       watch: tokens whose probability of being the first an answer's `watched` is to say.
       more: id and answer -> what else is to stand in the line.
       no_others: refuse an `out` that holds answers to questions that are not in `file`.
+      accepted: called when nothing is refused any more, before anything is asked.
     Raises:
       ValueError: a file that cannot be read, answers in `out` that were made with other settings or to another
         question of the same id.
@@ -189,7 +193,8 @@ def answer_file(
     made_with = {"model": model, **computed, "place": place, "prepared": prepared, **dataclasses.asdict(sampling)}
     made_with = json.loads(json.dumps(made_with))  # as it is read back: a tuple is a list
     questions = read_questions(file, (root or file.parent).absolute())
-    before = answered(out, made_with, {q.row_id: q for q in questions}, file if no_others else None)
+    before = answered(out, made_with, {q.row_id: q for q in questions}, no_others)
+    accepted()
     todo = [q for q in questions if q.row_id not in before]
     numbers = {q.row_id: number for number, q in enumerate(questions)}
     failed: dict[str, str] = {}
