@@ -108,7 +108,8 @@ def _sha256(path: Path) -> str:
 
 
 def verify(directory, *, hashes: bool = True) -> None:
-    """Compares a directory with its manifest; ValueError lists every file that is missing, added or changed.
+    """Compares a directory with its manifest; ValueError lists every file that is missing, added or changed, and how a
+    file can be had again that is made elsewhere.
 
     `hashes=False` compares names and sizes only (a moment instead of a read of everything).
     """
@@ -138,7 +139,29 @@ def verify(directory, *, hashes: bool = True) -> None:
             actual = zip(sized, pool.map(lambda n: _sha256(found[n]), sized), strict=True)
             problems += [f"content differs: {n}" for n, sha256 in actual if sha256 != listed[n]["sha256"]]
     if problems:
-        raise ValueError(f"checkpoint {directory} is damaged:\n  " + "\n  ".join(problems))
+        remedies = _remedies(directory, listed)
+        lines = [problem + remedies.get(problem.partition(": ")[2], "") for problem in problems]
+        raise ValueError(f"checkpoint {directory} is damaged:\n  " + "\n  ".join(lines))
+
+
+def _remedies(directory: Path, listed: dict[str, dict]) -> dict[str, str]:
+    """File -> how it is to be had again, for those that lie elsewhere too."""
+    if entry := listed.get(TOKENIZER):
+        tokenizer = (
+            f": copy the SentencePiece model of {entry['bytes']:,} bytes, SHA-256 {entry['sha256']}, to "
+            f"{directory / TOKENIZER}. Every step of a run has the same; training was given it as data.tokenizer, "
+            "conversion as --tokenizer or beside the weights"
+        )
+    else:
+        tokenizer = (
+            ": the checkpoint was made without one. Keep the file elsewhere and name it: --tokenizer FILE, in Python "
+            "load(..., tokenizer=FILE)"
+        )
+    description = (
+        f": copy it to {directory / DESCRIPTION} from where the directory came from. Nothing else says how large the "
+        "model is; without a copy convert the weights again, or use another step of the run"
+    )
+    return {TOKENIZER: tokenizer, DESCRIPTION: description}
 
 
 def write_description(directory: Path, part: str, model: dict, **facts) -> None:

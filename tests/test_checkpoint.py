@@ -1,6 +1,8 @@
 """Checkpoint directories: whole or absent, damage always found, restored onto any mesh."""
 
+import hashlib
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -129,6 +131,36 @@ def test_damaged_directories_are_refused(damage, directory):
         radfm_jax.load(directory)
     words = {"truncate": "size differs", "delete": "missing", "add": "not in the manifest", "swap": "differs: "}
     assert words.get(damage, "manifest.json") in str(e.value)
+
+
+def test_what_lies_elsewhere_too_is_asked_for(model, directory, tmp_path):
+    """A tokenizer or a description that is lost: which file, and where to; and what is said helps."""
+    pieces = tmp_path / "given.model"
+    pieces.write_bytes(b"pieces")
+    whole = tmp_path / "whole"
+    with checkpoint.new_directory(whole) as partial:
+        checkpoint.save_params(partial, model.params)
+        checkpoint.write_description(partial, "radfm", model.config.to_dict())
+        (partial / "tokenizer.model").write_bytes(pieces.read_bytes())
+    there, sha256 = whole / "tokenizer.model", hashlib.sha256(b"pieces").hexdigest()
+    asked = rf"tokenizer.model: copy the SentencePiece model of 6 bytes, SHA-256 {sha256}, to {there}\. .*--tokenizer"
+    for kind, content in (("missing", None), ("size differs", b"others"[:5]), ("content differs", b"others")):
+        there.unlink() if content is None else there.write_bytes(content)
+        with pytest.raises(ValueError, match=f"{kind}: {asked}"):
+            radfm_jax.load(whole)
+    shutil.copy(pieces, there)
+    radfm_jax.load(whole)
+    description = (whole / "radfm.json").read_bytes()
+    (whole / "radfm.json").unlink()
+    with pytest.raises(ValueError, match=f"missing: radfm.json: copy it to {whole}/radfm.json .*convert the weights"):
+        radfm_jax.load(whole)
+    (whole / "radfm.json").write_bytes(description)
+    radfm_jax.load(whole)
+    shutil.copy(pieces, directory / "tokenizer.model")  # made without one, nothing is in its manifest to compare with
+    with pytest.raises(ValueError, match="not in the manifest: tokenizer.model: .* elsewhere .*--tokenizer FILE"):
+        radfm_jax.load(directory)
+    (directory / "tokenizer.model").unlink()
+    assert radfm_jax.load(directory, tokenizer=pieces).tokenizer_file == pieces
 
 
 def test_parameters_that_do_not_fit_are_all_listed(model, tmp_path):
