@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 from practice import practice
 from radbench_parts import MODEL, benchmark, config_file, save_model, sets
+from rich.console import Console
 
 import radfm_jax
 from input_pipeline.samples import Scan
@@ -21,7 +22,7 @@ from input_pipeline.slices import slices
 from input_pipeline.terms import Terms
 from input_pipeline.tokenizer import Tokenizer
 from radfm_jax.evaluate import answering, clinical, pictures, published, radbench, rating, report, scoring
-from radfm_jax.evaluate.__main__ import main
+from radfm_jax.evaluate.__main__ import _table, main
 from radfm_jax.evaluate.answering import Given
 from radfm_jax.evaluate.metrics import Interval
 from radfm_jax.evaluate.radbench import Bench, Question
@@ -191,6 +192,37 @@ def test_other_data_have_no_published_rows_beside_them(root, tmp_path):
     report.write(report.Run(found, bench, scored, lines_of), tmp_path)
     assert "(published)" not in (tmp_path / "report.html").read_text() + (tmp_path / "report.md").read_text()
     assert "other data were scored: mine" in (tmp_path / "report.md").read_text()
+
+
+def run_of(*models: str) -> report.Run:
+    """The five tasks with a question each, and all is right."""
+    asked = {"rad3d_modality": "CT", "cxr_mix": "yes"}
+    asked |= dict.fromkeys(("vqa_rad", "rad3d_caption", "rad3d_rationale"), "mass")
+    task = {name: radbench.DATASETS[name].task for name in asked}
+    questions = [
+        Question(f"{name}/1", task[name], name, "Q?", (right,), closed=radbench.CLOSED.get(task[name], ()))
+        for name, right in asked.items()
+    ]
+    answers = {q.row_id: Given(q.references[0]) for q in questions}
+    scored = {model: scoring.score(questions, answers, Terms(["mass"])) for model in models}
+    of = {model: scoring.tables(model, one, resamples=5, seed=0, by_study=False) for model, one in scored.items()}
+    found = radbench.Benchmark({name: {"family": "vqa_rad", "root": "x", "table": "y"} for name in asked})
+    return report.Run(found, Bench(questions, {}, {}), scored, [line for lines in of.values() for line in lines])
+
+
+def test_the_table_of_the_terminal_is_readable_at_80_columns():
+    """Each figure in one line with its interval, however many models there are and whatever they are called."""
+    models = ("radfm-of-our-own-run-7", "MedVInT-TD", "[/red]a", "a-name-that-no-column-could-ever-hold-in-one-line")
+    run, shown = run_of(*models), io.StringIO()
+    Console(file=shown, width=80).print(_table(run), soft_wrap=True)
+    text = shown.getvalue()
+    assert max(map(len, text.splitlines())) <= 80 and "…" not in text
+    for model in models[:3]:
+        figures = [line.split() for line in text.splitlines() if f" {model} " in line]
+        assert all(words[-3:] == ["100.00", "(100.00,", "100.00)"] for words in figures)
+        assert len(figures) == sum(len(line.metrics) for line in run.lines if (line.model, line.group) == (model, ""))
+    assert re.search("BLEU-1 .*(?s:.*)RadFM, published +31.43 +[(]31.20, 31.65[)]", text)
+    assert "a-name-that-no-column" in text  # folded
 
 
 def test_bars_stand_around_the_name_of_their_metric(monkeypatch):

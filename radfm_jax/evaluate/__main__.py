@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import absl.logging
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
 from input_pipeline import command_line
 from input_pipeline.index import Index
@@ -271,16 +273,21 @@ def _clinical(scored, wanted: Sequence[str], console: Console) -> dict:
 
 
 def _table(run: report.Run) -> Table:
-    """A line a task and metric, a column a model, and what the paper has for RadFM."""
-    of_paper = ["RadFM, published"] if run.comparable else []
-    table = Table("task", "metric", *run.scored, *of_paper, title="per cent, 95 % intervals")
+    """A line a metric and model, below their task, so that any number of models fits; and what the paper has for
+    RadFM."""
+    table = Table("task, metric", "model", Column("per cent", justify="right"), "95 % interval", box=box.SIMPLE_HEAD)
     for task, title in radbench.TASKS.items():
-        lines = {line.model: line for line in report.of_lines(run, "task", task)}
+        lines = report.of_lines(run, "task", task)
         theirs = published.values("RadFM", task) if task in run.comparable else {}
-        for name in report.columns(list(lines.values())):
-            cells = [report.percent(line.metrics[name]) if name in line.metrics else "" for line in lines.values()]
-            cells += [report.percent(Interval(*theirs[name])) if name in theirs else ""] * len(of_paper)
-            table.add_row(title, scoring.TITLES[name], *cells)
+        if lines:
+            table.add_section()
+            table.add_row(Text(title, style="bold"))
+        for name in report.columns(lines):
+            found = [(line.model, line.metrics[name]) for line in lines if name in line.metrics]
+            found += [("RadFM, published", Interval(*theirs[name]))] if name in theirs else []
+            for k, (model, interval) in enumerate(found):
+                value, _, around = report.percent(interval).partition(" ")
+                table.add_row("" if k else f"  {scoring.TITLES[name]}", Text(model, overflow="fold"), value, around)
     return table
 
 
