@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from markdown_it import MarkdownIt
 from PIL import Image
 from practice import practice
 from radbench_parts import MODEL, benchmark, config_file, save_model, sets
@@ -223,6 +224,28 @@ def test_the_table_of_the_terminal_is_readable_at_80_columns():
         assert len(figures) == sum(len(line.metrics) for line in run.lines if (line.model, line.group) == (model, ""))
     assert re.search("BLEU-1 .*(?s:.*)RadFM, published +31.43 +[(]31.20, 31.65[)]", text)
     assert "a-name-that-no-column" in text  # folded
+
+
+def test_markdown_shows_names_as_they_are():
+    """Read by a parser: as many cells as ever, and in them, and in the lists, the very text; nothing of it is HTML, a
+    link, code or emphasis."""
+    names = ["<b>x", "a|b", "`c", "*d* _e_ ~~f~~", "[g](http://h)", "![i](j)", "k\\|l", "&lt;", "2. m", "it's", "n\n|"]
+    run = run_of(*names)
+    for name, fields in zip(names, run.benchmark.sets.values(), strict=False):
+        fields["title"] = f"## {name}"
+    run.bench.missing |= {name: f"- {name}\n# <i>{name}" for name in names}
+    run.bench.left_out |= {name: {f"<script>{name}": 1} for name in names}
+    tokens = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(report.as_markdown(run))
+    assert {t.type for t in tokens} & {"html_block", "fence", "code_block", "ordered_list_open"} == set()
+    inline = [token for token in tokens if token.type == "inline"]
+    assert {child.type for token in inline for child in token.children} == {"text"}
+    texts = ["".join(child.content for child in token.children) for token in inline]
+    spaced = [" ".join(name.split()) for name in names]
+    for name in spaced:
+        assert texts.count(name) == sum(line.model.split() == name.split() for line in run.lines)  # a cell each
+        assert f"{name}: - {name} # <i>{name}" in texts and f"{name}: 1 rows left out: <script>{name}" in texts
+    assert {text for text in texts if text.startswith("## ")} == {f"## {name}" for name in spaced[:5]}
+    assert not [token for token in tokens if token.type == "heading_open" and token.tag not in ("h1", "h2")]
 
 
 def test_bars_stand_around_the_name_of_their_metric(monkeypatch):

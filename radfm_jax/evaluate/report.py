@@ -11,6 +11,7 @@ import dataclasses
 import io
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -150,7 +151,7 @@ def as_csv(run: Run) -> str:
 
 def as_markdown(run: Run) -> str:
     said = ["# RadBench", "", "Research only, not for clinical use.", ""]
-    said += [f"- {line}" for line in caveats(run)] + [f"- {_method(run)}", ""]
+    said += [f"- {_plainly(line)}" for line in caveats(run)] + [f"- {_method(run)}", ""]
     for task, title in TASKS.items():
         if lines := of_lines(run, "task", task):
             head, rows = table(lines, task, task in run.comparable)
@@ -160,14 +161,22 @@ def as_markdown(run: Run) -> str:
             if lines := of_lines(run, grouping, task):
                 head, rows = table(lines, named=run.benchmark if grouping == "data set" else None)
                 said += [f"## {title} by {grouping}", "", *_pipes(head, rows), ""]
-    said += ["## Not scored", ""] + [f"- {run.benchmark.title(k)}: {why}" for k, why in run.bench.missing.items()]
-    said += [f"- {line}" for line in _left_out(run)]
+    said += ["## Not scored", ""]
+    said += [f"- {_plainly(f'{run.benchmark.title(k)}: {why}')}" for k, why in run.bench.missing.items()]
+    said += [f"- {_plainly(line)}" for line in _left_out(run)]
     return "\n".join(said) + "\n"
 
 
 def _pipes(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    line = lambda cells: "| " + " | ".join(c.replace("|", "\\|").replace("\n", " ") for c in cells) + " |"  # noqa: E731
+    line = lambda cells: f"| {' | '.join(map(_plainly, cells))} |"  # noqa: E731
     return [line(head), "|" + "---|" * len(head), *map(line, rows)]
+
+
+def _plainly(text: str) -> str:
+    """Markdown of any text, for a cell or an item of a list: it is seen as it is, in one line."""
+    shown = visible(" ".join(text.split())).replace("&#x27;", "'").replace("&quot;", '"')
+    shown = re.sub(r"([\\`*_\[\]|~])", r"\\\1", shown)
+    return re.sub(r"^([\d#]*)([-+#.)])(?= |$)", r"\1\\\2", shown)  # would begin a list or a heading
 
 
 def table(
