@@ -15,6 +15,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
+from rich.text import Text
 
 from input_pipeline.pipeline import PackingReport
 from radfm_jax.checkpoint import flatten
@@ -26,7 +27,12 @@ def say(*what) -> None:
     """A line, or a table, on standard error."""
     for console in (Console(stderr=True), record):
         if console is not None:
-            console.print(*what, highlight=False, soft_wrap=True)
+            console.print(*_literally(what), highlight=False, soft_wrap=True)
+
+
+def _literally(what) -> list:
+    """Words in square brackets are no markup: rows, paths and settings may hold some."""
+    return [Text(x) if isinstance(x, str) else x for x in what]
 
 
 class Display:
@@ -68,7 +74,7 @@ class Display:
         """A line, or a table, above the bar."""
         for console in (self.console, record):
             if console is not None:
-                console.print(*what)
+                console.print(*_literally(what))
 
     def log(self, step: int, values: dict[str, float], shown: str = "") -> None:
         """A line of metrics.jsonl, and scalars of TensorBoard; names with a slash are grouped there."""

@@ -415,9 +415,9 @@ def test_grades_come_back(ran, tmp_path, capsys):
     key = json.loads((out / "sheet.key.json").read_text())
     grade = {"Perfect": 5, "tiny": 1}
     ratings = {f"{c['case']}/{x}": grade[m] for c in key["cases"] for x, m in c["letters"].items()}
-    one = {"sheet": key["sheet"], "rater": "a", "ratings": ratings}
+    one = {"sheet": key["sheet"], "rater": "[/a]", "ratings": ratings}
     two = {**one, "rater": "b", "ratings": {k: max(v - 1, 0) for k, v in list(ratings.items())[:6]}}
-    files = [str(write(tmp_path / f"{x['rater']}.json", [x])) for x in (one, two)]
+    files = [str(write(tmp_path / f"{i}.json", [x])) for i, x in enumerate((one, two))]
     command = ["ratings", "--key", str(out / "sheet.key.json")]
     assert main([*command, *files, "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "ratings.json").read_text())

@@ -28,6 +28,16 @@ def run(tmp_path):
     return workdir
 
 
+def test_lines_are_shown_as_they_are(capsys, tmp_path):
+    """Rows, paths and settings with square brackets are no markup."""
+    line = "settings that differ: data.sources=[pmc_vqa, vqa], [/x] in [red]a[/red]"
+    display.say(line)
+    shown = display.Display(tmp_path, 0, 1, active=False)
+    shown.console.width = 200
+    shown.say(line)
+    assert capsys.readouterr().err == f"{line}\n{line}\n"
+
+
 def page(tmp_path, run, *more) -> str:
     assert summary.main(["--runs", str(run), *map(str, more), "--out", str(tmp_path / "page.html")]) == 0
     return (tmp_path / "page.html").read_text()

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 from rich.table import Table
+from rich.text import Text
 
 from input_pipeline.inspect.page import visible
 from radfm_jax.evaluate import metrics
@@ -202,11 +203,10 @@ def tables(found: dict) -> list[Table]:
     means = Table("model", "task", "grades", "mean", "95 % interval", title="grades, 0 to 5")
     for line in found["means"]:
         i = Interval(line["value"], line["low"], line["high"])
-        means.add_row(
-            line["model"], line["task"] or "all", str(line["grades"]), f"{i.value:.2f}", f"{i.low:.2f} to {i.high:.2f}"
-        )
+        interval = f"{i.low:.2f} to {i.high:.2f}"
+        means.add_row(Text(line["model"]), line["task"] or "all", str(line["grades"]), f"{i.value:.2f}", interval)
     agreement = Table("raters", "answers both graded", "weighted kappa", title="agreement")
     for line in found["agreement"]:
         kappa = "none" if line["kappa"] is None else f"{line['kappa']:.3f}"
-        agreement.add_row(" and ".join(line["raters"]), str(line["both"]), kappa)
+        agreement.add_row(Text(" and ".join(line["raters"])), str(line["both"]), kappa)
     return [means, agreement]

@@ -196,7 +196,7 @@ def show(seen: EncodedScans | None, file: Path, console: Console) -> None:
         raise ValueError("--show needs a --scan")
     file.parent.mkdir(parents=True, exist_ok=True)
     ask.picture(seen.volumes, seen.names).save(file, format="PNG")
-    console.print(f"what the model sees: {file}", highlight=False, soft_wrap=True)
+    console.print(f"what the model sees: {file}", highlight=False, markup=False, soft_wrap=True)
 
 
 def say(model: api.Model, request: Request, sampling: Sampling) -> str:

@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     for path, write in ((args.json, show.write_json), (args.picture, show.picture)):
         if path is not None:
             write(made, path)
-            console.print(f"wrote {path}", highlight=False)
+            console.print(f"wrote {path}", highlight=False, markup=False)
     return 0 if made.best is not None else 1
 
 

@@ -26,6 +26,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
+from rich.text import Text
 
 from input_pipeline.config import DataConfig
 from input_pipeline.pipeline import Batch, PackingReport, Rows, batches, join, prefetch
@@ -454,7 +455,7 @@ class Timing:
         if train.nonfinite == "stop" or skipped > train.max_skipped:
             count = f"{skipped} steps in a row" if skipped > 1 else "a step"
             raise ValueError(f"{count} not finite, parameters as they were before: {what}")
-        self.display.say(f"[red]not finite, skipped[/red] ({skipped} in a row): {what}")
+        self.display.say(Text.assemble(("not finite, skipped", "red"), f" ({skipped} in a row): {what}"))
 
 
 class RowLog:
