@@ -430,7 +430,7 @@ def test_grades_come_back(ran, tmp_path, capsys):
     bad = [str(write(tmp_path / f"bad{i}.json", [x])) for i, x in enumerate(wrong)]
     assert main([*command, *files, *bad]) == 2
     said = capsys.readouterr().err
-    assert "of another sheet" in said and "the grade 6" in said and "rater 'a' stands" in said
+    assert "of another sheet" in said and "the grade 6" in said and "rater '[/a]' stands" in said
     with pytest.raises(ValueError, match="no file holds a grade"):
         rating.read(out / "sheet.key.json", [write(tmp_path / "e.json", [{**one, "ratings": {}}])])
 
