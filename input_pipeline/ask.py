@@ -112,9 +112,11 @@ def encode_prompt(
         raise ValueError(f"prompt and context are texts, got {type(prompt).__name__} and {type(context).__name__}")
     if not prompt.strip():
         raise ValueError("the prompt is empty: write a question")
-    nearly = [mark for mark in _NEARLY_A_MARK.findall(prompt) if not re.fullmatch("<image-[0-9]+>", mark)]
+    found = _NEARLY_A_MARK.findall(f"{context} {prompt}")
+    nearly = [mark for mark in found if not re.fullmatch("<image-[0-9]+>", mark)]
     if nearly:  # as text it would be asked with the scan in another place, or with none
-        raise ValueError(f"the prompt holds {', '.join(dict.fromkeys(nearly))}, which is no mark: write <image-1>")
+        where, said = "prompt" if nearly[-1] in prompt else "context", ", ".join(dict.fromkeys(nearly))
+        raise ValueError(f"the {where} holds {said}, which is no mark: write <image-1>")
     texts = [("context", context), ("instruction", prompt)]
     try:
         parsed = parse_marks([text for _, text in texts], 0)

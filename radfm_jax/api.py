@@ -76,6 +76,8 @@ class Model:
     def answers(self, requests: Sequence[Request | tuple], **options) -> list[str]:
         """The same for several questions at once: generate.Request or (prompt, scans). Each answer is that which
         `answer` gives; of draws, number i is that of seed + i. Raises ValueError if any of them has none."""
+        if wrong := [r for r in requests if not isinstance(r, Request | tuple)]:
+            raise ValueError(f"{wrong[0]!r} is no question: give (prompt, scans) or a Request")
         requests = [r if isinstance(r, Request) else Request(*r) for r in requests]
         sampling = Sampling(**options)
         return [a.text for a in checked(self._speaking(requests).answers(requests, sampling))]

@@ -203,6 +203,7 @@ def test_released_form(tokenizer, scans):
         ("<image-1> Lesion?", [], {}, "no scan for <image-1> .no scans are given"),
         ("<image> or <Image-1>?", ["film.png"], {}, "holds <image>, <Image-1>, which is no mark: write <image-1>"),
         ("<image 1> Lesion?", [], {}, "holds <image 1>, which is no mark"),
+        ("Lesion?", ["film.png"], {"context": "was <Image-1>"}, "the context holds <Image-1>, which is no mark"),
         ("Lesion?", ["broken.png"], {}, "broken.png: "),
         ("Lesion?", ["absent.png"], {}, "absent.png: there is no such file"),
         ("Lesion? " * 60, [], {}, "prompt 1 has .* tokens, and 1 of an answer do not fit .* 128 places"),
@@ -359,7 +360,8 @@ def test_a_file_of_questions(run, model, scans, tmp_path, capsys):
     assert main(command) == 0
     assert "0 answers in" in capsys.readouterr().err and out.read_text().splitlines(keepends=True) == whole
     # Of a question that is another one now, the answer before is none.
-    for key, value in {"prompt": "Other?", "scans": ["ct.nii.gz"], "context": "fever"}.items():
+    windowed = [{"path": "film.png", "window": [0, 100]}]
+    for key, value in [("prompt", "Other?"), ("scans", ["ct.nii.gz"]), ("scans", windowed), ("context", "fever")]:
         file.write_text(json.dumps(questions[0] | {key: value}) + "\n")
         assert main(command) == 2 and out.read_text().splitlines(keepends=True) == whole
         assert f"line 1 answers 'a' with another {key} than it has now" in capsys.readouterr().err
@@ -417,6 +419,7 @@ def test_lines_end_at_line_feeds_alone(tmp_path):
     "arguments, words",
     [
         (["--prompt", "x", "--window", "lung"], "--window and --volume say how a --scan is read"),
+        (["--prompt", "x", "--window", "-1000,400"], "--window and --volume say how a --scan is read"),
         (["--jsonl", "x", "--out", "y", "--volume", "1"], "--jsonl: scans, their windows and volumes"),
         (["--prompt", "x", "--history"], "--history is for --chat"),
     ],

@@ -279,6 +279,19 @@ def test_leaks_are_said(root, data, tmp_path, capsys):
     assert main([*command, f"--out={tmp_path}", "--allow-leaks"]) == 0
 
 
+def test_given_answers_do_not_replace_the_questions_of_others(tmp_path):
+    questions = [Question(f"x/{i}", "vqa", "x", "Q?", ("a",)) for i in (1, 2)]
+    evaluate_main._write_questions(questions, tmp_path)
+    evaluate_main._write_questions(questions[:1], tmp_path)  # nobody has answered them
+    assert radbench.read_questions(tmp_path / "questions.jsonl") == questions[:1]
+    (tmp_path / "answers").mkdir()
+    (tmp_path / "answers" / "m.jsonl").touch()
+    evaluate_main._write_questions(questions[:1], tmp_path)
+    with pytest.raises(ValueError, match="holds other questions, to which .*m.jsonl answers: write elsewhere"):
+        evaluate_main._write_questions(questions, tmp_path)
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["answers", "questions.jsonl"]
+
+
 # --- files of answers -------------------------------------------------------------------------------------------------
 
 
@@ -415,6 +428,8 @@ def test_grades_come_back(ran, tmp_path, capsys):
     key = json.loads((out / "sheet.key.json").read_text())
     grade = {"Perfect": 5, "tiny": 1}
     ratings = {f"{c['case']}/{x}": grade[m] for c in key["cases"] for x, m in c["letters"].items()}
+    with pytest.raises(ValueError, match="sheet.key.json is the key of another sheet"):
+        rating.write_sheet({"m": []}, out / "sheet.html")
     one = {"sheet": key["sheet"], "rater": "[/a]", "ratings": ratings}
     two = {**one, "rater": "b", "ratings": {k: max(v - 1, 0) for k, v in list(ratings.items())[:6]}}
     files = [str(write(tmp_path / f"{i}.json", [x])) for i, x in enumerate((one, two))]
@@ -478,6 +493,7 @@ def test_clinical_metrics_without_the_package():
         (["--answers=x"], "write NAME=FILE"),
         (["--answers=x=none.jsonl"], "none.jsonl cannot be read"),
         (["--answers=x=a", "--answers=x=b"], "two models called x"),
+        (["--answers=x|y=a", "--answers=x/y=b"], "scores of x|y and x/y would lie in one file, x_y.jsonl"),
         (["--config.set.x=1", "--answers=x=a"], "set"),
         (["--checkpoint=nowhere"], "nowhere"),
     ],

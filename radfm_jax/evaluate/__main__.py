@@ -46,8 +46,9 @@ examples:
 Answers that are there are kept: the same command goes on where it was stopped, and scores without asking when all is
 answered. A data set that is not there is named in the report, and so is whatever failed, which counts as wrong.
 
-exit codes: 0 done; 1 scored, but some questions have no answer (the same command asks them again) or are known to the
-training data (--allow-leaks); 2 a mistake in what was given; 130 interrupted.
+exit codes: 0 done; 1 scored, but some questions have no answer (the same command asks those again that failed, not
+those answered with nothing) or are known to the training data (--allow-leaks); 2 a mistake in what was given; 130
+interrupted.
 """
 
 
@@ -149,8 +150,19 @@ def _radbench(argv: list[str]) -> int:
         made = {name: _answer(args, name, bench.questions, console)} | made
         files = {name: _answer_file(args.out, name)} | files
     else:
-        radbench.write_questions(bench.questions, args.out / "questions.jsonl")
+        _write_questions(bench.questions, args.out)
     return _score(args, benchmark, bench, files, made, wanted, terms, console)
+
+
+def _write_questions(questions: Sequence[radbench.Question], out: Path) -> None:
+    """questions.jsonl, unless it belongs to answers that lie beside it."""
+    file, fresh = out / "questions.jsonl", out / "questions.new.jsonl"
+    radbench.write_questions(questions, fresh)
+    answered = sorted((out / "answers").glob("*.jsonl"))
+    if file.exists() and answered and file.read_bytes() != fresh.read_bytes():
+        fresh.unlink()
+        raise ValueError(f"{file} holds other questions, to which {answered[0]} answers: write elsewhere")
+    fresh.replace(file)
 
 
 def _named(args: argparse.Namespace) -> dict[str, Path]:
@@ -163,11 +175,22 @@ def _named(args: argparse.Namespace) -> dict[str, Path]:
         if name in found or (args.checkpoint and name == (args.name or args.checkpoint.resolve().name)):
             raise ValueError(f"--answers {given}: there are two models called {name}")
         found[name] = Path(file)
+    names = [*found, *([args.name or args.checkpoint.resolve().name] if args.checkpoint else [])]
+    stems: dict[str, str] = {}
+    for name in names:
+        other = stems.setdefault(_stem(name), name)
+        if other != name:
+            raise ValueError(f"the scores of {other} and {name} would lie in one file, {_stem(name)}.jsonl: rename one")
     return found
 
 
+def _stem(name: str) -> str:
+    """Of a model's files."""
+    return re.sub(r"[^\w.-]+", "_", name)
+
+
 def _answer_file(out: Path, name: str) -> Path:
-    return out / "answers" / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', name)}.jsonl"
+    return out / "answers" / f"{_stem(name)}.jsonl"
 
 
 def _bar(console: Console, what: str) -> Progress:
@@ -203,7 +226,7 @@ def _answer(args: argparse.Namespace, name: str, questions, console: Console) ->
 
         outcome = answering.answer_all(
             model.generator, questions, _answer_file(args.out, name), args.out / "questions.jsonl",
-            model=str(model.directory), sampling=sampling, batch=args.batch, progress=progress,
+            model=str(model.directory.resolve()), sampling=sampling, batch=args.batch, progress=progress,
         )  # fmt: skip
     rate = outcome.answered / max(outcome.seconds, 1e-9)
     console.print(

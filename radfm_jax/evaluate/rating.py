@@ -49,6 +49,7 @@ def write_sheet(
       scored: model -> all questions, in the same order.
       cases: how many questions, drawn evenly from the open tasks (from all if there are no others).
       references: show the data set's own answer.
+    Raises ValueError: the key of another sheet lies there.
     """
     models, every = list(scored), next(iter(scored.values()))
     rng = np.random.default_rng(seed)
@@ -60,10 +61,12 @@ def write_sheet(
         key["cases"].append({"case": number, "id": question.row_id, "task": question.task, "letters": letters})
     texts = [[scored[model][i].given.text for model in models] for i in chosen]
     key["sheet"] = hashlib.sha256(json.dumps([key, texts]).encode()).hexdigest()[:16]
+    beside = file.with_suffix(".key.json")
+    if beside.exists() and json.loads(beside.read_text()).get("sheet") != key["sheet"]:
+        raise ValueError(f"{beside} is the key of another sheet, whose grades it alone can read: name another file")
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(file, "w") as page:
         page.writelines(f"{line}\n" for line in _page(scored, chosen, key, references))
-    beside = file.with_suffix(".key.json")
     beside.write_text(json.dumps(key, indent=1) + "\n")
     return beside
 

@@ -93,6 +93,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     top = parser()
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if "--window" in argv[:-1]:  # of -1000,400 argparse would take the first character for that of an option
+        at = argv.index("--window")
+        argv[at : at + 2] = [f"--window={argv[at + 1]}"]
     args = top.parse_args(argv)
     if (args.jsonl is None) != (args.out is None):
         top.error("--jsonl FILE and --out FILE belong together")
@@ -269,7 +273,7 @@ def many(args: argparse.Namespace, model: api.Model, sampling: Sampling, console
 
         outcome = answer_file(
             model.generator, args.jsonl, args.out, sampling, root=args.root, batch=args.batch, place=args.place,
-            model=str(model.directory), progress=progress,
+            model=str(model.directory.resolve()), progress=progress,
         )  # fmt: skip
     rate = outcome.answered / max(outcome.seconds, 1e-9)
     console.print(

@@ -36,7 +36,7 @@ class Question:
     """A line of the file.
 
     Attributes:
-      scans: to be read; named: their paths as the line has them.
+      scans: to be read; given: as the line has them.
       problem: why it cannot be asked; "" if it can.
     """
 
@@ -44,12 +44,19 @@ class Question:
     prompt: str = ""
     context: str = ""
     scans: tuple[Scan, ...] = ()
-    named: tuple[str, ...] = ()
+    given: tuple[Scan, ...] = ()
     problem: str = ""
 
     def said(self) -> dict:
         """What an answer's line repeats of it."""
-        return {"prompt": self.prompt, "context": self.context, "scans": list(self.named)}
+        return {"prompt": self.prompt, "context": self.context, "scans": [_written(scan) for scan in self.given]}
+
+
+def _written(scan: Scan) -> str | dict:
+    """A scan in a line: its path, or more where more is said of it."""
+    more = {"volume": scan.volume, "window": list(scan.window) if isinstance(scan.window, tuple) else scan.window}
+    more = {key: value for key, value in more.items() if value is not None}
+    return {"path": scan.path, **more} if more else scan.path
 
 
 def read_questions(file: Path, root: Path) -> list[Question]:
@@ -94,9 +101,9 @@ def _question(file: Path, number: int, root: Path, row_id: str, cells: dict) -> 
             raise row.error("has both `prompt` and `instruction`", "give one of them")
         prompt = row.text("instruction" if "instruction" in cells else "prompt", literal=True)
         context = row.optional("context", literal=True)
-        named = jsonl.scans_of_row(row)
-        resolved = (dataclasses.replace(s, path=str(scans.resolve(root, s.path))) for s in named)
-        return Question(row_id, prompt, context, tuple(resolved), tuple(s.path for s in named))
+        given = tuple(jsonl.scans_of_row(row))
+        resolved = (dataclasses.replace(s, path=str(scans.resolve(root, s.path))) for s in given)
+        return Question(row_id, prompt, context, tuple(resolved), given)
     except ValueError as error:
         return Question(row_id, problem=str(error))
 
@@ -289,7 +296,7 @@ def _encoded(
     generator: Generator, some: list[Question], loaded: dict[tuple[Scan, ...], Found], kept: _Kept
 ) -> list[EncodedScans | ValueError]:
     """Visual tokens of each question, or why it has none."""
-    named = {q.scans: q.named for q in some}
+    named = {q.scans: [scan.path for scan in q.given] for q in some}
     fresh = []
     for scans_of, found in loaded.items():
         if isinstance(found, list):  # unless it was encoded while these were being read
