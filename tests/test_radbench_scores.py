@@ -23,7 +23,7 @@ from input_pipeline.slices import slices
 from input_pipeline.terms import Terms
 from input_pipeline.tokenizer import Tokenizer
 from radfm_jax.evaluate import answering, clinical, pictures, published, radbench, rating, report, scoring
-from radfm_jax.evaluate.__main__ import _table, main
+from radfm_jax.evaluate.__main__ import _table, _write_questions, main
 from radfm_jax.evaluate.answering import Given
 from radfm_jax.evaluate.metrics import Interval
 from radfm_jax.evaluate.radbench import Bench, Question
@@ -281,14 +281,14 @@ def test_leaks_are_said(root, data, tmp_path, capsys):
 
 def test_given_answers_do_not_replace_the_questions_of_others(tmp_path):
     questions = [Question(f"x/{i}", "vqa", "x", "Q?", ("a",)) for i in (1, 2)]
-    evaluate_main._write_questions(questions, tmp_path)
-    evaluate_main._write_questions(questions[:1], tmp_path)  # nobody has answered them
+    _write_questions(questions, tmp_path)
+    _write_questions(questions[:1], tmp_path)  # nobody has answered them
     assert radbench.read_questions(tmp_path / "questions.jsonl") == questions[:1]
     (tmp_path / "answers").mkdir()
     (tmp_path / "answers" / "m.jsonl").touch()
-    evaluate_main._write_questions(questions[:1], tmp_path)
+    _write_questions(questions[:1], tmp_path)
     with pytest.raises(ValueError, match="holds other questions, to which .*m.jsonl answers: write elsewhere"):
-        evaluate_main._write_questions(questions, tmp_path)
+        _write_questions(questions, tmp_path)
     assert sorted(x.name for x in tmp_path.iterdir()) == ["answers", "questions.jsonl"]
 
 

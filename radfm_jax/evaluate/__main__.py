@@ -260,11 +260,6 @@ def _score(
     found = {name: _clinical(of, wanted, console) for name, of in scored.items()} if wanted else {}
     run = report.Run(benchmark, bench, scored, lines, leaks, found, made)
     report.write(run, args.out)
-    if args.rating_sheet:
-        key = rating.write_sheet(
-            scored, args.rating_sheet, cases=args.rating_cases, seed=benchmark.seed, references=not args.no_reference
-        )
-        console.print(f"rating sheet: {args.rating_sheet}; who is who: {key}", highlight=False, markup=False)
     display.say(_table(run))
     for name, of in scored.items():
         failed = [one for one in of if one.error]
@@ -276,6 +271,11 @@ def _score(
     for line in report.caveats(run):
         console.print(f"- {line}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"report: {args.out / 'report.html'}", highlight=False, markup=False)
+    if args.rating_sheet:
+        key = rating.write_sheet(
+            scored, args.rating_sheet, cases=args.rating_cases, seed=benchmark.seed, references=not args.no_reference
+        )
+        console.print(f"rating sheet: {args.rating_sheet}; who is who: {key}", highlight=False, markup=False)
     failed = sum(bool(one.error) for of in scored.values() for one in of)
     return 1 if failed or (leaks and not args.allow_leaks) else 0
 
