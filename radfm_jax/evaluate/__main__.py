@@ -168,24 +168,24 @@ def _write_questions(questions: Sequence[radbench.Question], out: Path) -> None:
 def _named(args: argparse.Namespace) -> dict[str, Path]:
     """name -> file of --answers."""
     found: dict[str, Path] = {}
+    names = [args.name or args.checkpoint.resolve().name] if args.checkpoint else []
     for given in args.answers:
         name, _, file = given.partition("=")
         if not name or not file:
             raise ValueError(f"--answers {given}: write NAME=FILE")
-        if name in found or (args.checkpoint and name == (args.name or args.checkpoint.resolve().name)):
+        if name in names:
             raise ValueError(f"--answers {given}: there are two models called {name}")
+        if other := [n for n in names if _stem(n) == _stem(name)]:
+            raise ValueError(
+                f"the scores of {other[0]} and {name} would lie in one file, {_stem(name)}.jsonl: rename one"
+            )
+        names.append(name)
         found[name] = Path(file)
-    names = [*found, *([args.name or args.checkpoint.resolve().name] if args.checkpoint else [])]
-    stems: dict[str, str] = {}
-    for name in names:
-        other = stems.setdefault(_stem(name), name)
-        if other != name:
-            raise ValueError(f"the scores of {other} and {name} would lie in one file, {_stem(name)}.jsonl: rename one")
     return found
 
 
 def _stem(name: str) -> str:
-    """Of a model's files."""
+    """What the files of a model are called."""
     return re.sub(r"[^\w.-]+", "_", name)
 
 

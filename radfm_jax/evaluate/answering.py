@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -75,9 +74,9 @@ def answer_all(
         whole = sum(masses)
         return {"p_yes": masses[0] / whole, "p_yes_or_no": whole} if whole > 0 else {}
 
-    with tempfile.TemporaryDirectory() as folder:
-        fresh = Path(folder) / asked.name
-        write_questions(questions, fresh)
+    fresh = asked.with_suffix(".new.jsonl")
+    write_questions(questions, fresh)
+    try:
         # Every path was looked for below the root of its own data set when the question was made.
         outcome = answer_file(
             generator,
@@ -91,8 +90,10 @@ def answer_all(
             watch=(*yes, *no),
             more=more,
             no_others=True,  # scoring would refuse them when everything is answered
-            accepted=lambda: write_questions(questions, asked),
+            accepted=lambda: fresh.replace(asked),
         )
+    finally:
+        fresh.unlink(missing_ok=True)
     write_lines(failures_of(file), ({"id": row_id, "error": why} for row_id, why in outcome.failed.items()))
     return outcome
 
