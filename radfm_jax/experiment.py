@@ -24,6 +24,8 @@ class TrainConfig:
       weighting, normalise, chunk, dropout: train_step.StepConfig.
       seed: of fresh parameters and dropout; the data have their own.
       log_every, eval_every: steps; eval_every=0: only at the end. eval_batches: 0: all of the test sources.
+      eval_answers: questions of each test source that an evaluation also asks in words, scored as RadBench's
+        (train.answers); 0: none. With one process.
       nonfinite: `skip` a step whose loss or gradient is not finite, at most `max_skipped` in a row; or `stop` at once.
       step_timeout: seconds without a finished step until the run is ended with a dump of all stacks.
       profile: (first, last) steps to trace into WORKDIR/profile, both included; () for none.
@@ -43,6 +45,7 @@ class TrainConfig:
     log_every: int = 10
     eval_every: int = 0
     eval_batches: int = 0
+    eval_answers: int = 0
     nonfinite: str = "skip"
     max_skipped: int = 3
     step_timeout: float = 1800.0
@@ -50,7 +53,8 @@ class TrainConfig:
 
     def __post_init__(self):
         problems = []
-        for name, least in (("steps", 0), ("batch", 1), ("accumulation", 1), ("log_every", 1), ("eval_every", 0)):
+        for name, least in (("steps", 0), ("batch", 1), ("accumulation", 1), ("log_every", 1), ("eval_every", 0),
+                            ("eval_batches", 0), ("eval_answers", 0)):  # fmt: skip
             if getattr(self, name) < least:
                 problems.append(f"train.{name} is {getattr(self, name)}: at least {least} is needed")
         if self.accumulation > 0 and self.batch % self.accumulation:

@@ -17,14 +17,19 @@ from practice import practice
 from rich.console import Console
 from slurm import compare
 
+from input_pipeline.sources import NoTerms
 from radfm_jax import api, display, run_directory
+from radfm_jax.evaluate import radbench, scoring
+from radfm_jax.evaluate.answering import Given
 from radfm_jax.experiment import CheckpointConfig, Experiment, TrainConfig
+from radfm_jax.generate import Request
 from radfm_jax.models.llama import LlamaConfig
 from radfm_jax.models.perceiver import PerceiverConfig
 from radfm_jax.models.radfm import RadFMConfig
 from radfm_jax.models.vit3d import ViTConfig
 from radfm_jax.optimizer import OptimizerConfig
 from radfm_jax.train import loop
+from radfm_jax.train.answers import HeldOutAnswers
 
 MODEL = RadFMConfig(
     ViTConfig(width=24, num_layers=1, num_heads=2, head_dim=8, mlp_width=32, dropout=0.1),
@@ -50,7 +55,9 @@ def config(tmp_path_factory):
     return Experiment(
         MODEL,
         data,
-        TrainConfig(steps=6, batch=8, accumulation=1, remat="none", log_every=2, eval_every=3, chunk=64),
+        TrainConfig(
+            steps=6, batch=8, accumulation=1, remat="none", log_every=2, eval_every=3, eval_answers=2, chunk=64
+        ),
         OptimizerConfig(learning_rate=1e-2, warmup_steps=1),
         checkpoint=CheckpointConfig(save_every=2, keep_last=9),
     )
@@ -91,19 +98,30 @@ def test_a_run_that_is_done_is_left_alone(config, whole, monkeypatch, capfd):
     assert "differ from the last start: train.log_every is 3, was 2" in said and "train.log_every is 2, was 3" in said
 
 
-@pytest.mark.parametrize("at", [pytest.param(2, marks=pytest.mark.slow), 3, 5])
+SLOW = [pytest.param(at, marks=pytest.mark.slow) for at in (2, 3)]
+
+
+@pytest.mark.parametrize("at", [*SLOW, 5, "asked"])
 def test_ended_by_a_signal_and_started_again(config, whole, tmp_path, monkeypatch, at):
-    """SIGTERM while step `at` is logged: exit code 75, everything saved; the second start brings the same end."""
-    log = display.Display.log
+    """SIGTERM while step `at` is logged, or while the questions after step 3 are answered: exit code 75, everything
+    saved; the second start brings the same end."""
+    log, asking = display.Display.log, loop.Run.asking
 
     def signalled(self, step, values, shown=""):
         log(self, step, values, shown)
         if step == at and "train/loss" in values:
             os.kill(os.getpid(), signal.SIGTERM)
 
+    def signalled_while_asking(self, *args):
+        if at == "asked":
+            os.kill(os.getpid(), signal.SIGTERM)
+        asking(self, *args)
+
     with monkeypatch.context() as patch:
         patch.setattr(display.Display, "log", signalled)
+        patch.setattr(loop.Run, "asking", signalled_while_asking)
         assert loop.train(config, tmp_path / "run") == 75
+    at = 3 if at == "asked" else at
     assert run_directory.steps(tmp_path / "run")[-1] in (at, at + 1)
     assert loop.train(config, tmp_path / "run") == 0
     assert record(tmp_path / "run") == record(whole)
@@ -155,6 +173,7 @@ def test_tfds_is_imported_before_there_are_threads(config):
 import sys, threading
 from input_pipeline.config import DataConfig
 from radfm_jax.train import loop
+from radfm_jax.train.answers import HeldOutAnswers
 def rows(*_, **__):
     assert threading.current_thread() is not threading.main_thread()
     return "tensorflow_datasets" in sys.modules
@@ -181,6 +200,37 @@ def test_what_a_run_leaves(config, whole):
     assert run_directory.best(whole).name == str(best)
     logits = api.load(run_directory.step_directory(whole, 6)).logits(np.array([[1, 5, 6]]))
     assert logits.shape == (1, 3, 512)
+
+
+def test_held_out_questions_are_answered_in_words(config, whole):
+    """After every evaluation the same ones, and their scores are those that `evaluate` computes of the saved step."""
+    asked = {step: radbench.read_questions(whole / "answers" / str(step) / "questions.jsonl") for step in (3, 6)}
+    assert asked[3] == asked[6] and {q.task for q in asked[6]} == {"modality", "vqa", "rationale", "diagnosis"}
+    assert [q.dataset for q in asked[6]] == [name for name in sorted(config.data.test) for _ in range(2)]
+    step = run_directory.step_directory(whole, 6)
+    given = api.load(step).generator.answers([Request(q.prompt, q.scans, q.context) for q in asked[6]])
+    answers = [json.loads(line) for line in (whole / "answers/6/answers.jsonl").read_text().splitlines()]
+    assert [line["answer"] for line in answers] == [answer.text for answer in given]
+    scored = scoring.score(asked[6], {q.row_id: Given(a.text) for q, a in zip(asked[6], given, strict=True)}, NoTerms())
+    logged = next(line for line in display.read(whole) if line["step"] == 6 and "eval/all/loss" in line)
+    for task, metric in (("modality", "accuracy"), ("diagnosis", "f1"), ("vqa", "bleu"), ("rationale", "rouge")):
+        expected = scoring.intervals(
+            [s for s in scored if s.question.task == task], resamples=1, seed=0, by_study=False
+        )
+        assert logged[f"eval/{task}/{metric}"] == expected[metric].value
+    assert 0 <= logged["eval/diagnosis/auc"] <= 1
+    lines = [json.loads(line) for line in (whole / "answers/6/scores.jsonl").read_text().splitlines()]
+    assert [line["references"] for line in lines] == [list(q.references) for q in asked[6]]
+
+
+def test_questions_that_cannot_be_asked_are_told_before_anything_is_compiled(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop.Programs, "compile", lambda *_: pytest.fail("compiled"))
+    nothing = dataclasses.replace(config, data=dataclasses.replace(config.data, test={}))
+    with pytest.raises(ValueError, match="train.eval_answers: no test source .*data.test names none"):
+        loop.train(nothing, tmp_path / "run")
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match="one process alone can answer, and there are 2; set it to 0"):
+        HeldOutAnswers(config, tmp_path, None)
 
 
 def test_another_run_begins_with_its_parameters(config, whole, tmp_path, capsys):

@@ -5,6 +5,7 @@ A start takes, in this order: the newest step in DIR; else the parameters of `ch
 WORKDIR/config.json, checkpoints/     run_directory.py
 WORKDIR/metrics.jsonl, tensorboard/, curves.png     display.py
 WORKDIR/rows/PROCESS.jsonl            which samples each step saw
+WORKDIR/answers/STEP/                 answers.py, with train.eval_answers
 WORKDIR/profile/                      with train.profile
 WORKDIR/logs/PROCESS.log              what each process said, if there are several
 """
@@ -37,6 +38,8 @@ from radfm_jax import display as shown
 from radfm_jax.experiment import Experiment, changes
 from radfm_jax.peers import Peers
 from radfm_jax.saver import Saver
+from radfm_jax.train import answers
+from radfm_jax.train.answers import HeldOutAnswers
 
 
 def train(config: Experiment, workdir: Path, peers: Peers | None = None) -> int:
@@ -95,6 +98,7 @@ def _train(config: Experiment, workdir: Path, peers: Peers, opened: contextlib.E
     steps = config.train.steps or steps_of(rows, config)
     if not config.train.steps and done(steps):
         return 0
+    asked = HeldOutAnswers(config, workdir, mesh) if config.train.eval_answers else None
     rows.begin(data_state)
     rates = optimizer.learning_rates(config.optimizer, steps)
     abstract, transform, _ = train_step.abstract_state(config.compute, config.optimizer, mesh)
@@ -107,6 +111,8 @@ def _train(config: Experiment, workdir: Path, peers: Peers, opened: contextlib.E
     say(shown.parameter_table(abstract))
     say(shown.memory_table(estimate.memory(config, mesh), estimate.capacity(mesh)))
     say(shown.data_table(rows.description, len(rows.mixture), rows.windows))
+    if asked:
+        say(asked.description)
     done_before = 0 if newest is None else int(newest.name)
     say(estimate.time_line(config, steps - done_before, estimate.hardware(list(mesh.devices.flat), config.train.dtype)))
     programs = Programs.compile(config, abstract, transform, rows, mesh, say)
@@ -119,7 +125,7 @@ def _train(config: Experiment, workdir: Path, peers: Peers, opened: contextlib.E
     held_out = data("test") if config.data.test else None
     # Compiling takes one host much longer than another, and a collective waits for its peers only so long.
     run_directory.together("ready", lambda: None)
-    run = Run(config, workdir, mesh, rates, rows, held_out, programs, saver, peers)
+    run = Run(config, workdir, mesh, rates, rows, held_out, programs, saver, peers, asked)
     return run(state, data_state)
 
 
@@ -257,9 +263,11 @@ class Run:
         programs: Programs,
         saver: Saver,
         peers: Peers,
+        asked: HeldOutAnswers | None = None,
     ):
         self.config, self.workdir, self.mesh, self.rates, self.steps = config, workdir, mesh, rates, len(rates)
         self.rows, self.held_out, self.programs, self.saver, self.peers = rows, held_out, programs, saver, peers
+        self.asked = asked
         self.report = PackingReport(config.data.text_length)
         self.flops = estimate.row_flops(config) * config.train.batch
 
@@ -347,12 +355,29 @@ class Run:
             for task, values in train_step.summarise(jax.device_get(totals)).items()
             for name, value in values.items()
         }
+        said = ""
+        if self.asked:
+            try:
+                answered = self.asked(train_step.params_of(state), step, lambda: self.asking(step, timeout))
+            except _Stopping:
+                return {}
+            found |= {f"eval/{name}": value for name, value in answered.items()}
+            said = f"; asked: {answers.line(answered)}"
         self.display.log(step, found)
         exact = ", ".join(
             f"{task} {found[f'eval/{task}/exact_match']:.1%}" for task in TASKS if f"eval/{task}/exact_match" in found
         )
-        self.display.say(f"step {step}: held-out loss {found['eval/all/loss']:.4f}; every token right: {exact}")
+        self.display.say(f"step {step}: held-out loss {found['eval/all/loss']:.4f}; every token right: {exact}{said}")
         return found
+
+    def asking(self, step: int, timeout: faults.Watchdog) -> None:
+        timeout.alive(f"the questions asked after step {step}")
+        if self.peers.stopping():
+            raise _Stopping
+
+
+class _Stopping(Exception):
+    """A signal came while questions were asked."""
 
 
 class Profile:
