@@ -148,6 +148,11 @@ def encode_prompt(
     )
 
 
+def without_marks(text: str) -> str:
+    """`<image-2>`, and what is nearly a mark, as words: `scan 2`."""
+    return _NEARLY_A_MARK.sub(lambda mark: " ".join(["scan", *re.findall("[0-9]+", mark[0])]), text)
+
+
 def visual_index(encoded: Encoded, num_latents: int) -> np.ndarray:
     """int32[t]: slot * L + latent of a visual token, -1 elsewhere; slot i is the i-th scan as it was given."""
     numbers = np.array([int(scan.path) for scan in encoded.scans] or [0], np.int32)

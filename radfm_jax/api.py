@@ -234,7 +234,7 @@ def load(
     if mesh is not None and mesh.axis_names != sharding.AXES:
         raise ValueError(f"mesh has axes {mesh.axis_names}, expected {sharding.AXES}: use sharding.make_mesh")
     if tokenizer is not None and not Path(tokenizer).is_file():
-        raise ValueError(f"tokenizer {tokenizer} does not exist")
+        raise ValueError(f"tokenizer {tokenizer} is no file that is there: give the SentencePiece model")
     directory = run_directory.chosen(directory)
     checkpoint.verify(directory, hashes=verify)
     config = checkpoint.model_config(checkpoint.read_description(directory), directory)

@@ -339,4 +339,9 @@ def test_repetition_penalty():
 def test_options_are_checked_together():
     with pytest.raises(ValueError, match="max_new_tokens is 0.*temperature is -1.*top_k is -1.*top_p is 0.*seed is -1"):
         Sampling(max_new_tokens=0, temperature=-1, top_k=-1, top_p=0, seed=-1)
+    of_kind = {"max_new_tokens": 1.5, "top_k": True, "seed": None, "temperature": "0"}
+    for name, wrong in of_kind.items():
+        with pytest.raises(ValueError, match=f"{name} is {wrong!r}: a (whole )?number"):
+            Sampling(**{name: wrong})
+    assert repr(Sampling(np.int64(3), np.float32(0.5))) == repr(Sampling(3, 0.5))
     assert Sampling(stop="END").stop == ("END",)

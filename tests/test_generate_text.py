@@ -254,7 +254,7 @@ def test_checkpoints_that_lack_something(model, run, tokenizer, scans, tmp_path)
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
     with pytest.raises(ValueError, match="a training run without any saved step"):
         radfm_jax.load(tmp_path / "empty")
-    with pytest.raises(ValueError, match="tokenizer nowhere does not exist"):
+    with pytest.raises(ValueError, match="tokenizer nowhere is no file that is there"):
         radfm_jax.load(run, tokenizer="nowhere")
 
 
@@ -289,10 +289,29 @@ def test_one_question(run, model, scans, tmp_path, capsys):
     assert capsys.readouterr().out != greedy(model, "Lesion?", [film]) + "\n"
 
 
+def test_words_are_looked_at_before_scans(run, scans, capsys):
+    command = ["--checkpoint", str(run), "--scan", str(scans / "broken.png"), "--prompt"]
+    assert main([*command, "<image-2> Lesion?"]) == 2
+    assert "no scan for <image-2>" in capsys.readouterr().err
+    assert main([*command, "<image-1> Lesion?"]) == 2
+    assert "broken.png" in capsys.readouterr().err
+
+
 def test_dialogue(run, model, scans, capsys, monkeypatch):
     film = scans / "film.png"
     lines = iter(
-        ["Lesion?", "/nonsense", "/scan " + str(scans / "broken.png"), f"/scan {film}", "/scans", "Lesion?", ""]
+        [
+            "Lesion?",
+            "/nonsense",
+            "/scan",
+            "/scan " + str(scans / "broken.png"),
+            f"/scan {film}",
+            "/scans",
+            "<image-1> Lesion?",
+            f"/scan {film}",
+            "Lesion?",
+            "",
+        ]
     )
 
     def typed(prompt):
@@ -307,9 +326,16 @@ def test_dialogue(run, model, scans, capsys, monkeypatch):
     assert main(["--checkpoint", str(run), "--chat", "--history", *SHORT]) == 0
     out, err = capsys.readouterr()
     first = greedy(model, "Lesion?")
-    second = greedy(model, "Lesion?", [film], context=f"Lesion? {first}")
-    assert out == f"{first}\n{second}\n"
-    assert "/nonsense is unknown" in err and "broken.png" in err and f"<image-1> {film}" in err
+    second = greedy(model, "<image-1> Lesion?", [film], context=f"Lesion? {first}")
+    # What was said before is no place for scans: the third question has no mark, so both of them stand first.
+    before = f"Lesion? {first}\nscan 1 Lesion? {ask.without_marks(second)}"
+    assert out == f"{first}\n{second}\n{greedy(model, 'Lesion?', [film, film], context=before)}\n"
+    assert (
+        "/nonsense is unknown" in err
+        and "/scan needs a file" in err
+        and "broken.png" in err
+        and f"<image-1> {film}" in err
+    )
 
 
 @pytest.mark.parametrize("lines, code", [("Lesion?\n", 0), ("/nonsense\nLesion?\n/quit\nLesion?\n", 1)])

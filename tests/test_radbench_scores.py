@@ -533,7 +533,7 @@ def test_a_set_that_cannot_be_asked_says_why(root, tmp_path, capsys):
         ({"seed": 5}, [], "with another prompt|is no question any more"),  # the same ids, other wording
         ({"limit": 3}, [], "is no question any more"),
         ({"seed": 5}, ["--max-new-tokens=5"], "another max_new_tokens"),
-        ({"seed": 5}, ["--tokenizer=nowhere"], "tokenizer nowhere does not exist"),
+        ({"seed": 5}, ["--tokenizer=nowhere"], "tokenizer nowhere is no file that is there"),
     ],
 )
 def test_a_refused_run_leaves_the_directory_as_it_was(ran, root, tmp_path, capsys, changes, more, message):

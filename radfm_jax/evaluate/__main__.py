@@ -195,7 +195,7 @@ def _answer_file(out: Path, name: str) -> Path:
 
 def _bar(console: Console, what: str) -> Progress:
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def _export(questions, directory: Path, console: Console) -> None:

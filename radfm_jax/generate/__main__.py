@@ -123,6 +123,8 @@ def main(argv: list[str] | None = None) -> int:
         model = load(args)
         if args.jsonl:
             return many(args, model, sampling, console)
+        if args.prompt is not None:  # a misspelt mark should not cost the reading of a scan
+            model.generator.words(Request(args.prompt, scans, args.context, args.place))
         seen = model.encode_scans(scans) if scans else None
         if args.show:
             show(seen, args.show, console)
@@ -243,7 +245,9 @@ class Chat:
         command, _, rest = line.partition(" ")
         if not line:
             return
-        if command == "/scan" and rest.strip():
+        if command == "/scan":
+            if not rest.strip():
+                raise ValueError("/scan needs a file: /scan ct.nii.gz")
             scans = [*self.scans, _scan(self.args, rest.strip())]
             self.seen = self.model.encode_scans(scans)  # together: released mode brings them to one depth
             self.scans = scans
@@ -258,12 +262,14 @@ class Chat:
             before = [f"{q} {a}" for q, a in self.history] if self.args.history else []
             context = "\n".join([self.args.context, *before]).strip()
             request = Request(line, self.seen or (), context, self.args.place)
-            self.history.append((line, say(self.model, request, self.sampling)))
+            answer = say(self.model, request, self.sampling)
+            # Later questions show their scans themselves: a mark would show them once more.
+            self.history.append((ask.without_marks(line), ask.without_marks(answer)))
 
 
 def many(args: argparse.Namespace, model: api.Model, sampling: Sampling, console: Console) -> int:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("answers", total=None)
 
         def progress(done: int, failed: int, total: int) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 from input_pipeline import ask
 from input_pipeline.planes import Volume
 from input_pipeline.tokenizer import Tokenizer
+from input_pipeline.tokens import Encoded
 from radfm_jax import sharding
 from radfm_jax.generate import decoding
 from radfm_jax.generate.sampling import Sampling
@@ -273,6 +274,16 @@ class Generator:
 
     # --- words --------------------------------------------------------------------------------------------------------
 
+    def words(self, request: Request) -> Encoded:
+        """Tokens of a request and where its scans stand; no scan is read. Raises ValueError as `prompt`."""
+        if self.tokenizer is None:
+            raise ValueError("this model has no tokenizer: give its SentencePiece model")
+        return ask.encode_prompt(
+            request.prompt, len(request.scans), self.tokenizer,
+            self.preparation or ask.Preparation(num_latents=self.config.num_latents),
+            context=request.context, place=request.place,
+        )  # fmt: skip
+
     def prompt(self, request: Request, encoded: EncodedScans | None = None) -> Prompt:
         """Tokens of a request. encoded: of its scans, if they were encoded before.
 
@@ -284,14 +295,8 @@ class Generator:
 
     def prompts(self, requests: Sequence[Request], encoded: Sequence[EncodedScans] | None = None) -> list[Prompt]:
         """The same for several; their scans are encoded together. Nothing is encoded if any of them is wrong."""
-        if self.tokenizer is None:
-            raise ValueError("this model has no tokenizer: give its SentencePiece model")
         # Words are looked at before any scan is read: a misspelt mark should not cost a minute.
-        preparation = self.preparation or ask.Preparation(num_latents=self.config.num_latents)
-        texts = [
-            ask.encode_prompt(r.prompt, len(r.scans), self.tokenizer, preparation, context=r.context, place=r.place)
-            for r in requests
-        ]
+        texts = [self.words(r) for r in requests]
         if encoded is None:
             encoded = self._encoded(requests)
         latents = self.config.num_latents
@@ -371,10 +376,10 @@ class Generator:
             raise ValueError(f"{name} shows visual token {index.max()}, but has {slots} scans")
         room, wanted = self.length - len(ids), sampling.max_new_tokens
         if room < (wanted or 1):
+            fewer = ", or ask for fewer tokens" if room > 0 else ""
             raise GenerationError(
                 f"{name} has {len(ids)} tokens, and {wanted or 1} of an answer do not fit behind it: the cache has "
-                f"{self.length} places. Shorten the prompt, or ask for fewer tokens; in Python, Generator(length=...) "
-                "has more places"
+                f"{self.length} places. Shorten the prompt{fewer}; in Python, Generator(length=...) has more places"
             )
         return wanted or min(NEW_TOKENS, room)
 

@@ -9,6 +9,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +43,14 @@ class Sampling:
         if self.stop_ids is not None:
             object.__setattr__(self, "stop_ids", tuple(int(i) for i in self.stop_ids))
         problems = []
+        for name, kind in _KINDS.items():
+            value = getattr(self, name)
+            whole = isinstance(value, int | np.integer)
+            if name == "max_new_tokens" and value is None:
+                continue
+            if isinstance(value, bool) or not (whole or (kind is float and isinstance(value, float | np.floating))):
+                raise ValueError(f"{name} is {value!r}: {'a whole number' if kind is int else 'a number'} is needed")
+            object.__setattr__(self, name, kind(value))  # NumPy's are no JSON
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             problems.append(f"max_new_tokens is {self.max_new_tokens}: at least 1 is needed")
         if not 0 <= self.temperature < float("inf"):
@@ -58,6 +67,11 @@ class Sampling:
             problems.append("a stop text is empty")
         if problems:
             raise ValueError("; ".join(problems))
+
+
+_KINDS = {
+    "max_new_tokens": int, "top_k": int, "seed": int, "temperature": float, "top_p": float, "repetition_penalty": float
+}  # fmt: skip
 
 
 def penalised(logits: jax.Array, seen: jax.Array, penalty: jax.Array) -> jax.Array:
