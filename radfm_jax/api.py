@@ -8,7 +8,7 @@ import functools
 import json
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import flax.linen as nn
@@ -20,8 +20,10 @@ from input_pipeline.packing import plain_rows
 from input_pipeline.tokenizer import Tokenizer
 from radfm_jax import checkpoint, run_directory, sharding
 from radfm_jax import int8 as quantised
-from radfm_jax.generate import EncodedScans, Generator, Request, Sampling, checked
+from radfm_jax.generate import Answer, EncodedScans, Generator, Request, Sampling, checked
 from radfm_jax.models import radfm
+
+CHUNK = 8  # tokens between two pieces of a streamed answer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Model:
         *,
         context: str = "",
         place: str = "first",
+        on_text: Callable[[str], None] | None = None,
         **options,
     ) -> str:
         """The answer to a question about scans.
@@ -65,13 +68,21 @@ class Model:
           scans: paths (all formats of the pipeline), samples.Scan (a volume of a 4D file, a window), voxels [H, W, D]
             or [H, W, D, C]; or what `encode_scans` made of them, for further questions about the same.
           context: what is known of the patient.
+          on_text: called with each new piece of the answer while it is written.
           options: generate.Sampling (max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, stop,
             stop_ids).
         Raises:
           ValueError: a mark without scan, a scan without mark or that cannot be read, an empty or too long prompt,
             logits that are not finite; a checkpoint that lacks its tokenizer or does not say how scans are prepared.
         """
-        return self.answers([Request(prompt, scans, context, place)], **options)[0]
+        if on_text is None:
+            return self.answers([Request(prompt, scans, context, place)], **options)[0]
+        text = ""
+        for piece, answer in self._streamed(Request(prompt, scans, context, place), CHUNK, options):
+            text = answer.text
+            if piece:
+                on_text(piece)
+        return text
 
     def answers(self, requests: Sequence[Request | tuple], **options) -> list[str]:
         """The same for several questions at once: generate.Request or (prompt, scans). Each answer is that which
@@ -89,14 +100,17 @@ class Model:
         *,
         context: str = "",
         place: str = "first",
-        chunk: int = 8,
+        chunk: int = CHUNK,
         **options,
     ) -> Iterator[str]:
         """`answer` in pieces, as they come: after every `chunk` tokens one, which may be empty."""
-        requests = [Request(prompt, scans, context, place)]
-        for pieces, answers in self._speaking(requests).stream(requests, Sampling(**options), chunk=chunk):
-            checked(answers)
-            yield pieces[0]
+        for piece, _ in self._streamed(Request(prompt, scans, context, place), chunk, options):
+            yield piece
+
+    def _streamed(self, request: Request, chunk: int, options: dict) -> Iterator[tuple[str, Answer]]:
+        sampling = Sampling(**options)
+        for pieces, answers in self._speaking([request]).stream([request], sampling, chunk=chunk):
+            yield pieces[0], checked(answers)[0]
 
     def encode_scans(self, scans: Sequence[ask.Scan]) -> EncodedScans:
         """Visual tokens of scans, which stay on the device: in place of the scans they go into any number of

@@ -157,6 +157,9 @@ def test_one_by_one_batched_streamed_and_with_kept_scans(model, scans):
     assert greedy(model, "Compare <image-2> with <image-1>.", seen) == alone[2]
     pieces = list(model.stream("Is there a lesion?", [film], max_new_tokens=12, chunk=4))
     assert "".join(pieces) == alone[0] and len(pieces) == 4
+    heard = []
+    assert greedy(model, "Is there a lesion?", [film], on_text=heard.append) == alone[0]
+    assert "".join(heard) == alone[0] and len(heard) > 1
     stop = alone[0][5:8]
     assert greedy(model, "Is there a lesion?", [film], stop=stop) == alone[0][: alone[0].index(stop)].strip()
     # Scans matter, and so does where they stand.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import sys
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from input_pipeline.planes import MODES
 from input_pipeline.samples import Scan
 from input_pipeline.volumes import ct_window
 from radfm_jax import api, checkpoint, run_directory, sharding
-from radfm_jax.generate.generator import EncodedScans, Request, checked
+from radfm_jax.generate.generator import EncodedScans, Request
 from radfm_jax.generate.many import answer_file
 from radfm_jax.generate.sampling import Sampling
 
@@ -207,11 +208,12 @@ def show(seen: EncodedScans | None, file: Path, console: Console) -> None:
 
 def say(model: api.Model, request: Request, sampling: Sampling) -> str:
     """Prints an answer while it comes, and returns it."""
-    for pieces, answers in model.generator.stream([request], sampling, chunk=8):
-        checked(answers)
-        print(pieces[0], end="", flush=True)
+    answer = model.answer(
+        request.prompt, request.scans, context=request.context, place=request.place,
+        on_text=functools.partial(print, end="", flush=True), **dataclasses.asdict(sampling),
+    )  # fmt: skip
     print(flush=True)
-    return answers[0].text
+    return answer
 
 
 class Chat:
