@@ -6,6 +6,7 @@ import argparse
 import json
 import re
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -194,13 +195,14 @@ def _answer_file(out: Path, name: str) -> Path:
 
 
 def _bar(console: Console, what: str) -> Progress:
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    said = TextColumn("{task.fields[said]}")
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), said)
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def _export(questions, directory: Path, console: Console) -> None:
     with _bar(console, "slices") as bar:
-        task = bar.add_task("", total=None)
+        task = bar.add_task("", total=None, said="")
         failed = export(questions, directory, lambda done, total: bar.update(task, completed=done, total=total))
     console.print(f"exported: {directory}, {len(failed)} scans without a picture", highlight=False, markup=False)
     for path, why in list(failed.items())[:10]:
@@ -217,12 +219,13 @@ def _answer(args: argparse.Namespace, name: str, questions, console: Console) ->
     model = load(argparse.Namespace(**options, **given))
     sampling = Sampling(args.max_new_tokens)
     with _bar(console, "answers") as bar:
-        task = bar.add_task("", total=None)
+        task, began = bar.add_task("", total=None, said=""), time.perf_counter()
 
         def progress(done: int, failed: int, total: int) -> None:
-            bar.update(task, completed=done + failed, total=total)
+            said = f"{failed} failed, {done / (time.perf_counter() - began):.2f} samples/s"
+            bar.update(task, completed=done + failed, total=total, said=said)
             if not console.is_terminal and ((done + failed) // args.batch) % 50 == 0:
-                console.print(f"{done + failed}/{total}, {failed} failed", highlight=False)
+                console.print(f"{done + failed}/{total}, {said}", highlight=False)
 
         outcome = answering.answer_all(
             model.generator, questions, _answer_file(args.out, name), args.out / "questions.jsonl",

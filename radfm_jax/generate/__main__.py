@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import sys
+import time
 from pathlib import Path
 
 import absl.logging
@@ -272,12 +273,13 @@ class Chat:
 def many(args: argparse.Namespace, model: api.Model, sampling: Sampling, console: Console) -> int:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("answers", total=None)
+        task, began = bar.add_task("answers", total=None), time.perf_counter()
 
         def progress(done: int, failed: int, total: int) -> None:
-            bar.update(task, completed=done + failed, total=total, description=f"answers, {failed} failed")
+            said = f"{failed} failed, {done / (time.perf_counter() - began):.2f} samples/s"
+            bar.update(task, completed=done + failed, total=total, description=f"answers, {said}")
             if not console.is_terminal:  # a batch job's log shows no bar
-                console.print(f"{done + failed}/{total}, {failed} failed", highlight=False)
+                console.print(f"{done + failed}/{total}, {said}", highlight=False)
 
         outcome = answer_file(
             model.generator, args.jsonl, args.out, sampling, root=args.root, batch=args.batch, place=args.place,
