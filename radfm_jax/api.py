@@ -250,7 +250,7 @@ def load(
     if tokenizer is not None and not Path(tokenizer).is_file():
         raise ValueError(f"tokenizer {tokenizer} is no file that is there: give the SentencePiece model")
     directory = run_directory.chosen(directory)
-    checkpoint.verify(directory, hashes=verify)
+    checkpoint.verify(directory, hashes=verify, spared=() if tokenizer is None else (checkpoint.TOKENIZER,))
     config = checkpoint.model_config(checkpoint.read_description(directory), directory)
     boxed = radfm.abstract_params(config)
     stored = checkpoint.ParamReader(directory).dtypes

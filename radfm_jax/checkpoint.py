@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import absl.logging
@@ -107,11 +107,12 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def verify(directory, *, hashes: bool = True) -> None:
+def verify(directory, *, hashes: bool = True, spared: Collection[str] = ()) -> None:
     """Compares a directory with its manifest; ValueError lists every file that is missing, added or changed, and how a
     file can be had again that is made elsewhere.
 
-    `hashes=False` compares names and sizes only (a moment instead of a read of everything).
+    `hashes=False` compares names and sizes only (a moment instead of a read of everything). `spared` files may be
+    missing.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -129,7 +130,7 @@ def verify(directory, *, hashes: bool = True) -> None:
     # File browsers leave hidden files behind; nothing here reads one.
     found = {n: p for n, p in found.items() if n in listed or not Path(n).name.startswith(".")}
     found.pop(MANIFEST)
-    problems = [f"missing: {n}" for n in sorted(listed.keys() - found.keys())]
+    problems = [f"missing: {n}" for n in sorted(listed.keys() - found.keys()) if n not in spared]
     problems += [f"not in the manifest: {n}" for n in sorted(found.keys() - listed.keys())]
     both = sorted(listed.keys() & found.keys())
     sized = [n for n in both if found[n].stat().st_size == listed[n]["bytes"]]
@@ -142,6 +143,11 @@ def verify(directory, *, hashes: bool = True) -> None:
         remedies = _remedies(directory, listed)
         lines = [problem + remedies.get(problem.partition(": ")[2], "") for problem in problems]
         raise ValueError(f"checkpoint {directory} is damaged:\n  " + "\n  ".join(lines))
+
+
+def digest(directory) -> str:
+    """What tells the files of a checkpoint from another's wherever they lie: the SHA-256 of its manifest."""
+    return _sha256(Path(directory) / MANIFEST)
 
 
 def _remedies(directory: Path, listed: dict[str, dict]) -> dict[str, str]:

@@ -9,7 +9,7 @@ import scipy.stats
 from sklearn import metrics as sklearn
 
 from input_pipeline.terms import Terms
-from radfm_jax.evaluate import metrics, published
+from radfm_jax.evaluate import metrics, published, radbench
 
 WORDS = "the a left right lung mass no nodule seen is small in of lobe effusion pleural".split()
 TERMS = Terms(["pleural effusion", "nodule", "mass", "left lower lobe"])
@@ -40,6 +40,31 @@ def random_texts(n: int, seed: int = 0, least: int = 1):
 )
 def test_matching_a_list(answer, choices, chosen):
     assert metrics.match(answer, choices) == chosen
+
+
+@pytest.mark.parametrize(
+    "answer, chosen",
+    [
+        ("This is a CT scan.", "CT"),  # `match` finds Ultrasound more alike
+        ("Computed tomography of the chest", "CT"),
+        ("A PET scan, not magnetic resonance", "PET"),
+        ("mri", "MRI"),
+        ("chest X-rays", "X-ray"),
+        ("an MR angiogram", "MRI"),
+        ("An actor", None),
+        ("", None),
+    ],
+)
+def test_a_choice_that_is_named(answer, chosen):
+    names = {choice: radbench.NAMES[choice] for choice in SIX}
+    assert metrics.named(answer, names) == chosen
+    assert metrics.match("This is a CT scan.", SIX) == "Ultrasound"
+
+
+def test_yes_or_no_that_is_named():
+    names = {choice: radbench.NAMES[choice] for choice in ("yes", "no")}
+    said = {"No, there is none.": "no", "Yes: no doubt.": "yes", "I do not know.": None, "There is no mass.": "no"}
+    assert {answer: metrics.named(answer, names) for answer in said} == said
 
 
 def test_a_tie_goes_to_the_first():

@@ -212,7 +212,8 @@ def test_stop_ids_and_lengths():
     whole = generator().answers(PROMPTS, GREEDY)
     stop = whole[0].ids[4]
     ends = [a.ids.index(stop) + 1 if stop in a.ids else 12 for a in whole]
-    cut = generator().answers(PROMPTS, dataclasses.replace(GREEDY, stop_ids=(7777, stop)))
+    never = next(i for i in range(40) if all(i not in a.ids for a in whole))
+    cut = generator().answers(PROMPTS, dataclasses.replace(GREEDY, stop_ids=(never, stop)))
     assert [a.ids for a in cut] == [a.ids[:end] for a, end in zip(whole, ends, strict=True)]
     assert cut[0].ended == "stop id" and len(cut[0].logprobs) == len(cut[0].ids)
     assert generator().answers(PROMPTS, dataclasses.replace(GREEDY, max_new_tokens=1))[2].ids == whole[2].ids[:1]
@@ -343,5 +344,14 @@ def test_options_are_checked_together():
     for name, wrong in of_kind.items():
         with pytest.raises(ValueError, match=f"{name} is {wrong!r}: a (whole )?number"):
             Sampling(**{name: wrong})
+    with pytest.raises(ValueError, match="top_k is 2147483648"):
+        Sampling(top_k=2**31)
+    with pytest.raises(ValueError, match="stop holds 3: texts"):
+        Sampling(stop=(3,))
+    for wrong in (3, ["a"]):
+        with pytest.raises(ValueError, match="a list of whole numbers"):
+            Sampling(stop_ids=wrong)
+    with pytest.raises(ValueError, match="stop_ids: 99999 is no token, they run from 0 to"):
+        generator().answers(PROMPTS[:1], Sampling(2, stop_ids=(99999,)))
     assert repr(Sampling(np.int64(3), np.float32(0.5))) == repr(Sampling(3, 0.5))
     assert Sampling(stop="END").stop == ("END",)

@@ -1,9 +1,11 @@
 """Words and scans in, words out: Model.answer and its kin, the command line, files of questions, what is refused."""
 
 import dataclasses
+import fcntl
 import functools
 import io
 import json
+import shutil
 from types import SimpleNamespace
 
 import jax
@@ -406,6 +408,49 @@ def test_a_file_of_questions(run, model, scans, tmp_path, capsys):
     assert main(command) == 2
     err = capsys.readouterr().err
     assert all(w in err for w in ("line 2: id 'a' stands twice", "line 3 has no `id`", "line 4 is no JSON"))
+
+
+def test_answers_belong_to_weights_not_to_their_place(run, model, tmp_path, capsys):
+    step = run / "checkpoints" / "5"
+    here, there = shutil.copytree(step, tmp_path / "here"), shutil.copytree(step, tmp_path / "there")
+    file, out = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
+    file.write_text('\ufeff{"id": "a", "prompt": "Lesion?"}\n')  # as Windows' programs begin a file
+    asked = lambda where: main(["--checkpoint", str(where), "--jsonl", str(file), "--out", str(out), *SHORT])  # noqa: E731
+    assert asked(here) == 0 and asked(there) == 0
+    assert "0 answers in" in capsys.readouterr().err
+    shutil.rmtree(here)
+    radfm_jax.save(dataclasses.replace(model, params=jax.tree.map(lambda x: 2 * x, model.params)), here)
+    assert asked(here) == 2
+    assert f"line 1 was made with other weights ({here.resolve()}, manifest " in capsys.readouterr().err
+    assert len(out.read_text().splitlines()) == 1
+
+
+def test_one_process_writes_answers(run, tmp_path, capsys):
+    file, out = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
+    file.write_text('{"id": "a", "prompt": "Lesion?"}\n')
+    command = ["--checkpoint", str(run), "--jsonl", str(file), "--out", str(out), *SHORT]
+    with open(out, "a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert main(command) == 2 and "is being written by another process" in capsys.readouterr().err
+    assert main(command) == 0
+    out.write_text(2 * out.read_text())
+    assert main(command) == 2 and "line 2: id 'a' stands twice, did two runs" in capsys.readouterr().err
+    command[command.index(str(out))] = "/dev/full"
+    assert main(command) == 2 and "/dev/full is no file" in capsys.readouterr().err
+    fresh = tmp_path / "fresh.jsonl"
+    command[command.index("/dev/full")] = str(fresh)
+    assert main([*command, "--max-new-tokens", "128"]) == 2
+    assert "max_new_tokens is 128: prompt and answer together have 128 places" in capsys.readouterr().err
+    file.write_text("nonsense")
+    assert main(command) == 2 and not fresh.exists()
+
+
+def test_absolute_paths_are_repeated_as_they_stand(model, scans, tmp_path):
+    file, out = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
+    given = [str(scans / "film.png"), {"path": str(scans / "ct.nii.gz"), "volume": 0}]
+    file.write_text(json.dumps({"id": "a", "prompt": "Lesion?", "scans": given}) + "\n")
+    assert many.answer_file(model.generator, file, out, Sampling(2), root=scans).answered == 1
+    assert json.loads(out.read_text())["scans"] == given
 
 
 @pytest.mark.parametrize("kept", [1, many.KEPT_BYTES])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from dataset_tables import write_csv
 from practice import practice
 from radbench_parts import benchmark, sets
 
@@ -144,6 +145,19 @@ def test_bad_rows_are_counted(root, tmp_path):
     found = radbench.build(Benchmark(sets=some))
     reasons = found.left_out["vqa_rad"]
     assert sum(n for why, n in reasons.items() if why.startswith("bad row: ")) == 2, reasons
+
+
+def test_a_stack_that_cannot_be_read_is_asked_about(tmp_path):
+    """As a scan of any other format: it fails for every model, and the questions do not depend on what is there."""
+    np.save(tmp_path / "good.npy", np.zeros((2, 3, 32, 32, 4), np.float32))
+    (tmp_path / "empty.npy").write_bytes(b"")
+    rows = [(f"{name}.npy", "Where?", "left") for name in ("good", "gone", "empty")]
+    write_csv(tmp_path / "t.csv", ("image_path", "question", "answer"), *rows)
+    some = {"rad3d_vqa": {"family": "rad3d_vqa", "root": str(tmp_path), "table": "t.csv"}}
+    found = radbench.build(Benchmark(sets=some))
+    assert not found.left_out["rad3d_vqa"]
+    shown = [[(Path(s.path).name, s.volume) for s in q.scans] for q in found.questions]
+    assert shown == [[("good.npy", 0), ("good.npy", 1)], [("gone.npy", None)], [("empty.npy", None)]]
 
 
 def test_questions_are_written_and_read(bench, tmp_path):

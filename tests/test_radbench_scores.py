@@ -297,7 +297,8 @@ def test_given_answers_do_not_replace_the_questions_of_others(tmp_path):
 
 def test_an_answer_may_hold_line_separators(tmp_path):
     file, questions = tmp_path / "a.jsonl", [Question("x/1", "vqa", "x", "Q?", ("a",))]
-    file.write_text(json.dumps({"id": "x/1", "answer": "a\u2028b\x85c"}, ensure_ascii=False) + "\n")
+    # And begin with a byte order mark, as Windows' programs write it.
+    file.write_text("\ufeff" + json.dumps({"id": "x/1", "answer": "a\u2028b\x85c"}, ensure_ascii=False) + "\n")
     assert answering.read_answers(file, questions)["x/1"].text == "a\u2028b\x85c"
 
 
@@ -309,13 +310,35 @@ def test_an_answer_may_hold_line_separators(tmp_path):
         ([{"id": "x/1"}], "`answer` must be a text"),
         ([{"answer": "a"}], "an object with `id`"),
         ([{"id": "x/1", "answer": "a", "p_yes": 1.2}], "p_yes is 1.2"),
-        ([{"id": "x/1", "answer": "a", "prompt": "Other?"}], "answers 'Other\\?', but the question is 'Q\\?'"),
+        ([{"id": "x/1", "answer": "a", "prompt": "Other?"}], "answers 'Other\\?', but the prompt is 'Q\\?'"),
+        ([{"id": "x/1", "answer": "a", "context": "Pain."}], "answers 'Pain.', but the context is ''"),
+        (
+            [{"id": "x/1", "answer": "a"}, {"id": "x/2", "answer": "a \ud83d"}],
+            "line 2: x/2: its text is no valid Unicode",
+        ),
     ],
 )
 def test_files_that_are_no_answers(given, message, tmp_path):
     questions = [Question(f"x/{i}", "vqa", "x", "Q?", ("a",)) for i in (1, 2)]
     with pytest.raises(ValueError, match=message):
         answering.read_answers(write(tmp_path / "a.jsonl", given), questions)
+
+
+def test_lines_of_what_failed_are_named_by_their_own_file(tmp_path):
+    questions = [Question(f"x/{i}", "vqa", "x", "Q?", ("a",)) for i in (1, 2)]
+    file = write(tmp_path / "a.jsonl", [{"id": "x/1", "answer": "a"}])
+    write(tmp_path / "a.failed.jsonl", [{"id": "x/2", "error": "no scan"}, {"id": "x/1", "error": "no scan"}])
+    with pytest.raises(ValueError, match="a.jsonl: a.failed.jsonl, line 2: id 'x/1' stands twice"):
+        answering.read_answers(file, questions)
+
+
+def test_reports_keep_their_lines():
+    lines_of = "FINDINGS: clear.\r\nNo <effusion>.\n\nIMPRESSION: normal.\x00\n"
+    question = Question("x/1", "report", "x", "Write.", ("one\ntwo",))
+    (scored,) = scoring.score([question], {"x/1": Given(lines_of)}, Terms(["mass"]))
+    shown = report._example(scored, "right")
+    assert "FINDINGS: clear.<br>No &lt;effusion&gt;.<br><br>IMPRESSION: normal.⟨U+0000⟩</b>" in shown
+    assert "<b>one<br>two</b>" in shown
 
 
 def test_first_tokens(data):
@@ -332,7 +355,7 @@ def test_scores_of_one_answer_each():
     closed = Question("x/1", "diagnosis", "x", "Q?", ("yes",), closed=("yes", "no"))
     open_one = Question("x/2", "report", "x", "Q?", ("a mass and a nodule",))
     scored = scoring.score([closed, open_one], {"x/1": Given("Yes."), "x/2": Given("a mass")}, terms)
-    assert scored[0].predicted == "yes" and scored[0].values == {"accuracy": 1.0}
+    assert scored[0].predicted == "yes" and scored[0].values == {"accuracy": 1.0, "named": 1.0}
     assert scored[1].values["umls_precision"] == 1 and scored[1].values["umls_recall"] == 0.5
     assert scored[1].values["bleu"] == pytest.approx(math.exp(1 - 5 / 2))
     for answers in ({}, {"x/1": Given("  "), "x/2": Given("")}, {"x/1": Given("yes", error="no scan")}):

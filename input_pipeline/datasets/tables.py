@@ -436,7 +436,7 @@ def kept() -> Iterator[None]:
 
 def text_lines(file: pathlib.Path) -> list[str]:
     """Lines of a small JSON Lines file; str.splitlines would divide at U+2028 and U+0085 as well, which texts hold."""
-    with open(file, encoding="utf-8") as opened:
+    with open(file, encoding="utf-8-sig") as opened:
         return list(opened)
 
 

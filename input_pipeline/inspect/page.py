@@ -29,6 +29,11 @@ def visible(text: object) -> str:
     return "".join(_named(c) if _is_unseen(c) else html.escape(c) for c in str(text))
 
 
+def visible_lines(text: str) -> str:
+    """`visible`, with line ends as line ends; none before or behind the text."""
+    return "<br>".join(map(visible, text.strip().replace("\r\n", "\n").split("\n")))
+
+
 def spaced(text: str) -> str:
     """`visible`, with a dot in each space and a sign before each line end; both are copied as they were."""
     parts = []

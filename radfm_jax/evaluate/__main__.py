@@ -20,7 +20,7 @@ from rich.text import Text
 from input_pipeline import command_line
 from input_pipeline.index import Index
 from input_pipeline.sources import terms_of
-from radfm_jax import display
+from radfm_jax import checkpoint, display
 from radfm_jax.evaluate import answering, clinical, exact, published, radbench, rating, report, scoring
 from radfm_jax.evaluate.export import export
 from radfm_jax.evaluate.metrics import Interval
@@ -59,6 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _guarded(_radbench, argv[1:])
     if argv[:1] == ["ratings"]:
         return _guarded(_ratings, argv[1:])
+    if argv and not argv[0].startswith("-"):
+        print(f"error: {argv[0]!r} is no command: radbench, ratings, or none of them", file=sys.stderr)
+        return 2
     if {"-h", "--help"} & set(argv):
         print(COMMANDS)
     return exact.main(argv)
@@ -229,7 +232,8 @@ def _answer(args: argparse.Namespace, name: str, questions, console: Console) ->
 
         outcome = answering.answer_all(
             model.generator, questions, _answer_file(args.out, name), args.out / "questions.jsonl",
-            model=str(model.directory.resolve()), sampling=sampling, batch=args.batch, progress=progress,
+            model=str(model.directory.resolve()), checkpoint=checkpoint.digest(model.directory), sampling=sampling,
+            batch=args.batch, progress=progress,
         )  # fmt: skip
     rate = outcome.answered / max(outcome.seconds, 1e-9)
     console.print(
@@ -278,7 +282,8 @@ def _score(
         key = rating.write_sheet(
             scored, args.rating_sheet, cases=args.rating_cases, seed=benchmark.seed, references=not args.no_reference
         )
-        console.print(f"rating sheet: {args.rating_sheet}; who is who: {key}", highlight=False, markup=False)
+        said = f"rating sheet: {args.rating_sheet}; who is who: {key}"
+        console.print(said, highlight=False, markup=False, soft_wrap=True)
     failed = sum(bool(one.error) for of in scored.values() for one in of)
     return 1 if failed or (leaks and not args.allow_leaks) else 0
 

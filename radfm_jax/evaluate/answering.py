@@ -52,6 +52,7 @@ def answer_all(
     asked: Path,
     *,
     model: str,
+    checkpoint: str = "",
     sampling: Sampling = Sampling(),  # noqa: B008
     batch: int = 8,
     progress: Callable[[int, int, int], None] = lambda done, failed, total: None,
@@ -61,7 +62,7 @@ def answer_all(
     Args:
       asked: where the questions are written, once nothing is refused: until then those stand there that the answers in
         `file` were given to.
-      model: what made the answers; those of another one in `file` are refused.
+      model, checkpoint: what made the answers (generate.many.answer_file); those of another one are refused.
     Raises ValueError: answers in `file` that were made otherwise.
     """
     yes, no = first_tokens(generator.tokenizer)
@@ -86,6 +87,7 @@ def answer_all(
             root=Path("/"),
             batch=batch,
             model=model,
+            checkpoint=checkpoint,
             progress=progress,
             watch=(*yes, *no),
             more=more,
@@ -127,18 +129,18 @@ def read_answers(file: Path, questions: Sequence[Question]) -> dict[str, Given]:
 
     Raises:
       ValueError: lines that are no answers, ids that stand twice or are no question's, answers to another wording,
-        probabilities that are none; the first ten of them.
+        probabilities or texts that are none; the first ten of them.
     """
     known = {q.row_id: q for q in questions}
     try:
-        lines = text_lines(file)
-        failures = failures_of(file)
-        lines += text_lines(failures) if failures.exists() else []
+        files = [file, *(one for one in [failures_of(file)] if one.exists())]
+        name = lambda one: "" if one == file else f"{one.name}, "  # noqa: E731
+        lines = [(f"{name(one)}line {n}", line) for one in files for n, line in enumerate(text_lines(one), 1)]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} cannot be read ({error}): give JSON Lines in UTF-8, {{id, answer}} a line") from None
     found: dict[str, Given] = {}
     problems = []
-    for number, line in enumerate(lines, 1):
+    for where, line in lines:
         if not line.strip():
             continue
         try:
@@ -147,7 +149,7 @@ def read_answers(file: Path, questions: Sequence[Question]) -> dict[str, Given]:
                 raise ValueError(f"id {row_id!r} stands twice")
             found[row_id] = given
         except ValueError as error:
-            problems.append(f"line {number}: {error}")
+            problems.append(f"{where}: {error}")
     if problems:
         raise ValueError(f"{file}: {'; '.join(problems[:10])}" + (" ..." if len(problems) > 10 else ""))
     return found
@@ -161,9 +163,14 @@ def _given(line: object, known: dict[str, Question]) -> tuple[str, Given]:
         raise ValueError(f"id {row_id!r} is no question of this benchmark: was it another config's?")
     if not isinstance(text, str) and not error:
         raise ValueError(f"{row_id}: `answer` must be a text, or `error` say why there is none")
-    wording, asked = line.get("prompt"), known[row_id].prompt
-    if wording is not None and wording != asked:
-        raise ValueError(f"{row_id}: it answers {str(wording)[:60]!r}, but the question is {asked[:60]!r}")
+    for key in ("prompt", "context"):
+        wording, asked = line.get(key), getattr(known[row_id], key)
+        if wording is not None and wording != asked:
+            raise ValueError(f"{row_id}: it answers {str(wording)[:60]!r}, but the {key} is {asked[:60]!r}")
+    try:
+        f"{text}{error}".encode()
+    except UnicodeEncodeError as wrong:
+        raise ValueError(f"{row_id}: its text is no valid Unicode ({wrong.reason}, character {wrong.start})") from None
     p_yes = line.get("p_yes")
     if p_yes is not None and (isinstance(p_yes, bool) or not isinstance(p_yes, int | float) or not 0 <= p_yes <= 1):
         raise ValueError(f"{row_id}: p_yes is {p_yes!r}, a probability is expected")

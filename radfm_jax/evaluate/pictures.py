@@ -12,7 +12,10 @@ from radfm_jax.evaluate.radbench import TASKS
 from radfm_jax.evaluate.scoring import Line, Scored
 
 PAPER = ("accuracy", "f1", "bleu", "rouge", "umls_precision", "umls_recall")  # what Table 4 has
-COLOURS = ("#1f5fa8", "#c2571a", "#2e7d4f", "#7a3f98", "#9c2f2f", "#6b6b6b")
+COLOURS = (
+    "#1f5fa8", "#c2571a", "#2e7d4f", "#7a3f98", "#9c2f2f", "#6b6b6b", "#17a0b4", "#d9a514", "#e377c2", "#6b4a2b",
+    "#8fbf3f", "#1b1f5e",
+)  # fmt: skip
 GRAYS = ("#c9ced4", "#9aa1a9", "#5f666e")
 
 

@@ -37,6 +37,15 @@ TASKS = {
     "rationale": "Rationale diagnosis",
 }
 CLOSED = {"modality": ("CT", "MRI", "Ultrasound", "PET", "X-ray", "angiography"), "diagnosis": ("yes", "no")}
+# What an answer may call them (metrics.named).
+NAMES = {
+    "yes": ("yes",), "no": ("no",),
+    "CT": ("CT", "computed tomography"), "MRI": ("MRI", "MR", "magnetic resonance"),
+    "PET": ("PET", "positron emission"),
+    "Ultrasound": ("ultrasound", "ultrasonography", "sonography", "sonogram"),
+    "X-ray": ("X-ray", "X-rays", "xray", "x ray", "radiograph", "radiography"),
+    "angiography": ("angiography", "angiogram"),
+}  # fmt: skip
 # What a label means, in the words of the paper's list. Modalities that are none of these six are not asked about.
 SIX = {
     "CT": "CT", "CT angiography": "CT", "MRI": "MRI", "MR angiography": "MRI", "ultrasound": "Ultrasound", "PET": "PET",
@@ -235,7 +244,15 @@ def of_set(benchmark: Benchmark, name: str) -> tuple[list[Question], dict[str, i
     family = fields.pop("family")
     plain = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items() if k != "fraction"}
     dataset = open_dataset(family, **plain | {"quarantine": True})
-    root = Path(dataset.root)
+    root, stack = Path(dataset.root), dataset.npy_scans
+
+    def scans_in(path: str) -> tuple[Scan, ...]:
+        try:
+            return stack(path)
+        except ValueError:  # asked about as any other scan that cannot be read, and failed by every model
+            return (Scan(path),)
+
+    dataset.npy_scans = scans_in
     facts = _facts(root / own["facts"]) if own.get("facts") else {}
     of_all = {key: own.get(key) or (getattr(known, key) if known else "") for key in ("modality", "anatomy")}
     left_out = collections.Counter({f"row left out by its reader: {why}": n for why, n in dataset.left_out.items()})
@@ -350,9 +367,12 @@ def write_lines(file: Path, lines: Iterable[dict]) -> None:
     """JSON Lines, whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.partial")
-    with open(partial, "w") as opened:
-        opened.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    partial.replace(file)
+    try:
+        with open(partial, "w") as opened:
+            opened.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 # --- leakage ----------------------------------------------------------------------------------------------------------

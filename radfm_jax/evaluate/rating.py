@@ -22,7 +22,7 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from input_pipeline.inspect.page import visible
+from input_pipeline.inspect.page import visible_lines
 from radfm_jax.evaluate import metrics
 from radfm_jax.evaluate.metrics import Interval
 from radfm_jax.evaluate.radbench import CLOSED, TASKS
@@ -103,13 +103,13 @@ def _page(scored, chosen: Sequence[int], key: dict, references: bool) -> Iterato
         yield from (scan_picture(scan, SLICES, PIXELS) for scan in question.scans)
         yield "</div>"
         if question.context:
-            yield f"<p>{visible(question.context)}</p>"
-        yield f"<p><b>{visible(question.prompt)}</b></p>"
+            yield f"<p>{visible_lines(question.context)}</p>"
+        yield f"<p><b>{visible_lines(question.prompt)}</b></p>"
         if references:
-            yield f'<p class="faint">The data set says: {visible(" / ".join(question.references))}</p>'
+            yield f'<p class="faint">The data set says: {visible_lines(" / ".join(question.references))}</p>'
         for letter, model in case["letters"].items():
             name, text = f"{case['case']}/{letter}", scored[model][i].given.text
-            yield f'<div class="answer"><b>{letter}</b> {visible(text) or "<i>(no answer)</i>"}<fieldset>'
+            yield f'<div class="answer"><b>{letter}</b> {visible_lines(text) or "<i>(no answer)</i>"}<fieldset>'
             for grade in range(GRADES):
                 yield f'<label><input type="radio" name="{name}" value="{grade}"> {grade}</label>'
             yield "</fieldset></div>"
@@ -175,7 +175,7 @@ def read(key_file: Path, files: Sequence[Path]) -> list[Rated]:
 
 def _json(file: Path):
     try:
-        return json.loads(file.read_text())
+        return json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from None
 

@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from input_pipeline.inspect.page import POLICY, visible
+from input_pipeline.inspect.page import POLICY, visible, visible_lines
 from input_pipeline.samples import Scan
 from input_pipeline.slices import slices
 from radfm_jax.evaluate import pictures, published
@@ -356,17 +356,17 @@ def _example(one: Scored, look: str) -> str:
     q, values = one.question, ", ".join(
         f"{TITLES[name]} {100 * v:.0f} %" for name, v in one.values.items() if math.isfinite(v)
     )  # fmt: skip
-    said = f"<b>{visible(one.given.text) or '(nothing)'}</b>"
+    said = f"<b>{visible_lines(one.given.text) or '(nothing)'}</b>"
     if one.error:
         said += f' <span class="bad">{visible(one.error)}</span>'
     elif q.closed:
         said += f" (taken for {visible(one.predicted or 'none of the list')})"
     p_yes = "" if one.given.p_yes is None else f", probability of yes {one.given.p_yes:.2f}"
-    context = f'<span class="faint">{visible(q.context)}</span><br>' if q.context else ""
+    context = f'<span class="faint">{visible_lines(q.context)}</span><br>' if q.context else ""
     return (
         f'<div class="asked {look}"><div class="scans">{"".join(map(scan_picture, q.scans[:4]))}</div><div>'
-        f'<span class="faint">{visible(q.row_id)}</span><br>{context}{visible(q.prompt)}<br>answer: {said}<br>'
-        f"reference: <b>{visible(' / '.join(q.references))}</b><br>"
+        f'<span class="faint">{visible(q.row_id)}</span><br>{context}{visible_lines(q.prompt)}<br>answer: {said}<br>'
+        f"reference: <b>{visible_lines(' / '.join(q.references))}</b><br>"
         f'<span class="faint">{values}{p_yes}</span></div></div>'
     )
 
@@ -398,7 +398,7 @@ def _failures(run: Run) -> Iterator[str]:
             yield "<ul>" + "".join(
                 f"<li>{visible(one.question.row_id)}: {visible(one.error)}</li>" for one in failed[:SHOWN]
             )
-            yield f"</ul><p>{f'The first {SHOWN}; ' if len(failed) > SHOWN else ''}all stand in report.json.</p>"
+            yield f"</ul><p>{f'The first {SHOWN}; all' if len(failed) > SHOWN else 'All'} stand in report.json.</p>"
 
 
 def _leaks(run: Run) -> Iterator[str]:

@@ -11,13 +11,13 @@ from input_pipeline.terms import TermFinder
 from radfm_jax.evaluate import metrics
 from radfm_jax.evaluate.answering import Given
 from radfm_jax.evaluate.metrics import Interval
-from radfm_jax.evaluate.radbench import Question
+from radfm_jax.evaluate.radbench import NAMES, Question
 
 # metric -> its name in tables. Those of the paper, then ours.
 TITLES = {
     "accuracy": "ACC", "f1": "F1", "bleu": "BLEU-1", "rouge": "ROUGE-1", "umls_precision": "UMLS-Precision",
-    "umls_recall": "UMLS-Recall", "balanced_accuracy": "balanced ACC", "auc": "AUC", "calibration_error": "ECE",
-    "exact": "exact match",
+    "umls_recall": "UMLS-Recall", "balanced_accuracy": "balanced ACC", "named": "ACC by word",
+    "auc": "AUC", "calibration_error": "ECE", "exact": "exact match",
 }  # fmt: skip
 OF_TEXT = ("bleu", "rouge", "umls_precision", "umls_recall", "exact")
 GROUPINGS = {"task": lambda q: (), "data set": lambda q: (q.dataset,), "modality": lambda q: (q.modality,),
@@ -30,7 +30,8 @@ class Scored:
 
     Attributes:
       predicted: the choice of a closed list that the answer was matched to; None for open answers and for no match.
-      values: metric -> share; nan where it has none (metrics.medical_overlap). Closed answers have `accuracy`.
+      values: metric -> share; nan where it has none (metrics.medical_overlap).
+        Closed answers have `accuracy` and `named`.
       error: why it counts as wrong without being looked at.
     """
 
@@ -63,7 +64,10 @@ def _score(question: Question, given: Given, terms: TermFinder) -> Scored:
     error = given.error or ("" if given.text.strip() else "the answer is empty")
     if question.closed:
         predicted = None if error else metrics.match(given.text, question.closed)
-        return Scored(question, given, predicted, {"accuracy": float(predicted in question.references)}, error)
+        names = {choice: NAMES.get(choice, (choice,)) for choice in question.closed}
+        named = None if error else metrics.named(given.text, names)
+        right = {"accuracy": float(predicted in question.references), "named": float(named in question.references)}
+        return Scored(question, given, predicted, right, error)
     text, references = "" if error else given.text, question.references
     overlap = metrics.medical_overlap(text, references, terms)
     values = (metrics.bleu1(text, references), metrics.rouge1(text, references), *overlap)

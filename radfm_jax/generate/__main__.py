@@ -21,7 +21,7 @@ from input_pipeline.samples import Scan
 from input_pipeline.volumes import ct_window
 from radfm_jax import api, checkpoint, run_directory, sharding
 from radfm_jax.generate.generator import EncodedScans, Request
-from radfm_jax.generate.many import answer_file
+from radfm_jax.generate.many import answer_file, read_questions
 from radfm_jax.generate.sampling import Sampling
 
 EPILOG = """\
@@ -122,6 +122,8 @@ def main(argv: list[str] | None = None) -> int:
             tuple(args.stop),
         )  # fmt: skip
         scans = [_scan(args, path) for path in args.scan]
+        if args.jsonl:  # a mistake in the file should not cost the loading of a model
+            read_questions(args.jsonl, (args.root or args.jsonl.parent).absolute())
         model = load(args)
         if args.jsonl:
             return many(args, model, sampling, console)
@@ -145,7 +147,8 @@ def main(argv: list[str] | None = None) -> int:
 def load(args: argparse.Namespace) -> api.Model:
     """The model as the options want it. Raises ValueError for whatever it lacks."""
     directory = run_directory.chosen(args.checkpoint)
-    checkpoint.verify(directory, hashes=not args.no_verify)
+    spared = () if args.tokenizer is None else (checkpoint.TOKENIZER,)
+    checkpoint.verify(directory, hashes=not args.no_verify, spared=spared)
     config = checkpoint.model_config(checkpoint.read_description(directory), directory)
     given = {"preprocess": args.preprocess, "size_2d": args.size_2d, "size_3d": args.size_3d, "depth": args.depth}
     given = {name: value for name, value in given.items() if value is not None}
@@ -283,7 +286,7 @@ def many(args: argparse.Namespace, model: api.Model, sampling: Sampling, console
 
         outcome = answer_file(
             model.generator, args.jsonl, args.out, sampling, root=args.root, batch=args.batch, place=args.place,
-            model=str(model.directory.resolve()), progress=progress,
+            model=str(model.directory.resolve()), checkpoint=checkpoint.digest(model.directory), progress=progress,
         )  # fmt: skip
     rate = outcome.answered / max(outcome.seconds, 1e-9)
     console.print(

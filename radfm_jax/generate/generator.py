@@ -425,6 +425,8 @@ class _Run:
         stop_ids = sampling.stop_ids
         if stop_ids is None:
             stop_ids = () if g.tokenizer is None else (g.tokenizer.eos_id,)
+        if wrong := [i for i in stop_ids if not 0 <= i < c.llama.vocab_size]:
+            raise ValueError(f"stop_ids: {wrong[0]} is no token, they run from 0 to {c.llama.vocab_size - 1}")
         self.stop_ids = stop_ids
         sample, penalise = sampling.temperature > 0, sampling.repetition_penalty != 1
         choice = decoding.choice_of(sampling, stop_ids, watch)

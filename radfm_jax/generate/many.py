@@ -10,11 +10,14 @@ model was trained on are such a file (input_pipeline/datasets/jsonl.py says what
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
+import fcntl
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 
@@ -101,8 +104,10 @@ def _question(file: Path, number: int, root: Path, row_id: str, cells: dict) -> 
             raise row.error("has both `prompt` and `instruction`", "give one of them")
         prompt = row.text("instruction" if "instruction" in cells else "prompt", literal=True)
         context = row.optional("context", literal=True)
-        given = tuple(jsonl.scans_of_row(row))
-        resolved = (dataclasses.replace(s, path=str(scans.resolve(root, s.path))) for s in given)
+        found = jsonl.scans_of_row(row)
+        resolved = (dataclasses.replace(s, path=str(scans.resolve(root, s.path))) for s in found)
+        paths = [cell if isinstance(cell, str) else cell["path"] for cell in row.cells["scans"]]
+        given = tuple(dataclasses.replace(s, path=path) for s, path in zip(found, paths, strict=True))
         return Question(row_id, prompt, context, tuple(resolved), given)
     except ValueError as error:
         return Question(row_id, problem=str(error))
@@ -115,11 +120,9 @@ def answered(out: Path, made_with: dict, questions: Mapping[str, Question], no_o
     """Ids that have an answer already; a last line that was cut short is removed from the file.
 
     Raises:
-      ValueError: a line before the last is damaged, its answer was made with other settings, or its id is now that of
-        another question; with `no_others`, an id that is none of theirs.
+      ValueError: a line before the last is damaged or stands twice, its answer was made with other settings, or its id
+        is now that of another question; with `no_others`, an id that is none of theirs.
     """
-    if not out.exists():
-        return set()
     text = out.read_bytes()
     whole = text[: text.rfind(b"\n") + 1]
     found = set()
@@ -129,11 +132,23 @@ def answered(out: Path, made_with: dict, questions: Mapping[str, Question], no_o
             row_id, made = answer["id"], answer["made_with"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{out}, line {number} is no answer ({error!r}): name another file") from None
-        if made != made_with:
-            differing = [k for k in {**made, **made_with} if made.get(k) != made_with.get(k)]
+        if row_id in found:
             raise ValueError(
-                f"{out}, line {number} was made with another {', '.join(sorted(differing))}: name another file, or use "
-                f"{', '.join(f'{k}={made.get(k)!r}' for k in sorted(differing))}"
+                f"{out}, line {number}: id {row_id!r} stands twice, did two runs write it? Name another file"
+            )
+        differing = sorted(k for k in {**made, **made_with} if made.get(k) != made_with.get(k))
+        if "checkpoint" in differing:  # the same place may hold other weights
+            raise ValueError(
+                f"{out}, line {number} was made with other weights ({made.get('model')}, manifest "
+                f"{made.get('checkpoint') or 'unknown'}; now {made_with['model']}, {made_with['checkpoint']}): name "
+                "another file"
+            )
+        if made_with["checkpoint"] and "model" in differing:  # the same weights may have moved
+            differing.remove("model")
+        if differing:
+            raise ValueError(
+                f"{out}, line {number} was made with another {', '.join(differing)}: name another file, or use "
+                f"{', '.join(f'{k}={made.get(k)!r}' for k in differing)}"
             )
         now = questions.get(row_id)
         if now is None and no_others:
@@ -173,6 +188,7 @@ def answer_file(
     batch: int = 8,
     place: str = "first",
     model: str = "",
+    checkpoint: str = "",
     progress: Callable[[int, int, int], None] = lambda done, failed, total: None,
     watch: Sequence[int] = (),
     more: Callable[[str, Answer], dict] = lambda row_id, answer: {},
@@ -185,7 +201,8 @@ def answer_file(
 
     Args:
       root: of the scans' paths; None: the directory of `file`.
-      model: what made the answers; answers of another one in `out` are refused.
+      model: what made the answers, for people. checkpoint: what tells its weights from others (checkpoint.digest); ""
+        if that is `model` itself. Answers of another one in `out` are refused.
       progress: called with how many questions are answered, have failed, and are to be asked.
       watch: tokens whose probability of being the first an answer's `watched` is to say.
       more: id and answer -> what else is to stand in the line.
@@ -193,22 +210,31 @@ def answer_file(
       accepted: called when nothing is refused any more, before anything is asked.
     Raises:
       ValueError: a file that cannot be read, answers in `out` that were made with other settings or to another
-        question of the same id.
+        question of the same id, another process that writes `out`, more new tokens than the cache could ever hold.
     """
+    if (sampling.max_new_tokens or 0) >= generator.length:
+        raise ValueError(
+            f"max_new_tokens is {sampling.max_new_tokens}: prompt and answer together have {generator.length} places"
+        )
     prepared = None if generator.preparation is None else dataclasses.asdict(generator.preparation)
     computed = {"dtype": generator.config.llama.dtype, "weights": generator.weights}
-    made_with = {"model": model, **computed, "place": place, "prepared": prepared, **dataclasses.asdict(sampling)}
+    made_with = {
+        "model": model,
+        "checkpoint": checkpoint,
+        **computed,
+        "place": place,
+        "prepared": prepared,
+        **dataclasses.asdict(sampling),
+    }
     made_with = json.loads(json.dumps(made_with))  # as it is read back: a tuple is a list
     questions = read_questions(file, (root or file.parent).absolute())
-    before = answered(out, made_with, {q.row_id: q for q in questions}, no_others)
-    accepted()
-    todo = [q for q in questions if q.row_id not in before]
     numbers = {q.row_id: number for number, q in enumerate(questions)}
     failed: dict[str, str] = {}
-    done, began = 0, time.perf_counter()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    kept = _Kept()
-    with open(out, "a") as results, concurrent.futures.ThreadPoolExecutor(1) as reader:
+    done, began, kept = 0, time.perf_counter(), _Kept()
+    with _alone(out) as results, concurrent.futures.ThreadPoolExecutor(1) as reader:
+        before = answered(out, made_with, {q.row_id: q for q in questions}, no_others)
+        accepted()
+        todo = [q for q in questions if q.row_id not in before]
         for some, loaded in _loaded(todo, generator, batch, reader, kept):
             prompts: dict[str, Prompt] = {}
             for question, scans_of in zip(some, _encoded(generator, some, loaded, kept), strict=True):
@@ -239,6 +265,29 @@ def answer_file(
             results.flush()
             progress(done, len(failed), len(todo))
     return Outcome(done, len(questions) - len(todo), failed, time.perf_counter() - began)
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[TextIO]:
+    """The file of answers, to add to; an empty one is removed if nothing came of it.
+
+    Raises ValueError: another process adds to it, or it is no file.
+    """
+    if out.exists() and not out.is_file():
+        raise ValueError(f"{out} is no file: name one for the answers")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open(out, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{out} is being written by another process: wait for it, or name another file") from None
+        try:
+            yield file
+        except BaseException:
+            file.flush()
+            if not out.stat().st_size:
+                out.unlink()
+            raise
 
 
 class _Kept:

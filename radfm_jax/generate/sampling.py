@@ -6,6 +6,7 @@ Letters: B rows, V vocabulary, S stop ids.
 from __future__ import annotations
 
 import dataclasses
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -40,8 +41,13 @@ class Sampling:
 
     def __post_init__(self):
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        if wrong := [text for text in self.stop if not isinstance(text, str)]:
+            raise ValueError(f"stop holds {wrong[0]!r}: texts are needed")
         if self.stop_ids is not None:
-            object.__setattr__(self, "stop_ids", tuple(int(i) for i in self.stop_ids))
+            try:
+                object.__setattr__(self, "stop_ids", tuple(map(operator.index, self.stop_ids)))
+            except TypeError:
+                raise ValueError(f"stop_ids is {self.stop_ids!r}: a list of whole numbers is needed") from None
         problems = []
         for name, kind in _KINDS.items():
             value = getattr(self, name)
@@ -55,7 +61,7 @@ class Sampling:
             problems.append(f"max_new_tokens is {self.max_new_tokens}: at least 1 is needed")
         if not 0 <= self.temperature < float("inf"):
             problems.append(f"temperature is {self.temperature}: 0 for the likeliest token, or a number above it")
-        if self.top_k < 0:
+        if not 0 <= self.top_k < 2**31:
             problems.append(f"top_k is {self.top_k}: 0 for all tokens, or how many")
         if not 0 < self.top_p <= 1:
             problems.append(f"top_p is {self.top_p}: a share above 0, up to 1")
