@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -209,6 +210,18 @@ def run_of(*models: str) -> report.Run:
     of = {model: scoring.tables(model, one, resamples=5, seed=0, by_study=False) for model, one in scored.items()}
     found = radbench.Benchmark({name: {"family": "vqa_rad", "root": "x", "table": "y"} for name in asked})
     return report.Run(found, Bench(questions, {}, {}), scored, [line for lines in of.values() for line in lines])
+
+
+def test_why_a_model_has_no_auc(tmp_path):
+    run = run_of("one", "two")
+    (asked,) = [q for q in run.bench.questions if q.task == "diagnosis"]
+    another = dataclasses.replace(asked, row_id="cxr_mix/2", references=("no",))
+    for model, given in (("one", Given("no")), ("two", Given("no", 0.2))):
+        some = scoring.score([asked, another], {"cxr_mix/1": Given("yes", 0.9), "cxr_mix/2": given}, Terms(["mass"]))
+        run.scored[model][:] = [one for one in run.scored[model] if one.question.task != "diagnosis"] + some
+    report.write(run, tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "one: no AUC, as 1 of 2 answers have no p_yes." in page and "two: no AUC" not in page
 
 
 def test_the_table_of_the_terminal_is_readable_at_80_columns():

@@ -127,7 +127,7 @@ def calibration(scored: Mapping[str, Sequence[Scored]], file: Path) -> bool:
     pyplot = _pyplot()
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
     for model, (score, positive) in found.items():
-        colour = _colour(list(found), model)
+        colour = _colour(list(scored), model)  # the one it has in the other pictures
         which = metrics.bin_of(score, 10)
         counts = np.bincount(which, minlength=10)
         held = counts > 0

@@ -18,7 +18,7 @@ from pathlib import Path
 from input_pipeline.inspect.page import POLICY, visible, visible_lines
 from input_pipeline.samples import Scan
 from input_pipeline.slices import slices
-from radfm_jax.evaluate import pictures, published
+from radfm_jax.evaluate import pictures, published, scoring
 from radfm_jax.evaluate.metrics import Interval
 from radfm_jax.evaluate.radbench import DATASETS, TASKS, Bench, Benchmark
 from radfm_jax.evaluate.scoring import TITLES, Line, Scored
@@ -266,6 +266,11 @@ def _page(run: Run, folder: Path, calibrated: bool) -> Iterator[str]:
         yield _image(folder / "calibration.png", "calibration, probabilities, ROC")
     else:
         yield "<p>No model gave probabilities for all its yes/no answers.</p>"
+    for model, all_of in run.scored.items():
+        some = [one for one in all_of if one.question.task == "diagnosis"]
+        if 0 < (lacking := scoring.without_probability(some)) < len(some):
+            why = f"no AUC, as {lacking:,} of {len(some):,} answers have no p_yes"
+            yield f'<p class="faint">{visible(model)}: {why}.</p>'
     yield "<h2>Lengths of answers</h2>"
     yield _image(folder / "lengths.png", "words of answers and references by task")
     yield from _endings(run)

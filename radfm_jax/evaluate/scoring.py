@@ -144,12 +144,15 @@ def intervals(some: Sequence[Scored], *, resamples: int, seed: int, by_study: bo
 def of_probabilities(some: Sequence[Scored]) -> dict[str, metrics.Statistic]:
     """AUC and calibration error, where every question has a probability or failed. A failed one, which said neither,
     counts as 0.5: leaving it out would reward failing."""
-    if not any(one.given.p_yes is not None for one in some):
-        return {}
-    if any(one.given.p_yes is None and not one.error for one in some):
+    if without_probability(some) or all(one.given.p_yes is None for one in some):
         return {}
     score, positive = probabilities(some)
     return {"auc": metrics.auc(score, positive), "calibration_error": metrics.calibration_error(score, positive)}
+
+
+def without_probability(some: Sequence[Scored]) -> int:
+    """How many answers came without a probability of yes."""
+    return sum(one.given.p_yes is None and not one.error for one in some)
 
 
 def probabilities(some: Sequence[Scored]) -> tuple[np.ndarray, np.ndarray]:
