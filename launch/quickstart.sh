@@ -43,7 +43,7 @@ trained=$dir/finetune/checkpoints # what is newer than this was made of it
 if [ "$dir/scores/accuracy.json" -nt "$trained" ] && [ "$dir/radbench/report.html" -nt "$trained" ]; then
   say "scored before: $dir/scores/accuracy.json, $dir/radbench/report.html"
 else
-  [ "$dir/radbench" -nt "$trained" ] || rm -rf "$dir/radbench" # answers of weights that are no more
+  [ "$dir/radbench/questions.jsonl" -nt "$trained" ] || rm -rf "$dir/radbench/answers" # of weights that are no more
   say "scoring on scans it has never seen, and with the scans exchanged"
   # Beside it, RadBench's five tasks, 30 questions of each: answers in free text, their scores, a report. Mostly compiling.
   "$python" -m radfm_jax.evaluate radbench --config=configs/radbench_practice.py --config.limit=30 \
@@ -55,7 +55,7 @@ else
 fi
 
 say "asking about a phantom and about real scans"
-[ "$dir/asked" -nt "$trained" ] || rm -rf "$dir/asked"
+[ "$dir/asked/answers.jsonl" -nt "$trained" ] || rm -f "$dir/asked/answers.jsonl"
 # Real scans come with pydicom and nibabel. What the model says of them means nothing: it has seen drawings only.
 "$python" - "$practice" "$dir/asked" <<'PYTHON'
 import json, pathlib, shutil, sys

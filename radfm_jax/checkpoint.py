@@ -146,8 +146,10 @@ def verify(directory, *, hashes: bool = True, spared: Collection[str] = ()) -> N
 
 
 def digest(directory) -> str:
-    """What tells the files of a checkpoint from another's wherever they lie: the SHA-256 of its manifest."""
-    return _sha256(Path(directory) / MANIFEST)
+    """What tells the parameters of a checkpoint from others, wherever they lie: a SHA-256 over those of their files."""
+    files = json.loads((Path(directory) / MANIFEST).read_text())["files"]
+    of_params = {name: entry["sha256"] for name, entry in sorted(files.items()) if name.startswith(f"{PARAMS}/")}
+    return hashlib.sha256(json.dumps(of_params).encode()).hexdigest()
 
 
 def _remedies(directory: Path, listed: dict[str, dict]) -> dict[str, str]:

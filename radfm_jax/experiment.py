@@ -25,7 +25,7 @@ class TrainConfig:
       seed: of fresh parameters and dropout; the data have their own.
       log_every, eval_every: steps; eval_every=0: only at the end. eval_batches: 0: all of the test sources.
       eval_answers: questions of each test source that an evaluation also asks in words, scored as RadBench's
-        (train.answers); 0: none. With one process.
+        (train/answers.py); 0: none. With one process; neither memory nor time of it is in the estimates.
       nonfinite: `skip` a step whose loss or gradient is not finite, at most `max_skipped` in a row; or `stop` at once.
       step_timeout: seconds without a finished step until the run is ended with a dump of all stacks.
       profile: (first, last) steps to trace into WORKDIR/profile, both included; () for none.

@@ -29,7 +29,7 @@ body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding
 table{border-collapse:collapse;margin:.6rem 0}td,th{border:1px solid #d0d7de;padding:.2rem .6rem;text-align:left}
 td.n{text-align:right;font-variant-numeric:tabular-nums}img{max-width:100%}code{background:#f3f4f6;padding:0 .2rem}
 .warn{background:#fff3cd;border:1px solid #e0c766;padding:.5rem .8rem}.asked{display:flex;gap:1rem;margin:.8rem 0}
-.asked img{height:11rem;image-rendering:pixelated}
+.asked div{white-space:pre-line}.asked img{height:11rem;image-rendering:pixelated}
 """
 
 

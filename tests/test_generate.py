@@ -346,8 +346,9 @@ def test_options_are_checked_together():
             Sampling(**{name: wrong})
     with pytest.raises(ValueError, match="top_k is 2147483648"):
         Sampling(top_k=2**31)
-    with pytest.raises(ValueError, match="stop holds 3: texts"):
-        Sampling(stop=(3,))
+    for wrong in ((3,), None, 3):
+        with pytest.raises(ValueError, match="a text or a list of texts"):
+            Sampling(stop=wrong)
     for wrong in (3, ["a"]):
         with pytest.raises(ValueError, match="a list of whole numbers"):
             Sampling(stop_ids=wrong)

@@ -1,11 +1,14 @@
 """Words and scans in, words out: Model.answer and its kin, the command line, files of questions, what is refused."""
 
 import dataclasses
+import errno
 import fcntl
 import functools
 import io
 import json
+import os
 import shutil
+import threading
 from types import SimpleNamespace
 
 import jax
@@ -421,8 +424,23 @@ def test_answers_belong_to_weights_not_to_their_place(run, model, tmp_path, caps
     shutil.rmtree(here)
     radfm_jax.save(dataclasses.replace(model, params=jax.tree.map(lambda x: 2 * x, model.params)), here)
     assert asked(here) == 2
-    assert f"line 1 was made with other weights ({here.resolve()}, manifest " in capsys.readouterr().err
+    assert (
+        f"line 1 was made with another checkpoint, or by a version that did not note which ({here.resolve()} then, "
+        in (capsys.readouterr().err)
+    )
     assert len(out.read_text().splitlines()) == 1
+    # Parameters alone count: the same ones saved once more, with another word beside them, are the same.
+    described = json.loads((there / "run.json").read_text())
+    (there / "run.json").write_text(json.dumps(described | {"metrics": {"loss": 1.0}}))
+    (there / "manifest.json").unlink()
+    checkpoint.write_manifest(there)
+    assert asked(there) == 0
+    # And so does the tokenizer, wherever it lies.
+    moved = there.parent / "pieces.model"
+    (there / "tokenizer.model").rename(moved)
+    assert asked(there) == 2 and "missing: tokenizer.model" in capsys.readouterr().err
+    command = ["--checkpoint", str(there), "--jsonl", str(file), "--out", str(out), *SHORT]
+    assert main([*command, "--tokenizer", str(moved)]) == 0
 
 
 def test_one_process_writes_answers(run, tmp_path, capsys):
@@ -441,8 +459,35 @@ def test_one_process_writes_answers(run, tmp_path, capsys):
     command[command.index("/dev/full")] = str(fresh)
     assert main([*command, "--max-new-tokens", "128"]) == 2
     assert "max_new_tokens is 128: prompt and answer together have 128 places" in capsys.readouterr().err
-    file.write_text("nonsense")
-    assert main(command) == 2 and not fresh.exists()
+    # What was made for nothing is removed; an empty file that was there, and another's, are not.
+    accepted = lambda: 1 / 0  # noqa: E731
+    for there in (False, True):
+        with pytest.raises(ZeroDivisionError):
+            many.answer_file(radfm_jax.load(run).generator, file, fresh, Sampling(2), accepted=accepted)
+        assert fresh.exists() == there
+        fresh.touch()
+
+
+def test_without_locks(model, tmp_path, monkeypatch):
+    file, out = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
+    file.write_text('{"id": "a", "prompt": "Lesion?"}\n')
+
+    def none(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(many.fcntl, "flock", none)
+    with pytest.warns(UserWarning, match="answers.jsonl cannot be locked .Function not implemented."):
+        assert many.answer_file(model.generator, file, out, Sampling(2)).answered == 1
+
+
+def test_questions_from_a_pipe(run, tmp_path, capsys):
+    pipe, out = tmp_path / "pipe", tmp_path / "answers.jsonl"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=lambda: pipe.write_text('{"id": "a", "prompt": "Lesion?"}\n'))
+    writer.start()
+    assert main(["--checkpoint", str(run), "--jsonl", str(pipe), "--out", str(out), *SHORT]) == 0
+    writer.join()
+    assert "1 answers in" in capsys.readouterr().err and json.loads(out.read_text())["id"] == "a"
 
 
 def test_absolute_paths_are_repeated_as_they_stand(model, scans, tmp_path):

@@ -148,7 +148,7 @@ def test_bad_rows_are_counted(root, tmp_path):
 
 
 def test_a_stack_that_cannot_be_read_is_asked_about(tmp_path):
-    """As a scan of any other format: it fails for every model, and the questions do not depend on what is there."""
+    """As a scan of any other format: it fails for every model, and stays among the questions."""
     np.save(tmp_path / "good.npy", np.zeros((2, 3, 32, 32, 4), np.float32))
     (tmp_path / "empty.npy").write_bytes(b"")
     rows = [(f"{name}.npy", "Where?", "left") for name in ("good", "gone", "empty")]

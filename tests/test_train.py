@@ -173,7 +173,6 @@ def test_tfds_is_imported_before_there_are_threads(config):
 import sys, threading
 from input_pipeline.config import DataConfig
 from radfm_jax.train import loop
-from radfm_jax.train.answers import HeldOutAnswers
 def rows(*_, **__):
     assert threading.current_thread() is not threading.main_thread()
     return "tensorflow_datasets" in sys.modules
@@ -217,8 +216,8 @@ def test_held_out_questions_are_answered_in_words(config, whole):
         expected = scoring.intervals(
             [s for s in scored if s.question.task == task], resamples=1, seed=0, by_study=False
         )
-        assert logged[f"eval/{task}/{metric}"] == expected[metric].value
-    assert 0 <= logged["eval/diagnosis/auc"] <= 1
+        assert logged[f"asked/{task}/{metric}"] == expected[metric].value
+    assert 0 <= logged["asked/diagnosis/auc"] <= 1
     lines = [json.loads(line) for line in (whole / "answers/6/scores.jsonl").read_text().splitlines()]
     assert [line["references"] for line in lines] == [list(q.references) for q in asked[6]]
 

@@ -165,7 +165,7 @@ def _given(line: object, known: dict[str, Question]) -> tuple[str, Given]:
         raise ValueError(f"{row_id}: `answer` must be a text, or `error` say why there is none")
     for key in ("prompt", "context"):
         wording, asked = line.get(key), getattr(known[row_id], key)
-        if wording is not None and wording != asked:
+        if wording and wording != asked:
             raise ValueError(f"{row_id}: it answers {str(wording)[:60]!r}, but the {key} is {asked[:60]!r}")
     try:
         f"{text}{error}".encode()

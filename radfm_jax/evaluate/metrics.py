@@ -40,17 +40,17 @@ def match(answer: str, choices: Sequence[str]) -> str | None:
 
 
 def named(answer: str, names: Mapping[str, Sequence[str]]) -> str | None:
-    """The choice of which a name stands first in the answer as whole words, case aside; the longest of those that begin
-    at one place; None if it names none. Not the paper's: it finds CT in "This is a CT scan.", to which `match` finds
-    Ultrasound more alike.
+    """The choice of which a name stands first in the answer as whole words, case and plural aside; the longest of those
+    that begin at one place; None if it names none. Not the paper's: it finds CT in "This is a CT scan.", to which
+    `match` finds Ultrasound more alike.
 
     Args:
       names: choice -> what it may be called.
     """
-    found = []
+    answer, found = re.sub("[\u2010-\u2015\u2212]", "-", answer), []  # all hyphens and dashes
     for choice, called in names.items():
         for name in called:
-            if place := re.search(rf"(?<![^\W_]){re.escape(name)}(?![^\W_])", answer, re.IGNORECASE):
+            if place := re.search(rf"(?<![^\W_]){re.escape(name)}s?(?![^\W_])", answer, re.IGNORECASE):
                 found.append((place.start(), -len(name), choice))
     return min(found)[2] if found else None
 

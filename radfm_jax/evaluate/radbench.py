@@ -40,11 +40,11 @@ CLOSED = {"modality": ("CT", "MRI", "Ultrasound", "PET", "X-ray", "angiography")
 # What an answer may call them (metrics.named).
 NAMES = {
     "yes": ("yes",), "no": ("no",),
-    "CT": ("CT", "computed tomography"), "MRI": ("MRI", "MR", "magnetic resonance"),
-    "PET": ("PET", "positron emission"),
-    "Ultrasound": ("ultrasound", "ultrasonography", "sonography", "sonogram"),
-    "X-ray": ("X-ray", "X-rays", "xray", "x ray", "radiograph", "radiography"),
-    "angiography": ("angiography", "angiogram"),
+    "CT": ("CT", "CTA", "computed tomography", "computed tomographic", "computerized tomography"),
+    "MRI": ("MRI", "MR", "MRA", "magnetic resonance"), "PET": ("PET", "positron emission"),
+    "Ultrasound": ("ultrasound", "ultrasonography", "ultrasonographic", "sonography", "sonographic", "sonogram"),
+    "X-ray": ("X-ray", "xray", "x ray", "radiograph", "radiography", "radiographic"),
+    "angiography": ("angiography", "angiographic", "angiogram"),
 }  # fmt: skip
 # What a label means, in the words of the paper's list. Modalities that are none of these six are not asked about.
 SIX = {

@@ -268,7 +268,7 @@ def _page(run: Run, folder: Path, calibrated: bool) -> Iterator[str]:
         yield "<p>No model gave probabilities for all its yes/no answers.</p>"
     for model, all_of in run.scored.items():
         some = [one for one in all_of if one.question.task == "diagnosis"]
-        if 0 < (lacking := scoring.without_probability(some)) < len(some):
+        if lacking := scoring.without_probability(some):
             why = f"no AUC, as {lacking:,} of {len(some):,} answers have no p_yes"
             yield f'<p class="faint">{visible(model)}: {why}.</p>'
     yield "<h2>Lengths of answers</h2>"

@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
             tuple(args.stop),
         )  # fmt: skip
         scans = [_scan(args, path) for path in args.scan]
-        if args.jsonl:  # a mistake in the file should not cost the loading of a model
+        if args.jsonl and args.jsonl.is_file():  # a mistake in it should not cost the loading of a model
             read_questions(args.jsonl, (args.root or args.jsonl.parent).absolute())
         model = load(args)
         if args.jsonl:

@@ -13,8 +13,11 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import fcntl
+import hashlib
 import json
+import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
@@ -139,9 +142,8 @@ def answered(out: Path, made_with: dict, questions: Mapping[str, Question], no_o
         differing = sorted(k for k in {**made, **made_with} if made.get(k) != made_with.get(k))
         if "checkpoint" in differing:  # the same place may hold other weights
             raise ValueError(
-                f"{out}, line {number} was made with other weights ({made.get('model')}, manifest "
-                f"{made.get('checkpoint') or 'unknown'}; now {made_with['model']}, {made_with['checkpoint']}): name "
-                "another file"
+                f"{out}, line {number} was made with another checkpoint, or by a version that did not note which "
+                f"({made.get('model')} then, {made_with['model']} now): name another file"
             )
         if made_with["checkpoint"] and "model" in differing:  # the same weights may have moved
             differing.remove("model")
@@ -218,14 +220,11 @@ def answer_file(
         )
     prepared = None if generator.preparation is None else dataclasses.asdict(generator.preparation)
     computed = {"dtype": generator.config.llama.dtype, "weights": generator.weights}
-    made_with = {
-        "model": model,
-        "checkpoint": checkpoint,
-        **computed,
-        "place": place,
-        "prepared": prepared,
-        **dataclasses.asdict(sampling),
-    }
+    if generator.tokenizer is not None:
+        with open(generator.tokenizer.path, "rb") as opened:
+            computed["tokenizer"] = hashlib.file_digest(opened, "sha256").hexdigest()
+    made_with = {"model": model, "checkpoint": checkpoint, **computed, "place": place, "prepared": prepared}
+    made_with |= dataclasses.asdict(sampling)
     made_with = json.loads(json.dumps(made_with))  # as it is read back: a tuple is a list
     questions = read_questions(file, (root or file.parent).absolute())
     numbers = {q.row_id: number for number, q in enumerate(questions)}
@@ -269,11 +268,12 @@ def answer_file(
 
 @contextlib.contextmanager
 def _alone(out: Path) -> Iterator[TextIO]:
-    """The file of answers, to add to; an empty one is removed if nothing came of it.
+    """The file of answers, to add to, kept from other processes; if it was made for nothing, it is removed.
 
     Raises ValueError: another process adds to it, or it is no file.
     """
-    if out.exists() and not out.is_file():
+    there = out.exists()
+    if there and not out.is_file():
         raise ValueError(f"{out} is no file: name one for the answers")
     out.parent.mkdir(parents=True, exist_ok=True)
     with open(out, "a") as file:
@@ -281,12 +281,16 @@ def _alone(out: Path) -> Iterator[TextIO]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"{out} is being written by another process: wait for it, or name another file") from None
+        except OSError as error:  # some network file systems have no locks
+            warnings.warn(f"{out} cannot be locked ({error.strerror}): let no other process write it", stacklevel=2)
+        if not (out.exists() and os.path.samestat(os.fstat(file.fileno()), out.stat())):
+            raise ValueError(f"{out} was removed by another process at this moment: start again")
         try:
             yield file
         except BaseException:
             file.flush()
-            if not out.stat().st_size:
-                out.unlink()
+            if not there and not os.fstat(file.fileno()).st_size:
+                out.unlink(missing_ok=True)
             raise
 
 

@@ -10,7 +10,6 @@ import operator
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +39,10 @@ class Sampling:
     stop_ids: tuple[int, ...] | None = None
 
     def __post_init__(self):
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        if wrong := [text for text in self.stop if not isinstance(text, str)]:
-            raise ValueError(f"stop holds {wrong[0]!r}: texts are needed")
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        if not isinstance(stop, list | tuple) or any(not isinstance(text, str) for text in stop):
+            raise ValueError(f"stop is {self.stop!r}: a text or a list of texts is needed")
+        object.__setattr__(self, "stop", tuple(stop))
         if self.stop_ids is not None:
             try:
                 object.__setattr__(self, "stop_ids", tuple(map(operator.index, self.stop_ids)))
@@ -51,12 +51,16 @@ class Sampling:
         problems = []
         for name, kind in _KINDS.items():
             value = getattr(self, name)
-            whole = isinstance(value, int | np.integer)
             if name == "max_new_tokens" and value is None:
                 continue
-            if isinstance(value, bool) or not (whole or (kind is float and isinstance(value, float | np.floating))):
-                raise ValueError(f"{name} is {value!r}: {'a whole number' if kind is int else 'a number'} is needed")
-            object.__setattr__(self, name, kind(value))  # NumPy's are no JSON
+            try:
+                if isinstance(value, bool | str):
+                    raise TypeError
+                plain = operator.index(value) if kind is int else float(value)  # NumPy's are no JSON
+            except (TypeError, ValueError, OverflowError):
+                what = "a whole number" if kind is int else "a number"
+                raise ValueError(f"{name} is {value!r}: {what} is needed") from None
+            object.__setattr__(self, name, plain)
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             problems.append(f"max_new_tokens is {self.max_new_tokens}: at least 1 is needed")
         if not 0 <= self.temperature < float("inf"):

@@ -9,6 +9,7 @@ These files hold texts of the data; nothing of them is shown in the log.
 
 from __future__ import annotations
 
+import collections
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -99,7 +100,7 @@ def questions_of(config: DataConfig, count: int) -> tuple[list[radbench.Question
     for name, dataset in open_sources(config, "test").items():
         rows = np.flatnonzero(~index.bad_rows(name))
         order = sample_rng(config.seed, 0, name, "answers").permutation(rows)[: TRIES * count]
-        found, why = [], "no good row"
+        found, left_out = [], collections.Counter()
         for row in order.tolist():
             row_id = dataset.row_id(row)
             try:
@@ -108,13 +109,14 @@ def questions_of(config: DataConfig, count: int) -> tuple[list[radbench.Question
                     raise radbench.NotAsked(f"{sample.task} is no question")
                 question = radbench.question_of(sample, name, sample.task, f"{name}/{row_id}", Path(dataset.root))
             except (RowError, radbench.NotAsked) as error:
-                why = str(error)
+                left_out[error.reason if isinstance(error, RowError) else str(error)] += 1
                 continue
             found.append(question)
             if len(found) == count:
                 break
         if len(found) < count:
-            lacking[name] = f"{len(found)} of {count} questions" + (f", {why}" if len(rows) > len(found) else "")
+            reasons = [f"{n} x {why}" for why, n in left_out.most_common(3)] or ["it has no more good rows"]
+            lacking[name] = f"{len(found)} of {count} questions, {', '.join(reasons)}"
         questions += found
     return questions, lacking
 

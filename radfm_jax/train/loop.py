@@ -91,6 +91,7 @@ def _train(config: Experiment, workdir: Path, peers: Peers, opened: contextlib.E
 
     if config.train.steps and done(config.train.steps):  # before the data are opened
         return 0
+    asked = HeldOutAnswers(config, workdir, mesh) if config.train.eval_answers else None
     data = opened.enter_context(Opening(config.data, where))
     data_state = None if newest is None else run_directory.data_state(newest)
     rows = data("train")
@@ -98,7 +99,6 @@ def _train(config: Experiment, workdir: Path, peers: Peers, opened: contextlib.E
     steps = config.train.steps or steps_of(rows, config)
     if not config.train.steps and done(steps):
         return 0
-    asked = HeldOutAnswers(config, workdir, mesh) if config.train.eval_answers else None
     rows.begin(data_state)
     rates = optimizer.learning_rates(config.optimizer, steps)
     abstract, transform, _ = train_step.abstract_state(config.compute, config.optimizer, mesh)
@@ -204,7 +204,7 @@ def first_state(config: Experiment, newest: Path | None, abstract: dict, transfo
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-    """Compiled before the first step for the one shape that all batches have: nothing can compile later.
+    """Compiled before the first step for the one shape that all batches have: nothing of a step can compile later.
 
     Attributes:
       step: (state, batch, rate) -> (state, metrics). evaluate: (parameters, batch) -> sums.
@@ -361,7 +361,7 @@ class Run:
                 answered = self.asked(train_step.params_of(state), step, lambda: self.asking(step, timeout))
             except _Stopping:
                 return {}
-            found |= {f"eval/{name}": value for name, value in answered.items()}
+            found |= {f"asked/{name}": value for name, value in answered.items()}
             said = f"; asked: {answers.line(answered)}"
         self.display.log(step, found)
         exact = ", ".join(
