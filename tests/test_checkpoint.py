@@ -223,3 +223,14 @@ def test_written_slice_by_slice_reads_like_any_other(model, tmp_path, monkeypatc
     assert_equal(model.params, radfm_jax.load(tmp_path / "sliced").params)
     reader = checkpoint.ParamReader(tmp_path / "sliced")
     np.testing.assert_array_equal(reader.read("llama/blocks/up/kernel", (1,)), flat["llama/blocks/up/kernel"][1])
+
+
+def test_a_digest_is_that_of_the_parameters_wherever_they_lie(tmp_path):
+    def made(name: str, weights: str, beside: str) -> str:
+        (tmp_path / name / "params").mkdir(parents=True)
+        (tmp_path / name / "params" / "w").write_text(weights)
+        (tmp_path / name / "run.json").write_text(beside)
+        checkpoint.write_manifest(tmp_path / name)
+        return checkpoint.digest(tmp_path / name)
+
+    assert made("a", "one", "x") == made("b", "one", "y") != made("c", "two", "x")

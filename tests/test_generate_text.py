@@ -8,7 +8,6 @@ import io
 import json
 import os
 import shutil
-import threading
 from types import SimpleNamespace
 
 import jax
@@ -481,12 +480,12 @@ def test_without_locks(model, tmp_path, monkeypatch):
 
 
 def test_questions_from_a_pipe(run, tmp_path, capsys):
-    pipe, out = tmp_path / "pipe", tmp_path / "answers.jsonl"
-    os.mkfifo(pipe)
-    writer = threading.Thread(target=lambda: pipe.write_text('{"id": "a", "prompt": "Lesion?"}\n'))
-    writer.start()
-    assert main(["--checkpoint", str(run), "--jsonl", str(pipe), "--out", str(out), *SHORT]) == 0
-    writer.join()
+    """Which can be read once."""
+    out, (end, begin) = tmp_path / "answers.jsonl", os.pipe()
+    os.write(begin, b'{"id": "a", "prompt": "Lesion?"}\n')
+    os.close(begin)
+    assert main(["--checkpoint", str(run), "--jsonl", f"/dev/fd/{end}", "--out", str(out), *SHORT]) == 0
+    os.close(end)
     assert "1 answers in" in capsys.readouterr().err and json.loads(out.read_text())["id"] == "a"
 
 
