@@ -54,6 +54,7 @@ def test_matching_a_list(answer, choices, chosen):
         ("Chest radiographs, two views", "X-ray"),
         ("cerebral angiograms", "angiography"),
         ("the CTA shows", "CT"),
+        ("Mrs. Smith had an ultrasound", "Ultrasound"),
         ("an MR angiogram", "MRI"),
         ("An actor", None),
         ("", None),

@@ -41,7 +41,9 @@ CLOSED = {"modality": ("CT", "MRI", "Ultrasound", "PET", "X-ray", "angiography")
 NAMES = {
     "yes": ("yes",), "no": ("no",),
     "CT": ("CT", "CTA", "computed tomography", "computed tomographic", "computerized tomography"),
-    "MRI": ("MRI", "MR", "MRA", "magnetic resonance"), "PET": ("PET", "positron emission"),
+    # Not MR alone: case does not count, and Mr. and Mrs. are none.
+    "MRI": ("MRI", "MRA", "magnetic resonance", "MR imaging", "MR image", "MR scan", "MR angiogram", "MR angiography"),
+    "PET": ("PET", "positron emission"),
     "Ultrasound": ("ultrasound", "ultrasonography", "ultrasonographic", "sonography", "sonographic", "sonogram"),
     "X-ray": ("X-ray", "xray", "x ray", "radiograph", "radiography", "radiographic"),
     "angiography": ("angiography", "angiographic", "angiogram"),
