@@ -156,6 +156,19 @@ class TableDataset(abc.ABC):
             reason = f"no row is left ({self.left_out})" if self.left_out else "the table has no rows"
             raise RowError(self.file, 0, reason, "check the table and the split")
 
+    def name_unreadable_stacks(self) -> None:
+        """From now on a .npy file that is missing or damaged is one scan, which fails when it is read, as in any other
+        format; else its rows are bad ones."""
+        found = self.npy_scans
+
+        def named(path: str) -> tuple[Scan, ...]:
+            try:
+                return found(path)
+            except ValueError:
+                return (Scan(path),)
+
+        self.npy_scans = named
+
     def _read(self) -> None:
         digests = bytearray()
         self._rows = Store(self._good(digests))

@@ -246,15 +246,8 @@ def of_set(benchmark: Benchmark, name: str) -> tuple[list[Question], dict[str, i
     family = fields.pop("family")
     plain = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items() if k != "fraction"}
     dataset = open_dataset(family, **plain | {"quarantine": True})
-    root, stack = Path(dataset.root), dataset.npy_scans
-
-    def scans_in(path: str) -> tuple[Scan, ...]:
-        try:
-            return stack(path)
-        except ValueError:  # asked about as any other scan that cannot be read, and failed by every model
-            return (Scan(path),)
-
-    dataset.npy_scans = scans_in
+    dataset.name_unreadable_stacks()  # asked about as any other scan that cannot be read, and failed by every model
+    root = Path(dataset.root)
     facts = _facts(root / own["facts"]) if own.get("facts") else {}
     of_all = {key: own.get(key) or (getattr(known, key) if known else "") for key in ("modality", "anatomy")}
     left_out = collections.Counter({f"row left out by its reader: {why}": n for why, n in dataset.left_out.items()})

@@ -39,7 +39,6 @@ from radfm_jax.experiment import Experiment, changes
 from radfm_jax.peers import Peers
 from radfm_jax.saver import Saver
 from radfm_jax.train import answers
-from radfm_jax.train.answers import HeldOutAnswers
 
 
 def train(config: Experiment, workdir: Path, peers: Peers | None = None) -> int:
@@ -91,7 +90,7 @@ def _train(config: Experiment, workdir: Path, peers: Peers, opened: contextlib.E
 
     if config.train.steps and done(config.train.steps):  # before the data are opened
         return 0
-    asked = HeldOutAnswers(config, workdir, mesh) if config.train.eval_answers else None
+    asked = answers.HeldOutAnswers(config, workdir, mesh) if config.train.eval_answers else None
     data = opened.enter_context(Opening(config.data, where))
     data_state = None if newest is None else run_directory.data_state(newest)
     rows = data("train")
@@ -263,7 +262,7 @@ class Run:
         programs: Programs,
         saver: Saver,
         peers: Peers,
-        asked: HeldOutAnswers | None = None,
+        asked: answers.HeldOutAnswers | None = None,
     ):
         self.config, self.workdir, self.mesh, self.rates, self.steps = config, workdir, mesh, rates, len(rates)
         self.rows, self.held_out, self.programs, self.saver, self.peers = rows, held_out, programs, saver, peers
