@@ -157,8 +157,9 @@ def _remedies(directory: Path, listed: dict[str, dict]) -> dict[str, str]:
     if entry := listed.get(TOKENIZER):
         tokenizer = (
             f": copy the SentencePiece model of {entry['bytes']:,} bytes, SHA-256 {entry['sha256']}, to "
-            f"{directory / TOKENIZER}. Every step of a run has the same; training was given it as data.tokenizer, "
-            "conversion as --tokenizer or beside the weights"
+            f"{directory / TOKENIZER}, or name it: --tokenizer FILE, in Python load(..., tokenizer=FILE). Every step "
+            "of a run has the same; training was given it as data.tokenizer, conversion as --tokenizer or beside the "
+            "weights"
         )
     else:
         tokenizer = (
