@@ -483,6 +483,10 @@ def test_check_passes_fails_and_refuses(small_checkpoint, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert all(word in printed for word in ("max difference", "top-10 agreement", "KL(A || B)", "PASS", "FAIL"))
     assert main(["check", str(small_checkpoint), str(tmp_path / "nothing")]) == 2
+    # A training run stands for its step, as in every command.
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "5").symlink_to(small_checkpoint)
+    assert main(["check", str(small_checkpoint), str(tmp_path / "run")]) == 0
     assert "error: " in capsys.readouterr().err
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from radfm_jax import checkpoint
+from radfm_jax import checkpoint, run_directory
 from radfm_jax.api import Model
 from radfm_jax.convert.run import TorchModel
 from radfm_jax.models.llama import Llama, LlamaConfig
@@ -32,7 +32,9 @@ class Comparison:
 
 
 def load_any(path, *, config: dict | None = None) -> tuple[str, RadFMConfig, dict]:
-    """(part, sizes, params) of a checkpoint directory or of PyTorch weights, in the stored dtype, on the host."""
+    """(part, sizes, params) of a checkpoint directory, a run's step or PyTorch weights, in the stored dtype, on the
+    host."""
+    path = run_directory.chosen(path)
     if (Path(path) / checkpoint.DESCRIPTION).is_file():
         checkpoint.verify(path)
         description = checkpoint.read_description(path)
