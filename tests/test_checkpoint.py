@@ -143,7 +143,8 @@ def test_what_lies_elsewhere_too_is_asked_for(model, directory, tmp_path):
         checkpoint.write_description(partial, "radfm", model.config.to_dict())
         (partial / "tokenizer.model").write_bytes(pieces.read_bytes())
     there, sha256 = whole / "tokenizer.model", hashlib.sha256(b"pieces").hexdigest()
-    asked = rf"tokenizer.model: copy the SentencePiece model of 6 bytes, SHA-256 {sha256}, to {there}\. .*--tokenizer"
+    asked = rf"tokenizer.model: copy the SentencePiece model of 6 bytes, SHA-256 {sha256}, to {there}, or name it: "
+    asked += r"--tokenizer FILE.*conversion as --tokenizer"
     for kind, content in (("missing", None), ("size differs", b"others"[:5]), ("content differs", b"others")):
         there.unlink() if content is None else there.write_bytes(content)
         with pytest.raises(ValueError, match=f"{kind}: {asked}"):
