@@ -11,7 +11,7 @@ reads my/train.jsonl and my/test.jsonl, and scans by paths relative to my/. For 
 another family, copy one of the configs/adapt_*.py.
 
 Hardware: one H200, or two devices with 80 GB: when a run starts, fresh and loaded parameters are there side by side. By
-arithmetic (radfm_jax/estimate.py):
+arithmetic (radfm_jax/cost/estimate.py):
 
     memory: 62 GB a device (parameters 52.5, optimizer 0.9, gradients 0.9, batch 1.0, activations 2.2, working set 4.2)
     a step: 2.35 s (116 TFLOP a row x 8 rows at 40 % of 989 TFLOP/s on 1 x H200)
@@ -24,9 +24,9 @@ activations come on top.
 from ml_collections import ConfigDict
 
 from input_pipeline.config import DataConfig
-from radfm_jax.experiment import CheckpointConfig, Experiment, TrainConfig
 from radfm_jax.models import radfm
-from radfm_jax.optimizer import OptimizerConfig
+from radfm_jax.training.experiment import CheckpointConfig, Experiment, TrainConfig
+from radfm_jax.training.optimizer import OptimizerConfig
 
 
 def adapted(train: dict[str, dict], test: dict[str, dict], root: str, **settings) -> ConfigDict:

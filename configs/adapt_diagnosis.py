@@ -15,7 +15,7 @@ scan, `--config.data.train.diagnosis.family=vindr_mammo` and the like ask in the
 from ml_collections import ConfigDict
 
 from configs import adapt, radfm_14b
-from radfm_jax.estimate import Source
+from radfm_jax.cost.estimate import Source
 
 SIZES = {"diagnosis": Source(20_000, 60, 256)}
 

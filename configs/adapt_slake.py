@@ -14,7 +14,7 @@ left out). By arithmetic:
 from ml_collections import ConfigDict
 
 from configs import adapt, radfm_14b
-from radfm_jax.estimate import Source
+from radfm_jax.cost.estimate import Source
 
 SIZES = {"slake": Source(4_919, 70, 256)}
 

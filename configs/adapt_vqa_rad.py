@@ -14,7 +14,7 @@ official split parts questions, not images: many images stand on both sides. By 
 from ml_collections import ConfigDict
 
 from configs import adapt, radfm_14b
-from radfm_jax.estimate import Source
+from radfm_jax.cost.estimate import Source
 
 SIZES = {"vqa_rad": Source(3_064, 70, 256)}
 

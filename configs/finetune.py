@@ -9,7 +9,7 @@ RadMD is MedMD without PMC-Inline and PMC-OA, and without what is not radiology 
 starts from the best step of runs/pretrain (`--config.checkpoint.init_from=...`). The published sets share papers and
 cases between training and test tables: look at leaks.jsonl, correct the tables, or add `--allow-leaks`.
 
-Hardware: 32 A100 with 80 GB, as the paper's. By arithmetic (radfm_jax/estimate.py, docs/configs.md):
+Hardware: 32 A100 with 80 GB, as the paper's. By arithmetic (radfm_jax/cost/estimate.py, docs/configs.md):
 
     memory: 13 GB a device (parameters 1.6, optimizer 3.3, gradients 3.3, batch 0.5, activations 1.1, working set 2.9)
     a step: 4.38 s (171 TFLOP a row x 128 rows at 50 % of 312 TFLOP/s on 32 x A100)

@@ -12,7 +12,7 @@ optimizer memory.
 The published sets share papers and cases between training and test tables: look at leaks.jsonl, correct the tables, or
 add `--allow-leaks`.
 
-Hardware: 32 A100 with 80 GB, as the paper's. By arithmetic (radfm_jax/estimate.py, docs/configs.md):
+Hardware: 32 A100 with 80 GB, as the paper's. By arithmetic (radfm_jax/cost/estimate.py, docs/configs.md):
 
     memory: 6 GB a device (parameters 1.6, optimizer 0.0, gradients 0.0, batch 0.5, activations 1.1, working set 2.3)
     a step: 2.98 s (116 TFLOP a row x 128 rows at 50 % of 312 TFLOP/s on 32 x A100)

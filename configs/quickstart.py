@@ -15,12 +15,12 @@ Hardware: two cores, 2 GB of memory. docs/quickstart.md has the accuracies.
 from ml_collections import ConfigDict
 
 from input_pipeline.config import DataConfig
-from radfm_jax.experiment import CheckpointConfig, Experiment, TrainConfig
-from radfm_jax.models.llama import LlamaConfig
+from radfm_jax.models.decoder import DecoderConfig
 from radfm_jax.models.perceiver import PerceiverConfig
 from radfm_jax.models.radfm import RadFMConfig
 from radfm_jax.models.vit3d import ViTConfig
-from radfm_jax.optimizer import OptimizerConfig
+from radfm_jax.training.experiment import CheckpointConfig, Experiment, TrainConfig
+from radfm_jax.training.optimizer import OptimizerConfig
 
 # Of each stage: steps, learning rate and what is left of it at the end, the column of SOURCES, frozen parts.
 STAGES = {
@@ -82,7 +82,7 @@ def model() -> RadFMConfig:
     return RadFMConfig(
         ViTConfig(width=96, num_layers=2, num_heads=2, head_dim=48, mlp_width=192, dropout=0.0),
         PerceiverConfig(width=96, num_latents=16, num_layers=2, num_heads=2, head_dim=48, mlp_factor=2),
-        LlamaConfig(vocab_size=512, width=128, mlp_width=256, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=64),
+        DecoderConfig(vocab_size=512, width=128, mlp_width=256, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=64),
     )
 
 

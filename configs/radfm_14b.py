@@ -21,10 +21,10 @@ Sizes of a `pytorch_model.bin` without a config.json beside it:
 from ml_collections import ConfigDict
 
 from input_pipeline.config import DataConfig
-from radfm_jax.estimate import Source
-from radfm_jax.experiment import CheckpointConfig, Experiment, TrainConfig
+from radfm_jax.cost.estimate import Source
 from radfm_jax.models import radfm
-from radfm_jax.optimizer import OptimizerConfig
+from radfm_jax.training.experiment import CheckpointConfig, Experiment, TrainConfig
+from radfm_jax.training.optimizer import OptimizerConfig
 
 # Rows as the paper counts them (Table 1; PMC-Inline: its 2.4 million papers, of which a sample is a window). Tokens and
 # patches of a sample are guesses, for estimates only: a 2D scan is 34 tokens and 256 patches, a volume of 32 slices 34

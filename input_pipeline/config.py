@@ -8,10 +8,10 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 
+from input_pipeline.batching.packing import RowLimits
 from input_pipeline.datasets import FAMILIES
-from input_pipeline.packing import Limits
-from input_pipeline.planes import CHANNELS, MODES, STORAGE, Sizes
-from input_pipeline.volumes import FLIPS
+from input_pipeline.images.planes import CHANNELS, MODES, STORAGE, Sizes
+from input_pipeline.images.volumes import FLIPS
 
 SPLITS = ("train", "test")
 MIXTURES = ("epoch", "weights")
@@ -48,7 +48,7 @@ class DataConfig:
       mixture: `epoch`: every source gives `fraction` of its rows an epoch; `weights`: shares of `epoch_samples`.
       epoch_samples: samples of an epoch under `weights`; 0: as many as all the sources have rows.
       window: samples that are packed together.
-      text_length, vision_rows, patch_length, planes, scans: the sizes of a row (packing.Limits).
+      text_length, vision_rows, patch_length, planes, scans: the sizes of a row (packing.RowLimits).
       share_scans: samples of one row about one scan share its slot; training crops are then drawn once a scan.
       shuffle_scans: a control: each sample shows the scans of another row of its source, so that whatever accuracy is
         left does not come from looking.
@@ -137,9 +137,9 @@ class DataConfig:
             raise ValueError("; ".join(problems))
 
     @property
-    def limits(self) -> Limits:
+    def limits(self) -> RowLimits:
         """The sizes of a row."""
-        return Limits(self.text_length, self.vision_rows, self.patch_length, self.planes, self.scans)
+        return RowLimits(self.text_length, self.vision_rows, self.patch_length, self.planes, self.scans)
 
     @property
     def sizes(self) -> Sizes:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from radfm_jax.plan.topology import Topology, parse  # noqa: E402
+from radfm_jax.cost.topology import Topology, parse  # noqa: E402
 
 # GKE's names, chips of a machine (of a slice of several machines), flags.
 TPU = {

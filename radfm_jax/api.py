@@ -15,13 +15,13 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from input_pipeline import ask
-from input_pipeline.packing import plain_rows
-from input_pipeline.tokenizer import Tokenizer
-from radfm_jax import checkpoint, run_directory, sharding
-from radfm_jax import int8 as quantised
-from radfm_jax.generate import Answer, EncodedScans, Generator, Request, Sampling, checked
+from input_pipeline.batching.packing import plain_rows
+from input_pipeline.text.tokenizer import Tokenizer
+from radfm_jax.checkpoints import checkpoint, run_directory
+from radfm_jax.checkpoints import int8 as quantised
+from radfm_jax.inference import Answer, EncodedScans, Generator, Request, Sampling, checked, inputs
 from radfm_jax.models import radfm
+from radfm_jax.runtime import sharding
 
 CHUNK = 8  # tokens between two pieces of a streamed answer
 
@@ -44,14 +44,14 @@ class Model:
     directory: Path | None = None
     mesh: jax.sharding.Mesh | None = None
     tokenizer_file: Path | None = None
-    prepared: ask.Preparation | None = None
+    prepared: inputs.Preparation | None = None
 
     # --- answers ------------------------------------------------------------------------------------------------------
 
     def answer(
         self,
         prompt: str,
-        scans: Sequence[ask.Scan] | EncodedScans = (),
+        scans: Sequence[inputs.Scan] | EncodedScans = (),
         *,
         context: str = "",
         place: str = "first",
@@ -96,7 +96,7 @@ class Model:
     def stream(
         self,
         prompt: str,
-        scans: Sequence[ask.Scan] | EncodedScans = (),
+        scans: Sequence[inputs.Scan] | EncodedScans = (),
         *,
         context: str = "",
         place: str = "first",
@@ -112,7 +112,7 @@ class Model:
         for pieces, answers in self._speaking([request]).stream([request], sampling, chunk=chunk):
             yield pieces[0], checked(answers)[0]
 
-    def encode_scans(self, scans: Sequence[ask.Scan]) -> EncodedScans:
+    def encode_scans(self, scans: Sequence[inputs.Scan]) -> EncodedScans:
         """Visual tokens of scans, which stay on the device: in place of the scans they go into any number of
         questions. In `released` mode scans of one question are prepared together, so encode them together."""
         _ = self.preparation
@@ -138,7 +138,7 @@ class Model:
         return Tokenizer(self.directory / checkpoint.TOKENIZER)
 
     @functools.cached_property
-    def preparation(self) -> ask.Preparation:
+    def preparation(self) -> inputs.Preparation:
         """How scans are prepared for this model. Raises ValueError if nothing says so."""
         if self.prepared is not None:
             return self.prepared
@@ -225,7 +225,7 @@ def load(
     mesh=None,
     verify: bool = True,
     tokenizer=None,
-    prepared: ask.Preparation | None = None,
+    prepared: inputs.Preparation | None = None,
 ) -> Model:
     """Reads a checkpoint directory (made by `python -m radfm_jax.convert`, training or `save`).
 
@@ -234,7 +234,7 @@ def load(
         ever compared.
       dtype: what matrices are multiplied in: float32 or bfloat16.
       param_dtype: what parameters are kept in; None keeps each as it is stored.
-      int8: keep the matrices of the language model as int8 with a scale for each output (radfm_jax.int8).
+      int8: keep the matrices of the language model as int8 with a scale for each output (radfm_jax.checkpoints.int8).
       mesh: a mesh of `sharding.make_mesh` to shard the parameters over; None uses the first device.
       verify: compare every file with its SHA-256 first; False compares sizes only.
       tokenizer: SentencePiece model of a checkpoint that has none.
@@ -267,7 +267,7 @@ def load(
     return Model(config.with_compute(dtype=dtype), params, directory, mesh, tokenizer, prepared)
 
 
-def preparation_of(directory, config: radfm.RadFMConfig) -> ask.Preparation:
+def preparation_of(directory, config: radfm.RadFMConfig) -> inputs.Preparation:
     """How scans were prepared for a checkpoint: as its training run was told; converted weights are the released ones.
 
     Raises:
@@ -281,10 +281,10 @@ def preparation_of(directory, config: radfm.RadFMConfig) -> ask.Preparation:
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{path} does not say how scans were prepared ({e!r}): {_PREPARED}") from None
     if data is not None:
-        known = {f.name for f in dataclasses.fields(ask.Preparation)}
-        return ask.Preparation(**{name: value for name, value in data.items() if name in known})
+        known = {f.name for f in dataclasses.fields(inputs.Preparation)}
+        return inputs.Preparation(**{name: value for name, value in data.items() if name in known})
     if "file" in checkpoint.read_description(directory).get("source", {}):
-        return dataclasses.replace(ask.RELEASED, num_latents=config.num_latents)
+        return dataclasses.replace(inputs.RELEASED, num_latents=config.num_latents)
     raise ValueError(f"{directory} has no {run_directory.RUN} that says how scans were prepared: {_PREPARED}")
 
 

@@ -14,8 +14,8 @@ import numpy as np
 import tensorboardX
 from jax._src import cache_key
 
-from radfm_jax import checkpoint, display, run_directory
-from radfm_jax.train import __main__, loop
+from radfm_jax.checkpoints import checkpoint, run_directory
+from radfm_jax.training import command, display, loop
 
 assert matplotlib.pyplot and tensorboardX  # loaded here once, and not in each child
 
@@ -76,7 +76,7 @@ def run(arguments: list[str], devices: int, cache: str, output: str, pace: float
     cache_key._hash_accelerator_config = devices_of_the_job
     display.curves = lambda _: None
     loop.RowLog.add, loop.Programs.compile, loop.first_state = slowly, one_after_the_other, compared
-    return __main__.main(arguments)
+    return command.main(arguments)
 
 
 if __name__ == "__main__":

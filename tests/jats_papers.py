@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from input_pipeline.build import jats
+from input_pipeline.curate import jats
 
 FOLDER = Path(__file__).parent / "data" / "jats"
 EXPECTED: dict[str, dict[str, list[str]]] = json.loads((FOLDER / "expected.json").read_text(encoding="utf-8"))

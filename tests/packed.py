@@ -4,8 +4,8 @@ import dataclasses
 
 import numpy as np
 
-from input_pipeline.volumes import patch_grid, patch_positions, to_planes
-from radfm_jax.models.llama import LlamaConfig
+from input_pipeline.images.volumes import patch_grid, patch_positions, to_planes
+from radfm_jax.models.decoder import DecoderConfig
 from radfm_jax.models.perceiver import PerceiverConfig
 from radfm_jax.models.radfm import RadFMConfig
 from radfm_jax.models.vit3d import ViTConfig
@@ -15,7 +15,7 @@ CONFIG = RadFMConfig(
         width=24, num_layers=2, num_heads=2, head_dim=8, mlp_width=32, patch=(4, 4, 2), tables=(4, 4, 8), dropout=0.0
     ),
     PerceiverConfig(width=24, num_layers=2, num_heads=2, head_dim=8, num_latents=2, mlp_factor=2),
-    LlamaConfig(vocab_size=40, width=32, mlp_width=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8),
+    DecoderConfig(vocab_size=40, width=32, mlp_width=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8),
 )
 """Every width divides by 8, every number of heads by 2: all meshes of eight devices shard it."""
 

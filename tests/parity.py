@@ -6,13 +6,13 @@ import golden
 import jax
 import numpy as np
 
-from radfm_jax.checkpoint import flatten, unflatten
+from radfm_jax.checkpoints.checkpoint import flatten, unflatten
 from radfm_jax.convert.table import entries
-from radfm_jax.losses import radfm_loss
-from radfm_jax.models.llama import LlamaConfig, head_logits
+from radfm_jax.models.decoder import DecoderConfig, head_logits
 from radfm_jax.models.perceiver import PerceiverConfig
 from radfm_jax.models.radfm import RadFM, RadFMConfig
 from radfm_jax.models.vit3d import ViTConfig
+from radfm_jax.training.losses import radfm_loss
 
 
 def config_of(sizes: golden.Sizes, **compute) -> RadFMConfig:
@@ -35,7 +35,7 @@ def config_of(sizes: golden.Sizes, **compute) -> RadFMConfig:
             head_dim=sizes.perceiver_dim_head,
             mlp_factor=sizes.ff_mult,
         ),
-        LlamaConfig(
+        DecoderConfig(
             vocab_size=sizes.vocab,
             width=sizes.hidden,
             mlp_width=sizes.inter,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from input_pipeline import phantoms
 from input_pipeline.config import DataConfig
-from input_pipeline.prepare import prepare
+from input_pipeline.index.prepare import prepare
 
 FAMILIES = {
     "modality": ("rad3d_modality", "modality.csv"),

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import jax
 
-from input_pipeline import ask
 from input_pipeline.config import DataConfig
-from radfm_jax import checkpoint
+from radfm_jax.checkpoints import checkpoint
 from radfm_jax.evaluate.radbench import Benchmark
-from radfm_jax.models.llama import LlamaConfig
+from radfm_jax.inference import inputs
+from radfm_jax.models.decoder import DecoderConfig
 from radfm_jax.models.perceiver import PerceiverConfig
 from radfm_jax.models.radfm import RadFMConfig, init_params
 from radfm_jax.models.vit3d import ViTConfig
@@ -21,7 +21,7 @@ STUDY = r"(p\d+-\w+-\d+)"
 MODEL = RadFMConfig(
     ViTConfig(width=24, num_layers=1, num_heads=2, head_dim=8, mlp_width=32, dropout=0.0),
     PerceiverConfig(width=24, num_layers=1, num_heads=2, head_dim=8, num_latents=4),
-    LlamaConfig(vocab_size=512, width=32, mlp_width=64, num_layers=1, num_heads=4, num_kv_heads=4, head_dim=8),
+    DecoderConfig(vocab_size=512, width=32, mlp_width=64, num_layers=1, num_heads=4, num_kv_heads=4, head_dim=8),
 )
 
 
@@ -49,7 +49,7 @@ def save_model(data: DataConfig, directory: Path) -> Path:
         checkpoint.save_params(partial, params)
         checkpoint.write_description(partial, "radfm", MODEL.to_dict(), source={"training": "run", "step": 1})
         (partial / "tokenizer.model").write_bytes(Path(data.tokenizer).read_bytes())
-        prepared = dataclasses.asdict(ask.Preparation.of(data))
+        prepared = dataclasses.asdict(inputs.Preparation.of(data))
         (partial / "run.json").write_text(json.dumps({"step": 1, "config": {"data": prepared}}))
     return directory
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 from saving_child import data_state, saver, state
 
-from radfm_jax import sharding
+from radfm_jax.runtime import sharding
 
 MESHES = {
     "1": dict(devices=1),

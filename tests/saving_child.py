@@ -16,9 +16,10 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from radfm_jax import run_directory, sharding
+from radfm_jax.checkpoints import run_directory
+from radfm_jax.checkpoints.saver import SaveError, Saver
 from radfm_jax.models import radfm
-from radfm_jax.saver import SaveError, Saver
+from radfm_jax.runtime import sharding
 
 # Parameters, their axes, and whether they learn.
 PARAMS = {

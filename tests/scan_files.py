@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from pydicom.data import get_testdata_file
 
-from input_pipeline import scans
+from input_pipeline.images import scans
 
 NIBABEL = Path(nibabel.__file__).parent / "tests" / "data"
 

@@ -16,13 +16,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from input_pipeline import beam, parts, phantoms
-from input_pipeline.build import cases
-from input_pipeline.build.__main__ import main as build_main
-from input_pipeline.prepare import picture
-from input_pipeline.prepare.__main__ import main as prepare_main
-from input_pipeline.tasks import Team, nothing
-from input_pipeline.workers import WorkerError
+from input_pipeline import phantoms
+from input_pipeline.curate import cases
+from input_pipeline.curate.__main__ import main as build_main
+from input_pipeline.index import summary_figure
+from input_pipeline.index.command import main as prepare_main
+from input_pipeline.parallel import beam, chunk_files
+from input_pipeline.parallel.team import Team, nothing
+from input_pipeline.parallel.workers import WorkerError
 from tests import jats_papers
 
 PICTURES = 150  # more than two chunks
@@ -64,7 +65,7 @@ def root(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def no_picture(monkeypatch):
-    monkeypatch.setattr(picture, "draw", lambda report, file: file.touch())
+    monkeypatch.setattr(summary_figure, "draw", lambda report, file: file.touch())
 
 
 def run_prepare(root: Path, out: Path, *more: str) -> int:
@@ -129,10 +130,10 @@ def test_a_run_that_failed_goes_on(root, tmp_path, runner, capsys):
     try:
         Image.fromarray(np.full((20, 20), np.arange(20), np.uint8)).save(changed)
         seen = {}
-        original = parts.clean
+        original = chunk_files.clean
         clean = lambda directory: (seen.update({f: f.stat().st_mtime_ns for f in there}), original(directory))  # noqa: E731
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(parts, "clean", clean)
+            patch.setattr(chunk_files, "clean", clean)
             assert run_prepare(root, tmp_path / "a", "--runner", "direct", "--records") == 0
         assert [f.name for f in there if seen[f] == there[f]] == ["00000002.jsonl"]
         assert run_prepare(root, tmp_path / "b", "--workers", "0", "--records") == 0
@@ -145,7 +146,7 @@ def test_parts_that_a_runner_put_elsewhere_are_missed(root, tmp_path, monkeypatc
     """Workers that do not mount --out: the parts here are none, or those of an earlier run."""
     assert run_prepare(root, tmp_path, "--workers", "0") == 0
     monkeypatch.setattr(beam, "make_parts", lambda directory, items, chunks, *_, **__: [
-        parts.write(directory, k, ['{"of": "another", "deaths": []}']) for k in chunks
+        chunk_files.write(directory, k, ['{"of": "another", "deaths": []}']) for k in chunks
     ])  # fmt: skip
     assert run_prepare(root, tmp_path, "--runner", "flink", "--recheck") == 2
     assert "must see --out under the same path" in " ".join(capsys.readouterr().err.split())
@@ -190,7 +191,7 @@ def test_prepare_on_beam(root, tmp_path, records):
 @pytest.mark.parametrize("options", [(), ("--direct_running_mode=multi_processing", "--direct_num_workers=2")])
 def test_builders_on_beam(root, tmp_path, options):
     """Several chunks, and workers that are processes of their own."""
-    on_beam("-m", "input_pipeline.build", "rad3d", root / "cases", "--out", tmp_path / "out", "--runner", "direct",
+    on_beam("-m", "input_pipeline.curate", "rad3d", root / "cases", "--out", tmp_path / "out", "--runner", "direct",
             *(f"--runner-option={option}" for option in options))  # fmt: skip
     there = tree(tmp_path / "out")
     (tmp_path / "out").rename(tmp_path / "beam")
@@ -211,7 +212,9 @@ def test_papers_on_beam(tmp_path, tool):
             xml.read_bytes().replace(paper.name[3:].encode(), new[3:].encode()) if k != 77 else b"<article>"
         )
     more = ["--cases"] if tool == "pmc-inline" else []
-    on_beam("-m", "input_pipeline.build", tool, tmp_path / "oa", "--out", tmp_path / "out", "--runner", "direct", *more)
+    on_beam(
+        "-m", "input_pipeline.curate", tool, tmp_path / "oa", "--out", tmp_path / "out", "--runner", "direct", *more
+    )
     there = tree(tmp_path / "out")
     (tmp_path / "out").rename(tmp_path / "beam")
     assert build_main([tool, str(tmp_path / "oa"), "--out", str(tmp_path / "out"), "--workers", "2", *more]) == 0
@@ -222,7 +225,7 @@ def test_papers_on_beam(tmp_path, tool):
 @pytest.mark.slow
 def test_what_fails_on_beam_is_told(root, tmp_path):
     pytest.importorskip("apache_beam", reason="Apache Beam is not installed: pip install apache-beam")
-    items = parts.Items.write(tmp_path, map(str, range(3)))
+    items = chunk_files.Items.write(tmp_path, map(str, range(3)))
     with pytest.raises(ValueError, match="Unexpected pipeline runner: Nonsense"):
         beam.make_parts(tmp_path, items, [0], _fails, 5, "Nonsense")
     with pytest.raises(WorkerError, match="job on direct failed: .*chunk 0 is bad"):

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from input_pipeline import scans
-from input_pipeline.build import cases
-from input_pipeline.build.__main__ import main
+from input_pipeline.curate import cases
+from input_pipeline.curate.__main__ import main
 from input_pipeline.datasets import open_dataset, sample_rng
+from input_pipeline.images import scans
 from tests.dataset_tables import draws, write_csv
 from tests.scan_files import dicom_file, nifti
 

@@ -8,9 +8,9 @@ import json
 
 import pytest
 
-from input_pipeline.build import diagnosis, labels
-from input_pipeline.build.__main__ import main
-from input_pipeline.build.jobs import Result
+from input_pipeline.curate import diagnosis, labels
+from input_pipeline.curate.__main__ import main
+from input_pipeline.curate.jobs import Result
 from input_pipeline.datasets import open_dataset
 from tests.dataset_tables import write_csv
 

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from input_pipeline.build import cases, layouts, radmd, splits
-from input_pipeline.build.__main__ import main
+from input_pipeline.curate import cases, layouts, radmd, splits
+from input_pipeline.curate.__main__ import main
 from input_pipeline.datasets import tables
 from input_pipeline.samples import RowError
 from tests.dataset_tables import CASE, write_csv

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from input_pipeline.build import asking, llm, pmc, questions
-from input_pipeline.build.__main__ import main
-from input_pipeline.build.questions import Pair
+from input_pipeline.curate import llm, pmc, qa_prompts, question_answers
+from input_pipeline.curate.__main__ import main
+from input_pipeline.curate.qa_prompts import Pair
 from input_pipeline.datasets import open_dataset
 from tests import jats_papers
 from tests.dataset_tables import CASE, volumes, write_json
@@ -105,7 +105,7 @@ def test_budget_rate_and_key(tmp_path, monkeypatch):
 def test_killed_at_any_moment(tmp_path):
     """SIGKILL in the middle, and half a line: every answer whole and once; only what was under way is asked again."""
     write_json(tmp_path / "cap.json", [CASE | {"finding": f"Lesion {k}.", "npy_path": f"{k}.npy"} for k in range(60)])
-    command = [sys.executable, "-m", "input_pipeline.build", "vqa", "cap.json", "--out", "out", "--model", "m"]
+    command = [sys.executable, "-m", "input_pipeline.curate", "vqa", "cap.json", "--out", "out", "--model", "m"]
     root = Path(__file__).parents[1]
     path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
     with Server(pause=0.1) as server:
@@ -149,7 +149,7 @@ def test_killed_at_any_moment(tmp_path):
     ],
 )
 def test_turns(text, cut, pairs, why):
-    assert questions.turns(text, cut) == ([Pair(*p) for p in pairs], why)
+    assert qa_prompts.turns(text, cut) == ([Pair(*p) for p in pairs], why)
 
 
 @pytest.mark.parametrize(
@@ -179,13 +179,13 @@ def test_turns(text, cut, pairs, why):
     ],
 )
 def test_checks(question, answer, fault):
-    assert questions.fault(Pair(question, answer)) == fault
+    assert qa_prompts.fault(Pair(question, answer)) == fault
 
 
 def test_our_own_examples_pass_our_checks():
-    for _, said in questions.EXAMPLES:
-        pairs, why = questions.turns(said)
-        assert not why and 2 <= len(pairs) <= 3 and [questions.fault(p) for p in pairs] == [""] * len(pairs)
+    for _, said in qa_prompts.EXAMPLES:
+        pairs, why = qa_prompts.turns(said)
+        assert not why and 2 <= len(pairs) <= 3 and [qa_prompts.fault(p) for p in pairs] == [""] * len(pairs)
 
 
 def test_case_reports(tmp_path, capsys):
@@ -265,6 +265,6 @@ def test_another_request_is_another_key():
         {"role": "user", "content": "a"}])  # fmt: skip
     others = [dataclasses.replace(endpoint, model="n"), dataclasses.replace(endpoint, temperature=0.0)]
     assert one not in [llm.request_key(e, [{"role": "user", "content": "a"}]) for e in others]
-    assert asking.background(
+    assert question_answers.background(
         [("He fell.", "Case", []), ("See Figure 1.", "Case", []), ("Rare.", "Discussion", [])]
     ) == ("He fell.")

@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from input_pipeline import parts, scans
-from input_pipeline.build import captions, packages, pmc
-from input_pipeline.build.__main__ import main
+from input_pipeline.curate import captions, packages, pmc
+from input_pipeline.curate.__main__ import main
 from input_pipeline.datasets import open_dataset, sample_rng
+from input_pipeline.images import scans
+from input_pipeline.parallel import chunk_files
 from input_pipeline.samples import Scan
 from tests import jats_papers
 
@@ -124,7 +125,7 @@ def test_panels_of_captions(caption, marks):
 
 def test_workers_and_resume_change_nothing(source, built, tmp_path, monkeypatch):
     """Ended after any part, the same command goes on; nothing is read twice, and the result is the same."""
-    monkeypatch.setattr(parts, "CHUNK", 2)
+    monkeypatch.setattr(chunk_files, "CHUNK", 2)
     real, read = pmc.inline_paper, []
 
     def ending(options, path):
@@ -221,7 +222,7 @@ def test_other_formats_become_png(tmp_path):
 
 
 def test_items_are_read_by_slices(tmp_path):
-    items = parts.Items.write(tmp_path, (f"item {k}" for k in range(1000)))
+    items = chunk_files.Items.write(tmp_path, (f"item {k}" for k in range(1000)))
     assert len(items) == 1000 and items[0] == "item 0" and items[999:1001] == ["item 999"]
     assert items.chunks == 16 and items.chunk(15) == [f"item {k}" for k in range(960, 1000)]
     assert items[130:133] == ["item 130", "item 131", "item 132"]

@@ -6,10 +6,11 @@ import json
 
 import pytest
 
-from input_pipeline.build import filters, radiology, radmd
-from input_pipeline.build.__main__ import main
-from input_pipeline.build.filters import Settings
-from input_pipeline.datasets import open_dataset, sizes
+from input_pipeline.curate import filters, radiology, radmd
+from input_pipeline.curate.__main__ import main
+from input_pipeline.curate.filters import Settings
+from input_pipeline.datasets import open_dataset
+from input_pipeline.text import measurements
 from tests.dataset_tables import CASE, every_family, volumes, write_csv, write_json
 
 
@@ -108,7 +109,7 @@ def test_cheating(context, answer, away):
     ],
 )
 def test_sizes_taken_out(text, left):
-    assert sizes.without_sizes(text) == left
+    assert measurements.without_sizes(text) == left
 
 
 def test_sizes_leave_whole_sentences():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from input_pipeline.build import jats, references
+from input_pipeline.curate import jats, references
 from tests import jats_papers
 
 

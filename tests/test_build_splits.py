@@ -11,12 +11,12 @@ import pytest
 from PIL import Image
 
 from input_pipeline import phantoms
-from input_pipeline.build import duplicates, splits
-from input_pipeline.build.__main__ import main
 from input_pipeline.config import DataConfig
+from input_pipeline.curate import duplicates, splits
+from input_pipeline.curate.__main__ import main
 from input_pipeline.datasets import open_dataset
-from input_pipeline.prepare import picture as prepare_picture
-from input_pipeline.prepare import prepare
+from input_pipeline.index import summary_figure as prepare_picture
+from input_pipeline.index.prepare import prepare
 from tests import jats_papers
 from tests.dataset_tables import VQA_HEADER, write_csv
 from tests.scan_files import nifti

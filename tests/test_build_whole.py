@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 
 from input_pipeline import phantoms
-from input_pipeline.build.__main__ import main as build
-from input_pipeline.prepare.__main__ import main as prepare
-from radfm_jax import display
-from radfm_jax.experiment import Experiment
-from radfm_jax.train.__main__ import main as train
+from input_pipeline.curate.__main__ import main as build
+from input_pipeline.index.command import main as prepare
+from radfm_jax.training import display
+from radfm_jax.training.command import main as train
+from radfm_jax.training.experiment import Experiment
 from tests import jats_papers
 from tests.dataset_tables import write_csv
 from tests.llm_server import Server
@@ -25,8 +25,8 @@ from tests.scan_files import nifti
 CONFIG = """
 from ml_collections import ConfigDict
 from input_pipeline.config import DataConfig
-from radfm_jax.experiment import CheckpointConfig, Experiment, TrainConfig
-from radfm_jax.optimizer import OptimizerConfig
+from radfm_jax.training.experiment import CheckpointConfig, Experiment, TrainConfig
+from radfm_jax.training.optimizer import OptimizerConfig
 from tests.test_train import MODEL
 
 DATA = {data!r}

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 import radfm_jax
-from radfm_jax import checkpoint, sharding
+from radfm_jax.checkpoints import checkpoint
 from radfm_jax.models import radfm
+from radfm_jax.runtime import sharding
 
 
 @pytest.fixture(scope="module")

@@ -20,15 +20,17 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from input_pipeline import command_line
+from input_pipeline.batching.packing import RowLimits
 from input_pipeline.datasets import FAMILIES
-from input_pipeline.packing import Limits
-from radfm_jax import display, estimate, flops, sharding, train_step
-from radfm_jax.checkpoint import flatten
-from radfm_jax.estimate import Source
+from radfm_jax.checkpoints.checkpoint import flatten
+from radfm_jax.cost import estimate, flops
+from radfm_jax.cost.estimate import Source
 from radfm_jax.evaluate.radbench import Benchmark
-from radfm_jax.experiment import GROUPS, Experiment, MeshConfig, TrainConfig
 from radfm_jax.models import radfm
-from radfm_jax.optimizer import OptimizerConfig
+from radfm_jax.runtime import sharding
+from radfm_jax.training import display, train_step
+from radfm_jax.training.experiment import GROUPS, Experiment, MeshConfig, TrainConfig
+from radfm_jax.training.optimizer import OptimizerConfig
 
 ROOT = Path(__file__).parent.parent
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
@@ -292,7 +294,7 @@ def test_what_adapt_says_of_the_language_model_learning_too():
 
 
 def test_flops_by_what_learns():
-    model, limits = radfm.tiny(), Limits(64, 2, 16, 64, 3)
+    model, limits = radfm.tiny(), RowLimits(64, 2, 16, 64, 3)
     parts = flops.forward(model, limits)
     vit, perceiver, llama = parts["vit"], parts["perceiver"], parts["llama"] + parts["head"]
     for frozen, expected in (
@@ -308,7 +310,7 @@ def test_flops_by_what_learns():
     kernel = 2 * 32 * 32 * 32 * 4 * 24
     assert parts["vit"] - flops.forward(model, limits, channels=1)["vit"] == pytest.approx(2 * kernel)
     # performance.md of the paper's size: 54.4 TFLOP forward for 2,048 tokens.
-    whole = flops.forward(radfm.radfm_14b(), Limits(2048, 14, 1024, 57344, 56))
+    whole = flops.forward(radfm.radfm_14b(), RowLimits(2048, 14, 1024, 57344, 56))
     assert (whole["llama"] + whole["head"]) / 1e12 == pytest.approx(54.4, abs=0.05)
 
 

@@ -19,8 +19,8 @@ import pytest
 import torch
 
 import radfm_jax
-from radfm_jax import checkpoint
-from radfm_jax.convert import run, sizes, table
+from radfm_jax.checkpoints import checkpoint
+from radfm_jax.convert import model_config, run, table
 from radfm_jax.convert.__main__ import main
 from radfm_jax.convert.tensor_files import open_tensors, write_safetensors, write_torch_bin
 from radfm_jax.models import radfm
@@ -51,7 +51,9 @@ def small_config() -> radfm.RadFMConfig:
     return radfm.RadFMConfig(
         radfm.ViTConfig(width=12, num_layers=2, num_heads=2, head_dim=64, mlp_width=16),
         radfm.PerceiverConfig(width=12, num_layers=2, num_heads=2, head_dim=64, num_latents=4),
-        radfm.LlamaConfig(vocab_size=40, width=16, mlp_width=24, num_layers=3, num_heads=2, num_kv_heads=2, head_dim=8),
+        radfm.DecoderConfig(
+            vocab_size=40, width=16, mlp_width=24, num_layers=3, num_heads=2, num_kv_heads=2, head_dim=8
+        ),
     )
 
 
@@ -209,7 +211,7 @@ def test_sizes_are_read_off_the_file(golden_checkpoint, small_checkpoint):
 def test_released_sizes_need_no_config():
     """At the released shapes the file alone is enough, with or without the rotary buffers."""
     shapes = {e.name: e.torch_shape for e in table.entries(radfm.radfm_14b())}
-    assert sizes.radfm_from_shapes(shapes, None, "x") == radfm.radfm_14b()
+    assert model_config.radfm_from_shapes(shapes, None, "x") == radfm.radfm_14b()
 
 
 def test_heads_that_no_shape_tells(tmp_path):
@@ -520,7 +522,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     config = radfm.RadFMConfig(
         small_config().vision,
         small_config().perceiver,
-        radfm.LlamaConfig(
+        radfm.DecoderConfig(
             vocab_size=40, width=256, mlp_width=2000, num_layers=40, num_heads=4, num_kv_heads=4, head_dim=64
         ),
     )

@@ -26,7 +26,7 @@ def every(tmp_path):
     ],
 )
 def test_open_diagnosis_asks_in_the_words_of_its_region(every, name, region):
-    from input_pipeline import prompts
+    from input_pipeline.datasets import prompts
 
     samples = draws(open_dataset(name, **every[name]))
     assert {answer(s) for s in samples} == {"Edema, Pneumothorax."} and {s.task for s in samples} == {"diagnosis"}

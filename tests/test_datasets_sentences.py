@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from input_pipeline.datasets.sentences import closed, join, sentences, shorten
-from input_pipeline.datasets.sizes import without_sizes
+from input_pipeline.text.measurements import without_sizes
+from input_pipeline.text.sentences import closed, join, sentences, shorten
 
 
 def test_sentences_know_abbreviations_and_decimals():

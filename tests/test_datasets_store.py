@@ -16,8 +16,8 @@ from dataset_tables import own, write_csv
 
 from input_pipeline.datasets import open_dataset, store
 from input_pipeline.datasets.store import Store, digest, first_equal
+from input_pipeline.parallel.workers import Pool
 from input_pipeline.samples import RowError, Scan, Text
-from input_pipeline.workers import Pool
 
 
 def values(n: int) -> list:

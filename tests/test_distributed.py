@@ -16,14 +16,16 @@ from pathlib import Path
 import pytest
 from practice import practice
 
-from radfm_jax import display, distributed, run_directory
-from radfm_jax.distributed import Place, StartError, meet
-from radfm_jax.experiment import CheckpointConfig, Experiment, TrainConfig
-from radfm_jax.models.llama import LlamaConfig
+from radfm_jax.checkpoints import run_directory
+from radfm_jax.models.decoder import DecoderConfig
 from radfm_jax.models.perceiver import PerceiverConfig
 from radfm_jax.models.radfm import RadFMConfig
 from radfm_jax.models.vit3d import ViTConfig
-from radfm_jax.optimizer import OptimizerConfig
+from radfm_jax.runtime import distributed
+from radfm_jax.runtime.distributed import ProcessInfo, StartError, meet
+from radfm_jax.training import display
+from radfm_jax.training.experiment import CheckpointConfig, Experiment, TrainConfig
+from radfm_jax.training.optimizer import OptimizerConfig
 
 ROOT = Path(__file__).parents[1]
 # Programs of 1, 2 and 4 processes differ in how they add up gradients over the network, by a bit of float32 or two.
@@ -59,21 +61,21 @@ def place(environ, *flags):
             patch.delenv(name)
         for name, value in environ.items():
             patch.setenv(name, value)
-        return distributed.place(parser.parse_args(flags), environ)
+        return distributed.process_info(parser.parse_args(flags), environ)
 
 
 @pytest.mark.parametrize(
     "environ, flags, expected",
     [
         ({}, (), None),
-        (OURS, (), Place("a:1", 3, 2, "the environment")),
-        (OURS, ("--process", "0"), Place("a:1", 3, 0, "flags")),
+        (OURS, (), ProcessInfo("a:1", 3, 2, "the environment")),
+        (OURS, ("--process", "0"), ProcessInfo("a:1", 3, 0, "flags")),
         (OURS, ("--processes", "1"), None),
-        (SLURM, (), Place("node03:61517", 2, 1, "SLURM", (0,))),
-        ({**SLURM, "JAX_LOCAL_DEVICE_IDS": "0,1"}, (), Place("node03:61517", 2, 1, "SLURM", (0, 1))),
+        (SLURM, (), ProcessInfo("node03:61517", 2, 1, "SLURM", (0,))),
+        ({**SLURM, "JAX_LOCAL_DEVICE_IDS": "0,1"}, (), ProcessInfo("node03:61517", 2, 1, "SLURM", (0, 1))),
         ({**SLURM, "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, (), None),
         (SLURM, ("--processes", "1"), None),
-        ({**SLURM, **OURS}, (), Place("a:1", 3, 2, "the environment")),
+        ({**SLURM, **OURS}, (), ProcessInfo("a:1", 3, 2, "the environment")),
     ],
 )
 def test_which_process_this_is(environ, flags, expected):
@@ -108,7 +110,7 @@ def gather(hellos, timeout=20.0, port=None):
 
     def one(number, process, processes, facts):
         try:
-            found[number] = meet(Place(f"127.0.0.1:{port}", processes, process, "flags"), facts, timeout)
+            found[number] = meet(ProcessInfo(f"127.0.0.1:{port}", processes, process, "flags"), facts, timeout)
         except Exception as e:
             found[number] = e
 
@@ -203,7 +205,7 @@ STEPS = 16
 MODEL = RadFMConfig(
     ViTConfig(width=24, num_layers=1, num_heads=2, head_dim=8, mlp_width=16, dropout=0.1),
     PerceiverConfig(width=24, num_layers=1, num_heads=2, head_dim=8, num_latents=4),
-    LlamaConfig(vocab_size=512, width=16, mlp_width=32, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=8),
+    DecoderConfig(vocab_size=512, width=16, mlp_width=32, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=8),
 )
 
 

@@ -10,21 +10,21 @@ from ml_collections import ConfigDict
 from practice import practice
 
 import radfm_jax
-from input_pipeline.pipeline import Rows, batches
+from input_pipeline.batching.pipeline import Rows, batches
 from input_pipeline.sources import open_sources, rows_shown
-from radfm_jax import checkpoint
-from radfm_jax.evaluate import exact as evaluate
-from radfm_jax.evaluate.exact import Scored
-from radfm_jax.experiment import Experiment, TrainConfig
-from radfm_jax.models.llama import LlamaConfig
+from radfm_jax.checkpoints import checkpoint
+from radfm_jax.evaluate import exact_match as evaluate
+from radfm_jax.evaluate.exact_match import ExactMatch
+from radfm_jax.models.decoder import DecoderConfig
 from radfm_jax.models.perceiver import PerceiverConfig
 from radfm_jax.models.radfm import RadFM, RadFMConfig, init_params
 from radfm_jax.models.vit3d import ViTConfig
+from radfm_jax.training.experiment import Experiment, TrainConfig
 
 MODEL = RadFMConfig(
     ViTConfig(width=24, num_layers=1, num_heads=2, head_dim=8, mlp_width=32, dropout=0.0),
     PerceiverConfig(width=24, num_layers=1, num_heads=2, head_dim=8, num_latents=4),
-    LlamaConfig(vocab_size=512, width=32, mlp_width=64, num_layers=1, num_heads=4, num_kv_heads=4, head_dim=8),
+    DecoderConfig(vocab_size=512, width=32, mlp_width=64, num_layers=1, num_heads=4, num_kv_heads=4, head_dim=8),
 )
 
 
@@ -117,7 +117,7 @@ def test_exchanged_scans_are_those_of_the_other_row(config):
 
 
 def answers(source, question, reference, right, wrong):
-    return [Scored(source, str(i), None, "vqa", question, reference, i < right) for i in range(right + wrong)]
+    return [ExactMatch(source, str(i), None, "vqa", question, reference, i < right) for i in range(right + wrong)]
 
 
 def test_accuracies():
@@ -126,7 +126,7 @@ def test_accuracies():
         + answers("vqa", "Side?", "right", 1, 3)
         + answers("vqa", "Big?", "no", 1, 0)
     )
-    some += [Scored("report", str(i), None, "report", f"Q{i}", f"R{i}", i < 5) for i in range(20)]
+    some += [ExactMatch("report", str(i), None, "report", f"Q{i}", f"R{i}", i < 5) for i in range(20)]
     report, big, side = evaluate.accuracies(some)
     assert (report.kind, report.samples, report.exact, report.balanced) == ("report", 20, 0.25, None)
     assert (big.kind, big.samples, big.exact, big.balanced) == ("vqa: Big?", 1, 1.0, 1.0)

@@ -8,7 +8,7 @@ import pytest
 import scipy.stats
 from sklearn import metrics as sklearn
 
-from input_pipeline.terms import Terms
+from input_pipeline.text.terms import Terms
 from radfm_jax.evaluate import metrics, published, radbench
 
 WORDS = "the a left right lung mass no nodule seen is small in of lobe effusion pleural".split()

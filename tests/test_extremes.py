@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from voxels import draw
 
-from input_pipeline import extremes as module
-from input_pipeline.extremes import extremes
+from input_pipeline.images import extremes as module
+from input_pipeline.images.extremes import extremes
 
 ORDERS = [(0, 1, 2, 3), (1, 0, 2, 3), (2, 0, 1, 3), (3, 2, 1, 0), (1, 2, 0, 3)]
 

@@ -7,7 +7,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-from radfm_jax import faults
+from radfm_jax.runtime import faults
 
 
 def run(code: str) -> subprocess.CompletedProcess:
@@ -19,7 +19,7 @@ def test_a_stuck_step_ends_with_stacks():
     done = run(
         """
         import time
-        from radfm_jax.faults import Watchdog
+        from radfm_jax.runtime.faults import Watchdog
         def waits_for_a_peer():
             time.sleep(50)
         with Watchdog(0.4) as watchdog:
@@ -38,7 +38,7 @@ def test_a_watchdog_that_is_done_does_nothing():
     done = run(
         """
         import time
-        from radfm_jax.faults import Watchdog
+        from radfm_jax.runtime.faults import Watchdog
         with Watchdog(0.2):
             pass
         time.sleep(0.6)
@@ -57,7 +57,7 @@ def test_a_signal_is_a_wish_and_a_second_one_an_order():
     done = run(
         """
         import os, signal
-        from radfm_jax.faults import Stop
+        from radfm_jax.runtime.faults import Stop
         with Stop():
             os.kill(os.getpid(), signal.SIGINT)
             print("goes on", flush=True)

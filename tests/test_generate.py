@@ -12,11 +12,11 @@ import parity
 import pytest
 from packed import CONFIG
 
-from input_pipeline.planes import Volume
-from radfm_jax.generate import GenerationError, Generator, Prompt, Sampling, checked, decoding
-from radfm_jax.generate.sampling import draw, penalised, restricted
-from radfm_jax.models import llama, radfm
-from radfm_jax.sharding import make_mesh, param_shardings
+from input_pipeline.images.planes import Volume
+from radfm_jax.inference import GenerationError, Generator, Prompt, Sampling, checked, decoding
+from radfm_jax.inference.sampling import draw, penalised, restricted
+from radfm_jax.models import decoder, radfm
+from radfm_jax.runtime.sharding import make_mesh, param_shardings
 
 V, L, E = CONFIG.llama.vocab_size, CONFIG.num_latents, CONFIG.llama.width
 PARAMS = parity.recipe_params(CONFIG)
@@ -155,10 +155,14 @@ def test_prompts_are_read_as_in_training():
     @jax.jit
     def both(x, lengths):
         c = CONFIG.llama
-        cached, cache = llama.prefill(c, PARAMS["llama"], x, lengths, llama.empty_cache(c, 2, 32))
+        cached, cache = decoder.prefill(c, PARAMS["llama"], x, lengths, decoder.empty_cache(c, 2, 32))
         segments = (jnp.arange(16) < lengths[:, None]).astype(jnp.int32)
         positions = jnp.broadcast_to(jnp.arange(16), (2, 16))
-        return cached, llama.Llama(c).apply({"params": PARAMS["llama"]}, x, positions, segments, segments > 0), cache
+        return (
+            cached,
+            decoder.Decoder(c).apply({"params": PARAMS["llama"]}, x, positions, segments, segments > 0),
+            cache,
+        )
 
     cached, whole, cache = both(x, lengths)
     np.testing.assert_allclose(cached, whole, rtol=0, atol=5e-6)

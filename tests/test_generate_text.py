@@ -19,23 +19,22 @@ import sentencepiece
 from PIL import Image
 
 import radfm_jax
-from input_pipeline import ask
 from input_pipeline.samples import Scan
-from input_pipeline.tokenizer import Tokenizer
-from radfm_jax import checkpoint
-from radfm_jax.generate import GenerationError, Request, Sampling, many
-from radfm_jax.generate.__main__ import main, mesh_of
-from radfm_jax.generate.many import read_questions
-from radfm_jax.generate.text import AnswerText
+from input_pipeline.text.tokenizer import Tokenizer
+from radfm_jax.checkpoints import checkpoint
+from radfm_jax.inference import GenerationError, Request, Sampling, batch_files, inputs
+from radfm_jax.inference.answer_text import AnswerText
+from radfm_jax.inference.batch_files import read_questions
+from radfm_jax.inference.command import main, mesh_of
 from radfm_jax.models import radfm
-from radfm_jax.models.llama import LlamaConfig
+from radfm_jax.models.decoder import DecoderConfig
 from radfm_jax.models.perceiver import PerceiverConfig
 from radfm_jax.models.vit3d import ViTConfig
 
 CONFIG = radfm.RadFMConfig(
     ViTConfig(width=24, num_layers=1, num_heads=2, head_dim=8, mlp_width=32, dropout=0.0),
     PerceiverConfig(width=24, num_layers=1, num_heads=2, head_dim=8, num_latents=4),
-    LlamaConfig(vocab_size=360, width=32, mlp_width=64, num_layers=1, num_heads=4, num_kv_heads=4, head_dim=8),
+    DecoderConfig(vocab_size=360, width=32, mlp_width=64, num_layers=1, num_heads=4, num_kv_heads=4, head_dim=8),
 )
 PREPARED = {"preprocess": "paper", "storage": "uint8", "size_2d": 64, "size_3d": 32, "depth": 8, "num_latents": 4}
 SHORT = ["--max-new-tokens", "12", "--devices", "1", "--no-verify"]
@@ -133,10 +132,10 @@ def test_answers_are_those_of_the_plain_forward_pass(model, scans):
     files = [scans / "ct.nii.gz", scans / "film.png"]
     prompt = "Is there a lesion in <image-2> or <image-1>, none in <image-2>?"
     (answer,) = model.generator.answers([Request(prompt, files)], Sampling(6, stop_ids=()))
-    encoded = ask.encode_prompt(prompt, 2, model.tokenizer, model.preparation)
+    encoded = inputs.encode_prompt(prompt, 2, model.tokenizer, model.preparation)
     n = len(encoded.ids)
-    volumes = ask.read_scans(files, model.preparation)
-    row = ask.one_row(encoded, volumes, 4)
+    volumes = inputs.read_scans(files, model.preparation)
+    row = inputs.one_row(encoded, volumes, 4)
     assert [v.shape for v in volumes] == [(32, 32, 8), (64, 64, 4)]
     # The answer stands behind the prompt in the same row; the pass is causal.
     pad = lambda x, value: np.pad(x, ((0, 0), (0, 6)), constant_values=value)  # noqa: E731
@@ -178,22 +177,22 @@ def test_one_by_one_batched_streamed_and_with_kept_scans(model, scans):
 def test_voxels_in_memory(model, scans):
     pixels = np.asarray(Image.open(scans / "film.png"))[..., None, None]
     assert greedy(model, "Is there a lesion?", [pixels]) == greedy(model, "Is there a lesion?", [scans / "film.png"])
-    windowed = ask.read_scans([Scan(str(scans / "ct.nii.gz"), window=(-100.0, 100.0))], model.preparation)
-    plain = ask.read_scans([str(scans / "ct.nii.gz")], model.preparation)
+    windowed = inputs.read_scans([Scan(str(scans / "ct.nii.gz"), window=(-100.0, 100.0))], model.preparation)
+    plain = inputs.read_scans([str(scans / "ct.nii.gz")], model.preparation)
     assert windowed[0].voxels.std() > 1.5 * plain[0].voxels.std()
 
 
 def test_released_form(tokenizer, scans):
     """Pictures 512 x 512, one depth for all scans, an image at the end stands before the last character."""
-    t, released = Tokenizer(tokenizer), dataclasses.replace(ask.RELEASED, num_latents=4)
-    volumes = ask.read_scans([scans / "film.png", scans / "ct.nii.gz"], released)
+    t, released = Tokenizer(tokenizer), dataclasses.replace(inputs.RELEASED, num_latents=4)
+    volumes = inputs.read_scans([scans / "film.png", scans / "ct.nii.gz"], released)
     assert [v.shape for v in volumes] == [(256, 256, 8)] * 2 and volumes[0].voxels.dtype == np.float32
-    tested = ask.read_scans([scans / "ct.nii.gz"], dataclasses.replace(released, size_3d=512))
+    tested = inputs.read_scans([scans / "ct.nii.gz"], dataclasses.replace(released, size_3d=512))
     assert tested[0].shape == (512, 512, 8)
-    encoded = ask.encode_prompt("Is there a lesion?", 1, t, released, place="last")
+    encoded = inputs.encode_prompt("Is there a lesion?", 1, t, released, place="last")
     image = [t.image_id, 0, 0, 0, 0, t.image_end_id]
     assert encoded.ids.tolist() == [1, *t.encode("Is there a lesion"), *image, *t.encode("?")]
-    assert ask.visual_index(encoded, 4)[-6 - len(t.encode("?")) :][1:5].tolist() == [0, 1, 2, 3]
+    assert inputs.visual_index(encoded, 4)[-6 - len(t.encode("?")) :][1:5].tolist() == [0, 1, 2, 3]
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -238,7 +237,7 @@ def test_a_prompt_that_fails_has_no_answer(model, scans):
 
 def test_checkpoints_that_lack_something(model, run, tokenizer, scans, tmp_path):
     directory = run / "checkpoints" / "5"
-    assert model.directory == directory and model.preparation == ask.Preparation(**PREPARED, text_length=128)
+    assert model.directory == directory and model.preparation == inputs.Preparation(**PREPARED, text_length=128)
     with checkpoint.new_directory(tmp_path / "bare") as bare:
         checkpoint.save_params(bare, model.params)
         checkpoint.write_description(bare, "radfm", model.config.to_dict())
@@ -255,7 +254,7 @@ def test_checkpoints_that_lack_something(model, run, tokenizer, scans, tmp_path)
     description = json.loads((tmp_path / "bare" / "radfm.json").read_text()) | {"source": {"file": "pytorch_model.bin"}}
     (tmp_path / "bare" / "radfm.json").write_text(json.dumps(description))
     converted = radfm_jax.api.preparation_of(tmp_path / "bare", model.config)
-    assert converted == dataclasses.replace(ask.RELEASED, num_latents=4)
+    assert converted == dataclasses.replace(inputs.RELEASED, num_latents=4)
     radfm_jax.save(model, tmp_path / "again")
     assert radfm_jax.load(tmp_path / "again").preparation == model.preparation
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
@@ -335,7 +334,7 @@ def test_dialogue(run, model, scans, capsys, monkeypatch):
     first = greedy(model, "Lesion?")
     second = greedy(model, "<image-1> Lesion?", [film], context=f"Lesion? {first}")
     # What was said before is no place for scans: the third question has no mark, so both of them stand first.
-    before = f"Lesion? {first}\nscan 1 Lesion? {ask.without_marks(second)}"
+    before = f"Lesion? {first}\nscan 1 Lesion? {inputs.without_marks(second)}"
     assert out == f"{first}\n{second}\n{greedy(model, 'Lesion?', [film, film], context=before)}\n"
     assert (
         "/nonsense is unknown" in err
@@ -462,7 +461,7 @@ def test_one_process_writes_answers(run, tmp_path, capsys):
     accepted = lambda: 1 / 0  # noqa: E731
     for there in (False, True):
         with pytest.raises(ZeroDivisionError):
-            many.answer_file(radfm_jax.load(run).generator, file, fresh, Sampling(2), accepted=accepted)
+            batch_files.answer_file(radfm_jax.load(run).generator, file, fresh, Sampling(2), accepted=accepted)
         assert fresh.exists() == there
         fresh.touch()
 
@@ -474,9 +473,9 @@ def test_without_locks(model, tmp_path, monkeypatch):
     def none(*_):
         raise OSError(errno.ENOSYS, "Function not implemented")
 
-    monkeypatch.setattr(many.fcntl, "flock", none)
+    monkeypatch.setattr(batch_files.fcntl, "flock", none)
     with pytest.warns(UserWarning, match="answers.jsonl cannot be locked .Function not implemented."):
-        assert many.answer_file(model.generator, file, out, Sampling(2)).answered == 1
+        assert batch_files.answer_file(model.generator, file, out, Sampling(2)).answered == 1
 
 
 def test_questions_from_a_pipe(run, tmp_path, capsys):
@@ -493,11 +492,11 @@ def test_absolute_paths_are_repeated_as_they_stand(model, scans, tmp_path):
     file, out = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
     given = [str(scans / "film.png"), {"path": str(scans / "ct.nii.gz"), "volume": 0}]
     file.write_text(json.dumps({"id": "a", "prompt": "Lesion?", "scans": given}) + "\n")
-    assert many.answer_file(model.generator, file, out, Sampling(2), root=scans).answered == 1
+    assert batch_files.answer_file(model.generator, file, out, Sampling(2), root=scans).answered == 1
     assert json.loads(out.read_text())["scans"] == given
 
 
-@pytest.mark.parametrize("kept", [1, many.KEPT_BYTES])
+@pytest.mark.parametrize("kept", [1, batch_files.KEPT_BYTES])
 def test_a_scan_asked_about_again_is_not_encoded_again(model, scans, tmp_path, monkeypatch, kept):
     ct, film = "ct.nii.gz", "film.png"
     of = [[film], [film], [ct, film], [], [film], [ct], [ct, film], [film]]
@@ -510,10 +509,10 @@ def test_a_scan_asked_about_again_is_not_encoded_again(model, scans, tmp_path, m
         encoded.extend(map(len, questions))
         return encode(questions, *args)
 
-    monkeypatch.setattr(many, "KEPT_BYTES", kept)
+    monkeypatch.setattr(batch_files, "KEPT_BYTES", kept)
     monkeypatch.setattr(model.generator, "encode_volumes", counting)
     sampling = Sampling(6, stop_ids=())
-    assert many.answer_file(model.generator, file, out, sampling, root=scans, batch=2).answered == len(of)
+    assert batch_files.answer_file(model.generator, file, out, sampling, root=scans, batch=2).answered == len(of)
     # Batches of two: film; ct and film; film, known by now, and ct; both known. If one is kept, film is new at last.
     times = sorted(n for n in encoded if n)
     assert times == ([1, 1, 2] if kept > 1 else [1, 1, 1, 2]), encoded

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from input_pipeline import index
-from input_pipeline.index import Index, ScanFacts, Scans, place_hash, scan_key, table_checksum
+from input_pipeline.index import index
+from input_pipeline.index.index import Index, IndexedScan, Scans, place_hash, scan_key, table_checksum
 from input_pipeline.samples import Scan
 
 SCANS = [  # path, volume, window, fault, shape, record
@@ -73,7 +73,7 @@ def test_the_data_it_was_made_of(made):
     assert opened.bad_rows("more").tolist() == [False, False]
 
 
-def known(scans: Scans, root) -> dict[Scan, ScanFacts]:
+def known(scans: Scans, root) -> dict[Scan, IndexedScan]:
     """Of those in SCANS."""
     named = [Scan(path, None if volume < 0 else volume, _window(window)) for path, volume, window, *_ in SCANS]
     numbers = {scan: scans.number(scan_key(root, scan)) for scan in named}
@@ -84,10 +84,10 @@ def test_scans_by_key(made):
     directory, sources = made
     found = Index(directory).scans({"vqa": sources["vqa"]})
     assert known(found, sources["vqa"]["root"]) == {
-        Scan("a.png"): ScanFacts((40, 50, 1, 1), 7, 0),
-        Scan("ct.nii.gz"): ScanFacts((64, 64, 30, 1), 7, 1),
-        Scan("ct.nii.gz", window=(-100.0, 300.0)): ScanFacts((64, 64, 30, 1), 7, 2),
-        Scan("ct.nii.gz", 1, "lung"): ScanFacts((64, 64, 30, 1), 7, -1),
+        Scan("a.png"): IndexedScan((40, 50, 1, 1), 7, 0),
+        Scan("ct.nii.gz"): IndexedScan((64, 64, 30, 1), 7, 1),
+        Scan("ct.nii.gz", window=(-100.0, 300.0)): IndexedScan((64, 64, 30, 1), 7, 2),
+        Scan("ct.nii.gz", 1, "lung"): IndexedScan((64, 64, 30, 1), 7, -1),
     }  # and not the one with a fault
     assert len(found) == 4 and found.number(scan_key(sources["vqa"]["root"], Scan("b.png"))) is None
     assert not known(found, "/elsewhere")

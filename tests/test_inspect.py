@@ -17,20 +17,22 @@ import pytest
 from PIL import Image
 from practice import practice, write_index
 
-from input_pipeline import index, packing, scans
+from input_pipeline.batching import packing
+from input_pipeline.batching.packing import Row, ScanLimits
+from input_pipeline.batching.rows import RowInfo, SampleInRow
 from input_pipeline.datasets import sample_rng
+from input_pipeline.images import scans
+from input_pipeline.images.planes import Sizes, Volume, patch_grid, patch_positions, planes
+from input_pipeline.images.volumes import one_channel_if_gray, prepare_volume
+from input_pipeline.index import index
 from input_pipeline.inspect import __main__ as command
 from input_pipeline.inspect.facts import row_facts
 from input_pipeline.inspect.look import Head, Source, look
 from input_pipeline.inspect.page import page, visible
-from input_pipeline.packing import Limits, Row
-from input_pipeline.planes import Sizes, Volume, patch_grid, patch_positions, planes
-from input_pipeline.rows import RowInfo, SampleInRow
 from input_pipeline.samples import Sample, Scan, Text
 from input_pipeline.sources import open_sources
-from input_pipeline.tokenizer import Tokenizer
-from input_pipeline.tokens import encode
-from input_pipeline.volumes import one_channel_if_gray, prepare_volume
+from input_pipeline.text.tokenizer import Tokenizer
+from input_pipeline.text.tokens import encode
 
 HOSTILE = "<script>alert('1')</script> &amp; \"two\" \u202e \x00 caf\u00e9\nEND</div><!-- -->"
 LATENTS = 4
@@ -113,7 +115,7 @@ def row_by_hand(tokenizer, parts, volumes, **changes):
     """One sample of these parts, Scan("0") standing for volumes[0], as the pipeline would hand it over."""
     sample = Sample("7", "jsonl", "report", None, parts)
     text = encode(sample, tokenizer, Terms("lesion"), max_scans=9, num_latents=LATENTS)
-    limits = Limits(len(text.ids) + 3, 2, 16, 200, 4)
+    limits = ScanLimits(len(text.ids) + 3, 2, 16, 200, 4)
     ids = [int(scan.path) for scan in text.scans]
     places = {i: (slot, slot % 2) for slot, i in enumerate(ids)}
     loaded = {i: placed(volumes[i]) for i in ids if volumes[i] is not None}

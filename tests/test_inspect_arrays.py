@@ -5,13 +5,14 @@ import re
 import numpy as np
 import pytest
 
-from input_pipeline import packing, phantoms
+from input_pipeline import phantoms
+from input_pipeline.batching import packing
+from input_pipeline.batching.packing import Row, RowLimits
+from input_pipeline.images.planes import Sizes, Volume, patch_grid, patch_positions, planes
+from input_pipeline.images.volumes import prepare_volume, released_volumes
 from input_pipeline.inspect.pictures import volume_of_slot
 from input_pipeline.inspect.texts import Speller, sample_tokens
-from input_pipeline.packing import Limits, Row
-from input_pipeline.planes import Sizes, Volume, patch_grid, patch_positions, planes
-from input_pipeline.tokenizer import Tokenizer
-from input_pipeline.volumes import prepare_volume, released_volumes
+from input_pipeline.text.tokenizer import Tokenizer
 
 LATENTS = 4
 
@@ -55,7 +56,7 @@ def test_volumes_come_back_bit_for_bit(storage):
         prepare_volume(rng.integers(0, 4000, shape).astype(np.int16), storage=storage, sizes=sizes) for shape in shapes
     ]
     assert [v.voxels.shape[2:] for v in volumes] == [(1, 1), (1, 3), (8, 1), (4, 3)]
-    arrays = row_of_volumes(volumes, [(3, 0), (0, 2), (1, 0), (2, 2)], Limits(8, 3, 32, 400, 5))
+    arrays = row_of_volumes(volumes, [(3, 0), (0, 2), (1, 0), (2, 2)], RowLimits(8, 3, 32, 400, 5))
     for slot, number in ((3, 0), (0, 1), (1, 2), (2, 3)):
         assert_same(volume_of_slot(arrays, slot), volumes[number])
     with pytest.raises(ValueError, match="slot 4 holds no patches"):
@@ -68,7 +69,7 @@ def test_a_slice_that_stands_for_eight_comes_back_as_one():
     scans_ = [rng.integers(0, 255, shape).astype(np.uint8) for shape in ((90, 80, 1, 1), (30, 30, 8, 1))]
     volumes = released_volumes(scans_)
     assert [v.shape[2] for v in volumes] == [8, 8]
-    arrays = row_of_volumes(volumes, [(0, 0), (1, 1)], Limits(8, 2, 128, 1024, 2))
+    arrays = row_of_volumes(volumes, [(0, 0), (1, 1)], RowLimits(8, 2, 128, 1024, 2))
     for slot, volume in enumerate(volumes):
         assert_same(volume_of_slot(arrays, slot), volume)
 
@@ -76,7 +77,7 @@ def test_a_slice_that_stands_for_eight_comes_back_as_one():
 def test_patches_stand_where_their_positions_say():
     """In whatever order they lie in their vision row; and not at all if one is there twice."""
     volume = prepare_volume(np.random.default_rng(2).random((64, 64, 8, 1), np.float32), sizes=Sizes(64, 64, 8))
-    arrays = row_of_volumes([volume], [(0, 0)], Limits(8, 1, 8, 40, 1))
+    arrays = row_of_volumes([volume], [(0, 0)], RowLimits(8, 1, 8, 40, 1))
     mixed = np.random.default_rng(3).permutation(8)
     for name in ("plane_index", "patch_positions"):
         arrays[name][0] = arrays[name][0][mixed]

@@ -9,10 +9,11 @@ import parity
 import pytest
 from packed import CONFIG
 
-from radfm_jax import api, checkpoint
-from radfm_jax import int8 as quantised
-from radfm_jax.generate import Generator, Prompt, Sampling
-from radfm_jax.sharding import make_mesh
+from radfm_jax import api
+from radfm_jax.checkpoints import checkpoint
+from radfm_jax.checkpoints import int8 as quantised
+from radfm_jax.inference import Generator, Prompt, Sampling
+from radfm_jax.runtime.sharding import make_mesh
 
 PARAMS = parity.recipe_params(CONFIG)
 INT8 = quantised.quantised(PARAMS)

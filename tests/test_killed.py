@@ -17,9 +17,9 @@ import pytest
 from practice import practice
 from test_train import MODEL, bits, record
 
-from radfm_jax.experiment import CheckpointConfig, Experiment, TrainConfig
-from radfm_jax.optimizer import OptimizerConfig
-from radfm_jax.saver import PARTIAL
+from radfm_jax.checkpoints.saver import PARTIAL
+from radfm_jax.training.experiment import CheckpointConfig, Experiment, TrainConfig
+from radfm_jax.training.optimizer import OptimizerConfig
 
 STEPS = 30
 ROOT = Path(__file__).parents[1]

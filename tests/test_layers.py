@@ -11,17 +11,9 @@ import pytest
 import torch
 
 from radfm_jax.models import vit3d
-from radfm_jax.models.layers import (
-    FEW_ROWS,
-    REMAT_POLICIES,
-    GeluMlp,
-    attention,
-    attention_mask,
-    dense,
-    layer_norm,
-    rms_norm,
-    scan_blocks,
-)
+from radfm_jax.models.attention import attention
+from radfm_jax.models.kernels.xla import attention_mask
+from radfm_jax.models.layers import FEW_ROWS, REMAT_POLICIES, GeluMlp, dense, layer_norm, rms_norm, scan_blocks
 
 CONFIG = vit3d.ViTConfig(width=24)
 

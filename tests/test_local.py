@@ -28,10 +28,10 @@ sys.exit(int(how))
 @pytest.fixture
 def local(tmp_path):
     """launch/local.sh in a repository whose training is TRAIN."""
-    for name in ("launch", "radfm_jax/train"):
+    for name in ("launch", "radfm_jax"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "launch" / "local.sh").write_text((ROOT / "launch" / "local.sh").read_text())
-    (tmp_path / "radfm_jax" / "train" / "__main__.py").write_text(TRAIN)
+    (tmp_path / "radfm_jax" / "train.py").write_text(TRAIN)
 
     def start(*arguments, **environment):
         return subprocess.Popen(

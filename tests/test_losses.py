@@ -9,8 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from radfm_jax.losses import token_losses, token_weights
-from radfm_jax.sharding import make_mesh
+from radfm_jax.runtime.sharding import make_mesh
+from radfm_jax.training.losses import token_losses, token_weights
 
 B, T, E, V = 8, 16, 24, 50
 ACTIVE = {"none": 0.0, "tenth": 0.1, "half": 0.5, "all": 1.0}

@@ -9,9 +9,10 @@ import optax
 import packed
 import pytest
 
-from radfm_jax import sharding, train_step
-from radfm_jax.checkpoint import flatten
-from radfm_jax.optimizer import OptimizerConfig, learning_rates, merge, optimizer, split
+from radfm_jax.checkpoints.checkpoint import flatten
+from radfm_jax.runtime import sharding
+from radfm_jax.training import train_step
+from radfm_jax.training.optimizer import OptimizerConfig, learning_rates, merge, optimizer, split
 
 MUON = OptimizerConfig(method="muon", learning_rate=1.0, warmup_steps=0, weight_decay=0, clip=0)
 

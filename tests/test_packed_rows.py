@@ -42,9 +42,9 @@ import torch
 import torch_radfm
 from packed import CONFIG, SAMPLES, SCANS, SIZES, Sample
 
-from radfm_jax.losses import radfm_loss
 from radfm_jax.models.radfm import RadFM
 from radfm_jax.models.vit3d import PatchEmbedding
+from radfm_jax.training.losses import radfm_loss
 
 PARAMS = parity.recipe_params(CONFIG)
 SEGMENT = {name: i for i, name in enumerate(SAMPLES, 1)}

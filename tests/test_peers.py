@@ -11,7 +11,7 @@ import jax
 import pytest
 from jax._src import distributed
 
-from radfm_jax import faults, peers
+from radfm_jax.runtime import faults, peers
 
 
 class Service:

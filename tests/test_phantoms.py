@@ -24,9 +24,10 @@ import pydicom
 import pytest
 from PIL import Image
 
-from input_pipeline import phantoms, scans
+from input_pipeline import phantoms
 from input_pipeline.datasets import open_dataset, sample_rng
-from input_pipeline.phantoms import drawing, files, questions, writing
+from input_pipeline.images import scans
+from input_pipeline.phantoms import drawing, files, tables, writing
 from input_pipeline.phantoms.__main__ import main
 from input_pipeline.phantoms.plan import LEVELS, MODALITIES, SIDES, SIZES, Labels
 
@@ -154,7 +155,7 @@ def test_a_lesion_is_brighter_or_darker_as_its_rationale_says():
         for lesion in study.lesions:
             (z, y, x), cover = drawing.lesion_cover(study, lesion)
             inside = np.moveaxis(change, -1, 0)[z, y, x][cover == 1].mean()
-            assert ("brighter" if inside > 0 else "darker") in questions.features(study.labels), study.study_id
+            assert ("brighter" if inside > 0 else "darker") in tables.features(study.labels), study.study_id
             seen[study.labels.modality] += 1
     assert set(seen) == set(MODALITIES) and min(seen.values()) > 5
 
@@ -199,7 +200,7 @@ def test_a_text_that_is_no_report_is_refused(text, reason):
 def test_yes_no_questions_are_answered_yes_half_of_the_time():
     answers = collections.defaultdict(list)
     for study in studies(count=2000):
-        for disease, label in questions.judged(study).items():
+        for disease, label in tables.judged(study).items():
             answers[disease].append(label)
     assert set(answers) == {"lesion", "nodule", "mass"}
     for disease, labels in answers.items():
@@ -339,7 +340,7 @@ def test_tables_say_what_the_labels_say(practice, split):
     assert len(table["vqa.csv"]) == len(truth) + 3 * solitary
     for row in table["vqa.csv"]:
         facts = truth[f"{row['img_root_dir']}/{row['Figure_path']}"]
-        attribute = next(key for key, question in questions.VQA.items() if question == row["Question"])
+        attribute = next(key for key, question in tables.VQA.items() if question == row["Question"])
         assert row["Answer"] == (("zero", "one", "two")[facts["count"]] if attribute == "count" else facts[attribute])
     assert len(table["diagnosis_yes_no.csv"]) == len(truth) + solitary
     for row in table["diagnosis_yes_no.csv"]:
@@ -352,7 +353,7 @@ def test_tables_say_what_the_labels_say(practice, split):
         stated = phantoms.parse_report(f"Findings: {row['finding']} Impression: {row['impression']}")
         assert stated.count == facts["count"]
     own = table["all.jsonl"]
-    counted = sum(len(table[f"{name}.csv"]) for name in questions.COLUMNS) + len(table["rationale.json"])
+    counted = sum(len(table[f"{name}.csv"]) for name in tables.COLUMNS) + len(table["rationale.json"])
     assert len(own) == counted == len({row["id"] for row in own})
     assert {row["task"] for row in own} == {"modality", "diagnosis", "vqa", "report", "rationale"}
 

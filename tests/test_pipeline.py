@@ -16,15 +16,15 @@ import pyarrow.parquet as pq
 import pytest
 from practice import practice
 
+from input_pipeline.batching.pipeline import Batch, Mixture, PackingReport, Rows, batches, prefetch
+from input_pipeline.batching.rows import RowInfo, RowMaker, SampleInRow
 from input_pipeline.datasets import sample_rng
-from input_pipeline.index import SCANS
-from input_pipeline.pipeline import Batch, Mixture, PackingReport, Rows, batches, prefetch
-from input_pipeline.planes import planes
-from input_pipeline.rows import RowInfo, RowMaker, SampleInRow
+from input_pipeline.images.planes import planes
+from input_pipeline.images.scans import read
+from input_pipeline.images.volumes import one_channel_if_gray, prepare_volume, released_volumes
+from input_pipeline.index.index import SCANS
+from input_pipeline.parallel.workers import WorkerError
 from input_pipeline.samples import RowError
-from input_pipeline.scans import read
-from input_pipeline.volumes import one_channel_if_gray, prepare_volume, released_volumes
-from input_pipeline.workers import WorkerError
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from practice import practice
 
 from configs import pretrain, tiny
-from input_pipeline.pipeline import Rows, join
-from radfm_jax import estimate, sharding
-from radfm_jax.experiment import Experiment
-from radfm_jax.plan import __main__ as command
-from radfm_jax.plan import hlo, ladder, program, show
-from radfm_jax.plan.topology import parse
+from input_pipeline.batching.pipeline import Rows, join
+from radfm_jax.cost import command as command
+from radfm_jax.cost import estimate, hlo, ladder, program, show
+from radfm_jax.cost.topology import parse
+from radfm_jax.runtime import sharding
+from radfm_jax.training.experiment import Experiment
 
 # --- topologies -------------------------------------------------------------------------------------------------------
 

@@ -15,9 +15,9 @@ import dataclasses, json, sys
 import jax, jax.numpy as jnp, numpy as np
 from configs import quickstart
 from radfm_jax import estimate, sharding, train_step
-from radfm_jax.experiment import Experiment
+from radfm_jax.training.experiment import Experiment
 from radfm_jax.plan import program
-from radfm_jax.plan.topology import parse
+from radfm_jax.cost.topology import parse
 
 config = Experiment.from_dict(quickstart.get_config())
 llama = dataclasses.replace(config.model.llama, vocab_size=32000, width=1024, mlp_width=2816, num_layers=8, num_heads=8,

@@ -5,13 +5,13 @@ import itertools
 import numpy as np
 import pytest
 
-from input_pipeline.packing import Limits, Planes, Row, assemble, plan_rows
+from input_pipeline.batching.packing import Planes, Row, RowLimits, assemble, plan_rows
 from input_pipeline.samples import Scan
-from input_pipeline.tokens import Encoded
+from input_pipeline.text.tokens import Encoded
 
 
 def text_rows(tokens, limit):
-    rows = plan_rows(tokens, [()] * len(tokens), [], [], Limits(text_length=limit))
+    rows = plan_rows(tokens, [()] * len(tokens), [], [], RowLimits(text_length=limit))
     return sorted(sorted(row.samples) for row in rows)
 
 
@@ -43,7 +43,7 @@ def test_the_longest_first_into_the_fullest_row():
 
 def test_every_row_keeps_every_limit_and_every_sample_stands_once():
     rng = np.random.default_rng(0)
-    limits = Limits(text_length=2048, vision_rows=8, patch_length=1024, planes=20000, scans=20)
+    limits = RowLimits(text_length=2048, vision_rows=8, patch_length=1024, planes=20000, scans=20)
     tokens, scans, patches, planes = vqa_like(rng, 1500)
     fitting = [
         i
@@ -71,20 +71,20 @@ def test_a_window_is_filled():
     """On VQA-like samples with enough vision rows, 98 % of the places hold real tokens: measured 98.7 % here
     and 98.6 % of another 30,000 samples, in 16 times fewer rows than samples."""
     tokens, scans, patches, planes = vqa_like(np.random.default_rng(0), 3000)
-    rows = plan_rows(tokens, scans, patches, planes, Limits(vision_rows=14, planes=57344, scans=56))
+    rows = plan_rows(tokens, scans, patches, planes, RowLimits(vision_rows=14, planes=57344, scans=56))
     assert sum(tokens) / (2048 * len(rows)) > 0.98
     assert 3000 / len(rows) > 15
 
 
 def test_the_plan_is_a_function_of_its_arguments():
     window = vqa_like(np.random.default_rng(1), 300)
-    limits = Limits(vision_rows=12, planes=49152, scans=48)
+    limits = RowLimits(vision_rows=12, planes=49152, scans=48)
     assert plan_rows(*window, limits) == plan_rows(*window, limits)
 
 
 def test_samples_of_one_scan_share_its_slot():
     tokens, scans = [40, 30, 20, 10], [(0,), (1,), (0,), (0, 1)]
-    limits = Limits(text_length=60, vision_rows=2, patch_length=4, planes=100, scans=4)
+    limits = RowLimits(text_length=60, vision_rows=2, patch_length=4, planes=100, scans=4)
     together = plan_rows(tokens, scans, [4, 4], [8, 8], limits)
     assert [0, 2] in [sorted(row.samples) for row in together]
     (row,) = [row for row in together if 0 in row.samples]
@@ -100,7 +100,7 @@ def test_a_scan_stands_once_in_a_row_however_its_samples_come_there():
     limits 10 tokens, 3 slots     tokens 6 7 3 1 | scans 0, 0, 0, 0+1
     """
     tokens, scans = [6, 7, 3, 1], [(0,), (0,), (0,), (0, 1)]
-    limits = Limits(text_length=10, vision_rows=1, patch_length=16, planes=100, scans=3)
+    limits = RowLimits(text_length=10, vision_rows=1, patch_length=16, planes=100, scans=3)
     rows = plan_rows(tokens, scans, [4, 4], [8, 8], limits)
     assert sorted(i for row in rows for i in row.samples) == [0, 1, 2, 3]
     for row in rows:
@@ -120,7 +120,7 @@ def test_a_scan_stands_once_in_a_row_however_its_samples_come_there():
     ],
 )
 def test_what_fits_no_row_is_an_error_with_the_reason(tokens, ids, words):
-    limits = Limits(text_length=10, vision_rows=2, patch_length=4, planes=20, scans=3)
+    limits = RowLimits(text_length=10, vision_rows=2, patch_length=4, planes=20, scans=3)
     with pytest.raises(ValueError, match=f"sample 0 of the window does not fit a row: {words}"):
         plan_rows([tokens], [ids], [3, 3, 3, 9, 1], [3, 3, 3, 9, 99], limits)
 
@@ -164,7 +164,7 @@ def test_a_row_by_hand():
         offset=0.5,
     )
     row = Row(samples=[3, 4], scans={5: (0, 1), 7: (1, 0)})
-    limits = Limits(text_length=12, vision_rows=2, patch_length=3, planes=6, scans=3)
+    limits = RowLimits(text_length=12, vision_rows=2, patch_length=3, planes=6, scans=3)
     planes = {5: one(2, 50), 7: one(3, 70)}
     out = assemble(row, [first, second], [(7, 5), (7,)], planes, limits, num_latents=2)
     assert out["ids"].tolist() == [1, 90, 0, 0, 0, 0, 9, 1, 0, 0, 8, 0]
@@ -192,6 +192,6 @@ def test_a_row_by_hand():
 
 def test_a_scan_that_outgrew_the_index():
     planes = Planes(np.zeros((4, 2, 2), np.uint8), np.zeros((4, 1, 1), np.int32), np.zeros((4, 3), np.int32))
-    limits = Limits(text_length=12, vision_rows=1, patch_length=3, planes=6, scans=3)
+    limits = RowLimits(text_length=12, vision_rows=1, patch_length=3, planes=6, scans=3)
     with pytest.raises(ValueError, match="scan 5 has 4 planes of uint8 and 4 patches; .*index is out of date"):
         assemble(Row(scans={5: (0, 0)}), [], [], {5: planes}, limits)

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from input_pipeline import volumes as v
-from input_pipeline.planes import patch_grid, patch_positions, to_planes
+from input_pipeline.images import volumes as v
+from input_pipeline.images.planes import patch_grid, patch_positions, to_planes
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,15 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from input_pipeline import phantoms, prepare, scans
+from input_pipeline import phantoms
+from input_pipeline.batching.rows import RowMaker
 from input_pipeline.config import DataConfig
-from input_pipeline.index import Index, scan_key
-from input_pipeline.prepare import checking, picture, run
-from input_pipeline.prepare.__main__ import main
-from input_pipeline.rows import RowMaker
+from input_pipeline.images import scans
+from input_pipeline.index import checks, summary_figure
+from input_pipeline.index import prepare as prepare_module
+from input_pipeline.index.command import main
+from input_pipeline.index.index import Index, scan_key
+from input_pipeline.index.prepare import Refused, prepare
 from input_pipeline.sources import open_sources
 
 FAMILIES = {
@@ -58,7 +61,7 @@ def config_of(root: Path, tables: dict | None = None, **changes) -> DataConfig:
 def no_picture(request, monkeypatch):
     """Drawing takes longer than all the rest; `test_the_command` has a picture."""
     if request.node.name != "test_the_command":
-        monkeypatch.setattr(picture, "draw", lambda report, file: file.touch())
+        monkeypatch.setattr(summary_figure, "draw", lambda report, file: file.touch())
 
 
 @pytest.fixture
@@ -113,7 +116,7 @@ def states(directory: Path) -> dict[tuple[str, str], str]:
 def indexed(practice, tmp_path_factory) -> tuple[DataConfig, Path, dict]:
     out = tmp_path_factory.mktemp("indexed") / "index"
     config = config_of(practice, index=str(out))
-    return config, out, prepare.prepare(config, out, workers=0)
+    return config, out, prepare(config, out, workers=0)
 
 
 def test_the_index_is_what_training_opens(indexed):
@@ -156,14 +159,14 @@ def test_facts_of_a_scan(mine, tmp_path):
     Image.fromarray(np.stack([gray] * 3, -1)).save(mine / "colour.png")
     window = {"path": "ct.nii.gz", "window": [-100, 300]}
     config = own(mine, [row("a", "ct.nii.gz", window), row("b", "colour.png")])
-    prepare.prepare(config, tmp_path / "index", workers=0)
+    prepare(config, tmp_path / "index", workers=0)
     found = facts(tmp_path / "index")
     whole, seen, picture = found["ct.nii.gz"], found["ct.nii.gz[-100.0, 300.0]"], found["colour.png"]
     assert (whole["height"], whole["width"], whole["depth"], whole["channels"]) == (40, 40, 12, 1)
     assert whole["format"] == "nifti" and whole["dtype"] == "int16" and whole["spacing"] == [1, 1, 1]
     assert (whole["low"], whole["high"]) == (-1000, 999)
     assert whole["bytes"] == (mine / "ct.nii.gz").stat().st_size
-    assert whole["sha256"] == seen["sha256"] == checking.file_hash(mine / "ct.nii.gz")
+    assert whole["sha256"] == seen["sha256"] == checks.file_hash(mine / "ct.nii.gz")
     assert (whole["patches"], whole["planes"]) == (2 * 2 * 3, 2 * 2 * 12)
     assert (picture["height"], picture["width"], picture["depth"], picture["channels"]) == (33, 50, 1, 1)
     assert (picture["patches"], picture["planes"], picture["spacing"]) == (4, 4, [])
@@ -172,7 +175,7 @@ def test_facts_of_a_scan(mine, tmp_path):
 
 def test_facts_of_a_row(mine, tmp_path):
     config = own(mine, [row("a", "p0.png", "p1.png", study="s"), row("b", "p0.png", response="yes " * 400)])
-    report = prepare.prepare(config, tmp_path / "index", workers=0)
+    report = prepare(config, tmp_path / "index", workers=0)
     first, second = pq.read_table(tmp_path / "index" / "rows.parquet").to_pylist()
     assert (first["row_id"], first["task"], first["study"], first["scans"]) == ("a", "vqa", "s", 2)
     assert first["tokens"] > 2 * 34 and 0 < first["trained"] < 10
@@ -188,14 +191,14 @@ def test_colour_that_training_would_refuse_is_told(mine, tmp_path, channels, tol
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), np.uint8)).save(mine / "red.png")
     said = []
     config = own(mine, [row("a", "p0.png"), row("b", "red.png")], channels=channels)
-    prepare.prepare(config, tmp_path / "index", workers=0, said=said.append)
+    prepare(config, tmp_path / "index", workers=0, said=said.append)
     assert any("but 1 scans are in colour" in line for line in said) == told
 
 
 def test_the_result_does_not_depend_on_workers(indexed, tmp_path):
     """Two and none; the killed run below has one."""
     config, out, _ = indexed
-    prepare.prepare(config, tmp_path / "index", workers=2)
+    prepare(config, tmp_path / "index", workers=2)
     for name in ("scans.parquet", "rows.parquet", "quarantine.jsonl", "leaks.jsonl"):
         assert (tmp_path / "index" / name).read_bytes() == (out / name).read_bytes(), name
     assert Index(tmp_path / "index").identity == Index(out).identity
@@ -205,7 +208,7 @@ def test_identity_is_of_what_training_reads(mine, tmp_path):
     """Another place is the same data; another byte in a scan, another row or field is not."""
 
     def identity(root, config, name):
-        prepare.prepare(config, tmp_path / name, workers=0)
+        prepare(config, tmp_path / name, workers=0)
         return Index(tmp_path / name).identity
 
     rows = [row("a", "p0.png"), row("b", "p1.png")]
@@ -265,7 +268,7 @@ def test_every_kind_of_bad_input_is_in_quarantine_and_nothing_else_is_lost(mine,
         row("windowed", {"path": "ct.nii.gz", "window": "lung"})
     ]
     config = own(mine, good[:3] + bad + good[3:])
-    report = prepare.prepare(config, tmp_path / "index", workers=0)
+    report = prepare(config, tmp_path / "index", workers=0)
 
     found = states(tmp_path / "index")
     assert {name for (_, name), state in found.items() if state == "good"} == {r["id"] for r in good}
@@ -301,8 +304,8 @@ def test_leaks_and_duplicates(mine, tmp_path, capsys):
     train = [row("a", "p0.png"), row("b", "p1.png", study="s"), row("c", "p4.png")]
     test = [row("d", "again.png"), row("e", "p2.png", study="s"), row("f", "p3.png", study="t")]
     config = own(mine, train, test)
-    with pytest.raises(prepare.Refused, match="studies: 1, scans: 1") as refused:
-        prepare.prepare(config, tmp_path / "index", workers=0)
+    with pytest.raises(Refused, match="studies: 1, scans: 1") as refused:
+        prepare(config, tmp_path / "index", workers=0)
     assert refused.value.report["leaks"] == {"study": 1, "scan": 1}
     assert not (tmp_path / "index" / "index.json").exists() and (tmp_path / "index" / "summary.txt").exists()
     study, scan = lines(tmp_path / "index" / "leaks.jsonl")
@@ -312,9 +315,9 @@ def test_leaks_and_duplicates(mine, tmp_path, capsys):
     (same,) = lines(tmp_path / "index" / "duplicates.jsonl")
     assert same["paths"] == [str(mine / "p0.png"), str(mine / "again.png")]
 
-    report = prepare.prepare(config, tmp_path / "index", workers=0, allow_leaks=True)
+    report = prepare(config, tmp_path / "index", workers=0, allow_leaks=True)
     assert report["reading"]["scans_read"] == 0 and Index(tmp_path / "index")
-    prepare.prepare(own(mine, train), tmp_path / "alone", workers=0)  # without a test split nothing can leak
+    prepare(own(mine, train), tmp_path / "alone", workers=0)  # without a test split nothing can leak
 
 
 def test_a_leak_in_another_epoch(practice, mine, tmp_path):
@@ -337,8 +340,8 @@ def test_a_leak_in_another_epoch(practice, mine, tmp_path):
     source = lambda name: {"family": "diagnosis", "table": f"{name}.csv", "root": str(mine)}  # noqa: E731
     config = config_of(mine, {"train": {"a": source("train")}, "test": {"b": source("test")}})
     for seed in range(4):  # whichever image epoch 0 shows
-        with pytest.raises(prepare.Refused):
-            prepare.prepare(dataclasses.replace(config, seed=seed), tmp_path / "index", workers=0)
+        with pytest.raises(Refused):
+            prepare(dataclasses.replace(config, seed=seed), tmp_path / "index", workers=0)
         assert "patient9" in {line.get("study") for line in lines(tmp_path / "index" / "leaks.jsonl")}
 
 
@@ -348,11 +351,11 @@ def hash_of(name: str, i: int) -> int:
 
 def test_strict(mine, tmp_path):
     """The index of before does not stay: it is not of the files that were read."""
-    prepare.prepare(own(mine, [row("a", "p0.png")]), tmp_path / "index", workers=0, strict=True)
+    prepare(own(mine, [row("a", "p0.png")]), tmp_path / "index", workers=0, strict=True)
     assert Index(tmp_path / "index")
     config = own(mine, [row("a", "p0.png"), row("b", "none.png")])
-    with pytest.raises(prepare.Refused, match="quarantine.jsonl"):
-        prepare.prepare(config, tmp_path / "index", workers=0, strict=True)
+    with pytest.raises(Refused, match="quarantine.jsonl"):
+        prepare(config, tmp_path / "index", workers=0, strict=True)
     assert not (tmp_path / "index" / "index.json").exists()
 
 
@@ -369,32 +372,32 @@ def test_strict(mine, tmp_path):
 def test_what_cannot_be_read_at_all(mine, tmp_path, change, said):
     config = dataclasses.replace(own(mine, [row("a", "p0.png")]), **change)
     with pytest.raises(ValueError, match=said):
-        prepare.prepare(config, tmp_path / "index", workers=0)
+        prepare(config, tmp_path / "index", workers=0)
 
 
 def test_a_table_that_changes_meanwhile(mine, tmp_path, monkeypatch):
     config = own(mine, [row("a", "p0.png"), row("b", "p1.png")])
-    encode = run._encode
+    encode = prepare_module._encode
 
     def and_edit(*args):
         encode(*args)
         own(mine, [row("a", "p0.png")])
 
-    monkeypatch.setattr(run, "_encode", and_edit)
+    monkeypatch.setattr(prepare_module, "_encode", and_edit)
     with pytest.raises(ValueError, match="was changed while it was read"):
-        prepare.prepare(config, tmp_path / "index", workers=0)
+        prepare(config, tmp_path / "index", workers=0)
     assert not (tmp_path / "index" / "index.json").exists()
 
 
 def test_a_directory_of_something_else_is_left_alone(mine):
     with pytest.raises(ValueError, match="holds what is no index"):
-        prepare.prepare(own(mine, [row("a", "p0.png")]), mine, workers=0)
+        prepare(own(mine, [row("a", "p0.png")]), mine, workers=0)
 
 
 def test_one_writer(mine, tmp_path):
     config = own(mine, [row("a", "p0.png")])
-    with run.held(tmp_path / "index"), pytest.raises(ValueError, match="another prepare is writing"):
-        prepare.prepare(config, tmp_path / "index", workers=0)
+    with prepare_module.held(tmp_path / "index"), pytest.raises(ValueError, match="another prepare is writing"):
+        prepare(config, tmp_path / "index", workers=0)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from input_pipeline.config import DataConfig
-from input_pipeline.prepare import database, findings, summary, writing
-from input_pipeline.prepare.checking import RowFacts, ScanFacts, SourceFacts
-from input_pipeline.prepare.findings import Findings
-from input_pipeline.prepare.journal import Journal
+from input_pipeline.index import database, findings, summary, writing
+from input_pipeline.index.checks import RowCheck, ScanCheck, SourceCheck
+from input_pipeline.index.findings import Findings
+from input_pipeline.index.journal import Journal
 
 ROOT = "/data"
 CONFIG = DataConfig.from_dict(
@@ -25,7 +25,7 @@ CONFIG = DataConfig.from_dict(
 def made(directory: Path, rows: int) -> dict:
     """All that a run over so many rows does with what it finds, each row with a scan of its own."""
     with database.opened() as db:
-        tables = {name: SourceFacts(ROOT, name, rows // 2, [], {}, []) for name in ("train", "test")}
+        tables = {name: SourceCheck(ROOT, name, rows // 2, [], {}, []) for name in ("train", "test")}
         found = Findings(CONFIG, tables, dict.fromkeys(tables, ""), db)
         every = ((name, i) for name in tables for i in range(rows // 2))
         while chunk := list(itertools.islice(every, 100)):
@@ -34,11 +34,11 @@ def made(directory: Path, rows: int) -> dict:
             # Each scan of a kind is another file; every tenth of train stands in test as well.
             same = [i if i % 10 == 0 else f"{name} {i}" for name, i in chunk]
             found.add_scans(
-                ScanFacts(*key, format="png", height=32, width=32, depth=1, channels=1, sha256=str(n), stamp="1")
+                ScanCheck(*key, format="png", height=32, width=32, depth=1, channels=1, sha256=str(n), stamp="1")
                 for key, n in zip(keys, same, strict=True)
             )
             found.add_rows(
-                chunk, [RowFacts(f"{name}{i}", "vqa", f"s{n}", 40, 10, 2, 20, (0,), (f"s{n}",), number=i)
+                chunk, [RowCheck(f"{name}{i}", "vqa", f"s{n}", 40, 10, 2, 20, (0,), (f"s{n}",), number=i)
                         for (name, i), n in zip(chunk, same, strict=True)]
             )  # fmt: skip
         report = summary.report(found)
@@ -80,12 +80,12 @@ def test_a_fault_of_ours_is_no_full_disk():
 
 def test_what_is_known_comes_back_as_it_was(tmp_path):
     """Facts of every kind through the journal: a stamp lets them be known, a later line replaces an earlier one."""
-    first = ScanFacts(ROOT, "ct.nii.gz", 1, '"lung"', spacing=(0.5, None, 2.0), low=-1024.5, high=3071.0, stamp="1")
-    other = ScanFacts(ROOT, "ä.png", -1, "", fault="damaged", reason="it is cut", stamp="2")
+    first = ScanCheck(ROOT, "ct.nii.gz", 1, '"lung"', spacing=(0.5, None, 2.0), low=-1024.5, high=3071.0, stamp="1")
+    other = ScanCheck(ROOT, "ä.png", -1, "", fault="damaged", reason="it is cut", stamp="2")
     with database.opened() as db:
         journal = Journal(tmp_path, db)
         journal.start(None)
-        journal.append([first._replace(low=0.0), other, ScanFacts(ROOT, "b.png", -1, "")])
+        journal.append([first._replace(low=0.0), other, ScanCheck(ROOT, "b.png", -1, "")])
         journal.append([first])
         journal.close()
     with database.opened() as db:

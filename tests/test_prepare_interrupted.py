@@ -19,18 +19,20 @@ import pytest
 from PIL import Image
 from test_prepare import facts, indexed, mine, no_picture, own, practice, row  # noqa: F401
 
-from input_pipeline import prepare, scans, tasks, workers
 from input_pipeline.config import DataConfig
-from input_pipeline.index import Index
-from input_pipeline.prepare import checking
-from input_pipeline.workers import WorkerError
+from input_pipeline.images import scans
+from input_pipeline.index import checks
+from input_pipeline.index.index import Index
+from input_pipeline.index.prepare import prepare
+from input_pipeline.parallel import team, workers
+from input_pipeline.parallel.workers import WorkerError
 
 # --- interruptions ----------------------------------------------------------------------------------------------------
 
 KILLED = """
 import os, pickle, signal, sys
-from input_pipeline import prepare
-from input_pipeline.prepare import journal
+from input_pipeline.index import journal
+from input_pipeline.index.prepare import prepare
 
 config, out, workers, appends = pickle.load(sys.stdin.buffer)
 append = journal.Journal.append
@@ -44,13 +46,13 @@ def and_die(self, *args):
 
 journal.Journal.append = and_die
 if __name__ == "__main__":
-    prepare.prepare(config, out, workers=workers)
+    prepare(config, out, workers=workers)
 """
 
 
 def killed(config: DataConfig, out: Path, workers: int, appends: int) -> None:
     """A run that SIGKILLs itself when so many chunks stand in the journal."""
-    root = Path(prepare.__file__).parents[2]
+    root = Path(checks.__file__).parents[2]
     ended = subprocess.run(
         [sys.executable, "-c", KILLED], input=pickle.dumps((config, out, workers, appends)), cwd=root, timeout=120
     )
@@ -76,7 +78,7 @@ def test_killed_in_the_middle_it_goes_on_where_it_was(indexed, tmp_path, monkeyp
     opened = []
     read = scans.read
     monkeypatch.setattr(scans, "read", lambda path, **choice: opened.append(str(path)) or read(path, **choice))
-    report = prepare.prepare(config, out, workers=0)
+    report = prepare(config, out, workers=0)
     assert report["reading"]["scans_read"] == len(opened) == 56 - finished[2]
     assert not any(path.endswith(tuple(names)) for path in opened)
     for name in ("scans.parquet", "rows.parquet"):
@@ -88,18 +90,18 @@ def test_only_what_has_changed_is_read_again(mine, tmp_path, monkeypatch):
     Image.fromarray(np.zeros((40, 40), np.uint8)).save(mine / "flat.png")
     rows = [row(str(i), f"p{i}.png") for i in range(6)] + [row("x", "none.png"), row("y", "flat.png")]
     config = own(mine, rows)
-    prepare.prepare(config, tmp_path / "index", workers=0)
+    prepare(config, tmp_path / "index", workers=0)
     Image.fromarray(np.eye(40, dtype=np.uint8)).save(mine / "p2.png")
     opened = []
     read = scans.read
     monkeypatch.setattr(scans, "read", lambda path, **choice: opened.append(path.name) or read(path, **choice))
-    prepare.prepare(config, tmp_path / "index", workers=0)
+    prepare(config, tmp_path / "index", workers=0)
     assert opened == ["p2.png", "flat.png"]  # what is bad is looked at again
     assert facts(tmp_path / "index")["p2.png"]["high"] == 1
     shutil.copy(mine / "p0.png", mine / "none.png")
-    report = prepare.prepare(config, tmp_path / "index", workers=0)
+    report = prepare(config, tmp_path / "index", workers=0)
     assert opened[2:] == ["none.png", "flat.png"] and report["rows"]["bad"] == 1
-    prepare.prepare(config, tmp_path / "index", workers=0, recheck=True)
+    prepare(config, tmp_path / "index", workers=0, recheck=True)
     assert len(opened) == 4 + 8
 
 
@@ -108,14 +110,14 @@ def test_a_series_is_read_again_when_one_of_its_files_changes(tmp_path):
     series.mkdir()
     for name in ("b", "a"):
         (series / name).write_text(name)
-    stamp, size = checking.stamp_of(series)
-    assert size == 2 and checking.stamp_of(series) == (stamp, size)
-    assert checking.file_hash(series) == hashlib.sha256(b"ab").hexdigest()
+    stamp, size = checks.stamp_of(series)
+    assert size == 2 and checks.stamp_of(series) == (stamp, size)
+    assert checks.file_hash(series) == hashlib.sha256(b"ab").hexdigest()
     os.utime(series / "a", (1, 1))
-    assert checking.stamp_of(series)[0] != stamp
+    assert checks.stamp_of(series)[0] != stamp
     (series / "c").touch()
     (series / "a").unlink()
-    assert checking.stamp_of(series)[0] != stamp
+    assert checks.stamp_of(series)[0] != stamp
 
 
 # --- files that end their reader --------------------------------------------------------------------------------------
@@ -134,17 +136,17 @@ def sabotage() -> None:
 
 
 def test_a_file_that_hangs_its_reader_is_in_quarantine(mine, tmp_path, monkeypatch):
-    monkeypatch.setattr(checking, "nothing", sabotage)
+    monkeypatch.setattr(checks, "nothing", sabotage)
     config = own(mine, [row(str(i), f"p{i}.png") for i in range(6)], worker_timeout=3.0)
     said = []
-    report = prepare.prepare(config, tmp_path / "index", workers=1, said=said.append)
+    report = prepare(config, tmp_path / "index", workers=1, said=said.append)
     found = facts(tmp_path / "index")
     assert {name: line["fault"] for name, line in found.items() if line["fault"]} == {"p3.png": "damaged"}
     assert "hung" in found["p3.png"]["reason"] and "data.worker_timeout" in found["p3.png"]["remedy"]
     assert report["rows"] == {"good": 5, "bad": 1, "not_opened": 0} and report["reading"]["workers_ended"] == 1
     assert len(said) == 1 and "p3.png" in said[0]
     monkeypatch.undo()
-    again = prepare.prepare(config, tmp_path / "index", workers=0)  # it may have been the machine: tried again
+    again = prepare(config, tmp_path / "index", workers=0)  # it may have been the machine: tried again
     assert again["rows"]["bad"] == 0 and again["reading"]["scans_read"] == 1
 
 
@@ -162,9 +164,9 @@ def crash(state, items):
 
 def test_what_ends_a_worker_is_passed_over_until_it_happens_too_often(monkeypatch):
     """The items beside it, before and behind, have their results, in order."""
-    monkeypatch.setattr(tasks, "MAX_DEATHS", 1)
-    with tasks.Team(nothing, 1, 20.0) as team, pytest.raises(WorkerError, match="at C") as error:
-        given = team.map(crash, ["a", "B", "b", "c", "C"], 3, label=str, failed=lambda item, reason: reason)
+    monkeypatch.setattr(team, "MAX_DEATHS", 1)
+    with team.Team(nothing, 1, 20.0) as workers, pytest.raises(WorkerError, match="at C") as error:
+        given = workers.map(crash, ["a", "B", "b", "c", "C"], 3, label=str, failed=lambda item, reason: reason)
         items, (first, second, third) = next(given)
         assert items == ["a", "B", "b"] and (first, third) == ("aa", "bb") and "was ended" in second
         next(given)

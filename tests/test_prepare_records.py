@@ -20,10 +20,12 @@ import pytest
 import tensorflow_datasets as tfds
 from test_prepare import config_of, facts, mine, no_picture, own, practice, row  # noqa: F401
 
-from input_pipeline import prepare, records, scans
-from input_pipeline.planes import Volume, planes
-from input_pipeline.records import Records, shard_name
-from input_pipeline.volumes import one_channel_if_gray, prepare_volume
+from input_pipeline.images import scans
+from input_pipeline.images.planes import Volume, planes
+from input_pipeline.images.volumes import one_channel_if_gray, prepare_volume
+from input_pipeline.index import records
+from input_pipeline.index.prepare import prepare
+from input_pipeline.index.records import Records, shard_name
 
 
 def volume_of(line: dict, config) -> Volume:
@@ -174,7 +176,7 @@ def test_damage_is_an_error_with_the_file(written, tmp_path):
 def test_records_are_the_volumes_of_training(practice, tmp_path, storage):
     out = tmp_path / "index"
     config = config_of(practice, storage=storage, depth=12)
-    report = prepare.prepare(config, out, workers=0, records=True)
+    report = prepare(config, out, workers=0, records=True)
     opened, lines = Records(out / "records"), facts(out)
     assert sorted({line["record"] for line in lines.values()}) == list(range(len(opened)))
     for line in lines.values():
@@ -190,7 +192,7 @@ def test_identical_scans_share_a_record(mine, tmp_path):
     shutil.copy(mine / "p0.png", mine / "again.png")
     seen = {"path": "ct.nii.gz", "window": "lung"}
     config = own(mine, [row("a", "p0.png", "again.png"), row("b", "ct.nii.gz", seen), row("c", "none.png")])
-    prepare.prepare(config, tmp_path / "index", workers=0, records=True)
+    prepare(config, tmp_path / "index", workers=0, records=True)
     lines = facts(tmp_path / "index")
     assert lines["p0.png"]["record"] == lines["again.png"]["record"]
     assert lines["ct.nii.gz"]["record"] != lines['ct.nii.gz"lung"']["record"]
@@ -201,7 +203,8 @@ def test_identical_scans_share_a_record(mine, tmp_path):
 
 KILLED = """
 import os, pickle, signal, sys
-from input_pipeline import prepare, records
+from input_pipeline.index import records
+from input_pipeline.index.prepare import prepare
 
 config, out, adds = pickle.load(sys.stdin.buffer)
 records.SHARD_BYTES = 40_000
@@ -215,17 +218,17 @@ def and_die(self, record):
     return add(self, record)
 
 records.Writer.add = and_die
-prepare.prepare(config, out, workers=0, records=True)
+prepare(config, out, workers=0, records=True)
 """
 
 
 def test_killed_within_a_shard_it_goes_on_with_the_last_whole_one(practice, tmp_path, monkeypatch):
     config, out, unbroken = config_of(practice), tmp_path / "index", tmp_path / "unbroken"
     monkeypatch.setattr(records, "SHARD_BYTES", 40_000)
-    prepare.prepare(config, unbroken, workers=2, records=True)
+    prepare(config, unbroken, workers=2, records=True)
     lengths = Records(unbroken / "records").lengths
     assert len(lengths) > 5
-    root = Path(prepare.__file__).parents[2]
+    root = Path(prepare.__code__.co_filename).parents[2]
     adds = sum(lengths[:3]) + 2  # the fourth shard has one record, and is not whole
     ended = subprocess.run(
         [sys.executable, "-c", KILLED], input=pickle.dumps((config, out, adds)), cwd=root, timeout=120
@@ -234,7 +237,7 @@ def test_killed_within_a_shard_it_goes_on_with_the_last_whole_one(practice, tmp_
     left = sorted(os.listdir(out / "records"))
     assert left == [shard_name(0), shard_name(1), shard_name(2), shard_name(3) + ".partial"]
 
-    report = prepare.prepare(config, out, workers=0, records=True)
+    report = prepare(config, out, workers=0, records=True)
     assert report["reading"]["scans_unchanged"] == sum(lengths[:3])
     assert sorted(os.listdir(out / "records")) == sorted(os.listdir(unbroken / "records"))
     assert (out / "scans.parquet").read_bytes() == (unbroken / "scans.parquet").read_bytes()
@@ -250,59 +253,59 @@ def test_a_full_disk(mine, tmp_path):
     if pid == 0:
         resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))
         try:
-            prepare.prepare(config, out, workers=0, records=True)
+            prepare(config, out, workers=0, records=True)
         except OSError as error:
             (tmp_path / "said").write_text(str(error))
         os._exit(0)
     os.waitpid(pid, 0)
     assert "records/volumes-scans.array_record-00000.partial cannot be written" in (tmp_path / "said").read_text()
-    prepare.prepare(config, out, workers=0, records=True)
+    prepare(config, out, workers=0, records=True)
     assert len(Records(out / "records")) == 6
     assert not [name for name in os.listdir(out / "records") if name.endswith(".partial")]
 
 
 def test_an_edited_scan_gets_another_record(mine, tmp_path):
     config, out = own(mine, [row("a", "p0.png"), row("b", "p1.png")]), tmp_path / "index"
-    prepare.prepare(config, out, workers=0, records=True)
+    prepare(config, out, workers=0, records=True)
     before = facts(out)
     shutil.copy(mine / "p2.png", mine / "p1.png")
-    report = prepare.prepare(config, out, workers=0, records=True)
+    report = prepare(config, out, workers=0, records=True)
     after = facts(out)
     assert after["p0.png"] == before["p0.png"] and after["p1.png"]["record"] == 2
     assert_same(Records(out / "records")[2], volume_of(after["p1.png"], config))
     assert report["records"]["unused"] == 1 and report["reading"]["scans_read"] == 1
-    report = prepare.prepare(config, out, workers=0, records=True, recheck=True)
+    report = prepare(config, out, workers=0, records=True, recheck=True)
     assert report["records"]["unused"] == 0 and len(Records(out / "records")) == 2
 
 
 def test_records_of_another_kind_are_refused(mine, tmp_path):
     config, out = own(mine, [row("a", "p0.png")]), tmp_path / "index"
-    prepare.prepare(config, out, workers=0, records=True)
+    prepare(config, out, workers=0, records=True)
     other = dataclasses.replace(config, storage="int16", depth=32)
     with pytest.raises(ValueError, match="data.storage is int16, was uint8; data.depth is 32, was 16"):
-        prepare.prepare(other, out, workers=0, records=True)
+        prepare(other, out, workers=0, records=True)
     with pytest.raises(ValueError, match="add --records, or --recheck"):
-        prepare.prepare(config, out, workers=0)
+        prepare(config, out, workers=0)
     assert_same(Records(out / "records")[0], volume_of(facts(out)["p0.png"], config))
-    prepare.prepare(other, out, workers=0, records=True, recheck=True)
+    prepare(other, out, workers=0, records=True, recheck=True)
     assert_same(Records(out / "records")[0], volume_of(facts(out)["p0.png"], other))
     (out / "records" / shard_name(0)).unlink()
     with pytest.raises(ValueError, match="lacks volumes-scans.array_record-00000"):
-        prepare.prepare(other, out, workers=0, records=True)
-    prepare.prepare(config, out, workers=0, recheck=True)
+        prepare(other, out, workers=0, records=True)
+    prepare(config, out, workers=0, recheck=True)
     assert not (out / "records").exists() and facts(out)["p0.png"]["record"] == -1
 
 
 def test_records_for_an_index_that_has_none(mine, tmp_path):
     config, out = own(mine, [row("a", "p0.png")]), tmp_path / "index"
-    prepare.prepare(config, out, workers=0)
-    report = prepare.prepare(config, out, workers=0, records=True)
+    prepare(config, out, workers=0)
+    report = prepare(config, out, workers=0, records=True)
     assert report["reading"]["scans_read"] == 1 and facts(out)["p0.png"]["record"] == 0
 
 
 def test_released_volumes_have_no_records(mine, tmp_path):
     config = own(mine, [row("a", "p0.png")], preprocess="released", storage="float32", patch_length=1024, planes=4096)
     with pytest.raises(ValueError, match="--records"):
-        prepare.prepare(config, tmp_path / "index", workers=0, records=True)
-    report = prepare.prepare(config, tmp_path / "index", workers=0)
+        prepare(config, tmp_path / "index", workers=0, records=True)
+    report = prepare(config, tmp_path / "index", workers=0)
     assert report["rows"] == {"good": 1, "bad": 0, "not_opened": 0}

@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 
-from input_pipeline import prompts
+from input_pipeline.datasets import prompts
 
 
 def test_every_group_has_ten_sentences_and_its_placeholder():

@@ -12,14 +12,14 @@ from radbench_parts import benchmark, sets
 
 from configs import radbench as paper
 from configs import radbench_practice
-from input_pipeline import ask
 from input_pipeline.datasets import open_dataset, sample_rng
 from input_pipeline.samples import Sample, Scan, Text
 from input_pipeline.sources import NoTerms
-from input_pipeline.tokenizer import Tokenizer
-from input_pipeline.tokens import encode
+from input_pipeline.text.tokenizer import Tokenizer
+from input_pipeline.text.tokens import encode
 from radfm_jax.evaluate import radbench
 from radfm_jax.evaluate.radbench import DATASETS, TASKS, Benchmark, NotAsked, Question
+from radfm_jax.inference import inputs
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_wording_is_fixed_by_the_seed(bench, root):
 
 def test_a_question_has_the_tokens_of_training(root, data, bench):
     """Scans before, behind and between texts: what generation reads is what training read before the answer."""
-    tokenizer, preparation = Tokenizer(data.tokenizer), ask.Preparation.of(data)
+    tokenizer, preparation = Tokenizer(data.tokenizer), inputs.Preparation.of(data)
     of = {q.row_id: q for q in bench.questions}
     for name, fields in sets(root).items():
         if name == "slake":
@@ -82,7 +82,7 @@ def test_a_question_has_the_tokens_of_training(root, data, bench):
             sample = dataset.sample(i, sample_rng(0, 0, name, row_id))
             whole = encode(sample, tokenizer, NoTerms(), max_scans=8, num_latents=4, max_tokens=2**20)
             q = of[f"{name}/{row_id}"]
-            asked = ask.encode_prompt(q.prompt, len(q.scans), tokenizer, preparation, context=q.context)
+            asked = inputs.encode_prompt(q.prompt, len(q.scans), tokenizer, preparation, context=q.context)
             assert whole.ids[: len(asked.ids)].tolist() == asked.ids.tolist(), q
             assert not np.asarray(whole.weights)[: len(asked.ids) - 1].any()
 

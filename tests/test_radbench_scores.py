@@ -19,16 +19,16 @@ from radbench_parts import MODEL, benchmark, config_file, save_model, sets
 from rich.console import Console
 
 import radfm_jax
+from input_pipeline.images.slices import slices
 from input_pipeline.samples import Scan
-from input_pipeline.slices import slices
-from input_pipeline.terms import Terms
-from input_pipeline.tokenizer import Tokenizer
-from radfm_jax.evaluate import answering, clinical, pictures, published, radbench, rating, report, scoring
+from input_pipeline.text.terms import Terms
+from input_pipeline.text.tokenizer import Tokenizer
+from radfm_jax.evaluate import clinical, model_answers, published, radbench, report, scoring
 from radfm_jax.evaluate.__main__ import _table, _write_questions, main
-from radfm_jax.evaluate.answering import Given
 from radfm_jax.evaluate.metrics import Interval
+from radfm_jax.evaluate.model_answers import Given
 from radfm_jax.evaluate.radbench import Bench, Question
-from radfm_jax.generate import Request, Sampling
+from radfm_jax.inference import Request, Sampling
 
 NASTY = "<script>alert(1)</script> \u202e<img src=x onerror=alert(2)> & 'quoted'"
 
@@ -99,7 +99,7 @@ def test_answers_and_probabilities_are_the_model_s_own(ran, bench, model):
     """One by one from Python; the probability of the first token from the softmax over all of them."""
     out, _, _ = ran
     loaded = radfm_jax.load(model)
-    yes, no = answering.first_tokens(loaded.tokenizer)
+    yes, no = model_answers.first_tokens(loaded.tokenizer)
     answers = {a["id"]: a for a in lines(out / "answers" / "tiny.jsonl")}
     for q in [q for q in bench.questions if q.task == "diagnosis"][:2] + bench.questions[-1:]:
         (alone,) = loaded.generator.answers(
@@ -270,14 +270,14 @@ def test_bars_stand_around_the_name_of_their_metric(monkeypatch):
         for model in ("a", "b") for task, of in (("diagnosis", values), ("vqa", vqa))
     ]  # fmt: skip
     figures = []
-    monkeypatch.setattr(pictures, "_save", lambda pyplot, figure, file: figures.append(figure))
+    monkeypatch.setattr(figures, "_save", lambda pyplot, figure, file: figures.append(figure))
     for comparable, bars in ((), 2), (("diagnosis",), 5):
-        pictures.bars(lines, Path(), comparable)
+        figures.bars(lines, Path(), comparable)
         panel = figures[-1].axes[list(radbench.TASKS).index("diagnosis")]
         centres = sorted(bar.get_x() + bar.get_width() / 2 for bar in panel.patches)
         assert len(centres) == 2 * bars
         assert np.mean(centres[:bars]) == pytest.approx(0) and np.mean(centres[bars:]) == pytest.approx(1)
-    assert pictures.averages(lines, ()) == {"a": {"diagnosis": 0.5}, "b": {"diagnosis": 0.5}}
+    assert figures.averages(lines, ()) == {"a": {"diagnosis": 0.5}, "b": {"diagnosis": 0.5}}
 
 
 def test_leaks_are_said(root, data, tmp_path, capsys):
@@ -312,7 +312,7 @@ def test_an_answer_may_hold_line_separators(tmp_path):
     file, questions = tmp_path / "a.jsonl", [Question("x/1", "vqa", "x", "Q?", ("a",))]
     # And begin with a byte order mark, as Windows' programs write it.
     file.write_text("\ufeff" + json.dumps({"id": "x/1", "answer": "a\u2028b\x85c"}, ensure_ascii=False) + "\n")
-    assert answering.read_answers(file, questions)["x/1"].text == "a\u2028b\x85c"
+    assert model_answers.read_answers(file, questions)["x/1"].text == "a\u2028b\x85c"
 
 
 @pytest.mark.parametrize(
@@ -334,7 +334,7 @@ def test_an_answer_may_hold_line_separators(tmp_path):
 def test_files_that_are_no_answers(given, message, tmp_path):
     questions = [Question(f"x/{i}", "vqa", "x", "Q?", ("a",)) for i in (1, 2)]
     with pytest.raises(ValueError, match=message):
-        answering.read_answers(write(tmp_path / "a.jsonl", given), questions)
+        model_answers.read_answers(write(tmp_path / "a.jsonl", given), questions)
 
 
 def test_lines_of_what_failed_are_named_by_their_own_file(tmp_path):
@@ -342,7 +342,7 @@ def test_lines_of_what_failed_are_named_by_their_own_file(tmp_path):
     file = write(tmp_path / "a.jsonl", [{"id": "x/1", "answer": "a"}])
     write(tmp_path / "a.failed.jsonl", [{"id": "x/2", "error": "no scan"}, {"id": "x/1", "error": "no scan"}])
     with pytest.raises(ValueError, match="a.jsonl: a.failed.jsonl, line 2: id 'x/1' stands twice"):
-        answering.read_answers(file, questions)
+        model_answers.read_answers(file, questions)
 
 
 def test_reports_keep_their_lines():
@@ -357,10 +357,10 @@ def test_reports_keep_their_lines():
 def test_first_tokens(data):
     """No token begins both answers, whatever the tokenizer makes of capitals."""
     tokenizer = Tokenizer(data.tokenizer)
-    yes, no = answering.first_tokens(tokenizer)
+    yes, no = model_answers.first_tokens(tokenizer)
     assert yes[0] == tokenizer.encode("yes")[0] and no[0] == tokenizer.encode("no")[0] and not set(yes) & set(no)
     letters = types.SimpleNamespace(encode=lambda text: [0, *map(ord, text)], decode=lambda ids: "")
-    assert answering.first_tokens(letters) == ((), ())
+    assert model_answers.first_tokens(letters) == ((), ())
 
 
 def test_scores_of_one_answer_each():
@@ -399,11 +399,11 @@ def test_an_unreadable_scan_is_a_failure(root, model, tmp_path):
     questions = [ask(1, str(broken)), ask(2, good), ask(3, str(tmp_path / "none.png"))]
     loaded = radfm_jax.load(model)
     file = tmp_path / "a.jsonl"
-    outcome = answering.answer_all(
+    outcome = model_answers.answer_all(
         loaded.generator, questions, file, tmp_path / "q.jsonl", model="m", sampling=Sampling(4)
     )
     assert outcome.answered == 1 and outcome.failed.keys() == {"x/1", "x/3"}
-    found = scoring.score(questions, answering.read_answers(file, questions), Terms(["mass"]))
+    found = scoring.score(questions, model_answers.read_answers(file, questions), Terms(["mass"]))
     assert [bool(one.error) for one in found] == [True, False, True] and "broken.png" in found[0].error
 
 
@@ -465,7 +465,7 @@ def test_grades_come_back(ran, tmp_path, capsys):
     grade = {"Perfect": 5, "tiny": 1}
     ratings = {f"{c['case']}/{x}": grade[m] for c in key["cases"] for x, m in c["letters"].items()}
     with pytest.raises(ValueError, match="sheet.key.json is the key of another sheet"):
-        rating.write_sheet({"m": []}, out / "sheet.html")
+        ratings.write_sheet({"m": []}, out / "sheet.html")
     one = {"sheet": key["sheet"], "rater": "[/a]", "ratings": ratings}
     two = {**one, "rater": "b", "ratings": {k: max(v - 1, 0) for k, v in list(ratings.items())[:6]}}
     files = [str(write(tmp_path / f"{i}.json", [x])) for i, x in enumerate((one, two))]
@@ -483,7 +483,7 @@ def test_grades_come_back(ran, tmp_path, capsys):
     said = capsys.readouterr().err
     assert "of another sheet" in said and "the grade 6" in said and "rater '[/a]' stands" in said
     with pytest.raises(ValueError, match="no file holds a grade"):
-        rating.read(out / "sheet.key.json", [write(tmp_path / "e.json", [{**one, "ratings": {}}])])
+        ratings.read(out / "sheet.key.json", [write(tmp_path / "e.json", [{**one, "ratings": {}}])])
 
 
 # --- clinical metrics -------------------------------------------------------------------------------------------------

@@ -16,8 +16,8 @@ import torch
 import torch_radfm
 from packed import CONFIG, SAMPLES, SIZES
 
-from input_pipeline.packing import plain_rows
-from radfm_jax.models import llama, perceiver, vit3d
+from input_pipeline.batching.packing import plain_rows
+from radfm_jax.models import decoder, perceiver, vit3d
 from radfm_jax.models.layers import REMAT_POLICIES
 from radfm_jax.models.radfm import (
     PRESETS,
@@ -29,7 +29,7 @@ from radfm_jax.models.radfm import (
     radfm_14b,
     tiny,
 )
-from radfm_jax.sharding import batch_sharding, make_mesh, param_shardings, place_batch
+from radfm_jax.runtime.sharding import batch_sharding, make_mesh, param_shardings, place_batch
 
 PARAMS = parity.recipe_params(CONFIG)
 
@@ -119,7 +119,7 @@ def test_full_size_is_sharded():
 @pytest.mark.parametrize("name", PRESETS)
 def test_config_there_and_back(name):
     config = PRESETS[name]()
-    scaling = llama.RopeScaling(factor=4.0, original_context=64)
+    scaling = decoder.RopeScaling(factor=4.0, original_context=64)
     scaled = dataclasses.replace(config, llama=dataclasses.replace(config.llama, rope_scaling=scaling))
     for c in (config, scaled, config.with_compute(dtype="bfloat16", remat="dots")):
         assert RadFMConfig.from_dict(c.to_dict()) == c
@@ -252,10 +252,10 @@ def test_scanned_stacks_are_their_blocks_one_by_one():
     np.testing.assert_allclose(x, out["perceiver"], rtol=0, atol=ATOL)
 
     own, c = PARAMS["llama"], CONFIG.llama
-    x, rope = out["embeddings"], llama.rope_table(batch["positions"], c)
+    x, rope = out["embeddings"], decoder.rope_table(batch["positions"], c)
     seen = jnp.where(batch["key_ok"] | (batch["segments"] == 0), batch["segments"], -1)
     for i in range(c.num_layers):
-        x, _ = llama.Block(c).apply(layer(own["blocks"], i), x, rope, batch["segments"], seen)
+        x, _ = decoder.Block(c).apply(layer(own["blocks"], i), x, rope, batch["segments"], seen)
     x = nn.RMSNorm(epsilon=c.norm_eps).apply({"params": own["norm"]}, x)
     np.testing.assert_allclose(x @ own["head"], logits, rtol=0, atol=ATOL)
 

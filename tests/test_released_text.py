@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from token_parts import A, B, V, check, context, instruction, long_text, response, run, tokenizer  # noqa: F401
 
-from input_pipeline.released_text import encode_segments, insert_images, released_decode, released_text
-from input_pipeline.terms import Terms
-from input_pipeline.tokenizer import Tokenizer
+from input_pipeline.text.released_text import encode_segments, insert_images, released_decode, released_text
+from input_pipeline.text.terms import Terms
+from input_pipeline.text.tokenizer import Tokenizer
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "tokenizer_golden.json").read_text())
 LITERAL = re.compile(r"\{IMG(\d+)\}")

@@ -13,9 +13,10 @@ from saved_states import MESHES, mesh, names, save
 from saving_child import CONFIG, abstract, assert_same, data_state, saver, state, values
 
 import radfm_jax
-from radfm_jax import checkpoint, optimizer, run_directory, train_step
+from radfm_jax.checkpoints import checkpoint, run_directory
+from radfm_jax.checkpoints.run_directory import latest, restore, step_directory, steps
 from radfm_jax.models import radfm
-from radfm_jax.run_directory import latest, restore, step_directory, steps
+from radfm_jax.training import optimizer, train_step
 
 # --- what is saved comes back -----------------------------------------------------------------------------------------
 

@@ -14,10 +14,10 @@ import pytest
 from saved_states import mesh, names
 from saving_child import abstract, assert_same, data_state, saver, state
 
-from radfm_jax import checkpoint, run_directory
-from radfm_jax import saver as saver_module
-from radfm_jax.run_directory import latest, restore, step_directory, steps
-from radfm_jax.saver import SaveError
+from radfm_jax.checkpoints import checkpoint, run_directory
+from radfm_jax.checkpoints import saver as saver_module
+from radfm_jax.checkpoints.run_directory import latest, restore, step_directory, steps
+from radfm_jax.checkpoints.saver import SaveError
 
 # --- a save that fails ------------------------------------------------------------------------------------------------
 

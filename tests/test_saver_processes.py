@@ -16,8 +16,8 @@ import pytest
 from saved_states import MESHES, mesh, names, save
 from saving_child import abstract, assert_same, data_state, saver
 
-from radfm_jax import run_directory
-from radfm_jax.run_directory import latest, restore, step_directory, steps
+from radfm_jax.checkpoints import run_directory
+from radfm_jax.checkpoints.run_directory import latest, restore, step_directory, steps
 
 CHILD = Path(__file__).with_name("saving_child.py")
 # A script finds what lies beside it, not the package, unless that is installed.

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from scan_files import NIBABEL, dicom_file, fails, nifti, saved
 
-from input_pipeline import scans
-from input_pipeline.scans.base import natural
+from input_pipeline.images import scans
+from input_pipeline.images.scans.base import natural
 
 
 def test_header_equals_read():

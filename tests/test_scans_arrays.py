@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scan_files import fails, saved
 
-from input_pipeline import scans
+from input_pipeline.images import scans
 
 
 def test_npy_layouts(tmp_path):
@@ -76,4 +76,4 @@ def test_npy_sizes(tmp_path):
         path.write_bytes(wrong)
         fails(path, "damaged")
     path.write_bytes(data)
-    fails(path, "limit", "420 bytes", limits=scans.Limits(max_bytes=419))
+    fails(path, "limit", "420 bytes", limits=scans.ScanLimits(max_bytes=419))

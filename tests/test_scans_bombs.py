@@ -18,7 +18,7 @@ import tifffile
 from PIL import Image
 from scan_files import RAMP, dicom_file, lps_volume
 
-from input_pipeline import scans
+from input_pipeline.images import scans
 
 BOMBS = """
 import sys, time
@@ -30,7 +30,7 @@ def peak():
 for path in sys.argv[1:]:
     open("/proc/self/clear_refs", "w").write("5")  # the peak starts again from what is in use
     before, start = peak(), time.monotonic()
-    limits = scans.Limits(max_bytes=1 << 26) if "deflated" in path else scans.Limits()
+    limits = scans.ScanLimits(max_bytes=1 << 26) if "deflated" in path else scans.ScanLimits()
     try:
         scans.read(path, limits=limits)
         said = "READ"
@@ -142,7 +142,7 @@ def bombs(folder: Path) -> list[Path]:
 def test_bombs_cost_little(tmp_path):
     """Each is refused within 5 s and 30 MB; measured: at most 0.3 s (the deflated zeros) and 5 MB."""
     paths = bombs(tmp_path)
-    environment = os.environ | {"PYTHONPATH": str(Path(scans.__file__).parents[2]), "PYTHONWARNINGS": "ignore"}
+    environment = os.environ | {"PYTHONPATH": str(Path(scans.__file__).parents[3]), "PYTHONWARNINGS": "ignore"}
     warm = dicom_file("MR_small_RLE.dcm"), dicom_file("MR_small_jp2klossless.dcm"), dicom_file("SC_rgb_jpeg_gdcm.dcm")
     command = [sys.executable, "-c", BOMBS, *warm, *map(str, paths)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)

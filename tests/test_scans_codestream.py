@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from scan_files import COLOUR
 
-from input_pipeline.scans import codestream
+from input_pipeline.images.scans import codestream
 
 
 def test_codestream_sizes():

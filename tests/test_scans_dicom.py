@@ -15,8 +15,8 @@ import pytest
 from pydicom import uid
 from scan_files import dicom_file, fails, nifti, seen
 
-from input_pipeline import scans
-from input_pipeline.scans import isolated
+from input_pipeline.images import scans
+from input_pipeline.images.scans import isolated
 
 
 def make_dicom(path: Path, pixels: np.ndarray, **attributes) -> Path:
@@ -88,7 +88,7 @@ def test_a_series_that_unpacks_to_too_much_is_refused(tmp_path):
     folder = make_series(tmp_path / "zeros", lps, syntax=uid.DeflatedExplicitVRLittleEndian)
     assert sum(path.stat().st_size for path in folder.iterdir()) < 10_000
     assert scans.read(folder)[0].shape == (256, 256, 3, 1)
-    fails(folder, "limit", "unpacks to more than", limits=scans.Limits(max_file_bytes=5 * lps.nbytes // 6))
+    fails(folder, "limit", "unpacks to more than", limits=scans.ScanLimits(max_file_bytes=5 * lps.nbytes // 6))
 
 
 def test_series_equals_its_nifti(tmp_path):
@@ -173,7 +173,7 @@ def test_directory_with_other_things(tmp_path):
     fails(folder, "series", "deeper")
     (tmp_path / "empty").mkdir()
     fails(tmp_path / "empty", "missing", "empty directory")
-    fails(make_series(tmp_path / "many", lps), "limit", "3 files", limits=scans.Limits(max_slices=3))
+    fails(make_series(tmp_path / "many", lps), "limit", "3 files", limits=scans.ScanLimits(max_slices=3))
     one = tmp_path / "one"
     one.mkdir()
     make_dicom(one / "a.dcm", lps[:, :, 0].T.copy())

@@ -29,7 +29,7 @@ import tifffile
 from PIL import Image
 from pydicom.data import get_testdata_file
 
-from input_pipeline import scans
+from input_pipeline.images import scans
 
 QUICK, SLOW = 50, 1000  # cases of each kind; several kinds of each format
 NIBABEL = Path(nibabel.__file__).parent / "tests" / "data"

@@ -11,7 +11,7 @@ import tifffile
 from PIL import Image, ImageOps
 from scan_files import COLOUR, RAMP, fails, picture
 
-from input_pipeline import scans
+from input_pipeline.images import scans
 
 
 def test_png_gray_and_colour(tmp_path):

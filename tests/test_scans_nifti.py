@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scan_files import fails, lps_volume, nifti, patched, seen
 
-from input_pipeline import scans
+from input_pipeline.images import scans
 
 
 @pytest.mark.parametrize("dtype", ["u1", "i1", "i2", "u2", "i4", "u4", "i8", "u8", "f4", "f8"])
@@ -125,13 +125,13 @@ def test_nifti_sizes_are_checked_before_allocation(tmp_path):
     huge = [("<h", 42 + 2 * i, 32767) for i in range(3)]
     fails(patched(path, *huge), "limit", "more than")
     path = nifti(tmp_path / "b.nii", lps_volume(), np.eye(4))
-    fails(path, "limit", "48 bytes", limits=scans.Limits(max_bytes=47))
-    fails(path, "limit", "rows or columns", limits=scans.Limits(max_side=3))
-    fails(path, "limit", "slices", limits=scans.Limits(max_slices=1))
-    fails(path, "limit", "limit of 300", limits=scans.Limits(max_file_bytes=300))
+    fails(path, "limit", "48 bytes", limits=scans.ScanLimits(max_bytes=47))
+    fails(path, "limit", "rows or columns", limits=scans.ScanLimits(max_side=3))
+    fails(path, "limit", "slices", limits=scans.ScanLimits(max_slices=1))
+    fails(path, "limit", "limit of 300", limits=scans.ScanLimits(max_file_bytes=300))
     four = nifti(tmp_path / "c.nii", np.stack([lps_volume()] * 3, axis=3), np.eye(4))
-    fails(four, "limit", "3 volumes", limits=scans.Limits(max_volumes=2), volume=0)
-    assert scans.read(path, limits=scans.Limits(max_bytes=48, max_side=4, max_slices=2))[0].size == 24
+    fails(four, "limit", "3 volumes", limits=scans.ScanLimits(max_volumes=2), volume=0)
+    assert scans.read(path, limits=scans.ScanLimits(max_bytes=48, max_side=4, max_slices=2))[0].size == 24
 
 
 def test_nifti_stream_must_end_where_its_header_says(tmp_path):

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from scan_files import fails, lps_volume, nifti, seen
 
-from input_pipeline import scans
-from input_pipeline.scans import orientation
+from input_pipeline.images import scans
+from input_pipeline.images.scans import orientation
 
 
 def test_drawn_volume_is_displayed_as_drawn():

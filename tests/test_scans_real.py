@@ -11,7 +11,7 @@ import pydicom
 import pytest
 from scan_files import NIBABEL, dicom_file, fails
 
-from input_pipeline import scans
+from input_pipeline.images import scans
 
 ICBM = Path(nilearn.__file__).parent / "datasets" / "data" / "mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz"
 

@@ -10,7 +10,7 @@ import tifffile
 from PIL import Image
 from scan_files import COLOUR, RAMP, fails, patched
 
-from input_pipeline import scans
+from input_pipeline.images import scans
 
 TIFFS = {
     "u8": (RAMP, {}),
@@ -45,7 +45,7 @@ def test_tiff_pages_are_slices(tmp_path):
     voxels, header = scans.read(tmp_path / "a.tif")
     assert header.shape == (5, 12, 4, 1) and header.kind == "3d"
     np.testing.assert_array_equal(voxels[..., 0], np.moveaxis(pages, 0, -1))
-    fails(tmp_path / "a.tif", "limit", "3 pages", limits=scans.Limits(max_slices=3))
+    fails(tmp_path / "a.tif", "limit", "3 pages", limits=scans.ScanLimits(max_slices=3))
     with tifffile.TiffWriter(tmp_path / "b.tif") as tif:
         tif.write(RAMP, photometric="minisblack")
         tif.write(RAMP[:, :6], photometric="minisblack")

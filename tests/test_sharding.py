@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from radfm_jax import sharding
-from radfm_jax.checkpoint import flatten
+from radfm_jax.checkpoints.checkpoint import flatten
 from radfm_jax.models import radfm
-from radfm_jax.sharding import AXES, BATCH, make_mesh, param_shardings, param_specs, place_batch, spec
+from radfm_jax.runtime import sharding
+from radfm_jax.runtime.sharding import AXES, BATCH, make_mesh, param_shardings, param_specs, place_batch, spec
 
 # --- the table --------------------------------------------------------------------------------------------------------
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from radfm_jax import display, summary
-from radfm_jax.evaluate import exact
-from radfm_jax.evaluate.exact import Scored
+from radfm_jax.evaluate import exact_match
+from radfm_jax.evaluate.exact_match import ExactMatch
+from radfm_jax.training import display, run_summary
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_lines_are_shown_as_they_are(capsys, tmp_path):
 
 
 def page(tmp_path, run, *more) -> str:
-    assert summary.main(["--runs", str(run), *map(str, more), "--out", str(tmp_path / "page.html")]) == 0
+    assert run_summary.main(["--runs", str(run), *map(str, more), "--out", str(tmp_path / "page.html")]) == 0
     return (tmp_path / "page.html").read_text()
 
 
@@ -54,9 +54,9 @@ def test_the_stages_without_their_first_line(tmp_path, run):
 
 
 def test_scores_stand_beside_their_control(tmp_path, run):
-    own = [Scored("vqa", str(i), None, "vqa", "Side?", "left", i < 9) for i in range(10)]
-    other = [Scored("vqa", str(i), None, "vqa", "Side?", "left", i < 5, "another") for i in range(10)]
-    exact.write(own + other, tmp_path / "scores")
+    own = [ExactMatch("vqa", str(i), None, "vqa", "Side?", "left", i < 9) for i in range(10)]
+    other = [ExactMatch("vqa", str(i), None, "vqa", "Side?", "left", i < 5, "another") for i in range(10)]
+    exact_match.write(own + other, tmp_path / "scores")
     text = page(tmp_path, run, "--scores", tmp_path / "scores")
     assert re.search(r"<td>vqa</td>.*?90\.0%.*?59\.6% to 98\.2%.*?90\.0%.*?50\.0%", text), text[-900:]
 
@@ -79,5 +79,5 @@ def test_answers_beside_what_the_model_saw(tmp_path, run):
 
 
 def test_a_run_that_is_none(tmp_path, capsys):
-    assert summary.main(["--runs", str(tmp_path / "none"), "--out", str(tmp_path / "page.html")]) == 2
+    assert run_summary.main(["--runs", str(tmp_path / "none"), "--out", str(tmp_path / "page.html")]) == 2
     assert "none" in capsys.readouterr().err and not (tmp_path / "page.html").exists()

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from input_pipeline import terms as terms_module
-from input_pipeline.terms import Terms, fold_phrase, fold_word, open_terms, read_list, scispacy_terms, umls_terms
+from input_pipeline.text import terms as terms_module
+from input_pipeline.text.terms import Terms, fold_phrase, fold_word, open_terms, read_list, scispacy_terms, umls_terms
 
 ROOT = Path(__file__).parent.parent
 

@@ -11,9 +11,9 @@ import pytest
 import sentencepiece
 from token_parts import A, V, instruction, read_back, response, run, tokenizer  # noqa: F401
 
-from input_pipeline.released_text import released_text
-from input_pipeline.terms import Terms
-from input_pipeline.tokenizer import Tokenizer
+from input_pipeline.text.released_text import released_text
+from input_pipeline.text.terms import Terms
+from input_pipeline.text.tokenizer import Tokenizer
 
 
 def test_tokenizer_files(tokenizer, tmp_path):

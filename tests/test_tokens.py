@@ -27,8 +27,8 @@ from token_parts import (
 )
 
 from input_pipeline.samples import RowError, Scan
-from input_pipeline.terms import Terms
-from input_pipeline.tokens import INSTRUCTION_FLOOR, parse_marks
+from input_pipeline.text.terms import Terms
+from input_pipeline.text.tokens import INSTRUCTION_FLOOR, parse_marks
 
 # --- By hand ---
 

@@ -18,23 +18,24 @@ from rich.console import Console
 from slurm import compare
 
 from input_pipeline.sources import NoTerms
-from radfm_jax import api, display, run_directory
+from radfm_jax import api
+from radfm_jax.checkpoints import run_directory
 from radfm_jax.evaluate import radbench, scoring
-from radfm_jax.evaluate.answering import Given
-from radfm_jax.experiment import CheckpointConfig, Experiment, TrainConfig
-from radfm_jax.generate import Request
-from radfm_jax.models.llama import LlamaConfig
+from radfm_jax.evaluate.model_answers import Given
+from radfm_jax.inference import Request
+from radfm_jax.models.decoder import DecoderConfig
 from radfm_jax.models.perceiver import PerceiverConfig
 from radfm_jax.models.radfm import RadFMConfig
 from radfm_jax.models.vit3d import ViTConfig
-from radfm_jax.optimizer import OptimizerConfig
-from radfm_jax.train import loop
-from radfm_jax.train.answers import HeldOutAnswers
+from radfm_jax.training import display, loop
+from radfm_jax.training.experiment import CheckpointConfig, Experiment, TrainConfig
+from radfm_jax.training.held_out_questions import HeldOutAnswers
+from radfm_jax.training.optimizer import OptimizerConfig
 
 MODEL = RadFMConfig(
     ViTConfig(width=24, num_layers=1, num_heads=2, head_dim=8, mlp_width=32, dropout=0.1),
     PerceiverConfig(width=24, num_layers=1, num_heads=2, head_dim=8, num_latents=4),
-    LlamaConfig(vocab_size=512, width=32, mlp_width=64, num_layers=1, num_heads=4, num_kv_heads=4, head_dim=8),
+    DecoderConfig(vocab_size=512, width=32, mlp_width=64, num_layers=1, num_heads=4, num_kv_heads=4, head_dim=8),
 )
 
 

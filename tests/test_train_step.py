@@ -11,11 +11,12 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from input_pipeline.samples import TASKS
-from radfm_jax import sharding, train_step
-from radfm_jax.checkpoint import flatten
-from radfm_jax.losses import radfm_loss
+from radfm_jax.checkpoints.checkpoint import flatten
 from radfm_jax.models.radfm import RadFM
-from radfm_jax.optimizer import OptimizerConfig, optimizer
+from radfm_jax.runtime import sharding
+from radfm_jax.training import train_step
+from radfm_jax.training.losses import radfm_loss
+from radfm_jax.training.optimizer import OptimizerConfig, optimizer
 
 CONFIG = OptimizerConfig(learning_rate=1e-2, warmup_steps=1, clip=1.0)
 RATE = np.float32(1e-2)

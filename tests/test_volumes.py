@@ -12,8 +12,8 @@ import torch
 from scan_files import dicom_file
 from voxels import draw, with_values
 
-from input_pipeline import scans
-from input_pipeline import volumes as v
+from input_pipeline.images import scans
+from input_pipeline.images import volumes as v
 
 
 def area_matrix(n, m):

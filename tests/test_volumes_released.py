@@ -11,7 +11,7 @@ import pytest
 import torch
 from voxels import draw, with_values
 
-from input_pipeline import volumes as v
+from input_pipeline.images import volumes as v
 
 GOLDEN = np.load(Path(__file__).parent / "data" / "preprocess.npz")
 META = json.loads(str(GOLDEN["meta_json"]))

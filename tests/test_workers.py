@@ -16,8 +16,8 @@ import numpy as np
 import psutil
 import pytest
 
+from input_pipeline.parallel.workers import Pool, WorkerError, at
 from input_pipeline.samples import RowError
-from input_pipeline.workers import Pool, WorkerError, at
 
 # --- what the workers run: found there by import ----------------------------------------------------------------------
 
@@ -231,7 +231,7 @@ CALLER = """
 import sys
 sys.path[:0] = {paths!r}
 import test_workers
-from input_pipeline.workers import Pool
+from input_pipeline.parallel.workers import Pool
 
 if __name__ == "__main__":
     pool = Pool(test_workers.make, workers=2, timeout=60)

@@ -15,8 +15,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from input_pipeline import prompts
-from input_pipeline.datasets import diseases
+from input_pipeline.datasets import diseases, prompts
 from input_pipeline.datasets.base import TableDataset, ask
 from input_pipeline.datasets.store import digest, first_equal
 from input_pipeline.samples import RowError, Sample, Scan

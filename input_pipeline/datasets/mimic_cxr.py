@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from input_pipeline import prompts
+from input_pipeline.datasets import prompts
 from input_pipeline.datasets.base import TableDataset, ask
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from input_pipeline import prompts
+from input_pipeline.datasets import prompts
 from input_pipeline.datasets.base import TableDataset, ask, choose
-from input_pipeline.datasets.sentences import closed, join
 from input_pipeline.samples import Scan
+from input_pipeline.text.sentences import closed, join
 
 # type -> prompts
 TYPES = {

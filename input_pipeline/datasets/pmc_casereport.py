@@ -6,8 +6,8 @@ import dataclasses
 import re
 
 from input_pipeline.datasets.base import TableDataset, pick
-from input_pipeline.datasets.sentences import shorten
 from input_pipeline.samples import Scan, Text
+from input_pipeline.text.sentences import shorten
 
 _TAG = re.compile(r"^[QA]\s*:\s*", re.IGNORECASE)
 _ID = re.compile(r"[A-Za-z0-9._-]+")

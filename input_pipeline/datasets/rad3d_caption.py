@@ -6,10 +6,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from input_pipeline import prompts
+from input_pipeline.datasets import prompts
 from input_pipeline.datasets.base import LeftOut, TableDataset, ask
-from input_pipeline.datasets.sentences import closed, join
-from input_pipeline.datasets.sizes import without_sizes
+from input_pipeline.text.measurements import without_sizes
+from input_pipeline.text.sentences import closed, join
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)

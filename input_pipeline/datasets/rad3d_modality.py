@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from input_pipeline import prompts
+from input_pipeline.datasets import prompts
 from input_pipeline.datasets.base import TableDataset, ask
 from input_pipeline.datasets.modalities import WORDS, ModalityQuestions, modalities
 from input_pipeline.datasets.tables import Row

@@ -6,11 +6,10 @@ import dataclasses
 import re
 import sys
 
-from input_pipeline import prompts
-from input_pipeline.datasets import diseases
+from input_pipeline.datasets import diseases, prompts
 from input_pipeline.datasets.base import TableDataset, ask
 from input_pipeline.datasets.rad3d_caption import patient
-from input_pipeline.datasets.sentences import closed, join
+from input_pipeline.text.sentences import closed, join
 
 # An entry of `articles` that is longer is the text of an article, not its name.
 LONGEST_NAME = 120

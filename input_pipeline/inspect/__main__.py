@@ -12,12 +12,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from input_pipeline import command_line, parts
+from input_pipeline import command_line
 from input_pipeline.config import SPLITS, DataConfig
-from input_pipeline.inspect.facts import RowFacts
+from input_pipeline.inspect.facts import RowView
 from input_pipeline.inspect.look import Head, look
 from input_pipeline.inspect.page import GENERATOR, page
-from input_pipeline.workers import WorkerError
+from input_pipeline.parallel import chunk_files
+from input_pipeline.parallel.workers import WorkerError
 
 DESCRIPTION = """\
 Write a page that shows what the model will see: packed rows as bars, each sample's scans as pictures and its text token
@@ -94,9 +95,9 @@ def _refuse_foreign(out: Path) -> None:
         raise ValueError(f"{there[0]} is not of this command and would be replaced: choose another --out")
 
 
-def _write(out: Path, head: Head, rows: list[RowFacts]) -> None:
+def _write(out: Path, head: Head, rows: list[RowView]) -> None:
     """rows.json, then index.html; each appears whole."""
-    parts.make_directory(out)
+    chunk_files.make_directory(out)
     facts = {"head": dataclasses.asdict(head), "rows": [row.as_dict() for row in rows]}
     for name, text in (("rows.json", json.dumps(facts, indent=1)), ("index.html", page(head, rows))):
         part = out / f".{name}.part"

@@ -10,15 +10,15 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from input_pipeline.inspect.pictures import ScanFacts, scan_facts, volume_of_slot
+from input_pipeline.batching.rows import RowInfo, SampleInRow
+from input_pipeline.inspect.pictures import ScanView, scan_facts, volume_of_slot
 from input_pipeline.inspect.texts import TEXT, Speller, Token, sample_tokens
-from input_pipeline.rows import RowInfo, SampleInRow
-from input_pipeline.tokenizer import Tokenizer
-from input_pipeline.tokens import TERM_WEIGHT
+from input_pipeline.text.tokenizer import Tokenizer
+from input_pipeline.text.tokens import TERM_WEIGHT
 
 
 @dataclasses.dataclass(frozen=True)
-class SampleFacts:
+class SampleView:
     """A sample of a row.
 
     Attributes:
@@ -48,7 +48,7 @@ class SampleFacts:
 
 
 @dataclasses.dataclass(frozen=True)
-class RowFacts:
+class RowView:
     """A row.
 
     Attributes:
@@ -67,8 +67,8 @@ class RowFacts:
     latents: tuple[tuple[int, int], ...]
     vision: tuple[tuple[tuple[int, int, int], ...], ...]
     vision_length: int
-    samples: tuple[SampleFacts, ...]
-    scans: tuple[ScanFacts, ...]
+    samples: tuple[SampleView, ...]
+    scans: tuple[ScanView, ...]
     left_out: tuple[str, ...]
     warnings: tuple[str, ...]
 
@@ -83,7 +83,7 @@ class RowFacts:
         return plain
 
 
-def row_facts(arrays: Mapping[str, np.ndarray], info: RowInfo, tokenizer: Tokenizer, num_latents: int) -> RowFacts:
+def row_facts(arrays: Mapping[str, np.ndarray], info: RowInfo, tokenizer: Tokenizer, num_latents: int) -> RowView:
     """Everything about one row.
 
     Args:
@@ -107,7 +107,7 @@ def row_facts(arrays: Mapping[str, np.ndarray], info: RowInfo, tokenizer: Tokeni
         scan, said = scan_facts(arrays, slot, volume, shown_by)
         scans.append(scan)
         warnings += said
-    return RowFacts(
+    return RowView(
         info.epoch,
         info.window,
         info.row,
@@ -124,7 +124,7 @@ def row_facts(arrays: Mapping[str, np.ndarray], info: RowInfo, tokenizer: Tokeni
     )
 
 
-def _sample_facts(arrays, number: int, stands: SampleInRow, speller: Speller, num_latents: int) -> SampleFacts:
+def _sample_facts(arrays, number: int, stands: SampleInRow, speller: Speller, num_latents: int) -> SampleView:
     here = np.flatnonzero(arrays["segments"] == number)
     first, end = (int(here[0]), int(here[-1]) + 1) if len(here) else (0, 0)
     part = slice(first, end)
@@ -134,7 +134,7 @@ def _sample_facts(arrays, number: int, stands: SampleInRow, speller: Speller, nu
         warnings.append(f"stands in {len(here)} places, {stands.tokens} were planned")
     if not weights.any():
         warnings.append("nothing is trained on: every weight is zero")
-    return SampleFacts(
+    return SampleView(
         number,
         stands.source,
         stands.row_id,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
+from input_pipeline.batching.pipeline import PackingReport, Rows, batches
+from input_pipeline.batching.rows import RowMaker
 from input_pipeline.config import DataConfig
-from input_pipeline.inspect.facts import RowFacts, row_facts
-from input_pipeline.pipeline import PackingReport, Rows, batches
-from input_pipeline.rows import RowMaker
+from input_pipeline.inspect.facts import RowView, row_facts
 from input_pipeline.sources import tokenizer_of
 
 SETTINGS = ("preprocess", "storage", "terms", "mixture", "seed", "share_scans", "max_scans", "crop", "index")
@@ -53,7 +53,7 @@ class Head:
     terms: float
 
 
-def look(config: DataConfig, split: str, count: int, epoch: int, name: str) -> tuple[Head, list[RowFacts]]:
+def look(config: DataConfig, split: str, count: int, epoch: int, name: str) -> tuple[Head, list[RowView]]:
     """The first `count` rows of an epoch, through the pipeline that training uses.
 
     Args:

@@ -11,9 +11,9 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from input_pipeline.inspect.facts import RowFacts, SampleFacts
+from input_pipeline.inspect.facts import RowView, SampleView
 from input_pipeline.inspect.look import Head
-from input_pipeline.inspect.pictures import ScanFacts
+from input_pipeline.inspect.pictures import ScanView
 from input_pipeline.inspect.texts import Token
 from input_pipeline.samples import TASKS
 
@@ -56,12 +56,12 @@ def _named(c: str) -> str:
     return f"⟨U+{ord(c):04X}⟩"
 
 
-def page(head: Head, rows: Sequence[RowFacts]) -> str:
+def page(head: Head, rows: Sequence[RowView]) -> str:
     """The whole page."""
     return "".join(f"{line}\n" for line in _page(head, rows))
 
 
-def _page(head: Head, rows: Sequence[RowFacts]) -> Iterator[str]:
+def _page(head: Head, rows: Sequence[RowView]) -> Iterator[str]:
     yield '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">'
     yield f'<meta name="generator" content="{GENERATOR}">'
     yield f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
@@ -78,7 +78,7 @@ def _page(head: Head, rows: Sequence[RowFacts]) -> Iterator[str]:
 # --- head -------------------------------------------------------------------------------------------------------------
 
 
-def _head(head: Head, rows: Sequence[RowFacts]) -> Iterator[str]:
+def _head(head: Head, rows: Sequence[RowView]) -> Iterator[str]:
     yield "<header>\n<h1>What the model sees</h1>"
     how = "with the crops and flips of training" if head.training else "without crops and flips"
     yield (
@@ -137,7 +137,7 @@ def _legend() -> Iterator[str]:
     )
 
 
-def _warnings(rows: Sequence[RowFacts]) -> Iterator[str]:
+def _warnings(rows: Sequence[RowView]) -> Iterator[str]:
     lines = []
     for number, row in enumerate(rows):
         lines += [f'<a href="#row-{number}">row {number}</a>: {visible(said)}' for said in row.warnings]
@@ -157,7 +157,7 @@ def _box(title: str, lines: Sequence[str]) -> str:
 # --- a row ------------------------------------------------------------------------------------------------------------
 
 
-def _row(number: int, row: RowFacts) -> Iterator[str]:
+def _row(number: int, row: RowView) -> Iterator[str]:
     yield f'<section id="row-{number}">\n<h2>Row {number}</h2>'
     yield (
         f'<p class="faint">epoch {row.epoch}, window {row.window}, row {row.row} of the plan · '
@@ -215,7 +215,7 @@ def _hue(slot: int) -> str:
     return f"--hue:{slot * 137.508 % 360:.0f}"
 
 
-def _size(scan: ScanFacts) -> str:
+def _size(scan: ScanView) -> str:
     return " × ".join(map(str, scan.shape)) + " voxels"
 
 
@@ -226,7 +226,7 @@ def _count(n: int, what: str) -> str:
 # --- a sample ---------------------------------------------------------------------------------------------------------
 
 
-def _sample(row: int, sample: SampleFacts, scans: dict[int, ScanFacts]) -> Iterator[str]:
+def _sample(row: int, sample: SampleView, scans: dict[int, ScanView]) -> Iterator[str]:
     yield f'<article class="sample" id="row-{row}-sample-{sample.number}">'
     yield (
         f'<h3>Sample {sample.number} <span class="task {_task(sample.task)}">{visible(sample.task)}</span> '
@@ -252,7 +252,7 @@ def _sample(row: int, sample: SampleFacts, scans: dict[int, ScanFacts]) -> Itera
     yield "</article>"
 
 
-def _scan(row: int, image: int, scan: ScanFacts, first: bool) -> Iterator[str]:
+def _scan(row: int, image: int, scan: ScanView, first: bool) -> Iterator[str]:
     one = " (one slice, repeated)" if scan.slices == 1 else ""
     colour = "colour" if scan.channels > 1 else "gray"
     quantum = f", {scan.scale:.3g} a step" if scan.dtype != "float32" else ""

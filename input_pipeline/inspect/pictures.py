@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import numpy as np
 from PIL import Image
 
-from input_pipeline.planes import Volume, patch_grid, patch_positions
+from input_pipeline.images.planes import Volume, patch_grid, patch_positions
 
 SLICES = 8  # pictures of a volume
 PNG_BYTES = 32768  # a larger picture becomes a JPEG: a row of 2,048 tokens can show fifty of 512 x 512 pixels
@@ -32,7 +32,7 @@ class Picture:
 
 
 @dataclasses.dataclass(frozen=True)
-class ScanFacts:
+class ScanView:
     """What lies in a slot.
 
     Attributes:
@@ -96,7 +96,7 @@ def volume_of_slot(arrays: Mapping[str, np.ndarray], slot: int) -> Volume:
     return Volume.from_slices(slices, float(arrays["scan_scale"][slot]), float(arrays["scan_offset"][slot]), depth)
 
 
-def scan_facts(arrays, slot: int, volume: Volume, samples: tuple[int, ...]) -> tuple[ScanFacts, list[str]]:
+def scan_facts(arrays, slot: int, volume: Volume, samples: tuple[int, ...]) -> tuple[ScanView, list[str]]:
     k, channels = volume.voxels.shape[2:]
     values = volume.slices.astype(np.float32) * np.float32(volume.scale) + np.float32(volume.offset)
     finite = np.isfinite(values)
@@ -114,7 +114,7 @@ def scan_facts(arrays, slot: int, volume: Volume, samples: tuple[int, ...]) -> t
         said.append(f"{where} is shown by no sample of the row")
     chosen = np.unique(np.rint(np.linspace(0, k - 1, min(SLICES, k))).astype(int)).tolist()
     shown = lambda i: np.rint(np.clip(values[i], 0, 1) * 255).astype(np.uint8).transpose(1, 2, 0)  # noqa: E731
-    scan = ScanFacts(
+    scan = ScanView(
         slot,
         int(arrays["scan_rows"][slot]),
         int(np.prod(patch_grid(volume.shape))),

@@ -10,7 +10,7 @@ docs/phantoms.md has the pictures, the statistics and what cannot be guessed wit
 
 from input_pipeline.phantoms.drawing import contrast_to_noise, draw, paint
 from input_pipeline.phantoms.plan import MODALITIES, Labels, Lesion, Study, describe
-from input_pipeline.phantoms.questions import parse_report, report
+from input_pipeline.phantoms.tables import parse_report, report
 from input_pipeline.phantoms.writing import write
 
 __all__ = [

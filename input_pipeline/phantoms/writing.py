@@ -30,8 +30,8 @@ from pathlib import Path
 
 import sentencepiece
 
-from input_pipeline import prompts
-from input_pipeline.phantoms import drawing, files, questions, sheet
+from input_pipeline.datasets import prompts
+from input_pipeline.phantoms import drawing, files, sheet, tables
 from input_pipeline.phantoms.plan import SPLITS, Study, describe
 
 FORMAT = 2  # raise it when the same arguments give other bytes
@@ -245,10 +245,10 @@ def _save(directory: Path, name: str, content: bytes) -> tuple[str, str]:
 def _tables(studies: list[Study]) -> dict[str, bytes]:
     rows = collections.defaultdict(list)
     for study in studies:
-        for table, entries in questions.rows(study).items():
+        for table, entries in tables.rows(study).items():
             rows[table] += entries
     contents = {}
-    for table, columns in questions.COLUMNS.items():
+    for table, columns in tables.COLUMNS.items():
         text = io.StringIO(newline="")
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(columns)
@@ -284,7 +284,7 @@ def _counts(studies: list[Study]) -> dict[str, dict[str, int]]:
 
     questions_of = collections.Counter()
     for study in studies:
-        questions_of.update({table: len(entries) for table, entries in questions.rows(study).items()})
+        questions_of.update({table: len(entries) for table, entries in tables.rows(study).items()})
     solitary = collections.Counter(
         f"{s.labels.side} {s.labels.level} {s.labels.size}" for s in studies if s.labels.count == 1
     )

@@ -151,8 +151,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _convert(args: argparse.Namespace, console: Console) -> int:
-    from radfm_jax import run_directory
-    from radfm_jax.convert import run, sizes
+    from radfm_jax.checkpoints import run_directory
+    from radfm_jax.convert import model_config, run
 
     start = time.monotonic()
     part = "llama" if args.command.endswith("llama") else "radfm"
@@ -163,7 +163,7 @@ def _convert(args: argparse.Namespace, console: Console) -> int:
             report = run.from_torch(
                 args.src,
                 args.dst,
-                config=sizes.read_config(args.config) if args.config else None,
+                config=model_config.read_config(args.config) if args.config else None,
                 tokenizer=args.tokenizer,
                 unused=getattr(args, "unused", "drop"),
                 verify=not args.no_verify,
@@ -189,10 +189,10 @@ def _convert(args: argparse.Namespace, console: Console) -> int:
 
 
 def _check(args: argparse.Namespace, console: Console) -> int:
-    from radfm_jax.convert import sizes
+    from radfm_jax.convert import model_config
     from radfm_jax.convert.check import compare
 
-    config = sizes.read_config(args.config) if args.config else None
+    config = model_config.read_config(args.config) if args.config else None
     with console.status("comparing"):
         c = compare(args.a, args.b, config=config, seed=args.seed, dtype=args.dtype)
     ok = c.max_difference <= args.tolerance  # NaN is not

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from radfm_jax import checkpoint, run_directory
 from radfm_jax.api import Model
+from radfm_jax.checkpoints import checkpoint, run_directory
 from radfm_jax.convert.run import TorchModel
-from radfm_jax.models.llama import Llama, LlamaConfig
+from radfm_jax.models.decoder import Decoder, DecoderConfig
 from radfm_jax.models.radfm import RadFMConfig
 
 
@@ -72,8 +72,8 @@ def logits_of(part: str, config: RadFMConfig, params: dict, ids: np.ndarray, vis
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _llama_logits(config: LlamaConfig, params: dict, ids: jax.Array) -> jax.Array:
-    llama = Llama(config).bind({"params": params})
+def _llama_logits(config: DecoderConfig, params: dict, ids: jax.Array) -> jax.Array:
+    llama = Decoder(config).bind({"params": params})
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
     ones = jnp.ones_like(ids)
     return llama.logits(llama(llama.embed(ids), positions, ones, ones > 0))

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from radfm_jax import checkpoint
-from radfm_jax.convert import sizes, table
+from radfm_jax.checkpoints import checkpoint
+from radfm_jax.convert import model_config, table
 from radfm_jax.convert.model_card import model_card
 from radfm_jax.convert.tensor_files import TensorInfo, TensorReader, open_tensors, write_safetensors, write_torch_bin
 from radfm_jax.models.radfm import RadFMConfig
@@ -83,7 +83,7 @@ class TorchModel:
 
     def _config_beside(self) -> dict | None:
         path = self.folder / "config.json"
-        return sizes.read_config(path) if path.is_file() else None
+        return model_config.read_config(path) if path.is_file() else None
 
     def _match(self, given: dict | None) -> None:
         infos = self.reader.infos
@@ -96,10 +96,10 @@ class TorchModel:
             self.config = (
                 RadFMConfig.from_dict(given["model"])
                 if "model" in given
-                else RadFMConfig(llama=sizes.llama_from_hf(given, where))
+                else RadFMConfig(llama=model_config.llama_from_hf(given, where))
             )
         else:
-            self.config = sizes.radfm_from_shapes(shapes, given, self.src)
+            self.config = model_config.radfm_from_shapes(shapes, given, self.src)
         self.entries = table.entries(self.config, self.part)
         # The released file has the embedding twice; where a file kept one of the two names, either will do.
         self.sources = {e.name: e.name for e in self.entries}
@@ -405,7 +405,7 @@ def to_torch(
             dst.parent.mkdir(parents=True, exist_ok=True)
             write_torch_bin(dst, infos, read, ties=ties, progress=progress.advance)
         else:
-            hf = sizes.llama_to_hf(config.llama, report.dtypes[0], description.get("source", {}).get("config"))
+            hf = model_config.llama_to_hf(config.llama, report.dtypes[0], description.get("source", {}).get("config"))
             if part == "radfm":
                 hf |= {"architectures": ["MultiLLaMAForCausalLM"], "model": config.to_dict()}
             with checkpoint.new_directory(dst, manifest=False) as folder:

@@ -15,7 +15,7 @@ import einops
 import flax.linen as nn
 import numpy as np
 
-from radfm_jax.checkpoint import flatten
+from radfm_jax.checkpoints.checkpoint import flatten
 from radfm_jax.models import radfm
 
 # --- the table --------------------------------------------------------------------------------------------------------

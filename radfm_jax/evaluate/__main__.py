@@ -18,12 +18,13 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from input_pipeline import command_line
-from input_pipeline.index import Index
+from input_pipeline.index.index import Index
 from input_pipeline.sources import terms_of
-from radfm_jax import checkpoint, display
-from radfm_jax.evaluate import answering, clinical, exact, published, radbench, rating, report, scoring
+from radfm_jax.checkpoints import checkpoint
+from radfm_jax.evaluate import clinical, exact_match, model_answers, published, radbench, ratings, report, scoring
 from radfm_jax.evaluate.export import export
 from radfm_jax.evaluate.metrics import Interval
+from radfm_jax.training import display
 
 COMMANDS = """\
 commands:
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if {"-h", "--help"} & set(argv):
         print(COMMANDS)
-    return exact.main(argv)
+    return exact_match.main(argv)
 
 
 def _guarded(command, argv: list[str]) -> int:
@@ -147,7 +148,7 @@ def _radbench(argv: list[str]) -> int:
     if benchmark.index:
         Index(benchmark.index)
     for file in files.values():
-        answering.read_answers(file, bench.questions)
+        model_answers.read_answers(file, bench.questions)
     made = {name: f"given in {file}" for name, file in files.items()}
     if args.checkpoint:
         name = args.name or args.checkpoint.resolve().name
@@ -214,8 +215,8 @@ def _export(questions, directory: Path, console: Console) -> None:
 
 def _answer(args: argparse.Namespace, name: str, questions, console: Console) -> str:
     """Answers what is not answered yet. Returns what the report says of where the answers come from."""
-    from radfm_jax.generate import Sampling
-    from radfm_jax.generate.__main__ import load
+    from radfm_jax.inference import Sampling
+    from radfm_jax.inference.command import load
 
     options = {"preprocess": None, "size_2d": None, "size_3d": None, "depth": None, "no_verify": False}
     given = {k: getattr(args, k) for k in ("checkpoint", "dtype", "int8", "devices", "tokenizer")}
@@ -230,7 +231,7 @@ def _answer(args: argparse.Namespace, name: str, questions, console: Console) ->
             if not console.is_terminal and ((done + failed) // args.batch) % 50 == 0:
                 console.print(f"{done + failed}/{total}, {said}", highlight=False)
 
-        outcome = answering.answer_all(
+        outcome = model_answers.answer_all(
             model.generator, questions, _answer_file(args.out, name), args.out / "questions.jsonl",
             model=str(model.directory.resolve()), checkpoint=checkpoint.digest(model.directory), sampling=sampling,
             batch=args.batch, progress=progress,
@@ -248,7 +249,7 @@ def _answer(args: argparse.Namespace, name: str, questions, console: Console) ->
 def _score(
     args, benchmark, bench, files: dict[str, Path], made: dict[str, str], wanted, terms, console: Console
 ) -> int:
-    answers = {name: answering.read_answers(file, bench.questions) for name, file in files.items()}
+    answers = {name: model_answers.read_answers(file, bench.questions) for name, file in files.items()}
     if benchmark.index:
         said = f"looking for test studies and scans in {benchmark.index}, reading every scan for its SHA-256"
         console.print(said, highlight=False, markup=False, soft_wrap=True)
@@ -279,7 +280,7 @@ def _score(
         console.print(f"- {line}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"report: {args.out / 'report.html'}", highlight=False, markup=False)
     if args.rating_sheet:
-        key = rating.write_sheet(
+        key = ratings.write_sheet(
             scored, args.rating_sheet, cases=args.rating_cases, seed=benchmark.seed, references=not args.no_reference
         )
         said = f"rating sheet: {args.rating_sheet}; who is who: {key}"
@@ -335,8 +336,8 @@ def _ratings(argv: list[str]) -> int:
     parser.add_argument("--key", required=True, type=Path, metavar="FILE", help="SHEET.key.json")
     parser.add_argument("--out", type=Path, metavar="DIR", help="also write DIR/ratings.json")
     args = parser.parse_args(argv)
-    found = rating.summary(rating.read(args.key, args.files))
-    for table in rating.tables(found):
+    found = ratings.summary(ratings.read(args.key, args.files))
+    for table in ratings.tables(found):
         Console().print(table)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)

@@ -16,8 +16,8 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from input_pipeline.images.slices import slices
 from input_pipeline.samples import Scan
-from input_pipeline.slices import slices
 from radfm_jax.evaluate.radbench import Question, write_lines
 
 README = """\

@@ -21,7 +21,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import numpy as np
 
-from input_pipeline.terms import TermFinder, fold_word
+from input_pipeline.text.terms import TermFinder, fold_word
 
 Statistic = Callable[[np.ndarray], float]
 _WORD = re.compile(r"[^\W_]+")

@@ -19,14 +19,14 @@ from pathlib import Path
 import numpy as np
 from pyarrow import parquet
 
-from input_pipeline import scans
 from input_pipeline.config import unknown_fields
 from input_pipeline.datasets import FAMILIES, nearest, open_dataset, sample_rng
 from input_pipeline.datasets.modalities import modalities
 from input_pipeline.datasets.tables import text_lines
-from input_pipeline.index import Index
-from input_pipeline.prepare.checking import file_hash
-from input_pipeline.prepare.summary import MODALITIES, kind
+from input_pipeline.images import scans
+from input_pipeline.index.checks import file_hash
+from input_pipeline.index.index import Index
+from input_pipeline.index.summary import MODALITIES, kind
 from input_pipeline.samples import RowError, Sample, Scan, Text
 
 TASKS = {

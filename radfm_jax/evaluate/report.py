@@ -15,13 +15,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from input_pipeline.images.slices import slices
 from input_pipeline.inspect.page import POLICY, visible, visible_lines
 from input_pipeline.samples import Scan
-from input_pipeline.slices import slices
-from radfm_jax.evaluate import pictures, published, scoring
+from radfm_jax.evaluate import figures, published, scoring
 from radfm_jax.evaluate.metrics import Interval
 from radfm_jax.evaluate.radbench import DATASETS, TASKS, Bench, Benchmark
-from radfm_jax.evaluate.scoring import TITLES, Line, Scored
+from radfm_jax.evaluate.scoring import TITLES, Line, ScoredAnswer
 
 STYLE = Path(__file__).with_name("style.css")
 SHOWN = 50  # failures and leaks that the page lists; the files beside it have all
@@ -43,7 +43,7 @@ class Run:
 
     benchmark: Benchmark
     bench: Bench
-    scored: Mapping[str, Sequence[Scored]]
+    scored: Mapping[str, Sequence[ScoredAnswer]]
     lines: Sequence[Line]
     leaks: list[dict] | None = None
     clinical: Mapping[str, Mapping[str, Mapping[str, float | str]]] = dataclasses.field(default_factory=dict)
@@ -59,10 +59,10 @@ def write(run: Run, out: Path) -> None:
     """Every file of the report."""
     out.mkdir(parents=True, exist_ok=True)
     folder = out / "pictures"
-    pictures.radar(run.lines, folder / "radar.png", run.comparable)
-    pictures.bars(run.lines, folder / "bars.png", run.comparable)
-    pictures.lengths(run.scored, folder / "lengths.png")
-    calibrated = pictures.calibration(run.scored, folder / "calibration.png")
+    figures.radar(run.lines, folder / "radar.png", run.comparable)
+    figures.bars(run.lines, folder / "bars.png", run.comparable)
+    figures.lengths(run.scored, folder / "lengths.png")
+    calibrated = figures.calibration(run.scored, folder / "calibration.png")
     (out / "report.json").write_text(json.dumps(as_json(run), indent=1) + "\n")
     (out / "scores.csv").write_text(as_csv(run))
     (out / "report.md").write_text(as_markdown(run))
@@ -246,7 +246,7 @@ def _page(run: Run, folder: Path, calibrated: bool) -> Iterator[str]:
             yield "<p>Not scored: no data set of this task is there.</p>"
     yield "<h2>Pictures</h2>"
     yield _image(folder / "radar.png", "radar: mean of each task's metrics, by model")
-    found = pictures.averages(run.lines, run.comparable)
+    found = figures.averages(run.lines, run.comparable)
     if lacking := [f"{m}, {t}" for m in run.scored for task, t in TASKS.items() if task not in found.get(m, {})]:
         said = "No corner, as there are no questions or a metric of the paper has no value"
         yield f'<p class="faint">{said}: {visible("; ".join(lacking))}.</p>'
@@ -357,7 +357,7 @@ def _examples(run: Run) -> Iterator[str]:
                     yield _example(one, look)
 
 
-def _example(one: Scored, look: str) -> str:
+def _example(one: ScoredAnswer, look: str) -> str:
     q, values = one.question, ", ".join(
         f"{TITLES[name]} {100 * v:.0f} %" for name, v in one.values.items() if math.isfinite(v)
     )  # fmt: skip

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from input_pipeline.terms import TermFinder
+from input_pipeline.text.terms import TermFinder
 from radfm_jax.evaluate import metrics
-from radfm_jax.evaluate.answering import Given
 from radfm_jax.evaluate.metrics import Interval
+from radfm_jax.evaluate.model_answers import Given
 from radfm_jax.evaluate.radbench import NAMES, Question
 
 # metric -> its name in tables. Those of the paper, then ours.
@@ -25,7 +25,7 @@ GROUPINGS = {"task": lambda q: (), "data set": lambda q: (q.dataset,), "modality
 
 
 @dataclasses.dataclass(frozen=True)
-class Scored:
+class ScoredAnswer:
     """A question, what a model said, and what that is worth.
 
     Attributes:
@@ -55,23 +55,23 @@ class Scored:
         return found | {name: None if np.isnan(value) else value for name, value in self.values.items()}
 
 
-def score(questions: Sequence[Question], answers: Mapping[str, Given], terms: TermFinder) -> list[Scored]:
+def score(questions: Sequence[Question], answers: Mapping[str, Given], terms: TermFinder) -> list[ScoredAnswer]:
     """Every question, those without an answer counted as wrong in everything."""
     return [_score(q, answers.get(q.row_id, Given("", error="no answer in the file")), terms) for q in questions]
 
 
-def _score(question: Question, given: Given, terms: TermFinder) -> Scored:
+def _score(question: Question, given: Given, terms: TermFinder) -> ScoredAnswer:
     error = given.error or ("" if given.text.strip() else "the answer is empty")
     if question.closed:
         predicted = None if error else metrics.match(given.text, question.closed)
         names = {choice: NAMES.get(choice, (choice,)) for choice in question.closed}
         named = None if error else metrics.named(given.text, names)
         right = {"accuracy": float(predicted in question.references), "named": float(named in question.references)}
-        return Scored(question, given, predicted, right, error)
+        return ScoredAnswer(question, given, predicted, right, error)
     text, references = "" if error else given.text, question.references
     overlap = metrics.medical_overlap(text, references, terms)
     values = (metrics.bleu1(text, references), metrics.rouge1(text, references), *overlap)
-    return Scored(
+    return ScoredAnswer(
         question, given, None, dict(zip(OF_TEXT, (*values, metrics.exact(text, references)), strict=True)), error
     )
 
@@ -102,11 +102,11 @@ class Line:
     without: Mapping[str, int]
 
 
-def tables(model: str, scored: Sequence[Scored], *, resamples: int, seed: int, by_study: bool) -> list[Line]:
+def tables(model: str, scored: Sequence[ScoredAnswer], *, resamples: int, seed: int, by_study: bool) -> list[Line]:
     """Lines for every task, then for its data sets, modalities and anatomies where they are known."""
     lines = []
     for grouping, of in GROUPINGS.items():
-        parts: dict[tuple, list[Scored]] = {}
+        parts: dict[tuple, list[ScoredAnswer]] = {}
         for one in scored:
             parts.setdefault((one.question.task, *of(one.question)), []).append(one)
         for (task, *group), some in parts.items():
@@ -123,7 +123,7 @@ def tables(model: str, scored: Sequence[Scored], *, resamples: int, seed: int, b
     return lines
 
 
-def intervals(some: Sequence[Scored], *, resamples: int, seed: int, by_study: bool) -> dict[str, Interval]:
+def intervals(some: Sequence[ScoredAnswer], *, resamples: int, seed: int, by_study: bool) -> dict[str, Interval]:
     """Every metric that this kind of question has, with its interval."""
     values = {name: np.array([one.values[name] for one in some]) for name in some[0].values}
     statistics = {name: metrics.mean(of) for name, of in values.items()}
@@ -141,7 +141,7 @@ def intervals(some: Sequence[Scored], *, resamples: int, seed: int, by_study: bo
     return metrics.bootstrap(statistics, clusters, resamples, seed)
 
 
-def of_probabilities(some: Sequence[Scored]) -> dict[str, metrics.Statistic]:
+def of_probabilities(some: Sequence[ScoredAnswer]) -> dict[str, metrics.Statistic]:
     """AUC and calibration error, where every question has a probability or failed. A failed one, which said neither,
     counts as 0.5: leaving it out would reward failing."""
     if without_probability(some) or all(one.given.p_yes is None for one in some):
@@ -150,18 +150,18 @@ def of_probabilities(some: Sequence[Scored]) -> dict[str, metrics.Statistic]:
     return {"auc": metrics.auc(score, positive), "calibration_error": metrics.calibration_error(score, positive)}
 
 
-def without_probability(some: Sequence[Scored]) -> int:
+def without_probability(some: Sequence[ScoredAnswer]) -> int:
     """How many answers came without a probability of yes."""
     return sum(one.given.p_yes is None and not one.error for one in some)
 
 
-def probabilities(some: Sequence[Scored]) -> tuple[np.ndarray, np.ndarray]:
+def probabilities(some: Sequence[ScoredAnswer]) -> tuple[np.ndarray, np.ndarray]:
     """float[n] probability of yes (0.5 where the answer failed), bool[n] whether yes is right."""
     score = [0.5 if one.given.p_yes is None else one.given.p_yes for one in some]
     return np.array(score, float), np.array([one.question.references[0] == "yes" for one in some])
 
 
-def _studies(some: Sequence[Scored]) -> list[str]:
+def _studies(some: Sequence[ScoredAnswer]) -> list[str]:
     """The study of each; a question without one is its own."""
     return [
         f"{one.question.dataset}/{one.question.study}" if one.question.study else one.question.row_id for one in some

@@ -6,15 +6,12 @@ K head width, E model width, F hidden width of an MLP.
 
 from __future__ import annotations
 
-import functools
 import math
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from radfm_jax.models import flash
 
 # --- how a model computes ---------------------------------------------------------------------------------------------
 
@@ -64,7 +61,7 @@ RESIDUAL = 0.5
 
 
 class Dense(nn.DenseGeneral):
-    """A linear map that also reads kernels of integers: with a `scale` beside the kernel (radfm_jax.int8), the outputs
+    """A linear map that also reads integer kernels: with a `scale` beside the kernel (checkpoints.int8), the outputs
     are multiplied by it; and `rows` in place of a kernel, one for each output: [outputs, inputs] (`product_with_rows`).
     """
 
@@ -83,7 +80,7 @@ class Dense(nn.DenseGeneral):
 
 
 def dense(features, names, config, *, axis=-1, bias=False, gain=1.0, name=None) -> Dense:
-    """A linear map whose kernel carries logical axis names (radfm_jax.sharding says where each one goes).
+    """A linear map whose kernel carries logical axis names (radfm_jax.runtime.sharding says where each one goes).
 
     A fresh kernel has the deviation gain / sqrt(fan in); half of it (`RESIDUAL`) where its outputs are added to the
     stream.
@@ -171,78 +168,3 @@ class GeluMlp(nn.Module):
         x = nn.Dropout(self.dropout)(jax.nn.gelu(x, approximate=False), deterministic)
         x = dense(width, ("mlp", "embed"), self.config, bias=self.bias, gain=RESIDUAL, name="down")(x)
         return nn.Dropout(self.dropout)(x, deterministic)
-
-
-# --- attention --------------------------------------------------------------------------------------------------------
-
-
-@functools.partial(jax.named_call, name="attention")
-def attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    q_segments: jax.Array,
-    k_segments: jax.Array,
-    *,
-    causal: bool,
-    kernel: str = "auto",
-) -> jax.Array:
-    """Scaled dot-product attention inside segments: the one entry point of every part of the model.
-
-    Query i sees key j if their segments are equal and, when causal, j <= i.
-
-        q_segments  1 1 1 2 2 0        key j   1 . . . . .
-        k_segments  1 1 1 2 2 0        seen by 1 1 . . . .
-        causal                         query i 1 1 1 . . .
-                                               . . . 2 . .
-                                               . . . 2 2 .
-                                               . . . . . 0     padding sees padding, so no softmax is empty
-
-    Args:
-      q: float[B, T, H, K].
-      k, v: float[B, U, G, K], H a multiple of G.
-      q_segments: int32[B, T].
-      k_segments: int32[B, U]; a key that nobody may see has segment -1.
-      kernel: `auto` takes the fastest kernel that fits platform, dtype and shapes (see radfm_jax.models.flash);
-        `xla`, `cudnn`, `splash` ask for one.
-    Returns:
-      float[B, T, H, K] in v's dtype. A query that sees no key gets something finite: the mean of all values, as a
-      masked row of the released model does, of those that a fused kernel visited, or zeros (`blocks`).
-    """
-    chosen = flash.choose(kernel, q, k)
-    if chosen != "xla":
-        return flash.KERNELS[chosen](q, k, v, q_segments, k_segments, causal=causal)
-    allowed = attention_mask(q_segments, k_segments, causal)
-    return plain_attention(q, jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2), allowed)
-
-
-def plain_attention(q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Array) -> jax.Array:
-    """Attention as two products around a softmax, by XLA.
-
-    Args:
-      q: float[B, T, H, K].
-      k, v: float[B, G, U, K]. Batch axes first: XLA's CPU products are twice as fast then, and other platforms choose
-        their own layout anyway.
-      allowed: bool[B, T, U].
-    Returns:
-      float[B, T, H, K] in v's dtype.
-    """
-    b, t, h, width = q.shape
-    g, u = k.shape[1:3]
-    q = jnp.moveaxis(q.reshape(b, t, g, h // g, width), 1, 3).reshape(b, g, -1, width)  # [B, G, M T, K]
-    precision = matmul_precision(q.dtype)
-    scores = jnp.einsum("bgqk,bguk->bgqu", q, k, precision=precision, preferred_element_type=jnp.float32)
-    scores = scores.reshape(b, h, t, u) * width**-0.5
-    scores = jnp.where(allowed[:, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(b, g, -1, u)
-    out = jnp.einsum("bgqu,bguk->bgqk", weights, v, precision=precision)
-    return jnp.moveaxis(out.reshape(b, g, h // g, t, width), 3, 1).reshape(b, t, h, width)
-
-
-def attention_mask(q_segments: jax.Array, k_segments: jax.Array, causal: bool) -> jax.Array:
-    """bool[B, T, U]: which keys each query sees (drawn in `attention`)."""
-    allowed = q_segments[:, :, None] == k_segments[:, None, :]
-    if causal:
-        t, u = allowed.shape[1:]
-        allowed &= jnp.arange(u) <= jnp.arange(t)[:, None]
-    return allowed

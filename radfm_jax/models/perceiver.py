@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from radfm_jax.models.layers import RESIDUAL, GeluMlp, attention, dense, layer_norm, scan_blocks
+from radfm_jax.models.attention import attention
+from radfm_jax.models.layers import RESIDUAL, GeluMlp, dense, layer_norm, scan_blocks
 from radfm_jax.models.vit3d import gather_rows
-from radfm_jax.sharding import constrain
+from radfm_jax.runtime.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,7 @@ class PerceiverConfig:
     attention: str = "auto"
 
 
-class Block(nn.Module):
+class ResamplerBlock(nn.Module):
     """Each scan's latents look at the scan's patch tokens and at themselves, then pass an MLP; no biases."""
 
     config: PerceiverConfig
@@ -76,6 +77,6 @@ class Perceiver(nn.Module):
         init = nn.with_logical_partitioning(nn.initializers.normal(1.0), (None, "embed"))
         latents = self.param("latents", init, (c.num_latents, c.width), c.param_dtype).astype(c.dtype)
         latents = jnp.broadcast_to(latents, (*scan_rows.shape, *latents.shape))
-        blocks = scan_blocks(Block, c.num_layers, c.remat)(c, name="blocks")
+        blocks = scan_blocks(ResamplerBlock, c.num_layers, c.remat)(c, name="blocks")
         latents, _ = blocks(latents, tokens, patch_segments, jnp.maximum(scan_rows, 0))
         return layer_norm(c, "norm")(latents)

@@ -34,11 +34,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from radfm_jax.models.decoder import Decoder, DecoderConfig, RopeScaling
 from radfm_jax.models.layers import dense
-from radfm_jax.models.llama import Llama, LlamaConfig, RopeScaling
 from radfm_jax.models.perceiver import Perceiver, PerceiverConfig
 from radfm_jax.models.vit3d import ViT3D, ViTConfig, gather_rows
-from radfm_jax.sharding import constrain
+from radfm_jax.runtime.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class RadFMConfig:
 
     vision: ViTConfig = ViTConfig()
     perceiver: PerceiverConfig = PerceiverConfig()
-    llama: LlamaConfig = LlamaConfig()
+    llama: DecoderConfig = DecoderConfig()
 
     def __post_init__(self):
         if self.vision.width != self.perceiver.width:
@@ -74,7 +74,7 @@ class RadFMConfig:
     @classmethod
     def from_dict(cls, fields: dict) -> RadFMConfig:
         """The inverse of `to_dict`; ValueError lists every unknown field."""
-        parts = {"vision": ViTConfig, "perceiver": PerceiverConfig, "llama": LlamaConfig}
+        parts = {"vision": ViTConfig, "perceiver": PerceiverConfig, "llama": DecoderConfig}
         unknown = [p for p in fields if p not in parts]
         built = {}
         for part, kind in parts.items():
@@ -101,7 +101,7 @@ def tiny() -> RadFMConfig:
     return RadFMConfig(
         ViTConfig(width=24, num_layers=2, num_heads=2, head_dim=8, mlp_width=32, dropout=0.0),
         PerceiverConfig(width=24, num_layers=2, num_heads=2, head_dim=8, num_latents=4),
-        LlamaConfig(vocab_size=96, width=32, mlp_width=64, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=8),
+        DecoderConfig(vocab_size=96, width=32, mlp_width=64, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=8),
     )
 
 
@@ -120,7 +120,7 @@ class RadFM(nn.Module):
         self.projection = dense(c.llama.width, (None, "embed"), c.llama, bias=True)
         marks = nn.with_logical_partitioning(nn.initializers.normal(0.5), (None, "embed"))
         self.image_marks = self.param("image_marks", marks, (2, c.llama.width), c.llama.param_dtype)
-        self.llama = Llama(c.llama)
+        self.llama = Decoder(c.llama)
 
     def __call__(self, batch: dict[str, jax.Array], *, deterministic: bool = True) -> tuple[jax.Array, dict]:
         """Logits of every position, float32[B, T, V], and the intermediates. Training uses `hidden` and the chunked

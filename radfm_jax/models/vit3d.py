@@ -15,17 +15,17 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from radfm_jax.models.attention import attention
 from radfm_jax.models.layers import (
     NORM_EPS,
     RESIDUAL,
     GeluMlp,
-    attention,
     dense,
     layer_norm,
     matmul_precision,
     scan_blocks,
 )
-from radfm_jax.sharding import constrain
+from radfm_jax.runtime.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +154,7 @@ def smooth_filters(config: ViTConfig, cells: int = 4) -> Callable:
     return initialise
 
 
-class Block(nn.Module):
+class EncoderBlock(nn.Module):
     """Pre-norm attention and MLP. Dropout stands where it does in most ViTs (after projections and in the MLP), not on
     attention weights: fused kernels have none."""
 
@@ -192,7 +192,7 @@ class ViT3D(nn.Module):
         )
         b, r, p, width = x.shape
         x = nn.Dropout(c.dropout)(x.reshape(b * r, p, width), deterministic)
-        blocks = scan_blocks(Block, c.num_layers, c.remat)(c, deterministic, name="blocks")
+        blocks = scan_blocks(EncoderBlock, c.num_layers, c.remat)(c, deterministic, name="blocks")
         x, _ = blocks(x, patch_segments.reshape(b * r, p))
         return x.reshape(b, r, p, width)
 

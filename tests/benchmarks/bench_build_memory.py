@@ -27,14 +27,14 @@ from tests.llm_server import Server
 CHILD = """
 import sys
 if sys.argv[1] == "prepare":
-    from input_pipeline.prepare.__main__ import main
+    from input_pipeline.index.command import main
     code = main(sys.argv[2:])
 elif sys.argv[1] == "findings":
     sys.path.insert(0, "tests")
     from test_prepare_findings import Path, made
     code = int(not made(Path(sys.argv[2]), int(sys.argv[3]))["leaks"])
 else:
-    from input_pipeline.build.__main__ import main
+    from input_pipeline.curate.__main__ import main
     code = main(sys.argv[1:])
 print("peak", next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")), code)
 """

@@ -22,7 +22,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from radfm_jax import checkpoint
+from radfm_jax.checkpoints import checkpoint
 from radfm_jax.convert import table
 from radfm_jax.convert.tensor_files import TensorInfo, open_tensors, write_torch_bin
 from radfm_jax.models import radfm

@@ -29,12 +29,12 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from radfm_jax import int8
-from radfm_jax.checkpoint import flatten, unflatten
+from radfm_jax.checkpoints import int8
+from radfm_jax.checkpoints.checkpoint import flatten, unflatten
 from radfm_jax.convert.table import entries
-from radfm_jax.generate import Generator, Prompt, Sampling
+from radfm_jax.inference import Generator, Prompt, Sampling
 from radfm_jax.models import radfm
-from radfm_jax.models.llama import LlamaConfig
+from radfm_jax.models.decoder import DecoderConfig
 from radfm_jax.models.perceiver import PerceiverConfig
 from radfm_jax.models.vit3d import ViTConfig
 
@@ -46,7 +46,7 @@ def sizes(layers: int) -> radfm.RadFMConfig:
     return radfm.RadFMConfig(
         ViTConfig(width=24, num_layers=1, num_heads=1, head_dim=8, mlp_width=8),
         PerceiverConfig(width=24, num_layers=1, num_heads=1, head_dim=8),
-        LlamaConfig(
+        DecoderConfig(
             width=512, mlp_width=1376, num_layers=layers, num_heads=8, num_kv_heads=8, head_dim=64, attention="xla"
         ),
     )

@@ -23,9 +23,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from input_pipeline.build import radiology  # noqa: E402
-from input_pipeline.datasets import sizes  # noqa: E402
-from input_pipeline.datasets.sentences import sentences  # noqa: E402
+from input_pipeline.curate import radiology  # noqa: E402
+from input_pipeline.text import measurements  # noqa: E402
+from input_pipeline.text.sentences import sentences  # noqa: E402
 
 _HEADER = re.compile(
     r"^[ \t]*(?:(?P<wanted>findings?|impressions?|conclusions?)|[A-Z][A-Z /()]{3,})[ \t]*:[ \t]*",
@@ -74,7 +74,9 @@ def main() -> int:
     }[args.rule]
     print(f"{len(kept)} reports, {len(pieces)} different sentences, {len(pool)} to draw from")
     for k, piece in enumerate(random.Random(args.seed).sample(pool, min(args.lines, len(pool))), 1):
-        said = {"sizes": sizes.without_sizes, "sentences": repr, "radiologic": radiology.by_caption}[args.rule](piece)
+        said = {"sizes": measurements.without_sizes, "sentences": repr, "radiologic": radiology.by_caption}[args.rule](
+            piece
+        )
         print(f"{k:3d} {piece!r}\n    -> {said!r}" if args.rule != "sentences" else f"{k:3d} {said}")
     return 0
 

@@ -24,7 +24,7 @@ import optax
 from rich.console import Console
 from rich.table import Table
 
-from radfm_jax.losses import token_losses
+from radfm_jax.training.losses import token_losses
 
 FULL = "full logits"
 

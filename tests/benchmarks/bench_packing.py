@@ -27,12 +27,14 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
-from input_pipeline import index, prompts, terms
+from input_pipeline.batching.packing import RowLimits, plan_rows
+from input_pipeline.batching.pipeline import PackingReport, Rows
+from input_pipeline.batching.rows import RowMaker
 from input_pipeline.config import DataConfig
-from input_pipeline.packing import Limits, plan_rows
-from input_pipeline.pipeline import PackingReport, Rows
-from input_pipeline.rows import RowMaker
-from input_pipeline.tokenizer import Tokenizer
+from input_pipeline.datasets import prompts
+from input_pipeline.index import index
+from input_pipeline.text import terms
+from input_pipeline.text.tokenizer import Tokenizer
 
 LIMITS = {
     "14 vision rows, 57,344 planes": {},
@@ -160,7 +162,7 @@ def speeds(config: DataConfig, repeats: int) -> Table:
     maker = RowMaker(config, "train", training=True)
     numbers = np.arange(int(maker.starts[-1]))
     measuring, packing, planner = [], [], []
-    limits: Limits = config.limits
+    limits: RowLimits = config.limits
     for epoch in range(repeats):
         start = time.process_time()
         measured = maker.measure(epoch, numbers)

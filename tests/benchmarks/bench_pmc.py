@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from input_pipeline.build import jats, jobs, pmc  # noqa: E402
+from input_pipeline.curate import jats, jobs, pmc  # noqa: E402
 from tests import jats_papers  # noqa: E402
 
 

@@ -120,8 +120,8 @@ class Ours:
 
     def step(self, batch: dict) -> Callable[[], float]:
         """Compiled for the batch, to be called again and again."""
-        from radfm_jax.losses import radfm_loss
         from radfm_jax.models.radfm import RadFM
+        from radfm_jax.training.losses import radfm_loss
 
         def loss(params, batch):
             total, weight, _ = radfm_loss(RadFM(self.config), params, batch, chunk=self.chunk)
@@ -130,7 +130,7 @@ class Ours:
         return self._compiled(self.jax.value_and_grad(loss), batch)
 
     def _compiled(self, function, batch) -> Callable[[], float]:
-        from radfm_jax import host_memory
+        from radfm_jax.runtime import host_memory
 
         batch = self.jax.tree.map(self.jax.numpy.asarray, batch)
         program = self.jax.jit(function).lower(self.params, batch).compile()
@@ -138,16 +138,16 @@ class Ours:
         return lambda: float(self.jax.block_until_ready(program(self.params, batch))[0])
 
     def plain(self, ids, vision, labels) -> dict:
-        from input_pipeline.packing import plain_rows
+        from input_pipeline.batching.packing import plain_rows
 
         targets, weights = self.targets_of(labels)
         return plain_rows(ids, vision, vocab_size=32000) | {"targets": targets, "weights": weights}
 
     def row(self, samples) -> dict:
         """The samples packed into one row."""
-        from input_pipeline import packing
-        from input_pipeline.planes import Volume, patch_grid, patch_positions, planes
-        from input_pipeline.tokens import Encoded
+        from input_pipeline.batching import packing
+        from input_pipeline.images.planes import Volume, patch_grid, patch_positions, planes
+        from input_pipeline.text.tokens import Encoded
 
         scans, encoded, scan_ids = {}, [], []
         for sample in samples:
@@ -164,7 +164,7 @@ class Ours:
             scan_ids.append(tuple(mine))
         patches, cuts = ([len(getattr(s, name)) for s in scans.values()] for name in ("plane_index", "planes"))
         # As many vision rows as these scans need: a row of the real pipeline has room for more than it uses as well.
-        limits = packing.Limits(ROW, -(-sum(patches) // 1024) + 1, 1024, sum(cuts), len(scans))
+        limits = packing.RowLimits(ROW, -(-sum(patches) // 1024) + 1, 1024, sum(cuts), len(scans))
         lengths = [len(e.ids) for e in encoded]
         (row,) = packing.plan_rows(lengths, scan_ids, patches, cuts, limits)
         parts = [encoded[i] for i in row.samples], [scan_ids[i] for i in row.samples]

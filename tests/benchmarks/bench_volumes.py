@@ -32,8 +32,9 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from input_pipeline import records, scans
-from input_pipeline.volumes import Volume, planes, prepare_volume
+from input_pipeline.images import scans
+from input_pipeline.images.volumes import Volume, planes, prepare_volume
+from input_pipeline.index import records
 
 DEPTH = 64
 

@@ -10,8 +10,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from radfm_jax import run_directory, sharding, train_step
-from radfm_jax.experiment import Experiment
+from radfm_jax.checkpoints import run_directory
+from radfm_jax.runtime import sharding
+from radfm_jax.training import train_step
+from radfm_jax.training.experiment import Experiment
 
 
 def main(argv: list[str]) -> int:

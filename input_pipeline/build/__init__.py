@@ -1,4 +1,0 @@
-"""Builds MedMD and RadMD (paper, section 3): `python -m input_pipeline.build TOOL`, docs/building.md.
-
-Each tool reads files as their owners publish them and writes the layouts that `input_pipeline.datasets` reads.
-"""

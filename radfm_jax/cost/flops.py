@@ -1,0 +1,101 @@
+"""Arithmetic of the network: FLOPs of a step, and the peak of the devices it runs on."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+
+from input_pipeline.batching.packing import RowLimits
+from radfm_jax.models.radfm import RadFMConfig
+
+# Dense bfloat16 FLOP/s of a device, published.
+PEAK = {
+    "A100": 312e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+}
+
+
+# Share of that peak which published training runs of 13B-class models reach in bfloat16, rounded down (A100:
+# torchtitan 61 %, llm-foundry 52.6 %; H100 40 to 44 %; H200 33 to 58 %; TPUs, MaxText: v4 57 to 59 %, v5e 61 to 67 %,
+# v5p 71.5 % for 32B, v6e 45 to 50 %). Recomputing is in them, as MFU counts it as no work done.
+REACHED = {
+    "A100": 0.5,
+    "H100": 0.4,
+    "H200": 0.4,
+    "TPU v4": 0.55,
+    "TPU v5 lite": 0.6,
+    "TPU v5e": 0.6,
+    "TPU v5p": 0.6,
+    "TPU v5": 0.6,
+    "TPU v6 lite": 0.45,
+    "TPU v6e": 0.45,
+}
+
+
+def known(kind: str) -> str | None:
+    """The name in PEAK that a device's `device_kind` stands for ("NVIDIA A100-SXM4-80GB": "A100"), or None."""
+    names = [name for name in PEAK if name.lower() in kind.lower()]
+    return max(names, key=len) if names else None
+
+
+def peak(device: jax.Device) -> float | None:
+    """bfloat16 FLOP/s of a device, None where it is not known (a CPU)."""
+    name = known(device.device_kind)
+    return PEAK[name] if name else None
+
+
+def forward(config: RadFMConfig, limits: RowLimits, channels: int | None = None) -> dict[str, float]:
+    """FLOPs of one row's forward pass by part; padding counts, as it is computed.
+
+    A product of [m, k] and [k, n] is 2 m k n. Causal attention counts half of its square.
+
+    Args:
+      channels: `data.channels`, of which patches are embedded; default: the model's.
+    """
+    t, p = limits.text_length, limits.vision_rows * limits.patch_length
+    v, q, c = config.vision, config.perceiver, config.llama
+    heads, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    layer = c.width * (2 * heads + 2 * kv) + 3 * c.width * c.mlp_width
+    llama = c.num_layers * (2 * t * layer + 2 * t * t * heads)
+    inner = v.num_heads * v.head_dim
+    vit_layer = 4 * v.width * inner + 2 * v.width * v.mlp_width
+    patch = int(np.prod(v.patch)) * (channels or v.channels)
+    vit = 2 * p * patch * v.width + v.num_layers * (2 * p * vit_layer + 4 * p * limits.patch_length * inner)
+    latents, inner = limits.scans * q.num_latents, q.num_heads * q.head_dim
+    mlp = 2 * q.mlp_factor * q.width**2
+    keys = p + latents
+    attention = 4 * latents * inner * (limits.patch_length + q.num_latents)
+    perceiver = (
+        q.num_layers * (2 * latents * (2 * q.width * inner + mlp) + 2 * keys * 2 * q.width * inner + attention)
+        + 2 * latents * q.width * c.width
+    )
+    return {"llama": llama, "vit": vit, "perceiver": perceiver, "head": 2 * t * c.width * c.vocab_size}
+
+
+def training(
+    config: RadFMConfig, limits: RowLimits, frozen: tuple[str, ...] = (), channels: int | None = None
+) -> float:
+    """FLOPs that one row of a training step needs: forward, the gradient of the weights that learn, and of what they
+    are computed on where something before learns. What remat computes again is not counted, as usual for MFU.
+
+    Args:
+      frozen: `optimizer.frozen`. Only whole parts are seen here, `llama/blocks` alone counts as learning.
+      channels: as for `forward`.
+    """
+    parts = forward(config, limits, channels)
+    learns = {name: name not in frozen for name in ("vit", "perceiver", "llama", "projection", "image_marks")}
+    before = {"vit": (), "perceiver": ("vit",), "llama": ("vit", "perceiver", "projection", "image_marks")}
+    before["head"] = (*before["llama"], "llama")
+    total = 0.0
+    for name, flops in parts.items():
+        own = learns["llama" if name == "head" else name]
+        total += flops * (1 + own + (own or any(learns[part] for part in before[name])))
+    return total

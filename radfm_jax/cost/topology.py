@@ -1,0 +1,133 @@
+"""Devices that need not be here: memory, peak and links as their makers publish them.
+
+v5p:4x4x2    v5e:8x8    v6e:4x8    v4:2x4x4     TPU slices
+gpu:32xA100-80GB    gpu:16xH100    gpu:1xH200   nodes of 8 GPUs, one network adapter a GPU
+cpu:4                                           simulated devices of this machine
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+
+GIB = 2**30
+KNOWN = "v4:2x4x4, v5e:8x8, v5p:4x4x2, v6e:4x8, gpu:32xA100-80GB, gpu:8xA100-40GB, gpu:16xH100, gpu:1xH200, cpu:4"
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One kind of device.
+
+    Attributes:
+      name: in flops.PEAK. memory: bytes.
+      link: bytes/s in one direction; TPU: of one of the links to the neighbours; GPU: of a GPU's share of NVLink.
+      network: bytes/s of a GPU's adapter between nodes. node: GPUs of one.
+      torus: TPU: the length from which on an axis is closed to a ring.
+    """
+
+    name: str
+    memory: float
+    link: float
+    network: float = 0.0
+    node: int = 8
+    torus: int = 0
+
+
+# TPU: cloud.google.com/tpu/docs (memory, peak, interconnect a chip), divided by the chip's links: four of v5e and v6e
+# in two dimensions, six of v4 and v5p in three. v4 and v5p close their axes from a cube of 4 on, v5e and v6e at 16.
+# GPU: data sheets of the SXM forms; NVLink 600 and 900 GB/s in both directions together; one adapter a GPU of
+# 200 Gbit/s (DGX A100) or 400 Gbit/s (DGX H100, H200).
+CHIPS = {
+    "v4": Chip("TPU v4", 32 * GIB, 45e9, torus=4),
+    "v5e": Chip("TPU v5e", 16 * GIB, 45e9, torus=16),
+    "v5p": Chip("TPU v5p", 95 * GIB, 90e9, torus=4),
+    "v6e": Chip("TPU v6e", 32 * GIB, 90e9, torus=16),
+    "A100-80GB": Chip("A100", 80e9, 300e9, 25e9),
+    "A100-40GB": Chip("A100", 40e9, 300e9, 25e9),
+    "H100": Chip("H100", 80e9, 450e9, 50e9),
+    "H200": Chip("H200", 141e9, 450e9, 50e9),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """So many devices of one kind.
+
+    Attributes:
+      text: as it was given. kind: tpu, gpu or cpu.
+      shape: of a TPU slice. chip: None for simulated devices of a CPU.
+    """
+
+    text: str
+    kind: str
+    count: int
+    shape: tuple[int, ...] = ()
+    chip: Chip | None = None
+
+    @property
+    def memory(self) -> float | None:
+        return self.chip.memory if self.chip else None
+
+    @property
+    def peak(self) -> float | None:
+        """bfloat16 FLOP/s of a device."""
+        from radfm_jax.cost import flops  # which needs JAX; launch/gke.py reads topologies without
+
+        return flops.PEAK[self.chip.name] if self.chip else None
+
+    @property
+    def bandwidth(self) -> float | None:
+        """Bytes/s that a ring over all devices brings into each of them at best; None for a CPU or a single device.
+
+        TPU: all links of a chip that lead to a neighbour in the slice, an open axis counting one of its two. GPU:
+        NVLink inside a node; over nodes the adapters of a whole node, as what comes into it is handed on by NVLink.
+        """
+        if self.chip is None or self.count == 1:
+            return None
+        if self.kind == "tpu":
+            closed = min(self.shape) >= 4 if len(self.shape) == 3 else False
+            links = sum(
+                0 if size == 1 else 2 if (closed if len(self.shape) == 3 else size >= self.chip.torus) else 1
+                for size in self.shape
+            )
+            return links * self.chip.link
+        if self.count <= self.chip.node:
+            return self.chip.link
+        return min(self.chip.link, self.chip.node * self.chip.network)
+
+    @property
+    def said(self) -> str:
+        """How its bandwidth comes about."""
+        if self.bandwidth is None:
+            return "no network" if self.chip else "simulated: no link and no peak, so no times"
+        rate = f"{self.bandwidth / 1e9:g} GB/s into each device"
+        if self.kind == "tpu":
+            return f"{rate}: {self.bandwidth / self.chip.link:g} links of {self.chip.link / 1e9:g} GB/s"
+        if self.count <= self.chip.node:
+            return f"{rate}: NVLink"
+        return f"{rate}: {self.chip.node} adapters a node of {self.chip.network / 1e9:g} GB/s, then NVLink"
+
+
+def parse(text: str) -> Topology:
+    """Raises ValueError for what is no topology, with those that are known."""
+    kind, _, rest = text.partition(":")
+    if kind in ("v4", "v5e", "v5p", "v6e") and re.fullmatch(r"\d+(x\d+)*", rest):
+        shape = tuple(int(size) for size in rest.split("x"))
+        dimensions = 3 if kind in ("v4", "v5p") else 2
+        if len(shape) != dimensions or min(shape) < 1:
+            raise ValueError(f"{text}: a slice of {kind} has {dimensions} dimensions, for example {_example(kind)}")
+        return Topology(text, "tpu", math.prod(shape), shape, CHIPS[kind])
+    if kind == "gpu" and (match := re.fullmatch(r"(\d+)x([\w-]+)", rest)) and int(match[1]) > 0:
+        names = [name for name in CHIPS if not name.startswith("v") and name.lower() == match[2].lower()]
+        if not names and match[2].upper() == "A100":
+            raise ValueError(f"{text}: say which memory: gpu:{match[1]}xA100-40GB or gpu:{match[1]}xA100-80GB")
+        if names:
+            return Topology(text, "gpu", int(match[1]), chip=CHIPS[names[0]])
+    if kind == "cpu" and rest.isdigit() and int(rest) > 0:
+        return Topology(text, "cpu", int(rest))
+    raise ValueError(f"{text!r} is no topology; for example {KNOWN}")
+
+
+def _example(kind: str) -> str:
+    return next(name for name in KNOWN.split(", ") if name.startswith(kind))

@@ -1,0 +1,45 @@
+"""Splash attention for TPUs: blockwise, with segment ids inside the kernel."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from radfm_jax.models.kernels.sharded import by_device
+
+
+def splash_attention(q, k, v, q_segments, k_segments, *, causal: bool, interpret: bool = False) -> jax.Array:
+    """Splash attention on each device's rows and heads. `interpret` runs it on any platform, slowly, for tests."""
+    # Pallas takes a second to import and only TPUs need it.
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash_lib
+
+    def local(q, k, v, q_segments, k_segments):
+        t, h, width = q.shape[1:]
+        u, g = k.shape[1:3]
+        mask = (splash_lib.CausalMask if causal else splash_lib.FullMask)((t, u))
+        block = functools.partial(_divisor, limit=512)
+        run = splash_lib.make_splash_mha(
+            splash_lib.MultiHeadMask([mask] * h),
+            block_sizes=splash_lib.BlockSizes(
+                **dict.fromkeys(("block_q", "block_q_dkv", "block_q_dq"), block(t)),
+                **dict.fromkeys(("block_kv", "block_kv_compute", "block_kv_dkv", "block_kv_dkv_compute"), block(u)),
+                block_kv_dq=block(u),
+            ),
+            head_shards=1,
+            q_seq_shards=1,
+            interpret=interpret,
+        )
+        heads_first = lambda x: jnp.moveaxis(x, 2, 1)  # noqa: E731
+        k, v = (jnp.repeat(x, h // g, axis=2) for x in (k, v))
+        ids = splash_lib.SegmentIds(q_segments, k_segments)
+        out = jax.vmap(run)(heads_first(q * width**-0.5), heads_first(k), heads_first(v), segment_ids=ids)
+        return jnp.moveaxis(out, 1, 2).astype(v.dtype)
+
+    return by_device(local, q, k, v, q_segments, k_segments)
+
+
+def _divisor(length: int, limit: int) -> int:
+    """The largest multiple of 128 up to `limit` that divides `length` (itself a multiple of 128)."""
+    return max(size for size in range(128, limit + 1, 128) if length % size == 0)

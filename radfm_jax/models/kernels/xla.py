@@ -1,0 +1,43 @@
+"""Attention in plain XLA: the reference that every other kernel is tested against, and the path that takes any shape.
+
+Letters: B rows, T query tokens, U key tokens, H query heads, G key/value heads, K head width.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from radfm_jax.models.layers import matmul_precision
+
+
+def plain_attention(q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Array) -> jax.Array:
+    """Attention as two products around a softmax, by XLA.
+
+    Args:
+      q: float[B, T, H, K].
+      k, v: float[B, G, U, K]. Batch axes first: XLA's CPU products are twice as fast then, and other platforms choose
+        their own layout anyway.
+      allowed: bool[B, T, U].
+    Returns:
+      float[B, T, H, K] in v's dtype.
+    """
+    b, t, h, width = q.shape
+    g, u = k.shape[1:3]
+    q = jnp.moveaxis(q.reshape(b, t, g, h // g, width), 1, 3).reshape(b, g, -1, width)  # [B, G, M T, K]
+    precision = matmul_precision(q.dtype)
+    scores = jnp.einsum("bgqk,bguk->bgqu", q, k, precision=precision, preferred_element_type=jnp.float32)
+    scores = scores.reshape(b, h, t, u) * width**-0.5
+    scores = jnp.where(allowed[:, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(b, g, -1, u)
+    out = jnp.einsum("bgqu,bguk->bgqk", weights, v, precision=precision)
+    return jnp.moveaxis(out.reshape(b, g, h // g, t, width), 3, 1).reshape(b, t, h, width)
+
+
+def attention_mask(q_segments: jax.Array, k_segments: jax.Array, causal: bool) -> jax.Array:
+    """bool[B, T, U]: which keys each query sees (drawn in `attention`)."""
+    allowed = q_segments[:, :, None] == k_segments[:, None, :]
+    if causal:
+        t, u = allowed.shape[1:]
+        allowed &= jnp.arange(u) <= jnp.arange(t)[:, None]
+    return allowed

@@ -1,0 +1,172 @@
+"""`python -m radfm_jax.summary --runs DIR... --out page.html`: what a chain of runs came to, on one page.
+
+The page holds its pictures itself, so that it can be sent to somebody.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import html
+import io
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from input_pipeline.datasets.tables import text_lines
+from input_pipeline.samples import Scan
+from radfm_jax.checkpoints import run_directory
+from radfm_jax.inference import inputs
+from radfm_jax.training import display
+
+DESCRIPTION = """\
+Makes one HTML page of training runs that follow each other: their curves and speed, the accuracy that
+`radfm_jax.evaluate` found, answers that `radfm_jax.generate --jsonl` gave beside the scans they are about, and where
+everything lies.
+"""
+STYLE = """
+body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#1b1f24}
+table{border-collapse:collapse;margin:.6rem 0}td,th{border:1px solid #d0d7de;padding:.2rem .6rem;text-align:left}
+td.n{text-align:right;font-variant-numeric:tabular-nums}img{max-width:100%}code{background:#f3f4f6;padding:0 .2rem}
+.warn{background:#fff3cd;border:1px solid #e0c766;padding:.5rem .8rem}.asked{display:flex;gap:1rem;margin:.8rem 0}
+.asked div{white-space:pre-line}.asked img{height:11rem;image-rendering:pixelated}
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m radfm_jax.summary",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--runs", nargs="+", required=True, type=Path, metavar="DIR", help="workdirs, in their order")
+    parser.add_argument("--scores", type=Path, metavar="DIR", help="what `radfm_jax.evaluate` wrote")
+    parser.add_argument("--questions", type=Path, metavar="FILE", help="questions that were asked")
+    parser.add_argument(
+        "--answers", type=Path, metavar="FILE", help="what `radfm_jax.generate --jsonl` answered to them"
+    )
+    parser.add_argument(
+        "--root", type=Path, default=Path(), metavar="DIR", help="below which the scans of questions lie"
+    )
+    parser.add_argument("--note", action="append", default=[], metavar="TEXT", help="a line for the head of the page")
+    parser.add_argument("--place", action="append", default=[], metavar="WHAT=PATH", help="a line of `where it lies`")
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE")
+    args = parser.parse_args(argv)
+    try:
+        page = "\n".join(_page(args))
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(page)
+    print(f"summary: {args.out}")
+    return 0
+
+
+def _page(args: argparse.Namespace) -> Iterator[str]:
+    title = f"{args.runs[-1].name}: what was trained"
+    yield f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{_text(title)}</title><style>{STYLE}</style>"
+    yield f"<h1>{_text(title)}</h1>"
+    yield "<p class='warn'>For research only. Not for clinical use.</p>"
+    yield from (f"<p>{_text(note)}</p>" for note in args.note)
+    yield "<h2>Training</h2>"
+    yield from _stages(args.runs)
+    for run in args.runs:
+        yield f"<h3>{_text(run.name)}</h3>"
+        yield _image((run / "curves.png").read_bytes(), f"curves of {run.name}")
+    if args.scores:
+        yield "<h2>Held-out answers</h2>"
+        yield from _scores(json.loads((args.scores / "accuracy.json").read_text()))
+    if args.answers:
+        yield "<h2>Asked</h2>"
+        yield from _answers(args)
+    yield "<h2>Where it lies</h2>"
+    places = [("run " + run.name, str(run)) for run in args.runs] + [tuple(p.split("=", 1)) for p in args.place]
+    yield _table(("what", "where"), [(_text(what), f"<code>{_text(path)}</code>") for what, path in places])
+
+
+def _stages(runs: Sequence[Path]) -> Iterator[str]:
+    rows = []
+    for run in runs:
+        if not (lines := display.read(run)):
+            raise ValueError(f"{run} has no metrics.jsonl with a step: is it the --workdir of a run?")
+        last = {key: value for line in lines for key, value in line.items()}
+        speed = [line for line in lines if "speed/step_s" in line][1:]  # the first holds the start
+        mean = lambda name: sum(x[name] for x in speed) / len(speed) if speed else float("nan")  # noqa: B023, E731
+        newest = run_directory.latest(run)
+        rows.append(
+            (
+                _text(run.name), f"{last['step']:,}", f"{last['train/loss']:.3f}",
+                f"{last['eval/all/loss']:.3f}" if "eval/all/loss" in last else "",
+                f"{mean('speed/step_s'):.3f}", f"{mean('speed/samples_s'):.0f}", f"{mean('speed/data_wait'):.1%}",
+                f"{last['data/real_tokens']:.1%}", f"<code>{_text(newest or '')}</code>",
+            )
+        )  # fmt: skip
+    yield _table(
+        ("stage", "steps", "loss", "held out", "s a step", "samples/s", "data wait", "real tokens", "checkpoint"), rows
+    )
+
+
+def _scores(found: dict[str, list[dict]]) -> Iterator[str]:
+    control = {one["kind"]: one for one in found.get("another", ())}
+    rows = [
+        (
+            _text(one["kind"]), f"{one['samples']:,}", f"{one['exact']:.1%}", f"{one['low']:.1%} to {one['high']:.1%}",
+            "" if one["balanced"] is None else f"{one['balanced']:.1%}",
+            f"{control[one['kind']]['exact']:.1%}" if one["kind"] in control else "",
+        )
+        for one in found["own"]
+    ]  # fmt: skip
+    yield "<p>Right: every token of the reference is what greedy decoding says. Scans exchanged: the same questions "
+    yield "about somebody else's scan; what is left there needs no looking.</p>"
+    yield _table(("question", "samples", "right", "95 % interval", "balanced", "scans exchanged"), rows)
+
+
+def _answers(args: argparse.Namespace) -> Iterator[str]:
+    answers = {line["id"]: line for line in _lines(args.answers)}
+    for question in _lines(args.questions):
+        given = answers.get(question["id"])
+        said = "no answer" if given is None else given["answer"]
+        scans = [Scan(scan) if isinstance(scan, str) else Scan(**scan) for scan in question["scans"]]
+        picture = _picture(args.root, scans, given)
+        reference = f"<br>reference: <b>{_text(question['response'])}</b>" if question.get("response") else ""
+        yield (
+            f"<div class='asked'>{picture}<div><code>{_text(', '.join(scan.path for scan in scans))}</code>"
+            f"<br>{_text(question.get('prompt') or question.get('instruction'))}"
+            f"<br>answer: <b>{_text(said)}</b>{reference}</div></div>"
+        )
+
+
+def _picture(root: Path, scans: Sequence[Scan], given: dict | None) -> str:
+    """The middle of each scan as the model saw it."""
+    prepared = (given or {}).get("made_with", {}).get("prepared")
+    if not prepared:
+        return ""
+    paths = [Scan(str(root / scan.path), scan.volume, scan.window) for scan in scans]
+    volumes = inputs.read_scans(paths, inputs.Preparation(**prepared))
+    file = io.BytesIO()
+    inputs.picture(volumes, [Path(scan.path).name for scan in scans]).save(file, format="PNG")
+    return _image(file.getvalue(), "the scan as the model saw it")
+
+
+def _lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in text_lines(file) if line.strip()]
+
+
+def _image(png: bytes, what: str) -> str:
+    return f"<img alt='{_text(what)}' src='data:image/png;base64,{base64.b64encode(png).decode()}'>"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Cells are HTML already."""
+    number = lambda cell: cell[:1].isdigit()  # noqa: E731
+    body = "".join(
+        "<tr>" + "".join(f"<td class='n'>{c}</td>" if number(c) else f"<td>{c}</td>" for c in row) + "</tr>"
+        for row in rows
+    )
+    return f"<table><tr>{''.join(f'<th>{_text(cell)}</th>' for cell in head)}</tr>{body}</table>"
+
+
+def _text(value: object) -> str:
+    return html.escape(str(value))

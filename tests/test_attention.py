@@ -1,0 +1,224 @@
+"""The choice of an attention kernel, and the fused kernels against the plain form.
+
+Splash attention runs in Pallas' interpreter; cuDNN's call runs with the XLA implementation of the same function.
+"""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from radfm_jax.models.attention import attention, choose
+from radfm_jax.models.kernels import cpu, splash
+from radfm_jax.models.kernels.cudnn import cudnn_attention
+from radfm_jax.models.layers import REMAT_POLICIES
+from radfm_jax.runtime.sharding import make_mesh
+
+# --- choice -----------------------------------------------------------------------------------------------------------
+
+
+def arrays(length=256, keys=None, width=64, dtype="bfloat16"):
+    """Shapes of queries [1, T, 8, K] and keys [1, U, 2, K]."""
+    shapes = (1, length, 8, width), (1, keys or length, 2, width)
+    return [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape in shapes]
+
+
+@pytest.mark.parametrize(
+    "platform, form, chosen",
+    [
+        ("tpu", {}, "splash"),
+        ("tpu", {"width": 128, "length": 2048}, "splash"),
+        ("tpu", {"width": 80}, "xla"),
+        ("tpu", {"length": 200}, "xla"),
+        ("tpu", {"length": 128, "keys": 200}, "xla"),
+        ("tpu", {"length": 32, "keys": 1056}, "xla"),  # the perceiver
+        ("tpu", {"dtype": "float32"}, "xla"),
+        ("cuda", {}, "cudnn"),
+        ("cuda", {}, "cudnn"),
+        ("cuda", {"dtype": "float16", "width": 8, "length": 34}, "cudnn"),
+        ("cuda", {"length": 33}, "xla"),  # cuDNN's backward pass with a bias takes even lengths
+        ("cuda", {"dtype": "float32"}, "xla"),
+        ("cuda", {"width": 12}, "xla"),
+        ("cuda", {"width": 256}, "xla"),
+        ("gpu", {}, "xla"),  # another maker's, or older than Ampere
+        ("cpu", {}, "xla"),
+        ("cpu", {"length": 512, "dtype": "float32"}, "blocks"),
+        ("cpu", {"length": 512, "keys": 128}, "xla"),
+        ("cpu", {"length": 600}, "xla"),
+        ("rocm", {}, "xla"),
+        (None, {}, "xla"),  # these tests run on the CPU
+    ],
+)
+def test_auto_takes_the_fastest_that_fits(platform, form, chosen):
+    assert choose("auto", *arrays(**form), platform=platform) == chosen
+
+
+@pytest.mark.parametrize(
+    "kernel, form, reasons",
+    [
+        ("splash", {"width": 80}, ["head width 80 is not a multiple of 64"]),
+        ("blocks", {"length": 128, "keys": 200}, ["lengths 128 and 200 are not multiples of 128"]),
+        ("splash", {"length": 128, "keys": 200}, ["lengths 128 and 200 are not multiples of 128"]),
+        ("splash", {"width": 8, "length": 10, "dtype": "float32"}, ["float32", "head width 8", "lengths 10 and 10"]),
+        ("cudnn", {"dtype": "float32"}, ["float32 is not bfloat16 or float16"]),
+        ("cudnn", {"width": 12}, ["head width 12 is not a multiple of 8 up to 128"]),
+        ("cudnn", {"width": 136}, ["head width 136"]),
+        ("cudnn", {"length": 33}, ["lengths 33 and 33 are not even"]),
+        ("flash2", {}, ["auto, xla, blocks, cudnn, splash"]),
+    ],
+)
+@pytest.mark.parametrize("platform", ["tpu", "cuda", "gpu", "cpu"])
+def test_a_kernel_asked_for_by_name_runs_or_raises(kernel, form, reasons, platform):
+    with pytest.raises(ValueError, match=re.escape(repr(kernel))) as raised:
+        choose(kernel, *arrays(**form), platform=platform)
+    assert all(reason in str(raised.value) for reason in reasons), raised.value
+
+
+@pytest.mark.parametrize("kernel", ["xla", "blocks", "cudnn", "splash"])
+@pytest.mark.parametrize("platform", ["tpu", "cuda", "gpu", "cpu"])
+def test_a_kernel_that_fits_is_not_replaced(kernel, platform):
+    assert choose(kernel, *arrays(), platform=platform) == kernel
+
+
+# --- splash attention and tiles ---------------------------------------------------------------------------------------
+
+LENGTH = 256
+
+
+def packed_row(seed=0, rows=2, heads=4, kv_heads=2, width=64):
+    """q, k, v and segments of rows like [1 1 .. 2 2 .. 3 .. 0 0]; a few keys in each segment are seen by nobody."""
+    rng = np.random.default_rng(seed)
+    q, k, v = (rng.standard_normal((rows, LENGTH, n, width)).astype(np.float32) for n in (heads, kv_heads, kv_heads))
+    q_segments = np.zeros((rows, LENGTH), np.int32)
+    k_segments = q_segments.copy()
+    for row in range(rows):
+        ends = np.sort(rng.choice(np.arange(20, LENGTH - 8, 10), 3, replace=False))
+        for segment, (start, end) in enumerate(zip([0, *ends], ends, strict=False), 1):
+            q_segments[row, start:end] = k_segments[row, start:end] = segment
+            k_segments[row, rng.integers(start + 1, end, 3)] = -1
+    return q, k, v, q_segments, k_segments
+
+
+def outputs_and_gradients(form, args, causal):
+    weights = np.random.default_rng(5).standard_normal(args[0].shape)
+
+    def total(q, k, v):
+        out = form(q, k, v, *args[3:], causal=causal)
+        return (out * weights).sum(), out
+
+    grads, out = jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))(*args[:3])
+    return {"out": out, **dict(zip("qkv", grads, strict=True))}
+
+
+interpreted = functools.partial(splash.splash_attention, interpret=True)
+
+
+@pytest.fixture(params=["splash", "blocks"])
+def form(request, monkeypatch):
+    """The kernels of our making and of Pallas', the first with several tiles a row."""
+    monkeypatch.setattr(cpu, "TILE", 128)
+    return {"splash": interpreted, "blocks": cpu.tiled_attention}[request.param]
+
+
+def close(ours, plain, atol=2e-5):
+    """Measured 6e-6 of values and gradients up to 7."""
+    for name in plain:
+        np.testing.assert_allclose(ours[name], plain[name], atol=atol, err_msg=name)
+
+
+@pytest.mark.parametrize("causal, width, kv_heads", [(True, 64, 2), (False, 64, 2), (True, 128, 4)])
+def test_the_plain_form_on_packed_rows(form, causal, width, kv_heads):
+    args = packed_row(width=width, kv_heads=kv_heads)
+    close(outputs_and_gradients(form, args, causal), outputs_and_gradients(attention, args, causal))
+
+
+def test_packed_samples_stay_apart(form):
+    """The second segment of a row equals the same sample at the start of a row of its own."""
+    q, k, v, q_segments, k_segments = packed_row(rows=1)
+    at = np.flatnonzero(q_segments[0] == 2)
+    packed = form(q, k, v, q_segments, k_segments, causal=True)[:, at]
+    alone = [np.zeros_like(x) for x in (q, k, v, q_segments, k_segments)]
+    for single, x in zip(alone, (q, k, v, q_segments, k_segments), strict=True):
+        single[:, : at.size] = x[:, at]
+    # Measured 6e-8: other blocks, so sums in another order.
+    np.testing.assert_allclose(packed, form(*alone, causal=True)[:, : at.size], atol=1e-6)
+    noisy = [np.where((q_segments == 2)[..., None, None], x, 1e3) for x in (q, k, v)]
+    np.testing.assert_array_equal(packed, form(*noisy, q_segments, k_segments, causal=True)[:, at])
+
+
+def test_keys_of_another_length(form):
+    q, k, v, q_segments, k_segments = packed_row(rows=1)
+    args = (q[:, :128], k, v, q_segments[:, :128], k_segments)
+    close(outputs_and_gradients(form, args, False), outputs_and_gradients(attention, args, False))
+
+
+def test_a_query_that_sees_no_key_is_finite(form):
+    q, k, v, q_segments, k_segments = packed_row(rows=1)
+    k_segments[:, 0] = -1
+    found = outputs_and_gradients(form, (q, k, v, q_segments, k_segments), True)
+    assert all(np.isfinite(x).all() for x in found.values())
+
+
+@pytest.mark.parametrize("sizes, kv_heads", [((2, 2, 2), 2), ((1, 4, 2), 1)])
+def test_on_a_mesh(form, sizes, kv_heads):
+    """Rows and heads are handed to the devices; one key head cannot be split over two and is kept whole."""
+    args = packed_row(rows=4, heads=2, kv_heads=kv_heads)
+    plain = outputs_and_gradients(attention, args, True)
+    with jax.set_mesh(make_mesh(*sizes)):
+        close(outputs_and_gradients(form, args, True), plain)
+
+
+def test_tiles_between_samples_are_left_out():
+    """Three samples of 128, 256 and 100 tokens: causal, the tiles x of the rows of tiles; between samples, none."""
+    segments = np.repeat([1, 2, 3, 0], [128, 256, 100, 28]).astype(np.int32)[None]
+    q = k = v = np.random.default_rng(0).standard_normal((1, 512, 2, 8)).astype(np.float32)
+    args = q, k, v, segments, segments
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "TILE", 128)
+        # 1: x...   2: .x..   2: .xx.   3 and padding, whose range of segments touches all before: xxxx
+        assert int(cpu._Tiles(q, k, segments, segments, True).count) == 1 + 1 + 2 + 4
+        assert int(cpu._Tiles(q, k, segments, segments, False).count) == 2 + 3 + 3 + 4
+        close(outputs_and_gradients(cpu.tiled_attention, args, True), outputs_and_gradients(attention, args, True))
+        empty = np.zeros_like(segments)
+        assert int(cpu._Tiles(q, k, empty, empty, False).count) == 0
+        assert not np.asarray(cpu.tiled_attention(q, k, v, empty, empty, causal=False)).any()
+
+
+@pytest.mark.parametrize("policy, walks", [("attention", 2), ("full", 3)])
+def test_tiles_are_not_walked_again_where_attention_is_kept(policy, walks):
+    """Forward, backward, and once more between them if nothing is kept."""
+    q = jnp.ones((1, 256, 1, 8))
+    segments = jnp.ones((1, 256), jnp.int32)
+    block = jax.checkpoint(
+        lambda q: cpu.tiled_attention(q, q, q, segments, segments, causal=True).sum(), policy=REMAT_POLICIES[policy]
+    )
+    assert str(jax.make_jaxpr(jax.grad(block))(q)).count("while[") == walks
+
+
+@pytest.mark.parametrize("length", range(128, 4097, 128))
+def test_blocks_divide_every_length(length):
+    block = splash._divisor(length, 512)
+    assert length % block == 0 and block % 128 == 0 and block <= 512
+    assert block == {128: 128, 384: 384, 1024: 512, 2048: 512}.get(length, block)
+
+
+# --- cuDNN ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_cudnn_is_called_with_the_mask_of_the_row(monkeypatch, causal):
+    plain, asked = jax.nn.dot_product_attention, []
+
+    def on_cpu(*args, implementation, **kwargs):
+        asked.append(implementation)
+        return plain(*args, implementation="xla", **kwargs)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", on_cpu)
+    args = packed_row(rows=1)
+    half = [x.astype(jnp.bfloat16) for x in args[:3]]
+    through = attention(*half, *args[3:], causal=causal, kernel="cudnn")
+    assert asked == ["cudnn"] and through.dtype == jnp.bfloat16
+    close(outputs_and_gradients(cudnn_attention, args, causal), outputs_and_gradients(attention, args, causal))
