@@ -4,7 +4,7 @@ It holds what the processes write for each other. If it lived in process 0, as J
 aborted by JAX in the moment in which process 0 dies, without a word of what happened. So it outlives process 0 for as
 long as the others need to notice, and then ends.
 
-    python -P radfm_jax/runtime/coordination.py PARENT ADDRESS PROCESSES START HEARTBEAT GRACE      seconds for the last three
+    python -P coordination.py PARENT ADDRESS PROCESSES START HEARTBEAT GRACE      # seconds for the last three
 """
 
 from __future__ import annotations
