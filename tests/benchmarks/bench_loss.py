@@ -1,12 +1,12 @@
-"""Loss head, forward and backward: logits where a target has weight against full logits and optax's cross-entropy.
+"""Loss head, forward and backward: logits only where a target has weight, against full logits with optax's
+cross-entropy.
 
     python tests/benchmarks/bench_loss.py [--chunk 512 ...] [--labelled 0.1] [--width 512] [--tokens 4096]
 
-Both sides get the same hidden states, kernel, targets and weights, in float32, and return the weighted mean and its
-gradients in hidden states and kernel. Times are medians of interleaved runs. `temporaries` is what XLA allocates for
-the compiled function beside arguments and results; `process` is VmHWM of a process of its own after three steps, less
-what it held before the first.
-"""
+Both sides get the same float32 hidden states, kernel, targets and weights. They return the weighted mean and its
+gradients with respect to hidden states and kernel. Times are medians of alternating runs. `temporaries` is what XLA
+allocates for the compiled function in addition to arguments and results. `process` is the growth of VmHWM in a
+separate process during three steps."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def vm_hwm() -> int:
 
 
 def process_peak(name: str, args) -> int:
-    """Runs this file again for one side."""
+    """Run this file in a new process for one side; return the growth of its memory in bytes."""
     sizes = [f"--{k}={getattr(args, k)}" for k in ("tokens", "width", "vocab", "labelled")]
     command = [sys.executable, __file__, *sizes, "--peak-of", name]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--vocab", type=int, default=32000)
     parser.add_argument("--labelled", type=float, default=0.1, help="share of tokens with weight")
-    parser.add_argument("--chunk", type=int, nargs="+", default=[256], help="positions a chunk")
+    parser.add_argument("--chunk", type=int, nargs="+", default=[256], help="positions per chunk")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -88,7 +88,7 @@ def main() -> None:
     names = [FULL, *(f"chunks of {c}" for c in args.chunk)]
     steps = {name: compiled(name, inputs) for name in names}
     times = {name: [] for name in names}
-    results = {name: jax.block_until_ready(step(*inputs)) for name, step in steps.items()}  # and warm up
+    results = {name: jax.block_until_ready(step(*inputs)) for name, step in steps.items()}  # warm-up
     for _ in range(args.repeats):
         for name, step in steps.items():
             start = time.perf_counter()

@@ -1,14 +1,13 @@
-"""C3: how full packed rows are, against one sample a row padded to its length; and how fast a window is planned.
+"""Share of real tokens in packed rows, against one sample per row padded to its length, and the speed of planning.
 
     taskset -c 0 python tests/benchmarks/bench_packing.py [--samples 16384] [--tokenizer tokenizer.model]
 
-A window of a seeded mixture, planned by the pipeline itself (pipeline.Rows.plan: tables, prompts, tokens, terms,
-packing); no voxel is read, so the index is written from made-up sizes. Scans 1 (80 %), 2 (15 %), 3 to 6 (5 %), 70 % of
-them 2D, depths uniform over 4 to 64; questions log-normal around 25 tokens, a fifth with a context around 120; answers
-around 8, a tenth of them reports around 150. One row in five is a modality question with a prompt of ours instead.
-Text is drawn from the words of the project's prompts and of its list of radiology terms. The tokenizer has 32,000
-pieces: by default that of mistral-common.
-"""
+The pipeline plans a window of a seeded mixture: tables, prompts, tokens, terms, packing. It reads no voxel, so the
+index is written with made-up sizes. Scans: 1 (80 %), 2 (15 %), 3 to 6 (5 %), 70 % of them 2D, depths uniform over 4
+to 64. Questions are log-normal around 25 tokens, a fifth with a context around 120; answers are around 8, a tenth of
+them reports around 150. One row in five is a modality question with one of our prompts instead. Text is drawn from
+the words of the project's prompts and of its list of radiology terms. The tokenizer has 32,000 pieces, by default
+that of mistral-common."""
 
 from __future__ import annotations
 
@@ -46,7 +45,7 @@ MODALITIES = ("CT", "MRI", "X-ray", "Ultrasound", "Mammography")
 
 
 class Writer:
-    """Text of about so many tokens."""
+    """Write text with a log-normal number of tokens."""
 
     def __init__(self, tokenizer: Tokenizer, rng: np.random.Generator):
         sentences = [s for group in prompts.load().values() for s in group if "{" not in s]
@@ -62,7 +61,7 @@ class Writer:
 
 
 def write_data(folder: Path, tokenizer: Tokenizer, samples: int, seed: int) -> dict[str, dict]:
-    """Tables of so many samples, and the index of scans that nobody will read."""
+    """Write tables with that many samples, and an index of scans that do not exist; return the sources of a config."""
     rng = np.random.default_rng(seed)
     text = Writer(tokenizer, rng)
     facts, rows = [], []
@@ -123,19 +122,21 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16384)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tokenizer", help="a SentencePiece model; default: mistral-common's first")
+    parser.add_argument("--tokenizer", help="a SentencePiece model (default: that of mistral-common)")
     args = parser.parse_args()
     if args.tokenizer is None:
-        found = importlib.util.find_spec("mistral_common")
-        if found is None:
-            parser.error("mistral-common is not installed: name a SentencePiece model with --tokenizer")
-        args.tokenizer = str(Path(found.origin).parent / "data" / "tokenizer.model.v1")
+        spec = importlib.util.find_spec("mistral_common")
+        if spec is None:
+            parser.error("mistral-common is not installed: pass a SentencePiece model with --tokenizer")
+        args.tokenizer = str(Path(spec.origin).parent / "data" / "tokenizer.model.v1")
     with tempfile.TemporaryDirectory() as folder:
         sources = write_data(Path(folder), Tokenizer(args.tokenizer), args.samples, args.seed)
         config = DataConfig(
             train=sources, index=folder, tokenizer=args.tokenizer, workers=0, window=args.samples, seed=args.seed
         )
-        filling = Table("rows of 2,048 tokens with", "real tokens", "rows", "fewer rows", "samples a row", title="C3")
+        filling = Table(
+            "rows of 2,048 tokens with", "real tokens", "rows", "fewer rows", "samples per row", title="packing"
+        )
         for what, limits in LIMITS.items():
             filling.add_row(what, *fill_rows(dataclasses.replace(config, **limits)))
         Console(width=120).print(filling)
@@ -158,7 +159,7 @@ def fill_rows(config: DataConfig) -> list[str]:
 
 
 def speeds(config: DataConfig, repeats: int) -> Table:
-    """Samples a second of processor time, medians."""
+    """Return a table of samples per second of CPU time (medians)."""
     maker = RowMaker(config, "train", training=True)
     numbers = np.arange(int(maker.starts[-1]))
     measuring, packing, planner = [], [], []
@@ -178,8 +179,8 @@ def speeds(config: DataConfig, repeats: int) -> Table:
         packing.append(len(numbers) / (end - start))
     table = Table("samples/s on one core", "median", "goal", title="planning")
     table.add_row("prompts, tokens, medical terms", f"{np.median(measuring):,.0f}", "")
-    table.add_row("a window planned, all included", f"{np.median(packing):,.0f}", "2,000")
-    table.add_row("the packer alone", f"{np.median(planner):,.0f}", "20,000")
+    table.add_row("planning a window, all included", f"{np.median(packing):,.0f}", "2,000")
+    table.add_row("packing alone", f"{np.median(planner):,.0f}", "20,000")
     return table
 
 

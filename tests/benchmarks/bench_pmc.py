@@ -1,11 +1,10 @@
-"""Papers a second and core of pmc-inline, on small packages; and how well references are tied in papers of your own.
+"""Papers per second and core of pmc-inline on small packages; or the references tied in your own papers.
 
     python tests/benchmarks/bench_pmc.py --papers 2000
     python tests/benchmarks/bench_pmc.py --read FOLDER      # prints every reference of the .nxml files there, to check
 
-The packages are the annotated papers of tests/data/jats (some 4 kB of XML, pictures of 24 x 16), copied under other
-numbers: what is measured is reading, parsing, tying and writing, not unpacking large pictures.
-"""
+The packages are the annotated papers of tests/data/jats (about 4 kB of XML, images of 24 x 16), copied under other
+numbers. They measure reading, parsing, tying and writing, not unpacking large images."""
 
 from __future__ import annotations
 
@@ -42,8 +41,8 @@ def main() -> int:
         show(args.read)
         return 0
     rates: dict[str, list[float]] = {"archives": [], "folders": []}
-    with tempfile.TemporaryDirectory() as place:
-        root = Path(place)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
         listed = {}
         for kind in rates:
             base = jats_papers.packages(root / kind / "base", archives=kind == "archives")

@@ -1,20 +1,20 @@
-"""C4, C5, C6: a training step of ours and of a PyTorch RadFM of the same sizes and weights, in float32.
+"""Training step against a PyTorch RadFM of the same sizes and weights, in float32: time, packing, memory, vision.
 
     python tests/benchmarks/bench_train.py [--only unpacked packed vision memory] [--remat dots] [--chunk 256]
 
-Forward and backward. LLaMA of 8 layers, 512 wide, 32,000 words; vision 192 wide, 12 + 6 layers. No optimizer, no
-dropout. Ours keeps for the backward pass what --remat says, and has the logits of --chunk positions at a time.
-The same threads on both sides, which are run in turn; times are medians, ratios medians of paired ratios. On one core
-(taskset -c 0) it is processor time that counts, which what else runs on the machine changes less.
+Forward and backward, no optimizer, no dropout. LLaMA with 8 layers, 512 wide, 32,000 words; vision 192 wide, 12 + 6
+layers. Ours uses the remat policy `--remat`, and logits of `--chunk` positions at a time. Both sides use the same
+threads and run alternately; times are medians, ratios are medians of paired ratios. On one core (taskset -c 0) the
+times are CPU time, which other load changes less.
 
-unpacked  2 samples of 512 tokens with a colour scan of 512 x 512 x 4 each, both sides the same numbers; their losses
-          must agree
-packed    VQA-like samples (scans 1: 80 %, 2: 15 %, 3 to 6: 5 %; 70 % of them 2D; questions log-normal around 25 tokens,
-          a fifth with a context around 120; answers around 8, a tenth of them around 150), as many as fill a row of
-          2,048 tokens. Ours: that row. PyTorch: each sample alone, padded to 2,048, as the original has them; `--timed`
-          of them, since each costs nearly the same.
-vision    ViT and perceiver alone, of the unpacked batch
-memory    peak (VmHWM) of a process that has built the model, compiled and run three unpacked steps
+unpacked  2 samples of 512 tokens with a colour scan of 512 x 512 x 4 each; both sides compute the same numbers,
+          and their losses must agree
+packed    VQA-like samples (scans 1: 80 %, 2: 15 %, 3 to 6: 5 %; 70 % of them 2D; questions log-normal around 25
+          tokens, a fifth with a context around 120; answers around 8, a tenth of them around 150), as many as fill a
+          row of 2,048 tokens. Ours: that row. PyTorch: each sample alone, padded to 2,048, as in the original;
+          `--timed` of them, since each costs almost the same
+vision    ViT and perceiver alone, on the unpacked batch
+memory    peak (VmHWM) of a process that builds the model, compiles and runs three unpacked steps
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def sizes():
 
 
 def unpacked() -> dict[str, np.ndarray]:
-    """ids, vision and labels of the released layout."""
+    """Return ids, vision and labels in the released layout."""
     rng = np.random.default_rng(9000)
     ids = rng.integers(3, 32000, (2, 512))
     ids[:, 0] = 1
@@ -55,13 +55,13 @@ def unpacked() -> dict[str, np.ndarray]:
 
 
 def vqa_like(seed: int = 0) -> list[dict[str, np.ndarray]]:
-    """Samples of the released layout, in the order in which they are drawn, as many as one row holds."""
+    """Return samples in the released layout, as many as fit one row."""
     rng = np.random.default_rng(seed)
     count = lambda centre: int(rng.lognormal(np.log(centre), 0.5)) + 1  # noqa: E731
     samples, used = [], 0
     while True:
         scans = int(rng.choice(6, p=[0.8, 0.15, *[0.0125] * 4])) + 1
-        # The original brings the scans of a sample to one shape.
+        # The original resizes the scans of a sample to one shape.
         shape = (512, 512, 1) if rng.random() < 0.7 else (256, 256, 4 * int(rng.integers(1, 17)))
         question = count(25) + (count(120) if rng.random() < 0.2 else 0)
         answer = count(150 if rng.random() < 0.1 else 8)
@@ -94,7 +94,7 @@ class Torch:
         return loss.item()
 
     def padded(self, sample) -> float:
-        """One sample at 2,048 tokens; its scans as three float channels, a 2D one in four slices."""
+        """Run one sample padded to 2,048 tokens; scans have three float channels, and a 2D scan has four slices."""
         n = len(sample["ids"])
         fill = lambda x, value: np.concatenate([x, np.full(ROW - n, value)])[None]  # noqa: E731
         vision = sample["voxels"].astype(np.float32) / np.float32(255)
@@ -119,7 +119,7 @@ class Ours:
         self.targets_of = parity.targets_of
 
     def step(self, batch: dict) -> Callable[[], float]:
-        """Compiled for the batch, to be called again and again."""
+        """Return the compiled step for a batch."""
         from radfm_jax.models.radfm import RadFM
         from radfm_jax.training.losses import radfm_loss
 
@@ -144,7 +144,7 @@ class Ours:
         return plain_rows(ids, vision, vocab_size=32000) | {"targets": targets, "weights": weights}
 
     def row(self, samples) -> dict:
-        """The samples packed into one row."""
+        """Pack the samples into one row."""
         from input_pipeline.batching import packing
         from input_pipeline.images.planes import Volume, patch_grid, patch_positions, planes
         from input_pipeline.text.tokens import Encoded
@@ -163,7 +163,7 @@ class Ours:
             encoded.append(Encoded(text, targets[0], weights[0], visual.astype(np.int32), np.ones(len(ids), bool), ()))
             scan_ids.append(tuple(mine))
         patches, cuts = ([len(getattr(s, name)) for s in scans.values()] for name in ("plane_index", "planes"))
-        # As many vision rows as these scans need: a row of the real pipeline has room for more than it uses as well.
+        # One more vision row than the scans need: real rows have unused room as well.
         limits = packing.RowLimits(ROW, -(-sum(patches) // 1024) + 1, 1024, sum(cuts), len(scans))
         lengths = [len(e.ids) for e in encoded]
         (row,) = packing.plan_rows(lengths, scan_ids, patches, cuts, limits)
@@ -187,7 +187,7 @@ class Ours:
 
 
 def paired(ours: Callable, theirs: Callable, repeats: int) -> tuple[float, float, float]:
-    """Seconds of both, medians, and the median of the paired ratios."""
+    """Return median seconds of both sides and the median of the paired ratios."""
     clock = time.process_time if len(os.sched_getaffinity(0)) == 1 else time.perf_counter
     ours(), theirs()
     times = []
@@ -201,14 +201,16 @@ def paired(ours: Callable, theirs: Callable, repeats: int) -> tuple[float, float
 
 
 def peak(side: str, remat: str, chunk: int) -> int:
-    """Runs this file again for one side: bytes.
+    """Run this file in a new process for one side; return its peak memory in bytes.
 
-    For both, malloc keeps nothing of more than 1 MB that is freed: else what a step frees of last time's arrays counts
-    as well, on each side according to the order of its allocations.
+    For both sides, malloc returns freed blocks of more than 1 MB. Otherwise freed arrays of the previous step count as
+    well, depending on the order of allocations.
     """
     command = [sys.executable, __file__, "--peak-of", side, "--remat", remat, "--chunk", str(chunk)]
-    given = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_TRIM_THRESHOLD_": "1000000"}
-    return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=given).stdout.split()[-1])
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_TRIM_THRESHOLD_": "1000000"}
+    return int(
+        subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout.split()[-1]
+    )
 
 
 def run_peak(side: str, remat: str, chunk: int) -> None:
@@ -229,7 +231,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--timed", type=int, default=4, help="padded samples that PyTorch is timed on (%(default)s)")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--remat", default="dots", help="what ours keeps for the backward pass (%(default)s)")
+    parser.add_argument("--remat", default="dots", help="remat policy of ours (%(default)s)")
     parser.add_argument("--chunk", type=int, default=256, help="positions with logits at a time (%(default)s)")
     parser.add_argument("--peak-of", choices=("ours", "torch"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -246,7 +248,7 @@ def main() -> None:
     if "memory" in args.only:
         mine, other = (peak(side, args.remat, args.chunk) for side in ("ours", "torch"))
         shown = f"{mine / 1e9:.2f} GB", f"{other / 1e9:.2f} GB", f"{mine / other:.2f}x"
-        table.add_row("C5 peak of the unpacked step", *shown)
+        table.add_row("peak of the unpacked step", *shown)
     if args.only == ["memory"]:
         Console(width=120).print(table)
         return
@@ -257,7 +259,7 @@ def main() -> None:
         if abs(losses[0] - losses[1]) > 1e-4 * losses[1]:
             raise SystemExit(f"the losses differ: {losses}")
         a, b, ratio = paired(step, lambda: theirs.step(**batch), args.repeats)
-        table.add_row("C4 unpacked, samples/s", f"{2 / a:.2f}", f"{2 / b:.2f}", f"{ratio:.2f}x")
+        table.add_row("unpacked, samples/s", f"{2 / a:.2f}", f"{2 / b:.2f}", f"{ratio:.2f}x")
     if "packed" in args.only:
         samples = vqa_like()
         few = samples[: args.timed]
@@ -265,11 +267,11 @@ def main() -> None:
         a, b, ratio = paired(row, lambda: [theirs.padded(x) for x in few], args.repeats)
         n, scale = len(samples), len(samples) / len(few)
         shown = f"{n / a:.2f}", f"{len(few) / b:.3f}", f"{ratio * scale:.1f}x"
-        table.add_row(f"C4 VQA-like, {n} samples in a row, samples/s", *shown)
+        table.add_row(f"VQA-like, {n} samples in a row, samples/s", *shown)
     if "vision" in args.only:
         see = ours.vision(ours.plain(**batch))
         a, b, ratio = paired(see, lambda: theirs.vision(batch["vision"]), args.repeats)
-        table.add_row("C6 ViT and perceiver, steps/s", f"{1 / a:.2f}", f"{1 / b:.2f}", f"{ratio:.2f}x")
+        table.add_row("ViT and perceiver, steps/s", f"{1 / a:.2f}", f"{1 / b:.2f}", f"{ratio:.2f}x")
     Console(width=120).print(table)
 
 

@@ -1,18 +1,17 @@
-"""From a scan's file to what the device gets, against the steps of the released code; one core, ratios only.
+"""Scan files to model-ready planes, against the steps of the released code. One core; read the ratios.
 
     taskset -c 0 python tests/benchmarks/bench_volumes.py --repeats 7
 
-C1: 3D volumes a second. Scans are drawn by a seed: an int16 CT of 512 x 512 x 200 with noise of 12 HU inside the body,
-and the same mapped to 0..255, as Rad3D has it. The released steps, each with the quickest of its kind of library:
-SimpleITK reads, torch interpolates to the size of the stack (512 x 512 x 64) in float32, three equal channels, min-max
-in numpy over all of them, nearest neighbour to the stack and then to 256 x 256 x 64. Ours: `scans.read` with all its
-checks, `prepare_volume`, `planes`; and a prepared uint8 record read and cut.
-C2: 2D images a second. The released steps: Pillow decodes, RGB, bicubic resize, float tensor, nearest neighbour to
-four slices, and again in the collator. Ours: `scans.read`, `prepare_volume`, `planes`.
+Volumes: an int16 CT of 512 x 512 x 200 with noise of 12 HU inside the body, drawn from a seed, and the same mapped to
+0..255, as in Rad3D. The released steps, each with the fastest library of its kind: SimpleITK reads; torch
+interpolates to the size of the stack (512 x 512 x 64) in float32; three equal channels; min-max in numpy over all of
+them; nearest neighbour to the stack and then to 256 x 256 x 64. Ours: `scans.read` with all its checks,
+`prepare_volume`, `planes`; and a prepared uint8 record read and cut. Images: the released steps are Pillow's decoder,
+RGB, bicubic resize, float tensor, nearest neighbour to four slices, and again in the collator. Ours: `scans.read`,
+`prepare_volume`, `planes`.
 
-Both sides run in turn on the same files, one thread each, in processor time; a ratio is the median of the paired ones.
-Needs SimpleITK and torch (requirements-test.txt).
-"""
+Both sides run alternately on the same files with one thread each, in CPU time; a ratio is the median of the paired
+ratios. Needs SimpleITK and torch (requirements-test.txt)."""
 
 from __future__ import annotations
 
@@ -40,7 +39,7 @@ DEPTH = 64
 
 
 def phantom(shape, seed: int) -> np.ndarray:
-    """float32[H, W, D], a body of smooth tissue with noise in air, in Hounsfield units."""
+    """Return float32[H, W, D] in Hounsfield units: a body of smooth tissue with noise, in air."""
     rng = np.random.default_rng(seed)
     y, x, z = (np.linspace(-1, 1, n, dtype=np.float32) for n in shape)
     y, x, z = y[:, None, None], x[None, :, None], z[None, None, :]
@@ -59,7 +58,7 @@ def ours_from_file(path: Path):
 
 
 def ours_from_record(path: Path):
-    """As training reads it: the first of the records in a directory, opened once a process."""
+    """Read the first record of a directory as training does: opened once per process."""
     return planes(_records(path)[0])
 
 
@@ -93,11 +92,11 @@ def released_picture(path: Path) -> torch.Tensor:
     image = Image.open(path).convert("RGB").resize((512, 512), Image.Resampling.BICUBIC)
     x = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().to(torch.float32).div(255)
     stack = nearest(x[None, ..., None], (512, 512, 4))
-    return nearest(stack, (512, 512, 4))  # the collator resizes again, whether it must or not
+    return nearest(stack, (512, 512, 4))  # the collator resizes again, even to the same size
 
 
 def measure(ours: Callable, theirs: Callable, repeats: int) -> tuple[float, float, float]:
-    """Median processor seconds of each side and the median of the paired ratios, after one unmeasured round."""
+    """Return median CPU seconds of each side and the median of the paired ratios, after one unmeasured round."""
     pairs = []
     for _ in range(repeats + 1):
         pair = []
@@ -134,14 +133,14 @@ def main() -> None:
         files = write_inputs(Path(folder))
         volume, picture, n = released_volume, released_picture, repeats
         cases = [
-            ("C1 CT int16 .nii.gz -> uint8 planes", ours_from_file, volume, "ct.nii.gz", "ct.nii.gz", n, "5x (6x)"),
-            ("C1 8-bit .nii.gz -> uint8 planes", ours_from_file, volume, "bytes.nii.gz", "bytes.nii.gz", n, "5x (6x)"),
-            ("C1 prepared uint8 -> planes", ours_from_record, volume, "records", "ct.nii.gz", n, "100x (300x)"),
-            ("C2 gray PNG 1200 x 1000", ours_from_file, picture, "gray.png", "gray.png", 3 * n, "3x (4x)"),
-            ("C2 gray JPEG 1200 x 1000", ours_from_file, picture, "gray.jpg", "gray.jpg", 3 * n, "3x (4x)"),
-            ("C2 colour JPEG 700 x 900", ours_from_file, picture, "colour.jpg", "colour.jpg", 3 * n, "3x (4x)"),
+            ("CT int16 .nii.gz -> uint8 planes", ours_from_file, volume, "ct.nii.gz", "ct.nii.gz", n, "5x (6x)"),
+            ("8-bit .nii.gz -> uint8 planes", ours_from_file, volume, "bytes.nii.gz", "bytes.nii.gz", n, "5x (6x)"),
+            ("prepared uint8 -> planes", ours_from_record, volume, "records", "ct.nii.gz", n, "100x (300x)"),
+            ("gray PNG 1200 x 1000", ours_from_file, picture, "gray.png", "gray.png", 3 * n, "3x (4x)"),
+            ("gray JPEG 1200 x 1000", ours_from_file, picture, "gray.jpg", "gray.jpg", 3 * n, "3x (4x)"),
+            ("colour JPEG 700 x 900", ours_from_file, picture, "colour.jpg", "colour.jpg", 3 * n, "3x (4x)"),
         ]
-        table = Table("what", "ours ms", "released ms", "ratio", "least (aim)", "bytes to the device")
+        table = Table("input", "ours ms", "released ms", "ratio", "goal (aim)", "bytes to the device")
         for name, ours, theirs, mine, other, times, goal in cases:
             a, b, ratio = measure(lambda f=ours, p=files[mine]: f(p), lambda f=theirs, p=files[other]: f(p), times)
             sent, index = ours(files[mine])

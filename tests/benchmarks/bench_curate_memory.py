@@ -1,11 +1,10 @@
-"""Peak memory of the builders and of `prepare` at N and 10 N made items: does it grow with them?
+"""Peak memory of the curation tools and of `prepare` with N and 10 N generated items: does it grow with them?
 
-    PYTHONPATH=. python tests/benchmarks/bench_build_memory.py [TOOL ...]
+    PYTHONPATH=. python tests/benchmarks/bench_curate_memory.py [TOOL ...]
 
-Every run is a process of its own, which reads VmHWM of itself when it is done. Rows hold some 3 kB of text each, so
-that a table held in memory shows. `findings` is what `prepare` does with what it finds, without a scan being read: more
-items than a disk of scans has. Linux only.
-"""
+Every run is a separate process that reads its own VmHWM at the end. Rows hold about 3 kB of text each, so a table
+kept in memory would show. `findings` is the part of `prepare` after reading scans, with more items than a disk holds
+scans. Linux only."""
 
 from __future__ import annotations
 
@@ -44,7 +43,7 @@ SIZES = {"rad3d": 200, "mpx": 200, "diagnosis": 10_000, "radmd": 500, "radmd (ba
 
 
 def text(k: int, words: int = 500) -> str:
-    """Some 3 kB that no other row has."""
+    """Return about 3 kB of text that no other row has."""
     rng = np.random.default_rng(k)
     return f"Finding {k} on the CT: " + " ".join(f"word{n}" for n in rng.integers(0, 100, words))
 
@@ -67,7 +66,7 @@ def source(root: Path) -> str:
 
 
 def make(tool: str, root: Path, n: int) -> list[str]:
-    """Writes n items; returns the options of the command."""
+    """Write n items; return the options of the command."""
     if tool in ("rad3d", "mpx"):
         for k in range(n):
             picture(root / "cases" / f"{k:06d}" / "a.png", k)
@@ -124,12 +123,12 @@ def make(tool: str, root: Path, n: int) -> list[str]:
 
 
 def peak(tool: str, n: int, url: str) -> float:
-    """MB of a process that runs the tool on n items."""
-    with tempfile.TemporaryDirectory() as place:
-        (root := Path(place) / "in").mkdir()
+    """Return the peak memory in MB of a process that runs the tool on n items."""
+    with tempfile.TemporaryDirectory() as folder:
+        (root := Path(folder) / "in").mkdir()
         options = [tool.split()[0], *make(tool, root, n)]
         if tool != "findings":
-            options += ["--out", str(Path(place) / "out")]
+            options += ["--out", str(Path(folder) / "out")]
         if tool in ("pmc-casereport", "vqa"):
             options += ["--model", "m", "--base-url", url, "--key-variable", "", "--concurrency", "8"]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
