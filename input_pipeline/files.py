@@ -94,6 +94,15 @@ def atomic_write(file: Path, *, unique: bool = False) -> Iterator[Path]:
         raise
 
 
+def fsync(path: Path) -> None:
+    """Flush a file, or the names in a directory, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_text(file: Path, text: str) -> None:
     """Write a text file atomically, in UTF-8."""
     with atomic_write(file) as partial:

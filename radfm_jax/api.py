@@ -249,8 +249,8 @@ def load(
         raise ValueError(f"mesh has axes {mesh.axis_names}, expected {sharding.AXES}: use sharding.make_mesh")
     if tokenizer is not None and not Path(tokenizer).is_file():
         raise ValueError(f"tokenizer {tokenizer} is no file that is there: give the SentencePiece model")
-    directory = run_directory.chosen(directory)
-    checkpoint.verify(directory, hashes=verify, spared=() if tokenizer is None else (checkpoint.TOKENIZER,))
+    directory = run_directory.select_checkpoint(directory)
+    checkpoint.verify(directory, hashes=verify, allow_missing=() if tokenizer is None else (checkpoint.TOKENIZER,))
     config = checkpoint.model_config(checkpoint.read_description(directory), directory)
     boxed = radfm.abstract_params(config)
     stored = checkpoint.ParamReader(directory).dtypes
@@ -306,7 +306,7 @@ def save(model: Model, directory) -> None:
         raise ValueError("save writes from one process, and there are several: gather the parameters in one of them")
     beside = []
     if model.directory is not None:
-        beside = [p for n in (*checkpoint.BESIDE, run_directory.RUN) if (p := model.directory / n).is_file()]
+        beside = [p for n in (*checkpoint.EXTRA_FILES, run_directory.RUN) if (p := model.directory / n).is_file()]
     size = sum(x.nbytes for x in jax.tree.leaves(model.params)) + sum(p.stat().st_size for p in beside)
     checkpoint.require_space(directory, size + size // 50, f"saving {directory}")
     with checkpoint.new_directory(directory) as partial:

@@ -14,7 +14,8 @@ import numpy as np
 import tensorboardX
 from jax._src import cache_key
 
-from radfm_jax.checkpoints import checkpoint, run_directory
+from radfm_jax.checkpoints import checkpoint
+from radfm_jax.runtime.barrier import barrier
 from radfm_jax.training import command, display, loop
 
 assert matplotlib.pyplot and tensorboardX  # loaded here once, and not in each child
@@ -53,7 +54,7 @@ def run(arguments: list[str], devices: int, cache: str, output: str, pace: float
     def one_after_the_other(*of):
         """Process 0 compiles, the others find it done: there are fewer cores than processes."""
         mine = compiled(*of) if jax.process_index() == 0 else None
-        run_directory.together("compiled", lambda: None)
+        barrier("compiled")
         return mine or compiled(*of)
 
     def compared(config, newest, *of):

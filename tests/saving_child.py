@@ -16,10 +16,12 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from radfm_jax.checkpoints import run_directory
-from radfm_jax.checkpoints.saver import SaveError, Saver
+from radfm_jax.checkpoints import checkpoint, run_directory, train_state
+from radfm_jax.checkpoints.saver import Saver
+from radfm_jax.checkpoints.step_writer import SaveError
 from radfm_jax.models import radfm
 from radfm_jax.runtime import sharding
+from radfm_jax.runtime.barrier import barrier
 
 # Parameters, their axes, and whether they learn.
 PARAMS = {
@@ -115,7 +117,7 @@ def end(workdir: str, how: str, broken: bool = False, closed: bool = False) -> N
     s = saver(workdir)
     s.save(state(1, mesh), data_state(1), wait=True)
     if broken:
-        run_directory.settle = full
+        checkpoint.hash_files = full
     s.save(state(2, mesh), data_state(2))
     if how == "os._exit":
         os._exit(0)
@@ -126,7 +128,7 @@ def end(workdir: str, how: str, broken: bool = False, closed: bool = False) -> N
 
 
 def full(*_, **__):
-    """In place of run_directory.settle: the disk is full."""
+    """In place of checkpoint.hash_files: the disk is full."""
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
@@ -168,15 +170,15 @@ def pair(workdir: str, alone: str, port: str, process: str) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(process))
     for mesh in (sharding.make_mesh(fsdp=4), sharding.make_mesh(data=2, fsdp=2), sharding.make_mesh(fsdp=2, tensor=2)):
-        assert_same(run_directory.restore(run_directory.latest(alone), abstract(mesh), verified=True), 5)
-    assert run_directory.data_state(run_directory.latest(alone)) == data_state(5)
+        assert_same(train_state.restore(run_directory.latest(alone), abstract(mesh), verified=True), 5)
+    assert train_state.data_state(run_directory.latest(alone)) == data_state(5)
     mesh = sharding.make_mesh(fsdp=4)
     with saver(workdir) as s:
         s.save(state(2, mesh), data_state(2) | {"lost": int(process)})
         s.wait()
-        settle = run_directory.settle
+        hash_files = checkpoint.hash_files
         if process == "1":
-            run_directory.settle = full
+            checkpoint.hash_files = full
         s.save(state(3, mesh), data_state(3))
         try:
             s.wait()
@@ -185,14 +187,14 @@ def pair(workdir: str, alone: str, port: str, process: str) -> None:
             assert ("process 1: " in str(e)) == (process == "0"), e
         else:
             raise AssertionError("a save that failed in one process is no save")
-        run_directory.settle = settle
+        checkpoint.hash_files = hash_files
         s.save(state(4, mesh), data_state(4) | {"lost": int(process)})
     found = run_directory.latest(workdir)
     assert found.name == "4", found
-    assert_same(run_directory.restore(found, abstract(sharding.make_mesh(data=2, tensor=2))), 4)
-    assert run_directory.data_state(found)["lost"] == int(process)
+    assert_same(train_state.restore(found, abstract(sharding.make_mesh(data=2, tensor=2))), 4)
+    assert train_state.data_state(found)["lost"] == int(process)
     damaged = found.parent / "2" / "params" / "llama.kernel" / "c" / "0" / "0"
-    run_directory.together("hurt", lambda: damaged.write_bytes(bytes(damaged.stat().st_size)) if process == "0" else 0)
+    barrier("hurt", lambda: damaged.write_bytes(bytes(damaged.stat().st_size)) if process == "0" else 0)
     try:
         run_directory.verify(found.parent / "2")
     except ValueError as e:

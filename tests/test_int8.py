@@ -16,15 +16,15 @@ from radfm_jax.inference import Generator, Prompt, Sampling
 from radfm_jax.runtime.sharding import make_mesh
 
 PARAMS = parity.recipe_params(CONFIG)
-INT8 = quantised.quantised(PARAMS)
+INT8 = quantised.quantise_params(PARAMS)
 IDS = np.random.default_rng(0).integers(3, CONFIG.llama.vocab_size, (2, 12))
 
 
 def widened(params: dict) -> dict:
     """The float parameters that int8 ones stand for."""
     leaves = {path: np.asarray(x) for path, x in checkpoint.flatten(params).items()}
-    for path, scale in quantised.matrices(leaves).items():
-        steps = np.expand_dims(leaves.pop(scale), tuple(quantised._summed(path)))
+    for path, scale in quantised.scale_paths(leaves).items():
+        steps = np.expand_dims(leaves.pop(scale), tuple(quantised._input_axes(path)))
         leaves[path] = leaves[path].astype(np.float32) * steps
     return checkpoint.unflatten(leaves)
 

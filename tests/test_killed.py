@@ -17,7 +17,7 @@ import pytest
 from practice import practice
 from test_train import MODEL, bits, record
 
-from radfm_jax.checkpoints.saver import PARTIAL
+from radfm_jax.checkpoints.step_writer import PARTIAL
 from radfm_jax.training.experiment import CheckpointConfig, Experiment, TrainConfig
 from radfm_jax.training.optimizer import OptimizerConfig
 

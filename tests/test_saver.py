@@ -1,4 +1,4 @@
-"""A save that fails is told and harms no other step: full disks, deleted directories, whatever raises; one writer."""
+"""A failed save is reported and harms no other step: full disks, deleted directories, exceptions; one writer."""
 
 import errno
 import gc
@@ -14,30 +14,30 @@ import pytest
 from saved_states import mesh, names
 from saving_child import abstract, assert_same, data_state, saver, state
 
-from radfm_jax.checkpoints import checkpoint, run_directory
-from radfm_jax.checkpoints import saver as saver_module
-from radfm_jax.checkpoints.run_directory import latest, restore, step_directory, steps
-from radfm_jax.checkpoints.saver import SaveError
+from radfm_jax.checkpoints import checkpoint
+from radfm_jax.checkpoints.run_directory import latest, step_directory, steps
+from radfm_jax.checkpoints.step_writer import SaveError, StepWriter
+from radfm_jax.checkpoints.train_state import restore
 
 # --- a save that fails ------------------------------------------------------------------------------------------------
 
 
 def unraised(test):
-    """When one array cannot be written, Orbax closes the event loop to which the writers of the others still report."""
+    """Ignore a warning of Orbax, which closes its event loop after one failed array while it still writes others."""
     test = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")(test)
     return pytest.mark.usefixtures("collected")(test)
 
 
 @pytest.fixture
 def collected():
-    """What such a test leaves behind is found to be garbage here, and not in another test."""
+    """Collect the garbage of such a test here, not in the next test."""
     yield
     gc.collect()
 
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk of 2 MB, if this user may mount one."""
+    """A disk of 2 MB; skips the test if this user may not mount one."""
     path = tmp_path / "small"
     path.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(path)]
@@ -48,7 +48,7 @@ def small_disk(tmp_path):
 
 
 def filled(n: int) -> dict:
-    """A state of 4 MB more."""
+    """A state that is 4 MB larger."""
     full = state(n, mesh())
     full["params"]["vit"]["large"] = jnp.ones((1024, 1024))
     return full
@@ -61,7 +61,7 @@ def test_a_full_disk(tries, small_disk, monkeypatch):
         s.save(state(1, mesh()), data_state(1), wait=True)
         with pytest.raises(SaveError, match=r"step 2 was not saved at .*small/checkpoints/2 \(0.004 GB; 0.00. GB are"):
             s.save(filled(2), data_state(2))
-        monkeypatch.setattr(checkpoint, "require_space", lambda *_: None)  # somebody else fills it meanwhile
+        monkeypatch.setattr(checkpoint, "require_space", lambda *_: None)  # another program fills it later
         rng = np.random.default_rng(0)
         for _ in range(tries):
             rest = shutil.disk_usage(small_disk).free
@@ -71,7 +71,7 @@ def test_a_full_disk(tries, small_disk, monkeypatch):
             (small_disk / "filler").unlink()
             assert steps(small_disk) == [1]
             assert_same(restore(latest(small_disk), abstract(mesh())), 1)
-        s.save(state(2, mesh()), data_state(2), wait=True)  # and when there is room again
+        s.save(state(2, mesh()), data_state(2), wait=True)  # with enough space again
         assert names(small_disk) == {"1", "2"}
 
 
@@ -81,7 +81,7 @@ def test_a_disk_that_becomes_read_only(tries, small_disk):
     remount = lambda how: subprocess.run(["mount", "-o", f"remount,{how}", str(small_disk)], check=True)  # noqa: E731
     s = saver(small_disk)
     s.save(state(1, mesh()), data_state(1), wait=True)
-    s.close()  # its lock is an open file, with which nothing can be remounted
+    s.close()  # the open lock file would prevent the remount
     with pytest.raises(ValueError, match=f"{small_disk}.* cannot be written: Read-only file system"):
         remount("ro")
         saver(small_disk)
@@ -96,9 +96,9 @@ def test_a_disk_that_becomes_read_only(tries, small_disk):
         assert_same(restore(latest(small_disk), abstract(mesh())), 1)
 
 
-@pytest.mark.parametrize("where", ["settle", "_commit"])  # while files are hashed, and while the step gets its name
-@pytest.mark.parametrize("told_by", ["wait", "save", "close", "with"])
-def test_whatever_fails_in_the_background_is_told(told_by, where, tmp_path, monkeypatch):
+@pytest.mark.parametrize("where", ["hash_files", "_commit"])
+@pytest.mark.parametrize("raised_by", ["wait", "save", "close", "with"])
+def test_background_failures_are_raised(raised_by, where, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -106,16 +106,16 @@ def test_whatever_fails_in_the_background_is_told(told_by, where, tmp_path, monk
     s = saver(workdir)
     s.save(state(1, mesh()), data_state(1), wait=True)
     with monkeypatch.context() as patch:
-        patch.setattr(run_directory if where == "settle" else saver_module._Save, where, full)
+        patch.setattr(checkpoint if where == "hash_files" else StepWriter, where, full)
         s.save(state(2, mesh()), data_state(2))
         s._thread.join()
     match = r"step 2 was not saved at .*run/checkpoints/2 \(0.000 GB; .* GB are free\): OSError: .*No space left"
     with pytest.raises(SaveError, match=match) as e:
-        if told_by == "wait":
+        if raised_by == "wait":
             s.wait()
-        elif told_by == "save":
+        elif raised_by == "save":
             s.save(state(3, mesh()), data_state(3))
-        elif told_by == "close":
+        elif raised_by == "close":
             s.close()
         else:
             with s:
@@ -123,61 +123,61 @@ def test_whatever_fails_in_the_background_is_told(told_by, where, tmp_path, monk
     assert isinstance(e.value.__cause__, OSError)
     assert names(workdir) == {"1"}
     assert_same(restore(latest(workdir), abstract(mesh())), 1)
-    with saver(workdir) if told_by in ("close", "with") else s as s:  # told once, and then it goes on
+    with saver(workdir) if raised_by in ("close", "with") else s as s:  # raised once; later saves work
         s.save(state(4, mesh()), data_state(4))
     assert steps(workdir) == [1, 4]
 
 
 def test_a_failed_save_does_not_hide_another_exception(tmp_path, monkeypatch):
     with pytest.raises(KeyError) as e, monkeypatch.context() as patch, saver(tmp_path) as s:
-        patch.setattr(run_directory, "settle", lambda *_, **__: 1 / 0)
+        patch.setattr(checkpoint, "hash_files", lambda *_, **__: 1 / 0)
         s.save(state(1, mesh()), data_state(1))
         s._thread.join()
         raise KeyError("first")
     assert "step 1 was not saved" in e.value.__notes__[0]
 
 
-def test_trouble_after_the_step_has_its_name(tmp_path, monkeypatch):
+def test_failed_clean_up_after_the_commit(tmp_path, monkeypatch):
     with saver(tmp_path, keep_last=1) as s:
         s.save(state(1, mesh()), data_state(1), wait=True)
         with monkeypatch.context() as patch:
             patch.setattr(shutil, "rmtree", lambda *_: 1 / 0)
-            with pytest.raises(SaveError, match="step 2 is saved at .*checkpoints/2, but beside it: ZeroDivisionError"):
+            with pytest.raises(SaveError, match="step 2 is saved at .*checkpoints/2, but cleaning up failed: Zero"):
                 s.save(state(2, mesh()), data_state(2), wait=True)
     assert steps(tmp_path) == [2]
 
 
 @unraised
 @pytest.mark.parametrize("phase", ["write", "list", "hash"])
-@pytest.mark.parametrize("what", ["*.partial", "*.partial/params", "*.partial/training/key/c", ".", ".."])
-def test_a_directory_that_is_deleted_while_it_is_written(what, phase, tmp_path, monkeypatch):
-    """tensorstore makes deleted directories anew and goes on: what is left must not be taken for a whole step."""
-    workdir, meet = tmp_path / "run", saver_module._Save.meet
+@pytest.mark.parametrize("deleted", ["*.partial", "*.partial/params", "*.partial/training/key/c", ".", ".."])
+def test_a_directory_deleted_during_a_save(deleted, phase, tmp_path, monkeypatch):
+    """tensorstore recreates deleted directories without an error: the rest must not be committed as a step."""
+    workdir, barrier = tmp_path / "run", StepWriter.barrier
     checkpoints = workdir / "checkpoints"
 
-    def delete(self, at, work):
-        if at == phase and self.step == 2:
-            doomed = list(checkpoints.glob(what)) if "*" in what else [(checkpoints / what).resolve()]
-            for path in doomed:
-                for _ in range(1000):  # it may still be filled
+    def delete(self, name, work):
+        if name == phase and self.step == 2:
+            glob = "*" in deleted
+            for path in list(checkpoints.glob(deleted)) if glob else [(checkpoints / deleted).resolve()]:
+                for _ in range(1000):  # Orbax may still write to it
                     shutil.rmtree(path, ignore_errors=True)
                     if not path.exists():
                         break
-        return meet(self, at, work)
+        return barrier(self, name, work)
 
     s = saver(workdir)
     s.save(state(1, mesh()), data_state(1), wait=True)
-    monkeypatch.setattr(saver_module._Save, "meet", delete)
+    monkeypatch.setattr(StepWriter, "barrier", delete)
     s.save(state(2, mesh()), data_state(2))
     try:
         s.wait()
     except SaveError as e:
         assert re.search(r"step 2 was not saved at .*run/checkpoints/2 .*(disappeared|No such file)", str(e)), e
         assert 2 not in steps(workdir)
-    else:  # it was deleted before it was written
+    else:  # deleted before it was written
         assert phase == "write"
         assert_same(restore(step_directory(workdir, 2), abstract(mesh())), 2)
-    if what.startswith("*"):
+    if deleted.startswith("*"):
         assert_same(restore(step_directory(workdir, 1), abstract(mesh())), 1)
         s.save(state(3, mesh()), data_state(3), wait=True)
         assert latest(workdir).name == "3"

@@ -16,8 +16,9 @@ import pytest
 from saved_states import MESHES, mesh, names, save
 from saving_child import abstract, assert_same, data_state, saver
 
-from radfm_jax.checkpoints import run_directory
-from radfm_jax.checkpoints.run_directory import latest, restore, step_directory, steps
+from radfm_jax.checkpoints import train_state
+from radfm_jax.checkpoints.run_directory import latest, step_directory, steps
+from radfm_jax.checkpoints.train_state import restore
 
 CHILD = Path(__file__).with_name("saving_child.py")
 # A script finds what lies beside it, not the package, unless that is installed.
@@ -192,4 +193,4 @@ def test_two_processes_and_one(tmp_path):
     assert (run["processes"], run["mesh"]["fsdp"], steps(tmp_path / "run")) == (2, 4, [2, 4])
     for sizes in MESHES.values():
         assert_same(restore(directory, abstract(mesh(**sizes))), 4)
-    assert run_directory.data_state(directory) == data_state(4) | {"lost": 1}
+    assert train_state.data_state(directory) == data_state(4) | {"lost": 1}

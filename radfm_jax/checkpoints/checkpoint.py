@@ -1,10 +1,10 @@
-"""Checkpoint directories: Orbax parameters with all that is needed to use them, committed by a manifest.
+"""Checkpoint directories: Orbax parameters, everything needed to use them, and a manifest that commits them.
 
-DIR/radfm.json           what it is: which part, model sizes, dtypes, where it came from, versions
-DIR/params/              the parameters, an Orbax PyTree; layers of a stack lie along the first axis
-DIR/tokenizer.model      the SentencePiece model, if one is known
-DIR/unused.safetensors   tensors of a released file that no part of the model reads (convert --unused keep)
-DIR/manifest.json        size and SHA-256 of every other file, written last: it is the commit mark
+DIR/radfm.json           description: part, model sizes, source, versions
+DIR/params/              the parameters, an Orbax PyTree; the layers of a stack are along the first axis
+DIR/tokenizer.model      the SentencePiece model, if there is one
+DIR/unused.safetensors   tensors of a released file that the model does not use (convert --unused keep)
+DIR/manifest.json        size and SHA-256 of every other file; written last, it marks the directory as complete
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import importlib.metadata
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Collection, Iterator
+import uuid
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import absl.logging
@@ -26,199 +26,238 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
+from etils import epath
 
+from input_pipeline.files import fsync, sha256_of_file, write_json
 from radfm_jax.models import radfm
 
 DESCRIPTION, MANIFEST, PARAMS, TOKENIZER = "radfm.json", "manifest.json", "params", "tokenizer.model"
 UNUSED = "unused.safetensors"
-# Tokenizer files of Hugging Face folders, for language models that have no SentencePiece model.
+# Tokenizer files of Hugging Face folders, for language models without a SentencePiece model.
 TOKENIZERS = (TOKENIZER, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-BESIDE = (*TOKENIZERS, UNUSED)
+EXTRA_FILES = (*TOKENIZERS, UNUSED)
 FORMAT = 1
 CHUNK_BYTES = 32 * 2**20
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
-# --- the directory ----------------------------------------------------------------------------------------------------
+# --- directory and manifest -------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def new_directory(path, *, manifest: bool = True) -> Iterator[Path]:
-    """A directory that appears whole or not at all: it is filled under a hidden name beside `path`, gets its manifest
-    (an export for other programs does without), and is renamed. Whatever interrupts that, nothing of the name `path`
-    exists.
+    """Create a directory that is complete or absent, even if the process is killed.
 
-    Raises ValueError if `path` exists or cannot be made.
+    Yields a hidden directory next to `path` to fill. At the end it gets a manifest (unless it is an export for other
+    programs) and is renamed.
+
+    Raises:
+      ValueError: `path` exists or cannot be created.
     """
     path = Path(path)
     if path.exists() or path.is_symlink():
         raise ValueError(f"{path} exists: choose another name or remove it first")
+    partial = path.with_name(f".{path.name}.partial-{uuid.uuid4().hex}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
+        partial.mkdir(parents=True)
     except OSError as e:
-        raise ValueError(f"cannot write beside {path}: {e.strerror or e}") from e
+        raise ValueError(f"cannot create {path}: {e.strerror or e}") from e
     try:
         yield partial
         if manifest:
             write_manifest(partial)
-        os.chmod(partial, 0o777 & ~_umask())  # mkdtemp makes it private
         os.replace(partial, path)
     except BaseException:
         shutil.rmtree(partial)
         raise
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def absolute(path) -> Path:
-    """Also without `..`, which tensorstore refuses."""
+    """Return an absolute path without `..`, which tensorstore refuses."""
     return Path(os.path.abspath(path))
 
 
-def require_space(path, need: int, what: str) -> None:
-    """Raises ValueError if the disk of `path` has less than `need` bytes free."""
+def require_space(path, required: int, task: str) -> None:
+    """Raise ValueError if the disk of `path` has fewer than `required` bytes free."""
     path = Path(path).absolute()
     existing = next(p for p in (path, *path.parents) if p.exists())
     free = shutil.disk_usage(existing).free
-    if free < need:
-        raise ValueError(f"{what} needs {need / 1e9:.2f} GB, but the disk of {existing} has {free / 1e9:.2f} GB free")
+    if free < required:
+        raise ValueError(
+            f"{task} needs {required / 1e9:.2f} GB, but the disk of {existing} has {free / 1e9:.2f} GB free"
+        )
+
+
+def list_files(directory: Path) -> dict[str, Path]:
+    """Return all files below a directory by their relative names, sorted."""
+    return {str(p.relative_to(directory)): p for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+def hash_files(directory: Path, names: Iterable[str], *, sync: bool = False) -> dict[str, str]:
+    """Return the SHA-256 of files as read back from disk; with `sync`, flush each of them to the disk first."""
+
+    def hash_file(name: str) -> str:
+        if sync:
+            fsync(directory / name)
+        return sha256_of_file(directory / name)
+
+    names = list(names)
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # hashlib releases the interpreter lock
+        return dict(zip(names, pool.map(hash_file, names), strict=True))
+
+
+def manifest_of(sizes: Mapping[str, int], hashes: Mapping[str, str]) -> dict:
+    """Return the contents of manifest.json."""
+    return {"format": FORMAT, "files": {n: {"bytes": size, "sha256": hashes[n]} for n, size in sizes.items()}}
 
 
 def write_manifest(directory: Path) -> None:
-    files = {str(p.relative_to(directory)): p for p in sorted(directory.rglob("*")) if p.is_file()}
-    with concurrent.futures.ThreadPoolExecutor() as pool:  # hashlib lets go of the interpreter lock
-        hashes = list(pool.map(_sha256, files.values()))
-    entries = {
-        name: {"bytes": p.stat().st_size, "sha256": h} for (name, p), h in zip(files.items(), hashes, strict=True)
-    }
-    with open(directory / MANIFEST, "w") as f:
-        json.dump({"format": FORMAT, "files": entries}, f, indent=1)
-        f.flush()
-        os.fsync(f.fileno())
+    """Hash all files of a directory and write its manifest."""
+    sizes = {name: p.stat().st_size for name, p in list_files(directory).items()}
+    write_json(directory / MANIFEST, manifest_of(sizes, hash_files(directory, sizes)))
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def verify(directory, *, hashes: bool = True, spared: Collection[str] = ()) -> None:
-    """Compares a directory with its manifest; ValueError lists every file that is missing, added or changed, and how a
-    file can be had again that is made elsewhere.
-
-    `hashes=False` compares names and sizes only (a moment instead of a read of everything). `spared` files may be
-    missing.
-    """
-    directory = Path(directory)
+def read_manifest(directory: Path) -> dict[str, dict]:
+    """Return {file name: {"bytes", "sha256"}}. Raises ValueError if the manifest is missing or damaged."""
     if not directory.is_dir():
         raise ValueError(f"{directory} is not a directory: expected a checkpoint directory of radfm_jax")
     try:
-        listed = json.loads((directory / MANIFEST).read_text())["files"]
-        listed = {name: {"bytes": entry["bytes"], "sha256": entry["sha256"]} for name, entry in listed.items()}
+        files = json.loads((directory / MANIFEST).read_text())["files"]
+        return {name: {"bytes": entry["bytes"], "sha256": entry["sha256"]} for name, entry in files.items()}
     except FileNotFoundError:
         raise ValueError(
-            f"{directory} has no {MANIFEST}: it is no checkpoint directory of radfm_jax, or its writing was interrupted"
+            f"{directory} has no {MANIFEST}: it is not a checkpoint of radfm_jax, or writing it was interrupted"
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{directory / MANIFEST} is damaged: {e!r}") from None
-    found = {str(p.relative_to(directory)): p for p in directory.rglob("*") if p.is_file()}
-    # File browsers leave hidden files behind; nothing here reads one.
-    found = {n: p for n, p in found.items() if n in listed or not Path(n).name.startswith(".")}
-    found.pop(MANIFEST)
-    problems = [f"missing: {n}" for n in sorted(listed.keys() - found.keys()) if n not in spared]
-    problems += [f"not in the manifest: {n}" for n in sorted(found.keys() - listed.keys())]
-    both = sorted(listed.keys() & found.keys())
-    sized = [n for n in both if found[n].stat().st_size == listed[n]["bytes"]]
-    problems += [f"size differs: {n}" for n in both if n not in set(sized)]
+
+
+def find_damage(
+    directory,
+    *,
+    hashes: bool = True,
+    allow_missing: Collection[str] = (),
+    select: Callable[[dict[str, int]], Iterable[str]] = iter,
+) -> list[str]:
+    """Compare a directory with its manifest.
+
+    Args:
+      hashes: also compare contents, which reads every file; otherwise names and sizes only.
+      allow_missing: names of files that may be missing.
+      select: takes {name: bytes} and returns the names of the files to hash; default: all.
+    Returns:
+      One line per file that is missing, added or changed, with a remedy if the file also exists elsewhere.
+    Raises:
+      ValueError: there is no manifest, or it is damaged.
+    """
+    directory = Path(directory)
+    listed, existing = read_manifest(directory), list_files(directory)
+    # File browsers leave hidden files behind, which nothing here reads.
+    added = [n for n in existing if n not in listed and n != MANIFEST and not Path(n).name.startswith(".")]
+    problems = [f"missing: {n}" for n in sorted(listed) if n not in existing and n not in allow_missing]
+    problems += [f"not in the manifest: {n}" for n in added]
+    sizes = {n: existing[n].stat().st_size for n in sorted(listed) if n in existing}
+    problems += [f"size differs: {n}" for n, size in sizes.items() if size != listed[n]["bytes"]]
     if hashes:
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            actual = zip(sized, pool.map(lambda n: _sha256(found[n]), sized), strict=True)
-            problems += [f"content differs: {n}" for n, sha256 in actual if sha256 != listed[n]["sha256"]]
-    if problems:
-        remedies = _remedies(directory, listed)
-        lines = [problem + remedies.get(problem.partition(": ")[2], "") for problem in problems]
+        same_size = select({n: size for n, size in sizes.items() if size == listed[n]["bytes"]})
+        actual = hash_files(directory, same_size)
+        problems += [f"content differs: {n}" for n, sha256 in actual.items() if sha256 != listed[n]["sha256"]]
+    remedies = _remedies(directory, listed)
+    return [problem + remedies.get(problem.partition(": ")[2], "") for problem in problems]
+
+
+def verify(directory, *, hashes: bool = True, allow_missing: Collection[str] = ()) -> None:
+    """Raise ValueError unless a directory is as its manifest says. Arguments and message as of `find_damage`."""
+    raise_damage(directory, find_damage(directory, hashes=hashes, allow_missing=allow_missing))
+
+
+def raise_damage(directory, problems: Iterable[str]) -> None:
+    """Raise ValueError if there are problems."""
+    if lines := list(problems):
         raise ValueError(f"checkpoint {directory} is damaged:\n  " + "\n  ".join(lines))
 
 
 def digest(directory) -> str:
-    """What tells the parameters of a checkpoint from others, wherever they lie: a SHA-256 over those of their files."""
-    files = json.loads((Path(directory) / MANIFEST).read_text())["files"]
-    of_params = {name: entry["sha256"] for name, entry in sorted(files.items()) if name.startswith(f"{PARAMS}/")}
-    return hashlib.sha256(json.dumps(of_params).encode()).hexdigest()
+    """Return a SHA-256 that identifies the parameters of a checkpoint, wherever it is stored."""
+    files = read_manifest(Path(directory))
+    params = {name: entry["sha256"] for name, entry in sorted(files.items()) if name.startswith(f"{PARAMS}/")}
+    return hashlib.sha256(json.dumps(params).encode()).hexdigest()
 
 
 def _remedies(directory: Path, listed: dict[str, dict]) -> dict[str, str]:
-    """File -> how it is to be had again, for those that lie elsewhere too."""
+    """Return how to recover each file that may also exist elsewhere."""
     if entry := listed.get(TOKENIZER):
         tokenizer = (
             f": copy the SentencePiece model of {entry['bytes']:,} bytes, SHA-256 {entry['sha256']}, to "
-            f"{directory / TOKENIZER}, or name it: --tokenizer FILE, in Python load(..., tokenizer=FILE). Every step "
-            "of a run has the same; training was given it as data.tokenizer, conversion as --tokenizer or beside the "
-            "weights"
+            f"{directory / TOKENIZER}, or pass it as --tokenizer FILE, in Python load(..., tokenizer=FILE). All steps "
+            "of a run have the same one: training read it from data.tokenizer, conversion from --tokenizer or from the "
+            "folder of the weights"
         )
     else:
         tokenizer = (
-            ": the checkpoint was made without one. Keep the file elsewhere and name it: --tokenizer FILE, in Python "
-            "load(..., tokenizer=FILE)"
+            ": the checkpoint was made without a tokenizer. Keep the file elsewhere and pass it as --tokenizer FILE, "
+            "in Python load(..., tokenizer=FILE)"
         )
     description = (
-        f": copy it to {directory / DESCRIPTION} from where the directory came from. Nothing else says how large the "
-        "model is; without a copy convert the weights again, or use another step of the run"
+        f": copy it to {directory / DESCRIPTION} from the source of this directory. No other file has the model sizes; "
+        "without a copy, convert the weights again or use another step of the run"
     )
     return {TOKENIZER: tokenizer, DESCRIPTION: description}
 
 
-def write_description(directory: Path, part: str, model: dict, **facts) -> None:
-    """`part` is `radfm`, or `llama` for a language model alone; `model` holds that part's sizes, of which only what
-    describes the weights is written, not how somebody computed with them."""
-    how = ("dtype", "param_dtype", "remat", "attention")
-    model = {name: {k: v for k, v in sizes.items() if k not in how} for name, sizes in model.items()}
+# --- description ------------------------------------------------------------------------------------------------------
+
+
+def write_description(directory: Path, part: str, model: dict, **fields) -> None:
+    """Write radfm.json.
+
+    Args:
+      part: `radfm`, or `llama` for a language model alone.
+      model: sizes of that part. Settings of the computation (dtype, remat, ...) are not written.
+    """
+    computation = ("dtype", "param_dtype", "remat", "attention")
+    model = {name: {k: v for k, v in sizes.items() if k not in computation} for name, sizes in model.items()}
     versions = {p: importlib.metadata.version(p) for p in ("jax", "flax", "orbax-checkpoint", "numpy")}
-    description = {"format": FORMAT, "part": part, "model": model, **facts, "versions": versions}
+    description = {"format": FORMAT, "part": part, "model": model, **fields, "versions": versions}
     (directory / DESCRIPTION).write_text(json.dumps(description, indent=1))
 
 
 def read_description(directory) -> dict:
-    """The contents of radfm.json. Raises ValueError if it is absent, damaged or of a newer format."""
+    """Return the contents of radfm.json. Raises ValueError if it is absent, damaged or of a newer format."""
     path = Path(directory) / DESCRIPTION
     try:
         description = json.loads(path.read_text())
-        known = description["format"], description["part"], description["model"]
+        file_format, *_ = description["format"], description["part"], description["model"]
     except FileNotFoundError:
         raise ValueError(f"{directory} has no {DESCRIPTION}: it is not a checkpoint directory of radfm_jax") from None
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{path} is damaged: {e}") from None
-    if known[0] != FORMAT:
-        raise ValueError(f"{path} has format {known[0]}, this version reads format {FORMAT}: update radfm_jax")
+    if file_format != FORMAT:
+        raise ValueError(f"{path} has format {file_format}, this version reads format {FORMAT}: update radfm_jax")
     return description
 
 
 def model_config(description: dict, directory) -> radfm.RadFMConfig:
-    """Sizes of a whole RadFM. Raises ValueError for a checkpoint of the language model alone."""
+    """Return the sizes of a complete RadFM. Raises ValueError for a checkpoint of the language model alone."""
     if description["part"] != "radfm":
         raise ValueError(
-            f"{directory} holds only the part {description['part']!r}; it can initialise a RadFM, but it is not one"
+            f"{directory} contains only the part {description['part']!r}: it can initialise a RadFM, but is not one"
         )
     return radfm.RadFMConfig.from_dict(description["model"])
 
 
-# --- parameters, whole ------------------------------------------------------------------------------------------------
+# --- parameters as a tree ---------------------------------------------------------------------------------------------
 
 
 def save_params(directory: Path, params: dict) -> None:
-    """Writes a tree of arrays with Orbax; sharded arrays are written by the processes that hold them."""
+    """Write a tree of arrays with Orbax; each process writes the shards that it has."""
     args = jax.tree.map(lambda x: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), params)
     _orbax_save(directory, params, args)
 
 
 def _orbax_save(directory: Path, params: dict, save_args: dict | None = None) -> None:
     verbosity = absl.logging.get_verbosity()
-    absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax warns that it skips a merge that there is no need for
+    absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax warns about a merge that is not needed here
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True)) as checkpointer:
             checkpointer.save(absolute(directory) / PARAMS, args=ocp.args.PyTreeSave(params, save_args=save_args))
@@ -227,46 +266,65 @@ def _orbax_save(directory: Path, params: dict, save_args: dict | None = None) ->
 
 
 def restore_params(directory, abstract: dict, shardings: dict | None = None, *, partial: bool = False) -> dict:
-    """Reads parameters onto any mesh.
+    """Read parameters onto any mesh.
 
     Args:
-      abstract: tree of jax.ShapeDtypeStruct; the dtypes are those wanted, whatever the file holds.
+      abstract: tree of jax.ShapeDtypeStruct; the arrays are cast to its dtypes.
       shardings: tree of shardings, or None for the default device.
-      partial: there may be more in the file than is asked for.
+      partial: ignore parameters in the directory that `abstract` does not have.
     Raises:
       ValueError: lists every parameter that is missing, unexpected or of another shape.
     """
-    wanted, found = {k: v.shape for k, v in flatten(abstract).items()}, ParamReader(directory).shapes
-    check_shapes(wanted, {k: v for k, v in found.items() if k in wanted or not partial}, directory)
+    leaves, path = flatten(abstract), Path(directory) / PARAMS
+    stored = {k: v.shape for k, v in stored_arrays(path).items() if k in leaves or not partial}
+    check_shapes({k: v.shape for k, v in leaves.items()}, stored, directory)
     one_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shardings = jax.tree.map(lambda _: one_device, abstract) if shardings is None else shardings
-    args = jax.tree.map(
-        lambda x, s: ocp.ArrayRestoreArgs(sharding=s, global_shape=x.shape, dtype=x.dtype), abstract, shardings
+    places = {k: one_device for k in leaves} if shardings is None else flatten(shardings)
+    return unflatten(
+        read_arrays(path, {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=places[k]) for k, v in leaves.items()})
     )
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        path = absolute(directory) / PARAMS
-        asked = ocp.args.PyTreeRestore(item=abstract, restore_args=args, partial_restore=partial)
-        return checkpointer.restore(path, args=asked)
 
 
-def check_shapes(wanted: dict[str, tuple], found: dict[str, tuple], where) -> None:
-    """Raises ValueError listing every difference between two {parameter path: shape}."""
-    problems = [f"missing: {k} {v}" for k, v in wanted.items() if k not in found]
-    problems += [f"unexpected: {k} {v}" for k, v in found.items() if k not in wanted]
+def stored_arrays(path: Path) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return shapes and dtypes of an Orbax PyTree of dicts without reading its arrays. Raises ValueError if absent."""
+    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+        try:
+            tree = handler.metadata(epath.Path(absolute(path))).tree
+        except FileNotFoundError:
+            raise ValueError(f"{path} does not exist or contains no Orbax arrays") from None
+    return {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in flatten(tree).items()}
+
+
+def read_arrays(path: Path, leaves: dict) -> dict:
+    """Read arrays of an Orbax PyTree, cast and sharded like `leaves`: {parameter path: array or ShapeDtypeStruct}."""
+    tree = unflatten({k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=v.sharding) for k, v in leaves.items()})
+    args = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape, dtype=x.dtype), tree)
+    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+        restore = ocp.args.PyTreeRestore(tree, restore_args=args, partial_restore=True)
+        return flatten(handler.restore(epath.Path(absolute(path)), args=restore))
+
+
+def check_shapes(expected: dict[str, tuple], actual: dict[str, tuple], source) -> None:
+    """Raise ValueError that lists every difference between two {parameter path: shape}."""
+    problems = [f"missing: {k} {v}" for k, v in expected.items() if k not in actual]
+    problems += [f"unexpected: {k} {v}" for k, v in actual.items() if k not in expected]
     problems += [
-        f"shape of {k}: {found[k]}, expected {wanted[k]}" for k in wanted if found.get(k, wanted[k]) != tuple(wanted[k])
+        f"shape of {k}: {actual[k]}, expected {shape}"
+        for k, shape in expected.items()
+        if actual.get(k, shape) != tuple(shape)
     ]
     if problems:
-        raise ValueError(f"parameters of {where} do not fit the model:\n  " + "\n  ".join(problems))
+        raise ValueError(f"parameters of {source} do not fit the model:\n  " + "\n  ".join(problems))
 
 
 def flatten(tree: dict) -> dict:
-    """{'llama/blocks/query/kernel': leaf}."""
+    """Return {'llama/blocks/query/kernel': leaf}."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def unflatten(leaves: dict) -> dict:
+    """Return the nested dict of {'llama/blocks/query/kernel': leaf}."""
     tree: dict = {}
     for path, leaf in leaves.items():
         *parents, name = path.split("/")
@@ -277,15 +335,19 @@ def unflatten(leaves: dict) -> dict:
     return tree
 
 
-# --- parameters, a slice at a time ------------------------------------------------------------------------------------
+def bytes_of(shapes: dict[str, tuple[tuple[int, ...], np.dtype]]) -> int:
+    """Return the total size of {parameter path: (shape, dtype)} in bytes."""
+    return sum(int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize for shape, dtype in shapes.values())
+
+
+# --- parameters by slices ---------------------------------------------------------------------------------------------
 
 
 class ParamWriter:
-    """Writes an Orbax PyTree slice by slice, so that a stack of 40 layers never lies in memory.
+    """Write an Orbax PyTree slice by slice, so that a stack of 40 layers never has to fit in memory.
 
-    Orbax writes whole arrays only. Here it writes the tree with placeholders; each array is then created anew with its
-    real shape through tensorstore, which is what Orbax reads with. Chunks are layers (cut where larger than 32 MiB) and
-    carry a CRC32C.
+    Orbax writes complete arrays only. It writes the tree with placeholders here; tensorstore, with which Orbax reads,
+    then creates each array with its real shape. A chunk is a layer (split above 32 MiB) and has a CRC32C.
     """
 
     def __init__(self, directory: Path, shapes: dict[str, tuple[tuple[int, ...], np.dtype]], stacked: set[str]):
@@ -307,12 +369,12 @@ class ParamWriter:
                     "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
                 },
             }
-            # Zeros are written too: Orbax takes an absent chunk for a lost one.
+            # Also write zeros: Orbax treats an absent chunk as lost.
             spec["store_data_equal_to_fill_value"] = True
             self._stores[name] = ts.open(spec, create=True, delete_existing=True).result()
 
     def write(self, name: str, value: np.ndarray, index: tuple = ()) -> None:
-        """Writes `value` at parameter[index]; an index is a layer, a slice of rows, or nothing for the whole."""
+        """Write `value` to parameter[index]; the index is a layer, a slice of rows, or () for the complete array."""
         store = self._stores[name]
         store[index or ...].write(value).result()
 
@@ -326,14 +388,14 @@ def _chunk_shape(shape, dtype, stacked: bool) -> list[int]:
 
 
 class ParamReader:
-    """Reads single parameters, or slices of them, of any Orbax PyTree (zarr or zarr3, OCDBT or not)."""
+    """Read single parameters, or slices of them, from any Orbax PyTree (zarr or zarr3, OCDBT or not)."""
 
     def __init__(self, directory):
         path = absolute(directory) / PARAMS
         try:
             metadata = json.loads((path / "_METADATA").read_text())
         except FileNotFoundError:
-            raise ValueError(f"{path} holds no Orbax parameters") from None
+            raise ValueError(f"{path} contains no Orbax parameters") from None
         self._stores = {}
         for entry in metadata["tree_metadata"].values():
             keys = [k["key"] for k in entry["key_metadata"]]
@@ -349,8 +411,5 @@ class ParamReader:
         self.dtypes = {k: v.dtype.numpy_dtype for k, v in self._stores.items()}
 
     def read(self, name: str, index: tuple = ()) -> np.ndarray:
+        """Return parameter[index]."""
         return self._stores[name][index or ...].read().result()
-
-
-def bytes_of(shapes: dict[str, tuple[tuple[int, ...], np.dtype]]) -> int:
-    return sum(int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize for shape, dtype in shapes.values())

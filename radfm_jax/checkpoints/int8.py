@@ -1,16 +1,18 @@
-"""The language model's matrices in int8, with one scale for each of their outputs: half the memory of bfloat16.
+"""The language model's matrices in int8, with one scale per output: half the memory of bfloat16.
 
-    kernel ~ int8 * scale,   scale = the largest of |kernel| over the inputs / 127
+    kernel ~ int8 * scale,   scale = maximum of |kernel| over the inputs / 127
 
     llama/blocks/*/query/kernel  [layers, E, H, K]  ->  kernel int8[layers, E, H, K], scale float32[layers, H, K]
     llama/head                   [E, V]             ->  head int8[E, V], head_scale float32[V]
 
-Only weights: a product is of the computation's dtype, and its outputs are multiplied by their scales
-(`models.layers.Dense`). Embeddings, norms, marks and the vision parts stay as they are; so does a head that is the
-embedding. docs/benchmarks.md has what it costs in accuracy and gains in speed.
+Only weights are quantised: a product has the dtype of the computation, and its outputs are multiplied by their scales
+(`models.layers.Dense`). Embeddings, norms, image marks and the vision parts are unchanged, and so is a head that is
+tied to the embedding. docs/benchmarks.md has the accuracy and speed.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -19,83 +21,90 @@ from jax.sharding import NamedSharding, PartitionSpec
 from radfm_jax.checkpoints import checkpoint
 from radfm_jax.models.decoder import INPUTS
 
-MOST = 127
+MAX = 127
 HEAD = "llama/head"
 
 
-def matrices(paths) -> dict[str, str]:
-    """Those of `paths` that become int8 -> the path of their scales."""
+def scale_paths(paths) -> dict[str, str]:
+    """Return {path: path of its scales} for those of `paths` that become int8."""
     blocks = {f"llama/blocks/{name}/kernel": f"llama/blocks/{name}/scale" for name in INPUTS}
     return {path: scale for path, scale in {**blocks, HEAD: f"{HEAD}_scale"}.items() if path in paths}
 
 
 def quantise(kernel: np.ndarray, inputs: int) -> tuple[np.ndarray, np.ndarray]:
-    """A float kernel whose first `inputs` axes are summed over -> int8 of its shape, float32 of the other axes.
+    """Return (int8 of the kernel's shape, float32 scales).
 
-    An output whose weights are all zero gets the scale 0. Raises ValueError for weights that are not finite.
+    An output whose weights are all zero gets the scale 0.
+
+    Args:
+      inputs: number of leading axes that a product sums over; the scales have the shape of the other axes.
+    Raises:
+      ValueError: weights are not finite.
     """
     kernel = np.asarray(kernel, np.float32)
     largest = np.abs(kernel).max(axis=tuple(range(inputs)))
     if not np.isfinite(largest).all():
-        raise ValueError("weights that are not finite cannot become int8")
-    scale = (largest / np.float32(MOST)).astype(np.float32)
+        raise ValueError("weights that are not finite cannot be quantised")
+    scale = (largest / np.float32(MAX)).astype(np.float32)
     steps = kernel / np.where(scale > 0, scale, np.float32(1))
     return np.rint(steps, out=steps).astype(np.int8), scale
 
 
-def quantised(params: dict) -> dict:
-    """Parameters with the language model's matrices in int8; arrays of the device they lie on."""
+def quantise_params(params: dict) -> dict:
+    """Return parameters with the language model's matrices in int8, on the same device."""
     leaves = checkpoint.flatten(params)
-    for path, scale in matrices(leaves).items():
+    for path, scale in scale_paths(leaves).items():
         value = np.asarray(leaves[path])
-        leaves[path], leaves[scale] = map(jax.numpy.asarray, _stack(path, value.shape, lambda i, v=value: v[i]))
+        leaves[path], leaves[scale] = map(jax.numpy.asarray, _quantise_stack(path, value.shape, value.__getitem__))
     return checkpoint.unflatten(leaves)
 
 
 def restore_params(directory, abstract: dict, shardings: dict | None = None) -> dict:
-    """`checkpoint.restore_params`, quantised: matrix by matrix, so that none of them exists whole in float.
+    """Read parameters like `checkpoint.restore_params`, and quantise each layer of a matrix as it is read.
 
     Raises:
-      ValueError: as there; weights that are not finite, by their name.
+      ValueError: as there; or names a parameter whose weights are not finite.
     """
-    wanted, reader = checkpoint.flatten(abstract), checkpoint.ParamReader(directory)
-    checkpoint.check_shapes({k: v.shape for k, v in wanted.items()}, reader.shapes, directory)
-    where = {} if shardings is None else checkpoint.flatten(shardings)
-    found = matrices(wanted)
-    rest = [path for path in wanted if path not in found]
-    pick = lambda tree: checkpoint.unflatten({path: tree[path] for path in rest})  # noqa: E731
+    leaves, reader = checkpoint.flatten(abstract), checkpoint.ParamReader(directory)
+    checkpoint.check_shapes({k: v.shape for k, v in leaves.items()}, reader.shapes, directory)
+    leaf_shardings = None if shardings is None else checkpoint.flatten(shardings)
+    quantised = scale_paths(leaves)
+    unchanged = lambda tree: checkpoint.unflatten({k: v for k, v in tree.items() if k not in quantised})  # noqa: E731
     params = checkpoint.flatten(
-        checkpoint.restore_params(directory, pick(wanted), pick(where) if where else None, partial=True)
+        checkpoint.restore_params(
+            directory, unchanged(leaves), leaf_shardings and unchanged(leaf_shardings), partial=True
+        )
     )
-    for path, scale in found.items():
+    for path, scale in quantised.items():
         try:
-            values, scales = _stack(path, wanted[path].shape, lambda i, p=path: reader.read(p, i))
+            arrays = _quantise_stack(path, leaves[path].shape, lambda index, path=path: reader.read(path, index))
         except ValueError as error:
             raise ValueError(f"{directory}: {path}: {error}") from None
-        if where:
-            axes = [*where[path].spec] + [None] * (values.ndim - len(where[path].spec))
-            summed = _summed(path)
-            of_scale = NamedSharding(
-                where[path].mesh, PartitionSpec(*(a for i, a in enumerate(axes) if i not in summed))
-            )
-            params[path], params[scale] = jax.device_put((values, scales), (where[path], of_scale))
+        if leaf_shardings is None:
+            places = jax.devices()[0]
         else:
-            params[path], params[scale] = jax.device_put((values, scales), jax.devices()[0])
+            sharding = leaf_shardings[path]
+            axes = [*sharding.spec] + [None] * (len(leaves[path].shape) - len(sharding.spec))
+            outputs = [axis for i, axis in enumerate(axes) if i not in _input_axes(path)]
+            places = sharding, NamedSharding(sharding.mesh, PartitionSpec(*outputs))
+        params[path], params[scale] = jax.device_put(arrays, places)
     return checkpoint.unflatten(params)
 
 
-def _summed(path: str) -> range:
-    """Axes of the stored matrix that a product sums over."""
+def _input_axes(path: str) -> range:
+    """Return the axes of the stored matrix that a product sums over."""
     return range(1) if path == HEAD else range(1, 1 + INPUTS[path.split("/")[-2]])
 
 
-def _stack(path: str, shape: tuple[int, ...], read) -> tuple[np.ndarray, np.ndarray]:
-    """A stored matrix, or a stack of them: int8 of its shape, and its scales. read: index -> floats."""
-    summed = _summed(path)
+def _quantise_stack(
+    path: str, shape: tuple[int, ...], read: Callable[[tuple[int, ...]], np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return int8 and scales of a stored matrix or stack of matrices; `read` returns the weights at an index."""
+    inputs = _input_axes(path)
     if path == HEAD:
-        return quantise(read(()), len(summed))
+        return quantise(read(()), len(inputs))
     values = np.empty(shape, np.int8)
-    scales = np.empty(tuple(n for axis, n in enumerate(shape) if axis not in summed), np.float32)
+    scales = np.empty(tuple(n for axis, n in enumerate(shape) if axis not in inputs), np.float32)
     for layer in range(shape[0]):
-        values[layer], scales[layer] = quantise(read((layer,)), len(summed))
+        values[layer], scales[layer] = quantise(read((layer,)), len(inputs))
     return values, scales

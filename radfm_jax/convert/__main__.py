@@ -171,7 +171,7 @@ def _convert(args: argparse.Namespace, console: Console) -> int:
             )
         else:
             report = run.to_torch(
-                run_directory.chosen(args.src), args.dst, layout=getattr(args, "layout", "plain"), **common
+                run_directory.select_checkpoint(args.src), args.dst, layout=getattr(args, "layout", "plain"), **common
             )
     seconds = time.monotonic() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6

@@ -34,7 +34,7 @@ class Comparison:
 def load_any(path, *, config: dict | None = None) -> tuple[str, RadFMConfig, dict]:
     """(part, sizes, params) of a checkpoint directory, a run's step or PyTorch weights, in the stored dtype, on the
     host."""
-    path = run_directory.chosen(path)
+    path = run_directory.select_checkpoint(path)
     if (Path(path) / checkpoint.DESCRIPTION).is_file():
         checkpoint.verify(path)
         description = checkpoint.read_description(path)

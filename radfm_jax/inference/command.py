@@ -150,9 +150,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def load(args: argparse.Namespace) -> api.Model:
     """The model as the options want it. Raises ValueError for whatever it lacks."""
-    directory = run_directory.chosen(args.checkpoint)
+    directory = run_directory.select_checkpoint(args.checkpoint)
     spared = () if args.tokenizer is None else (checkpoint.TOKENIZER,)
-    checkpoint.verify(directory, hashes=not args.no_verify, spared=spared)
+    checkpoint.verify(directory, hashes=not args.no_verify, allow_missing=spared)
     config = checkpoint.model_config(checkpoint.read_description(directory), directory)
     given = {"preprocess": args.preprocess, "size_2d": args.size_2d, "size_3d": args.size_3d, "depth": args.depth}
     given = {name: value for name, value in given.items() if value is not None}

@@ -1,10 +1,9 @@
-"""The coordination service of a run, a program of its own that process 0 starts (distributed.py).
+"""The coordination service of a run, as a program of its own that process 0 starts (distributed.py).
 
-It holds what the processes write for each other. If it lived in process 0, as JAX has it, the other processes would be
-aborted by JAX in the moment in which process 0 dies, without a word of what happened. So it outlives process 0 for as
-long as the others need to notice, and then ends.
+`jax.distributed.initialize` runs the service inside process 0. Then JAX aborts all other processes as soon as process 0
+dies, before they can log why. This program outlives process 0 long enough for the others to notice, and then exits.
 
-    python -P coordination.py PARENT ADDRESS PROCESSES START HEARTBEAT GRACE      # seconds for the last three
+    python -m radfm_jax.runtime.coordination PARENT ADDRESS PROCESSES START_TIMEOUT HEARTBEAT GRACE    (seconds)
 """
 
 from __future__ import annotations
@@ -14,29 +13,24 @@ import signal
 import sys
 import time
 
-from jaxlib import _jax
+from radfm_jax.runtime import compat
 
 
-def main(parent: str, address: str, processes: str, start: str, heartbeat: str, grace: str) -> None:
-    # It is needed until the processes have ended, which a signal to all of them only begins.
+def main(parent: str, address: str, processes: str, start_timeout: str, heartbeat: str, grace: str) -> None:
+    # A signal to the whole job only begins its end: the processes need the service until they have exited.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if not sys.stdin.readline():
-        return  # process 0 has ended before the processes had met
-    service = _jax.get_distributed_runtime_service(
-        address,
-        int(processes),
-        heartbeat_timeout=int(heartbeat),
-        cluster_register_timeout=int(start),
-        shutdown_timeout=30,
-        recoverable=True,  # or it would have JAX abort all others when one is lost
+        return  # process 0 exited before the rendezvous was complete
+    service = compat.start_coordination_service(
+        address, int(processes), timeout=int(start_timeout), heartbeat=int(heartbeat)
     )
     print("up", flush=True)
     while os.getppid() == int(parent):
         time.sleep(0.5)
     time.sleep(float(grace))
     assert service is not None
-    os._exit(0)  # shutting it down would wait for processes that are dead
+    os._exit(0)  # a shutdown would wait for processes that are dead
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What ends a run early, and how it says so: signals, a stuck step, exit codes."""
+"""Early ends of a run: signals, hangs, exit codes."""
 
 from __future__ import annotations
 
@@ -11,43 +11,43 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TextIO
 
-# For schedulers: 75 (EX_TEMPFAIL) means "start me again with the same command", everything else is final.
+# Exit codes. Schedulers start the same command again after 75 (EX_TEMPFAIL); all other codes are final.
 REQUEUE = 75
 STUCK = 70
 MISTAKE = 2
 
 
-def code_of(e: BaseException) -> int:
-    """The exit code of a program that ends with this exception."""
+def exit_code(e: BaseException) -> int:
+    """Return the exit code of a program that ends with this exception."""
     if isinstance(e, SystemExit) and isinstance(e.code, int):
         return e.code
     return MISTAKE if isinstance(e, ValueError) else 1
 
 
-def stacks(*files: TextIO) -> None:
-    """Where each thread of this process is."""
+def dump_stacks(*files: TextIO) -> None:
+    """Write the stack of every thread of this process to `files`."""
     for file in files:
         faulthandler.dump_traceback(file, all_threads=True)
         file.flush()
 
 
 class Stop:
-    """SIGTERM and SIGINT become a wish that the loop asks for; a second one of them ends the process at once."""
+    """A flag that SIGTERM and SIGINT set and the training loop polls; a second signal ends the process at once."""
 
     def __init__(self):
         self.signal: signal.Signals | None = None
-        self._before = {}
+        self._previous = {}
 
     def __enter__(self) -> Stop:
         for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._remember)
+            self._previous[number] = signal.signal(number, self._set)
         return self
 
     def __exit__(self, *_) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _remember(self, number, _) -> None:
+    def _set(self, number, _) -> None:
         if self.signal is not None:
             os._exit(128 + number)
         self.signal = signal.Signals(number)
@@ -57,14 +57,14 @@ class Stop:
 
 
 class Watchdog:
-    """Ends the process, with the stacks of all its threads, when nobody has called `alive` for `seconds`.
+    """End the process and dump the stacks of all threads when `alive` was not called for `seconds`.
 
-    A peer that is alive but stuck is noticed by nothing else: a collective waits for ever. The process ends without
-    clean-up, since clean-up would wait as well.
+    This catches a peer that is alive but stuck, for which a collective waits forever. The process ends without
+    clean-up, which would wait as well.
 
     Args:
-      files: get the stacks; default: standard error.
-      leave: ends the process, given an exit code and the reason.
+      files: receive the stacks; default: standard error.
+      leave: called with an exit code and the reason; must end the process.
     """
 
     def __init__(
@@ -74,24 +74,24 @@ class Watchdog:
         leave: Callable[[int, str], None] = lambda code, _: os._exit(code),
     ):
         self.seconds, self._files, self._leave = seconds, files, leave
-        self._last, self._what = time.monotonic(), "starting"
+        self._last, self._task = time.monotonic(), "starting"
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
 
-    def alive(self, what: str) -> None:
-        """Something was finished; `what` comes next."""
-        self._last, self._what = time.monotonic(), what
+    def alive(self, task: str) -> None:
+        """Reset the timer; `task` is what the process does next."""
+        self._last, self._task = time.monotonic(), task
 
     def _watch(self) -> None:
         while not self._done.wait(min(self.seconds / 4, 5.0)):
             silent = time.monotonic() - self._last
             if silent > self.seconds:
-                what = f"stuck: {self._what} has taken {silent:.0f} s (train.step_timeout is {self.seconds:g})"
+                reason = f"stuck: {self._task} has taken {silent:.0f} s (train.step_timeout is {self.seconds:g})"
                 files = self._files or [sys.stderr]
                 for file in files:
-                    print(f"{what}; stacks:", file=file, flush=True)
-                stacks(*files)
-                self._leave(STUCK, what)
+                    print(f"{reason}; stacks:", file=file, flush=True)
+                dump_stacks(*files)
+                self._leave(STUCK, reason)
                 return
 
     def __enter__(self) -> Watchdog:

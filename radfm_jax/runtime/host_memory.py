@@ -6,9 +6,9 @@ import ctypes
 
 
 def release() -> None:
-    """Gives back to the operating system what is freed but kept by malloc: after a compilation, hundreds of megabytes.
+    """Return freed memory that malloc still keeps to the operating system; hundreds of megabytes after a compilation.
 
-    Does nothing where the C library is not glibc.
+    Does nothing if the C library is not glibc.
     """
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)

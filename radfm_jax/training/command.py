@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from input_pipeline import command_line
-from radfm_jax.runtime import distributed, faults
+from radfm_jax.runtime import cluster, distributed, faults
 from radfm_jax.training.experiment import Experiment
 from radfm_jax.training.loop import train
 
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command_line.add_config(parser)
-    distributed.add_arguments(parser)
+    cluster.add_arguments(parser)
     parser.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="where the run is kept")
     args, config = command_line.parse(parser, sys.argv[1:] if argv is None else argv)
     try:
@@ -49,4 +49,4 @@ def main(argv: list[str] | None = None) -> int:
         return faults.REQUEUE
     except (ValueError, distributed.StartError) as error:
         print(f"error: {error}", *getattr(error, "__notes__", []), sep="\n", file=sys.stderr)
-        return faults.code_of(error)
+        return faults.exit_code(error)

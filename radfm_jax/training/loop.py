@@ -33,10 +33,11 @@ from input_pipeline.batching.pipeline import Batch, PackingReport, Rows, batches
 from input_pipeline.batching.rows import RowInfo
 from input_pipeline.config import DataConfig
 from input_pipeline.samples import TASKS
-from radfm_jax.checkpoints import checkpoint, run_directory
+from radfm_jax.checkpoints import checkpoint, run_directory, train_state
 from radfm_jax.checkpoints.saver import Saver
 from radfm_jax.cost import estimate, flops
 from radfm_jax.runtime import faults, host_memory, sharding
+from radfm_jax.runtime.barrier import barrier
 from radfm_jax.runtime.peers import Peers
 from radfm_jax.training import display as shown
 from radfm_jax.training import held_out_questions, optimizer, train_step
@@ -54,7 +55,7 @@ def train(config: Experiment, workdir: Path, peers: Peers | None = None) -> int:
     """
     with contextlib.ExitStack() as opened:
         peers = peers or Peers(opened.enter_context(faults.Stop()))
-        with peers.guard():
+        with peers.abort_on_error():
             return _train(config, workdir, peers, opened)
 
 
@@ -76,7 +77,7 @@ def _train(config: Experiment, workdir: Path, peers: Peers, opened: contextlib.E
     newest = run_directory.latest(workdir, allow_older=config.checkpoint.allow_older, warn=shown.say)
 
     if newest is None and config.checkpoint.init_from:  # a mistake is said before anything is compiled
-        checkpoint.verify(run_directory.chosen(config.checkpoint.init_from), hashes=False)
+        checkpoint.verify(run_directory.select_checkpoint(config.checkpoint.init_from), hashes=False)
 
     changed = changes(before, config.to_dict()) if newest is not None and before else []
     if changed:
@@ -94,7 +95,7 @@ def _train(config: Experiment, workdir: Path, peers: Peers, opened: contextlib.E
         return 0
     asked = held_out_questions.HeldOutAnswers(config, workdir, mesh) if config.train.eval_answers else None
     data = opened.enter_context(Opening(config.data, where))
-    data_state = None if newest is None else run_directory.data_state(newest)
+    data_state = None if newest is None else train_state.data_state(newest)
     rows = data("train")
     check_model(config, rows)
     steps = config.train.steps or steps_of(rows, config)
@@ -125,7 +126,7 @@ def _train(config: Experiment, workdir: Path, peers: Peers, opened: contextlib.E
         say(line)
     held_out = data("test") if config.data.test else None
     # Compiling takes one host much longer than another, and a collective waits for its peers only so long.
-    run_directory.together("ready", lambda: None)
+    barrier("ready")
     run = Run(config, workdir, mesh, rates, rows, held_out, programs, saver, peers, asked)
     return run(state, data_state)
 
@@ -182,7 +183,7 @@ def evaluated(workdir: Path, step: int) -> bool:
     """Whether the record has the evaluation of a step; as process 0, which writes it, finds it."""
     found = lambda: any(x["step"] == step and "eval/all/loss" in x for x in shown.read(workdir))  # noqa: E731
     key = f"evaluated/{step}/{next(_asked)}"  # a meeting has a name of its own
-    return run_directory.together(key, lambda: jax.process_index() == 0 and found())[0]
+    return barrier(key, lambda: jax.process_index() == 0 and found())[0]
 
 
 def first_state(config: Experiment, newest: Path | None, abstract: dict, transform, say) -> dict:
@@ -192,10 +193,10 @@ def first_state(config: Experiment, newest: Path | None, abstract: dict, transfo
     """
     if newest is not None:
         say(f"going on from {newest}")
-        return run_directory.restore(newest, abstract, verified=True)
+        return train_state.restore(newest, abstract, verified=True)
     given = {}
     if config.checkpoint.init_from:
-        given, report = run_directory.init_from(config.checkpoint.init_from, abstract, config.model)
+        given, report = train_state.init_from(config.checkpoint.init_from, abstract, config.model)
         say(str(report))
     return train_step.init_state(abstract, config.model, config.optimizer, transform, config.train.seed, given)
 
@@ -281,7 +282,7 @@ class Run:
         data = iter(prefetch(batches(self.rows), self.place))
         if data_state is not None:
             data.set_state(data_state)
-        timeout = faults.Watchdog(train.step_timeout, self.peers.files, self.peers.leave)
+        timeout = faults.Watchdog(train.step_timeout, self.peers.files, self.peers.abort)
         with (
             contextlib.closing(data),
             contextlib.closing(shown.Display(self.workdir, first, self.steps, jax.process_index() == 0)) as display,

@@ -10,7 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from radfm_jax.models.decoder import head_logits
 from radfm_jax.models.radfm import RadFM
@@ -90,7 +90,7 @@ def token_losses(
         return losses.reshape(b, t), correct.reshape(b, t)
 
     mesh = jax.sharding.get_abstract_mesh()
-    axes = {a for a in BATCH if a in mesh.axis_names and mesh._name_to_type[a] != AxisType.Manual}
+    axes = {a for a in BATCH if a in mesh.axis_names and a not in mesh.manual_axes}
     if not axes or np.prod([mesh.shape[a] for a in axes]) == 1:
         return local(hidden, kernel, targets, active)
     # By device, since sorting all rows together would move them. The kernel is gathered once, outside the walk.

@@ -98,7 +98,7 @@ def init_state(
 ) -> dict:
     """Fresh moments and parameters, each made where it will lie.
 
-    given: path -> array of parameters that are there already (run_directory.init_from); only the others are made.
+    given: path -> array of parameters that are there already (train_state.init_from); only the others are made.
     """
     given = given or {}
     paths = flatten(params_of(abstract))

@@ -122,7 +122,7 @@ def main() -> None:
     params = random_params(config)
     ids = np.random.default_rng(1).integers(3, config.llama.vocab_size, (max(BATCHES), args.prompt)).astype(np.int32)
     generator, model = Generator(config, jax.tree.map(jax.numpy.asarray, params)), torch_model(config, params)
-    small = Generator(config, int8.quantised(params))
+    small = Generator(config, int8.quantise_params(params))
     sides = {f"ours, batch {b}": (b, Ours(generator, ids[:b])) for b in BATCHES}
     sides |= {f"ours in int8, batch {b}": (b, Ours(small, ids[:b])) for b in BATCHES}
     sides |= {f"transformers, batch {b}": (b, Theirs(model, ids[:b])) for b in BATCHES}

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from radfm_jax.checkpoints import run_directory
+from radfm_jax.checkpoints import run_directory, train_state
 from radfm_jax.runtime import sharding
 from radfm_jax.training import train_step
 from radfm_jax.training.experiment import Experiment
@@ -20,7 +20,7 @@ def main(argv: list[str]) -> int:
     *runs, step = Path(argv[0]), Path(argv[1]), int(argv[2])
     config = Experiment.from_dict(run_directory.last_config(runs[0]))
     abstract = train_step.abstract_state(config.compute, config.optimizer, sharding.make_mesh())[0]
-    states = [run_directory.restore(run_directory.step_directory(run, step), abstract) for run in runs]
+    states = [train_state.restore(run_directory.step_directory(run, step), abstract) for run in runs]
     found = [jax.tree_util.tree_leaves_with_path(state) for state in states]
     different = [
         jax.tree_util.keystr(path) for (path, a), (_, b) in zip(*found, strict=True) if not np.array_equal(a, b)

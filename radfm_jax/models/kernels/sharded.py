@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import jax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from radfm_jax.runtime.sharding import BATCH
 
@@ -11,7 +11,7 @@ from radfm_jax.runtime.sharding import BATCH
 def by_device(local, q, k, v, q_segments, k_segments) -> jax.Array:
     """XLA cannot partition a hand-written kernel or loop: its rows and heads are handed out here."""
     mesh = jax.sharding.get_abstract_mesh()
-    axes = {a for a in mesh.axis_names if mesh._name_to_type[a] != AxisType.Manual}
+    axes = {a for a in mesh.axis_names if a not in mesh.manual_axes}
     if not axes:
         return local(q, k, v, q_segments, k_segments)
     tensor = "tensor" if k.shape[2] % mesh.shape["tensor"] == 0 else None

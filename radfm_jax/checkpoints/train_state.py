@@ -1,0 +1,177 @@
+"""The training state in a step directory: its layout, and how it is restored or initialises another training."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+from radfm_jax.checkpoints import checkpoint, run_directory
+from radfm_jax.checkpoints.checkpoint import PARAMS, flatten, read_arrays, stored_arrays
+from radfm_jax.checkpoints.run_directory import DATA, RUN, TRAINING
+from radfm_jax.models import radfm
+
+# Settings of the computation, which do not change the meaning of the weights.
+COMPUTATION = ("dtype", "param_dtype", "remat", "attention", "dropout")
+
+
+def _locations(state: dict) -> Iterator[tuple[str, str, jax.Array]]:
+    """Yield (part, name, leaf) of every leaf, in order. Trained and frozen parameters share the part `params`."""
+    for path, leaf in flatten(state).items():
+        group, _, name = path.partition("/")
+        yield (PARAMS, name, leaf) if group in ("params", "frozen") else (TRAINING, path, leaf)
+
+
+def split_state(state: dict) -> dict[str, dict]:
+    """Return a state as it is stored: {"params": {path: leaf}, "training": {path: leaf}}."""
+    parts: dict[str, dict] = {PARAMS: {}, TRAINING: {}}
+    for part, name, leaf in _locations(state):
+        parts[part][name] = leaf
+    return parts
+
+
+def restore(directory, abstract: dict, *, verified: bool = False) -> dict:
+    """Restore the state of a step bit-exactly onto any mesh and number of processes.
+
+    Args:
+      directory: of the step.
+      abstract: train_step.abstract_state's; every device reads the parts of arrays that its sharding assigns to it.
+      verified: skip the verification, because `run_directory.latest` just did it.
+    Raises:
+      ValueError: the directory is damaged; or lists every array that is missing, unexpected, or of another shape or
+        dtype.
+    """
+    directory = Path(directory)
+    if not verified:
+        run_directory.verify(directory)
+    parts, problems = split_state(abstract), []
+    for part, leaves in parts.items():
+        stored = stored_arrays(directory / part)
+        problems += [f"missing: {part}/{k} {_kind(v)}" for k, v in leaves.items() if k not in stored]
+        problems += [f"unexpected: {part}/{k} {_kind(v)}" for k, v in stored.items() if k not in leaves]
+        problems += [
+            f"{part}/{k} is {_kind(stored[k])}, expected {_kind(v)}"
+            for k, v in leaves.items()
+            if k in stored and _kind(stored[k]) != _kind(v)
+        ]
+    if problems:
+        raise ValueError(
+            "\n  ".join([f"{directory} does not match this model and optimizer:", *problems])
+            + f"\nTo resume, use the model and optimizer settings of {directory / RUN}; to start another stage from "
+            "these parameters, use init_from"
+        )
+    arrays = {part: read_arrays(directory / part, leaves) for part, leaves in parts.items()}
+    return jax.tree.unflatten(
+        jax.tree.structure(abstract), [arrays[part][name] for part, name, _ in _locations(abstract)]
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Initialised:
+    """What `init_from` did.
+
+    Attributes:
+      loaded, new: paths of parameters that were read, and that the checkpoint does not have.
+      unused: paths in the checkpoint that the model does not have.
+      cast: path -> "bfloat16 -> float32".
+      sizes: settings that differ but change no shape: "llama.rope_theta is 1e4, was 5e5 in the checkpoint".
+    """
+
+    directory: Path
+    loaded: tuple[str, ...]
+    new: tuple[str, ...]
+    unused: tuple[str, ...]
+    cast: dict[str, str]
+    sizes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = [f"initialised from {self.directory}: {len(self.loaded)} arrays loaded, {len(self.new)} new"]
+        for part in sorted({p.partition("/")[0] for p in (*self.loaded, *self.new)}):
+            count = lambda paths, part=part: sum(p.partition("/")[0] == part for p in paths)  # noqa: E731
+            lines.append(f"  {part}: {count(self.loaded)} loaded, {count(self.new)} new")
+        lines += [f"  not used: {path}" for path in self.unused]
+        casts = list(self.cast.values())
+        lines += [f"  {kind}: {casts.count(kind)} arrays" for kind in dict.fromkeys(casts)]
+        return "\n".join([*lines, *(f"  DIFFERS: {size}" for size in self.sizes)])
+
+
+def init_from(
+    directory, state: dict, model: radfm.RadFMConfig | None = None, *, verified: bool = False
+) -> tuple[dict[str, jax.Array], Initialised]:
+    """Read parameters from a run (its best or newest step), a step, a converted RadFM, or a language model alone.
+
+    Args:
+      state: arrays or shapes (train_step.abstract_state); their dtypes and shardings apply to what is read.
+      model: model sizes to compare with those of the checkpoint.
+    Returns:
+      ({path: array} for `train_step.init_state`, a report). No parameter ever exists unsharded.
+    Raises:
+      ValueError: the directory is damaged; lists every shape that differs; or no parameter matches.
+    """
+    directory = run_directory.select_checkpoint(directory)
+    if not verified:
+        run_directory.verify(directory)
+    description = checkpoint.read_description(directory)
+    params, stored = split_state(state)[PARAMS], stored_arrays(directory / PARAMS)
+    loaded = {k: v for k, v in params.items() if k in stored}
+    problems = [
+        f"{k} is {stored[k].shape}, expected {v.shape}" for k, v in loaded.items() if stored[k].shape != tuple(v.shape)
+    ]
+    if problems:
+        raise ValueError(f"parameters of {directory} do not fit the model:\n  " + "\n  ".join(problems))
+    if not loaded:
+        raise ValueError(f"{directory} has no parameter of this model: it has {', '.join(sorted(stored)[:5])}, ...")
+    sizes = []
+    if model is not None:
+        expected = json.loads(json.dumps(model.to_dict()))  # tuples become lists, as in the checkpoint
+        for part, stored_sizes in description["model"].items():
+            sizes += [
+                f"{part}.{name} is {expected[part].get(name)!r}, was {value!r} in the checkpoint"
+                for name, value in stored_sizes.items()
+                if name not in COMPUTATION and expected.get(part, {}).get(name) != value
+            ]
+    report = Initialised(
+        directory,
+        tuple(loaded),
+        tuple(k for k in params if k not in stored),
+        tuple(k for k in stored if k not in params),
+        {k: f"{stored[k].dtype} -> {v.dtype}" for k, v in loaded.items() if stored[k].dtype != v.dtype},
+        tuple(sizes),
+    )
+    return read_arrays(directory / PARAMS, loaded), report
+
+
+def data_state(directory, process: int | None = None) -> dict:
+    """Return the position of a process (default: this one) in its data.
+
+    Between batches the position is equal in all processes, so a run with another number of processes can resume from
+    it. Each process counts `lost` itself; such a run gets the maximum.
+
+    Raises:
+      ValueError: the directory has no such file, or the positions differ.
+    """
+    directory = Path(directory)
+    process = jax.process_index() if process is None else process
+    try:
+        count = json.loads((directory / RUN).read_text())["processes"]
+        states = [json.loads((directory / DATA / f"{p}.json").read_text()) for p in range(count)]
+    except FileNotFoundError as e:
+        raise ValueError(f"{e.filename} does not exist: {directory} is not a step of a training run") from None
+    if count == jax.process_count() and process < count:
+        return states[process]
+    lost = max(s.get("lost", 0) for s in states)
+    states = [{**s, "lost": lost} if "lost" in s else s for s in states]
+    for other in states[1:]:
+        if keys := [k for k in {**states[0], **other} if states[0].get(k) != other.get(k)]:
+            raise ValueError(
+                f"{directory / DATA}: the processes have different positions ({', '.join(keys)}): resume with the same "
+                f"number of processes ({count})"
+            )
+    return states[0]
+
+
+def _kind(x) -> str:
+    return f"{x.dtype}{list(x.shape)}"
