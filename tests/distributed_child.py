@@ -1,6 +1,6 @@
-"""Processes that train, for test_distributed.py: each line of standard input starts one, or asks how one is.
+"""Training processes for test_distributed.py: each line of standard input starts one or polls one.
 
-They are forked from this one, which has imported everything: that is most of the time that a start takes.
+They are forked from this process, which has imported everything already; imports are most of the time of a start.
 """
 
 import json
@@ -18,7 +18,7 @@ from radfm_jax.checkpoints import checkpoint
 from radfm_jax.runtime.barrier import barrier
 from radfm_jax.training import command, display, loop
 
-assert matplotlib.pyplot and tensorboardX  # loaded here once, and not in each child
+assert matplotlib.pyplot and tensorboardX  # import them here once, not in each child
 
 
 def serve() -> None:
@@ -33,10 +33,10 @@ def serve() -> None:
 
 
 def run(arguments: list[str], devices: int, cache: str, output: str, pace: float) -> int:
-    """`python -m radfm_jax.train ARGUMENTS` with simulated devices, its console in a file.
+    """Run `python -m radfm_jax.train ARGUMENTS` with simulated devices.
 
     Args:
-      cache: directory of compiled programs. pace: seconds to sleep in each step.
+      cache: directory of compiled programs. output: file for the console. pace: seconds to sleep in each step.
     """
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
@@ -51,32 +51,32 @@ def run(arguments: list[str], devices: int, cache: str, output: str, pace: float
         time.sleep(pace)
         add(self, step, rows)
 
-    def one_after_the_other(*of):
-        """Process 0 compiles, the others find it done: there are fewer cores than processes."""
-        mine = compiled(*of) if jax.process_index() == 0 else None
+    def compile_in_turn(*args):
+        """Process 0 compiles, the others read its cache: there are fewer cores than processes."""
+        programs = compiled(*args) if jax.process_index() == 0 else None
         barrier("compiled")
-        return mine or compiled(*of)
+        return programs or compiled(*args)
 
-    def compared(config, newest, *of):
-        """Every bit of the parameters that this process took from a step is that of the step."""
-        state = first_state(config, newest, *of)
+    def compared(config, newest, *args):
+        """Check that the parameters of this process are bit-equal to those of the step that it resumes from."""
+        state = first_state(config, newest, *args)
         if newest is not None:
             stored = checkpoint.ParamReader(newest)
             for path, x in checkpoint.flatten({**state["params"], **state["frozen"]}).items():
-                whole = np.asarray(stored.read(path))
+                expected = np.asarray(stored.read(path))
                 for shard in x.addressable_shards:
-                    mine, theirs = np.asarray(shard.data), whole[shard.index]
-                    assert mine.shape == theirs.shape and mine.tobytes() == theirs.tobytes(), (path, shard.index)
+                    actual, part = np.asarray(shard.data), expected[shard.index]
+                    assert actual.shape == part.shape and actual.tobytes() == part.tobytes(), (path, shard.index)
             print(f"parameters of step {newest.name} are equal in process {jax.process_index()}", flush=True)
         return state
 
     def devices_of_the_job(hash_object, devices):
-        """JAX would hash which of them are this process's, and so find nothing that another process compiled."""
+        """Hash only their number: JAX hashes which are local, and would not find programs of other processes."""
         hash_object.update(f"{len(devices.flat)} in {jax.process_count()} processes".encode())
 
     cache_key._hash_accelerator_config = devices_of_the_job
     display.curves = lambda _: None
-    loop.RowLog.add, loop.Programs.compile, loop.first_state = slowly, one_after_the_other, compared
+    loop.RowLog.add, loop.Programs.compile, loop.first_state = slowly, compile_in_turn, compared
     return command.main(arguments)
 
 

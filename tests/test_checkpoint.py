@@ -1,4 +1,4 @@
-"""Checkpoint directories: whole or absent, damage always found, restored onto any mesh."""
+"""Checkpoint directories: complete or absent, damage always detected, restored onto any mesh."""
 
 import hashlib
 import json
@@ -38,7 +38,7 @@ def test_save_and_load_are_bit_equal(model, directory):
     assert not (directory / "tokenizer.model").exists()
 
 
-def test_paths_that_climb(model, directory, tmp_path):
+def test_paths_with_parent_references(model, directory, tmp_path):
     """tensorstore refuses `..`."""
     (tmp_path / "x").mkdir()
     assert_equal(model.params, radfm_jax.load(tmp_path / "x" / ".." / directory.name).params)
@@ -70,7 +70,7 @@ def test_saved_from_a_mesh(model, tmp_path):
     assert_equal(model.params, radfm_jax.load(tmp_path / "checkpoint").params)
 
 
-def test_what_lies_beside_the_parameters_goes_along(model, directory, tmp_path):
+def test_extra_files_are_copied(model, tmp_path):
     """tokenizer.model and unused tensors of a released file survive load and save."""
     with checkpoint.new_directory(tmp_path / "with") as partial:
         checkpoint.save_params(partial, model.params)
@@ -86,8 +86,8 @@ def test_what_lies_beside_the_parameters_goes_along(model, directory, tmp_path):
 # --- damage -----------------------------------------------------------------------------------------------------------
 
 
-def test_every_flipped_bit_is_found(directory):
-    """60 random bits over all files, manifest included: 0 silent."""
+def test_every_flipped_bit_is_detected(directory):
+    """60 random bits in all files, including the manifest."""
     rng = np.random.default_rng(0)
     files = sorted(p for p in directory.rglob("*") if p.is_file())
     silent = []
@@ -105,7 +105,7 @@ def test_every_flipped_bit_is_found(directory):
             continue
         finally:
             path.write_bytes(data)
-    # A flip in the manifest's own spelling of white space or in the format number changes nothing that is read.
+    # A flip in the white space or the format number of the manifest changes nothing that is read.
     manifest = json.loads((directory / "manifest.json").read_text())
     assert [s for s in silent if s[0] != "manifest.json"] == []
     assert manifest["files"].keys() == {str(p.relative_to(directory)) for p in files} - {"manifest.json"}
@@ -117,7 +117,7 @@ def test_damaged_directories_are_refused(damage, directory):
     large = [p for p in chunks if p.stat().st_size > 100 and p.name != "zarr.json"]
     if damage == "truncate":
         large[0].write_bytes(large[0].read_bytes()[:-1])
-    elif damage == "delete":  # zarr would read a missing chunk as zeros
+    elif damage == "delete":  # zarr reads a missing chunk as zeros
         large[0].unlink()
     elif damage == "add":
         (directory / "params" / "stray").write_text("")
@@ -134,38 +134,42 @@ def test_damaged_directories_are_refused(damage, directory):
     assert words.get(damage, "manifest.json") in str(e.value)
 
 
-def test_what_lies_elsewhere_too_is_asked_for(model, directory, tmp_path):
-    """A tokenizer or a description that is lost: which file, and where to; and what is said helps."""
+def test_lost_files_have_a_remedy(model, directory, tmp_path):
+    """A lost tokenizer or description: the error says which file to copy where, and following it helps."""
     pieces = tmp_path / "given.model"
     pieces.write_bytes(b"pieces")
-    whole = tmp_path / "whole"
-    with checkpoint.new_directory(whole) as partial:
+    complete = tmp_path / "complete"
+    with checkpoint.new_directory(complete) as partial:
         checkpoint.save_params(partial, model.params)
         checkpoint.write_description(partial, "radfm", model.config.to_dict())
         (partial / "tokenizer.model").write_bytes(pieces.read_bytes())
-    there, sha256 = whole / "tokenizer.model", hashlib.sha256(b"pieces").hexdigest()
-    asked = rf"tokenizer.model: copy the SentencePiece model of 6 bytes, SHA-256 {sha256}, to {there}, or name it: "
-    asked += r"--tokenizer FILE.*conversion as --tokenizer"
+    destination, sha256 = complete / "tokenizer.model", hashlib.sha256(b"pieces").hexdigest()
+    remedy = (
+        rf"tokenizer.model: copy the SentencePiece model of 6 bytes, SHA-256 {sha256}, to {destination}, or pass it as "
+    )
+    remedy += r"--tokenizer FILE.*conversion from --tokenizer"
     for kind, content in (("missing", None), ("size differs", b"others"[:5]), ("content differs", b"others")):
-        there.unlink() if content is None else there.write_bytes(content)
-        with pytest.raises(ValueError, match=f"{kind}: {asked}"):
-            radfm_jax.load(whole)
-    shutil.copy(pieces, there)
-    radfm_jax.load(whole)
-    description = (whole / "radfm.json").read_bytes()
-    (whole / "radfm.json").unlink()
-    with pytest.raises(ValueError, match=f"missing: radfm.json: copy it to {whole}/radfm.json .*convert the weights"):
-        radfm_jax.load(whole)
-    (whole / "radfm.json").write_bytes(description)
-    radfm_jax.load(whole)
-    shutil.copy(pieces, directory / "tokenizer.model")  # made without one, nothing is in its manifest to compare with
+        destination.unlink() if content is None else destination.write_bytes(content)
+        with pytest.raises(ValueError, match=f"{kind}: {remedy}"):
+            radfm_jax.load(complete)
+    shutil.copy(pieces, destination)
+    radfm_jax.load(complete)
+    description = (complete / "radfm.json").read_bytes()
+    (complete / "radfm.json").unlink()
+    with pytest.raises(
+        ValueError, match=f"missing: radfm.json: copy it to {complete}/radfm.json .*convert the weights"
+    ):
+        radfm_jax.load(complete)
+    (complete / "radfm.json").write_bytes(description)
+    radfm_jax.load(complete)
+    shutil.copy(pieces, directory / "tokenizer.model")  # made without one, so not in the manifest
     with pytest.raises(ValueError, match="not in the manifest: tokenizer.model: .* elsewhere .*--tokenizer FILE"):
         radfm_jax.load(directory)
     (directory / "tokenizer.model").unlink()
     assert radfm_jax.load(directory, tokenizer=pieces).tokenizer_file == pieces
 
 
-def test_parameters_that_do_not_fit_are_all_listed(model, tmp_path):
+def test_all_mismatched_parameters_are_listed(model, tmp_path):
     params = jax.tree.map(lambda x: x, model.params)
     params["llama"]["norm"]["scale"] = jnp.ones(7)
     params["extra"] = jnp.ones(2)
@@ -183,7 +187,7 @@ def test_parameters_that_do_not_fit_are_all_listed(model, tmp_path):
         assert line in str(e.value)
 
 
-def test_descriptions_that_cannot_be_read(directory):
+def test_unreadable_descriptions(directory):
     path = directory / "radfm.json"
     description = json.loads(path.read_text())
     for text, words in (
@@ -211,8 +215,8 @@ def test_a_failed_save_leaves_nothing(model, tmp_path, monkeypatch):
 # --- slices -----------------------------------------------------------------------------------------------------------
 
 
-def test_written_slice_by_slice_reads_like_any_other(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 1000)  # cut every layer into several chunks
+def test_params_written_slice_by_slice(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 1000)  # split every layer into several chunks
     flat = checkpoint.flatten(model.params)
     stacked = {k for k in flat if "/blocks/" in k}
     with checkpoint.new_directory(tmp_path / "sliced") as partial:
@@ -227,12 +231,12 @@ def test_written_slice_by_slice_reads_like_any_other(model, tmp_path, monkeypatc
     np.testing.assert_array_equal(reader.read("llama/blocks/up/kernel", (1,)), flat["llama/blocks/up/kernel"][1])
 
 
-def test_a_digest_is_that_of_the_parameters_wherever_they_lie(tmp_path):
-    def made(name: str, weights: str, beside: str) -> str:
+def test_the_digest_depends_on_the_parameters_alone(tmp_path):
+    def digest_of(name: str, weights: str, other: str) -> str:
         (tmp_path / name / "params").mkdir(parents=True)
         (tmp_path / name / "params" / "w").write_text(weights)
-        (tmp_path / name / "run.json").write_text(beside)
+        (tmp_path / name / "run.json").write_text(other)
         checkpoint.write_manifest(tmp_path / name)
         return checkpoint.digest(tmp_path / name)
 
-    assert made("a", "one", "x") == made("b", "one", "y") != made("c", "two", "x")
+    assert digest_of("a", "one", "x") == digest_of("b", "one", "y") != digest_of("c", "two", "x")

@@ -1,4 +1,4 @@
-"""Signals and a step that is stuck, each in a process of its own."""
+"""Signals and a stuck step, each in its own process."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ def run(code: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=60)
 
 
-def test_a_stuck_step_ends_with_stacks():
+def test_a_stuck_step_exits_with_stacks():
     done = run(
         """
         import time
@@ -23,7 +23,7 @@ def test_a_stuck_step_ends_with_stacks():
         def waits_for_a_peer():
             time.sleep(50)
         with Watchdog(0.4) as watchdog:
-            for step in range(4):  # alive often enough
+            for step in range(4):  # within the limit
                 watchdog.alive(f"step {step}")
                 time.sleep(0.2)
             waits_for_a_peer()
@@ -34,7 +34,7 @@ def test_a_stuck_step_ends_with_stacks():
     assert "waits_for_a_peer" in done.stderr
 
 
-def test_a_watchdog_that_is_done_does_nothing():
+def test_a_closed_watchdog_does_nothing():
     done = run(
         """
         import time
@@ -47,7 +47,7 @@ def test_a_watchdog_that_is_done_does_nothing():
     assert done.returncode == 0 and not done.stderr
 
 
-def test_a_signal_is_a_wish_and_a_second_one_an_order():
+def test_one_signal_sets_the_flag_and_a_second_one_exits():
     before = signal.getsignal(signal.SIGTERM)
     with faults.Stop() as stop:
         assert not stop
@@ -60,9 +60,9 @@ def test_a_signal_is_a_wish_and_a_second_one_an_order():
         from radfm_jax.runtime.faults import Stop
         with Stop():
             os.kill(os.getpid(), signal.SIGINT)
-            print("goes on", flush=True)
+            print("still running", flush=True)
             os.kill(os.getpid(), signal.SIGTERM)
             print("never")
         """
     )
-    assert done.returncode == 128 + signal.SIGTERM and done.stdout == "goes on\n"
+    assert done.returncode == 128 + signal.SIGTERM and done.stdout == "still running\n"

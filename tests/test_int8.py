@@ -1,4 +1,4 @@
-"""Matrices in int8: what quantising does to numbers, that all ways of reading them agree, what is refused."""
+"""Matrices in int8: quantisation error, equal results from all ways of loading them, and what is refused."""
 
 import dataclasses
 
@@ -21,7 +21,7 @@ IDS = np.random.default_rng(0).integers(3, CONFIG.llama.vocab_size, (2, 12))
 
 
 def widened(params: dict) -> dict:
-    """The float parameters that int8 ones stand for."""
+    """Return the float parameters that int8 ones represent."""
     leaves = {path: np.asarray(x) for path, x in checkpoint.flatten(params).items()}
     for path, scale in quantised.scale_paths(leaves).items():
         steps = np.expand_dims(leaves.pop(scale), tuple(quantised._input_axes(path)))
@@ -39,14 +39,14 @@ def saved(tmp_path_factory):
 def test_quantise_by_hand():
     kernel = np.array([[1.0, -2.54, 0.0], [-0.5, 0.01, 0.0]], np.float32)
     values, scale = quantised.quantise(kernel, 1)
-    assert values.tolist() == [[127, -127, 0], [-64, 0, 0]]  # 63.5 goes to the even neighbour
+    assert values.tolist() == [[127, -127, 0], [-64, 0, 0]]  # 63.5 rounds to even
     np.testing.assert_allclose(scale, [1 / 127, 2.54 / 127, 0], rtol=1e-6)
     with pytest.raises(ValueError, match="not finite"):
         quantised.quantise(np.array([[np.nan]]), 1)
 
 
 @pytest.mark.parametrize("inputs", [1, 2])
-def test_no_weight_moves_by_more_than_half_a_step(inputs):
+def test_the_error_is_at_most_half_a_step(inputs):
     kernel = np.random.default_rng(1).standard_normal((6, 5, 7)).astype(np.float32)
     values, scale = quantised.quantise(kernel, inputs)
     assert values.dtype == np.int8 and scale.shape == kernel.shape[inputs:]
@@ -55,7 +55,7 @@ def test_no_weight_moves_by_more_than_half_a_step(inputs):
     assert (np.abs(values).max(axis=tuple(range(inputs))) == 127).all()
 
 
-def test_every_matrix_of_the_language_model_and_nothing_else_is_int8():
+def test_all_matrices_of_the_language_model_and_no_others_are_int8():
     leaves = checkpoint.flatten(INT8)
     small = {path for path, x in leaves.items() if x.dtype == np.int8}
     matrices = {p for p, x in checkpoint.flatten(PARAMS["llama"]).items() if np.ndim(x) > 2 or p == "head"}
@@ -63,16 +63,16 @@ def test_every_matrix_of_the_language_model_and_nothing_else_is_int8():
     assert all(leaves[path].dtype == np.float32 for path in leaves.keys() - small)
 
 
-def test_logits_are_those_of_the_weights_it_stands_for():
+def test_logits_equal_those_of_the_widened_weights():
     ours, same = api.Model(CONFIG, INT8), api.Model(CONFIG, jax.tree.map(jnp.asarray, widened(INT8)))
     np.testing.assert_allclose(ours.logits(IDS), same.logits(IDS), atol=2e-5)
     plain = api.Model(CONFIG, jax.tree.map(jnp.asarray, PARAMS)).logits(IDS)
     off = np.abs(ours.logits(IDS) - plain).max() / np.std(plain)
-    assert 1e-4 < off < 0.2  # it is another model, and a near one
+    assert 1e-4 < off < 0.2  # another model, but a similar one
 
 
 @pytest.mark.parametrize("apart", [True, False])
-def test_answers_are_those_of_the_weights_it_stands_for(apart):
+def test_answers_equal_those_of_the_widened_weights(apart):
     prompts = [Prompt(row.astype(np.int32), np.full(len(row), -1, np.int32)) for row in IDS]
     ours, same = (
         Generator(CONFIG, jax.tree.map(jnp.asarray, p), length=32, apart=apart).answers(
@@ -93,7 +93,7 @@ def test_bfloat16_computes_with_int8_weights():
     np.testing.assert_allclose(api.Model(config, INT8).logits(IDS), wide, atol=0.1 * np.std(wide))
 
 
-def test_loading_makes_the_same_weights(saved):
+def test_loading_quantises_to_the_same_weights(saved):
     loaded = checkpoint.flatten(api.load(saved, int8=True).params)
     assert loaded.keys() == checkpoint.flatten(INT8).keys()
     for path, x in checkpoint.flatten(INT8).items():
@@ -101,7 +101,7 @@ def test_loading_makes_the_same_weights(saved):
         np.testing.assert_array_equal(loaded[path], x, err_msg=path)
 
 
-def test_a_mesh_divides_matrices_and_scales(saved):
+def test_a_mesh_shards_matrices_and_scales(saved):
     mesh = make_mesh(data=1, fsdp=2, tensor=2, devices=jax.devices()[:4])
     model, alone = api.load(saved, int8=True, mesh=mesh), api.load(saved, int8=True)
     gate = model.params["llama"]["blocks"]["gate"]
@@ -112,7 +112,7 @@ def test_a_mesh_divides_matrices_and_scales(saved):
     assert [a.ids for a in answers[0]] == [a.ids for a in answers[1]]
 
 
-def test_a_head_that_is_the_embedding_stays_as_it_is():
+def test_a_tied_head_is_not_quantised():
     config = dataclasses.replace(CONFIG, llama=dataclasses.replace(CONFIG.llama, tied_head=True))
     params = {**INT8, "llama": {k: v for k, v in INT8["llama"].items() if not k.startswith("head")}}
     same = {**PARAMS, "llama": widened({"llama": params["llama"]})["llama"]}
@@ -120,7 +120,7 @@ def test_a_head_that_is_the_embedding_stays_as_it_is():
     np.testing.assert_allclose(ours, api.Model(config, jax.tree.map(jnp.asarray, same)).logits(IDS), atol=2e-5)
 
 
-def test_what_cannot_be_quantised_or_saved(saved, tmp_path):
+def test_refused_quantisation_and_saving(saved, tmp_path):
     with pytest.raises(ValueError, match="cannot be saved"):
         api.save(api.Model(CONFIG, INT8), tmp_path / "int8")
     bad = jax.tree.map(np.array, PARAMS)

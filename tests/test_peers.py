@@ -1,4 +1,4 @@
-"""Peers over a coordination service in memory: stopping together, losing one, failing alone and together."""
+"""Peers over a coordination service in memory: common stop, a lost peer, failures of one and of all."""
 
 import contextlib
 import random
@@ -9,13 +9,12 @@ import time
 
 import jax
 import pytest
-from jax._src import distributed
 
-from radfm_jax.runtime import faults, peers
+from radfm_jax.runtime import compat, faults, peers
 
 
 class Service:
-    """The coordination service, in memory."""
+    """A coordination service in memory."""
 
     def __init__(self):
         self.values, self.dead, self.lock = {}, set(), threading.Lock()
@@ -36,8 +35,8 @@ class Service:
             return [(k, v) for k, v in self.values.items() if k.startswith(prefix)]
 
 
-class Told:
-    """In place of faults.Stop."""
+class Stop:
+    """A stand-in for faults.Stop."""
 
     signal = None
 
@@ -46,42 +45,46 @@ class Told:
 
 
 @pytest.fixture
-def company(monkeypatch):
-    """Makes Peers over one Service; how each of them would have ended is in `ends`."""
+def make_peers(monkeypatch):
+    """A function that makes Peers over one Service; `exits` has their exit codes."""
     monkeypatch.setattr(peers, "POLL", 0.02)
-    monkeypatch.setattr(peers, "TOGETHER", 1.0)
-    made, ends, service = [], {}, Service()
+    monkeypatch.setattr(peers, "SAME_CAUSE", 1.0)
+    made, exits, service = [], {}, Service()
 
-    def leave(self, code):
-        ends.setdefault(self.process, code)
+    def exit_thread(self, code):
+        exits.setdefault(self.process, code)
         self._leaving.set()
         self._done.set()
-        sys.exit()  # of this thread: in a process it would be its end
+        sys.exit()  # ends this thread, where the real method ends the process
 
-    def ended(work):
-        def thread(self):
+    def quiet(target):
+        def run(self):
             with contextlib.suppress(SystemExit):
-                work(self)
+                target(self)
 
-        return thread
+        return run
 
-    monkeypatch.setattr(peers.Peers, "_exit", leave)
-    for name in ("_watch", "_call_the_roll"):
-        monkeypatch.setattr(peers.Peers, name, ended(getattr(peers.Peers, name)))
-    monkeypatch.setattr(distributed.global_state, "client", service)
+    monkeypatch.setattr(peers.Peers, "_exit", exit_thread)
+    for name in ("_watch_news", "_watch_liveness"):
+        monkeypatch.setattr(peers.Peers, name, quiet(getattr(peers.Peers, name)))
+    monkeypatch.setattr(compat, "coordination_client", lambda: service)
 
-    def make(count, limit=15.0):
+    def make(count, timeout=15.0):
         service.values.clear()
         service.barrier = threading.Barrier(count)
-        made[:] = [peers.Peers(Told(), i, count, limit) for i in range(count)]
+        made[:] = [peers.Peers(Stop(), i, count, timeout) for i in range(count)]
         return made
 
-    make.ends, make.service = ends, service
+    make.exits, make.service = exits, service
     yield make
-    for one in made:
-        one._leaving.set()
-        one._done.set()
-        join(one)
+    for peer in made:
+        leave(peer)
+        join(peer)
+
+
+def leave(peer):
+    peer._leaving.set()
+    peer._done.set()
 
 
 def join(peer):
@@ -90,64 +93,63 @@ def join(peer):
         assert not thread.is_alive()
 
 
-def test_all_stop_at_the_same_step(company):
-    """Processes that ask at their own pace, never more than two steps apart, as collectives hold them."""
+def test_all_stop_at_the_same_step(make_peers):
+    """The processes run at different speeds, but collectives keep them at most two steps apart."""
     rng = random.Random(0)
     for attempt in range(20):
-        group = company(4)
-        asked, stopped = [0] * 4, {}
+        group = make_peers(4)
+        counts, stopped = [0] * 4, {}
 
-        def loop(i, group=group, asked=asked, stopped=stopped, attempt=attempt):
-            own = random.Random(4 * attempt + i)
+        def loop(i, group=group, counts=counts, stopped=stopped, attempt=attempt):
+            pace = random.Random(4 * attempt + i)
             while True:
-                while asked[i] - min(asked[j] for j in range(4) if j not in stopped) > 1:
+                while counts[i] - min(counts[j] for j in range(4) if j not in stopped) > 1:
                     time.sleep(0.0005)
-                time.sleep(own.uniform(0, 0.002))
-                asked[i] += 1
+                time.sleep(pace.uniform(0, 0.002))
+                counts[i] += 1
                 if group[i].stopping():
-                    stopped[i] = asked[i]
+                    stopped[i] = counts[i]
                     return
 
         threads = [threading.Thread(target=loop, args=(i,)) for i in range(4)]
         for thread in threads:
             thread.start()
         time.sleep(rng.uniform(0, 0.05))
-        told = rng.randrange(4)
-        group[told].stop.signal = signal.SIGTERM
+        signalled = rng.randrange(4)
+        group[signalled].stop.signal = signal.SIGTERM
         for thread in threads:
             thread.join(20)
         assert len(stopped) == 4 and len(set(stopped.values())) == 1, stopped
-        assert {p.stopped_by for p in group} == {f"process {told} got SIGTERM"}
-        for one in group:
-            one._leaving.set()
-            one._done.set()
-            join(one)
-    assert not company.ends
+        assert {p.stopped_by for p in group} == {f"process {signalled} got SIGTERM"}
+        for peer in group:
+            leave(peer)
+            join(peer)
+    assert not make_peers.exits
 
 
-def test_a_process_that_has_come_to_the_end_does_not_hold_up_the_others(company, monkeypatch):
-    """A signal arrives when one process will never ask again."""
+def test_a_finished_process_does_not_block_the_others(make_peers, monkeypatch):
+    """A signal arrives after the last call of `stopping` in one process."""
     monkeypatch.setattr(jax.distributed, "shutdown", lambda: None)
-    first, second = company(2)
-    for one in (first, second):
-        assert not one.stopping()
+    first, second = make_peers(2)
+    for peer in (first, second):
+        assert not peer.stopping()
     assert not first.stopping()
     ending = threading.Thread(target=first.__exit__, args=(None, None, None))
     ending.start()
     second.stop.signal = signal.SIGTERM
     time.sleep(0.2)
-    answered = []
-    asking = threading.Thread(target=lambda: answered.extend([second.stopping(), second.stopping()]), daemon=True)
-    asking.start()
-    asking.join(10)
-    assert answered == [False, True]
+    answers = []
+    calls = threading.Thread(target=lambda: answers.extend([second.stopping(), second.stopping()]), daemon=True)
+    calls.start()
+    calls.join(10)
+    assert answers == [False, True]
     second.__exit__(None, None, None)
     ending.join(10)
-    assert not ending.is_alive() and not company.ends
+    assert not ending.is_alive() and not make_peers.exits
 
 
 class Program:
-    """The service's process; notes what is done in which order."""
+    """A stand-in for the process of the service that records calls."""
 
     def __init__(self, done):
         self.done = done
@@ -160,89 +162,87 @@ class Program:
 
 
 @pytest.mark.parametrize("leaves", [True, False])
-def test_the_service_is_not_ended_before_the_others_have_left(company, monkeypatch, leaves):
-    """Who is told of the roll while somebody leaves may get an error; who never leaves keeps the service alive."""
+def test_the_service_ends_after_the_others_have_disconnected(make_peers, monkeypatch, leaves):
+    """An error while a process disconnects is ignored; a process that stays connected keeps the service alive."""
     done, calls = [], []
     monkeypatch.setattr(jax.distributed, "shutdown", lambda: done.append("left"))
-    monkeypatch.setattr(peers, "FAREWELL", 1.0)
-    first, second = company(2)
+    monkeypatch.setattr(peers, "SHUTDOWN_TIMEOUT", 1.0)
+    first, second = make_peers(2)
     first._service = Program(done)
 
-    def roll(processes):
-        if threading.current_thread().name != "farewell":
+    def live_nodes(processes):
+        if threading.current_thread().name != "disconnects":
             return dict.fromkeys(processes, 1)
         calls.append(len(calls))
         if len(calls) == 2:
             raise jax.errors.JaxRuntimeError("UNAVAILABLE: a task has left")
         return dict.fromkeys(processes[: 1 if leaves and len(calls) > 4 else 2], 1)
 
-    monkeypatch.setattr(company.service, "get_live_nodes", roll)
+    monkeypatch.setattr(make_peers.service, "get_live_nodes", live_nodes)
     ending = threading.Thread(target=second.__exit__, args=(None, None, None))
     ending.start()
     first.__exit__(None, None, None)
     ending.join(10)
-    assert len(calls) > 4 and not company.ends
+    assert len(calls) > 4 and not make_peers.exits
     assert done[-3:] == ["left", "service killed", "service gone"] if leaves else done == ["left", "left"]
 
 
-def test_a_process_that_gives_no_sign_of_life(company, capfd):
-    group = company(3)
+def test_a_process_without_heartbeat(make_peers, capfd):
+    group = make_peers(3)
     time.sleep(0.2)
-    assert not company.ends
-    group[1]._leaving.set()
-    group[1]._done.set()
-    company.service.dead.add(1)
-    for one in group:
-        join(one)
-    assert company.ends == {0: faults.REQUEUE, 2: faults.REQUEUE}
-    said = capfd.readouterr().err
-    assert "process 1 gives no sign of life (--peer-timeout 15)" in said and "Current thread" in said
+    assert not make_peers.exits
+    leave(group[1])
+    make_peers.service.dead.add(1)
+    for peer in group:
+        join(peer)
+    assert make_peers.exits == {0: faults.REQUEUE, 2: faults.REQUEUE}
+    output = capfd.readouterr().err
+    assert "process 1 sends no heartbeat (--peer-timeout 15)" in output and "Current thread" in output
 
 
-def test_an_exception_in_one_process_ends_all_with_its_code(company, capfd):
-    group = company(3)
-    with pytest.raises(SystemExit), group[2].guard():
+def test_an_exception_in_one_process_exits_all_with_its_code(make_peers, capfd):
+    group = make_peers(3)
+    with pytest.raises(SystemExit), group[2].abort_on_error():
         raise ValueError("row 17 of vqa.csv is empty")
-    for one in group[:2]:
-        join(one)
-    assert company.ends == {0: 2, 1: 2, 2: 2}
-    said = capfd.readouterr().err
-    assert said.count("process 2 ends with code 2: ValueError: row 17 of vqa.csv is empty") == 2
+    for peer in group[:2]:
+        join(peer)
+    assert make_peers.exits == {0: 2, 1: 2, 2: 2}
+    output = capfd.readouterr().err
+    assert output.count("process 2 exits with code 2: ValueError: row 17 of vqa.csv is empty") == 2
 
 
-def test_an_exception_that_all_have_is_an_exception(company):
-    """Then nobody waits for anybody in clean-up, and saves under way are finished."""
-    group, raised = company(3), []
+def test_an_exception_in_all_processes_propagates(make_peers):
+    """Then no clean-up waits for another process, and saves under way are finished."""
+    group, raised = make_peers(3), []
 
-    def one(peer):
-        with pytest.raises(KeyError), peer.guard():
+    def fail(peer):
+        with pytest.raises(KeyError), peer.abort_on_error():
             raise KeyError("in all")
         raised.append(peer.process)
 
-    threads = [threading.Thread(target=one, args=(p,)) for p in group]
+    threads = [threading.Thread(target=fail, args=(p,)) for p in group]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(10)
-    assert sorted(raised) == [0, 1, 2] and not company.ends
+    assert sorted(raised) == [0, 1, 2] and not make_peers.exits
 
 
-def test_a_collective_that_fails_is_the_fault_of_who_is_lost(company, capfd):
-    """The survivor is ended by what its thread learns, not by the exception that it has."""
-    group = company(2, limit=1.0)
-    group[1]._leaving.set()
-    group[1]._done.set()
-    threading.Timer(0.3, company.service.dead.add, (1,)).start()
-    with pytest.raises(SystemExit), group[0].guard():
+def test_a_failed_collective_is_attributed_to_the_lost_process(make_peers, capfd):
+    """The liveness check exits the survivor before its own exception does."""
+    group = make_peers(2, timeout=1.0)
+    leave(group[1])
+    threading.Timer(0.3, make_peers.service.dead.add, (1,)).start()
+    with pytest.raises(SystemExit), group[0].abort_on_error():
         raise jax.errors.JaxRuntimeError("UNKNOWN: Gloo all-reduce failed: Connection closed by peer")
-    assert company.ends[0] == faults.REQUEUE
-    assert "process 1 gives no sign of life" in capfd.readouterr().err
+    assert make_peers.exits[0] == faults.REQUEUE
+    assert "process 1 sends no heartbeat" in capfd.readouterr().err
 
 
 def test_one_process_starts_nothing(monkeypatch):
     before = threading.active_count()
-    alone = peers.Peers(stop := Told())
-    with alone, alone.guard():
+    alone = peers.Peers(stop := Stop())
+    with alone, alone.abort_on_error():
         assert not alone.stopping()
         stop.signal = signal.SIGTERM
         assert alone.stopping() and alone.stopped_by == "SIGTERM"

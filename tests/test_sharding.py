@@ -1,4 +1,4 @@
-"""The mesh, the table of axes, and where every parameter of the released size lies."""
+"""The mesh, the table of axes, and the sharding of every parameter of the released model."""
 
 import dataclasses
 import re
@@ -32,21 +32,24 @@ def test_spec_reads_the_table():
     "names, message",
     [
         (("embed", "mpl"), r"llama/up: logical axis \['mpl'\] is not in .*RULES \(batch, embed"),
-        (("embed", "patch"), r"llama/up: axes .*'embed', 'patch'.* put mesh axis \['fsdp'\] on two dimensions"),
-        (("heads", "vocab"), r"llama/up: .* \['tensor'\] on two"),
-        (("batch", "embed"), r"llama/up: .* \['fsdp'\] on two"),
-        (("embed", "embed"), r"llama/up: .* \['fsdp'\] on two"),
+        (
+            ("embed", "patch"),
+            r"llama/up: axes .*'embed', 'patch'.* map two dimensions of one array to .* \['fsdp'\]",
+        ),
+        (("heads", "vocab"), r"llama/up: .* map two .* \['tensor'\]"),
+        (("batch", "embed"), r"llama/up: .* map two .* \['fsdp'\]"),
+        (("embed", "embed"), r"llama/up: .* map two .* \['fsdp'\]"),
     ],
 )
 def test_misspelt_names_and_collisions_name_the_parameter(names, message):
-    """Linen would leave the one unsharded and drop the second axis of the other without a word."""
+    """Linen would silently leave the first unsharded and drop the second axis of the other."""
     with pytest.raises(ValueError, match=message):
         param_specs({"llama": {"up": boxed((8, 8), *names), "down": boxed((8,), "embed")}})
 
 
 def test_a_parameter_without_names_is_an_error():
     tree = {"vit": {"scale": jax.ShapeDtypeStruct((8,), jnp.float32)}}
-    with pytest.raises(ValueError, match="parameter vit/scale names no logical axes"):
+    with pytest.raises(ValueError, match="parameter vit/scale has no logical axes"):
         param_specs(tree)
 
 
@@ -57,7 +60,7 @@ LARGE = radfm.radfm_14b()
 
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (1, 32, 1), (2, 16, 1), (1, 8, 4), (4, 64, 1)], ids=str)
 def test_every_parameter_of_the_released_model_is_sharded(sizes):
-    """No device holds more than its share of the float32 parameters; no note says otherwise."""
+    """No device has more than its share of the float32 parameters, and there are no notes."""
     mesh = AbstractMesh(sizes, AXES)
     tree = radfm.abstract_params(LARGE)
     shardings, notes = param_shardings(tree, mesh)
@@ -73,7 +76,7 @@ def test_every_parameter_of_the_released_model_is_sharded(sizes):
         total += np.prod(shape.shape)
     assert total == 13_123_822_336
     ways = sizes[1] * sizes[2]
-    # With a tensor axis, norms, biases and the projections around the LLM are split over fsdp alone: 0.6 % more.
+    # With a tensor axis, norms, biases and the projections around the LLM are sharded over fsdp alone: 0.6 % more.
     assert total / ways <= share <= total / ways * (1 if sizes[2] == 1 else 1.006)
 
 
@@ -90,7 +93,7 @@ def test_a_mesh_that_does_not_divide_is_replicated_and_noted():
 
 def test_a_mesh_without_fsdp_axis_use_is_noted():
     _, notes = param_shardings({"marks": boxed((2, 8), None, None)}, AbstractMesh((1, 8, 1), AXES))
-    assert notes == {"marks": "axes (None, None) have none on fsdp"}
+    assert notes == {"marks": "no axis of (None, None) maps to fsdp"}
 
 
 def test_both_dimensions_that_do_not_divide_are_noted():
@@ -127,7 +130,7 @@ def test_mesh_sizes(sizes, shape):
         ({"fsdp": 4}, "data=1, fsdp=4, tensor=1 does not fit 8 devices"),
         ({"fsdp": 16}, "does not fit 8 devices"),
         ({"data": -1}, "data=-1, fsdp=-1, tensor=1: .* one of them may be -1"),
-        ({"tensor": 0}, "tensor=0: sizes are at least 1"),
+        ({"tensor": 0}, "tensor=0: sizes must be at least 1"),
         ({"fsdp": -2}, "fsdp=-2.* at least 1"),
         ({"slices": 2}, "data must be a multiple of the 2 slices"),
         ({"data": 4, "slices": 3}, "multiple of the 3 slices"),
@@ -141,7 +144,7 @@ def test_mesh_sizes_that_do_not_fit(sizes, message):
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """As much of a device as a mesh looks at."""
+    """The attributes of a device that a mesh reads."""
 
     id: int
     slice_index: int
@@ -156,8 +159,8 @@ class DeviceWithoutSlices:
 
 
 @pytest.mark.parametrize("data", [2, 4])
-def test_slices_lie_along_data(data):
-    """The slow network is crossed by `data` alone, however the devices are listed."""
+def test_slices_are_along_the_data_axis(data):
+    """Only `data` crosses the slow network, in whatever order the devices are listed."""
     devices = [Device(i, i % 2) for i in range(16)]
     grid = make_mesh(data, -1, 2, slices=2, devices=devices).devices
     assert grid.shape == (data, 8 // data, 2)
