@@ -1,4 +1,4 @@
-"""States on meshes of eight devices, saved in the directory of a run, for the tests of run_directory and saver."""
+"""States on meshes of up to eight devices, saved to a run directory, for the tests of checkpoints."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Processes that save, for test_saver_processes.py to kill, end and start in pairs.
+"""Processes that save checkpoints, for test_saver_processes.py to kill, end and start in pairs.
 
-`serve` reads one job a line from standard input and forks for each: no job pays for the imports again, and each begins
-and ends as a program of its own.
+`serve` reads one job per line from standard input and forks for each, so that no job imports everything again but each
+starts and ends as its own process.
 """
 
 import errno
@@ -23,7 +23,7 @@ from radfm_jax.models import radfm
 from radfm_jax.runtime import sharding
 from radfm_jax.runtime.barrier import barrier
 
-# Parameters, their axes, and whether they learn.
+# Part -> parameter -> dtype, shape, mesh axes.
 PARAMS = {
     "llama": {"kernel": (np.float32, (64, 96), ("fsdp", "tensor")), "norm": (np.float32, (24,), ())},
     "vit": {"kernel": (ml_dtypes.bfloat16, (2, 16, 8), (None, "fsdp")), "latents": (np.float32, (8, 10), ("fsdp",))},
@@ -33,7 +33,7 @@ CONFIG = {"train": {"steps": 10, "parts": ["vit"]}}
 
 
 def values(step: int) -> dict:
-    """A state as numpy arrays in which every bit follows from `step`; shaped like that of train_step.py."""
+    """Return a state of random bits with seed `step`, as numpy arrays; structured like that of train_step.py."""
     rng = np.random.default_rng(step)
 
     def random(dtype, shape, _) -> np.ndarray:
@@ -54,33 +54,33 @@ def values(step: int) -> dict:
 
 
 def abstract(mesh) -> dict:
-    """The same as shapes with shardings."""
+    """Return shapes and shardings of the same state."""
 
-    def one(path, x):
-        where = [k.key for k in path if isinstance(k, jax.tree_util.DictKey)][-2:]
-        axes = PARAMS[where[0]][where[1]][2] if where[0] in PARAMS else ()
+    def shape_of(path, x):
+        part, name = [None, *(k.key for k in path if isinstance(k, jax.tree_util.DictKey))][-2:]
+        axes = PARAMS[part][name][2] if part in PARAMS else ()
         return jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=NamedSharding(mesh, PartitionSpec(*axes)))
 
-    return jax.tree_util.tree_map_with_path(one, values(0))
+    return jax.tree_util.tree_map_with_path(shape_of, values(0))
 
 
 def state(step: int, mesh) -> dict:
-    """The same on the devices of a mesh, which may be those of several processes."""
+    """Return the same state on the devices of a mesh, which may belong to several processes."""
     put = lambda x, a: jax.make_array_from_callback(x.shape, a.sharding, lambda index: x[index])  # noqa: E731
     return jax.tree.map(put, jax.tree.map(np.asarray, values(step)), abstract(mesh))
 
 
-def assert_same(found: dict, step: int) -> None:
-    """Every bit of what this process holds of a state is that of `values(step)`."""
+def assert_same(restored: dict, step: int) -> None:
+    """Assert that this process's shards of a state are bit-equal to `values(step)`."""
 
-    def one(path, x, wanted):
-        wanted = np.asarray(wanted)
-        assert x.dtype == wanted.dtype, path
+    def compare(path, x, expected):
+        expected = np.asarray(expected)
+        assert x.dtype == expected.dtype, path
         for shard in x.addressable_shards:
-            mine, theirs = np.asarray(shard.data), wanted[shard.index]
-            assert mine.shape == theirs.shape and mine.tobytes() == theirs.tobytes(), (path, shard.index)
+            actual, part = np.asarray(shard.data), expected[shard.index]
+            assert actual.shape == part.shape and actual.tobytes() == part.tobytes(), (path, shard.index)
 
-    jax.tree_util.tree_map_with_path(one, found, values(step))
+    jax.tree_util.tree_map_with_path(compare, restored, values(step))
 
 
 def data_state(step: int) -> dict:
@@ -94,25 +94,25 @@ def saver(workdir, **options) -> Saver:
 # --- jobs -------------------------------------------------------------------------------------------------------------
 
 
-def say(*words) -> None:
+def report(*words) -> None:
     print(*words, flush=True)
 
 
 def loop(workdir: str) -> None:
-    """Saves without end; says of each step when its save has begun, which means that the one before is done."""
+    """Save forever; report each step whose save has started, which means that the previous one is done."""
     mesh = sharding.make_mesh(fsdp=2)
     with saver(workdir, keep_last=2) as s:
-        found = run_directory.latest(workdir)
-        step = int(found.name) if found else 0
-        say("from", step)
+        newest = run_directory.latest(workdir)
+        step = int(newest.name) if newest else 0
+        report("from", step)
         while True:
             step += 1
             s.save(state(step, mesh), data_state(step))
-            say("begun", step)
+            report("started", step)
 
 
 def end(workdir: str, how: str, broken: bool = False, closed: bool = False) -> None:
-    """Ends right after step 2 began to be saved."""
+    """End right after the save of step 2 has started."""
     mesh = sharding.make_mesh(fsdp=2)
     s = saver(workdir)
     s.save(state(1, mesh), data_state(1), wait=True)
@@ -128,7 +128,7 @@ def end(workdir: str, how: str, broken: bool = False, closed: bool = False) -> N
 
 
 def full(*_, **__):
-    """In place of checkpoint.hash_files: the disk is full."""
+    """A stand-in for checkpoint.hash_files: the disk is full."""
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
@@ -140,11 +140,11 @@ def leave(how: str) -> None:
 
 
 def hold(workdir: str, forked: bool) -> None:
-    """Holds the lock; beside it a forked process that does nothing, whose number it says (or 0)."""
+    """Keep the lock and report the pid of an idle forked process, or 0."""
     s = saver(workdir)
     grandchild = os.fork() if forked else 0
     if grandchild or not forked:
-        say("held", grandchild)
+        report("locked", grandchild)
     time.sleep(600)
     s.close()
 
@@ -158,13 +158,16 @@ def serve() -> None:
             jax.config.update("jax_num_cpu_devices", 2)
             {"loop": loop, "end": end, "hold": hold}[job.pop("job")](**job)
             return
-        say("pid", child)
-        say("ended", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        report("pid", child)
+        report("exited", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
 def pair(workdir: str, alone: str, port: str, process: str) -> None:
-    """One of two processes with two devices each: restores what one process saved in `alone`, saves step 2, fails to
-    save step 3 because of the other process's disk, saves step 4, restores it, and finds a damaged file."""
+    """Run one of two processes with two devices each.
+
+    They restore what one process saved in `alone`, save step 2, fail to save step 3 because the disk of process 1 is
+    full, save step 4, restore it, and detect a damaged file.
+    """
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 2)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -186,22 +189,22 @@ def pair(workdir: str, alone: str, port: str, process: str) -> None:
             assert "No space left" in str(e) and "step 3" in str(e), e
             assert ("process 1: " in str(e)) == (process == "0"), e
         else:
-            raise AssertionError("a save that failed in one process is no save")
+            raise AssertionError("a save that failed in one process must fail in all")
         checkpoint.hash_files = hash_files
         s.save(state(4, mesh), data_state(4) | {"lost": int(process)})
-    found = run_directory.latest(workdir)
-    assert found.name == "4", found
-    assert_same(train_state.restore(found, abstract(sharding.make_mesh(data=2, tensor=2))), 4)
-    assert train_state.data_state(found)["lost"] == int(process)
-    damaged = found.parent / "2" / "params" / "llama.kernel" / "c" / "0" / "0"
-    barrier("hurt", lambda: damaged.write_bytes(bytes(damaged.stat().st_size)) if process == "0" else 0)
+    newest = run_directory.latest(workdir)
+    assert newest.name == "4", newest
+    assert_same(train_state.restore(newest, abstract(sharding.make_mesh(data=2, tensor=2))), 4)
+    assert train_state.data_state(newest)["lost"] == int(process)
+    damaged = newest.parent / "2" / "params" / "llama.kernel" / "c" / "0" / "0"
+    barrier("damage", lambda: damaged.write_bytes(bytes(damaged.stat().st_size)) if process == "0" else 0)
     try:
-        run_directory.verify(found.parent / "2")
+        run_directory.verify(newest.parent / "2")
     except ValueError as e:
-        assert f"content differs: {damaged.relative_to(found.parent / '2')}" in str(e), e
+        assert f"content differs: {damaged.relative_to(newest.parent / '2')}" in str(e), e
     else:
-        raise AssertionError("damage in another process's share was not told")
-    say("done")
+        raise AssertionError("damage in the share of another process was not reported")
+    report("done")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""SIGKILL at random moments of training, every other one while a step is being saved: in the end everything is as if
-nothing had happened."""
+"""SIGKILL at random moments of training, half of them during saves: the final state equals that of an unbroken run."""
 
 import dataclasses
 import json
@@ -23,15 +22,15 @@ from radfm_jax.training.optimizer import OptimizerConfig
 
 STEPS = 30
 ROOT = Path(__file__).parents[1]
-# Kills a run, runs, and the seed of the first: `KILLS=10 RUNS=20 bash launch/test.sh -m slow tests/test_killed.py` for
-# the figure in the docs.
+# Kills per run, runs, and the seed of the first run. The figure in the docs is of
+# `KILLS=10 RUNS=20 bash launch/test.sh -m slow tests/test_killed.py`.
 KILLS, RUNS = int(os.environ.get("KILLS", 10)), int(os.environ.get("RUNS", 2))
 FIRST = int(os.environ.get("FIRST", 0))
 
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """A function that starts the command on a workdir."""
+    """A function that starts training in a workdir."""
     directory = tmp_path_factory.mktemp("killed")
     data = practice(directory, train=10, test=4, num_latents=4, text_length=128)
     config = Experiment(
@@ -51,11 +50,11 @@ def start(tmp_path_factory):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
     }  # fmt: skip
 
-    def begin(workdir, log):
+    def start_training(workdir, log):
         command = [sys.executable, "-m", "radfm_jax.train", f"--config={file}", f"--workdir={workdir}"]
         return subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
 
-    return begin
+    return start_training
 
 
 @pytest.fixture(scope="module")
@@ -67,26 +66,26 @@ def whole(start, tmp_path_factory):
     return workdir
 
 
-def steps_begun(workdir) -> int:
+def started_steps(workdir) -> int:
     file = workdir / "rows" / "0.jsonl"
     return len(file.read_text().splitlines()) if file.exists() else 0
 
 
 def saving(workdir) -> bool:
-    """Is a step half written?"""
+    """Return whether a step is being written."""
     return any((workdir / "checkpoints").glob(f"*{PARTIAL}"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(FIRST, FIRST + RUNS))
-def test_killed_again_and_again(start, whole, tmp_path, seed):
+def test_repeated_kills(start, whole, tmp_path, seed):
     rng, workdir, fired, during_saves = random.Random(seed), tmp_path / "run", 0, 0
     with open(tmp_path / "log", "w") as log:
         while fired < KILLS:
-            before, child = steps_begun(workdir), start(workdir, log)
-            # One to four steps further, then at any moment of a step or of the next save.
-            wanted = before + rng.randint(1, 4)
-            while child.poll() is None and steps_begun(workdir) < min(wanted, STEPS):
+            before, child = started_steps(workdir), start(workdir, log)
+            # Kill after one to four more steps, at any moment of a step or of the next save.
+            target = before + rng.randint(1, 4)
+            while child.poll() is None and started_steps(workdir) < min(target, STEPS):
                 time.sleep(0.005)
             if fired % 2:
                 time.sleep(rng.uniform(0, 0.3))
@@ -96,13 +95,13 @@ def test_killed_again_and_again(start, whole, tmp_path, seed):
                 time.sleep(rng.uniform(0, 0.03))
             if child.poll() is not None:
                 assert child.returncode == 0, (tmp_path / "log").read_text()[-3000:]
-                break  # it was done before all kills had fired: what there is counts
+                break  # it finished before all kills fired: the earlier ones count
             os.killpg(child.pid, signal.SIGKILL)
             assert child.wait() == -signal.SIGKILL
             fired += 1
             during_saves += saving(workdir)
         assert start(workdir, log).wait() == 0, (tmp_path / "log").read_text()[-3000:]
-    print(f"\nseed {seed}: {fired} kills, {during_saves} of them while a step was being saved")
+    print(f"\nseed {seed}: {fired} kills, {during_saves} of them during a save")
     assert fired
     assert record(workdir) == record(whole)
     same = jax.tree.map(np.array_equal, bits(workdir, STEPS), bits(whole, STEPS))

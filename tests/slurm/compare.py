@@ -1,6 +1,6 @@
-"""Whether two runs ended alike, bit by bit: state of a step, and every logged loss.
+"""Compare two runs bit by bit: the state of a step, and every logged loss.
 
-python tests/slurm/compare.py RUN RUN STEP      exit code 0: they did; 1: they did not
+python tests/slurm/compare.py RUN RUN STEP      exit code 0: equal; 1: different
 """
 
 import json
@@ -21,14 +21,14 @@ def main(argv: list[str]) -> int:
     config = Experiment.from_dict(run_directory.last_config(runs[0]))
     abstract = train_step.abstract_state(config.compute, config.optimizer, sharding.make_mesh())[0]
     states = [train_state.restore(run_directory.step_directory(run, step), abstract) for run in runs]
-    found = [jax.tree_util.tree_leaves_with_path(state) for state in states]
+    leaves = [jax.tree_util.tree_leaves_with_path(state) for state in states]
     different = [
-        jax.tree_util.keystr(path) for (path, a), (_, b) in zip(*found, strict=True) if not np.array_equal(a, b)
+        jax.tree_util.keystr(path) for (path, a), (_, b) in zip(*leaves, strict=True) if not np.array_equal(a, b)
     ]
     logged = [map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) for run in runs]
     losses = [[(line["step"], line["train/loss"]) for line in lines if "train/loss" in line] for lines in logged]
-    numbers = sum(x.size for _, x in found[0])
-    print(f"{len(found[0])} arrays, {numbers:,} numbers of step {step}: {len(different)} arrays differ {different[:5]}")
+    count, numbers = len(leaves[0]), sum(x.size for _, x in leaves[0])
+    print(f"{count} arrays, {numbers:,} numbers of step {step}: {len(different)} arrays differ {different[:5]}")
     print(f"{len(losses[0])} and {len(losses[1])} losses, {'equal' if losses[0] == losses[1] else 'DIFFERENT'}")
     return int(bool(different) or losses[0] != losses[1] or not losses[0])
 

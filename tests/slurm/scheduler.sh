@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# A real SLURM of one machine, below one directory, without systemd and without touching /etc.
+# Run a real one-node SLURM from one directory, without systemd and without changes to /etc.
 #   bash tests/slurm/scheduler.sh start DIR      munged, slurmctld, slurmd; then `export SLURM_CONF=DIR/slurm.conf`
 #   bash tests/slurm/scheduler.sh stop DIR
-# Needs Debian's or Ubuntu's `slurm-wlm` and `munge` (apt-get install slurm-wlm munge). Runs as root or as any user; the
-# daemons run as whoever starts them and listen on the loopback only.
+# Needs `slurm-wlm` and `munge` of Debian or Ubuntu (apt-get install slurm-wlm munge). Runs as root or as any user. The
+# daemons run as the user who starts them and listen on the loopback interface only.
 set -euo pipefail
 
 usage() { sed -n '2,6s/^# \{0,1\}//p' "$0"; }
@@ -13,7 +13,7 @@ case "${1:-}" in start | stop) ;; -h | --help) usage; exit 0 ;; *) usage >&2; ex
 mkdir -p "$2"
 dir=$(cd "$2" && pwd)
 
-stop() { # what this script started, by the ids that the daemons wrote; first what runs under it, which would go on
+stop() { # cancel all jobs, which would survive the daemons; then end the daemons by their pid files
   local name pid
   if [ -f "$dir/slurmctld.pid" ] && kill -0 "$(cat "$dir/slurmctld.pid")" 2>/dev/null; then
     export SLURM_CONF=$dir/slurm.conf
@@ -34,13 +34,13 @@ for program in munged slurmctld slurmd; do
   command -v "$program" >/dev/null || { echo "$program is missing: apt-get install slurm-wlm munge" >&2; exit 2; }
 done
 stop
-rm -rf "$dir/state" "$dir/spool" # jobs of an earlier one are not gone on with
+rm -rf "$dir/state" "$dir/spool" # do not continue the jobs of an earlier start
 mkdir -p "$dir/state" "$dir/spool"
 chmod go-w "$dir"
 
-# munged wants a key that nobody else can read, and a socket of its own beside the machine's.
+# munged needs a key that only this user can read, and its own socket.
 [ -f "$dir/munge.key" ] || (umask 077 && head -c 128 /dev/urandom >"$dir/munge.key")
-# --force: run as root, or below a directory such as /tmp that others may write to.
+# --force allows root, and directories under a world-writable one such as /tmp.
 munged --force --key-file="$dir/munge.key" --socket="$dir/munge.socket" --pid-file="$dir/munged.pid" \
   --log-file="$dir/munged.log" --seed-file="$dir/munge.seed"
 
@@ -53,7 +53,7 @@ ClusterName=one
 SlurmctldHost=$host(127.0.0.1)
 SlurmctldPort=$ctld_port
 SlurmdPort=$d_port
-# How long the credential of a start is good, and so how long a requeued job waits (default 120 s).
+# Lifetime of the credential of a start; a requeued job waits that long (default 120 s).
 AuthInfo=socket=$dir/munge.socket,cred_expire=15
 SlurmUser=$(id -un)
 SlurmdUser=$(id -un)
@@ -63,7 +63,7 @@ SlurmctldPidFile=$dir/slurmctld.pid
 SlurmdPidFile=$dir/slurmd.pid
 SlurmctldLogFile=$dir/slurmctld.log
 SlurmdLogFile=$dir/slurmd.log
-# No cgroups, no affinity: neither is allowed in most containers.
+# No cgroups and no affinity: most containers allow neither.
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 MpiDefault=none
