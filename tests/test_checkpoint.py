@@ -182,7 +182,7 @@ def test_all_mismatched_parameters_are_listed(model, tmp_path):
     for line in (
         "missing: image_marks (2, 32)",
         "unexpected: extra (2,)",
-        "shape of llama/norm/scale: (7,), expected (32,)",
+        "llama/norm/scale is (7,), expected (32,)",
     ):
         assert line in str(e.value)
 

@@ -265,24 +265,26 @@ def _orbax_save(directory: Path, params: dict, save_args: dict | None = None) ->
         absl.logging.set_verbosity(verbosity)
 
 
-def restore_params(directory, abstract: dict, shardings: dict | None = None, *, partial: bool = False) -> dict:
+def restore_params(directory, abstract: dict, shardings: dict | None = None) -> dict:
     """Read parameters onto any mesh.
 
     Args:
       abstract: tree of jax.ShapeDtypeStruct; the arrays are cast to its dtypes.
       shardings: tree of shardings, or None for the default device.
-      partial: ignore parameters in the directory that `abstract` does not have.
     Raises:
       ValueError: lists every parameter that is missing, unexpected or of another shape.
     """
-    leaves, path = flatten(abstract), Path(directory) / PARAMS
-    stored = {k: v.shape for k, v in stored_arrays(path).items() if k in leaves or not partial}
-    check_shapes({k: v.shape for k, v in leaves.items()}, stored, directory)
+    leaves, path = with_shardings(abstract, shardings), Path(directory) / PARAMS
+    check_shapes(leaves, stored_arrays(path), directory)
+    return unflatten(read_arrays(path, leaves))
+
+
+def with_shardings(abstract: dict, shardings: dict | None) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return {parameter path: shape, dtype and sharding}; without shardings, on the default device."""
+    leaves = flatten(abstract)
     one_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    places = {k: one_device for k in leaves} if shardings is None else flatten(shardings)
-    return unflatten(
-        read_arrays(path, {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=places[k]) for k, v in leaves.items()})
-    )
+    by_path = dict.fromkeys(leaves, one_device) if shardings is None else flatten(shardings)
+    return {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=by_path[k]) for k, v in leaves.items()}
 
 
 def stored_arrays(path: Path) -> dict[str, jax.ShapeDtypeStruct]:
@@ -304,17 +306,18 @@ def read_arrays(path: Path, leaves: dict) -> dict:
         return flatten(handler.restore(epath.Path(absolute(path)), args=restore))
 
 
-def check_shapes(expected: dict[str, tuple], actual: dict[str, tuple], source) -> None:
-    """Raise ValueError that lists every difference between two {parameter path: shape}."""
-    problems = [f"missing: {k} {v}" for k, v in expected.items() if k not in actual]
-    problems += [f"unexpected: {k} {v}" for k, v in actual.items() if k not in expected]
-    problems += [
-        f"shape of {k}: {actual[k]}, expected {shape}"
-        for k, shape in expected.items()
-        if actual.get(k, shape) != tuple(shape)
-    ]
-    if problems:
-        raise ValueError(f"parameters of {source} do not fit the model:\n  " + "\n  ".join(problems))
+def check_shapes(expected: Mapping, actual: Mapping, source) -> None:
+    """Raise ValueError that lists every difference in shape between two {parameter path: array or shape}."""
+    shapes = [{k: tuple(getattr(v, "shape", v)) for k, v in arrays.items()} for arrays in (expected, actual)]
+    if problems := mismatches(*shapes):
+        raise ValueError("\n  ".join([f"parameters of {source} do not fit the model:", *problems]))
+
+
+def mismatches(expected: Mapping, actual: Mapping) -> list[str]:
+    """Return one line per parameter that is missing, unexpected or different."""
+    lines = [f"missing: {k} {v}" for k, v in expected.items() if k not in actual]
+    lines += [f"unexpected: {k} {v}" for k, v in actual.items() if k not in expected]
+    return lines + [f"{k} is {actual[k]}, expected {v}" for k, v in expected.items() if actual.get(k, v) != v]
 
 
 def flatten(tree: dict) -> dict:

@@ -13,6 +13,7 @@ tied to the embedding. docs/benchmarks.md has the accuracy and speed.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -65,30 +66,28 @@ def restore_params(directory, abstract: dict, shardings: dict | None = None) -> 
     Raises:
       ValueError: as there; or names a parameter whose weights are not finite.
     """
-    leaves, reader = checkpoint.flatten(abstract), checkpoint.ParamReader(directory)
-    checkpoint.check_shapes({k: v.shape for k, v in leaves.items()}, reader.shapes, directory)
-    leaf_shardings = None if shardings is None else checkpoint.flatten(shardings)
+    leaves, reader = checkpoint.with_shardings(abstract, shardings), checkpoint.ParamReader(directory)
+    checkpoint.check_shapes(leaves, reader.shapes, directory)
     quantised = scale_paths(leaves)
-    unchanged = lambda tree: checkpoint.unflatten({k: v for k, v in tree.items() if k not in quantised})  # noqa: E731
-    params = checkpoint.flatten(
-        checkpoint.restore_params(
-            directory, unchanged(leaves), leaf_shardings and unchanged(leaf_shardings), partial=True
-        )
-    )
+    unchanged = {path: leaf for path, leaf in leaves.items() if path not in quantised}
+    params = checkpoint.read_arrays(Path(directory) / checkpoint.PARAMS, unchanged)
     for path, scale in quantised.items():
+        leaf = leaves[path]
         try:
-            arrays = _quantise_stack(path, leaves[path].shape, lambda index, path=path: reader.read(path, index))
+            arrays = _quantise_stack(path, leaf.shape, lambda index, path=path: reader.read(path, index))
         except ValueError as error:
             raise ValueError(f"{directory}: {path}: {error}") from None
-        if leaf_shardings is None:
-            places = jax.devices()[0]
-        else:
-            sharding = leaf_shardings[path]
-            axes = [*sharding.spec] + [None] * (len(leaves[path].shape) - len(sharding.spec))
-            outputs = [axis for i, axis in enumerate(axes) if i not in _input_axes(path)]
-            places = sharding, NamedSharding(sharding.mesh, PartitionSpec(*outputs))
-        params[path], params[scale] = jax.device_put(arrays, places)
+        params[path], params[scale] = jax.device_put(arrays, (leaf.sharding, _scale_sharding(path, leaf)))
     return checkpoint.unflatten(params)
+
+
+def _scale_sharding(path: str, leaf: jax.ShapeDtypeStruct) -> jax.sharding.Sharding:
+    """Return the sharding of a matrix's scales: that of its output axes."""
+    if not isinstance(leaf.sharding, NamedSharding):
+        return leaf.sharding
+    axes = [*leaf.sharding.spec] + [None] * (len(leaf.shape) - len(leaf.sharding.spec))
+    outputs = [axis for i, axis in enumerate(axes) if i not in _input_axes(path)]
+    return NamedSharding(leaf.sharding.mesh, PartitionSpec(*outputs))
 
 
 def _input_axes(path: str) -> range:

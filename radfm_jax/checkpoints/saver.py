@@ -18,7 +18,6 @@ import os
 import shutil
 import sys
 import threading
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -112,7 +111,7 @@ class Saver:
 
     # --- saving -------------------------------------------------------------------------------------------------------
 
-    def save(self, state: dict, data_state: dict, *, metrics: Mapping | None = None, wait: bool = False) -> float:
+    def save(self, state: dict, data_state: dict, *, metrics: Mapping | None = None, wait: bool = False) -> None:
         """Wait for the previous save, and start to save a state.
 
         Args:
@@ -121,12 +120,9 @@ class Saver:
           data_state: of the row iterator at this step.
           metrics: {name: number}.
           wait: return when the step is on disk.
-        Returns:
-          Seconds that the caller was blocked, including the wait for the previous save.
         Raises:
           SaveError: the previous save failed, or this one could not start. ValueError: after `close`.
         """
-        start_time = time.perf_counter()
         self.wait()
         if self._closed:
             raise ValueError(f"{self.workdir}: this Saver is closed")
@@ -146,7 +142,6 @@ class Saver:
         self._thread.start()
         if wait:
             self.wait()
-        return time.perf_counter() - start_time
 
     def wait(self) -> None:
         """Return when no save is under way. Raises SaveError if the last one failed."""

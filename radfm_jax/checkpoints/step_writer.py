@@ -17,7 +17,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from input_pipeline.files import fsync, write_json
+from input_pipeline.files import PARTIAL, fsync, write_json
 from radfm_jax.checkpoints import checkpoint
 from radfm_jax.checkpoints.checkpoint import MANIFEST
 from radfm_jax.checkpoints.run_directory import CHECKPOINTS, DATA, RUN, own_share, step_directory
@@ -25,7 +25,7 @@ from radfm_jax.checkpoints.train_state import split_state
 from radfm_jax.models import radfm
 from radfm_jax.runtime.barrier import barrier, describe, forget
 
-PARTIAL, REPLACED = ".partial", ".replaced"
+REPLACED = ".replaced"
 # Replicas share the copy of an array, one slice each. The slicing compiles for every shape, so not for small arrays.
 ARRAYS = ocp.type_handlers.create_type_handler_registry(
     (jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=16 * 2**20))

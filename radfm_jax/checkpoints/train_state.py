@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 
 from radfm_jax.checkpoints import checkpoint, run_directory
-from radfm_jax.checkpoints.checkpoint import PARAMS, flatten, read_arrays, stored_arrays
+from radfm_jax.checkpoints.checkpoint import PARAMS, check_shapes, flatten, mismatches, read_arrays, stored_arrays
 from radfm_jax.checkpoints.run_directory import DATA, RUN, TRAINING
 from radfm_jax.models import radfm
 
@@ -47,17 +47,9 @@ def restore(directory, abstract: dict, *, verified: bool = False) -> dict:
     directory = Path(directory)
     if not verified:
         run_directory.verify(directory)
-    parts, problems = split_state(abstract), []
-    for part, leaves in parts.items():
-        stored = stored_arrays(directory / part)
-        problems += [f"missing: {part}/{k} {_kind(v)}" for k, v in leaves.items() if k not in stored]
-        problems += [f"unexpected: {part}/{k} {_kind(v)}" for k, v in stored.items() if k not in leaves]
-        problems += [
-            f"{part}/{k} is {_kind(stored[k])}, expected {_kind(v)}"
-            for k, v in leaves.items()
-            if k in stored and _kind(stored[k]) != _kind(v)
-        ]
-    if problems:
+    parts = split_state(abstract)
+    stored = {part: stored_arrays(directory / part) for part in parts}
+    if problems := mismatches(_kinds(parts), _kinds(stored)):
         raise ValueError(
             "\n  ".join([f"{directory} does not match this model and optimizer:", *problems])
             + f"\nTo resume, use the model and optimizer settings of {directory / RUN}; to start another stage from "
@@ -99,7 +91,7 @@ class Initialised:
 
 
 def init_from(
-    directory, state: dict, model: radfm.RadFMConfig | None = None, *, verified: bool = False
+    directory, state: dict, model: radfm.RadFMConfig | None = None
 ) -> tuple[dict[str, jax.Array], Initialised]:
     """Read parameters from a run (its best or newest step), a step, a converted RadFM, or a language model alone.
 
@@ -112,16 +104,11 @@ def init_from(
       ValueError: the directory is damaged; lists every shape that differs; or no parameter matches.
     """
     directory = run_directory.select_checkpoint(directory)
-    if not verified:
-        run_directory.verify(directory)
+    run_directory.verify(directory)
     description = checkpoint.read_description(directory)
     params, stored = split_state(state)[PARAMS], stored_arrays(directory / PARAMS)
     loaded = {k: v for k, v in params.items() if k in stored}
-    problems = [
-        f"{k} is {stored[k].shape}, expected {v.shape}" for k, v in loaded.items() if stored[k].shape != tuple(v.shape)
-    ]
-    if problems:
-        raise ValueError(f"parameters of {directory} do not fit the model:\n  " + "\n  ".join(problems))
+    check_shapes(loaded, {k: stored[k] for k in loaded}, directory)
     if not loaded:
         raise ValueError(f"{directory} has no parameter of this model: it has {', '.join(sorted(stored)[:5])}, ...")
     sizes = []
@@ -173,5 +160,5 @@ def data_state(directory, process: int | None = None) -> dict:
     return states[0]
 
 
-def _kind(x) -> str:
-    return f"{x.dtype}{list(x.shape)}"
+def _kinds(parts: dict[str, dict]) -> dict[str, str]:
+    return {f"{part}/{k}": f"{x.dtype}{list(x.shape)}" for part, leaves in parts.items() for k, x in leaves.items()}

@@ -7,8 +7,7 @@
 2. `rendezvous` waits for all processes and compares what they run.
 3. Process 0 lets `coordination.py` serve, all processes connect to it, and `peers.Peers` watches the others.
 
-`jax.distributed.initialize` is not used because it runs the coordination service inside process 0: when process 0 is
-killed, JAX would abort all others before they can log why.
+`jax.distributed.initialize` is not used because it runs the coordination service inside process 0 (coordination.py).
 """
 
 from __future__ import annotations
