@@ -1,4 +1,4 @@
-"""Liveness, common stop and common end of the processes of a run.
+"""Watch the other processes of a run: liveness, a common stop, a common end.
 
 Two threads in every process talk to the others through the coordination service, never through the devices:
 

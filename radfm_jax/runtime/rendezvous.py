@@ -7,7 +7,7 @@ process is missing or has a wrong number: it waits, and then aborts the process 
 
 from __future__ import annotations
 
-import contextlib
+import asyncio
 import errno
 import hashlib
 import json
@@ -81,7 +81,7 @@ def rendezvous(info: ProcessInfo, properties: dict, timeout: float, stop=()) -> 
       InterruptedError: `stop` became true.
     """
     meeting = _Rendezvous(info, properties, timeout, stop)
-    answer = meeting.lead() if info.process == 0 else meeting.join()
+    answer = asyncio.run(meeting.join() if info.process else meeting.lead())
     if "same" in answer:
         raise ValueError(answer["same"])
     if "error" in answer:
@@ -96,33 +96,51 @@ class _Rendezvous:
             "radfm_jax": 1, "process": info.process, "processes": info.processes,
             "host": f"{socket.gethostname()}, pid {os.getpid()}", "properties": properties,
         }  # fmt: skip
+        # Of process 0: what each process sent, and its connection.
+        self.hellos: dict[int, dict] = {0: self.hello}
+        self.readers: dict[int, asyncio.StreamReader] = {}
 
     # --- process 0 ----------------------------------------------------------------------------------------------------
 
-    def lead(self) -> dict:
+    async def lead(self) -> dict:
         """Collect the hellos of all processes and send every one the same answer."""
-        hellos, connections = {0: self.hello}, {}
-        with contextlib.ExitStack() as opened:
-            listener = opened.enter_context(self._listen())
-            answer = self._collect(listener, hellos, connections, opened)
-            for connection in connections.values():
-                _send(connection, answer)
-        return answer
+        answer, writers = asyncio.get_running_loop().create_future(), []
 
-    def _listen(self) -> socket.socket:
+        async def on_connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            hello = await _receive(reader, 2)
+            if hello is None or hello.get("radfm_jax") != 1 or answer.done():
+                writer.close()  # not a process of this project
+                return
+            writers.append(writer)
+            result = self._add(hello, reader)
+            if result:
+                answer.set_result(result)
+
+        server = await self._listen(on_connection)
+        try:
+            result = await self._wait(answer, self.deadline)
+        except TimeoutError:
+            connected = ", ".join(f"{p} ({hello['host']})" for p, hello in sorted(self.hellos.items()))
+            missing = _list([p for p in range(self.info.processes) if p not in self.hellos])
+            result = {
+                "error": f"{missing} of {self.info.processes} did not connect to {self.info.coordinator} within "
+                f"{self.timeout:g} s; connected: {connected}. Check the logs of the missing processes: were they "
+                "started with the same --coordinator and --processes, and can their machines reach that port?"
+            }
+        finally:
+            server.close()
+        for writer in writers:
+            await _send(writer, result)
+            writer.close()
+        return result
+
+    async def _listen(self, on_connection) -> asyncio.Server:
         host, port = self.info.address
         while True:
             try:
-                if host in LOOPBACK:
-                    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-                    listener = socket.create_server((host, port), backlog=1024, family=family)
-                elif socket.has_dualstack_ipv6():
-                    options = {"family": socket.AF_INET6, "dualstack_ipv6": True}
-                    listener = socket.create_server(("", port), backlog=1024, **options)
-                else:
-                    listener = socket.create_server(("", port), backlog=1024)
-                listener.settimeout(0.2)
-                return listener
+                return await asyncio.start_server(
+                    on_connection, host if host in LOOPBACK else None, port, limit=MAX_MESSAGE_BYTES, backlog=1024
+                )
             except OSError as e:
                 # An earlier run on this port keeps it until its last process has exited.
                 if e.errno != errno.EADDRINUSE or time.monotonic() > self.deadline:
@@ -130,125 +148,91 @@ class _Rendezvous:
                         f"{self.info} cannot listen on port {port}: {e.strerror or e}. Another program or an earlier "
                         "run uses it: choose another port, or end that program"
                     ) from None
-            self._pause()
+            await self._pause()
 
-    def _collect(self, listener: socket.socket, hellos: dict, connections: dict, opened) -> dict:
-        """Fill `hellos` and `connections` by process number; return the answer for all of them."""
-        count = self.info.processes
-        while len(hellos) < count:
-            self._check_stop()
-            if time.monotonic() > self.deadline:
-                connected = ", ".join(f"{p} ({hello['host']})" for p, hello in sorted(hellos.items()))
-                missing = _list([p for p in range(count) if p not in hellos])
-                return {
-                    "error": f"{missing} of {count} did not connect to {self.info.coordinator} within "
-                    f"{self.timeout:g} s; connected: {connected}. Check the logs of the missing processes: were they "
-                    "started with the same --coordinator and --processes, and can their machines reach that port?"
-                }
-            try:
-                connection, _ = listener.accept()
-            except TimeoutError:
-                continue
-            opened.enter_context(connection)
-            connection.settimeout(2)
-            hello = self._receive(connection, 0)
-            if hello is None or hello.get("radfm_jax") != 1:
-                connection.close()  # not a process of this project
-                continue
-            number = hello["process"]
-            if hello["processes"] != count:
-                connections[-1] = connection
-                return {
-                    "error": f"process {number} ({hello['host']}) was started as one of {hello['processes']}, "
-                    f"process 0 ({self.hello['host']}) as one of {count}: give all processes the same --processes"
-                }
-            # A process that was restarted in the meantime replaces its closed connection.
-            if number in hellos and (number == 0 or not _is_closed(connections[number])):
-                connections[-1] = connection
-                return {
-                    "error": f"two processes have number {number} of {count}: {hellos[number]['host']}, and "
-                    f"{hello['host']}: give each its own --process"
-                }
-            hellos[number], connections[number] = hello, connection
+    def _add(self, hello: dict, reader: asyncio.StreamReader) -> dict | None:
+        """Add a process; return the answer for all if this was the last one or cannot be right."""
+        number, count, hellos = hello["process"], self.info.processes, self.hellos
+        if hello["processes"] != count:
+            return {
+                "error": f"process {number} ({hello['host']}) was started as one of {hello['processes']}, "
+                f"process 0 ({self.hello['host']}) as one of {count}: give all processes the same --processes"
+            }
+        # A process that was restarted in the meantime replaces its closed connection.
+        if number in hellos and (number == 0 or not self.readers[number].at_eof()):
+            return {
+                "error": f"two processes have number {number} of {count}: {hellos[number]['host']}, and "
+                f"{hello['host']}: give each its own --process"
+            }
+        hellos[number], self.readers[number] = hello, reader
+        if len(hellos) < count:
+            return None
         if lines := differences({p: hello.get("properties", {}) for p, hello in hellos.items()}):
             return {"same": "the processes do not run the same:\n  " + "\n  ".join(lines)}
         return {"ok": True}
 
     # --- the other processes ------------------------------------------------------------------------------------------
 
-    def join(self) -> dict:
+    async def join(self) -> dict:
         """Send this process's hello to process 0 and return its answer."""
         host, port = self.info.address
         while True:
             try:
-                connection = socket.create_connection((host, port), timeout=5)
+                connection = asyncio.open_connection(host, port, limit=MAX_MESSAGE_BYTES)
+                reader, writer = await asyncio.wait_for(connection, 5)
                 break
             except OSError as e:
-                reason = e.strerror or str(e)
+                reason = e.strerror or str(e) or "timeout"
             if time.monotonic() > self.deadline:
                 raise StartError(
                     f"{self.info} did not reach process 0 within {self.timeout:g} s ({reason}). Was process 0 started, "
                     f"on {host}, with the same --coordinator? Can this machine reach port {port} of {host}?"
                 )
-            self._pause()
+            await self._pause()
+        await _send(writer, self.hello)
         # Process 0 may have started a little later, and its answer names the missing processes: wait longer for it.
-        deadline = self.deadline + min(self.timeout, 5)
-        with connection:
-            _send(connection, self.hello)
-            connection.settimeout(0.2)
-            answer = self._receive(connection, deadline)
+        deadline, problem = self.deadline + min(self.timeout, 5), "was disconnected"
+        try:
+            answer = await self._wait(asyncio.ensure_future(_receive(reader)), deadline)
+        except TimeoutError:
+            answer, problem = None, f"got no answer within {self.timeout:g} s"
+        writer.close()
         if answer is None:
-            problem = f"got no answer within {self.timeout:g} s" if time.monotonic() > deadline else "was disconnected"
             raise StartError(
                 f"{self.info} {problem} at {self.info.coordinator}. Either process 0 has exited (see its log), or "
                 "another program uses that port: choose another"
             )
         return answer
 
-    def _receive(self, connection: socket.socket, deadline: float) -> dict | None:
-        """Return one line of JSON, or None if none arrives before the deadline or it is not a JSON object."""
-        data = b""
-        while not data.endswith(b"\n") and len(data) < MAX_MESSAGE_BYTES:
-            try:
-                part = connection.recv(2**16)
-            except TimeoutError:
-                self._check_stop()
-                if time.monotonic() > deadline:
-                    return None
-                continue
-            except OSError:
-                return None
-            if not part:
-                return None
-            data += part
-        try:
-            value = json.loads(data)
-        except ValueError:
-            return None
-        return value if isinstance(value, dict) else None
+    async def _wait(self, future: asyncio.Future, deadline: float):
+        """Return the result of a future. Raises TimeoutError after the deadline, InterruptedError on a signal."""
+        while not future.done():
+            if self.stop:
+                raise InterruptedError
+            if time.monotonic() > deadline:
+                raise TimeoutError
+            await asyncio.wait([future], timeout=0.2)
+        return future.result()
 
-    def _check_stop(self) -> None:
+    async def _pause(self) -> None:
         if self.stop:
             raise InterruptedError
-
-    def _pause(self) -> None:
-        self._check_stop()
-        time.sleep(0.2)
+        await asyncio.sleep(0.2)
 
 
-def _send(connection: socket.socket, value: dict) -> None:
+async def _send(writer: asyncio.StreamWriter, value: dict) -> None:
+    writer.transport.set_write_buffer_limits(0)  # `drain` then waits until all is sent
     try:
-        connection.settimeout(5)
-        connection.sendall(json.dumps(value).encode() + b"\n")
+        writer.write(json.dumps(value).encode() + b"\n")
+        await asyncio.wait_for(writer.drain(), 5)
     except OSError as e:
         logging.getLogger(__name__).warning("a process disconnected during the rendezvous: %s", e)
 
 
-def _is_closed(connection: socket.socket) -> bool:
+async def _receive(reader: asyncio.StreamReader, timeout: float | None = None) -> dict | None:
+    """Return one line of JSON; None if the peer disconnects, is too slow, or sends anything but a JSON object."""
     try:
-        connection.setblocking(False)
-        return connection.recv(1, socket.MSG_PEEK) == b""
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
+        value = json.loads(await asyncio.wait_for(reader.readline(), timeout))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
