@@ -135,8 +135,8 @@ def test_damaged_directories_are_refused(damage, directory):
 
 
 def test_lost_files_have_a_remedy(model, directory, tmp_path):
-    """A lost tokenizer or description: the error says which file to copy where, and following it helps."""
-    pieces = tmp_path / "given.model"
+    """A lost tokenizer or description: the error says which file to copy where, and following it works."""
+    pieces = tmp_path / "copy.model"
     pieces.write_bytes(b"pieces")
     complete = tmp_path / "complete"
     with checkpoint.new_directory(complete) as partial:

@@ -123,9 +123,9 @@ def processes(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(processes):
+def unbroken(processes):
     """An unbroken run of one process."""
-    workdir = processes.directory / "whole"
+    workdir = processes.directory / "unbroken"
     assert processes.end(processes.start(workdir, 1), PATIENCE) == [0], processes.console(0)
     return workdir
 
@@ -158,11 +158,11 @@ def rows(workdir: Path) -> dict[int, list]:
     return by_step
 
 
-def assert_same_run(workdir: Path, whole: Path) -> None:
-    assert rows(workdir) == rows(whole)
-    mine, theirs = losses(workdir), losses(whole)
-    assert [x[:2] for x in mine] == [x[:2] for x in theirs]
-    largest = max(abs(a[2] - b[2]) for a, b in zip(mine, theirs, strict=True))
+def assert_same_run(workdir: Path, unbroken: Path) -> None:
+    assert rows(workdir) == rows(unbroken)
+    actual, expected = losses(workdir), losses(unbroken)
+    assert [x[:2] for x in actual] == [x[:2] for x in expected]
+    largest = max(abs(a[2] - b[2]) for a, b in zip(actual, expected, strict=True))
     print(f"largest difference of a loss: {largest:.2g}")
     assert largest < LOSS_BOUND
 
@@ -181,7 +181,7 @@ def read(workdir: Path) -> list[dict]:
     return []
 
 
-def test_an_interrupted_run_with_2_4_2_and_1_processes_equals_an_unbroken_one(processes, whole, tmp_path):
+def test_an_interrupted_run_with_2_4_2_and_1_processes_equals_an_unbroken_one(processes, unbroken, tmp_path):
     """Each start resumes from the last saved step: two processes, one gets SIGTERM; four, the first is killed; two, the
     second is stopped; one, to the end."""
     run = tmp_path / "run"
@@ -220,7 +220,7 @@ def test_an_interrupted_run_with_2_4_2_and_1_processes_equals_an_unbroken_one(pr
     saved = run_directory.steps(run)[-1]
     assert processes.end(processes.start(run, 1), PATIENCE) == [0], processes.console(0)
     assert f"parameters of step {saved} are equal in process 0" in processes.console(0)
-    assert_same_run(run, whole)
+    assert_same_run(run, unbroken)
 
 
 @pytest.mark.slow
@@ -237,7 +237,7 @@ def test_several_processes_train_like_one(count, processes, evaluated, tmp_path)
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_lost_process(number, victim, processes, whole, tmp_path):
+def test_a_lost_process(number, victim, processes, unbroken, tmp_path):
     run = tmp_path / "run"
     pids = processes.start(run, 2, pace=1.0)
     wait_for_step(run, 5, processes)
@@ -253,4 +253,4 @@ def test_a_lost_process(number, victim, processes, whole, tmp_path):
     saved = run_directory.steps(run)[-1]
     assert processes.end(processes.start(run, 4), PATIENCE) == [0] * 4
     assert f"parameters of step {saved} are equal in process 3" in (run / "logs" / "3.log").read_text()
-    assert_same_run(run, whole)
+    assert_same_run(run, unbroken)

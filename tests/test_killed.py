@@ -58,9 +58,9 @@ def start(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(start, tmp_path_factory):
+def unbroken(start, tmp_path_factory):
     """An unbroken run."""
-    workdir = tmp_path_factory.mktemp("whole") / "run"
+    workdir = tmp_path_factory.mktemp("unbroken") / "run"
     with open(workdir.parent / "log", "w") as log:
         assert start(workdir, log).wait() == 0, (workdir.parent / "log").read_text()
     return workdir
@@ -78,7 +78,7 @@ def saving(workdir) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(FIRST, FIRST + RUNS))
-def test_repeated_kills(start, whole, tmp_path, seed):
+def test_repeated_kills(start, unbroken, tmp_path, seed):
     rng, workdir, fired, during_saves = random.Random(seed), tmp_path / "run", 0, 0
     with open(tmp_path / "log", "w") as log:
         while fired < KILLS:
@@ -103,6 +103,6 @@ def test_repeated_kills(start, whole, tmp_path, seed):
         assert start(workdir, log).wait() == 0, (tmp_path / "log").read_text()[-3000:]
     print(f"\nseed {seed}: {fired} kills, {during_saves} of them during a save")
     assert fired
-    assert record(workdir) == record(whole)
-    same = jax.tree.map(np.array_equal, bits(workdir, STEPS), bits(whole, STEPS))
+    assert record(workdir) == record(unbroken)
+    same = jax.tree.map(np.array_equal, bits(workdir, STEPS), bits(unbroken, STEPS))
     assert all(jax.tree.leaves(same))

@@ -58,8 +58,8 @@ def damage(directory: Path, rng) -> tuple[str, str] | None:
 @pytest.mark.parametrize("tries", [100, pytest.param(1000, marks=pytest.mark.slow)])
 def test_all_damage_is_detected(tries, tmp_path, capsys):
     save(tmp_path / "run", 1, 2)
-    directory, whole = step_directory(tmp_path / "run", 2), tmp_path / "whole"
-    shutil.copytree(directory, whole)
+    directory, intact = step_directory(tmp_path / "run", 2), tmp_path / "intact"
+    shutil.copytree(directory, intact)
     rng = np.random.default_rng(7)
     kinds, silent = dict.fromkeys(DAMAGE, 0), []
     while sum(kinds.values()) < tries:
@@ -72,7 +72,7 @@ def test_all_damage_is_detected(tries, tmp_path, capsys):
                 if hurt[1] not in str(e):
                     silent.append((*hurt, str(e)))
         shutil.rmtree(directory)
-        shutil.copytree(whole, directory)
+        shutil.copytree(intact, directory)
     with capsys.disabled():
         print(f"\nsilent: {len(silent)} of {tries}; {kinds}")
     assert silent == [] and all(kinds.values())

@@ -207,9 +207,9 @@ def test_place_batch():
     for name, array in placed.items():
         np.testing.assert_array_equal(array, batch[name])
         assert array.sharding.spec == PartitionSpec(BATCH)
-    held = {s.device: s.index[0] for s in placed["ids"].addressable_shards}
-    assert held == {s.device: s.index[0] for s in placed["weights"].addressable_shards}
-    assert {(rows.start, rows.stop) for rows in held.values()} == {(0, 2), (2, 4), (4, 6), (6, 8)}
+    rows_by_device = {s.device: s.index[0] for s in placed["ids"].addressable_shards}
+    assert rows_by_device == {s.device: s.index[0] for s in placed["weights"].addressable_shards}
+    assert {(rows.start, rows.stop) for rows in rows_by_device.values()} == {(0, 2), (2, 4), (4, 6), (6, 8)}
 
 
 @pytest.mark.parametrize("rows", [{"ids": 3, "weights": 3}, {"ids": 8, "weights": 4}, {"ids": 12, "weights": 12}])

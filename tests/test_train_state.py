@@ -82,14 +82,14 @@ def test_a_state_may_be_donated_as_soon_as_save_returns(tmp_path):
 
 def test_all_mismatched_arrays_are_named(tmp_path):
     save(tmp_path, 1)
-    wanted = abstract(mesh())
-    one = wanted["step"].sharding
-    wanted["params"]["new"] = jax.ShapeDtypeStruct((3,), jnp.float32, sharding=one)
-    wanted["frozen"]["llama"]["norm"] = jax.ShapeDtypeStruct((25,), jnp.float32, sharding=one)
-    wanted["params"]["vit"]["kernel"] = jax.ShapeDtypeStruct((2, 16, 8), jnp.float32, sharding=one)
-    del wanted["key"], wanted["params"]["vit"]["latents"]
+    shapes = abstract(mesh())
+    sharding = shapes["step"].sharding
+    shapes["params"]["new"] = jax.ShapeDtypeStruct((3,), jnp.float32, sharding=sharding)
+    shapes["frozen"]["llama"]["norm"] = jax.ShapeDtypeStruct((25,), jnp.float32, sharding=sharding)
+    shapes["params"]["vit"]["kernel"] = jax.ShapeDtypeStruct((2, 16, 8), jnp.float32, sharding=sharding)
+    del shapes["key"], shapes["params"]["vit"]["latents"]
     with pytest.raises(ValueError) as e:
-        restore(latest(tmp_path), wanted)
+        restore(latest(tmp_path), shapes)
     for line in (
         "missing: params/new float32[3]",
         "params/llama/norm is float32[24], expected float32[25]",

@@ -167,7 +167,7 @@ def find_damage(
 
 
 def verify(directory, *, hashes: bool = True, allow_missing: Collection[str] = ()) -> None:
-    """Raise ValueError unless a directory is as its manifest says. Arguments and message as of `find_damage`."""
+    """Raise ValueError that lists all damage; the arguments are those of `find_damage`."""
     raise_damage(directory, find_damage(directory, hashes=hashes, allow_missing=allow_missing))
 
 

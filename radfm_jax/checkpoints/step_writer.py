@@ -148,8 +148,8 @@ class StepWriter:
         """Return {name: bytes} of all files.
 
         Raises:
-          FileNotFoundError: a chunk or another file is missing. If somebody deletes directories during a save,
-            tensorstore creates them again and reports no error.
+          FileNotFoundError: a chunk or another file is missing. tensorstore reports no error for
+            directories that are deleted during a save: it creates them again.
         """
         sizes = {name: p.stat().st_size for name, p in checkpoint.list_files(self._partial).items()}
         expected = [checkpoint.DESCRIPTION, RUN, *(f"{DATA}/{p}.json" for p in range(jax.process_count()))]

@@ -17,7 +17,7 @@ from radfm_jax.runtime import compat
 
 
 def main(parent: str, address: str, processes: str, start_timeout: str, heartbeat: str, grace: str) -> None:
-    # A signal to the whole job only begins its end: the processes need the service until they have exited.
+    # After a signal to the job, its processes still need the service until they have exited.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if not sys.stdin.readline():
