@@ -241,7 +241,7 @@ def model_config(description: dict, directory) -> radfm.RadFMConfig:
     """Return the sizes of a complete RadFM. Raises ValueError for a checkpoint of the language model alone."""
     if description["part"] != "radfm":
         raise ValueError(
-            f"{directory} contains only the part {description['part']!r}: it can initialise a RadFM, but is not one"
+            f"{directory} holds only the part {description['part']!r}: it can initialise a RadFM, but is not one"
         )
     return radfm.RadFMConfig.from_dict(description["model"])
 

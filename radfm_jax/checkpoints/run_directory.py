@@ -168,4 +168,4 @@ def select_checkpoint(directory) -> Path:
         return step
     if existing := steps(directory):
         return step_directory(directory, existing[-1])
-    raise ValueError(f"{directory} is a training run without a saved step: wait until it has saved one")
+    raise ValueError(f"{directory} is a training run without any saved step: wait until it has saved one")
