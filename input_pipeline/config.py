@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 
 from input_pipeline.batching.packing import RowLimits
 from input_pipeline.datasets import FAMILIES
+from input_pipeline.images.augment import FLIPS
 from input_pipeline.images.planes import CHANNELS, MODES, STORAGE, Sizes
-from input_pipeline.images.volumes import FLIPS
 
 SPLITS = ("train", "test")
 MIXTURES = ("epoch", "weights")

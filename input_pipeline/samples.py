@@ -34,7 +34,7 @@ class Scan:
     Attributes:
       path: as the data set's table gives it, below the data set's root.
       volume: index of the volume in a 4D file; None if the file has one.
-      window: (low, high) intensities to clip to before scaling, a name of `volumes.CT_WINDOWS`, or None.
+      window: (low, high) intensities to clip to before scaling, a name of `intensity.CT_WINDOWS`, or None.
     """
 
     path: str

@@ -11,9 +11,10 @@ import numpy as np
 from input_pipeline.config import DataConfig, open_fields
 from input_pipeline.datasets import Dataset, open_dataset, sample_rng, tables
 from input_pipeline.samples import Sample, Scan
-from input_pipeline.text.terms import TermFinder, open_terms, scispacy_terms, umls_terms
+from input_pipeline.text.terms import TermFinder
 from input_pipeline.text.tokenizer import Tokenizer
 from input_pipeline.text.tokens import Encoded, encode
+from input_pipeline.text.vocabularies import open_terms, scispacy_terms, umls_terms
 
 
 def open_sources(config: DataConfig, split: str | None = None) -> dict[str, Dataset]:

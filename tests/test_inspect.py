@@ -22,8 +22,9 @@ from input_pipeline.batching.packing import Row, ScanLimits
 from input_pipeline.batching.rows import RowInfo, SampleInRow
 from input_pipeline.datasets import sample_rng
 from input_pipeline.images import scans
+from input_pipeline.images.intensity import one_channel_if_gray
 from input_pipeline.images.planes import Sizes, Volume, patch_grid, patch_positions, planes
-from input_pipeline.images.volumes import one_channel_if_gray, prepare_volume
+from input_pipeline.images.volumes import prepare_volume
 from input_pipeline.index import index
 from input_pipeline.inspect import __main__ as command
 from input_pipeline.inspect.facts import row_facts

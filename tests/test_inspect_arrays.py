@@ -9,7 +9,8 @@ from input_pipeline import phantoms
 from input_pipeline.batching import packing
 from input_pipeline.batching.packing import Row, RowLimits
 from input_pipeline.images.planes import Sizes, Volume, patch_grid, patch_positions, planes
-from input_pipeline.images.volumes import prepare_volume, released_volumes
+from input_pipeline.images.released_volumes import released_volumes
+from input_pipeline.images.volumes import prepare_volume
 from input_pipeline.inspect.pictures import volume_of_slot
 from input_pipeline.inspect.texts import Speller, sample_tokens
 from input_pipeline.text.tokenizer import Tokenizer

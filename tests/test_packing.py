@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from input_pipeline.batching.packing import plain_rows
-from input_pipeline.images.volumes import patch_positions
+from input_pipeline.images.planes import patch_positions
 
 V, L = 10, 2
 FORM = {"vocab_size": V, "num_latents": L, "patch": (4, 4, 2), "tables": (2, 2, 4)}

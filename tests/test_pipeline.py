@@ -19,9 +19,11 @@ from practice import practice
 from input_pipeline.batching.pipeline import Batch, Mixture, PackingReport, Rows, batches, prefetch
 from input_pipeline.batching.rows import RowInfo, RowMaker, SampleInRow
 from input_pipeline.datasets import sample_rng
+from input_pipeline.images.intensity import one_channel_if_gray
 from input_pipeline.images.planes import planes
+from input_pipeline.images.released_volumes import released_volumes
 from input_pipeline.images.scans import read
-from input_pipeline.images.volumes import one_channel_if_gray, prepare_volume, released_volumes
+from input_pipeline.images.volumes import prepare_volume
 from input_pipeline.index.index import SCANS
 from input_pipeline.parallel.workers import WorkerError
 from input_pipeline.samples import RowError

@@ -3,8 +3,19 @@
 import numpy as np
 import pytest
 
-from input_pipeline.images import volumes as v
-from input_pipeline.images.planes import patch_grid, patch_positions, to_planes
+from input_pipeline.images.planes import (
+    Volume,
+    patch_count,
+    patch_grid,
+    patch_positions,
+    plane_count,
+    planes,
+    released_shape,
+    target_shape,
+    to_planes,
+)
+from input_pipeline.images.released_volumes import released_volumes
+from input_pipeline.images.volumes import prepare_volume
 
 
 @pytest.mark.parametrize(
@@ -106,7 +117,7 @@ def test_planes_and_positions_speak_of_the_same_patch():
 def draw(h, w, k, c, dtype=np.uint8, depth=None, seed=0):
     """A volume whose stored voxels are all different where the dtype allows."""
     rng = np.random.default_rng(seed)
-    return v.Volume(rng.permutation(h * w * k * c).reshape(h, w, k, c).astype(dtype), 0.5, 2.0, depth)
+    return Volume(rng.permutation(h * w * k * c).reshape(h, w, k, c).astype(dtype), 0.5, 2.0, depth)
 
 
 def expanded(volume):
@@ -128,47 +139,47 @@ def expanded(volume):
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float32])
 def test_planes_rebuild_the_volume_exactly_and_each_is_stored_once(h, w, k, c, depth, count, dtype):
     volume = draw(h, w, k, c, dtype, depth)
-    planes, index = v.planes(volume)
+    unique, index = planes(volume)
     n = (h // 32) * (w // 32) * (volume.depth // 4)
-    assert planes.shape == (count, 32, 32) and planes.dtype == dtype and planes.flags.c_contiguous
+    assert unique.shape == (count, 32, 32) and unique.dtype == dtype and unique.flags.c_contiguous
     assert index.shape == (n, 4, 3) and index.dtype == np.int32
     assert sorted(set(index.ravel().tolist())) == list(range(count))
-    want = v.to_planes(expanded(volume)).reshape(n, 4, 3, 32, 32)
-    np.testing.assert_array_equal(planes[index], want)
+    want = to_planes(expanded(volume)).reshape(n, 4, 3, 32, 32)
+    np.testing.assert_array_equal(unique[index], want)
 
 
 def test_plane_index_of_the_drawn_scans():
     """The two scans drawn in the docstring of `planes`."""
-    _, index = v.planes(draw(64, 64, 1, 1))
+    _, index = planes(draw(64, 64, 1, 1))
     assert index.reshape(4, 12).tolist() == [[n] * 12 for n in range(4)]
-    _, index = v.planes(draw(32, 64, 8, 1))
+    _, index = planes(draw(32, 64, 8, 1))
     assert index[..., 0].tolist() == [[0, 2, 4, 6], [8, 10, 12, 14], [1, 3, 5, 7], [9, 11, 13, 15]]
     assert (index == index[..., :1]).all()
 
 
 def test_values_are_what_the_network_reads():
     volume = draw(32, 64, 1, 1)
-    planes, index = v.planes(volume)
-    read = planes[index].astype(np.float32) * np.float32(volume.scale) + np.float32(volume.offset)
-    want = v.to_planes(volume.values().transpose(3, 0, 1, 2)).reshape(read.shape)
+    unique, index = planes(volume)
+    read = unique[index].astype(np.float32) * np.float32(volume.scale) + np.float32(volume.offset)
+    want = to_planes(volume.values().transpose(3, 0, 1, 2)).reshape(read.shape)
     np.testing.assert_array_equal(read, want)
 
 
 def test_a_record_is_the_slices():
     volume = draw(64, 32, 8, 3, np.int16)
-    back = v.Volume.from_slices(np.frombuffer(volume.slices.tobytes(), np.int16).reshape(8, 3, 64, 32), 0.5, 2.0)
+    back = Volume.from_slices(np.frombuffer(volume.slices.tobytes(), np.int16).reshape(8, 3, 64, 32), 0.5, 2.0)
     np.testing.assert_array_equal(back.voxels, volume.voxels)
     assert np.shares_memory(back.slices, back.voxels), "reading a record must not copy it"
 
 
 def test_paper_sizes_of_every_depth():
     for depth in range(1, 130):
-        side, other, target = v.target_shape((100, 70, depth))
+        side, other, target = target_shape((100, 70, depth))
         assert (side, other) == ((512, 512) if depth == 1 else (256, 256))
         # The nearest multiple of 4 between 4 and 64, the larger of two as near.
         assert target == min(range(4, 65, 4), key=lambda t: (abs(t - depth), -t))
     table = {2: 4, 5: 4, 6: 8, 7: 8, 9: 8, 10: 12, 11: 12, 33: 32, 62: 64, 63: 64, 100: 64}
-    assert {d: v.target_shape((9, 9, d))[2] for d in table} == table
+    assert {d: target_shape((9, 9, d))[2] for d in table} == table
 
 
 @pytest.mark.parametrize("mode", ["paper", "released"])
@@ -177,31 +188,31 @@ def test_paper_sizes_of_every_depth():
 def test_counts_from_the_header_are_those_of_the_pixels(mode, channels, depth):
     shape = (20, 30, depth)
     voxels = np.random.default_rng(depth).integers(0, 256, (*shape, channels), np.uint8)
-    volume = v.prepare_volume(voxels, mode=mode)
-    planes, index = v.planes(volume)
-    assert volume.shape == v.target_shape(shape, mode)
-    assert len(planes) == v.plane_count(shape, channels, mode)
-    assert len(index) == v.patch_count(shape, mode)
+    volume = prepare_volume(voxels, mode=mode)
+    unique, index = planes(volume)
+    assert volume.shape == target_shape(shape, mode)
+    assert len(unique) == plane_count(shape, channels, mode)
+    assert len(index) == patch_count(shape, mode)
 
 
 def test_counts_of_a_mixed_released_sample():
     shapes = [(20, 20, 1), (20, 20, 9)]
-    volumes = v.released_volumes([np.random.default_rng(0).random((*s, 1), np.float32) for s in shapes])
-    final = v.released_shape([s[2] for s in shapes])
+    volumes = released_volumes([np.random.default_rng(0).random((*s, 1), np.float32) for s in shapes])
+    final = released_shape([s[2] for s in shapes])
     assert final == (256, 256, 8)
     for volume, shape, count in zip(volumes, shapes, (64, 512), strict=True):
-        assert len(v.planes(volume)[0]) == v.plane_count(shape, 1, "released", final) == count
-        assert v.patch_count(shape, "released", final) == len(v.planes(volume)[1]) == 128
+        assert len(planes(volume)[0]) == plane_count(shape, 1, "released", final) == count
+        assert patch_count(shape, "released", final) == len(planes(volume)[1]) == 128
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (lambda: v.target_shape((5, 5)), r"height, width and depth in voxels, got \(5, 5\)"),
-        (lambda: v.target_shape((5, 0, 5)), r"got \(5, 0, 5\)"),
-        (lambda: v.target_shape((5, 5, 2.5)), r"got \(5, 5, 2.5\)"),
-        (lambda: v.target_shape((5, 5, 5), "fast"), "mode 'fast' is none of paper, released"),
-        (lambda: v.plane_count((5, 5, 5), 2), "1 or 3 channels, not 2"),
+        (lambda: target_shape((5, 5)), r"must be .height, width, depth. in voxels, got \(5, 5\)"),
+        (lambda: target_shape((5, 0, 5)), r"got \(5, 0, 5\)"),
+        (lambda: target_shape((5, 5, 2.5)), r"got \(5, 5, 2.5\)"),
+        (lambda: target_shape((5, 5, 5), "fast"), "mode 'fast' must be one of paper, released"),
+        (lambda: plane_count((5, 5, 5), 2), "1 or 3 channels, got 2"),
         (lambda: draw(32, 32, 4, 2), r"uint8\[32, 32, 4, 2\]"),
         (lambda: draw(32, 32, 4, 1, np.float64), r"float64\[32, 32, 4, 1\]"),
         (lambda: draw(32, 33, 4, 1), "width 33 is not a multiple of 32"),
@@ -216,4 +227,4 @@ def test_what_cannot_be_a_volume_is_refused(wrong, message):
 
 def test_the_shared_index_cannot_be_written():
     with pytest.raises(ValueError, match="read-only"):
-        v.planes(draw(32, 32, 4, 1))[1][0] = 7
+        planes(draw(32, 32, 4, 1))[1][0] = 7

@@ -21,8 +21,9 @@ import tensorflow_datasets as tfds
 from test_prepare import config_of, facts, mine, no_picture, own, practice, row  # noqa: F401
 
 from input_pipeline.images import scans
+from input_pipeline.images.intensity import one_channel_if_gray
 from input_pipeline.images.planes import Volume, planes
-from input_pipeline.images.volumes import one_channel_if_gray, prepare_volume
+from input_pipeline.images.volumes import prepare_volume
 from input_pipeline.index import records
 from input_pipeline.index.prepare import prepare
 from input_pipeline.index.records import Records, shard_name

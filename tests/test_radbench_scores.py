@@ -422,7 +422,7 @@ def test_export(bench, config, tmp_path):
             assert picture.shape == (64, 64) and picture.dtype == np.uint8
             assert shown["slice"] == shown["of"] // 2 + 1
             volumes += shown["of"] > 1
-            np.testing.assert_array_equal(picture, slices(Scan(**scan))[0].picture)
+            np.testing.assert_array_equal(picture, slices(Scan(**scan))[0].image)
     assert volumes
 
 
@@ -432,9 +432,9 @@ def test_the_middle_slice(tmp_path):
     np.save(tmp_path / "a.npy", voxels)
     (middle,) = slices(Scan(str(tmp_path / "a.npy")))
     assert (middle.number, middle.count) == (3, 5)
-    np.testing.assert_array_equal(middle.picture, np.rint(voxels[:, :, 2].astype(np.float32) / 1279 * 255))
+    np.testing.assert_array_equal(middle.image, np.rint(voxels[:, :, 2].astype(np.float32) / 1279 * 255))
     (windowed,) = slices(Scan(str(tmp_path / "a.npy"), window=(100.0, 300.0)))
-    np.testing.assert_array_equal(windowed.picture, np.rint(np.clip((voxels[:, :, 2] - 100) / 200, 0, 1) * 255))
+    np.testing.assert_array_equal(windowed.image, np.rint(np.clip((voxels[:, :, 2] - 100) / 200, 0, 1) * 255))
     assert [s.number for s in slices(Scan(str(tmp_path / "a.npy")), 3)] == [1, 3, 5]
 
 

@@ -12,7 +12,7 @@ import pytest
 from scan_files import NIBABEL, dicom_file, fails, nifti, saved
 
 from input_pipeline.images import scans
-from input_pipeline.images.scans.base import natural
+from input_pipeline.images.scans.base import to_intensities
 
 
 def test_header_equals_read():
@@ -21,7 +21,7 @@ def test_header_equals_read():
         voxels, header = scans.read(path)
         assert scans.header(path) == header and voxels.shape == header.shape
         json.dumps(dataclasses.asdict(header))
-        assert header.extremes == (voxels.min(), voxels.max()) and scans.header(path).extremes is None
+        assert header.value_range == (voxels.min(), voxels.max()) and scans.header(path).value_range is None
 
 
 def test_constant_and_non_finite_scans(tmp_path):
@@ -41,13 +41,13 @@ def test_constant_and_non_finite_scans(tmp_path):
 
 def test_natural_dtypes():
     whole = np.array([[0, 40000]], np.uint16)
-    assert natural("x", whole).dtype == np.uint16
-    assert natural("x", whole, 1, -40000).tolist() == [[-40000, 0]]  # int32
-    assert natural("x", whole // 2, 1, -1024).dtype == np.int16
+    assert to_intensities("x", whole).dtype == np.uint16
+    assert to_intensities("x", whole, 1, -40000).tolist() == [[-40000, 0]]  # int32
+    assert to_intensities("x", whole // 2, 1, -1024).dtype == np.int16
     big = np.array([[0, 2**63]], np.uint64)
-    assert natural("x", big).tolist() == [[0, 2.0**63]] and natural("x", big).dtype == np.float32
-    assert natural("x", np.array([[-(2**31), 2**31 - 1]], np.int64)).dtype == np.int32
-    half = natural("x", whole, 0.5, 0)
+    assert to_intensities("x", big).tolist() == [[0, 2.0**63]] and to_intensities("x", big).dtype == np.float32
+    assert to_intensities("x", np.array([[-(2**31), 2**31 - 1]], np.int64)).dtype == np.int32
+    half = to_intensities("x", whole, 0.5, 0)
     assert half.dtype == np.float32 and half.tolist() == [[0, 20000]]
 
 

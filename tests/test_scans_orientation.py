@@ -105,5 +105,5 @@ def test_impossible_affine(tmp_path, column):
 
 
 def test_orientation_refuses_flat_axes():
-    with pytest.raises(ValueError, match="one plane"):
-        orientation.display(np.ones((3, 3)) + np.eye(3) * 1e-3, (2, 2, 2))
+    with pytest.raises(ValueError, match="coplanar"):
+        orientation.display_layout(np.ones((3, 3)) + np.eye(3) * 1e-3, (2, 2, 2))

@@ -27,8 +27,9 @@ from token_parts import (
 )
 
 from input_pipeline.samples import RowError, Scan
+from input_pipeline.text.marks import parse_marks
+from input_pipeline.text.shorten import INSTRUCTION_FLOOR
 from input_pipeline.text.terms import Terms
-from input_pipeline.text.tokens import INSTRUCTION_FLOOR, parse_marks
 
 # --- By hand ---
 

@@ -13,7 +13,11 @@ from scan_files import dicom_file
 from voxels import draw, with_values
 
 from input_pipeline.images import scans
-from input_pipeline.images import volumes as v
+from input_pipeline.images.augment import augment, crop_box
+from input_pipeline.images.intensity import CT_WINDOWS, one_channel_if_gray
+from input_pipeline.images.planes import target_shape
+from input_pipeline.images.resize import area_weights, depth_weights
+from input_pipeline.images.volumes import prepare_volume
 
 
 def area_matrix(n, m):
@@ -55,10 +59,10 @@ def by_definition(voxels, low, high, size):
 def test_paper_mode_is_its_definition(shape, dtype, window):
     low, high = (0, 255 if dtype == np.uint8 else 60000) if np.dtype(dtype).kind == "u" else (-1000, 1500)
     voxels = draw(shape, dtype, low, high)
-    size = (512, 512, 1) if shape[2] == 1 else v.target_shape(shape[:3])
+    size = (512, 512, 1) if shape[2] == 1 else target_shape(shape[:3])
     want = by_definition(voxels, *(window or (voxels.min(), voxels.max())), size)
-    got = v.prepare_volume(voxels, storage="float32", window=window)
-    assert got.shape == v.target_shape(shape[:3]) and got.voxels.dtype == np.float32
+    got = prepare_volume(voxels, storage="float32", window=window)
+    assert got.shape == target_shape(shape[:3]) and got.voxels.dtype == np.float32
     assert got.voxels.min() >= 0 and got.voxels.max() <= 1
     # Measured: 2.0e-7 at most, from weights and sums in float32.
     np.testing.assert_allclose(got.voxels, want, rtol=0, atol=5e-7)
@@ -68,15 +72,15 @@ def test_paper_mode_is_its_definition(shape, dtype, window):
 def test_depth_weights_are_torch_antialiased_linear(n, m):
     want = torch.nn.functional.interpolate(torch.eye(n)[None, None], (m, n), mode="bilinear", antialias=True)[0, 0]
     # Measured: 6e-8, one rounding of float32.
-    np.testing.assert_allclose(v.depth_weights(n, m), want.numpy(), rtol=0, atol=2e-7)
+    np.testing.assert_allclose(depth_weights(n, m), want.numpy(), rtol=0, atol=2e-7)
 
 
 def test_weights_of_the_docstrings():
-    np.testing.assert_allclose(v.depth_weights(2, 4), [[1, 0], [0.75, 0.25], [0.25, 0.75], [0, 1]])
-    np.testing.assert_allclose(v.depth_weights(4, 2) * 7, [[3, 3, 1, 0], [0, 1, 3, 3]], rtol=1e-6)
-    np.testing.assert_allclose(v.area_weights(5, 2).toarray() * 5, [[2, 2, 1, 0, 0], [0, 0, 1, 2, 2]], rtol=1e-6)
+    np.testing.assert_allclose(depth_weights(2, 4), [[1, 0], [0.75, 0.25], [0.25, 0.75], [0, 1]])
+    np.testing.assert_allclose(depth_weights(4, 2) * 7, [[3, 3, 1, 0], [0, 1, 3, 3]], rtol=1e-6)
+    np.testing.assert_allclose(area_weights(5, 2).toarray() * 5, [[2, 2, 1, 0, 0], [0, 0, 1, 2, 2]], rtol=1e-6)
     for n, m in [(700, 512), (513, 512), (480, 256), (7, 1), (4, 4)]:
-        np.testing.assert_allclose(v.area_weights(n, m).toarray(), area_matrix(n, m), rtol=0, atol=1e-7)
+        np.testing.assert_allclose(area_weights(n, m).toarray(), area_matrix(n, m), rtol=0, atol=1e-7)
 
 
 ORDERS = [(0, 1, 2, 3), (1, 0, 2, 3), (2, 0, 1, 3), (2, 1, 0, 3), (3, 2, 1, 0), (3, 0, 1, 2), (1, 2, 0, 3)]
@@ -87,18 +91,18 @@ ORDERS = [(0, 1, 2, 3), (1, 0, 2, 3), (2, 0, 1, 3), (2, 1, 0, 3), (3, 2, 1, 0), 
 def test_memory_order_does_not_matter(order, channels):
     """As nibabel, numpy, the released .npy files and flipped orientations lay voxels out."""
     voxels = draw((40, 30, 18, channels), np.int16, -1000, 2000)
-    want = v.prepare_volume(voxels, storage="int16").voxels
+    want = prepare_volume(voxels, storage="int16").voxels
     laid = np.ascontiguousarray(voxels.transpose(order)).transpose(np.argsort(order))
     assert laid.shape == voxels.shape
     for x in (laid, np.flip(np.ascontiguousarray(np.flip(laid, (0, 2))), (0, 2))):
-        np.testing.assert_array_equal(v.prepare_volume(x, storage="int16").voxels, want)
+        np.testing.assert_array_equal(prepare_volume(x, storage="int16").voxels, want)
 
 
 def test_intensity_is_that_of_the_whole_scan_before_the_resize():
     """One bright voxel of 100 and one dark of -100 in zeros: averaged away, yet they set the scale."""
     voxels = np.zeros((512, 512, 8, 1), np.int16)
     voxels[100, 100, 3], voxels[300, 300, 5] = 100, -100
-    got = v.prepare_volume(voxels, storage="float32").voxels
+    got = prepare_volume(voxels, storage="float32").voxels
     assert got[0, 0, 0, 0] == 0.5
     np.testing.assert_allclose([got.max(), got.min()], [0.5 + 0.5 / 4, 0.5 - 0.5 / 4])
 
@@ -123,8 +127,8 @@ def test_padding_is_no_part_of_the_range(dtype, order, known):
     before = voxels.copy()
 
     def corners(padding, **options):
-        extremes = (-2000, 1000) if known else None
-        volume = v.prepare_volume(voxels, padding=padding, extremes=extremes, storage="float32", **options)
+        value_range = (-2000, 1000) if known else None
+        volume = prepare_volume(voxels, padding=padding, value_range=value_range, storage="float32", **options)
         return volume.voxels[64::128, 64::128, 2, 0].round(6).tolist()
 
     without = [[0, 0.333333], [0.666667, 1]]
@@ -143,18 +147,18 @@ def test_padding_of_a_real_head_ct():
     """A fifth of it is -3024, the rest runs from -1024 to 1468: padding in the range takes 45 % of the contrast."""
     voxels, header = scans.read(dicom_file("693_UNCR.dcm"))
     outside = voxels == -3024
-    assert header.padding == (-3024, -3024) and outside.mean() > 0.2 and header.extremes == (-3024, 1468)
+    assert header.padding == (-3024, -3024) and outside.mean() > 0.2 and header.value_range == (-3024, 1468)
     seen = voxels[~outside]
     assert (seen.min(), seen.max()) == (-1024, 1468)
-    got = v.prepare_volume(voxels, padding=header.padding, extremes=header.extremes, storage="float32").voxels
+    got = prepare_volume(voxels, padding=header.padding, value_range=header.value_range, storage="float32").voxels
     want = np.where(outside, 0, (voxels + 1024.0) / (1468 + 1024))
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-7)  # measured: 6e-8, one rounding
 
 
 def test_released_mode_knows_no_padding():
     voxels = field_of_view()
-    want = v.prepare_volume(voxels, mode="released").voxels
-    got = v.prepare_volume(voxels, mode="released", padding=(-2000, -2000), extremes=(-2000, 1000)).voxels
+    want = prepare_volume(voxels, mode="released").voxels
+    got = prepare_volume(voxels, mode="released", padding=(-2000, -2000), value_range=(-2000, 1000)).voxels
     np.testing.assert_array_equal(got, want)
 
 
@@ -167,17 +171,17 @@ def test_released_mode_knows_no_padding():
 )
 def test_nothing_beside_the_padding_is_an_error(padding, message):
     with pytest.raises(ValueError, match=message):
-        v.prepare_volume(field_of_view(), padding=padding)
+        prepare_volume(field_of_view(), padding=padding)
 
 
-@pytest.mark.parametrize("name", v.CT_WINDOWS)
+@pytest.mark.parametrize("name", CT_WINDOWS)
 def test_windows(name):
-    low, high = v.CT_WINDOWS[name]
+    low, high = CT_WINDOWS[name]
     voxels = np.linspace(-2000, 3000, 64 * 64 * 4).reshape(64, 64, 4, 1).astype(np.float32)
-    by_name, by_ends = (v.prepare_volume(voxels, window=w, storage="float32").voxels for w in (name, (low, high)))
+    by_name, by_ends = (prepare_volume(voxels, window=w, storage="float32").voxels for w in (name, (low, high)))
     np.testing.assert_array_equal(by_name, by_ends)
     big = np.repeat(np.repeat(voxels, 4, 0), 4, 1)  # 256 x 256: nothing is resized
-    got = v.prepare_volume(big, window=name, storage="float32").voxels
+    got = prepare_volume(big, window=name, storage="float32").voxels
     np.testing.assert_allclose(got, (np.clip(big, low, high) - low) / (high - low), atol=2e-7)
     assert got.min() == 0 and got.max() == 1
 
@@ -193,8 +197,8 @@ def test_windows(name):
 )
 def test_quantisation_error_is_at_most_half_a_step(storage, shape, dtype, low, high):
     voxels = draw(shape, dtype, low, high)
-    exact = v.prepare_volume(voxels, storage="float32").values()
-    stored = v.prepare_volume(voxels, storage=storage)
+    exact = prepare_volume(voxels, storage="float32").values()
+    stored = prepare_volume(voxels, storage=storage)
     error = np.abs(stored.values().astype(np.float64) - exact).max()
     # float32's own rounding adds 1.2e-7 (measured).
     assert 0.4 * stored.scale < error <= stored.scale / 2 + 1.5e-7
@@ -203,10 +207,10 @@ def test_quantisation_error_is_at_most_half_a_step(storage, shape, dtype, low, h
 
 def test_8_bit_scans_come_back_exactly():
     full = np.arange(512 * 512, dtype=np.uint32).reshape(512, 512, 1, 1).astype(np.uint8)
-    np.testing.assert_array_equal(v.prepare_volume(full).voxels, full)
+    np.testing.assert_array_equal(prepare_volume(full).voxels, full)
     for low, high in [(0, 1), (3, 250), (17, 18), (100, 227)]:
         voxels = draw((256, 256, 8, 1), np.uint8, low, high)
-        volume = v.prepare_volume(voxels)
+        volume = prepare_volume(voxels)
         np.testing.assert_array_equal(np.rint(volume.values()[..., :1] * (high - low) + low), voxels)
 
 
@@ -214,7 +218,7 @@ def test_8_bit_scans_come_back_exactly():
 def test_int16_keeps_every_hounsfield_unit(low, high):
     voxels = draw((256, 256, 4, 1), np.int32, low, high)
     voxels.flat[:2] = low, high
-    volume = v.prepare_volume(voxels, storage="int16")
+    volume = prepare_volume(voxels, storage="int16")
     assert volume.voxels.min() == -32768 and volume.voxels.max() == 32767
     values = volume.voxels * volume.scale + volume.offset
     np.testing.assert_array_equal(np.rint(values * (high - low) + low), voxels)
@@ -223,30 +227,30 @@ def test_int16_keeps_every_hounsfield_unit(low, high):
 def test_a_large_offset_costs_no_contrast():
     """int32 and float64 around ten million: in float32 their differences of 1 would vanish."""
     small = draw((256, 256, 4, 1), np.int16, 0, 255)
-    want = v.prepare_volume(small).voxels
+    want = prepare_volume(small).voxels
     for dtype in (np.int32, np.int64, np.float64, np.uint32):
-        np.testing.assert_array_equal(v.prepare_volume(small.astype(dtype) + 10**9).voxels, want)
+        np.testing.assert_array_equal(prepare_volume(small.astype(dtype) + 10**9).voxels, want)
 
 
 def test_2d_is_stored_once():
-    volume = v.prepare_volume(draw((100, 80, 1, 1), np.uint16, 0, 4095))
+    volume = prepare_volume(draw((100, 80, 1, 1), np.uint16, 0, 4095))
     assert volume.voxels.shape == (512, 512, 1, 1) and volume.shape == (512, 512, 4) and volume.voxels.nbytes == 512**2
     assert volume.values().shape == (512, 512, 4, 3)
 
 
 def test_one_channel_if_gray():
     colour = draw((5, 6, 2, 3), np.uint8, 0, 255)
-    assert v.one_channel_if_gray(colour) is colour
+    assert one_channel_if_gray(colour) is colour
     gray = np.repeat(colour[..., :1], 3, axis=-1)
-    np.testing.assert_array_equal(v.one_channel_if_gray(gray), colour[..., :1])
+    np.testing.assert_array_equal(one_channel_if_gray(gray), colour[..., :1])
     gray[4, 5, 1, 2] ^= 1
-    assert v.one_channel_if_gray(gray) is gray
+    assert one_channel_if_gray(gray) is gray
 
 
 @pytest.mark.parametrize("size", [(500, 480), (100, 400), (31, 7), (1, 1)])
 def test_crops_keep_their_area_and_stay_inside(size):
     rng = np.random.default_rng(3)
-    boxes = np.array([v.crop_box(*size, rng) for _ in range(400)])
+    boxes = np.array([crop_box(*size, rng) for _ in range(400)])
     top, left, h, w = boxes.T
     assert (
         (boxes[:, :2] >= 0).all() and (top + h <= size[0]).all() and (left + w <= size[1]).all() and (h * w > 0).all()
@@ -261,16 +265,16 @@ def test_crops_keep_their_area_and_stay_inside(size):
 
 def test_training_is_drawn_from_the_rng_alone():
     voxels = draw((90, 80, 6, 1), np.int16, -1000, 1000)
-    make = lambda seed, **kw: v.prepare_volume(  # noqa: E731
+    make = lambda seed, **kw: prepare_volume(  # noqa: E731
         voxels, rng=None if seed is None else np.random.default_rng(seed), **kw
     )
     np.testing.assert_array_equal(make(1).voxels, make(1).voxels)
     assert (make(1).voxels != make(2).voxels).any() and (make(1).voxels != make(None).voxels).any()
     assert make(1).shape == make(None).shape
-    top, left, h, w = v.crop_box(90, 80, np.random.default_rng(1))
+    top, left, h, w = crop_box(90, 80, np.random.default_rng(1))
     box = voxels[top : top + h, left : left + w]
     window = (float(voxels.min()), float(voxels.max()))  # the whole scan's range, not the box's
-    np.testing.assert_array_equal(make(1).voxels, v.prepare_volume(box, window=window).voxels)
+    np.testing.assert_array_equal(make(1).voxels, prepare_volume(box, window=window).voxels)
 
 
 @pytest.mark.parametrize(("axis", "number"), [("height", 0), ("width", 1), ("depth", 2)])
@@ -278,8 +282,8 @@ def test_flips_only_when_asked(axis, number):
     voxels = draw((40, 50, 8, 1), np.uint8, 0, 255)
     seen = set()
     for seed in range(8):
-        plain = v.prepare_volume(voxels, rng=np.random.default_rng(seed)).voxels
-        got = v.prepare_volume(voxels, rng=np.random.default_rng(seed), flips=[axis]).voxels
+        plain = prepare_volume(voxels, rng=np.random.default_rng(seed)).voxels
+        got = prepare_volume(voxels, rng=np.random.default_rng(seed), flips=[axis]).voxels
         turned = np.array_equal(got, np.flip(plain, number))
         assert turned or np.array_equal(got, plain)
         seen.add(turned)
@@ -289,13 +293,13 @@ def test_flips_only_when_asked(axis, number):
 @pytest.mark.parametrize("storage", ["uint8", "int16", "float32"])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_augment_a_record(storage, channels):
-    volume = v.prepare_volume(draw((90, 80, 6, channels), np.int16, -1000, 1000), storage=storage)
+    volume = prepare_volume(draw((90, 80, 6, channels), np.int16, -1000, 1000), storage=storage)
     before = volume.voxels.copy()
-    one, two = (v.augment(volume, np.random.default_rng(4)) for _ in range(2))
+    one, two = (augment(volume, np.random.default_rng(4)) for _ in range(2))
     np.testing.assert_array_equal(one.voxels, two.voxels)
     np.testing.assert_array_equal(volume.voxels, before)
     assert one.shape == volume.shape and (one.scale, one.offset) == (volume.scale, volume.offset)
-    top, left, h, w = v.crop_box(256, 256, np.random.default_rng(4))
+    top, left, h, w = crop_box(256, 256, np.random.default_rng(4))
     box = volume.voxels[top : top + h, left : left + w].astype(np.float64)
     for axis, n in enumerate((h, w)):
         box = np.moveaxis(np.tensordot(linear_matrix(n, 256), box, (1, axis)), 0, axis)
@@ -322,7 +326,7 @@ def test_augment_a_record(storage, channels):
 )
 def test_bad_voxels_are_errors_with_numbers(mode, voxels, message):
     with pytest.raises(ValueError, match=message):
-        v.prepare_volume(voxels, mode=mode)
+        prepare_volume(voxels, mode=mode)
 
 
 @pytest.mark.parametrize(
@@ -343,7 +347,7 @@ def test_bad_voxels_are_errors_with_numbers(mode, voxels, message):
 )
 def test_bad_options_are_errors(options, message):
     with pytest.raises(ValueError, match=message):
-        v.prepare_volume(with_values(0, 1), **options)
+        prepare_volume(with_values(0, 1), **options)
 
 
 def test_ranges_that_float32_cannot_scale_are_errors():
@@ -351,4 +355,4 @@ def test_ranges_that_float32_cannot_scale_are_errors():
         voxels = np.zeros((4, 4, 4, 1))
         voxels.flat[:2] = ends
         with pytest.raises(ValueError, match="float32 cannot scale"):
-            v.prepare_volume(voxels)
+            prepare_volume(voxels)

@@ -12,7 +12,8 @@ import pytest
 
 from input_pipeline.samples import Sample, Scan, Text
 from input_pipeline.text.terms import Terms
-from input_pipeline.text.tokens import Encoded, Tokenizer, encode
+from input_pipeline.text.tokenizer import Tokenizer
+from input_pipeline.text.tokens import Encoded, encode
 
 V = 32000
 A, B, C = Scan("a.png"), Scan("b.nii.gz"), Scan("c.png", window="lung")

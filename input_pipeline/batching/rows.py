@@ -18,6 +18,8 @@ from input_pipeline.batching import packing
 from input_pipeline.config import DataConfig, fingerprint
 from input_pipeline.datasets import sample_rng
 from input_pipeline.images import scans
+from input_pipeline.images.augment import augment
+from input_pipeline.images.intensity import one_channel_if_gray
 from input_pipeline.images.planes import (
     Volume,
     patch_count,
@@ -27,7 +29,8 @@ from input_pipeline.images.planes import (
     planes,
     released_shape,
 )
-from input_pipeline.images.volumes import augment, one_channel_if_gray, prepare_volume, released_volumes
+from input_pipeline.images.released_volumes import released_volumes
+from input_pipeline.images.volumes import prepare_volume
 from input_pipeline.index.index import Index, IndexedScan, scan_key
 from input_pipeline.parallel import workers
 from input_pipeline.samples import TASKS, RowError, Sample, Scan
@@ -370,7 +373,7 @@ class RowMaker:
                     flips=config.flips,
                     sizes=config.sizes,
                     padding=header.padding,
-                    extremes=header.extremes,
+                    value_range=header.value_range,
                 )
             loaded[i] = _planes(volume)
 

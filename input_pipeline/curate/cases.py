@@ -249,7 +249,7 @@ def _scans(place: Path, name: str, case: dict, options: dict, result: Result) ->
         folder = "scans" if options["tool"] == "rad3d" else "images"
         file = f"{_SAFE.sub('_', name)}_{k}.{'png' if flat and voxels.dtype == np.uint8 else 'nii.gz'}"
         if options["tool"] == "mpx" and not file.endswith(".png"):
-            voxels = _as_bytes(voxels, header.extremes)
+            voxels = _as_bytes(voxels, header.value_range)
             file = f"{_SAFE.sub('_', name)}_{k}.png"
         _write_scan(Path(options["out"]) / folder / file, voxels, header.spacing_mm)
         result.count("scans")

@@ -23,7 +23,7 @@ from input_pipeline.datasets.base import LeftOut, TableDataset
 from input_pipeline.datasets.store import digest, first_equal
 from input_pipeline.datasets.tables import Row
 from input_pipeline.samples import TASKS, RowError, Scan, Text
-from input_pipeline.text.tokens import parse_marks
+from input_pipeline.text.marks import parse_marks
 
 KEYS = ("id", "task", "scans", "context", "instruction", "response", "text", "study")
 _REMEDY = "see docs/data_layouts.md"

@@ -13,14 +13,16 @@ from typing import NamedTuple
 from input_pipeline.config import DataConfig
 from input_pipeline.datasets import Dataset
 from input_pipeline.images import scans
+from input_pipeline.images.intensity import one_channel_if_gray
 from input_pipeline.images.planes import Sizes
 from input_pipeline.images.scans.base import printable
-from input_pipeline.images.volumes import one_channel_if_gray, prepare_volume
+from input_pipeline.images.volumes import prepare_volume
 from input_pipeline.index.index import scan_key
 from input_pipeline.parallel import workers
 from input_pipeline.samples import RowError, Sample, Scan
 from input_pipeline.sources import encode_row, open_sources, terms_of, tokenizer_of
-from input_pipeline.text.tokens import TERM_WEIGHT, Encoded
+from input_pipeline.text.terms import TERM_WEIGHT
+from input_pipeline.text.tokens import Encoded
 
 # --- scans ------------------------------------------------------------------------------------------------------------
 
@@ -133,8 +135,8 @@ def _check_scan(key: Key, known: str, conversion: Conversion) -> tuple[ScanCheck
             "channels": channels,
             "spacing": header.spacing_mm or (),
             "dtype": header.dtype,
-            "low": float(header.extremes[0]),
-            "high": float(header.extremes[1]),
+            "low": float(header.value_range[0]),
+            "high": float(header.value_range[1]),
         }
         volume = _convert(voxels, header, scan, path, conversion)
         if stamp_of(path)[0] != before:
@@ -161,7 +163,7 @@ def _convert(voxels, header, scan: Scan, path, conversion: Conversion):
             storage=conversion.storage,
             sizes=conversion.sizes,
             padding=header.padding,
-            extremes=header.extremes,
+            value_range=header.value_range,
         )
     except MemoryError as error:
         raise scans.ScanError(path, "not enough memory to convert it", "use fewer --workers", "limit") from error

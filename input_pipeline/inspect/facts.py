@@ -13,8 +13,8 @@ import numpy as np
 from input_pipeline.batching.rows import RowInfo, SampleInRow
 from input_pipeline.inspect.pictures import ScanView, scan_facts, volume_of_slot
 from input_pipeline.inspect.texts import TEXT, Speller, Token, sample_tokens
+from input_pipeline.text.terms import TERM_WEIGHT
 from input_pipeline.text.tokenizer import Tokenizer
-from input_pipeline.text.tokens import TERM_WEIGHT
 
 
 @dataclasses.dataclass(frozen=True)

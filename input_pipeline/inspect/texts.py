@@ -17,8 +17,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from input_pipeline.text.terms import TERM_WEIGHT
 from input_pipeline.text.tokenizer import Tokenizer
-from input_pipeline.text.tokens import TERM_WEIGHT
 
 WEIGHTS = (0, 1, TERM_WEIGHT)
 TEXT = ("ids", "targets", "weights", "visual_index", "key_ok")

@@ -1,4 +1,4 @@
-"""Phrases of size taken out of running text (paper, Table 2: Rad3D-Caption of RadMD); one set of rules for all.
+"""Remove sizes in mm or cm from running text (paper, Table 2: Rad3D-Caption of RadMD). All data sets share the rules.
 
     "A 3 x 2.5 cm mass, measuring 30 mm, and a cyst (4 mm)."             ->  "A mass, and a cyst."
     "An 8 to 10-cm, tubular structure, measured at 3 x 4 cm."            ->  "A tubular structure."
@@ -6,9 +6,9 @@
     "A node measuring 9 mm, previously 7 x 4 mm (series 2)."             ->  "A node (series 2)."
     "The drain is 4 cm above the bladder."                               ->  "The drain is above the bladder."
 
-Articles are set right for the word that follows and lists of sizes go whole. A sentence whose statement is the size
-itself ("It measures 3 cm.", "The tip is 3 cm from the vein.", "No node over 1 cm.") or that is about a measured piece
-("16 cm of the vein was taken.") goes whole, too: nothing of it is left standing.
+Articles are adapted to the next word, and lists of sizes are removed completely. So is a sentence that only states a
+size ("It measures 3 cm.", "The tip is 3 cm from the vein.", "No node over 1 cm.") or that is about a measured piece
+("16 cm of the vein was taken.").
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from input_pipeline.text.sentences import spans
 
 _NUMBER = r"(?:\d+(?:[.,]\d+)?|\.\d+)"
 _UNIT = r"(?:mm|cm|millimet(?:er|re)s?|centimet(?:er|re)s?)(?:[³²]|\^?[23]\b)?(?![A-Za-z])"
-# One way only to read each blank here and in _SIZE: with two, "1 x 1 x 1 x ..." takes for ever.
+# Each blank here and in _SIZE must match in one way only; otherwise "1 x 1 x 1 x ..." backtracks exponentially.
 _HYPHEN = r"\s*(?:-\s*)?"
 _DIRECTION = r"\b(?:AP|TR|TV|TRV|CC|ML|SI|LL|transverse|craniocaudal|anteroposterior)\b"
 _AXIS = rf"(?:\s*\(?{_DIRECTION}\)?)"
 _TIMES = r"\s*(?:x|×|\*|by|to|--?|–|and)\s*"
 _NOUN = r"(?:length|size|sizes|diameter|diameters|thickness|width|height|depth|dimensions?|axis)"
-_GREATEST = r"(?:(?:short|long)(?:[- ]axis)?|maxim\w+|AP|transverse|greatest|largest)"
-# "3 x 2.5 cm", "3.5 cm (AP) x 2 cm (TR)", "12-mm": the last number always has its unit, so that no "3 x" is left over.
-_ALONG = rf"(?:\s+in\s+(?:\w+\s+){{0,2}}{_NOUN}\b|\s+(?:{_GREATEST}\s+)?{_NOUN}\b(?!\s+of\b))"
+_EXTENT = r"(?:(?:short|long)(?:[- ]axis)?|maxim\w+|AP|transverse|greatest|largest)"
+# "3 x 2.5 cm", "3.5 cm (AP) x 2 cm (TR)", "12-mm": the last number must have a unit, so that no "3 x" remains.
+_ALONG = rf"(?:\s+in\s+(?:\w+\s+){{0,2}}{_NOUN}\b|\s+(?:{_EXTENT}\s+)?{_NOUN}\b(?!\s+of\b))"
 _SIZE = (
     rf"(?<![\w.])(?:{_NUMBER}(?:{_HYPHEN}{_UNIT})?{_AXIS}?{_TIMES})*{_NUMBER}{_HYPHEN}{_UNIT}{_AXIS}?"
     rf"(?:\s*\({_DIRECTION}(?:\s*(?:x|×|,|by)\s*{_DIRECTION})+\))?"
@@ -43,12 +43,12 @@ _NOW = r"(?:now|currently|today|presently|again|still)"
 _HAS_SIZE = re.compile(_SIZE, re.IGNORECASE)
 
 
-def _all(*patterns: str) -> tuple[re.Pattern, ...]:
+def _compile(*patterns: str) -> tuple[re.Pattern, ...]:
     return tuple(re.compile(pattern, re.IGNORECASE) for pattern in patterns)
 
 
 # "previously 2 cm when measured similarly", "compared to 3 mm before", "increased from 6 mm to 9 mm".
-_BEFORE = _all(
+_BEFORE = _compile(
     rf"(?<=[cm]m)\s*,?\s*(?:increased|decreased|enlarged|reduced|grown|up|down)\s+from\s+{_MEASURE}(?:\s+previously)?",
     rf"\s*[,;]?\s*\b(?:and\s+|was\s+|were\s+)?(?:previously|formerly)\s+(?:(?:measuring|measured|sized|was|were|of|at)\s+)*"
     rf"{_MEASURE}(?:\s+when\s+measured\s+\w+)?",
@@ -56,7 +56,7 @@ _BEFORE = _all(
     rf"\s*[,;]?\s*\b(?:(?:ranging|varying)\s+(?:in\s+{_NOUN}\s+)?)?(?<!ranges )(?<!range )(?<!ranged )"
     rf"(?:from|between)\s+{_MEASURE}(?:\s+previously)?(?:\s+to\s+{_MEASURE})?(?:\s+previously)?",
 )
-_LISTED = _all(
+_LISTED = _compile(
     rf"(?:\s*\bof\s+)?(?:\b\d+(?:\.\d+)?\s*,\s*)+(?:(?:and|or)\s+)?{_MEASURE}",
     rf",?\s*\b(?<!was )(?<!were )(?<!is )measured\s+(?:at\s+)?{_SEVERAL}",
     rf",?\s*\b(?:with|and|over|along|at|to)\s+(?:an?\s+|the\s+|its\s+)?(?:\w+\s+)?{_NOUN}\s*"
@@ -64,7 +64,7 @@ _LISTED = _all(
     rf"\s*\bby\s+(?:an?\s+)?(?:(?:additional|another|further)\s+)?{_MEASURE}",
 )
 _ARTICLE = re.compile(rf"\b(an?)\s+{_MEASURE}(?:\s+(?:in\s+)?{_NOUN}\b)?\s*,?\s+(?=([A-Za-z]))", re.IGNORECASE)
-_PHRASES = _all(
+_PHRASES = _compile(
     rf"\s*[(\[]\s*(?:{_NOW}\s+)?(?:measur\w+\s+)?{_MEASURE}\s*[)\]]",
     rf",\s*(?:the\s+)?(?:largest|biggest|longest|smallest)(?:\s+(?:of\s+(?:which|these|them)|one))?\s+(?:(?:measur\w+|is|being|"
     rf"of|at)\s+)?{_MEASURE}\s*(?:,(?=\s+(?:is|are|was|were)\b)|(?=[,.;)]|$))",
@@ -76,20 +76,20 @@ _PHRASES = _all(
     rf"\s+{_MEASURE}",
 )
 _IS = rf"(?:is|are|was|were)(?:\s+{_NOW})?"
-# What is said after the size stays: "The duct measures 9 mm but tapers." -> "The duct tapers."
+# The statement after the size is kept: "The duct measures 9 mm but tapers." -> "The duct tapers."
 _AND_MORE = re.compile(
     rf"\s+(?:{_IS}|measures?|measured)\s+{_MEASURE}\s*,?\s+(?:and|but)(?=\s+(?:is|are|was|were|has|have|had|shows?|showed|"
     r"demonstrates?|tapers?|appears?|contains?|extends?|causes?|enhances?|remains?|involves?|displaces?|compresses|abuts?|"
     r"invades?|encases?)\b)",
     re.IGNORECASE,
 )
-_STATEMENTS = _all(
+_STATEMENTS = _compile(
     rf"\b(?:measures?|measured)\s+(?:{_NOW}\s+)?{_MEASURE}",
-    # "There is 3 cm mass", "is 3 cm above" and "Kidney: 3 cm cyst" state more.
+    # "There is 3 cm mass", "is 3 cm above" and "Kidney: 3 cm cyst" state more than a size.
     rf"\b{_IS}\s+{_MEASURE}(?=\s*(?:[^\sA-Za-z]|$)|\s+(?:and|but|or|in|at|on|with|apart|away|when|compared|to|for|from|during|by|within|as|since)\b)",
     rf"[=:]\s*{_MEASURE}\s*(?=[.,;)]*\s*$|[,;]\s*\w+\s*[:=])",
 )
-# Statements that the phrases would take apart.
+# Statements that _PHRASES would cut into fragments.
 _HAS = re.compile(
     rf"\b(?:has|have|had|shows?|showed|demonstrates?)\s+(?:an?\s+|the\s+)?(?:\w+\s+)?{_NOUN}\s+(?:of|measuring)\s+"
     rf"{_MEASURE}|\b(?:ranges?|ranged)\s+(?:in\s+{_NOUN}\s+)?(?:from|between)\s+{_MEASURE}"
@@ -105,8 +105,8 @@ _APART = re.compile(
 )
 _REST = re.compile(_SEVERAL, re.IGNORECASE)
 _PIECE = re.compile(rf"(?:^|[,;]\s*){_MEASURE}\s+of\b", re.IGNORECASE)
-# "5 mM", "25 mm Hg", "3 cm/s" are no sizes: a mark between number and unit hides them from the patterns.
-_NO_SIZE = re.compile(r"(?<=\d)(?=\s*-?\s*(?:mM\b|[cm]m\s*-?\s*(?:Hg|H2O|H₂O|[-−]1|⁻¹|/|per\b)))")
+# "5 mM", "25 mm Hg" and "3 cm/s" are not sizes: a mark between number and unit hides them from the patterns.
+_NOT_A_SIZE = re.compile(r"(?<=\d)(?=\s*-?\s*(?:mM\b|[cm]m\s*-?\s*(?:Hg|H2O|H₂O|[-−]1|⁻¹|/|per\b)))")
 _MARK = "\ue000"
 _CLEAN = (
     (re.compile(r"[ \t]{2,}"), " "),
@@ -123,29 +123,30 @@ _FIRST = re.compile(r"(?:(?:\d{1,2}[.)]|[-–•*])\s*)?[a-z]")
 
 
 def has_size(text: str) -> bool:
-    return _HAS_SIZE.search(_NO_SIZE.sub(_MARK, text)) is not None
+    """Return whether a text states a size in mm or cm."""
+    return _HAS_SIZE.search(_NOT_A_SIZE.sub(_MARK, text)) is not None
 
 
 def without_sizes(text: str) -> str:
-    """The text without phrases that state a size in mm or cm; '' if it says nothing else.
+    """Remove the phrases that state a size in mm or cm. Returns '' if nothing else is left.
 
-    Lines stay, but those within a sentence that had a size are joined.
+    Line breaks are kept, except within a sentence that had a size.
     """
     if not has_size(text):
         return text
-    text = _NO_SIZE.sub(_MARK, text)
-    out, gap, at = "", "", 0
+    text = _NOT_A_SIZE.sub(_MARK, text)
+    out, gap, previous_end = "", "", 0
     for begin, end in spans(text):
-        gap, at = max(gap, "\n" * text.count("\n", at, begin), key=len), end
+        gap, previous_end = max(gap, "\n" * text.count("\n", previous_end, begin), key=len), end
         piece = text[begin:end]
         if _HAS_SIZE.search(piece):
-            piece = _without(re.sub(r"\s*\n\s*", " ", piece))
+            piece = _remove_sizes(re.sub(r"\s*\n\s*", " ", piece))
         if piece.strip(" .,;:-–•*"):
             out, gap = out + ((gap or " ") if out else "") + piece, ""
     return out.replace(_MARK, "")
 
 
-def _without(sentence: str) -> str:
+def _remove_sizes(sentence: str) -> str:
     if _PIECE.search(sentence):
         return ""
     for phrase in _BEFORE:
@@ -166,13 +167,13 @@ def _without(sentence: str) -> str:
             return ""
         sentence = sentence[: apart.start()] + sentence[apart.start("end") :]
     sentence = _REST.sub("", sentence)
-    for pattern, put in _CLEAN:
-        sentence = pattern.sub(put, sentence)
+    for pattern, replacement in _CLEAN:
+        sentence = pattern.sub(replacement, sentence)
     sentence = sentence.strip(" ,")
     first = _FIRST.match(sentence)
     return first[0].upper() + sentence[first.end() :] if first else sentence
 
 
-def _article(found: re.Match) -> str:
-    article = "an" if found[2].lower() in "aeiou" else "a"
-    return (article.capitalize() if found[1][0].isupper() else article) + " "
+def _article(match: re.Match) -> str:
+    article = "an" if match[2].lower() in "aeiou" else "a"
+    return (article.capitalize() if match[1][0].isupper() else article) + " "

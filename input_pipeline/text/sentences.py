@@ -1,53 +1,53 @@
-"""Sentences: where they end, and how they are joined. (Phrases of size inside them: sizes.py.)"""
+"""Split and join sentences of medical prose. (measurements.py removes sizes from them.)"""
 
 from __future__ import annotations
 
 import re
 
-# After these a full stop ends no sentence.
+# A full stop after these does not end a sentence.
 _ABBREVIATIONS = frozenset(
     "fig figs dr drs mr mrs ms prof vs e.g i.e eg ie ref refs eq eqs tbl cf ca approx al st dept viz resp sp spp var "
     "incl esp suppl ed eds jr sr no nos vol pp inj tab".split()
 )
-# These are abbreviations before a number only: "no. 5", but "The answer is no. He ..."
+# These are abbreviations only before a number: "no. 5", but "The answer is no. He ..."
 _BEFORE_NUMBER = frozenset({"no", "nos", "vol", "pp", "tab", "ed", "sp", "p", "var", "inj"})
-# "Vitamin D. The ..." ends a sentence, "J. Smith" does not.
+# A single letter after these ends a sentence: "Vitamin D. The ..." does, "J. Smith" does not.
 _LETTERED = frozenset(
     "vitamin hepatitis type grade stage class group figure fig panel factor protein category lesion arm cohort patient "
     "case part section and or influenza".split()
 )
 _END = re.compile(r"""[.!?]+["'”’)\]]*(?=\s+["'“‘(\[]*[A-Z0-9<≥>≤~])|\n\s*\n""")
 _LAST_WORD = re.compile(r"([^\s(\[\"'“‘]+)$")
-# Reports are lists: a line that starts with a mark, the next number of a list, a capital below a line without a stop.
+# Lines of a list: they start with a bullet, the next number, or a capital after a line without a full stop.
 _LINE = re.compile(r"(?<=\S)[ \t]*\n(?=[ \t]*(?:(?P<mark>[-–•*][ \t])|(?P<number>\d{1,2})[.)][ \t]|[A-Z]))")
 _NUMBERED = re.compile(r"\s*(\d{1,2})[.)]\s")
-_GOES_ON = re.compile(
+_INCOMPLETE = re.compile(
     r"(?:[,:;/(–-]|\b(?:an?|the|and|or|nor|but|of|in|on|at|to|for|from|with|without|by|as|than|is|are|was|were|no|this|"
     r"that|which|dr|drs|vs))$",
     re.IGNORECASE,
 )
-_WRAPPED = range(50, 101)  # characters of a line that went on in the next because it was full
+_WRAPPED = range(50, 101)  # length of a line that was wrapped because it was full
 
 
 def sentences(text: str) -> list[str]:
-    """Splits English medical prose into sentences, without outer white space.
+    """Split English medical prose into sentences, without outer white space.
 
         "A 2.5 cm mass (Fig. 2). Seen by Dr. Lee. OK." -> ["A 2.5 cm mass (Fig. 2).", "Seen by Dr. Lee.", "OK."]
 
-    A decimal point, an abbreviation, an initial and the number of a list item end nothing; a blank line always does,
-    and so do the lines of a list, with or without a full stop.
+    Decimal points, abbreviations, initials and numbers of list items do not end a sentence. Blank lines always do, and
+    so do the lines of a list, with or without a full stop.
     """
     return [text[begin:end] for begin, end in spans(text)]
 
 
 def spans(text: str) -> list[tuple[int, int]]:
-    """Where the sentences of `sentences` begin and end."""
+    """Return the character offsets [begin, end) of `sentences`."""
     out, start = [], 0
     for match in sorted([*_END.finditer(text), *_LINE.finditer(text)], key=re.Match.start):
         if match.re is _LINE:
-            if not _next_line(text, start, match):
+            if not _line_ends_sentence(text, start, match):
                 continue
-        elif match.group().startswith(".") and not _ends(text, start, match):
+        elif match.group().startswith(".") and not _stop_ends_sentence(text, start, match):
             continue
         out.append((start, match.end()))
         start = match.end()
@@ -56,26 +56,26 @@ def spans(text: str) -> list[tuple[int, int]]:
     return [(a, b) for a, b in stripped if a < b]
 
 
-def _next_line(text: str, start: int, match: re.Match) -> bool:
-    """Whether a line without a full stop ends its sentence, and did not just become too long."""
+def _line_ends_sentence(text: str, start: int, match: re.Match) -> bool:
+    """Return whether a line without a full stop ends its sentence, rather than being wrapped."""
     if match["mark"]:
         return True
     if match["number"]:
         before = _NUMBERED.match(text, start)
         return before is not None and int(match["number"]) == int(before[1]) + 1
     if text[match.start() - 1] in ".!?":
-        return False  # not without one: _END has seen it
+        return False  # _END matches it
     line = text[text.rfind("\n", 0, match.start()) + 1 : match.start()].strip()
-    return len(line) not in _WRAPPED and not _GOES_ON.search(line)
+    return len(line) not in _WRAPPED and not _INCOMPLETE.search(line)
 
 
-def _ends(text: str, start: int, match: re.Match) -> bool:
+def _stop_ends_sentence(text: str, start: int, match: re.Match) -> bool:
     before = text[start : match.start()]
-    found = _LAST_WORD.search(before)
-    if found is None or len(match.group()) > 1:
-        # ")." and '."' close a sentence, except after an abbreviation inside quotes: too rare to care.
+    last = _LAST_WORD.search(before)
+    if last is None or len(match.group()) > 1:
+        # ")." and '."' end a sentence; an abbreviation inside quotes is too rare to handle.
         return True
-    word = found.group(1)
+    word = last.group(1)
     plain = word.lower().strip(".")
     following = text[match.end() :].lstrip()
     if plain in _BEFORE_NUMBER:
@@ -83,13 +83,13 @@ def _ends(text: str, start: int, match: re.Match) -> bool:
     if plain in _ABBREVIATIONS:
         return False
     if len(word) == 1 and word.isalpha() and word.isupper():
-        previous = before[: found.start()].split()
+        previous = before[: last.start()].split()
         return bool(previous) and previous[-1].lower().strip(".,(") in _LETTERED
-    return not (word.isdigit() and not before[: found.start()].strip())
+    return not (word.isdigit() and not before[: last.start()].strip())
 
 
 def shorten(text: str, first: int = 1, last: int = 4) -> str:
-    """Text of more than first + last sentences -> its first and its last ones (PMC-CaseReport: 1 and 4)."""
+    """Keep the first and last sentences of a text that has more than first + last (PMC-CaseReport: 1 and 4)."""
     parts = sentences(text)
     if len(parts) <= first + last:
         return text.strip()
@@ -97,11 +97,11 @@ def shorten(text: str, first: int = 1, last: int = 4) -> str:
 
 
 def join(*texts: str) -> str:
-    """Joins the texts that are not blank by one space."""
+    """Join the texts that are not blank with one space."""
     return " ".join(t.strip() for t in texts if t.strip())
 
 
 def closed(text: str) -> str:
-    """The text with a full stop, unless it ends a sentence already."""
+    """Add a full stop unless the text ends with closing punctuation."""
     text = text.strip()
     return text if not text or text[-1] in ".!?:;" or re.search(r"[.!?][\"'”’)\]]+$", text) else text + "."

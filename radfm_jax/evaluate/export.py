@@ -65,7 +65,7 @@ def _picture(scan: Scan, directory: Path) -> dict:
         (middle,) = slices(scan)
     except ValueError as error:
         return {"error": str(error)}
-    middle.picture.save(file, format="PNG")
+    middle.image.save(file, format="PNG")
     found = {"path": f"slices/{name}.png", "slice": middle.number, "of": middle.count}
     note.write_text(json.dumps(found))
     return found

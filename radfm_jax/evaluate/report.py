@@ -384,9 +384,9 @@ def scan_picture(scan: Scan, most: int = 1, size: int = PICTURE) -> str:
         return f'<span class="bad">{visible(str(error)[:200])}</span>'
     shown = []
     for one in found:
-        one.picture.thumbnail((size, size))
+        one.image.thumbnail((size, size))
         file = io.BytesIO()
-        one.picture.save(file, format="PNG")
+        one.image.save(file, format="PNG")
         label = f"slice {one.number} of {one.count}" if one.count > 1 else "2D"
         shown.append(
             f'<figure><img alt="{label}" src="{_uri(file.getvalue())}"><figcaption>{label}</figcaption></figure>'

@@ -15,8 +15,8 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from input_pipeline.images.intensity import ct_window
 from input_pipeline.images.planes import MODES
-from input_pipeline.images.volumes import ct_window
 from input_pipeline.samples import Scan
 from radfm_jax import api
 from radfm_jax.checkpoints import checkpoint, run_directory

@@ -20,15 +20,18 @@ from PIL import Image, ImageDraw, ImageFont
 from input_pipeline.batching import packing
 from input_pipeline.config import DataConfig
 from input_pipeline.images import scans
+from input_pipeline.images.intensity import one_channel_if_gray
 from input_pipeline.images.planes import MODES, STORAGE, Sizes, Volume, patch_grid, patch_positions, planes
+from input_pipeline.images.released_volumes import released_volumes
 from input_pipeline.images.scans.arrays import layout_of
-from input_pipeline.images.scans.base import check_values, check_volume, natural
-from input_pipeline.images.volumes import one_channel_if_gray, prepare_volume, released_volumes
+from input_pipeline.images.scans.base import as_scan_error, check_values, check_volume, to_intensities
+from input_pipeline.images.volumes import prepare_volume
 from input_pipeline.samples import Sample, Text
 from input_pipeline.samples import Scan as ScanFile
 from input_pipeline.sources import NoTerms
+from input_pipeline.text.marks import parse_marks
 from input_pipeline.text.tokenizer import Tokenizer
-from input_pipeline.text.tokens import Encoded, encode, parse_marks
+from input_pipeline.text.tokens import Encoded, encode
 
 PLACES = ("first", "last")
 # What somebody wrote who meant a mark: `<image>`, `<image1>`, `<Image-1>`, `<image 1>`.
@@ -178,7 +181,7 @@ def read_scans(given: Sequence[Scan], preparation: Preparation) -> list[Volume]:
         if not read:
             return []
         names = ", ".join(name for name, *_ in read)
-        with scans.base.blamed(names, "preparing it"):
+        with as_scan_error(names, "preparing it"):
             return released_volumes([voxels for _, voxels, _, _ in read], collate=preparation.size_3d == 256)
     volumes = []
     for name, voxels, header, window in read:
@@ -190,7 +193,7 @@ def read_scans(given: Sequence[Scan], preparation: Preparation) -> list[Volume]:
                     storage=preparation.storage,
                     sizes=preparation.sizes,
                     padding=None if header is None else header.padding,
-                    extremes=None if header is None else header.extremes,
+                    value_range=None if header is None else header.value_range,
                 )
             )
         except ValueError as error:
@@ -211,7 +214,7 @@ def _read(scan: Scan, number: int):
     if isinstance(scan, np.ndarray):
         volumes, shape, axes = layout_of(name, scan.shape)
         check_volume(name, None, volumes, scans.ScanLimits())
-        voxels = natural(name, (scan[0] if scan.ndim == 5 else scan.reshape(shape)).transpose(axes))
+        voxels = to_intensities(name, (scan[0] if scan.ndim == 5 else scan.reshape(shape)).transpose(axes))
         check_values(name, voxels)
         return name, one_channel_if_gray(voxels), None, None
     if isinstance(scan, ScanFile):

@@ -32,7 +32,8 @@ from rich.console import Console
 from rich.table import Table
 
 from input_pipeline.images import scans
-from input_pipeline.images.volumes import Volume, planes, prepare_volume
+from input_pipeline.images.planes import Volume, planes
+from input_pipeline.images.volumes import prepare_volume
 from input_pipeline.index import records
 
 DEPTH = 64
@@ -54,7 +55,7 @@ def to_bytes(hu: np.ndarray) -> np.ndarray:
 
 def ours_from_file(path: Path):
     voxels, header = scans.read(path)
-    return planes(prepare_volume(voxels, padding=header.padding, extremes=header.extremes))
+    return planes(prepare_volume(voxels, padding=header.padding, value_range=header.value_range))
 
 
 def ours_from_record(path: Path):

@@ -1,22 +1,22 @@
-"""A scan file, or the directory of a DICOM series, -> voxels and what the header says.
+"""Readers of scan files and DICOM series: path -> voxels and header. Resizing and intensities belong to volumes.py.
 
-    voxels, header = scans.read("ct.nii.gz")       # voxels [H, W, D, C]; a gray picture [H, W, 1, 1]
-    header = scans.header("ct.nii.gz")             # for planning: no voxel is read where the format allows
+    voxels, header = scans.read("ct.nii.gz")       # voxels [H, W, D, C]; a 2D gray image is [H, W, 1, 1]
+    header = scans.header("ct.nii.gz")             # for planning: reads no voxels where the format allows it
 
-| format | read as | damage that cannot be seen |
+| format | result | undetectable damage |
 |---|---|---|
-| NIfTI (.nii.gz) | slices in display order (`orientation`), intensities scaled | none in the stream (CRC of the whole) |
+| NIfTI (.nii.gz) | slices in display order (`orientation`), intensities scaled | none (CRC of the whole stream) |
 | NIfTI (.nii) | the same | flipped bits in voxels, spacing, affine, scaling |
-| DICOM file, frames, series | slices sorted by position, in display order; rescaled; MONOCHROME1 inverted; RGB | flipped bits in native or compressed pixels and in numbers; a missing first or last slice |
+| DICOM file, frames, series | slices sorted by position, in display order; rescaled; MONOCHROME1 inverted; RGB | flipped bits in pixels and numbers; a missing first or last slice |
 | PNG | gray or colour, EXIF orientation applied | none (CRC of every chunk) |
-| JPEG | the same | flipped bits in the picture data |
-| TIFF | a page is a slice | flipped bits in plain pixels |
+| JPEG | the same | flipped bits in the image data |
+| TIFF | one slice a page | flipped bits in uncompressed pixels |
 | .npy | [H, W, D], [H, W, D, C], released [S, 3, H, W, D] | flipped bits in voxels |
 
-The format is told by a file's first bytes; a name that promises another format is an error (a picture may
-have the name of any other kind). Intensities keep a natural dtype: as stored if that is uint8, uint16, int16, int32 or
-float32; whole-numbered rescaling (Hounsfield units) gives int16 or int32; all else float32. Windows are not applied. Every array is checked: NaN, infinities and constant scans
-are errors. Voxels may be a view with any strides.
+The first bytes of a file decide its format. A file name that promises another format is an error, except among image
+formats. uint8, uint16, int16, int32 and float32 keep their dtype. Integer rescaling (Hounsfield units) gives int16 or
+int32, all else float32. Windows are not applied. NaN, infinities and constant scans are errors. The returned voxels may
+be a view with any strides.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ from input_pipeline.images.scans.base import (
     Header,
     ScanError,
     ScanLimits,
-    blamed,
+    as_scan_error,
     check_values,
-    file_stat,
-    opened,
+    open_scan,
     resolve,
+    stat_scan,
 )
 
 __all__ = ["FAULTS", "Header", "ScanLimits", "ScanError", "header", "read", "resolve"]
 
-READERS = (dicom, nifti, images, tiff, arrays)  # DICOM first: its preamble may hold anything, its mark is at 128
-ENDINGS = {
+READERS = (dicom, nifti, images, tiff, arrays)  # DICOM first: its preamble may hold anything, its mark is at byte 128
+EXTENSIONS = {
     nifti: (".nii", ".nii.gz"),
     dicom: (".dcm", ".dicom"),
     images: (".png", ".jpg", ".jpeg"),
     tiff: (".tif", ".tiff"),
     arrays: (".npy",),
 }
-# Files that people have and that cannot be read safely or at all, by their first bytes.
-FOREIGN = {
+# Common formats that cannot be read, or not safely, by their first bytes.
+UNSUPPORTED = {
     b"PK\x03\x04": ("is a zip or .npz archive", "unpack it, or save single .npy files"),
     b"GIF8": ("is a GIF", "save it as PNG"),
     b"BM": ("is a BMP", "save it as PNG"),
@@ -64,54 +64,53 @@ FOREIGN = {
 }
 
 
-def reader(path, limits: ScanLimits):
-    """The module that reads this path."""
-    if stat.S_ISDIR(file_stat(path).st_mode):
+def find_reader(path, limits: ScanLimits):
+    """Return the module that reads this path."""
+    if stat.S_ISDIR(stat_scan(path).st_mode):
         return dicom
-    with opened(path, limits) as file:
+    with open_scan(path, limits) as file:
         start = file.read(132)
-    found = next((module for module in READERS if module.sniff(start)), None)
-    name = os.fsdecode(path).lower()
-    if found is None:
-        for magic, (what, remedy) in FOREIGN.items():
+    detected = next((module for module in READERS if module.sniff(start)), None)
+    if detected is None:
+        for magic, (reason, remedy) in UNSUPPORTED.items():
             if start.startswith(magic):
-                raise ScanError(path, what, remedy, "unsupported")
-        remedy = "NIfTI, DICOM (with its 128-byte preamble), PNG, JPEG, TIFF and .npy are read"
-        raise ScanError(path, f"is of no known format: it starts with {start[:8].hex()}", remedy, "unsupported")
-    # Pictures are renamed among .png and .jpg every day and read the same; anything else is a mix-up.
-    family = lambda module: "picture" if module in (images, tiff) else module  # noqa: E731
-    named = next((module for module, ends in ENDINGS.items() if name.endswith(ends)), None)
-    if named is not None and family(named) != family(found):
-        kinds = {nifti: "NIfTI or gzip", dicom: "DICOM", images: "a picture", tiff: "a picture", arrays: ".npy"}
-        what = f"is {kinds[found]}, which its name does not say"
-        raise ScanError(path, what, "rename it, or copy the right file here", "ambiguous")
-    return found
+                raise ScanError(path, reason, remedy, "unsupported")
+        remedy = "supported are NIfTI, DICOM (with its 128-byte preamble), PNG, JPEG, TIFF and .npy"
+        raise ScanError(path, f"has an unknown format: it starts with {start[:8].hex()}", remedy, "unsupported")
+    # 2D images are often renamed between .png and .jpg, which is harmless; any other mismatch suggests a wrong file.
+    kinds = {nifti: "NIfTI or gzip", dicom: "DICOM", images: "a 2D image", tiff: "a 2D image", arrays: ".npy"}
+    name = os.fsdecode(path).lower()
+    named = next((module for module, extensions in EXTENSIONS.items() if name.endswith(extensions)), None)
+    if named is not None and kinds[named] != kinds[detected]:
+        reason = f"is {kinds[detected]}, which does not match its file name"
+        raise ScanError(path, reason, "rename it, or copy the right file here", "ambiguous")
+    return detected
 
 
 def read(path, *, volume: int | None = None, limits: ScanLimits = ScanLimits()) -> tuple[np.ndarray, Header]:  # noqa: B008
-    """A scan's voxels and header.
+    """Read the voxels and header of a scan.
 
     Args:
       path: a file, or the directory of one DICOM series.
-      volume: which volume of a 4D NIfTI or of a stack [S, 3, H, W, D]; needed only where there are several.
+      volume: index of the volume of a 4D NIfTI or a stack [S, 3, H, W, D]; required if the file has several.
     Returns:
-      (voxels [H, W, D, C] of uint8, uint16, int16, int32 or float32; its header).
+      (voxels [H, W, D, C] of uint8, uint16, int16, int32 or float32, header).
     Raises:
-      ScanError: whatever is wrong with the file, named with a remedy; `fault` says of which kind.
+      ScanError: the file cannot be used; `fault` classifies the reason.
     """
     path = os.fspath(path)
-    with blamed(path, "reading the file"):
-        voxels, head = reader(path, limits).read(path, volume=volume, limits=limits)
+    with as_scan_error(path, "reading the file"):
+        voxels, head = find_reader(path, limits).read(path, volume=volume, limits=limits)
         assert voxels.shape == head.shape, (voxels.shape, head.shape)
-        return voxels, dataclasses.replace(head, extremes=check_values(path, voxels))
+        return voxels, dataclasses.replace(head, value_range=check_values(path, voxels))
 
 
 def header(path, *, limits: ScanLimits = ScanLimits()) -> Header:  # noqa: B008
-    """What `read` would say of the scan, from as little of the file as its format allows.
+    """Return the header that `read` would return, reading as little of the file as its format allows.
 
     Raises:
-      ScanError: as `read`, for what the header alone shows.
+      ScanError: as `read`, for problems that the header alone shows.
     """
     path = os.fspath(path)
-    with blamed(path, "reading the header"):
-        return reader(path, limits).header(path, limits=limits)
+    with as_scan_error(path, "reading the header"):
+        return find_reader(path, limits).header(path, limits=limits)

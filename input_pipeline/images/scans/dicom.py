@@ -5,52 +5,60 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pydicom
 from pydicom import encaps, pixels, uid
 
-from input_pipeline.images.scans import isolated, orientation
+from input_pipeline.images.scans import codestream, isolated, orientation
 from input_pipeline.images.scans.base import (
     Header,
     ScanError,
     ScanLimits,
-    blamed,
+    as_scan_error,
     check_shape,
     check_volume,
-    listed,
-    natural,
-    opened,
+    join_offenders,
+    limit_error,
+    open_scan,
     printable,
+    to_intensities,
 )
 from input_pipeline.images.scans.fields import (
+    DAMAGED_HEADER,
     EXPORT,
     GRAY,
     PIXELS,
     PLUGINS,
+    SAME,
     Fields,
     Instance,
-    check_frame,
     load,
     tag_of,
 )
 
-GAP = 0.25  # of the usual distance: positions rounded to 0.1 mm pass at 0.625 mm, a missing slice is at 1.0
+GAP = 0.25  # tolerated deviation from the usual slice distance: rounding to 0.1 mm stays below, a missing slice is 1.0
 LPS_TO_RAS = np.array([-1.0, -1.0, 1.0])
+DAMAGED = "the file is damaged: " + EXPORT
+JPEG2000 = (uid.JPEG2000, uid.JPEG2000Lossless)
 
 
 def sniff(start: bytes) -> bool:
     return start[128:132] == b"DICM"
 
 
-def encoded_frames(path, dataset: pydicom.Dataset, instance: Instance):
-    """Each frame's bytes, encoded or native. Raises unless there are exactly as many as the header says."""
+# --- pixels -----------------------------------------------------------------------------------------------------------
+
+
+def encoded_frames(path, dataset: pydicom.Dataset, instance: Instance) -> Iterator[bytes]:
+    """Yield the bytes of each frame, encoded or native. Raises unless the header states their number."""
     fields = Fields(path, dataset)
     present = [keyword for keyword in PIXELS if fields.raw(keyword) is not None]
     if present != ["PixelData"]:
-        what = f"holds {present[0]}, not a picture of integers" if present else "holds no pixel data"
-        raise ScanError(path, what, "leave it out", "unsupported")
+        reason = f"has {present[0]} instead of integer pixels" if present else "has no pixel data"
+        raise ScanError(path, reason, "leave it out", "unsupported")
     data = fields.raw("PixelData").value
     if not uid.UID(instance.syntax).is_encapsulated:
         swapped = instance.syntax == uid.ExplicitVRBigEndian and instance.bits_allocated == 8
@@ -61,17 +69,17 @@ def encoded_frames(path, dataset: pydicom.Dataset, instance: Instance):
             size = size * 2 // 3
         total = size * instance.frames
         if not (data is not None and total <= len(data) <= total + (total & 1)):
-            what = f"holds {len(data or b''):,} bytes of pixels, its header asks for {total:,}"
-            raise ScanError(path, what, "it is cut short or its header is damaged")
+            reason = f"has {len(data or b''):,} bytes of pixels, but its header requires {total:,}"
+            raise ScanError(path, reason, "it is truncated or its header is damaged: copy it again")
         yield from (data[i * size : (i + 1) * size] for i in range(instance.frames))
         return
     if not data or fields.raw("PixelData").length not in (0xFFFFFFFF, -1):
-        raise ScanError(path, "holds no encapsulated pixel data", "it is damaged: " + EXPORT)
+        raise ScanError(path, "has no encapsulated pixel data", DAMAGED)
     offsets = None
     if fields.raw("ExtendedOffsetTable") is not None and fields.raw("ExtendedOffsetTableLengths") is not None:
         offsets = (fields.raw("ExtendedOffsetTable").value, fields.raw("ExtendedOffsetTableLengths").value)
     count = 0
-    with blamed(path, "splitting the pixel data into frames"):
+    with as_scan_error(path, "splitting the pixel data into frames"):
         for frame in encaps.generate_frames(data, number_of_frames=instance.frames, extended_offsets=offsets):
             count += 1
             if count > instance.frames:
@@ -79,11 +87,36 @@ def encoded_frames(path, dataset: pydicom.Dataset, instance: Instance):
             yield frame
     if count != instance.frames:
         amount = "more" if count > instance.frames else f"only {count}"
-        raise ScanError(path, f"holds {amount} frames, its header says {instance.frames}", "it is damaged: " + EXPORT)
+        raise ScanError(path, f"has {amount} frames, but its header states {instance.frames}", DAMAGED)
 
 
-def decode(path, data: bytes, instance: Instance, dataset: pydicom.Dataset) -> np.ndarray:
-    """One frame -> stored values [H, W] or [H, W, 3]: MONOCHROME1 inverted, colour as RGB, lookup tables applied."""
+def check_frame(path, data: bytes, instance: Instance) -> int:
+    """Compare the size in an encoded frame with the header. Returns the bits per sample of the frame.
+
+    Raises:
+      ScanError: the sizes differ, or the frame cannot be parsed.
+    """
+    syntax = instance.syntax
+    try:
+        if syntax == uid.RLELossless:
+            planes = instance.samples * instance.bits_allocated // 8
+            codestream.check_rle(data, planes, instance.rows * instance.columns)
+            return instance.bits_stored
+        size = codestream.jpeg2000(data) if syntax in JPEG2000 else codestream.jpeg(data)
+    except ValueError as error:
+        raise ScanError(path, str(error), DAMAGED) from None
+    if syntax in (uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit) and size.bits != 8:
+        reason = f"contains {size.bits}-bit JPEG, for which no decoder is installed"
+        raise ScanError(path, reason, "transcode it to Explicit VR Little Endian", "unsupported")
+    actual, stated = (size.rows, size.columns, size.channels), (instance.rows, instance.columns, instance.samples)
+    if actual != stated or size.bits > instance.bits_allocated:
+        reason = f"its pixel data has {actual} (rows, columns, samples) and {size.bits} bits, but its header states "
+        raise ScanError(path, f"{reason}{stated} and {instance.bits_allocated} bits", DAMAGED)
+    return size.bits
+
+
+def decode_pixels(path, data: bytes, instance: Instance) -> np.ndarray:
+    """Decode one frame to its stored values, colour as RGB, and check them against the header."""
     options = {
         "pixel_keyword": "PixelData",
         "rows": instance.rows,
@@ -99,108 +132,137 @@ def decode(path, data: bytes, instance: Instance, dataset: pydicom.Dataset) -> n
     buffer = data
     if uid.UID(instance.syntax).is_encapsulated:
         options["bits_stored"] = check_frame(path, data, instance)
-        jpeg2000 = instance.syntax in (uid.JPEG2000, uid.JPEG2000Lossless)
-        if instance.photometric in ("YBR_RCT", "YBR_ICT") and not jpeg2000:
-            raise ScanError(path, f"states {instance.photometric} outside JPEG 2000", EXPORT)
+        if instance.photometric in ("YBR_RCT", "YBR_ICT") and instance.syntax not in JPEG2000:
+            raise ScanError(path, f"states {instance.photometric} but is not JPEG 2000", EXPORT)
         buffer = encaps.encapsulate([data], has_bot=False)
     elif instance.syntax == uid.ExplicitVRBigEndian:
-        options["pixel_vr"] = "OB" if instance.bits_allocated == 8 else "OW"  # 8-bit words were swapped above
+        options["pixel_vr"] = "OB" if instance.bits_allocated == 8 else "OW"  # encoded_frames swapped 8-bit words
     plugin = PLUGINS[instance.syntax] or ""
-    with blamed(path, "decoding the pixels"):
+    with as_scan_error(path, "decoding the pixels"):
         if plugin == "gdcm":
             frame, info = isolated.decode(instance.syntax, data, options)
         else:
             decoder = pixels.get_decoder(uid.UID(instance.syntax))
             frame, info = decoder.as_array(buffer, index=0, validate=False, decoding_plugin=plugin, **options)
-    frame = frame.astype(frame.dtype.newbyteorder("="), copy=False)
     if instance.samples == 3 and info["photometric_interpretation"] != "RGB":
-        what = f"is coloured as {info['photometric_interpretation']}, which was not converted to RGB"
-        raise ScanError(path, what, EXPORT, "unsupported")
+        reason = f"has colours as {info['photometric_interpretation']}, which could not be converted to RGB"
+        raise ScanError(path, reason, EXPORT, "unsupported")
     if frame.shape[:2] != (instance.rows, instance.columns):
-        raise ScanError(path, f"was decoded to {frame.shape}", "it is damaged: " + EXPORT)
+        raise ScanError(path, f"was decoded to the shape {frame.shape}", DAMAGED)
+    return frame.astype(frame.dtype.newbyteorder("="), copy=False)
+
+
+def decode(path, data: bytes, instance: Instance, dataset: pydicom.Dataset) -> np.ndarray:
+    """Decode one frame to [H, W] or [H, W, 3]: MONOCHROME1 inverted, colour as RGB, lookup tables applied."""
+    frame = decode_pixels(path, data, instance)
     if instance.samples == 1:
         low, high = -(1 << instance.bits_stored - 1) if instance.signed else 0, (1 << instance.bits_stored) - 1
         high += low
         if frame.min() < low or frame.max() > high:
-            what = f"holds values outside the {low} to {high} of its header"
-            raise ScanError(path, what, "it is damaged: " + EXPORT)
+            raise ScanError(path, f"has values outside the range {low} to {high} of its header", DAMAGED)
         frame = frame.astype(instance.dtype, copy=False)
         if instance.photometric == "MONOCHROME1":
             frame = (low + high - frame.astype(np.int64)).astype(instance.dtype)
     if instance.photometric == "PALETTE COLOR":
-        with blamed(path, "applying the palette", quiet=True):
+        with as_scan_error(path, "applying the palette", hide_message=True):
             frame = pixels.apply_color_lut(frame, dataset)
     if instance.lut:
-        with blamed(path, "applying the modality lookup table", quiet=True):
+        with as_scan_error(path, "applying the modality lookup table", hide_message=True):
             frame = pixels.apply_modality_lut(frame, dataset)
     return frame
 
 
+def stack_frames(count: int, frames: Iterable[tuple[int, np.ndarray]]) -> np.ndarray:
+    """Stack (index, frame) pairs as [D, H, W, C]. Memory is allocated at the first frame, whose dtype is needed."""
+    out = None
+    for index, frame in frames:
+        frame = frame[..., None] if frame.ndim == 2 else frame
+        if out is None:
+            out = np.empty((count, *frame.shape), frame.dtype)
+        assert frame.dtype == out.dtype and frame.shape == out.shape[1:], (frame.dtype, frame.shape, out.shape)
+        out[index] = frame
+    return out
+
+
+def to_voxels(path, frames: np.ndarray, instances: list[Instance], order, layout, limits: ScanLimits) -> np.ndarray:
+    """Rescale sorted frames [D, H, W, C] and return voxels [H, W, D, C] in display orientation.
+
+    Args:
+      instances: of the files, in any order.
+      order: indices of the frames of all instances, in the order of `frames`.
+    """
+    slopes, intercepts = 1.0, 0.0
+    if not instances[0].lut:
+        slopes = np.concatenate([i.slopes for i in instances])[order]
+        intercepts = np.concatenate([i.intercepts for i in instances])[order]
+    voxels = to_intensities(path, frames, slopes, intercepts, limits).transpose(1, 2, 0, 3)
+    return layout.apply(voxels) if layout else voxels
+
+
+# --- geometry ---------------------------------------------------------------------------------------------------------
+
+
 def stack_order(path, names, instance: Instance, positions) -> tuple[list[int], np.ndarray]:
-    """The order of slices along their normal, and the step from one to the next in mm (patient coordinates).
+    """Return the order of slices along their normal, and the mean step between slices in mm (patient coordinates).
 
     Args:
       names: of the slices, for messages.
-      positions: [n, 3] of each slice's first voxel; n > 1.
+      positions: [n, 3], first voxel of each slice; n > 1.
     Raises:
-      ScanError: slices at one position, gaps, slices that are shifted against the others. A missing first or last
-        slice, or the middle one of three, cannot be seen from positions.
+      ScanError: slices at the same position, gaps, or slices shifted against the others. Positions cannot show a
+        missing first or last slice, or the missing middle one of three.
     """
     positions = np.array(positions, np.float64)
     across, down = np.array(instance.orientation[:3]), np.array(instance.orientation[3:])
     along = positions @ np.cross(across, down)
     order = [int(i) for i in np.argsort(along, kind="stable")]
     distances = np.diff(along[order])
-    pairs = list(zip(order, order[1:], strict=False))
     usual = float(np.median(distances))
-    same = [f"{names[a]} and {names[b]}" for (a, b), d in zip(pairs, distances, strict=True) if d < 1e-3]
+    steps = [(names[a], names[b], d) for a, b, d in zip(order, order[1:], distances, strict=False)]
+    same = [f"{a} and {b}" for a, b, d in steps if d < 1e-3]
     if same:
-        what = f"has slices at one position: {listed(same)}"
-        remedy = "it holds several volumes (times, echoes, duplicates): give each its own directory"
-        raise ScanError(path, what, remedy, "series")
-    gaps = [
-        f"{d:.3g} mm between {names[a]} and {names[b]}"
-        for (a, b), d in zip(pairs, distances, strict=True)
-        if abs(d - usual) > GAP * usual
-    ]
+        reason = f"has slices at the same position: {join_offenders(same)}"
+        remedy = "it mixes several volumes (times, echoes, duplicates): give each its own directory"
+        raise ScanError(path, reason, remedy, "series")
+    gaps = [f"{d:.3g} mm between {a} and {b}" for a, b, d in steps if abs(d - usual) > GAP * usual]
     if gaps:
-        what = f"slices are {usual:.3g} mm apart, but {listed(gaps)}"
-        raise ScanError(path, what, "a slice is missing or another series is mixed in", "series")
+        reason = f"slices are {usual:.3g} mm apart, but {join_offenders(gaps)}"
+        raise ScanError(path, reason, "a slice is missing or another series is mixed in", "series")
     sorted_positions = positions[order]
     step = (sorted_positions[-1] - sorted_positions[0]) / (len(order) - 1)
-    # A tilted gantry shifts every slice by the same step; anything beyond half a voxel from that line is another stack.
+    # A tilted gantry shifts all slices by the same step. A slice more than half a voxel off that line is another stack.
     share = (along[order] - along[order[0]]) / (along[order[-1]] - along[order[0]])
     line = sorted_positions[0] + share[:, None] * (sorted_positions[-1] - sorted_positions[0])
     off = sorted_positions - line
     shift = np.maximum(np.abs(off @ across) / instance.spacing[1], np.abs(off @ down) / instance.spacing[0])
     shifted = [f"{names[i]} by {s:.1f} voxels" for i, s in zip(order, shift, strict=True) if s > 0.5]
     if shifted:
-        what = f"has slices shifted against the others: {listed(shifted)}"
-        raise ScanError(path, what, "several stacks are mixed: give each its own directory", "series")
+        reason = f"has slices shifted against the others: {join_offenders(shifted)}"
+        raise ScanError(path, reason, "it mixes several stacks: give each its own directory", "series")
     return order, step
 
 
-def arrange(path, names, instance: Instance, positions) -> tuple[list[int], orientation.DisplayLayout | None]:
-    """The order of the slices and how rows, columns and slices are displayed; no layout without geometry."""
+def slice_layout(path, names, instance: Instance, positions) -> tuple[list[int], orientation.DisplayLayout | None]:
+    """Return the slice order and the display layout; without geometry, the file order and None."""
     count = len(names)
     if instance.orientation is None or instance.spacing is None or (count > 1 and positions is None):
         return list(range(count)), None
     across, down = np.array(instance.orientation[:3]), np.array(instance.orientation[3:])
     if abs(np.linalg.norm(across) - 1) > 0.01 or abs(np.linalg.norm(down) - 1) > 0.01 or abs(across @ down) > 0.01:
-        raise ScanError(path, "has an ImageOrientationPatient that is no rotation", "its header is damaged: " + EXPORT)
+        raise ScanError(path, "has an ImageOrientationPatient that is not a rotation", DAMAGED_HEADER)
     if count > 1:
         order, step = stack_order(path, names, instance, positions)
     else:
         order, step = [0], np.cross(across, down)
-    # Columns run along `across`, so the array's second axis steps by it; rows along `down`.
+    # ImageOrientationPatient gives the column direction first, so the array's second axis steps along `across`.
     affine = np.stack([down * instance.spacing[0], across * instance.spacing[1], step], axis=1) * LPS_TO_RAS[:, None]
     try:
-        return order, orientation.display(affine, (instance.rows, instance.columns, count), slice_axis=2)
+        return order, orientation.display_layout(affine, (instance.rows, instance.columns, count), slice_axis=2)
     except ValueError as error:
-        raise ScanError(path, f"states {error}", "its header is damaged: " + EXPORT) from None
+        raise ScanError(path, f"states {error}", DAMAGED_HEADER) from None
 
 
-def header_of(instance: Instance, layout: orientation.DisplayLayout | None, count: int) -> Header:
+def to_header(instance: Instance, layout: orientation.DisplayLayout | None, count: int) -> Header:
     shape, spacing = (instance.rows, instance.columns, count), (*(instance.spacing or (None, None)), None)
     if layout is not None:
         shape = layout.shape(shape)
@@ -217,12 +279,11 @@ def header_of(instance: Instance, layout: orientation.DisplayLayout | None, coun
             padding = (min(ends), max(ends))
     return Header(
         format="dicom",
-        kind="2d" if count == 1 else "3d",
-        modality=instance.modality,
         shape=(*shape, instance.channels),
+        dtype=instance.dtype.name,
+        modality=instance.modality,
         spacing_mm=None if spacing == (None, None, None) else spacing,
         orientation=layout.codes if layout else None,
-        dtype=instance.dtype.name,
         rescaled=instance.rescaled,
         photometric=instance.photometric,
         oblique_degrees=layout.oblique_degrees if layout else None,
@@ -230,49 +291,32 @@ def header_of(instance: Instance, layout: orientation.DisplayLayout | None, coun
     )
 
 
-def finish(path, frames: np.ndarray, slopes, intercepts, layout, limits: ScanLimits) -> np.ndarray:
-    """Sorted stored frames [D, H, W, C] -> voxels [H, W, D, C]."""
-    frames = natural(path, frames, slopes, intercepts, limits)
-    voxels = frames.transpose(1, 2, 0, 3)
-    return layout.apply(voxels) if layout else voxels
+# --- files and series -------------------------------------------------------------------------------------------------
 
 
-def fill(frames: np.ndarray | None, count: int, index: int, frame: np.ndarray) -> np.ndarray:
-    """Put a frame into [D, H, W, C], which is made when the first frame has shown its dtype."""
-    frame = frame[..., None] if frame.ndim == 2 else frame
-    if frames is None:
-        frames = np.empty((count, *frame.shape), frame.dtype)
-    assert frame.dtype == frames.dtype and frame.shape == frames.shape[1:], (frame.dtype, frame.shape, frames.shape)
-    frames[index] = frame
-    return frames
-
-
-def one(path, limits: ScanLimits, *, want: bool) -> tuple[np.ndarray | None, Header]:
-    with opened(path, limits) as file:
-        instance, dataset = load(path, file, limits, pixels=want)
+def read_file(path, limits: ScanLimits, *, with_pixels: bool) -> tuple[np.ndarray | None, Header]:
+    """Read a single-frame or multi-frame file."""
+    with open_scan(path, limits) as file:
+        instance, dataset = load(path, file, limits, pixels=with_pixels)
     names = [f"frame {i + 1}" for i in range(instance.frames)]
-    order, layout = arrange(path, names, instance, instance.positions)
-    head = header_of(instance, layout, instance.frames)
-    if not want:
+    order, layout = slice_layout(path, names, instance, instance.positions)
+    head = to_header(instance, layout, instance.frames)
+    if not with_pixels:
         return None, head
-    frames, place = None, {source: target for target, source in enumerate(order)}
-    for i, data in enumerate(encoded_frames(path, dataset, instance)):
-        frames = fill(frames, instance.frames, place[i], decode(path, data, instance, dataset))
-    slopes, intercepts = ([values[i] for i in order] for values in (instance.slopes, instance.intercepts))
-    if instance.lut:
-        slopes, intercepts = 1.0, 0.0
-    return finish(path, frames, slopes, intercepts, layout, limits), head
+    slot = {source: target for target, source in enumerate(order)}
+    encoded = enumerate(encoded_frames(path, dataset, instance))
+    frames = stack_frames(instance.frames, ((slot[i], decode(path, data, instance, dataset)) for i, data in encoded))
+    return to_voxels(path, frames, [instance], order, layout, limits), head
 
 
 def series_files(path, limits: ScanLimits) -> list[Path]:
-    """Every entry of the directory, by name. Anything but regular files is an error."""
+    """Return all files of a directory, sorted by name. Anything but a regular file is an error."""
     files, others, size = [], [], 0
     try:
         with os.scandir(path) as entries:
             for entry in entries:
                 if len(files) >= limits.max_slices:
-                    what = f"has more than {limits.max_slices} files"
-                    raise ScanError(path, what, "raise ScanLimits.max_slices if this is one series", "limit")
+                    raise limit_error(path, f"has more than {limits.max_slices} files", "max_slices")
                 if entry.is_file():
                     files.append(Path(entry.path))
                     size += entry.stat().st_size
@@ -281,103 +325,109 @@ def series_files(path, limits: ScanLimits) -> list[Path]:
     except OSError as error:
         raise ScanError(path, f"cannot be listed: {error.strerror}", "check its permissions", "missing") from None
     if others:
-        what = f"holds more than the files of one series: {listed(sorted(others))}"
-        raise ScanError(path, what, "name the directory of one series, with nothing else in it", "series")
+        reason = f"contains more than the files of one series: {join_offenders(sorted(others))}"
+        raise ScanError(path, reason, "name the directory of one series, with nothing else in it", "series")
     if not files:
         raise ScanError(path, "is an empty directory", "name a file, or the directory of a DICOM series", "missing")
     if size > limits.max_file_bytes:
-        what = f"has files of {size:,} bytes, more than the limit of {limits.max_file_bytes:,}"
-        raise ScanError(path, what, "raise ScanLimits.max_file_bytes if this is right", "limit")
+        reason = f"has files of {size:,} bytes, more than the limit of {limits.max_file_bytes:,}"
+        raise limit_error(path, reason, "max_file_bytes")
     return sorted(files)
 
 
-def check_alike(path, names: list[str], instances: list[Instance]) -> None:
-    """Raise unless all files belong to one stack; the message lists those that differ from the majority."""
+def check_same_series(path, names: list[str], instances: list[Instance]) -> None:
+    """Raise unless all files belong to one stack. The message lists those that differ from the majority."""
     exact = {
         "series": lambda i: i.series,
         "modality": lambda i: i.modality,
         "frame of reference": lambda i: i.frame_of_reference,
-        "rows and columns": lambda i: (i.rows, i.columns),
-        "kind of pixel": lambda i: (i.samples, i.photometric, i.bits_allocated, i.bits_stored, i.signed),
+        "image size": lambda i: (i.rows, i.columns),
+        "pixel format": lambda i: (i.samples, i.photometric, i.bits_allocated, i.bits_stored, i.signed),
         "use of a lookup table": lambda i: i.lut,
     }
     problems = []
-    for what, key in exact.items():
+    for name, key in exact.items():
         usual = Counter(map(key, instances)).most_common(1)[0][0]
-        problems += [f"{n}: another {what}" for n, i in zip(names, instances, strict=True) if key(i) != usual]
-    for what, key in {"orientation": lambda i: i.orientation, "pixel spacing": lambda i: i.spacing}.items():
+        problems += [f"{n}: different {name}" for n, i in zip(names, instances, strict=True) if key(i) != usual]
+    for name, key in {"orientation": lambda i: i.orientation, "pixel spacing": lambda i: i.spacing}.items():
         values = np.array([key(i) for i in instances])
-        far = np.abs(values - np.median(values, axis=0)).max(axis=1)
-        problems += [f"{n}: another {what}" for n, f in zip(names, far, strict=True) if f > 1e-3]
+        deviation = np.abs(values - np.median(values, axis=0)).max(axis=1)
+        problems += [f"{n}: different {name}" for n, d in zip(names, deviation, strict=True) if d > SAME]
     if problems:
-        raise ScanError(path, f"mixes series: {listed(problems)}", "give each series its own directory", "series")
+        reason = f"mixes series: {join_offenders(problems)}"
+        raise ScanError(path, reason, "give each series its own directory", "series")
 
 
-def series(path, limits: ScanLimits, *, want: bool) -> tuple[np.ndarray | None, Header]:
-    files = series_files(path, limits)
-    if len(files) == 1:
-        return one(files[0], limits, want=want)
-    names, instances, datasets, problems, held = [printable(f.name) for f in files], [], [], [], 0
+def load_series(path, files: list[Path], names: list[str], limits: ScanLimits, *, with_pixels: bool):
+    """Return the instances and data sets of the files of a series. Raises ScanError listing files that do not fit."""
+    instances, datasets, problems, size = [], [], [], 0
     for name, file_path in zip(names, files, strict=True):
         try:
-            with opened(file_path, limits) as file:
-                instance, dataset = load(file_path, file, limits, pixels=want)
+            with open_scan(file_path, limits) as file:
+                instance, dataset = load(file_path, file, limits, pixels=with_pixels)
         except ScanError as error:
             problems.append(f"{name} {error.reason}")
             continue
         if instance.frames > 1:
-            problems.append(f"{name} holds {instance.frames} frames")
-        elif not instance.geometry:
+            problems.append(f"{name} has {instance.frames} frames")
+        elif not instance.has_geometry:
             problems.append(f"{name} states no position, orientation or spacing, so it cannot be sorted")
         else:
             instances.append(instance)
             datasets.append(dataset)
-            found = (dataset.get_item(tag_of(keyword)) for keyword in PIXELS)
-            held += sum(len(element.value or b"") for element in found if element is not None)
-            if held > limits.max_file_bytes:  # of deflated files, which are small on disk
-                what = f"unpacks to more than {limits.max_file_bytes:,} bytes"
-                raise ScanError(path, what, "raise ScanLimits.max_file_bytes if this is right", "limit")
+            elements = (dataset.get_item(tag_of(keyword)) for keyword in PIXELS)
+            size += sum(len(element.value or b"") for element in elements if element is not None)
+            if size > limits.max_file_bytes:  # deflated files are small on disk
+                reason = f"unpacks to more than {limits.max_file_bytes:,} bytes"
+                raise limit_error(path, reason, "max_file_bytes")
     if problems:
-        what = f"{len(problems)} of {len(files)} files are no slices of a series: {listed(problems)}"
-        raise ScanError(
-            path, what, "leave only one series in the directory, or name the one file that is meant", "series"
-        )
-    check_alike(path, names, instances)
+        reason = f"{len(problems)} of {len(files)} files are not slices of a series: {join_offenders(problems)}"
+        remedy = "leave only one series in the directory, or name the one file you need"
+        raise ScanError(path, reason, remedy, "series")
+    check_same_series(path, names, instances)
+    return instances, datasets
+
+
+def read_series(path, limits: ScanLimits, *, with_pixels: bool) -> tuple[np.ndarray | None, Header]:
+    """Read the directory of one series."""
+    files = series_files(path, limits)
+    if len(files) == 1:
+        return read_file(files[0], limits, with_pixels=with_pixels)
+    names = [printable(f.name) for f in files]
+    instances, datasets = load_series(path, files, names, limits, with_pixels=with_pixels)
     first = instances[0]
     shape = (first.rows, first.columns, len(files), first.channels)
     check_shape(path, shape, first.bits_allocated // 8, limits)
-    order, layout = arrange(path, names, first, [i.positions[0] for i in instances])
-    whole = [instances[i] for i in order]
-    slopes, intercepts = [i.slopes[0] for i in whole], [i.intercepts[0] for i in whole]
-    head = header_of(first, layout, len(files))
-    if any(i.rescaled or i.padding != first.padding for i in whole):
-        one_map = len(set(slopes)) == 1 == len(set(intercepts)) and all(i.padding == first.padding for i in whole)
-        changed = {"rescaled": any(i.rescaled for i in whole)} | ({} if one_map else {"padding": None})
-        head = dataclasses.replace(head, **changed)
-    if not want:
+    order, layout = slice_layout(path, names, first, [i.positions[0] for i in instances])
+    head = to_header(first, layout, len(files))
+    same_mapping = len({(i.slopes, i.intercepts, i.padding) for i in instances}) == 1
+    head = dataclasses.replace(
+        head, rescaled=any(i.rescaled for i in instances), padding=head.padding if same_mapping else None
+    )
+    if not with_pixels:
         return None, head
-    frames = None
-    for target, index in enumerate(order):
-        file_path, instance, dataset = files[index], instances[index], datasets[index]
-        datasets[index] = None  # the files' bytes go as the voxels come
-        data = list(encoded_frames(file_path, dataset, instance))
-        frames = fill(frames, len(files), target, decode(file_path, data[0], instance, dataset))
-    if first.lut:
-        slopes, intercepts = 1.0, 0.0
-    return finish(path, frames, slopes, intercepts, layout, limits), head
+
+    def decoded() -> Iterator[tuple[int, np.ndarray]]:
+        for target, index in enumerate(order):
+            file_path, instance, dataset = files[index], instances[index], datasets[index]
+            datasets[index] = None  # frees the encoded bytes as the voxels are decoded
+            data = list(encoded_frames(file_path, dataset, instance))
+            yield target, decode(file_path, data[0], instance, dataset)
+
+    return to_voxels(path, stack_frames(len(files), decoded()), instances, order, layout, limits), head
 
 
 def header(path, *, limits: ScanLimits) -> Header:
-    """From attributes alone: no pixel is read. A directory's files are all looked at."""
-    return (series if os.path.isdir(path) else one)(path, limits, want=False)[1]
+    """Return the header without reading pixels. All files of a directory are opened."""
+    return (read_series if os.path.isdir(path) else read_file)(path, limits, with_pixels=False)[1]
 
 
 def read(path, *, volume: int | None, limits: ScanLimits) -> tuple[np.ndarray, Header]:
-    """A file or the directory of a series.
+    """Read a file or the directory of a series.
 
-    Slices are sorted along their normal and displayed as in `orientation`; frames without positions (ultrasound) stay
-    in their order, single projections (CR, MG) as stored. Windows and VOI tables are not applied. Native pixels carry
-    no checksum: a flipped bit in them, or in a number of the header, cannot be seen.
+    Slices are sorted along their normal and oriented for display (`orientation`). Frames without positions (ultrasound)
+    keep their order, and projections (CR, MG) their stored orientation. Windows and VOI tables are not applied. Native
+    pixels have no checksum, so flipped bits in them, or in a number of the header, are not detected.
     """
     check_volume(path, volume, 1, limits)
-    return (series if os.path.isdir(path) else one)(path, limits, want=True)
+    return (read_series if os.path.isdir(path) else read_file)(path, limits, with_pixels=True)

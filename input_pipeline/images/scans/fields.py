@@ -1,7 +1,7 @@
-"""The few DICOM attributes that a scan needs, taken raw from the file and checked.
+"""The DICOM attributes that a scan needs, parsed from their raw bytes and checked.
 
-Raw, because pydicom's own conversion warns with the value in the message: one flipped bit in a tag and a patient's
-name would stand in a log. No other attribute of the main data set is kept (`specific_tags`).
+pydicom's own conversion is avoided because its warnings quote values: after one flipped bit in a tag, a patient's name
+could reach a log. No other attribute of the main data set is kept (`specific_tags`).
 """
 
 from __future__ import annotations
@@ -19,11 +19,18 @@ from pydicom.datadict import keyword_dict
 from pydicom.dataelem import RawDataElement
 from pydicom.tag import Tag
 
-from input_pipeline.images.scans import codestream
-from input_pipeline.images.scans.base import BoundedFile, ScanError, ScanLimits, blamed, check_shape
+from input_pipeline.images.scans.base import (
+    COPY_AGAIN,
+    BoundedFile,
+    ScanError,
+    ScanLimits,
+    as_scan_error,
+    check_shape,
+    limit_error,
+)
 
-# Transfer syntax -> the one plugin that decodes it. One, not pydicom's "any that succeeds": a lenient second decoder
-# would make a picture of a stream that the first found damaged.
+# Transfer syntax -> the only plugin that may decode it. By default pydicom tries every plugin, and a lenient one would
+# decode a stream that a strict one rejects as damaged.
 PLUGINS = {
     uid.ImplicitVRLittleEndian: None,
     uid.ExplicitVRLittleEndian: None,
@@ -63,89 +70,126 @@ KEYWORDS = (
     *("PerFrameFunctionalGroupsSequence", "ExtendedOffsetTable", "ExtendedOffsetTableLengths"),
     *PALETTE,
 )
-tag_of = functools.cache(Tag)  # pydicom tries every keyword as a number first, which takes it longer than all else
+tag_of = functools.cache(Tag)  # pydicom first tries to parse a keyword as a number, which dominates the parsing time
 EXPORT = "export it again, or convert it with dcm2niix"
+DAMAGED_HEADER = "the DICOM header is damaged: " + EXPORT
+SAME = 1e-3  # tolerance for equal orientations (direction cosines) and spacings (mm)
 
 
 class Fields:
     """Attributes of a data set or sequence item, parsed from their bytes.
 
     Raises:
-      ScanError: a value that is not of its kind. The message names the attribute, never the value.
+      ScanError: a value of the wrong type. The message names the attribute, never the value.
     """
 
     def __init__(self, path, dataset: pydicom.Dataset):
         self.path, self.dataset = path, dataset
 
     def raw(self, keyword: str) -> RawDataElement | pydicom.DataElement | None:
-        with blamed(self.path, f"reading {keyword}", quiet=True):
+        with as_scan_error(self.path, f"reading {keyword}", hide_message=True):
             return self.dataset.get_item(tag_of(keyword))
 
-    def wrong(self, keyword: str) -> ScanError:
-        return ScanError(self.path, f"has an unreadable {keyword}", "its header is damaged: " + EXPORT)
+    def unreadable(self, keyword: str) -> ScanError:
+        return ScanError(self.path, f"has an unreadable {keyword}", DAMAGED_HEADER)
 
     def text(self, keyword: str) -> str | None:
-        """Text without its padding; None if absent or empty."""
+        """Return text without its padding; None if absent or empty."""
         element = self.raw(keyword)
         if element is None or element.value is None:
             return None
         value = element.value
         if not isinstance(value, bytes):
-            raise self.wrong(keyword)
+            raise self.unreadable(keyword)
         try:
             return value.decode("ascii").strip(" \0") or None
         except UnicodeDecodeError:
-            raise self.wrong(keyword) from None
+            raise self.unreadable(keyword) from None
 
     def code(self, keyword: str) -> str | None:
-        """A code string (capitals, digits, underscore, space)."""
+        """Return a code string (capitals, digits, underscore, space)."""
         text = self.text(keyword)
         if text is not None and not (len(text) <= 16 and all(c.isupper() or c.isdigit() or c in "_ " for c in text)):
-            raise self.wrong(keyword)
+            raise self.unreadable(keyword)
         return text
 
     def numbers(self, keyword: str, count: int | None = None) -> tuple[float, ...] | None:
-        """Decimal or integer text, `count` of them; None if absent or empty."""
+        """Return decimal or integer strings, `count` of them; None if absent or empty."""
         text = self.text(keyword)
         if text is None:
             return None
         try:
             values = tuple(float(part) for part in text.split("\\"))
         except ValueError:
-            raise self.wrong(keyword) from None
+            raise self.unreadable(keyword) from None
         if not all(map(math.isfinite, values)) or (count is not None and len(values) != count):
-            raise self.wrong(keyword)
+            raise self.unreadable(keyword)
         return values
 
     def integer(self, keyword: str, *, signed: bool = False) -> int | None:
-        """A 16-bit binary integer; None if absent or empty."""
+        """Return a 16-bit binary integer; None if absent or empty."""
         element = self.raw(keyword)
         if element is None or not element.value:
             return None
         if not isinstance(element, RawDataElement) or len(element.value) != 2:
-            raise self.wrong(keyword)
+            raise self.unreadable(keyword)
         return struct.unpack(("<" if element.is_little_endian else ">") + ("h" if signed else "H"), element.value)[0]
 
+    def required(self, keyword: str) -> int:
+        """Return a 16-bit binary integer that must be present."""
+        value = self.integer(keyword)
+        if value is None:
+            remedy = "it holds no image, or its header is damaged: leave it out, or export it again"
+            raise ScanError(self.path, f"has no {keyword}", remedy)
+        return value
+
     def items(self, keyword: str) -> list[Fields]:
-        """The items of a sequence; none if absent."""
-        with blamed(self.path, f"reading {keyword}", quiet=True):
+        """Return the items of a sequence; none if absent."""
+        with as_scan_error(self.path, f"reading {keyword}", hide_message=True):
             if tag_of(keyword) not in self.dataset:
                 return []
             sequence = self.dataset[tag_of(keyword)].value
             if not isinstance(sequence, pydicom.Sequence):
-                raise self.wrong(keyword)
+                raise self.unreadable(keyword)
             return [Fields(self.path, item) for item in sequence]
 
 
-@dataclasses.dataclass(frozen=True)
-class Instance:
-    """One DICOM file, without its pixels.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PixelFormat:
+    """How the pixels of a DICOM file are stored.
 
     Attributes:
-      series, frame_of_reference: compared within a directory, never shown.
+      samples: values per pixel.
+      planar: PlanarConfiguration.
+    """
+
+    rows: int
+    columns: int
+    samples: int
+    photometric: str
+    planar: int
+    bits_allocated: int
+    bits_stored: int
+    signed: bool
+
+    @property
+    def channels(self) -> int:
+        return 3 if self.photometric == "PALETTE COLOR" else self.samples
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(f"{'i' if self.signed else 'u'}{self.bits_allocated // 8}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Instance(PixelFormat):
+    """One DICOM file without its pixels.
+
+    Attributes:
+      series, frame_of_reference: UIDs, compared within a directory and never shown.
       spacing: (between rows, between columns) in mm, or None.
-      orientation: six numbers: where columns and where rows run to (ImageOrientationPatient), or None.
-      positions: of each frame's first voxel in mm, patient coordinates (x to the Left, y to Posterior, z to Superior),
+      orientation: direction cosines of increasing column and row index (ImageOrientationPatient), or None.
+      positions: first voxel of each frame in mm, in patient coordinates (x to the Left, y to Posterior, z to Superior),
         or None.
       slopes, intercepts: one a frame.
       lut: whether a modality lookup table replaces them.
@@ -157,14 +201,6 @@ class Instance:
     series: str | None
     frame_of_reference: str | None
     frames: int
-    rows: int
-    columns: int
-    samples: int
-    photometric: str
-    planar: int
-    bits_allocated: int
-    bits_stored: int
-    signed: bool
     spacing: tuple[float, float] | None
     orientation: tuple[float, ...] | None
     positions: tuple[tuple[float, ...], ...] | None
@@ -174,30 +210,25 @@ class Instance:
     padding: tuple[int, int] | None
 
     @property
-    def channels(self) -> int:
-        return 3 if self.photometric == "PALETTE COLOR" else self.samples
-
-    @property
-    def dtype(self) -> np.dtype:
-        return np.dtype(f"{'i' if self.signed else 'u'}{self.bits_allocated // 8}")
-
-    @property
     def rescaled(self) -> bool:
         return self.lut or set(self.slopes) != {1.0} or set(self.intercepts) != {0.0}
 
     @property
-    def geometry(self) -> bool:
+    def has_geometry(self) -> bool:
         return None not in (self.orientation, self.positions, self.spacing)
 
 
+# --- the data set -----------------------------------------------------------------------------------------------------
+
+
 def transfer_syntax(path, file: BoundedFile) -> tuple[str, int]:
-    """(the transfer syntax of a DICOM file, where its data set starts), from its meta information alone."""
+    """Return the transfer syntax of a DICOM file and the offset of its data set, from the meta information alone."""
     file.seek(0)
     if file.read(132)[128:] != b"DICM":
         remedy = "it may lack the 128-byte preamble: rewrite it with dcmconv, or leave it out"
-        raise ScanError(path, "is no DICOM file", remedy, "unsupported")
-    found, start = None, None
-    with blamed(path, "reading the DICOM meta information", quiet=True):
+        raise ScanError(path, "is not a DICOM file", remedy, "unsupported")
+    syntax, start = None, None
+    with as_scan_error(path, "reading the DICOM meta information", hide_message=True):
         elements = pydicom.filereader.data_element_generator(
             file, is_implicit_VR=False, is_little_endian=True, stop_when=lambda tag, vr, length: tag.group != 2
         )
@@ -205,161 +236,128 @@ def transfer_syntax(path, file: BoundedFile) -> tuple[str, int]:
             if element.tag == 0x00020000:
                 start = element.value_tell + 4 + struct.unpack("<L", element.value)[0]
             if element.tag == 0x00020010 and element.value is not None:
-                found = bytes(element.value).decode("ascii").strip(" \0")
-    if found is None:
+                syntax = bytes(element.value).decode("ascii").strip(" \0")
+    if syntax is None:
         raise ScanError(path, "states no transfer syntax", "rewrite it with dcmconv", "ambiguous")
-    if found not in PLUGINS:
-        known = uid.UID(found).name if found in uid.UID_dictionary else "an unknown one"
-        what = f"is encoded in a transfer syntax that is not read ({known})"
-        raise ScanError(path, what, "transcode it to Explicit VR Little Endian", "unsupported")
-    if start is None and found == uid.DeflatedExplicitVRLittleEndian:
-        raise ScanError(path, "states no length of its meta information", EXPORT)
-    return found, start or 0
+    if syntax not in PLUGINS:
+        name = uid.UID(syntax).name if syntax in uid.UID_dictionary else "an unknown one"
+        reason = f"is encoded in an unsupported transfer syntax ({name})"
+        raise ScanError(path, reason, "transcode it to Explicit VR Little Endian", "unsupported")
+    if start is None and syntax == uid.DeflatedExplicitVRLittleEndian:
+        raise ScanError(path, "does not state the length of its meta information", EXPORT)
+    return syntax, start or 0
 
 
 def check_deflated(path, file: BoundedFile, limits: ScanLimits) -> None:
-    """Raise if a deflated data set unpacks to more than the limit (pydicom unpacks it in one piece)."""
+    """Raise if a deflated data set exceeds the limit when unpacked (pydicom unpacks it in one piece)."""
     unpacker, size = zlib.decompressobj(-zlib.MAX_WBITS), 0
-    with blamed(path, "unpacking the deflated data set"):
+    with as_scan_error(path, "unpacking the deflated data set"):
         while (chunk := file.read(1 << 16)) or unpacker.unconsumed_tail:
             size += len(unpacker.decompress(unpacker.unconsumed_tail + chunk, 1 << 20))
             if size > limits.max_bytes:
-                what = f"unpacks to more than the limit of {limits.max_bytes:,} bytes"
-                raise ScanError(path, what, "raise ScanLimits.max_bytes if this is right", "limit")
+                raise limit_error(path, f"unpacks to more than the limit of {limits.max_bytes:,} bytes", "max_bytes")
             if unpacker.eof:
                 break
     if not unpacker.eof:
-        raise ScanError(path, "is cut short within its deflated data set", "copy it again from its source")
+        raise ScanError(path, "is truncated within its deflated data set", COPY_AGAIN)
 
 
-def check_rest(path, file: BoundedFile, dataset: pydicom.Dataset) -> None:
-    """Raise unless native pixel data is followed by nothing, or by elements of higher tags to the file's last byte.
+def check_trailing(path, file: BoundedFile, dataset: pydicom.Dataset) -> None:
+    """Raise unless native pixel data is the last element, or only elements of higher tags follow to the last byte.
 
-    Bytes that came in between (a transfer in text mode turns every newline into two bytes) shift the picture and push
-    its end out of the element; no reader looks there.
+    Inserted bytes (a text-mode transfer turns every newline into two bytes) shift the image and push its end out of the
+    element, which other readers do not notice.
     """
     element = Fields(path, dataset).raw("PixelData")
     if not isinstance(element, RawDataElement) or element.length == 0xFFFFFFFF:
-        return  # absent, empty or encapsulated: told apart where the frames are taken
+        return  # absent, empty or encapsulated pixel data is checked where the frames are read
     file.seek(element.value_tell + element.length)
-    last, whole = element.tag, True
-    with blamed(path, "reading what follows the pixels", quiet=True):
-        rest = pydicom.filereader.data_element_generator(file, element.is_implicit_VR, element.is_little_endian)
-        for other in rest:
+    last, valid = element.tag, True
+    with as_scan_error(path, "reading the data after the pixels", hide_message=True):
+        trailing = pydicom.filereader.data_element_generator(file, element.is_implicit_VR, element.is_little_endian)
+        for other in trailing:
             short = isinstance(other, RawDataElement) and other.length not in (0xFFFFFFFF, len(other.value or b""))
-            whole = whole and other.tag > last and not short
+            valid = valid and other.tag > last and not short
             last = other.tag
-    if not whole or file.tell() < file.size:
-        what = "goes on after its pixels with something that is no DICOM"
-        raise ScanError(path, what, "bytes were inserted: copy it again, or rewrite it with dcmconv")
+    if not valid or file.tell() < file.size:
+        reason = "has data after its pixels that is not DICOM"
+        raise ScanError(path, reason, "bytes were inserted: copy it again, or rewrite it with dcmconv")
 
 
 def load(path, file: BoundedFile, limits: ScanLimits, *, pixels: bool) -> tuple[Instance, pydicom.Dataset]:
-    """A DICOM file's instance and the data set of KEYWORDS (and the pixels, still encoded).
+    """Read a DICOM file. Returns its instance and a data set of KEYWORDS, plus the encoded pixels if requested.
 
     Raises:
-      ScanError: no DICOM, no picture, an attribute that is missing, unreadable, contradictory or beyond the limits.
+      ScanError: not DICOM, not an image, or an attribute is missing, unreadable, contradictory or beyond the limits.
     """
     syntax, start = transfer_syntax(path, file)
     if syntax == uid.DeflatedExplicitVRLittleEndian:
         file.seek(start)
         check_deflated(path, file, limits)
     file.seek(0)
-    with blamed(path, "reading the DICOM header", quiet=True):
+    with as_scan_error(path, "reading the DICOM header", hide_message=True):
         tags = [tag_of(keyword) for keyword in (*KEYWORDS, *(PIXELS if pixels else ()))]
         dataset = pydicom.dcmread(file, stop_before_pixels=not pixels, specific_tags=tags)
     if pixels and syntax != uid.DeflatedExplicitVRLittleEndian and not uid.UID(syntax).is_encapsulated:
-        check_rest(path, file, dataset)
-    fields = Fields(path, dataset)
-    instance = interpret(path, fields, syntax)
+        check_trailing(path, file, dataset)
+    instance = interpret(path, Fields(path, dataset), syntax)
     size = (instance.rows, instance.columns, instance.frames, instance.channels)
     check_shape(path, size, instance.bits_allocated // 8, limits)
     return instance, dataset
 
 
-def required(path, fields: Fields, keyword: str) -> int:
-    value = fields.integer(keyword)
-    if value is None:
-        raise ScanError(path, f"has no {keyword}", "it holds no picture, or its header is damaged: leave it out")
-    return value
+# --- interpretation ---------------------------------------------------------------------------------------------------
 
 
 def interpret(path, fields: Fields, syntax: str) -> Instance:
+    """Check the attributes of a data set and return its instance."""
     modality = fields.code("Modality")
     if modality in NOT_SCANS:
         raise ScanError(path, f"is {NOT_SCANS[modality]} ({modality}), not a scan", "leave it out", "unsupported")
     if fields.raw("Rows") is None and fields.raw("Columns") is None:
-        raise ScanError(
-            path, "holds no picture, or is cut short before it", "leave it out or copy it again", "unsupported"
-        )
-    rows, columns = required(path, fields, "Rows"), required(path, fields, "Columns")
-    samples = fields.integer("SamplesPerPixel") or 1
-    photometric = fields.code("PhotometricInterpretation")
-    allocated, stored = required(path, fields, "BitsAllocated"), required(path, fields, "BitsStored")
-    high, signed = fields.integer("HighBit"), required(path, fields, "PixelRepresentation")
-    good = photometric in GRAY and samples == 1 or photometric in COLOUR and samples == 3
-    if not (good or photometric == "PALETTE COLOR" and samples == 1):
-        what = f"has pixels of {samples} samples as {photometric}"
-        raise ScanError(path, what, "gray, RGB, YBR and palette pictures are read", "unsupported")
-    if allocated not in (8, 16, 32) or not 1 <= stored <= allocated or signed > 1 or high not in (None, stored - 1):
-        what = f"has pixels of {stored} bits in {allocated}, the highest at {high}, signed {signed}"
-        raise ScanError(path, what, "export it again with 8 or 16 bits", "unsupported")
-    planar = fields.integer("PlanarConfiguration") or 0
-    if planar > 1:
-        raise fields.wrong("PlanarConfiguration")
-
-    count = fields.numbers("NumberOfFrames", 1) or (1.0,)
-    if count[0] < 1 or count[0] != int(count[0]):
-        raise fields.wrong("NumberOfFrames")
-    frames = int(count[0])
-    shared = (fields.items("SharedFunctionalGroupsSequence") or [None])[0]
-    per_frame = fields.items("PerFrameFunctionalGroupsSequence")
-    if per_frame and len(per_frame) != frames:
-        what = f"describes {len(per_frame)} frames but has {frames}"
-        raise ScanError(path, what, "its header is damaged: " + EXPORT)
-
-    def each(sequence: str, keyword: str, count: int) -> list | None:
-        """The attribute of every frame: its own, or what all share, or the data set's; None unless all have it."""
-        own = [group.items(sequence) for group in per_frame]
-        common = shared.items(sequence) if shared is not None else []
-        found = []
-        for i in range(frames):
-            places = (own[i] if own else []) or common
-            found.append(places[0].numbers(keyword, count) if places else fields.numbers(keyword, count))
-        return None if None in found else found
-
-    def positive(values) -> tuple[float, float] | None:
-        return tuple(values) if values is not None and min(values) > 0 else None
-
-    spacings = each("PixelMeasuresSequence", "PixelSpacing", 2)
-    orientations = each("PlaneOrientationSequence", "ImageOrientationPatient", 6)
-    positions = each("PlanePositionSequence", "ImagePositionPatient", 3)
-    if positions is not None and frames > 1 and not per_frame:
-        positions = None  # one position for a whole cine or film: it says nothing of the frames
-    for name, values, within in (("spacings", spacings, 1e-3), ("orientations", orientations, 1e-3)):
-        if values and np.ptp(np.array(values), axis=0).max() > within:
-            raise ScanError(path, f"has frames of different {name}", "split it into series", "series")
-    spacing = positive(spacings[0]) if spacings else None
-    if spacing is None and frames == 1:
-        spacing = positive(fields.numbers("ImagerPixelSpacing", 2))
-        spacing = spacing or positive(fields.numbers("NominalScannedPixelSpacing", 2))
-    slopes = each("PixelValueTransformationSequence", "RescaleSlope", 1)
-    intercepts = each("PixelValueTransformationSequence", "RescaleIntercept", 1)
-    if (slopes is None) != (intercepts is None):
-        raise ScanError(path, "has only one of rescale slope and intercept", "add the other", "ambiguous")
-    slopes = tuple(s[0] for s in slopes) if slopes else (1.0,) * frames
-    intercepts = tuple(b[0] for b in intercepts) if intercepts else (0.0,) * frames
-    if 0.0 in slopes:
-        raise ScanError(path, "has the rescale slope 0", "every voxel would be the same: " + EXPORT)
-    pad = fields.integer("PixelPaddingValue", signed=bool(signed))
-    limit = fields.integer("PixelPaddingRangeLimit", signed=bool(signed))
+        remedy = "leave it out, or copy it again"
+        raise ScanError(path, "contains no image, or is truncated before it", remedy, "unsupported")
+    pixel_format = read_pixel_format(path, fields)
+    frames = FrameFields(path, fields)
+    spacing, orientation, positions = read_geometry(path, fields, frames)
+    slopes, intercepts = read_rescale(path, frames)
+    pad = fields.integer("PixelPaddingValue", signed=pixel_format.signed)
+    limit = fields.integer("PixelPaddingRangeLimit", signed=pixel_format.signed)
     limit = pad if limit is None else limit
     return Instance(
+        **vars(pixel_format),
         syntax=syntax,
         modality=modality,
         series=fields.text("SeriesInstanceUID"),
         frame_of_reference=fields.text("FrameOfReferenceUID"),
-        frames=frames,
+        frames=frames.count,
+        spacing=spacing,
+        orientation=orientation,
+        positions=positions,
+        slopes=slopes,
+        intercepts=intercepts,
+        lut=bool(fields.items("ModalityLUTSequence")),
+        padding=None if pad is None else (min(pad, limit), max(pad, limit)),
+    )
+
+
+def read_pixel_format(path, fields: Fields) -> PixelFormat:
+    rows, columns = fields.required("Rows"), fields.required("Columns")
+    samples = fields.integer("SamplesPerPixel") or 1
+    photometric = fields.code("PhotometricInterpretation")
+    allocated, stored = fields.required("BitsAllocated"), fields.required("BitsStored")
+    high, signed = fields.integer("HighBit"), fields.required("PixelRepresentation")
+    supported = photometric in GRAY and samples == 1 or photometric in COLOUR and samples == 3
+    if not (supported or photometric == "PALETTE COLOR" and samples == 1):
+        reason = f"has {samples} samples per pixel with the photometric interpretation {photometric}"
+        raise ScanError(path, reason, "export it as gray, RGB, YBR or palette", "unsupported")
+    if allocated not in (8, 16, 32) or not 1 <= stored <= allocated or signed > 1 or high not in (None, stored - 1):
+        reason = f"has {stored} bits stored of {allocated} allocated, high bit {high}, pixel representation {signed}"
+        raise ScanError(path, reason, "export it again with 8 or 16 bits", "unsupported")
+    planar = fields.integer("PlanarConfiguration") or 0
+    if planar > 1:
+        raise fields.unreadable("PlanarConfiguration")
+    return PixelFormat(
         rows=rows,
         columns=columns,
         samples=samples,
@@ -368,37 +366,63 @@ def interpret(path, fields: Fields, syntax: str) -> Instance:
         bits_allocated=allocated,
         bits_stored=stored,
         signed=bool(signed),
-        spacing=spacing,
-        orientation=orientations[0] if orientations else None,
-        positions=tuple(positions) if positions else None,
-        slopes=slopes,
-        intercepts=intercepts,
-        lut=bool(fields.items("ModalityLUTSequence")),
-        padding=None if pad is None else (min(pad, limit), max(pad, limit)),
     )
 
 
-def check_frame(path, data: bytes, instance: Instance) -> int:
-    """Compare what an encoded frame says of itself with the header; returns its bits a sample.
+class FrameFields:
+    """Attributes that a multi-frame file stores per frame, once for all frames, or in its main data set."""
 
-    Raises:
-      ScanError: another size, or a frame that does not parse.
-    """
-    syntax = instance.syntax
-    try:
-        if syntax == uid.RLELossless:
-            planes = instance.samples * instance.bits_allocated // 8
-            codestream.check_rle(data, planes, instance.rows * instance.columns)
-            return instance.bits_stored
-        jpeg2000 = syntax in (uid.JPEG2000, uid.JPEG2000Lossless)
-        size = codestream.jpeg2000(data) if jpeg2000 else codestream.jpeg(data)
-    except ValueError as error:
-        raise ScanError(path, str(error), "it is damaged: copy or export it again") from None
-    if syntax in (uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit) and size.bits != 8:
-        what = f"holds JPEG of {size.bits} bits, for which no decoder is at hand"
-        raise ScanError(path, what, "transcode it to Explicit VR Little Endian", "unsupported")
-    found, stated = (size.rows, size.columns, size.channels), (instance.rows, instance.columns, instance.samples)
-    if found != stated or size.bits > instance.bits_allocated:
-        what = f"holds a picture of {found} (rows, columns, samples) and {size.bits} bits, its header says {stated}"
-        raise ScanError(path, what + f" and {instance.bits_allocated}", "it is damaged: copy or export it again")
-    return size.bits
+    def __init__(self, path, fields: Fields):
+        count = fields.numbers("NumberOfFrames", 1) or (1.0,)
+        if count[0] < 1 or count[0] != int(count[0]):
+            raise fields.unreadable("NumberOfFrames")
+        self.count, self.fields = int(count[0]), fields
+        self.shared = (fields.items("SharedFunctionalGroupsSequence") or [None])[0]
+        self.per_frame = fields.items("PerFrameFunctionalGroupsSequence")
+        if self.per_frame and len(self.per_frame) != self.count:
+            reason = f"describes {len(self.per_frame)} frames but has {self.count}"
+            raise ScanError(path, reason, DAMAGED_HEADER)
+
+    def numbers(self, sequence: str, keyword: str, count: int) -> list[tuple[float, ...]] | None:
+        """Return an attribute of every frame; None unless all frames have it."""
+        own = [group.items(sequence) for group in self.per_frame]
+        common = self.shared.items(sequence) if self.shared is not None else []
+        values = []
+        for i in range(self.count):
+            items = (own[i] if own else []) or common
+            values.append((items[0] if items else self.fields).numbers(keyword, count))
+        return None if None in values else values
+
+
+def read_geometry(path, fields: Fields, frames: FrameFields):
+    """Return (spacing, orientation, positions) of an instance."""
+
+    def positive(values) -> tuple[float, float] | None:
+        return tuple(values) if values is not None and min(values) > 0 else None
+
+    spacings = frames.numbers("PixelMeasuresSequence", "PixelSpacing", 2)
+    orientations = frames.numbers("PlaneOrientationSequence", "ImageOrientationPatient", 6)
+    positions = frames.numbers("PlanePositionSequence", "ImagePositionPatient", 3)
+    if positions is not None and frames.count > 1 and not frames.per_frame:
+        positions = None  # one position for all frames of a cine loop does not locate the frames
+    for name, values in (("spacings", spacings), ("orientations", orientations)):
+        if values and np.ptp(np.array(values), axis=0).max() > SAME:
+            raise ScanError(path, f"has frames of different {name}", "split it into series", "series")
+    spacing = positive(spacings[0]) if spacings else None
+    if spacing is None and frames.count == 1:
+        spacing = positive(fields.numbers("ImagerPixelSpacing", 2))
+        spacing = spacing or positive(fields.numbers("NominalScannedPixelSpacing", 2))
+    return spacing, orientations[0] if orientations else None, tuple(positions) if positions else None
+
+
+def read_rescale(path, frames: FrameFields) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the rescale slope and intercept of every frame."""
+    slopes = frames.numbers("PixelValueTransformationSequence", "RescaleSlope", 1)
+    intercepts = frames.numbers("PixelValueTransformationSequence", "RescaleIntercept", 1)
+    if (slopes is None) != (intercepts is None):
+        raise ScanError(path, "has only one of RescaleSlope and RescaleIntercept", "add the other", "ambiguous")
+    slopes = tuple(s[0] for s in slopes) if slopes else (1.0,) * frames.count
+    intercepts = tuple(b[0] for b in intercepts) if intercepts else (0.0,) * frames.count
+    if 0.0 in slopes:
+        raise ScanError(path, "has the RescaleSlope 0, which makes every voxel equal", EXPORT)
+    return slopes, intercepts

@@ -1,8 +1,8 @@
-"""PNG and JPEG pictures: always one 2D image, gray or colour.
+"""2D images in PNG and JPEG files, gray or colour.
 
-Alpha is dropped where it is opaque everywhere and an error otherwise (which background was meant is not known).
-Palettes become RGB, 1, 2 and 4 bits become 8, CMYK becomes RGB without a colour profile. The EXIF orientation is
-applied. A JPEG has no checksum: a flipped bit in its picture data changes voxels unseen.
+Opaque alpha is dropped; transparency is an error, because the intended background is unknown. Palettes become RGB, 1, 2
+and 4 bits become 8, CMYK becomes RGB without a colour profile. The EXIF orientation is applied. JPEG has no checksum,
+so a flipped bit in its image data is not detected.
 """
 
 from __future__ import annotations
@@ -16,32 +16,35 @@ from PIL import Image
 
 from input_pipeline.images.scans import codestream
 from input_pipeline.images.scans.base import (
+    COPY_AGAIN,
     Header,
     ScanError,
     ScanLimits,
-    blamed,
+    as_scan_error,
+    check_opaque,
     check_shape,
     check_volume,
-    natural,
-    opened,
+    open_scan,
+    to_intensities,
 )
 
 PNG = b"\x89PNG\r\n\x1a\n"
 JPEG = b"\xff\xd8\xff"
 EXIF_ORIENTATION = 0x0112
-FORMATS = ("PNG", "JPEG")  # no other decoder of Pillow's is ever tried
+FORMATS = ("PNG", "JPEG")  # Pillow may try no other decoder
 GRAY_MODES = {"1": np.uint8, "L": np.uint8, "LA": np.uint8, "I;16": np.uint16, "I;16B": np.uint16, "I;16L": np.uint16}
 COLOUR_MODES = ("RGB", "RGBA", "P", "PA", "CMYK")
+SHRINK = "shrink the image, or raise PIL.Image.MAX_IMAGE_PIXELS"
 
 
 def sniff(start: bytes) -> bool:
     return start.startswith((PNG, JPEG))
 
 
-def oriented(pixels: np.ndarray, tag: int) -> np.ndarray:
-    """A view of [H, W, ...] as the picture is meant to be seen, by the EXIF or TIFF orientation tag.
+def apply_orientation(pixels: np.ndarray, tag: int) -> np.ndarray:
+    """Return a view of [H, W, ...] in display orientation, by the EXIF or TIFF orientation tag.
 
-    A stored picture (first row, first column ...) and what is shown:
+    A stored image and its display for each tag:
 
         stored   1: a b   2: b a   3: f e   4: e f   5: a c e   6: e c a   7: f d b   8: b d f
         a b         c d      d c      d c      c d      b d f      f d b      e c a      a c e
@@ -56,117 +59,101 @@ def oriented(pixels: np.ndarray, tag: int) -> np.ndarray:
 
 
 def check_png(path, data: bytes) -> list[bytes]:
-    """Check every chunk's CRC (Pillow skips those of the picture data) and the order IHDR, IDAT, IEND.
+    """Check the CRC of every chunk (Pillow skips those of image data) and the order IHDR, IDAT, IEND.
 
     Returns:
       The names of the chunks.
     Raises:
-      ScanError: a damaged, cut, animated, or 16-bit picture with more than one channel, which Pillow cuts to 8 bits.
+      ScanError: the image is damaged, truncated or animated, or has 16 bits and several channels, which Pillow reduces
+        to 8 bits.
     """
-    damaged = "it is damaged: copy it again from its source"
-    at, names = len(PNG), []
+    offset, names = len(PNG), []
     while not names or names[-1] != b"IEND":
-        if at + 12 > len(data):
-            raise ScanError(path, "the PNG is cut short", damaged)
-        length, name = struct.unpack_from(">I4s", data, at)
-        if at + 12 + length > len(data):
-            raise ScanError(path, "the PNG is cut short or a chunk length is damaged", damaged)
-        body = memoryview(data)[at + 4 : at + 8 + length]
-        if zlib.crc32(body) != struct.unpack_from(">I", data, at + 8 + length)[0]:
-            raise ScanError(path, f"the checksum of PNG chunk {len(names) + 1} is wrong", damaged)
+        if offset + 12 > len(data):
+            raise ScanError(path, "the PNG is truncated", COPY_AGAIN)
+        length, name = struct.unpack_from(">I4s", data, offset)
+        if offset + 12 + length > len(data):
+            raise ScanError(path, "the PNG is truncated or a chunk length is damaged", COPY_AGAIN)
+        body = memoryview(data)[offset + 4 : offset + 8 + length]
+        if zlib.crc32(body) != struct.unpack_from(">I", data, offset + 8 + length)[0]:
+            raise ScanError(path, f"the checksum of PNG chunk {len(names) + 1} is wrong", COPY_AGAIN)
         names.append(name)
-        at += 12 + length
+        offset += 12 + length
     if names[0] != b"IHDR" or b"IDAT" not in names or names.count(b"IHDR") > 1:
-        raise ScanError(path, "the PNG has no picture", damaged)
+        raise ScanError(path, "the PNG has no image data", COPY_AGAIN)
     if b"acTL" in names:
-        raise ScanError(path, "is an animated PNG", "save the frame that is meant", "unsupported")
+        raise ScanError(path, "is an animated PNG", "save the frame you need as PNG", "unsupported")
     bits, colour = data[24], data[25]
     if bits == 16 and colour != 0:
-        what = "has 16 bits and several channels, of which only 8 bits could be read"
-        raise ScanError(path, what, "save it as 8-bit colour or 16-bit gray", "unsupported")
+        reason = "has 16 bits and several channels, of which only 8 bits could be read"
+        raise ScanError(path, reason, "save it as 8-bit colour or 16-bit gray", "unsupported")
     return names
 
 
-def inspect(path, limits: ScanLimits) -> tuple[Image.Image, int, Header]:
-    """The opened, not yet decoded picture, its EXIF orientation, and its header."""
-    with opened(path, limits) as file:
+def open_image(path, limits: ScanLimits) -> tuple[Image.Image, int, Header]:
+    """Return the image before decoding, its EXIF orientation, and its header."""
+    with open_scan(path, limits) as file:
         data = file.read()
     exif = True
     if data.startswith(PNG):
-        exif = b"eXIf" in check_png(path, data)  # without it Pillow would decode the picture to look for one behind it
+        exif = b"eXIf" in check_png(path, data)  # without the chunk, Pillow would decode the image to search for one
     else:
         try:
             codestream.jpeg(data)
         except ValueError as error:
-            raise ScanError(path, str(error), "it is damaged: copy it again from its source") from None
-    with blamed(path, "opening the picture"):
+            raise ScanError(path, str(error), COPY_AGAIN) from None
+    with as_scan_error(path, "opening the image"):
         try:
-            picture = Image.open(io.BytesIO(data), formats=FORMATS)
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
         except Image.DecompressionBombError as error:
-            remedy = "shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS"
-            raise ScanError(path, str(error), remedy, "limit") from None
-    wide, high = picture.size
-    if Image.MAX_IMAGE_PIXELS is not None and wide * high > Image.MAX_IMAGE_PIXELS:
-        what = f"{high} x {wide} pixels are more than {Image.MAX_IMAGE_PIXELS:,}"
-        raise ScanError(path, what, "shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS", "limit")
-    if picture.mode not in GRAY_MODES and picture.mode not in COLOUR_MODES:
-        raise ScanError(path, f"has pixels of mode {picture.mode}", "save it as gray or RGB", "unsupported")
-    with blamed(path, "reading the EXIF orientation", quiet=True):
-        tag = int(picture.getexif().get(EXIF_ORIENTATION, 0) or 1) if exif else 1
+            raise ScanError(path, str(error), SHRINK, "limit") from None
+    width, height = image.size
+    if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
+        reason = f"{height} x {width} pixels are more than {Image.MAX_IMAGE_PIXELS:,}"
+        raise ScanError(path, reason, SHRINK, "limit")
+    if image.mode not in GRAY_MODES and image.mode not in COLOUR_MODES:
+        raise ScanError(path, f"has the pixel mode {image.mode}", "save it as gray or RGB", "unsupported")
+    with as_scan_error(path, "reading the EXIF orientation", hide_message=True):
+        tag = int(image.getexif().get(EXIF_ORIENTATION, 0) or 1) if exif else 1
     if not 1 <= tag <= 8:
         raise ScanError(path, f"states the EXIF orientation {tag}", "remove or repair the EXIF data", "ambiguous")
-    h, w = (wide, high) if tag >= 5 else (high, wide)
-    dtype = GRAY_MODES.get(picture.mode, np.uint8)
-    channels = 1 if picture.mode in GRAY_MODES else 3
-    check_shape(path, (h, w, 1, channels + 1), np.dtype(dtype).itemsize, limits)  # + 1: alpha, while it is checked
+    h, w = (width, height) if tag >= 5 else (height, width)
+    dtype = np.dtype(GRAY_MODES.get(image.mode, np.uint8))
+    channels = 1 if image.mode in GRAY_MODES else 3
+    check_shape(path, (h, w, 1, channels + 1), dtype.itemsize, limits)  # + 1 for alpha, which is decoded as well
     names = {"1": "gray", "L": "gray", "LA": "gray", "P": "palette", "PA": "palette", "RGBA": "RGB"}
-    head = Header(
-        format="image",
-        kind="2d",
-        modality=None,
-        shape=(h, w, 1, channels),
-        spacing_mm=None,
-        orientation=None,
-        dtype=np.dtype(dtype).name,
-        photometric=names.get(picture.mode, "gray" if channels == 1 else picture.mode),
-    )
-    return picture, tag, head
+    photometric = names.get(image.mode, "gray" if channels == 1 else image.mode)
+    return image, tag, Header(format="image", shape=(h, w, 1, channels), dtype=dtype.name, photometric=photometric)
 
 
-def opaque(path, alpha: np.ndarray, full: int) -> None:
-    if (alpha != full).any():
-        remedy = "blend it with the background that is meant and save it without alpha"
-        raise ScanError(path, "has transparent pixels", remedy, "ambiguous")
-
-
-def decode(path, picture: Image.Image) -> np.ndarray:
-    """[H, W] or [H, W, 3] as stored."""
-    with blamed(path, "decoding the picture"):
-        picture.load()
-        key = picture.info.get("transparency")
-        if picture.mode == "I;16" or picture.mode.startswith("I;16"):
-            pixels = np.asarray(picture).astype(np.uint16)
-            if key is not None:
-                opaque(path, (pixels != key).astype(np.uint8), 1)
+def decode(path, image: Image.Image) -> np.ndarray:
+    """Return the stored pixels, [H, W] or [H, W, 3]."""
+    with as_scan_error(path, "decoding the image"):
+        image.load()
+        transparent = image.info.get("transparency")
+        if image.mode.startswith("I;16"):
+            pixels = np.asarray(image).astype(np.uint16)
+            if transparent is not None:
+                check_opaque(path, pixels != transparent, True)
             return pixels
-        if key is not None or picture.mode in ("LA", "RGBA", "PA"):
-            gray = picture.mode in GRAY_MODES
-            # One bit is spread to 0 and 255 by "L", but its transparent value is not.
-            full = picture.convert("RGBA")
-            opaque(path, np.asarray(full.getchannel("A")), 255)
-            return np.asarray(full.convert("RGB").getchannel(0) if gray else full.convert("RGB"))
-        mode = "L" if picture.mode in GRAY_MODES else "RGB"
-        return np.asarray(picture if picture.mode == mode else picture.convert(mode))  # convert always copies
+        if transparent is not None or image.mode in ("LA", "RGBA", "PA"):
+            gray = image.mode in GRAY_MODES
+            # Convert through RGBA: "L" maps one bit to 0 and 255, but leaves the transparent value as it is.
+            rgba = image.convert("RGBA")
+            check_opaque(path, np.asarray(rgba.getchannel("A")), 255)
+            rgb = rgba.convert("RGB")
+            return np.asarray(rgb.getchannel(0) if gray else rgb)
+        mode = "L" if image.mode in GRAY_MODES else "RGB"
+        return np.asarray(image if image.mode == mode else image.convert(mode))  # convert always copies
 
 
 def header(path, *, limits: ScanLimits) -> Header:
-    """Without decoding; a PNG's checksums are checked."""
-    return inspect(path, limits)[2]
+    """Return the header without decoding the image. The checksums of a PNG are verified."""
+    return open_image(path, limits)[2]
 
 
 def read(path, *, volume: int | None, limits: ScanLimits) -> tuple[np.ndarray, Header]:
     check_volume(path, volume, 1, limits)
-    picture, tag, head = inspect(path, limits)
-    pixels = oriented(decode(path, picture), tag)
-    voxels = natural(path, pixels[None])[0].reshape(head.shape)
-    return voxels, head
+    image, tag, head = open_image(path, limits)
+    pixels = apply_orientation(decode(path, image), tag)
+    return to_intensities(path, pixels[None])[0].reshape(head.shape), head

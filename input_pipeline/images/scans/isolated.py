@@ -1,18 +1,18 @@
-"""A decoder that may end its process, in a process of its own.
+"""Run the gdcm decoder in a child process.
 
-gdcm is the one permissively licensed decoder of JPEG lossless. On some damaged streams it aborts the process that calls
-it, and on many others it makes a picture of what it could read and says so on stderr only. Here it runs in a child: an
-abort, a hang and a complaint become errors, and its memory has a limit. One child serves all frames of a process.
+gdcm is the only permissively licensed decoder of lossless JPEG. On some damaged streams it aborts its process, and on
+many others it returns a partial image and reports the error on stderr only. In a child process an abort, a timeout and
+a message on stderr become errors, and memory is limited. One child serves all frames of a process.
 
-This file is both ends: imported by the parent, and run as the child's program (which imports nothing of this package).
+This file contains both ends. The child runs it as a program and imports nothing else of this package.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
-import select
 import struct
 import subprocess
 import sys
@@ -21,12 +21,29 @@ import threading
 import time
 
 LENGTHS = struct.Struct("<QQ")
-SECONDS = 60  # for one frame, the child's start included; measured 0.5 s for the start, 0.05 s for 1024 x 1024
-MEMORY = 6 << 30  # address space of the child
+SECONDS = 60  # per frame, including the child's start; measured: 0.5 s start, 0.05 s for 1024 x 1024
+MEMORY = 6 << 30  # address space of the child, bytes
 
 
 class DecoderError(RuntimeError):
-    """The frame could not be decoded; the message says what the decoder said."""
+    """A frame that could not be decoded, with the decoder's message."""
+
+
+def send(stream, info: dict, data: bytes) -> None:
+    text = json.dumps(info).encode()
+    stream.write(LENGTHS.pack(len(text), len(data)) + text)
+    stream.write(data)
+    stream.flush()
+
+
+def receive(stream) -> tuple[dict, bytes] | None:
+    """Return the next (info, data); None if the stream ends."""
+    head = stream.read(LENGTHS.size)
+    if len(head) < LENGTHS.size:
+        return None
+    text_size, data_size = LENGTHS.unpack(head)
+    text, data = stream.read(text_size), stream.read(data_size)
+    return (json.loads(text), data) if len(text) == text_size and len(data) == data_size else None
 
 
 class Child:
@@ -35,42 +52,31 @@ class Child:
     def __init__(self):
         self.owner = os.getpid()
         command = [sys.executable, "-P", "-W", "ignore", __file__]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
-    def end(self) -> None:
+    def stop(self) -> None:
         if self.owner == os.getpid():
             self.process.kill()
             self.process.wait()
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # from the flush of a request that the child did not read
+            self.process.stdin.close()
         self.process.stdout.close()
 
-    def read(self, count: int, deadline: float) -> bytearray:
-        out, pipe = bytearray(), self.process.stdout.fileno()
-        poll = select.poll()
-        poll.register(pipe, select.POLLIN)
-        while len(out) < count:
-            left = deadline - time.monotonic()
-            if left <= 0 or not poll.poll(left * 1000):
-                raise DecoderError(f"the decoder did not end within {SECONDS} s")
-            got = os.read(pipe, min(count - len(out), 1 << 20))
-            if not got:
-                raise DecoderError("the decoder crashed")
-            out += got
-        return out
-
-    def ask(self, options: dict, frame: bytes) -> tuple[dict, bytearray]:
+    def request(self, info: dict, frame: bytes) -> tuple[dict, bytes]:
         deadline = time.monotonic() + SECONDS
-        text = json.dumps(options).encode()
+        timer = threading.Timer(SECONDS, self.process.kill)
+        timer.start()
         try:
-            for part in (LENGTHS.pack(len(text), len(frame)), text, frame):
-                view = memoryview(part)
-                while view:
-                    view = view[os.write(self.process.stdin.fileno(), view) :]
+            send(self.process.stdin, info, frame)
+            answer = receive(self.process.stdout)
         except BrokenPipeError:
-            raise DecoderError("the decoder crashed") from None
-        sizes = LENGTHS.unpack(self.read(LENGTHS.size, deadline))
-        info = json.loads(bytes(self.read(sizes[0], deadline)))
-        return info, self.read(sizes[1], deadline)
+            answer = None
+        finally:
+            timer.cancel()
+        if answer is None:
+            late = time.monotonic() >= deadline
+            raise DecoderError(f"the decoder did not finish within {SECONDS} s" if late else "the decoder crashed")
+        return answer
 
 
 _child: Child | None = None
@@ -79,39 +85,39 @@ _lock = threading.Lock()
 
 def _renew_lock() -> None:
     global _lock
-    _lock = threading.Lock()  # another thread may have held it when this process was forked
+    _lock = threading.Lock()  # another thread may have held the lock at the time of the fork
 
 
-def _end() -> None:
+def _stop() -> None:
     global _child
     if _child is not None:
-        _child.end()
+        _child.stop()
         _child = None
 
 
 os.register_at_fork(after_in_child=_renew_lock)
-atexit.register(_end)
+atexit.register(_stop)
 
 
 def decode(syntax: str, frame: bytes, options: dict):
-    """One encoded frame -> (pixels, pydicom's description of them), as pydicom's `Decoder.as_array` gives them.
+    """Decode one frame. Returns (pixels, pydicom's description of them), as pydicom's `Decoder.as_array`.
 
     Args:
       options: of pydicom's decoder, JSON values.
     Raises:
-      DecoderError: the decoder raised, complained, crashed, took too long or too much memory.
+      DecoderError: the decoder raised, printed a message, crashed, or exceeded its time or memory.
     """
     import numpy as np
 
     global _child
     with _lock:
         if _child is None or _child.owner != os.getpid():
-            _end()
+            _stop()
             _child = Child()
         try:
-            info, data = _child.ask({"syntax": str(syntax), "options": options}, frame)
-        except BaseException:  # also an interrupt: half an answer must not be read as the next one
-            _end()
+            info, data = _child.request({"syntax": str(syntax), "options": options}, frame)
+        except BaseException:  # including an interrupt: the next request must not read the rest of this answer
+            _stop()
             raise
     if "error" in info:
         raise DecoderError(info["error"])
@@ -119,38 +125,35 @@ def decode(syntax: str, frame: bytes, options: dict):
 
 
 def serve() -> None:
-    """The child: frames in, pixels out, until its input ends."""
+    """Decode frames from stdin to stdout until stdin ends (in the child)."""
     import resource
 
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     source, target = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    said = tempfile.TemporaryFile()  # what C code prints
-    os.dup2(said.fileno(), 1)
-    os.dup2(said.fileno(), 2)
+    messages = tempfile.TemporaryFile()  # receives what C code prints
+    os.dup2(messages.fileno(), 1)
+    os.dup2(messages.fileno(), 2)
     from pydicom import encaps, pixels, uid
 
-    while len(head := source.read(LENGTHS.size)) == LENGTHS.size:
-        text, size = LENGTHS.unpack(head)
-        asked, frame, data = json.loads(source.read(text)), source.read(size), b""
-        said.seek(0)
-        said.truncate()
+    while received := receive(source):
+        (request, frame), data = received, b""
+        messages.seek(0)
+        messages.truncate()
         try:
-            decoder = pixels.get_decoder(uid.UID(asked["syntax"]))
+            decoder = pixels.get_decoder(uid.UID(request["syntax"]))
             buffer = encaps.encapsulate([frame], has_bot=False)
-            array, found = decoder.as_array(buffer, index=0, validate=False, decoding_plugin="gdcm", **asked["options"])
+            options = request["options"]
+            array, meta = decoder.as_array(buffer, index=0, validate=False, decoding_plugin="gdcm", **options)
             data = array.tobytes()
-            photometric = str(found["photometric_interpretation"])
+            photometric = str(meta["photometric_interpretation"])
             info = {"dtype": array.dtype.str, "shape": array.shape, "photometric_interpretation": photometric}
-        except Exception as error:  # reported to the parent, which raises it
+        except Exception as error:  # sent to the parent, which raises it
             info = {"error": " ".join(str(error).split()) or type(error).__name__}
-        said.seek(0)
-        if complaint := said.read(500).decode("ascii", "replace").strip():
-            info, data = {"error": complaint.splitlines()[0]}, b""
-        text = json.dumps(info).encode()
-        target.write(LENGTHS.pack(len(text), len(data)) + text)
-        target.write(data)
-        target.flush()
+        messages.seek(0)
+        if message := messages.read(500).decode("ascii", "replace").strip():
+            info, data = {"error": message.splitlines()[0]}, b""
+        send(target, info, data)
 
 
 if __name__ == "__main__":

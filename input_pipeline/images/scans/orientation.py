@@ -1,11 +1,11 @@
-"""Voxel axes -> rows, columns and slices as a radiologist sees them. Axes are swapped and flipped, never resampled.
+"""Voxel axes -> rows, columns and slices in radiological display. Axes are reordered and flipped, never resampled.
 
-Displays, and the codes of where rows, columns and slices run to (patient directions):
+Display conventions, and the codes of the directions of increasing row, column and slice index:
 
-    plane      picture (row 0 on top, column 0 at the left)                         slices               code
-    axial      anterior on top, the patient's right at the left                     feet to head         PLS
-    coronal    head on top, the patient's right at the left                         front to back        ILP
-    sagittal   head on top, anterior at the left                                    right to left        IPL
+    plane      image (top row, left column)                                         slices               code
+    axial      anterior at the top, the patient's right at the left                 feet to head         PLS
+    coronal    head at the top, the patient's right at the left                     front to back        ILP
+    sagittal   head at the top, anterior at the left                                right to left        IPL
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ import dataclasses
 import numpy as np
 from nibabel import orientations
 
-DISPLAY = {"S": "PLS", "P": "ILP", "L": "IPL"}
+DISPLAY_CODES = {"S": "PLS", "P": "ILP", "L": "IPL"}
 PLANE = ("L", "P", "S")  # the anatomical axis across the slices: sagittal, coronal, axial
-THICK = 1.5  # slices this much further apart than voxels within them show the plane of acquisition
+THICK = 1.5  # slice spacing over in-plane spacing from which the thick axis is taken as the slice axis
 
 
 @dataclasses.dataclass(frozen=True)
 class DisplayLayout:
-    """How an array [a, b, c, ...] becomes [rows, columns, slices, ...].
+    """The axis order and flips that turn an array [a, b, c, ...] into [rows, columns, slices, ...].
 
     Attributes:
       order: array axes that become rows, columns and slices.
-      flip: which of these run the other way in the file.
-      codes: where they run to afterwards.
+      flip: which of these are reversed.
+      codes: their directions after the flips.
     """
 
     order: tuple[int, int, int]
@@ -37,27 +37,27 @@ class DisplayLayout:
     oblique_degrees: float
 
     def apply(self, voxels: np.ndarray) -> np.ndarray:
-        """A view of [a, b, c, ...] as [H, W, D, ...]."""
+        """Return a view of [a, b, c, ...] as [H, W, D, ...]."""
         moved = np.transpose(voxels, (*self.order, *range(3, voxels.ndim)))
         return moved[tuple(slice(None, None, -1) if f else slice(None) for f in self.flip)]
 
     def shape(self, shape) -> tuple[int, int, int]:
-        """(a, b, c) as (H, W, D)."""
+        """Return (a, b, c) as (H, W, D)."""
         return tuple(int(shape[axis]) for axis in self.order)
 
 
-def display(affine: np.ndarray, shape, slice_axis: int | None = None) -> DisplayLayout:
-    """The layout of voxels whose indices map to the patient by `affine`.
+def display_layout(affine: np.ndarray, shape, slice_axis: int | None = None) -> DisplayLayout:
+    """Return the display layout of voxels with an affine.
 
     Args:
-      affine: [3, 3 or more]; column a is the step in mm of array axis a, in RAS (x to the patient's Right, y to
+      affine: [3, 3 or more]; column a is the step in mm along array axis a, in RAS (x to the patient's Right, y to
         Anterior, z to Superior).
       shape: (a, b, c).
-      slice_axis: the array axis across the slices, where the format knows it. Otherwise an axis of one voxel; else the
-        one whose voxels lie THICK times further apart than those of both others (a thick-slice sagittal spine stays
-        sagittal); else the head-feet axis, so that isotropic volumes are axial.
+      slice_axis: the array axis across the slices, if the format defines it. Otherwise it is the axis of one voxel;
+        else the axis whose spacing exceeds both others by the factor THICK (a thick-slice sagittal spine stays
+        sagittal); else the head-feet axis, so isotropic volumes are axial.
     Raises:
-      ValueError: steps that are not finite, zero, or in one plane.
+      ValueError: steps that are not finite, zero, or coplanar.
     """
     steps = np.asarray(affine, np.float64)[:3, :3]
     spacing = np.linalg.norm(steps, axis=0)
@@ -65,7 +65,7 @@ def display(affine: np.ndarray, shape, slice_axis: int | None = None) -> Display
         raise ValueError(f"voxel steps of {[float(f'{s:.3g}') for s in spacing]} mm")
     unit = steps / spacing
     if abs(np.linalg.det(unit)) < 0.1:
-        raise ValueError("voxel axes that lie in one plane")
+        raise ValueError("coplanar voxel axes")
     full = np.eye(4)
     full[:3, :3] = steps
     ornt = orientations.io_orientation(full)
@@ -78,7 +78,7 @@ def display(affine: np.ndarray, shape, slice_axis: int | None = None) -> Display
             slice_axis = coarse
         else:
             slice_axis = int(np.argmax(ornt[:, 0] == 2))
-    codes = DISPLAY[PLANE[int(ornt[slice_axis, 0])]]
+    codes = DISPLAY_CODES[PLANE[int(ornt[slice_axis, 0])]]
     # transform[a] = (display axis of array axis a, direction)
     transform = orientations.ornt_transform(ornt, orientations.axcodes2ornt(codes))
     order = tuple(int(np.argmax(transform[:, 0] == axis)) for axis in range(3))

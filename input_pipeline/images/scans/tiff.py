@@ -1,8 +1,8 @@
-"""TIFF: a page is a slice, in the file's order.
+"""TIFF: one slice a page, in the order of the file.
 
-tifffile says what is in the file and decodes plain, deflated and PackBits pages of any depth; Pillow (libtiff) decodes
-the other compressions where it does so without loss: 8-bit gray and RGB, 16-bit gray. A TIFF has no checksum of its
-own: a flipped bit in plain pixels changes voxels unseen.
+tifffile parses the file and decodes uncompressed, deflated and PackBits pages of any depth. Pillow (libtiff) decodes
+the other compressions where that is lossless: 8-bit gray and RGB, 16-bit gray. TIFF has no checksum, so a flipped bit
+in uncompressed pixels is not detected.
 """
 
 from __future__ import annotations
@@ -18,22 +18,25 @@ from PIL import Image
 
 from input_pipeline.images.scans import codestream
 from input_pipeline.images.scans.base import (
+    COPY_AGAIN,
     Header,
     ScanError,
     ScanLimits,
-    blamed,
+    as_scan_error,
+    check_opaque,
     check_shape,
     check_volume,
-    listed,
-    natural,
-    opened,
+    join_offenders,
+    limit_error,
+    open_scan,
+    to_intensities,
 )
-from input_pipeline.images.scans.images import oriented
+from input_pipeline.images.scans.images import apply_orientation
 
 PLAIN, PACKBITS, DEFLATE = 1, 32773, (8, 32946)
 MINISWHITE, MINISBLACK, RGB, PALETTE, YCBCR = 0, 1, 2, 3, 6
 NAMES = {MINISWHITE: "MINISWHITE", MINISBLACK: "MINISBLACK", RGB: "RGB", PALETTE: "palette", YCBCR: "YCbCr"}
-SAVE = "save it as a plain 8 or 16-bit TIFF or PNG"
+SAVE = "save it as an uncompressed 8 or 16-bit TIFF, or as PNG"
 
 
 def sniff(start: bytes) -> bool:
@@ -41,11 +44,11 @@ def sniff(start: bytes) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class Page:
-    """What all pages have in common.
+class PageFormat:
+    """The properties that all pages of a file must share.
 
     Attributes:
-      samples: values a pixel, alpha included.
+      samples: values per pixel, including alpha.
     """
 
     rows: int
@@ -63,10 +66,11 @@ class Page:
         return 1 if self.photometric in (MINISWHITE, MINISBLACK) else 3
 
 
-def describe(path, page: tifffile.TiffPage) -> Page:
+def page_format(path, page: tifffile.TiffPage) -> PageFormat:
+    """Return the format of a page. Raises ScanError if it is unsupported."""
     tag = page.tags.get("Orientation")
     extra = tuple(int(e) for e in page.extrasamples)
-    found = Page(
+    form = PageFormat(
         rows=int(page.imagelength),
         columns=int(page.imagewidth),
         samples=int(page.samplesperpixel),
@@ -78,189 +82,173 @@ def describe(path, page: tifffile.TiffPage) -> Page:
         alpha=bool(extra),
     )
     problem = None
-    if found.photometric not in NAMES:
-        problem = f"has pixels of the photometric kind {found.photometric}"
-    elif found.dtype.kind not in "uif" or found.bits != 8 * found.dtype.itemsize:
-        problem = f"has {found.bits}-bit pixels of {found.dtype}"
-    elif found.samples != found.channels + len(extra) and found.photometric != PALETTE or len(extra) > 1:
-        problem = f"has {found.samples} values a pixel"
-    elif found.photometric == PALETTE and (found.samples != 1 or found.dtype != np.uint8):
+    if form.photometric not in NAMES:
+        problem = f"has the photometric interpretation {form.photometric}"
+    elif form.dtype.kind not in "uif" or form.bits != 8 * form.dtype.itemsize:
+        problem = f"has {form.bits}-bit pixels of {form.dtype}"
+    elif form.samples != form.channels + len(extra) and form.photometric != PALETTE or len(extra) > 1:
+        problem = f"has {form.samples} values a pixel"
+    elif form.photometric == PALETTE and (form.samples != 1 or form.dtype != np.uint8):
         problem = "has a palette of other than 8 bits"
     elif int(page.imagedepth) != 1:
         problem = "has 3D tiles"
-    elif not 1 <= found.orientation <= 8:
-        problem = f"states the orientation {found.orientation}"
+    elif not 1 <= form.orientation <= 8:
+        problem = f"states the orientation {form.orientation}"
     if problem:
         raise ScanError(path, problem, SAVE, "unsupported")
-    return found
+    return form
 
 
 def count_pages(path, data: bytes, limits: ScanLimits) -> int:
-    """Pages in the file's chain of directories, which tifffile ends without a word where a link is broken."""
+    """Count the pages in the chain of directories, which tifffile ends silently at a broken link."""
     order = "<" if data[:2] == b"II" else ">"
     big = data[2:4] in (b"+\0", b"\0+")
     link, counter, entry = ("Q", "Q", 20) if big else ("I", "H", 12)
     width = struct.calcsize(link)
-    at, seen = (8 if big else 4), set()
+    position, offsets = (8 if big else 4), set()
     while True:
-        if at + width > len(data):
-            raise ScanError(path, f"is cut short: no link after page {len(seen)}", "copy it again from its source")
-        offset = struct.unpack_from(order + link, data, at)[0]
+        if position + width > len(data):
+            raise ScanError(path, f"is truncated: no link after page {len(offsets)}", COPY_AGAIN)
+        offset = struct.unpack_from(order + link, data, position)[0]
         if offset == 0:
-            return len(seen)
-        if offset in seen or offset + struct.calcsize(counter) > len(data):
-            what = f"page {len(seen) + 1} lies {'in a loop' if offset in seen else 'outside the file'}"
-            raise ScanError(path, what, "it is cut short or damaged: copy it again from its source")
-        seen.add(offset)
-        if len(seen) > limits.max_slices:
-            what = f"has more than {limits.max_slices} pages"
-            raise ScanError(path, what, "raise ScanLimits.max_slices if this is right", "limit")
-        at = offset + struct.calcsize(counter) + entry * struct.unpack_from(order + counter, data, offset)[0]
+            return len(offsets)
+        if offset in offsets or offset + struct.calcsize(counter) > len(data):
+            problem = "links back to an earlier page" if offset in offsets else "is outside the file"
+            raise ScanError(path, f"page {len(offsets) + 1} {problem}", COPY_AGAIN)
+        offsets.add(offset)
+        if len(offsets) > limits.max_slices:
+            raise limit_error(path, f"has more than {limits.max_slices} pages", "max_slices")
+        position = offset + struct.calcsize(counter) + entry * struct.unpack_from(order + counter, data, offset)[0]
 
 
-def inspect(path, limits: ScanLimits) -> tuple[bytes, tifffile.TiffFile, list[tifffile.TiffPage], Page, Header]:
-    with opened(path, limits) as file:
+def open_tiff(path, limits: ScanLimits) -> tuple[bytes, tifffile.TiffFile, list[tifffile.TiffPage], PageFormat, Header]:
+    """Read a file without decoding it. Returns its bytes, the TiffFile, its pages, their format, and the header."""
+    with open_scan(path, limits) as file:
         data = file.read()
     linked = count_pages(path, data, limits)
-    with blamed(path, "reading the TIFF's pages"):
+    with as_scan_error(path, "reading the TIFF pages"):
         tif = tifffile.TiffFile(io.BytesIO(data))
         pages = [page if isinstance(page, tifffile.TiffPage) else page.aspage() for page in tif.pages]
-        kinds = [describe(path, page) for page in pages]
+        forms = [page_format(path, page) for page in pages]
         stated = int((tif.imagej_metadata or {}).get("images", len(pages))) if tif.is_imagej else len(pages)
-        folded = any(found.get("truncated") for found in tif.shaped_metadata or ())
+        folded = any(series.get("truncated") for series in tif.shaped_metadata or ())
     if not pages or len(pages) != linked:
-        raise ScanError(path, f"has {linked} pages of which {len(pages)} are readable", "copy it again")
+        raise ScanError(path, f"has {linked} pages, of which {len(pages)} are readable", COPY_AGAIN)
     if folded:
         raise ScanError(path, "holds several slices in one page", "write one page a slice", "ambiguous")
     if stated != len(pages):
-        what = f"states {stated} images but has {len(pages)} pages"
-        raise ScanError(path, what, "export it from ImageJ with one page a slice", "ambiguous")
-    unlike = [f"page {i + 1} is {k.rows} x {k.columns} {k.dtype}" for i, k in enumerate(kinds) if k != kinds[0]]
-    if unlike:
-        what = (
-            f"page 1 is {kinds[0].rows} x {kinds[0].columns} {kinds[0].dtype}, but {listed(unlike)} or stored otherwise"
-        )
-        raise ScanError(path, what, "give each picture its own file", "ambiguous")
-    kind, count = kinds[0], len(pages)
-    rows, columns = kind.rows, kind.columns
-    h, w = (columns, rows) if kind.orientation >= 5 else (rows, columns)
-    check_shape(path, (h, w, count, max(kind.samples, kind.channels)), kind.dtype.itemsize, limits)
-    head = Header(
-        format="image",
-        kind="2d" if count == 1 else "3d",
-        modality=None,
-        shape=(h, w, count, kind.channels),
-        spacing_mm=None,
-        orientation=None,
-        dtype=kind.dtype.newbyteorder("=").name,
-        photometric=NAMES[kind.photometric],
-    )
-    return data, tif, pages, kind, head
+        reason = f"states {stated} images but has {len(pages)} pages"
+        raise ScanError(path, reason, "export it from ImageJ with one page a slice", "ambiguous")
+    texts = [f"page {i + 1} is {f.rows} x {f.columns} {f.dtype}" for i, f in enumerate(forms)]
+    different = [text for text, form in zip(texts, forms, strict=True) if form != forms[0]]
+    if different:
+        reason = f"{texts[0]}, but {join_offenders(different)}, or differs in its encoding"
+        raise ScanError(path, reason, "save each image as a file of its own", "ambiguous")
+    form, count = forms[0], len(pages)
+    h, w = (form.columns, form.rows) if form.orientation >= 5 else (form.rows, form.columns)
+    check_shape(path, (h, w, count, max(form.samples, form.channels)), form.dtype.itemsize, limits)
+    dtype = form.dtype.newbyteorder("=").name
+    photometric = NAMES[form.photometric]
+    head = Header(format="image", shape=(h, w, count, form.channels), dtype=dtype, photometric=photometric)
+    return data, tif, pages, form, head
 
 
-def check_segments(path, data: bytes, page: tifffile.TiffPage, kind: Page) -> None:
-    """Check that strips or tiles lie in the file, and unpack to what they should before tifffile unpacks them.
+def check_segments(path, data: bytes, page: tifffile.TiffPage, form: PageFormat) -> None:
+    """Check that strips or tiles are inside the file and unpack to their expected size.
 
-    tifffile fills a missing strip with zeros, and unpacks a deflated one without a bound.
+    tifffile fills a missing strip with zeros, and unpacks a deflated one without a limit.
     """
-    chunk = int(np.prod(page.chunks)) * kind.dtype.itemsize
+    chunk = int(np.prod(page.chunks)) * form.dtype.itemsize
     offsets, counts = page.dataoffsets, page.databytecounts
     needed = int(np.prod(page.chunked))
     if len(offsets) != needed or len(counts) != needed:
-        raise ScanError(path, f"has {len(offsets)} strips where its header needs {needed}", "its header is damaged")
-    tiled = page.is_tiled
+        raise ScanError(path, f"has {len(offsets)} strips, but its header requires {needed}", COPY_AGAIN)
     for i, (offset, count) in enumerate(zip(offsets, counts, strict=True)):
         expected = chunk
-        if not tiled:  # the last strip of a picture may be lower
-            per_plane = -(-kind.rows // page.rowsperstrip)
-            rows = min(page.rowsperstrip, kind.rows - (i % per_plane) * page.rowsperstrip)
+        if not page.is_tiled:  # the last strip may have fewer rows
+            per_plane = -(-form.rows // page.rowsperstrip)
+            rows = min(page.rowsperstrip, form.rows - (i % per_plane) * page.rowsperstrip)
             expected = chunk // page.chunks[-3 if len(page.chunks) > 2 else 0] * rows
         if not (0 < offset and 0 < count and offset + count <= len(data)):
-            raise ScanError(path, f"strip or tile {i + 1} lies outside the file", "it is cut short: copy it again")
+            raise ScanError(path, f"strip or tile {i + 1} is outside the file", COPY_AGAIN)
         segment = memoryview(data)[offset : offset + count]
         size = count
-        if kind.compression in DEFLATE:
-            with blamed(path, "unpacking a strip"):
+        if form.compression in DEFLATE:
+            with as_scan_error(path, "unpacking a strip"):
                 unpacker = zlib.decompressobj()
                 size = len(unpacker.decompress(segment, expected + 1))
                 if size == expected and not unpacker.eof:
                     unpacker.decompress(unpacker.unconsumed_tail, 1)
                 if size <= expected and not unpacker.eof:
-                    raise ScanError(path, f"strip or tile {i + 1} is cut short", "copy it again from its source")
-        elif kind.compression == PACKBITS:
+                    raise ScanError(path, f"strip or tile {i + 1} is truncated", COPY_AGAIN)
+        elif form.compression == PACKBITS:
             size = codestream.packbits_size(bytes(segment), expected + 1)
-        if size != expected and not (kind.compression == PACKBITS and size == expected + 1):
-            what = f"strip or tile {i + 1} has {'more than' * (size > expected)} {size} bytes, not {expected}"
-            raise ScanError(path, what, "it is damaged: copy it again")
+        if size != expected and not (form.compression == PACKBITS and size == expected + 1):
+            reason = f"strip or tile {i + 1} has {'more than ' * (size > expected)}{size} bytes instead of {expected}"
+            raise ScanError(path, reason, COPY_AGAIN)
 
 
-def decode_page(path, data: bytes, number: int, page: tifffile.TiffPage, kind: Page) -> np.ndarray:
-    """[H, W] or [H, W, samples]."""
-    if kind.compression in (PLAIN, PACKBITS, *DEFLATE) and kind.photometric != YCBCR:
-        check_segments(path, data, page, kind)
-        with blamed(path, f"decoding page {number + 1}"):
+def decode_page(path, data: bytes, number: int, page: tifffile.TiffPage, form: PageFormat) -> np.ndarray:
+    """Return the stored pixels of a page, [H, W] or [H, W, samples]."""
+    if form.compression in (PLAIN, PACKBITS, *DEFLATE) and form.photometric != YCBCR:
+        check_segments(path, data, page, form)
+        with as_scan_error(path, f"decoding page {number + 1}"):
             pixels = page.asarray()
-            if kind.samples > 1 and int(page.planarconfig) == 2:
+            if form.samples > 1 and int(page.planarconfig) == 2:
                 pixels = np.moveaxis(pixels, 0, -1)
-        return pixels.reshape(kind.rows, kind.columns, *([kind.samples] if kind.samples > 1 else []))
-    lossless = kind.dtype == np.uint8 or kind.dtype.newbyteorder("=") == np.uint16 and kind.samples == 1
+        return pixels.reshape(form.rows, form.columns, *([form.samples] if form.samples > 1 else []))
+    lossless = form.dtype == np.uint8 or form.dtype.newbyteorder("=") == np.uint16 and form.samples == 1
     if not lossless:
-        what = f"has {kind.dtype} pixels under the compression {page.compression.name}"
-        raise ScanError(path, what, SAVE, "unsupported")
-    with blamed(path, f"decoding page {number + 1}"):
-        picture = Image.open(io.BytesIO(data), formats=("TIFF",))
-        picture.seek(number)
-        if picture.size not in ((kind.columns, kind.rows), (kind.rows, kind.columns)):
-            raise ScanError(path, f"page {number + 1} has two sizes", "it is damaged: " + SAVE)
-        # Pillow turns the page by its orientation tag when it loads it; here that is done for every page below.
-        picture.tag_v2.pop(274, None)
-        picture.load()
-        if picture.mode == "YCbCr":
-            picture = picture.convert("RGB")
-        if kind.photometric == PALETTE:
-            picture = picture.convert("RGB")
-        pixels = np.asarray(picture)
-    if kind.photometric == MINISWHITE:  # Pillow has inverted it already
+        reason = f"has {form.dtype} pixels with {page.compression.name} compression"
+        raise ScanError(path, reason, SAVE, "unsupported")
+    with as_scan_error(path, f"decoding page {number + 1}"):
+        image = Image.open(io.BytesIO(data), formats=("TIFF",))
+        image.seek(number)
+        if image.size not in ((form.columns, form.rows), (form.rows, form.columns)):
+            raise ScanError(path, f"page {number + 1} states two different sizes", SAVE)
+        # Without this Pillow applies the orientation tag on load; here `to_slice` does so for every page.
+        image.tag_v2.pop(274, None)
+        image.load()
+        if image.mode == "YCbCr" or form.photometric == PALETTE:
+            image = image.convert("RGB")
+        pixels = np.asarray(image)
+    if form.photometric == MINISWHITE:  # undo the inversion by Pillow; `to_slice` inverts every page
         pixels = np.iinfo(pixels.dtype).max - pixels
     return pixels
 
 
-def finish_page(path, pixels: np.ndarray, page: tifffile.TiffPage, kind: Page) -> np.ndarray:
-    """Stored values -> [H, W, C]: MINISWHITE inverted, palette looked up, opaque alpha dropped."""
-    if kind.alpha:
-        full = np.iinfo(kind.dtype).max if kind.dtype.kind in "ui" else 1.0
-        if (pixels[..., -1] != full).any():
-            remedy = "blend it with the background that is meant and save it without alpha"
-            raise ScanError(path, "has transparent pixels", remedy, "ambiguous")
+def to_slice(path, pixels: np.ndarray, page: tifffile.TiffPage, form: PageFormat) -> np.ndarray:
+    """Turn stored pixels into [H, W, C]: invert MINISWHITE, apply the palette, drop opaque alpha, apply orientation."""
+    if form.alpha:
+        check_opaque(path, pixels[..., -1], np.iinfo(form.dtype).max if form.dtype.kind in "ui" else 1.0)
         pixels = pixels[..., :-1]
-        pixels = pixels[..., 0] if kind.channels == 1 else pixels
-    if kind.photometric == MINISWHITE:
-        if kind.dtype.kind != "u":
-            raise ScanError(path, f"is MINISWHITE with {kind.dtype} pixels", SAVE, "unsupported")
-        pixels = np.iinfo(kind.dtype).max - pixels
-    if kind.photometric == PALETTE and pixels.ndim == 2:
-        with blamed(path, "applying the palette"):
+        pixels = pixels[..., 0] if form.channels == 1 else pixels
+    if form.photometric == MINISWHITE:
+        if form.dtype.kind != "u":
+            raise ScanError(path, f"is MINISWHITE with {form.dtype} pixels", SAVE, "unsupported")
+        pixels = np.iinfo(form.dtype).max - pixels
+    if form.photometric == PALETTE and pixels.ndim == 2:
+        with as_scan_error(path, "applying the palette"):
             pixels = (np.asarray(page.colormap, np.uint16) >> 8).astype(np.uint8)[:, pixels].transpose(1, 2, 0)
     pixels = pixels[..., None] if pixels.ndim == 2 else pixels
-    return oriented(pixels, kind.orientation)
+    return apply_orientation(pixels, form.orientation)
 
 
 def header(path, *, limits: ScanLimits) -> Header:
-    return inspect(path, limits)[4]
+    return open_tiff(path, limits)[4]
 
 
 def read(path, *, volume: int | None, limits: ScanLimits) -> tuple[np.ndarray, Header]:
     check_volume(path, volume, 1, limits)
-    data, tif, pages, kind, head = inspect(path, limits)
+    data, tif, pages, form, head = open_tiff(path, limits)
     h, w, d, c = head.shape
     frames = None
     for number, page in enumerate(pages):
-        pixels = finish_page(path, decode_page(path, data, number, page, kind), page, kind)
+        pixels = to_slice(path, decode_page(path, data, number, page, form), page, form)
         if frames is None:
             frames = np.empty((d, h, w, c), pixels.dtype.newbyteorder("="))
         if pixels.shape != frames.shape[1:]:
-            raise ScanError(path, f"page {number + 1} was decoded to {pixels.shape}", "it is damaged: " + SAVE)
+            raise ScanError(path, f"page {number + 1} was decoded to the shape {pixels.shape}", SAVE)
         frames[number] = pixels
     tif.close()
-    voxels = natural(path, frames, limits=limits).transpose(1, 2, 0, 3)
-    return voxels, head
+    return to_intensities(path, frames, limits=limits).transpose(1, 2, 0, 3), head

@@ -1,0 +1,97 @@
+"""Tokens of a sample part by part: texts with the white space between them, scan marks, and EOS."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+
+from input_pipeline.samples import Scan, Text
+from input_pipeline.text.terms import TERM_WEIGHT, TermFinder
+from input_pipeline.text.tokenizer import Tokenizer
+
+TRAINED = ("response", "interleaved")  # roles with a loss
+
+_CLOSING = re.compile(r"[)\]},;?!%]|[.:](?!\d)")
+_OPENING = ("(", "[", "{")
+
+
+@dataclasses.dataclass
+class Block:
+    """The tokens of a text of one role, of a scan, or an EOS."""
+
+    role: str  # context, instruction, response, interleaved, scan, eos
+    ids: list[int]
+    weights: list[float] | None = None  # None: zeros
+    scan: Scan | None = None
+
+
+def separator(left: str | None, right: str) -> str:
+    """Return the white space between a text (None: a scan or the beginning) and the next text.
+
+    The white space of both sides becomes one space, or its line breaks if it has any. Before closing punctuation
+    ("<image-1>, which", "fracture" + "?") and after an opening bracket it is dropped. Next to a scan it has no meaning
+    and is dropped.
+    """
+    if left is not None:
+        space = left[len(left.rstrip()) :] + right[: len(right) - len(right.lstrip())]
+        if lines := space.replace("\r\n", "\n").count("\n"):
+            return "\n" * lines
+        if left.rstrip().endswith(_OPENING):
+            return ""
+    return "" if _CLOSING.match(right.lstrip()) else " "
+
+
+def to_blocks(
+    parts: Sequence[Text | Scan], tokenizer: Tokenizer, terms: TermFinder, num_latents: int, prompt: bool
+) -> list[Block]:
+    """Encode the parts of a sample in reading order, with an EOS after every answer."""
+    mark = [tokenizer.image_id, *[0] * num_latents, tokenizer.image_end_id]
+    last_text = max(i for i, p in enumerate(parts) if isinstance(p, Text))
+    blocks: list[Block] = []
+    eos_position = None  # of the current answer: after its last text
+    left: str | None = None  # the previous text, unless a scan is in between
+    for i, part in enumerate(parts):
+        if isinstance(part, Scan):
+            blocks.append(Block("scan", mark, scan=part))
+            left = None
+            continue
+        if part.role not in TRAINED and eos_position is not None:
+            blocks.insert(eos_position, Block("eos", [tokenizer.eos_id], [1.0]))
+            eos_position, left = None, None
+        starts_word = separator(left, part.text) == " "
+        following = parts[i + 1] if i + 1 < len(parts) else None
+        lines = ""  # line breaks belong to the text before them
+        if isinstance(following, Text) and not (part.role in TRAINED and following.role not in TRAINED):
+            lines = separator(part.text, following.text)
+        elif prompt and i == last_text and following is None:
+            lines = separator(part.text, "x")  # as in training, where a response follows
+        text = part.text.strip() + lines.strip(" ")
+        if part.role in TRAINED:
+            blocks.append(Block(part.role, *_encode_weighted(text, starts_word, tokenizer, terms)))
+            eos_position = len(blocks)
+        else:
+            blocks.append(Block(part.role, tokenizer.encode(text, starts_word=starts_word)))
+        left = part.text
+    if eos_position is not None:
+        blocks.append(Block("eos", [tokenizer.eos_id], [1.0]))
+    return blocks
+
+
+def _encode_weighted(
+    text: str, starts_word: bool, tokenizer: Tokenizer, terms: TermFinder
+) -> tuple[list[int], list[float]]:
+    """Return ids and weights; every piece that shares a character with a term has TERM_WEIGHT."""
+    ids, offsets = tokenizer.encode_with_offsets(text, starts_word=starts_word)
+    weights = [1.0] * len(ids)
+    i = 0
+    for begin, end in terms.find(text):
+        while i < len(ids) and offsets[i][1] <= begin:
+            i += 1
+        j = i
+        while j < len(ids) and offsets[j][0] < end:
+            # An empty piece is only the mark of a word's start.
+            if offsets[j][1] > begin and offsets[j][0] < offsets[j][1]:
+                weights[j] = TERM_WEIGHT
+            j += 1
+    return ids, weights
