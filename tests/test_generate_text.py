@@ -552,7 +552,7 @@ def test_options_that_would_do_nothing(arguments, words, capsys):
     [
         (["--prompt", "x", "--top-p", "2"], "top_p is 2.0"),
         (["--prompt", "x", "--devices", "3"], "--devices is 3: there are 8"),
-        (["--prompt", "x", "--scan", "f", "--window", "brian"], "CT window 'brian' is none of"),
+        (["--prompt", "x", "--scan", "f", "--window", "brian"], "CT window 'brian' is not one of"),
         (["--prompt", "x", "--show", "x.png"], "--show needs a --scan"),
         (["--prompt", "x", "--size-2d", "50"], "size_2d, size_3d, depth: "),
     ],

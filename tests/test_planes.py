@@ -217,7 +217,7 @@ def test_counts_of_a_mixed_released_sample():
         (lambda: draw(32, 32, 4, 1, np.float64), r"float64\[32, 32, 4, 1\]"),
         (lambda: draw(32, 33, 4, 1), "width 33 is not a multiple of 32"),
         (lambda: draw(32, 32, 6, 1), "depth 6 is not a multiple of 4"),
-        (lambda: draw(32, 32, 4, 1, depth=8), "4 slices cannot stand for a depth of 8"),
+        (lambda: draw(32, 32, 4, 1, depth=8), "4 slices cannot fill a depth of 8"),
     ],
 )
 def test_what_cannot_be_a_volume_is_refused(wrong, message):

@@ -65,7 +65,7 @@ def test_missing_and_special_files(tmp_path):
     with pytest.raises(scans.ScanError, match="cannot be opened"):
         scans.read(tmp_path / ("n" * 300))
     (tmp_path / "a.nii.gz").write_text("plain text, not a scan")
-    fails(tmp_path / "a.nii.gz", "unsupported", "no known format")
+    fails(tmp_path / "a.nii.gz", "unsupported", "unknown format")
     np.savez(tmp_path / "a.npz", x=np.arange(9))
     fails(tmp_path / "a.npz", "unsupported", "npz")
 

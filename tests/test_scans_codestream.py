@@ -15,7 +15,7 @@ def test_codestream_sizes():
     buffer = io.BytesIO()
     Image.fromarray(COLOUR).save(buffer, "JPEG")
     assert codestream.jpeg(buffer.getvalue()) == codestream.Size(5, 12, 3, 8)
-    with pytest.raises(ValueError, match="end mark"):
+    with pytest.raises(ValueError, match="end marker"):
         codestream.jpeg(buffer.getvalue()[:-2])
     with pytest.raises(ValueError, match="201 JPEG scans"):
         codestream.jpeg(b"\xff\xd8" + b"\xff\xda" * 201 + b"\xff\xd9")

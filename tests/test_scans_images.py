@@ -121,4 +121,4 @@ def test_a_jpeg_named_png_is_read_but_a_picture_named_nii_is_not(tmp_path):
     path.rename(tmp_path / "a.png")
     assert scans.read(tmp_path / "a.png")[1].shape == (64, 64, 1, 1)
     (tmp_path / "a.png").rename(tmp_path / "a.nii")
-    fails(tmp_path / "a.nii", "ambiguous", "a picture")
+    fails(tmp_path / "a.nii", "ambiguous", "a 2D image")

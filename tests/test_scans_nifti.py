@@ -104,7 +104,7 @@ def test_nifti_colour(tmp_path, names):
         (("<h", 42, 0), "damaged", "dimensions"),
         (("<h", 40, 9), "damaged", "dimensions"),
         (("<h", 40, 1), "unsupported", "1 dimensions"),
-        (("<h", 42, 5), "damaged", "its header asks for"),
+        (("<h", 42, 5), "damaged", "its header requires"),
         (("<h", 70, 1792), "unsupported", "complex"),
         (("<h", 70, 7), "damaged", "data type 7"),
         (("<h", 72, 8), "damaged", "bits"),

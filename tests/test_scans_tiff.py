@@ -116,7 +116,7 @@ def test_tiff_with_a_broken_chain_of_pages(tmp_path):
             first = tif.pages[0].offset
         data = path.read_bytes()
         form = "<Q" if big else "<I"
-        for target, words in ((len(data) + 100, "outside the file"), (first, "loop")):
+        for target, words in ((len(data) + 100, "outside the file"), (first, "links back")):
             broken = data.replace(struct.pack(form, last), struct.pack(form, target), 1)
             assert broken != data
             path.write_bytes(broken)

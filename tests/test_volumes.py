@@ -165,8 +165,8 @@ def test_released_mode_knows_no_padding():
 @pytest.mark.parametrize(
     ("padding", "message"),
     [
-        ((-2000, 1000), r"every one of the 262144 voxels is padding \(-2000 to 1000\)"),
-        ((-2000, 0), "every one of the 65536 voxels is 1000"),
+        ((-2000, 1000), r"all 262144 voxels are padding \(-2000 to 1000\)"),
+        ((-2000, 0), "all 65536 voxels are 1000"),
     ],
 )
 def test_nothing_beside_the_padding_is_an_error(padding, message):
@@ -315,8 +315,8 @@ def test_augment_a_record(storage, channels):
         (with_values(np.nan, np.inf, -np.inf), r"3 of 120 voxels are not finite \(1 NaN, 2 infinite\)"),
         (with_values(np.nan, shape=(6, 5, 1, 1)), r"1 of 30 voxels are not finite"),
         (with_values(*[np.nan] * 120), "120 of 120"),
-        (np.full((6, 5, 4, 1), -7, np.int16), "every one of the 120 voxels is -7"),
-        (np.full((6, 5, 1, 3), 9, np.uint8), "every one of the 90 voxels is 9"),
+        (np.full((6, 5, 4, 1), -7, np.int16), "all 120 voxels are -7"),
+        (np.full((6, 5, 1, 3), 9, np.uint8), "all 90 voxels are 9"),
         (np.zeros((6, 5, 4), np.int16), r"got \[6, 5, 4\]"),
         (np.zeros((6, 5, 4, 2), np.int16), r"got \[6, 5, 4, 2\]"),
         (np.zeros((6, 0, 4, 1), np.int16), r"got \[6, 0, 4, 1\]"),
@@ -332,16 +332,16 @@ def test_bad_voxels_are_errors_with_numbers(mode, voxels, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"window": "lungs"}, "'lungs' is none of lung, mediastinum"),
+        ({"window": "lungs"}, "'lungs' is not one of lung, mediastinum"),
         ({"window": (5, 5)}, "the lower one first"),
         ({"window": (0, math.inf)}, "two finite intensities"),
-        ({"window": (2, 3)}, r"run from 0 to 1, all outside the window 2 to 3: every one would be black"),
-        ({"window": (-3, 0)}, "every one would be white"),
-        ({"storage": "float16"}, "'float16' is none of uint8, int16, float32"),
-        ({"mode": "fast"}, "'fast' is none of paper, released"),
+        ({"window": (2, 3)}, r"range from 0 to 1, all outside the window 2 to 3: every voxel would be black"),
+        ({"window": (-3, 0)}, "every voxel would be white"),
+        ({"storage": "float16"}, "'float16' must be one of uint8, int16, float32"),
+        ({"mode": "fast"}, "'fast' must be one of paper, released"),
         ({"flips": ["left"], "rng": np.random.default_rng(0)}, "some of height, width, depth"),
-        ({"flips": ["width"]}, "and an rng"),
-        ({"mode": "released", "window": "lung"}, "released mode has neither windows"),
+        ({"flips": ["width"]}, "need an rng"),
+        ({"mode": "released", "window": "lung"}, "released mode supports neither windows"),
         ({"mode": "released", "storage": "uint8"}, "float32"),
     ],
 )

@@ -124,7 +124,7 @@ def stat_scan(path) -> os.stat_result:
     try:
         result = os.stat(path)
     except FileNotFoundError:
-        raise ScanError(path, "no such file", "check the path and the root of the data set", "missing") from None
+        raise ScanError(path, "there is no such file", "check the path and the data set's root", "missing") from None
     except (OSError, ValueError) as error:  # loops, permissions, over-long names; ValueError: NUL in the name
         why = error.strerror if isinstance(error, OSError) else str(error)
         raise ScanError(path, f"cannot be opened: {why}", "check the path", "missing") from None
@@ -221,13 +221,13 @@ def resolve(root, path) -> Path:
     if "\0" in text:
         raise ScanError(text, "has a NUL character in its name", remedy, "refused")
     if ".." in Path(text).parts or ".." in text.replace("\\", "/").split("/"):
-        raise ScanError(text, "contains '..'", remedy, "refused")
+        raise ScanError(text, "goes up through '..'", remedy, "refused")
 
     def real(location: Path) -> Path:
         try:
             return location.resolve(strict=True)
         except FileNotFoundError:
-            raise ScanError(location, "no such file", remedy, "missing") from None
+            raise ScanError(location, "there is no such file", remedy, "missing") from None
         except (OSError, RuntimeError, ValueError) as error:
             why = getattr(error, "strerror", None) or type(error).__name__
             raise ScanError(location, f"cannot be opened: {why}", remedy, "refused") from None
