@@ -12,7 +12,7 @@ import pytest
 from scan_files import NIBABEL, dicom_file, fails, nifti, saved
 
 from input_pipeline.images import scans
-from input_pipeline.images.scans.base import to_intensities
+from input_pipeline.images.scans.checks import to_intensities
 
 
 def test_header_equals_read():

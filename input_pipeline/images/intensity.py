@@ -25,7 +25,7 @@ def ct_window(window: str | tuple[float, float]) -> tuple[float, float]:
     """Return (low, high) of a window given by name or by its two ends."""
     if isinstance(window, str):
         if window not in CT_WINDOWS:
-            raise ValueError(f"CT window {window!r} is not one of {', '.join(CT_WINDOWS)}; give (low, high) for your own")
+            raise ValueError(f"CT window {window!r} is not one of {', '.join(CT_WINDOWS)}; or give (low, high)")
         return CT_WINDOWS[window]
     low, high = map(float, window)
     if not (math.isfinite(low) and math.isfinite(high) and low < high):

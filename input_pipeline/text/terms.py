@@ -196,11 +196,3 @@ class Terms:
             last = bisect.bisect_left(starts, end) - 1
             matches.append((spans[first][0], spans[last][1]))
         return matches
-
-    def share(self, texts: Iterable[str]) -> tuple[int, int]:
-        """Return (words within terms, all words) of some texts, to judge how selective a dictionary is."""
-        term_words = words = 0
-        for text in texts:
-            words += len(_WORD.findall(text))
-            term_words += sum(len(_WORD.findall(text, begin, end)) for begin, end in self.find(text))
-        return term_words, words

@@ -277,24 +277,22 @@ def _cached(name: str, options: dict, files: list[Path], build: Callable[[], set
     if not phrases:
         raise ValueError(f"{', '.join(map(str, files))}: no terms for {options}")
     body = "\n".join(phrases).encode()
-    header = {"key": key, "count": len(phrases), "sha256": hashlib.sha256(body).hexdigest()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(path, unique=True) as partial:
-            partial.write_bytes(json.dumps(header).encode() + b"\n" + body)
+            partial.write_bytes(_cache_header(key, body) + b"\n" + body)
     except OSError as error:
         log.warning("%s: cannot cache terms (%s): set %s to a writable folder", path, error, CACHE_VARIABLE)
     return phrases
 
 
+def _cache_header(key: str, body: bytes) -> bytes:
+    count, digest = body.count(b"\n") + 1, hashlib.sha256(body).hexdigest()
+    return json.dumps({"key": key, "count": count, "sha256": digest}).encode()
+
+
 def _read_cache(path: Path, key: str) -> list[str]:
-    first, _, body = path.read_bytes().partition(b"\n")
-    header = json.loads(first)
-    if not isinstance(header, dict) or header.get("key") != key:
-        raise ValueError("it was built from other sources")
-    if hashlib.sha256(body).hexdigest() != header.get("sha256"):
-        raise ValueError("its checksum does not match")
-    phrases = body.decode().split("\n")
-    if len(phrases) != header.get("count"):
-        raise ValueError(f"expected {header.get('count')} terms, got {len(phrases)}")
-    return phrases
+    header, _, body = path.read_bytes().partition(b"\n")
+    if header != _cache_header(key, body):
+        raise ValueError("the key or checksum in its first line does not match")
+    return body.decode().split("\n")

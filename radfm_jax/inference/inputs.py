@@ -23,8 +23,9 @@ from input_pipeline.images import scans
 from input_pipeline.images.intensity import one_channel_if_gray
 from input_pipeline.images.planes import MODES, STORAGE, Sizes, Volume, patch_grid, patch_positions, planes
 from input_pipeline.images.released_volumes import released_volumes
+from input_pipeline.images.scans.access import as_scan_error
 from input_pipeline.images.scans.arrays import layout_of
-from input_pipeline.images.scans.base import as_scan_error, check_values, check_volume, to_intensities
+from input_pipeline.images.scans.checks import check_values, check_volume, to_intensities
 from input_pipeline.images.volumes import prepare_volume
 from input_pipeline.samples import Sample, Text
 from input_pipeline.samples import Scan as ScanFile

@@ -28,17 +28,9 @@ import stat
 import numpy as np
 
 from input_pipeline.images.scans import arrays, dicom, images, nifti, tiff
-from input_pipeline.images.scans.base import (
-    FAULTS,
-    Header,
-    ScanError,
-    ScanLimits,
-    as_scan_error,
-    check_values,
-    open_scan,
-    resolve,
-    stat_scan,
-)
+from input_pipeline.images.scans.access import as_scan_error, open_scan, resolve, stat_scan
+from input_pipeline.images.scans.base import FAULTS, Header, ScanError, ScanLimits
+from input_pipeline.images.scans.checks import check_values
 
 __all__ = ["FAULTS", "Header", "ScanLimits", "ScanError", "header", "read", "resolve"]
 

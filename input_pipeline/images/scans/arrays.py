@@ -11,18 +11,9 @@ import math
 
 import numpy as np
 
-from input_pipeline.images.scans.base import (
-    BoundedFile,
-    Header,
-    ScanError,
-    ScanLimits,
-    as_scan_error,
-    check_shape,
-    check_volume,
-    open_scan,
-    read_exactly,
-    to_intensities,
-)
+from input_pipeline.images.scans.access import BoundedFile, as_scan_error, open_scan, read_exactly
+from input_pipeline.images.scans.base import Header, ScanError, ScanLimits
+from input_pipeline.images.scans.checks import check_shape, check_volume, to_intensities
 
 MAGIC = b"\x93NUMPY"
 CHANNELS = (1, 3)

@@ -13,19 +13,9 @@ import pydicom
 from pydicom import encaps, pixels, uid
 
 from input_pipeline.images.scans import codestream, isolated, orientation
-from input_pipeline.images.scans.base import (
-    Header,
-    ScanError,
-    ScanLimits,
-    as_scan_error,
-    check_shape,
-    check_volume,
-    join_offenders,
-    limit_error,
-    open_scan,
-    printable,
-    to_intensities,
-)
+from input_pipeline.images.scans.access import as_scan_error, open_scan
+from input_pipeline.images.scans.base import Header, ScanError, ScanLimits, join_offenders, limit_error, printable
+from input_pipeline.images.scans.checks import check_shape, check_volume, to_intensities
 from input_pipeline.images.scans.fields import (
     DAMAGED_HEADER,
     EXPORT,

@@ -19,15 +19,9 @@ from pydicom.datadict import keyword_dict
 from pydicom.dataelem import RawDataElement
 from pydicom.tag import Tag
 
-from input_pipeline.images.scans.base import (
-    COPY_AGAIN,
-    BoundedFile,
-    ScanError,
-    ScanLimits,
-    as_scan_error,
-    check_shape,
-    limit_error,
-)
+from input_pipeline.images.scans.access import BoundedFile, as_scan_error
+from input_pipeline.images.scans.base import COPY_AGAIN, ScanError, ScanLimits, limit_error
+from input_pipeline.images.scans.checks import check_shape
 
 # Transfer syntax -> the only plugin that may decode it. By default pydicom tries every plugin, and a lenient one would
 # decode a stream that a strict one rejects as damaged.
@@ -342,31 +336,28 @@ def interpret(path, fields: Fields, syntax: str) -> Instance:
 
 
 def read_pixel_format(path, fields: Fields) -> PixelFormat:
-    rows, columns = fields.required("Rows"), fields.required("Columns")
-    samples = fields.integer("SamplesPerPixel") or 1
-    photometric = fields.code("PhotometricInterpretation")
-    allocated, stored = fields.required("BitsAllocated"), fields.required("BitsStored")
     high, signed = fields.integer("HighBit"), fields.required("PixelRepresentation")
-    supported = photometric in GRAY and samples == 1 or photometric in COLOUR and samples == 3
-    if not (supported or photometric == "PALETTE COLOR" and samples == 1):
-        reason = f"has {samples} samples per pixel with the photometric interpretation {photometric}"
+    form = PixelFormat(
+        rows=fields.required("Rows"),
+        columns=fields.required("Columns"),
+        samples=fields.integer("SamplesPerPixel") or 1,
+        photometric=fields.code("PhotometricInterpretation"),
+        planar=fields.integer("PlanarConfiguration") or 0,
+        bits_allocated=fields.required("BitsAllocated"),
+        bits_stored=fields.required("BitsStored"),
+        signed=bool(signed),
+    )
+    samples = {**dict.fromkeys(GRAY, 1), **dict.fromkeys(COLOUR, 3), "PALETTE COLOR": 1}
+    if samples.get(form.photometric) != form.samples:
+        reason = f"has {form.samples} samples per pixel with the photometric interpretation {form.photometric}"
         raise ScanError(path, reason, "export it as gray, RGB, YBR or palette", "unsupported")
+    allocated, stored = form.bits_allocated, form.bits_stored
     if allocated not in (8, 16, 32) or not 1 <= stored <= allocated or signed > 1 or high not in (None, stored - 1):
         reason = f"has {stored} bits stored of {allocated} allocated, high bit {high}, pixel representation {signed}"
         raise ScanError(path, reason, "export it again with 8 or 16 bits", "unsupported")
-    planar = fields.integer("PlanarConfiguration") or 0
-    if planar > 1:
+    if form.planar > 1:
         raise fields.unreadable("PlanarConfiguration")
-    return PixelFormat(
-        rows=rows,
-        columns=columns,
-        samples=samples,
-        photometric=photometric,
-        planar=planar,
-        bits_allocated=allocated,
-        bits_stored=stored,
-        signed=bool(signed),
-    )
+    return form
 
 
 class FrameFields:

@@ -15,18 +15,9 @@ import numpy as np
 from PIL import Image
 
 from input_pipeline.images.scans import codestream
-from input_pipeline.images.scans.base import (
-    COPY_AGAIN,
-    Header,
-    ScanError,
-    ScanLimits,
-    as_scan_error,
-    check_opaque,
-    check_shape,
-    check_volume,
-    open_scan,
-    to_intensities,
-)
+from input_pipeline.images.scans.access import as_scan_error, open_scan
+from input_pipeline.images.scans.base import COPY_AGAIN, Header, ScanError, ScanLimits
+from input_pipeline.images.scans.checks import check_opaque, check_shape, check_volume, to_intensities
 
 PNG = b"\x89PNG\r\n\x1a\n"
 JPEG = b"\xff\xd8\xff"

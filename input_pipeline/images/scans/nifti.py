@@ -18,20 +18,9 @@ import numpy as np
 from isal import igzip, igzip_lib
 
 from input_pipeline.images.scans import orientation
-from input_pipeline.images.scans.base import (
-    BoundedFile,
-    Header,
-    ScanError,
-    ScanLimits,
-    as_scan_error,
-    check_opaque,
-    check_shape,
-    check_volume,
-    limit_error,
-    open_scan,
-    read_exactly,
-    to_intensities,
-)
+from input_pipeline.images.scans.access import BoundedFile, as_scan_error, open_scan, read_exactly
+from input_pipeline.images.scans.base import Header, ScanError, ScanLimits, limit_error
+from input_pipeline.images.scans.checks import check_opaque, check_shape, check_volume, to_intensities
 
 GZIP = b"\x1f\x8b"
 CHUNK = 1 << 18  # bytes unpacked at a time; they are copied to their destination while in the CPU cache

@@ -17,20 +17,9 @@ import tifffile
 from PIL import Image
 
 from input_pipeline.images.scans import codestream
-from input_pipeline.images.scans.base import (
-    COPY_AGAIN,
-    Header,
-    ScanError,
-    ScanLimits,
-    as_scan_error,
-    check_opaque,
-    check_shape,
-    check_volume,
-    join_offenders,
-    limit_error,
-    open_scan,
-    to_intensities,
-)
+from input_pipeline.images.scans.access import as_scan_error, open_scan
+from input_pipeline.images.scans.base import COPY_AGAIN, Header, ScanError, ScanLimits, join_offenders, limit_error
+from input_pipeline.images.scans.checks import check_opaque, check_shape, check_volume, to_intensities
 from input_pipeline.images.scans.images import apply_orientation
 
 PLAIN, PACKBITS, DEFLATE = 1, 32773, (8, 32946)
