@@ -1,4 +1,4 @@
-"""Scan files made by hand, and the installed real ones, for the tests of the reader."""
+"""Synthetic scan files and installed real ones for the tests of the readers."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def dicom_file(name: str) -> str:
 
 
 def fails(path, fault: str, *words: str, **options) -> scans.ScanError:
-    """Reading fails with this fault; the message holds the path, the words and a remedy."""
+    """Assert that reading fails with this fault and a message with the path, the words and a remedy."""
     with pytest.raises(scans.ScanError) as caught:
         scans.read(path, **options)
     error = caught.value
     assert error.fault == fault, (error.fault, str(error))
-    assert "while reading the file" not in error.reason, error.reason  # the last resort: a case that nobody thought of
+    assert "while reading the file" not in error.reason, error.reason  # the fallback for unexpected errors
     assert str(path) in str(error), str(error)
     assert error.remedy
     for word in words:
@@ -37,7 +37,7 @@ def fails(path, fault: str, *words: str, **options) -> scans.ScanError:
 
 
 def lps_volume() -> np.ndarray:
-    """int16[4 right to left, 3 front to back, 2 feet to head], every voxel different:
+    """int16[4 right to left, 3 front to back, 2 feet to head], with distinct voxels:
 
     feet          front                 head         front
              0    6   12   18                   1    7   13   19
@@ -48,8 +48,8 @@ def lps_volume() -> np.ndarray:
     return np.arange(24, dtype=np.int16).reshape(4, 3, 2)
 
 
-def seen(lps: np.ndarray) -> np.ndarray:
-    """[R->L, A->P, I->S] as axial pictures: rows front to back, columns right to left, slices feet to head."""
+def axial_display(lps: np.ndarray) -> np.ndarray:
+    """Turn [R->L, A->P, I->S] into axial images: rows front to back, columns right to left, slices feet to head."""
     return lps.transpose(1, 0, 2)[..., None]
 
 
@@ -73,11 +73,11 @@ RAMP = (np.arange(60).reshape(5, 12) * 4).astype(np.uint8)
 COLOUR = np.stack([RAMP, RAMP[::-1], RAMP[:, ::-1]], axis=-1)
 
 
-def picture(path: Path, pixels, **options) -> Path:
+def save_image(path: Path, pixels, **options) -> Path:
     Image.fromarray(pixels).save(path, **options)
     return path
 
 
-def saved(path: Path, array) -> Path:
+def save_npy(path: Path, array) -> Path:
     np.save(path, array)
     return path

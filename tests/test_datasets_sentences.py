@@ -1,4 +1,4 @@
-"""Sentences: their ends, shortening, joining, sizes taken out."""
+"""Sentence splitting, shortening and joining, and removal of sizes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from input_pipeline.text.measurements import without_sizes
 from input_pipeline.text.sentences import closed, join, sentences, shorten
 
 
-def test_sentences_know_abbreviations_and_decimals():
+def test_abbreviations_and_decimals_do_not_end_sentences():
     text = (
         "A 2.5 cm mass (Fig. 2) was seen by Dr. Lee vs. 3 cm before. Smith et al. 2010 saw it! See no. 5. "
         "Vitamin D. was low. Is it stable? The answer is no. J. Doe agreed."
@@ -37,7 +37,7 @@ def test_sentences_know_abbreviations_and_decimals():
         ("1. Mild oedema\n2. No stone\n3. Clear", ["1. Mild oedema", "2. No stone", "3. Clear"]),
         ("Normal ventricles\nNo bleeding\n\nClear", ["Normal ventricles", "No bleeding", "Clear"]),
         ("x" * 120 + "\nNo bleeding", ["x" * 120, "No bleeding"]),
-        # These lines were only full, or their last word wants another.
+        # These lines are wrapped, or their last word is incomplete.
         ("The old fracture of the left distal radius, known from the\nMRI, has healed. Done.", ["@", "Done."]),
         ("Small stones in the lower pole of the left kidney and one in\nThe bladder.", ["@"]),
         ("A long line that was broken where its hundred signs ended, two\nRibs are old.", ["@"]),
@@ -48,7 +48,7 @@ def test_sentences_know_abbreviations_and_decimals():
     ],
 )
 def test_lines_of_reports(text, parts):
-    """A list has a sentence in each line, with a stop or without; "@" is the rest of the text."""
+    """Each line of a list is a sentence, with or without a full stop; "@" is the rest of the text."""
     rest = text[: len(text) - len("".join(f" {p}" for p in parts[1:]))] if parts[0] == "@" else parts[0]
     assert sentences(text) == [rest, *parts[1:]]
 
@@ -68,7 +68,7 @@ def test_shorten_join_closed():
         ("12 mm-thick wall. The duct is dilated to 9 mm.", "Wall. The duct is dilated."),
         ("Up to 3.5 cm (AP) x 2 cm (TR) lesion; 3 cysts at C5.", "Lesion; 3 cysts at C5."),
         ("T2 signal at L4/5 in 2 lesions.", "T2 signal at L4/5 in 2 lesions."),
-        # What a report says beside the size stays.
+        # Other statements of a sentence are kept.
         ("The drain is 3 cm above the bladder.", "The drain is above the bladder."),
         ("A stent was advanced by an additional 2 cm.", "A stent was advanced."),
         ("Spleen: Approximately 2 cm cyst.", "Spleen: cyst."),
@@ -89,13 +89,13 @@ def test_shorten_join_closed():
             "Plates with 2 mm thickness and 1 cm width were used, and a duct with 3 mm stones.",
             "Plates were used, and a duct with stones.",
         ),
-        # What it was before goes with it.
+        # Previous sizes are removed as well.
         ("A node measuring 9 x 8 mm, previously 7 x 4 mm when measured alike (series 2).", "A node (series 2)."),
         ("A smaller cyst, previously measuring 9 cm.", "A smaller cyst."),
         ("The duct measures 9 mm, increased from 4 mm previously, and tapers.", "The duct tapers."),
         ("The mass has grown from 3 cm to 5 cm.", "The mass has grown."),
         ("A cyst (now 3 cm, previously 2 cm) and a stone (4 mm, series 2).", "A cyst and a stone (series 2)."),
-        # What would say something else without its size goes.
+        # Sentences whose meaning depends on the size are removed.
         ("No node over 1 cm. No stone larger than 5 mm is seen. Clear.", "Clear."),
         ("The tip ends 3 cm from the vein. Clear.", "Clear."),
         ("The wire was withdrawn 3 cm from the vein.", "The wire was withdrawn from the vein."),
@@ -106,19 +106,19 @@ def test_shorten_join_closed():
             "Set: width: 5 mm, angle: 9. Clear.",
             "Clear.",
         ),
-        # A line that was full is no line of its own.
+        # A wrapped line does not end a sentence.
         ("In the lower pole of the left kidney\nthere is a stone measuring 2 x 1\ncm.\n\nClear\nlungs.",)
         + ("In the lower pole of the left kidney there is a stone.\n\nClear\nlungs.",),
         ("Cyst.\n\nIt measures 3 cm. Clear.", "Cyst.\n\nClear."),
         ("- A 2 cm cyst.\n- It measures 3 cm.\n- Clear.", "- A cyst.\n- Clear."),
     ],
 )
-def test_sizes_leave_nothing_behind(text, left):
-    """No "3 x" is left over, and a sentence about a size goes whole."""
+def test_sizes_are_removed_completely(text, left):
+    """No "3 x" remains, and sentences about a size are removed."""
     assert without_sizes(text) == left
 
 
-def test_many_numbers_take_no_time():
+def test_many_numbers_do_not_backtrack():
     start = time.process_time()
     assert without_sizes("1 x " * 12 + "2 c") == "1 x " * 12 + "2 c"
-    assert time.process_time() - start < 1  # 0.001 s; with two ways to read each blank 3 ** 12 steps and more
+    assert time.process_time() - start < 1  # measured: 0.001 s; ambiguous blanks would need more than 3 ** 12 steps

@@ -1,4 +1,4 @@
-"""Patches of a volume: how many, where, in which order; sizes known from the header; volumes cut into planes."""
+"""Patch grids, positions and order; sizes from headers; volumes cut into planes."""
 
 import numpy as np
 import pytest
@@ -73,7 +73,7 @@ def test_positions_are_spread_over_the_table(axis, patches, entries):
     np.testing.assert_array_equal(positions[:, others], np.broadcast_to(np.array([15, 15, 127])[others], (patches, 2)))
 
 
-def test_depth_runs_fastest():
+def test_depth_varies_fastest():
     np.testing.assert_array_equal(
         patch_positions((2, 1, 3), tables=(4, 4, 8)),
         [
@@ -88,7 +88,7 @@ def test_depth_runs_fastest():
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float32])
-def test_planes_stand_patch_by_patch_slice_by_slice_channel_by_channel(dtype):
+def test_order_of_planes_is_patch_slice_channel(dtype):
     (h, w, d), (i_max, j_max, k_max), channels = (4, 3, 2), (2, 3, 2), 3
     volume = np.random.default_rng(0).integers(0, 200, (channels, i_max * h, j_max * w, k_max * d)).astype(dtype)
     expected = []
@@ -104,24 +104,24 @@ def test_planes_stand_patch_by_patch_slice_by_slice_channel_by_channel(dtype):
     np.testing.assert_array_equal(to_planes(np.stack([volume, volume + 1])[None], (h, w, d))[0, 1], planes + 1)
 
 
-def test_planes_and_positions_speak_of_the_same_patch():
-    """A volume whose voxels say where they are."""
+def test_planes_and_positions_have_the_same_patch_order():
+    """The voxels of the volume are their own patch coordinates."""
     grid, (h, w, d) = (2, 3, 2), (4, 4, 2)
-    place = np.stack(np.meshgrid(*(np.arange(n) for n in grid), indexing="ij"))  # [axis, i, j, k]
-    volume = place.repeat(h, 1).repeat(w, 2).repeat(d, 3)  # channels: the patch along height, width, depth
+    coordinates = np.stack(np.meshgrid(*(np.arange(n) for n in grid), indexing="ij"))  # [axis, i, j, k]
+    volume = coordinates.repeat(h, 1).repeat(w, 2).repeat(d, 3)  # channels: the patch along height, width, depth
     planes = to_planes(volume, (h, w, d)).reshape(-1, d, 3, h, w)
     assert (planes == planes[:, :1, :, :1, :1]).all()
     np.testing.assert_array_equal(patch_positions(grid, tables=grid), planes[:, 0, :, 0, 0])
 
 
 def draw(h, w, k, c, dtype=np.uint8, depth=None, seed=0):
-    """A volume whose stored voxels are all different where the dtype allows."""
+    """A volume whose stored voxels are distinct if the dtype allows it."""
     rng = np.random.default_rng(seed)
     return Volume(rng.permutation(h * w * k * c).reshape(h, w, k, c).astype(dtype), 0.5, 2.0, depth)
 
 
 def expanded(volume):
-    """[3, H, W, D] of the stored numbers, slices and channels repeated."""
+    """[3, H, W, D] of the stored values, with slices and channels repeated."""
     return np.broadcast_to(volume.voxels, (*volume.shape, 3)).transpose(3, 0, 1, 2)
 
 
@@ -132,12 +132,12 @@ def expanded(volume):
         (64, 96, 1, 3, None, 18),  # colour 2D: 3 n
         (64, 96, 8, 1, None, 48),  # gray 3D: 4 n
         (64, 96, 8, 3, None, 144),  # colour 3D: 12 n
-        (64, 96, 1, 1, 20, 6),  # one slice among volumes of 20 (released): still one plane a column of patches
+        (64, 96, 1, 1, 20, 6),  # one slice with a depth of 20 (released): still one plane per column of patches
         (32, 32, 4, 1, None, 4),
     ],
 )
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float32])
-def test_planes_rebuild_the_volume_exactly_and_each_is_stored_once(h, w, k, c, depth, count, dtype):
+def test_planes_rebuild_the_volume_and_are_stored_once(h, w, k, c, depth, count, dtype):
     volume = draw(h, w, k, c, dtype, depth)
     unique, index = planes(volume)
     n = (h // 32) * (w // 32) * (volume.depth // 4)
@@ -157,7 +157,7 @@ def test_plane_index_of_the_drawn_scans():
     assert (index == index[..., :1]).all()
 
 
-def test_values_are_what_the_network_reads():
+def test_values_equal_the_network_input():
     volume = draw(32, 64, 1, 1)
     unique, index = planes(volume)
     read = unique[index].astype(np.float32) * np.float32(volume.scale) + np.float32(volume.offset)
@@ -165,7 +165,7 @@ def test_values_are_what_the_network_reads():
     np.testing.assert_array_equal(read, want)
 
 
-def test_a_record_is_the_slices():
+def test_volume_from_the_bytes_of_its_slices():
     volume = draw(64, 32, 8, 3, np.int16)
     back = Volume.from_slices(np.frombuffer(volume.slices.tobytes(), np.int16).reshape(8, 3, 64, 32), 0.5, 2.0)
     np.testing.assert_array_equal(back.voxels, volume.voxels)
@@ -176,7 +176,7 @@ def test_paper_sizes_of_every_depth():
     for depth in range(1, 130):
         side, other, target = target_shape((100, 70, depth))
         assert (side, other) == ((512, 512) if depth == 1 else (256, 256))
-        # The nearest multiple of 4 between 4 and 64, the larger of two as near.
+        # The nearest multiple of 4 between 4 and 64; ties go up.
         assert target == min(range(4, 65, 4), key=lambda t: (abs(t - depth), -t))
     table = {2: 4, 5: 4, 6: 8, 7: 8, 9: 8, 10: 12, 11: 12, 33: 32, 62: 64, 63: 64, 100: 64}
     assert {d: target_shape((9, 9, d))[2] for d in table} == table
@@ -185,7 +185,7 @@ def test_paper_sizes_of_every_depth():
 @pytest.mark.parametrize("mode", ["paper", "released"])
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("depth", [1, 3, 6, 9])
-def test_counts_from_the_header_are_those_of_the_pixels(mode, channels, depth):
+def test_counts_from_the_header_equal_those_of_the_voxels(mode, channels, depth):
     shape = (20, 30, depth)
     voxels = np.random.default_rng(depth).integers(0, 256, (*shape, channels), np.uint8)
     volume = prepare_volume(voxels, mode=mode)
@@ -220,11 +220,11 @@ def test_counts_of_a_mixed_released_sample():
         (lambda: draw(32, 32, 4, 1, depth=8), "4 slices cannot fill a depth of 8"),
     ],
 )
-def test_what_cannot_be_a_volume_is_refused(wrong, message):
+def test_invalid_volumes_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         wrong()
 
 
-def test_the_shared_index_cannot_be_written():
+def test_the_cached_index_is_read_only():
     with pytest.raises(ValueError, match="read-only"):
         planes(draw(32, 32, 4, 1))[1][0] = 7

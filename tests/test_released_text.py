@@ -1,4 +1,4 @@
-"""The released layout: against its reference encodings, and what ours keeps of samples that are too long."""
+"""The released layout against its reference encodings, and shortening of samples in that layout."""
 
 # ruff: noqa: F811 (fixtures that are imported)
 
@@ -23,23 +23,23 @@ LITERAL = re.compile(r"\{IMG(\d+)\}")
 
 @pytest.fixture(scope="module")
 def llama() -> Tokenizer:
-    """LLaMA's own model, to which the reference encodings belong: RADFM_TOKENIZER=/path/to/tokenizer.model."""
+    """Return the LLaMA tokenizer of the reference encodings: RADFM_TOKENIZER=/path/to/tokenizer.model."""
     if not (path := os.environ.get("RADFM_TOKENIZER")):
-        pytest.skip("RADFM_TOKENIZER names no LLaMA tokenizer.model")
+        pytest.skip("RADFM_TOKENIZER must name a LLaMA tokenizer.model")
     return Tokenizer(path)
 
 
-# --- Against the reference encodings ---
+# --- reference encodings ---
 
 
 def literal_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of a reference text in which images are written out; ours never reads them from text."""
+    """Encode a reference text with images written out, which the product code never reads from text."""
     pieces = re.split(r"(<image>\{IMG\d+\}</image>|<image>|</image>|<image\d+>)", text)
     segments = [int(LITERAL.search(p)[1]) if LITERAL.search(p) else p for p in pieces if p]
     single = [s for s in segments if isinstance(s, str) and re.fullmatch(r"</?image\d*>", s)]
     if not single:
         return encode_segments(tokenizer, segments, num_latents=32)
-    ids = [tokenizer.bos_id]  # lone tokens, which only the original can have
+    ids = [tokenizer.bos_id]  # single image tokens, which only the original can have
     for i, segment in enumerate(segments):
         if segment in single:
             ids.append({"<image>": V, "</image>": V + 1}.get(segment) or V + 2 + int(segment[6:-1]))
@@ -99,7 +99,7 @@ def test_reference_decodings(llama):
 
 
 def images_of(case, side):
-    """(position, scan) of question or answer; scans are numbered in the order given."""
+    """Return (position, scan) of question or answer, with scans numbered in their order."""
     return [(position, i) for i, (where, position) in enumerate(case["images"]) if where == side]
 
 
@@ -123,8 +123,8 @@ def test_reference_labels_and_weights(llama, case):
 
 
 @pytest.mark.parametrize("case", LABEL_CASES, ids=lambda case: case["question"] or "empty")
-def test_reference_places_of_images(case):
-    """Needs no tokenizer: the texts of the original with its images written out."""
+def test_reference_positions_of_images(case):
+    """Compare the texts of the original with images written out, which needs no tokenizer."""
     for side in ("question", "answer"):
         segments = insert_images(case[side], images_of(case, side))
         text = "".join(s if isinstance(s, str) else f"<image>{{IMG{s}}}</image>" for s in segments)
@@ -139,11 +139,11 @@ def test_an_image_in_an_empty_question_is_an_error():
         insert_images("text", [(9, 0)])
 
 
-# --- Samples ---
+# --- samples ---
 
 
 def test_released_samples_as_drawn(tokenizer):
-    """A scan at the end of the question stands before its last character; EOS is trained on and never attended to."""
+    """A scan at the end of the question is before its last character; EOS is trained and never attended to."""
     parts = instruction("Any edema?"), A, response("Mild edema.")
     encoded = run(tokenizer, *parts, terms=Terms(["edema"]), mode="released")
     check(
@@ -159,8 +159,8 @@ def test_released_samples_as_drawn(tokenizer):
     assert encoded.key_ok.tolist() == [True] * 14 + [False]
 
 
-def test_released_weights_are_runs_of_ids(tokenizer):
-    """As in the original, not after a bracket or a line end; ours weighs what stands at the term's characters."""
+def test_released_weights_match_id_sequences(tokenizer):
+    """The original finds no term after a bracket or a line break; the paper layout weights all its characters."""
     parts = instruction("Q:"), response("mass (mass) masses\nmass")
     weighed = {}
     for mode in ("released", "paper"):
@@ -169,24 +169,24 @@ def test_released_weights_are_runs_of_ids(tokenizer):
     assert weighed == {"released": ["▁mass", "▁masses"], "paper": ["▁mass", "mass", "▁masses", "mass"]}
 
 
-@pytest.mark.parametrize("asked", [5, 30, 200])
+@pytest.mark.parametrize("question_words", [5, 30, 200])
 @pytest.mark.parametrize("length", [1, 7, 40, 400])
-def test_released_keeps_the_answer_and_its_end(tokenizer, length, asked):
-    """The original loses the answer of a long question, and the EOS of a full row; ours does in neither mode."""
-    parts = context(long_text(length)), A, instruction(long_text(asked, "ask") + "?"), response("yes it is")
+def test_released_keeps_the_answer_and_its_end(tokenizer, length, question_words):
+    """The original loses the answer of a long question and the EOS of a full row; both modes here keep them."""
+    parts = context(long_text(length)), A, instruction(long_text(question_words, "ask") + "?"), response("yes it is")
     whole = run(tokenizer, *parts, mode="released", max_tokens=10**6)
-    most = 75 if asked == 5 else 110
+    most = 75 if question_words == 5 else 110
     short = run(tokenizer, *parts, mode="released", max_tokens=most)
     assert len(short.ids) <= most and short.ids[-1] == 2 and (short.weights > 0).sum() == 4
     assert short.scans == (A,) and short.cut_response == 0
-    gone = len(whole.ids) - len(short.ids)
-    assert gone == short.cut_context + short.cut_instruction and (gone == 0) == (len(whole.ids) <= most)
+    removed = len(whole.ids) - len(short.ids)
+    assert removed == short.cut_context + short.cut_instruction and (removed == 0) == (len(whole.ids) <= most)
     of_context = len(tokenizer.encode(long_text(length)))
-    assert short.cut_instruction == max(0, gone - of_context)
+    assert short.cut_instruction == max(0, removed - of_context)
     assert tokenizer.decode(short.ids[short.weights.argmax() + 1 :]) == "yes it is"
 
 
-def test_released_cuts_never_divide_a_character(tokenizer):
+def test_released_cuts_never_split_a_character(tokenizer):
     heart = "🫀🧠" * 30
     for room in range(90, 400, 3):
         short = run(tokenizer, instruction(heart), response(heart), max_tokens=room, mode="released")

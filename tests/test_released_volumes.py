@@ -1,4 +1,4 @@
-"""Volumes equal to the released code's numbers. data/preprocess.npz holds what it made of seeded inputs."""
+"""Volumes equal those of the released code. data/preprocess.npz holds its results for seeded inputs."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def released_collate(stacks) -> np.ndarray:
 
 
 def golden_scans(name):
-    """The inputs [H, W, D, 3] of a golden volume; a depth that is not there is 1."""
+    """Return the inputs [H, W, D, 3] of a golden volume; a missing depth axis becomes 1."""
     rng = np.random.default_rng(VOLUMES[name]["seed"])
     scans = [rng.random(shape, np.float32) for shape in VOLUMES[name]["shapes"]]
     return [(x if x.ndim == 4 else x[..., None]).transpose(1, 2, 3, 0) for x in scans]
@@ -109,7 +109,7 @@ def test_released_volumes(name):
         out = released_collate(stacks)
         np.testing.assert_array_equal(out[:, :, :, ::64, ::64], GOLDEN["batch2_collate_sub"])
     else:
-        if len(scans) == 7:  # its stack of 880 MB has a test of its own
+        if len(scans) == 7:  # a separate test covers its stack of 880 MB
             parts = released_volumes(scans, intensity="as_is")
             out = np.stack([p.values().transpose(3, 0, 1, 2) for p in parts])[None]
         else:
@@ -136,7 +136,7 @@ def test_released_stack_of_seven_scans():
 
 @pytest.mark.parametrize("name", ["v2", "v5", "v10", "v12"])
 @pytest.mark.parametrize("collate", [True, False])
-def test_released_volumes_in_one_step_are_stack_then_collate(name, collate):
+def test_released_volumes_equal_stack_then_collate(name, collate):
     scans = golden_scans(name)
     stack = released_stack(scans)
     want = released_collate([stack])[0] if collate else stack
@@ -152,14 +152,14 @@ def test_released_sample_without_scans():
 
 
 @pytest.mark.parametrize("name", IMAGES)
-def test_resize_images(name):
+def test_resize_image(name):
     meta = IMAGES[name]
     pixels = np.random.default_rng(meta["seed"]).integers(0, 256, (*meta["hw"], 3), np.uint8)
     out = resize_image(pixels, meta["box_top_left_h_w"])
     np.testing.assert_array_equal(out[[0, 1, 100, 255, 510, 511]][:, ::3], GOLDEN[f"{name}_rows"])
     np.testing.assert_array_equal(out[200:216, 300:316], GOLDEN[f"{name}_block"])
     assert sha(out) == meta["sha256_uint8"]
-    # A gray picture is not turned into colour first: each channel is resized by itself.
+    # A gray image is not converted to colour: each channel is resized independently.
     gray = resize_image(pixels[..., 1:2], meta["box_top_left_h_w"])
     np.testing.assert_array_equal(gray[..., 0], out[..., 1])
     if name == "im1":
@@ -181,10 +181,10 @@ def test_released_intensity():
     assert ends("as_is") == [(0, 10), (5, 30)]
     assert ends("scan") == [(0, 1), (0, 1)]
     np.testing.assert_allclose(ends("stack"), [(0, 1 / 3), (1 / 6, 1)], rtol=1e-7)
-    # Pictures are divided by 255 whatever stands beside them.
-    picture = np.full((8, 8, 1, 1), 51, np.uint8)
-    picture[0] = 102
-    both = released_volumes([picture, scans[1]], intensity="stack")
+    # 2D images are divided by 255, independent of other scans.
+    image = np.full((8, 8, 1, 1), 51, np.uint8)
+    image[0] = 102
+    both = released_volumes([image, scans[1]], intensity="stack")
     assert both[0].voxels[-1, 0, 0, 0] == np.float32(0.2) and (both[1].voxels.min(), both[1].voxels.max()) == (0, 1)
 
 
@@ -195,11 +195,11 @@ def test_released_crop_follows_the_definition():
     assert (top >= 0).all() and (left >= 0).all() and (top + h <= 500).all() and (left + w <= 480).all()
     area = h * w / (500 * 480)
     assert 0.795 < area.min() < 0.83 and 0.9 < area.max() <= 1
-    # 0.8 of a picture of 4:1 never has a side ratio of 4:3: the middle, as wide as 4:3.
+    # 0.8 of the area of a 4:1 image never has an aspect ratio of 4:3: the box is the 4:3 centre.
     assert released_crop_box(100, 400, rng) == (0, 133, 100, 133)
     assert released_crop_box(400, 100, rng) == (133, 0, 133, 100)
 
 
-def test_released_intensity_names_its_options():
+def test_unknown_released_intensity_names_the_options():
     with pytest.raises(ValueError, match="'minmax' must be one of stack, scan, as_is"):
         released_stack([with_values(0, 1)], intensity="minmax")

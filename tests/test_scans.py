@@ -1,4 +1,4 @@
-"""What all scan formats share: values, dtypes, paths, errors."""
+"""Behaviour that all scan formats share: values, dtypes, paths, errors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pickle
 
 import numpy as np
 import pytest
-from scan_files import NIBABEL, dicom_file, fails, nifti, saved
+from scan_files import NIBABEL, dicom_file, fails, nifti, save_npy
 
 from input_pipeline.images import scans
 from input_pipeline.images.scans.checks import to_intensities
@@ -25,21 +25,21 @@ def test_header_equals_read():
 
 
 def test_constant_and_non_finite_scans(tmp_path):
-    fails(saved(tmp_path / "a.npy", np.full((6, 7, 5), 7, np.int16)), "constant", "every voxel is 7")
+    fails(save_npy(tmp_path / "a.npy", np.full((6, 7, 5), 7, np.int16)), "constant", "every voxel is 7")
     flat = np.broadcast_to(np.array([255, 0, 1], np.uint8), (6, 7, 5, 3))
-    fails(saved(tmp_path / "a.npy", flat), "constant", "(255, 0, 1)")
+    fails(save_npy(tmp_path / "a.npy", flat), "constant", "(255, 0, 1)")
     almost = np.broadcast_to(flat[0, 0, 0], (40, 50, 35, 3)).copy()
-    almost[1, 3, 1, 2] = 2  # no voxel of a coarse look
-    np.testing.assert_array_equal(scans.read(saved(tmp_path / "a.npy", almost))[0], almost)
+    almost[1, 3, 1, 2] = 2  # not in the coarse sample of check_values
+    np.testing.assert_array_equal(scans.read(save_npy(tmp_path / "a.npy", almost))[0], almost)
     array = np.random.default_rng(0).normal(size=(6, 7, 5)).astype(np.float32)
     for bad in (np.nan, np.inf, -np.inf):
         array[1, 2, 3] = bad
-        fails(saved(tmp_path / "a.npy", array), "non-finite", "1 of 210 voxels")
+        fails(save_npy(tmp_path / "a.npy", array), "non-finite", "1 of 210 voxels")
         fails(nifti(tmp_path / "a.nii.gz", array, np.eye(4)), "non-finite", "1 of 210 voxels")
-    fails(saved(tmp_path / "a.npy", np.linspace(0, 1e300, 210).reshape(6, 7, 5)), "non-finite", "too large")
+    fails(save_npy(tmp_path / "a.npy", np.linspace(0, 1e300, 210).reshape(6, 7, 5)), "non-finite", "too large")
 
 
-def test_natural_dtypes():
+def test_to_intensities_dtypes():
     whole = np.array([[0, 40000]], np.uint16)
     assert to_intensities("x", whole).dtype == np.uint16
     assert to_intensities("x", whole, 1, -40000).tolist() == [[-40000, 0]]  # int32
@@ -70,7 +70,7 @@ def test_missing_and_special_files(tmp_path):
     fails(tmp_path / "a.npz", "unsupported", "npz")
 
 
-def test_error_travels_between_processes():
+def test_errors_can_be_pickled():
     error = scans.ScanError("a\nb.png", "is empty", "copy it", "damaged")
     back = pickle.loads(pickle.dumps(error))
     assert (back.path, back.reason, back.remedy, back.fault) == ("a\\nb.png", "is empty", "copy it", "damaged")
@@ -92,7 +92,7 @@ def test_resolve(tmp_path):
     (root / "loop").symlink_to(root / "loop")
     (root / "series").mkdir()
     (root / "series" / "1.dcm").symlink_to(outside / "a.png")
-    sibling = tmp_path / "root2"  # shares the root's beginning as text
+    sibling = tmp_path / "root2"  # has the root as a string prefix
     sibling.mkdir()
     (sibling / "a.png").write_text("x")
     refused = ["../outside/a.png", "in/../in/a.png", "..", "in\\..\\..\\a", str(outside / "a.png"), "out.png"]

@@ -1,4 +1,4 @@
-"""Files that claim or hold far more than their size: refused at the byte budget, at little cost."""
+"""Files that state or contain far more data than their size are refused at the limit, with little memory and time."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from input_pipeline.images import scans
 
 BOMBS = """
 import sys, time
-from input_pipeline import scans
+from input_pipeline.images import scans
 
 def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) // 1024
 
 for path in sys.argv[1:]:
-    open("/proc/self/clear_refs", "w").write("5")  # the peak starts again from what is in use
+    open("/proc/self/clear_refs", "w").write("5")  # reset the peak to the current use
     before, start = peak(), time.monotonic()
     limits = scans.ScanLimits(max_bytes=1 << 26) if "deflated" in path else scans.ScanLimits()
     try:
         scans.read(path, limits=limits)
-        said = "READ"
+        result = "READ"
     except scans.ScanError as error:
-        said = error.fault + ": " + error.reason[:90]
-    print(said, peak() - before, round(time.monotonic() - start, 2), path, sep="|")
+        result = error.fault + ": " + error.reason[:90]
+    print(result, peak() - before, round(time.monotonic() - start, 2), path, sep="|")
 """
 
 
 def bombs(folder: Path) -> list[Path]:
-    """Small files that ask for much memory."""
+    """Write small files that require much memory."""
     made = []
 
     def add(name: str, data: bytes) -> None:
@@ -54,12 +54,12 @@ def bombs(folder: Path) -> list[Path]:
     zeros = bytes(1 << 20)
     seventy = zlib.compress(zeros * 70, 1)
     add(
-        "goes_on.nii.gz",
+        "trailing.nii.gz",
         block.compress(bytes(header)) + b"".join(block.compress(zeros) for _ in range(70)) + block.flush(),
     )
     for i, n in enumerate((1000, 1000, 1000)):
         struct.pack_into("<h", header, 42 + 2 * i, n)
-    add("claims.nii.gz", gzip.compress(bytes(header) + zeros))  # 2 GB stated, 1 MB there
+    add("claims.nii.gz", gzip.compress(bytes(header) + zeros))  # states 2 GB, contains 1 MB
     for i in range(3):
         struct.pack_into("<h", header, 42 + 2 * i, 32767)
     add("huge.nii.gz", gzip.compress(bytes(header) + zeros))
@@ -104,10 +104,10 @@ def bombs(folder: Path) -> list[Path]:
         dataset = pydicom.dcmread(dicom_file(name))
         raw = dataset.PixelData
         for mark, form, shift in ((b"\xff\x4f\xff\x51", ">II", 8), (b"\xff\xc3", ">HH", 5), (b"\xff\xf7", ">HH", 5)):
-            if mark in raw:  # the stream says 16,000 x 16,000, the header 64 x 64
+            if mark in raw:  # the stream states 16,000 x 16,000, the header 64 x 64
                 at = raw.index(mark) + shift
                 raw = raw[:at] + struct.pack(form, 16000, 16000) + raw[at + struct.calcsize(form) :]
-        if "RLE" in name:  # packets of 128 times one byte
+        if "RLE" in name:  # packets that repeat one byte 128 times
             packets = b"\x81\0" * 500_000
             frame = struct.pack("<16L", 2, 64, 64 + len(packets) // 2, *[0] * 13) + packets
             raw = pydicom.encaps.encapsulate([frame])
@@ -116,7 +116,7 @@ def bombs(folder: Path) -> list[Path]:
         made.append(folder / f"bomb_{name}")
     dataset = pydicom.dcmread(dicom_file("MR_small_jp2klossless.dcm"))
     dataset.Rows = dataset.Columns = 16000
-    dataset.save_as(folder / "both.dcm")  # header only: the stream still says 64 x 64
+    dataset.save_as(folder / "both.dcm")  # header only: the stream still states 64 x 64
     made.append(folder / "both.dcm")
 
     source = Path(dicom_file("image_dfl.dcm")).read_bytes()
@@ -139,8 +139,8 @@ def bombs(folder: Path) -> list[Path]:
     return made
 
 
-def test_bombs_cost_little(tmp_path):
-    """Each is refused within 5 s and 30 MB; measured: at most 0.3 s (the deflated zeros) and 5 MB."""
+def test_bombs_use_little_memory_and_time(tmp_path):
+    """Every file is refused within 5 s and 30 MB. Measured maxima: 0.3 s (the deflated zeros) and 5 MB."""
     paths = bombs(tmp_path)
     environment = os.environ | {"PYTHONPATH": str(Path(scans.__file__).parents[3]), "PYTHONWARNINGS": "ignore"}
     warm = dicom_file("MR_small_RLE.dcm"), dicom_file("MR_small_jp2klossless.dcm"), dicom_file("SC_rgb_jpeg_gdcm.dcm")
@@ -150,6 +150,6 @@ def test_bombs_cost_little(tmp_path):
     lines = [line.split("|") for line in done.stdout.splitlines()]
     assert len(lines) == len(warm) + len(paths) and all(line[0] == "READ" for line in lines[: len(warm)])
     print(done.stdout)
-    for said, grown, seconds, path in lines[len(warm) :]:
-        assert said.split(":")[0] in ("limit", "damaged"), (said, path)
+    for result, grown, seconds, path in lines[len(warm) :]:
+        assert result.split(":")[0] in ("limit", "damaged"), (result, path)
         assert int(grown) < 30 and float(seconds) < 5, (grown, seconds, path)

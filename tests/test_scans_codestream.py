@@ -1,4 +1,4 @@
-"""Sizes that JPEG, JPEG 2000 and JPEG-LS streams state of themselves."""
+"""Sizes in JPEG, JPEG 2000 and JPEG-LS streams."""
 
 from __future__ import annotations
 
@@ -19,5 +19,5 @@ def test_codestream_sizes():
         codestream.jpeg(buffer.getvalue()[:-2])
     with pytest.raises(ValueError, match="201 JPEG scans"):
         codestream.jpeg(b"\xff\xd8" + b"\xff\xda" * 201 + b"\xff\xd9")
-    # 3 literals, 5 times the same, a no-op
+    # 3 literals, one byte repeated 5 times, a no-op
     assert codestream.packbits_size(b"\x02abc\xfcx\x80", 100) == 8

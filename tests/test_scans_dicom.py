@@ -13,14 +13,14 @@ import numpy as np
 import pydicom
 import pytest
 from pydicom import uid
-from scan_files import dicom_file, fails, nifti, seen
+from scan_files import axial_display, dicom_file, fails, nifti
 
 from input_pipeline.images import scans
 from input_pipeline.images.scans import isolated
 
 
 def make_dicom(path: Path, pixels: np.ndarray, **attributes) -> Path:
-    """A CT slice of int16[H, W] unless the attributes say otherwise."""
+    """Write a CT slice of int16[H, W], with attributes to override."""
     dataset = pydicom.Dataset()
     dataset.SOPClassUID, dataset.SOPInstanceUID = uid.CTImageStorage, uid.generate_uid()
     defaults = {
@@ -57,7 +57,7 @@ def make_dicom(path: Path, pixels: np.ndarray, **attributes) -> Path:
 
 
 def make_series(folder: Path, lps: np.ndarray, step=2.0, **attributes) -> Path:
-    """Axial slices of [R->L, A->P, I->S], written head first under names that sort otherwise."""
+    """Write axial slices of [R->L, A->P, I->S] head first, under names that sort differently."""
     folder.mkdir()
     for k in range(lps.shape[2]):
         name = folder / f"{(7 * k) % 10}{k}.dcm"
@@ -75,14 +75,14 @@ def test_series_is_sorted_by_position(tmp_path):
     lps = slices(6)
     folder = make_series(tmp_path / "s", lps, RescaleIntercept=-1024)
     voxels, header = scans.read(folder)
-    np.testing.assert_array_equal(voxels, seen(lps) - 1024)
+    np.testing.assert_array_equal(voxels, axial_display(lps) - 1024)
     assert voxels.dtype == np.int16 and header == scans.header(folder)
     assert header.orientation == "PLS" and header.spacing_mm == (1, 1, 2) and header.modality == "CT"
     assert header.rescaled and header.shape == (3, 4, 6, 1) and header.kind == "3d"
 
 
 def test_a_series_that_unpacks_to_too_much_is_refused(tmp_path):
-    """Each deflated slice is within the limit, and on disk all of them are; only their sum unpacked is not."""
+    """Only the sum of the unpacked slices exceeds the limit; single slices and the files on disk do not."""
     lps = np.zeros((256, 256, 3), np.int16)
     lps[0] = 1
     folder = make_series(tmp_path / "zeros", lps, syntax=uid.DeflatedExplicitVRLittleEndian)
@@ -108,7 +108,7 @@ def test_series_equals_its_nifti(tmp_path):
     np.testing.assert_array_equal(a[0][..., 0], lps.transpose(2, 1, 0)[::-1])
 
 
-def test_slices_stored_upside_down_are_turned(tmp_path):
+def test_slices_stored_upside_down_are_flipped(tmp_path):
     lps = slices(3)
     folder = tmp_path / "s"
     folder.mkdir()
@@ -117,7 +117,7 @@ def test_slices_stored_upside_down_are_turned(tmp_path):
         make_dicom(
             folder / f"{k}.dcm", picture, ImagePositionPatient=[3, 2, k], ImageOrientationPatient=[-1, 0, 0, 0, -1, 0]
         )
-    np.testing.assert_array_equal(scans.read(folder)[0], seen(lps))
+    np.testing.assert_array_equal(scans.read(folder)[0], axial_display(lps))
 
 
 def test_gantry_tilt_is_one_stack_but_shifted_slices_are_not(tmp_path):
@@ -129,7 +129,7 @@ def test_gantry_tilt_is_one_stack_but_shifted_slices_are_not(tmp_path):
         z = float(dataset.ImagePositionPatient[2])
         dataset.ImagePositionPatient = [0, 0.4 * z, z]
         dataset.save_as(path)
-    np.testing.assert_array_equal(scans.read(folder)[0], seen(lps))
+    np.testing.assert_array_equal(scans.read(folder)[0], axial_display(lps))
     dataset = pydicom.dcmread(names[1])
     dataset.ImagePositionPatient[0] += 0.8
     dataset.save_as(names[1])
@@ -157,13 +157,13 @@ def test_gap_duplicate_and_mixed_series_name_the_offenders(tmp_path):
         folder = make_series(tmp_path / name.replace(" ", "_"), lps)
         make_dicom(folder / "odd.dcm", lps[:, :, 0].T.copy(), ImagePositionPatient=[0, 0, 12], **attributes)
         error = fails(folder, "series", f"odd.dcm: {name}")
-        assert "1.2.9" not in str(error)  # no UID leaves the reader
+        assert "1.2.9" not in str(error)  # messages contain no UID
     folder = make_series(tmp_path / "size", lps)
     make_dicom(folder / "odd.dcm", np.arange(20, dtype=np.int16).reshape(5, 4), ImagePositionPatient=[0, 0, 12])
     fails(folder, "series", "odd.dcm: different image size")
 
 
-def test_directory_with_other_things(tmp_path):
+def test_directory_with_other_files(tmp_path):
     lps = slices(4)
     folder = make_series(tmp_path / "s", lps)
     (folder / "notes.txt").write_text("not a slice")
@@ -180,7 +180,7 @@ def test_directory_with_other_things(tmp_path):
     assert scans.read(one)[1].shape == (3, 4, 1, 1)
 
 
-def test_slopes_that_differ_from_slice_to_slice(tmp_path):
+def test_slopes_that_differ_between_slices(tmp_path):
     """As in PET, where every slice has its own slope."""
     lps = slices(3)
     folder = tmp_path / "s"
@@ -190,11 +190,11 @@ def test_slopes_that_differ_from_slice_to_slice(tmp_path):
         make_dicom(folder / f"{k}.dcm", lps[:, :, k].T.copy(), **at)
     voxels, header = scans.read(folder)
     assert voxels.dtype == np.float32 and header.rescaled
-    np.testing.assert_array_equal(voxels, seen(lps) * np.array([0.5, 1.0, 1.5], np.float32)[:, None])
+    np.testing.assert_array_equal(voxels, axial_display(lps) * np.array([0.5, 1.0, 1.5], np.float32)[:, None])
 
 
 def test_monochrome1_is_inverted(tmp_path):
-    """0 becomes the largest value of BitsStored, also below a rescale and with a sign."""
+    """0 becomes the largest value of BitsStored, also with a rescale and for signed pixels."""
     pixels = np.array([[0, 1, 2], [4095, 4094, 10]], np.uint16)
     stored = {"PhotometricInterpretation": "MONOCHROME1", "BitsStored": 12, "HighBit": 11, "Modality": "CR"}
     voxels, header = scans.read(make_dicom(tmp_path / "a.dcm", pixels, **stored, RescaleIntercept=5))
@@ -205,7 +205,7 @@ def test_monochrome1_is_inverted(tmp_path):
     assert voxels.ravel().tolist() == [2047, -2048, -1]
 
 
-def test_unused_high_bits_are_no_intensity(tmp_path):
+def test_unused_high_bits_are_an_error(tmp_path):
     """Old files keep overlays in the bits above BitsStored."""
     pixels = np.array([[0x0001, 0xF001, 0x0FFF]], np.uint16)
     voxels, _ = scans.read(make_dicom(tmp_path / "a.dcm", pixels, BitsStored=12, HighBit=11))
@@ -248,11 +248,11 @@ def test_dicom_attributes(tmp_path, attributes, fault, words):
     fails(path, fault, words)
 
 
-def test_nothing_of_the_patient_leaves_the_reader(tmp_path, caplog, capfd, recwarn):
+def test_messages_contain_no_patient_data(tmp_path, caplog, capfd, recwarn):
     path = make_dicom(tmp_path / "a.dcm", slices(1)[..., 0], PixelSpacing=None, ImagePositionPatient=None)
     header = scans.read(path)[1]
     said = json.dumps(dataclasses.asdict(header))
-    # A tag that turns into another, so that the name stands where a number should.
+    # One tag becomes another, so that the name is where a number should be.
     data = path.read_bytes()
     damaged = data.replace(b"\x10\0\x10\0PN", b"\x28\0\x30\0DS").replace(b"\x10\0\x20\0LO", b"\x20\0\x32\0DS")
     assert damaged != data
@@ -266,7 +266,7 @@ def test_multiframe_is_sorted_and_rescaled_by_its_functional_groups():
     path = dicom_file("eCT_Supplemental.dcm")
     voxels, header = scans.read(path)
     assert header.shape == (512, 512, 2, 1) and header.spacing_mm[2] == 10 and header.orientation == "PLS"
-    # The rescale to Hounsfield units stands in the functional groups: intercept -1024.
+    # The rescale to Hounsfield units is in the functional groups: intercept -1024.
     stored = pydicom.dcmread(path).pixel_array.astype(int)
     np.testing.assert_array_equal(np.sort(voxels, axis=None), np.sort(stored - 1024, axis=None))
     fails(path, "ambiguous", "only volume is 0", volume=1)
@@ -289,7 +289,7 @@ def test_multiframe_with_reversed_positions(tmp_path):
     fails(tmp_path / "a.dcm", "damaged", "describes 1 frames but has 2")
 
 
-# Every pair holds the same picture, compressed without loss and plain.
+# Each pair contains the same image, losslessly compressed and uncompressed.
 LOSSLESS = [
     ("MR_small_RLE.dcm", "MR_small.dcm"),
     ("MR_small_jp2klossless.dcm", "MR_small.dcm"),
@@ -315,7 +315,7 @@ LOSSLESS = [
 def test_compressed_equals_plain(compressed, plain):
     a, b = scans.read(dicom_file(compressed))[0], scans.read(dicom_file(plain))[0]
     assert a.dtype == b.dtype
-    if "expb" in compressed:  # written with its palette's bytes swapped: 0x00ff where the other has 0xff00
+    if "expb" in compressed:  # its palette is byte-swapped: 0x00ff instead of 0xff00
         a = a.byteswap()
     np.testing.assert_array_equal(a, b)
 
@@ -323,12 +323,12 @@ def test_compressed_equals_plain(compressed, plain):
 @pytest.mark.parametrize(
     "name", ["SC_rgb_dcmtk_+eb+cr", "SC_rgb_dcmtk_+eb+cy+n1", "SC_rgb_dcmtk_+eb+cy+np", "SC_ybr_full_uncompressed"]
 )
-def test_colour_spaces_end_as_rgb(name):
-    """The test card's stripes: red, green, blue, ... as in its uncompressed RGB original."""
+def test_colour_spaces_become_rgb(name):
+    """The stripes of the test card: red, green, blue, ... as in its uncompressed RGB original."""
     voxels, header = scans.read(dicom_file(f"{name}.dcm"))
     plain = scans.read(dicom_file("SC_rgb.dcm"))[0]
     assert header.shape == (100, 100, 1, 3) and header.dtype == "uint8"
-    for row in (5, 15, 25, 55, 75):  # inside stripes; JPEG and rounded YBR are at most 5 off there
+    for row in (5, 15, 25, 55, 75):  # inside stripes, where JPEG and rounded YBR differ by at most 5
         np.testing.assert_allclose(voxels[row, 50, 0].astype(int), plain[row, 50, 0], atol=5)
 
 
@@ -337,8 +337,8 @@ def test_12_bit_jpeg_names_the_remedy(name):
     fails(dicom_file(name), "unsupported", "12-bit JPEG", "transcode")
 
 
-def test_a_decoder_that_crashes_complains_or_hangs_is_an_error(tmp_path, monkeypatch):
-    """An end mark in the middle: gdcm prints a line and returns a picture. Then a killed and a stopped child."""
+def test_a_decoder_that_crashes_prints_or_hangs_is_an_error(tmp_path, monkeypatch):
+    """An early end marker, for which gdcm prints a line and returns an image; then a killed and a stopped child."""
     whole = Path(dicom_file("SC_rgb_jpeg_gdcm.dcm")).read_bytes()
     good = scans.read(dicom_file("SC_rgb_jpeg_gdcm.dcm"))[0]
     path = tmp_path / "a.dcm"
@@ -349,7 +349,7 @@ def test_a_decoder_that_crashes_complains_or_hangs_is_an_error(tmp_path, monkeyp
     child.kill()
     child.wait()
     fails(dicom_file("SC_rgb_jpeg_gdcm.dcm"), "damaged", "decoder crashed")
-    np.testing.assert_array_equal(scans.read(dicom_file("SC_rgb_jpeg_gdcm.dcm"))[0], good)  # a new one is started
+    np.testing.assert_array_equal(scans.read(dicom_file("SC_rgb_jpeg_gdcm.dcm"))[0], good)  # by a new child
     monkeypatch.setattr(isolated, "SECONDS", 0.2)
     os.kill(isolated._child.process.pid, signal.SIGSTOP)
     fails(dicom_file("SC_rgb_jpeg_gdcm.dcm"), "damaged", "did not finish within 0.2 s")
@@ -357,7 +357,7 @@ def test_a_decoder_that_crashes_complains_or_hangs_is_an_error(tmp_path, monkeyp
     np.testing.assert_array_equal(scans.read(dicom_file("SC_rgb_jpeg_gdcm.dcm"))[0], good)
 
 
-def test_frames_that_are_missing_or_too_large(tmp_path):
+def test_missing_and_oversized_frames(tmp_path):
     for name, words in [("emri_small_jpeg_2k_lossless.dcm", "frames"), ("MR_small_RLE.dcm", "")]:
         path = tmp_path / name
         dataset = pydicom.dcmread(dicom_file(name))
@@ -376,7 +376,7 @@ def test_frames_that_are_missing_or_too_large(tmp_path):
         fails(tmp_path / name, "damaged", "header")
 
 
-def test_truncated_and_strange_dicom(tmp_path):
+def test_truncated_and_unsupported_dicom(tmp_path):
     fails(dicom_file("MR_truncated.dcm"), "damaged", "8,130", "8,192")
     fails(dicom_file("rtplan.dcm"), "unsupported", "treatment plan")
     fails(dicom_file("test-SR.dcm"), "unsupported", "structured report")
@@ -392,8 +392,8 @@ def test_truncated_and_strange_dicom(tmp_path):
             scans.read(path)
 
 
-def test_inserted_bytes_are_seen(tmp_path):
-    """As after a transfer in text mode: the picture is shifted, its end stands behind the element."""
+def test_inserted_bytes_are_detected(tmp_path):
+    """As after a text-mode transfer: the image is shifted, and its end follows the element."""
     whole = Path(dicom_file("CT_small.dcm")).read_bytes()
     path = tmp_path / "a.dcm"
     for at in (len(whole) // 2, len(whole) - 2000):  # both within the pixels

@@ -1,13 +1,13 @@
-"""Damaged scan files: an exact read or a ScanError, never a hang; no silent wrong read where a format has checksums.
+"""Damaged scan files give an exact read or a ScanError, never a hang, and no wrong voxels if a checksum covers them.
 
-Every case is a pure function of (kind of file, seed), so any one can be made again. Kinds of damage, in turn:
+Every case is a pure function of (kind of file, seed), so it can be reproduced. The kinds of damage:
 
     flip      1 to 3 bits anywhere
     cut       the file ends early
-    splice    a run of bytes is copied over another place
+    splice    a byte range is copied over another one
     header    a byte of the first part, or of the compressed stream's own header, gets another value
-    zeros     a run of up to 512 bytes becomes 0
-    grow      a run of bytes is put in between
+    zeros     a range of up to 512 bytes becomes 0
+    grow      a byte range is inserted
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class Kind:
     """A family of files.
 
     Attributes:
-      checked: a checksum covers the voxels, so that every wrong read counts as a failure.
-      complete: a file that was cut short is always noticed.
-      head: bytes that the `header` damage aims at; from the mark on, if one is given.
+      checked: a checksum covers the voxels, so wrong voxels are a failure.
+      complete: truncation is always detected.
+      head: number of bytes that `header` damages, from the start of the file or from `mark`.
     """
 
     name: str
@@ -63,7 +63,7 @@ def installed(name: str) -> bytes:
 
 
 def pixels(channels: int) -> np.ndarray:
-    """A smooth picture with some noise, uint8[40, 48(, 3)]."""
+    """A smooth image with some noise, uint8[40, 48(, 3)]."""
     rng = np.random.default_rng(3)
     y, x = np.mgrid[:40, :48]
     planes = [128 + 80 * np.sin(x / (5 + c)) * np.cos(y / 7) + rng.normal(0, 5, x.shape) for c in range(channels)]
@@ -72,7 +72,7 @@ def pixels(channels: int) -> np.ndarray:
 
 
 def content(kind: Kind) -> bytes:
-    """The undamaged file: real DICOM and NIfTI; pictures and arrays made here."""
+    """Return the undamaged file: real DICOM and NIfTI, synthetic images and arrays."""
     if kind.file.endswith(".dcm"):
         return installed(kind.file)
     if kind.name == "nii":
@@ -120,7 +120,7 @@ KINDS = [
 
 
 def damaged(kind: Kind, data: bytes, case: int) -> tuple[str, bytes]:
-    """(kind of damage, the damaged file) of one case."""
+    """Return (kind of damage, damaged file) of one case."""
     rng = np.random.default_rng([KINDS.index(kind), case])
     how = DAMAGES[case % len(DAMAGES)]
     out, size = bytearray(data), len(data)
@@ -146,7 +146,7 @@ def damaged(kind: Kind, data: bytes, case: int) -> tuple[str, bytes]:
 
 
 def peak() -> float:
-    """The most memory in use since the last reset, in MB."""
+    """Return the peak memory since the last reset, in MB."""
     return (
         next(int(x.split()[1]) for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
         / 1024
@@ -154,15 +154,15 @@ def peak() -> float:
 
 
 def run(kind: Kind, path: Path, cases) -> Counter:
-    """Read every case; count its ends: `exact`, `error`, or `silent <damage>`.
+    """Read every case and count the results: `exact`, `error`, or `silent <damage>`.
 
-    Fails on anything but an array or a ScanError, on a slow read, and on memory.
+    Fails on any exception but ScanError, on slow reads and on high memory use.
     """
     data = content(kind)
     path.write_bytes(data)
     good, head = scans.read(path, volume=kind.volume)
     assert scans.header(path) == head
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is in use
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak to the current use
     before, counts, slowest = peak(), Counter(), 0.0
     for case in cases:
         how, bad = damaged(kind, data, case)
@@ -172,7 +172,7 @@ def run(kind: Kind, path: Path, cases) -> Counter:
             voxels, found = scans.read(path, volume=kind.volume)
         except scans.ScanError as error:
             assert error.fault in scans.FAULTS and error.remedy and str(path) in str(error)
-            assert "while reading the file" not in error.reason, (kind.name, case, error.reason)  # the last resort
+            assert "while reading the file" not in error.reason, (kind.name, case, error.reason)  # the fallback
             counts["error"] += 1
         else:
             assert voxels.shape == found.shape and np.isfinite(voxels).all()
@@ -183,7 +183,7 @@ def run(kind: Kind, path: Path, cases) -> Counter:
     grown = peak() - before
     print(f"\n{kind.name}: slowest {slowest:.2f} s, memory + {grown:.0f} MB")
     assert grown < MEGABYTES, (kind.name, grown)
-    assert counts["error"] > len(cases) / 10, counts  # the damage does damage
+    assert counts["error"] > len(cases) / 10, counts  # the damage has an effect
     return counts
 
 
@@ -197,7 +197,7 @@ def check(kind: Kind, counts: Counter) -> None:
 
 @pytest.fixture(autouse=True)
 def libraries_may_warn():
-    """A library's warning must not turn into the error that is looked for here."""
+    """Keep warnings of libraries from becoming errors, which these tests would count."""
     logging.disable(logging.CRITICAL)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -212,22 +212,22 @@ def test_damaged_files(tmp_path, kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-def test_damaged_files_at_length(tmp_path, kind):
+def test_damaged_files_extended(tmp_path, kind):
     counts = run(kind, tmp_path / kind.file, range(QUICK, QUICK + SLOW))
     print(f"\n{kind.name}: {dict(sorted(counts.items()))} of {SLOW}")
     check(kind, counts)
 
 
-# ---------------------------------------------------------------- series
+# --- series ---
 
 
 def series() -> list[pydicom.Dataset]:
-    """Eight slices from a real one, each with its own noise, at 2.5 mm."""
+    """Eight slices 2.5 mm apart, made from a real one with different noise."""
     source, rng = pydicom.dcmread(get_testdata_file("CT_small.dcm", download=False)), np.random.default_rng(5)
     stored = source.pixel_array
     for element in list(source):
         if element.tag.group not in (0x0008, 0x0020, 0x0028, 0x7FE0) or element.VR == "SQ":
-            del source[element.tag]  # smaller files, quicker tests
+            del source[element.tag]  # smaller files, faster tests
     made = []
     for k in range(8):
         dataset = copy.deepcopy(source)
@@ -240,31 +240,31 @@ def series() -> list[pydicom.Dataset]:
     return made
 
 
-def spoil(made: list[pydicom.Dataset], rng) -> tuple[str, list[pydicom.Dataset], bool]:
-    """(what, the series, whether it can be seen)."""
+def damage_series(made: list[pydicom.Dataset], rng) -> tuple[str, list[pydicom.Dataset], bool]:
+    """Return (kind of damage, damaged series, whether it is detectable)."""
     k = int(rng.integers(1, len(made) - 1))
     made = [*made[:k], copy.deepcopy(made[k]), *made[k + 1 :]]
-    what = ("order", "missing", "twice", "moved", "size", "series", "turned", "spacing", "ends")[rng.integers(9)]
-    if what == "order":
+    damage = ("order", "missing", "twice", "moved", "size", "series", "turned", "spacing", "ends")[rng.integers(9)]
+    if damage == "order":
         rng.shuffle(made)
-    elif what == "missing":
+    elif damage == "missing":
         del made[k]
-    elif what == "twice":
+    elif damage == "twice":
         made.append(copy.deepcopy(made[k]))
-    elif what == "moved":
+    elif damage == "moved":
         sign = 1 if rng.random() < 0.5 else -1
         made[k].ImagePositionPatient = [0, 0, 2.5 * k + sign * rng.uniform(0.7, 6)]
-    elif what == "size":
+    elif damage == "size":
         made[k].Rows, made[k].PixelData = 16, made[k].PixelData[: 16 * 32 * 2]
-    elif what == "series":
+    elif damage == "series":
         made[k].SeriesInstanceUID = "1.2.3.4"
-    elif what == "turned":
+    elif damage == "turned":
         made[k].ImageOrientationPatient = [1, 0, 0, 0, 0.996, 0.087]
-    elif what == "spacing":
+    elif damage == "spacing":
         made[k].PixelSpacing = [0.7, 0.7]
     else:
         del made[0 if rng.random() < 0.5 else -1]
-    return what, made, what not in ("order", "ends")
+    return damage, made, damage not in ("order", "ends")
 
 
 def run_series(folder: Path, cases) -> Counter:
@@ -273,7 +273,7 @@ def run_series(folder: Path, cases) -> Counter:
     counts = Counter()
     for case in cases:
         rng = np.random.default_rng([77, case])
-        what, bad, seen = spoil(made, rng)
+        damage, bad, detectable = damage_series(made, rng)
         target = folder / str(case)
         target.mkdir()
         names = rng.permutation(len(bad))
@@ -283,22 +283,22 @@ def run_series(folder: Path, cases) -> Counter:
             voxels, _ = scans.read(target)
         except scans.ScanError as error:
             assert error.fault == "series" and ".dcm" in str(error), str(error)
-            assert seen, what
+            assert detectable, damage
             counts["error"] += 1
         else:
-            counts["exact" if np.array_equal(voxels, expected) else f"silent {what}"] += 1
-            assert not seen, (what, case)
+            counts["exact" if np.array_equal(voxels, expected) else f"silent {damage}"] += 1
+            assert not detectable, (damage, case)
     return counts
 
 
-def test_spoiled_series(tmp_path):
-    """A missing first or last slice is the one fault that positions do not show."""
+def test_damaged_series(tmp_path):
+    """Only a missing first or last slice cannot be detected from positions."""
     counts = run_series(tmp_path, range(QUICK))
     assert set(counts) == {"exact", "error", "silent ends"}
 
 
 @pytest.mark.slow
-def test_spoiled_series_at_length(tmp_path):
+def test_damaged_series_extended(tmp_path):
     counts = run_series(tmp_path, range(QUICK, QUICK + SLOW))
     print(f"\nseries: {dict(sorted(counts.items()))} of {SLOW}")
     assert set(counts) == {"exact", "error", "silent ends"}

@@ -1,4 +1,4 @@
-"""PNG and JPEG pictures."""
+"""2D images in PNG and JPEG files."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import tifffile
 from PIL import Image, ImageOps
-from scan_files import COLOUR, RAMP, fails, picture
+from scan_files import COLOUR, RAMP, fails, save_image
 
 from input_pipeline.images import scans
 
 
 def test_png_gray_and_colour(tmp_path):
     for pixels in (RAMP, RAMP.astype(np.uint16) * 250, COLOUR):
-        voxels, header = scans.read(picture(tmp_path / "a.png", pixels))
+        voxels, header = scans.read(save_image(tmp_path / "a.png", pixels))
         assert voxels.shape == header.shape == (5, 12, 1, pixels.ndim if pixels.ndim == 3 else 1)
         assert voxels.dtype == pixels.dtype == header.dtype and header.kind == "2d" and header.format == "image"
         np.testing.assert_array_equal(voxels.reshape(pixels.shape), pixels)
@@ -37,18 +37,18 @@ def test_png_palette_and_few_bits(tmp_path):
 def test_alpha_is_dropped_only_if_opaque(tmp_path):
     for pixels in (COLOUR, RAMP[..., None]):
         alpha = np.full((5, 12, 1), 255, np.uint8)
-        path = picture(tmp_path / "a.png", np.concatenate([pixels, alpha], axis=-1))
+        path = save_image(tmp_path / "a.png", np.concatenate([pixels, alpha], axis=-1))
         np.testing.assert_array_equal(scans.read(path)[0][:, :, 0], pixels)
         alpha[2, 3] = 254
-        path = picture(tmp_path / "a.png", np.concatenate([pixels, alpha], axis=-1))
+        path = save_image(tmp_path / "a.png", np.concatenate([pixels, alpha], axis=-1))
         fails(path, "ambiguous", "transparent", "background")
     Image.fromarray(RAMP).save(tmp_path / "key.png", transparency=8)
     fails(tmp_path / "key.png", "ambiguous", "transparent")
-    Image.fromarray(RAMP).save(tmp_path / "key.png", transparency=9)  # no pixel has it
+    Image.fromarray(RAMP).save(tmp_path / "key.png", transparency=9)  # no pixel has this value
     np.testing.assert_array_equal(scans.read(tmp_path / "key.png")[0][..., 0, 0], RAMP)
 
 
-def test_png_refuses_what_would_lose_bits_or_frames(tmp_path):
+def test_png_that_would_lose_bits_or_frames_is_refused(tmp_path):
     def chunk(name: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
@@ -61,9 +61,9 @@ def test_png_refuses_what_would_lose_bits_or_frames(tmp_path):
     fails(tmp_path / "b.png", "unsupported", "animated")
 
 
-def test_every_damaged_bit_of_a_png_is_seen(tmp_path):
-    """Pillow itself skips the checksum of the picture data."""
-    path = picture(tmp_path / "a.png", np.random.default_rng(0).integers(0, 256, (6, 7), dtype=np.uint8))
+def test_every_flipped_bit_of_a_png_is_detected(tmp_path):
+    """Pillow itself skips the checksum of the image data."""
+    path = save_image(tmp_path / "a.png", np.random.default_rng(0).integers(0, 256, (6, 7), dtype=np.uint8))
     data = path.read_bytes()
     for bit in range(8 * 8, 8 * len(data), 3):
         damaged = bytearray(data)
@@ -74,16 +74,16 @@ def test_every_damaged_bit_of_a_png_is_seen(tmp_path):
 
 @pytest.mark.parametrize("tag", range(1, 9))
 def test_orientation_tag(tmp_path, tag):
-    """3 x 2 picture, told apart at every place, against Pillow's own turning, and drawn for tag 6:
+    """A 3 x 2 image of distinct pixels against Pillow's own orientation, and as drawn for tag 6:
 
-    stored  a b     shown, turned right   e c a
+    stored  a b     displayed, rotated right   e c a
             c d                           f d b
             e f
     """
     pixels = np.array([[10, 60], [110, 160], [210, 250]], np.uint8)
     exif = Image.Exif()
     exif[0x0112] = tag
-    path = picture(tmp_path / "a.png", pixels, exif=exif)
+    path = save_image(tmp_path / "a.png", pixels, exif=exif)
     expected = np.asarray(ImageOps.exif_transpose(Image.open(path)))
     voxels, header = scans.read(path)
     np.testing.assert_array_equal(voxels[..., 0, 0], expected)
@@ -96,15 +96,15 @@ def test_orientation_tag(tmp_path, tag):
 
 def test_jpeg(tmp_path):
     smooth = np.linspace(0, 255, 64 * 48).reshape(64, 48).astype(np.uint8)
-    voxels, header = scans.read(picture(tmp_path / "a.jpg", smooth, quality=95))
+    voxels, header = scans.read(save_image(tmp_path / "a.jpg", smooth, quality=95))
     assert header.shape == (64, 48, 1, 1)
     assert np.abs(voxels[..., 0, 0].astype(int) - smooth).max() <= 3  # measured: 3
     exif = Image.Exif()
     exif[0x0112] = 8
-    turned, header = scans.read(picture(tmp_path / "b.jpg", smooth, quality=95, exif=exif))
+    turned, header = scans.read(save_image(tmp_path / "b.jpg", smooth, quality=95, exif=exif))
     assert header.shape == (48, 64, 1, 1)
     np.testing.assert_array_equal(turned[..., 0, 0], np.rot90(voxels[..., 0, 0]))
-    colour, header = scans.read(picture(tmp_path / "c.jpg", np.stack([smooth] * 3, axis=-1)))
+    colour, header = scans.read(save_image(tmp_path / "c.jpg", np.stack([smooth] * 3, axis=-1)))
     assert header.shape == (64, 48, 1, 3)
     Image.fromarray(smooth).convert("CMYK").save(tmp_path / "d.jpg")
     assert scans.read(tmp_path / "d.jpg")[1].photometric == "CMYK"
@@ -115,9 +115,9 @@ def test_jpeg(tmp_path):
             scans.read(tmp_path / "e.jpg")
 
 
-def test_a_jpeg_named_png_is_read_but_a_picture_named_nii_is_not(tmp_path):
+def test_a_jpeg_named_png_is_read_but_an_image_named_nii_is_not(tmp_path):
     smooth = np.tile(np.arange(64, dtype=np.uint8), (64, 1))
-    path = picture(tmp_path / "a.jpg", smooth)
+    path = save_image(tmp_path / "a.jpg", smooth)
     path.rename(tmp_path / "a.png")
     assert scans.read(tmp_path / "a.png")[1].shape == (64, 64, 1, 1)
     (tmp_path / "a.png").rename(tmp_path / "a.nii")

@@ -1,4 +1,4 @@
-"""NIfTI files: dtypes, scaling, volumes, colours, headers that contradict themselves, gzip streams."""
+"""NIfTI files: dtypes, scaling, volumes, colours, inconsistent headers, gzip streams."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import zlib
 import nibabel
 import numpy as np
 import pytest
-from scan_files import fails, lps_volume, nifti, patched, seen
+from scan_files import axial_display, fails, lps_volume, nifti, patched
 
 from input_pipeline.images import scans
 
@@ -23,7 +23,7 @@ def test_nifti_dtypes(tmp_path, dtype, endian):
         image = nibabel.Nifti1Image(array, image.affine, image.header.as_byteswapped(">"))
     nibabel.save(image, tmp_path / "a.nii")
     voxels, header = scans.read(tmp_path / "a.nii")
-    np.testing.assert_array_equal(voxels, seen(lps_volume()))
+    np.testing.assert_array_equal(voxels, axial_display(lps_volume()))
     natural_dtype = {"u1": "u1", "i1": "i2", "i2": "i2", "u2": "u2", "i4": "i4", "f4": "f4", "f8": "f4"}
     assert voxels.dtype == natural_dtype.get(dtype, "i2") and voxels.dtype.isnative
     assert header.dtype == np.dtype(dtype).name
@@ -31,7 +31,7 @@ def test_nifti_dtypes(tmp_path, dtype, endian):
 
 def test_nifti_2(tmp_path):
     nibabel.save(nibabel.Nifti2Image(lps_volume(), np.diag([-1.0, -1.0, 1.0, 1.0])), tmp_path / "a.nii.gz")
-    np.testing.assert_array_equal(scans.read(tmp_path / "a.nii.gz")[0], seen(lps_volume()))
+    np.testing.assert_array_equal(scans.read(tmp_path / "a.nii.gz")[0], axial_display(lps_volume()))
 
 
 @pytest.mark.parametrize(
@@ -51,14 +51,14 @@ def test_nifti_scaling(tmp_path, slope, inter, dtype):
     path.write_bytes(data)
     voxels, header = scans.read(path)
     assert voxels.dtype == dtype and header.rescaled
-    np.testing.assert_array_equal(voxels, (seen(lps_volume()) * float(slope) + inter).astype(dtype))
+    np.testing.assert_array_equal(voxels, (axial_display(lps_volume()) * float(slope) + inter).astype(dtype))
 
 
 @pytest.mark.parametrize(
     ("slope", "inter", "fault"),
     [(0, 5, None), (np.nan, np.nan, None), (np.nan, 0, "damaged"), (1, np.nan, "damaged"), (np.inf, 0, "damaged")],
 )
-def test_nifti_scaling_without_meaning(tmp_path, slope, inter, fault):
+def test_nifti_scaling_that_is_not_finite(tmp_path, slope, inter, fault):
     path = nifti(tmp_path / "a.nii", lps_volume(), np.diag([-1.0, -1.0, 1.0, 1.0]))
     data = bytearray(path.read_bytes())
     struct.pack_into("<ff", data, 112, slope, inter)
@@ -67,7 +67,7 @@ def test_nifti_scaling_without_meaning(tmp_path, slope, inter, fault):
         fails(path, fault, "scaling")
     else:
         voxels, header = scans.read(path)
-        np.testing.assert_array_equal(voxels, seen(lps_volume()))
+        np.testing.assert_array_equal(voxels, axial_display(lps_volume()))
         assert not header.rescaled
 
 
@@ -78,7 +78,7 @@ def test_4d_needs_a_choice(tmp_path, ending):
     fails(path, "ambiguous", "3 volumes", "volume 0 to 2")
     for volume in range(3):
         voxels, header = scans.read(path, volume=volume)
-        np.testing.assert_array_equal(voxels, seen(lps_volume()) + 100 * volume)
+        np.testing.assert_array_equal(voxels, axial_display(lps_volume()) + 100 * volume)
         assert header.volumes == 3 and header == scans.header(path)
     for volume in (3, -1):
         fails(path, "ambiguous", f"no volume {volume}", "0 to 2", volume=volume)
@@ -134,7 +134,7 @@ def test_nifti_sizes_are_checked_before_allocation(tmp_path):
     assert scans.read(path, limits=scans.ScanLimits(max_bytes=48, max_side=4, max_slices=2))[0].size == 24
 
 
-def test_nifti_stream_must_end_where_its_header_says(tmp_path):
+def test_nifti_stream_must_have_the_size_in_its_header(tmp_path):
     path = nifti(tmp_path / "a.nii", lps_volume(), np.eye(4))
     data = path.read_bytes()
     for wrong in (data[:-1], data + b"\0"):
@@ -155,8 +155,8 @@ def test_nifti_stream_must_end_where_its_header_says(tmp_path):
     fails(packed, "unsupported", "DICOM in a gzip")
 
 
-def test_gzip_streams_are_judged_as_by_the_standard_library(tmp_path):
-    """What may stand around a stream, and every value of its header's flags: refused or read alike."""
+def test_gzip_streams_are_accepted_as_by_the_standard_library(tmp_path):
+    """Data before and after a stream and every value of the header flags give the same result or an error."""
     data = nifti(tmp_path / "a.nii", lps_volume(), np.eye(4)).read_bytes()
     whole = gzip.compress(data, mtime=0)
     named = b"\x1f\x8b\x08\x08" + whole[4:10] + b"a.nii\0" + whole[10:]
@@ -185,7 +185,7 @@ def test_gzip_streams_are_judged_as_by_the_standard_library(tmp_path):
     assert read >= 5, "the whole stream, its name, zeros and empty members behind it"
 
 
-def test_every_flipped_bit_of_a_gzip_stream_is_seen(tmp_path):
+def test_every_flipped_bit_of_a_gzip_stream_is_detected(tmp_path):
     data = gzip.compress(nifti(tmp_path / "a.nii", lps_volume(), np.eye(4)).read_bytes(), mtime=0)
     path, good, errors = tmp_path / "a.nii.gz", None, 0
     path.write_bytes(data)
@@ -198,4 +198,4 @@ def test_every_flipped_bit_of_a_gzip_stream_is_seen(tmp_path):
             np.testing.assert_array_equal(scans.read(path)[0], good)
         except scans.ScanError:
             errors += 1
-    assert errors > 0.8 * (8 * len(data) / 3)  # the rest are header bytes without meaning: time, system
+    assert errors > 0.8 * (8 * len(data) / 3)  # the rest are unused header bytes: time, system

@@ -1,4 +1,4 @@
-"""Voxel axes as a radiologist sees them, whatever the storage."""
+"""Radiological display of voxels, independent of their storage order."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import struct
 import nibabel
 import numpy as np
 import pytest
-from scan_files import fails, lps_volume, nifti, seen
+from scan_files import axial_display, fails, lps_volume, nifti
 
 from input_pipeline.images import scans
 from input_pipeline.images.scans import orientation
 
 
 def test_drawn_volume_is_displayed_as_drawn():
-    first = seen(lps_volume())[:, :, 0, 0]
+    first = axial_display(lps_volume())[:, :, 0, 0]
     assert first.tolist() == [[0, 6, 12, 18], [2, 8, 14, 20], [4, 10, 16, 22]]
 
 
 @pytest.mark.parametrize("codes", ["RAS", "LPS", "LAS", "PIR", "ASL", "SRP", "IAR", "SLA"])
-def test_nifti_of_any_storage_is_displayed_alike(tmp_path, codes):
+def test_nifti_display_is_independent_of_storage(tmp_path, codes):
     lps = lps_volume()
     affine = np.diag([-2.0, -2.0, 2.0, 1.0])  # LPS array in RAS millimetres
     stored = nibabel.Nifti1Image(lps, affine)
@@ -30,7 +30,7 @@ def test_nifti_of_any_storage_is_displayed_alike(tmp_path, codes):
     assert "".join(nibabel.aff2axcodes(stored.affine)) == codes
     path = nifti(tmp_path / "a.nii.gz", np.asarray(stored.dataobj), stored.affine)
     voxels, header = scans.read(path)
-    np.testing.assert_array_equal(voxels, seen(lps))
+    np.testing.assert_array_equal(voxels, axial_display(lps))
     assert header.orientation == "PLS" and header.spacing_mm == (2, 2, 2) and header.oblique_degrees == 0
     assert header.shape == (3, 4, 2, 1) and header.kind == "3d" and header.dtype == "int16"
 
@@ -45,8 +45,8 @@ def test_oblique_nifti_takes_the_nearest_axes(tmp_path, degrees, axis):
     affine = np.eye(4)
     affine[:3, :3] = turn @ np.diag([-1.0, -1.0, 1.0])
     voxels, header = scans.read(nifti(tmp_path / "a.nii", lps_volume(), affine))
-    np.testing.assert_array_equal(voxels, seen(lps_volume()))
-    assert header.oblique_degrees == pytest.approx(abs(degrees), abs=0.01)  # float32 affine: 1e-5 degrees off
+    np.testing.assert_array_equal(voxels, axial_display(lps_volume()))
+    assert header.oblique_degrees == pytest.approx(abs(degrees), abs=0.01)  # a float32 affine deviates by 1e-5 degrees
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_thick_slices_keep_their_plane(tmp_path, spacing, codes, order):
     voxels, header = scans.read(nifti(tmp_path / "a.nii", lps, affine))
     expected = lps.transpose(order)
     if codes != "PLS":
-        expected = expected[::-1]  # head on top; the array runs feet to head
+        expected = expected[::-1]  # the head is at the top; the array runs feet to head
     np.testing.assert_array_equal(voxels[..., 0], expected)
     assert header.orientation == codes
     assert header.spacing_mm == tuple(pytest.approx(spacing[a]) for a in order)
@@ -77,16 +77,16 @@ def test_one_slice_keeps_its_plane(tmp_path):
     np.testing.assert_array_equal(voxels[:, :, 0, 0], lps[:, 0].T[::-1])
 
 
-def test_orientation_that_is_not_stated_is_none(tmp_path):
+def test_unstated_orientation_is_none(tmp_path):
     image = nibabel.Nifti1Image(lps_volume(), None)
     nibabel.save(image, tmp_path / "a.nii")
     voxels, header = scans.read(tmp_path / "a.nii")
     assert header.orientation is None and header.oblique_degrees is None
     # ANALYZE order: right to left, back to front, feet to head
-    np.testing.assert_array_equal(voxels, seen(lps_volume()[:, ::-1]))
+    np.testing.assert_array_equal(voxels, axial_display(lps_volume()[:, ::-1]))
 
 
-def test_sform_and_qform_that_disagree_on_the_side(tmp_path):
+def test_sform_and_qform_that_disagree_on_left_and_right(tmp_path):
     image = nibabel.Nifti1Image(lps_volume(), np.diag([-1.0, -1.0, 1.0, 1.0]))
     image.set_sform(np.diag([1.0, -1.0, 1.0, 1.0]), code=1)
     image.set_qform(np.diag([-1.0, -1.0, 1.0, 1.0]), code=1)
@@ -104,6 +104,6 @@ def test_impossible_affine(tmp_path, column):
     fails(path, "damaged", "orientation")
 
 
-def test_orientation_refuses_flat_axes():
+def test_coplanar_axes_are_refused():
     with pytest.raises(ValueError, match="coplanar"):
         orientation.display_layout(np.ones((3, 3)) + np.eye(3) * 1e-3, (2, 2, 2))

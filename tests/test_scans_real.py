@@ -1,4 +1,4 @@
-"""Installed real scans: what is where, and how bright."""
+"""Anatomy and intensities of installed real scans."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ICBM = Path(nilearn.__file__).parent / "datasets" / "data" / "mni_icbm152_t1_tal
 
 
 def test_head_ct():
-    """pydicom-data 693: a bone ring, brain near 35 HU, air outside, the frontal sinus on top."""
+    """pydicom-data 693: a bone ring, brain near 35 HU, air outside, the frontal sinus at the top."""
     voxels, header = scans.read(dicom_file("693_UNCR.dcm"))
     assert header.modality == "CT" and header.orientation == "PLS" and header.padding == (-3024, -3024)
     ct = voxels[:, :, 0, 0]
@@ -27,24 +27,24 @@ def test_head_ct():
     skull = np.argwhere(ct > 700)
     top, left, bottom, right = *skull.min(0), *skull.max(0)
     assert 200 < bottom - top < 360 and 200 < right - left < 480
-    # The frontal sinus, air within bone, lies in front: in the upper part of the picture.
+    # The frontal sinus, air within bone, is anterior: in the upper part of the image.
     middle = slice(230, 290)
     assert ct[top : top + 40, middle].min() < -500 < ct[bottom - 40 : bottom - 8, middle].min()
 
 
 def test_abdomen_ct_stored_upside_down_is_upright():
-    """explicit_VR-UN stores rows from back to front. Shown: the table below, the liver on the picture's left."""
+    """explicit_VR-UN stores rows from back to front. Displayed: the table at the bottom, the liver at the left."""
     voxels, header = scans.read(dicom_file("explicit_VR-UN.dcm"))
     ct = voxels[:, :, 0, 0]
     np.testing.assert_array_equal(ct, pydicom.dcmread(dicom_file("explicit_VR-UN.dcm")).pixel_array[::-1])
     body = (ct > -200) & (ct < 300)
-    assert body[:100].mean() < 0.001 < body[440:].mean()  # nothing above; the table below
+    assert body[:100].mean() < 0.001 < body[440:].mean()  # nothing at the top, the table at the bottom
     enhanced = (ct > 80) & (ct < 160)
     assert enhanced[150:300, 80:200].mean() > 2 * enhanced[150:300, 312:432].mean()  # liver against stomach and spleen
 
 
-def test_chest_film_is_shown_with_white_bones():
-    """RG1 is MONOCHROME1: stored with bright lungs. Shown: lungs dark, spine and heart bright, heart on the right."""
+def test_chest_film_has_bright_bones():
+    """RG1 is MONOCHROME1, with bright lungs. Displayed: lungs dark, spine and heart bright, heart at the right."""
     voxels, header = scans.read(dicom_file("RG1_UNCR.dcm"))
     film = voxels[:, :, 0, 0].astype(float)
     assert header.modality == "CR" and header.shape == (1955, 1841, 1, 1)
@@ -54,7 +54,7 @@ def test_chest_film_is_shown_with_white_bones():
 
 
 def test_template_brain_is_axial_and_upright():
-    """ICBM152 T1: the frontal lobes above, the cerebellum below and low in the stack, ventricles dark in the middle."""
+    """ICBM152 T1: frontal lobes at the top, cerebellum at the bottom of low slices, dark ventricles in the middle."""
     voxels, header = scans.read(ICBM)
     assert header.shape == (233, 197, 189, 1) and header.orientation == "PLS" and header.spacing_mm == (1, 1, 1)
     image = nibabel.load(ICBM)
@@ -67,7 +67,7 @@ def test_template_brain_is_axial_and_upright():
         assert voxels[int(row), int(column), int(height), 0] == value
     brain = voxels[..., 0] > 60
     low, high = brain[:, :, 40].mean(axis=1), brain[:, :, 120].mean(axis=1)
-    assert low[150:].sum() > low[:60].sum()  # cerebellum behind
+    assert low[150:].sum() > low[:60].sum()  # the cerebellum is posterior
     assert abs(high[:116].sum() - high[116:].sum()) < 0.5 * high.sum()
     ventricle, white = voxels[100:120, 100:104, 92, 0].mean(), voxels[100:120, 60:70, 100, 0].mean()
     assert ventricle < white

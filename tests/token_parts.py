@@ -1,4 +1,4 @@
-"""Samples written by hand and their arrays read by a person, for the tests of tokens and of what makes them."""
+"""Hand-written samples and readable forms of their arrays, for the tests of tokens."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def installed() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    """An installed 32,000-piece model in LLaMA's id layout (mistral-common's first one)."""
+    """Return an installed 32,000-piece model in LLaMA's id layout (the first of mistral-common)."""
     return installed()
 
 
 def sample(*parts, row_id="7") -> Sample:
-    """Parts: scans, and texts as (role, text)."""
+    """Make a sample of scans and (role, text) pairs."""
     texts = tuple(Text(p[1], p[0]) if isinstance(p, tuple) else p for p in parts)
     return Sample(row_id, "a_set", "vqa", None, texts)
 
@@ -59,14 +59,14 @@ def run(tokenizer, *parts, terms=NO_TERMS, num_latents=2, max_scans=9, **options
 
 
 def read_back(tokenizer: Tokenizer, encoded: Encoded) -> str:
-    """Text of the ids with [a], [b], [c] for scans and | for EOS, as a person would read it."""
+    """Decode ids to readable text, with [a], [b], [c] for scans and | for EOS."""
     text, current = "", []
     names = {A: "[a]", B: "[b]", C: "[c]"}
 
     def flush():
         nonlocal text, current
         words = tokenizer.decode(current)
-        starts_word = bool(current) and tokenizer.starts_word(current[0])
+        starts_word = bool(current) and tokenizer._words.id_to_piece(current[0]).startswith("▁")
         text += (" " if text and starts_word else "") + words
         current = []
 
@@ -91,7 +91,7 @@ def long_text(n, word="word"):
 
 
 def check(encoded: Encoded, tokenizer: Tokenizer, drawing: str) -> None:
-    """A drawing has rows token, visual, targets, weights; `-` is nothing, `0` in targets is nothing."""
+    """Compare with a drawing, which has the rows token, visual, targets and weights; `-` and `0` are empty."""
     rows = {line.split()[0]: line.split()[1:] for line in drawing.strip().splitlines()}
     special = {"<s>": 1, "</s>": 2, "<image>": V, "</image>": V + 1, "0": 0, "-": 0}
 

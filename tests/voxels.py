@@ -1,4 +1,4 @@
-"""Voxels drawn by a seed, for the tests of volumes."""
+"""Seeded random voxels for the tests of volumes."""
 
 from __future__ import annotations
 

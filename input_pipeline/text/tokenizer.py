@@ -143,10 +143,6 @@ class Tokenizer:
         """Return whether a piece is a byte, but not the first, of a character."""
         return self._continues[token]
 
-    def starts_word(self, token: int) -> bool:
-        """Return whether a piece begins with the word-start mark."""
-        return self._starts_word[token]
-
     def word_after(self, ids: Sequence[int], position: int) -> int:
         """Return the first position from `position` on at which a text may begin: a word if near, else a character."""
         for i in range(position, min(position + WORD_REACH, len(ids))):
