@@ -37,7 +37,7 @@ def fails(path, fault: str, *words: str, **options) -> scans.ScanError:
 
 
 def lps_volume() -> np.ndarray:
-    """int16[4 right to left, 3 front to back, 2 feet to head], with distinct voxels:
+    """Return int16[4 right to left, 3 front to back, 2 feet to head], with distinct voxels.
 
     feet          front                 head         front
              0    6   12   18                   1    7   13   19

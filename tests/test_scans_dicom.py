@@ -205,7 +205,7 @@ def test_monochrome1_is_inverted(tmp_path):
     assert voxels.ravel().tolist() == [2047, -2048, -1]
 
 
-def test_unused_high_bits_are_an_error(tmp_path):
+def test_unused_high_bits_are_ignored(tmp_path):
     """Old files keep overlays in the bits above BitsStored."""
     pixels = np.array([[0x0001, 0xF001, 0x0FFF]], np.uint16)
     voxels, _ = scans.read(make_dicom(tmp_path / "a.dcm", pixels, BitsStored=12, HighBit=11))

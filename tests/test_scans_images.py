@@ -74,7 +74,7 @@ def test_every_flipped_bit_of_a_png_is_detected(tmp_path):
 
 @pytest.mark.parametrize("tag", range(1, 9))
 def test_orientation_tag(tmp_path, tag):
-    """A 3 x 2 image of distinct pixels against Pillow's own orientation, and as drawn for tag 6:
+    """A 3 x 2 image of distinct pixels against Pillow's own orientation, and as drawn for tag 6.
 
     stored  a b     displayed, rotated right   e c a
             c d                           f d b

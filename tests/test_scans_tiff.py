@@ -126,7 +126,7 @@ def test_tiff_with_a_broken_chain_of_pages(tmp_path):
 
 
 def test_truncated_tiff(tmp_path):
-    """tifffile itself fills missing data with zeros."""
+    """By itself, tifffile fills missing data with zeros."""
     for compression in (None, "zlib"):
         tifffile.imwrite(
             tmp_path / "a.tif", np.random.default_rng(0).integers(0, 99, (40, 30)), compression=compression

@@ -1,4 +1,4 @@
-"""Split and join sentences of medical prose. (measurements.py removes sizes from them.)"""
+"""Split and join sentences of medical prose; measurements.py removes sizes from them."""
 
 from __future__ import annotations
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -197,15 +196,7 @@ def _released(sample, parts, dropped, tokenizer, terms, num_latents, max_tokens,
 
 
 def _to_arrays(
-    tokenizer: Tokenizer,
-    ids: Sequence[int],
-    weights: Sequence[float],
-    visual: Sequence[tuple[int, int]],
-    num_latents: int,
-    scans: tuple[Scan, ...],
-    cut: Counter[str],
-    dropped: int,
-    key_ok: np.ndarray | None = None,
+    tokenizer, ids, weights, visual, num_latents, scans, cut: Counter[str], dropped: int, key_ok=None
 ) -> Encoded:
     """Shift tokens and their weights by one position to targets, and fill the visual slots.
 
@@ -223,15 +214,6 @@ def _to_arrays(
     for position, number in visual:
         slots[position : position + num_latents, 0] = number
         slots[position : position + num_latents, 1] = np.arange(num_latents)
-    return Encoded(
-        ids,
-        targets,
-        shifted,
-        slots,
-        np.ones(t, bool) if key_ok is None else key_ok,
-        scans,
-        cut["context"],
-        cut["instruction"],
-        cut["response"],
-        dropped,
-    )
+    key_ok = np.ones(t, bool) if key_ok is None else key_ok
+    removed = cut["context"], cut["instruction"], cut["response"], dropped
+    return Encoded(ids, targets, shifted, slots, key_ok, scans, *removed)
