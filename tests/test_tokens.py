@@ -201,7 +201,7 @@ def test_then_the_instruction_then_the_end_of_the_response(tokenizer):
 def test_a_sample_that_cannot_fit_is_an_error_with_the_row(tokenizer):
     parts = A, B, instruction("Why?"), response("Because.")
     assert len(run(tokenizer, *parts).ids) == 14
-    with pytest.raises(RowError, match=r"a_set, row 7: 14 tokens, 2 scans, do not fit into 12.*max_scans"):
+    with pytest.raises(RowError, match=r"a_set, row 7: 14 tokens, including 2 scans, do not fit into 12.*max_scans"):
         run(tokenizer, *parts, max_tokens=12)
     assert run(tokenizer, *parts, max_tokens=14).cut_response == 0
 

@@ -45,9 +45,8 @@ def prepare_volume(
       6. Flips, with an rng: each axis in `flips` with probability 0.5.
       7. Quantization from float32 to `storage`.
 
-    Values in `uint8` (scale 1/255) and `int16` (scale 1/65535, offset 32768/65535) differ from `float32` by at most
-    scale / 2. So an 8-bit scan that keeps its size is recovered exactly, and Hounsfield units that span up to 65535 are
-    kept to half a unit or better in int16.
+    Values in `uint8` and `int16` differ from `float32` by at most half of QUANTIZATION's scale. So an 8-bit scan that
+    keeps its size is recovered exactly, and Hounsfield units that span up to 65535 are exact to half a unit in int16.
 
     Args:
       voxels: any integer or float dtype [H, W, D, C], in any memory order; D = 1 is a 2D scan.
@@ -55,8 +54,7 @@ def prepare_volume(
       storage: uint8 (default), int16 or float32; `released` mode supports float32 only.
       rng: for training only. The same generator state gives the same volume.
       flips: of "height", "width", "depth". Off by default, because left and right matter in a report.
-      padding: inclusive (low, high) of padding values: pass `Header.padding`. `released` mode ignores it, because the
-        released code does.
+      padding: inclusive (low, high) of padding values: pass `Header.padding`. `released` mode ignores it.
       value_range: (minimum, maximum) of `voxels` including padding, if known: pass `Header.value_range`. It is not
         verified, and saves `paper` mode one pass over the voxels.
     Raises:

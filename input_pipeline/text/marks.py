@@ -41,7 +41,7 @@ def parse_marks(text: str | Sequence[str], n_scans: int) -> list:
         parsed.append(parts)
     problems = []
     if unknown:
-        known = {0: "there are no scans", 1: "the only mark is <image-1>"}
+        known = {0: "no scans are given", 1: "the only mark is <image-1>"}
         marks = known.get(n_scans, f"marks run from <image-1> to <image-{n_scans}>")
         problems.append(f"no scan for {', '.join(unknown)} ({marks})")
     if missing := [f"<image-{i}>" for i in range(1, n_scans + 1) if i not in used]:

@@ -1,4 +1,4 @@
-"""Readers of scan files and DICOM series: path -> voxels and header. Resizing and intensities belong to volumes.py.
+"""Readers of scan files and DICOM series: path -> voxels and header. Resizing belongs to resize.py.
 
     voxels, header = scans.read("ct.nii.gz")       # voxels [H, W, D, C]; a 2D gray image is [H, W, 1, 1]
     header = scans.header("ct.nii.gz")             # for planning: reads no voxels where the format allows it

@@ -16,18 +16,8 @@ from input_pipeline.images.scans import codestream, isolated, orientation
 from input_pipeline.images.scans.access import as_scan_error, open_scan
 from input_pipeline.images.scans.base import Header, ScanError, ScanLimits, join_offenders, limit_error, printable
 from input_pipeline.images.scans.checks import check_shape, check_volume, to_intensities
-from input_pipeline.images.scans.fields import (
-    DAMAGED_HEADER,
-    EXPORT,
-    GRAY,
-    PIXELS,
-    PLUGINS,
-    SAME,
-    Fields,
-    Instance,
-    load,
-    tag_of,
-)
+from input_pipeline.images.scans.fields import DAMAGED_HEADER, EXPORT, GRAY, PIXELS, PLUGINS, Fields, Instance, load
+from input_pipeline.images.scans.orientation import TOLERANCE
 
 GAP = 0.25  # tolerated deviation from the usual slice distance: rounding to 0.1 mm stays below, a missing slice is 1.0
 LPS_TO_RAS = np.array([-1.0, -1.0, 1.0])
@@ -342,7 +332,7 @@ def check_same_series(path, names: list[str], instances: list[Instance]) -> None
     for name, key in {"orientation": lambda i: i.orientation, "pixel spacing": lambda i: i.spacing}.items():
         values = np.array([key(i) for i in instances])
         deviation = np.abs(values - np.median(values, axis=0)).max(axis=1)
-        problems += [f"{n}: different {name}" for n, d in zip(names, deviation, strict=True) if d > SAME]
+        problems += [f"{n}: different {name}" for n, d in zip(names, deviation, strict=True) if d > TOLERANCE]
     if problems:
         reason = f"mixes series: {join_offenders(problems)}"
         raise ScanError(path, reason, "give each series its own directory", "series")
@@ -365,7 +355,7 @@ def load_series(path, files: list[Path], names: list[str], limits: ScanLimits, *
         else:
             instances.append(instance)
             datasets.append(dataset)
-            elements = (dataset.get_item(tag_of(keyword)) for keyword in PIXELS)
+            elements = (Fields(file_path, dataset).raw(keyword) for keyword in PIXELS)
             size += sum(len(element.value or b"") for element in elements if element is not None)
             if size > limits.max_file_bytes:  # deflated files are small on disk
                 reason = f"unpacks to more than {limits.max_file_bytes:,} bytes"

@@ -19,6 +19,7 @@ from pydicom.datadict import keyword_dict
 from pydicom.dataelem import RawDataElement
 from pydicom.tag import Tag
 
+from input_pipeline.images.scans import orientation
 from input_pipeline.images.scans.access import BoundedFile, as_scan_error
 from input_pipeline.images.scans.base import COPY_AGAIN, ScanError, ScanLimits, limit_error
 from input_pipeline.images.scans.checks import check_shape
@@ -67,7 +68,6 @@ KEYWORDS = (
 tag_of = functools.cache(Tag)  # pydicom first tries to parse a keyword as a number, which dominates the parsing time
 EXPORT = "export it again, or convert it with dcm2niix"
 DAMAGED_HEADER = "the DICOM header is damaged: " + EXPORT
-SAME = 1e-3  # tolerance for equal orientations (direction cosines) and spacings (mm)
 
 
 class Fields:
@@ -313,7 +313,7 @@ def interpret(path, fields: Fields, syntax: str) -> Instance:
         raise ScanError(path, "contains no image, or is truncated before it", remedy, "unsupported")
     pixel_format = read_pixel_format(path, fields)
     frames = FrameFields(path, fields)
-    spacing, orientation, positions = read_geometry(path, fields, frames)
+    spacing, direction, positions = read_geometry(path, fields, frames)
     slopes, intercepts = read_rescale(path, frames)
     pad = fields.integer("PixelPaddingValue", signed=pixel_format.signed)
     limit = fields.integer("PixelPaddingRangeLimit", signed=pixel_format.signed)
@@ -326,7 +326,7 @@ def interpret(path, fields: Fields, syntax: str) -> Instance:
         frame_of_reference=fields.text("FrameOfReferenceUID"),
         frames=frames.count,
         spacing=spacing,
-        orientation=orientation,
+        orientation=direction,
         positions=positions,
         slopes=slopes,
         intercepts=intercepts,
@@ -397,7 +397,7 @@ def read_geometry(path, fields: Fields, frames: FrameFields):
     if positions is not None and frames.count > 1 and not frames.per_frame:
         positions = None  # one position for all frames of a cine loop does not locate the frames
     for name, values in (("spacings", spacings), ("orientations", orientations)):
-        if values and np.ptp(np.array(values), axis=0).max() > SAME:
+        if values and np.ptp(np.array(values), axis=0).max() > orientation.TOLERANCE:
             raise ScanError(path, f"has frames of different {name}", "split it into series", "series")
     spacing = positive(spacings[0]) if spacings else None
     if spacing is None and frames.count == 1:
