@@ -135,9 +135,7 @@ def test_padding_is_not_in_the_range(dtype, order, known):
     np.testing.assert_allclose(corners(None), without)
     for padding in [(-2000, -2000), (-2000.0, -1000.5), (-32768, -1500)]:
         np.testing.assert_allclose(corners(padding), [[0, 0], [0.5, 1]])
-    np.testing.assert_allclose(
-        corners((0, 0)), [[0, 0.333333], [0, 1]]
-    )  # mid-range padding is black too
+    np.testing.assert_allclose(corners((0, 0)), [[0, 0.333333], [0, 1]])  # mid-range padding is black too
     np.testing.assert_allclose(corners((1000, 3000)), [[0, 0.5], [1, 0]])
     for padding in [(-3000, -2001), (1001, 1002), (-999, -1)]:
         np.testing.assert_allclose(corners(padding), without)
