@@ -282,7 +282,7 @@ def _cached(name: str, options: dict, files: list[Path], build: Callable[[], set
         with atomic_write(path, unique=True) as partial:
             partial.write_bytes(_cache_header(key, body) + b"\n" + body)
     except OSError as error:
-        log.warning("%s: cannot cache terms (%s): set %s to a writable folder", path, error, CACHE_VARIABLE)
+        log.warning("%s: terms cannot be cached (%s): set %s to a writable folder", path, error, CACHE_VARIABLE)
     return phrases
 
 
