@@ -8,7 +8,7 @@ import pytest
 
 from input_pipeline.curate import cases, layouts, radmd, splits
 from input_pipeline.curate.__main__ import main
-from input_pipeline.datasets import tables
+from input_pipeline.datasets import csv_tables, json_tables, table_text
 from input_pipeline.samples import RowError
 from tests.dataset_tables import CASE, write_csv
 from tests.test_build_cases import case
@@ -28,10 +28,10 @@ def test_json_by_rows_is_json_whole(tmp_path, indent, monkeypatch):
     file = tmp_path / "a.json"
     file.write_text(" " + json.dumps(items, indent=indent, ensure_ascii=False) + " \n", encoding="utf-8")
     for size in (1, 7, 1000):
-        real = tables._open
-        monkeypatch.setattr(tables, "_blocks", lambda f, size=size: iter(lambda: opened.read(size), ""))
+        real = table_text.open_text
+        monkeypatch.setattr(json_tables, "_blocks", lambda f, size=size: iter(lambda: opened.read(size), ""))
         with real(file) as opened:
-            good, bad = split_up(tables.stream_json(file, ("npy_path",)))
+            good, bad = split_up(json_tables.stream_json(file, ("npy_path",)))
         assert good == list(enumerate(items[:50], 1)) and [row for row, _ in bad] == [51, 52, 53, 54]
 
 
@@ -44,18 +44,18 @@ def test_json_by_rows_is_json_whole(tmp_path, indent, monkeypatch):
 def test_json_that_is_none(tmp_path, text, row, words):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(RowError, match=words) as caught:
-        list(tables.stream_json(tmp_path / "a.json", ("a",)))
+        list(json_tables.stream_json(tmp_path / "a.json", ("a",)))
     assert caught.value.row == row
 
 
 @pytest.mark.parametrize("size", [1, 7, 1000])
 def test_lines_of_json_are_told(tmp_path, size, monkeypatch):
     """Wherever blocks end: they are those of an editor."""
-    monkeypatch.setattr(tables, "_blocks", lambda f: iter(lambda: opened.read(size), ""))
+    monkeypatch.setattr(json_tables, "_blocks", lambda f: iter(lambda: opened.read(size), ""))
     file, data = tmp_path / "a.json", b'[\n{"a": 1},\n{"a":\n "x\xffy"},\n{"a": 2}\n, {"a": 3,\n}]'
     file.write_bytes(data)
-    with tables._open(file) as opened:
-        rows, found = tables.stream_json(file, ("a",)), []
+    with table_text.open_text(file) as opened:
+        rows, found = json_tables.stream_json(file, ("a",)), []
         with pytest.raises(RowError, match=rf"not valid JSON: .*: line 7 \(char {len(data) - 2}\)") as caught:
             found.extend(rows)
     good, bad = split_up(found)
@@ -66,11 +66,11 @@ def test_lines_of_json_are_told(tmp_path, size, monkeypatch):
 def test_csv_by_rows(tmp_path):
     file = tmp_path / "a.csv"
     file.write_bytes(b'\xef\xbb\xbfb,a,more,more\r\n1,2,3,4\r\n1,\xff,3,4\r\n1,2\r\n"x\ny",2,3,4\r\n')
-    header, rows = tables.stream_csv(file, ("a",), None)
+    header, rows = csv_tables.stream_csv(file, ("a",), None)
     good, bad = split_up(rows)
     assert header == ["b", "a"] and good == [(1, {"b": "1", "a": "2"}), (4, {"b": "x\ny", "a": "2"})]
     assert [row for row, _ in bad] == [2, 3] and "not valid UTF-8" in bad[0][1]
-    good, _ = split_up(tables.stream_csv(file, ("a",))[1])
+    good, _ = split_up(csv_tables.stream_csv(file, ("a",))[1])
     assert [row for row, _ in good] == [1, 2, 4], "readers look at the text of a cell when they use it"
 
 
@@ -122,7 +122,7 @@ def test_a_group_keeps_its_side_when_rows_are_added_before_it(tmp_path):
         more = [(f"9{k}.png", "What?", "A") for k in range(added)] + [("5.png", "Again?", "B")] * (added > 0)
         write_csv(place / "t.csv", ("image_path", "question", "answer"), *more, *rows)
         splits.build(["rad3d_vqa=t.csv"], place, place / "out", options)
-        _, lines = tables.stream_csv(place / "out" / "t.csv", ("image_path", "question", "split"))
+        _, lines = csv_tables.stream_csv(place / "out" / "t.csv", ("image_path", "question", "split"))
         sides.append({r["image_path"]: r["split"] for _, r in lines if r["question"] == "What?"})
     assert sides[0].items() <= sides[1].items() and set(sides[0].values()) == {"train", "test"}
 
@@ -133,7 +133,7 @@ def test_balance_in_each_split(tmp_path):
     rows += [(f"t{k}.png", "Edema", "0", "test") for k in range(4)]
     write_csv(tmp_path / "t.csv", ("image_path", "disease", "label", "split"), *rows)
     report = radmd.build(["diagnosis=t.csv"], tmp_path, tmp_path / "out", {})
-    _, left = tables.stream_csv(tmp_path / "out" / "t.csv", ("label", "split"))
+    _, left = csv_tables.stream_csv(tmp_path / "out" / "t.csv", ("label", "split"))
     assert [r["split"] for _, r in left] == ["train"] * 10 and report["counts"]["t.csv: dropped by balance"] == 4
 
 
