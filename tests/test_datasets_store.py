@@ -102,7 +102,7 @@ def test_numbers_are_plain_after_rows_were_dropped(tmp_path):
     assert [(dataset.row_id(i), dataset.number(i)) for i in range(3)] == [("a", 1), ("b", 2), ("c", 4)]
     assert json.dumps([dataset.number(2), dataset.duplicates]) == "[4, [[2, 1], [3, 1], [4, 1], [5, 1], [6, 1]]]"
     said = [(p.row, p.reason) for p in dataset.problems]
-    assert said == [(3, "id 'a' is already used in row 1"), (5, "id 'b' stands already in row 2"),
+    assert said == [(3, "id 'a' is already used in row 1"), (5, "id 'b' is already used in row 2"),
                     (6, "id 'a' is already used in row 1")]  # fmt: skip
 
 
