@@ -1,4 +1,4 @@
-"""Every file of configs/: it loads, its sizes are consistent, and the numbers and commands of its docstring are correct.
+"""Every file of configs/: it loads, its sizes are consistent, its numbers and commands are correct.
 
 Also tests the estimates that the numbers come from.
 """

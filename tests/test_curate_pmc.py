@@ -29,7 +29,7 @@ OA = {"any_language": False, "pictures": True}
 def build(source, out, tool="pmc-inline", workers=0, **changes):
     out.mkdir(parents=True, exist_ok=True)
     options = (INLINE if tool == "pmc-inline" else OA) | changes
-    return pmc.build(tool, source, out, options, workers=workers)
+    return pmc.curate(tool, source, out, options, workers=workers)
 
 
 def tree(folder: Path, skipped=("report.json",)) -> dict[str, bytes]:
@@ -260,4 +260,4 @@ def test_without_beam(source, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "apache_beam", None)
     tmp_path.mkdir(exist_ok=True)
     with pytest.raises(ValueError, match="pip install apache-beam"):
-        pmc.build("pmc-inline", source, tmp_path, INLINE, runner="direct")
+        pmc.curate("pmc-inline", source, tmp_path, INLINE, runner="direct")

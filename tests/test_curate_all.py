@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from input_pipeline import phantoms
-from input_pipeline.curate.__main__ import main as build
+from input_pipeline.curate.__main__ import main as curate
 from input_pipeline.index.command import main as prepare
 from radfm_jax.training import display
 from radfm_jax.training.command import main as train
@@ -99,7 +99,7 @@ def run_builders(place: Path) -> None:
             ("radmd", "--out", data / "radmd", "--captions", data / "pmc_inline/captions.jsonl", *split, *common),
             ("statistics", "--out", data / "statistics", "--report", data / "radmd/report.json", *kept, *common),
         ):
-            assert build([str(a) for a in argv]) == 0, argv[0]
+            assert curate([str(a) for a in argv]) == 0, argv[0]
 
 
 def rows(file: Path) -> list[dict]:

@@ -77,7 +77,7 @@ def test_cases_of_a_csv(tmp_path):
     case(root, "a", None, "x.png", "y.png")
     header = ("case", "title", "findings", "features", "articles", "scans")
     write_csv(root / "cases.csv", header, ("a", "Cyst", "A cyst.", "f1|f2", "Cyst|Mass", "x.png|y.png"), ("../a",) * 6)
-    report = cases.build("rad3d", root, tmp_path / "out", {"first": True}, workers=0)
+    report = cases.curate("rad3d", root, tmp_path / "out", {"first": True}, workers=0)
     rows = json.loads((tmp_path / "out" / "caption.json").read_text())
     assert len(rows) == 1 and rows[0]["articles"] == ["Cyst", "Mass"] and report["problems"] == 1
 

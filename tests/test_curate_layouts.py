@@ -11,7 +11,7 @@ from input_pipeline.curate.__main__ import main
 from input_pipeline.datasets import csv_tables, json_tables, table_text
 from input_pipeline.samples import RowError
 from tests.dataset_tables import CASE, write_csv
-from tests.test_build_cases import case
+from tests.test_curate_cases import case
 
 
 def split_up(rows):
@@ -108,7 +108,7 @@ def test_equal_names_in_two_folders_are_two_scans(tmp_path):
         (tmp_path / folder).mkdir()
         write_csv(tmp_path / folder / f"{folder}.csv", ("image_path", "question", "answer"), *rows)
     options = {"test": 0.5, "seed": 0, "near": False, "anew": False, "check": False}
-    report = splits.build(["rad3d_vqa=a:a.csv", "rad3d_vqa=b:b.csv"], tmp_path, tmp_path / "out", options)
+    report = splits.curate(["rad3d_vqa=a:a.csv", "rad3d_vqa=b:b.csv"], tmp_path, tmp_path / "out", options)
     assert report["counts"]["groups"] == 5
 
 
@@ -121,7 +121,7 @@ def test_a_group_keeps_its_side_when_rows_are_added_before_it(tmp_path):
         place.mkdir()
         more = [(f"9{k}.png", "What?", "A") for k in range(added)] + [("5.png", "Again?", "B")] * (added > 0)
         write_csv(place / "t.csv", ("image_path", "question", "answer"), *more, *rows)
-        splits.build(["rad3d_vqa=t.csv"], place, place / "out", options)
+        splits.curate(["rad3d_vqa=t.csv"], place, place / "out", options)
         _, lines = csv_tables.stream_csv(place / "out" / "t.csv", ("image_path", "question", "split"))
         sides.append({r["image_path"]: r["split"] for _, r in lines if r["question"] == "What?"})
     assert sides[0].items() <= sides[1].items() and set(sides[0].values()) == {"train", "test"}
@@ -132,7 +132,7 @@ def test_balance_in_each_split(tmp_path):
     rows = [(f"{k}.png", "Edema", str(k % 2), "train") for k in range(10)]
     rows += [(f"t{k}.png", "Edema", "0", "test") for k in range(4)]
     write_csv(tmp_path / "t.csv", ("image_path", "disease", "label", "split"), *rows)
-    report = radmd.build(["diagnosis=t.csv"], tmp_path, tmp_path / "out", {})
+    report = radmd.curate(["diagnosis=t.csv"], tmp_path, tmp_path / "out", {})
     _, left = csv_tables.stream_csv(tmp_path / "out" / "t.csv", ("label", "split"))
     assert [r["split"] for _, r in left] == ["train"] * 10 and report["counts"]["t.csv: dropped by balance"] == 4
 
@@ -146,11 +146,11 @@ def test_bytes_that_are_no_text_cost_their_row(tmp_path):
 def test_cases_whose_files_would_have_one_name(tmp_path):
     for name in ("a b", "a_b", "c"):
         case(tmp_path / "cases", name, {"findings": name, "scans": [{"path": "x.png", "modality": "CT"}]}, "x.png")
-    report = cases.build("rad3d", tmp_path / "cases", tmp_path / "out", {"first": False}, workers=0)
+    report = cases.curate("rad3d", tmp_path / "cases", tmp_path / "out", {"first": False}, workers=0)
     assert report["problems"] == 1 and report["counts"]["caption.json: rows"] == 2
     header = ("case", "findings", "scans")
     write_csv(tmp_path / "cases" / "cases.csv", header, ("c", "A.", "x.png"), ("c", "B.", "x.png"), ("c",))
-    report = cases.build("rad3d", tmp_path / "cases", tmp_path / "csv", {"first": False}, workers=0)
+    report = cases.curate("rad3d", tmp_path / "cases", tmp_path / "csv", {"first": False}, workers=0)
     written = json.loads((tmp_path / "csv" / "caption.json").read_text())
     assert report["problems"] == 2 and [r["finding"] for r in written] == ["A."]
 
@@ -161,7 +161,7 @@ def test_bad_lines_of_captions_are_told(tmp_path):
     good = {"paper": "PMC1", "pictures": ["F1"], "caption": "Axial CT."}
     (tmp_path / "captions.jsonl").write_text(json.dumps(good) + '\n{"paper": 1}\n[]\n')
     options = {"captions": [str(tmp_path / "captions.jsonl")]}
-    report = radmd.build(["pmc_casereport=c.csv"], tmp_path, tmp_path / "out", options)
+    report = radmd.curate(["pmc_casereport=c.csv"], tmp_path, tmp_path / "out", options)
     assert report["problems"] == 2 and report["counts"]["c.csv: kept"] == 1
 
 

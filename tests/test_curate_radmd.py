@@ -210,7 +210,7 @@ def test_balance_is_of_each_set_and_split(tmp_path):
         for (source, split), many in counts.items() for label, n in zip("10", many, strict=True) for k in range(n)
     ]  # fmt: skip
     write_csv(tmp_path / "in" / "yes_no.csv", header, *rows)
-    radmd.build(["cxr_mix=yes_no.csv"], tmp_path / "in", tmp_path / "out", {})
+    radmd.curate(["cxr_mix=yes_no.csv"], tmp_path / "in", tmp_path / "out", {})
     kept = [line.split(",")[2:] for line in (tmp_path / "out" / "yes_no.csv").read_text().splitlines()[1:]]
     assert sorted(kept) == [[label, source, "train"] for label in "01" for source in "ab"]
 
@@ -219,7 +219,7 @@ def test_a_label_that_is_neither_yes_nor_no_is_no_no(tmp_path):
     (tmp_path / "in").mkdir()
     rows = [(f"{k}.png", "Edema", label) for k, label in enumerate(("1", "0", "-1", "yes", "1.0", "0.0", ""))]
     write_csv(tmp_path / "in" / "yes_no.csv", ("image_path", "disease", "label"), *rows, ("9.png", "", "1"))
-    report = radmd.build(["cxr_mix=yes_no.csv"], tmp_path / "in", tmp_path / "out", {})
+    report = radmd.curate(["cxr_mix=yes_no.csv"], tmp_path / "in", tmp_path / "out", {})
     problems = [json.loads(line) for line in (tmp_path / "out" / "problems.jsonl").read_text().splitlines()]
     assert [p["row"] for p in problems] == ["3", "4", "7", "8"] and "'-1'" in problems[0]["reason"]
     assert report["counts"]["yes_no.csv: kept"] == 4 and report["counts"]["yes_no.csv: dropped by balance"] == 0
@@ -235,6 +235,6 @@ def test_every_family_passes(tmp_path):
             continue
         out = tmp_path / name
         out.mkdir()
-        radmd.build([f"{name}={fields['table'].name}"], root, out, {"without": ["balance"], "unknown": "keep"})
+        radmd.curate([f"{name}={fields['table'].name}"], root, out, {"without": ["balance"], "unknown": "keep"})
         if name not in ("pmc_oa", "pmc_inline"):
             assert len(open_dataset(name, table=out / fields["table"].name, root=root))

@@ -149,7 +149,7 @@ def test_killed_at_any_moment(tmp_path):
     ],
 )
 def test_turns(text, cut, pairs, why):
-    assert qa_prompts.turns(text, cut) == ([Pair(*p) for p in pairs], why)
+    assert qa_prompts.parse_turns(text, cut) == ([Pair(*p) for p in pairs], why)
 
 
 @pytest.mark.parametrize(
@@ -179,13 +179,13 @@ def test_turns(text, cut, pairs, why):
     ],
 )
 def test_checks(question, answer, fault):
-    assert qa_prompts.fault(Pair(question, answer)) == fault
+    assert qa_prompts.rejection(Pair(question, answer)) == fault
 
 
 def test_our_own_examples_pass_our_checks():
     for _, said in qa_prompts.EXAMPLES:
-        pairs, why = qa_prompts.turns(said)
-        assert not why and 2 <= len(pairs) <= 3 and [qa_prompts.fault(p) for p in pairs] == [""] * len(pairs)
+        pairs, why = qa_prompts.parse_turns(said)
+        assert not why and 2 <= len(pairs) <= 3 and [qa_prompts.rejection(p) for p in pairs] == [""] * len(pairs)
 
 
 def test_case_reports(tmp_path, capsys):
@@ -193,7 +193,7 @@ def test_case_reports(tmp_path, capsys):
     source = jats_papers.packages(tmp_path / "oa", ("PMC9000003", "PMC9000008"))
     (tmp_path / "pmc").mkdir()
     options = {"any_language": False, "pictures": True, "cases": True, "keep_unillustrated": False}
-    pmc.build("pmc-inline", source, tmp_path / "pmc", options, workers=0)
+    pmc.curate("pmc-inline", source, tmp_path / "pmc", options, workers=0)
     common = ["pmc-casereport", str(tmp_path / "pmc" / "cases.jsonl"), "--out", str(tmp_path / "pmc"), "--model", "m"]
     with Server({"Caption: Coronal CT.": ["sorry"]}) as server:
         common += ["--base-url", server.url, "--concurrency", "2"]

@@ -48,10 +48,10 @@ def root(tmp_path):
 
 
 def test_hashes(root):
-    hashes = {f"{k}.png": duplicates.picture_hash(root / f"{k}.png") for k in [*range(40), "near"]}
-    assert [pair[:2] for pair in duplicates.near_pictures(hashes)] == [("3.png", "near.png")]
+    hashes = {f"{k}.png": duplicates.image_hash(root / f"{k}.png") for k in [*range(40), "near"]}
+    assert [pair[:2] for pair in duplicates.near_images(hashes)] == [("3.png", "near.png")]
     values = {str(k): 0x0123456789ABCDEF ^ bits for k, bits in enumerate((0, 7, 1 << 63 | 1 << 30 | 1, 15))}
-    assert {(a, b): d for a, b, d in duplicates.near_pictures(values)} == {("0", "1"): 3, ("0", "2"): 3, ("1", "3"): 1}
+    assert {(a, b): d for a, b, d in duplicates.near_images(values)} == {("0", "1"): 3, ("0", "2"): 3, ("1", "3"): 1}
 
 
 def test_splits(root, tmp_path):
