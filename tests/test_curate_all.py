@@ -1,5 +1,4 @@
-"""All builders in the order of docs/data.md on small made inputs: `prepare --strict` takes what they write, and so does
-a run of training."""
+"""All tools in the order of docs/data.md on small synthetic inputs: `prepare --strict` and training accept them."""
 
 from __future__ import annotations
 
@@ -41,7 +40,7 @@ def get_config():
 
 
 def inputs(place: Path) -> None:
-    """What the owners of data sets publish, made small: packages of papers, cases, an X-ray set's label file."""
+    """Write small published inputs: packages of papers, cases, the label file of an X-ray set."""
     jats_papers.packages(place / "oa")
     rng = np.random.default_rng(0)
     for k in range(24):
@@ -110,7 +109,7 @@ def rows(file: Path) -> list[dict]:
 
 
 def config(place: Path) -> Path:
-    """RadMD's tables, and the two sets of MedMD that it drops, each split that has rows."""
+    """Return the sources: tables of RadMD and the two sets that it drops, for each split with rows."""
     data, sources = place / "data", {"train": {}, "test": {}}
     for table in TABLES:
         family, _, where = table.partition("=")
@@ -142,7 +141,7 @@ def built(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def indexed(built) -> Path:
-    """The config, when `prepare --strict` has taken every row and scan."""
+    """Return the config, after `prepare --strict` has accepted every row and scan."""
     file = config(built)
     assert prepare([f"--config={file}", "--out", str(built / "index"), "--strict", "--workers", "0"]) == 0
     return file

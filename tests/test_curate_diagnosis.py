@@ -1,4 +1,4 @@
-"""Label files of public sets, by the owners' layouts -> tables that the diagnosis readers take; negatives are true."""
+"""Label files of public sets -> tables that the diagnosis readers accept; every "no" is true."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_chexpert_uncertain(tmp_path):
     images, _ = read("chexpert", tmp_path, by_disease={"Consolidation": "positive"})
     assert images["train/patient00000/study1/view1_frontal.jpg"].findings["Consolidation"] is True
     with pytest.raises(ValueError, match="ignore, positive, negative"):
-        diagnosis.policy(["perhaps"])
+        diagnosis.parse_policy(["perhaps"])
 
 
 def test_rsna_and_siim(tmp_path):
@@ -160,12 +160,12 @@ def test_a_row_that_is_not_utf_8_is_named_and_costs_itself_alone(tmp_path, capsy
     assert [row["image_path"] for row in table(tmp_path / "t" / "open.csv")] == ["NIH/a.png", "NIH/b.png"]
     (problem,) = map(json.loads, (tmp_path / "t" / "problems.jsonl").read_text().splitlines())
     assert problem["row"] == "2" and problem["reason"] == "Image Index is not valid UTF-8"
-    assert main([*command, "chestxray14=./NIH/"]) == 2 and "a set stands twice" in capsys.readouterr().err
+    assert main([*command, "chestxray14=./NIH/"]) == 2 and "a set is repeated" in capsys.readouterr().err
 
 
 def test_every_member_has_a_reader_and_says_what_it_lacks(tmp_path):
     for member in xray_sets.MEMBERS:
-        with pytest.raises(ValueError, match="as it was published"):
+        with pytest.raises(ValueError, match="the set as published"):
             read(member, tmp_path)
 
 
@@ -185,7 +185,7 @@ def test_tables_are_balanced_true_and_readable(tmp_path, capsys):
         by_disease.setdefault(row["disease"], ([], []))[int(row["label"])].append(row["image_path"])
     assert by_disease.keys() == {"Infiltration", "Consolidation", "No finding"}
     assert all(len(no) == len(yes) for no, yes in by_disease.values())
-    # Consolidation may be called an infiltrate: an image with it is no "no".
+    # Consolidation may be called an infiltrate, so an image with it is not a safe "no".
     assert not any("/b" in path for path in by_disease["Infiltration"][0])
     assert len(by_disease["Infiltration"][1]) == 5 and len(by_disease["Consolidation"][1]) == 3
     assert len(open_dataset("cxr_mix", table=out / "yes_no.csv", root=tmp_path)) == len(questions)

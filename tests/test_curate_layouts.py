@@ -1,4 +1,4 @@
-"""Tables row by row: the same rows and faults as read whole, and what several folders and half-written files need."""
+"""Tables read row by row give the same rows and problems as the whole file; folders and incomplete files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.test_curate_cases import case
 
 
 def split_up(rows):
-    """(good rows, faults by row) of a stream."""
+    """Return (good rows, problems by row) of a stream."""
     found = list(rows)
     faults = [(r.row, r.reason) for r in found if isinstance(r, RowError)]
     return [r for r in found if not isinstance(r, RowError)], faults
@@ -23,7 +23,7 @@ def split_up(rows):
 
 @pytest.mark.parametrize("indent", [None, 0, 2])
 def test_json_by_rows_is_json_whole(tmp_path, indent, monkeypatch):
-    """Whatever lies where a block ends: an escape, a number, a character of several bytes."""
+    """A block may end inside an escape, a number or a multi-byte character."""
     items = [CASE | {"finding": f'Größe \\u00fc " {k}', "n": k * 1.5} for k in range(50)] + [7, 123456, "x", None]
     file = tmp_path / "a.json"
     file.write_text(" " + json.dumps(items, indent=indent, ensure_ascii=False) + " \n", encoding="utf-8")
@@ -38,10 +38,10 @@ def test_json_by_rows_is_json_whole(tmp_path, indent, monkeypatch):
 @pytest.mark.parametrize(("text", "row", "words"), [
     ("", 0, "got nothing"), ('{"a": 1}', 0, "got dict"), ('[{"a": 1}', 1, "is missing"),
     ('[{"a": 1} {"a": 2}]', 1, "is missing"),
-    ('[{"a": 1}, {"a": ]', 2, "not valid JSON"), ('[{"a": 1}] x', 1, "follows the list"), ('[{"a": NaN}]', 1, "NaN"),
-    ('[{"a": 1, "a": 2}]', 1, "stands there twice"), ("[1,]", 2, "not valid JSON"),
+    ('[{"a": 1}, {"a": ]', 2, "not valid JSON"), ('[{"a": 1}] x', 1, "text after the list"), ('[{"a": NaN}]', 1, "NaN"),
+    ('[{"a": 1, "a": 2}]', 1, "key 'a' is repeated"), ("[1,]", 2, "not valid JSON"),
 ])  # fmt: skip
-def test_json_that_is_none(tmp_path, text, row, words):
+def test_invalid_json(tmp_path, text, row, words):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(RowError, match=words) as caught:
         list(json_tables.stream_json(tmp_path / "a.json", ("a",)))
@@ -49,8 +49,8 @@ def test_json_that_is_none(tmp_path, text, row, words):
 
 
 @pytest.mark.parametrize("size", [1, 7, 1000])
-def test_lines_of_json_are_told(tmp_path, size, monkeypatch):
-    """Wherever blocks end: they are those of an editor."""
+def test_lines_of_json_are_reported(tmp_path, size, monkeypatch):
+    """Line numbers are those of an editor, wherever blocks end."""
     monkeypatch.setattr(json_tables, "_blocks", lambda f: iter(lambda: opened.read(size), ""))
     file, data = tmp_path / "a.json", b'[\n{"a": 1},\n{"a":\n "x\xffy"},\n{"a": 2}\n, {"a": 3,\n}]'
     file.write_bytes(data)
@@ -91,18 +91,19 @@ def test_tables_are_whole_or_not_there(tmp_path):
 def test_folders(tmp_path):
     (tmp_path / "rad3d").mkdir()
     write_csv(tmp_path / "rad3d" / "t.csv", ("a",))
-    found = layouts.named("rad3d_vqa=rad3d:t.csv", tmp_path)
+    found = layouts.named_table("rad3d_vqa=rad3d:t.csv", tmp_path)
     assert found.root == tmp_path / "rad3d" and found.below("x.png") == "rad3d/x.png" and found.name == "t.csv"
-    assert layouts.named("rad3d_vqa=rad3d/t.csv", tmp_path).below("x.png") == "x.png"
+    assert layouts.named_table("rad3d_vqa=rad3d/t.csv", tmp_path).below("x.png") == "x.png"
     for wrong, words in (
-        ("rad3d_vqa=../x:t.csv", "climbs"), ("rad3d_vqa=t.csv", "no such table"), ("jsonl=rad3d:t.csv", "family being"),
+        ("rad3d_vqa=../x:t.csv", "leaves its folder"), ("rad3d_vqa=t.csv", "table not found"),
+        ("jsonl=rad3d:t.csv", "one of the families"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=words):
-            layouts.named(wrong, tmp_path)
+            layouts.named_table(wrong, tmp_path)
 
 
 def test_equal_names_in_two_folders_are_two_scans(tmp_path):
-    """Both tables have a scans/1.png of their own, and a paper that stands in both is one study."""
+    """Both tables have their own scans/1.png; a paper that is in both is one study."""
     rows = [("scans/1.png", "What?", "A"), ("scans/2.png", "What?", "B"), ("PMC77_F1.png", "What?", "C")]
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
@@ -128,7 +129,7 @@ def test_a_group_keeps_its_side_when_rows_are_added_before_it(tmp_path):
 
 
 def test_balance_in_each_split(tmp_path):
-    """A disease that would be only absent in the test split is no question there."""
+    """A disease that would only be absent in the test split has no rows there."""
     rows = [(f"{k}.png", "Edema", str(k % 2), "train") for k in range(10)]
     rows += [(f"t{k}.png", "Edema", "0", "test") for k in range(4)]
     write_csv(tmp_path / "t.csv", ("image_path", "disease", "label", "split"), *rows)
@@ -155,7 +156,7 @@ def test_cases_whose_files_would_have_one_name(tmp_path):
     assert report["problems"] == 2 and [r["finding"] for r in written] == ["A."]
 
 
-def test_bad_lines_of_captions_are_told(tmp_path):
+def test_bad_lines_of_captions_are_reported(tmp_path):
     header = ("PMC_id", "img_ref", "context", "question", "answer")
     write_csv(tmp_path / "c.csv", header, ("PMC1", "['F1']", "", "Q: What?", "A: B"))
     good = {"paper": "PMC1", "pictures": ["F1"], "caption": "Axial CT."}
@@ -167,18 +168,18 @@ def test_bad_lines_of_captions_are_told(tmp_path):
 
 @pytest.mark.parametrize(("argv", "words"), [
     ("vqa c.json --model m --budget 5", "--budget needs --price-in"),
-    ("vqa c.json --model m --base-url https://me:secret@host/v1", "holds a user or a password"),
-    ("vqa c.json --model m --limit 0", "--limit needs at least 1"),
-    ("radmd --root . rad3d_vqa=v.csv --examples -1", "--examples needs at least 0"),
-    ("diagnosis --root . rsna=R --per-disease 0", "at least 1 is needed"),
-    ("splits --root . rad3d_vqa=v.csv --test 1", "a share between 0 and 1"),
+    ("vqa c.json --model m --base-url https://me:secret@host/v1", "has a user or a password"),
+    ("vqa c.json --model m --limit 0", "--limit: must be at least 1 (got 0)"),
+    ("radmd --root . rad3d_vqa=v.csv --examples -1", "--examples: must be at least 0 (got -1)"),
+    ("diagnosis --root . rsna=R --per-disease 0", "--per-disease: must be at least 1 (got 0)"),
+    ("splits --root . rad3d_vqa=v.csv --test 1", "--test: must be between 0 and 1 (got 1)"),
 ])  # fmt: skip
-def test_options_that_cannot_be_meant(tmp_path, capsys, argv, words):
+def test_invalid_options(tmp_path, capsys, argv, words):
     with pytest.raises(SystemExit, match="2"):
         main([*argv.split(), "--out", str(tmp_path)])
     assert words in capsys.readouterr().err
 
 
-def test_a_set_beside_the_root(tmp_path, capsys):
+def test_a_set_outside_the_root(tmp_path, capsys):
     assert main(["diagnosis", "--root", str(tmp_path), "--out", str(tmp_path / "o"), "rsna=../R"]) == 2
-    assert "must lie below --root" in " ".join(capsys.readouterr().err.split())
+    assert "must be below --root" in " ".join(capsys.readouterr().err.split())

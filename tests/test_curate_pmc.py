@@ -1,4 +1,4 @@
-"""pmc-inline and pmc-oa: packages in, layouts out that the readers take; hostile packages; resume; Beam."""
+"""pmc-inline and pmc-oa: packages -> layouts that the readers accept; hostile packages; resuming; Beam."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_panels_of_captions(caption, marks):
 
 
 def test_workers_and_resume_change_nothing(source, built, tmp_path, monkeypatch):
-    """Ended after any part, the same command goes on; nothing is read twice, and the result is the same."""
+    """An interrupted run resumes without reading anything twice, and the result is the same."""
     monkeypatch.setattr(chunk_files, "CHUNK", 2)
     real, read = pmc.inline_paper, []
 
@@ -189,8 +189,9 @@ def test_hostile_packages(tmp_path):
     report = build(source, tmp_path / "out")
     said = problems(tmp_path / "out")
     for words in (
-        "is no plain file name", "its name leads out of the package", "is a link", "it is another paper: PMC9000002",
-        "holds 2 articles", "cannot be read", "is not in English", "stands twice: PMC9000001",
+        "is not a plain file name", "its path leaves the package", "not a regular file",
+        "the article belongs to another paper: PMC9000002", "has 2 articles", "cannot be read", "is not in English",
+        "is repeated: PMC9000001",
         "another paper: PMC9000003",
     ):  # fmt: skip
         assert words in said, words
@@ -213,12 +214,12 @@ def test_other_formats_become_png(tmp_path):
 
     out = io.BytesIO()
     Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(out, "GIF")
-    package.pictures["a.gif"] = out.getvalue()
-    assert package.picture("a") == "a.gif" and package.picture("A.tif") == "a.gif"
-    assert pmc._write_picture(package, "a.gif", tmp_path / "a.jpg") is None
+    package.images["a.gif"] = out.getvalue()
+    assert package.find_image("a") == "a.gif" and package.find_image("A.tif") == "a.gif"
+    assert pmc._write_image(package, "a.gif", tmp_path / "a.jpg") is None
     assert scans.read(tmp_path / "a.jpg")[0][..., 0, 0].tolist() == np.arange(64).reshape(8, 8).tolist()
-    package.pictures["b.gif"] = b"GIF89a"
-    assert "cannot be read" in pmc._write_picture(package, "b.gif", tmp_path / "b.jpg")
+    package.images["b.gif"] = b"GIF89a"
+    assert "cannot be read" in pmc._write_image(package, "b.gif", tmp_path / "b.jpg")
 
 
 def test_items_are_read_by_slices(tmp_path):
@@ -248,7 +249,7 @@ def test_the_command(source, tmp_path, capsys):
     assert "papers written" in capsys.readouterr().out
     assert not (tmp_path / "parts").exists() and not (tmp_path / "cases.jsonl").exists()
     assert main(["pmc-inline", str(tmp_path / "none"), "--out", str(tmp_path)]) == 2
-    assert "is no folder" in capsys.readouterr().err
+    assert "is not a directory" in capsys.readouterr().err
     assert main(["pmc-inlin"]) == 2 and main(["--help"]) == 0
     assert "pmc-oa" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="0"):
