@@ -12,13 +12,14 @@ from input_pipeline.samples import RowError, Scan
 
 
 def test_bad_rows_are_all_reported_and_quarantine_counts_them(tmp_path):
-    """
+    """Every bad row is a problem, and the good rows remain.
+
     row   Figure_path   Question   Answer
     1     a.png         q          a           good
     2     a.png         (blank)    a           blank
     3     a.png         q          nan         nan
     4     three cells                          wrong number
-    5     ../x.png      q          a           climbs
+    5     ../x.png      q          a           leaves its folder
     6     a.png         q<NUL>     a           NUL
     7     a.png         q          a<bad>      not UTF-8
     8     (blank line)
