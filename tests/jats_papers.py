@@ -1,6 +1,6 @@
 """The annotated papers of tests/data/jats as packages with images, and the accuracy of reference ties on them.
 
-python tests/jats_papers.py        # the table of docs/building.md
+python tests/jats_papers.py        # the table of docs/curate.md
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ INLINE = {"any_language": False, "pictures": True, "cases": True, "keep_unillust
 OA = {"any_language": False, "pictures": True}
 
 
-def build(source, out, tool="pmc-inline", workers=0, **changes):
+def curate(source, out, tool="pmc-inline", workers=0, **changes):
     out.mkdir(parents=True, exist_ok=True)
     options = (INLINE if tool == "pmc-inline" else OA) | changes
     return pmc.curate(tool, source, out, options, workers=workers)
@@ -57,7 +57,7 @@ def source(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def built(source, tmp_path_factory):
     out = tmp_path_factory.mktemp("built") / "pmc"
-    return out, build(source.parent, out)
+    return out, curate(source.parent, out)
 
 
 def test_the_reader_takes_it(built):
@@ -99,7 +99,7 @@ def test_captions_apart_and_case_reports(built):
 
 
 def test_pmc_oa(source, tmp_path):
-    report = build(source.parent, tmp_path, "pmc-oa")
+    report = curate(source.parent, tmp_path, "pmc-oa")
     rows = list(csv.DictReader(io.StringIO((tmp_path / "oa.csv").read_text())))
     assert len(rows) == report["counts"]["pairs"] == len(open_dataset("pmc_oa", table="oa.csv", root=tmp_path))
     row = next(r for r in rows if r["figure"] == "fig1" and r["PMC_id"] == "PMC9000004")
@@ -136,16 +136,16 @@ def test_workers_and_resume_change_nothing(source, built, tmp_path, monkeypatch)
 
     monkeypatch.setattr(pmc, "inline_paper", ending)
     with pytest.raises(KeyboardInterrupt):
-        build(source.parent, tmp_path / "ended")
+        curate(source.parent, tmp_path / "ended")
     assert len(list((tmp_path / "ended" / "parts").glob("*.jsonl"))) == 2
     with pytest.raises(ValueError, match="--restart"):
-        build(source.parent, tmp_path / "ended", any_language=True)
+        curate(source.parent, tmp_path / "ended", any_language=True)
     first = set(read[:4])
     (tmp_path / "ended" / "papers" / "PMC9000001.json.0.partial").touch()  # of a worker that was killed
-    build(source.parent, tmp_path / "ended")
+    curate(source.parent, tmp_path / "ended")
     assert not first & set(read[6:]) and len(read) == 6 + len(jats_papers.EXPECTED) - 4
     monkeypatch.undo()
-    build(source.parent, tmp_path / "two", workers=2)
+    curate(source.parent, tmp_path / "two", workers=2)
     assert tree(tmp_path / "ended") == tree(tmp_path / "two") == tree(built[0])
 
 
@@ -186,7 +186,7 @@ def test_hostile_packages(tmp_path):
     archive("PMC9000024.tar.gz", {"a.nxml": german})
     jats_papers.packages(source / "again", ("PMC9000001",))
     shutil.copytree(jats_papers.packages(source / "f", ("PMC9000003",), archives=False) / "PMC9000003", source / "PMC1")
-    report = build(source, tmp_path / "out")
+    report = curate(source, tmp_path / "out")
     said = problems(tmp_path / "out")
     for words in (
         "is not a plain file name", "its path leaves the package", "not a regular file",
@@ -231,7 +231,7 @@ def test_items_are_read_by_slices(tmp_path):
 
 def test_a_dead_worker_costs_one_paper(source, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(pmc, "inline_paper", _dies)
-    report = build(source.parent, tmp_path, workers=1)
+    report = curate(source.parent, tmp_path, workers=1)
     assert "was ended" in problems(tmp_path) and report["counts"]["papers written"] == len(jats_papers.EXPECTED) - 1
 
 

@@ -30,7 +30,7 @@ def usage() -> str:
         "Build MedMD and RadMD (paper, section 3) from published files, in the layouts that input_pipeline.datasets\n"
         "reads. An interrupted run resumes with the same command. No tool guesses: input that cannot be used is\n"
         f"counted and listed with file, row and reason.\n\n{lines}\n\n"
-        "`python -m input_pipeline.curate TOOL --help` shows the options of a tool; docs/building.md describes all.\n"
+        "`python -m input_pipeline.curate TOOL --help` shows the options of a tool; docs/curate.md describes all.\n"
     )
 
 

@@ -27,9 +27,11 @@ TYPES = {
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class _MPxCase(TableDataset):
-    """Attributes:
-    images: folder of the images below the root.
-    max_scans: maximum images in a sample; the sample's generator chooses among more, keeping their order.
+    """Rows about several images of one case.
+
+    Attributes:
+      images: folder of the images below the root.
+      max_scans: maximum images in a sample; the sample's generator chooses among more, keeping their order.
     """
 
     images: str = ""

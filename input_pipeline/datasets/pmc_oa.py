@@ -10,7 +10,11 @@ from input_pipeline.datasets.base import TableDataset, instruction_parts
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class PMCOA(TableDataset):
-    """Attributes: images: folder of the figures below the root."""
+    """Figures with captions.
+
+    Attributes:
+      images: folder of the figures below the root.
+    """
 
     name = "pmc_oa"
     task = "report"

@@ -1,4 +1,4 @@
-"""All tools in the order of docs/data.md on small synthetic inputs: `prepare --strict` and training accept them."""
+"""All tools in the order of docs/medmd.md on small synthetic inputs: `prepare --strict` and training accept them."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ TABLES = (
 )  # fmt: skip
 
 
-def run_builders(place: Path) -> None:
+def run_tools(place: Path) -> None:
     data = place / "data"
     local = ("--workers", "0")
     common = ("--root", data, "--strict")
@@ -134,7 +134,7 @@ def config(place: Path) -> Path:
 def built(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("whole")
     inputs(place)
-    run_builders(place)
+    run_tools(place)
     phantoms.write(place / "practice", train=4, test=2, size=64, workers=1)
     return place
 
@@ -147,7 +147,7 @@ def indexed(built) -> Path:
     return file
 
 
-def test_prepare_takes_what_builders_write(built, indexed):
+def test_prepare_accepts_the_output(built, indexed):
     summary = json.loads((built / "index" / "summary.json").read_text())
     assert summary["quarantine"] == 0 and summary["leaks"] == {"study": 0, "scan": 0}
     assert set(summary["splits"]["train"]["tasks"]) == {
@@ -156,9 +156,9 @@ def test_prepare_takes_what_builders_write(built, indexed):
     assert len(summary["sources"]) == 20, "every table, in train and in test"
 
 
-def test_the_config_of_the_docs_names_what_builders_write(built, monkeypatch):
-    """docs/data.md, step 7."""
-    text = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
+def test_the_config_of_the_docs_names_the_output(built, monkeypatch):
+    """docs/medmd.md, the config of the tables."""
+    text = (Path(__file__).parents[1] / "docs" / "medmd.md").read_text()
     found: dict = {}
     exec(text.split("```python\n")[1].split("```")[0], found)
     monkeypatch.chdir(built)
@@ -172,7 +172,7 @@ def test_the_config_of_the_docs_names_what_builders_write(built, monkeypatch):
 
 
 @pytest.mark.slow
-def test_training_takes_what_builders_write(built, indexed):
+def test_training_accepts_the_output(built, indexed):
     assert train([f"--config={indexed}", "--workdir", str(built / "run")]) == 0
     shown = [line for line in display.read(built / "run") if "train/loss" in line]
     assert [line["step"] for line in shown] == [1, 2, 3] and all(np.isfinite(line["train/loss"]) for line in shown)
