@@ -1,1 +1,1 @@
-"""One file an experiment (docs/configs.md); a derived one imports its parent and states the differences."""
+"""One file per experiment (docs/configs.md). A derived config imports its parent and changes some fields."""

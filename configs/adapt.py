@@ -1,24 +1,24 @@
-"""A user's own data, one JSON object a line (docs/data_layouts.md), learned by the released model.
+"""Adapt the released model to the user's own data, one JSON object per line (docs/data_layouts.md).
 
-The language model is frozen; vision encoder, perceiver and projection learn.
+The vision encoder, the perceiver and the projection learn; the language model is frozen.
 
     python -m radfm_jax.convert from-torch pytorch_model.bin radfm/ --tokenizer tokenizer.model
     python -m input_pipeline.prepare --config=configs/adapt.py --out my/index
     python -m radfm_jax.train --config=configs/adapt.py --workdir=runs/adapt
 
-reads my/train.jsonl and my/test.jsonl, and scans by paths relative to my/. For data that lie elsewhere:
+Data: my/train.jsonl and my/test.jsonl, with scans at paths relative to my/. For data in another directory:
 `--config.data.train.own.root=DIR --config.data.test.own_test.root=DIR --config.data.index=DIR/index`. For tables of
 another family, copy one of the configs/adapt_*.py.
 
-Hardware: one H200, or two devices with 80 GB: when a run starts, fresh and loaded parameters are there side by side. By
-arithmetic (radfm_jax/cost/estimate.py):
+Hardware: one H200, or two devices with 80 GB, because at the start the fresh and the loaded parameters are in memory at
+the same time. Estimated (radfm_jax/cost/estimate.py):
 
     memory: 62 GB a device (parameters 52.5, optimizer 0.9, gradients 0.9, batch 1.0, activations 2.2, working set 4.2)
     a step: 2.35 s (116 TFLOP a row x 8 rows at 40 % of 989 TFLOP/s on 1 x H200)
 
-On up to 8 devices `--config.train.accumulation=1`; on more, a larger `train.batch` too. To train the language model as
-well: `--config.optimizer.frozen="()" --config.optimizer.learning_rate=5e-6`; its state is 210 GB over all devices,
-activations come on top.
+On up to 8 devices use `--config.train.accumulation=1`; on more, also a larger `train.batch`. To train the language
+model as well: `--config.optimizer.frozen="()" --config.optimizer.learning_rate=5e-6`. Then the state takes
+210 GB over all devices, plus activations.
 """
 
 from ml_collections import ConfigDict
@@ -30,8 +30,13 @@ from radfm_jax.training.optimizer import OptimizerConfig
 
 
 def adapted(train: dict[str, dict], test: dict[str, dict], root: str, **settings) -> ConfigDict:
-    """An adaptation to some sources; `settings` are fields of the group `train`. Epochs, batch and rates are ours: of
-    the adaptations of the paper's journal version only the abstract is known here."""
+    """Return a config that adapts the released model to some sources.
+
+    Epochs, batch and learning rate are choices of this project, not of the paper.
+
+    Args:
+      settings: fields of the group `train`.
+    """
     settings = {"epochs": 3.0, "batch": 8, "accumulation": 4, "eval_every": 100} | settings
     experiment = Experiment(
         radfm.radfm_14b(),

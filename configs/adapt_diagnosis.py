@@ -1,11 +1,13 @@
-"""A diagnosis set of one's own, images with yes/no labels by disease: the released model, adapted to answering them.
+"""Adapt the released model to the user's own diagnosis set: images with yes/no labels by disease.
 
     python -m input_pipeline.prepare --config=configs/adapt_diagnosis.py --out data/diagnosis/index
     python -m radfm_jax.train --config=configs/adapt_diagnosis.py --workdir=runs/adapt_diagnosis
 
-reads data/diagnosis/train.csv and test.csv (`image_path, disease, label`, label 1 or 0; scans of any format and depth).
-Training is balanced disease by disease, the test table stays as it is. Instead of `diagnosis`, which asks about any
-scan, `--config.data.train.diagnosis.family=vindr_mammo` and the like ask in the words of a region. For 20,000 rows:
+Data: data/diagnosis/train.csv and test.csv (`image_path, disease, label`, label 1 or 0; scans of any format and depth).
+Training is balanced disease by disease; the test table is used as it is. The family `diagnosis` asks about any scan.
+For questions in the words of a region use `--config.data.train.diagnosis.family=vindr_mammo` and the like.
+
+Hardware: one H200. Estimated for 20,000 rows:
 
     memory: 62 GB a device (parameters 52.5, optimizer 0.9, gradients 0.9, batch 1.0, activations 2.2, working set 4.2)
     a step: 2.35 s (116 TFLOP a row x 8 rows at 40 % of 989 TFLOP/s on 1 x H200)

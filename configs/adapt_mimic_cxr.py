@@ -1,11 +1,13 @@
-"""Reports of MIMIC-CXR (227,000 studies): the released model, adapted to writing them.
+"""Adapt the released model to the reports of MIMIC-CXR (227,000 studies).
 
     python -m input_pipeline.prepare --config=configs/adapt_mimic_cxr.py --out data/mimic_cxr/index --records
     python -m radfm_jax.train --config=configs/adapt_mimic_cxr.py --workdir=runs/adapt_mimic_cxr \
         --config.data.records=True
 
-reads data/mimic_cxr/train.csv and test.csv (`image_path, label`; image_path one path, or a list literal of a study's
-images); patients are kept apart by the `p########` of their paths. By arithmetic:
+Data: data/mimic_cxr/train.csv and test.csv (`image_path, label`; image_path is one path, or a list literal of the
+images of a study). The `p########` of the paths keeps patients in one split.
+
+Hardware: one H200. Estimated:
 
     memory: 65 GB a device (parameters 52.5, optimizer 0.9, gradients 0.9, batch 3.8, activations 2.2, working set 4.2)
     a step: 9.42 s (116 TFLOP a row x 32 rows at 40 % of 989 TFLOP/s on 1 x H200)

@@ -1,10 +1,12 @@
-"""PMC-VQA (413,000 questions on figures of papers, paper's Table 1): the released model, adapted to it.
+"""Adapt the released model to PMC-VQA (413,000 questions on figures of papers, paper's Table 1).
 
     python -m input_pipeline.prepare --config=configs/adapt_pmc_vqa.py --out data/pmc_vqa/index
     python -m radfm_jax.train --config=configs/adapt_pmc_vqa.py --workdir=runs/adapt_pmc_vqa
 
-reads data/pmc_vqa/train.csv and test.csv (`img_root_dir, Figure_path, Question, Answer`); during training, the first
-twentieth of the test table. By arithmetic:
+Data: data/pmc_vqa/train.csv and test.csv (`img_root_dir, Figure_path, Question, Answer`). Training evaluates the first
+twentieth of the test table.
+
+Hardware: one H200. Estimated:
 
     memory: 65 GB a device (parameters 52.5, optimizer 0.9, gradients 0.9, batch 3.8, activations 2.2, working set 4.2)
     a step: 9.42 s (116 TFLOP a row x 32 rows at 40 % of 989 TFLOP/s on 1 x H200)

@@ -1,10 +1,12 @@
-"""SLAKE, English part (642 images): the released model, adapted to the official split by images.
+"""Adapt the released model to the English part of SLAKE (642 images), with the official split by image.
 
     python -m input_pipeline.prepare --config=configs/adapt_slake.py --out data/slake/index
     python -m radfm_jax.train --config=configs/adapt_slake.py --workdir=runs/adapt_slake
 
-reads data/slake/train.csv and test.csv (`img_root_dir, Figure_path, Question, Answer`; rows whose `q_lang` is zh are
-left out). By arithmetic:
+Data: data/slake/train.csv and test.csv (`img_root_dir, Figure_path, Question, Answer`). Rows whose `q_lang` is zh are
+skipped.
+
+Hardware: one H200. Estimated:
 
     memory: 62 GB a device (parameters 52.5, optimizer 0.9, gradients 0.9, batch 1.0, activations 2.2, working set 4.2)
     a step: 2.35 s (116 TFLOP a row x 8 rows at 40 % of 989 TFLOP/s on 1 x H200)

@@ -1,10 +1,12 @@
-"""VQA-RAD (3,515 questions on 315 radiology images): the released model, adapted to the official split.
+"""Adapt the released model to VQA-RAD (3,515 questions on 315 radiology images), with the official split.
 
     python -m input_pipeline.prepare --config=configs/adapt_vqa_rad.py --out data/vqa_rad/index --allow-leaks
     python -m radfm_jax.train --config=configs/adapt_vqa_rad.py --workdir=runs/adapt_vqa_rad
 
-reads data/vqa_rad/train.csv and test.csv (`img_root_dir, Figure_path, Question, Answer`). `--allow-leaks`, since the
-official split parts questions, not images: many images stand on both sides. By arithmetic:
+Data: data/vqa_rad/train.csv and test.csv (`img_root_dir, Figure_path, Question, Answer`). `--allow-leaks` is required
+because the official split divides questions, not images: many images are in both tables.
+
+Hardware: one H200. Estimated:
 
     memory: 62 GB a device (parameters 52.5, optimizer 0.9, gradients 0.9, batch 1.0, activations 2.2, working set 4.2)
     a step: 2.35 s (116 TFLOP a row x 8 rows at 40 % of 989 TFLOP/s on 1 x H200)

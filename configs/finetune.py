@@ -1,27 +1,27 @@
-"""Stage 3, domain-specific fine-tuning (paper, 3.2, 4.3): 2 epochs of RadMD, all parameters learn.
+"""Stage 3, domain-specific fine-tuning (paper, 3.2 and 4.3): 2 epochs of RadMD, all parameters learn.
 
-RadMD is MedMD without PMC-Inline and PMC-OA, and without what is not radiology (Table 2). The filtered tables are
-`radmd_train` beside MedMD's `train`; phrases of size in captions are taken out here, yes/no questions are balanced.
+RadMD is MedMD without PMC-Inline, PMC-OA and non-radiologic rows (Table 2). Its filtered tables are `radmd_train` next
+to MedMD's `train`. This config removes size phrases from captions and balances yes/no questions.
 
     python -m input_pipeline.prepare --config=configs/finetune.py --out data/radmd_index --records
     python -m radfm_jax.train --config=configs/finetune.py --workdir=runs/finetune --config.data.records=True
 
-starts from the best step of runs/pretrain (`--config.checkpoint.init_from=...`). The published sets share papers and
-cases between training and test tables: look at leaks.jsonl, correct the tables, or add `--allow-leaks`.
+The run starts from the best step of runs/pretrain (`--config.checkpoint.init_from=...`). The published sets share
+papers and cases between training and test tables. Check leaks.jsonl and correct the tables, or add `--allow-leaks`.
 
-Hardware: 32 A100 with 80 GB, as the paper's. By arithmetic (radfm_jax/cost/estimate.py, docs/configs.md):
+Hardware: 32 A100 with 80 GB, as in the paper. Estimated (radfm_jax/cost/estimate.py, docs/configs.md):
 
     memory: 13 GB a device (parameters 1.6, optimizer 3.3, gradients 3.3, batch 0.5, activations 1.1, working set 2.9)
     a step: 4.38 s (171 TFLOP a row x 128 rows at 50 % of 312 TFLOP/s on 32 x A100)
     traffic: 305 GB a step into each device, 12 s at 25 GB/s
     steps: 2,590 for 2 x 166,000 rows of 15 samples, 3 h 9 min of arithmetic
 
-The traffic is FSDP's, for each micro-batch; `--config.train.accumulation=1` takes the same step with a quarter of it,
-so that the arithmetic can hide it, in 20 GB a device.
+The traffic is that of FSDP for each micro-batch. `--config.train.accumulation=1` takes the same step with a quarter of
+it, which the arithmetic can hide, in 20 GB a device.
 
-Batch and accumulation are those of pre-training, as in the paper; the rate, half of it, is ours. Rows of RadMD hold
-more and shorter samples, some 1,900 a step: `--config.train.batch=32 --config.train.accumulation=1` brings that back to
-the paper's 128 to 512, in four times the steps.
+Batch and accumulation are those of pre-training, as in the paper. The learning rate, half of the pre-training rate, is
+a choice of this project. Samples of RadMD are shorter, so a step has about 1,900 of them.
+`--config.train.batch=32 --config.train.accumulation=1` returns to the paper's 128 to 512, in four times the steps.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from ml_collections import ConfigDict
 
 from configs import radfm_14b
 
-# What Table 2 leaves of Table 1.
+# Rows that remain after Table 2.
 FILTERED = {
     "pmc_casereport": (438_000, "csv"),
     "rad3d_caption": (48_000, "json"),

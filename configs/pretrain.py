@@ -2,18 +2,17 @@
 
     python -m radfm_jax.train --config=configs/pretrain.py --workdir=runs/pretrain --config.data.records=True
 
-starts from the best step of runs/pretrain_align (`--config.checkpoint.init_from=...`) and reads the index that was made
-for it.
+The run starts from the best step of runs/pretrain_align (`--config.checkpoint.init_from=...`) and uses its index.
 
-Hardware: 32 A100 with 80 GB, as the paper's. By arithmetic (radfm_jax/cost/estimate.py, docs/configs.md):
+Hardware: 32 A100 with 80 GB, as in the paper. Estimated (radfm_jax/cost/estimate.py, docs/configs.md):
 
     memory: 13 GB a device (parameters 1.6, optimizer 3.3, gradients 3.3, batch 0.5, activations 1.1, working set 2.9)
     a step: 4.38 s (171 TFLOP a row x 128 rows at 50 % of 312 TFLOP/s on 32 x A100)
     traffic: 305 GB a step into each device, 12 s at 25 GB/s
     steps: 55,800 for 3 x 2,380,000 rows of 3 samples, 2 d 20 h of arithmetic
 
-The traffic is FSDP's, for each micro-batch; `--config.train.accumulation=1` takes the same step with a quarter of it,
-so that the arithmetic can hide it, in 20 GB a device.
+The traffic is that of FSDP for each micro-batch. `--config.train.accumulation=1` takes the same step with a quarter of
+it, which the arithmetic can hide, in 20 GB a device.
 """
 
 from ml_collections import ConfigDict
@@ -27,7 +26,7 @@ def get_config(root: str = "data") -> ConfigDict:
     config = radfm_14b.get_config(root)
     config.train.epochs = 3.0
     config.checkpoint.init_from = "runs/pretrain_align"
-    # A run counts its epochs from 0: with the seed of stage 1 it would begin with the very same samples and crops.
+    # A run counts its epochs from 0. The seed of stage 1 would repeat its samples and crops.
     config.data.seed = 1
     config.train.seed = 1
     return config

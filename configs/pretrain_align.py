@@ -1,26 +1,25 @@
-"""Stage 1, epoch 1 of pre-training (paper, 4.3.1): MedMD with the language model frozen, so that what the vision
-encoder, the perceiver and the projection give comes to lie where the language model's own embeddings do.
+"""Stage 1, epoch 1 of pre-training (paper, 4.3.1): align visual tokens with the embeddings of the language model.
 
-The language model is MedLLaMA-13B (PMC-LLaMA); everything else is fresh. It is frozen: no gradients of its weights, no
-optimizer memory.
+The data is MedMD. The language model is MedLLaMA-13B (PMC-LLaMA), frozen, so it needs no gradients and no optimizer
+memory. The vision encoder, the perceiver and the projection are initialized randomly and learn.
 
     python -m radfm_jax.convert from-llama MedLLaMA_13B/ medllama/
     python -m input_pipeline.prepare --config=configs/pretrain_align.py --out data/medmd_index --records
     python -m radfm_jax.train --config=configs/pretrain_align.py --workdir=runs/pretrain_align \
         --config.data.records=True
 
-The published sets share papers and cases between training and test tables: look at leaks.jsonl, correct the tables, or
+The published sets share papers and cases between training and test tables. Check leaks.jsonl and correct the tables, or
 add `--allow-leaks`.
 
-Hardware: 32 A100 with 80 GB, as the paper's. By arithmetic (radfm_jax/cost/estimate.py, docs/configs.md):
+Hardware: 32 A100 with 80 GB, as in the paper. Estimated (radfm_jax/cost/estimate.py, docs/configs.md):
 
     memory: 6 GB a device (parameters 1.6, optimizer 0.0, gradients 0.0, batch 0.5, activations 1.1, working set 2.3)
     a step: 2.98 s (116 TFLOP a row x 128 rows at 50 % of 312 TFLOP/s on 32 x A100)
     traffic: 204 GB a step into each device, 8.2 s at 25 GB/s
     steps: 18,600 for 1 x 2,380,000 rows of 3 samples, 15 h 25 min of arithmetic
 
-The traffic is FSDP's, for each micro-batch; `--config.train.accumulation=1` takes the same step with a quarter of it,
-so that the arithmetic can hide it, in 15 GB a device.
+The traffic is that of FSDP for each micro-batch. `--config.train.accumulation=1` takes the same step with a quarter of
+it, which the arithmetic can hide, in 15 GB a device.
 """
 
 from ml_collections import ConfigDict

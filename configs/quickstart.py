@@ -1,6 +1,6 @@
-"""The practice data at toy size through the three stages of the paper: what a laptop can learn within minutes.
+"""The three stages of the paper at toy size on the practice data, on a laptop within minutes.
 
-    bash launch/quickstart.sh                                   # all of it, or step by step:
+    bash launch/quickstart.sh                                   # all steps, or one by one:
     python -m input_pipeline.phantoms --out practice
     python -m input_pipeline.prepare --config=configs/quickstart.py --out practice/index --records
     python -m radfm_jax.train --config=configs/quickstart.py:align --workdir=runs/quickstart/align
@@ -9,7 +9,7 @@
     python -m radfm_jax.train --config=configs/quickstart.py:finetune --workdir=runs/quickstart/finetune \
         --config.checkpoint.init_from=runs/quickstart/pretrain
 
-Hardware: two cores, 2 GB of memory. docs/quickstart.md has the accuracies.
+Hardware: two CPU cores, 2 GB of memory. docs/quickstart.md has the expected accuracies.
 """
 
 from ml_collections import ConfigDict
@@ -22,15 +22,15 @@ from radfm_jax.models.vit3d import ViTConfig
 from radfm_jax.training.experiment import CheckpointConfig, Experiment, TrainConfig
 from radfm_jax.training.optimizer import OptimizerConfig
 
-# Of each stage: steps, learning rate and what is left of it at the end, the column of SOURCES, frozen parts.
+# Stage: steps, learning rate, its final fraction, column of SOURCES, frozen parts.
 STAGES = {
     "align": (40, 1e-3, 1.0, 0, ("llama",)),
     "pretrain": (420, 1e-3, 0.5, 0, ()),
     "finetune": (220, 7e-4, 0.02, 1, ()),
 }
 
-# source: its questions, their share in align and pretrain, and in finetune. Where a lesion lies and how big it is are
-# learned last, and only scans with exactly one are asked for it: they are asked most.
+# Source: ids of its questions, their share in align and pretrain, and in finetune. Position and size of a lesion are
+# learned last and apply only to scans with exactly one, so they have the largest share.
 SOURCES = {
     "modality": (("*-modality",), 0.06, 0.08),
     "yes_no": (("*-has-*",), 0.26, 0.24),
@@ -53,8 +53,7 @@ def source(split: str, name: str) -> dict:
 
 
 def data(shares: int = 0, held_out: bool = True) -> DataConfig:
-    # 128 pixels a side: a 2D scan is 4 x 4 patches, a volume of 8 slices 4 x 4 x 2. A row has room for three scans
-    # whether they are there or not.
+    # 128 pixels per side: a 2D scan is 4 x 4 patches, a volume of 8 slices 4 x 4 x 2. A row has room for three scans.
     return DataConfig(
         train={name: {**source("train", name), "weight": SOURCES[name][1 + shares]} for name in SOURCES},
         test={f"{name}_test": source("test", name) for name in SOURCES} if held_out else {},
@@ -78,7 +77,7 @@ def data(shares: int = 0, held_out: bool = True) -> DataConfig:
 
 
 def model() -> RadFMConfig:
-    """About 2 million parameters. The vocabulary is that of the tokenizer that comes with the practice data."""
+    """Return a model of about 2 million parameters. Its vocabulary is that of the tokenizer of the practice data."""
     return RadFMConfig(
         ViTConfig(width=96, num_layers=2, num_heads=2, head_dim=48, mlp_width=192, dropout=0.0),
         PerceiverConfig(width=96, num_latents=16, num_layers=2, num_heads=2, head_dim=48, mlp_factor=2),
@@ -88,7 +87,7 @@ def model() -> RadFMConfig:
 
 def get_config(stage: str = "finetune") -> ConfigDict:
     if stage not in STAGES:
-        raise ValueError(f"stage {stage!r} is none of {', '.join(STAGES)}")
+        raise ValueError(f"stage {stage!r} is unknown: use one of {', '.join(STAGES)}")
     steps, rate, final, shares, frozen = STAGES[stage]
     experiment = Experiment(
         model(),
@@ -97,7 +96,7 @@ def get_config(stage: str = "finetune") -> ConfigDict:
             steps=steps,
             batch=8,
             remat="attention",
-            normalise="sample",  # the short answers lead: with every token alike reports hold the lesions back
+            normalise="sample",  # gives short answers more weight; otherwise reports slow down the learning of lesions
             log_every=20,
             eval_batches=40,
             chunk=128,

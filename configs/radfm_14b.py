@@ -1,19 +1,20 @@
-"""The released RadFM and the paper's settings: what the stages share. Not run itself.
+"""The released RadFM and the settings that all stages share. This config is not trained itself.
 
-LLaMA-13B, a 12-layer 3D vision transformer, a 6-layer perceiver: 13,123,822,336 parameters. All data of MedMD, 2,048
-tokens a row, 4 micro-batches a step, FSDP over all devices, bfloat16 products on float32 weights, remat (paper, 4.3).
+LLaMA-13B, a 12-layer 3D vision transformer and a 6-layer perceiver: 13,123,822,336 parameters. The data is MedMD. As in
+the paper (4.3): 2,048 tokens per row, 4 micro-batches per step, FSDP over all devices, bfloat16 compute with float32
+weights, remat.
 
-Stages, each starting from the one before:
+Each stage starts from the one before:
 
     configs/pretrain_align.py     epoch 1: MedMD, the language model frozen
-    configs/pretrain.py           epochs 2 to 4: MedMD, everything learns
+    configs/pretrain.py           epochs 2 to 4: MedMD, all parameters learn
     configs/finetune.py           2 epochs: RadMD
-    configs/adapt*.py             one's own data, or a public benchmark, from the released weights
+    configs/adapt*.py             the user's own data or a public benchmark, from the released weights
 
-docs/configs.md says where tables and scans are expected below `data/`; `--config=configs/pretrain.py:/mnt/medmd` looks
-for them below /mnt/medmd instead, in every command and with every config but quickstart and tiny.
+docs/configs.md lists the tables and scans expected below `data/`. `--config=configs/pretrain.py:/mnt/medmd` uses
+/mnt/medmd instead, in every command and every config except quickstart and tiny.
 
-Sizes of a `pytorch_model.bin` without a config.json beside it:
+This config also gives the sizes of a `pytorch_model.bin` without a config.json:
 
     python -m radfm_jax.convert from-torch pytorch_model.bin radfm/ --config configs/radfm_14b.py
 """
@@ -26,9 +27,9 @@ from radfm_jax.models import radfm
 from radfm_jax.training.experiment import CheckpointConfig, Experiment, TrainConfig
 from radfm_jax.training.optimizer import OptimizerConfig
 
-# Rows as the paper counts them (Table 1; PMC-Inline: its 2.4 million papers, of which a sample is a window). Tokens and
-# patches of a sample are guesses, for estimates only: a 2D scan is 34 tokens and 256 patches, a volume of 32 slices 34
-# and 512, a case of Rad3D 2.5 volumes.
+# Rows as counted by the paper (Table 1; PMC-Inline: its 2.4 million papers; a sample is a window of one). Tokens and
+# patches per sample are guesses for estimates: a 2D scan is 34 tokens and 256 patches, a volume of 32 slices 34 and
+# 512, a case of Rad3D 2.5 volumes.
 SIZES = {
     "pmc_inline": Source(2_400_000, 1600, 640),  # 50 sentences of 30 tokens, 2.5 figures
     "pmc_oa": Source(1_650_000, 170, 256),
@@ -49,20 +50,22 @@ SIZES = {
     "rad3d_modality": Source(264_000, 60, 512),
     "rad3d_rationale": Source(73_000, 260, 1280),
 }
-
-
 VINDR = ("vindr_pcxr", "vindr_mammo", "vindr_spinexr")
 
 
 def source(root: str, folder: str, table: str, **fields) -> dict:
-    """A source in `root`/`folder`, which names its family too. All fields stand here, so that all can be overridden:
-    `strip` for published tables that hold their authors' absolute paths."""
+    """Return a source in `root`/`folder`; the folder is also the family's name.
+
+    All fields are present, so that all can be overridden: `strip` for published tables with absolute paths.
+    """
     return {"family": folder, "table": table, "root": f"{root}/{folder}", "strip": "", "fraction": 1.0, **fields}
 
 
 def medmd(root: str) -> dict[str, dict]:
-    """All data of the paper's Table 1. An epoch has every row, and a fifth of MPx-Single and of Rad3D-Modality, as the
-    released code draws them."""
+    """Return all data of the paper's Table 1.
+
+    An epoch has every row, but a fifth of MPx-Single and Rad3D-Modality, as in the released code.
+    """
     plain = (
         "pmc_inline", "pmc_oa", "pmc_casereport", "pmc_vqa", "vqa_rad", "slake", "mimic_cxr", "mpx_multi", "rad3d_vqa",
         "cxr_mix",
@@ -73,23 +76,27 @@ def medmd(root: str) -> dict[str, dict]:
         "rad3d_caption": source(root, "rad3d_caption", "train.json", sizes="keep"),
         "rad3d_rationale": source(root, "rad3d_rationale", "train.json"),
         "cxr_mix_yes_no": source(root, "cxr_mix", "train_yes_no.csv"),
-        # Every label was looked for in every image: one that is not there is a "no".
+        # Readers looked for every label in every image, so an absent label is a true "no".
         **{name: source(root, name, "train.csv", form="both") for name in VINDR},
     }
 
 
 def held_out(root: str) -> dict[str, dict]:
-    """The data sets of Table 3. For the loss and the share of right answers, the first rows of each table will do: some
-    thousand samples in all, a few batches."""
+    """Return the data sets of Table 3.
+
+    The first rows of each table suffice for loss and accuracy: some thousand samples in all, a few batches.
+    """
     share = {
         "pmc_casereport": 0.01, "pmc_vqa": 0.02, "vqa_rad": 1.0, "slake": 1.0, "rad3d_vqa": 0.02, "mimic_cxr": 0.1,
         "rad3d_modality": 0.05,
     }  # fmt: skip
     diagnosis = {"cxr_mix": 0.01, **dict.fromkeys(VINDR, 0.1)}
-    whole = {"form": "yes_no", "balance": False}
+    fields = {"form": "yes_no", "balance": False}
     return {
         **{f"{name}_test": source(root, name, "test.csv", fraction=f) for name, f in share.items()},
-        **{f"{name}_test": source(root, name, "test_yes_no.csv", fraction=f, **whole) for name, f in diagnosis.items()},
+        **{
+            f"{name}_test": source(root, name, "test_yes_no.csv", fraction=f, **fields) for name, f in diagnosis.items()
+        },
         "rad3d_caption_test": source(root, "rad3d_caption", "test.json", fraction=0.1, sizes="keep"),
         "rad3d_rationale_test": source(root, "rad3d_rationale", "test.json", fraction=0.5),
     }
@@ -105,10 +112,10 @@ def get_config(root: str = "data") -> ConfigDict:
             tokenizer="medllama/tokenizer.model",
             workers=16,
         ),
-        # The paper: 4 micro-batches of 1 volume or 4 pictures on each of 32 devices, so 128 to 512 samples a step.
-        # Ours: one row of 2,048 tokens for each, 128 rows a step, which hold some 400 samples of MedMD.
+        # Paper: 4 micro-batches of 1 volume or 4 images on each of 32 devices: 128 to 512 samples per step.
+        # Here: one row of 2,048 tokens for each, so 128 rows per step, about 400 samples of MedMD.
         TrainConfig(batch=4 * 32, accumulation=4, dtype="bfloat16", remat="full", chunk=256, eval_every=1000),
-        # The paper names no rates. Ours: a trained language model moves at a fifth of what is fresh.
+        # The paper gives no learning rates. Here the trained language model has a fifth of the rate of new modules.
         OptimizerConfig(learning_rate=1e-4, warmup_steps=500, rates={"llama": 0.2}),
         checkpoint=CheckpointConfig(save_every=500),
     )

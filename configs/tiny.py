@@ -1,10 +1,10 @@
-"""The quickstart's data with the smallest RadFM that has every part, about 400,000 parameters: does it all run here?
+"""The quickstart data with the smallest RadFM that has every part (about 400,000 parameters): an installation test.
 
     python -m input_pipeline.phantoms --out practice
     python -m input_pipeline.prepare --config=configs/quickstart.py --out practice/index
     python -m radfm_jax.train --config=configs/tiny.py --workdir=runs/tiny
 
-Twenty steps on a laptop; nothing is learned from them.
+Twenty steps on a laptop. The model learns nothing useful.
 """
 
 import dataclasses

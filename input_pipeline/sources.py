@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from input_pipeline.config import DataConfig, open_fields
-from input_pipeline.datasets import Dataset, open_dataset, sample_rng, tables
+from input_pipeline.datasets import Dataset, open_dataset, sample_rng
+from input_pipeline.datasets.json_tables import json_lines_cache
 from input_pipeline.samples import Sample, Scan
 from input_pipeline.text.terms import TermFinder
 from input_pipeline.text.tokenizer import Tokenizer
@@ -24,7 +25,7 @@ def open_sources(config: DataConfig, split: str | None = None) -> dict[str, Data
       ValueError: a table that cannot be read, an unknown family or field, with the source's name.
     """
     opened = {}
-    with tables.kept():
+    with json_lines_cache():
         for name, fields in config.sources(split).items():
             try:
                 opened[name] = open_dataset(fields["family"], **open_fields(fields) | {"quarantine": True})

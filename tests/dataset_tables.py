@@ -1,4 +1,4 @@
-"""Small tables and scans in the published layouts, and what is asked of samples, for the tests of the adapters."""
+"""Small tables and scans in the published layouts, and helpers to inspect samples."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def answer(sample) -> str:
 
 
 def shape(sample) -> str:
-    """ "sir": scan, instruction, response; c context, n interleaved text."""
+    """Return the parts as letters: s scan, i instruction, r response, c context, n interleaved text."""
     return "".join("s" if isinstance(p, Scan) else {"interleaved": "n"}.get(p.role, p.role[0]) for p in sample.parts)
 
 
@@ -60,7 +60,7 @@ def volumes(root: pathlib.Path, name: str, scans: int):
 
 
 def every_family(tmp_path) -> dict[str, dict]:
-    """One small data set of each family, with real files where a header is looked at: family -> fields."""
+    """Return family -> fields of one small data set per family, with real files where headers are read."""
     root = tmp_path
     volumes(root, "v/1.npy", 2)
     (root / "img").mkdir()

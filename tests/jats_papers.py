@@ -1,6 +1,6 @@
-"""The hand-annotated papers of tests/data/jats as packages with pictures, and how well references are tied on them.
+"""The annotated papers of tests/data/jats as packages with images, and the accuracy of reference ties on them.
 
-python tests/jats_papers.py        # the table of docs/building.md
+python tests/jats_papers.py        # the table of docs/curate.md
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def xml(paper: str) -> bytes:
 
 
 def picture(k: int) -> bytes:
-    """A small JPEG, another one for each k."""
+    """Return a small JPEG that differs for each k."""
     image = Image.effect_noise((24, 16), 40 + k % 50)
     out = io.BytesIO()
     image.save(out, "JPEG")
@@ -36,7 +36,7 @@ def links(paper: str) -> list[str]:
 
 
 def packages(root: Path, papers=tuple(EXPECTED), archives: bool = True, left_out=()) -> Path:
-    """Packages as PubMed Central serves them, one archive or folder a paper, with every picture but those left out."""
+    """Write packages as PubMed Central serves them, one archive or folder per paper, without the images `left_out`."""
     root.mkdir(parents=True, exist_ok=True)
     for paper in papers:
         members = {f"{paper.lower()}.nxml": xml(paper)}
@@ -58,7 +58,7 @@ def packages(root: Path, papers=tuple(EXPECTED), archives: bool = True, left_out
 
 
 def score(paper: str) -> tuple[int, list[tuple[str, str]], list[tuple[str, str]]]:
-    """(right pairs of sentence and figure, invented ones, missed ones) of a paper."""
+    """Return (correct, invented, missed) pairs of sentence and figure of a paper."""
     want, taken = set(), set()
     read = jats.read(xml(paper))
     have = {(s.text, figure.name) for s in read.sentences for figure in s.figures}

@@ -1,4 +1,4 @@
-"""A local server of the OpenAI chat protocol that misbehaves as it is told, and counts what it served."""
+"""A local server of the OpenAI chat protocol that fails on demand and counts what it served."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ TURNS = (
 
 
 class Server:
-    """Serves while the context lasts.
+    """A server that runs while its context is open.
 
     Args:
-      plans: what happens to the tries of a request, by a word of its last message: {"case 3": ["429", "500", "ok"]};
-        the last one goes on for ever. Others are answered well.
-      pause: seconds that a good answer takes.
+      plans: text in the last message of a request -> outcome of each attempt: {"case 3": ["429", "500", "ok"]}. The
+        last outcome repeats. Other requests succeed.
+      pause: seconds for a successful answer.
     Attributes:
-      tries: requests by last message. served: whole answers (what a provider would bill) by last message. keys: those
-        sent.
+      tries: last message -> number of requests.
+      served: last message -> number of complete answers, which a provider would bill.
+      keys: API keys received.
     """
 
     def __init__(self, plans: dict[str, list[str]] | None = None, pause: float = 0.0):
@@ -89,7 +90,7 @@ class Server:
         elif what == "empty":
             choice["message"]["content"] = ""
         elif what == "echo":
-            # A model that repeats the key, as one may that an attacker's text or its server's log has made say it.
+            # A model that repeats the key, for instance because of a prompt injection.
             choice["message"]["content"] = (
                 f"User: Which key is seen?\nAssistant: It is {handler.headers['Authorization'].split()[1]}, or none."
             )

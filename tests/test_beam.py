@@ -18,7 +18,7 @@ from PIL import Image
 
 from input_pipeline import phantoms
 from input_pipeline.curate import cases
-from input_pipeline.curate.__main__ import main as build_main
+from input_pipeline.curate.__main__ import main as curate_main
 from input_pipeline.index import summary_figure
 from input_pipeline.index.command import main as prepare_main
 from input_pipeline.parallel import beam, chunk_files
@@ -159,7 +159,7 @@ def test_parts_that_a_runner_put_elsewhere_are_missed(root, tmp_path, monkeypatc
 ])  # fmt: skip
 def test_options_that_would_do_nothing(root, tmp_path, capsys, wrong, words):
     assert run_prepare(root, tmp_path / "a", *wrong) == 2 and words in " ".join(capsys.readouterr().err.split())
-    assert build_main(["rad3d", str(root / "cases"), "--out", str(tmp_path / "b"), *wrong]) == 2
+    assert curate_main(["rad3d", str(root / "cases"), "--out", str(tmp_path / "b"), *wrong]) == 2
     assert words in " ".join(capsys.readouterr().err.split())
 
 
@@ -189,13 +189,13 @@ def test_prepare_on_beam(root, tmp_path, records):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [(), ("--direct_running_mode=multi_processing", "--direct_num_workers=2")])
-def test_builders_on_beam(root, tmp_path, options):
+def test_curate_on_beam(root, tmp_path, options):
     """Several chunks, and workers that are processes of their own."""
     on_beam("-m", "input_pipeline.curate", "rad3d", root / "cases", "--out", tmp_path / "out", "--runner", "direct",
             *(f"--runner-option={option}" for option in options))  # fmt: skip
     there = tree(tmp_path / "out")
     (tmp_path / "out").rename(tmp_path / "beam")
-    cases.build("rad3d", root / "cases", tmp_path / "out", {"first": False}, workers=0)
+    cases.curate("rad3d", root / "cases", tmp_path / "out", {"first": False}, workers=0)
     assert there == tree(tmp_path / "out") and len(json.loads(there["caption.json"])) == PICTURES - 2
 
 
@@ -217,7 +217,7 @@ def test_papers_on_beam(tmp_path, tool):
     )
     there = tree(tmp_path / "out")
     (tmp_path / "out").rename(tmp_path / "beam")
-    assert build_main([tool, str(tmp_path / "oa"), "--out", str(tmp_path / "out"), "--workers", "2", *more]) == 0
+    assert curate_main([tool, str(tmp_path / "oa"), "--out", str(tmp_path / "out"), "--workers", "2", *more]) == 0
     assert there == tree(tmp_path / "out") and "PMC9100077" in there["problems.jsonl"].decode()
     assert sum(name.startswith("figures/") for name in there) > 140
 

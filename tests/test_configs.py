@@ -1,5 +1,7 @@
-"""Every file of configs/: it loads, its sizes fit each other, its docstring's figures and commands are true. And the
-estimates those figures come from."""
+"""Every file of configs/: it loads, its sizes are consistent, its numbers and commands are correct.
+
+Also tests the estimates that the numbers come from.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,7 @@ BENCHMARKS = [name for name in NAMES if name.startswith("radbench")]
 FILES = [name for name in NAMES if name not in BENCHMARKS]
 STAGES = ("pretrain_align", "pretrain", "finetune")
 ADAPTATIONS = [name for name in FILES if name.startswith("adapt")]
-# What the docstrings state their figures for.
+# The hardware of the numbers in the docstrings.
 HARDWARE = dict.fromkeys(STAGES, estimate.published("A100", 32)) | dict.fromkeys(
     ADAPTATIONS, estimate.published("H200", 1)
 )
@@ -68,7 +70,7 @@ def experiment(name: str, *changes: str) -> Experiment:
     return Experiment.from_dict(parsed(name, *changes))
 
 
-def test_the_files_are_those_that_are_promised():
+def test_the_expected_configs_exist():
     benchmarks = {f"adapt_{name}" for name in ("vqa_rad", "slake", "pmc_vqa", "mimic_cxr", "diagnosis")}
     assert {"radfm_14b", "quickstart", "tiny", "adapt", *STAGES, *benchmarks} <= set(FILES)
 
@@ -77,8 +79,8 @@ def test_the_files_are_those_that_are_promised():
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_config_says_everything(name):
-    """Every field of every group stands in it, so that every field can be overridden."""
+def test_a_config_has_every_field(name):
+    """Every field of every group is present, so that every field can be overridden."""
     config = parsed(name)
     read = Experiment.from_dict(config)
     assert plain(config.to_dict()) == plain(read.to_dict())
@@ -98,7 +100,7 @@ def test_sizes_fit_each_other(name):
     devices = HARDWARE[name].count if name in HARDWARE else 1
     mesh = estimate.abstract_mesh(config.mesh, devices)
     assert min(estimate.memory(config, mesh).values()) > 0  # raises where rows do not divide
-    # The schedule, the names in `rates` and in `frozen`.
+    # Checks the schedule and the names in `rates` and `frozen`.
     train_step.abstract_state(config.model, config.optimizer, mesh)
     for where, source in config.data.sources().items():
         known = {field.name for field in dataclasses.fields(FAMILIES[source["family"]])} | {"family", "weight"}
@@ -137,7 +139,7 @@ def commands():
 
 @pytest.mark.parametrize("command", list(commands()))
 def test_the_commands_of_docstrings(command):
-    """The module is there, and the config takes every change that is shown."""
+    """The module exists, and the config accepts every override in the command."""
     assert importlib.util.find_spec(command[2]) is not None
     parser = argparse.ArgumentParser(allow_abbrev=False)
     command_line.add_config(parser)
@@ -148,7 +150,7 @@ def test_the_commands_of_docstrings(command):
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
-def test_a_benchmark_says_everything(name, capsys):
+def test_a_benchmark_has_every_field(name, capsys):
     config = parsed(name)
     assert config.is_locked and plain(Benchmark.from_dict(config).to_dict()) == plain(config.to_dict())
     with pytest.raises(SystemExit):
@@ -157,8 +159,8 @@ def test_a_benchmark_says_everything(name, capsys):
 
 
 @pytest.mark.parametrize("name", HARDWARE)
-def test_the_figures_of_docstrings(name):
-    """Recomputed: on a failure, put the lines of the left side into the docstring."""
+def test_the_numbers_of_docstrings(name):
+    """Recompute the numbers: on a failure, copy the lines of the left side into the docstring."""
     lines = estimate.summary(experiment(name), HARDWARE[name], getattr(module(name), "SIZES", None))
     text = module(name).__doc__
     assert [line for line in lines if f"    {line}\n" not in text + "\n"] == []
@@ -183,13 +185,13 @@ def test_the_table_of_the_docs():
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_what_the_stages_say_of_one_micro_batch(name):
+def test_memory_of_the_stages_with_one_micro_batch(name):
     whole, merged = experiment(name), experiment(name, "--config.train.accumulation=1")
     mesh = estimate.abstract_mesh(whole.mesh, 32)
     assert estimate.traffic(merged, mesh) * 4 == estimate.traffic(whole, mesh)
-    said = re.search(r"accumulation=1` takes the same .* in (\d+) GB a device", module(name).__doc__, re.DOTALL)
-    assert int(said[1]) == round(sum(estimate.memory(merged, mesh).values()) / 1e9)
-    # At 25 GB/s, arithmetic can hide it then, and only then.
+    stated = re.search(r"accumulation=1` takes the same .* in (\d+) GB a device", module(name).__doc__, re.DOTALL)
+    assert int(stated[1]) == round(sum(estimate.memory(merged, mesh).values()) / 1e9)
+    # At 25 GB/s, arithmetic hides the traffic of one micro-batch, but not of four.
     seconds = estimate.step_seconds(whole, HARDWARE[name])
     assert estimate.traffic(merged, mesh) / estimate.LINK < seconds < estimate.traffic(whole, mesh) / estimate.LINK
 
@@ -212,7 +214,7 @@ def test_each_stage_starts_from_the_one_before():
         assert f"--workdir=runs/{name}" in module(name).__doc__
     assert "convert from-llama MedLLaMA_13B/ medllama/" in module("pretrain_align").__doc__
     assert [c.train.epochs for c in stages.values()] == [1, 3, 2]
-    # Otherwise the first epoch of a stage would show the samples of the one before in the same order and crops.
+    # With equal seeds, the first epoch of a stage would repeat the order and crops of the stage before.
     assert len({c.data.seed for c in stages.values()}) == len({c.train.seed for c in stages.values()}) == 3
     for config in stages.values():  # section 4.3.1
         assert config.data.text_length == 2048 and config.train.accumulation == 4
@@ -279,7 +281,7 @@ def test_adaptations_freeze_the_language_model(name):
     assert config.data.test and len((ROOT / "configs" / f"{name}.py").read_text().splitlines()) < 60
 
 
-def test_what_adapt_says_of_the_language_model_learning_too():
+def test_memory_of_adapt_when_the_language_model_learns():
     changes = re.findall(r"--config\.optimizer[^\s`]+", module("adapt").__doc__)
     given = [shlex.split(change)[0] for change in changes]
     assert len(given) == 2

@@ -1,4 +1,4 @@
-"""What holds for every family of data sets: sound samples, drawn from their generator alone."""
+"""All families of data sets: valid samples that depend on their generator alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def every(tmp_path):
 
 
 def test_every_family_yields_sound_samples(every):
-    """Known tasks and roles, texts without outer spaces or None, one response, scans below the root."""
+    """Known tasks and roles, stripped texts that are not None, one response, scans below the root."""
     assert every.keys() == FAMILIES.keys() - {"tfds"}
     for name, fields in every.items():
         dataset = open_dataset(name, **fields)
@@ -36,7 +36,7 @@ def test_every_family_yields_sound_samples(every):
 
 
 def test_a_row_is_a_function_of_its_generator_alone(every):
-    """The same (seed, epoch, data set, row) gives the same sample whatever was drawn before; another epoch differs."""
+    """The same (seed, epoch, data set, row) gives the same sample; another epoch differs."""
     for name, fields in every.items():
         dataset = open_dataset(name, **fields)
         first = draws(dataset, n=12)
@@ -50,7 +50,7 @@ def test_a_row_is_a_function_of_its_generator_alone(every):
 
 
 def test_sample_rng_is_stable_and_separates_its_arguments():
-    # Numbers of a first run, kept: a change of them changes every training run.
+    # Recorded numbers: a change of them changes every training run.
     assert sample_rng(0, 0, "vqa_rad", "1").integers(1 << 30, size=2).tolist() == [656068213, 247292239]
     keys = [
         (0, 0, "a", "1"),
@@ -65,9 +65,9 @@ def test_sample_rng_is_stable_and_separates_its_arguments():
 
 
 def test_open_dataset_names_the_nearest(tmp_path):
-    with pytest.raises(ValueError, match="did you mean 'vqa_rad'"):
+    with pytest.raises(ValueError, match="did you mean vqa_rad"):
         open_dataset("vqarad", table="x", root=tmp_path)
-    with pytest.raises(ValueError, match="'tabel' is unknown .did you mean 'table'.*'table' is needed"):
+    with pytest.raises(ValueError, match="'tabel' is unknown .did you mean table.*'table' is required"):
         open_dataset("vqa_rad", tabel="x", root=tmp_path)
     with pytest.raises(RowError, match="cannot be read"):
         open_dataset("vqa_rad", table="x", root=tmp_path)
@@ -76,7 +76,7 @@ def test_open_dataset_names_the_nearest(tmp_path):
 
 
 def test_vqa_samples_are_fast(tmp_path):
-    """CPU time, best of five: 250,000/s measured on a core with other jobs beside it."""
+    """CPU time, best of five: 250,000/s measured on a core with other jobs running."""
     write_csv(tmp_path / "t.csv", VQA_HEADER, *[("img", f"{k}.png", f"Question {k}?", "yes") for k in range(2000)])
     dataset = open_dataset("pmc_vqa", table="t.csv", root=tmp_path)
     rng, best = np.random.default_rng(0), 0.0

@@ -34,7 +34,7 @@ def test_open_diagnosis_asks_in_the_words_of_its_region(every, name, region):
 
 
 def test_yes_no_tables_are_balanced_pair_by_pair(tmp_path):
-    """Edema: present in x y, absent in a b c d e -> pairs (x | a c e) (y | b d); every image is reached, none twice."""
+    """Edema: present in x y, absent in a b c d e -> pairs (x | a c e) (y | b d); every image is used, none twice."""
     rows = [(f"{i}.png", "Edema", "1") for i in "xy"] + [(f"{i}.png", "Edema", "0") for i in "abcde"]
     write_csv(tmp_path / "t.csv", ("image_path", "disease", "label"), *rows)
     dataset = open_dataset("cxr_mix", table="t.csv", root=tmp_path)
@@ -48,7 +48,7 @@ def test_yes_no_tables_are_balanced_pair_by_pair(tmp_path):
     assert shares == [["x"], ["a", "c", "e"], ["y"], ["b", "d"]]
     seen = set()
     for i in range(4):
-        # The pool does not shrink: 300 epochs later every image of the share is still drawn.
+        # The pool does not shrink: after 300 epochs every image of the share is still drawn.
         samples = draws(dataset, i, 300)
         assert {answer(s) for s in samples} == {"no" if i % 2 else "yes"}
         assert all("edema" in texts(s, "instruction")[0] for s in samples)
@@ -60,7 +60,7 @@ def test_yes_no_tables_are_balanced_pair_by_pair(tmp_path):
     assert len(plain) == 7 and answer(draws(plain, 3, 1)[0]) == "no"
 
 
-def test_yes_no_tables_refuse_what_cannot_be_true_or_balanced(tmp_path):
+def test_yes_no_tables_reject_contradictions_and_one_sided_diseases(tmp_path):
     header = ("image_path", "disease", "label")
     rows = [
         ("a.png", "Effusion", "1"),
@@ -80,7 +80,7 @@ def test_yes_no_tables_refuse_what_cannot_be_true_or_balanced(tmp_path):
     assert "gives the answer away" in error.value.problems[2].reason
     dataset = open_dataset("cxr_mix", table="t.csv", root=tmp_path, quarantine=True)
     assert {s.path for i in range(len(dataset)) for s in dataset.scans(i)} == {"b.png", "c.png", "f.png", "g.png"}
-    # "No finding" is turned into a question one can ask, with its answer turned too.
+    # "No finding" becomes a question about any abnormality, with the opposite answer.
     got = {draws(dataset, i, 1)[0].scans[0].path: draws(dataset, i, 1)[0] for i in range(4)}
     assert answer(got["f.png"]) == "no" and answer(got["g.png"]) == "yes"
     assert "any abnormality" in texts(got["f.png"], "instruction")[0]
@@ -88,7 +88,7 @@ def test_yes_no_tables_refuse_what_cannot_be_true_or_balanced(tmp_path):
 
 @pytest.mark.parametrize("normals", [0, 8, 30, 120])
 def test_open_tables_asked_both_ways_are_balanced_and_true(tmp_path, normals):
-    """form="both": yes and no equally often for any share of normals, and never a "no" about a label or its kin."""
+    """form="both": yes and no equally often for any share of normal images, and no false "no"."""
     labels = [
         "Consolidation",
         "TB, Pleural effusion",
@@ -147,7 +147,7 @@ def test_labels_of_open_tables(tmp_path):
             open_dataset("cxr_mix", **fields, form=form)
 
 
-def test_diseases_that_may_hide_behind_each_other():
+def test_diseases_that_may_coexist():
     kin = [
         ("TB", "Tuberculosis"),
         ("Effusion", "pleural_effusion"),

@@ -1,8 +1,7 @@
-"""Seeded damage to tables: a typed error with file and row, or a correct parse; no row is lost without a word.
+"""Seeded damage to tables: a typed error with file and row, or a correct parse; no row is dropped silently.
 
-Half of the tries damage one known row (or the whole file) in a known way, and all other rows must come out exactly as
-they went in. The other half flip, cut or repeat random bytes: there an error must name the file and a row, and what is
-read must be sound.
+Half of the cases damage one known row (or the whole file) in a known way; all other rows must be unchanged. The other
+half flip, cut or repeat random bytes; then an error must name the file and a row, and the rows read must be valid.
 """
 
 import csv
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 
 from input_pipeline.datasets import open_dataset
-from input_pipeline.datasets.tables import bad_path, bad_text
+from input_pipeline.datasets.rows import bad_path, bad_text
 from input_pipeline.samples import RowError, Text
 
 HEADER = ["img_root_dir", "Figure_path", "Question", "Answer"]
@@ -21,11 +20,11 @@ RNG = np.random.default_rng  # of a sample; nothing that is compared here depend
 
 
 def content(dataset) -> dict[str, tuple]:
-    """Row id -> what stands in it, whatever its order."""
+    """Return row id -> sorted texts and paths of the row."""
     out = {}
     for i in range(len(dataset)):
         sample = dataset.sample(i, RNG(0))
-        # What is fixed in the table: paths, and the texts that no prompt is drawn for.
+        # Paths, and the texts that do not come from a drawn prompt.
         roles = ("response", "context") if dataset.name == "rad3d_caption" else ("response", "instruction", "context")
         text = sorted(p.text for p in sample.parts if isinstance(p, Text) and p.role in roles)
         assert all(p.text == p.text.strip() != "" and not bad_text(p.text) for p in sample.parts if isinstance(p, Text))
@@ -35,7 +34,7 @@ def content(dataset) -> dict[str, tuple]:
 
 
 def opened(name, file):
-    """(content, rows of the problems, left out) or the error, which must be one that names file and row."""
+    """Return (content, rows of the problems, good rows, bad rows), or the error, which must name file and row."""
     try:
         dataset = open_dataset(name, table=file, root=file.parent, quarantine=True)
     except RowError as error:
@@ -48,7 +47,7 @@ def opened(name, file):
     return content(dataset), {p.row for p in dataset.problems}, len(dataset), len(dataset.problems)
 
 
-# Each table as a list of lines, and the fault as (lines, rows that become problems, shift of later rows).
+# --- rows of each format, and damage to one row ---
 
 
 def csv_line(cells) -> bytes:
@@ -64,7 +63,7 @@ def csv_rows(rng, n):
 
 
 def damage_csv(rng, rows, k):
-    """-> bytes of row k, whether that is a problem, blank lines put before it."""
+    """Return the damaged bytes of row k, and True if it becomes a problem, else its new cells."""
     cells, column = list(rows[k]), int(rng.integers(1, 4))
     fault = rng.integers(12)
     if fault == 0:

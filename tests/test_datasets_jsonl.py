@@ -1,4 +1,4 @@
-"""The user's own data, one JSON object a line."""
+"""The user's own data as JSON Lines."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from dataset_tables import own
 
-from input_pipeline.datasets import TableError, open_dataset, tables
+from input_pipeline.datasets import TableError, json_tables, open_dataset
 from input_pipeline.samples import RowError, Scan, Text
 
 
@@ -59,31 +59,31 @@ GOOD = {"id": "a", "task": "vqa", "scans": ["a.png"], "instruction": "<image-1> 
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"respnse": "x"}, "unknown keys: 'respnse' (did you mean 'response'?"),
+        ({"respnse": "x"}, "unknown keys: 'respnse' (did you mean response?)"),
         ({"id": 3}, "id must be text"),
         ({"id": ""}, "id is blank"),
         ({"task": "vqua"}, "task 'vqua' is unknown"),
         ({"task": None}, "task is blank"),
         ({"scans": "a.png"}, "scans must be a list"),
-        ({"scans": [3]}, "neither a path"),
-        ({"scans": [{"path": "a", "wndow": "lung"}]}, "neither a path"),
+        ({"scans": [3]}, "must be a path"),
+        ({"scans": [{"path": "a", "wndow": "lung"}]}, "must be a path"),
         ({"scans": None}, "scans must"),
         ({"scans": [{"path": "a", "volume": True}]}, "volume True"),
         ({"scans": [{"path": "a", "volume": -1}]}, "volume -1"),
         ({"scans": [{"path": "a", "window": [2, 1]}]}, "window"),
         ({"scans": [{"path": "a", "window": 3}]}, "window 3"),
-        ({"scans": ["../a.png"]}, "climbs"),
+        ({"scans": ["../a.png"]}, "leaves its folder"),
         ({"scans": [""]}, "names no file"),
         ({"scans": ["a", "b"]}, "no mark <image-2>"),
         ({"instruction": "<image-2> Q?"}, "no scan for <image-2>"),
         ({"instruction": "Q?"}, "no mark <image-1>"),
-        ({"instruction": "<image-1>"}, "marks but no words"),
+        ({"instruction": "<image-1>"}, "image marks but no words"),
         ({"instruction": " "}, "instruction is blank"),
         ({"response": "nan"}, "response is blank"),
-        ({"response": "see <image-1>"}, "response shows a scan"),
-        ({"response": None}, "response is needed"),
+        ({"response": "see <image-1>"}, "response has an image mark"),
+        ({"response": None}, "response is required"),
         ({"text": "x"}, "text is not allowed"),
-        ({"task": "interleaved"}, "text is needed"),
+        ({"task": "interleaved"}, "text is required"),
         ({"response": ["A"]}, "response must be text, got list"),
         ({"context": ""}, "context is blank"),
         ({"response": "\x00"}, "NUL"),
@@ -106,15 +106,17 @@ def test_jsonl_lines_and_ids(tmp_path):
         open_dataset("jsonl", **fields)
     assert [p.row for p in error.value.problems] == [2, 3, 4, 5, 6, 7, 8]
     for problem, reason in zip(
-        error.value.problems, ("JSON", "blank", "object", "NaN", "twice", "row 1", "JSON"), strict=True
+        error.value.problems,
+        ("JSON", "blank", "object", "NaN", "key 'id' is repeated", "already used in row 1", "JSON"),
+        strict=True,
     ):
         assert reason in problem.reason
     dataset = open_dataset("jsonl", **fields, quarantine=True)
     assert [dataset.row_id(i) for i in range(len(dataset))] == ["a", "z"]
 
 
-def test_a_study_that_is_not_given_is_that_of_the_first_scan(tmp_path):
-    """The patient a public path names, else the path; so patients that stand in train and test are found."""
+def test_the_default_study_is_that_of_the_first_scan(tmp_path):
+    """The study is the patient that a public path names, else the path, so that leaks of patients are detected."""
     question = {"task": "vqa", "instruction": "<image-1> What?", "response": "None"}
     fields = own(
         tmp_path,
@@ -126,16 +128,16 @@ def test_a_study_that_is_not_given_is_that_of_the_first_scan(tmp_path):
     dataset = open_dataset("jsonl", **fields)
     samples = [dataset.sample(i, np.random.default_rng(0)) for i in range(4)]
     assert [s.study_id for s in samples] == ["p10000032", "mine/17.png", "mine/17.png", None]
-    # JSON has a null of its own: "None" is an answer, and an id.
+    # JSON has its own null, so "None" is a valid answer and a valid id.
     assert samples[0].parts[-1].text == "None" and samples[3].row_id == "None"
-    assert dataset.duplicates == [(3, 2)]  # equal but for the id
+    assert dataset.duplicates == [(3, 2)]  # equal except for the id
 
 
 def test_jsonl_of_some_tasks(tmp_path):
     fields = own(tmp_path, GOOD, {**GOOD, "id": "b", "task": "report"}, {**GOOD, "id": "c", "task": "modality"})
     dataset = open_dataset("jsonl", **fields, tasks=("report", "modality"))
     assert [dataset.row_id(i) for i in range(len(dataset))] == ["b", "c"]
-    assert dataset.left_out == {"another task": 1}
+    assert dataset.skipped == {"another task": 1}
     with pytest.raises(ValueError, match=r"tasks \['reports'\] are unknown; known: .*report"):
         open_dataset("jsonl", **fields, tasks=("reports",))
 
@@ -145,16 +147,16 @@ def test_jsonl_of_some_ids(tmp_path):
     fields = own(tmp_path, *rows)
     dataset = open_dataset("jsonl", **fields, ids=("*-side", "p1-l*"))
     assert [dataset.row_id(i) for i in range(len(dataset))] == ["p0-side", "p1-side", "p1-level"]
-    assert dataset.left_out == {"another id": 3}
+    assert dataset.skipped == {"another id": 3}
 
 
 def test_a_table_of_several_sources_is_parsed_once(tmp_path, monkeypatch):
     fields = own(tmp_path, GOOD, {**GOOD, "id": "b", "task": "report"}, {"id": "bad"})
-    read, parse = [], tables.parse_json
-    monkeypatch.setattr(tables, "parse_json", lambda line: read.append(line) or parse(line))
+    read, parse = [], json_tables.parse_json
+    monkeypatch.setattr(json_tables, "parse_json", lambda line: read.append(line) or parse(line))
     alone = [open_dataset("jsonl", **fields, quarantine=True, tasks=(task,)) for task in ("vqa", "report")]
     assert len(read) == 6
-    with tables.kept():
+    with json_tables.json_lines_cache():
         shared = [open_dataset("jsonl", **fields, quarantine=True, tasks=(task,)) for task in ("vqa", "report")]
         assert len(read) == 9
     for one, other in zip(alone, shared, strict=True):
@@ -164,17 +166,17 @@ def test_a_table_of_several_sources_is_parsed_once(tmp_path, monkeypatch):
     assert len(read) == 12
 
 
-def test_what_is_kept_is_a_thread_s_own(tmp_path, monkeypatch):
-    """Training and test data are opened side by side: one that is done takes nothing from the other."""
+def test_the_cache_belongs_to_its_thread(tmp_path, monkeypatch):
+    """Training and test data are opened in parallel: the end of one cache does not affect the other."""
     fields = own(tmp_path, GOOD)
-    read, parse = [], tables.parse_json
-    monkeypatch.setattr(tables, "parse_json", lambda line: read.append(line) or parse(line))
+    read, parse = [], json_tables.parse_json
+    monkeypatch.setattr(json_tables, "parse_json", lambda line: read.append(line) or parse(line))
 
     def open_there():
-        with tables.kept():
+        with json_tables.json_lines_cache():
             open_dataset("jsonl", **fields)
 
-    with tables.kept(), ThreadPoolExecutor(1) as other:
+    with json_tables.json_lines_cache(), ThreadPoolExecutor(1) as other:
         other.submit(open_there).result()
         for _ in range(2):
             open_dataset("jsonl", **fields)

@@ -1,4 +1,4 @@
-"""Modality recognition: labels, and denials that are true."""
+"""Modalities: labels, and questions whose answer no is true."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_no_modality_is_denied_that_may_hold():
         names = frozenset({name})
         denied = set(modalities.falsehoods(names))
         assert denied and not denied & set(modalities.truths(names))
-        # Nor may anything that the asked one also is be true.
+        # The same holds for everything that the denied modality always is as well.
         assert not any(set(modalities.truths(frozenset({d}))) & set(modalities.truths(names)) for d in denied)
     assert "CT" in modalities.truths(frozenset({"CT angiography"}))
     assert not {"CT", "PET", "CT angiography"} & set(modalities.falsehoods(frozenset({"PET-CT"})))
@@ -76,7 +76,7 @@ def test_modality_questions_are_true_and_balanced(tmp_path, name):
             assert said == "yes" or about in modalities.falsehoods(modalities.modalities(label))
     total = counts["yes"] + counts["no"]
     assert abs(counts["yes"] - total / 2) < 2 * total**0.5 and abs(total - 7800 / 2) < 2 * 7800**0.5
-    # Wrong modalities follow the table too: a common one is denied more often than one it does not hold.
+    # Wrong modalities follow their frequency in the table.
     assert asked["no"]["MRI"] > 2 * asked["no"]["endoscopy"] > 0
 
 

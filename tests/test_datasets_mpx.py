@@ -14,7 +14,7 @@ def every(tmp_path):
 
 
 def test_mpx_multi_shows_what_it_chose(tmp_path):
-    """Ten of twelve images, in their order: exactly those stand in the sample, and over epochs all are reached."""
+    """A sample has ten of twelve images in their order; over the epochs every image is used."""
     names = [f"MPX1_{k}.png" for k in range(12)]
     rows = [
         (",".join(names), kind, f"The {kind}.", "A man of 50.")

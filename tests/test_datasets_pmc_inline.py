@@ -29,7 +29,7 @@ def test_inline_window_figures_and_order(tmp_path):
         for k, part in enumerate(sample.parts):
             if isinstance(part, Scan):
                 following = next(p.text for p in sample.parts[k:] if isinstance(p, Text))
-                # f0 comes back in sentence 13: in a window that begins at 11 or later it stands there.
+                # f0 is referred to again in sentence 13, which is its position if the window starts at 11 or later.
                 assert int(following.split()[0][1:-1]) in (
                     {home[part.path], 13} if "f0" in part.path else {home[part.path]}
                 )

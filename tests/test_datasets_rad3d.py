@@ -49,11 +49,11 @@ def test_caption_joins_patient_findings_and_impression(tmp_path):
     write_json(tmp_path / "c.json", [*cases[:2], {**CASE, "finding": "It measures 3 cm.", "impression": ""}])
     dataset = open_dataset("rad3d_caption", table="c.json", root=tmp_path, sizes="remove")
     assert answer(draws(dataset, 0, 1)[0]) == "Findings: A mass. No effusion. Impression: Lung abscess."
-    assert dataset.left_out == {"nothing but sizes": 1}
+    assert dataset.skipped == {"nothing but sizes": 1}
 
 
 def test_rationale_is_half_questions_half_of_them_no_and_true(tmp_path):
-    """Case 0 has an abscess, an article on cavities, and speaks of a pneumothorax: none of these is ever denied."""
+    """Case 0 has an abscess, an article on cavities and mentions a pneumothorax: none of these is ever denied."""
     volumes(tmp_path, "v/1.npy", 1)
     titles = ["Lung abscess", "Pneumothorax", "Abscess", "Crohn disease", "Glioma", "Meningioma"]
     cases = [{**CASE, "title": t, "articles": [t], "finding": "-", "impression": "-"} for t in titles]

@@ -1,4 +1,4 @@
-"""Rows on disk: the same values in the same order, for several readers at once, in little memory."""
+"""Rows on disk: the same values in the same order, for concurrent readers, in little memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from input_pipeline.samples import RowError, Scan, Text
 
 
 def values(n: int) -> list:
-    """Of many sizes, some larger than a block."""
+    """Return values of many sizes, some larger than a block."""
     parts = (Scan("a.nii", 1, (-160.0, 240.0)), Scan("b.png", None, "lung"), Text("ü\n", "context"))
     return [(f"row {k}", parts[k % 3 :], "x" * (k % 7 * 50), frozenset({"CT"}), None) for k in range(n)]
 
@@ -73,7 +73,7 @@ def test_forked_workers_and_threads_read_at_once():
 
 
 def test_a_full_disk_names_its_directory(tmp_path):
-    """In a process of its own, whose files may not grow beyond 2 MB."""
+    """Run in a subprocess whose files may not exceed 2 MB."""
     write_csv(tmp_path / "t.csv", ("image_path", "label"), *((f"{k}.png", f"Report {k} " * 100) for k in range(4000)))
     child = (
         "import resource, sys; from input_pipeline.datasets import open_dataset\n"
@@ -102,8 +102,8 @@ def test_numbers_are_plain_after_rows_were_dropped(tmp_path):
     assert [(dataset.row_id(i), dataset.number(i)) for i in range(3)] == [("a", 1), ("b", 2), ("c", 4)]
     assert json.dumps([dataset.number(2), dataset.duplicates]) == "[4, [[2, 1], [3, 1], [4, 1], [5, 1], [6, 1]]]"
     said = [(p.row, p.reason) for p in dataset.problems]
-    assert said == [(3, "id 'a' stands already in row 1"), (5, "id 'b' stands already in row 2"),
-                    (6, "id 'a' stands already in row 1")]  # fmt: skip
+    assert said == [(3, "id 'a' is already used in row 1"), (5, "id 'b' is already used in row 2"),
+                    (6, "id 'a' is already used in row 1")]  # fmt: skip
 
 
 def test_headers_of_scans_are_read_once_but_not_all_kept(tmp_path):
@@ -120,9 +120,10 @@ def test_headers_of_scans_are_read_once_but_not_all_kept(tmp_path):
 
 PEAK = """
 import sys
-from input_pipeline.datasets import open_dataset, tables
+from input_pipeline.datasets import open_dataset
+from input_pipeline.datasets.json_tables import json_lines_cache
 family, table = sys.argv[1:]
-with tables.kept():
+with json_lines_cache():
     opened = [open_dataset(family, table=table, root="/", quarantine=True) for _ in range(2)]
 peak = next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(len(opened[0]) + len(opened[0].problems), peak)
@@ -131,9 +132,9 @@ print(len(opened[0]) + len(opened[0].problems), peak)
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "json", "bad rows"])
 def test_memory_does_not_grow_with_the_text_of_a_table(tmp_path, kind):
-    """Two sources of one table of 2 kB of text a row: 28 MB more text may cost 12 MB more memory.
+    """Two sources of one table with 2 kB of text per row: 28 MB more text may take at most 12 MB more memory.
 
-    Measured: 1 to 4 MB. One bad row in eight is listed as a problem, which must not hold the row (19 MB if it did).
+    Measured: 1 to 4 MB. One row in eight is bad. Its problem must not keep the row in memory (19 MB if it did).
     """
     family = {"csv": "pmc_oa", "json": "rad3d_caption"}.get(kind, "jsonl")
 

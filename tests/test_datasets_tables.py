@@ -1,4 +1,4 @@
-"""Tables: every bad row reported, quarantined and counted; splits, studies, paths."""
+"""Tables: bad rows are all reported, quarantined and counted; splits, studies, paths."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from input_pipeline.samples import RowError, Scan
 
 
 def test_bad_rows_are_all_reported_and_quarantine_counts_them(tmp_path):
-    """
+    """Every bad row is a problem, and the good rows remain.
+
     row   Figure_path   Question   Answer
     1     a.png         q          a           good
     2     a.png         (blank)    a           blank
     3     a.png         q          nan         nan
     4     three cells                          wrong number
-    5     ../x.png      q          a           climbs
+    5     ../x.png      q          a           leaves its folder
     6     a.png         q<NUL>     a           NUL
     7     a.png         q          a<bad>      not UTF-8
     8     (blank line)
@@ -38,7 +39,7 @@ def test_bad_rows_are_all_reported_and_quarantine_counts_them(tmp_path):
         "Question is blank",
         "Answer is blank: 'nan'",
         "3 cells, but the header has 4",
-        "climbs",
+        "leaves its folder",
         "NUL",
         "UTF-8",
         "is blank",
@@ -59,7 +60,7 @@ def test_bad_rows_are_all_reported_and_quarantine_counts_them(tmp_path):
         (b"", 0, "empty"),
         (b"a,b\n1,2\n", 0, "column img_root_dir is missing"),
         (b"img_root_dir,Figure_path,Question,Answer\n", 0, "no rows"),
-        (b"img_root_dir,Figure_path,Question,Answer,Answer\n,a,b,c,d\n", 0, "stands there twice"),
+        (b"img_root_dir,Figure_path,Question,Answer,Answer\n,a,b,c,d\n", 0, "column Answer is repeated"),
         (b"\xff\xfei\x00", 0, "UTF-16"),
         (b'img_root_dir,Figure_path,Question,Answer\n,a,b,c\n,a,"b,c\n,a,b,c\n', 2, "never closed"),
         (b"img_root_dir,Figure_path,Question,Answer\n,a,b," + b"x" * 1_000_001 + b"\n", 1, "more than 1000000"),
@@ -85,12 +86,12 @@ def test_split_language_strip_duplicates_and_study(tmp_path):
     write_csv(tmp_path / "t.csv", (*VQA_HEADER, "q_lang", "split"), *rows)
     dataset = open_dataset("slake", table="t.csv", root=tmp_path, split="train", strip="/far")
     assert [dataset.row_id(i) for i in range(len(dataset))] == ["1", "4"] and dataset.duplicates == [(4, 1)]
-    assert dataset.left_out == {"q_lang 'zh'": 1, "split 'test'": 1}
+    assert dataset.skipped == {"q_lang 'zh'": 1, "split 'test'": 1}
     assert dataset.scans(0) == (Scan("img/a.jpg"),) and draws(dataset)[0].study_id == "img/a.jpg"
     write_csv(tmp_path / "u.csv", VQA_HEADER, *[r[:4] for r in rows])
     dataset = open_dataset("slake", table="u.csv", root=tmp_path, strip="/far", study=r"img/(\w)")
-    assert dataset.left_out == {"not English": 1} and draws(dataset, 1)[0].study_id == "c"
-    with pytest.raises(RowError, match="no row is left"):
+    assert dataset.skipped == {"not English": 1} and draws(dataset, 1)[0].study_id == "c"
+    with pytest.raises(RowError, match="every row is skipped"):
         open_dataset("slake", table="t.csv", root=tmp_path, split="val", strip="/far")
 
 

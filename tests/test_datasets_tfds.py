@@ -48,14 +48,14 @@ def test_tfds_source(tmp_path):
         del sys.modules["own_vqa_builder"]
     columns = {"instruction": "question", "response": "answer"}
     fields = dict(table=builder.data_path, root=tmp_path, columns=columns, constants={"task": "vqa"})
-    with pytest.raises(TableError, match="response is needed"):
+    with pytest.raises(TableError, match="response is required"):
         open_dataset("tfds", **fields, split="train")
     dataset = open_dataset("tfds", **fields, split="train", quarantine=True)
     assert len(dataset) == 5 and len(dataset.problems) == 1
     got = {dataset.sample(i, np.random.default_rng(0)) for i in range(5)}
     assert {answer(s) for s in got} == {f"A{k}" for k in range(5)}
     assert all(s.scans == (Scan(f"s{answer(s)[1:]}.png"),) and s.task == "vqa" and s.dataset == "tfds" for s in got)
-    with pytest.raises(ValueError, match="split is needed"):
+    with pytest.raises(ValueError, match="split is required"):
         open_dataset("tfds", **fields)
     with pytest.raises(RowError, match="cannot be opened"):
         open_dataset("tfds", **fields, split="tarin")

@@ -1,4 +1,4 @@
-"""Questions about a scan: PMC-VQA, PMC-CaseReport."""
+"""Questions on a scan: PMC-VQA, PMC-CaseReport."""
 
 from __future__ import annotations
 
@@ -43,5 +43,5 @@ def test_casereport_shortens_the_context_and_names_its_figures(tmp_path):
         with pytest.raises(RowError, match="row 1: "):
             open_dataset("pmc_casereport", table="t.csv", root=tmp_path)
     write_csv(tmp_path / "t.csv", header, ("PMC5", "['F1']", context, "Q: ", "A: It."))
-    with pytest.raises(RowError, match="question has nothing"):
+    with pytest.raises(RowError, match="question has no text"):
         open_dataset("pmc_casereport", table="t.csv", root=tmp_path)

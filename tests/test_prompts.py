@@ -1,4 +1,4 @@
-"""The wording: complete, checked when loaded, drawn by the generator that is passed in."""
+"""Prompts: complete, checked when loaded, drawn with the generator that is passed in."""
 
 import copy
 
@@ -18,7 +18,7 @@ def test_every_group_has_ten_sentences_and_its_placeholder():
 
 
 def test_spines_and_breasts_are_not_asked_about_the_chest():
-    """Each region has its own wording: no sentence of one stands in another, and none speaks of a foreign organ."""
+    """Each region has its own sentences, and none names an organ of another region."""
     chest = ("lung", "chest", "thorax", "thoracic", "heart", "pulmon", "cardi")
     groups = prompts.load()
     for kind in ("open", "judge"):
@@ -34,17 +34,17 @@ def test_spines_and_breasts_are_not_asked_about_the_chest():
     [
         (lambda g: g.pop("rationale"), "rationale is missing"),
         (lambda g: g.update(extra=["a"] * 10), "extra is unknown"),
-        (lambda g: g["report"].__setitem__(0, g["report"][1]), "none twice"),
-        (lambda g: g.update(report=g["report"][:9]), "10 different"),
+        (lambda g: g["report"].__setitem__(0, g["report"][1]), "all different"),
+        (lambda g: g.update(report=g["report"][:9]), "at least 10 sentences are required"),
         (lambda g: g["modality_judge"].__setitem__(0, "Is it {modalty}?"), "{modalty}"),
-        (lambda g: g["modality_judge"].__setitem__(0, "Is it CT?"), "wanted {modality} once"),
-        (lambda g: g["modality_open"].__setitem__(0, "Is it {modality}?"), "wanted no placeholder"),
+        (lambda g: g["modality_judge"].__setitem__(0, "Is it CT?"), "expected {modality} once"),
+        (lambda g: g["modality_open"].__setitem__(0, "Is it {modality}?"), "expected no placeholder"),
         (lambda g: g["modality_open"].__setitem__(0, "A {"), "A {"),
         (lambda g: g["modality_open"].__setitem__(0, "<image-1> What?"), "image mark"),
         (lambda g: g.update(report="text"), "must be a list"),
     ],
 )
-def test_faults_of_the_file_are_named(change, message):
+def test_problems_of_the_file_are_named(change, message):
     groups = copy.deepcopy({k: list(v) for k, v in prompts.load().items()})
     prompts.check_prompts(groups)
     change(groups)

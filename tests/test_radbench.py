@@ -205,7 +205,7 @@ def test_a_path_is_a_study_below_its_own_root_alone():
         ({"sets": {"slake": {"family": "slak", "root": "r"}}}, "slake.family is 'slak'.*no `table`"),
         (
             {"sets": {"slake": {"family": "slake", "root": "r", "table": "t", "modalty": "CT"}}},
-            r"slake has no field 'modalty' \(did you mean 'modality'\?\)",
+            r"slake has no field 'modalty' \(did you mean modality\?\)",
         ),
         ({"set": {}}, "did you mean sets"),
     ],

@@ -2,7 +2,7 @@
 
 import pickle
 
-from input_pipeline.datasets.tables import TableError
+from input_pipeline.datasets.rows import TableError
 from input_pipeline.samples import RowError
 
 

@@ -1,4 +1,5 @@
-"""Builds MedMD and RadMD (paper, section 3): `python -m input_pipeline.curate TOOL`, docs/building.md.
+"""Tools that build MedMD and RadMD (paper, section 3): `python -m input_pipeline.curate TOOL`, docs/curate.md.
 
-Each tool reads files as their owners publish them and writes the layouts that `input_pipeline.datasets` reads.
+Each tool reads files in their published form and writes tables that `input_pipeline.datasets` reads. Code that reads
+those tables for training is not here.
 """

@@ -1,8 +1,9 @@
-"""What all builders share on the command line: options of a run, bars, the report at the end, exit codes."""
+"""The command line that all tools share: common options, progress bars, the report, exit codes."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,46 +13,76 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from input_pipeline.files import locked_directory
 from input_pipeline.index.command import Rate, _bar, _one_line
-from input_pipeline.parallel import beam, chunk_files
+from input_pipeline.parallel import beam
 from input_pipeline.parallel.workers import WorkerError
 
 EXIT_CODES = """
-exit codes: 0 done (problems, if any, are counted and listed in problems.jsonl); 1 done, but --strict and there are
-problems; 2 nothing usable: a wrong option, a file that is not there, a table that cannot be read; 130 interrupted.
+exit codes: 0 done (problems are counted and listed in problems.jsonl); 1 done, but --strict and there are problems; 2
+no result: a wrong option, a missing file, or a table that cannot be read; 130 interrupted.
 """
 
 
-def parser(tool: str, description: str, epilog: str) -> argparse.ArgumentParser:
-    """With the options that every builder has."""
-    made = argparse.ArgumentParser(
-        prog=f"python -m input_pipeline.curate {tool}",
-        description=description,
-        epilog=epilog.rstrip() + "\n" + EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+@dataclasses.dataclass(frozen=True)
+class Tool:
+    """A command of `python -m input_pipeline.curate`.
+
+    Attributes:
+      description, epilog: texts of --help.
+      add_options: adds the tool's options to a parser.
+      run: run(name, args, directory, progress=, log=) does the work and returns the report. Raises ValueError.
+      check: check(args) returns what is wrong with a combination of options, or "".
+    """
+
+    description: str
+    epilog: str
+    add_options: Callable[[argparse.ArgumentParser], None]
+    run: Callable[..., dict]
+    check: Callable[[argparse.Namespace], str] = lambda args: ""
+
+
+def at_least(minimum: float, kind: type = int) -> Callable[[str], float]:
+    """Return an argparse type for numbers of at least `minimum`."""
+
+    def number(text: str):
+        value = kind(text)
+        if not value >= minimum:
+            raise argparse.ArgumentTypeError(f"must be at least {minimum} (got {text})")
+        return value
+
+    return number
+
+
+def add_job_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of tools that work item by item (jobs.py)."""
+    parser.add_argument(
+        "--workers", type=at_least(0), metavar="N", help="worker processes (default: all cores; 0: none)"
     )
-    made.add_argument("--out", required=True, metavar="DIR", help="directory to write to")
-    made.add_argument("--strict", action="store_true", help="exit 1 if anything at all could not be used")
-    return made
-
-
-def add_job_options(made: argparse.ArgumentParser) -> None:
-    """For builders that work item by item (jobs.py)."""
-    made.add_argument("--workers", type=int, metavar="N", help="processes (default: all cores; 0: none of its own)")
-    beam.add_options(made)
-    made.add_argument("--restart", action="store_true", help="begin anew, whatever an earlier run had finished")
+    beam.add_options(parser)
+    parser.add_argument("--restart", action="store_true", help="discard the results of an interrupted run")
 
 
 def job_options(args: argparse.Namespace) -> dict:
-    """Of `jobs.run`, from `add_job_options`."""
-    if args.workers is not None and args.workers < 0:
-        raise ValueError(f"--workers {args.workers}: 0 or more are needed")
+    """Return the arguments of `jobs.run` for the options of `add_job_options`."""
     return {"workers": args.workers, "restart": args.restart} | beam.chosen(args)
 
 
-def run(args: argparse.Namespace, build: Callable[..., dict]) -> int:
-    """build(directory, progress=, said=) -> report, with bars, errors in one line, and the report printed."""
+def main(tool: Tool, name: str, argv: list[str]) -> int:
+    """Parse the options, run the tool with progress bars, and print its report. Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m input_pipeline.curate {name}",
+        description=tool.description,
+        epilog=tool.epilog.rstrip() + "\n" + EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="output directory")
+    parser.add_argument("--strict", action="store_true", help="exit 1 if there is any problem")
+    tool.add_options(parser)
+    args = parser.parse_args(argv)
+    if problem := tool.check(args):
+        parser.error(problem)
     console = Console(stderr=True)
     bars = Progress(
         SpinnerColumn(), TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), Rate(),
@@ -59,30 +90,33 @@ def run(args: argparse.Namespace, build: Callable[..., dict]) -> int:
     )  # fmt: skip
     directory = Path(args.out)
     try:
-        with chunk_files.held(directory, "build"), bars:
-            report = build(
+        with locked_directory(directory, "curate"), bars:
+            report = tool.run(
+                name,
+                args,
                 directory,
-                progress=lambda what, unit, total: _bar(bars, what, unit, total),
-                said=lambda what: console.print(f"[yellow]note:[/yellow] {escape(what)}", soft_wrap=True),
+                progress=lambda task, unit, total: _bar(bars, task, unit, total),
+                log=lambda text: console.print(f"[yellow]note:[/yellow] {escape(text)}", soft_wrap=True),
             )
     except KeyboardInterrupt:
-        console.print("interrupted: the same command goes on where it was")
+        console.print("interrupted: run the same command again to resume")
         return 130
     except (ValueError, OSError, WorkerError) as error:
         console.print(f"[red]error:[/red] {escape(_one_line(error))}", soft_wrap=True, highlight=False)
         return 2
     show(report)
-    said, listed = report["files"]
-    print(f"{args.out}: {said}" + (f", {listed}" if report.get("problems") else ""))
-    return 1 if args.strict and report.get("problems") else 0
+    report_file, problems_file = report["files"]
+    print(f"{args.out}: {report_file}" + (f", {problems_file}" if report.get("problems") else ""))
+    return 1 if report.get("incomplete") or (args.strict and report.get("problems")) else 0
 
 
 def show(report: dict) -> None:
+    """Print the counts of a report and the reasons of its problems."""
     table = Table(title=report["tool"])
     table.add_column("")
     table.add_column("", justify="right")
-    for what, count in report["counts"].items():
-        table.add_row(escape(what), f"{count:,}" if isinstance(count, int) else str(count))
+    for label, count in report["counts"].items():
+        table.add_row(escape(label), f"{count:,}" if isinstance(count, int) else str(count))
     table.add_section()
     for reason, count in report.get("reasons", {}).items():
         table.add_row(f"[red]{escape(reason)}", f"{count:,}")

@@ -7,27 +7,29 @@ import posixpath
 from collections.abc import Iterator
 from pathlib import Path
 
-from input_pipeline.curate import console, jobs, labels, layouts
+from input_pipeline.curate import console, jobs, layouts, xray_sets
 from input_pipeline.curate.jobs import Report, Result
+from input_pipeline.curate.labels import NORMAL, UNCERTAIN, Policy
 from input_pipeline.curate.radmd import order
-from input_pipeline.datasets import diseases, tables
+from input_pipeline.datasets import diseases
+from input_pipeline.datasets.rows import bad_path
 
 DESCRIPTION = """\
-Make diagnosis tables from the label files of public X-ray sets as their owners publish them: an open table (what does
-the image show?) and a balanced yes/no table (is there ...?). Several sets together make one table: CXR-Mix.
+Make diagnosis tables from the label files of public X-ray sets, as published: an open table (what does the image show?)
+and a balanced yes/no table (is there ...?). Several sets make one table, CXR-Mix.
 """
 EPILOG = f"""\
-members: {", ".join(labels.MEMBERS)}
-(the first {len(labels.CXR_MIX)} are CXR-Mix; input_pipeline/curate/labels.py says which file of each is read)
+members: {", ".join(xray_sets.MEMBERS)}
+(the first {len(xray_sets.CXR_MIX)} are CXR-Mix; input_pipeline/curate/xray_sets.py lists the files of each)
 
-what is written to DIR:
+output in DIR:
   open.csv      image_path, label, source, study, split    images with findings, and normal ones
-  yes_no.csv    image_path, disease, label, source, study, split    as many 1 as 0 for each disease of each member
+  yes_no.csv    image_path, disease, label, source, study, split    equally many 1 and 0 per disease and member
   report.json, problems.jsonl
 
-A "no" is true: the set says 0 (or looked for everything), and none of the image's findings is a kind, part or synonym
-of what is asked. What a set does not say, CheXpert's blanks for one, is never taken for absent. Paths begin with the
-name of the member's folder, so --root is the folder above:
+A "no" is always true: the set has a 0 (or looked for every finding), and no finding of the image is a kind, part or
+synonym of the disease. Unlabelled diseases, such as CheXpert's blanks, never count as absent. Paths start with the
+name of the member's folder, so the root of the tables is --root:
 `{{"family": "cxr_mix", "root": ROOT, "table": "DIR/yes_no.csv"}}`.
 
 examples:
@@ -38,134 +40,137 @@ examples:
 """
 
 
-def main(tool: str, argv: list[str]) -> int:
-    parser = console.parser(tool, DESCRIPTION, EPILOG)
-    parser.add_argument("members", nargs="+", metavar="MEMBER=FOLDER", help="a set, and its folder below --root")
-    parser.add_argument("--root", required=True, metavar="DIR", help="below which all the folders lie")
+def _add_options(parser) -> None:
+    parser.add_argument("members", nargs="+", metavar="MEMBER=FOLDER", help="a set and its folder below --root")
+    parser.add_argument("--root", required=True, metavar="DIR", help="directory of all folders")
     parser.add_argument(
         "--uncertain",
         action="append",
         default=[],
         metavar="POLICY",
-        help="what CheXpert's -1 counts as: ignore (default), positive, negative; DISEASE=POLICY for one; repeatable",
+        help="meaning of CheXpert's -1: ignore (default), positive or negative; DISEASE=POLICY for one; repeatable",
     )
-    parser.add_argument("--seed", type=int, default=0, help="which images of the larger side are asked (%(default)s)")
-    parser.add_argument("--per-disease", type=int, metavar="N", help="at most N questions a disease, member and answer")
-    args = parser.parse_args(argv)
-    if args.per_disease is not None and args.per_disease < 1:
-        parser.error(f"--per-disease {args.per_disease}: at least 1 is needed")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the choice of images (%(default)s)")
+    parser.add_argument(
+        "--per-disease", type=console.at_least(1), metavar="N", help="at most N questions per disease, member, answer"
+    )
+
+
+def _run(tool: str, args, directory: Path, **running) -> dict:
     options = {"uncertain": args.uncertain, "seed": args.seed, "per_disease": args.per_disease}
-    return console.run(args, lambda out, **more: build(args.members, args.root, out, options, **more))
+    return curate(args.members, args.root, directory, options, **running)
 
 
-def policy(said: list[str]) -> labels.Policy:
-    """From --uncertain. Raises ValueError."""
-    made = labels.Policy()
-    for text in said:
+TOOLS = {"diagnosis": console.Tool(DESCRIPTION, EPILOG, _add_options, _run)}
+
+
+def parse_policy(values: list[str]) -> Policy:
+    """Return the policy of the --uncertain options. Raises ValueError."""
+    policy = Policy()
+    for text in values:
         disease, equals, choice = text.rpartition("=")
-        if choice not in labels.UNCERTAIN or (equals and disease not in labels.CHEXPERT):
-            raise ValueError(f"--uncertain {text}: {', '.join(labels.UNCERTAIN)}, or DISEASE=one of them, the disease "
-                             f"being one of {', '.join(labels.CHEXPERT)}")  # fmt: skip
+        if choice not in UNCERTAIN or (equals and disease not in xray_sets.CHEXPERT):
+            raise ValueError(f"--uncertain {text}: write {', '.join(UNCERTAIN)}, or DISEASE=POLICY with one of the "
+                             f"diseases {', '.join(xray_sets.CHEXPERT)}")  # fmt: skip
         if equals:
-            made.of_disease[disease] = choice
+            policy.by_disease[disease] = choice
         else:
-            made.uncertain = choice
-    return made
+            policy.uncertain = choice
+    return policy
 
 
-def build(specs: list[str], root, directory, options: dict, progress=jobs.silent, said=None) -> dict:
-    """Writes both tables; returns the report. Raises ValueError."""
+def curate(specs: list[str], root, directory, options: dict, progress=jobs.no_progress, log=jobs.no_log) -> dict:
+    """Write both tables. Returns the report. Raises ValueError."""
     root, directory = Path(root).absolute(), Path(directory).absolute()
-    rule, seed, most = policy(options["uncertain"]), options["seed"], options["per_disease"]
+    policy = parse_policy(options["uncertain"])
     report = Report(directory, "diagnosis", {"root": str(root), "members": specs} | options)
-    named = [_member(spec) for spec in specs]
-    if len(set(named)) < len(named):
-        raise ValueError(f"{', '.join(specs)}: a set stands twice; its images would be asked about twice")
+    members = [_member(spec) for spec in specs]
+    if len(set(members)) < len(members):
+        raise ValueError(f"{', '.join(specs)}: a set is repeated, so its images would be used twice")
     done = progress("diagnosis", "members", len(specs))
     report.more["diseases"] = {}
     base = ["source", "study", "split"]
     headers = {"open.csv": ["image_path", "label", *base], "yes_no.csv": ["image_path", "disease", "label", *base]}
     with layouts.Tables(directory, headers) as out:
-        for member, folder in named:
+        for member, folder in members:
             result = Result()
-            _add(member, folder, root, rule, seed, most, out, result, report)
+            # One set at a time is in memory.
+            images = xray_sets.read(member, root / folder, policy, result)
+            report.more["diseases"][member] = _write(images, member, folder, options, out, result)
             report.add(result)
             done(1, bool(result.problems))
         if not any(out.rows.values()):
             report.write()
-            raise ValueError(f"no image has a label that can be used: see {report.listed}")
+            raise ValueError(f"no image has a label that can be used: see {report.problems_file}")
     report.counts |= {f"{name}: rows": count for name, count in out.rows.items()}
     return report.write()
 
 
 def _member(spec: str) -> tuple[str, str]:
     member, equals, folder = spec.partition("=")
-    if not equals or member not in labels.MEMBERS:
-        raise ValueError(f"{spec!r}: MEMBER=FOLDER is needed, the member being one of {', '.join(labels.MEMBERS)}")
+    if not equals or member not in xray_sets.MEMBERS:
+        raise ValueError(f"{spec!r}: write MEMBER=FOLDER, with one of the members {', '.join(xray_sets.MEMBERS)}")
     folder = posixpath.normpath(folder.strip("/"))
-    if tables.bad_path(folder):
-        raise ValueError(f"{spec!r}: the folder must lie below --root: {tables.bad_path(folder)}")
+    if bad_path(folder):
+        raise ValueError(f"{spec!r}: the folder must be below --root: {bad_path(folder)}")
     return member, folder
 
 
-def _add(member: str, folder: str, root: Path, rule, seed: int, most, out, result: Result, report: Report) -> None:
-    """The rows of one set, whose images alone are in memory."""
-    images = labels.read(member, root / folder, rule, result)
+def _write(images, member: str, folder: str, options: dict, out: layouts.Tables, result: Result) -> dict:
+    """Write the rows of a set. Returns the counts of each disease."""
     result.count(f"{member}: images", len(images))
     labelled = 0
     for image in images:
         image.path = f"{folder}/{image.path}"
-        row = _open(image, member)
-        if row is not None:
-            out.write("open.csv", row)
+        label = _open_label(image)
+        if label is not None:
+            out.write("open.csv", _row(image, member, label=label))
             labelled += 1
     result.count(f"{member}: images without a label for the open table", len(images) - labelled)
-    asked, report.more["diseases"][member] = _ask(images, member, seed, most)
+    rows, counts = _questions(images, member, options["seed"], options["per_disease"])
     questions = 0
-    for row in asked:
+    for row in rows:
         out.write("yes_no.csv", row)
         questions += 1
     result.count(f"{member}: yes/no questions", questions)
+    return counts
 
 
 def _row(image, member: str, **cells) -> dict:
     return {"image_path": image.path} | cells | {"source": member, "study": image.study, "split": image.split}
 
 
-def _open(image, member: str) -> dict | None:
-    """The line of the open table; None where nothing positive is known, and it is not said to be normal either."""
+def _open_label(image) -> str | None:
+    """Return the label of the open table; None for an image without positive findings that is not labelled normal."""
     if image.is_normal:
-        return _row(image, member, label=labels.NORMAL)
+        return NORMAL
     if not image.positives:
         return None
-    # A list literal: names of diseases may hold commas.
-    return _row(
-        image,
-        member,
-        label=str(list(image.positives)) if "," in "".join(image.positives) else ", ".join(image.positives),
-    )
+    # A list literal if needed, because names of diseases may contain commas.
+    has_comma = any("," in name for name in image.positives)
+    return str(list(image.positives)) if has_comma else ", ".join(image.positives)
 
 
-def _ask(images, member: str, seed: int, most: int | None) -> tuple[Iterator[dict], dict]:
-    """Balanced questions: for each disease as many images that have it as images that certainly lack it."""
+def _is_safe_no(disease: str, positives, findings: dict) -> bool:
+    """Return whether an image certainly lacks a disease that its set labels absent."""
+    # A vague finding ("Other lesion") may be any disease.
+    if disease != NORMAL and any(diseases.is_vague(p) or diseases.may_coexist(p, disease) for p in positives):
+        return False
+    return not any(label is None and diseases.may_coexist(d, disease) for d, label in findings.items())
+
+
+def _questions(images, member: str, seed: int, most: int | None) -> tuple[Iterator[dict], dict]:
+    """Return balanced rows: for each disease as many images that have it as images that certainly lack it."""
     sides: dict[str, tuple[list, list]] = {}
     for image in images:
-        said = dict(image.findings)
-        normal = image.is_normal
-        if normal or image.positives:
-            said[labels.NORMAL] = normal
-        for disease, present in said.items():
+        findings, normal, positives = dict(image.findings), image.is_normal, image.positives
+        if normal or positives:
+            findings[NORMAL] = normal
+        for disease, present in findings.items():
             if present is None or diseases.is_vague(disease):
                 continue
-            if not present and disease != labels.NORMAL and any(
-                diseases.may_coexist(own, disease) for own in image.positives
-            ):  # fmt: skip
-                continue
-            if not present and disease != labels.NORMAL and any(map(diseases.is_vague, image.positives)):
-                continue  # "Other lesion" may be any of them
-            if not present and any(v is None and diseases.may_coexist(d, disease) for d, v in said.items()):
-                continue
-            sides.setdefault(disease, ([], []))[not present].append(image)
+            if present or _is_safe_no(disease, positives, findings):
+                sides.setdefault(disease, ([], []))[not present].append(image)
     counts = {}
     for disease, (yes, no) in sorted(sides.items()):
         count = min(len(yes), len(no), len(yes) if most is None else most)
@@ -174,9 +179,8 @@ def _ask(images, member: str, seed: int, most: int | None) -> tuple[Iterator[dic
     def rows() -> Iterator[dict]:
         for disease, (yes, no) in sorted(sides.items()):
             for side, label in ((yes, "1"), (no, "0")):
-                chosen = heapq.nsmallest(
-                    counts[disease]["asked"] // 2, side, key=lambda image: order(seed, member, disease, image.path)
-                )
+                key = lambda image, disease=disease: order(seed, member, disease, image.path)  # noqa: E731
+                chosen = heapq.nsmallest(counts[disease]["asked"] // 2, side, key=key)
                 for image in sorted(chosen, key=lambda image: image.path):
                     yield _row(image, member, disease=disease, label=label)
 

@@ -1,8 +1,9 @@
-"""Near duplicates: pictures whose perceptual hashes are close, texts that share most of their phrases.
+"""Near duplicates: images with close perceptual hashes, and texts that share most of their phrases.
 
-Pictures: 64 bits of `imagehash.phash` of the middle slice, scaled by its own range; two are near at a Hamming distance
-of at most 3. Four bands of 16 bits find every such pair: with three differing bits, one band is untouched.
-Texts: MinHash of runs of three words (`datasketch`), candidates by LSH, kept at an estimated Jaccard similarity of 0.8.
+Images: `imagehash.phash` (64 bits) of the middle slice, scaled to its own range. Two images are near at a Hamming
+distance of at most 3. The search uses four bands of 16 bits: with three differing bits, at least one band is equal.
+Texts: MinHash of word trigrams (`datasketch`). LSH finds candidates; those with an estimated Jaccard similarity of at
+least 0.8 are near.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from input_pipeline.images import scans
 DISTANCE = 3
 SIMILARITY = 0.8
 PERMUTATIONS = 128
-_LEAST_WORDS = 8  # "No pneumothorax." is equal in a thousand rows, and no duplicate
+_MIN_WORDS = 8  # "No pneumothorax." occurs in a thousand rows and does not make them duplicates
 
 
-def picture_hash(path) -> int:
-    """64 bits of a scan's middle slice. Raises ScanError, and ValueError without the imagehash package."""
+def image_hash(path) -> int:
+    """Return the 64-bit hash of a scan's middle slice. Raises ScanError, and ValueError without imagehash."""
     try:
         import imagehash
     except ImportError as error:
-        raise ValueError(f"near duplicates of pictures need imagehash: pip install imagehash ({error})") from None
+        raise ValueError(f"near duplicates of images need imagehash: pip install imagehash ({error})") from None
     from PIL import Image
 
     voxels, header = scans.read(path, volume=0 if scans.header(path).volumes > 1 else None)
@@ -36,26 +37,27 @@ def picture_hash(path) -> int:
     return int("".join("1" if b else "0" for b in bits), 2)
 
 
-def near_pictures(hashes: dict[str, int]) -> Iterator[tuple[str, str, int]]:
-    """(picture, other picture, distance) of every pair that is near, each once."""
+def near_images(hashes: dict[str, int]) -> Iterator[tuple[str, str, int]]:
+    """Yield (image, other image, distance) of every near pair, once."""
     bands: list[dict[int, list[str]]] = [{} for _ in range(4)]
     for name, value in hashes.items():
-        found: dict[str, int] = {}
+        near: dict[str, int] = {}
         for k, band in enumerate(bands):
             bucket = band.setdefault(value >> 16 * k & 0xFFFF, [])
             for other in bucket:
                 distance = (value ^ hashes[other]).bit_count()
                 if distance <= DISTANCE:
-                    found[other] = distance
+                    near[other] = distance
             bucket.append(name)
-        for other, distance in found.items():
+        for other, distance in near.items():
             yield other, name, distance
 
 
 class Texts:
-    """Texts as they come, each compared with those before. In memory are 128 hashes a text, 512 bytes, and their index.
+    """An index that compares each new text with the earlier ones. It keeps 512 bytes of hashes per text.
 
-    Raises ValueError without datasketch.
+    Raises:
+      ValueError: datasketch is not installed.
     """
 
     def __init__(self):
@@ -67,17 +69,17 @@ class Texts:
         self._hashes: dict[str, np.ndarray] = {}
 
     def add(self, key: str, text: str) -> Iterator[tuple[str, float]]:
-        """(key, similarity) of earlier texts that say nearly the same."""
+        """Add a text. Yields (key, similarity) of earlier texts that are near."""
         words = re.findall(r"\w+", text.lower())
-        if len(words) < _LEAST_WORDS:
+        if len(words) < _MIN_WORDS:
             return
-        made = self._minhash(num_perm=PERMUTATIONS, seed=1)
-        made.update_batch({" ".join(words[k : k + 3]).encode() for k in range(len(words) - 2)})
-        found = sorted(self._index.query(made))
-        own = made.hashvalues.astype(np.uint32)  # they have 32 bits
-        self._index.insert(key, made, check_duplication=False)
-        self._hashes[key] = own
-        for other in found:
-            similarity = float((own == self._hashes[other]).mean())
+        minhash = self._minhash(num_perm=PERMUTATIONS, seed=1)
+        minhash.update_batch({" ".join(words[k : k + 3]).encode() for k in range(len(words) - 2)})
+        candidates = sorted(self._index.query(minhash))
+        values = minhash.hashvalues.astype(np.uint32)  # they have 32 bits
+        self._index.insert(key, minhash, check_duplication=False)
+        self._hashes[key] = values
+        for other in candidates:
+            similarity = float((values == self._hashes[other]).mean())
             if similarity >= SIMILARITY:
                 yield other, round(similarity, 3)

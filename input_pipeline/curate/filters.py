@@ -1,6 +1,6 @@
-"""The rules of Table 2, each by name: a row of a table -> kept, changed, or dropped with the reason.
+"""The rules of Table 2 as filters: a row of a table is kept, changed, or dropped with a reason.
 
-A filter is a function (row, family, setting) -> Verdict. Rows are the cells of the published layouts.
+A filter is a function (row, family, settings) -> Verdict. A row is the cells of a published layout.
 """
 
 from __future__ import annotations
@@ -17,39 +17,43 @@ from input_pipeline.text.sentences import sentences
 
 
 class Captions:
-    """Whether the captions of pictures say that they are radiologic; of the pictures that tables name, as the captions
-    of all papers are many. In memory is a hash of each picture and the answer, not the text."""
+    """Whether figures are radiologic according to their captions.
+
+    It stores a hash and the verdict of each figure that tables name, not the captions.
+    """
 
     def __init__(self):
         self._verdicts: dict[int, bool | None] = {}
 
-    def want(self, paper: str, picture: str) -> None:
-        self._verdicts[self._hash(paper, picture)] = None
+    def register(self, paper: str, figure: str) -> None:
+        """Announce a figure of a table. Captions of other figures are ignored."""
+        self._verdicts[self._hash(paper, figure)] = None
 
-    def add(self, paper: str, picture: str, caption: str) -> None:
-        """The last one counts."""
-        key = self._hash(paper, picture)
+    def add(self, paper: str, figure: str, caption: str) -> None:
+        """Store the verdict of a caption. The last caption of a figure counts."""
+        key = self._hash(paper, figure)
         if key in self._verdicts:
             self._verdicts[key] = radiology.by_caption(caption)
 
-    def judged(self, paper: str, picture: str) -> bool | None:
-        """None: there is no caption, or its words do not say."""
-        return self._verdicts.get(self._hash(paper, picture))
+    def verdict(self, paper: str, figure: str) -> bool | None:
+        """Return whether a figure is radiologic; None if its caption is missing or undecided."""
+        return self._verdicts.get(self._hash(paper, figure))
 
     @staticmethod
-    def _hash(paper: str, picture: str) -> int:
-        return int.from_bytes(hashlib.blake2b(f"{paper}\x1f{picture}".encode(), digest_size=8).digest(), "big")
+    def _hash(paper: str, figure: str) -> int:
+        return int.from_bytes(hashlib.blake2b(f"{paper}\x1f{figure}".encode(), digest_size=8).digest(), "big")
 
 
 @dataclasses.dataclass
 class Settings:
-    """What the filters may look at beside the row.
+    """Settings of the filters.
 
     Attributes:
-      root: below which the images lie. captions: what the captions of figures say.
-      classifier, threshold: asked about images whose words do not say whether they are radiologic.
-      unknown: "keep" or "drop" what nobody can say it of; "" : as the family has it.
-      cheating: "drop" the row whose context gives the answer away, or "cut" the sentences that do.
+      root: directory of the images.
+      captions: verdicts on the captions of figures.
+      classifier, threshold: used for images whose texts do not decide whether they are radiologic.
+      unknown: "keep" or "drop" images that remain undecided; "" uses the default of the family.
+      cheating: "drop" a row whose context contains the answer, or "cut" the sentences that do.
     """
 
     root: Path
@@ -62,7 +66,12 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """Attributes: row: what goes on, None if dropped. reason: why it was dropped or changed, "" if neither."""
+    """The result of a filter.
+
+    Attributes:
+      row: the row, perhaps changed; None if it is dropped.
+      reason: why the row is dropped or changed, else "".
+    """
 
     row: dict | None
     reason: str = ""
@@ -72,19 +81,20 @@ Filter = Callable[[dict, str, Settings], Verdict]
 
 # --- non-radiologic images --------------------------------------------------------------------------------------------
 
-# Of a family's columns: modality labels, words about the image.
+# Columns of a family with modality labels, and with text about the image.
 _LABELS = {"rad3d_modality": ("answer",), "rad3d_caption": ("modality",), "rad3d_rationale": ("modality",)}
-_WORDS = {
+_TEXTS = {
     "pmc_casereport": ("question", "answer"),
     "rad3d_caption": ("finding", "impression"),
     "rad3d_rationale": ("finding", "impression", "radiographic_features"),
     "rad3d_vqa": ("question", "answer"),
 }
-# Radiopaedia shows radiology unless it says otherwise; figures of papers show anything.
+# Cases of Radiopaedia are radiologic by default; figures of papers are not.
 _UNKNOWN = {"pmc_casereport": "drop"}
 
 
-def _said(row: dict, columns) -> list[str]:
+def _texts(row: dict, columns) -> list[str]:
+    """Return the texts of some columns that are not blank."""
     out = []
     for column in columns:
         value = row.get(column)
@@ -93,29 +103,30 @@ def _said(row: dict, columns) -> list[str]:
 
 
 def radiologic(row: dict, family: str, settings: Settings) -> Verdict:
-    """Drops rows whose images are not radiologic: by label, then by the words of captions, then by the classifier."""
-    labels = [radiology.by_label(part) for text in _said(row, _LABELS.get(family, ())) for part in text.split(",")]
+    """Drop rows whose images are not radiologic, by label, then by caption or text, then by the classifier."""
+    labels = [radiology.by_label(part) for text in _texts(row, _LABELS.get(family, ())) for part in text.split(",")]
     if any(labels):
         return Verdict(row)
     if labels and None not in labels:
         return Verdict(None, "the modality is not radiologic")
-    judged = [settings.captions.judged(*key) for key in pictures(row, family)]
-    if not any(verdict is not None for verdict in judged):
-        judged = [radiology.by_caption(" ".join(_said(row, _WORDS.get(family, ()))))]
-    if True in judged:
+    verdicts = [settings.captions.verdict(*key) for key in figures(row, family)]
+    if all(verdict is None for verdict in verdicts):
+        verdicts = [radiology.by_caption(" ".join(_texts(row, _TEXTS.get(family, ()))))]
+    if True in verdicts:
         return Verdict(row)
-    if False in judged:
-        return Verdict(None, "the words say another kind of image")
+    if False in verdicts:
+        return Verdict(None, "the text describes another kind of image")
     if settings.classifier is not None:
         scores = [settings.classifier(str(settings.root / path)) for path in _paths(row, family)]
         if scores:
             kept = max(scores) >= settings.threshold
-            return Verdict(row) if kept else Verdict(None, "the classifier says that it is not radiologic")
+            return Verdict(row) if kept else Verdict(None, "not radiologic according to the classifier")
     keep = (settings.unknown or _UNKNOWN.get(family, "keep")) == "keep"
-    return Verdict(row) if keep else Verdict(None, "nothing says that the image is radiologic")
+    return Verdict(row) if keep else Verdict(None, "nothing indicates that the image is radiologic")
 
 
-def pictures(row: dict, family: str) -> list[tuple[str, str]]:
+def figures(row: dict, family: str) -> list[tuple[str, str]]:
+    """Return (paper, figure) of the figures of a row; empty for families without papers."""
     if family != "pmc_casereport":
         return []
     return [(row["PMC_id"].strip(), name) for name in re.findall(r"[A-Za-z0-9._-]+", row["img_ref"])]
@@ -123,7 +134,7 @@ def pictures(row: dict, family: str) -> list[tuple[str, str]]:
 
 def _paths(row: dict, family: str) -> list[str]:
     if family == "pmc_casereport":
-        return [f"figures/{paper}_{name}.jpg" for paper, name in pictures(row, family)]
+        return [f"figures/{paper}_{name}.jpg" for paper, name in figures(row, family)]
     return [row[c] for c in ("image_path", "npy_path", "Figure_path", "name") if isinstance(row.get(c), str)][:1]
 
 
@@ -131,15 +142,14 @@ def _paths(row: dict, family: str) -> list[str]:
 
 _SIZE_QUESTION = re.compile(
     r"\b(?:how\s+(?:big|large|small|long|wide|thick|tall|deep|high)(?!\s+(?:has|have|had|did|does|do|"
-    r"was\s+the\s+(?:patient|"
-    r"symptom|history|pain)|were\s+the\s+symptoms|after|ago|before|will|would|is\s+the\s+follow))|"
+    r"was\s+the\s+(?:patient|symptom|history|pain)|were\s+the\s+symptoms|after|ago|before|will|would|is\s+the\s+follow))|"
     r"(?:size|sizes|dimensions?|diameters?|length|width|thickness|measurements?|calib(?:er|re))\b|"
-    r"how\s+(?:many|much)\s+(?:mm|cm|millimet\w+|centimet\w+)|how\s+(?:much|many)\s+\w+\s+(?:measure)|measur(?:e|es|"
-    r"ed|ing)\b|"
+    r"how\s+(?:many|much)\s+(?:mm|cm|millimet\w+|centimet\w+)|how\s+(?:much|many)\s+\w+\s+(?:measure)|"
+    r"measur(?:e|es|ed|ing)\b|"
     r"(?:what|which)\s+(?:is|was|are|were)\s+the\s+(?:approximate\s+|estimated\s+|total\s+)?volume\s+of)",
     re.IGNORECASE,
 )
-_AGE_QUESTION = re.compile(
+AGE_QUESTION = re.compile(
     r"\bhow\s+(?:old|young)\b(?!\s+(?:is|was|are)\s+the\s+(?:fracture|infarct|h(?:a)?ematoma|bleed|lesion|injur))|"
     r"(?<!bone )(?<!skeletal )\bages?\b|\byears?[- ]old\b|\byears?\s+of\s+age\b|"
     r"\bin\s+which\s+year\s+was\s+\w+\s+born\b",
@@ -147,16 +157,14 @@ _AGE_QUESTION = re.compile(
 )
 _SIZE_ANSWER = re.compile(
     r"(?:A:\s*)?(?:(?:it|they|the\s+\w+)\s+(?:is|was|are|were|measures?|measured)\s+)?(?:(?:about|approximately|"
-    r"around|up\s+to|"
-    r"less\s+than|more\s+than|over|nearly|at\s+least)\s+)?\d[\d.,]*(?:\s*(?:mm|cm))?(?:\s*(?:x|×|by|to|-|"
-    r"–)\s*\d[\d.,]*(?:\s*"
-    r"(?:mm|cm))?)*\s*(?:mm|cm|millimet\w+|centimet\w+)[²³]?(?:\s+in\s+(?:size|diameter|length|\w+\s+dimension))?",
+    r"around|up\s+to|less\s+than|more\s+than|over|nearly|at\s+least)\s+)?\d[\d.,]*(?:\s*(?:mm|cm))?"
+    r"(?:\s*(?:x|×|by|to|-|–)\s*\d[\d.,]*(?:\s*(?:mm|cm))?)*\s*(?:mm|cm|millimet\w+|centimet\w+)[²³]?(?:\s+in\s+(?:size|diameter|length|\w+\s+dimension))?",
     re.IGNORECASE,
 )
 
 
 def size_questions(row: dict, family: str, settings: Settings) -> Verdict:
-    """Drops questions about how big something is: a resized volume does not show it."""
+    """Drop questions about sizes, which a resized volume does not show."""
     question, answer = (_column(row, name) for name in ("question", "answer"))
     if _SIZE_QUESTION.search(question):
         return Verdict(None, "the question is about a size")
@@ -166,14 +174,14 @@ def size_questions(row: dict, family: str, settings: Settings) -> Verdict:
 
 
 def age_questions(row: dict, family: str, settings: Settings) -> Verdict:
-    """Drops questions about the patient's age; how old a fracture is, or the bone age, a scan may well show."""
-    if _AGE_QUESTION.search(_column(row, "question")):
+    """Drop questions about the patient's age. The age of a fracture and the bone age may be visible, so they stay."""
+    if AGE_QUESTION.search(_column(row, "question")):
         return Verdict(None, "the question is about an age")
     return Verdict(row)
 
 
 def size_phrases(row: dict, family: str, settings: Settings) -> Verdict:
-    """Takes phrases of size out of findings and impressions; drops what says nothing else."""
+    """Remove size phrases from findings and impressions; drop rows without other text."""
     changed = dict(row)
     for column in ("finding", "impression"):
         value = row.get(column)
@@ -185,60 +193,60 @@ def size_phrases(row: dict, family: str, settings: Settings) -> Verdict:
             ]
     if changed == row:
         return Verdict(row)
-    if not _said(changed, ("finding", "impression")):
-        return Verdict(None, "it says nothing but sizes")
-    return Verdict(changed, "sizes taken out")
+    if not _texts(changed, ("finding", "impression")):
+        return Verdict(None, "the text has nothing but sizes")
+    return Verdict(changed, "sizes removed")
 
 
 def _column(row: dict, name: str) -> str:
     return str(row.get(name) or row.get(name.capitalize()) or "")
 
 
-# --- contexts that give the answer away -------------------------------------------------------------------------------
+# --- contexts that contain the answer ---------------------------------------------------------------------------------
 
-_EMPTY = frozenset(
+_STOP_WORDS = frozenset(
     "a an the of in on at to and or with for from by as is was are were be been being it its this that these those "
-    "there "
-    "no not yes which who whom whose he she his her they their has had have having shows showed show demonstrates "
-    "demonstrated revealed reveals seen noted found image images scan scans finding findings patient consistent "
-    "suggestive indicates indicated suggests suggested mri ct imaging examination".split()
+    "there no not yes which who whom whose he she his her they their has had have having shows showed show "
+    "demonstrates demonstrated revealed reveals seen noted found image images scan scans finding findings patient "
+    "consistent suggestive indicates indicated suggests suggested mri ct imaging examination".split()
 )
 _WORD = re.compile(r"[a-z0-9]+")
 
 
 def _content(text: str) -> list[str]:
     words = _WORD.findall(re.sub(r"^[QA]:\s*", "", text.strip()).lower())
-    # A plural, and nothing more: "cysts" gives "cyst" away.
-    return [w[:-1] if len(w) > 4 and w.endswith("s") and not w.endswith("ss") else w for w in words if w not in _EMPTY]
+    words = [w for w in words if w not in _STOP_WORDS]
+    # Fold plurals: "cysts" gives "cyst" away.
+    return [w[:-1] if len(w) > 4 and w.endswith("s") and not w.endswith("ss") else w for w in words]
 
 
 def given_away(sentence: str, answer: str) -> bool:
-    """Whether a sentence of the context says the answer: all that the answer says, in words of its own or not.
+    """Return whether a sentence of the context has (nearly) all content words of the answer.
 
-    A "yes" or a "no" cannot be given away by words alone, nor can an answer of one common word of up to four letters.
+    It is False for "yes", "no", and an answer of one word with up to four letters.
     """
-    wanted = set(_content(answer))
-    if not wanted or (len(wanted) == 1 and len(next(iter(wanted))) <= 4):
+    words = set(_content(answer))
+    if not words or (len(words) == 1 and len(next(iter(words))) <= 4):
         return False
-    said = set(_content(sentence))
-    return len(wanted & said) >= (len(wanted) if len(wanted) < 5 else 0.8 * len(wanted))
+    common = words & set(_content(sentence))
+    return len(common) >= (len(words) if len(words) < 5 else 0.8 * len(words))
 
 
 def cheating_contexts(row: dict, family: str, settings: Settings) -> Verdict:
-    """Drops rows, or cuts sentences, where the context says the answer."""
+    """Drop rows whose context contains the answer, or cut those sentences."""
     answer, context = _column(row, "answer"), row.get("context") or ""
-    parts = sentences(context)
-    kept = [part for part in parts if not given_away(part, answer)]
-    if len(kept) == len(parts):
+    all_sentences = sentences(context)
+    kept = [sentence for sentence in all_sentences if not given_away(sentence, answer)]
+    if len(kept) == len(all_sentences):
         return Verdict(row)
     if settings.cheating == "cut":
-        return Verdict(row | {"context": " ".join(kept)}, "sentences that say the answer were cut")
-    return Verdict(None, "the context says the answer")
+        return Verdict(row | {"context": " ".join(kept)}, "sentences with the answer were cut")
+    return Verdict(None, "the context contains the answer")
 
 
 def dropped_family(row: dict, family: str, settings: Settings) -> Verdict:
-    """PMC-OA and PMC-Inline are no part of RadMD."""
-    return Verdict(None, f"{family} is no part of RadMD")
+    """Drop all rows: PMC-OA and PMC-Inline are not part of RadMD."""
+    return Verdict(None, f"{family} is not part of RadMD")
 
 
 FILTERS: dict[str, Filter] = {
@@ -249,8 +257,8 @@ FILTERS: dict[str, Filter] = {
     "cheating_contexts": cheating_contexts,
     "size_phrases": size_phrases,
 }
-# Table 2. What is not named is kept without exclusions; diagnosis tables are balanced (radmd.py).
-OF_FAMILY: dict[str, tuple[str, ...]] = {
+# Table 2. All rows of other families are kept; diagnosis tables are balanced (radmd.py).
+RULES: dict[str, tuple[str, ...]] = {
     "pmc_oa": ("dropped_family",),
     "pmc_inline": ("dropped_family",),
     "pmc_casereport": ("radiologic", "size_questions", "age_questions", "cheating_contexts"),

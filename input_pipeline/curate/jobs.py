@@ -1,7 +1,7 @@
-"""Many items, one row function, one ordered result: on all cores of a machine, or on Apache Beam.
+"""Jobs over many items: results in item order, on all cores of a machine or on Apache Beam.
 
-A row function maps (options, item) to a Result and knows no other item. The results of a chunk of items are one part
-(parts.py): a run that is ended goes on with the parts that are missing. Merging reads one part at a time.
+A row function maps (options, item) to a Result, independent of other items. The results of a chunk of items are one
+part file (chunk_files.py). A resumed run makes only the missing parts. Merging reads one part at a time.
 """
 
 from __future__ import annotations
@@ -12,27 +12,26 @@ import dataclasses
 import json
 import os
 import re
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from input_pipeline.index.writing import write_text
+from input_pipeline.files import PARTIAL, write_json
 from input_pipeline.parallel import beam, chunk_files, workers
 from input_pipeline.parallel.chunk_files import Items
 from input_pipeline.parallel.team import Team, nothing
 
-VERSION = 1  # raise it when a row function makes something else of the same item
-TIMEOUT = 300.0  # seconds that one item may take before its worker counts as hung
+VERSION = 2  # increase it when a row function returns something else for the same item
+TIMEOUT = 300.0  # seconds for one item, after which its worker counts as hung
 
 
 @dataclasses.dataclass
 class Result:
-    """What one item became; plain values only, as it travels between processes and through JSON.
+    """The result of one item: plain values only, as it is sent between processes and stored as JSON.
 
     Attributes:
       tables: name of a table -> its rows.
-      problems: {file, row, reason, remedy} of what could not be used.
-      counts: what was counted -> how many.
+      problems: {file, row, reason, remedy} of input that cannot be used.
+      counts: label -> count.
     """
 
     tables: dict[str, list] = dataclasses.field(default_factory=dict)
@@ -42,26 +41,34 @@ class Result:
     def add(self, table: str, row) -> None:
         self.tables.setdefault(table, []).append(row)
 
-    def count(self, what: str, more: int = 1) -> None:
-        self.counts[what] = self.counts.get(what, 0) + more
+    def count(self, label: str, more: int = 1) -> None:
+        self.counts[label] = self.counts.get(label, 0) + more
 
     def problem(self, file, row, reason: str, remedy: str = "") -> None:
-        said = {"file": str(file), "row": str(row), "reason": reason, "remedy": remedy}
-        # Names of files may hold bytes that are not UTF-8: problems.jsonl shows those as escapes.
-        self.problems.append({k: v.encode("utf-8", "backslashreplace").decode() for k, v in said.items()})
+        problem = {"file": str(file), "row": str(row), "reason": reason, "remedy": remedy}
+        # File names may have bytes that are not UTF-8; problems.jsonl shows them as escapes.
+        self.problems.append({k: v.encode("utf-8", "backslashreplace").decode() for k, v in problem.items()})
+
+    def error(self, error) -> None:
+        """Add a RowError (or another error with the same attributes) as a problem."""
+        self.problem(error.file, error.row, error.reason, error.remedy)
 
 
 RowFunction = Callable[[dict, str], Result]
-# (what is done, unit, how many) -> a function that is told how many more are done, and how many of them were bad
+# progress(task, unit, total) -> done(items, bad items)
 Progress = Callable[[str, str, int | None], Callable[[int, int], None]]
 
 
-def silent(*_) -> Callable[[int, int], None]:
+def no_progress(*_) -> Callable[[int, int], None]:
     return lambda more, bad: None
 
 
+def no_log(text: str) -> None:
+    pass
+
+
 class _Missing(Sequence):
-    """The items of the chunks that have no part yet, as one sequence whose every parts.CHUNK items are one chunk."""
+    """The items of the chunks without a part file, as one sequence in which every CHUNK items are one chunk."""
 
     def __init__(self, items: Items, chunks: Sequence[int]):
         self.items, self.chunks = items, chunks
@@ -77,8 +84,10 @@ class _Missing(Sequence):
 
 
 def make_results(_, items: Sequence[str], function: RowFunction, options: dict) -> list[str]:
-    """In a worker: the results of some items, as lines of JSON. What a row function raises is its own fault: it stops
-    the run with the item's name."""
+    """Return the results of some items as lines of JSON. Runs in a worker.
+
+    An exception of a row function is a bug of the function: it stops the run, with the item's name.
+    """
     lines = []
     for item in items:
         workers.at(item)
@@ -96,7 +105,7 @@ def as_line(result: Result) -> str:
 
 def _died(item: str, reason: str) -> str:
     result = Result()
-    result.problem(item, 0, reason, "look at the file, or run again with fewer --workers")
+    result.problem(item, 0, reason, "check the file, or run again with fewer --workers")
     return as_line(result)
 
 
@@ -111,26 +120,26 @@ def run(
     workers: int | None = None,
     restart: bool = False,
     runner_options: Sequence[str] = (),
-    progress: Progress = silent,
-    said: Callable[[str], None] = lambda _: None,
+    progress: Progress = no_progress,
+    log: Callable[[str], None] = no_log,
 ) -> Items:
-    """Makes every part that is missing. Afterwards `results` has them all.
+    """Make every part that is missing. `results` then reads them all.
 
     Args:
-      function: of a module, so that other processes find it by its name.
-      options: plain values; with the items they decide what comes out.
+      function: a function of a module, so that other processes can import it.
+      options: plain values; together with the items they determine the results.
       runner: `local`, or a runner of Apache Beam (`direct`, `dataflow`, `flink`, `spark`, or a Beam class name).
-      workers: processes of the local runner; None: the cores that this process may use; 0: none beside this one.
-      restart: throw earlier parts away.
+      workers: processes of the local runner; None: one per available core; 0: run in this process.
+      restart: delete the parts of an earlier run first.
     Raises:
-      ValueError: the parts there are of another tool, other options or other items; no items at all.
+      ValueError: existing parts belong to another tool, other options or other items; or there are no items.
     """
     if restart:
         chunk_files.clean(directory)
     listed = Items.write(directory, items)
     if not len(listed):
         chunk_files.clean(directory)
-        raise ValueError("there is nothing to read: check the path")
+        raise ValueError("no input found: check the path")
     job = {"version": VERSION, "tool": tool, "options": options, "items": listed.checksum, "chunk": chunk_files.CHUNK}
     file = directory / "parts" / "job.json"
     if file.is_file() and any(file.parent.glob("*.jsonl")):
@@ -138,10 +147,10 @@ def run(
         if before != job:
             changed = [key for key in job if before.get(key) != job[key]]
             raise ValueError(
-                f"{directory} holds a part of a run with other {', '.join(changed)}: add --restart to begin anew, or "
-                "choose another --out"
+                f"{directory} has results of an interrupted run with other {', '.join(changed)}: add --restart to "
+                "discard them, or choose another --out"
             )
-    write_text(file, json.dumps(job, indent=1, ensure_ascii=False) + "\n")
+    write_json(file, job)
     chunk_files.sweep(directory, "*")
     missing = array.array("Q", (k for k in range(listed.chunks) if not chunk_files.part(directory, k).is_file()))
     done = progress(tool, "items", len(listed))
@@ -150,25 +159,25 @@ def run(
     if runner != beam.LOCAL:
         work = _Work(directory, listed.file, function, options)
         beam.make_parts(
-            directory, listed, missing, work, TIMEOUT, runner, runner_options, lambda more: done(more, 0), said
+            directory, listed, missing, work, TIMEOUT, runner, runner_options, lambda more: done(more, 0), log
         )
         return listed
     if workers is None:
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with Team(nothing, workers, TIMEOUT, said) as team:
-        results = _made(team, todo, function, options)
+    with Team(nothing, workers, TIMEOUT, log) as team:
+        results = _map(team, todo, function, options)
         for chunk, (_, lines) in zip(missing, results, strict=True):
             chunk_files.write(directory, chunk, lines)
             done(len(lines), sum('"problems":[]' not in line for line in lines))
     return listed
 
 
-def _made(team: Team, items: Sequence[str], function: RowFunction, options: dict) -> Iterator[tuple[list, list]]:
+def _map(team: Team, items: Sequence[str], function: RowFunction, options: dict) -> Iterator[tuple[list, list]]:
     return team.map(make_results, items, chunk_files.CHUNK, function, options, label=str, failed=_died)
 
 
 class _Work:
-    """beam.Work: a chunk of items -> its part."""
+    """A beam.Work that makes the part of a chunk of items."""
 
     def __init__(self, directory: Path, items: Path, function: RowFunction, options: dict):
         self.directory, self.file, self.function, self.options = directory, items, function, options
@@ -180,12 +189,12 @@ class _Work:
     def __call__(self, team: Team, chunk: int) -> None:
         if self._items is None:
             self._items = Items(self.file)
-        for _, lines in _made(team, self._items.chunk(chunk), self.function, self.options):
+        for _, lines in _map(team, self._items.chunk(chunk), self.function, self.options):
             chunk_files.write(self.directory, chunk, lines)
 
 
 def results(directory: Path, items: Items) -> Iterator[tuple[str, Result]]:
-    """Every item with its result, in order."""
+    """Yield every item with its result, in order."""
     for chunk in range(items.chunks):
         with open(chunk_files.part(directory, chunk), encoding="utf-8") as lines:
             for name, line in zip(items.chunk(chunk), lines, strict=True):
@@ -193,43 +202,44 @@ def results(directory: Path, items: Items) -> Iterator[tuple[str, Result]]:
 
 
 class Report:
-    """What a tool says in the end: report.json, problems.jsonl, and the same as text.
+    """The final report of a tool: report.json and problems.jsonl.
 
-    Where report.json is another tool's, as in a folder that two tools write to, that one stays with its problems, and
-    these are report-TOOL.json and problems-TOOL.jsonl.
+    If report.json belongs to another tool that writes to the same folder, it is kept, and these files become
+    report-TOOL.json and problems-TOOL.jsonl.
 
     Args:
-      trial: nothing was made, only tried: report-TOOL-dry-run.json, so that no report of what was made is lost.
+      dry_run: write report-TOOL-dry-run.json, so that the report of an actual run is kept.
     Attributes:
       counts: in the order in which they were first counted.
-      file, listed: the report and the list of problems.
+      file, problems_file: the report and the list of problems.
+      more: further keys of the report.
     """
 
-    def __init__(self, directory: Path, tool: str, options: dict, trial: bool = False):
+    def __init__(self, directory: Path, tool: str, options: dict, dry_run: bool = False):
         self.directory, self.tool, self.options = directory, tool, options
-        end = f"-{tool}-dry-run" if trial else f"-{tool}" if _is_of_another(directory / "report.json", tool) else ""
-        self.file, self.listed = directory / f"report{end}.json", directory / f"problems{end}.jsonl"
+        suffix = f"-{tool}" if dry_run or _of_other_tool(directory / "report.json", tool) else ""
+        suffix += "-dry-run" if dry_run else ""
+        self.file, self.problems_file = directory / f"report{suffix}.json", directory / f"problems{suffix}.jsonl"
         self.counts: dict[str, int] = {}
         self.reasons: collections.Counter[str] = collections.Counter()
         self.more: dict = {}
-        self._started = time.monotonic()
         directory.mkdir(parents=True, exist_ok=True)
-        self._file = self.listed.with_name(self.listed.name + ".partial")
-        self._file.write_text("", encoding="utf-8")
+        self._partial = self.problems_file.with_name(self.problems_file.name + PARTIAL)
+        self._partial.write_text("", encoding="utf-8")
         self.problems = 0
 
     def add(self, result: Result) -> None:
-        for what, more in result.counts.items():
-            self.counts[what] = self.counts.get(what, 0) + more
+        for label, more in result.counts.items():
+            self.counts[label] = self.counts.get(label, 0) + more
         self.problems += len(result.problems)
         self.reasons.update(_kind(problem["reason"]) for problem in result.problems)
         if result.problems:
-            with open(self._file, "a", encoding="utf-8") as out:
+            with open(self._partial, "a", encoding="utf-8") as out:
                 out.writelines(json.dumps(problem, ensure_ascii=False) + "\n" for problem in result.problems)
 
     def write(self) -> dict:
-        """Puts the files into place; returns the report, with their names as `files`."""
-        os.replace(self._file, self.listed)
+        """Write both files. Returns the report, with their names as `files`."""
+        os.replace(self._partial, self.problems_file)
         report = {
             "tool": self.tool,
             "options": self.options,
@@ -238,20 +248,20 @@ class Report:
             "reasons": dict(self.reasons.most_common(50)),
             **self.more,
         }
-        write_text(self.file, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-        return report | {"files": [self.file.name, self.listed.name]}
+        write_json(self.file, report)
+        return report | {"files": [self.file.name, self.problems_file.name]}
 
 
-def _is_of_another(file: Path, tool: str) -> bool:
+def _of_other_tool(file: Path, tool: str) -> bool:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        report = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return isinstance(found, dict) and found.get("tool") not in (None, tool)
+    return isinstance(report, dict) and report.get("tool") not in (None, tool)
 
 
 def _kind(reason: str) -> str:
-    """A reason without its particulars, to count by: what stands before a colon or a quotation, numbers as N."""
+    """Return a reason without details, to count by: the text before a colon or a quotation, numbers as N."""
     for mark in (": ", " '", ' "', " (", ", to "):
         reason = reason.split(mark, 1)[0]
     return re.sub(r"(?<![\w-])\d[\d,]*(?![\w-])", "N", reason)[:80]

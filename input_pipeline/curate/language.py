@@ -1,20 +1,20 @@
-"""Is a text English? A coarse answer that needs no model: English letters, and the small words of English."""
+"""A coarse check for English text by its letters and function words."""
 
 from __future__ import annotations
 
 import re
 
-_SMALL = frozenset(
+_FUNCTION_WORDS = frozenset(
     "the of and in to a is was with for that on as by at from were are be this an or which no not has had it we his "
     "her he she there what where does how any seen show shows left right".split()
 )
 _WORD = re.compile(r"[^\W\d_]+")
 
 
-def is_english(text: str, least_words: int = 12) -> bool:
-    """False if letters of other scripts prevail, or if a text of some length has hardly a small word of English.
+def is_english(text: str, min_words: int = 12) -> bool:
+    """Return False if the text has many non-ASCII letters, or is long and has few function words of English.
 
-    A short text of Latin letters ("Pneumothorax.") passes: nothing can be said of it.
+    A short text of Latin letters ("Pneumothorax.") is accepted.
     """
     letters = [c for c in text if c.isalpha()]
     if not letters:
@@ -22,4 +22,4 @@ def is_english(text: str, least_words: int = 12) -> bool:
     if sum(c.isascii() for c in letters) < 0.9 * len(letters):
         return False
     words = _WORD.findall(text.lower())
-    return len(words) < least_words or sum(w in _SMALL for w in words) >= 0.12 * len(words)
+    return len(words) < min_words or sum(w in _FUNCTION_WORDS for w in words) >= 0.12 * len(words)

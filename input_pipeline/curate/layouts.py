@@ -1,4 +1,4 @@
-"""Tables in the layouts of the families, read and written row by row: none is ever whole in memory."""
+"""Tables in the layouts of the families, read and written row by row."""
 
 from __future__ import annotations
 
@@ -11,17 +11,22 @@ from pathlib import Path
 from typing import NamedTuple
 
 from input_pipeline.curate.jobs import Result
-from input_pipeline.datasets import FAMILIES, tables
+from input_pipeline.datasets import FAMILIES
 from input_pipeline.datasets.base import TableDataset
-from input_pipeline.index.writing import replacing
+from input_pipeline.datasets.csv_tables import stream_csv
+from input_pipeline.datasets.json_tables import stream_json, stream_jsonl
+from input_pipeline.datasets.rows import bad_path
+from input_pipeline.files import atomic_write
 from input_pipeline.samples import RowError
 
 
-class Named(NamedTuple):
-    """A table of the command line: `FAMILY=TABLE`, or `FAMILY=FOLDER:TABLE`.
+class NamedTable(NamedTuple):
+    """A table named on the command line as `FAMILY=TABLE` or `FAMILY=FOLDER:TABLE`.
 
     Attributes:
-      file: below the folder. root: the folder, below which its scans lie. folder: the same, below --root.
+      file: the table, below the folder.
+      root: the folder, which contains the table's scans.
+      folder: the folder relative to --root.
     """
 
     family: str
@@ -34,79 +39,88 @@ class Named(NamedTuple):
         return self.file.name
 
     def below(self, path: str) -> str:
-        """A path of the table as it stands below --root: scans of several folders are told apart by it."""
+        """Return a path of the table relative to --root, which is unique over all folders."""
         return f"{self.folder}/{path}" if self.folder else path
 
 
-HELP = "a table below --root and its family; FOLDER:TABLE where the paths in it begin in a folder below --root"
+HELP = "family and path of a table below --root; FOLDER:TABLE if the paths in the table start in a folder below --root"
 
 
 def add_tables(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("tables", nargs="+", metavar="FAMILY=[FOLDER:]TABLE", help=HELP)
-    parser.add_argument("--root", required=True, metavar="DIR", help="below which the tables and all scans lie")
+    parser.add_argument("--root", required=True, metavar="DIR", help="directory of the tables and all scans")
 
 
-def named(spec: str, root: Path) -> Named:
-    """Raises ValueError."""
-    family, equals, place = spec.partition("=")
-    folder, colon, table = place.rpartition(":")
+def named_table(spec: str, root: Path) -> NamedTable:
+    """Parse FAMILY=[FOLDER:]TABLE. Raises ValueError."""
+    family, equals, path = spec.partition("=")
+    folder, _, table = path.rpartition(":")
     known = [name for name, kind in FAMILIES.items() if issubclass(kind, TableDataset) and kind.layout != "jsonl"]
     if not equals or family not in known:
-        raise ValueError(f"{spec!r}: FAMILY=[FOLDER:]TABLE is needed, the family being one of {', '.join(known)}")
-    found = Named(family, root / folder / table, root / folder, folder.strip("/"))
-    if tables.bad_path(folder) and folder:
-        raise ValueError(f"{spec!r}: {tables.bad_path(folder)}, but it must lie below --root {root}")
-    if not found.file.is_file():
-        raise ValueError(f"{found.file}: there is no such table")
-    return found
+        raise ValueError(f"{spec!r}: write FAMILY=[FOLDER:]TABLE, with one of the families {', '.join(known)}")
+    named = NamedTable(family, root / folder / table, root / folder, folder.strip("/"))
+    if folder and bad_path(folder):
+        raise ValueError(f"{spec!r}: {bad_path(folder)}; it must be below --root {root}")
+    if not named.file.is_file():
+        raise ValueError(f"{named.file}: table not found")
+    return named
 
 
-def all_named(specs: list[str], root: Path, directory: Path | None = None) -> list[Named]:
-    """The same of several, each to be written to `directory` under its name, if one is given. Raises ValueError."""
-    found = [named(spec, root) for spec in specs]
-    names = [table.name for table in found]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"two tables are called {', '.join(twice)}: rename one")
-    if directory is not None and any(table.file.parent.resolve() == directory.resolve() for table in found):
-        raise ValueError(f"--out {directory} holds the tables that are read: choose another")
-    return found
+def named_tables(specs: list[str], root: Path, directory: Path | None = None) -> list[NamedTable]:
+    """Parse several tables; each is written again to `directory` under its name, if one is set. Raises ValueError."""
+    tables = [named_table(spec, root) for spec in specs]
+    names = [table.name for table in tables]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"two tables have the name {', '.join(repeated)}: rename one")
+    if directory is not None and any(table.file.parent.resolve() == directory.resolve() for table in tables):
+        raise ValueError(f"--out {directory} contains the input tables: choose another directory")
+    return tables
 
 
 def read(family: str, file: Path, result: Result) -> tuple[list[str] | None, Iterator[tuple[int, dict]]]:
-    """(header, None for JSON; number and cells of each row, with all its columns); bad rows go to the result.
+    """Read a table with all its columns; bad rows become problems of the result.
 
+    Returns:
+      the header (None for JSON), and number and cells of each row.
     Raises:
-      RowError: a table without its columns, or one whose rest has no meaning (while it is read).
+      RowError: a required column is missing, or the file cannot be read further (during iteration).
     """
     required = FAMILIES[family].required
     if FAMILIES[family].layout == "json":
-        return None, _good(tables.stream_json(file, required), result)
-    header, rows = tables.stream_csv(file, required, None)
-    return header, _good(rows, result)
+        return None, good_rows(stream_json(file, required), result)
+    header, rows = stream_csv(file, required, None)
+    return header, good_rows(rows, result)
 
 
-def read_lines(file: Path, result: Result) -> Iterator[tuple[int, dict]]:
-    """The same of JSON Lines."""
-    return _good(tables.stream_jsonl(file), result)
+def read_json_lines(file: Path, result: Result) -> Iterator[tuple[int, dict]]:
+    """Yield number and object of each line of JSON Lines; bad lines become problems of the result."""
+    return good_rows(stream_jsonl(file), result)
 
 
-def _good(rows: Iterator[tuple[int, dict] | RowError], result: Result) -> Iterator[tuple[int, dict]]:
+def good_rows(rows: Iterator[tuple[int, dict] | RowError], result: Result) -> Iterator[tuple[int, dict]]:
+    """Yield the good rows; bad rows become problems of the result."""
     for row in rows:
         if isinstance(row, RowError):
-            result.problem(row.file, row.row, row.reason, row.remedy)
+            result.error(row)
         else:
             yield row
 
 
 @contextlib.contextmanager
-def written(file: Path, header: list[str] | None) -> Iterator[Callable[[dict], None]]:
-    """A function that writes a row; the table takes its place when all are written. JSON where there is no header."""
-    with replacing(file) as partial, open(partial, "w", encoding="utf-8", newline="") as out:
+def row_writer(file: Path, header: list[str] | None) -> Iterator[Callable[[dict], None]]:
+    """Yield a function that writes a row: of CSV if there is a header, of JSON Lines in .jsonl, else of a JSON list.
+
+    The file is written atomically.
+    """
+    with atomic_write(file) as partial, open(partial, "w", encoding="utf-8", newline="") as out:
         if header is not None:
             table = csv.DictWriter(out, header)
             table.writeheader()
             yield table.writerow
+            return
+        if file.suffix == ".jsonl":
+            yield lambda row: out.write(json.dumps(row, ensure_ascii=False) + "\n")
             return
         before = "[\n"
 
@@ -120,12 +134,13 @@ def written(file: Path, header: list[str] | None) -> Iterator[Callable[[dict], N
 
 
 class Tables:
-    """Tables that come to be with their first row; the ones of an earlier run that get none are removed.
+    """Writers of tables that are created with their first row. Tables of an earlier run without rows are removed.
 
         with Tables(directory, {"a.csv": ["x", "y"], "b.json": None}) as out:
             out.write("a.csv", {"x": 1, "y": 2})
 
-    Attributes: rows: how many each has.
+    Attributes:
+      rows: name -> number of rows.
     """
 
     def __init__(self, directory: Path, headers: dict[str, list[str] | None]):
@@ -139,7 +154,7 @@ class Tables:
 
     def write(self, name: str, row: dict) -> None:
         if name not in self._open:
-            self._open[name] = self._stack.enter_context(written(self.directory / name, self.headers[name]))
+            self._open[name] = self._stack.enter_context(row_writer(self.directory / name, self.headers[name]))
         self._open[name](row)
         self.rows[name] += 1
 

@@ -1,11 +1,10 @@
-"""Asks any OpenAI-compatible endpoint, and keeps every answer: nothing is lost, nothing is paid twice.
+"""Requests to any OpenAI-compatible endpoint, with a permanent log of answers, so that none is lost or paid twice.
 
-    request (messages, model, settings) -> key, a hash of its content -> a line of answers.jsonl, once and for ever
+    request (messages, model, settings) -> key, a hash of its content -> one line of answers.jsonl
 
-An answer is appended and flushed to disk before anything else is done with it. A run that is ended, by whatever means,
-goes on with the keys that have no line; what was under way at that moment (at most `concurrency` requests) is asked
-again.
-The endpoint's key comes from the environment and is never written: it is cut out of every message, too.
+An answer is appended and synced to disk before it is used. An interrupted run resumes with the keys without a line; the
+requests in flight at the interruption (at most `concurrency`) are sent again. The API key comes from the environment.
+It is never written, and is removed from answers and messages.
 """
 
 from __future__ import annotations
@@ -20,13 +19,14 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 FINAL = ("answered", "cut", "refused", "rejected", "empty")
-CHARACTERS_A_TOKEN = 4.0  # of English, roughly: for estimates only
+CHARACTERS_PER_TOKEN = 4.0  # roughly, for English; used for estimates only
 
 
 class Stop(ValueError):
-    """The endpoint will answer nothing more: a wrong key, an unknown model, no credit, the budget is spent.
+    """The run cannot continue: a wrong key, an unknown model, no credit, or the budget is spent.
 
-    Attributes: counts: what the run had done until then.
+    Attributes:
+      counts: the counts of the run so far.
     """
 
     counts: Counts
@@ -34,11 +34,16 @@ class Stop(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Endpoint:
-    """Attributes:
-    key_variable: the environment variable with the key; "" for a server that wants none.
-    concurrency: requests under way at once. per_minute: requests begun a minute at most; 0: no limit.
-    timeout: seconds for one request. retries: further tries of one request before it is left for the next run.
-    price_in, price_out: for a million tokens, in whatever currency; budget: stop when so much is spent; 0: no limit.
+    """An endpoint, and the limits and prices of its use.
+
+    Attributes:
+      key_variable: the environment variable with the API key; "" for a server without one.
+      concurrency: maximum number of concurrent requests.
+      per_minute: maximum number of requests per minute; 0: no limit.
+      timeout: seconds for one request.
+      retries: further attempts of one request before it is left for the next run.
+      price_in, price_out: price of a million tokens, in any currency.
+      budget: stop after this cost; 0: no limit.
     """
 
     base_url: str
@@ -56,77 +61,75 @@ class Endpoint:
     budget: float = 0.0
 
     def key(self) -> str:
-        """ "" for a server that wants none. Raises ValueError if the variable is not set."""
+        """Return the API key, or "" if none is used. Raises ValueError if the variable is not set."""
         if not self.key_variable:
             return ""
-        found = os.environ.get(self.key_variable, "").strip()
-        if not found:
+        key = os.environ.get(self.key_variable, "").strip()
+        if not key:
             raise ValueError(
                 f"the environment variable {self.key_variable} has no key: export it, or name another one with "
-                "--key-variable (--key-variable '' for a server that wants none)"
+                "--key-variable (--key-variable '' for a server without a key)"
             )
-        return found
+        return key
 
     def cost(self, tokens_in: float, tokens_out: float) -> float:
         return (tokens_in * self.price_in + tokens_out * self.price_out) / 1e6
 
 
 def request_key(endpoint: Endpoint, messages: list[dict]) -> str:
-    """What makes two requests the same: the model, the settings and every word."""
+    """Return the key of a request, which depends on the model, the settings and the messages."""
     content = [endpoint.model, endpoint.temperature, endpoint.max_tokens, messages]
     return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()[:32]
 
 
 class Answers:
-    """answers.jsonl: what was answered, by key. In memory is where each line begins.
+    """The answers in answers.jsonl by key. Only the offset of each line is kept in memory.
 
-    A line that a kill left half-written is cut off; it was no answer yet.
+    An incomplete last line, from a killed run, is removed.
     """
 
     def __init__(self, file: Path):
-        self.file, self._places, whole = file, {}, 0
+        self.file, self._offsets, end = file, {}, 0
         if file.is_file():
             with open(file, "rb") as lines:
                 for line in lines:
                     try:
                         value = json.loads(line) if line.endswith(b"\n") else None
                     except ValueError as error:
-                        raise ValueError(
-                            f"{file}: a line is damaged ({error}): mend it or move the file away"
-                        ) from None
+                        raise ValueError(f"{file}: a line is not JSON ({error}): correct or move the file") from None
                     if value is None:
                         break
-                    self._places.setdefault(value["key"], whole)
-                    whole += len(line)
-            os.truncate(file, whole)
-        self._at = whole
+                    self._offsets.setdefault(value["key"], end)
+                    end += len(line)
+            os.truncate(file, end)
+        self._end = end
 
     def __contains__(self, key: str) -> bool:
-        return key in self._places
+        return key in self._offsets
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._offsets)
 
     def __getitem__(self, key: str) -> dict:
         with open(self.file, "rb") as lines:
-            lines.seek(self._places[key])
+            lines.seek(self._offsets[key])
             return json.loads(lines.readline())
 
     def append(self, answer: dict) -> None:
-        if answer["key"] in self._places:
+        if answer["key"] in self._offsets:
             return
         line = json.dumps(answer, ensure_ascii=False).encode() + b"\n"
         with open(self.file, "ab") as out:
             out.write(line)
             out.flush()
             os.fsync(out.fileno())
-        self._places[answer["key"]] = self._at
-        self._at += len(line)
+        self._offsets[answer["key"]] = self._end
+        self._end += len(line)
 
 
 @dataclasses.dataclass
 class Counts:
-    """What a run did. Every request ends as known, as one of FINAL, or as left for the next run."""
+    """Counts of a run. Every request ends as known, as one of FINAL, or as left for the next run."""
 
     requests: int = 0
     known: int = 0
@@ -143,7 +146,7 @@ class Counts:
             "requests answered before, or equal to another": self.known,
             "requests sent": self.sent,
             **{f"requests {kind}": count for kind, count in sorted(self.ended.items())},
-            **{f"retries after {why}": count for why, count in sorted(self.retried.items())},
+            **{f"retries after {reason}": count for reason, count in sorted(self.retried.items())},
             "requests left for the next run": self.left,
             "tokens in": self.tokens_in,
             "tokens out": self.tokens_out,
@@ -154,8 +157,8 @@ class Counts:
 
 
 def estimate(endpoint: Endpoint, answers: Answers, requests: Iterable[list[dict]]) -> dict:
-    """What a run would ask and cost, without asking: tokens from the number of characters, answers at full length."""
-    known = asked = characters = 0
+    """Estimate the requests and the cost of a run: tokens from characters, answers at full length."""
+    known = new = characters = 0
     seen = set()
     for messages in requests:
         key = request_key(endpoint, messages)
@@ -163,12 +166,12 @@ def estimate(endpoint: Endpoint, answers: Answers, requests: Iterable[list[dict]
             known += 1
             continue
         seen.add(key)
-        asked += 1
+        new += 1
         characters += sum(len(m["content"]) for m in messages)
-    tokens = round(characters / CHARACTERS_A_TOKEN)
-    most = asked * endpoint.max_tokens
+    tokens = round(characters / CHARACTERS_PER_TOKEN)
+    most = new * endpoint.max_tokens
     return {
-        "requests to send": asked,
+        "requests to send": new,
         "requests answered before, or equal to another": known,
         "tokens in, estimated": tokens,
         "tokens out, at most": most,
@@ -182,20 +185,22 @@ def ask_all(
     requests: Iterable[list[dict]],
     done: Callable[[int, int], None] = lambda more, bad: None,
 ) -> Counts:
-    """Asks everything that has no answer yet.
+    """Send every request without an answer.
 
+    Args:
+      done: done(requests, failures) is called for progress.
     Raises:
-      Stop: see there; what was answered is kept.
+      Stop: the run cannot continue; answers so far are kept.
       ValueError: no key, or the openai package is not installed.
     """
     try:
         import openai
     except ImportError as error:
-        raise ValueError(f"asking needs the openai package: pip install openai ({error})") from None
-    return asyncio.run(_Asking(openai, endpoint, answers, done).run(requests))
+        raise ValueError(f"requests need the openai package: pip install openai ({error})") from None
+    return asyncio.run(_Client(openai, endpoint, answers, done).run(requests))
 
 
-class _Asking:
+class _Client:
     def __init__(self, openai, endpoint: Endpoint, answers: Answers, done):
         self.openai, self.endpoint, self.answers, self.done = openai, endpoint, answers, done
         self.secret = endpoint.key()
@@ -205,58 +210,58 @@ class _Asking:
         self.stopping = False
 
     async def run(self, requests: Iterable[list[dict]]) -> Counts:
-        # Its own retries are switched off: ours are counted, and end where the user says.
+        # max_retries=0: retries are done here, to count and limit them.
         client = self.openai.AsyncOpenAI(
             base_url=self.endpoint.base_url, api_key=self.secret or "none", timeout=self.endpoint.timeout, max_retries=0
         )
-        waiting: dict[asyncio.Task, str] = {}
-        under_way: set[str] = set()
+        tasks: dict[asyncio.Task, str] = {}
+        in_flight: set[str] = set()
         async with client:
             try:
-                for key, messages in self._new(requests, under_way):
-                    if len(waiting) >= self.endpoint.concurrency:
-                        await self._some(waiting, under_way)
+                for key, messages in self._new(requests, in_flight):
+                    if len(tasks) >= self.endpoint.concurrency:
+                        await self._wait(tasks, in_flight)
                     self._check_budget()
-                    under_way.add(key)
-                    waiting[asyncio.create_task(self._ask(client, key, messages))] = key
-                while waiting:
-                    await self._some(waiting, under_way)
+                    in_flight.add(key)
+                    tasks[asyncio.create_task(self._ask(client, key, messages))] = key
+                while tasks:
+                    await self._wait(tasks, in_flight)
             except Stop as stop:
                 stop.counts = self.counts
                 raise
             finally:
                 self.stopping = True
-                # What is on its way has been paid for: it is waited for, whatever ended the run.
-                if waiting:
-                    await asyncio.gather(*waiting, return_exceptions=True)
+                # Requests in flight are paid for, so wait for them in any case.
+                if tasks:
+                    await asyncio.gather(*tasks, return_exceptions=True)
         return self.counts
 
-    def _new(self, requests, under_way) -> Iterator[tuple[str, list[dict]]]:
+    def _new(self, requests, in_flight) -> Iterator[tuple[str, list[dict]]]:
         for messages in requests:
             self.counts.requests += 1
             key = request_key(self.endpoint, messages)
-            if key in self.answers or key in under_way:
+            if key in self.answers or key in in_flight:
                 self.counts.known += 1
                 self.done(1, 0)
                 continue
             yield key, messages
 
     def _check_budget(self) -> None:
-        """What is under way may still go beyond it."""
+        """Raise Stop if the budget is spent. Requests in flight may still exceed it."""
         spent = self.endpoint.cost(self.counts.tokens_in, self.counts.tokens_out)
         if self.endpoint.budget and spent >= self.endpoint.budget:
-            raise Stop(f"the budget of {self.endpoint.budget:g} is spent ({spent:.4f}): raise --budget to go on")
+            raise Stop(f"the budget of {self.endpoint.budget:g} is spent ({spent:.4f}): increase --budget to continue")
 
-    async def _some(self, waiting, under_way) -> None:
-        ready, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    async def _wait(self, tasks, in_flight) -> None:
+        ready, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in ready:
-            under_way.discard(waiting.pop(task))
+            in_flight.discard(tasks.pop(task))
             task.result()  # raises Stop
 
     async def _ask(self, client, key: str, messages: list[dict]) -> None:
         endpoint, wait = self.endpoint, self.endpoint.first_wait
         for attempt in range(endpoint.retries + 1):
-            await self._turn()
+            await self._wait_for_rate()
             self.counts.sent += 1
             try:
                 answer = await client.chat.completions.create(
@@ -267,22 +272,22 @@ class _Asking:
                 )
                 self._keep(key, answer, attempt + 1)
                 return
-            except Exception as error:  # told apart by kind: what is none of the endpoint's faults is raised again
-                why, pause = self._judge(error, wait)
-            if why == "rejected":
+            except Exception as error:  # _classify raises all errors that are not the endpoint's
+                reason, pause = self._classify(error, wait)
+            if reason == "rejected":
                 self._write(key, "rejected", "", pause, attempt + 1, 0, 0)
                 return
             if self.stopping:
                 break
             if attempt < endpoint.retries:
-                self.counts.retried[why] = self.counts.retried.get(why, 0) + 1
+                self.counts.retried[reason] = self.counts.retried.get(reason, 0) + 1
                 await asyncio.sleep(pause)
             wait = min(2 * wait, 60.0)
         self.counts.left += 1
         self.done(1, 1)
 
-    async def _turn(self) -> None:
-        """Waits until a request may begin: the rate, and what a 429 asked for."""
+    async def _wait_for_rate(self) -> None:
+        """Wait until the rate limit and the retry-after of a 429 permit a request."""
         while True:
             now = time.monotonic()
             start = max(self.next_start, self.paused_until)
@@ -292,8 +297,8 @@ class _Asking:
                 return
             await asyncio.sleep(start - now)
 
-    def _judge(self, error: Exception, wait: float) -> tuple[str, float | str]:
-        """(why it is tried again, seconds until then), or ("rejected", the reason). Raises Stop, or the error."""
+    def _classify(self, error: Exception, wait: float) -> tuple[str, float | str]:
+        """Return (reason for a retry, seconds to wait), or ("rejected", reason). Raises Stop, or the error."""
         openai = self.openai
         if isinstance(error, openai.APITimeoutError):
             return "no answer in time", wait
@@ -303,17 +308,17 @@ class _Asking:
             status = error.status_code
             if status == 429:
                 if "insufficient_quota" in str(error):
-                    raise Stop(f"the endpoint says that the credit is used up: {self._said(error)}") from None
+                    raise Stop(f"the endpoint reports that no credit is left: {self._message(error)}") from None
                 pause = _seconds(error.response.headers.get("retry-after")) or wait
                 self.paused_until = max(self.paused_until, time.monotonic() + pause)
                 return "429 (too many requests)", pause
             if status >= 500 or status in (408, 409, 425):
-                return f"{status} (fault of the server)", wait
+                return f"{status} (server error)", wait
             if status in (401, 403, 404):
-                raise Stop(f"the endpoint refuses to serve ({status}): {self._said(error)}") from None
-            return "rejected", f"{status}: {self._said(error)}"
+                raise Stop(f"the endpoint refuses requests ({status}): {self._message(error)}") from None
+            return "rejected", f"{status}: {self._message(error)}"
         if isinstance(error, openai.APIError | ValueError | KeyError | TypeError | AttributeError | IndexError):
-            return "an answer that is no answer", wait  # not JSON, or not of the protocol's shape
+            return "an invalid response", wait  # not JSON, or not of the protocol's form
         raise error
 
     def _keep(self, key: str, answer, attempts: int) -> None:
@@ -323,7 +328,7 @@ class _Asking:
         usage = answer.usage
         tokens = (usage.prompt_tokens or 0, usage.completion_tokens or 0) if usage else (0, 0)
         if not isinstance(text, str):
-            raise ValueError("the text of the answer is no text")
+            raise ValueError("the content of the answer is not text")
         kind = "answered"
         if refusal or finish == "content_filter":
             kind, text = "refused", refusal or text
@@ -343,7 +348,7 @@ class _Asking:
         self.counts.tokens_out += tokens_out
         self.done(1, kind != "answered")
 
-    def _said(self, error) -> str:
+    def _message(self, error) -> str:
         return " ".join(self._without_key(str(error)).split())[:200]
 
     def _without_key(self, text: str) -> str:

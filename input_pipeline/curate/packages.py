@@ -1,11 +1,11 @@
-"""Packages of the PubMed Central open-access subset: one .tar.gz or one folder a paper, with its XML and its pictures.
+"""Packages of the PubMed Central open-access subset: one .tar.gz or folder per paper, with its XML and images.
 
     PMC1234567.tar.gz                      or a folder PMC1234567 (also PMC1234567.1: a version) with
       PMC1234567/paper.nxml                  paper.nxml or PMC1234567.1.xml
       PMC1234567/paper-g001.jpg              paper-g001.jpg
       PMC1234567/paper.pdf                   (ignored)
 
-Nothing is unpacked to disk: members are read by name, within a budget, and no name of an archive becomes a path.
+Nothing is unpacked to disk. Members are read by name within size limits, and no name of an archive becomes a path.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from pathlib import Path
 
 _NAME = re.compile(r"(PMC\d{1,10})(?:\.\d+)?(?:\.tar\.gz|\.tgz)?")
 XML = (".nxml", ".xml")
-PICTURES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".gif")  # the better one first, of a figure that has several
+IMAGES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".gif")  # by preference, for a figure with several files
 MAX_XML = 64 << 20
 MAX_PACKAGE = 1 << 30  # bytes of all members, unpacked
-MAX_KEPT = 256 << 20  # bytes of the pictures of one paper that are in memory at once
+MAX_KEPT = 256 << 20  # bytes of the images of one paper in memory
 MAX_MEMBERS = 20_000
 
 
 class PackageError(ValueError):
-    """A package that cannot be used at all: why, and what to do."""
+    """A package that cannot be used: the reason, and what to do."""
 
     def __init__(self, reason: str, remedy: str = "download it again"):
         self.reason, self.remedy = reason, remedy
@@ -37,13 +37,13 @@ class PackageError(ValueError):
 
 
 def paper_id(path: str) -> str | None:
-    """PMC1234567 for a package named so."""
-    found = _NAME.fullmatch(os.path.basename(path))
-    return found.group(1) if found else None
+    """Return PMC1234567 for a package with such a name, or None."""
+    match = _NAME.fullmatch(os.path.basename(path))
+    return match.group(1) if match else None
 
 
 def find_packages(root: Path) -> Iterator[str]:
-    """Paths of all packages below a folder, in the order of their names, folder by folder."""
+    """Yield the paths of all packages below a folder, sorted by name, folder by folder."""
     with os.scandir(root) as entries:
         listed = sorted(entries, key=lambda e: e.name)
     for entry in listed:
@@ -58,118 +58,121 @@ def find_packages(root: Path) -> Iterator[str]:
 
 @dataclasses.dataclass
 class Package:
-    """Attributes:
-    xml: the article. xml_name: its file, for reports.
-    refused: names of members that were not looked at, with the reason.
+    """A paper with its images.
+
+    Attributes:
+      xml, xml_name: the article and the name of its file.
+      images: name -> content or path.
+      rejected: (name, reason) of members that were not read.
     """
 
     path: str
     xml: bytes
     xml_name: str
-    pictures: dict[str, bytes | Path]
-    refused: list[tuple[str, str]]
+    images: dict[str, bytes | Path]
+    rejected: list[tuple[str, str]]
 
-    def picture(self, href: str) -> str | None:
-        """The name of the picture that a figure's link means; JATS often leaves the ending out. None: it is missing.
+    def find_image(self, href: str) -> str | None:
+        """Return the name of the image that a link refers to, or None. JATS often omits the extension.
 
         Raises:
-          ValueError: the link leads out of the package.
+          ValueError: the link is a path.
         """
         if "/" in href or "\\" in href or "\0" in href or href in ("", ".", ".."):
-            raise ValueError(f"picture name {href[:80]!r} is no plain file name")
-        stem, ending = os.path.splitext(href)
-        if ending.lower() in PICTURES:
-            # The pictures beside an article have been converted: a .tif in the XML is a .jpg in the package.
-            tries = [href, *(stem + e for e in PICTURES)]
+            raise ValueError(f"image name {href[:80]!r} is not a plain file name")
+        stem, extension = os.path.splitext(href)
+        if extension.lower() in IMAGES:
+            # PMC converts images: a .tif in the XML is a .jpg in the package.
+            candidates = [href, *(stem + e for e in IMAGES)]
         else:
-            tries = [href + e for e in PICTURES]
-        for name in tries:
-            if name in self.pictures:
+            candidates = [href + e for e in IMAGES]
+        for name in candidates:
+            if name in self.images:
                 return name
-        folded = {name.lower(): name for name in reversed(self.pictures)}
-        return next((folded[name.lower()] for name in tries if name.lower() in folded), None)
+        folded = {name.lower(): name for name in reversed(self.images)}
+        return next((folded[name.lower()] for name in candidates if name.lower() in folded), None)
 
     def data(self, name: str) -> bytes:
-        value = self.pictures[name]
+        value = self.images[name]
         return value if isinstance(value, bytes) else value.read_bytes()
 
 
-def open_package(path: str, pictures: bool = True) -> Package:
-    """Reads a package's XML and finds its pictures.
+def open_package(path: str, images: bool = True) -> Package:
+    """Read the XML of a package and find its images.
 
     Args:
-      pictures: False: their names only (for a tar file, no more than that is read).
+      images: False reads only the names of images.
     Raises:
-      PackageError: a broken archive, no or several articles in it, more bytes than the budget.
+      PackageError: a broken archive, not exactly one article, or more bytes than the limits.
     """
     if os.path.isdir(path):
         return _open_folder(Path(path))
     try:
         with tarfile.open(path, "r:gz") as archive:
-            return _open_archive(path, archive, pictures)
+            return _open_archive(path, archive, images)
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        why = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise PackageError(f"the archive cannot be read: {why}") from None
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise PackageError(f"the archive cannot be read: {reason}") from None
 
 
 def _open_folder(folder: Path) -> Package:
-    found: dict[str, bytes | Path] = {}
-    refused, articles = [], []
+    images: dict[str, bytes | Path] = {}
+    rejected, articles = [], []
     with os.scandir(folder) as entries:
         listed = sorted(entries, key=lambda e: e.name)
     for entry in listed:
         name = entry.name
-        if name.lower().endswith((*XML, *PICTURES)):
+        if name.lower().endswith((*XML, *IMAGES)):
             if entry.is_symlink() or not entry.is_file(follow_symlinks=False):
-                refused.append((name, "is a link or no regular file"))
+                rejected.append((name, "not a regular file"))
             elif name.lower().endswith(XML):
                 articles.append(name)
             else:
-                found[name] = Path(entry.path)
+                images[name] = Path(entry.path)
     name = _only_article(articles)
     with contextlib.suppress(OSError):
         if os.stat(folder / name).st_size <= MAX_XML:
-            return Package(str(folder), (folder / name).read_bytes(), name, found, refused)
-        raise PackageError(f"{name} has more than {MAX_XML:,} bytes", "leave it out")
+            return Package(str(folder), (folder / name).read_bytes(), name, images, rejected)
+        raise PackageError(f"{name} has more than {MAX_XML:,} bytes", "remove it")
     raise PackageError(f"{name} cannot be read")
 
 
-def _open_archive(path: str, archive: tarfile.TarFile, pictures: bool) -> Package:
-    found: dict[str, bytes | Path] = {}
+def _open_archive(path: str, archive: tarfile.TarFile, read_images: bool) -> Package:
+    images: dict[str, bytes | Path] = {}
     xml: dict[str, bytes] = {}
-    refused: list[tuple[str, str]] = []
+    rejected: list[tuple[str, str]] = []
     total = kept = 0
     for number, member in enumerate(archive):
         total += member.size
         if number >= MAX_MEMBERS or total > MAX_PACKAGE:
-            raise PackageError(f"more than {MAX_MEMBERS:,} members or {MAX_PACKAGE:,} bytes", "leave it out")
+            raise PackageError(f"more than {MAX_MEMBERS:,} members or {MAX_PACKAGE:,} bytes", "remove it")
         name = member.name
-        if not name.lower().endswith((*XML, *PICTURES)):
+        if not name.lower().endswith((*XML, *IMAGES)):
             continue
         if not member.isreg():
-            refused.append((name, "is a link or no regular file"))
+            rejected.append((name, "not a regular file"))
         elif name.startswith("/") or ".." in name.replace("\\", "/").split("/"):
-            refused.append((name, "its name leads out of the package"))
+            rejected.append((name, "its path leaves the package"))
         elif name.lower().endswith(XML):
             if member.size > MAX_XML:
-                raise PackageError(f"{name} has more than {MAX_XML:,} bytes", "leave it out")
+                raise PackageError(f"{name} has more than {MAX_XML:,} bytes", "remove it")
             xml[os.path.basename(name)] = archive.extractfile(member).read()
         else:
             base = os.path.basename(name)
-            kept += member.size if pictures else 0
+            kept += member.size if read_images else 0
             if kept > MAX_KEPT:
-                raise PackageError(f"its pictures have more than {MAX_KEPT:,} bytes", "unpack it into a folder")
-            if base in found:
-                refused.append((name, "another member has the same name"))
+                raise PackageError(f"its images have more than {MAX_KEPT:,} bytes", "unpack it into a folder")
+            if base in images:
+                rejected.append((name, "another member has the same name"))
             else:
-                found[base] = archive.extractfile(member).read() if pictures else b""
+                images[base] = archive.extractfile(member).read() if read_images else b""
     name = _only_article(sorted(xml))
-    return Package(path, xml[name], name, found, refused)
+    return Package(path, xml[name], name, images, rejected)
 
 
 def _only_article(names: list[str]) -> str:
     best = [n for n in names if n.lower().endswith(".nxml")] or names
     if len(best) != 1:
-        what = "holds no article (.nxml or .xml)" if not best else f"holds {len(best)} articles: {', '.join(best[:3])}"
-        raise PackageError(what, "one package a paper")
+        found = f"{len(best)} articles: {', '.join(best[:3])}" if best else "no article (.nxml or .xml)"
+        raise PackageError(f"the package has {found}", "use one package per paper")
     return best[0]

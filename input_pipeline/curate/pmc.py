@@ -3,120 +3,130 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import io
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image
 
-from input_pipeline.curate import console, jobs, packages
+from input_pipeline.curate import console, jobs, layouts, packages
+from input_pipeline.curate.captions import panels
 from input_pipeline.curate.jobs import Result
-from input_pipeline.index.writing import replacing
+from input_pipeline.curate.language import is_english
+from input_pipeline.files import atomic_write
 from input_pipeline.parallel import chunk_files
 
 LANGUAGES = ("en",)
-_REFERENCES = ("a reference ", "no figure has the number")  # how problems of references begin
+_REFERENCE_PROBLEMS = ("a reference ", "no figure has the number")  # start of the reasons that jats gives
 
 INLINE = """\
-Tie the sentences of papers to the figures that they refer to: PMC-Inline. Reads packages of the PubMed Central
-open-access subset (.tar.gz files or folders named PMC<number>, at any depth below SOURCE) and writes for each paper
-the list of its sentences, each with the names of the figures that it mentions: "Fig. 2", "Figs. 1-3 and 5b", panels,
-ranges, whatever the publisher links or only prints. Captions stand apart, in captions.jsonl.
+Tie sentences of papers to the figures that they refer to: PMC-Inline. Reads packages of the PubMed Central open-access
+subset (.tar.gz files or folders named PMC<number>, at any depth below SOURCE). Writes the list of sentences of each
+paper with the names of their figures. Finds linked and unlinked references: "Fig. 2", "Figs. 1-3 and 5b", panels,
+ranges. Captions are written separately, to captions.jsonl.
 """
 INLINE_EPILOG = """\
-what is written to DIR:
-  inline.csv                PMC_path: one line a paper, read as the family pmc_inline
+output in DIR:
+  inline.csv                PMC_path: one line per paper; family pmc_inline
   papers/PMC<number>.json   [{"text": "...", "img_ref": ["F1"]}, ...]
   figures/PMC<number>_<ref>.jpg
-  captions.jsonl            one figure a line: paper, figure, label, caption, pictures
+  captions.jsonl            one line per figure: paper, figure, label, caption, pictures
   cases.jsonl               with --cases: papers that are case reports, for pmc-casereport
-  report.json, problems.jsonl   counts, and what could not be used: file, row (line of the XML), reason, remedy
+  report.json, problems.jsonl   counts, and input that cannot be used: file, row (line of the XML), reason, remedy
 
 examples:
   python -m input_pipeline.curate pmc-inline oa_package --out pmc
   python -m input_pipeline.curate pmc-inline oa_package --out pmc --cases --workers 16
   python -m input_pipeline.curate pmc-inline /shared/oa_package --out /shared/pmc --runner flink --runner-option=--flink_master=host:8081
 
-Ended in the middle, the same command goes on where it was. The result depends on neither --workers nor --runner.
-A reference that contradicts its link, or names a figure whose picture is missing, is listed and ties to nothing; one
-whose link leads nowhere is listed, and ties to the figure that has its number, if there is one. References to supplements and to other papers' figures are counted and left alone.
+An interrupted run resumes with the same command. The result depends on neither --workers nor --runner.
+A reference that contradicts its link, or whose figure has no image, is a problem and gets no figure. A reference with a
+dead link is a problem, and gets the figure with its number if there is one. References to supplements and to figures of
+other papers are counted and get no figure.
 """  # noqa: E501
 OA = """\
-Take the figures of papers with their captions: PMC-OA. Reads the same packages as pmc-inline.
+Extract the figures of papers with their captions: PMC-OA. Reads the same packages as pmc-inline.
 """
 OA_EPILOG = """\
-what is written to DIR:
-  oa.csv                    Figure_path, Caption (read as the family pmc_oa), PMC_id, figure, label, part, panels
+output in DIR:
+  oa.csv                    Figure_path, Caption (family pmc_oa), PMC_id, figure, label, part, panels
   figures/PMC<number>_<ref>.jpg
   report.json, problems.jsonl
 
-The marks of sub-figures, "(a) ... (b) ...", stay in the caption, and `panels` lists them. A figure that consists of
-several pictures gives a line for each, `part` saying "1 of 2".
+The marks of sub-figures, "(a) ... (b) ...", stay in the caption, and `panels` lists them. A figure with several images
+gives one line per image, with a `part` such as "1 of 2".
 
 examples:
   python -m input_pipeline.curate pmc-oa oa_package --out pmc_oa
 """
+_OA_HEADER = ["Figure_path", "Caption", "PMC_id", "figure", "label", "part", "panels"]
 
 
-def main(tool: str, argv: list[str]) -> int:
-    inline = tool == "pmc-inline"
-    parser = console.parser(tool, INLINE if inline else OA, INLINE_EPILOG if inline else OA_EPILOG)
-    parser.add_argument("source", metavar="SOURCE", help="a folder with packages below it")
-    parser.add_argument("--any-language", action="store_true", help="also papers that are not in English")
-    parser.add_argument(
-        "--no-pictures", action="store_true", help="write the texts only; figures must be there already"
-    )
-    if inline:
-        parser.add_argument("--cases", action="store_true", help="also list the case reports, with their context")
-        parser.add_argument(
-            "--keep-unillustrated", action="store_true", help="also papers none of whose sentences shows a figure"
-        )
+def _add_oa_options(parser) -> None:
+    parser.add_argument("source", metavar="SOURCE", help="directory with packages at any depth")
+    parser.add_argument("--any-language", action="store_true", help="include papers that are not in English")
+    parser.add_argument("--no-pictures", action="store_true", help="write no images; they must already exist in DIR")
     console.add_job_options(parser)
-    args = parser.parse_args(argv)
+
+
+def _add_inline_options(parser) -> None:
+    _add_oa_options(parser)
+    parser.add_argument("--cases", action="store_true", help="also write the case reports, for pmc-casereport")
+    parser.add_argument("--keep-unillustrated", action="store_true", help="include papers without a tied figure")
+
+
+def _run(tool: str, args, directory: Path, **running) -> dict:
     options = {"any_language": args.any_language, "pictures": not args.no_pictures}
-    if inline:
+    if tool == "pmc-inline":
         options |= {"cases": args.cases, "keep_unillustrated": args.keep_unillustrated}
-    return console.run(
-        args, lambda out, **more: build(tool, args.source, out, options, **console.job_options(args), **more)
-    )
+    return curate(tool, args.source, directory, options, **console.job_options(args), **running)
 
 
-def build(tool: str, source: str | Path, directory: Path, options: dict, **running) -> dict:
-    """Runs pmc-inline or pmc-oa; returns the report. `running`: see jobs.run. Raises ValueError."""
-    source = Path(source).absolute()
+TOOLS = {
+    "pmc-inline": console.Tool(INLINE, INLINE_EPILOG, _add_inline_options, _run),
+    "pmc-oa": console.Tool(OA, OA_EPILOG, _add_oa_options, _run),
+}
+
+
+def curate(tool: str, source: str | Path, directory: Path, options: dict, **running) -> dict:
+    """Run pmc-inline or pmc-oa. Returns the report. `running`: see jobs.run. Raises ValueError."""
+    source, inline = Path(source).absolute(), tool == "pmc-inline"
     if not source.is_dir():
-        raise ValueError(f"{source} is no folder")
+        raise ValueError(f"{source} is not a directory")
     directory = Path(directory).absolute()
-    for name in ("papers", "figures") if tool == "pmc-inline" else ("figures",):
+    for name in ("papers", "figures") if inline else ("figures",):
         (directory / name).mkdir(parents=True, exist_ok=True)
-    twice = Result()
-    function = inline_paper if tool == "pmc-inline" else oa_paper
+    repeated = Result()
+    paths = _unique(packages.find_packages(source), repeated)
     options = options | {"out": str(directory)}
-    items = jobs.run(directory, tool, function, options, _once(packages.find_packages(source), twice), **running)
+    items = jobs.run(directory, tool, inline_paper if inline else oa_paper, options, paths, **running)
     shown = {k: v for k, v in options.items() if k != "out"} | {"source": str(source)}
     report = jobs.Report(directory, tool, shown)
-    report.add(twice)
-    (_merge_inline if tool == "pmc-inline" else _merge_oa)(directory, items, report, options)
+    report.add(repeated)
+    if inline:
+        files = {"papers": ("inline.csv", ["PMC_path"]), "captions": ("captions.jsonl", None)}
+        files |= {"cases": ("cases.jsonl", None)} if options["cases"] else {}
+    else:
+        files = {"pairs": ("oa.csv", _OA_HEADER)}
+    _merge(directory, items, report, files)
     written = report.write()
     chunk_files.clean(directory)
-    said = running.get("said")
-    if said and tool == "pmc-inline" and not options["cases"] and (directory / "cases.jsonl").exists():
-        said(f"{directory / 'cases.jsonl'} is of an earlier run with --cases and stays as it is")
+    log = running.get("log")
+    if log and inline and not options["cases"] and (directory / "cases.jsonl").exists():
+        log(f"{directory / 'cases.jsonl'} is from an earlier run with --cases and is unchanged")
     return written
 
 
-def _once(found: Iterator[str], result: Result) -> Iterator[str]:
-    """Packages without those whose paper came before: one bit a number, so that memory does not grow with them."""
+def _unique(paths: Iterator[str], result: Result) -> Iterator[str]:
+    """Yield the first package of each paper; others become problems. Takes one bit of memory per paper number."""
     seen = bytearray()
-    for path in found:
+    for path in paths:
         number = int(packages.paper_id(path)[3:])
         if len(seen) <= number >> 3:
             seen.extend(bytes((number >> 3) + 1 - len(seen)))
         if seen[number >> 3] >> (number & 7) & 1:
-            result.problem(path, 0, f"the paper stands twice: {packages.paper_id(path)}", "remove one of the packages")
+            result.problem(path, 0, f"the paper is repeated: {packages.paper_id(path)}", "remove one of the packages")
         else:
             seen[number >> 3] |= 1 << (number & 7)
             yield path
@@ -126,76 +136,72 @@ def _once(found: Iterator[str], result: Result) -> Iterator[str]:
 
 
 def _open(options: dict, path: str, result: Result):
-    """(package, paper, key), or None with the reason in the result."""
-    from input_pipeline.curate import jats  # lxml is needed by these two tools only
+    """Return (package, paper, key), or None with the reason in the result."""
+    from input_pipeline.curate import jats  # imports lxml, which only these two tools need
 
     result.count("papers read")
     key = packages.paper_id(path)
     try:
-        package = packages.open_package(path, pictures=options["pictures"])
+        package = packages.open_package(path, images=options["pictures"])
         paper = jats.read(package.xml)
+        if paper.key and paper.key != key:
+            raise packages.PackageError(f"the article belongs to another paper: {paper.key}", "rename the package")
     except (packages.PackageError, jats.JatsError) as error:
         result.count("papers that cannot be used")
         result.problem(path, 0, error.reason, error.remedy)
         return None
-    for name, reason in package.refused:
-        result.problem(path, name, f"a member was not looked at: {reason}", "look at the package")
-    if paper.key and paper.key != key:
-        result.count("papers that cannot be used")
-        result.problem(path, 0, f"the article says that it is another paper: {paper.key}", "rename the package")
-        return None
+    for name, reason in package.rejected:
+        result.problem(path, name, f"a member was not read: {reason}", "check the package")
     if not options["any_language"] and not _is_english(paper):
         result.count("papers in other languages")
-        result.problem(path, 0, "the paper is not in English", "add --any-language to have it")
+        result.problem(path, 0, "the paper is not in English", "add --any-language to include it")
         return None
     for line, reason in paper.problems:
-        astray = reason.startswith("a reference leads to ")
-        remedy = "its number alone can tie it, if a figure has it" if astray else "nothing was tied to it"
+        dead_link = reason.startswith("a reference leads to ")
+        remedy = "the figure with its number is used, if there is one" if dead_link else "the sentence gets no figure"
         result.problem(f"{path}/{package.xml_name}", line, reason, remedy)
-    for what, count in sorted(paper.counts.items()):
-        result.count(what, count)
+    for label, count in sorted(paper.counts.items()):
+        result.count(label, count)
     return package, paper, key
 
 
 def _is_english(paper) -> bool:
-    from input_pipeline.curate.language import is_english
-
     if paper.language and paper.language not in LANGUAGES:
         return False
     return is_english(" ".join(s.text for s in paper.sentences[:40]) or " ".join(f.caption for f in paper.figures))
 
 
-def _pictures(options: dict, path: str, package, key: str, figures, result: Result) -> dict[str, str]:
-    """Writes the pictures of these figures. Returns the pictures that are there: img_ref -> link in the XML."""
-    there = {}
+def _write_images(options: dict, path: str, package, key: str, figures, result: Result) -> set[str]:
+    """Write the images of these figures. Returns the img_ref of each existing image."""
+    written, remedy = set(), "references to it get no figure"
     for figure in figures:
         if not figure.graphics:
-            result.problem(path, figure.row, f"a figure has no picture in the XML: {figure.label or figure.name}",
-                           "references to it are left untied")  # fmt: skip
+            name = figure.label or figure.name
+            result.problem(path, figure.row, f"a figure has no image in the XML: {name}", remedy)
         for name, link in zip(figure.names, figure.graphics, strict=False):
             reason = None
             try:
-                found = package.picture(link)
-                if found is None:
-                    reason = f"a picture is missing in the package: {link}"
+                member = package.find_image(link)
+                if member is None:
+                    reason = f"an image is missing in the package: {link}"
             except ValueError as error:
-                found, reason = None, str(error)
-            if found is not None and options["pictures"]:
-                reason = _write_picture(package, found, Path(options["out"]) / "figures" / f"{key}_{name}.jpg")
+                member, reason = None, str(error)
+            if member is not None and options["pictures"]:
+                reason = _write_image(package, member, Path(options["out"]) / "figures" / f"{key}_{name}.jpg")
             if reason:
                 result.count("pictures missing or broken")
-                result.problem(path, figure.row, reason, "references to it are left untied")
+                result.problem(path, figure.row, reason, remedy)
             else:
-                there[name] = link
+                written.add(name)
                 result.count("pictures")
-    return there
+    return written
 
 
-def _write_picture(package, name: str, file: Path) -> str | None:
-    """Writes a picture as the reader of scans takes it; returns why not, or None.
+def _write_image(package, name: str, file: Path) -> str | None:
+    """Write an image in a format that `images.scans` reads. Returns the reason if that is impossible.
 
-    JPEG and PNG keep their bytes, as what a picture is is told by its first bytes and not by its name; other formats
-    become PNG, which loses nothing.
+    JPEG and PNG are copied, because readers identify a format by its first bytes, not by its name. Other formats are
+    converted to PNG, without loss.
     """
     try:
         data = package.data(name)
@@ -206,33 +212,33 @@ def _write_picture(package, name: str, file: Path) -> str | None:
                 image.convert("L" if image.mode in ("1", "L") else "RGB").save(out, "PNG")
                 data = out.getvalue()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, EOFError) as error:
-        return f"a picture cannot be read: {name} ({str(error)[:100]})"
-    with chunk_files.whole(file) as partial:
+        return f"an image cannot be read: {name} ({str(error)[:100]})"
+    with atomic_write(file, unique=True) as partial:
         partial.write_bytes(data)
     return None
 
 
 def inline_paper(options: dict, path: str) -> Result:
-    """A package -> its line, captions, counts; writes the paper's JSON and pictures."""
+    """Return the rows of a package for pmc-inline; writes the paper's JSON and its images."""
     result = Result()
     opened = _open(options, path, result)
     if opened is None:
         return result
     package, paper, key = opened
-    wanted = {id(f): f for s in paper.sentences for f in s.figures}
-    there = _pictures(options, path, package, key, wanted.values(), result)
+    figures = {id(f): f for s in paper.sentences for f in s.figures}
+    images = _write_images(options, path, package, key, figures.values(), result)
     sentences, tied = [], 0
     for sentence in paper.sentences:
-        names = [name for figure in sentence.figures for name in figure.names if name in there]
-        lost = sum(not any(n in there for n in figure.names) for figure in sentence.figures)
-        if lost:
-            result.count("references to figures without a picture", lost)
-        tied += len(sentence.figures) - lost
+        names = [name for figure in sentence.figures for name in figure.names if name in images]
+        missing = sum(images.isdisjoint(figure.names) for figure in sentence.figures)
+        if missing:
+            result.count("references to figures without a picture", missing)
+        tied += len(sentence.figures) - missing
         sentences.append({"text": sentence.text, "img_ref": names})
     result.count("sentences", len(sentences))
     if not sentences:
         result.count("papers without text")
-        result.problem(path, 0, "the paper has no text in its body", "leave it out")
+        result.problem(path, 0, "the paper has no text in its body", "remove it")
         return result
     if not tied and not options["keep_unillustrated"]:
         result.count("papers without a reference to a picture")
@@ -240,53 +246,44 @@ def inline_paper(options: dict, path: str) -> Result:
     result.count("papers written")
     result.count("references to pictures", tied)
     result.count("sentences with a figure", sum(bool(s["img_ref"]) for s in sentences))
-    with chunk_files.whole(Path(options["out"]) / "papers" / f"{key}.json") as partial:
+    with atomic_write(Path(options["out"]) / "papers" / f"{key}.json", unique=True) as partial:
         partial.write_text(json.dumps(sentences, ensure_ascii=False, indent=0), encoding="utf-8")
-    result.add("papers", f"papers/{key}.json")
+    result.add("papers", {"PMC_path": f"papers/{key}.json"})
     for figure in paper.figures:
-        names = [name for name in figure.names if name in there]
+        names = [name for name in figure.names if name in images]
         if names:
-            result.add("captions", _caption(key, figure, names))
+            row = {"paper": key, "figure": figure.name, "label": figure.label, "caption": figure.caption}
+            result.add("captions", row | {"pictures": names})
     if options["cases"] and paper.is_case_report:
         result.count("case reports")
-        result.add("cases", _case(key, paper, there))
+        result.add("cases", _case(key, paper, sentences, images))
     return result
 
 
-def _caption(key: str, figure, names: list[str]) -> dict:
-    return {"paper": key, "figure": figure.name, "label": figure.label, "caption": figure.caption, "pictures": names}
-
-
-def _case(key: str, paper, there) -> dict:
-    """What pmc-casereport asks about: the sentences, with their sections and pictures, and the captions."""
+def _case(key: str, paper, sentences: list[dict], images: set[str]) -> dict:
+    """Return the input of pmc-casereport: sentences with sections and figures, and the captions."""
     return {
         "paper": key,
         "title": paper.title,
         "abstract": paper.abstract,
         "sentences": [
-            {
-                "text": s.text,
-                "section": s.section,
-                "img_ref": [name for figure in s.figures for name in figure.names if name in there],
-            }
-            for s in paper.sentences
+            {"text": row["text"], "section": sentence.section, "img_ref": row["img_ref"]}
+            for sentence, row in zip(paper.sentences, sentences, strict=True)
         ],
-        "captions": {name: f.caption for f in paper.figures for name in f.names if name in there},
+        "captions": {name: f.caption for f in paper.figures for name in f.names if name in images},
     }
 
 
 def oa_paper(options: dict, path: str) -> Result:
-    """A package -> its figures with captions."""
-    from input_pipeline.curate.captions import panels
-
+    """Return the rows of a package for pmc-oa, its figures with captions; writes the images."""
     result = Result()
     opened = _open(options, path, result)
     if opened is None:
         return result
     package, paper, key = opened
-    # What the text refers to is no matter here.
+    # References in the text do not matter here.
     result.counts = {k: v for k, v in result.counts.items() if not k.startswith("references")}
-    result.problems = [p for p in result.problems if not p["reason"].startswith(_REFERENCES)]
+    result.problems = [p for p in result.problems if not p["reason"].startswith(_REFERENCE_PROBLEMS)]
     figures = []
     for figure in paper.figures:
         result.count("figures")
@@ -294,14 +291,16 @@ def oa_paper(options: dict, path: str) -> Result:
             figures.append(figure)
         else:
             result.count("figures without a caption")
-            result.problem(path, figure.row, f"a figure has no caption: {figure.label or figure.name}", "leave it out")
-    there = _pictures(options, path, package, key, figures, result)
+            name = figure.label or figure.name
+            result.problem(path, figure.row, f"a figure has no caption: {name}", "the figure is not used")
+    images = _write_images(options, path, package, key, figures, result)
     for figure in figures:
+        marks = " ".join(panels(figure.caption))
         for k, name in enumerate(figure.names, 1):
-            if name in there:
+            if name in images:
                 part = f"{k} of {len(figure.names)}" if len(figure.names) > 1 else ""
-                marks = " ".join(panels(figure.caption))
-                result.add("pairs", [f"figures/{key}_{name}.jpg", figure.caption, key, name, figure.label, part, marks])
+                cells = (f"figures/{key}_{name}.jpg", figure.caption, key, name, figure.label, part, marks)
+                result.add("pairs", dict(zip(_OA_HEADER, cells, strict=True)))
                 result.count("pairs")
     return result
 
@@ -309,29 +308,15 @@ def oa_paper(options: dict, path: str) -> Result:
 # --- all papers -------------------------------------------------------------------------------------------------------
 
 
-def _merge_inline(directory: Path, items, report, options) -> None:
-    with (
-        replacing(directory / "inline.csv") as table,
-        replacing(directory / "captions.jsonl") as captions,
-        replacing(directory / "cases.jsonl") if options["cases"] else contextlib.nullcontext(os.devnull) as cases,
-        open(table, "w", encoding="utf-8", newline="") as table,
-        open(captions, "w", encoding="utf-8") as captions,
-        open(cases, "w", encoding="utf-8") as cases,
-    ):
-        lines = csv.writer(table)
-        lines.writerow(["PMC_path"])
+def _merge(directory: Path, items, report, files: dict[str, tuple[str, list | None]]) -> None:
+    """Write the rows of all results. `files`: name in Result.tables -> (file, header)."""
+    with contextlib.ExitStack() as stack:
+        writers = {
+            name: stack.enter_context(layouts.row_writer(directory / file, header))
+            for name, (file, header) in files.items()
+        }
         for _, result in jobs.results(directory, items):
             report.add(result)
-            lines.writerows([path] for path in result.tables.get("papers", ()))
-            for name, file in (("captions", captions), ("cases", cases)):
+            for name, write in writers.items():
                 for row in result.tables.get(name, ()):
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-def _merge_oa(directory: Path, items, report, options) -> None:
-    with replacing(directory / "oa.csv") as partial, open(partial, "w", encoding="utf-8", newline="") as table:
-        lines = csv.writer(table)
-        lines.writerow(["Figure_path", "Caption", "PMC_id", "figure", "label", "part", "panels"])
-        for _, result in jobs.results(directory, items):
-            report.add(result)
-            lines.writerows(result.tables.get("pairs", ()))
+                    write(row)

@@ -1,12 +1,13 @@
-"""What a language model is asked for, and what of its answer is used: prompts in the form of the paper's Figure 3, the
-turns read back, every pair checked, and what is dropped counted by its reason."""
+"""Prompts for a language model in the form of the paper's Figure 3, and the checks of its answers."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
+from collections.abc import Callable
 
-from input_pipeline.curate.filters import _AGE_QUESTION
+from input_pipeline.curate.filters import AGE_QUESTION
 from input_pipeline.curate.language import is_english
 from input_pipeline.text import measurements
 
@@ -17,19 +18,16 @@ RULES = (
     "- Write two or three questions, each followed by its answer, in this form and nothing besides:\n"
     "User: <question>\nAssistant: <answer>\n"
     "- Ask only what somebody who looks at the image can answer: what kind of image it is, what it shows, where, on "
-    "which "
-    "side, how it looks, what diagnosis it suggests. Do not ask about symptoms, history, treatment, laboratory "
-    "values or "
-    "outcome.\n"
+    "which side, how it looks, what diagnosis it suggests. Do not ask about symptoms, history, treatment, laboratory "
+    "values or outcome.\n"
     '- Do not speak of the text: write "in the image", never "the report says", "as mentioned" or "in this case".\n'
     "- Do not give ages, dates, names, measurements or sizes, neither in questions nor in answers.\n"
     "- Make the questions different from each other. Let the answers be short, and true to the text; do not add "
-    "anything "
-    "to it.\n"
+    "anything to it.\n"
     "- Give no medical advice. If the text says nothing about an image, answer with the single word NONE."
 )
 
-# Own examples: (text, turns).
+# (text, turns), written for this project.
 EXAMPLES = (
     (
         "Findings: Wedge-shaped consolidation in the lateral segment of the right middle lobe, abutting the pleura. No "
@@ -40,21 +38,19 @@ EXAMPLES = (
     ),
     (
         "Findings: The left kidney holds a 14 mm calculus in the renal pelvis with dilated calyces. The right "
-        "kidney is "
-        "unremarkable. Impression: Obstructing left renal calculus with hydronephrosis.",
+        "kidney is unremarkable. Impression: Obstructing left renal calculus with hydronephrosis.",
         "User: What is seen in the left renal pelvis?\nAssistant: A calculus.\n"
         "User: What does the image suggest as the cause of the dilated calyces?\nAssistant: Obstruction by the "
-        "calculus, "
-        "with hydronephrosis on the left.",
+        "calculus, with hydronephrosis on the left.",
     ),
 )
 
 
 def messages(text: str) -> list[dict[str, str]]:
-    """System rules, the examples as turns of a conversation, and the text asked about (paper, Figure 3)."""
+    """Return the system rules, the examples as turns of a conversation, and the text (paper, Figure 3)."""
     out = [{"role": "system", "content": RULES}]
-    for given, turns in EXAMPLES:
-        out += [{"role": "user", "content": given}, {"role": "assistant", "content": turns}]
+    for example, turns in EXAMPLES:
+        out += [{"role": "user", "content": example}, {"role": "assistant", "content": turns}]
     return [*out, {"role": "user", "content": text}]
 
 
@@ -65,117 +61,110 @@ class Pair:
 
 
 _TURN = re.compile(r"^[\s*_#>-]*(?:\d+[.)]\s*)?(User|Human|Question|Q|Assistant|Answer|A)[\s*_]*:[\s*_]*", re.I | re.M)
-_ASKS = frozenset({"user", "human", "question", "q"})
-_REFUSES = re.compile(
+_QUESTIONER = frozenset({"user", "human", "question", "q"})
+_REFUSAL = re.compile(
     r"^\W*(?:I['’]?m\s+(?:very\s+)?sorry|sorry\b|I\s+(?:can(?:not|['’]t)|am\s+(?:not\s+able|unable))|"
     r"as\s+an?\s+AI\b|unfortunately)",
     re.IGNORECASE,
 )
 
 
-def turns(text: str, cut: bool = False) -> tuple[list[Pair], str]:
-    """The pairs of an answer, and why there are none: "refused", "nothing to ask", "no turns", or "".
+def parse_turns(text: str, truncated: bool = False) -> tuple[list[Pair], str]:
+    """Return the pairs of an answer, and the reason if there are none: "refused", "nothing to ask" or "no turns".
 
-    cut: the answer ended at the limit of its length; its last turn is not whole and is left out.
+    truncated: the answer ended at the length limit, so its last turn is incomplete and is dropped.
     """
     plain = text.strip()
-    found = list(_TURN.finditer(plain))
-    if not found:
+    marks = list(_TURN.finditer(plain))
+    if not marks:
         if plain.strip(" .`*").upper() == "NONE":
             return [], "nothing to ask"
-        return [], "refused" if _REFUSES.search(plain) else "no turns"
-    spoken = []
-    for k, match in enumerate(found):
-        end = found[k + 1].start() if k + 1 < len(found) else len(plain)
-        spoken.append((match[1].lower() in _ASKS, " ".join(plain[match.end() : end].strip("*_` \n").split())))
-    if cut:
-        spoken.pop()
+        return [], "refused" if _REFUSAL.search(plain) else "no turns"
+    turns = []  # (whether it is a question, text)
+    for k, mark in enumerate(marks):
+        end = marks[k + 1].start() if k + 1 < len(marks) else len(plain)
+        turns.append((mark[1].lower() in _QUESTIONER, " ".join(plain[mark.end() : end].strip("*_` \n").split())))
+    if truncated:
+        turns.pop()
     pairs = [
-        Pair(question, answer)
-        for (asks, question), (answers, answer) in zip(spoken, spoken[1:], strict=False)
-        if asks and not answers
+        Pair(first, second)
+        for (is_question, first), (is_next_question, second) in itertools.pairwise(turns)
+        if is_question and not is_next_question
     ]
     return pairs, "" if pairs else "no turns"
 
 
-_OF_THE_TEXT = re.compile(
+_ABOUT_TEXT = re.compile(
     r"\b(?:mention(?:ed|s)?|(?:the|this|that|radiology|case|given|provided)\s+(?:report|text|case|passage|context|"
-    r"discussion|"
-    r"paragraph|sentence|caption|description|article|authors?)|according\s+to\s+the\s+(?!image|scan|x-?ray|ct|mri|"
-    r"picture|figure|"
-    r"ultrasound|radiograph)|described\s+in|stated|as\s+reported|reported\s+(?:in|by)|impression\s+(?:section|says))\b",
+    r"discussion|paragraph|sentence|caption|description|article|authors?)|according\s+to\s+the\s+(?!image|scan|x-?ray|ct|mri|"
+    r"picture|figure|ultrasound|radiograph)|described\s+in|stated|as\s+reported|reported\s+(?:in|by)|impression\s+(?:section|says))\b",
     re.IGNORECASE,
 )
 _DATE = re.compile(
     r"\b(?:(?:19|20)\d\d|\d{1,2}[./]\d{1,2}[./]\d{2,4}|(?:January|February|March|April|June|July|August|September|"
-    r"October|"
-    r"November|December)\s+(?:\d|of\b)|\d+(?:st|nd|rd|th)\s+(?:of\s+)?(?:January|February|March|April|May|June|July|"
+    r"October|November|December)\s+(?:\d|of\b)|\d+(?:st|nd|rd|th)\s+(?:of\s+)?(?:January|February|March|April|May|June|July|"
     r"August))"
 )
-_AGED = re.compile(
+_AGE = re.compile(
     r"\b\d{1,3}[- ](?:year|month|week|day)s?[- ]olds?\b|\baged\s+\d|\b\d{1,3}\s*y/?o\b|\bage\s+of\s+\d|"
     r"\byears?\s+of\s+age\b",
     re.I,
 )
-_NAMED = re.compile(r"\b(?:Dr|Mr|Mrs|Ms|Prof)\.?\s+[A-Z]")
-_NOT_SEEN = re.compile(
+_PERSON = re.compile(r"\b(?:Dr|Mr|Mrs|Ms|Prof)\.?\s+[A-Z]")
+_NOT_VISIBLE = re.compile(
     r"\b(?:symptom|complain(?:t|ed)?|present(?:ed|ing)\s+with|(?:medical|family|clinical|surgical|"
-    r"past)\s+histor(?:y|ies)|"
-    r"history\s+of|treat(?:ed|ment)|therap(?:y|ies)|medications?|drugs?|antibiotics?|surgery\s+(?:was|performed)|"
-    r"prognosis|"
-    r"outcome|follow(?:ed)?[- ]up\s+(?:plan|visit|period)|laboratory|lab\s+(?:test|value|result)s?|blood\s+(?:test|"
-    r"pressure|count)s?|"
-    r"serum|haemoglobin|hemoglobin|leu[ck]ocyt\w+|fever|temperature|pain(?:ful)?\b|occupation|smok(?:er|ing)|"
+    r"past)\s+histor(?:y|ies)|history\s+of|treat(?:ed|ment)|therap(?:y|ies)|medications?|drugs?|antibiotics?|surgery\s+(?:was|performed)|"
+    r"prognosis|outcome|follow(?:ed)?[- ]up\s+(?:plan|visit|period)|laboratory|lab\s+(?:test|value|result)s?|"
+    r"blood\s+(?:test|pressure|count)s?|serum|haemoglobin|hemoglobin|leu[ck]ocyt\w+|fever|temperature|pain(?:ful)?\b|occupation|smok(?:er|ing)|"
     r"why\s+did\s+the\s+patient|gender|what\s+(?:is|was)\s+the\s+sex)",
     re.IGNORECASE,
 )
 _NO_ANSWER = re.compile(
     r"\b(?:can(?:not|['’]t)\s+be\s+(?:determined|seen|answered|inferred)|not\s+(?:specified|provided|stated|"
-    r"mentioned|given|available)|"
-    r"no\s+information|unknown|consult\s+(?:a|your|with)|seek\s+medical|I\s+(?:can(?:not|['’]t)|don['’]t))\b",
+    r"mentioned|given|available)|no\s+information|unknown|consult\s+(?:a|your|with)|seek\s+medical|I\s+(?:can(?:not|['’]t)|don['’]t))\b",
     re.IGNORECASE,
 )
 
 
-def fault(pair: Pair) -> str:
-    """Why a pair is not used; "" if it is."""
+def rejection(pair: Pair) -> str:
+    """Return why a pair is not used, or ""."""
     question, answer = pair.question, pair.answer
     both = f"{question} {answer}"
     if not question or not answer:
         return "a question or an answer is blank"
     if not question.endswith("?"):
-        return "the question is no question"
+        return "the question does not end with a question mark"
     if len(question) > 400 or len(answer) > 1500:
         return "too long"
-    if not is_english(both, least_words=8):
+    if not is_english(both, min_words=8):
         return "not English"
     if "<image" in both.lower() or "\x00" in both:
         return "image marks"
-    if _OF_THE_TEXT.search(both):
-        return "it speaks of the text"
+    if _ABOUT_TEXT.search(both):
+        return "it refers to the text"
     if measurements.has_size(both):
         return "it states a size"
-    if _AGED.search(both) or _AGE_QUESTION.search(question):
+    if _AGE.search(both) or AGE_QUESTION.search(question):
         return "it is about an age"
     if _DATE.search(both):
         return "it states a date"
-    if _NAMED.search(both):
+    if _PERSON.search(both):
         return "it names a person"
-    if _NOT_SEEN.search(question):
+    if _NOT_VISIBLE.search(question):
         return "the image cannot answer it"
-    if _NO_ANSWER.search(answer) or _REFUSES.search(answer):
+    if _NO_ANSWER.search(answer) or _REFUSAL.search(answer):
         return "it is not answered"
     return ""
 
 
-def usable(text: str, cut: bool, count) -> list[Pair]:
-    """The pairs of an answer that can be used; `count` is told of everything else."""
-    pairs, why = turns(text, cut)
-    if why:
-        count(f"answers: {why}")
+def usable_pairs(text: str, truncated: bool, count: Callable[[str], None]) -> list[Pair]:
+    """Return the pairs of an answer that can be used. `count` is called with the label of every outcome."""
+    pairs, reason = parse_turns(text, truncated)
+    if reason:
+        count(f"answers: {reason}")
     kept: dict[str, Pair] = {}
     for pair in pairs:
-        reason = fault(pair)
+        reason = rejection(pair)
         folded = " ".join(re.findall(r"\w+", pair.question.lower()))
         if not reason and folded in kept:
             reason = "asked twice"

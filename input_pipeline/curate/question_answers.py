@@ -18,24 +18,24 @@ from input_pipeline.samples import RowError
 
 CASES = """\
 Make question-answer pairs about the figures of case reports: PMC-CaseReport. SOURCE is the cases.jsonl of
-`pmc-inline --cases`. For every sentence that refers to figures the model sees that sentence and the captions; what was
-told of the patient before becomes the context of the row, so that the question is asked as in the clinic.
+`pmc-inline --cases`. For every sentence that refers to figures, the model sees the sentence and the captions. The text
+about the patient before it becomes the context of the row, as in clinical practice.
 """
 VQA = """\
 Make question-answer pairs from the findings and impressions of scans: Rad3D-VQA. SOURCE is a table of the family
 rad3d_caption (JSON).
 """
-EPILOG = """\
-what is written to DIR:
-  {table:<18}        read as the family {family}
-  answers.jsonl             every answer of the endpoint, appended as it comes; keyed by a hash of what was asked
-  report.json, problems.jsonl   report-{tool}.json, problems-{tool}.jsonl in a folder with another tool's report;
-                            with --dry-run nothing but report-{tool}-dry-run.json and its problems
+_EPILOG = """\
+output in DIR:
+  {table:<18}        family {family}
+  answers.jsonl             every answer of the endpoint, appended as it arrives; keyed by a hash of the request
+  report.json, problems.jsonl   report-{tool}.json, problems-{tool}.jsonl in a folder with the report of another tool;
+                            with --dry-run only report-{tool}-dry-run.json and its problems
 
-The key comes from the environment variable OPENAI_API_KEY (--key-variable) and is written nowhere. Begin with --dry-run:
-it shows a request and says how many there are and what they cost at most. Ended at any moment, the same command goes on:
-what has an answer is never asked again, also with --limit raised or rows added. Requests that no retry brings through are
-left for the next run (exit code 1).
+The API key comes from the environment variable OPENAI_API_KEY (--key-variable) and is never written. Start with
+--dry-run, which prints a request, the number of requests and their maximum cost. An interrupted run resumes with the
+same command. An answered request is never sent again, also after --limit is increased or rows are added. Requests that
+fail after all retries are left for the next run (exit code 1).
 
 examples:
   python -m input_pipeline.curate {tool} {source} --out {out} --model gpt-4o-mini --dry-run --price-in 0.15 --price-out 0.6
@@ -48,133 +48,147 @@ _TABLES = {
     "pmc-casereport": ("casereport.csv", "PMC_id", "img_ref", "context", "question", "answer"),
     "vqa": ("vqa.csv", "image_path", "question", "answer"),
 }
-BACKGROUND = 12  # sentences of a case that become context at most; the reader shortens them further
+BACKGROUND = 12  # maximum number of sentences that become the context; the reader shortens it further
 _CASE_SECTION = re.compile(r"\bcases?\b|presentation|history|patient|report", re.IGNORECASE)
-_AFTERWARDS = re.compile(r"discussion|conclusion|introduction|background|method|review|consent|abbreviation", re.I)
+_OTHER_SECTION = re.compile(r"discussion|conclusion|introduction|background|method|review|consent|abbreviation", re.I)
 
 
-class Asked(NamedTuple):
-    """One request: what the model sees, and what a row needs beside the pair."""
+class Request(NamedTuple):
+    """A request: the text that the model sees, and the cells of the row in addition to question and answer."""
 
     text: str
     cells: dict
 
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        return qa_prompts.messages(self.text)
 
-def main(tool: str, argv: list[str]) -> int:
-    cases = tool == "pmc-casereport"
-    said = EPILOG.format(
-        tool=tool,
-        table="casereport.csv" if cases else "vqa.csv",
-        family="pmc_casereport" if cases else "rad3d_vqa",
-        source="pmc/cases.jsonl" if cases else "rad3d/caption.json",
-        out="case" if cases else "vqa",
-    )
-    parser = console.parser(tool, CASES if cases else VQA, said)
-    parser.add_argument("source", metavar="SOURCE")
+
+def _base_url(text: str) -> str:
+    if "@" in urllib.parse.urlsplit(text).netloc:
+        reason = "has a user or a password, which would be written to the report: use --key-variable"
+        raise argparse.ArgumentTypeError(reason)
+    return text
+
+
+def _timeout(text: str) -> float:
+    seconds = float(text)
+    if not seconds > 0:
+        raise argparse.ArgumentTypeError(f"must be above 0 (got {text})")
+    return seconds
+
+
+def _add_options(parser) -> None:
+    parser.add_argument("source", metavar="SOURCE", help="the input table")
     parser.add_argument("--model", required=True, help="name of the model at the endpoint")
-    parser.add_argument("--base-url", default="https://api.openai.com/v1", metavar="URL", help="(%(default)s)")
-    parser.add_argument("--key-variable", default="OPENAI_API_KEY", metavar="NAME", help="(%(default)s)")
-    parser.add_argument("--dry-run", action="store_true", help="show a request and the estimate; ask nothing")
-    parser.add_argument("--limit", type=int, metavar="N", help="the first N requests only")
-    for name, kind, default, what in (
-        ("concurrency", int, 8, "requests under way at once"),
-        ("per-minute", float, 0, "requests begun a minute; 0: no limit"),
-        ("timeout", float, 120, "seconds for one request"),
-        ("retries", int, 6, "further tries of a request"),
-        ("temperature", float, 0.7, "of the model"),
-        ("max-tokens", int, 800, "of an answer"),
-        ("price-in", float, 0, "of a million tokens sent"),
-        ("price-out", float, 0, "of a million tokens received"),
-        ("budget", float, 0, "stop when so much is spent; 0: no limit"),
-    ):
-        parser.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=f"{what} (%(default)s)")
-    if cases:
-        parser.add_argument("--all-figures", action="store_true", help="also figures whose captions are not radiologic")
-    args = parser.parse_args(argv)
-    if args.concurrency < 1 or args.retries < 0 or args.max_tokens < 1 or args.timeout <= 0:
-        parser.error("--concurrency and --max-tokens need at least 1, --retries 0, --timeout more than 0")
-    if (
-        args.limit is not None
-        and args.limit < 1
-        or min(args.per_minute, args.price_in, args.price_out, args.budget) < 0
-    ):
-        parser.error("--limit needs at least 1; --per-minute, --price-in, --price-out and --budget at least 0")
-    if args.budget and not (args.price_in or args.price_out):
-        parser.error("--budget needs --price-in and --price-out: without them nothing costs anything")
-    if "@" in urllib.parse.urlsplit(args.base_url).netloc:
-        parser.error("--base-url holds a user or a password, which would be written to the report: use --key-variable")
-    options = {"dry_run": args.dry_run, "limit": args.limit, "all_figures": cases and args.all_figures}
-    report: dict = {}
-
-    def run(out, **more) -> dict:
-        report.update(build(tool, args.source, out, endpoint(args), options, **more))
-        return report
-
-    code = console.run(args, run)
-    left = code == 0 and (report["counts"].get("requests left for the next run") or report.get("stopped"))
-    return 1 if left else code
-
-
-def endpoint(args: argparse.Namespace) -> llm.Endpoint:
-    names = (
-        "base_url model key_variable concurrency per_minute timeout retries temperature max_tokens price_in price_out"
+    parser.add_argument(
+        "--base-url", type=_base_url, default="https://api.openai.com/v1", metavar="URL", help="(%(default)s)"
     )
-    return llm.Endpoint(**{name: getattr(args, name) for name in f"{names} budget".split()})
+    parser.add_argument("--key-variable", default="OPENAI_API_KEY", metavar="NAME", help="(%(default)s)")
+    parser.add_argument("--dry-run", action="store_true", help="print a request and the estimate; send nothing")
+    parser.add_argument("--limit", type=console.at_least(1), metavar="N", help="only the first N requests")
+    count, amount = console.at_least(0), console.at_least(0, float)
+    for name, kind, default, text in (
+        ("concurrency", console.at_least(1), 8, "maximum number of concurrent requests"),
+        ("per-minute", amount, 0, "maximum number of requests per minute; 0: no limit"),
+        ("timeout", _timeout, 120, "seconds for one request"),
+        ("retries", count, 6, "further attempts of a request"),
+        ("temperature", float, 0.7, "of the model"),
+        ("max-tokens", console.at_least(1), 800, "maximum length of an answer"),
+        ("price-in", amount, 0, "of a million tokens sent"),
+        ("price-out", amount, 0, "of a million tokens received"),
+        ("budget", amount, 0, "stop after this cost; 0: no limit"),
+    ):
+        parser.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=f"{text} (%(default)s)")
 
 
-def build(
-    tool: str, source, directory, endpoint: llm.Endpoint, options: dict, progress=jobs.silent, said=lambda _: None
+def _add_case_options(parser) -> None:
+    _add_options(parser)
+    parser.add_argument("--all-figures", action="store_true", help="include figures whose captions are not radiologic")
+
+
+def _check(args) -> str:
+    if args.budget and not (args.price_in or args.price_out):
+        return "--budget needs --price-in and --price-out to compute the cost"
+    return ""
+
+
+def _run(tool: str, args, directory: Path, **running) -> dict:
+    names = "base_url model key_variable concurrency per_minute timeout retries temperature max_tokens"
+    names += " price_in price_out budget"
+    endpoint = llm.Endpoint(**{name: getattr(args, name) for name in names.split()})
+    all_figures = tool == "pmc-casereport" and args.all_figures
+    options = {"dry_run": args.dry_run, "limit": args.limit, "all_figures": all_figures}
+    report = curate(tool, args.source, directory, endpoint, options, **running)
+    return report | {"incomplete": report["counts"].get("requests left for the next run") or report.get("stopped")}
+
+
+def _epilog(tool: str, family: str, source: str, out: str) -> str:
+    return _EPILOG.format(tool=tool, table=_TABLES[tool][0], family=family, source=source, out=out)
+
+
+TOOLS = {
+    "pmc-casereport": console.Tool(
+        CASES, _epilog("pmc-casereport", "pmc_casereport", "pmc/cases.jsonl", "case"), _add_case_options, _run, _check
+    ),
+    "vqa": console.Tool(VQA, _epilog("vqa", "rad3d_vqa", "rad3d/caption.json", "vqa"), _add_options, _run, _check),
+}
+
+
+def curate(
+    tool: str, source, directory, endpoint: llm.Endpoint, options: dict, progress=jobs.no_progress, log=jobs.no_log
 ) -> dict:
-    """Asks what has no answer yet, and writes the table of all that has; returns the report. Raises ValueError."""
+    """Send the unanswered requests and write the table of all answers. Returns the report. Raises ValueError."""
     source, directory = Path(source).absolute(), Path(directory).absolute()
     shown = {"source": str(source), "base_url": endpoint.base_url, "model": endpoint.model,
              "temperature": endpoint.temperature, "max_tokens": endpoint.max_tokens} | options  # fmt: skip
-    report, result = Report(directory, tool, shown, trial=bool(options.get("dry_run"))), Result()
-    found = case_requests if tool == "pmc-casereport" else caption_requests
+    dry_run = bool(options.get("dry_run"))
+    report, result = Report(directory, tool, shown, dry_run), Result()
+    make_requests = case_requests if tool == "pmc-casereport" else caption_requests
 
-    def asked(told: Result) -> Iterator[Asked]:
-        """Read anew each time, so that no more than a request is in memory."""
-        return itertools.islice(found(source, options, told), options.get("limit"))
+    def requests(result: Result) -> Iterator[Request]:
+        """Read the source again each time, so that one request at a time is in memory."""
+        return itertools.islice(make_requests(source, options, result), options.get("limit"))
 
-    first = next(asked(Result()), None)
+    def all_messages(result: Result) -> Iterator[list[dict]]:
+        return (request.messages for request in requests(result))
+
+    first = next(requests(Result()), None)
     if first is None:
-        for _ in asked(result):
+        for _ in requests(result):
             pass
         report.add(result)
         report.write()
-        raise ValueError(f"{source} has nothing to ask about: {dict(result.counts)}, see {report.listed}")
+        raise ValueError(f"{source} has no text for a request: {dict(result.counts)}, see {report.problems_file}")
     answers = llm.Answers(directory / "answers.jsonl")
-    if options.get("dry_run"):
-        said("a request:\n" + json.dumps(qa_prompts.messages(first.text), indent=1, ensure_ascii=False))
-        estimated = llm.estimate(endpoint, answers, (qa_prompts.messages(a.text) for a in asked(result)))
+    if dry_run:
+        log("a request:\n" + json.dumps(first.messages, indent=1, ensure_ascii=False))
+        estimate = llm.estimate(endpoint, answers, all_messages(result))
         report.add(result)
-        report.counts |= estimated
+        report.counts |= estimate
         return report.write()
-    for _ in asked(result):
+    for _ in requests(result):
         result.count("texts to ask about")
     report.add(result)
     done = progress(tool, "requests", result.counts["texts to ask about"])
-    stopped = None
-    counts = llm.Counts()
     try:
-        counts = llm.ask_all(endpoint, answers, (qa_prompts.messages(a.text) for a in asked(Result())), done)
-    except llm.Stop as error:
-        stopped, counts = str(error), error.counts
-        said(stopped)
+        counts = llm.ask_all(endpoint, answers, all_messages(Result()), done)
+    except llm.Stop as stop:
+        counts = stop.counts
+        log(str(stop))
+        report.more["stopped"] = str(stop)
     report.counts |= counts.to_dict(endpoint)
-    if stopped:
-        report.more["stopped"] = stopped
-    _write(tool, directory, asked(Result()), answers, endpoint, report)
+    _write(tool, directory, requests(Result()), answers, endpoint, report)
     return report.write()
 
 
-def _write(tool: str, directory: Path, asked: Iterable[Asked], answers: llm.Answers, endpoint, report: Report) -> None:
-    """The table, in the order of the source, whatever order the answers came in."""
-    result, seen = Result(), set()  # 8 bytes of a hash of each row
+def _write(tool: str, directory: Path, requests: Iterable[Request], answers, endpoint, report: Report) -> None:
+    """Write the table in the order of the source, regardless of the order of the answers."""
+    result, seen = Result(), set()  # 8-byte hashes of the rows
     name, *header = _TABLES[tool]
     with layouts.Tables(directory, {name: header}) as out:
-        for item in asked:
-            key = llm.request_key(endpoint, qa_prompts.messages(item.text))
+        for request in requests:
+            key = llm.request_key(endpoint, request.messages)
             if key not in answers:
                 result.count("texts without an answer yet")
                 continue
@@ -184,8 +198,8 @@ def _write(tool: str, directory: Path, asked: Iterable[Asked], answers: llm.Answ
                 result.problem(directory / "answers.jsonl", key, f"the endpoint's answer is {answer['kind']}",
                                f"{answer['text'] or answer['finish']}"[:200])  # fmt: skip
                 continue
-            for pair in qa_prompts.usable(answer["text"], answer["kind"] == "cut", result.count):
-                row = item.cells | {"question": pair.question, "answer": pair.answer}
+            for pair in qa_prompts.usable_pairs(answer["text"], answer["kind"] == "cut", result.count):
+                row = request.cells | {"question": pair.question, "answer": pair.answer}
                 if tool == "pmc-casereport":
                     row |= {"question": f"Q: {pair.question}", "answer": f"A: {pair.answer}"}
                 content = hashlib.blake2b(json.dumps(list(row.values())).encode(), digest_size=8).digest()
@@ -198,68 +212,66 @@ def _write(tool: str, directory: Path, asked: Iterable[Asked], answers: llm.Answ
     report.add(result)
 
 
-# --- what is asked about ----------------------------------------------------------------------------------------------
+# --- requests ---------------------------------------------------------------------------------------------------------
 
 
 def _read(source: Path, result: Result) -> Iterator[tuple[int, dict]]:
     if not source.is_file():
-        raise RowError(source, 0, "there is no such table", "give cases.jsonl, or JSON of rad3d_caption")
+        raise RowError(source, 0, "table not found", "use cases.jsonl, or JSON of rad3d_caption")
     if source.suffix == ".jsonl":
-        return layouts.read_lines(source, result)
+        return layouts.read_json_lines(source, result)
     return layouts.read("rad3d_caption", source, result)[1]
 
 
-def case_requests(source: Path, options: dict, result: Result) -> Iterator[Asked]:
-    """One request for each sentence of a case that refers to figures."""
+def _is_case_section(section: str) -> bool:
+    return not section or not _OTHER_SECTION.search(section) or bool(_CASE_SECTION.search(section))
+
+
+def case_requests(source: Path, options: dict, result: Result) -> Iterator[Request]:
+    """Yield one request for each sentence of a case report that refers to figures."""
     for number, case in _read(source, result):
         try:
-            paper, told = case["paper"], case["sentences"]
-            captions: dict[str, str] = case["captions"]
-            named = [(s["text"], s["section"], s["img_ref"]) for s in told]
+            paper, captions = case["paper"], case["captions"]
+            sentences = [(s["text"], s["section"], s["img_ref"]) for s in case["sentences"]]
         except (KeyError, TypeError) as error:
-            result.problem(source, number, f"is no case of pmc-inline: {error}", "run pmc-inline --cases anew")
+            result.problem(source, number, f"not a case of pmc-inline: {error}", "run pmc-inline --cases again")
             continue
         result.count("case reports")
-        for k, (text, section, pictures) in enumerate(named):
-            if not pictures or (section and _AFTERWARDS.search(section) and not _CASE_SECTION.search(section)):
+        for k, (text, section, figures) in enumerate(sentences):
+            if not figures or not _is_case_section(section):
                 continue
-            shown = [p for p in pictures if options["all_figures"] or _is_radiologic(captions.get(p, ""), text)]
+            shown = [f for f in figures if options["all_figures"] or _is_radiologic(captions.get(f, ""), text)]
             if not shown:
                 result.count("sentences whose figures are not radiologic")
                 continue
-            said = [f"Caption: {captions[p]}" for p in shown if captions.get(p)]
             result.count("sentences with figures")
-            yield Asked(
-                "\n".join([f"Sentence: {text}", *dict.fromkeys(said)]),
-                {"PMC_id": paper, "img_ref": str(shown), "context": background(named[:k])},
-            )
+            lines = dict.fromkeys(f"Caption: {captions[f]}" for f in shown if captions.get(f))
+            cells = {"PMC_id": paper, "img_ref": str(shown), "context": background(sentences[:k])}
+            yield Request("\n".join([f"Sentence: {text}", *lines]), cells)
 
 
 def _is_radiologic(caption: str, sentence: str) -> bool:
-    judged = radiology.by_caption(caption)
-    return bool(judged) if judged is not None else radiology.by_caption(sentence) is True
+    verdict = radiology.by_caption(caption)
+    return bool(verdict) if verdict is not None else radiology.by_caption(sentence) is True
 
 
 def background(before: list[tuple[str, str, list[str]]]) -> str:
-    """What was told of the patient before a sentence, without the sentences that speak of figures: those would give
-    answers away."""
-    told = [
-        text for text, section, pictures in before
-        if not pictures and not re.search(r"\bfig(?:ure)?s?\b", text, re.I)
-        and not (section and _AFTERWARDS.search(section) and not _CASE_SECTION.search(section))
+    """Return the text about the patient before a sentence, without sentences about figures, which may give answers."""
+    texts = [
+        text for text, section, figures in before
+        if not figures and not re.search(r"\bfig(?:ure)?s?\b", text, re.I) and _is_case_section(section)
     ]  # fmt: skip
-    return " ".join(told[:BACKGROUND])
+    return " ".join(texts[:BACKGROUND])
 
 
-def caption_requests(source: Path, options: dict, result: Result) -> Iterator[Asked]:
-    """One request for each case with findings or an impression."""
+def caption_requests(source: Path, options: dict, result: Result) -> Iterator[Request]:
+    """Yield one request for each case with findings or an impression."""
+    titles = {"finding": "Findings", "impression": "Impression"}
     for number, row in _read(source, result):
-        parts = {name: row.get(name) for name in ("finding", "impression")}
-        said = {k: " ".join(v) if isinstance(v, list) else v for k, v in parts.items() if v}
-        if not said or not isinstance(row["npy_path"], str) or not all(isinstance(v, str) for v in said.values()):
-            result.problem(source, number, "finding and impression are blank or no text", "correct or remove the row")
+        texts = {name: " ".join(v) if isinstance(v, list) else v for name in titles if (v := row.get(name))}
+        if not texts or not isinstance(row["npy_path"], str) or not all(isinstance(v, str) for v in texts.values()):
+            reason = "finding and impression are blank or not text"
+            result.problem(source, number, reason, "correct or remove the row")
             continue
-        titles = {"finding": "Findings", "impression": "Impression"}
-        yield Asked(
-            " ".join(f"{titles[name]}: {text.strip()}" for name, text in said.items()), {"image_path": row["npy_path"]}
-        )
+        text = " ".join(f"{titles[name]}: {text.strip()}" for name, text in texts.items())
+        yield Request(text, {"image_path": row["npy_path"]})

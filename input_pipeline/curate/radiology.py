@@ -1,8 +1,8 @@
-"""Is an image radiologic? By the words of its caption, by modality labels, or by a classifier of the user's.
+"""Whether an image is radiologic, from its caption, a modality label, or a classifier of the user.
 
-Terms decide what they can: a caption that names a radiologic examination and none of another kind is radiologic, the
-other way round it is not. Where both are named, the parts of the caption are judged apart, and one radiologic part is
-enough. Where neither is, the answer is None, and the caller's policy, or a classifier, decides.
+A caption that names only radiologic examinations is radiologic; one that names only other kinds of images is not. If it
+names both, its parts are judged separately, and one radiologic part suffices. If it names neither, the result is None,
+and the caller's policy or a classifier decides.
 """
 
 from __future__ import annotations
@@ -15,14 +15,12 @@ from input_pipeline.datasets.modalities import modalities
 
 _RADIOLOGIC = re.compile(
     r"\b(?:(?:[HMP]?D|HR|CB|CE|NC|micro-?|PET[-/ ]?|SPECT[-/ ]?|cone[- ]beam )?CTA?|CTPA|CTs|(?:f|cine[- ]?)?MRI|"
-    r"MRIs|MRA|MRCP|"
-    r"MR (?:images?|imaging|angio\w+|scans?|venograph\w+|urograph\w+)|(?:T1|T2|proton[- ]density)[- ]?(?:weighted|"
-    r"WI|W)\b|"
+    r"MRIs|MRA|MRCP|MR (?:images?|imaging|angio\w+|scans?|venograph\w+|urograph\w+)|"
+    r"(?:T1|T2|proton[- ]density)[- ]?(?:weighted|WI|W)\b|"
     r"(?:T1|T2|DW|PD)WI|FLAIR|STIR|ADC|(?:diffusion|susceptibility)[- ]weighted|PET|SPECT|FDG\S*|DSA|X[- ]?rays?|"
     r"CXR|AXR|DEXA|DXA|IVU|IVP|HSG|VCUG|ERCP|TTE|TEE|OPG)\b"
     r"|(?i:\b(?:computed|computeri[sz]ed|magnetic resonance|positron emission|single[- ]photon)\b|tomogra\w+|"
-    r"\b(?!autoradio)\w*radiogra\w+|"
-    r"roentgen\w*|ultraso\w+|\bsonogra\w+|echogra\w+|echocardiogra\w+|doppler|angiogra\w+|arteriogra\w+|venogra\w+|"
+    r"\b(?!autoradio)\w*radiogra\w+|roentgen\w*|ultraso\w+|\bsonogra\w+|echogra\w+|echocardiogra\w+|doppler|angiogra\w+|arteriogra\w+|venogra\w+|"
     r"phlebogra\w+|aortogra\w+|cholangiogra\w+|pyelogra\w+|urogra\w+|cystogra\w+|fistulogra\w+|myelogra\w+|mammogra\w+|"
     r"galactogra\w+|hysterosalpingogra\w+|lymphogra\w+|scintigra\w+|bone scans?|nuclear (?:medicine|scan)\w*|"
     r"fluoroscop\w+|barium|esophagra\w+|oesophagra\w+|plain films?|chest films?|panoramic (?:film|view)|"
@@ -32,25 +30,24 @@ _OTHER = re.compile(
     r"\b(?:H&E|HE stain\w*|PAS|SEM|TEM|qPCR|RT-PCR|PCR|"
     r"(?:ECG|EKG)(?! (?:leads?|electrodes?|wires?|gat\w+|trigger\w*))|EEG|EMG|OCT|ROC|Kaplan)\b"
     r"|(?i:histo(?:log|patholog|chem)\w+|patholog\w+ (?:section|specimen|examination|finding|image)\w*|"
-    r"microscop\w+|photomicrogra\w+|micrograph\w*|h(?:a)?ematoxylin|\beosin\b|immuno(?:histochem|stain|fluoresc|"
-    r"blot)\w+|"
+    r"microscop\w+|photomicrogra\w+|micrograph\w*|h(?:a)?ematoxylin|\beosin\b|"
+    r"immuno(?:histochem|stain|fluoresc|blot)\w+|"
     r"staining|original magnification|magnification|biops\w+|cytolog\w+|smear|gross (?:specimen|appearance|pathology)|"
-    r"macroscop\w+|intra-?operative (?:view|photo\w*|image|finding|picture)s?|photogra\w+|clinical (?:picture|"
-    r"appearance|photo)\w*|"
+    r"macroscop\w+|intra-?operative (?:view|photo\w*|image|finding|picture)s?|photogra\w+|"
+    r"clinical (?:picture|appearance|photo)\w*|"
     r"endoscop\w*\b(?!\s+ultraso)|colonoscop\w+|gastroscop\w+|bronchoscop\w+|laparoscop\w+|arthroscop\w+|cystoscop\w+|"
-    r"dermoscop\w+|"
-    r"fundus(?= (?:photo|exam|image|auto|fluor|of the (?:\w+ )?eye))|"
+    r"dermoscop\w+|fundus(?= (?:photo|exam|image|auto|fluor|of the (?:\w+ )?eye))|"
     r"(?:ocular|optic|retinal) fundus|fundoscop\w+|slit[- ]lamp|"
     r"optical coherence|electro(?:cardio|encephalo|myo)gra\w+|flow ?chart|flow diagram|diagram|"
-    r"schematic|"
-    r"scheme|drawing|illustration|pedigree|sequencing|chromatogra\w+|western blot|gel electrophoresis|electrophoresis|"
+    r"schematic|scheme|drawing|illustration|pedigree|sequencing|chromatogra\w+|western blot|gel electrophoresis|"
+    r"electrophoresis|"
     r"\bplots?\b|histogram|bar (?:chart|graph)|\bgraphs?\b|"
-    # Not that of a spine or a tube.
+    # Not the curve of a spine or a tube.
     r"(?<!lumbar )(?<!thoracic )(?<!scoliotic )(?<!spinal )\bcurves?\b(?! (?:(?:super|infer|poster|anter)iorly|"
     r"medially|laterally|up|down|back|around|over|into|to the)\b)|forest plot|box ?plot|time ?line|"
     r"surgical (?:specimen|field|view)|resected (?:specimen|tumou?r)|autopsy|necropsy|karyotyp\w+)"
 )
-# "CT-guided biopsy: section", "seen on CT before", "status post bronchoscopy": no picture of this figure.
+# "CT-guided biopsy: section", "before CT", "status post bronchoscopy" do not describe the image itself.
 _ASIDE = re.compile(
     r"\b\w+[- ]guid(?:ed|ance)\b|\b(?:after|before|prior to|preceding|previous|following)\s+(?:the\s+)?(?:\w+\s+)?"
     r"(?:CT|MRI|PET|ultrasound|angiography|biopsy|scan)\b|\b(?:s/p|status[- ]post|history of|post)\s+"
@@ -62,43 +59,41 @@ NOT_RADIOLOGIC = frozenset({"histopathology", "a photograph", "endoscopy"})
 
 
 class Classifier(Protocol):
-    """A classifier of images: path -> probability that the image is radiologic."""
+    """A function of an image path that returns the probability that the image is radiologic."""
 
     def __call__(self, path: str) -> float: ...
 
 
 def by_caption(text: str) -> bool | None:
-    """Whether a caption or a sentence speaks of a radiologic image; None if its words do not say."""
+    """Return whether a caption or a sentence describes a radiologic image; None if it is undecided."""
     text = _ASIDE.sub(" ", text)
     yes, no = bool(_RADIOLOGIC.search(text)), bool(_OTHER.search(text))
     if yes != no:
         return yes
     if not yes:
         return None
-    # Both are named: one part that is radiologic alone makes the figure so.
+    # Both are named: one part that is only radiologic suffices.
     parts = [(bool(_RADIOLOGIC.search(p)), bool(_OTHER.search(p))) for p in _PART.split(text)]
     if (True, False) in parts:
         return True
-    return (
-        None
-        if (False, True) not in parts and len(parts) > 1
-        else _RADIOLOGIC.search(text).start() < _OTHER.search(text).start()
-    )
+    if (False, True) not in parts and len(parts) > 1:
+        return None
+    return _RADIOLOGIC.search(text).start() < _OTHER.search(text).start()
 
 
 def by_label(label: str) -> bool | None:
-    """The same of a modality label: "CT - noncontrast", "Pathology"; None for one that names no modality."""
+    """Return whether a modality label is radiologic ("CT - noncontrast"); None if it names no modality."""
     names = modalities(label)
     return None if not names else bool(names - NOT_RADIOLOGIC)
 
 
 def open_classifier(name: str) -> Classifier:
-    """`package.module:function` -> the function. Raises ValueError."""
+    """Import `package.module:function`. Raises ValueError."""
     module, _, attribute = name.partition(":")
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        classifier = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"classifier {name!r} cannot be imported: {error} (give package.module:function)") from None
-    if not callable(found):
-        raise ValueError(f"classifier {name!r} is no function of a path")
-    return found
+        raise ValueError(f"classifier {name!r} cannot be imported: {error} (write package.module:function)") from None
+    if not callable(classifier):
+        raise ValueError(f"classifier {name!r} is not a function")
+    return classifier

@@ -1,7 +1,8 @@
-"""radmd: tables of MedMD -> tables of RadMD, by the rules of the paper's Table 2, each counted and with examples."""
+"""radmd: tables of MedMD -> tables of RadMD, by the rules of the paper's Table 2, with counts and examples."""
 
 from __future__ import annotations
 
+import argparse
 import array
 import hashlib
 import heapq
@@ -12,28 +13,28 @@ from pathlib import Path
 import numpy as np
 
 from input_pipeline.curate import console, filters, jobs, layouts, radiology
-from input_pipeline.curate.filters import FILTERS, OF_FAMILY, Settings
+from input_pipeline.curate.filters import FILTERS, RULES, Settings
 from input_pipeline.curate.jobs import Report, Result
 from input_pipeline.datasets import FAMILIES, diagnosis, diseases
-from input_pipeline.index.writing import write_lines
+from input_pipeline.files import write_json_lines
 
 DESCRIPTION = """\
-Filter tables of MedMD into RadMD (paper, Table 2). Give each table with its family; it is written again under its name,
-in its own layout, without the rows that a rule drops. Every rule has a name, its counts, and examples to look through.
+Filter tables of MedMD into RadMD (paper, Table 2). Each table is written again under its name, in its layout, without
+the rows that a rule drops. The report has the counts of every rule, and examples to review.
 """
 EPILOG = """\
-rules by family (all others keep every row):
+rules by family (other families keep every row):
   pmc_oa, pmc_inline     dropped_family
   pmc_casereport         radiologic, size_questions, age_questions, cheating_contexts
   rad3d_caption          radiologic, size_phrases
   rad3d_vqa              radiologic, size_questions, age_questions
   rad3d_modality, rad3d_rationale   radiologic
-  cxr_mix, vindr_*, diagnosis   balance, in each split of a column `split`: of normal and abnormal (open tables, over
-                                all their sets), of yes and no for each disease (yes/no tables, in each set of a
-                                column `source`, so that the look of a set says nothing about the answer)
+  cxr_mix, vindr_*, diagnosis   balance, within each value of the column `split`: equally many normal and abnormal rows
+                                (open tables, over all sets), or yes and no rows per disease (yes/no tables, within
+                                each set of the column `source`, so that the look of a set does not predict the answer)
 
-what is written to DIR: the tables; report.json (counts by table and rule); examples.jsonl (rule, what became of the
-row, before, after); problems.jsonl (rows that cannot be read)
+output in DIR: the tables; report.json (counts by table and rule); examples.jsonl (rule, outcome, row before and after);
+problems.jsonl (rows that cannot be read)
 
 examples:
   python -m input_pipeline.curate radmd --root medmd --out radmd pmc_casereport=case.csv rad3d_vqa=vqa.csv
@@ -41,148 +42,169 @@ examples:
   python -m input_pipeline.curate radmd --root d --out r rad3d_vqa=vqa.csv --classifier my.models:radiologic
   python -m input_pipeline.curate radmd --root d --out r pmc_casereport=case.csv --without cheating_contexts
 
-A classifier is a function that takes the path of an image and returns the probability that it is radiologic; it is
-asked only where neither a label nor the caption says so.
+A classifier is a function that takes the path of an image and returns the probability that it is radiologic. It is
+called only if neither a label nor the caption decides.
 """
 
 
-def main(tool: str, argv: list[str]) -> int:
-    parser = console.parser(tool, DESCRIPTION, EPILOG)
+def _add_options(parser) -> None:
     layouts.add_tables(parser)
     parser.add_argument("--captions", action="append", default=[], metavar="FILE", help="captions.jsonl of pmc-inline")
-    parser.add_argument("--classifier", metavar="MODULE:FUNCTION", help="path of an image -> probability")
-    parser.add_argument("--threshold", type=float, default=0.5, help="of the classifier (%(default)s)")
+    parser.add_argument("--classifier", metavar="MODULE:FUNCTION", help="function: image path -> probability")
+    parser.add_argument("--threshold", type=_probability, default=0.5, help="of the classifier (%(default)s)")
     parser.add_argument(
         "--unknown",
         choices=("keep", "drop"),
         default="",
-        help="images of which nothing says what they are (default: drop for pmc_casereport, keep for the others)",
+        help="what to do with undecided images (default: drop for pmc_casereport, keep for other families)",
     )
     parser.add_argument(
         "--cheating",
         choices=("drop", "cut"),
         default="drop",
-        help="drop a row whose context says the answer, or cut those sentences (%(default)s)",
+        help="drop a row whose context contains the answer, or cut those sentences (%(default)s)",
     )
-    parser.add_argument("--without", action="append", default=[], metavar="RULE", help="leave out a rule; repeatable")
-    parser.add_argument("--examples", type=int, default=20, metavar="N", help="of each rule and outcome (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the balance (%(default)s)")
-    args = parser.parse_args(argv)
-    if args.examples < 0 or not 0 <= args.threshold <= 1:
-        parser.error("--examples needs at least 0, --threshold a probability")
+    parser.add_argument("--without", action="append", default=[], metavar="RULE", help="skip a rule; repeatable")
+    parser.add_argument(
+        "--examples", type=console.at_least(0), default=20, metavar="N", help="per rule and outcome (%(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the balance (%(default)s)")
+
+
+def _probability(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be between 0 and 1 (got {text})")
+    return value
+
+
+def _run(tool: str, args, directory: Path, **running) -> dict:
     options = {k: v for k, v in vars(args).items() if k not in ("out", "strict", "tables", "root")}
-    return console.run(args, lambda out, **more: build(args.tables, args.root, out, options, **more))
+    return curate(args.tables, args.root, directory, options, **running)
 
 
-def build(specs: list[str], root, directory: Path, options: dict, progress=jobs.silent, said=None) -> dict:
-    """Filters every table; returns the report. Raises ValueError."""
+TOOLS = {"radmd": console.Tool(DESCRIPTION, EPILOG, _add_options, _run)}
+
+
+def curate(specs: list[str], root, directory: Path, options: dict, progress=jobs.no_progress, log=jobs.no_log) -> dict:
+    """Filter every table. Returns the report. Raises ValueError."""
     root, directory = Path(root).absolute(), Path(directory).absolute()
-    named = layouts.all_named(specs, root, directory)
+    tables = layouts.named_tables(specs, root, directory)
     unknown = [rule for rule in options.get("without", ()) if rule not in (*FILTERS, "balance")]
     if unknown:
         raise ValueError(f"rule {', '.join(unknown)} is unknown; known: {', '.join((*FILTERS, 'balance'))}")
-    of_captions = Result()
+    result = Result()
     settings = Settings(
         root,
-        _captions(options.get("captions", ()), named, of_captions),
+        _captions(options.get("captions", ()), tables, result),
         radiology.open_classifier(options["classifier"]) if options.get("classifier") else None,
         options.get("threshold", 0.5),
         options.get("unknown", ""),
         options.get("cheating", "drop"),
     )
     report = Report(directory, "radmd", {"root": str(root), "tables": specs} | options)
-    report.add(of_captions)
-    if said and not options.get("captions") and any(table.family == "pmc_casereport" for table in named):
-        said("no --captions: what figures show is judged by questions and answers alone, which often do not say")
+    report.add(result)
+    if not options.get("captions") and any(table.family == "pmc_casereport" for table in tables):
+        log("without --captions, figures are judged by their questions and answers alone, which are often undecided")
     examples = _Examples(options.get("examples", 20))
-    done = progress("radmd", "tables", len(named))
+    done = progress("radmd", "tables", len(tables))
     report.more["tables"] = {}
-    for table in named:
+    for table in tables:
         result, settings.root = Result(), table.root
-        found = _table(table.family, table.file, directory, settings, options, examples, result)
-        report.more["tables"][table.name] = found
+        table_filter = _TableFilter(table.family, table.file, settings, options, examples, result)
+        report.more["tables"][table.name] = table_filter.run(directory)
         report.add(result)
         done(1, bool(result.problems))
-    write_lines(directory / "examples.jsonl", examples.all())
+    write_json_lines(directory / "examples.jsonl", examples.all())
     return report.write()
 
 
-def _captions(files, named, result: Result) -> filters.Captions:
-    """What captions.jsonl says of each picture that the tables name."""
-    found = filters.Captions()
-    for table in named if files else ():
+def _captions(files, tables, result: Result) -> filters.Captions:
+    """Return the verdicts on the captions in `files` of the figures in the tables."""
+    captions = filters.Captions()
+    for table in tables if files else ():
         if table.family == "pmc_casereport":
             for _, row in layouts.read(table.family, table.file, Result())[1]:
-                for paper, picture in filters.pictures(row, table.family):
-                    found.want(paper, picture)
+                for paper, figure in filters.figures(row, table.family):
+                    captions.register(paper, figure)
     for file in files:
-        for number, row in layouts.read_lines(Path(file), result):
+        for number, row in layouts.read_json_lines(Path(file), result):
             try:
-                for picture in row["pictures"]:
-                    found.add(row["paper"], picture, row["caption"])
+                for figure in row["pictures"]:
+                    captions.add(row["paper"], figure, row["caption"])
             except (KeyError, TypeError, AttributeError) as error:
-                result.problem(file, number, f"is no line of captions.jsonl: {error}", "run pmc-inline anew")
-    return found
+                result.problem(file, number, f"not a line of captions.jsonl: {error}", "run pmc-inline again")
+    return captions
 
 
-def _table(family, file, directory, settings, options, examples, result: Result) -> dict:
-    without = options.get("without", ())
-    rules = [rule for rule in OF_FAMILY.get(family, ()) if rule not in without]
-    counts: dict[str, dict[str, int]] = {rule: {"dropped": 0, "changed": 0} for rule in rules}
-    reasons: dict[str, int] = {}
-    header, rows = layouts.read(family, file, result)
-    chosen = None
-    if issubclass(FAMILIES[family], diagnosis.Diagnosis) and "balance" not in without:
-        assert not rules, family
-        chosen = _balance(layouts.read(family, file, Result())[1], options.get("seed", 0), file, result)
-        counts["balance"] = {"dropped": 0, "changed": 0}
-    total = 0
-    with layouts.Tables(directory, {file.name: header}) as out:
-        for number, before in rows:
-            total += 1
-            if chosen is not None and number not in chosen:
-                if _side(before) is None:
-                    continue  # a problem, and listed as one
-                counts["balance"]["dropped"] += 1
-                examples.add(file.name, "balance", "dropped", "more of this side than of the other", before, None)
-                continue
-            row = _filtered(family, file, number, before, rules, settings, counts, reasons, examples, result)
-            if row is not None:
-                out.write(file.name, row)
-                for rule in rules or counts:
-                    examples.add(file.name, rule, "kept", "", before, row if row != before else None)
-    name, kept = file.name, out.rows[file.name]
-    result.count(f"{name}: rows", total)
-    for rule, found in counts.items():
-        for outcome, count in found.items():
-            if count or outcome == "dropped":
-                result.count(f"{name}: {outcome} by {rule}", count)
-    result.count(f"{name}: kept", kept)
-    return {"family": family, "rows": total, "kept": kept, "rules": counts, "reasons": reasons}
+class _TableFilter:
+    """The filters of one table, with the counts of each rule."""
 
+    def __init__(self, family: str, file: Path, settings: Settings, options: dict, examples, result: Result):
+        self.family, self.file, self.settings = family, file, settings
+        self.options, self.examples, self.result = options, examples, result
+        without = options.get("without", ())
+        self.rules = [rule for rule in RULES.get(family, ()) if rule not in without]
+        self.balance = issubclass(FAMILIES[family], diagnosis.Diagnosis) and "balance" not in without
+        assert not (self.balance and self.rules), family
+        names = ["balance"] if self.balance else self.rules
+        self.counts: dict[str, dict[str, int]] = {rule: {"dropped": 0, "changed": 0} for rule in names}
+        self.reasons: dict[str, int] = {}
 
-def _filtered(family, file, number, before, rules, settings, counts, reasons, examples, result) -> dict | None:
-    row = before
-    for rule in rules:
-        try:
-            verdict = FILTERS[rule](row, family, settings)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            said = f"{type(error).__name__}: {error}"
-            result.problem(file, number, f"the rule {rule} fails: {said}", "correct the row, or leave out the rule")
-            return None
-        if verdict.row is None or verdict.reason:
-            outcome = "dropped" if verdict.row is None else "changed"
-            counts[rule][outcome] += 1
-            reasons[verdict.reason] = reasons.get(verdict.reason, 0) + 1
-            examples.add(file.name, rule, outcome, verdict.reason, before, verdict.row)
-        row = verdict.row
-        if row is None:
-            return None
-    return row
+    def run(self, directory: Path) -> dict:
+        """Write the filtered table. Returns its counts."""
+        name, total, kept_rows = self.file.name, 0, None
+        header, rows = layouts.read(self.family, self.file, self.result)
+        if self.balance:
+            every = layouts.read(self.family, self.file, Result())[1]
+            kept_rows = _balance(every, self.options.get("seed", 0), self.file, self.result)
+        with layouts.Tables(directory, {name: header}) as out:
+            for number, before in rows:
+                total += 1
+                if kept_rows is not None and number not in kept_rows:
+                    if _side(before) is None:
+                        continue  # already listed as a problem
+                    self.counts["balance"]["dropped"] += 1
+                    reason = "more rows of this side than of the other"
+                    self.examples.add(name, "balance", "dropped", reason, before, None)
+                    continue
+                row = self._filtered(number, before)
+                if row is not None:
+                    out.write(name, row)
+                    for rule in self.counts:
+                        self.examples.add(name, rule, "kept", "", before, row if row != before else None)
+        kept = out.rows[name]
+        self.result.count(f"{name}: rows", total)
+        for rule, outcomes in self.counts.items():
+            for outcome, count in outcomes.items():
+                if count or outcome == "dropped":
+                    self.result.count(f"{name}: {outcome} by {rule}", count)
+        self.result.count(f"{name}: kept", kept)
+        counts = {"family": self.family, "rows": total, "kept": kept}
+        return counts | {"rules": self.counts, "reasons": self.reasons}
+
+    def _filtered(self, number: int, before: dict) -> dict | None:
+        row = before
+        for rule in self.rules:
+            try:
+                verdict = FILTERS[rule](row, self.family, self.settings)
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                reason = f"the rule {rule} fails: {type(error).__name__}: {error}"
+                self.result.problem(self.file, number, reason, f"correct the row, or add --without {rule}")
+                return None
+            if verdict.row is None or verdict.reason:
+                outcome = "dropped" if verdict.row is None else "changed"
+                self.counts[rule][outcome] += 1
+                self.reasons[verdict.reason] = self.reasons.get(verdict.reason, 0) + 1
+                self.examples.add(self.file.name, rule, outcome, verdict.reason, before, verdict.row)
+            row = verdict.row
+            if row is None:
+                return None
+        return row
 
 
 def _side(row: dict) -> bool | None:
-    """Present or absent in a yes/no table, normal or abnormal in an open one; None: the label says neither."""
+    """Return present or absent in a yes/no table, normal or abnormal in an open one; None for an invalid label."""
     label = row["label"].strip()
     if "disease" in row:
         return diagnosis.FLAGS.get(label) if row["disease"] else None
@@ -190,39 +212,41 @@ def _side(row: dict) -> bool | None:
 
 
 def _balance(rows: Iterator[tuple[int, dict]], seed: int, file: Path, result: Result) -> set[int]:
-    """As many of one side as of the other, in each split; where rows say a disease, for each disease of each set
-    (`source`), so that the look of a set still says nothing about the answer. Which rows stay, a hash decides.
+    """Return the numbers of the rows to keep, with equally many of both sides, chosen by hash.
 
-    Returns the numbers of the rows that stay. In memory are 16 bytes a row, and these numbers.
+    Rows are balanced within each split, and in yes/no tables also within each disease and set (`source`), so that the
+    look of a set does not predict the answer. Takes 16 bytes of memory per row, plus the result.
     """
+    # Hashes and row numbers of the one side, then of the other.
     sides: dict[tuple[str, str, str], tuple[array.array, array.array, array.array, array.array]] = {}
     for number, row in rows:
         side = _side(row)
         if side is None:
-            said = f"the label {row['label'][:40]!r} is neither yes nor no" if row.get("disease") else "a cell is blank"
-            remedy = "1 (present) or 0 (absent) of a disease; in an open table a disease, or 'No finding'"
-            result.problem(file, number, said, remedy)
+            label = row["label"][:40]
+            reason = f"the label {label!r} is neither yes nor no" if row.get("disease") else "a cell is blank"
+            remedy = "write 1 (present) or 0 (absent) of a disease; in an open table a disease, or 'No finding'"
+            result.problem(file, number, reason, remedy)
             continue
-        of = (row.get("source") or "", diseases.canonical(row["disease"])) if "disease" in row else ("", "")
-        both = sides.setdefault((row.get("split") or "", *of), tuple(array.array("Q") for _ in range(4)))
+        group = (row.get("source") or "", diseases.canonical(row["disease"])) if "disease" in row else ("", "")
+        both = sides.setdefault((row.get("split") or "", *group), tuple(array.array("Q") for _ in range(4)))
         both[2 * side].append(int.from_bytes(order(seed, row)[:8], "big"))
         both[2 * side + 1].append(number)
     kept: set[int] = set()
     for both in sides.values():
         count = min(len(both[1]), len(both[3]))
-        for places, numbers in (both[:2], both[2:]):
-            first = np.lexsort((np.array(numbers, np.uint64), np.array(places, np.uint64)))[:count]
+        for hashes, numbers in (both[:2], both[2:]):
+            first = np.lexsort((np.array(numbers, np.uint64), np.array(hashes, np.uint64)))[:count]
             kept.update(np.array(numbers, np.uint64)[first].tolist())
     return kept
 
 
 def order(seed: int, *values) -> bytes:
-    """A place in a shuffled order that depends on the seed and the values alone."""
+    """Return a sort key for a shuffled order that depends on the seed and the values alone."""
     return hashlib.blake2b(json.dumps([seed, *values], sort_keys=True).encode(), digest_size=16).digest()
 
 
 class _Examples:
-    """A few rows of each rule and outcome, chosen by hash: the same for the same table, from all over it."""
+    """A few rows of each rule and outcome, chosen by hash, so that they are reproducible and from the whole table."""
 
     def __init__(self, most: int):
         self.most, self.heaps = most, {}
@@ -231,13 +255,13 @@ class _Examples:
         heap = self.heaps.setdefault((table, rule, outcome), [])
         if not self.most:
             return
-        place = (int.from_bytes(order(0, rule, before), "little"), len(heap))
-        said = {"table": table, "rule": rule, "outcome": outcome, "reason": reason, "before": before, "after": after}
+        key = (int.from_bytes(order(0, rule, before), "little"), len(heap))
+        example = {"table": table, "rule": rule, "outcome": outcome, "reason": reason, "before": before, "after": after}
         if len(heap) < self.most:
-            heapq.heappush(heap, (*place, said))
-        elif place[0] < heap[0][0]:
-            heapq.heapreplace(heap, (*place, said))
+            heapq.heappush(heap, (*key, example))
+        elif key[0] < heap[0][0]:
+            heapq.heapreplace(heap, (*key, example))
 
     def all(self):
         for heap in self.heaps.values():
-            yield from (said for _, _, said in sorted(heap, key=lambda item: item[0]))
+            yield from (example for _, _, example in sorted(heap, key=lambda item: item[0]))

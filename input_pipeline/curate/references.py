@@ -1,6 +1,6 @@
-"""Mentions of figures in running text: "Figs. 1-3 and 5b" -> figures 1, 2, 3 and 5 panel b, each with its place.
+"""Mentions of figures in running text: "Figs. 1-3 and 5b" -> figures 1, 2, 3 and 5 panel b, with positions.
 
-What the words mean is said here; which figure of the paper they tie to, `jats` decides, as it knows the links.
+This module parses the words. `figure_ties` finds the figure of the paper, with the links of the article.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _KEYWORD = re.compile(
 )
 # "2", "12", "S1", "A.3", "3.1", "IV"
 _NUMBER = re.compile(r"(?:[A-Z]\.?[-–]?)?\d+(?:\.\d+)*(?![\d%])|[IVX]+\b")
-# "a", "A-C", "(b, c)", "a and b", "i-iii": letters that cannot be the beginning of a word.
+# "a", "A-C", "(b, c)", "a and b", "i-iii": letters that do not start a word.
 _LETTER = r"(?:[A-Za-z]|i{2,3}|iv|vi{0,3})(?:['’′*])?(?![A-Za-z0-9])"
 _DASH = r"\s*[-–—−‒]\s*"
 _LETTERS = rf"{_LETTER}(?:(?:{_DASH}|\s*[,/&+]\s*(?:and\s+)?|\s+(?:and|to)\s+){_LETTER})*"
@@ -27,13 +27,13 @@ _PANELS = re.compile(
 _RANGE = re.compile(rf"{_DASH}|\s+(?:to|through)\s+", re.IGNORECASE)
 _SEPARATOR = re.compile(r"\s*(?:,|;|/|&|\+)\s*(?:and\s+|&\s*)?|\s+(?:and|or)\s+", re.IGNORECASE)
 _AGAIN = re.compile(r"(?:figures?|figs?)\b\.?\s*", re.IGNORECASE)
-# After a number of a list: it is a number of something else.
+# Text after a number of a list that shows that it counts something else.
 _COUNTED = re.compile(
     r"\s*(?:%|°|×|=|<|>)|\s+(?:mm|cm|m|ml|mg|g|kg|s|h|hours?|days?|weeks?|months?|years?|patients?|cases?|"
     r"subjects?|patients|of\s+\d)\b|\s+[a-z]+(?:s|ed)\b(?<!shows)(?<!demonstrates)(?<!depicts)(?<!illustrates)"
 )
 _ENDS = re.compile(r"\s*(?:[).,;:\]–—-]|$)|\s+(?:show|illustrate|demonstrate|depict|present|reveal|and\b|are\b)")
-# Figures of another paper: what stands behind a mention, and before it.
+# Text after and before a mention that refers to another paper.
 _ELSEWHERE_AFTER = re.compile(
     r"[A-Za-z)]{0,2}\s*,?\s*(?:of|in|from)\s+(?:refs?\b|references?\b|\[|\(?[A-Z][\w'’-]+(?:\s+and\s+[A-Z][\w'’-]+|"
     r"\s+et\s+al)|the\s+(?:original\s+)?(?:paper|article|study|work|report)\s+(?:of|by)\b)|\s+therein\b"
@@ -50,10 +50,10 @@ class Item:
     """One figure that a mention names.
 
     Attributes:
-      number: as labels are folded (`fold`): "2", "S1", "IV"; "" for "the figure".
-      panels: small letters; empty: the whole figure.
-      begin, end: where it stands; for the inner ones of a range, where the range stands.
-      inner: it is not written out, but lies within a range.
+      number: normalized like labels (`fold`): "2", "S1", "IV"; "" for "the figure".
+      panels: letters in lower case; empty for the whole figure.
+      begin, end: its position in the text; for an inner figure of a range, the position of the range.
+      inner: it is inside a range and not written out.
     """
 
     number: str
@@ -65,10 +65,12 @@ class Item:
 
 @dataclasses.dataclass(frozen=True)
 class Mention:
-    """Attributes:
-    word: "figure", "scheme", "chart", "plate" or "image".
-    supplement, elsewhere: its words say that it is no figure of the paper's body, or one of another paper.
-    begin, end: of the whole, the keyword included.
+    """One mention of one or several figures.
+
+    Attributes:
+      word: "figure", "scheme", "chart", "plate" or "image".
+      begin, end: its position in the text, including the keyword.
+      supplement, elsewhere: the text refers to a supplement, or to another paper.
     """
 
     word: str
@@ -80,47 +82,49 @@ class Mention:
 
 
 def fold(number: str) -> str:
-    """A number of a label or a mention, so that equal ones are equal: "S 1." -> "S1", "A.2" -> "A2", "02" -> "2"."""
+    """Normalize the number of a label or a mention: "S 1." -> "S1", "A.2" -> "A2", "02" -> "2"."""
     number = re.sub(r"^([A-Za-z])[\s.–-]*(?=\d)", r"\1", number.strip(" .:"))
     return re.sub(r"(?<![\d.])0+(?=\d)", "", number).upper()
 
 
 def mentions(text: str, is_linked=lambda begin, end: False) -> list[Mention]:
-    """Every mention of numbered figures.
+    """Return every mention of numbered figures.
 
     Args:
-      is_linked: whether the author linked this stretch to a figure: then a number of a list surely is one.
+      is_linked: is_linked(begin, end) returns whether the author linked this text to a figure. Linked numbers of a list
+        are always figures.
     """
-    out, at = [], 0
-    while (found := _KEYWORD.search(text, at)) is not None:
-        word, before = found["word"].lower(), (found["before"] or "").lower()
-        plural = word.endswith("s")
-        items, end = _items(text, found.end(), plural, is_linked)
-        at = max(end, found.end())
+    out, position = [], 0
+    while (match := _KEYWORD.search(text, position)) is not None:
+        word, before = match["word"].lower(), (match["before"] or "").lower()
+        items, end = _items(text, match.end(), word.endswith("s"), is_linked)
+        position = max(end, match.end())
         if not items:
             continue
-        word = {"fig": "figure"}.get(word.rstrip("s"), word.rstrip("s"))
+        word = word.rstrip("s")
+        word = "figure" if word == "fig" else word
         elsewhere = before in ("their", "his", "her") or bool(
             _ELSEWHERE_AFTER.match(text, end)
-            or _ELSEWHERE_BEFORE.search(text, max(0, found.start() - 60), found.start())
+            or _ELSEWHERE_BEFORE.search(text, max(0, match.start() - 60), match.start())
         )
         supplement = bool(before) and before not in ("their", "his", "her", "appendix")
-        out.append(Mention(word, tuple(items), found.start(), end, supplement, elsewhere))
+        out.append(Mention(word, tuple(items), match.start(), end, supplement, elsewhere))
     return out
 
 
-def bare(text: str) -> list[Item]:
-    """The figures that a link without a keyword names: "2", "1-3", "4b, c"; empty if it is something else."""
+def bare_items(text: str) -> list[Item]:
+    """Return the figures of a link without a keyword: "2", "1-3", "4b, c"; empty if it is something else."""
     items, end = _items(text, len(text) - len(text.lstrip(" (")), True, lambda b, e: True)
     return items if items and not text[end:].strip(" ).,;") else []
 
 
-def _items(text: str, at: int, plural: bool, is_linked) -> tuple[list[Item], int]:
-    number = _NUMBER.match(text, at)
+def _items(text: str, position: int, plural: bool, is_linked) -> tuple[list[Item], int]:
+    """Return the figures listed from a position on, and the end of the list."""
+    number = _NUMBER.match(text, position)
     if number is None:
-        return [], at
+        return [], position
     items: list[Item] = []
-    end = at
+    end = position
     ranged = False
     while number is not None:
         panels, stop = _panels(text, number.end())
@@ -143,7 +147,7 @@ def _items(text: str, at: int, plural: bool, is_linked) -> tuple[list[Item], int
         follow = _SEPARATOR.match(text, end)
         if follow is None:
             break
-        # "Scheme 1, Fig. 2": the next keyword begins a mention of its own.
+        # "Scheme 1, Fig. 2": the next keyword starts another mention.
         number = _NUMBER.match(text, follow.end())
         if number is None or not (is_linked(number.start(), number.end()) or _plausible(text, number, plural, False)):
             break
@@ -151,7 +155,7 @@ def _items(text: str, at: int, plural: bool, is_linked) -> tuple[list[Item], int
 
 
 def _plausible(text: str, number: re.Match, plural: bool, ranged: bool) -> bool:
-    """Whether a further number of a list is a figure: what follows a number of something else says so."""
+    """Return whether a further number of a list is a figure, judged by the text after it."""
     _, stop = _panels(text, number.end())
     if re.fullmatch(r"[IVX]+", number.group()) and not plural:
         return False
@@ -160,17 +164,16 @@ def _plausible(text: str, number: re.Match, plural: bool, ranged: bool) -> bool:
     return _ENDS.match(text, stop) is not None
 
 
-def _panels(text: str, at: int) -> tuple[tuple[str, ...], int]:
-    found = _PANELS.match(text, at)
-    if found is None:
-        return (), at
-    letters = found["bracketed"] or found["joined"] or found["apart"]
-    if (
-        found["apart"]
-        and letters in ("a", "A", "I", "i")
-        and text[found.end() : found.end() + 1] not in (")", ",", "]")
-    ):
-        return (), at
+def _panels(text: str, position: int) -> tuple[tuple[str, ...], int]:
+    """Return the panels named at a position, and their end."""
+    match = _PANELS.match(text, position)
+    if match is None:
+        return (), position
+    letters = match["bracketed"] or match["joined"] or match["apart"]
+    following = text[match.end() : match.end() + 1]
+    # "a" and "I" are also English words.
+    if match["apart"] and letters in ("a", "A", "I", "i") and following not in (")", ",", "]"):
+        return (), position
     names: list[str] = []
     for piece in re.split(r"\s*[,/&+]\s*(?:and\s+)?|\s+and\s+", letters):
         ends = [e.strip(" '’′*").lower() for e in re.split(rf"{_DASH}|\s+to\s+", piece)]
@@ -178,15 +181,15 @@ def _panels(text: str, at: int) -> tuple[tuple[str, ...], int]:
             names += [chr(c) for c in range(ord(ends[0]), ord(ends[1]) + 1)]
         else:
             names += ends
-    return tuple(dict.fromkeys(names)), found.end()
+    return tuple(dict.fromkeys(names)), match.end()
 
 
-def _between(first: Item, last: str, at: int) -> list[Item]:
-    """The inner figures of a range; none for one that runs backwards or is longer than a paper has figures."""
+def _between(first: Item, last: str, end: int) -> list[Item]:
+    """Return the inner figures of a range; none if it runs backwards or is longer than 30."""
     low, high = int(first.number), int(last)
     if not low < high <= low + 30:
         return []
-    return [Item(str(k), (), first.begin, at, True) for k in range(low + 1, high)]
+    return [Item(str(k), (), first.begin, end, True) for k in range(low + 1, high)]
 
 
 _LABEL = re.compile(
@@ -206,12 +209,12 @@ class Label:
 
 
 def label(text: str) -> Label | None:
-    """ "Figure 2A." -> figure 2, panel a; None for what is no numbered label."""
-    found = _LABEL.match(" ".join(text.split()))
-    if found is None or not (found["number"] or found["panel"]):
+    """Parse a label: "Figure 2A." -> figure 2, panel a. Returns None if it has no number."""
+    match = _LABEL.match(" ".join(text.split()))
+    if match is None or not (match["number"] or match["panel"]):
         return None
-    word = (found["word"] or "figure").lower().rstrip("s")
+    word = (match["word"] or "figure").lower().rstrip("s")
     word = "figure" if word in ("fig", "abb", "abbildung") else word
-    before = (found["before"] or "").lower()
-    number, panel = fold(found["number"] or ""), (found["panel"] or "").lower()
+    before = (match["before"] or "").lower()
+    number, panel = fold(match["number"] or ""), (match["panel"] or "").lower()
     return Label(word, number, panel, bool(before) and before != "appendix")

@@ -1,42 +1,43 @@
-"""splits: tables -> the same tables with a column `split`, no patient, study, scan or near duplicate on both sides."""
+"""splits: tables -> the same tables with a column `split`; no study, scan or near duplicate is in two splits."""
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
 from input_pipeline.curate import console, duplicates, jobs, layouts
 from input_pipeline.curate.jobs import Report, Result
-from input_pipeline.curate.layouts import Named
+from input_pipeline.curate.layouts import NamedTable
 from input_pipeline.datasets import FAMILIES, Dataset, open_dataset, sample_rng
 from input_pipeline.datasets.diagnosis import Diagnosis
+from input_pipeline.files import write_json_lines
 from input_pipeline.images import scans
-from input_pipeline.index.writing import write_lines
 from input_pipeline.samples import RowError, Text
 
 DESCRIPTION = """\
-Split tables into train and test by patient, study and paper, over all tables at once; find near duplicates, and leaks
-between splits that tables have already.
+Split tables into train and test by patient, study and paper, over all tables at once. Find near duplicates, and leaks
+between existing splits.
 """
 EPILOG = """\
-What belongs together stays together: rows of one study (as the readers find it; the column `study` if there is one),
-rows that show one scan, and with --near rows with near-duplicate pictures or, in their answers, texts. Each such group
-goes to test with the given share, decided by a hash of the seed and the name of its first study (else scan): adding
-rows and tables moves no other group, unless it joins two or brings a study whose name comes before.
+Rows form a group if they belong to one study (from the paths, or the column `study`), show one scan, or, with --near,
+have near-duplicate images or answers. A hash of the seed and the name of the group's first study (else scan) decides
+whether the group goes to test, with probability --test. So adding rows and tables does not move other groups, unless it
+joins two groups or adds a study with an earlier name.
 
-A split that a table has already, as its owner published it, is kept, and what belongs to it goes with it. Where rows of
-one group stand on two sides, those in test stay, and the others get no split and are listed: the test set stays
-comparable, and nothing leaks into it. --anew decides every split by hash instead.
+An existing split of a table is kept, and the rest of the group follows it. If a group is in several splits, its test
+rows stay, and its other rows get no split and are listed: the test set stays comparable, and nothing leaks into it.
+--anew ignores existing splits and decides every group by hash.
 
-what is written to DIR:
-  the tables with their column `split`        read with split="train" or split="test", and the root that they had
-  near.jsonl      with --near: pairs of pictures or texts, and how near they are
-  leaks.jsonl     groups that stand on both sides of the column `split` that tables have already
+output in DIR:
+  the tables with their column `split`        used with split="train" or split="test" and the same root as before
+  near.jsonl      with --near: pairs of near images or texts, with distance or similarity
+  leaks.jsonl     groups that are in several of the existing splits
   report.json, problems.jsonl
 
-FAMILY=FOLDER:TABLE is for a table whose paths begin in a folder below --root, as the other builders write; TABLE is
-below that folder, too, or leads out of it: rad3d_caption=rad3d:../split/caption.json.
+FAMILY=FOLDER:TABLE is for a table whose paths start in a folder below --root, as the other tools write them. TABLE is
+relative to that folder, or outside of it: rad3d_caption=rad3d:../split/caption.json.
 
 examples:
   python -m input_pipeline.curate splits --root data --out data/split pmc_vqa=vqa.csv rad3d_caption=rad3d:caption.json
@@ -45,25 +46,34 @@ examples:
 """
 
 
-def main(tool: str, argv: list[str]) -> int:
-    parser = console.parser(tool, DESCRIPTION, EPILOG)
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"must be between 0 and 1 (got {text})")
+    return value
+
+
+def _add_options(parser) -> None:
     layouts.add_tables(parser)
-    parser.add_argument("--test", type=float, default=0.1, metavar="SHARE", help="of the groups (%(default)s)")
+    parser.add_argument("--test", type=_share, default=0.1, metavar="SHARE", help="test share of groups (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
-    parser.add_argument("--near", action="store_true", help="look for near duplicates (imagehash and datasketch)")
-    parser.add_argument("--anew", action="store_true", help="take no notice of splits that the tables have already")
-    parser.add_argument("--check", action="store_true", help="write no table, only list what leaks")
-    args = parser.parse_args(argv)
-    if not 0 < args.test < 1:
-        parser.error(f"--test {args.test}: a share between 0 and 1 is needed")
-    if args.check and args.anew:
-        parser.error("--check looks at the splits that --anew takes no notice of: give one of them")
+    parser.add_argument("--near", action="store_true", help="find near duplicates (needs imagehash and datasketch)")
+    exclusive = parser.add_mutually_exclusive_group()
+    exclusive.add_argument("--anew", action="store_true", help="ignore existing splits of the tables")
+    exclusive.add_argument("--check", action="store_true", help="write no table, only list leaks")
+
+
+def _run(tool: str, args, directory: Path, **running) -> dict:
     options = {name: getattr(args, name) for name in ("test", "seed", "near", "anew", "check")}
-    return console.run(args, lambda out, **more: build(args.tables, args.root, out, options, **more))
+    return curate(args.tables, args.root, directory, options, **running)
+
+
+TOOLS = {"splits": console.Tool(DESCRIPTION, EPILOG, _add_options, _run)}
+_KINDS = ("study", "scan", "row")
 
 
 class _Groups:
-    """Union-find over names. A group is called after its first study, else its first scan, else its first row."""
+    """Union-find over names. A group has the name of its first study, else its first scan, else its first row."""
 
     def __init__(self):
         self.parent: dict[str, str] = {}
@@ -77,140 +87,140 @@ class _Groups:
         return root
 
     def join(self, a: str, b: str) -> None:
+        # Sorting makes the name independent of the order of rows and tables.
         a, b = sorted((self.find(a), self.find(b)), key=lambda name: (_KINDS.index(name.split(" ", 1)[0]), name))
-        self.parent[b] = a  # not the order of the rows decides, nor where in a table they stand
+        self.parent[b] = a
 
 
-_KINDS = ("study", "scan", "row")
-
-
-def opened(named: list[Named], result: Result) -> Iterator[tuple[Named, Dataset]]:
-    """Each table with its data set, one at a time; bad rows are reported."""
-    for table in named:
+def opened(tables: list[NamedTable], result: Result) -> Iterator[tuple[NamedTable, Dataset]]:
+    """Yield each table with its data set, one at a time; bad rows become problems."""
+    for table in tables:
         fields = {"balance": False} if issubclass(FAMILIES[table.family], Diagnosis) else {}
         dataset = open_dataset(table.family, table=table.file, root=table.root, quarantine=True, **fields)
         for problem in dataset.problems:
-            result.problem(problem.file, problem.row, problem.reason, problem.remedy)
-        for why, count in dataset.left_out.items():
-            result.count(f"{table.name}: left out, {why}", count)
+            result.error(problem)
+        for reason, count in dataset.skipped.items():
+            result.count(f"{table.name}: left out, {reason}", count)
         yield table, dataset
 
 
-def build(specs, root, directory, options: dict, progress=jobs.silent, said=None) -> dict:
-    """Writes the tables with their splits; returns the report. Raises ValueError.
+def curate(specs, root, directory, options: dict, progress=jobs.no_progress, log=jobs.no_log) -> dict:
+    """Write the tables with their splits. Returns the report. Raises ValueError.
 
-    In memory are the names of studies, scans and rows, and hashes.
+    The names of studies, scans and rows, and hashes, are kept in memory.
     """
     root, directory = Path(root).absolute(), Path(directory).absolute()
     result, report = Result(), Report(directory, "splits", {"root": str(root), "tables": specs} | options)
-    named = layouts.all_named(specs, root, directory)
-    groups, rows, pictures = _Groups(), {}, {}
+    tables = layouts.named_tables(specs, root, directory)
+    groups, rows, images = _Groups(), {}, {}
     texts = duplicates.Texts() if options["near"] else None
     near: list[dict] = []
-    for table, dataset in opened(named, result):
-        name = table.name
-        done = progress(name, "rows", len(dataset))
-        cells = layouts.read(table.family, table.file, Result())[1]
-        for i in range(len(dataset)):
-            done(1, 0)
-            number = int(dataset.row_id(i))
-            given = next(row for at, row in cells if at == number)
-            key = f"row {name} {number}"
-            try:
-                sample = dataset.sample(i, sample_rng(0, 0, dataset.name, str(number)))
-                shown = dataset.scans(i)
-            except RowError as error:
-                result.problem(error.file, number, error.reason, error.remedy)
-                continue
-            study = sample.study_id or ""
-            # A study that is no more than the path of a scan is one of this folder.
-            study = table.below(study) if study in {scan.path for scan in shown} else study
-            study = str(given.get("study") or study)
-            if study:
-                groups.join(key, f"study {study}")
-            for scan in shown:
-                groups.join(key, f"scan {table.below(scan.path)}")
-                pictures.setdefault(table.below(scan.path), None)
-            rows[name, number] = str(given.get("split") or "")
-            if texts is not None:
-                text = " ".join(p.text for p in sample.parts if isinstance(p, Text) and p.role == "response")
-                for other, similarity in texts.add(key, text):
-                    groups.join(other, key)
-                    near.append({"kind": "texts", "a": other, "b": key, "similarity": similarity})
+    for table, dataset in opened(tables, result):
+        _add_rows(table, dataset, groups, rows, images, texts, near, result, progress)
     if options["near"]:
-        _near(root, directory, groups, pictures, near, result, progress)
+        _add_near_images(root, groups, images, near, result, progress)
+        write_json_lines(directory / "near.jsonl", near)
     result.count("rows", len(rows))
     result.count("groups", len({groups.find(f"row {name} {number}") for name, number in rows}))
     (directory / "leaks.jsonl").unlink(missing_ok=True)
+    existing = {} if options["anew"] else _existing_splits(groups, rows)
+    leaks = [{"group": group, "rows": splits} for group, splits in sorted(existing.items()) if len(splits) > 1]
     if not options["anew"]:
-        given = _given(groups, rows)
-        leaks = [{"group": group, "rows": found} for group, found in sorted(given.items()) if len(found) > 1]
-        write_lines(directory / "leaks.jsonl", leaks)
+        write_json_lines(directory / "leaks.jsonl", leaks)
         result.count("groups on several sides (leaks)", len(leaks))
     if options["check"]:
-        _check(directory, leaks, rows, result)
+        result.count("rows without a split", sum(not split for split in rows.values()))
+        for leak in leaks:
+            result.problem(directory / "leaks.jsonl", leak["group"], "a group is in several splits", "split it again")
     else:
-        _write(named, groups, rows, {} if options["anew"] else given, directory, options, result)
+        _write(tables, groups, rows, existing, directory, options, result)
     report.add(result)
     return report.write()
 
 
-def _near(root, directory, groups, pictures, pairs: list[dict], result: Result, progress) -> None:
-    hashes = {}
-    done = progress("hashing pictures", "pictures", len(pictures))
-    for path in pictures:
+def _add_rows(table, dataset, groups, rows, images, texts, near: list[dict], result: Result, progress) -> None:
+    """Add the rows of a table to the groups, with its scans and, for near duplicates, its answers."""
+    done = progress(table.name, "rows", len(dataset))
+    cells = layouts.read(table.family, table.file, Result())[1]
+    for i in range(len(dataset)):
+        done(1, 0)
+        number = int(dataset.row_id(i))
+        row = next(row for other, row in cells if other == number)
+        key = f"row {table.name} {number}"
         try:
-            hashes[path] = duplicates.picture_hash(scans.resolve(root, path))
+            sample = dataset.sample(i, sample_rng(0, 0, dataset.name, str(number)))
+            shown = dataset.scans(i)
+        except RowError as error:
+            result.problem(error.file, number, error.reason, error.remedy)
+            continue
+        study = sample.study_id or ""
+        # Without a study, study_id is the path of a scan, which is unique below its folder only.
+        study = table.below(study) if study in {scan.path for scan in shown} else study
+        study = str(row.get("study") or study)
+        if study:
+            groups.join(key, f"study {study}")
+        for scan in shown:
+            groups.join(key, f"scan {table.below(scan.path)}")
+            images.setdefault(table.below(scan.path), None)
+        rows[table.name, number] = str(row.get("split") or "")
+        if texts is not None:
+            text = " ".join(p.text for p in sample.parts if isinstance(p, Text) and p.role == "response")
+            for other, similarity in texts.add(key, text):
+                groups.join(other, key)
+                near.append({"kind": "texts", "a": other, "b": key, "similarity": similarity})
+
+
+def _add_near_images(root, groups, images, near: list[dict], result: Result, progress) -> None:
+    """Join the groups of near-duplicate images, and add the pairs."""
+    hashes = {}
+    done = progress("hashing pictures", "pictures", len(images))
+    for path in images:
+        try:
+            hashes[path] = duplicates.image_hash(scans.resolve(root, path))
         except scans.ScanError as error:
             result.problem(error.path, path, error.reason, error.remedy)
         done(1, 0)
-    for a, b, distance in duplicates.near_pictures(hashes):
+    for a, b, distance in duplicates.near_images(hashes):
         groups.join(f"scan {a}", f"scan {b}")
-        pairs.append({"kind": "pictures", "a": a, "b": b, "distance": distance})
-    pairs.sort(key=lambda pair: pair["kind"])
-    write_lines(directory / "near.jsonl", pairs)
+        near.append({"kind": "pictures", "a": a, "b": b, "distance": distance})
+    near.sort(key=lambda pair: pair["kind"])
     for kind in ("pictures", "texts"):
-        result.count(f"near duplicates of {kind}", sum(p["kind"] == kind for p in pairs))
+        result.count(f"near duplicates of {kind}", sum(p["kind"] == kind for p in near))
 
 
-def _given(groups, rows) -> dict[str, dict[str, list[str]]]:
-    """Groups some of whose rows have a split already: group -> split -> rows."""
-    sides: dict[str, dict[str, list[str]]] = {}
+def _existing_splits(groups, rows) -> dict[str, dict[str, list[str]]]:
+    """Return group -> split -> rows, of the rows that have a split."""
+    existing: dict[str, dict[str, list[str]]] = {}
     for (name, number), split in rows.items():
         if split:
             key = f"row {name} {number}"
-            sides.setdefault(groups.find(key), {}).setdefault(split, []).append(key)
-    return sides
+            existing.setdefault(groups.find(key), {}).setdefault(split, []).append(key)
+    return existing
 
 
-def _check(directory, leaks: list[dict], rows, result: Result) -> None:
-    result.count("rows without a split", sum(not split for split in rows.values()))
-    for leak in leaks:
-        result.problem(directory / "leaks.jsonl", leak["group"], "a group stands on several sides", "split it anew")
-
-
-def side(seed: int, group: str, test: float) -> str:
-    """train or test, by hash alone."""
+def hash_split(seed: int, group: str, test: float) -> str:
+    """Return train or test, decided by a hash alone."""
     digest = hashlib.blake2b(f"{seed}\x1f{group}".encode(), digest_size=8).digest()
     return "test" if int.from_bytes(digest, "little") < test * 2**64 else "train"
 
 
-def _write(named, groups, rows, given, directory, options, result: Result) -> None:
-    for table in named:
+def _write(tables, groups, rows, existing, directory, options, result: Result) -> None:
+    for table in tables:
         header, cells = layouts.read(table.family, table.file, Result())
         if header is not None and "split" not in header:
             header = [*header, "split"]
         with layouts.Tables(directory, {table.name: header}) as out:
             for number, row in cells:
-                if (table.name, number) in rows:
-                    group = groups.find(f"row {table.name} {number}")
-                    # What stands in several sides stays in the one that nothing may leak into.
-                    own = min(given.get(group, ()), key=lambda split: (split != "test", split == "train", split),
-                              default="")  # fmt: skip
-                    split = own or side(options["seed"], group, options["test"])
-                    if rows[table.name, number] not in ("", split) and own:
-                        reason = f"the row is in {rows[table.name, number]}, but what belongs to it is in {own}"
-                        result.problem(table.file, number, reason, f"it has no split now: see {directory}/leaks.jsonl")
-                        split = ""
-                    out.write(table.name, row | {"split": split})
-                    result.count(f"{table.name}: {split or 'in no split, as it leaks'}")
+                if (table.name, number) not in rows:
+                    continue
+                group = groups.find(f"row {table.name} {number}")
+                # A leaking group keeps its test rows, so that nothing leaks into the test set.
+                kept = min(existing.get(group, ()), key=lambda split: (split != "test", split == "train", split),
+                           default="")  # fmt: skip
+                split = kept or hash_split(options["seed"], group, options["test"])
+                if kept and rows[table.name, number] not in ("", split):
+                    reason = f"the row is in {rows[table.name, number]}, but its group is in {kept}"
+                    result.problem(table.file, number, reason, f"it has no split now: see {directory}/leaks.jsonl")
+                    split = ""
+                out.write(table.name, row | {"split": split})
+                result.count(f"{table.name}: {split or 'in no split, as it leaks'}")

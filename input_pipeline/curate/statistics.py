@@ -1,4 +1,4 @@
-"""statistics: what tables hold, as the paper's Figure 4 shows it (2D and 3D, modality, task), and a data card."""
+"""statistics: contents of tables as in the paper's Figure 4 (2D and 3D, modality, task), and a data card."""
 
 from __future__ import annotations
 
@@ -8,93 +8,72 @@ import json
 from pathlib import Path
 
 from input_pipeline.curate import console, jobs, layouts
-from input_pipeline.curate.cases import _CODES
+from input_pipeline.curate.cases import DICOM_MODALITIES
 from input_pipeline.curate.jobs import Report, Result
 from input_pipeline.curate.splits import opened
 from input_pipeline.datasets import modalities, sample_rng
+from input_pipeline.files import atomic_write, write_json, write_text
 from input_pipeline.images import scans
-from input_pipeline.index.writing import replacing, write_text
 from input_pipeline.samples import RowError, Text
 
 DESCRIPTION = """\
-Count what tables hold: 2D and 3D scans, modalities, tasks (the paper's Figure 4), splits and lengths; draw it, and
+Count the contents of tables: 2D and 3D scans, modalities, tasks (the paper's Figure 4) and lengths. Draw a figure and
 write a data card.
 """
 EPILOG = """\
-what is written to DIR:
+output in DIR:
   statistics.json, figure4.png, card.md, report.json, problems.jsonl
 
-A scan's modality is that of its DICOM header, else the label of a modality row about it, else what the family always
-shows (X-rays, mammograms); otherwise it is "not stated": nothing is read into captions. The card takes over the reports
-of the builders that are named with --report, and says of each source's licence what --licence gives.
+The modality of a scan is that of its DICOM header, else its label in a modality table, else that of its family (X-rays,
+mammograms), else "not stated"; captions are not interpreted. The card includes the reports of tools named with --report
+and the licences given with --licence.
 
 examples:
   python -m input_pipeline.curate statistics --root data --out stats pmc_vqa=vqa.csv rad3d_modality=modality.csv
   python -m input_pipeline.curate statistics --root data --out stats --name "RadMD, rebuilt" \\
       --report radmd/report.json --licence vqa.csv="CC BY-SA" pmc_vqa=vqa.csv
 """
-_ALWAYS = {"mimic_cxr": "X-ray", "cxr_mix": "X-ray", "vindr_pcxr": "X-ray", "vindr_spinexr": "X-ray",
+_FAMILY_MODALITIES = {"mimic_cxr": "X-ray", "cxr_mix": "X-ray", "vindr_pcxr": "X-ray", "vindr_spinexr": "X-ray",
            "vindr_mammo": "mammography"}  # fmt: skip
 NOT_STATED = "not stated"
 
 
-def main(tool: str, argv: list[str]) -> int:
-    parser = console.parser(tool, DESCRIPTION, EPILOG)
+def _add_options(parser) -> None:
     layouts.add_tables(parser)
     parser.add_argument("--name", default="A data set for RadFM", help="title of the card")
-    parser.add_argument("--report", action="append", default=[], metavar="FILE", help="report.json of a builder")
-    parser.add_argument("--licence", action="append", default=[], metavar="TABLE=TEXT", help="for the card; repeatable")
-    args = parser.parse_args(argv)
+    parser.add_argument("--report", action="append", default=[], metavar="FILE", help="report.json of a tool")
+    parser.add_argument("--licence", action="append", default=[], metavar="TABLE=TEXT", help="licence of a table")
+
+
+def _run(tool: str, args, directory: Path, **running) -> dict:
     options = {"name": args.name, "report": args.report, "licence": args.licence}
-    return console.run(args, lambda out, **more: build(args.tables, args.root, out, options, **more))
+    return curate(args.tables, args.root, directory, options, **running)
 
 
-def build(specs, root, directory, options: dict, progress=jobs.silent, said=None) -> dict:
-    """Counts, draws, and writes the card; returns the report. Raises ValueError."""
+TOOLS = {"statistics": console.Tool(DESCRIPTION, EPILOG, _add_options, _run)}
+
+
+def curate(specs, root, directory, options: dict, progress=jobs.no_progress, log=jobs.no_log) -> dict:
+    """Write the statistics, the figure and the card. Returns the report. Raises ValueError."""
     root, directory = Path(root).absolute(), Path(directory).absolute()
     result, report = Result(), Report(directory, "statistics", {"root": str(root), "tables": specs} | options)
     licences = dict(text.partition("=")[::2] for text in options["licence"])
     reports = [json.loads(Path(file).read_text(encoding="utf-8")) for file in options["report"]]
-    named = layouts.all_named(specs, root)
-    labels: dict[str, str] = {}
-    where: dict[str, str] = {}
+    labels: dict[str, str] = {}  # path -> label of its modality
+    families: dict[str, str] = {}  # path -> family
     tables: dict[str, dict] = {}
     tasks: collections.Counter[str] = collections.Counter()
-    for table, dataset in opened(named, result):
-        name, family = table.name, table.family
-        done = progress(name, "rows", len(dataset))
-        counted = tables[name] = {"family": family, "rows": len(dataset), "scans": 0, "studies": 0, "tasks": {}}
-        shown, studies, words, most = set(), set(), 0, 0
-        own: collections.Counter[str] = collections.Counter()
-        for i in range(len(dataset)):
-            try:
-                sample = dataset.sample(i, sample_rng(0, 0, dataset.name, dataset.row_id(i)))
-                found = dataset.scans(i)
-            except RowError as error:
-                result.problem(error.file, error.row, error.reason, error.remedy)
-                continue
-            own[sample.task] += 1
-            studies.add(sample.study_id)
-            said_here = sum(len(p.text.split()) for p in sample.parts if isinstance(p, Text))
-            words, most = words + said_here, max(most, said_here)
-            for scan in found:
-                shown.add(scan.path)
-                where.setdefault(table.below(scan.path), family)
-            label = _label(family, dataset._rows[i])
-            if label:
-                labels.update(dict.fromkeys((table.below(scan.path) for scan in found), label))
-            done(1, 0)
-        tasks.update(own)
-        counted |= {"scans": len(shown), "studies": len(studies), "tasks": dict(own.most_common())}
-        counted["words"] = {"mean": round(words / max(sum(own.values()), 1), 1), "most": most}
-    dimensions, found = _scans(root, where, labels, result, progress)
+    for table, dataset in opened(layouts.named_tables(specs, root), result):
+        tables[table.name] = _count_table(table, dataset, labels, families, result, progress)
+        tasks.update(tables[table.name]["tasks"])
+    dimensions, found = _count_scans(root, families, labels, result, progress)
     statistics = {
         "dimensions": dict(dimensions.most_common()),
         "modalities": dict(found.most_common()),
         "tasks": dict(tasks.most_common()),
         "tables": tables,
     }
-    write_text(directory / "statistics.json", json.dumps(statistics, indent=1, ensure_ascii=False) + "\n")
+    write_json(directory / "statistics.json", statistics)
     _draw(directory / "figure4.png", statistics)
     write_text(directory / "card.md", card(options["name"], statistics, licences, reports))
     for kind in ("dimensions", "modalities", "tasks"):
@@ -103,18 +82,51 @@ def build(specs, root, directory, options: dict, progress=jobs.silent, said=None
     return report.write()
 
 
+def _count_table(table, dataset, labels: dict, families: dict, result: Result, progress) -> dict:
+    """Return the counts of a table, and add its scans to `labels` and `families`."""
+    done = progress(table.name, "rows", len(dataset))
+    paths, studies, lengths = set(), set(), []
+    tasks: collections.Counter[str] = collections.Counter()
+    for i in range(len(dataset)):
+        try:
+            sample = dataset.sample(i, sample_rng(0, 0, dataset.name, dataset.row_id(i)))
+            shown = dataset.scans(i)
+        except RowError as error:
+            result.error(error)
+            continue
+        tasks[sample.task] += 1
+        studies.add(sample.study_id)
+        lengths.append(sum(len(p.text.split()) for p in sample.parts if isinstance(p, Text)))
+        paths.update(scan.path for scan in shown)
+        below = [table.below(scan.path) for scan in shown]
+        for path in below:
+            families.setdefault(path, table.family)
+        if label := _label(table.family, dataset._rows[i]):
+            labels.update(dict.fromkeys(below, label))
+        done(1, 0)
+    return {
+        "family": table.family,
+        "rows": len(dataset),
+        "scans": len(paths),
+        "studies": len(studies),
+        "tasks": dict(tasks.most_common()),
+        "words": {"mean": round(sum(lengths) / max(len(lengths), 1), 1), "most": max(lengths, default=0)},
+    }
+
+
 def _label(family: str, value) -> str:
-    """The modality that a row's label names."""
+    """Return the modality that the label of a row names, or ""."""
     if family == "rad3d_modality" or (family == "mpx_single" and value[1] == "modality"):
         return " and ".join(sorted(value[-1]))
     return ""
 
 
-def _scans(root: Path, where: dict[str, str], labels, result: Result, progress):
+def _count_scans(root: Path, families: dict[str, str], labels, result: Result, progress):
+    """Return the numbers of scans by dimension and by modality, from their headers."""
     dimensions: collections.Counter[str] = collections.Counter()
-    found: collections.Counter[str] = collections.Counter()
-    done = progress("reading headers", "scans", len(where))
-    for path, family in where.items():
+    counts: collections.Counter[str] = collections.Counter()
+    done = progress("reading headers", "scans", len(families))
+    for path, family in families.items():
         try:
             header = scans.header(scans.resolve(root, path))
         except scans.ScanError as error:
@@ -122,15 +134,16 @@ def _scans(root: Path, where: dict[str, str], labels, result: Result, progress):
             result.problem(error.path, path, error.reason, error.remedy)
         else:
             dimensions[header.kind.upper()] += 1
-            said = _CODES.get(header.modality or "") or labels.get(path) or _ALWAYS.get(family) or NOT_STATED
-            assert said == NOT_STATED or all(part in modalities.WORDS for part in said.split(" and ")), said
-            found[said] += 1
+            modality = DICOM_MODALITIES.get(header.modality or "") or labels.get(path)
+            modality = modality or _FAMILY_MODALITIES.get(family) or NOT_STATED
+            assert modality == NOT_STATED or all(part in modalities.WORDS for part in modality.split(" and ")), modality
+            counts[modality] += 1
         done(1, 0)
-    return dimensions, found
+    return dimensions, counts
 
 
 def _draw(file: Path, statistics: dict) -> None:
-    """The three pies of Figure 4; slices below 2 % together."""
+    """Draw the three pie charts of Figure 4; slices below 2 % are merged."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4.2), layout="constrained")
@@ -144,28 +157,28 @@ def _draw(file: Path, statistics: dict) -> None:
         axis.set_title(f"{kind} ({total:,})")
         if total:
             axis.pie(list(shown.values()), labels=[f"{k} {100 * v / total:.0f} %" for k, v in shown.items()])
-    with replacing(file) as partial:
+    with atomic_write(file) as partial:
         figure.savefig(partial, format="png", dpi=110)
 
 
 def card(name: str, statistics: dict, licences: dict[str, str], reports: list[dict]) -> str:
-    """A data card in Markdown: what is in it, where it comes from, how it was made, what it is not for."""
+    """Return a data card in Markdown: contents, sources, how the tables were made, and limits."""
     lines = [
         f"# {name}",
         "",
-        "Research only. Built from the sources below, each under its own terms; nothing here replaces them.",
-        f"Card written on {datetime.date.today().isoformat()} by `python -m input_pipeline.curate statistics`.",
+        "Research only. Built from the sources below; the terms of each source apply.",
+        f"Written on {datetime.date.today().isoformat()} by `python -m input_pipeline.curate statistics`.",
         "",
         "## Tables",
         "",
-        "| table | family | rows | scans | studies | words a row | licence |",
+        "| table | family | rows | scans | studies | words per row | licence |",
         "|---|---|---|---|---|---|---|",
     ]
-    for table, found in statistics["tables"].items():
-        said = licences.get(table, "not stated: ask the source")
+    for table, counts in statistics["tables"].items():
+        licence = licences.get(table, "not stated: ask the source")
         lines.append(
-            f"| {table} | {found['family']} | {found['rows']:,} | {found['scans']:,} | {found['studies']:,} | "
-            f"{found['words']['mean']} | {said} |"
+            f"| {table} | {counts['family']} | {counts['rows']:,} | {counts['scans']:,} | {counts['studies']:,} | "
+            f"{counts['words']['mean']} | {licence} |"
         )
     for kind in ("dimensions", "modalities", "tasks"):
         counts = statistics[kind]
@@ -176,25 +189,18 @@ def card(name: str, statistics: dict, licences: dict[str, str], reports: list[di
     if reports:
         lines += ["", "## How it was made"]
     for report in reports:
-        lines += [
-            "",
-            f"### {report['tool']}",
-            "",
-            "```json",
-            json.dumps(report["options"], ensure_ascii=False),
-            "```",
-            "",
-        ]
-        lines += [f"- {what}: {count:,}" if isinstance(count, int) else f"- {what}: {count}"
-                  for what, count in report["counts"].items()]  # fmt: skip
+        options = json.dumps(report["options"], ensure_ascii=False)
+        lines += ["", f"### {report['tool']}", "", "```json", options, "```", ""]
+        lines += [f"- {label}: {count:,}" if isinstance(count, int) else f"- {label}: {count}"
+                  for label, count in report["counts"].items()]  # fmt: skip
         if report.get("problems"):
-            lines.append(f"- could not be used: {report['problems']:,}")
+            lines.append(f"- problems: {report['problems']:,}")
     lines += [
         "",
-        "## ScanLimits",
+        "## Limits",
         "",
-        "- Labels and reports are as good as their sources; mined labels and answers of a language model hold errors.",
-        "- The shares above are those of the sources, not of any population.",
+        "- Labels and reports are as good as their sources. Mined labels and answers of a language model have errors.",
+        "- The shares above describe the sources, not a population.",
         "- Not for clinical use.",
         "",
     ]

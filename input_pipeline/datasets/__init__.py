@@ -1,9 +1,11 @@
-"""The families of MedMD and the user's own data: tables -> samples. `open_dataset` is the way in."""
+"""The data set families of MedMD and the user's own data: tables -> samples. `open_dataset` is the entry point.
+
+This package reads tables and words questions. It does not read voxels (`images`) and does not tokenize (`text`).
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 
 from input_pipeline.datasets.base import Dataset, sample_rng
 from input_pipeline.datasets.diagnosis import AnyDiagnosis, CXRMix, VinDrMammo, VinDrPCXR, VinDrSpineXR
@@ -18,11 +20,12 @@ from input_pipeline.datasets.rad3d_caption import Rad3DCaption
 from input_pipeline.datasets.rad3d_modality import Rad3DModality
 from input_pipeline.datasets.rad3d_rationale import Rad3DRationale
 from input_pipeline.datasets.rad3d_vqa import Rad3DVQA
-from input_pipeline.datasets.tables import TableError
+from input_pipeline.datasets.rows import TableError
 from input_pipeline.datasets.tfds import TFDS
 from input_pipeline.datasets.vqa import PMCVQA, VQARAD, Slake
+from input_pipeline.files import nearest
 
-__all__ = ["FAMILIES", "Dataset", "TableError", "nearest", "open_dataset", "sample_rng"]
+__all__ = ["FAMILIES", "Dataset", "TableError", "open_dataset", "sample_rng"]
 
 FAMILIES = {
     family.name: family
@@ -35,16 +38,16 @@ FAMILIES = {
 
 
 def open_dataset(name: str, **fields) -> Dataset:
-    """Opens a data set of the family `name`: reads its table and checks every row.
+    """Open a data set of the family `name`: read its table and check every row.
 
         open_dataset("vqa_rad", table="train.csv", root="/data/VQA-RAD", split="train")
 
     Args:
-      fields: those of the family's class; `table` and `root` are always needed.
+      fields: those of the family's class; `table` and `root` are required.
     Raises:
-      ValueError: an unknown family or field, with the nearest known one; a missing field.
+      ValueError: an unknown family or field (with the nearest known name), or a missing field.
       TableError (a ValueError): bad rows, all of them in `problems`, unless `quarantine=True`.
-      RowError (a ValueError): a table that cannot be read at all.
+      RowError (a ValueError): the table cannot be read at all.
     """
     if name not in FAMILIES:
         raise ValueError(f"data set {name!r} is unknown{nearest(name, FAMILIES)}; known: {', '.join(FAMILIES)}")
@@ -52,16 +55,10 @@ def open_dataset(name: str, **fields) -> Dataset:
     known = {f.name: f for f in dataclasses.fields(family)}
     problems = [f"field {key!r} is unknown{nearest(key, known)}" for key in fields if key not in known]
     problems += [
-        f"field {key!r} is needed"
+        f"field {key!r} is required"
         for key, field in known.items()
         if key not in fields and field.default is field.default_factory is dataclasses.MISSING
     ]
     if problems:
         raise ValueError(f"data set {name}: {'; '.join(problems)}; known: {', '.join(known)}")
     return family(**fields)
-
-
-def nearest(word: str, words) -> str:
-    """What was meant, in words, or nothing."""
-    near = difflib.get_close_matches(str(word), list(words), 1, 0.4)
-    return f" (did you mean {near[0]!r}?)" if near else ""

@@ -1,4 +1,4 @@
-"""What the families of data sets share: a table read once and checked, rows that are samples, reproducible choices."""
+"""Shared parts of the families: a table that is read and checked once, samples by row, reproducible choices."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
-from input_pipeline.datasets import tables
+from input_pipeline.datasets.csv_tables import stream_csv
+from input_pipeline.datasets.json_tables import stream_json, stream_jsonl
+from input_pipeline.datasets.rows import Row, TableError
 from input_pipeline.datasets.store import Store, digest, first_equal
-from input_pipeline.datasets.tables import Row, TableError
 from input_pipeline.samples import RowError, Sample, Scan, Task, Text
 
-# What a path says about who must stay on one side of a split: a paper, a patient or a case of the public sets.
+# The paper, patient or case in a path of the public sets. It must not be divided between splits.
 _STUDY = re.compile(
     r"(PMC\d+)|(?:^|/)(p\d{8})(?:/|$)|(patient\d+)|(MPX\d+)|(?:^|/)(\d{8})_\d{3}\.(?:png|jpe?g)$", re.IGNORECASE
 )
 
 
 class Dataset(Protocol):
-    """What the pipeline asks of a data set. Row i is a pure function of the table, i and the generator passed in."""
+    """What the pipeline needs of a data set. Row i is a pure function of the table, i and the generator passed in."""
 
     name: str
     root: pathlib.Path
@@ -42,37 +43,41 @@ class Dataset(Protocol):
 
 
 def sample_rng(seed: int, epoch: int, dataset: str, row_id: str) -> np.random.Generator:
-    """The generator of all random choices of one sample: the same on every machine, run and host."""
+    """Return the generator of all random choices of one sample: the same on every machine, run and host."""
     key = f"{int(seed)}\x1f{int(epoch)}\x1f{dataset}\x1f{row_id}".encode()
     return np.random.Generator(np.random.PCG64(int.from_bytes(hashlib.blake2b(key, digest_size=16).digest(), "little")))
 
 
 def pick(rng: np.random.Generator, items):
-    """One item, each as likely."""
+    """Return one item, uniformly."""
     return items[int(rng.random() * len(items))]
 
 
 def choose(rng: np.random.Generator, count: int, most: int) -> list[int]:
-    """At most `most` of range(count), each set as likely, in order."""
+    """Return a uniform random subset of range(count) with at most `most` elements, sorted."""
     if count <= most:
         return list(range(count))
     return sorted(np.argsort(rng.random(count))[:most].tolist())
 
 
-def ask(rng: np.random.Generator, scans: tuple[Scan, ...], question: str, answer: str, context: str = "") -> tuple:
-    """Parts of an instruction sample: the scans stand before or after the question, half of the time each."""
-    asked = Text(question, "instruction")
-    middle = (*scans, asked) if rng.random() < 0.5 else (asked, *scans)
+def instruction_parts(
+    rng: np.random.Generator, scans: tuple[Scan, ...], question: str, answer: str, context: str = ""
+) -> tuple:
+    """Return the parts of an instruction sample. The scans come before or after the question, with equal chance."""
+    instruction = Text(question, "instruction")
+    middle = (*scans, instruction) if rng.random() < 0.5 else (instruction, *scans)
     if context:
         middle = (Text(context, "context"), *middle)
     return (*middle, Text(answer, "response"))
 
 
 def npy_scans(root: pathlib.Path, path: str) -> tuple[Scan, ...]:
-    """The scans in a file: [S, 3, H, W, D] in .npy holds S; any other file one. Reads the header only.
+    """Return the scans of a file. A .npy stack [S, 3, H, W, D] has S scans; any other file has one.
+
+    Only the header is read.
 
     Raises:
-      ValueError: the .npy file is missing, no array file, holds Python objects, or no array of 2 to 5 axes.
+      ValueError: the .npy file is missing, is not an array file, has Python objects, or has not 2 to 5 axes.
     """
     if not path.lower().endswith(".npy"):
         return (Scan(path),)
@@ -86,33 +91,37 @@ def npy_scans(root: pathlib.Path, path: str) -> tuple[Scan, ...]:
     except OSError as error:
         raise ValueError(f"{path} below {root} cannot be read: {error.strerror}") from error
     except Exception as error:
-        # numpy hands a damaged header to its expression parser, which raises what it likes (SyntaxError, TokenError).
-        raise ValueError(f"{path} is no .npy file: {str(error)[:120]}") from error
+        # numpy evaluates a damaged header as an expression, so any exception is possible (SyntaxError, TokenError).
+        raise ValueError(f"{path} is not a valid .npy file: {str(error)[:120]}") from error
     if dtype.hasobject or not 2 <= len(shape) <= 5 or 0 in shape:
-        raise ValueError(f"{path} holds {dtype} {list(shape)}, not volumes [S, 3, H, W, D]")
+        raise ValueError(f"{path} has {dtype} {list(shape)}, expected volumes [S, 3, H, W, D]")
     if len(shape) < 5 or shape[0] == 1:
         return (Scan(path),)
     return tuple(Scan(path, volume=s) for s in range(shape[0]))
 
 
+class SkippedRow(str):
+    """The reason why a good row is not used."""
+
+
 @dataclasses.dataclass(kw_only=True, eq=False)
 class TableDataset(abc.ABC):
-    """A data set whose rows stand in one CSV or JSON file.
+    """A data set whose rows are in one CSV or JSON file.
 
-    A family says which columns it needs, how a row becomes a compact value (`parse`, once, when the table is read) and
-    how that value becomes the parts of a sample (`parts`, for each epoch). The values lie on disk (store.py).
+    A family names the columns that it needs. `parse` turns a row into a compact value, once, when the table is read.
+    `parts` turns the value into the parts of a sample, in each epoch. The values are on disk (store.py).
 
     Attributes:
       table: the file; a relative path is below the root.
-      root: the directory below which all scans lie.
-      split: which split this is. If the table has a column `split`, only its rows of this split are used.
-      strip: a prefix to remove from the paths of the table (published tables hold their authors' absolute paths).
-      study: regular expression with one group that finds the study in a path; default: the patterns of the public sets.
-      fraction: share of the rows used in an epoch (RadFM: 0.2 for MPx-Single and Rad3D-Modality).
-      quarantine: go on without the bad rows, which stay in `problems`; without it opening raises TableError.
+      root: the directory of all scans.
+      split: the split of this data set. If the table has a column `split`, only its rows of this split are used.
+      strip: a prefix to remove from the paths of the table (published tables have their authors' absolute paths).
+      study: regular expression with one group that finds the study in a path; default: patterns of the public sets.
+      fraction: share of the rows to use in an epoch (RadFM: 0.2 for MPx-Single and Rad3D-Modality).
+      quarantine: continue without the bad rows, which are in `problems`. If False, they raise TableError.
       problems: a RowError for each bad row.
-      left_out: why good rows are not used -> how many (another split, another language).
-      duplicates: (row, earlier row with the same content); they are kept.
+      skipped: reason -> number of good rows that are not used (another split, another language).
+      duplicates: (row, earlier row with the same content); duplicates are kept.
     Raises:
       RowError, TableError: see `quarantine`; a table without a single good row always raises.
     """
@@ -135,39 +144,41 @@ class TableDataset(abc.ABC):
         self.root = pathlib.Path(self.root).absolute()
         self.file = self.root / self.table
         if not 0 < self.fraction <= 1:
-            raise ValueError(f"{self.name}: fraction must lie above 0 and not above 1, got {self.fraction}")
+            raise ValueError(f"{self.name}: fraction must be above 0 and at most 1, got {self.fraction}")
         self._study = re.compile(self.study) if self.study else _STUDY
         if self.study and self._study.groups != 1:
             raise ValueError(f"{self.name}: study {self.study!r} must have exactly one group")
-        self.left_out: dict[str, int] = {}
+        self.skipped: dict[str, int] = {}
         self.duplicates: list[tuple[int, int]] = []
         self.problems: list[RowError] = []
-        # Of a path of this data set. A header is asked for several times in a row, seldom again.
+        # The same header is needed several times in a row, then rarely again.
         self.npy_scans = functools.lru_cache(1 << 12)(functools.partial(npy_scans, self.root))
         self._numbers = array("q")
         self._read()
         self.problems.sort(key=lambda p: p.row if isinstance(p.row, int) else 0)
-        counted = f"{self.file}: {len(self.problems)} bad rows, {len(self._rows)} good ones"
+        summary = f"{self.file}: {len(self.problems)} bad rows, {len(self._rows)} good ones"
         if self.problems and not self.quarantine:
-            raise TableError(self.problems, f"{counted} (open with quarantine=True to go on without the bad ones)")
+            raise TableError(self.problems, f"{summary} (open with quarantine=True to skip the bad rows)")
         if not len(self):
             if self.problems:
-                raise TableError(self.problems, counted)
-            reason = f"no row is left ({self.left_out})" if self.left_out else "the table has no rows"
+                raise TableError(self.problems, summary)
+            reason = f"every row is skipped ({self.skipped})" if self.skipped else "the table has no rows"
             raise RowError(self.file, 0, reason, "check the table and the split")
 
-    def name_unreadable_stacks(self) -> None:
-        """From now on a .npy file that is missing or damaged is one scan, which fails when it is read, as in any other
-        format; else its rows are bad ones."""
-        found = self.npy_scans
+    def defer_stack_errors(self) -> None:
+        """Treat a missing or damaged .npy file as one scan that fails when it is read, as in any other format.
 
-        def named(path: str) -> tuple[Scan, ...]:
+        By default its rows are bad rows.
+        """
+        strict = self.npy_scans
+
+        def lenient(path: str) -> tuple[Scan, ...]:
             try:
-                return found(path)
+                return strict(path)
             except ValueError:
                 return (Scan(path),)
 
-        self.npy_scans = named
+        self.npy_scans = lenient
 
     def _read(self) -> None:
         digests = bytearray()
@@ -179,14 +190,14 @@ class TableDataset(abc.ABC):
 
     def _stream(self) -> Iterator[tuple[int, dict] | RowError]:
         if self.layout == "csv":
-            self.header, rows = tables.stream_csv(self.file, self.required, (*self.extra, "split"))
+            self.header, rows = stream_csv(self.file, self.required, (*self.extra, "split"))
             return rows
         if self.layout == "json":
-            return tables.stream_json(self.file, self.required)
-        return tables.stream_jsonl(self.file)
+            return stream_json(self.file, self.required)
+        return stream_jsonl(self.file)
 
     def _good(self, digests: bytearray) -> Iterator:
-        """The values of the good rows, whose numbers and digests are noted, and what becomes of the others."""
+        """Yield the values of the good rows. Records their numbers and digests, the problems and the skipped rows."""
         for row in self._stream():
             if isinstance(row, RowError):
                 self.problems.append(row)
@@ -195,17 +206,17 @@ class TableDataset(abc.ABC):
             try:
                 value = self._parse(Row(self.file, number, cells, self.root, self.strip))
             except RowError as error:
-                self.problems.append(copy.copy(error))  # the error itself holds the stack, and in it the row
+                self.problems.append(copy.copy(error))  # the original keeps the stack, and with it the row, in memory
                 continue
-            if isinstance(value, LeftOut):
-                self.left_out[value] = self.left_out.get(value, 0) + 1
+            if isinstance(value, SkippedRow):
+                self.skipped[value] = self.skipped.get(value, 0) + 1
                 continue
             self._numbers.append(number)
             digests += digest(repr(self.content(value)))
             yield value
 
     def _select(self, kept: np.ndarray) -> None:
-        """Goes on with those of the good rows for which bool[rows] is true."""
+        """Keep only the good rows for which bool[rows] is true."""
         if not kept.all():
             self._rows = self._rows.select(kept)
             self._numbers = array("q", np.asarray(self._numbers)[kept].tobytes())
@@ -213,71 +224,65 @@ class TableDataset(abc.ABC):
     def _parse(self, row: Row):
         split = row.cells.get("split")
         if split is not None and self.split is not None and row.optional("split") != self.split:
-            return LeftOut(f"split {row.optional('split')!r}")
+            return SkippedRow(f"split {row.optional('split')!r}")
         return self.parse(row)
 
-    # What a family defines.
+    # --- defined by a family ---
 
     @abc.abstractmethod
     def parse(self, row: Row):
-        """A row -> the compact value that is kept, or LeftOut(reason). Raises RowError."""
+        """Return the compact value of a row, or SkippedRow(reason). Raises RowError."""
 
     def finish(self) -> list[RowError]:
-        """After all rows are read: what needs the whole table. Returns further problems."""
+        """Do what needs the whole table, after all rows are read. Returns further problems."""
         return []
 
     @abc.abstractmethod
     def parts(self, value, rng: np.random.Generator) -> tuple[Task, str | None, tuple[Text | Scan, ...]]:
-        """A kept value -> task, study and parts of the sample."""
+        """Return task, study and parts of the sample of a value."""
 
     def content(self, value):
-        """What of a kept value makes two rows duplicates."""
+        """Return the part of a value that makes two rows duplicates."""
         return value
 
     @abc.abstractmethod
     def scans_of(self, value) -> tuple[Scan, ...]:
-        """All scans that a kept value can use."""
+        """Return all scans that a value can use."""
 
-    # What the pipeline calls.
+    # --- called by the pipeline ---
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def row_id(self, i: int) -> str:
-        """Row number in the table, the first row below the header being 1."""
+        """Return the row number in the table as text; the first row below the header is 1."""
         return str(self._numbers[i])
 
     def number(self, i: int) -> int | None:
-        """The row of the table that this one is, as in `problems`; None where it is made of several."""
+        """Return the row number in the table, as in `problems`; None if row i combines several rows."""
         return self._numbers[i]
 
     def sample(self, i: int, rng: np.random.Generator) -> Sample:
-        """The sample of row i. Raises RowError for what only a look into a file beside the table can show."""
+        """Return the sample of row i. Raises RowError for errors in files that the table names."""
         try:
             task, study, parts = self.parts(self._rows[i], rng)
-        except RowError:
-            raise
         except ValueError as error:
-            raise self._blame(i, error) from error
+            raise self._row_error(i, error) from error
         return Sample(self.row_id(i), self.name, task, study, parts)
 
     def scans(self, i: int) -> tuple[Scan, ...]:
-        """All scans that row i can use in any epoch."""
+        """Return all scans that row i can use in any epoch."""
         try:
             return self.scans_of(self._rows[i])
-        except RowError:
-            raise
         except ValueError as error:
-            raise self._blame(i, error) from error
+            raise self._row_error(i, error) from error
 
-    def study_of(self, path: str) -> str:
-        """What must stay on one side of a split: the study named in the path, or the path itself."""
-        match = self._study.search(path)
-        return next((g for g in match.groups() if g), path) if match else path
-
-    def _blame(self, i: int, error: ValueError) -> RowError:
+    def _row_error(self, i: int, error: ValueError) -> RowError:
+        if isinstance(error, RowError):
+            return error
         return RowError(self.file, self.row_id(i), str(error), "correct the file or remove the row")
 
-
-class LeftOut(str):
-    """Why a good row is not used."""
+    def study_of(self, path: str) -> str:
+        """Return what must not be divided between splits: the study named in the path, or the path itself."""
+        match = self._study.search(path)
+        return next((g for g in match.groups() if g), path) if match else path

@@ -3,8 +3,8 @@
     open table      csv `image_path, label`            label: one disease or several, "Edema, Pneumothorax"
     yes/no table    csv `image_path, disease, label`   label: 1 or 0
 
-Negatives are true: they come from explicit zeros, or, with `form="both"` on an open table, from diseases of the table
-that are neither among the image's labels nor may hide behind one of them (diseases.py).
+A "no" is always true. It comes from an explicit 0 or, with `form="both"` on an open table, from a disease of the table
+that is not among the image's labels and cannot be implied by one of them (diseases.py).
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from input_pipeline.datasets import diseases, prompts
-from input_pipeline.datasets.base import TableDataset, ask
+from input_pipeline.datasets.base import TableDataset, instruction_parts
 from input_pipeline.datasets.store import digest, first_equal
 from input_pipeline.samples import RowError, Sample, Scan
 
-# What the label of a yes/no table says.
+# Labels of a yes/no table.
 FLAGS = {"1": True, "1.0": True, "0": False, "0.0": False}
 
 
@@ -28,18 +28,17 @@ FLAGS = {"1": True, "1.0": True, "0": False, "0.0": False}
 class Diagnosis(TableDataset):
     """Open or yes/no questions about one region of the body.
 
-    A yes/no table is balanced disease by disease: with P images that have it and N that lack it, there are min(P, N)
-    pairs, each of a row that is answered yes and a row that is answered no. The larger side is dealt out over the
-    pairs, and a row draws from its own share: no image is lost, none is asked twice in an epoch, no pool runs dry, and
-    neither the disease asked about nor the epoch says anything about the answer.
+    A yes/no table is balanced disease by disease. With P positive and N negative images there are min(P, N) pairs of
+    one "yes" row and one "no" row. The larger side is distributed over the pairs, and a row draws from its own share.
+    So every image is used, none is used twice in an epoch, and neither the disease nor the epoch predicts the answer.
 
         5 images without edema: a b c d e, 2 with: x y    ->    (x | a c e)  (y | b d)
 
     Attributes:
-      form: `open` and `yes_no` name the kind of table (default: whether it has a column `disease`); `both` reads an
-        open table and asks every second question as yes/no. Only right if every label of the table was looked for in
-        every image, as in the VinDr sets.
-      balance: False keeps every row of a yes/no table as it is (for test tables).
+      form: `open` and `yes_no` name the kind of table (default: whether it has a column `disease`). `both` reads an
+        open table and makes every second question a yes/no question. It requires that every label of the table was
+        looked for in every image, as in the VinDr sets.
+      balance: False keeps every row of a yes/no table (for test tables).
       vocabulary: the labels that may occur; others are errors. Default: any.
     """
 
@@ -54,18 +53,15 @@ class Diagnosis(TableDataset):
 
     def __post_init__(self):
         if self.form not in (None, "open", "yes_no", "both"):
-            raise ValueError(f"{self.name}: form {self.form!r} is unknown: open, yes_no or both")
+            raise ValueError(f"{self.name}: form {self.form!r} is unknown: use open, yes_no or both")
         self._known = self.vocabulary and {diseases.canonical(d) for d in self.vocabulary}
-        self._pairs: list[tuple[str, int, bool, tuple[int, ...], int]] | None = None
+        self._pairs: list[tuple[str, int, bool, tuple[int, ...]]] | None = None
         super().__post_init__()
 
     def _read(self):
         super()._read()
-        self._check_form()
-
-    def _check_form(self):
         yes_no = "disease" in self.header
-        if (self.form == "yes_no") != yes_no and self.form is not None:
+        if self.form is not None and (self.form == "yes_no") != yes_no:
             need = "needs a column disease" if self.form == "yes_no" else "is for tables without a column disease"
             raise RowError(self.file, 0, f"form={self.form!r} {need}", "choose the form that fits the table")
 
@@ -75,16 +71,16 @@ class Diagnosis(TableDataset):
             disease = self._label(row, row.text("disease"))
             flag = row.text("label")
             if flag not in FLAGS:
-                raise row.error(f"label {flag!r} is unknown", "1 (present) or 0 (absent)")
+                raise row.error(f"label {flag!r} is unknown", "use 1 (present) or 0 (absent)")
             return scan, disease, FLAGS[flag]
         labels = row.texts("label")
         if len(labels) == 1:
             labels = [part for part in re.split(r"\s*[,;|]\s*", labels[0]) if part]
         labels = tuple(dict.fromkeys(self._label(row, label) for label in labels))
         if not labels:
-            raise row.error("label is blank", "a disease, or 'No finding'")
+            raise row.error("label is blank", "write a disease, or 'No finding'")
         if len(labels) > 1 and any(diseases.is_normal(label) for label in labels):
-            raise row.error(f"label says both {' and '.join(map(repr, labels))}", "normal, or diseases")
+            raise row.error(f"label has both {' and '.join(map(repr, labels))}", "write normal, or diseases")
         return scan, labels
 
     def _label(self, row, label: str) -> str:
@@ -92,29 +88,29 @@ class Diagnosis(TableDataset):
         if not diseases.canonical(label):
             raise row.error(f"label {label!r} names no disease")
         if self._known and diseases.canonical(label) not in self._known:
-            raise row.error(f"label {label!r} is unknown", f"one of {', '.join(self.vocabulary)}")
+            raise row.error(f"label {label!r} is unknown", f"use one of {', '.join(self.vocabulary)}")
         return label
 
     def finish(self):
         if not self._rows:
             return []
         if "disease" in self.header:
-            problems = self._refuse_contradictions()
+            problems = self._remove_contradictions()
             return problems + (self._pair() if self.balance else [])
         if self.form == "both":
-            self._weigh()
+            self._set_rates()
         return []
 
-    # Yes/no tables.
+    # --- yes/no tables ---
 
-    def _refuse_contradictions(self) -> list[RowError]:
+    def _remove_contradictions(self) -> list[RowError]:
         digests, present = bytearray(), bytearray()
         for scan, disease, flag in self._rows:
             digests += digest(repr((scan.path, diseases.canonical(disease))))
             present.append(flag)
         first, flags = first_equal(digests), np.frombuffer(present, bool)
         denies = flags != flags[first]
-        # The earlier row of a contradiction is no better than the later one.
+        # Neither row of a contradiction can be trusted, so both are removed.
         bad = np.isin(first, first[denies])
         problems = []
         for k in np.flatnonzero(bad).tolist():
@@ -135,7 +131,7 @@ class Diagnosis(TableDataset):
                 side = "present" if yes else "absent"
                 reason = f"{disease!r} is {side} in all its {len(yes or no)} rows: its name gives the answer away"
                 remedy = "add rows of the other kind, remove these, or open with balance=False"
-                # One line a row, so that good rows and bad ones add up to the table.
+                # One problem per row, so that good rows and bad rows add up to the table.
                 problems += [RowError(self.file, self._numbers[row], reason, remedy) for row in yes or no]
                 continue
             count = min(len(yes), len(no))
@@ -148,7 +144,7 @@ class Diagnosis(TableDataset):
         return len(self._rows if self._pairs is None else self._pairs)
 
     def row_id(self, i):
-        """Number of the row in the table; in a balanced yes/no table "disease/pair/present" or ".../absent"."""
+        """Return the row number; in a balanced yes/no table "disease/pair/present" or ".../absent"."""
         if self._pairs is None:
             return super().row_id(i)
         disease, pair, present, _ = self._pairs[i]
@@ -168,42 +164,42 @@ class Diagnosis(TableDataset):
             return super().scans(i)
         return tuple(dict.fromkeys(self._rows[k][0] for k in self._pairs[i][3]))
 
-    # Open tables.
+    # --- open tables ---
 
-    def _weigh(self):
-        """How often to ask what, so that yes and no come out equal over the table.
+    def _set_rates(self):
+        """Set how often to ask what, so that yes and no are equally frequent over the table.
 
-        An image with diseases is asked yes/no half of the time, an image without any only with the answer no: the
-        images with diseases are answered yes more often in turn, or the others are asked less often.
+        An image with diseases gets a yes/no question half of the time. An image without any can only be asked a
+        question whose answer is no. To compensate, images with diseases are answered yes more often, or the others
+        are asked yes/no questions less often.
         """
         counts: dict[str, float] = {}
         names: dict[str, str] = {}
         for _, labels in self._rows:
-            for label in labels:
-                if not diseases.is_normal(label) and not diseases.is_vague(label):
-                    key = diseases.canonical(label)
-                    counts[key] = counts.get(key, 0.0) + 1.0
-                    names.setdefault(key, label)
+            for label in self._positives(labels):
+                key = diseases.canonical(label)
+                counts[key] = counts.get(key, 0.0) + 1.0
+                names.setdefault(key, label)
         self._names, self._counts = [names[k] for k in counts], np.array(list(counts.values()))
         self._pools: dict[tuple[str, ...], tuple[tuple[str, ...], np.ndarray]] = {}
-        # Groups: answerable with both, with yes only (no safe "no" in the table), with no only.
+        # Images that allow both answers, only yes (the table has no safe "no"), or only no.
         both = yes = no = 0
         for _, labels in self._rows:
-            has, lacks = bool(self._askable(labels)), bool(len(self._negatives(labels)[0]))
+            has, lacks = bool(self._positives(labels)), bool(len(self._negatives(labels)[0]))
             both, yes, no = both + (has and lacks), yes + (has and not lacks), no + (lacks and not has)
-        # b(2y - 1) + s_yes - s_no = 0, with the b images of both kinds answered yes with y, the others asked with
-        # half the probability of a question times s_yes / yes or s_no / no.
+        # Solves both * (2y - 1) + asked_yes - asked_no = 0. y is the share of yes among the images that allow both
+        # answers; the others get a yes/no question with half the probability of asked_yes / yes or asked_no / no.
         asked_yes, asked_no = min(yes, both + no), min(no, both + yes)
         self._yes = 0.5 if both == 0 else 0.5 + (asked_no - asked_yes) / (2 * both)
         self._ask_yes, self._ask_no = asked_yes / max(yes, 1), asked_no / max(no, 1)
 
-    def _askable(self, labels) -> tuple[str, ...]:
+    def _positives(self, labels) -> tuple[str, ...]:
         return tuple(d for d in labels if not diseases.is_normal(d) and not diseases.is_vague(d))
 
     def _negatives(self, labels) -> tuple[tuple[str, ...], np.ndarray]:
-        """Diseases of the table that an image with these labels lacks, and their cumulated frequency."""
+        """Return the diseases of the table that an image with these labels lacks, and their cumulative frequency."""
         if labels not in self._pools:
-            # A vague label ("Other lesion") may be any of them: nothing can be denied.
+            # A vague label ("Other lesion") may be any disease: nothing is safe to deny.
             normal = len(labels) == 1 and diseases.is_normal(labels[0])
             safe = [] if any(map(diseases.is_vague, labels)) and not normal else [
                 k for k, d in enumerate(self._names)
@@ -213,8 +209,8 @@ class Diagnosis(TableDataset):
         return self._pools[labels]
 
     def _judge(self, labels, rng) -> tuple[str, bool] | None:
-        """(disease, present) for a yes/no question about the image; None: ask the open question."""
-        positives, (negatives, edges) = self._askable(labels), self._negatives(labels)
+        """Return (disease, present) for a yes/no question about the image, or None for the open question."""
+        positives, (negatives, edges) = self._positives(labels), self._negatives(labels)
         form, side = rng.random(), rng.random()
         if positives and negatives:
             if form >= 0.5:
@@ -230,7 +226,7 @@ class Diagnosis(TableDataset):
             return positives[int(rng.random() * len(positives))], True
         return negatives[int(np.searchsorted(edges, rng.random() * edges[-1], side="right"))], False
 
-    # Both.
+    # --- both kinds of table ---
 
     def parts(self, value, rng):
         scan, labels, *flag = value
@@ -242,11 +238,11 @@ class Diagnosis(TableDataset):
         else:
             disease, present = judged
             if diseases.is_normal(disease):
-                # "No finding: 1" is the answer no to "is anything abnormal?".
+                # "No finding: 1" becomes the answer no to "is anything abnormal?".
                 disease, present = diseases.ANYTHING, not present
             question = prompts.draw(f"diagnosis_judge_{self.region}", rng, disease=diseases.spoken(disease))
             answer = "yes" if present else "no"
-        return self.task, self.study_of(scan.path), ask(rng, (scan,), question, answer)
+        return self.task, self.study_of(scan.path), instruction_parts(rng, (scan,), question, answer)
 
     def scans_of(self, value) -> tuple[Scan, ...]:
         return value[:1]
@@ -280,7 +276,7 @@ class VinDrSpineXR(Diagnosis):
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class AnyDiagnosis(Diagnosis):
-    """A user's own tables of either kind, of any modality and region."""
+    """The user's own tables of either kind, for any modality and region."""
 
     name = "diagnosis"
     region = "general"

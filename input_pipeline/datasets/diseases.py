@@ -1,4 +1,4 @@
-"""Disease names: which mean the same, and which cannot be asked about as absent when another is present."""
+"""Disease names: synonyms, and which disease is not a safe "no" when another one is present."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ NORMAL = frozenset(
 )  # fmt: skip
 ANYTHING = "any abnormality"
 
-# The first of each line is the name the others are folded into.
+# Synonyms; the first name of each line is the canonical one.
 _SAME = (
     "pleural effusion|effusion|pleural effusions|hydrothorax",
     "cardiomegaly|enlarged heart|heart enlargement|cardiac enlargement|enlarged cardiac silhouette",
@@ -46,8 +46,8 @@ _SAME = (
     "stroke|cerebral infarction|ischemic stroke|ischaemic stroke",
     "hemorrhage|haemorrhage|bleeding",
 )
-# general | what it may well include: if one of the right is present, the left is not asked about as absent, and the
-# other way round.
+# general | names that it may include. If one of the right is present, the left is never asked about as absent, and
+# vice versa.
 _INCLUDES = (
     "lung opacity|consolidation|infiltration|edema|atelectasis|pneumonia|mass|nodule|lung lesion|fibrosis|tuberculosis|"
     "covid 19|broncho pneumonia|bronchiolitis|interstitial lung disease|lung tumor|nodule mass|other opacity",
@@ -78,7 +78,7 @@ _EMPTY = frozenset({"the", "of", "a", "an", "and", "in", "with", "to", "acute", 
 
 @functools.lru_cache(maxsize=65536)
 def canonical(disease: str) -> str:
-    """Lower case, no punctuation, synonyms folded: "Pulmonary Oedema" -> "edema"."""
+    """Return the name in lower case, without punctuation and with synonyms folded: "Pulmonary Oedema" -> "edema"."""
     plain = " ".join(re.sub(r"[^a-z0-9]+", " ", disease.lower()).split())
     return _CANONICAL.get(plain, plain)
 
@@ -93,12 +93,12 @@ def words(disease: str) -> frozenset[str]:
 
 
 def is_vague(disease: str) -> bool:
-    """A label that no question can be asked about: "Other lesion", "abnormal"."""
+    """Return whether a label is too vague for a question: "Other lesion", "abnormal"."""
     return bool(_VAGUE & set(canonical(disease).split()))
 
 
 def may_coexist(a: str, b: str) -> bool:
-    """True if b may well be present whenever a is: the same, a part or a kind of it; so b is no safe "no".
+    """Return whether b may be present when a is, as a synonym, a part or a kind of it. Then b is not a safe "no".
 
     "Rib fracture" and "fracture", "consolidation" and "lung opacity", "TB" and "tuberculosis".
     """
@@ -110,6 +110,6 @@ def may_coexist(a: str, b: str) -> bool:
 
 
 def spoken(disease: str) -> str:
-    """A class label as it stands inside a sentence: "Pleural_Thickening" -> "pleural thickening", "COPD" -> "COPD"."""
+    """Return a label as written in a sentence: "Pleural_Thickening" -> "pleural thickening", "COPD" -> "COPD"."""
     keep = lambda w: sum(c.isupper() for c in w) > 1 or any(c.isdigit() for c in w)  # noqa: E731
     return " ".join(w if keep(w) else w.lower() for w in disease.replace("_", " ").split())

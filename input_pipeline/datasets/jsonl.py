@@ -4,24 +4,24 @@
      "instruction": "<image-1> Compare with <image-2>. What are the findings?", "response": "..."}
     {"id": "paper-3", "task": "interleaved", "scans": ["fig1.jpg"], "text": "... shown in <image-1> ..."}
 
-A scan is a path below the root or {"path": ..., "volume": 0, "window": "lung" or [-160, 240]}. `<image-i>` shows scan i
-(from 1) in the context, the instruction or the text: in any order and as often as wanted, each scan at least once.
-`context` and `study` (what must not be split between training and test) may lack; without a study it is the one that
-the path of the first scan names, or that path.
+A scan is a path below the root or {"path": ..., "volume": 0, "window": "lung" or [-160, 240]}. `<image-i>` marks the
+position of scan i (from 1) in the context, the instruction or the text. Marks come in any order and may repeat; each
+scan needs at least one. `context` and `study` are optional. A study must not be divided between training and test; the
+default is the study that the path of the first scan names, or that path.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import fnmatch
 import re
 
 import numpy as np
 
-from input_pipeline.datasets.base import LeftOut, TableDataset
+from input_pipeline.datasets.base import SkippedRow, TableDataset
+from input_pipeline.datasets.rows import Row
 from input_pipeline.datasets.store import digest, first_equal
-from input_pipeline.datasets.tables import Row
+from input_pipeline.files import nearest
 from input_pipeline.samples import TASKS, RowError, Scan, Text
 from input_pipeline.text.marks import parse_marks
 
@@ -31,11 +31,11 @@ _REMEDY = "see docs/data_layouts.md"
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class JSONL(TableDataset):
-    """See the head of this file.
+    """JSON Lines in the schema at the top of this module.
 
     Attributes:
-      tasks: rows of these tasks only; () for all. Two sources of one file can so have different weights.
-      ids: rows whose id fits one of these patterns only (as file names: `*-side`); () for all.
+      tasks: use rows of these tasks only; () for all. This gives parts of one file different weights.
+      ids: use rows whose id matches one of these glob patterns only (`*-side`); () for all.
     """
 
     name = "jsonl"
@@ -47,16 +47,16 @@ class JSONL(TableDataset):
     def __post_init__(self):
         if unknown := [task for task in self.tasks if task not in TASKS]:
             raise ValueError(f"jsonl: tasks {unknown} are unknown; known: {', '.join(TASKS)}")
-        self._wanted = re.compile("|".join(map(fnmatch.translate, self.ids)))
+        self._id_pattern = re.compile("|".join(map(fnmatch.translate, self.ids)))
         super().__post_init__()
 
     def parse(self, row):
-        # Before anything else is looked at: a table of many sources is read by each of them.
+        # First of all, because many sources may read the same table.
         task, row_id = row.cells.get("task"), row.cells.get("id")
         if self.tasks and task in TASKS and task not in self.tasks:
-            return LeftOut("another task")
-        if self.ids and isinstance(row_id, str) and not self._wanted.match(row_id.strip()):
-            return LeftOut("another id")
+            return SkippedRow("another task")
+        if self.ids and isinstance(row_id, str) and not self._id_pattern.match(row_id.strip()):
+            return SkippedRow("another id")
         return parse_object(row)
 
     def _good(self, digests):
@@ -66,55 +66,54 @@ class JSONL(TableDataset):
             yield value
 
     def finish(self):
-        """Identifiers that stand twice: the later rows are problems."""
+        """Report repeated ids; the later rows are removed."""
         first = first_equal(self._ids)
         del self._ids
-        own = first == np.arange(len(first))
+        unique = first == np.arange(len(first))
         problems = []
-        for k in np.flatnonzero(~own).tolist():
-            reason = f"id {self._rows[k][0]!r} stands already in row {self._numbers[first[k]]}"
-            problems.append(RowError(self.file, self._numbers[k], reason, "make the ids of a file differ"))
-        self._select(own)
+        for k in np.flatnonzero(~unique).tolist():
+            reason = f"id {self._rows[k][0]!r} is already used in row {self._numbers[first[k]]}"
+            problems.append(RowError(self.file, self._numbers[k], reason, "use a unique id for each row"))
+        self._select(unique)
         return problems
 
     def row_id(self, i):
-        """The object's `id`."""
+        """Return the object's `id`."""
         return self._rows[i][0]
 
     def parts(self, value, rng):
-        """Nothing is random here: rng is not used."""
+        """Return task, study and parts; rng is unused."""
         _, task, study, parts = value
         if study is None:
             study = next((self.study_of(part.path) for part in parts if isinstance(part, Scan)), None)
         return task, study, parts
 
     def content(self, value):
-        return value[1:]  # ids differ always
+        return value[1:]  # without the id
 
     def scans_of(self, value):
         return tuple(dict.fromkeys(p for p in value[3] if isinstance(p, Scan)))
 
 
 def parse_object(row: Row) -> tuple[str, str, str | None, tuple[Text | Scan, ...]]:
-    """One object of the schema above -> id, task, study, parts. Raises RowError."""
+    """Return id, task, study and parts of one object of the schema. Raises RowError."""
     cells = row.cells
     unknown = [str(key)[:40] for key in cells if key not in KEYS]
     if unknown:
-        near = difflib.get_close_matches(unknown[0], KEYS, 1)
-        meant = f"did you mean {near[0]!r}? " if near else ""
-        raise row.error(f"unknown keys: {', '.join(map(repr, unknown[:10]))}", f"{meant}known: {', '.join(KEYS)}")
+        names = ", ".join(map(repr, unknown[:10]))
+        raise row.error(f"unknown keys: {names}{nearest(unknown[0], KEYS)}", f"known: {', '.join(KEYS)}")
     row_id, task = row.text("id", literal=True), row.choice("task", TASKS)
     if min(row_id) < " ":
-        raise row.error(f"id {row_id!r} holds a control character")
+        raise row.error(f"id {row_id!r} has a control character")
     scans = scans_of_row(row)
-    wanted, banned = (("text",), ("context", "instruction", "response"))
+    required, forbidden = (("text",), ("context", "instruction", "response"))
     if task != "interleaved":
-        wanted, banned = ("instruction", "response"), ("text",)
-    wrong = [f"{key} is needed" for key in wanted if cells.get(key) is None]
-    wrong += [f"{key} is not allowed" for key in banned if cells.get(key) is not None]
-    if wrong:
-        raise row.error(f"task {task}: {', '.join(wrong)}", _REMEDY)
-    texts = {role: row.text(role, literal=True) for role in wanted}
+        required, forbidden = ("instruction", "response"), ("text",)
+    problems = [f"{key} is required" for key in required if cells.get(key) is None]
+    problems += [f"{key} is not allowed" for key in forbidden if cells.get(key) is not None]
+    if problems:
+        raise row.error(f"task {task}: {', '.join(problems)}", _REMEDY)
+    texts = {role: row.text(role, literal=True) for role in required}
     if task == "interleaved":
         templates = {"interleaved": texts["text"]}
     else:
@@ -123,20 +122,20 @@ def parse_object(row: Row) -> tuple[str, str, str | None, tuple[Text | Scan, ...
         try:
             parse_marks(texts["response"], 0)
         except ValueError:
-            remedy = "marks belong into the context or the instruction"
-            raise row.error("the response shows a scan", remedy) from None
+            remedy = "put image marks into the context or the instruction"
+            raise row.error("the response has an image mark", remedy) from None
     try:
         parsed = parse_marks(list(templates.values()), len(scans))
     except ValueError as error:
-        raise row.error(str(error)[:300], "show every scan with its mark, <image-1> being the first") from None
-    # White space beside a mark says nothing: it is left to whoever joins texts and scans.
+        raise row.error(str(error)[:300], "mark every scan; the first mark is <image-1>") from None
+    # White space next to a mark carries no meaning; the code that joins texts and scans adds its own.
     fields = [
         (role, [p if isinstance(p, int) else p.strip() for p in pieces if isinstance(p, int) or p.strip()])
         for role, pieces in zip(templates, parsed, strict=True)
     ]
     for role, pieces in fields[-1:]:
         if not any(isinstance(p, str) for p in pieces):
-            raise row.error(f"{role if role != 'interleaved' else 'text'} has marks but no words", _REMEDY)
+            raise row.error(f"{role if role != 'interleaved' else 'text'} has image marks but no words", _REMEDY)
     parts = tuple(scans[p] if isinstance(p, int) else Text(p, role) for role, pieces in fields for p in pieces)
     if task != "interleaved":
         parts += (Text(texts["response"], "response"),)
@@ -146,7 +145,7 @@ def parse_object(row: Row) -> tuple[str, str, str | None, tuple[Text | Scan, ...
 def scans_of_row(row: Row) -> tuple[Scan, ...]:
     values = row.cells.get("scans")
     if not isinstance(values, list):
-        raise row.error(f"scans must be a list, got {type(values).__name__}", "[] for a text without scans")
+        raise row.error(f"scans must be a list, got {type(values).__name__}", "use [] for a text without scans")
     return tuple(_scan(row, value) for value in values)
 
 
@@ -158,10 +157,10 @@ def _scan(row: Row, value) -> Scan:
         or not isinstance(value.get("path"), str)
         or value.keys() - {"path", "volume", "window"}
     ):
-        raise row.error(f"scan {str(value)[:60]!r} is neither a path nor {{path, volume, window}}", _REMEDY)
+        raise row.error(f"scan {str(value)[:60]!r} must be a path or {{path, volume, window}}", _REMEDY)
     volume, window = value.get("volume"), value.get("window")
     if volume is not None and (type(volume) is not int or volume < 0):
-        raise row.error(f"volume {volume!r} of a scan must be a number from 0", _REMEDY)
+        raise row.error(f"volume {volume!r} of a scan must be an integer of at least 0", _REMEDY)
     if isinstance(window, list):
         numbers = len(window) == 2 and all(type(w) in (int, float) and abs(w) < 1e9 for w in window)
         if not numbers or not window[0] < window[1]:

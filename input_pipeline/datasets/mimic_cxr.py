@@ -1,11 +1,14 @@
-"""MIMIC-CXR reports: csv `image_path, label`; the label is the report. One path, or a list literal of a study's."""
+"""MIMIC-CXR reports: csv `image_path, label`.
+
+The label is the report. image_path is one path, or a list literal with all paths of the study.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 
 from input_pipeline.datasets import prompts
-from input_pipeline.datasets.base import TableDataset, ask
+from input_pipeline.datasets.base import TableDataset, instruction_parts
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
@@ -19,7 +22,8 @@ class MimicCXR(TableDataset):
 
     def parts(self, value, rng):
         scans, report = value
-        return self.task, self.study_of(scans[0].path), ask(rng, scans, prompts.draw("report_cxr", rng), report)
+        question = prompts.draw("report_cxr", rng)
+        return self.task, self.study_of(scans[0].path), instruction_parts(rng, scans, question, report)
 
     def scans_of(self, value):
         return value[0]

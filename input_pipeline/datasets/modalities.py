@@ -1,7 +1,7 @@
-"""Imaging modalities: what a label of a table means, and which other modality it is certainly not.
+"""Imaging modalities: the meaning of labels, and which modalities exclude each other.
 
-A "no" question must be true. A CT angiography is CT and angiography; a plain "PET" may have been fused with CT; so a
-question about modality is only answered "no" if the two can in no way both hold.
+A "no" must be true. A CT angiography is both CT and angiography; a plain "PET" may have been fused with CT. So the
+answer is "no" only if two modalities cannot apply at the same time.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 
 import numpy as np
 
-# Name in questions -> words of labels that mean it (whole words, lower case).
+# Name in questions -> words that mean it in labels (whole words, lower case).
 WORDS: dict[str, tuple[str, ...]] = {
     "CT angiography": ("cta", "ctpa", "ct angiography", "ct angiogram", "ct venography"),
     "MR angiography": ("mra", "mrv", "mr angiography", "mri angiography", "mr angiogram", "mr venography"),
@@ -51,7 +51,7 @@ WORDS: dict[str, tuple[str, ...]] = {
     "endoscopy": ("endoscopy", "en", "endoscopic", "colonoscopy", "bronchoscopy"),
 }  # fmt: skip
 
-# What each of them also is, beyond doubt: may be asked about with the answer yes.
+# What each of them always is as well: may be asked about with the answer yes.
 ALSO: dict[str, tuple[str, ...]] = {
     "CT angiography": ("CT", "angiography"),
     "MR angiography": ("MRI", "angiography"),
@@ -59,7 +59,7 @@ ALSO: dict[str, tuple[str, ...]] = {
     "mammography": ("X-ray",),
     "fluoroscopy": ("X-ray",),
 }
-# What each may also be: never asked about with the answer no. Read in both directions.
+# What each may also be: never asked about with the answer no. Symmetric.
 MAYBE: dict[str, tuple[str, ...]] = {
     "angiography": ("X-ray", "fluoroscopy", "CT", "MRI", "CT angiography", "MR angiography"),
     "CT angiography": ("CT", "angiography", "PET-CT"),
@@ -81,8 +81,8 @@ _RELATED = {name: {name, *ALSO.get(name, ()), *MAYBE.get(name, ())} for name in 
 for _name, _others in list(_RELATED.items()):
     for _other in list(_others):
         _RELATED[_other].add(_name)
-# Two words of one label that together mean a third.
-_TOGETHER = {
+# Two modalities in one label that mean a third.
+_COMBINED = {
     frozenset({"CT", "angiography"}): "CT angiography",
     frozenset({"MRI", "angiography"}): "MR angiography",
     frozenset({"PET", "CT"}): "PET-CT",
@@ -90,48 +90,47 @@ _TOGETHER = {
 
 
 def modalities(label: str) -> frozenset[str]:
-    """A label of a table -> the modalities it names, as keys of WORDS; empty if it names none.
+    """Return the modalities that a label names, as keys of WORDS; empty if it names none.
 
     "CT - noncontrast" -> {CT}; "MR - T2W FLAIR" -> {MRI}; "Angiography (DSA)" -> {angiography}; "PET-CT" -> {PET-CT}
     """
     words = re.sub(r"[^a-z0-9]+", " ", label.lower()).split()
-    whole = _LOOKUP.get(" ".join(words))
-    if whole:
-        return frozenset({whole})
-    # Short forms like "an", "be" or "en" are words of English too: they count alone or as a prefix, "AN - aortogram".
+    exact = _LOOKUP.get(" ".join(words))
+    if exact:
+        return frozenset({exact})
+    # Short forms like "an", "be" or "en" are also English words: they count alone or as a prefix, "AN - aortogram".
     prefix = re.match(r"\s*([A-Za-z]{2})\s*[-:(/,]", label)
-    found, k = [], 0
+    names, k = set(), 0
     while k < len(words):
         for size in range(min(_LONGEST, len(words) - k), 0, -1):
             name = _LOOKUP.get(" ".join(words[k : k + size]))
             if name and (size > 1 or len(words[k]) > 2 or words[k] in ("ct", "mr", "t1", "t2") or (k == 0 and prefix)):
-                found.append(name)
+                names.add(name)
                 k += size
                 break
         else:
             k += 1
-    names = set(found)
-    for parts, whole in _TOGETHER.items():
+    for parts, combined in _COMBINED.items():
         if parts <= names:
-            names = names - parts | {whole}
+            names = names - parts | {combined}
     return frozenset(names)
 
 
 def truths(names: frozenset[str]) -> tuple[str, ...]:
-    """All that may be asked with the answer yes."""
+    """Return all modalities that may be asked about with the answer yes."""
     return tuple(sorted({n for name in names for n in (name, *ALSO.get(name, ()))}))
 
 
 def falsehoods(names: frozenset[str]) -> tuple[str, ...]:
-    """All that may be asked with the answer no."""
+    """Return all modalities that may be asked about with the answer no."""
     excluded = set().union(*(_RELATED[name] for name in truths(names)))
     return tuple(name for name in WORDS if name not in excluded)
 
 
 class ModalityQuestions:
-    """Draws what to ask: yes and no equally often, wrong modalities as often as a table has them (plus one each).
+    """Draw modality questions: yes and no equally often, wrong modalities by their frequency in the table plus one.
 
-    Drawing them by their share keeps the name of a modality from giving the answer away.
+    Drawing by frequency keeps the name of a modality from giving the answer away.
     """
 
     def __init__(self, labels):
@@ -143,7 +142,7 @@ class ModalityQuestions:
         self._pools: dict[frozenset[str], tuple[tuple[str, ...], tuple[str, ...], np.ndarray]] = {}
 
     def draw(self, names: frozenset[str], rng: np.random.Generator) -> tuple[str, str] | None:
-        """(modality to ask about, "yes" or "no") for a scan of these modalities; None if nothing can be denied."""
+        """Return (modality to ask about, "yes" or "no") for a scan of these modalities; None if no "no" is safe."""
         if names not in self._pools:
             no = falsehoods(names)
             self._pools[names] = truths(names), no, np.cumsum([self._counts[n] for n in no])

@@ -1,12 +1,15 @@
-"""MPx-Multi: csv `name` (comma-separated images), `type`, `context` (what is asked for), `history`. And the MPx
-questions: csv `name, question, answer, explanation`."""
+"""MPx-Multi and the MPx questions.
+
+MPx-Multi: csv `name` (comma-separated images), `type`, `context` (the answer), `history`.
+MPx questions: csv `name, question, answer, explanation`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 
 from input_pipeline.datasets import prompts
-from input_pipeline.datasets.base import TableDataset, ask, choose
+from input_pipeline.datasets.base import TableDataset, choose, instruction_parts
 from input_pipeline.samples import Scan
 from input_pipeline.text.sentences import closed, join
 
@@ -24,9 +27,11 @@ TYPES = {
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class _MPxCase(TableDataset):
-    """Attributes:
-    images: folder of the pictures below the root.
-    max_scans: pictures at most in a sample; of more, some are chosen by the sample's generator, in their order.
+    """Rows about several images of one case.
+
+    Attributes:
+      images: folder of the images below the root.
+      max_scans: maximum images in a sample; the sample's generator chooses among more, keeping their order.
     """
 
     images: str = ""
@@ -40,10 +45,10 @@ class _MPxCase(TableDataset):
     def _scans(self, row) -> tuple[Scan, ...]:
         names = [part.strip() for text in row.texts("name") for part in text.split(",")]
         if not names or not all(names):
-            raise row.error(f"name {row.cells.get('name')!r} holds a blank image name")
+            raise row.error(f"name {row.cells.get('name')!r} has a blank image name")
         return tuple(Scan(row.path(name, self.images)) for name in names)
 
-    def _shown(self, scans, rng) -> tuple[Scan, ...]:
+    def _chosen(self, scans, rng) -> tuple[Scan, ...]:
         return tuple(scans[k] for k in choose(rng, len(scans), self.max_scans))
 
     def scans_of(self, value):
@@ -61,13 +66,13 @@ class MPxMulti(_MPxCase):
 
     def parts(self, value, rng):
         scans, kind, answer, history = value
-        shown = self._shown(scans, rng)
-        return self.task, self.study_of(scans[0].path), ask(rng, shown, prompts.draw(TYPES[kind], rng), answer, history)
+        chosen, question = self._chosen(scans, rng), prompts.draw(TYPES[kind], rng)
+        return self.task, self.study_of(scans[0].path), instruction_parts(rng, chosen, question, answer, history)
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class MPxQuestions(_MPxCase):
-    """The answer is followed by its explanation, where there is one."""
+    """Questions whose answer is followed by its explanation, if there is one."""
 
     name = "mpx_questions"
     task = "vqa"
@@ -81,4 +86,5 @@ class MPxQuestions(_MPxCase):
 
     def parts(self, value, rng):
         scans, question, answer = value
-        return self.task, self.study_of(scans[0].path), ask(rng, self._shown(scans, rng), question, answer)
+        chosen = self._chosen(scans, rng)
+        return self.task, self.study_of(scans[0].path), instruction_parts(rng, chosen, question, answer)

@@ -1,4 +1,4 @@
-"""PMC-CaseReport: csv `PMC_id, img_ref, context, question, answer`; VQA with the patient's history before it."""
+"""PMC-CaseReport: csv `PMC_id, img_ref, context, question, answer`; VQA with the patient's history as context."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _ID = re.compile(r"[A-Za-z0-9._-]+")
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class PMCCaseReport(TableDataset):
-    """Pictures are `figures/PMCID_imgref.jpg`; they stand after the context or after the question.
+    """Questions on figures `figures/PMCID_imgref.jpg`, which come before or after the question.
 
     Attributes:
-      figures: folder of the pictures below the root.
+      figures: folder of the figures below the root.
     """
 
     name = "pmc_casereport"
@@ -34,22 +34,22 @@ class PMCCaseReport(TableDataset):
             raise row.error("img_ref names no figure")
         for name in (paper, *figures):
             if not _ID.fullmatch(name) or name.strip(".") == "":
-                raise row.error(f"{name[:60]!r} is no name of a paper or a figure", "letters, digits, '.', '_', '-'")
+                raise row.error(f"{name[:60]!r} is not a paper or figure name", "use letters, digits, '.', '_', '-'")
         scans = tuple(Scan(row.path(f"{paper}_{name}.jpg", self.figures)) for name in figures)
-        asked = []
+        texts = []
         for column in ("question", "answer"):
             text = _TAG.sub("", row.text(column), count=1).strip()
             if not text:
-                raise row.error(f"{column} has nothing after its 'Q:' or 'A:'")
-            asked.append(text)
-        return paper, scans, row.optional("context"), *asked
+                raise row.error(f"{column} has no text after its 'Q:' or 'A:'")
+            texts.append(text)
+        return paper, scans, row.optional("context"), *texts
 
     def parts(self, value, rng):
         paper, scans, context, question, answer = value
-        told = (Text(shorten(context), "context"),) if context else ()
-        asked = Text(question, "instruction")
-        middle = pick(rng, ((*told, *scans, asked), (*told, asked, *scans)))
-        return self.task, paper, (*middle, Text(answer, "response"))
+        history = (Text(shorten(context), "context"),) if context else ()
+        instruction = Text(question, "instruction")
+        middle = pick(rng, ((*scans, instruction), (instruction, *scans)))
+        return self.task, paper, (*history, *middle, Text(answer, "response"))
 
     def scans_of(self, value):
         return value[1]

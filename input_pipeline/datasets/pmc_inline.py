@@ -1,4 +1,4 @@
-"""PMC-Inline: csv `PMC_path`, one JSON a paper: a list of {text, img_ref: [..]}. No question: all text is learned."""
+"""PMC-Inline: csv `PMC_path`; one JSON per paper, a list of {text, img_ref: [..]}. All text is a target."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import pathlib
 import re
 
 from input_pipeline.datasets.base import TableDataset, choose, pick
-from input_pipeline.datasets.tables import bad_path, bad_text, load_json
+from input_pipeline.datasets.json_tables import load_json
+from input_pipeline.datasets.rows import bad_path, bad_text
 from input_pipeline.samples import RowError, Scan, Text
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
@@ -17,13 +18,13 @@ _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 class PMCInline(TableDataset):
     """A window of a paper's sentences, each figure before the first sentence of the window that refers to it.
 
-    The papers themselves are read when a sample is asked for, and checked then: errors name the paper's file.
+    Papers are read and checked when a sample is made; errors name the paper's file.
 
     Attributes:
-      figures: folder below the root with the pictures PMCID_imgref.jpg.
-      window: sentences at most in a sample.
-      max_scans: figures at most in a sample; of more, some are chosen by the sample's generator.
-      around_figure: share of the samples whose window is laid around a figure; the others lie anywhere.
+      figures: folder below the root with the images PMCID_imgref.jpg.
+      window: maximum sentences in a sample.
+      max_scans: maximum figures in a sample; the sample's generator chooses among more.
+      around_figure: share of the samples whose window contains a figure; the other windows are anywhere.
     """
 
     name = "pmc_inline"
@@ -39,12 +40,12 @@ class PMCInline(TableDataset):
         return row.path(row.text("PMC_path"))
 
     def read(self, path: str) -> list[tuple[str, tuple[str, ...]]]:
-        """The sentences of a paper and the figures each refers to. Raises RowError: row = number of the sentence."""
+        """Return (text, figures) of each sentence of a paper. Raises RowError; its row is the sentence."""
         file = self.root / path
         paper = load_json(file)
         if not isinstance(paper, list):
-            raise RowError(file, 0, "a paper must be a list of {text, img_ref}", "convert the paper anew")
-        sentences, problems = [], []
+            raise RowError(file, 0, "a paper must be a list of {text, img_ref}", "convert the paper again")
+        sentences = []
         for number, item in enumerate(paper, 1):
             reason = None
             if not isinstance(item, dict) or not isinstance(item.get("text"), str):
@@ -55,13 +56,11 @@ class PMCInline(TableDataset):
             if isinstance(figures, str):
                 figures = [figures]
             if not isinstance(figures, list) or not all(isinstance(f, str) and _NAME.fullmatch(f) for f in figures):
-                reason = f"img_ref {str(figures)[:60]!r} is no list of figure names"
+                reason = f"img_ref {str(figures)[:60]!r} is not a list of figure names"
             if reason:
-                problems.append(RowError(file, number, reason, "correct the paper"))
-            elif item["text"].strip() or figures:
+                raise RowError(file, number, reason, "correct the paper")
+            if item["text"].strip() or figures:
                 sentences.append((item["text"].strip(), tuple(figures)))
-        if problems:
-            raise problems[0]
         if not any(text for text, _ in sentences):
             raise RowError(file, 0, "the paper has no text", "remove it from the table")
         return sentences
@@ -71,12 +70,12 @@ class PMCInline(TableDataset):
         low = self._window(sentences, rng)
         chosen = sentences[low : low + self.window]
         order = list(dict.fromkeys(f for _, figures in chosen for f in figures))
-        shown = {order[k] for k in choose(rng, len(order), self.max_scans)}
+        remaining = {order[k] for k in choose(rng, len(order), self.max_scans)}
         parts, text = [], []
         for sentence, figures in chosen:
             for figure in dict.fromkeys(figures):
-                if figure in shown:
-                    shown.remove(figure)
+                if figure in remaining:
+                    remaining.remove(figure)
                     if text:
                         parts.append(Text(" ".join(text), "interleaved"))
                         text = []
@@ -90,15 +89,15 @@ class PMCInline(TableDataset):
         return self.task, pathlib.PurePosixPath(value).stem, tuple(parts)
 
     def _window(self, sentences, rng) -> int:
-        """First sentence of the window. It always lies inside the paper, and around a figure if it is to show one."""
+        """Return the first sentence of the window. The window is inside the paper and may be placed around a figure."""
         last = max(len(sentences) - self.window, 0)
-        around, where = rng.random() < self.around_figure, rng.random()
+        around, position = rng.random() < self.around_figure, rng.random()
         with_figure = [k for k, (_, figures) in enumerate(sentences) if figures]
         if around and with_figure:
             k = pick(rng, with_figure)
             low, high = max(k - self.window + 1, 0), min(k, last)
-            return low + int(where * (high - low + 1))
-        return int(where * (last + 1))
+            return low + int(position * (high - low + 1))
+        return int(position * (last + 1))
 
     def scans_of(self, value):
         return tuple(self._scan(value, f) for f in dict.fromkeys(f for _, fs in self.read(value) for f in fs))

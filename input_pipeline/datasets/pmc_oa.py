@@ -1,16 +1,20 @@
-"""PMC-OA: csv `Figure_path, Caption`; figures of papers, asked to be captioned."""
+"""PMC-OA: csv `Figure_path, Caption`; captioning of figures of papers."""
 
 from __future__ import annotations
 
 import dataclasses
 
 from input_pipeline.datasets import prompts
-from input_pipeline.datasets.base import TableDataset, ask
+from input_pipeline.datasets.base import TableDataset, instruction_parts
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class PMCOA(TableDataset):
-    """Attributes: images: folder of the figures below the root."""
+    """Figures with captions.
+
+    Attributes:
+      images: folder of the figures below the root.
+    """
 
     name = "pmc_oa"
     task = "report"
@@ -23,7 +27,8 @@ class PMCOA(TableDataset):
 
     def parts(self, value, rng):
         scan, caption = value
-        return self.task, self.study_of(scan.path), ask(rng, (scan,), prompts.draw("caption_figure", rng), caption)
+        question = prompts.draw("caption_figure", rng)
+        return self.task, self.study_of(scan.path), instruction_parts(rng, (scan,), question, caption)
 
     def scans_of(self, value):
         return value[:1]

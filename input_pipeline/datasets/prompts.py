@@ -1,8 +1,8 @@
-"""Task templates: our wording of what a user may ask, drawn by the sample's own generator.
+"""Instruction templates, drawn by the sample's own generator.
 
-`prompts.json` holds groups of at least ten sentences. A group is a task and, where it matters, a body region: a spine
-is never asked about the lungs. Sentences say "this study" rather than one image or several, so that they fit any number
-of scans; the scans themselves are put before or after the sentence by the data set.
+`prompts.json` has groups of at least ten sentences. A group is a task and, where it matters, a body region. Sentences
+say "this study" instead of "image" or "images", so that they fit any number of scans. The data set puts the scans
+before or after the sentence.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import string
 import numpy as np
 
 FILE = pathlib.Path(__file__).with_name("prompts.json")
-LEAST = 10
+MIN_SENTENCES = 10
 
-# Each group and the one word that its sentences leave open.
+# Group -> the placeholder of its sentences.
 GROUPS: dict[str, str | None] = {
     "modality_open": None,
     "modality_judge": "modality",
@@ -30,11 +30,11 @@ GROUPS: dict[str, str | None] = {
 
 
 def check_prompts(groups: dict, source="prompts") -> dict[str, tuple[str, ...]]:
-    """Groups of sentences as read from JSON -> the same, checked.
+    """Check groups of sentences as read from JSON and return them as tuples.
 
     Raises:
-      ValueError: all faults at once: a missing or unknown group, fewer than ten sentences, a repeated or blank one, an
-        image mark, a placeholder that is missing, misspelt or not the group's.
+      ValueError: lists all problems: a missing or unknown group, fewer than ten sentences, a repeated or blank
+        sentence, an image mark, a missing, misspelt or wrong placeholder.
     """
     problems = []
     if not isinstance(groups, dict):
@@ -48,19 +48,20 @@ def check_prompts(groups: dict, source="prompts") -> dict[str, tuple[str, ...]]:
         if not isinstance(sentences, list) or not all(isinstance(s, str) for s in sentences):
             problems.append(f"group {name} must be a list of sentences")
             continue
-        if len({s.casefold() for s in sentences}) < max(LEAST, len(sentences)):
-            problems.append(f"group {name}: {LEAST} different sentences at least, none twice; it has {len(sentences)}")
-        want = [] if GROUPS[name] is None else [GROUPS[name]]
+        if len({s.casefold() for s in sentences}) < max(MIN_SENTENCES, len(sentences)):
+            need = f"at least {MIN_SENTENCES} sentences are required, all different"
+            problems.append(f"group {name}: {need}; it has {len(sentences)}")
+        expected = [] if GROUPS[name] is None else [GROUPS[name]]
         for sentence in sentences:
             try:
                 fields = [field for _, field, _, _ in string.Formatter().parse(sentence) if field is not None]
             except ValueError as error:
                 problems.append(f"group {name}: {sentence!r}: {error}")
                 continue
-            if fields != want:
-                found = ", ".join(f"{{{f}}}" for f in fields) or "none"
-                problems.append(f"group {name}: {sentence!r} has {found}, wanted {{{want[0]}}} once" if want else
-                                f"group {name}: {sentence!r} has {found}, wanted no placeholder")  # fmt: skip
+            if fields != expected:
+                actual = ", ".join(f"{{{f}}}" for f in fields) or "none"
+                need = f"{{{expected[0]}}} once" if expected else "no placeholder"
+                problems.append(f"group {name}: {sentence!r} has {actual}, expected {need}")
             if sentence != sentence.strip() or not sentence or "<image" in sentence:
                 problems.append(f"group {name}: {sentence!r} is blank, has outer spaces or an image mark")
     if problems:
@@ -70,15 +71,15 @@ def check_prompts(groups: dict, source="prompts") -> dict[str, tuple[str, ...]]:
 
 @functools.cache
 def load() -> dict[str, tuple[str, ...]]:
-    """All groups, read and checked once a process."""
+    """Return all groups, read and checked once per process."""
     return check_prompts(json.loads(FILE.read_text(encoding="utf-8")), FILE.name)
 
 
 def draw(group: str, rng: np.random.Generator, **values: str) -> str:
-    """One sentence of the group, its placeholder filled: `draw("modality_judge", rng, modality="CT")`."""
+    """Draw a sentence of a group and fill its placeholder: `draw("modality_judge", rng, modality="CT")`."""
     sentences = load()[group]
     sentence = sentences[int(rng.random() * len(sentences))]
-    # Not str.format: a disease name may hold braces, and nothing of it may be looked up.
+    # Not str.format, because a disease name may contain braces.
     for key, value in values.items():
         sentence = sentence.replace("{" + key + "}", value)
     return sentence

@@ -5,22 +5,22 @@ from __future__ import annotations
 import dataclasses
 
 from input_pipeline.datasets import prompts
-from input_pipeline.datasets.base import TableDataset, ask
+from input_pipeline.datasets.base import TableDataset, instruction_parts
 from input_pipeline.datasets.modalities import WORDS, ModalityQuestions, modalities
-from input_pipeline.datasets.tables import Row
+from input_pipeline.datasets.rows import Row
 
 
 def modality_names(row: Row, label: str, own: dict[str, str]) -> frozenset[str]:
-    """The modalities that a label names; `own` comes before the built-in words. Raises RowError if it names none."""
+    """Return the modalities that a label names; `own` precedes the built-in words. Raises RowError if it names none."""
     names = modalities(own.get(label, label))
     if not names:
-        known = ", ".join(WORDS)
-        raise row.error(f"modality {label[:60]!r} is unknown", f"one of {known}, or say with `modalities` what it is")
+        remedy = f"use one of {', '.join(WORDS)}, or map it with `modalities`"
+        raise row.error(f"modality {label[:60]!r} is unknown", remedy)
     return names
 
 
 def modality_question(questions: ModalityQuestions, names, label: str, judgement: float, rng) -> tuple[str, str]:
-    """Question and answer: whether it is some modality (yes or no, equally often), or which it is."""
+    """Draw a question and its answer: yes/no for one modality, or which modality it is."""
     if rng.random() < judgement:
         drawn = questions.draw(names, rng)
         if drawn is not None:
@@ -31,10 +31,10 @@ def modality_question(questions: ModalityQuestions, names, label: str, judgement
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class Rad3DModality(TableDataset):
-    """RadFM reads one row in five an epoch: `fraction=0.2`.
+    """Modality of a volume. RadFM uses a fifth of the rows in an epoch: `fraction=0.2`.
 
     Attributes:
-      modalities: labels that the built-in words do not know -> a modality.
+      modalities: labels that the built-in words do not cover -> a modality.
       judgement: share of yes/no questions.
     """
 
@@ -56,7 +56,7 @@ class Rad3DModality(TableDataset):
     def parts(self, value, rng):
         path, label, names = value
         question, answer = modality_question(self._questions, names, label, self.judgement, rng)
-        return self.task, self.study_of(path), ask(rng, self.scans_of(value), question, answer)
+        return self.task, self.study_of(path), instruction_parts(rng, self.scans_of(value), question, answer)
 
     def scans_of(self, value):
         return self.npy_scans(value[0])

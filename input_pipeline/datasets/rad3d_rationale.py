@@ -1,4 +1,4 @@
-"""Rad3D-Rationale: the JSON of Rad3D-Caption; the disease and its features, or (half the time) a yes/no question."""
+"""Rad3D-Rationale: the JSON of Rad3D-Caption; the disease with its features, or a yes/no question about it."""
 
 from __future__ import annotations
 
@@ -7,20 +7,22 @@ import re
 import sys
 
 from input_pipeline.datasets import diseases, prompts
-from input_pipeline.datasets.base import TableDataset, ask
+from input_pipeline.datasets.base import TableDataset, instruction_parts
 from input_pipeline.datasets.rad3d_caption import patient
 from input_pipeline.text.sentences import closed, join
 
-# An entry of `articles` that is longer is the text of an article, not its name.
-LONGEST_NAME = 120
+# A longer entry of `articles` is the text of an article, not its name.
+MAX_NAME = 120
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class Rad3DRationale(TableDataset):
-    """The disease is in `title`. A yes/no question names it, or a disease that the case certainly is not: the title or
-    an article of another case which is neither a kind nor a synonym of one of this case's own, and which none of its
-    texts mentions. Names are drawn as often as they are titles, so that a name does not give the answer away. A normal
-    case, and one to which nothing can be denied, is always asked the open question.
+    """Disease and radiographic features of a case; `title` is the disease.
+
+    A yes/no question names the title, or a disease that the case does not have: the title or an article of another
+    case that is neither a kind nor a synonym of this case's names and that none of its texts mentions. Names are drawn
+    by their frequency as titles, so that a name does not give the answer away. A normal case, and a case without a
+    safe "no", always gets the open question.
 
     Attributes:
       judgement: share of yes/no questions.
@@ -40,16 +42,12 @@ class Rad3DRationale(TableDataset):
         if not features:
             raise row.error("radiographic_features is blank")
         articles = row.texts("articles", literal=False)
-        names = tuple(a for a in articles if len(a) <= LONGEST_NAME and "\n" not in a and diseases.words(a))
-        told = [
-            *articles,
-            features,
-            *(" ".join(row.texts(c, literal=False)) for c in ("finding", "impression", "pat", "pre")),
-        ]
-        return path, patient(row), title, names, features, _plain(" ".join(told))
+        names = tuple(a for a in articles if len(a) <= MAX_NAME and "\n" not in a and diseases.words(a))
+        other = (" ".join(row.texts(c, literal=False)) for c in ("finding", "impression", "pat", "pre"))
+        return path, patient(row), title, names, features, _plain(" ".join([*articles, features, *other]))
 
     def finish(self):
-        # Every title counts as often as it occurs; an article's name that is never a title counts once.
+        # A title counts as often as it occurs; the name of an article that is never a title counts once.
         self._pool = [sys.intern(title) for _, _, title, *_ in self._rows if not diseases.is_normal(title)]
         titles = {diseases.canonical(title) for title in self._pool}
         for _, _, _, names, *_ in self._rows:
@@ -60,13 +58,13 @@ class Rad3DRationale(TableDataset):
         return []
 
     def _absent(self, value, rng) -> str | None:
-        """A name of the pool that the case certainly is not; None if the table has none."""
-        _, _, title, names, _, told = value
+        """Return a name of the pool that the case does not have; None if the table has none."""
+        _, _, title, names, _, text = value
 
         def is_safe(name: str) -> bool:
             if any(diseases.may_coexist(own, name) for own in (title, *names)):
                 return False
-            return f" {diseases.canonical(name)} " not in told and f" {_plain(name).strip()} " not in told
+            return f" {diseases.canonical(name)} " not in text and f" {_plain(name).strip()} " not in text
 
         if diseases.is_normal(title) or not self._pool:
             return None
@@ -75,29 +73,29 @@ class Rad3DRationale(TableDataset):
             name = self._pool[int(rng.random() * count)]
             if is_safe(name):
                 return name
-        # Nearly all names are this case's own: look through the whole pool, from a drawn start.
+        # Nearly all names are this case's own: search the whole pool from a random start.
         first = int(start * count)
         return next((name for name in self._pool[first:] + self._pool[:first] if is_safe(name)), None)
 
     def parts(self, value, rng):
         path, context, title, _, features, _ = value
         scans = self.scans_of(value)
-        # All draws are made whatever they decide, so that the choices stay independent of each other.
+        # Both draws are always made, so that the choices stay independent of each other.
         judged, side = rng.random() < self.judgement, rng.random() < 0.5
         if judged:
             absent = self._absent(value, rng)
-            # A case with no safe "no" would always be asked for a "yes": it is asked the open question instead.
+            # A case without a safe "no" would always be answered yes, so it gets the open question.
             if absent is not None:
                 disease, answer = (title, "yes") if side else (absent, "no")
                 question = prompts.draw("diagnosis_judge_general", rng, disease=disease)
-                return "diagnosis", self.study_of(path), ask(rng, scans, question, answer, context)
-        answer = join(closed(title), features)
-        return "rationale", self.study_of(path), ask(rng, scans, prompts.draw("rationale", rng), answer, context)
+                return "diagnosis", self.study_of(path), instruction_parts(rng, scans, question, answer, context)
+        answer, question = join(closed(title), features), prompts.draw("rationale", rng)
+        return "rationale", self.study_of(path), instruction_parts(rng, scans, question, answer, context)
 
     def scans_of(self, value):
         return self.npy_scans(value[0])
 
 
 def _plain(text: str) -> str:
-    """Lower-case words between single spaces, one at each end, to look names up in."""
+    """Return the words in lower case, each between single spaces, for the search of names."""
     return f" {' '.join(re.sub(r'[^a-z0-9]+', ' ', text.lower()).split())} "

@@ -13,4 +13,4 @@ class Rad3DVQA(VQA):
     required = ("image_path", "question", "answer")
 
     def parse(self, row):
-        return self.keep(row.path(row.text("image_path")), row.text("question"), row.text("answer"))
+        return self.value(row.path(row.text("image_path")), row.text("question"), row.text("answer"))

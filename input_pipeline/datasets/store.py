@@ -1,4 +1,4 @@
-"""Rows of tables on disk instead of in memory, and which of them are equal."""
+"""Values of table rows, on disk instead of in memory, and the search for equal ones."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-BLOCK = 1 << 20  # bytes written, and read in turn, at once
+BLOCK = 1 << 20  # bytes per write, and per read while iterating
 
 
 class Store(Sequence):
-    """Values, pickled into a file without a name in TMPDIR, which goes with the last process that reads it.
+    """A sequence of values pickled into an unnamed file in TMPDIR, which exists as long as a process reads it.
 
-    In memory are 8 bytes a value (16 after `select`). Every access makes the value anew. Threads and forked processes
-    may read at once: no position is shared.
+    It takes 8 bytes of memory per value (16 after `select`). Every access unpickles the value again. Threads and forked
+    processes may read at the same time, as they share no file position.
 
     Raises:
       OSError: the file cannot be written; its `filename` is the directory.
@@ -38,8 +38,8 @@ class Store(Sequence):
                 self._write(block)
                 block.clear()
         self._write(block)
-        places = np.frombuffer(ends, np.int64)
-        self._starts, self._ends = places[:-1], places[1:]
+        offsets = np.frombuffer(ends, np.int64)
+        self._starts, self._ends = offsets[:-1], offsets[1:]
 
     def _write(self, block: bytearray) -> None:
         data = bytes(block)
@@ -47,13 +47,13 @@ class Store(Sequence):
             try:
                 data = data[self._file.write(data) :]
             except OSError as error:
-                reason = f"{error.strerror}: rows of tables are kept in this directory, TMPDIR names another"
+                reason = f"{error.strerror}: rows of tables are stored in this directory; set TMPDIR to use another"
                 raise OSError(error.errno, reason, tempfile.gettempdir()) from error
 
     def select(self, kept: list[int] | np.ndarray) -> Store:
-        """Some of the values, of the same file. `kept` is ascending indices, or a bool for each value."""
+        """Return a store of some of the values. `kept` is ascending indices, or a bool for each value."""
         chosen = copy.copy(self)
-        chosen._whole = self  # which closes the file
+        chosen._owner = self  # keeps the file open
         chosen._starts, chosen._ends = self._starts[kept], self._ends[kept]
         return chosen
 
@@ -79,12 +79,12 @@ class Store(Sequence):
 
 
 def digest(text: str) -> bytes:
-    """16 bytes that no other text has."""
+    """Return the 128-bit BLAKE2 digest of a text."""
     return hashlib.blake2b(text.encode("utf-8"), digest_size=16).digest()
 
 
 def first_equal(digests: bytes | bytearray) -> np.ndarray:
-    """int64[n]: for each of n digests, one behind the other, the index of the first that is equal to it."""
-    # numpy takes zeros at the end for padding: bytes of one length that differ still do.
+    """Return, for each of n concatenated digests, the index of the first equal one, int64[n]."""
+    # numpy treats trailing zeros as padding. All digests have one length, so different ones stay different.
     _, first, group = np.unique(np.frombuffer(digests, "S16"), return_index=True, return_inverse=True)
     return first[group]

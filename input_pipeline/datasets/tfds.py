@@ -1,4 +1,4 @@
-"""A prepared TFDS data set (ArrayRecord files), its features named as in jsonl.py. Needs no TensorFlow."""
+"""A prepared TFDS data set (ArrayRecord files) with the features of jsonl.py. TensorFlow is not required."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ from input_pipeline.samples import RowError
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class TFDS(JSONL):
-    """Rows of `tfds.builder_from_directory(root / table)`, read once; scans are paths below the root.
+    """Rows of `tfds.builder_from_directory(root / table)`; scans are paths below the root.
 
-    Only the text features are decoded; voxels that the records hold beside them are not touched.
+    Only the features of the schema are decoded; voxels in the records are not.
 
     Attributes:
       table: the directory of the version, with dataset_info.json and features.json.
-      split: a split of the data set, slices as in TFDS: `train[:60%]`. Needed.
+      split: a split of the data set, with slices as in TFDS: `train[:60%]`. Required.
       columns: key of the schema -> feature of the data set, e.g. {"instruction": "question"}.
-      constants: key of the schema -> the same value for every row, e.g. {"task": "vqa"}. Without an id the rows are
-        numbered from 1.
+      constants: key of the schema -> a value for every row, e.g. {"task": "vqa"}. The default id is the row number.
     """
 
     name = "tfds"
@@ -31,15 +30,15 @@ class TFDS(JSONL):
 
     def _stream(self):
         if not self.split:
-            raise ValueError("tfds: split is needed, e.g. split='train'")
+            raise ValueError("tfds: split is required, e.g. split='train'")
         unknown = sorted((self.columns.keys() | self.constants.keys()) - set(KEYS))
         if unknown:
             raise ValueError(f"tfds: unknown keys {', '.join(unknown)}; known: {', '.join(KEYS)}")
-        # Imported late: it takes seconds, and no other family needs it.
+        # The import takes seconds, and no other family needs it.
         import tensorflow_datasets as tfds
 
         if not (self.file / "dataset_info.json").is_file():
-            raise RowError(self.file, 0, "no TFDS data set: dataset_info.json is missing", "the directory of a version")
+            raise RowError(self.file, 0, "not a TFDS data set: dataset_info.json is missing", "use a version directory")
         try:
             builder = tfds.builder_from_directory(self.file)
             features = set(builder.info.features)
@@ -48,35 +47,37 @@ class TFDS(JSONL):
             names = {key: feature for key, feature in names.items() if feature in features}
             if missing or "scans" not in names:
                 reason = f"features {', '.join(missing or ['scans'])} are missing; it has {', '.join(sorted(features))}"
-                raise RowError(self.file, 0, reason, "name them with `columns`")
-            # Data sources do not take a PartialDecoding themselves: read raw records, decode these features only.
-            wanted = tfds.features.FeaturesDict({feature: builder.info.features[feature] for feature in names.values()})
+                raise RowError(self.file, 0, reason, "map them with `columns`")
+            # Data sources do not accept a PartialDecoding: read raw records and decode only these features.
+            selected = tfds.features.FeaturesDict(
+                {feature: builder.info.features[feature] for feature in names.values()}
+            )
             source = builder.as_data_source(self.split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
         except RowError:
             raise
         except Exception as error:
             # TFDS raises anything from KeyError to bare Exception for a wrong split or a missing shard.
             reason = f"the data set cannot be opened: {type(error).__name__}: {str(error)[:200]}"
-            raise RowError(self.file, 0, reason, "prepare it anew with file_format='array_record'") from error
+            raise RowError(self.file, 0, reason, "prepare it again with file_format='array_record'") from error
         for number in range(1, len(source) + 1):
             try:
-                record = wanted.deserialize_example_np(source[number - 1])
+                record = selected.deserialize_example_np(source[number - 1])
             except Exception as error:
                 reason = f"the record cannot be read: {type(error).__name__}: {str(error)[:200]}"
-                yield RowError(self.file, number, reason, "prepare the data set anew")
+                yield RowError(self.file, number, reason, "prepare the data set again")
                 continue
             cells = {"id": str(number), **self.constants}
             cells |= {key: _plain(record[feature]) for key, feature in names.items()}
-            # A feature cannot be absent, so an empty text stands for a key that is not there.
+            # A feature is always present, so an empty text means that the key is absent.
             yield number, {key: value for key, value in cells.items() if value != "" or key in ("id", "task")}
 
     def _parse(self, row):
-        # The split was chosen by TFDS; a feature of that name is none of the schema.
+        # TFDS has chosen the split; a feature named split is not part of the schema.
         return self.parse(row)
 
 
 def _plain(value):
-    """A decoded feature -> str or list of str; other values stay and are refused by the schema."""
+    """Return a decoded feature as str or list of str. Other values are unchanged; the schema rejects them."""
     if isinstance(value, bytes):
         return value.decode("utf-8", "surrogateescape")
     if isinstance(value, np.ndarray) and value.dtype == object and value.ndim == 0:

@@ -1,11 +1,11 @@
-"""PMC-VQA, VQA-RAD and SLAKE: csv `img_root_dir, Figure_path, Question, Answer`; the scan stands first or last."""
+"""PMC-VQA, VQA-RAD and SLAKE: csv `img_root_dir, Figure_path, Question, Answer`; the scan is first or last."""
 
 from __future__ import annotations
 
 import dataclasses
 import unicodedata
 
-from input_pipeline.datasets.base import LeftOut, TableDataset
+from input_pipeline.datasets.base import SkippedRow, TableDataset
 from input_pipeline.samples import Scan, Text
 
 
@@ -17,12 +17,12 @@ class VQA(TableDataset):
     def parse(self, row):
         folder = row.optional("img_root_dir")
         name = row.text("Figure_path")
-        # The two columns make one path: the prefix to strip may end inside the folder or be the folder itself.
+        # Join the two columns first: the prefix to strip may end inside the folder or be the folder itself.
         path = row.path(f"{folder.rstrip('/')}/{name}" if folder else name)
-        return self.keep(path, row.text("Question"), row.text("Answer"))
+        return self.value(path, row.text("Question"), row.text("Answer"))
 
-    def keep(self, path, question, answer):
-        """What of a row never changes is made once: a mixture asks for millions of these samples."""
+    def value(self, path, question, answer):
+        """Return the value of a row. Everything constant is made here once, as a mixture draws millions of samples."""
         scans = None if path.lower().endswith(".npy") else (Scan(path),)
         return path, self.study_of(path), scans, Text(question, "instruction"), Text(answer, "response")
 
@@ -49,8 +49,10 @@ class VQARAD(VQA):
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class Slake(VQA):
-    """SLAKE, English part: rows whose `q_lang` is not `en` are left out and counted; without that column, rows with
-    Chinese characters in the question or the answer."""
+    """The English part of SLAKE. Rows whose `q_lang` is not `en` are skipped and counted.
+
+    Without that column, rows with Chinese characters in the question or the answer are skipped.
+    """
 
     name = "slake"
     extra = ("q_lang",)
@@ -59,7 +61,7 @@ class Slake(VQA):
         language = row.optional("q_lang")
         if language:
             if row.choice("q_lang", ("en", "zh")) != "en":
-                return LeftOut("q_lang 'zh'")
+                return SkippedRow("q_lang 'zh'")
         elif any(unicodedata.name(c, "").startswith("CJK") for c in row.text("Question") + row.text("Answer")):
-            return LeftOut("not English")
+            return SkippedRow("not English")
         return super().parse(row)

@@ -291,7 +291,7 @@ def describe(tables: Tables) -> dict[str, SourceCheck]:
         file = str(dataset.file)
         problems = [Problem(file, str(p.row), p.reason, p.remedy) for p in dataset.problems]
         found[name] = SourceCheck(
-            str(dataset.root), file, len(dataset), problems, dict(dataset.left_out), list(dataset.duplicates)
+            str(dataset.root), file, len(dataset), problems, dict(dataset.skipped), list(dataset.duplicates)
         )
     return found
 

@@ -20,9 +20,10 @@ import numpy as np
 from pyarrow import parquet
 
 from input_pipeline.config import unknown_fields
-from input_pipeline.datasets import FAMILIES, nearest, open_dataset, sample_rng
+from input_pipeline.datasets import FAMILIES, open_dataset, sample_rng
+from input_pipeline.datasets.json_tables import text_lines
 from input_pipeline.datasets.modalities import modalities
-from input_pipeline.datasets.tables import text_lines
+from input_pipeline.files import nearest
 from input_pipeline.images import scans
 from input_pipeline.index.checks import file_hash
 from input_pipeline.index.index import Index
@@ -246,11 +247,11 @@ def of_set(benchmark: Benchmark, name: str) -> tuple[list[Question], dict[str, i
     family = fields.pop("family")
     plain = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items() if k != "fraction"}
     dataset = open_dataset(family, **plain | {"quarantine": True})
-    dataset.name_unreadable_stacks()  # asked about as any other scan that cannot be read, and failed by every model
+    dataset.defer_stack_errors()  # asked about as any other scan that cannot be read, and failed by every model
     root = Path(dataset.root)
     facts = _facts(root / own["facts"]) if own.get("facts") else {}
     of_all = {key: own.get(key) or (getattr(known, key) if known else "") for key in ("modality", "anatomy")}
-    left_out = collections.Counter({f"row left out by its reader: {why}": n for why, n in dataset.left_out.items()})
+    left_out = collections.Counter({f"row left out by its reader: {why}": n for why, n in dataset.skipped.items()})
     left_out.update(f"bad row: {kind(problem.reason)}" for problem in dataset.problems)
     questions = []
     for i in range(len(dataset)):

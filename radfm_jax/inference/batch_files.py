@@ -25,7 +25,8 @@ from typing import TextIO
 import numpy as np
 
 from input_pipeline.datasets import jsonl
-from input_pipeline.datasets.tables import Row, text_lines
+from input_pipeline.datasets.json_tables import text_lines
+from input_pipeline.datasets.rows import Row
 from input_pipeline.images import scans
 from input_pipeline.images.planes import Volume
 from input_pipeline.samples import Scan

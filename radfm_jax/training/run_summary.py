@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from input_pipeline.datasets.tables import text_lines
+from input_pipeline.datasets.json_tables import text_lines
 from input_pipeline.samples import Scan
 from radfm_jax.checkpoints import run_directory
 from radfm_jax.inference import inputs

@@ -1,5 +1,4 @@
-"""All builders in the order of docs/data.md on small made inputs: `prepare --strict` takes what they write, and so does
-a run of training."""
+"""All tools in the order of docs/medmd.md on small synthetic inputs: `prepare --strict` and training accept them."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ import pytest
 from PIL import Image
 
 from input_pipeline import phantoms
-from input_pipeline.curate.__main__ import main as build
+from input_pipeline.curate.__main__ import main as curate
 from input_pipeline.index.command import main as prepare
 from radfm_jax.training import display
 from radfm_jax.training.command import main as train
@@ -41,7 +40,7 @@ def get_config():
 
 
 def inputs(place: Path) -> None:
-    """What the owners of data sets publish, made small: packages of papers, cases, an X-ray set's label file."""
+    """Write small published inputs: packages of papers, cases, the label file of an X-ray set."""
     jats_papers.packages(place / "oa")
     rng = np.random.default_rng(0)
     for k in range(24):
@@ -79,7 +78,7 @@ TABLES = (
 )  # fmt: skip
 
 
-def run_builders(place: Path) -> None:
+def run_tools(place: Path) -> None:
     data = place / "data"
     local = ("--workers", "0")
     common = ("--root", data, "--strict")
@@ -99,7 +98,7 @@ def run_builders(place: Path) -> None:
             ("radmd", "--out", data / "radmd", "--captions", data / "pmc_inline/captions.jsonl", *split, *common),
             ("statistics", "--out", data / "statistics", "--report", data / "radmd/report.json", *kept, *common),
         ):
-            assert build([str(a) for a in argv]) == 0, argv[0]
+            assert curate([str(a) for a in argv]) == 0, argv[0]
 
 
 def rows(file: Path) -> list[dict]:
@@ -110,7 +109,7 @@ def rows(file: Path) -> list[dict]:
 
 
 def config(place: Path) -> Path:
-    """RadMD's tables, and the two sets of MedMD that it drops, each split that has rows."""
+    """Return the sources: tables of RadMD and the two sets that it drops, for each split with rows."""
     data, sources = place / "data", {"train": {}, "test": {}}
     for table in TABLES:
         family, _, where = table.partition("=")
@@ -135,20 +134,20 @@ def config(place: Path) -> Path:
 def built(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("whole")
     inputs(place)
-    run_builders(place)
+    run_tools(place)
     phantoms.write(place / "practice", train=4, test=2, size=64, workers=1)
     return place
 
 
 @pytest.fixture(scope="module")
 def indexed(built) -> Path:
-    """The config, when `prepare --strict` has taken every row and scan."""
+    """Return the config, after `prepare --strict` has accepted every row and scan."""
     file = config(built)
     assert prepare([f"--config={file}", "--out", str(built / "index"), "--strict", "--workers", "0"]) == 0
     return file
 
 
-def test_prepare_takes_what_builders_write(built, indexed):
+def test_prepare_accepts_the_output(built, indexed):
     summary = json.loads((built / "index" / "summary.json").read_text())
     assert summary["quarantine"] == 0 and summary["leaks"] == {"study": 0, "scan": 0}
     assert set(summary["splits"]["train"]["tasks"]) == {
@@ -157,9 +156,9 @@ def test_prepare_takes_what_builders_write(built, indexed):
     assert len(summary["sources"]) == 20, "every table, in train and in test"
 
 
-def test_the_config_of_the_docs_names_what_builders_write(built, monkeypatch):
-    """docs/data.md, step 7."""
-    text = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
+def test_the_config_of_the_docs_names_the_output(built, monkeypatch):
+    """docs/medmd.md, the config of the tables."""
+    text = (Path(__file__).parents[1] / "docs" / "medmd.md").read_text()
     found: dict = {}
     exec(text.split("```python\n")[1].split("```")[0], found)
     monkeypatch.chdir(built)
@@ -173,7 +172,7 @@ def test_the_config_of_the_docs_names_what_builders_write(built, monkeypatch):
 
 
 @pytest.mark.slow
-def test_training_takes_what_builders_write(built, indexed):
+def test_training_accepts_the_output(built, indexed):
     assert train([f"--config={indexed}", "--workdir", str(built / "run")]) == 0
     shown = [line for line in display.read(built / "run") if "train/loss" in line]
     assert [line["step"] for line in shown] == [1, 2, 3] and all(np.isfinite(line["train/loss"]) for line in shown)

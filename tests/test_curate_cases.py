@@ -1,4 +1,4 @@
-"""rad3d and mpx: folders of cases in, tables and scans out that the readers take; nothing of identity travels."""
+"""rad3d and mpx: case folders -> tables and scans that the readers accept, without identifying data."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_rad3d(tmp_path):
         "there is no such file",
         "not valid JSON",
         "unknown keys: finding",
-        "no case.json",
+        "case.json not found",
     ):
         assert words in problems, words
     written = b"".join(f.read_bytes() for f in out.rglob("*") if f.is_file())
@@ -77,7 +77,7 @@ def test_cases_of_a_csv(tmp_path):
     case(root, "a", None, "x.png", "y.png")
     header = ("case", "title", "findings", "features", "articles", "scans")
     write_csv(root / "cases.csv", header, ("a", "Cyst", "A cyst.", "f1|f2", "Cyst|Mass", "x.png|y.png"), ("../a",) * 6)
-    report = cases.build("rad3d", root, tmp_path / "out", {"first": True}, workers=0)
+    report = cases.curate("rad3d", root, tmp_path / "out", {"first": True}, workers=0)
     rows = json.loads((tmp_path / "out" / "caption.json").read_text())
     assert len(rows) == 1 and rows[0]["articles"] == ["Cyst", "Mass"] and report["problems"] == 1
 
@@ -103,4 +103,4 @@ def test_mpx(tmp_path):
     sample = multi.sample(0, sample_rng(0, 0, "x", "1"))
     assert len(sample.scans) == 2 and sample.study_id == "MPX1"
     assert all(scans.read(scans.resolve(out, s.path))[1].kind == "2d" for s in sample.scans)
-    assert "modality is not known" in (out / "problems.jsonl").read_text()
+    assert "modality is unknown" in (out / "problems.jsonl").read_text()

@@ -1,4 +1,4 @@
-"""Label files of public sets, by the owners' layouts -> tables that the diagnosis readers take; negatives are true."""
+"""Label files of public sets -> tables that the diagnosis readers accept; every "no" is true."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-from input_pipeline.curate import diagnosis, labels
+from input_pipeline.curate import diagnosis, labels, xray_sets
 from input_pipeline.curate.__main__ import main
 from input_pipeline.curate.jobs import Result
 from input_pipeline.datasets import open_dataset
@@ -19,7 +19,7 @@ OPTIONS = {"uncertain": [], "seed": 0, "per_disease": None}
 
 def read(member, folder, **policy):
     result = Result()
-    return {i.path: i for i in labels.read(member, folder, labels.Policy(**policy), result)}, result
+    return {i.path: i for i in xray_sets.read(member, folder, labels.Policy(**policy), result)}, result
 
 
 def touch(folder, *names):
@@ -55,7 +55,7 @@ def test_chestxray14(tmp_path):
 
 
 def test_chexpert_uncertain(tmp_path):
-    blank = dict.fromkeys(labels.CHEXPERT, "")
+    blank = dict.fromkeys(xray_sets.CHEXPERT, "")
     rows = [
         blank | {"Edema": "1.0", "Consolidation": "-1.0", "Pneumothorax": "0.0"},
         blank | {"No Finding": "1.0", "Support Devices": "1.0"},
@@ -64,7 +64,7 @@ def test_chexpert_uncertain(tmp_path):
         blank,
     ]
     paths = [f"CheXpert-v1.0-small/train/patient0000{k}/study1/view1_frontal.jpg" for k in range(5)]
-    write_csv(tmp_path / "train.csv", ("Path", *labels.CHEXPERT),
+    write_csv(tmp_path / "train.csv", ("Path", *xray_sets.CHEXPERT),
               *[(p, *row.values()) for p, row in zip(paths, rows, strict=True)])  # fmt: skip
     images, result = read("chexpert", tmp_path)
     first = images["train/patient00000/study1/view1_frontal.jpg"]
@@ -73,10 +73,10 @@ def test_chexpert_uncertain(tmp_path):
     normal = [i.is_normal for i in images.values()]
     assert normal == [False, False, True, False], "devices beside No Finding are seen; blank is not normal"
     assert len(result.problems) == 1 and result.counts["chexpert: uncertain labels counted as ignore"] == 1
-    images, _ = read("chexpert", tmp_path, of_disease={"Consolidation": "positive"})
+    images, _ = read("chexpert", tmp_path, by_disease={"Consolidation": "positive"})
     assert images["train/patient00000/study1/view1_frontal.jpg"].findings["Consolidation"] is True
     with pytest.raises(ValueError, match="ignore, positive, negative"):
-        diagnosis.policy(["perhaps"])
+        diagnosis.parse_policy(["perhaps"])
 
 
 def test_rsna_and_siim(tmp_path):
@@ -160,12 +160,12 @@ def test_a_row_that_is_not_utf_8_is_named_and_costs_itself_alone(tmp_path, capsy
     assert [row["image_path"] for row in table(tmp_path / "t" / "open.csv")] == ["NIH/a.png", "NIH/b.png"]
     (problem,) = map(json.loads, (tmp_path / "t" / "problems.jsonl").read_text().splitlines())
     assert problem["row"] == "2" and problem["reason"] == "Image Index is not valid UTF-8"
-    assert main([*command, "chestxray14=./NIH/"]) == 2 and "a set stands twice" in capsys.readouterr().err
+    assert main([*command, "chestxray14=./NIH/"]) == 2 and "a set is repeated" in capsys.readouterr().err
 
 
 def test_every_member_has_a_reader_and_says_what_it_lacks(tmp_path):
-    for member in labels.MEMBERS:
-        with pytest.raises(ValueError, match="as it was published"):
+    for member in xray_sets.MEMBERS:
+        with pytest.raises(ValueError, match="the set as published"):
             read(member, tmp_path)
 
 
@@ -185,16 +185,16 @@ def test_tables_are_balanced_true_and_readable(tmp_path, capsys):
         by_disease.setdefault(row["disease"], ([], []))[int(row["label"])].append(row["image_path"])
     assert by_disease.keys() == {"Infiltration", "Consolidation", "No finding"}
     assert all(len(no) == len(yes) for no, yes in by_disease.values())
-    # Consolidation may be called an infiltrate: an image with it is no "no".
+    # Consolidation may be called an infiltrate, so an image with it is not a safe "no".
     assert not any("/b" in path for path in by_disease["Infiltration"][0])
     assert len(by_disease["Infiltration"][1]) == 5 and len(by_disease["Consolidation"][1]) == 3
     assert len(open_dataset("cxr_mix", table=out / "yes_no.csv", root=tmp_path)) == len(questions)
     opened = open_dataset("cxr_mix", table=out / "open.csv", root=tmp_path)
     assert len(opened) == 17 and "['Thickening, pleura']" in (out / "open.csv").read_text()
     before = (out / "yes_no.csv").read_bytes()
-    diagnosis.build(["chestxray14=NIH", "openi=openi"], tmp_path, out, OPTIONS)
+    diagnosis.curate(["chestxray14=NIH", "openi=openi"], tmp_path, out, OPTIONS)
     assert (out / "yes_no.csv").read_bytes() == before
-    diagnosis.build(["chestxray14=NIH", "openi=openi"], tmp_path, out, OPTIONS | {"seed": 1})
+    diagnosis.curate(["chestxray14=NIH", "openi=openi"], tmp_path, out, OPTIONS | {"seed": 1})
     assert (out / "yes_no.csv").read_bytes() != before
     report = json.loads((out / "report.json").read_text())
     assert report["options"]["seed"] == 1

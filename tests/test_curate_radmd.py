@@ -1,4 +1,4 @@
-"""The rules of Table 2, each by itself and on tables; what they write is read by the families' readers."""
+"""The rules of Table 2, one by one and on tables that the families' readers accept."""
 
 from __future__ import annotations
 
@@ -127,11 +127,11 @@ def test_the_classifier_decides_what_words_do_not(tmp_path):
         return 0.9 if "F1" in path else 0.1
 
     row = {"PMC_id": "PMC5", "img_ref": "['F1']", "question": "Q: Seen?", "answer": "A: A mass", "context": ""}
-    said = filters.Captions()
-    said.want("PMC5", "F3")
-    said.add("PMC5", "F3", "Histology.")
-    given = Settings(tmp_path, said, classifier)
-    keep = lambda ref, s=given: filters.radiologic(row | {"img_ref": ref}, "pmc_casereport", s).row is not None  # noqa: E731
+    captions = filters.Captions()
+    captions.register("PMC5", "F3")
+    captions.add("PMC5", "F3", "Histology.")
+    settings = Settings(tmp_path, captions, classifier)
+    keep = lambda ref, s=settings: filters.radiologic(row | {"img_ref": ref}, "pmc_casereport", s).row is not None  # noqa: E731
     assert keep("['F1']") and not keep("['F2']") and not keep("['F3']") and keep("['F2', 'F1']")
     assert len(asked) == 4 and asked[0].endswith("figures/PMC5_F1.jpg")
     assert not keep("['F1']", Settings(tmp_path)) and keep("['F1']", Settings(tmp_path, unknown="keep"))
@@ -193,7 +193,7 @@ def test_tables(tmp_path, capsys):
     for wrong, words in (
         (["radmd", "--root", str(root), "--out", str(root), "pmc_oa=oa.csv"], "choose another"),
         (["radmd", "--root", str(root), "--out", str(out), "oa.csv"], "FAMILY=[FOLDER:]TABLE"),
-        (["radmd", "--root", str(root), "--out", str(out), "pmc_oa=x.csv"], "no such table"),
+        (["radmd", "--root", str(root), "--out", str(out), "pmc_oa=x.csv"], "table not found"),
         (["radmd", "--root", str(root), "--out", str(out), "pmc_oa=oa.csv", "--without", "x"], "is unknown"),
     ):
         assert main(wrong) == 2
@@ -201,7 +201,7 @@ def test_tables(tmp_path, capsys):
 
 
 def test_balance_is_of_each_set_and_split(tmp_path):
-    """All of one set's images with a disease and all of another's without it would let the set's look answer."""
+    """Balance holds within each set; otherwise the look of a set would predict the answer."""
     (tmp_path / "in").mkdir()
     header = ("image_path", "disease", "label", "source", "split")
     counts = {("a", "train"): (3, 1), ("b", "train"): (1, 3), ("a", "test"): (2, 0), ("b", "test"): (0, 2)}
@@ -210,7 +210,7 @@ def test_balance_is_of_each_set_and_split(tmp_path):
         for (source, split), many in counts.items() for label, n in zip("10", many, strict=True) for k in range(n)
     ]  # fmt: skip
     write_csv(tmp_path / "in" / "yes_no.csv", header, *rows)
-    radmd.build(["cxr_mix=yes_no.csv"], tmp_path / "in", tmp_path / "out", {})
+    radmd.curate(["cxr_mix=yes_no.csv"], tmp_path / "in", tmp_path / "out", {})
     kept = [line.split(",")[2:] for line in (tmp_path / "out" / "yes_no.csv").read_text().splitlines()[1:]]
     assert sorted(kept) == [[label, source, "train"] for label in "01" for source in "ab"]
 
@@ -219,14 +219,14 @@ def test_a_label_that_is_neither_yes_nor_no_is_no_no(tmp_path):
     (tmp_path / "in").mkdir()
     rows = [(f"{k}.png", "Edema", label) for k, label in enumerate(("1", "0", "-1", "yes", "1.0", "0.0", ""))]
     write_csv(tmp_path / "in" / "yes_no.csv", ("image_path", "disease", "label"), *rows, ("9.png", "", "1"))
-    report = radmd.build(["cxr_mix=yes_no.csv"], tmp_path / "in", tmp_path / "out", {})
+    report = radmd.curate(["cxr_mix=yes_no.csv"], tmp_path / "in", tmp_path / "out", {})
     problems = [json.loads(line) for line in (tmp_path / "out" / "problems.jsonl").read_text().splitlines()]
     assert [p["row"] for p in problems] == ["3", "4", "7", "8"] and "'-1'" in problems[0]["reason"]
     assert report["counts"]["yes_no.csv: kept"] == 4 and report["counts"]["yes_no.csv: dropped by balance"] == 0
 
 
 def test_every_family_passes(tmp_path):
-    """No family's own table makes the tool fail, and kept tables are read again."""
+    """The tool accepts the table of every family, and the reader accepts its output."""
     root = tmp_path / "in"
     root.mkdir()
     families = every_family(root)
@@ -235,6 +235,6 @@ def test_every_family_passes(tmp_path):
             continue
         out = tmp_path / name
         out.mkdir()
-        radmd.build([f"{name}={fields['table'].name}"], root, out, {"without": ["balance"], "unknown": "keep"})
+        radmd.curate([f"{name}={fields['table'].name}"], root, out, {"without": ["balance"], "unknown": "keep"})
         if name not in ("pmc_oa", "pmc_inline"):
             assert len(open_dataset(name, table=out / fields["table"].name, root=root))

@@ -1,4 +1,4 @@
-"""References of papers: read off the words, checked against the links, tied to the right figure or to none."""
+"""References of papers: parsed from the text, checked against links, tied to the correct figure or to none."""
 
 from __future__ import annotations
 
@@ -46,21 +46,21 @@ def test_figures_of_other_papers_and_supplements():
 
 @pytest.mark.parametrize("paper", jats_papers.EXPECTED)
 def test_annotated_paper(paper):
-    """Every reference tied to the right figure, none invented."""
+    """Every reference is tied to the correct figure, and no other is tied."""
     right, invented, missed = jats_papers.score(paper)
     assert (invented, missed) == ([], []) and right
 
 
-def test_faults_are_named():
+def test_problems_are_named():
     problems = " / ".join(reason for _, reason in jats.read(jats_papers.xml("PMC9000013")).problems)
-    assert "says 2, and leads to Figure 1 (F1)" in problems
+    assert "2 in the text, Figure 1 (F1) in the link" in problems
     assert "leads to no figure: 'F9'" in problems
-    assert "figure id stands twice: F3" in problems and "figure number stands twice: figure 4" in problems
+    assert "figure id is repeated: F3" in problems and "figure number is repeated: figure 4" in problems
     assert "no figure has the number: 8" in problems
 
 
 def test_a_link_of_a_supplement_into_the_body():
-    """As a publisher's program makes it: the words say supplement, the link leads to Figure 1 of the body."""
+    """An error of publishers: the text refers to a supplement, the link to Figure 1 of the body."""
     body = (
         b'<p>See Supplemental Material, <xref ref-type="fig" rid="f1">Figure 1</xref>, and '
         b'<xref ref-type="fig" rid="f1">Figure 1</xref>.</p><fig id="f1"><label>Figure 1</label><graphic/></fig>'
@@ -89,9 +89,9 @@ def test_entities_never_expand(tmp_path):
     bomb = b'<!DOCTYPE article [<!ENTITY a "ha"><!ENTITY b "&a;&a;&a;&a;">]>' + ARTICLE % b"&b;"
     external = b'<!DOCTYPE article [<!ENTITY x SYSTEM "file://%s">]>' % str(secret).encode() + ARTICLE % b"&x;"
     for hostile in (bomb, external):
-        with pytest.raises(jats.JatsError, match="entities of its own"):
+        with pytest.raises(jats.JatsError, match="declares its own entities"):
             jats.read(hostile)
-    with pytest.raises(jats.JatsError, match="&secret; is not known"):
+    with pytest.raises(jats.JatsError, match="&secret; is unknown"):
         jats.read(b'<!DOCTYPE article SYSTEM "http://127.0.0.1:9/x.dtd">' + ARTICLE % b"&secret;")
     named = jats.read(b'<!DOCTYPE article SYSTEM "http://127.0.0.1:9/x.dtd">' + ARTICLE % b"a&nbsp;b &alpha;")
     assert named.sentences[0].text == "Text a b α."

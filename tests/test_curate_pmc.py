@@ -1,4 +1,4 @@
-"""pmc-inline and pmc-oa: packages in, layouts out that the readers take; hostile packages; resume; Beam."""
+"""pmc-inline and pmc-oa: packages -> layouts that the readers accept; hostile packages; resuming; Beam."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ INLINE = {"any_language": False, "pictures": True, "cases": True, "keep_unillust
 OA = {"any_language": False, "pictures": True}
 
 
-def build(source, out, tool="pmc-inline", workers=0, **changes):
+def curate(source, out, tool="pmc-inline", workers=0, **changes):
     out.mkdir(parents=True, exist_ok=True)
     options = (INLINE if tool == "pmc-inline" else OA) | changes
-    return pmc.build(tool, source, out, options, workers=workers)
+    return pmc.curate(tool, source, out, options, workers=workers)
 
 
 def tree(folder: Path, skipped=("report.json",)) -> dict[str, bytes]:
@@ -57,7 +57,7 @@ def source(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def built(source, tmp_path_factory):
     out = tmp_path_factory.mktemp("built") / "pmc"
-    return out, build(source.parent, out)
+    return out, curate(source.parent, out)
 
 
 def test_the_reader_takes_it(built):
@@ -99,7 +99,7 @@ def test_captions_apart_and_case_reports(built):
 
 
 def test_pmc_oa(source, tmp_path):
-    report = build(source.parent, tmp_path, "pmc-oa")
+    report = curate(source.parent, tmp_path, "pmc-oa")
     rows = list(csv.DictReader(io.StringIO((tmp_path / "oa.csv").read_text())))
     assert len(rows) == report["counts"]["pairs"] == len(open_dataset("pmc_oa", table="oa.csv", root=tmp_path))
     row = next(r for r in rows if r["figure"] == "fig1" and r["PMC_id"] == "PMC9000004")
@@ -124,7 +124,7 @@ def test_panels_of_captions(caption, marks):
 
 
 def test_workers_and_resume_change_nothing(source, built, tmp_path, monkeypatch):
-    """Ended after any part, the same command goes on; nothing is read twice, and the result is the same."""
+    """An interrupted run resumes without reading anything twice, and the result is the same."""
     monkeypatch.setattr(chunk_files, "CHUNK", 2)
     real, read = pmc.inline_paper, []
 
@@ -136,16 +136,16 @@ def test_workers_and_resume_change_nothing(source, built, tmp_path, monkeypatch)
 
     monkeypatch.setattr(pmc, "inline_paper", ending)
     with pytest.raises(KeyboardInterrupt):
-        build(source.parent, tmp_path / "ended")
+        curate(source.parent, tmp_path / "ended")
     assert len(list((tmp_path / "ended" / "parts").glob("*.jsonl"))) == 2
     with pytest.raises(ValueError, match="--restart"):
-        build(source.parent, tmp_path / "ended", any_language=True)
+        curate(source.parent, tmp_path / "ended", any_language=True)
     first = set(read[:4])
     (tmp_path / "ended" / "papers" / "PMC9000001.json.0.partial").touch()  # of a worker that was killed
-    build(source.parent, tmp_path / "ended")
+    curate(source.parent, tmp_path / "ended")
     assert not first & set(read[6:]) and len(read) == 6 + len(jats_papers.EXPECTED) - 4
     monkeypatch.undo()
-    build(source.parent, tmp_path / "two", workers=2)
+    curate(source.parent, tmp_path / "two", workers=2)
     assert tree(tmp_path / "ended") == tree(tmp_path / "two") == tree(built[0])
 
 
@@ -186,11 +186,12 @@ def test_hostile_packages(tmp_path):
     archive("PMC9000024.tar.gz", {"a.nxml": german})
     jats_papers.packages(source / "again", ("PMC9000001",))
     shutil.copytree(jats_papers.packages(source / "f", ("PMC9000003",), archives=False) / "PMC9000003", source / "PMC1")
-    report = build(source, tmp_path / "out")
+    report = curate(source, tmp_path / "out")
     said = problems(tmp_path / "out")
     for words in (
-        "is no plain file name", "its name leads out of the package", "is a link", "it is another paper: PMC9000002",
-        "holds 2 articles", "cannot be read", "is not in English", "stands twice: PMC9000001",
+        "is not a plain file name", "its path leaves the package", "not a regular file",
+        "the article belongs to another paper: PMC9000002", "has 2 articles", "cannot be read", "is not in English",
+        "is repeated: PMC9000001",
         "another paper: PMC9000003",
     ):  # fmt: skip
         assert words in said, words
@@ -213,12 +214,12 @@ def test_other_formats_become_png(tmp_path):
 
     out = io.BytesIO()
     Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(out, "GIF")
-    package.pictures["a.gif"] = out.getvalue()
-    assert package.picture("a") == "a.gif" and package.picture("A.tif") == "a.gif"
-    assert pmc._write_picture(package, "a.gif", tmp_path / "a.jpg") is None
+    package.images["a.gif"] = out.getvalue()
+    assert package.find_image("a") == "a.gif" and package.find_image("A.tif") == "a.gif"
+    assert pmc._write_image(package, "a.gif", tmp_path / "a.jpg") is None
     assert scans.read(tmp_path / "a.jpg")[0][..., 0, 0].tolist() == np.arange(64).reshape(8, 8).tolist()
-    package.pictures["b.gif"] = b"GIF89a"
-    assert "cannot be read" in pmc._write_picture(package, "b.gif", tmp_path / "b.jpg")
+    package.images["b.gif"] = b"GIF89a"
+    assert "cannot be read" in pmc._write_image(package, "b.gif", tmp_path / "b.jpg")
 
 
 def test_items_are_read_by_slices(tmp_path):
@@ -230,7 +231,7 @@ def test_items_are_read_by_slices(tmp_path):
 
 def test_a_dead_worker_costs_one_paper(source, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(pmc, "inline_paper", _dies)
-    report = build(source.parent, tmp_path, workers=1)
+    report = curate(source.parent, tmp_path, workers=1)
     assert "was ended" in problems(tmp_path) and report["counts"]["papers written"] == len(jats_papers.EXPECTED) - 1
 
 
@@ -248,7 +249,7 @@ def test_the_command(source, tmp_path, capsys):
     assert "papers written" in capsys.readouterr().out
     assert not (tmp_path / "parts").exists() and not (tmp_path / "cases.jsonl").exists()
     assert main(["pmc-inline", str(tmp_path / "none"), "--out", str(tmp_path)]) == 2
-    assert "is no folder" in capsys.readouterr().err
+    assert "is not a directory" in capsys.readouterr().err
     assert main(["pmc-inlin"]) == 2 and main(["--help"]) == 0
     assert "pmc-oa" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="0"):
@@ -260,4 +261,4 @@ def test_without_beam(source, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "apache_beam", None)
     tmp_path.mkdir(exist_ok=True)
     with pytest.raises(ValueError, match="pip install apache-beam"):
-        pmc.build("pmc-inline", source, tmp_path, INLINE, runner="direct")
+        pmc.curate("pmc-inline", source, tmp_path, INLINE, runner="direct")

@@ -1,4 +1,4 @@
-"""Pairs by a language model: whatever the endpoint does, nothing is lost, nothing comes twice, all is counted."""
+"""Pairs by a language model: with any endpoint behaviour, no answer is lost or repeated, and all is counted."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def test_misbehaviour_is_counted_exactly(tmp_path):
         counts = go()
         assert counts.ended == {"answered": 15, "refused": 1, "cut": 1, "empty": 1, "rejected": 1}
         assert counts.retried == {
-            "429 (too many requests)": 2, "500 (fault of the server)": 5, "503 (fault of the server)": 1,
-            "no answer in time": 1, "a broken connection": 1, "an answer that is no answer": 3,
+            "429 (too many requests)": 2, "500 (server error)": 5, "503 (server error)": 1,
+            "no answer in time": 1, "a broken connection": 1, "an invalid response": 3,
         }  # fmt: skip
         assert (counts.requests, counts.known, counts.left, len(answers)) == (21, 1, 1, 19)
         assert counts.sent == sum(server.tries.values()) == 20 + 2 + 2 + 1 + 1 + 3 + 4
@@ -73,7 +73,7 @@ def test_misbehaviour_is_counted_exactly(tmp_path):
     assert KEY not in (tmp_path / "answers.jsonl").read_text(), "also where the server quotes it"
 
 
-@pytest.mark.parametrize(("what", "words"), [("401", r"refuses to serve \(401\)"), ("404", "404")])
+@pytest.mark.parametrize(("what", "words"), [("401", r"refuses requests \(401\)"), ("404", "404")])
 def test_what_stops_a_run(tmp_path, what, words):
     with Server({"case 2 ": [what]}, pause=0.05) as server:
         _, answers, go = ask(server, tmp_path, [f"case {k} ." for k in range(40)])
@@ -103,7 +103,7 @@ def test_budget_rate_and_key(tmp_path, monkeypatch):
 
 
 def test_killed_at_any_moment(tmp_path):
-    """SIGKILL in the middle, and half a line: every answer whole and once; only what was under way is asked again."""
+    """After SIGKILL and with half a line, every answer is stored once; only requests in flight are sent again."""
     write_json(tmp_path / "cap.json", [CASE | {"finding": f"Lesion {k}.", "npy_path": f"{k}.npy"} for k in range(60)])
     command = [sys.executable, "-m", "input_pipeline.curate", "vqa", "cap.json", "--out", "out", "--model", "m"]
     root = Path(__file__).parents[1]
@@ -149,7 +149,7 @@ def test_killed_at_any_moment(tmp_path):
     ],
 )
 def test_turns(text, cut, pairs, why):
-    assert qa_prompts.turns(text, cut) == ([Pair(*p) for p in pairs], why)
+    assert qa_prompts.parse_turns(text, cut) == ([Pair(*p) for p in pairs], why)
 
 
 @pytest.mark.parametrize(
@@ -157,8 +157,8 @@ def test_turns(text, cut, pairs, why):
     [
         ("What is seen in the left lung?", "A consolidation.", ""),
         ("According to the CT image, is it displaced?", "No.", ""),
-        ("What does the report describe?", "A cyst.", "it speaks of the text"),
-        ("What is mentioned?", "A cyst.", "it speaks of the text"),
+        ("What does the report describe?", "A cyst.", "it refers to the text"),
+        ("What is mentioned?", "A cyst.", "it refers to the text"),
         ("How big is it?", "3 cm.", "it states a size"),
         ("What does the image of the 54-year-old show?", "A cyst.", "it is about an age"),
         ("What changed since March 2019?", "The cyst.", "it states a date"),
@@ -167,7 +167,7 @@ def test_turns(text, cut, pairs, why):
         ("What treatment was given?", "None.", "the image cannot answer it"),
         ("Is it malignant?", "It cannot be determined from the image.", "it is not answered"),
         ("What is it?", "A cyst; consult a physician.", "it is not answered"),
-        ("Describe it.", "A cyst.", "the question is no question"),
+        ("Describe it.", "A cyst.", "the question does not end with a question mark"),
         (
             "¿Qué se observa en la imagen del tórax de este paciente con la tos?",
             "Una masa en el pulmón.",
@@ -179,21 +179,21 @@ def test_turns(text, cut, pairs, why):
     ],
 )
 def test_checks(question, answer, fault):
-    assert qa_prompts.fault(Pair(question, answer)) == fault
+    assert qa_prompts.rejection(Pair(question, answer)) == fault
 
 
 def test_our_own_examples_pass_our_checks():
     for _, said in qa_prompts.EXAMPLES:
-        pairs, why = qa_prompts.turns(said)
-        assert not why and 2 <= len(pairs) <= 3 and [qa_prompts.fault(p) for p in pairs] == [""] * len(pairs)
+        pairs, why = qa_prompts.parse_turns(said)
+        assert not why and 2 <= len(pairs) <= 3 and [qa_prompts.rejection(p) for p in pairs] == [""] * len(pairs)
 
 
 def test_case_reports(tmp_path, capsys):
-    """From packages to a table that the reader takes: contexts without figures, figures that are radiologic."""
+    """From packages to a table that the reader accepts: contexts without figures, only radiologic figures."""
     source = jats_papers.packages(tmp_path / "oa", ("PMC9000003", "PMC9000008"))
     (tmp_path / "pmc").mkdir()
     options = {"any_language": False, "pictures": True, "cases": True, "keep_unillustrated": False}
-    pmc.build("pmc-inline", source, tmp_path / "pmc", options, workers=0)
+    pmc.curate("pmc-inline", source, tmp_path / "pmc", options, workers=0)
     common = ["pmc-casereport", str(tmp_path / "pmc" / "cases.jsonl"), "--out", str(tmp_path / "pmc"), "--model", "m"]
     with Server({"Caption: Coronal CT.": ["sorry"]}) as server:
         common += ["--base-url", server.url, "--concurrency", "2"]
@@ -236,11 +236,11 @@ def test_vqa_reads_back_and_says_what_is_left(tmp_path, capsys):
     assert report["problems"] == 1 and report["counts"]["requests answered before, or equal to another"] == 1
     assert KEY not in "".join(f.read_text() for f in tmp_path.glob("*.json*"))
     assert main([*command[:1], str(tmp_path / "none.json"), *command[2:]]) == 2
-    assert "no such table" in capsys.readouterr().err
+    assert "table not found" in capsys.readouterr().err
 
 
-def test_a_key_that_an_answer_repeats_is_cut_out(tmp_path, capsys):
-    """From what is written and from what is shown; an answer that says "none" is left as it is without a key."""
+def test_a_key_in_an_answer_is_removed(tmp_path, capsys):
+    """The key is removed from files and messages; without a key, an answer "none" is unchanged."""
     rows = [CASE | {"npy_path": f"v/{k}.npy", "finding": f"Case {k} of a mass."} for k in range(3)]
     write_json(tmp_path / "cap.json", rows)
     plans = {"Case 0": ["echo"], "Case 1": ["echo refusal"], "Case 2": ["400"]}

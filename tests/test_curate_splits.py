@@ -1,4 +1,4 @@
-"""Splits by group, near duplicates, leaks, statistics and the card; and builders in a row, up to a training index."""
+"""Splits by group, near duplicates, leaks, statistics and the card; several tools up to a training index."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def root(tmp_path):
 
 
 def test_hashes(root):
-    hashes = {f"{k}.png": duplicates.picture_hash(root / f"{k}.png") for k in [*range(40), "near"]}
-    assert [pair[:2] for pair in duplicates.near_pictures(hashes)] == [("3.png", "near.png")]
+    hashes = {f"{k}.png": duplicates.image_hash(root / f"{k}.png") for k in [*range(40), "near"]}
+    assert [pair[:2] for pair in duplicates.near_images(hashes)] == [("3.png", "near.png")]
     values = {str(k): 0x0123456789ABCDEF ^ bits for k, bits in enumerate((0, 7, 1 << 63 | 1 << 30 | 1, 15))}
-    assert {(a, b): d for a, b, d in duplicates.near_pictures(values)} == {("0", "1"): 3, ("0", "2"): 3, ("1", "3"): 1}
+    assert {(a, b): d for a, b, d in duplicates.near_images(values)} == {("0", "1"): 3, ("0", "2"): 3, ("1", "3"): 1}
 
 
 def test_splits(root, tmp_path):
@@ -83,7 +83,7 @@ def test_leaks_are_found(root, tmp_path):
 
 
 def test_an_owners_split_is_kept(root, tmp_path):
-    """A group takes the side that one of its rows has; of a group on two sides the part in test stays."""
+    """A group takes the split of its rows; of a group in two splits the test rows stay."""
     given = {"1.png": "test", "2.png": "val", "3.png": "train", "near.png": "test", "0.png": ""}
     rows = [(*r.values(), given.get(r["Figure_path"], "")) for r in table(root / "vqa.csv")]
     rows[-3] = (*rows[-3][:-1], "train")  # the second row of 0.png; the first one has no split
@@ -96,15 +96,15 @@ def test_an_owners_split_is_kept(root, tmp_path):
     assert [split for name, split in made if name == "0.png"] == ["train", "train"]
     assert {split for name, split in made if name not in given} == {"train", "test"}
     problems = (tmp_path / "a" / "problems.jsonl").read_text()
-    assert "the row is in train, but what belongs to it is in test" in problems
+    assert "the row is in train, but its group is in test" in problems
     assert "3.png" in (tmp_path / "a" / "leaks.jsonl").read_text()
     assert main([*command, str(tmp_path / "b"), "--anew"]) == 0
     assert {r["split"] for r in table(tmp_path / "b" / "given.csv")} == {"train", "test"}
 
 
-def test_a_group_keeps_its_side():
-    assert len({splits.side(0, f"g{k}", 0.5) for k in range(20)}) == 2
-    share = sum(splits.side(1, f"g{k}", 0.1) == "test" for k in range(4000)) / 4000
+def test_a_group_keeps_its_split():
+    assert len({splits.hash_split(0, f"g{k}", 0.5) for k in range(20)}) == 2
+    share = sum(splits.hash_split(1, f"g{k}", 0.1) == "test" for k in range(4000)) / 4000
     assert 0.08 < share < 0.12
 
 
@@ -129,7 +129,7 @@ def test_statistics_and_card(root, tmp_path):
 
 
 def test_from_packages_and_cases_to_an_index(tmp_path, monkeypatch):
-    """pmc-inline, rad3d, diagnosis, splits in a row; `prepare` takes every row of what they wrote."""
+    """Run pmc-inline, rad3d, diagnosis and splits; `prepare` accepts every row of their output."""
     monkeypatch.setattr(prepare_picture, "draw", lambda report, file: file.write_bytes(b""))
     phantoms.write(tmp_path / "practice", train=8, test=4, size=64, workers=1)
     root = tmp_path / "built"

@@ -1,0 +1,237 @@
+"""Ties between the references in the text of a paper and its figures.
+
+A reference is a link of the author (`<xref rid="F2">`) or a mention in the text ("Figure 2"). Links and mentions check
+each other:
+
+    text     as seen in Figs. 1-3 and (Figure 4B).
+    links                     |F1|F3          |---F4---|
+    items                     1 2 3                   4 b      2 is inside a range: tied by its label
+
+Nothing is guessed. A link that contradicts its text, a number without a figure and a repeated id are problems with
+their line, and tie to no figure.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from input_pipeline.curate import references
+from input_pipeline.curate.jats_text import Link
+
+
+@dataclasses.dataclass
+class Figure:
+    """A figure of a paper.
+
+    Attributes:
+      key: its id in the XML, or "".
+      name: unique in the paper, safe as a file name.
+      label: as printed.
+      graphics: links to its images.
+      word, number, panel, supplement: parsed from the label.
+      row: line of the XML.
+    """
+
+    key: str
+    name: str
+    label: str
+    caption: str
+    graphics: list[str]
+    word: str = "figure"
+    number: str = ""
+    panel: str = ""
+    supplement: bool = False
+    row: int = 0
+
+    @property
+    def names(self) -> list[str]:
+        """The img_ref of each image."""
+        count = len(self.graphics)
+        return [self.name] if count < 2 else [f"{self.name}.{k}" for k in range(1, count + 1)]
+
+    @property
+    def full_number(self) -> str:
+        return f"SUPPLEMENT {self.number}" if self.supplement else self.number
+
+    @property
+    def shown(self) -> str:
+        """Label and id, for messages."""
+        return f"{self.label.rstrip('.')} ({self.key})"
+
+
+def _among(figure: Figure, figures: list[Figure]) -> bool:
+    """Return whether a figure is in a list, by identity."""
+    return any(figure is other for other in figures)
+
+
+class Ties:
+    """The figures of a paper by id and by number, and the references to them.
+
+    Args:
+      groups: id of a group of figures -> ids of its figures.
+    Attributes:
+      problems: (line of the XML, reason).
+      counts: label -> number of references.
+    """
+
+    def __init__(self, figures: list[Figure], groups: dict[str, set[str]]):
+        self.problems: list[tuple[int, str]] = []
+        self.counts: dict[str, int] = {}
+        self._by_key: dict[str, list[Figure]] = {}
+        self._by_number: dict[tuple[str, str], list[Figure]] = {}
+        repeated = set()
+        for figure in figures:
+            if figure.key in self._by_key:
+                self.problems.append((figure.row, f"figure id is repeated: {figure.key}"))
+                repeated.add(figure.key)
+            elif figure.key:
+                self._by_key[figure.key] = [figure]
+            if figure.number:
+                self._by_number.setdefault((figure.word, figure.full_number), []).append(figure)
+        for key, members in groups.items():
+            self._by_key[key] = [f for f in figures if f.key in members and f.key]
+        for key in repeated:
+            self._by_key[key] = []
+        # Figures with the same number are tied by their link only, unless they are panels.
+        for (word, number), same in list(self._by_number.items()):
+            panels = [f.panel for f in same]
+            if len(same) > 1 and (len(set(panels)) < len(panels) or "" in panels):
+                self.problems.append((same[1].row, f"figure number is repeated: {word} {number}"))
+                self._by_number[word, number] = []
+
+    def tie(self, text: str, links: list[Link], line: int) -> list[tuple[int, Figure]]:
+        """Return (position in the text, figure) of every reference, sorted by position."""
+        known, foreign = [], []
+        for link in links:
+            if link.kind == "fig" or any(target in self._by_key for target in link.targets):
+                known.append(link)
+            elif link.end > link.begin and link.kind != "bibr":
+                foreign.append(link)
+
+        def overlapping(links: list[Link], begin: int, end: int) -> list[int]:
+            return [k for k, link in enumerate(links) if link.begin < end and begin < link.end]
+
+        tied: list[tuple[int, Figure]] = []
+        used: set[int] = set()
+        for mention in references.mentions(text, lambda begin, end: bool(overlapping(known, begin, end))):
+            if overlapping(foreign, mention.begin, mention.end):
+                # "Figure S1" linked to a supplementary file.
+                linked = overlapping(known, mention.begin, mention.end)
+                used |= {k for k in linked if not self._targets(known[k])}
+                if not linked:
+                    self._count("references to supplements")
+                    continue
+            for item in mention.items:
+                over = [] if item.inner else [
+                    k for k, x in enumerate(known) if x.begin < item.end and item.begin < max(x.end, x.begin + 1)
+                ]  # fmt: skip
+                if not over and not item.inner and len(mention.items) == 1:
+                    # The link is on the keyword alone: "<xref>Fig.</xref> 2".
+                    over = [k for k, x in enumerate(known) if mention.begin <= x.begin < mention.end]
+                used |= set(over)
+                covered = sum(
+                    any(known[k].begin < other.end and other.begin < known[k].end for k in over)
+                    for other in mention.items if not other.inner
+                )  # fmt: skip
+                figures = self._resolve(mention, item, [known[k] for k in over], covered > 1, line)
+                tied += [(mention.begin, figure) for figure in figures]
+        for k, link in enumerate(known):
+            if k not in used:
+                tied += [(link.begin, figure) for figure in self._resolve_link(text, link)]
+        return sorted(tied, key=lambda f: f[0])
+
+    def _count(self, label: str) -> None:
+        self.counts[label] = self.counts.get(label, 0) + 1
+
+    def _problem(self, line: int, reason: str) -> None:
+        if (line, reason) not in self.problems:
+            self.problems.append((line, reason))
+
+    def _contradiction(self, line: int, stated: str, linked: str) -> list[Figure]:
+        self._problem(line, f"a reference contradicts its link: {stated} in the text, {linked} in the link")
+        self._count("references that contradict their link")
+        return []
+
+    def _targets(self, link: Link) -> list[Figure]:
+        out: list[Figure] = []
+        for target in link.targets:
+            if target not in self._by_key:
+                self._problem(link.line, f"a reference leads to no figure: {target!r}")
+            elif not self._by_key[target]:
+                self._problem(link.line, f"a reference leads to a repeated id: {target!r}")
+            out += self._by_key.get(target, ())
+        return out
+
+    def _resolve(self, mention, item, links: list[Link], shared: bool, line: int) -> list[Figure]:
+        """Return the figures of an item of a mention. `shared`: one link covers several items."""
+        linked = [figure for link in links for figure in self._targets(link)]
+        labelled = self._by_label(mention.word, item, bool(linked), mention.supplement)
+        if not linked:
+            return self._resolve_unlinked(mention, item, bool(links), labelled, line)
+        same = [f for f in linked if _among(f, labelled)]
+        if same:
+            self._count("references tied by their link")
+            return same
+        if mention.supplement and not shared:
+            # "Supplemental Material, Figure 1", which the publisher linked to Figure 1 of the body.
+            return self._contradiction(links[0].line, "a supplement", "a figure of the body")
+        if shared:
+            # One link over several numbers, such as "Figs. 1-3" linked to F1.
+            tied = labelled or [f for f in linked if not f.number]
+            if tied:
+                self._count("references tied by their number" if labelled else "references tied by their link")
+            return tied
+        other = [f for f in linked if f.number and f.full_number != item.number]
+        if other and (labelled or len(other) == len(linked)) and item.number not in ("", *(f.number for f in linked)):
+            return self._contradiction(links[0].line, item.number, other[0].shown)
+        self._count("references tied by their link")
+        return linked
+
+    def _resolve_unlinked(self, mention, item, has_dead_link: bool, labelled: list[Figure], line: int) -> list[Figure]:
+        """Return the figures of an item without a link to a figure."""
+        if mention.elsewhere and not has_dead_link:
+            self._count("figures of other papers")
+            return []
+        if labelled:
+            self._count("references tied by their number")
+            return labelled
+        if has_dead_link:
+            self._count("references to no figure")
+        elif mention.supplement or not item.number[:1].isdigit():
+            self._count("references to supplements")
+        elif mention.word == "figure":
+            self._problem(line, f"no figure has the number: {item.number}")
+            self._count("references to no figure")
+        return []
+
+    def _by_label(self, word: str, item, linked: bool, supplement: bool) -> list[Figure]:
+        """Return the figures with the number of an item. If it is linked, another word is accepted as well."""
+        number = f"SUPPLEMENT {item.number}" if supplement else item.number
+        figures = self._by_number.get((word, number))
+        if figures is None and word == "image":
+            return []
+        if figures is None and linked:
+            figures = next((f for (_, other), f in self._by_number.items() if other == number), None)
+        figures = figures or []
+        if item.panels:
+            panels = [f for f in figures if f.panel in item.panels]
+            if panels and {f.panel for f in panels} >= set(item.panels):
+                return panels
+        return figures
+
+    def _resolve_link(self, text: str, link: Link) -> list[Figure]:
+        """Return the figures of a link without a keyword: "(2A)", "arrow", "" or "see here"."""
+        linked = self._targets(link)
+        if not linked:
+            self._count("references to no figure")
+            return []
+        items = [item for item in references.bare_items(text[link.begin : link.end]) if item.number.isdigit()]
+        if items:
+            by_label = [f for item in items for f in self._by_label("figure", item, True, False)]
+            same = [f for f in linked if _among(f, by_label)]
+            if by_label and not same and all(f.number for f in linked):
+                return self._contradiction(link.line, text[link.begin : link.end], linked[0].shown)
+            if same:
+                linked = same + [f for f in by_label if not _among(f, same) and len(items) > 1]
+        self._count("references tied by their link")
+        return linked

@@ -1,0 +1,170 @@
+"""A row of a table while it is read: checked access to its texts, lists and paths."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import pathlib
+import re
+
+from input_pipeline.samples import RowError, Scan
+
+# Ten times longer than any caption, report or case history; a longer cell is a broken quote or an attack.
+MAX_CELL = 1_000_000
+# What spreadsheet programs write for an empty cell. As text, the model would learn to say it.
+EMPTY_WORDS = frozenset({"", "nan", "none", "null", "<na>"})
+_EMPTY_LITERALS = EMPTY_WORDS - {"none"}
+_LONGEST = max(map(len, EMPTY_WORDS))
+SHOWN = 20
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+
+class TableError(RowError):
+    """All bad rows of a table in one error; `problems` has every one."""
+
+    def __init__(self, problems: list[RowError], summary: str = ""):
+        self.problems, self.summary = tuple(problems), summary
+        first = problems[0]
+        super().__init__(first.file, first.row, first.reason, first.remedy)
+        lines = [str(p) for p in problems[:SHOWN]]
+        if len(problems) > SHOWN:
+            lines.append(f"and {len(problems) - SHOWN} more")
+        if summary:
+            lines.insert(0, summary)
+        self.args = ("\n  ".join(lines),)
+
+    def __reduce__(self):
+        return type(self), (list(self.problems), self.summary)
+
+
+def bad_text(value: str) -> str | None:
+    """Return why a string cannot be used as text, or None."""
+    if "\x00" in value:
+        return "has a NUL character"
+    if len(value) > MAX_CELL:
+        return f"has {len(value)} characters, more than {MAX_CELL}"
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return "is not valid UTF-8"
+    return None
+
+
+def bad_cell(cells: dict[str, str]) -> str | None:
+    """Return the first column whose text cannot be used, with the reason, or None."""
+    return next((f"{name} {reason}" for name, text in cells.items() if (reason := bad_text(text))), None)
+
+
+def bad_path(value: str) -> str | None:
+    """Return why a path of a table is refused, or None. Symbolic links are checked when the file is opened."""
+    parts = value.replace("\\", "/").split("/")
+    if ".." in parts:
+        return f"path {value!r} leaves its folder with '..'"
+    if value.startswith("/") or (len(parts[0]) == 2 and parts[0][1] == ":"):
+        return f"path {value!r} is absolute"
+    if _CONTROL.search(value):
+        return f"path {value!r} has a control character"
+    if not any(part not in ("", ".") for part in parts):
+        return f"path {value!r} names no file"
+    return None
+
+
+@dataclasses.dataclass
+class Row:
+    """One row of a table while it is read.
+
+    Attributes:
+      cells: column -> value as read (str from CSV, any JSON value from JSON).
+      root: the directory that paths are relative to.
+      strip: a prefix to remove from paths first.
+    """
+
+    file: pathlib.Path
+    number: int
+    cells: dict
+    root: pathlib.Path
+    strip: str = ""
+
+    def error(self, reason: str, remedy: str = "correct or remove the row") -> RowError:
+        return RowError(self.file, self.number, reason, remedy)
+
+    def text(self, column: str, literal: bool = False) -> str:
+        """Return the text of a required field, stripped.
+
+        literal: accept the word "None" as text. JSON has its own null, so there "None" is a valid answer.
+        """
+        if column not in self.cells:
+            raise self.error(f"{column} is missing")
+        value = self.optional(column, literal)
+        if not value:
+            raise self.error(f"{column} is blank: {str(self.cells.get(column))[:40]!r}")
+        return value
+
+    def optional(self, column: str, literal: bool = False) -> str:
+        """Return the text of an optional field; "" if it is absent, blank, None or nan."""
+        value = self.cells.get(column)
+        if value is None or (isinstance(value, float) and value != value):
+            return ""
+        if not isinstance(value, str):
+            raise self.error(f"{column} must be text, got {type(value).__name__} {str(value)[:40]!r}")
+        reason = bad_text(value)
+        if reason:
+            raise self.error(f"{column} {reason}", "write the table as UTF-8 text")
+        value = value.replace("\r\n", "\n").strip()
+        empty = _EMPTY_LITERALS if literal else EMPTY_WORDS
+        return "" if len(value) <= _LONGEST and value.casefold() in empty else value
+
+    def choice(self, column: str, choices) -> str:
+        value = self.text(column)
+        if value not in choices:
+            raise self.error(f"{column} {value!r} is unknown", f"use one of {', '.join(choices)}")
+        return value
+
+    def texts(self, column: str, literal: bool = True) -> list[str]:
+        """Return a field as a list of texts. The field is a JSON list, a Python list literal, or one text.
+
+        literal: parse list literals.
+        """
+        value = self.cells.get(column)
+        if literal and isinstance(value, str) and value.lstrip().startswith("["):
+            reason = bad_text(value)
+            if reason:
+                raise self.error(f"{column} {reason}")
+            try:
+                value = ast.literal_eval(value.strip())
+            except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
+                raise self.error(f"{column} is not a valid list literal: {value[:60]!r}") from error
+        if not isinstance(value, list):
+            text = self.optional(column)
+            return [text] if text else []
+        for item in value:
+            if not isinstance(item, str) or bad_text(item) or item.strip().casefold() in EMPTY_WORDS:
+                raise self.error(f"{column} has an item that is not text: {str(item)[:40]!r}")
+        return [item.strip() for item in value]
+
+    def path(self, value: str, folder: str = "") -> str:
+        """Return a path of the table relative to the root."""
+        if self.strip and value.startswith(self.strip):
+            value = value[len(self.strip) :].lstrip("/")
+        try:
+            if value.startswith("/"):
+                value = pathlib.PurePosixPath(value).relative_to(self.root).as_posix()
+        except ValueError:
+            reason = f"path {value!r} is not below the root {self.root}"
+            raise self.error(reason, "set `root`, or `strip`, the prefix to remove") from None
+        if folder:
+            value = f"{folder.rstrip('/')}/{value}"
+        reason = bad_path(value)
+        if reason:
+            raise self.error(f"{reason}; the root is {self.root}", "use a path below the root")
+        return value
+
+    def scan(self, column: str, folder: str = "") -> Scan:
+        return Scan(self.path(self.text(column), folder))
+
+    def scans(self, column: str, folder: str = "") -> tuple[Scan, ...]:
+        """Return the scans of a field: one path, or a list literal of paths."""
+        values = self.texts(column)
+        if not values:
+            raise self.error(f"{column} is blank")
+        return tuple(Scan(self.path(value, folder)) for value in values)
