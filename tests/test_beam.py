@@ -22,7 +22,7 @@ from input_pipeline.curate.__main__ import main as build_main
 from input_pipeline.index import summary_figure
 from input_pipeline.index.command import main as prepare_main
 from input_pipeline.parallel import beam, chunk_files
-from input_pipeline.parallel.team import Team, nothing
+from input_pipeline.parallel.resilient_pool import ResilientPool, no_state
 from input_pipeline.parallel.workers import WorkerError
 from tests import jats_papers
 
@@ -90,12 +90,12 @@ def runner(monkeypatch):
     """In the place of Beam: makes the parts here, each chunk as a worker of its own would, the last one first."""
     made = []
 
-    def make_parts(directory, items, chunks, work, timeout, runner, options=(), done=lambda more: None, said=None):
+    def make_parts(directory, items, chunks, work, timeout, runner, options=(), progress=None, log=None):
         import pickle
 
         for chunk in reversed(list(chunks)):
-            with Team(nothing, 0, timeout) as team:
-                pickle.loads(pickle.dumps(work))(team, chunk)
+            with ResilientPool(no_state, 0, timeout) as pool:
+                pickle.loads(pickle.dumps(work))(pool, chunk)
             made.append(chunk)
             if len(made) == stop["after"]:
                 raise WorkerError("the job failed")
@@ -130,10 +130,10 @@ def test_a_run_that_failed_goes_on(root, tmp_path, runner, capsys):
     try:
         Image.fromarray(np.full((20, 20), np.arange(20), np.uint8)).save(changed)
         seen = {}
-        original = chunk_files.clean
+        original = chunk_files.remove_parts
         clean = lambda directory: (seen.update({f: f.stat().st_mtime_ns for f in there}), original(directory))  # noqa: E731
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(chunk_files, "clean", clean)
+            patch.setattr(chunk_files, "remove_parts", clean)
             assert run_prepare(root, tmp_path / "a", "--runner", "direct", "--records") == 0
         assert [f.name for f in there if seen[f] == there[f]] == ["00000002.jsonl"]
         assert run_prepare(root, tmp_path / "b", "--workers", "0", "--records") == 0
@@ -146,7 +146,7 @@ def test_parts_that_a_runner_put_elsewhere_are_missed(root, tmp_path, monkeypatc
     """Workers that do not mount --out: the parts here are none, or those of an earlier run."""
     assert run_prepare(root, tmp_path, "--workers", "0") == 0
     monkeypatch.setattr(beam, "make_parts", lambda directory, items, chunks, *_, **__: [
-        chunk_files.write(directory, k, ['{"of": "another", "deaths": []}']) for k in chunks
+        chunk_files.write_part(directory, k, ['{"of": "another", "deaths": []}']) for k in chunks
     ])  # fmt: skip
     assert run_prepare(root, tmp_path, "--runner", "flink", "--recheck") == 2
     assert "must see --out under the same path" in " ".join(capsys.readouterr().err.split())
@@ -232,7 +232,7 @@ def test_what_fails_on_beam_is_told(root, tmp_path):
         beam.make_parts(tmp_path, items, [0], _fails, 5, "direct")
     said = []
     with pytest.raises(WorkerError, match="1 of 1 parts are not in"):
-        beam.make_parts(tmp_path, items, [0], _does_nothing, 5, "direct", ["--flink_mster=x"], said=said.append)
+        beam.make_parts(tmp_path, items, [0], _does_nothing, 5, "direct", ["--flink_mster=x"], log=said.append)
     assert "does not know the option --flink_mster" in said[0]
 
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from input_pipeline.index import index
-from input_pipeline.index.index import Index, IndexedScan, Scans, place_hash, scan_key, table_checksum
+from input_pipeline.index.index import Index, IndexedScan, Scans, key_hash, scan_key, table_checksum
 from input_pipeline.samples import Scan
 
 SCANS = [  # path, volume, window, fault, shape, record
@@ -51,7 +51,7 @@ def made(tmp_path) -> tuple[Path, dict]:
     (directory / "index.json").write_text(json.dumps(described))
     lines = [
         {"source": "vqa", "root": str(root), "path": path, "volume": volume, "window": window, "fault": fault,
-         "key": place_hash(path, volume, window), "record": record, "bytes": 7,
+         "key": key_hash(path, volume, window), "record": record, "bytes": 7,
          **dict(zip(("height", "width", "depth", "channels"), shape, strict=True))}
         for path, volume, window, fault, shape, record in SCANS
     ]  # fmt: skip
@@ -174,12 +174,12 @@ def test_a_source_that_is_left_out_is_no_difference(made):
 
 
 def test_no_index(tmp_path, made):
-    with pytest.raises(ValueError, match="index.json is missing; make it with"):
+    with pytest.raises(ValueError, match="index.json is missing; create it with"):
         Index(tmp_path)
     directory, _ = made
     described = json.loads((directory / "index.json").read_text())
     (directory / "index.json").write_text(json.dumps(described | {"version": 0}))
-    with pytest.raises(ValueError, match=f"is of version 0, not {index.VERSION}: prepare it anew"):
+    with pytest.raises(ValueError, match=f"has version 0, not {index.VERSION}: run prepare again"):
         Index(directory)
 
 

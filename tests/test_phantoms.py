@@ -27,7 +27,7 @@ from PIL import Image
 from input_pipeline import phantoms
 from input_pipeline.datasets import open_dataset, sample_rng
 from input_pipeline.images import scans
-from input_pipeline.phantoms import drawing, files, tables, writing
+from input_pipeline.phantoms import drawing, formats, tables, writing
 from input_pipeline.phantoms.__main__ import main
 from input_pipeline.phantoms.plan import LEVELS, MODALITIES, SIDES, SIZES, Labels
 
@@ -200,7 +200,7 @@ def test_a_text_that_is_no_report_is_refused(text, reason):
 def test_yes_no_questions_are_answered_yes_half_of_the_time():
     answers = collections.defaultdict(list)
     for study in studies(count=2000):
-        for disease, label in tables.judged(study).items():
+        for disease, label in tables.disease_labels(study).items():
             answers[disease].append(label)
     assert set(answers) == {"lesion", "nodule", "mass"}
     for disease, labels in answers.items():
@@ -232,7 +232,7 @@ def test_the_left_lesion_is_left_in_the_patient():
     for study in studies(count=250, volumes=0.5):
         if study.labels.count != 1 or study.labels.modality not in ("CT", "MRI"):
             continue
-        contents = files.encode(study, drawing.to_stored(study, phantoms.paint(study)))
+        contents = formats.encode(study, drawing.to_stored(study, phantoms.paint(study)))
         bare = drawing.to_stored(study, phantoms.paint(dataclasses.replace(study, lesions=())))[..., 0].astype(float)
         threshold = 0.2 * (study.value_range[1] - study.value_range[0])
         if study.file_format == "nifti":
@@ -276,7 +276,7 @@ def test_ct_is_stored_in_hounsfield_units_and_monochrome1_is_inverted():
     for study in studies(count=160, volumes=0.0):
         if study.file_format != "dicom":
             continue
-        (content,) = files.encode(study, drawing.to_stored(study, phantoms.paint(study))).values()
+        (content,) = formats.encode(study, drawing.to_stored(study, phantoms.paint(study))).values()
         file = pydicom.dcmread(io.BytesIO(content))
         corner = np.median(file.pixel_array[:2])
         if study.labels.modality == "CT":
@@ -409,7 +409,7 @@ def test_a_second_run_checks_and_never_overwrites(tmp_path):
     out.mkdir()  # an empty directory is as good as none
     assert phantoms.write(out, **SMALL)["written"]
     assert not phantoms.write(out, **SMALL)["written"]
-    with pytest.raises(ValueError, match="train 5 there, 6 asked for"):
+    with pytest.raises(ValueError, match="train is 5, not 6"):
         phantoms.write(out, **SMALL | {"train": 6})
     table = out / "test" / "vqa.csv"
     table.write_text(table.read_text().replace("zero", "two"))
@@ -423,7 +423,7 @@ def test_directories_of_others_are_left_alone(tmp_path):
     for name in ("data", "other.partial"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "thesis.tex").write_text("mine")
-    with pytest.raises(ValueError, match="no complete phantom data set"):
+    with pytest.raises(ValueError, match="not a complete phantom data set"):
         phantoms.write(tmp_path / "data", **SMALL)
     with pytest.raises(ValueError, match="not made by this program"):
         phantoms.write(tmp_path / "other", **SMALL)

@@ -11,7 +11,7 @@ from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassif
 from sklearn.metrics import balanced_accuracy_score
 
 from input_pipeline import phantoms
-from input_pipeline.phantoms import drawing, files
+from input_pipeline.phantoms import drawing, formats
 
 
 def studies(split="train", count=1000, seed=5, size=64, volumes=0.3):
@@ -35,7 +35,7 @@ GROUPS = {"file": FILE, "bytes": BYTES, "stored": STORED, "scaled": SCALED, "all
 
 def clues(study) -> dict[str, float]:
     voxels = drawing.to_stored(study, phantoms.paint(study))
-    size = sum(map(len, files.encode(study, voxels).values()))
+    size = sum(map(len, formats.encode(study, voxels).values()))
     voxels = voxels.astype(np.float64)
     low, high = voxels.min(), voxels.max()
     has_spacing = study.file_format in ("dicom", "nifti")

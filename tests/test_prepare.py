@@ -18,8 +18,8 @@ from input_pipeline import phantoms
 from input_pipeline.batching.rows import RowMaker
 from input_pipeline.config import DataConfig
 from input_pipeline.images import scans
-from input_pipeline.index import checks, summary_figure
 from input_pipeline.index import prepare as prepare_module
+from input_pipeline.index import scan_checks, summary_figure
 from input_pipeline.index.command import main
 from input_pipeline.index.index import Index, scan_key
 from input_pipeline.index.prepare import Refused, prepare
@@ -166,7 +166,7 @@ def test_facts_of_a_scan(mine, tmp_path):
     assert whole["format"] == "nifti" and whole["dtype"] == "int16" and whole["spacing"] == [1, 1, 1]
     assert (whole["low"], whole["high"]) == (-1000, 999)
     assert whole["bytes"] == (mine / "ct.nii.gz").stat().st_size
-    assert whole["sha256"] == seen["sha256"] == checks.file_hash(mine / "ct.nii.gz")
+    assert whole["sha256"] == seen["sha256"] == scan_checks.scan_sha256(mine / "ct.nii.gz")
     assert (whole["patches"], whole["planes"]) == (2 * 2 * 3, 2 * 2 * 12)
     assert (picture["height"], picture["width"], picture["depth"], picture["channels"]) == (33, 50, 1, 1)
     assert (picture["patches"], picture["planes"], picture["spacing"]) == (4, 4, [])
@@ -191,7 +191,7 @@ def test_colour_that_training_would_refuse_is_told(mine, tmp_path, channels, tol
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), np.uint8)).save(mine / "red.png")
     said = []
     config = own(mine, [row("a", "p0.png"), row("b", "red.png")], channels=channels)
-    prepare(config, tmp_path / "index", workers=0, said=said.append)
+    prepare(config, tmp_path / "index", workers=0, log=said.append)
     assert any("but 1 scans are in colour" in line for line in said) == told
 
 
@@ -377,26 +377,26 @@ def test_what_cannot_be_read_at_all(mine, tmp_path, change, said):
 
 def test_a_table_that_changes_meanwhile(mine, tmp_path, monkeypatch):
     config = own(mine, [row("a", "p0.png"), row("b", "p1.png")])
-    encode = prepare_module._encode
+    encode = prepare_module._encode_rows
 
     def and_edit(*args):
         encode(*args)
         own(mine, [row("a", "p0.png")])
 
-    monkeypatch.setattr(prepare_module, "_encode", and_edit)
-    with pytest.raises(ValueError, match="was changed while it was read"):
+    monkeypatch.setattr(prepare_module, "_encode_rows", and_edit)
+    with pytest.raises(ValueError, match="changed while it was read"):
         prepare(config, tmp_path / "index", workers=0)
     assert not (tmp_path / "index" / "index.json").exists()
 
 
 def test_a_directory_of_something_else_is_left_alone(mine):
-    with pytest.raises(ValueError, match="holds what is no index"):
+    with pytest.raises(ValueError, match="has unrelated files"):
         prepare(own(mine, [row("a", "p0.png")]), mine, workers=0)
 
 
 def test_one_writer(mine, tmp_path):
     config = own(mine, [row("a", "p0.png")])
-    with prepare_module.held(tmp_path / "index"), pytest.raises(ValueError, match="another prepare is writing"):
+    with prepare_module.locked_index(tmp_path / "index"), pytest.raises(ValueError, match="another prepare is writing"):
         prepare(config, tmp_path / "index", workers=0)
 
 
@@ -417,7 +417,7 @@ def test_the_command(mine, tmp_path, capsys):
     out = tmp_path / "index"
     assert main([config, "--out", str(out), "--workers=0", "--config.data.depth=32"]) == 0
     said = capsys.readouterr().out
-    assert "own_train" in said and "2 rows are good, 1 are left out" in said
+    assert "own_train" in said and "2 rows are good, 1 are skipped" in said
     assert (
         f"--config.data.index={out}" in said and "input_pipeline.inspect" in said and "--config.data.depth=32" in said
     )
@@ -437,7 +437,7 @@ def test_the_command(mine, tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (["--workers=-1"], "0 or more"),
+        (["--workers=-1"], "must be 0 or more"),
         (["--config.data.dept=3"], "dept"),
         (["--config.data.tokenizer=none.model"], "none.model"),
         (["--config.data.train.own_train.table=none.jsonl"], "none.jsonl"),

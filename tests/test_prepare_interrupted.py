@@ -21,21 +21,21 @@ from test_prepare import facts, indexed, mine, no_picture, own, practice, row  #
 
 from input_pipeline.config import DataConfig
 from input_pipeline.images import scans
-from input_pipeline.index import checks
+from input_pipeline.index import scan_checks
 from input_pipeline.index.index import Index
 from input_pipeline.index.prepare import prepare
-from input_pipeline.parallel import team, workers
+from input_pipeline.parallel import resilient_pool, workers
 from input_pipeline.parallel.workers import WorkerError
 
 # --- interruptions ----------------------------------------------------------------------------------------------------
 
 KILLED = """
 import os, pickle, signal, sys
-from input_pipeline.index import journal
+from input_pipeline.index import resume_state
 from input_pipeline.index.prepare import prepare
 
 config, out, workers, appends = pickle.load(sys.stdin.buffer)
-append = journal.Journal.append
+append = resume_state.ResumeState.append
 
 def and_die(self, *args):
     global appends
@@ -44,7 +44,7 @@ def and_die(self, *args):
     if not appends:
         os.kill(os.getpid(), signal.SIGKILL)
 
-journal.Journal.append = and_die
+resume_state.ResumeState.append = and_die
 if __name__ == "__main__":
     prepare(config, out, workers=workers)
 """
@@ -52,7 +52,7 @@ if __name__ == "__main__":
 
 def killed(config: DataConfig, out: Path, workers: int, appends: int) -> None:
     """A run that SIGKILLs itself when so many chunks stand in the journal."""
-    root = Path(checks.__file__).parents[2]
+    root = Path(scan_checks.__file__).parents[2]
     ended = subprocess.run(
         [sys.executable, "-c", KILLED], input=pickle.dumps((config, out, workers, appends)), cwd=root, timeout=120
     )
@@ -110,14 +110,14 @@ def test_a_series_is_read_again_when_one_of_its_files_changes(tmp_path):
     series.mkdir()
     for name in ("b", "a"):
         (series / name).write_text(name)
-    stamp, size = checks.stamp_of(series)
-    assert size == 2 and checks.stamp_of(series) == (stamp, size)
-    assert checks.file_hash(series) == hashlib.sha256(b"ab").hexdigest()
+    stamp, size = scan_checks.stamp_of(series)
+    assert size == 2 and scan_checks.stamp_of(series) == (stamp, size)
+    assert scan_checks.scan_sha256(series) == hashlib.sha256(b"ab").hexdigest()
     os.utime(series / "a", (1, 1))
-    assert checks.stamp_of(series)[0] != stamp
+    assert scan_checks.stamp_of(series)[0] != stamp
     (series / "c").touch()
     (series / "a").unlink()
-    assert checks.stamp_of(series)[0] != stamp
+    assert scan_checks.stamp_of(series)[0] != stamp
 
 
 # --- files that end their reader --------------------------------------------------------------------------------------
@@ -136,10 +136,10 @@ def sabotage() -> None:
 
 
 def test_a_file_that_hangs_its_reader_is_in_quarantine(mine, tmp_path, monkeypatch):
-    monkeypatch.setattr(checks, "nothing", sabotage)
+    monkeypatch.setattr(scan_checks, "preload", sabotage)
     config = own(mine, [row(str(i), f"p{i}.png") for i in range(6)], worker_timeout=3.0)
     said = []
-    report = prepare(config, tmp_path / "index", workers=1, said=said.append)
+    report = prepare(config, tmp_path / "index", workers=1, log=said.append)
     found = facts(tmp_path / "index")
     assert {name: line["fault"] for name, line in found.items() if line["fault"]} == {"p3.png": "damaged"}
     assert "hung" in found["p3.png"]["reason"] and "data.worker_timeout" in found["p3.png"]["remedy"]
@@ -156,7 +156,7 @@ def nothing() -> None:
 
 def crash(state, items):
     for item in items:
-        workers.at(item)
+        workers.heartbeat(item)
         if item.isupper():
             os._exit(1)
     return [item * 2 for item in items]
@@ -164,8 +164,8 @@ def crash(state, items):
 
 def test_what_ends_a_worker_is_passed_over_until_it_happens_too_often(monkeypatch):
     """The items beside it, before and behind, have their results, in order."""
-    monkeypatch.setattr(team, "MAX_DEATHS", 1)
-    with team.Team(nothing, 1, 20.0) as workers, pytest.raises(WorkerError, match="at C") as error:
+    monkeypatch.setattr(resilient_pool, "MAX_DEATHS", 1)
+    with resilient_pool.ResilientPool(nothing, 1, 20.0) as workers, pytest.raises(WorkerError, match="at C") as error:
         given = workers.map(crash, ["a", "B", "b", "c", "C"], 3, label=str, failed=lambda item, reason: reason)
         items, (first, second, third) = next(given)
         assert items == ["a", "B", "b"] and (first, third) == ("aa", "bb") and "was ended" in second

@@ -63,7 +63,7 @@ def written(tmp_path) -> tuple[Path, list[Volume]]:
         assert writer.add(records.serialize(volume, f"{i:064x}")) == i
         if i % 4 == 3 or i == 9:
             writer.commit()
-    records.describe(tmp_path / "records", writer.lengths, "for a test")
+    records.write_description(tmp_path / "records", writer.lengths, "for a test")
     return tmp_path / "records", volumes
 
 
@@ -87,7 +87,7 @@ def test_other_storage(tmp_path, dtype):
     writer = records.Writer(tmp_path, [])
     writer.add(records.serialize(volume, "a"))
     writer.commit()
-    records.describe(tmp_path, writer.lengths, "")
+    records.write_description(tmp_path, writer.lengths, "")
     assert_same(Records(tmp_path)[0], volume)
 
 

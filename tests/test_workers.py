@@ -16,7 +16,7 @@ import numpy as np
 import psutil
 import pytest
 
-from input_pipeline.parallel.workers import Pool, WorkerError, at
+from input_pipeline.parallel.workers import Pool, WorkerError, heartbeat
 from input_pipeline.samples import RowError
 
 # --- what the workers run: found there by import ----------------------------------------------------------------------
@@ -64,36 +64,36 @@ def fail(state, how: str) -> None:
 
 
 def die(state, file: str) -> None:
-    at("first.png")
-    at(file)
+    heartbeat("first.png")
+    heartbeat(file)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def hang(state, file: str, words: int = 0) -> str:
     for word in range(words):
-        at(f"{word}.png")
+        heartbeat(f"{word}.png")
         time.sleep(0.4)
-    at(file)
+    heartbeat(file)
     time.sleep(600)
     return "never"
 
 
 def slowly(state, words: int) -> str:
     for word in range(words):
-        at(f"{word}.png")
+        heartbeat(f"{word}.png")
         time.sleep(0.4)
     return "done"
 
 
 def take_memory(state, file: str) -> int:
-    at(file)
+    heartbeat(file)
     now = psutil.Process().memory_info().vms
     resource.setrlimit(resource.RLIMIT_AS, (now + (64 << 20), now + (64 << 20)))
     return len(np.ones(1 << 28))
 
 
 def segfault(state, file: str) -> None:
-    at(file)
+    heartbeat(file)
     import ctypes
 
     ctypes.string_at(0)
@@ -177,9 +177,9 @@ def test_a_dead_worker_is_named_with_its_task_and_file(end, named):
     with Pool(make, workers=2, timeout=20) as broken:
         waiting = [broken.submit("task 1", add, 1), broken.submit("row 7", end, named)]
         waiting += [broken.submit(f"later {i}", add, i, 0.1) for i in range(8)]
-        with pytest.raises(WorkerError, match=f"row 7: its worker died, at {named}") as error:
+        with pytest.raises(WorkerError, match=f"row 7: worker died at {named}") as error:
             waiting[1].result()
-        assert (error.value.task, error.value.place) == ("row 7", named)
+        assert (error.value.task, error.value.item) == ("row 7", named)
         assert waiting[0].result() == 11
         after = [f.exception() for f in waiting[2:]]  # those begun are finished, the others get the same error
         assert after[-1] is error.value and all(e in (None, error.value) for e in after)
@@ -190,9 +190,9 @@ def test_a_dead_worker_is_named_with_its_task_and_file(end, named):
 def test_a_hung_worker_is_named_with_its_task_and_file():
     start = time.monotonic()
     with Pool(make, workers=1, timeout=1.0) as broken:
-        with pytest.raises(WorkerError, match="row 9: no word from its worker for 1 s, at hung.dcm") as error:
+        with pytest.raises(WorkerError, match="row 9: worker sent no heartbeat for 1 s at hung.dcm") as error:
             broken.submit("row 9", hang, "hung.dcm", 1).result()
-        assert (error.value.task, error.value.place) == ("row 9", "hung.dcm")
+        assert (error.value.task, error.value.item) == ("row 9", "hung.dcm")
     assert time.monotonic() - start < 30
 
 
@@ -205,7 +205,7 @@ def test_what_make_raises_arrives():
     for workers in (0, 1):
         with pytest.raises(RowError, match="train.csv, row 3: the label is blank"):
             Pool(make_badly, workers=workers)
-    with pytest.raises(WorkerError, match="ended by signal SIGKILL"):
+    with pytest.raises(WorkerError, match="killed by SIGKILL"):
         Pool(make_and_die, workers=1)
 
 

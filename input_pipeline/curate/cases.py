@@ -25,6 +25,7 @@ import numpy as np
 from input_pipeline.curate import console, jobs, layouts
 from input_pipeline.curate.jobs import Result
 from input_pipeline.datasets import diseases, modalities, tables
+from input_pipeline.files import atomic_write
 from input_pipeline.images import scans
 from input_pipeline.parallel import chunk_files
 from input_pipeline.samples import RowError
@@ -132,7 +133,7 @@ def build(tool: str, source, directory, options: dict, **running) -> dict:
                     out.write(name, row)
     report.counts |= {f"{name}: rows": count for name, count in out.rows.items()}
     written = report.write()
-    chunk_files.clean(directory)
+    chunk_files.remove_parts(directory)
     return written
 
 
@@ -284,7 +285,7 @@ def _as_bytes(voxels: np.ndarray, extremes) -> np.ndarray:
 
 def _write_scan(file: Path, voxels: np.ndarray, spacing) -> None:
     """[H, W, D, C] as PNG (one slice) or NIfTI in the same display order; of the header, the spacing alone."""
-    with chunk_files.whole(file) as partial:
+    with atomic_write(file, unique=True) as partial:
         if file.suffix == ".png":
             from PIL import Image
 

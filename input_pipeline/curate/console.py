@@ -12,8 +12,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from input_pipeline.index.command import Rate, _bar, _one_line
-from input_pipeline.parallel import beam, chunk_files
+from input_pipeline.console import RateColumn, add_bar, error_line
+from input_pipeline.files import locked_directory
+from input_pipeline.parallel import beam
 from input_pipeline.parallel.workers import WorkerError
 
 EXIT_CODES = """
@@ -47,29 +48,29 @@ def job_options(args: argparse.Namespace) -> dict:
     """Of `jobs.run`, from `add_job_options`."""
     if args.workers is not None and args.workers < 0:
         raise ValueError(f"--workers {args.workers}: 0 or more are needed")
-    return {"workers": args.workers, "restart": args.restart} | beam.chosen(args)
+    return {"workers": args.workers, "restart": args.restart} | beam.runner_arguments(args)
 
 
 def run(args: argparse.Namespace, build: Callable[..., dict]) -> int:
     """build(directory, progress=, said=) -> report, with bars, errors in one line, and the report printed."""
     console = Console(stderr=True)
     bars = Progress(
-        SpinnerColumn(), TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), Rate(),
+        SpinnerColumn(), TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), RateColumn(),
         TimeRemainingColumn(), TextColumn("[red]{task.fields[bad]}"), console=console,
     )  # fmt: skip
     directory = Path(args.out)
     try:
-        with chunk_files.held(directory, "build"), bars:
+        with locked_directory(directory, "build"), bars:
             report = build(
                 directory,
-                progress=lambda what, unit, total: _bar(bars, what, unit, total),
+                progress=lambda what, unit, total: add_bar(bars, what, unit, total),
                 said=lambda what: console.print(f"[yellow]note:[/yellow] {escape(what)}", soft_wrap=True),
             )
     except KeyboardInterrupt:
         console.print("interrupted: the same command goes on where it was")
         return 130
     except (ValueError, OSError, WorkerError) as error:
-        console.print(f"[red]error:[/red] {escape(_one_line(error))}", soft_wrap=True, highlight=False)
+        console.print(f"[red]error:[/red] {escape(error_line(error))}", soft_wrap=True, highlight=False)
         return 2
     show(report)
     said, listed = report["files"]

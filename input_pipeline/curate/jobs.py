@@ -16,10 +16,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from input_pipeline.index.writing import write_text
+from input_pipeline.files import write_text
 from input_pipeline.parallel import beam, chunk_files, workers
 from input_pipeline.parallel.chunk_files import Items
-from input_pipeline.parallel.team import Team, nothing
+from input_pipeline.parallel.resilient_pool import ResilientPool, no_state
 
 VERSION = 1  # raise it when a row function makes something else of the same item
 TIMEOUT = 300.0  # seconds that one item may take before its worker counts as hung
@@ -81,7 +81,7 @@ def make_results(_, items: Sequence[str], function: RowFunction, options: dict) 
     the run with the item's name."""
     lines = []
     for item in items:
-        workers.at(item)
+        workers.heartbeat(item)
         try:
             lines.append(as_line(function(options, item)))
         except Exception as error:
@@ -126,10 +126,10 @@ def run(
       ValueError: the parts there are of another tool, other options or other items; no items at all.
     """
     if restart:
-        chunk_files.clean(directory)
+        chunk_files.remove_parts(directory)
     listed = Items.write(directory, items)
     if not len(listed):
-        chunk_files.clean(directory)
+        chunk_files.remove_parts(directory)
         raise ValueError("there is nothing to read: check the path")
     job = {"version": VERSION, "tool": tool, "options": options, "items": listed.checksum, "chunk": chunk_files.CHUNK}
     file = directory / "parts" / "job.json"
@@ -142,8 +142,8 @@ def run(
                 "choose another --out"
             )
     write_text(file, json.dumps(job, indent=1, ensure_ascii=False) + "\n")
-    chunk_files.sweep(directory, "*")
-    missing = array.array("Q", (k for k in range(listed.chunks) if not chunk_files.part(directory, k).is_file()))
+    chunk_files.remove_partial_files(directory, "*")
+    missing = array.array("Q", (k for k in range(listed.chunks) if not chunk_files.part_file(directory, k).is_file()))
     done = progress(tool, "items", len(listed))
     todo = _Missing(listed, missing)
     done(len(listed) - len(todo), 0)
@@ -155,15 +155,17 @@ def run(
         return listed
     if workers is None:
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with Team(nothing, workers, TIMEOUT, said) as team:
+    with ResilientPool(no_state, workers, TIMEOUT, said) as team:
         results = _made(team, todo, function, options)
         for chunk, (_, lines) in zip(missing, results, strict=True):
-            chunk_files.write(directory, chunk, lines)
+            chunk_files.write_part(directory, chunk, lines)
             done(len(lines), sum('"problems":[]' not in line for line in lines))
     return listed
 
 
-def _made(team: Team, items: Sequence[str], function: RowFunction, options: dict) -> Iterator[tuple[list, list]]:
+def _made(
+    team: ResilientPool, items: Sequence[str], function: RowFunction, options: dict
+) -> Iterator[tuple[list, list]]:
     return team.map(make_results, items, chunk_files.CHUNK, function, options, label=str, failed=_died)
 
 
@@ -177,17 +179,17 @@ class _Work:
     def __getstate__(self):
         return self.__dict__ | {"_items": None}
 
-    def __call__(self, team: Team, chunk: int) -> None:
+    def __call__(self, team: ResilientPool, chunk: int) -> None:
         if self._items is None:
             self._items = Items(self.file)
         for _, lines in _made(team, self._items.chunk(chunk), self.function, self.options):
-            chunk_files.write(self.directory, chunk, lines)
+            chunk_files.write_part(self.directory, chunk, lines)
 
 
 def results(directory: Path, items: Items) -> Iterator[tuple[str, Result]]:
     """Every item with its result, in order."""
     for chunk in range(items.chunks):
-        with open(chunk_files.part(directory, chunk), encoding="utf-8") as lines:
+        with open(chunk_files.part_file(directory, chunk), encoding="utf-8") as lines:
             for name, line in zip(items.chunk(chunk), lines, strict=True):
                 yield name, Result(**json.loads(line))
 

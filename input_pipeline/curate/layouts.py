@@ -13,7 +13,7 @@ from typing import NamedTuple
 from input_pipeline.curate.jobs import Result
 from input_pipeline.datasets import FAMILIES, tables
 from input_pipeline.datasets.base import TableDataset
-from input_pipeline.index.writing import replacing
+from input_pipeline.files import atomic_write
 from input_pipeline.samples import RowError
 
 
@@ -102,7 +102,7 @@ def _good(rows: Iterator[tuple[int, dict] | RowError], result: Result) -> Iterat
 @contextlib.contextmanager
 def written(file: Path, header: list[str] | None) -> Iterator[Callable[[dict], None]]:
     """A function that writes a row; the table takes its place when all are written. JSON where there is no header."""
-    with replacing(file) as partial, open(partial, "w", encoding="utf-8", newline="") as out:
+    with atomic_write(file) as partial, open(partial, "w", encoding="utf-8", newline="") as out:
         if header is not None:
             table = csv.DictWriter(out, header)
             table.writeheader()

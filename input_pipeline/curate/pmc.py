@@ -14,7 +14,7 @@ from PIL import Image
 
 from input_pipeline.curate import console, jobs, packages
 from input_pipeline.curate.jobs import Result
-from input_pipeline.index.writing import replacing
+from input_pipeline.files import atomic_write
 from input_pipeline.parallel import chunk_files
 
 LANGUAGES = ("en",)
@@ -101,7 +101,7 @@ def build(tool: str, source: str | Path, directory: Path, options: dict, **runni
     report.add(twice)
     (_merge_inline if tool == "pmc-inline" else _merge_oa)(directory, items, report, options)
     written = report.write()
-    chunk_files.clean(directory)
+    chunk_files.remove_parts(directory)
     said = running.get("said")
     if said and tool == "pmc-inline" and not options["cases"] and (directory / "cases.jsonl").exists():
         said(f"{directory / 'cases.jsonl'} is of an earlier run with --cases and stays as it is")
@@ -207,7 +207,7 @@ def _write_picture(package, name: str, file: Path) -> str | None:
                 data = out.getvalue()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, EOFError) as error:
         return f"a picture cannot be read: {name} ({str(error)[:100]})"
-    with chunk_files.whole(file) as partial:
+    with atomic_write(file, unique=True) as partial:
         partial.write_bytes(data)
     return None
 
@@ -240,7 +240,7 @@ def inline_paper(options: dict, path: str) -> Result:
     result.count("papers written")
     result.count("references to pictures", tied)
     result.count("sentences with a figure", sum(bool(s["img_ref"]) for s in sentences))
-    with chunk_files.whole(Path(options["out"]) / "papers" / f"{key}.json") as partial:
+    with atomic_write(Path(options["out"]) / "papers" / f"{key}.json", unique=True) as partial:
         partial.write_text(json.dumps(sentences, ensure_ascii=False, indent=0), encoding="utf-8")
     result.add("papers", f"papers/{key}.json")
     for figure in paper.figures:
@@ -311,9 +311,9 @@ def oa_paper(options: dict, path: str) -> Result:
 
 def _merge_inline(directory: Path, items, report, options) -> None:
     with (
-        replacing(directory / "inline.csv") as table,
-        replacing(directory / "captions.jsonl") as captions,
-        replacing(directory / "cases.jsonl") if options["cases"] else contextlib.nullcontext(os.devnull) as cases,
+        atomic_write(directory / "inline.csv") as table,
+        atomic_write(directory / "captions.jsonl") as captions,
+        atomic_write(directory / "cases.jsonl") if options["cases"] else contextlib.nullcontext(os.devnull) as cases,
         open(table, "w", encoding="utf-8", newline="") as table,
         open(captions, "w", encoding="utf-8") as captions,
         open(cases, "w", encoding="utf-8") as cases,
@@ -329,7 +329,7 @@ def _merge_inline(directory: Path, items, report, options) -> None:
 
 
 def _merge_oa(directory: Path, items, report, options) -> None:
-    with replacing(directory / "oa.csv") as partial, open(partial, "w", encoding="utf-8", newline="") as table:
+    with atomic_write(directory / "oa.csv") as partial, open(partial, "w", encoding="utf-8", newline="") as table:
         lines = csv.writer(table)
         lines.writerow(["Figure_path", "Caption", "PMC_id", "figure", "label", "part", "panels"])
         for _, result in jobs.results(directory, items):

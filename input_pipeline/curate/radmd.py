@@ -15,7 +15,7 @@ from input_pipeline.curate import console, filters, jobs, layouts, radiology
 from input_pipeline.curate.filters import FILTERS, OF_FAMILY, Settings
 from input_pipeline.curate.jobs import Report, Result
 from input_pipeline.datasets import FAMILIES, diagnosis, diseases
-from input_pipeline.index.writing import write_lines
+from input_pipeline.files import write_json_lines
 
 DESCRIPTION = """\
 Filter tables of MedMD into RadMD (paper, Table 2). Give each table with its family; it is written again under its name,
@@ -103,7 +103,7 @@ def build(specs: list[str], root, directory: Path, options: dict, progress=jobs.
         report.more["tables"][table.name] = found
         report.add(result)
         done(1, bool(result.problems))
-    write_lines(directory / "examples.jsonl", examples.all())
+    write_json_lines(directory / "examples.jsonl", examples.all())
     return report.write()
 
 

@@ -11,8 +11,8 @@ from input_pipeline.curate.jobs import Report, Result
 from input_pipeline.curate.layouts import Named
 from input_pipeline.datasets import FAMILIES, Dataset, open_dataset, sample_rng
 from input_pipeline.datasets.diagnosis import Diagnosis
+from input_pipeline.files import write_json_lines
 from input_pipeline.images import scans
-from input_pipeline.index.writing import write_lines
 from input_pipeline.samples import RowError, Text
 
 DESCRIPTION = """\
@@ -145,7 +145,7 @@ def build(specs, root, directory, options: dict, progress=jobs.silent, said=None
     if not options["anew"]:
         given = _given(groups, rows)
         leaks = [{"group": group, "rows": found} for group, found in sorted(given.items()) if len(found) > 1]
-        write_lines(directory / "leaks.jsonl", leaks)
+        write_json_lines(directory / "leaks.jsonl", leaks)
         result.count("groups on several sides (leaks)", len(leaks))
     if options["check"]:
         _check(directory, leaks, rows, result)
@@ -168,7 +168,7 @@ def _near(root, directory, groups, pictures, pairs: list[dict], result: Result, 
         groups.join(f"scan {a}", f"scan {b}")
         pairs.append({"kind": "pictures", "a": a, "b": b, "distance": distance})
     pairs.sort(key=lambda pair: pair["kind"])
-    write_lines(directory / "near.jsonl", pairs)
+    write_json_lines(directory / "near.jsonl", pairs)
     for kind in ("pictures", "texts"):
         result.count(f"near duplicates of {kind}", sum(p["kind"] == kind for p in pairs))
 

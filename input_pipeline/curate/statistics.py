@@ -12,8 +12,8 @@ from input_pipeline.curate.cases import _CODES
 from input_pipeline.curate.jobs import Report, Result
 from input_pipeline.curate.splits import opened
 from input_pipeline.datasets import modalities, sample_rng
+from input_pipeline.files import atomic_write, write_text
 from input_pipeline.images import scans
-from input_pipeline.index.writing import replacing, write_text
 from input_pipeline.samples import RowError, Text
 
 DESCRIPTION = """\
@@ -144,7 +144,7 @@ def _draw(file: Path, statistics: dict) -> None:
         axis.set_title(f"{kind} ({total:,})")
         if total:
             axis.pie(list(shown.values()), labels=[f"{k} {100 * v / total:.0f} %" for k, v in shown.items()])
-    with replacing(file) as partial:
+    with atomic_write(file) as partial:
         figure.savefig(partial, format="png", dpi=110)
 
 

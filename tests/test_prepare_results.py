@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 from input_pipeline.config import DataConfig
-from input_pipeline.index import database, findings, summary, writing
-from input_pipeline.index.checks import RowCheck, ScanCheck, SourceCheck
-from input_pipeline.index.findings import Findings
-from input_pipeline.index.journal import Journal
+from input_pipeline.files import write_json_lines
+from input_pipeline.index import database, index_writer, reports, summary
+from input_pipeline.index.results import Results
+from input_pipeline.index.resume_state import ResumeState
+from input_pipeline.index.row_checks import RowCheck, SourceCheck
+from input_pipeline.index.scan_checks import ScanCheck
 
 ROOT = "/data"
 CONFIG = DataConfig.from_dict(
@@ -24,35 +26,35 @@ CONFIG = DataConfig.from_dict(
 
 def made(directory: Path, rows: int) -> dict:
     """All that a run over so many rows does with what it finds, each row with a scan of its own."""
-    with database.opened() as db:
+    with database.open_database() as db:
         tables = {name: SourceCheck(ROOT, name, rows // 2, [], {}, []) for name in ("train", "test")}
-        found = Findings(CONFIG, tables, dict.fromkeys(tables, ""), db)
+        results = Results(CONFIG, tables, dict.fromkeys(tables, ""), db)
         every = ((name, i) for name in tables for i in range(rows // 2))
         while chunk := list(itertools.islice(every, 100)):
             keys = [(ROOT, f"{name}/study{i:08d}/image.png", -1, "") for name, i in chunk]
-            found.list_scans(chunk, [(key,) for key in keys])
+            results.add_mentions(chunk, [(key,) for key in keys])
             # Each scan of a kind is another file; every tenth of train stands in test as well.
             same = [i if i % 10 == 0 else f"{name} {i}" for name, i in chunk]
-            found.add_scans(
+            results.add_scans(
                 ScanCheck(*key, format="png", height=32, width=32, depth=1, channels=1, sha256=str(n), stamp="1")
                 for key, n in zip(keys, same, strict=True)
             )
-            found.add_rows(
+            results.add_rows(
                 chunk, [RowCheck(f"{name}{i}", "vqa", f"s{n}", 40, 10, 2, 20, (0,), (f"s{n}",), number=i)
                         for (name, i), n in zip(chunk, same, strict=True)]
             )  # fmt: skip
-        report = summary.report(found)
-        writing.write_scans(directory / "scans.parquet", found, {})
-        writing.write_rows(directory / "rows.parquet", found)
-        report["leaks"] = writing.write_lines(directory / "leaks.jsonl", findings.leaks(found))
-        report["duplicates"] = writing.write_lines(directory / "duplicates.jsonl", findings.duplicates(found))
-        assert writing.write_lines(directory / "quarantine.jsonl", findings.quarantine(found)) == 0
+        report = summary.summarize(results)
+        index_writer.write_scans(directory / "scans.parquet", results, {})
+        index_writer.write_rows(directory / "rows.parquet", results)
+        report["leaks"] = write_json_lines(directory / "leaks.jsonl", reports.leaks(results))
+        report["duplicates"] = write_json_lines(directory / "duplicates.jsonl", reports.duplicates(results))
+        assert write_json_lines(directory / "quarantine.jsonl", reports.quarantine(results)) == 0
     return report
 
 
 def test_memory_does_not_grow_with_the_rows(tmp_path, monkeypatch):
     """Of Python's objects, which SQLite's pages, of a cache of one size, are none of: 200 bytes a row would be seen."""
-    monkeypatch.setattr(writing, "BATCH", 200)
+    monkeypatch.setattr(index_writer, "BATCH", 200)
     peaks = []
     for rows in (400, 400, 4000):  # the first time things are imported
         tracemalloc.start()
@@ -67,14 +69,14 @@ def test_memory_does_not_grow_with_the_rows(tmp_path, monkeypatch):
 
 def test_no_room_for_the_database(monkeypatch):
     monkeypatch.setattr(database, "CACHE", 1)
-    with pytest.raises(OSError, match="TMPDIR") as caught, database.opened() as db:
+    with pytest.raises(OSError, match="TMPDIR") as caught, database.open_database() as db:
         db.execute("PRAGMA max_page_count = 50")
         db.executemany("INSERT INTO sources VALUES (?, ?, ?, ?)", ((i, "x" * 1000, "", "") for i in range(1000)))
     assert "full" in str(caught.value)
 
 
 def test_a_fault_of_ours_is_no_full_disk():
-    with pytest.raises(database.sqlite3.OperationalError, match="no such table"), database.opened() as db:
+    with pytest.raises(database.sqlite3.OperationalError, match="no such table"), database.open_database() as db:
         db.execute("SELECT * FROM nowhere")
 
 
@@ -82,14 +84,14 @@ def test_what_is_known_comes_back_as_it_was(tmp_path):
     """Facts of every kind through the journal: a stamp lets them be known, a later line replaces an earlier one."""
     first = ScanCheck(ROOT, "ct.nii.gz", 1, '"lung"', spacing=(0.5, None, 2.0), low=-1024.5, high=3071.0, stamp="1")
     other = ScanCheck(ROOT, "ä.png", -1, "", fault="damaged", reason="it is cut", stamp="2")
-    with database.opened() as db:
-        journal = Journal(tmp_path, db)
+    with database.open_database() as db:
+        journal = ResumeState(tmp_path, db)
         journal.start(None)
         journal.append([first._replace(low=0.0), other, ScanCheck(ROOT, "b.png", -1, "")])
         journal.append([first])
         journal.close()
-    with database.opened() as db:
-        again = Journal(tmp_path, db)
+    with database.open_database() as db:
+        again = ResumeState(tmp_path, db)
         assert again.known(first.key)._replace(spacing=tuple(again.known(first.key).spacing)) == first
         assert again.known(other.key)[:-1] == other._replace(spacing=[])[:-1]
         assert db.execute("SELECT COUNT(*) FROM known").fetchone() == (2,)
