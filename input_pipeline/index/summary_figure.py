@@ -57,7 +57,7 @@ def _largest(sources: dict, shown: int) -> dict:
 def _tidy(axes, title: str, grid: str | None = "x") -> None:
     axes.set_title(title, loc="left", fontsize=12, fontweight="bold")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_axisbottom_height(True)
+    axes.set_axisbelow(True)
     if grid:
         axes.grid(axis=grid, color="#e4e6e8")
 
