@@ -9,6 +9,7 @@ from __future__ import annotations
 import array
 import collections
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -156,7 +157,7 @@ def run(
     if workers is None:
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with ResilientPool(no_state, workers, TIMEOUT, said) as team:
-        results = _made(team, todo, function, options)
+        results = _made(team, itertools.chain.from_iterable(map(listed.chunk, missing)), function, options)
         for chunk, (_, lines) in zip(missing, results, strict=True):
             chunk_files.write_part(directory, chunk, lines)
             done(len(lines), sum('"problems":[]' not in line for line in lines))
@@ -164,7 +165,7 @@ def run(
 
 
 def _made(
-    team: ResilientPool, items: Sequence[str], function: RowFunction, options: dict
+    team: ResilientPool, items: Iterable[str], function: RowFunction, options: dict
 ) -> Iterator[tuple[list, list]]:
     return team.map(make_results, items, chunk_files.CHUNK, function, options, label=str, failed=_died)
 

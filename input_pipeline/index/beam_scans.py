@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from input_pipeline.files import atomic_write
@@ -45,7 +45,7 @@ class BeamScanPool:
         """Nothing to stop: the Beam job ends inside `map`."""
 
     def map(
-        self, function, tasks: Sequence[ScanTask], size: int, conversion: Conversion, *, label, failed
+        self, function, tasks: Iterable[ScanTask], size: int, conversion: Conversion, *, label, failed
     ) -> Iterator[tuple[list[ScanTask], list[Checked]]]:
         """Yield chunks of tasks and their results, in order.
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import bisect
 import collections
 import contextlib
 import functools
-import itertools
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -90,16 +88,15 @@ def prepare(
             state.reset()
             chunk_files.remove_parts(directory)
         new_pool = functools.partial(ResilientPool, workers=workers, timeout=config.worker_timeout, log=log)
-        with new_pool(functools.partial(row_checks.open_tables, config.to_dict())) as table_pool:
+        with new_pool(functools.partial(row_checks.Tables, config.to_dict())) as table_pool:
             results = _open_tables(config, table_pool, checksums, db, progress)
-            rows = AllRows(results)
-            _list_scans(results, rows, table_pool, progress)
+            _list_scans(results, table_pool, progress)
             if runner == beam.LOCAL:
                 scan_pool = new_pool(scan_checks.preload)
             else:
                 scan_pool = beam_scans.BeamScanPool(directory, config.worker_timeout, runner, runner_options, log)
             reader = _read_scans(results, state, directory, settings, scan_pool, progress, log)
-            _encode_rows(results, rows, table_pool, progress)
+            _encode_rows(results, table_pool, progress)
         if table_checksums(config) != checksums:
             raise ValueError("a table changed while it was read: run again")
         reading = {
@@ -152,31 +149,18 @@ def _open_tables(config: DataConfig, pool: ResilientPool, checksums: dict[str, s
     return results
 
 
-class AllRows(Sequence):
-    """(source, row) of every row of every table, computed on access."""
-
-    def __init__(self, results: Results):
-        self.names = results.names
-        self.ends = list(itertools.accumulate(table.rows for table in results.tables.values()))
-
-    def __len__(self) -> int:
-        return self.ends[-1]
-
-    def __getitem__(self, k):
-        if isinstance(k, slice):
-            return [self[i] for i in range(*k.indices(len(self)))]
-        source = bisect.bisect_right(self.ends, k)
-        return self.names[source], k - (self.ends[source - 1] if source else 0)
+def _all_rows(results: Results) -> Iterator[Row]:
+    return ((name, row) for name, table in results.tables.items() for row in range(table.rows))
 
 
 # --- scans ------------------------------------------------------------------------------------------------------------
 
 
-def _list_scans(results: Results, rows: AllRows, pool: ResilientPool, progress: Progress) -> None:
-    advance = progress("looking through the rows", "rows", len(rows))
+def _list_scans(results: Results, pool: ResilientPool, progress: Progress) -> None:
+    advance = progress("looking through the rows", "rows", results.row_count)
     chunks = pool.map(
         row_checks.list_scans,
-        rows,
+        _all_rows(results),
         8 * ROW_CHUNK,
         label=row_checks.row_label,
         failed=lambda row, reason: (),  # `encode_rows` fails on the same row, and keeps the reason
@@ -201,15 +185,17 @@ def _read_scans(results, state: ResumeState, directory: Path, settings, pool, pr
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
-def _encode_rows(results: Results, rows: AllRows, pool: ResilientPool, progress: Progress) -> None:
-    advance = progress("encoding the rows", "rows", len(rows))
+def _encode_rows(results: Results, pool: ResilientPool, progress: Progress) -> None:
+    advance = progress("encoding the rows", "rows", results.row_count)
 
     def failed(row: Row, reason: str) -> RowCheck:
         name, number = row
         problem = Problem(results.tables[name].file, f"number {number}", reason, "remove the row")
         return RowCheck(problem.row, problem=problem)
 
-    for chunk, checks in pool.map(row_checks.encode_rows, rows, ROW_CHUNK, label=row_checks.row_label, failed=failed):
+    for chunk, checks in pool.map(
+        row_checks.encode_rows, _all_rows(results), ROW_CHUNK, label=row_checks.row_label, failed=failed
+    ):
         results.add_rows(chunk, checks)
         advance(len(chunk), sum(check.problem is not None for check in checks))
 

@@ -29,6 +29,7 @@ class Results:
       checksums: source -> index.table_checksum.
       names: the sources, by their number in the database.
       split: source -> its split.
+      row_count: number of rows of all sources.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Results:
     ):
         self.config, self.tables, self.checksums, self.db = config, tables, checksums, db
         self.names = list(tables)
+        self.row_count = sum(table.rows for table in tables.values())
         self.split = {name: split for split in SPLITS for name in config.sources(split)}
         db.executemany(
             "INSERT INTO sources VALUES (?, ?, ?, ?)",

@@ -74,18 +74,13 @@ class RowCheck(NamedTuple):
 
 
 class Tables:
-    """Tables, tokenizer and medical terms, opened once for all workers."""
+    """Tables, tokenizer and medical terms, opened once for all workers. `fields` is DataConfig.to_dict()."""
 
-    def __init__(self, config: DataConfig):
-        self.config = config
+    def __init__(self, fields: dict):
+        self.config = config = DataConfig.from_dict(fields)
         self.tokenizer = tokenizer_of(config)
         self.datasets: dict[str, Dataset] = open_sources(config)
         self.terms = terms_of(config.terms)
-
-
-def open_tables(fields: dict) -> Tables:
-    """State factory of the workers. `fields` is DataConfig.to_dict()."""
-    return Tables(DataConfig.from_dict(fields))
 
 
 def check_sources(tables: Tables) -> dict[str, SourceCheck]:

@@ -77,15 +77,11 @@ def scan_from_key(key: Key) -> Scan:
     return Scan(path, None if volume < 0 else volume, tuple(window) if isinstance(window, list) else window)
 
 
-def scan_label(key: Key) -> str:
-    """Return a readable name, unique among the scans of a root."""
-    root, path, volume, window = key
+def task_label(task: ScanTask) -> str:
+    """Return a readable name of the scan, unique among the scans of a root."""
+    (root, path, volume, window), _ = task
     name = f"{printable(root)}/{printable(path)}"
     return name + (f", volume {volume}" if volume >= 0 else "") + (f", window {window}" if window else "")
-
-
-def task_label(task: ScanTask) -> str:
-    return scan_label(task[0])
 
 
 def failed_check(task: ScanTask, reason: str) -> tuple[ScanCheck, None]:
@@ -104,9 +100,9 @@ def check_scans(
       scan is good.
     """
     results = []
-    for key, stamp in tasks:
-        workers.heartbeat(scan_label(key))
-        results.append(_check_scan(key, stamp, conversion))
+    for task in tasks:
+        workers.heartbeat(task_label(task))
+        results.append(_check_scan(*task, conversion))
     return results
 
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from input_pipeline.config import DataConfig
 from input_pipeline.index import database, scan_checks
 from input_pipeline.index.results import Results
 from input_pipeline.index.resume_state import ResumeState
-from input_pipeline.index.scan_checks import Conversion, Key, ScanCheck, ScanTask
+from input_pipeline.index.scan_checks import Conversion, ScanCheck, ScanTask
 from input_pipeline.parallel.resilient_pool import ResilientPool
 from input_pipeline.parallel.workers import WorkerError
-
-BLOCK = 128  # scans per database query
 
 
 def record_settings(config: DataConfig) -> dict:
@@ -50,34 +48,20 @@ def check_records(directory: Path, state: ResumeState, settings: dict | None, re
         raise ValueError(f"{records} has other settings ({'; '.join(changed)}): add --recheck, or change --out")
 
 
-class ScanTasks(Sequence):
-    """(key, stamp) of every scan, read from the database in slices. The stamp is "" for a scan that must be read.
+def scan_tasks(results: Results, need_records: bool) -> Iterator[ScanTask]:
+    """Yield (key, stamp) of every scan, in order. The stamp is "" for a scan that must be read.
 
     Args:
       need_records: good scans without a record must be read too.
     """
-
-    def __init__(self, results: Results, need_records: bool):
-        self.db, self.length = results.db, results.count("keys")
-        columns = ", ".join(database.KEY)
-        usable = "(fault != '' OR record >= 0)" if need_records else "TRUE"
-        self.select = (
-            f"SELECT {columns}, COALESCE(stamp, '') FROM keys LEFT JOIN (SELECT {columns}, stamp FROM known "
-            f"WHERE {usable}) USING ({columns}) WHERE scan > ? AND scan <= ? ORDER BY scan"
-        )
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, k):
-        if not isinstance(k, slice):
-            return self[k : k + 1][0]
-        low, high, _ = k.indices(self.length)
-        return [(tuple(key), stamp) for *key, stamp in self.db.execute(self.select, (low, high))]
-
-    def __iter__(self):
-        for start in range(0, self.length, BLOCK):
-            yield from self[start : start + BLOCK]
+    columns = ", ".join(database.KEY)
+    usable = "(fault != '' OR record >= 0)" if need_records else "TRUE"
+    lines = results.db.execute(
+        f"SELECT {columns}, COALESCE(stamp, '') FROM keys LEFT JOIN (SELECT {columns}, stamp FROM known "
+        f"WHERE {usable}) USING ({columns}) ORDER BY scan"
+    )
+    for *key, stamp in lines:
+        yield tuple(key), stamp
 
 
 class ScanReader:
@@ -109,11 +93,10 @@ class ScanReader:
 
     def run(self, progress) -> None:
         """Read all scans. `progress` is a `prepare.Progress`."""
-        tasks = ScanTasks(self.results, need_records=self.writer is not None)
-        advance = progress("reading the scans", "scans", len(tasks))
+        advance = progress("reading the scans", "scans", self.results.count("keys"))
         chunks = self.pool.map(
             scan_checks.check_scans,
-            tasks,
+            scan_tasks(self.results, need_records=self.writer is not None),
             self.conversion.chunk,
             self.conversion,
             label=scan_checks.task_label,
@@ -137,9 +120,8 @@ class ScanReader:
             records.write_description(self.writer.directory, self.writer.lengths, description)
 
     def _accept(self, task: ScanTask, check: ScanCheck | None, record: bytes | None) -> ScanCheck:
-        key: Key = task[0]
         if check is None:
-            return self.state.known(key)
+            return self.state.known(task[0])
         self.read += 1
         if record is not None:
             check = check._replace(record=self._record_number(check, record))

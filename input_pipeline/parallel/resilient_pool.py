@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -53,7 +54,7 @@ class ResilientPool:
     def map(
         self,
         function: Callable,
-        items: Sequence,
+        items: Iterable,
         size: int,
         *args,
         label: Callable[[Any], str],
@@ -70,13 +71,15 @@ class ResilientPool:
           Exception: whatever `function` raised.
         """
         waiting: collections.deque[_Chunk] = collections.deque()
-        start, window = 0, 2 * max(self.workers, 1)
-        while start < len(items) or waiting:
-            while start < len(items) and len(waiting) < window:
-                end = min(start + size, len(items))
-                waiting.append(_Chunk(list(items[start:end]), f"items {start + 1} to {end}"))
-                start = end
+        items, submitted, window = iter(items), 0, 2 * max(self.workers, 1)
+        while True:
+            while len(waiting) < window and (chunk_items := list(itertools.islice(items, size))):
+                name = f"items {submitted + 1} to {submitted + len(chunk_items)}"
+                submitted += len(chunk_items)
+                waiting.append(_Chunk(chunk_items, name))
                 self._submit(waiting[-1], function, args)
+            if not waiting:
+                return
             chunk = waiting[0]
             try:
                 results = iter(chunk.future.result())
