@@ -1,4 +1,4 @@
-"""What `prepare` finds, in its database: millions of scans and rows are found out about one after the other."""
+"""The database of a `prepare` run: constant memory, errors, and checks that survive a round trip."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ CONFIG = DataConfig.from_dict(
 )  # fmt: skip
 
 
-def made(directory: Path, rows: int) -> dict:
-    """All that a run over so many rows does with what it finds, each row with a scan of its own."""
+def process(directory: Path, rows: int) -> dict:
+    """Process the results of a run over so many rows, each with its own scan. Returns the report."""
     with database.open_database() as db:
         tables = {name: SourceCheck(ROOT, name, rows // 2, [], {}, []) for name in ("train", "test")}
         results = Results(CONFIG, tables, dict.fromkeys(tables, ""), db)
-        every = ((name, i) for name in tables for i in range(rows // 2))
-        while chunk := list(itertools.islice(every, 100)):
+        all_rows = ((name, i) for name in tables for i in range(rows // 2))
+        while chunk := list(itertools.islice(all_rows, 100)):
             keys = [(ROOT, f"{name}/study{i:08d}/image.png", -1, "") for name, i in chunk]
             results.add_mentions(chunk, [(key,) for key in keys])
-            # Each scan of a kind is another file; every tenth of train stands in test as well.
-            same = [i if i % 10 == 0 else f"{name} {i}" for name, i in chunk]
+            # Every scan of a split is a different file; every tenth file of train is also in test.
+            contents = [i if i % 10 == 0 else f"{name} {i}" for name, i in chunk]
             results.add_scans(
                 ScanCheck(*key, format="png", height=32, width=32, depth=1, channels=1, sha256=str(n), stamp="1")
-                for key, n in zip(keys, same, strict=True)
+                for key, n in zip(keys, contents, strict=True)
             )
             results.add_rows(
                 chunk, [RowCheck(f"{name}{i}", "vqa", f"s{n}", 40, 10, 2, 20, (0,), (f"s{n}",), number=i)
-                        for (name, i), n in zip(chunk, same, strict=True)]
+                        for (name, i), n in zip(chunk, contents, strict=True)]
             )  # fmt: skip
         report = summary.summarize(results)
         index_writer.write_scans(directory / "scans.parquet", results, {})
@@ -53,12 +53,12 @@ def made(directory: Path, rows: int) -> dict:
 
 
 def test_memory_does_not_grow_with_the_rows(tmp_path, monkeypatch):
-    """Of Python's objects, which SQLite's pages, of a cache of one size, are none of: 200 bytes a row would be seen."""
+    """Measured on Python objects, without SQLite's fixed cache: fewer than 200 bytes per row."""
     monkeypatch.setattr(index_writer, "BATCH", 200)
     peaks = []
-    for rows in (400, 400, 4000):  # the first time things are imported
+    for rows in (400, 400, 4000):  # the first run includes imports
         tracemalloc.start()
-        report = made(tmp_path, rows)
+        report = process(tmp_path, rows)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert report["rows"]["good"] == report["scans"]["good"] == rows
@@ -67,7 +67,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path, monkeypatch):
     assert peaks[2] - peaks[1] < 200 * 3600
 
 
-def test_no_room_for_the_database(monkeypatch):
+def test_a_full_disk_names_TMPDIR(monkeypatch):
     monkeypatch.setattr(database, "CACHE", 1)
     with pytest.raises(OSError, match="TMPDIR") as caught, database.open_database() as db:
         db.execute("PRAGMA max_page_count = 50")
@@ -75,23 +75,23 @@ def test_no_room_for_the_database(monkeypatch):
     assert "full" in str(caught.value)
 
 
-def test_a_fault_of_ours_is_no_full_disk():
+def test_other_database_errors_are_raised():
     with pytest.raises(database.sqlite3.OperationalError, match="no such table"), database.open_database() as db:
         db.execute("SELECT * FROM nowhere")
 
 
-def test_what_is_known_comes_back_as_it_was(tmp_path):
-    """Facts of every kind through the journal: a stamp lets them be known, a later line replaces an earlier one."""
+def test_known_checks_survive_a_round_trip(tmp_path):
+    """Only checks with a stamp are known, and a later line replaces an earlier one."""
     first = ScanCheck(ROOT, "ct.nii.gz", 1, '"lung"', spacing=(0.5, None, 2.0), low=-1024.5, high=3071.0, stamp="1")
-    other = ScanCheck(ROOT, "ä.png", -1, "", fault="damaged", reason="it is cut", stamp="2")
+    other = ScanCheck(ROOT, "ä.png", -1, "", fault="damaged", reason="it is truncated", stamp="2")
     with database.open_database() as db:
-        journal = ResumeState(tmp_path, db)
-        journal.start(None)
-        journal.append([first._replace(low=0.0), other, ScanCheck(ROOT, "b.png", -1, "")])
-        journal.append([first])
-        journal.close()
+        state = ResumeState(tmp_path, db)
+        state.start(None)
+        state.append([first._replace(low=0.0), other, ScanCheck(ROOT, "b.png", -1, "")])
+        state.append([first])
+        state.close()
     with database.open_database() as db:
-        again = ResumeState(tmp_path, db)
-        assert again.known(first.key)._replace(spacing=tuple(again.known(first.key).spacing)) == first
-        assert again.known(other.key)[:-1] == other._replace(spacing=[])[:-1]
+        resumed = ResumeState(tmp_path, db)
+        assert resumed.known(first.key)._replace(spacing=tuple(resumed.known(first.key).spacing)) == first
+        assert resumed.known(other.key)[:-1] == other._replace(spacing=[])[:-1]
         assert db.execute("SELECT COUNT(*) FROM known").fetchone() == (2,)
