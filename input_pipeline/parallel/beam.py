@@ -19,13 +19,7 @@ from input_pipeline.parallel.resilient_pool import ResilientPool, no_state
 from input_pipeline.parallel.workers import WorkerError
 
 LOCAL = "local"
-RUNNERS = {
-    "direct": "DirectRunner",
-    "dataflow": "DataflowRunner",
-    "flink": "FlinkRunner",
-    "spark": "SparkRunner",
-    "prism": "PrismRunner",
-}
+RUNNERS = ("direct", "dataflow", "flink", "spark", "prism")  # short for DirectRunner, ...
 POLL_SECONDS = 2.0  # interval at which finished parts are counted
 
 # work(pool, chunk) writes the part of a chunk; `pool` is the process that may crash. Beam pickles it for its workers.
@@ -89,7 +83,8 @@ def make_parts(
         from apache_beam.options.pipeline_options import PipelineOptions
     except ImportError as error:
         raise ValueError(f"--runner {runner} needs Apache Beam: pip install apache-beam ({error})") from error
-    options = PipelineOptions([*runner_options], runner=RUNNERS.get(runner, runner), save_main_session=False)
+    class_name = f"{runner.capitalize()}Runner" if runner in RUNNERS else runner
+    options = PipelineOptions([*runner_options], runner=class_name, save_main_session=False)
     known = options.get_all_options()
     for name in sorted(set(options.get_all_options(drop_default=True, retain_unknown_options=True)) - set(known)):
         log(f"Apache Beam does not know the option --{name}; it is passed to {runner} unchanged")

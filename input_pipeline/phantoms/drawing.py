@@ -34,7 +34,7 @@ def to_stored(study: Study, intensities: np.ndarray) -> np.ndarray:
 
 def paint(study: Study) -> np.ndarray:
     """Draw float32[H, W, D] in [0, 1]. It is a view of [D, H, W], the memory order that files and slices need."""
-    rng = plan.random((study.seed, study.split, study.index), stream=1)
+    rng = plan.random_generator((study.seed, study.split, study.index), stream=1)
     image, study = _noiseless(study)
     if study.labels.modality == "ultrasound":
         image *= 1 + np.float32(study.body.noise) * _speckle(rng, study.size)

@@ -20,7 +20,7 @@ from pydicom.uid import (
     UltrasoundImageStorage,
 )
 
-from input_pipeline.phantoms.plan import Study, random
+from input_pipeline.phantoms.plan import Study, random_generator
 
 DICOM_KINDS = {
     "X-ray": ("CR", ComputedRadiographyImageStorage),
@@ -77,7 +77,7 @@ def _dicom(study: Study, voxels: np.ndarray) -> dict[str, bytes]:
     head = _dicom_head(study)
     if study.depth == 1:
         return {study.path: _dicom_file(study, head, voxels[:, :, 0], 0)}
-    if random((study.seed, study.split, study.index), stream=3).random() < 0.5:
+    if random_generator((study.seed, study.split, study.index), stream=3).random() < 0.5:
         numbers = range(1, study.depth + 1)
     else:
         numbers = range(study.depth, 0, -1)

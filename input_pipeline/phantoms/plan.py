@@ -147,7 +147,7 @@ class Study:
         return f"scans/{self.split}/{self.study_id}{suffix}"
 
 
-def random(key: tuple[int, str, int], stream: int) -> np.random.Generator:
+def random_generator(key: tuple[int, str, int], stream: int) -> np.random.Generator:
     """Return the generator of one of the independent streams of (seed, split, index).
 
     Stream 0 plans, 1 draws noise, 2 chooses a disease to ask about, 3 orders slice numbers. SFC64 is NumPy's fastest
@@ -177,7 +177,7 @@ def describe(seed: int, split: str, index: int, size: int = 128, volumes: float 
     if problems:
         raise ValueError("; ".join(problems))
 
-    rng = random((seed, split, index), stream=0)
+    rng = random_generator((seed, split, index), stream=0)
     modality = MODALITIES[rng.integers(4)]
     is_volume = modality in ("CT", "MRI") and rng.random() < 2 * volumes
     depth = int(rng.integers(DEPTHS[0], DEPTHS[1] + 1)) if is_volume else 1

@@ -15,7 +15,17 @@ from __future__ import annotations
 
 import re
 
-from input_pipeline.phantoms.plan import DIAGNOSES, LEVELS, MODALITIES, SIDES, SIGNS, SIZES, Labels, Study, random
+from input_pipeline.phantoms.plan import (
+    DIAGNOSES,
+    LEVELS,
+    MODALITIES,
+    SIDES,
+    SIGNS,
+    SIZES,
+    Labels,
+    Study,
+    random_generator,
+)
 
 NUMBERS = ("zero", "one", "two")
 FEATURES = {
@@ -106,7 +116,7 @@ def disease_labels(study: Study) -> dict[str, int]:
     """Return disease -> 0 or 1. The answers are balanced: half of the scans have a lesion."""
     present = {"lesion": int(study.labels.count > 0)}
     if study.labels.count == 1:
-        disease = ("nodule", "mass")[random((study.seed, study.split, study.index), stream=2).integers(2)]
+        disease = ("nodule", "mass")[random_generator((study.seed, study.split, study.index), stream=2).integers(2)]
         present[disease] = int(study.labels.diagnosis == disease)
     return present
 
