@@ -1,4 +1,4 @@
-"""Entry point of `python -m input_pipeline.prepare --config=FILE --out DIR`: read and check all data, write the index."""
+"""Entry point of `python -m input_pipeline.prepare`: read and check all data once, and write its index."""
 
 import sys
 

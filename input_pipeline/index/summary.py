@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import collections
 import io
-import re
-import textwrap
 
 import numpy as np
 from rich import box
@@ -16,34 +14,12 @@ from rich.text import Text
 
 from input_pipeline.config import SPLITS
 from input_pipeline.index import reports
+from input_pipeline.index.categories import modality_name, reason_pattern
 from input_pipeline.index.results import Results
 from input_pipeline.samples import TASKS
 
-# DICOM's codes, and the families of a single modality, in the terms of figure 4 of the paper.
-MODALITIES = {
-    "CT": "CT", "MR": "MRI", "CR": "X-ray", "DX": "X-ray", "RG": "X-ray", "PX": "X-ray", "IO": "X-ray",
-    "MG": "mammography", "US": "ultrasound", "IVUS": "ultrasound", "PT": "PET", "NM": "nuclear medicine",
-    "XA": "angiography", "RF": "fluoroscopy", "OT": "other", "SC": "other",
-}  # fmt: skip
-FAMILY_MODALITIES = {
-    "mimic_cxr": "X-ray", "cxr_mix": "X-ray", "vindr_pcxr": "X-ray", "vindr_spinexr": "X-ray",
-    "vindr_mammo": "mammography",
-}  # fmt: skip
-UNKNOWN = "not stated"
 MAX_REASONS = 12  # lines in a table of reasons
 CUT = ("context", "instruction", "response", "scans")
-
-
-def modality_name(code: str, family: str) -> str:
-    """Return the modality of a scan by its file, or by the data set that names it."""
-    return MODALITIES.get(code, code) if code else FAMILY_MODALITIES.get(family, UNKNOWN)
-
-
-def reason_pattern(reason: str) -> str:
-    """Return a reason with its names, numbers and paths replaced, so that equal reasons can be counted."""
-    reason = re.sub(r"""(["'])(?:(?!\1).)*\1""", "...", reason)
-    reason = re.sub(r"(?:\S*/\S*)+", "...", reason)
-    return textwrap.shorten(re.sub(r"-?\d[\d,.]*", "N", reason), 160, placeholder=" ...")
 
 
 def summarize(results: Results) -> dict:

@@ -24,9 +24,9 @@ from input_pipeline.datasets import FAMILIES, nearest, open_dataset, sample_rng
 from input_pipeline.datasets.modalities import modalities
 from input_pipeline.datasets.tables import text_lines
 from input_pipeline.images import scans
+from input_pipeline.index.categories import MODALITIES, reason_pattern
 from input_pipeline.index.index import Index
 from input_pipeline.index.scan_checks import scan_sha256
-from input_pipeline.index.summary import MODALITIES, reason_pattern
 from input_pipeline.samples import RowError, Sample, Scan, Text
 
 TASKS = {
