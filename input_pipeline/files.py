@@ -127,10 +127,14 @@ def write_json_lines(file: Path, lines: Iterable[dict]) -> int:
 # --- digests ----------------------------------------------------------------------------------------------------------
 
 
-def sha256_of_file(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes, hexadecimal."""
-    with open(path, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+def sha256_of_file(*paths: Path) -> str:
+    """Return the SHA-256 of a file's bytes, hexadecimal; of several files, of their bytes in this order."""
+    digest = hashlib.sha256()
+    for path in paths:
+        # Non-blocking, because opening a FIFO would wait for its writer.
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as opened:
+            hashlib.file_digest(opened, lambda: digest)
+    return digest.hexdigest()
 
 
 def fingerprint(value: Any) -> str:

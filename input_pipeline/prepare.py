@@ -1,10 +1,10 @@
-"""`python -m input_pipeline.prepare --config=FILE --out DIR`: read and check all data once, and write its index."""
+"""Entry point of `python -m input_pipeline.prepare`: read and check all data once, and write its index."""
 
 import sys
 
 
 def main(argv: list[str] | None = None) -> int | None:
-    # Imported here: spawned data workers import this module again, and they need none of it.
+    # Imported late: spawned workers import this module again, and do not need the command.
     from input_pipeline.index.command import main
 
     return main(argv)

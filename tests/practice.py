@@ -1,4 +1,4 @@
-"""Practice data at the smallest size, with an index: what the tests of the pipeline run on."""
+"""Practice data at the smallest size, with an index, for tests of the pipeline."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ FAMILIES = {
 
 
 def practice(directory: Path, train: int = 24, test: int = 8, **changes) -> DataConfig:
-    """Phantoms of 64 pixels a side below `directory`, their config, and their index."""
+    """Write phantoms of 64 x 64 pixels and their index below `directory`. Returns their config."""
     phantoms.write(directory / "data", train=train, test=test, size=64, workers=1)
     source = lambda split, family, table: {  # noqa: E731
         "family": family, "table": f"{split}/{table}", "root": str(directory / "data"), "split": split
     }  # fmt: skip
     config = DataConfig(
-        train={name: source("train", *of) for name, of in FAMILIES.items()},
-        test={f"{name}_test": source("test", *of) for name, of in FAMILIES.items()},
+        train={name: source("train", *table) for name, table in FAMILIES.items()},
+        test={f"{name}_test": source("test", *table) for name, table in FAMILIES.items()},
         index=str(directory / "index"),
         tokenizer=str(directory / "data" / "tokenizer.model"),
         terms="none",
@@ -46,5 +46,5 @@ def practice(directory: Path, train: int = 24, test: int = 8, **changes) -> Data
 
 
 def write_index(config: DataConfig) -> None:
-    """As `python -m input_pipeline.prepare` does, in this process."""
+    """Run `prepare` in this process."""
     prepare(config, config.index, workers=0)

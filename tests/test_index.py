@@ -1,4 +1,4 @@
-"""The index against the data it was made of: every difference has a name, and another place is none."""
+"""The index compared with its data: every difference is named, and a moved root is no difference."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from input_pipeline.index import index
-from input_pipeline.index.index import Index, IndexedScan, Scans, place_hash, scan_key, table_checksum
+from input_pipeline.index.index import Index, IndexedScan, Scans, key_hash, scan_key, table_checksum
 from input_pipeline.samples import Scan
 
 SCANS = [  # path, volume, window, fault, shape, record
@@ -25,8 +25,8 @@ SCANS = [  # path, volume, window, fault, shape, record
 
 
 @pytest.fixture
-def made(tmp_path) -> tuple[Path, dict]:
-    """An index of two sources below tmp_path/data, written by hand, and the sources."""
+def written(tmp_path) -> tuple[Path, dict]:
+    """Write the index of two sources by hand. Returns its directory and the sources."""
     root, directory = tmp_path / "data", tmp_path / "index"
     root.mkdir()
     directory.mkdir()
@@ -47,11 +47,11 @@ def made(tmp_path) -> tuple[Path, dict]:
         }
         for (name, f), rows in zip(fields.items(), (4, 2), strict=True)
     }
-    described = {"version": index.VERSION, "sources": sources, "identity": "abc"}
-    (directory / "index.json").write_text(json.dumps(described))
+    description = {"version": index.VERSION, "sources": sources, "identity": "abc"}
+    (directory / "index.json").write_text(json.dumps(description))
     lines = [
         {"source": "vqa", "root": str(root), "path": path, "volume": volume, "window": window, "fault": fault,
-         "key": place_hash(path, volume, window), "record": record, "bytes": 7,
+         "key": key_hash(path, volume, window), "record": record, "bytes": 7,
          **dict(zip(("height", "width", "depth", "channels"), shape, strict=True))}
         for path, volume, window, fault, shape, record in SCANS
     ]  # fmt: skip
@@ -64,8 +64,8 @@ def made(tmp_path) -> tuple[Path, dict]:
     return directory, fields
 
 
-def test_the_data_it_was_made_of(made):
-    directory, sources = made
+def test_unchanged_data_passes(written):
+    directory, sources = written
     opened = Index(directory)
     opened.check(sources)
     assert opened.identity == "abc" and set(opened.tables) == {"vqa", "more"}
@@ -74,49 +74,49 @@ def test_the_data_it_was_made_of(made):
 
 
 def known(scans: Scans, root) -> dict[Scan, IndexedScan]:
-    """Of those in SCANS."""
-    named = [Scan(path, None if volume < 0 else volume, _window(window)) for path, volume, window, *_ in SCANS]
-    numbers = {scan: scans.number(scan_key(root, scan)) for scan in named}
+    """Return the scans of SCANS that are known."""
+    listed = [Scan(path, None if volume < 0 else volume, _window(window)) for path, volume, window, *_ in SCANS]
+    numbers = {scan: scans.number(scan_key(root, scan)) for scan in listed}
     return {scan: scans[number] for scan, number in numbers.items() if number is not None}
 
 
-def test_scans_by_key(made):
-    directory, sources = made
-    found = Index(directory).scans({"vqa": sources["vqa"]})
-    assert known(found, sources["vqa"]["root"]) == {
+def test_scans_by_key(written):
+    directory, sources = written
+    indexed = Index(directory).scans({"vqa": sources["vqa"]})
+    assert known(indexed, sources["vqa"]["root"]) == {
         Scan("a.png"): IndexedScan((40, 50, 1, 1), 7, 0),
         Scan("ct.nii.gz"): IndexedScan((64, 64, 30, 1), 7, 1),
         Scan("ct.nii.gz", window=(-100.0, 300.0)): IndexedScan((64, 64, 30, 1), 7, 2),
         Scan("ct.nii.gz", 1, "lung"): IndexedScan((64, 64, 30, 1), 7, -1),
-    }  # and not the one with a fault
-    assert len(found) == 4 and found.number(scan_key(sources["vqa"]["root"], Scan("b.png"))) is None
-    assert not known(found, "/elsewhere")
+    }  # without the bad scan
+    assert len(indexed) == 4 and indexed.number(scan_key(sources["vqa"]["root"], Scan("b.png"))) is None
+    assert not known(indexed, "/elsewhere")
 
 
-def test_a_root_may_move(made, tmp_path):
-    directory, sources = made
+def test_a_root_may_move(written, tmp_path):
+    directory, sources = written
     moved = tmp_path / "elsewhere"
     shutil.move(sources["vqa"]["root"], moved)
-    here = {name: fields | {"root": str(moved)} for name, fields in sources.items()}
+    moved_sources = {name: fields | {"root": str(moved)} for name, fields in sources.items()}
     opened = Index(directory)
-    opened.check(here)
-    found = opened.scans(here)
-    assert len(found) == len(known(found, moved)) == 4 and not known(found, sources["vqa"]["root"])
+    opened.check(moved_sources)
+    indexed = opened.scans(moved_sources)
+    assert len(indexed) == len(known(indexed, moved)) == 4 and not known(indexed, sources["vqa"]["root"])
 
 
-def test_a_root_may_become_two(made, tmp_path):
-    """The sources of one root lie in two places now: a scan is known in both, under numbers of its own."""
-    directory, sources = made
-    there = sources | {"more": sources["more"] | {"root": str(tmp_path / "second")}}
-    found = Index(directory).scans(there)
-    both = [known(found, there[name]["root"]) for name in ("vqa", "more")]
-    assert both[0] == both[1] and len(both[0]) == 4 and len(found) == 8
-    names = [found.number(scan_key(there[name]["root"], Scan("a.png"))) for name in ("vqa", "more")]
+def test_a_root_may_become_two(written, tmp_path):
+    """The sources of one root are now under two: each scan is known under both, with different numbers."""
+    directory, sources = written
+    split_sources = sources | {"more": sources["more"] | {"root": str(tmp_path / "second")}}
+    indexed = Index(directory).scans(split_sources)
+    both = [known(indexed, split_sources[name]["root"]) for name in ("vqa", "more")]
+    assert both[0] == both[1] and len(both[0]) == 4 and len(indexed) == 8
+    names = [indexed.number(scan_key(split_sources[name]["root"], Scan("a.png"))) for name in ("vqa", "more")]
     assert names[0] != names[1]
 
 
 def test_two_scans_with_one_key():
-    """The same facts twice are one scan; others would make one of them read as the other."""
+    """Equal values are one scan; different values are an error, because one scan would replace the other."""
     columns = (np.array([5, 9, 5], np.uint64), np.array([7, 8, 7]), np.array([0, 1, 0]), np.ones((3, 4), np.int32))
     assert len(Scans(*columns)) == 2
     columns[2][2] = 3
@@ -139,13 +139,13 @@ def _window(text: str):
         {"balance": None},
     ],
 )
-def test_what_does_not_matter(made, change):
-    directory, sources = made
+def test_fields_that_may_change(written, change):
+    directory, sources = written
     Index(directory).check(sources | {"more": sources["more"] | change})
 
 
-def test_every_difference_is_named(made):
-    directory, sources = made
+def test_every_difference_is_named(written):
+    directory, sources = written
     root = Path(sources["vqa"]["root"])
     (root / "train.csv").write_text("edited")
     (root / "more.csv").unlink()
@@ -156,7 +156,7 @@ def test_every_difference_is_named(made):
     }
     with pytest.raises(ValueError) as error:
         Index(directory).check(changed)
-    for said in (
+    for message in (
         "source vqa: split is 'test', was 'train'",
         "source vqa: family is 'slake', was 'vqa_rad'",
         f"source vqa: {root / 'train.csv'} has changed since",
@@ -165,26 +165,26 @@ def test_every_difference_is_named(made):
         "source mor is not in it (did you mean more?)",
         "run prepare again",
     ):
-        assert said in str(error.value)
+        assert message in str(error.value)
 
 
-def test_a_source_that_is_left_out_is_no_difference(made):
-    directory, sources = made
+def test_a_subset_of_the_sources_passes(written):
+    directory, sources = written
     Index(directory).check({"vqa": sources["vqa"]})
 
 
-def test_no_index(tmp_path, made):
-    with pytest.raises(ValueError, match="index.json is missing; make it with"):
+def test_no_index(tmp_path, written):
+    with pytest.raises(ValueError, match="index.json is missing; create it with"):
         Index(tmp_path)
-    directory, _ = made
-    described = json.loads((directory / "index.json").read_text())
-    (directory / "index.json").write_text(json.dumps(described | {"version": 0}))
-    with pytest.raises(ValueError, match=f"is of version 0, not {index.VERSION}: prepare it anew"):
+    directory, _ = written
+    description = json.loads((directory / "index.json").read_text())
+    (directory / "index.json").write_text(json.dumps(description | {"version": 0}))
+    with pytest.raises(ValueError, match=f"has version 0, not {index.VERSION}: run prepare again"):
         Index(directory)
 
 
 def test_checksum_of_a_prepared_data_set(tmp_path):
-    """A directory: names and sizes of all files, and what the descriptions say."""
+    """The checksum of a directory covers file names, sizes, and the content of JSON files."""
     (tmp_path / "a.json").write_text('{"n": 1}')
     (tmp_path / "data-00000").write_bytes(b"12345")
     first = table_checksum(tmp_path)

@@ -1,4 +1,4 @@
-"""Practice data: labels that the pictures show and nothing else tells, files that readers turn the right way round."""
+"""Phantoms: labels match the images, files have the right orientation, and data sets are complete or absent."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from PIL import Image
 from input_pipeline import phantoms
 from input_pipeline.datasets import open_dataset, sample_rng
 from input_pipeline.images import scans
-from input_pipeline.phantoms import drawing, files, tables, writing
+from input_pipeline.phantoms import drawing, formats, tables, writing
 from input_pipeline.phantoms.__main__ import main
 from input_pipeline.phantoms.plan import LEVELS, MODALITIES, SIDES, SIZES, Labels
 
@@ -46,7 +46,7 @@ def studies(split="train", count=None, **changes):
     return [phantoms.describe(a["seed"], split, i, a["size"], a["volumes"]) for i in range(count or a[split])]
 
 
-# Drawing
+# --- drawing ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_phantom_is_a_pure_function_of_its_arguments():
@@ -59,17 +59,17 @@ def test_a_phantom_is_a_pure_function_of_its_arguments():
 
 
 def test_phantoms_of_splits_and_seeds_are_all_different():
-    pictures, bodies, names = set(), set(), set()
+    images, bodies, names = set(), set(), set()
     for seed, split, index in itertools.product((0, 1), ("train", "test"), range(60)):
         study = phantoms.describe(seed, split, index, size=64)
-        pictures.add(hashlib.sha256(np.ascontiguousarray(phantoms.paint(study))).digest())
+        images.add(hashlib.sha256(np.ascontiguousarray(phantoms.paint(study))).digest())
         bodies.add(study.body)
         names.add(study.study_id)
-    assert len(pictures) == len(bodies) == len(names) == 240
+    assert len(images) == len(bodies) == len(names) == 240
 
 
 @pytest.mark.parametrize(
-    ("arguments", "named"),
+    ("arguments", "message"),
     [
         ((-1, "train", 0), "seed -1"),
         ((0, "validation", 0), "split 'validation'"),
@@ -77,14 +77,14 @@ def test_phantoms_of_splits_and_seeds_are_all_different():
         ((0, "train", 0, 128, 0.7), "volumes 0.7"),
     ],
 )
-def test_bad_arguments_are_named(arguments, named):
-    with pytest.raises(ValueError, match=named):
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
         phantoms.draw(*arguments)
 
 
-def test_lesions_lie_where_the_labels_say():
-    """patient's right | left = picture's left | right: what a lesion changes, weighed by column and row."""
-    seen = collections.Counter()
+def test_lesions_are_where_the_labels_say():
+    """The patient's left is on the right of the image, measured on the voxels that a lesion changes."""
+    counts = collections.Counter()
     for study in studies(count=300, volumes=0.1):
         if study.labels.count != 1:
             continue
@@ -101,75 +101,75 @@ def test_lesions_lie_where_the_labels_say():
         if study.depth > 1:
             slices = np.nonzero(np.abs(change) > 0.15)[2]
             assert len(np.unique(slices)) >= 3
-        seen[labels.side, labels.level, labels.size] += 1
-    assert len(seen) == 8 and seen.total() > 60
+        counts[labels.side, labels.level, labels.size] += 1
+    assert len(counts) == 8 and counts.total() > 60
 
 
-def test_counts_of_lesions_and_kinds_have_their_shares():
-    found = studies(count=2000)
-    n = len(found)
-    shares = [np.mean([s.labels.count == k for s in found]) for k in range(3)]
+def test_lesion_counts_and_modalities_have_their_shares():
+    sample = studies(count=2000)
+    n = len(sample)
+    shares = [np.mean([s.labels.count == k for s in sample]) for k in range(3)]
     # Four standard errors of a share of 2,000.
     np.testing.assert_allclose(shares, (0.5, 0.3, 0.2), atol=4 * np.sqrt(0.25 / n))
     for modality in MODALITIES:
-        assert abs(np.mean([s.labels.modality == modality for s in found]) - 0.25) < 4 * np.sqrt(0.19 / n)
-    assert abs(np.mean([s.depth > 1 for s in found]) - ARGUMENTS["volumes"]) < 4 * np.sqrt(0.21 / n)
-    # Each format holds every kind of scan that has its dimension.
-    kinds = {(s.file_format, s.depth > 1, s.labels.modality) for s in found}
+        assert abs(np.mean([s.labels.modality == modality for s in sample]) - 0.25) < 4 * np.sqrt(0.19 / n)
+    assert abs(np.mean([s.depth > 1 for s in sample]) - ARGUMENTS["volumes"]) < 4 * np.sqrt(0.21 / n)
+    # Each format has every modality that has its number of dimensions.
+    kinds = {(s.file_format, s.depth > 1, s.labels.modality) for s in sample}
     assert kinds == {*itertools.product(("png8", "png16", "jpeg", "dicom"), [False], MODALITIES)} | {
         *itertools.product(("nifti", "dicom"), [True], ("CT", "MRI"))
     }
-    assert {s.depth for s in found if s.depth > 1} == set(range(8, 33))
+    assert {s.depth for s in sample if s.depth > 1} == set(range(8, 33))
 
 
-def test_lesions_leave_mean_and_deviation_as_they_are():
-    """Of the picture as drawn, noise included; between phantoms they differ by 0.016 to 0.04, one deviation."""
+def test_lesions_do_not_change_mean_and_deviation():
+    """Measured with noise. Between phantoms their standard deviations are 0.016 to 0.04."""
     differences = []
     for study in studies(count=250, volumes=0.1):
         if study.lesions:
-            picture, bare = phantoms.paint(study), phantoms.paint(dataclasses.replace(study, lesions=()))
-            differences.append((picture.mean() - bare.mean(), picture.std() - bare.std()))
+            image, bare = phantoms.paint(study), phantoms.paint(dataclasses.replace(study, lesions=()))
+            differences.append((image.mean() - bare.mean(), image.std() - bare.std()))
     mean, deviation = np.abs(differences).mean(axis=0)
     # Measured 0.0004 and 0.0014 (128 pixels: 0.0003 and 0.0009); without balancing 0.008 and 0.012.
     assert mean < 0.001 and deviation < 0.003, (mean, deviation)
 
 
-def test_contrast_to_noise_is_what_the_documentation_says():
-    found = collections.defaultdict(list)
+def test_contrast_to_noise_matches_the_documentation():
+    ratios = collections.defaultdict(list)
     for study in studies(count=200, size=128, volumes=0.0):
-        found[study.labels.modality] += phantoms.contrast_to_noise(study)
-    for modality, least, median in (
+        ratios[study.labels.modality] += phantoms.contrast_to_noise(study)
+    for modality, minimum, median in (
         ("X-ray", 7.4, 11.2),
         ("CT", 4.8, 6.9),
         ("MRI", 3.9, 6.6),
         ("ultrasound", 1.8, 3.0),
     ):
-        assert min(found[modality]) > least, modality
-        assert np.median(found[modality]) == pytest.approx(median, rel=0.12), modality
+        assert min(ratios[modality]) > minimum, modality
+        assert np.median(ratios[modality]) == pytest.approx(median, rel=0.12), modality
 
 
 def test_a_lesion_is_brighter_or_darker_as_its_rationale_says():
-    seen = collections.Counter()
+    counts = collections.Counter()
     for study in (s for s in studies(count=120, volumes=0.1) if s.lesions):
         change = phantoms.paint(study) - phantoms.paint(dataclasses.replace(study, lesions=()))
         for lesion in study.lesions:
             (z, y, x), cover = drawing.lesion_cover(study, lesion)
             inside = np.moveaxis(change, -1, 0)[z, y, x][cover == 1].mean()
             assert ("brighter" if inside > 0 else "darker") in tables.features(study.labels), study.study_id
-            seen[study.labels.modality] += 1
-    assert set(seen) == set(MODALITIES) and min(seen.values()) > 5
+            counts[study.labels.modality] += 1
+    assert set(counts) == set(MODALITIES) and min(counts.values()) > 5
 
 
-# Text
+# --- texts ------------------------------------------------------------------------------------------------------------
 
 ALL_LABELS = [
     Labels(modality, *rest)
     for modality in MODALITIES
-    for rest in [(0,), (2,), *((1, *where) for where in itertools.product(SIDES, LEVELS, SIZES))]
+    for rest in [(0,), (2,), *((1, *labels) for labels in itertools.product(SIDES, LEVELS, SIZES))]
 ]
 
 
-def test_a_report_says_all_labels_and_can_be_parsed_back():
+def test_reports_survive_a_round_trip():
     assert phantoms.report(Labels("CT", 1, "left", "upper", "small")) == (
         "Findings: CT. One small lesion on the left, in the upper half. Impression: Nodule."
     )
@@ -192,53 +192,53 @@ def test_a_report_says_all_labels_and_can_be_parsed_back():
         ("", "not a report"),
     ],
 )
-def test_a_text_that_is_no_report_is_refused(text, reason):
+def test_other_texts_are_refused(text, reason):
     with pytest.raises(ValueError, match=reason):
         phantoms.parse_report(text)
 
 
-def test_yes_no_questions_are_answered_yes_half_of_the_time():
+def test_half_of_the_yes_no_answers_are_yes():
     answers = collections.defaultdict(list)
     for study in studies(count=2000):
-        for disease, label in tables.judged(study).items():
+        for disease, label in tables.disease_labels(study).items():
             answers[disease].append(label)
     assert set(answers) == {"lesion", "nodule", "mass"}
     for disease, labels in answers.items():
         assert abs(np.mean(labels) - 0.5) < 4 * np.sqrt(0.25 / len(labels)), disease
 
 
-# Files
+# --- files ------------------------------------------------------------------------------------------------------------
 
 
-def test_readers_show_what_was_drawn(practice):
-    formats = set()
+def test_readers_return_what_was_drawn(practice):
+    combinations = set()
     for study in studies():
         voxels = drawing.to_stored(study, phantoms.paint(study))
         read, header = scans.read(practice / study.path)
-        formats.add((study.file_format, study.depth > 1, study.stored_as if study.file_format == "nifti" else ""))
+        combinations.add((study.file_format, study.depth > 1, study.stored_as if study.file_format == "nifti" else ""))
         if study.file_format == "jpeg":
-            # Quality 92 on noise: measured 9 at most on average over a picture's rows of 8x8 blocks, 22 for a pixel.
+            # Quality 92 on noise: measured at most 9 on average over an image's rows of 8x8 blocks, 22 for a pixel.
             assert np.abs(read.astype(int) - voxels).mean() < 4
         else:
             np.testing.assert_array_equal(read, voxels, err_msg=study.path)
         if study.depth > 1:
             assert header.orientation == "PLS" and header.spacing_mm == pytest.approx(study.spacing, abs=1e-3)
-    assert len(formats) >= 7, formats
+    assert len(combinations) >= 7, combinations
 
 
 def test_the_left_lesion_is_left_in_the_patient():
-    """World coordinates of the lesion's centre, by nibabel and pydicom alone. NIfTI: left is -x. DICOM: left is +x."""
+    """Compute the lesion's world coordinates with nibabel and pydicom only. Left is -x in NIfTI, +x in DICOM."""
     checked = collections.Counter()
     for study in studies(count=250, volumes=0.5):
         if study.labels.count != 1 or study.labels.modality not in ("CT", "MRI"):
             continue
-        contents = files.encode(study, drawing.to_stored(study, phantoms.paint(study)))
+        contents = formats.encode(study, drawing.to_stored(study, phantoms.paint(study)))
         bare = drawing.to_stored(study, phantoms.paint(dataclasses.replace(study, lesions=())))[..., 0].astype(float)
         threshold = 0.2 * (study.value_range[1] - study.value_range[0])
         if study.file_format == "nifti":
             image = nibabel.Nifti1Image.from_bytes(gzip.decompress(contents[study.path]))
             array = np.asanyarray(image.dataobj).astype(float)
-            # The picture without lesion is taken to the file's axes by its codes: no affine of ours is used.
+            # The image without lesion is moved to the file's axes by their codes, without the project's affine.
             lps = nibabel.orientations.axcodes2ornt("LPS")
             target = nibabel.orientations.axcodes2ornt(nibabel.aff2axcodes(image.affine))
             moved = nibabel.apply_orientation(bare.transpose(1, 0, 2), nibabel.orientations.ornt_transform(lps, target))
@@ -276,7 +276,7 @@ def test_ct_is_stored_in_hounsfield_units_and_monochrome1_is_inverted():
     for study in studies(count=160, volumes=0.0):
         if study.file_format != "dicom":
             continue
-        (content,) = files.encode(study, drawing.to_stored(study, phantoms.paint(study))).values()
+        (content,) = formats.encode(study, drawing.to_stored(study, phantoms.paint(study))).values()
         file = pydicom.dcmread(io.BytesIO(content))
         corner = np.median(file.pixel_array[:2])
         if study.labels.modality == "CT":
@@ -288,7 +288,7 @@ def test_ct_is_stored_in_hounsfield_units_and_monochrome1_is_inverted():
     assert set(kinds) == {("CT", False), ("MR", False), ("US", False), ("CR", False), ("CR", True)}
 
 
-def test_dicom_files_name_nobody(practice):
+def test_dicom_files_contain_no_identity(practice):
     paths = sorted(practice.rglob("*.dcm"))
     uids, series = set(), collections.defaultdict(set)
     for path in paths:
@@ -303,7 +303,7 @@ def test_dicom_files_name_nobody(practice):
     assert len(uids) == len(paths) > 50 and all(len(places) == 1 for places in series.values())
 
 
-def test_ultrasound_and_other_pictures_are_gray_of_8_or_16_bits(practice):
+def test_images_are_gray_with_8_or_16_bits(practice):
     modes = set()
     for path in practice.rglob("scans/**/*.*"):
         if path.suffix in (".png", ".jpg"):
@@ -312,7 +312,7 @@ def test_ultrasound_and_other_pictures_are_gray_of_8_or_16_bits(practice):
     assert modes == {"L", "I;16"}
 
 
-# The data set
+# --- the data set -----------------------------------------------------------------------------------------------------
 
 
 def rows_of(path: Path) -> list[dict]:
@@ -324,7 +324,7 @@ def rows_of(path: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_tables_say_what_the_labels_say(practice, split):
+def test_tables_agree_with_the_labels(practice, split):
     truth = {row["path"]: row for row in rows_of(practice / split / "labels.jsonl")}
     assert len(truth) == ARGUMENTS[split] and all((practice / path).exists() for path in truth)
     solitary = sum(row["count"] == 1 for row in truth.values())
@@ -371,7 +371,7 @@ def test_tables_say_what_the_labels_say(practice, split):
         ("jsonl", "all.jsonl", {"modality", "diagnosis", "vqa", "report", "rationale"}),
     ],
 )
-def test_the_ordinary_adapters_read_the_tables(practice, family, table, task):
+def test_the_dataset_families_read_the_tables(practice, family, table, task):
     study = {} if family == "jsonl" else {"study": r"(p\d+-\w+-\d+)"}
     data = open_dataset(family, table=f"train/{table}", root=practice, **study)
     samples = [data.sample(i, sample_rng(0, 0, data.name, data.row_id(i))) for i in range(len(data))]
@@ -406,10 +406,10 @@ SMALL = {"train": 5, "test": 3, "seed": 1, "size": 64, "volumes": 0.0, "workers"
 
 def test_a_second_run_checks_and_never_overwrites(tmp_path):
     out = tmp_path / "data"
-    out.mkdir()  # an empty directory is as good as none
+    out.mkdir()  # an empty directory is allowed
     assert phantoms.write(out, **SMALL)["written"]
     assert not phantoms.write(out, **SMALL)["written"]
-    with pytest.raises(ValueError, match="train 5 there, 6 asked for"):
+    with pytest.raises(ValueError, match="train is 5, not 6"):
         phantoms.write(out, **SMALL | {"train": 6})
     table = out / "test" / "vqa.csv"
     table.write_text(table.read_text().replace("zero", "two"))
@@ -419,11 +419,11 @@ def test_a_second_run_checks_and_never_overwrites(tmp_path):
     assert "two" in table.read_text()
 
 
-def test_directories_of_others_are_left_alone(tmp_path):
+def test_directories_with_unrelated_files_are_refused(tmp_path):
     for name in ("data", "other.partial"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "thesis.tex").write_text("mine")
-    with pytest.raises(ValueError, match="no complete phantom data set"):
+    with pytest.raises(ValueError, match="not a complete phantom data set"):
         phantoms.write(tmp_path / "data", **SMALL)
     with pytest.raises(ValueError, match="not made by this program"):
         phantoms.write(tmp_path / "other", **SMALL)
@@ -439,7 +439,7 @@ def test_two_runs_cannot_write_one_directory(tmp_path):
     assert phantoms.write(tmp_path / "data", **SMALL)["written"] and not partial.exists()
 
 
-def test_a_killed_run_leaves_nothing_that_looks_complete(tmp_path):
+def test_a_killed_run_leaves_no_complete_directory(tmp_path):
     out, partial = tmp_path / "data", tmp_path / "data.partial"
     arguments = {"train": 4000, "test": 1, "seed": 1, "size": 64, "volumes": 0.1}
     options = [f"--{key}={value}" for key, value in arguments.items()]

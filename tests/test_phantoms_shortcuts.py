@@ -1,4 +1,4 @@
-"""Practice data, no shortcut: what classifiers make of all that can be known about a phantom without looking at it."""
+"""Phantoms have no shortcuts: classifiers cannot predict the answers from file properties and image statistics."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassif
 from sklearn.metrics import balanced_accuracy_score
 
 from input_pipeline import phantoms
-from input_pipeline.phantoms import drawing, files
+from input_pipeline.phantoms import drawing, formats
 
 
 def studies(split="train", count=1000, seed=5, size=64, volumes=0.3):
@@ -33,9 +33,9 @@ SCALED = ("scaled mean", "scaled deviation")
 GROUPS = {"file": FILE, "bytes": BYTES, "stored": STORED, "scaled": SCALED, "all": FILE + BYTES + STORED + SCALED}
 
 
-def clues(study) -> dict[str, float]:
+def file_features(study) -> dict[str, float]:
     voxels = drawing.to_stored(study, phantoms.paint(study))
-    size = sum(map(len, files.encode(study, voxels).values()))
+    size = sum(map(len, formats.encode(study, voxels).values()))
     voxels = voxels.astype(np.float64)
     low, high = voxels.min(), voxels.max()
     has_spacing = study.file_format in ("dicom", "nifti")
@@ -56,18 +56,18 @@ def clues(study) -> dict[str, float]:
 
 
 def guess(train, test, targets=TARGETS, groups=GROUPS, boosting=True):
-    """Yields (target, group, classifier, balanced accuracy, chance, standard error of chance, test items)."""
-    features = [[clues(study) for study in split] for split in (train, test)]
+    """Yield (target, group, classifier, balanced accuracy, chance, standard error of chance, test items)."""
+    features = [[file_features(study) for study in split] for split in (train, test)]
     for target, group in itertools.product(targets, groups):
         data = []
-        for split, found in zip((train, test), features, strict=True):
-            pairs = [(f, targets[target](s.labels)) for f, s in zip(found, split, strict=True)]
+        for split, split_features in zip((train, test), features, strict=True):
+            pairs = [(f, targets[target](s.labels)) for f, s in zip(split_features, split, strict=True)]
             pairs = [(f, label) for f, label in pairs if label is not None]
             data += [np.array([[f[name] for name in groups[group]] for f, _ in pairs]), [str(y) for _, y in pairs]]
         x, y, x_test, y_test = data
         classes, counts = np.unique(y_test, return_counts=True)
         chance = 1 / len(classes)
-        # Of a balanced accuracy: each class contributes its own binomial error.
+        # Standard error of a balanced accuracy: each class contributes its binomial error.
         error = np.sqrt(np.sum(chance * (1 - chance) / counts)) / len(classes)
         classifiers = {"forest": RandomForestClassifier(200, min_samples_leaf=5, random_state=0)}
         if boosting:
@@ -79,7 +79,7 @@ def guess(train, test, targets=TARGETS, groups=GROUPS, boosting=True):
             yield target, group, name, accuracy, chance, error, len(y_test)
 
 
-def test_nothing_but_the_picture_tells_the_answers():
+def test_answers_cannot_be_predicted_without_the_image():
     train, test = (studies(split, n, volumes=0.02) for split, n in (("train", 1200), ("test", 700)))
     targets = {name: target for name, target in TARGETS.items() if name != "modality"}
     groups = {"all": GROUPS["all"]}
@@ -87,21 +87,23 @@ def test_nothing_but_the_picture_tells_the_answers():
         assert accuracy < chance + 4 * error, f"{target} from {group} by {name}: {accuracy:.3f} of {items}"
 
 
-def test_formats_tell_the_kind_of_scan_no_more_than_planned():
-    """2D: X-ray and ultrasound 1/4, CT and MRI 1/4 less the volumes. The best guess from 2D or 3D is right in
-    1/4 + volumes/2 of all for volumes of a third or less: one of the 2D kinds, and one of the two 3D kinds."""
-    found = studies(count=3000, volumes=0.12)
-    of_clue = collections.defaultdict(collections.Counter)
-    for study in found:
-        of_clue[study.file_format, study.depth > 1][study.labels.modality] += 1
-    best = sum(max(counter.values()) for counter in of_clue.values()) / len(found)
-    # Picking the largest of four counts in six cells of 3,000 adds some 0.015.
+def test_formats_reveal_the_modality_no_more_than_planned():
+    """The best guess from the format and the number of dimensions is right in 1/4 + volumes/2 of all cases.
+
+    X-ray and ultrasound are 1/4 each, always 2D; CT and MRI are 1/4 each, partly 3D. This holds for volumes up to 1/3.
+    """
+    sample = studies(count=3000, volumes=0.12)
+    by_format = collections.defaultdict(collections.Counter)
+    for study in sample:
+        by_format[study.file_format, study.depth > 1][study.labels.modality] += 1
+    best = sum(max(counter.values()) for counter in by_format.values()) / len(sample)
+    # Picking the largest of four counts in six cells of 3,000 adds about 0.015.
     assert best < 0.25 + 0.12 / 2 + 0.03, best
 
 
 @pytest.mark.slow
 def test_the_table_of_the_documentation(capsys):
-    """docs/phantoms.md, "No shortcut": 6,000 phantoms to learn from, 3,000 to score, 128 pixels."""
+    """Print the table of docs/phantoms.md: 6,000 training phantoms, 3,000 test phantoms, 128 pixels."""
     train, test = (studies(split, n, seed=7, size=128, volumes=0.12) for split, n in (("train", 6000), ("test", 3000)))
     lines = collections.defaultdict(dict)
     for target, group, _, accuracy, chance, error, items in guess(train, test):

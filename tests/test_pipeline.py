@@ -441,7 +441,7 @@ def test_a_killed_worker_ends_the_run_with_its_row(config):
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
         start = time.monotonic()
-        with pytest.raises(WorkerError, match=r"(epoch 0, window \d+, row \d+|epoch 0, window 1).*its worker died"):
+        with pytest.raises(WorkerError, match=r"(epoch 0, window \d+, row \d+|epoch 0, window 1).*worker died"):
             for _ in range(50):
                 next(iterator)
         assert time.monotonic() - start < 30

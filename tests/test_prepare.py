@@ -1,4 +1,4 @@
-"""The index: everything read once, nothing lost, whatever ends the run."""
+"""`prepare`: the index it writes, bad input, leaks, and the command line."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from input_pipeline import phantoms
 from input_pipeline.batching.rows import RowMaker
 from input_pipeline.config import DataConfig
 from input_pipeline.images import scans
-from input_pipeline.index import checks, summary_figure
 from input_pipeline.index import prepare as prepare_module
+from input_pipeline.index import scan_checks, summary_figure
 from input_pipeline.index.command import main
 from input_pipeline.index.index import Index, scan_key
 from input_pipeline.index.prepare import Refused, prepare
@@ -41,7 +41,7 @@ def practice(tmp_path_factory) -> Path:
 
 
 def config_of(root: Path, tables: dict | None = None, **changes) -> DataConfig:
-    """The practice data, or tables {split: {source: fields}} below root."""
+    """Return a config of the practice data, or of tables {split: {source: fields}}."""
     if tables is None:
         tables = {
             split: {
@@ -58,15 +58,15 @@ def config_of(root: Path, tables: dict | None = None, **changes) -> DataConfig:
 
 
 @pytest.fixture(autouse=True)
-def no_picture(request, monkeypatch):
-    """Drawing takes longer than all the rest; `test_the_command` has a picture."""
+def no_figure(request, monkeypatch):
+    """Skip the slow figure, except in `test_the_command`."""
     if request.node.name != "test_the_command":
         monkeypatch.setattr(summary_figure, "draw", lambda report, file: file.touch())
 
 
 @pytest.fixture
 def mine(tmp_path, practice) -> Path:
-    """A directory of a user's own pictures p0.png to p5.png and a volume ct.nii.gz."""
+    """Return a directory with the images p0.png to p5.png and the volume ct.nii.gz."""
     root = tmp_path / "mine"
     root.mkdir()
     rng = np.random.default_rng(0)
@@ -78,13 +78,13 @@ def mine(tmp_path, practice) -> Path:
     return root
 
 
-def row(name: str, *named, **changes) -> dict:
-    question = " ".join(f"<image-{i + 1}>" for i in range(len(named))) + " Any effusion?"
-    return {"id": name, "task": "vqa", "scans": list(named), "instruction": question, "response": "yes"} | changes
+def row(name: str, *paths, **changes) -> dict:
+    question = " ".join(f"<image-{i + 1}>" for i in range(len(paths))) + " Any effusion?"
+    return {"id": name, "task": "vqa", "scans": list(paths), "instruction": question, "response": "yes"} | changes
 
 
 def own(root: Path, train: list, test: list = (), **changes) -> DataConfig:
-    """A config of JSON Lines tables; text among the rows is written as it is."""
+    """Return a config of JSON Lines tables. A row that is a string is written unchanged."""
     tables = {}
     for split, rows in (("train", train), ("test", test)):
         if rows:
@@ -99,7 +99,7 @@ def lines(file: Path) -> list[dict]:
 
 
 def facts(directory: Path) -> dict[str, dict]:
-    """path with volume and window -> line of scans.parquet."""
+    """Return path, volume and window -> line of scans.parquet."""
     table = pq.read_table(directory / "scans.parquet").to_pylist()
     return {line["path"] + ("" if line["volume"] < 0 else str(line["volume"])) + line["window"]: line for line in table}
 
@@ -109,7 +109,7 @@ def states(directory: Path) -> dict[tuple[str, str], str]:
     return {(line["source"], line["row_id"]): line["state"] for line in table}
 
 
-# --- a whole run ------------------------------------------------------------------------------------------------------
+# --- a complete run ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,7 @@ def test_the_index_is_what_training_opens(indexed):
 
 
 def test_rows_and_scans_are_those_of_the_first_epoch(indexed):
-    """What `prepare` counts is what training finds: tokens, and patches and planes of the scans."""
+    """`prepare` and training count the same tokens, and the same patches and planes."""
     config, out, _ = indexed
     maker = RowMaker(config, "train", training=False)
     measured = maker.measure(0, np.arange(maker.starts[-1]))
@@ -154,23 +154,23 @@ def test_rows_and_scans_are_those_of_the_first_epoch(indexed):
 
 
 def test_facts_of_a_scan(mine, tmp_path):
-    """An array of its own, seen whole and through a window, and a gray picture saved in colour."""
+    """A volume with and without a window, and a gray image saved in colour."""
     gray = np.random.default_rng(1).integers(0, 255, (33, 50), np.uint8)
     Image.fromarray(np.stack([gray] * 3, -1)).save(mine / "colour.png")
     window = {"path": "ct.nii.gz", "window": [-100, 300]}
     config = own(mine, [row("a", "ct.nii.gz", window), row("b", "colour.png")])
     prepare(config, tmp_path / "index", workers=0)
-    found = facts(tmp_path / "index")
-    whole, seen, picture = found["ct.nii.gz"], found["ct.nii.gz[-100.0, 300.0]"], found["colour.png"]
+    scan_facts = facts(tmp_path / "index")
+    whole, windowed, image = (scan_facts[name] for name in ("ct.nii.gz", "ct.nii.gz[-100.0, 300.0]", "colour.png"))
     assert (whole["height"], whole["width"], whole["depth"], whole["channels"]) == (40, 40, 12, 1)
     assert whole["format"] == "nifti" and whole["dtype"] == "int16" and whole["spacing"] == [1, 1, 1]
     assert (whole["low"], whole["high"]) == (-1000, 999)
     assert whole["bytes"] == (mine / "ct.nii.gz").stat().st_size
-    assert whole["sha256"] == seen["sha256"] == checks.file_hash(mine / "ct.nii.gz")
+    assert whole["sha256"] == windowed["sha256"] == scan_checks.scan_sha256(mine / "ct.nii.gz")
     assert (whole["patches"], whole["planes"]) == (2 * 2 * 3, 2 * 2 * 12)
-    assert (picture["height"], picture["width"], picture["depth"], picture["channels"]) == (33, 50, 1, 1)
-    assert (picture["patches"], picture["planes"], picture["spacing"]) == (4, 4, [])
-    assert all(line["record"] == -1 and line["fault"] == "" for line in found.values())
+    assert (image["height"], image["width"], image["depth"], image["channels"]) == (33, 50, 1, 1)
+    assert (image["patches"], image["planes"], image["spacing"]) == (4, 4, [])
+    assert all(line["record"] == -1 and line["fault"] == "" for line in scan_facts.values())
 
 
 def test_facts_of_a_row(mine, tmp_path):
@@ -186,17 +186,17 @@ def test_facts_of_a_row(mine, tmp_path):
     assert cut["tokens_cut"]["response"] == report["splits"]["train"]["cut"]["response"] and not cut["scans_left_out"]
 
 
-@pytest.mark.parametrize("channels, told", [(1, True), (3, False)])
-def test_colour_that_training_would_refuse_is_told(mine, tmp_path, channels, told):
+@pytest.mark.parametrize("channels, warned", [(1, True), (3, False)])
+def test_colour_that_training_would_refuse_is_reported(mine, tmp_path, channels, warned):
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), np.uint8)).save(mine / "red.png")
-    said = []
+    messages = []
     config = own(mine, [row("a", "p0.png"), row("b", "red.png")], channels=channels)
-    prepare(config, tmp_path / "index", workers=0, said=said.append)
-    assert any("but 1 scans are in colour" in line for line in said) == told
+    prepare(config, tmp_path / "index", workers=0, log=messages.append)
+    assert any("but 1 scans are in colour" in line for line in messages) == warned
 
 
 def test_the_result_does_not_depend_on_workers(indexed, tmp_path):
-    """Two and none; the killed run below has one."""
+    """Two workers and none; the killed run in test_prepare_interrupted.py has one."""
     config, out, _ = indexed
     prepare(config, tmp_path / "index", workers=2)
     for name in ("scans.parquet", "rows.parquet", "quarantine.jsonl", "leaks.jsonl"):
@@ -204,8 +204,8 @@ def test_the_result_does_not_depend_on_workers(indexed, tmp_path):
     assert Index(tmp_path / "index").identity == Index(out).identity
 
 
-def test_identity_is_of_what_training_reads(mine, tmp_path):
-    """Another place is the same data; another byte in a scan, another row or field is not."""
+def test_identity_covers_what_training_reads(mine, tmp_path):
+    """A moved root keeps the identity; another byte in a scan, or another row, changes it."""
 
     def identity(root, config, name):
         prepare(config, tmp_path / name, workers=0)
@@ -224,13 +224,13 @@ def test_identity_is_of_what_training_reads(mine, tmp_path):
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
-def test_every_kind_of_bad_input_is_in_quarantine_and_nothing_else_is_lost(mine, tmp_path):
+def test_every_kind_of_bad_input_is_in_quarantine_and_all_else_is_good(mine, tmp_path):
     packed = (mine / "ct.nii.gz").read_bytes()
     (mine / "cut.nii.gz").write_bytes(packed[: len(packed) // 2])
     Image.fromarray(np.full((40, 40), 7, np.uint8)).save(mine / "constant.png")
     shutil.copy(mine / "p0.png", tmp_path / "outside.png")
     os.symlink(tmp_path / "outside.png", mine / "link.png")
-    expected = {  # row -> fault of its scan, or "" where the row itself is bad; part of the reason; part of the remedy
+    expected = {  # row -> fault of its scan ("" if the row is bad), part of the reason, part of the remedy
         "missing": ("missing", "no such file", "below the root"),
         "cut": ("damaged", "gzip", "copy it again"),
         "constant": ("constant", "every voxel is 7", "leave it out"),
@@ -270,28 +270,30 @@ def test_every_kind_of_bad_input_is_in_quarantine_and_nothing_else_is_lost(mine,
     config = own(mine, good[:3] + bad + good[3:])
     report = prepare(config, tmp_path / "index", workers=0)
 
-    found = states(tmp_path / "index")
-    assert {name for (_, name), state in found.items() if state == "good"} == {r["id"] for r in good}
+    row_states = states(tmp_path / "index")
+    assert {name for (_, name), state in row_states.items() if state == "good"} == {r["id"] for r in good}
     quarantined = lines(tmp_path / "index" / "quarantine.jsonl")
-    opened = {name for name in expected if ("own_train", name) in found}
+    opened = {name for name in expected if ("own_train", name) in row_states}
     assert opened == set(list(expected)[:10])
     unopened = [line for line in quarantined if line["kind"] == "row" and "id" not in line]
     assert [line["row"] for line in unopened] == ["14", "15", "16", "17"]
     for name, (fault, reason, remedy) in expected.items():
-        of_row = [line for line in quarantined if line.get("id") == name]
-        assert name not in opened or of_row[0]["row"] == str(list(expected).index(name) + 4), "after three good ones"
+        row_lines = [line for line in quarantined if line.get("id") == name]
+        assert name not in opened or row_lines[0]["row"] == str(list(expected).index(name) + 4), (
+            "three good rows come first"
+        )
         if name not in opened:
-            of_row = [unopened[list(expected).index(name) - 10]]
-        assert len(of_row) == 1 and reason in of_row[0]["reason"], (name, of_row)
-        assert of_row[0]["file"] == str(mine / "train.jsonl") and of_row[0]["source"] == "own_train"
+            row_lines = [unopened[list(expected).index(name) - 10]]
+        assert len(row_lines) == 1 and reason in row_lines[0]["reason"], (name, row_lines)
+        assert row_lines[0]["file"] == str(mine / "train.jsonl") and row_lines[0]["source"] == "own_train"
         if fault:
-            of_scan = [line for line in quarantined if line["kind"] == "scan" and reason in line["reason"]]
-            assert len(of_scan) == 1 and of_scan[0]["fault"] == fault and remedy in of_scan[0]["remedy"], (
+            scan_lines = [line for line in quarantined if line["kind"] == "scan" and reason in line["reason"]]
+            assert len(scan_lines) == 1 and scan_lines[0]["fault"] == fault and remedy in scan_lines[0]["remedy"], (
                 name,
-                of_scan,
+                scan_lines,
             )
         else:
-            assert remedy in of_row[0]["remedy"], of_row
+            assert remedy in row_lines[0]["remedy"], row_lines
     assert len(quarantined) == 7 + len(expected) == report["quarantine"]
     assert report["rows"] == {"good": len(good), "bad": 10, "not_opened": 4}
     assert sum(report["reasons"]["rows"].values()) == 14 and sum(report["reasons"]["scans"].values()) == 7
@@ -312,34 +314,34 @@ def test_leaks_and_duplicates(mine, tmp_path, capsys):
     assert study["study"] == "s" and study["train"] == [{"source": "own_train", "row": "b"}]
     assert study["test"] == [{"source": "own_test", "row": "e"}]
     assert (scan["train"], scan["test"]) == ([str(mine / "p0.png")], [str(mine / "again.png")])
-    (same,) = lines(tmp_path / "index" / "duplicates.jsonl")
-    assert same["paths"] == [str(mine / "p0.png"), str(mine / "again.png")]
+    (duplicate,) = lines(tmp_path / "index" / "duplicates.jsonl")
+    assert duplicate["paths"] == [str(mine / "p0.png"), str(mine / "again.png")]
 
     report = prepare(config, tmp_path / "index", workers=0, allow_leaks=True)
     assert report["reading"]["scans_read"] == 0 and Index(tmp_path / "index")
-    prepare(own(mine, train), tmp_path / "alone", workers=0)  # without a test split nothing can leak
+    prepare(own(mine, train), tmp_path / "alone", workers=0)  # without a test split there are no leaks
 
 
 def test_a_leak_in_another_epoch(practice, mine, tmp_path):
-    """A balanced row shows one of several images: the studies of all of them count, not only of the one at epoch 0."""
+    """A balanced row shows one of several images. The studies of all of them count, not only of the one at epoch 0."""
     for name in ("train", "test"):
         (mine / name).mkdir()
         for i, patient in enumerate((f"{name}1", "9", f"{name}2")):
-            picture = np.random.default_rng(hash_of(name, i)).integers(0, 255, (40, 40), np.uint8)
-            Image.fromarray(picture).save(
+            pixels = np.random.default_rng(hash_of(name, i)).integers(0, 255, (40, 40), np.uint8)
+            Image.fromarray(pixels).save(
                 mine / name / f"patient{patient if patient == '9' else 10 * i + len(name)}.png"
             )
     paths = {name: sorted(f"{name}/{f}" for f in os.listdir(mine / name)) for name in ("train", "test")}
     shared = [p for p in paths["train"] if "patient9." in p]
     assert shared
-    for name, found in paths.items():
-        others = [p for p in found if "patient9." not in p]
-        cells = [(others[0], 0), *((p, 0) for p in found if "patient9." in p), (others[1], 1)]
+    for name, files in paths.items():
+        others = [p for p in files if "patient9." not in p]
+        cells = [(others[0], 0), *((p, 0) for p in files if "patient9." in p), (others[1], 1)]
         text = "image_path,disease,label\n" + "".join(f"{p},edema,{label}\n" for p, label in cells)
         (mine / f"{name}.csv").write_text(text)
     source = lambda name: {"family": "diagnosis", "table": f"{name}.csv", "root": str(mine)}  # noqa: E731
     config = config_of(mine, {"train": {"a": source("train")}, "test": {"b": source("test")}})
-    for seed in range(4):  # whichever image epoch 0 shows
+    for seed in range(4):  # different images at epoch 0
         with pytest.raises(Refused):
             prepare(dataclasses.replace(config, seed=seed), tmp_path / "index", workers=0)
         assert "patient9" in {line.get("study") for line in lines(tmp_path / "index" / "leaks.jsonl")}
@@ -350,7 +352,7 @@ def hash_of(name: str, i: int) -> int:
 
 
 def test_strict(mine, tmp_path):
-    """The index of before does not stay: it is not of the files that were read."""
+    """A refused run deletes the previous index, because the files have changed."""
     prepare(own(mine, [row("a", "p0.png")]), tmp_path / "index", workers=0, strict=True)
     assert Index(tmp_path / "index")
     config = own(mine, [row("a", "p0.png"), row("b", "none.png")])
@@ -360,7 +362,7 @@ def test_strict(mine, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change, said",
+    "change, message",
     [
         ({"tokenizer": "none.model"}, "none.model cannot be read"),
         ({"train": {}}, "name no source"),
@@ -369,34 +371,34 @@ def test_strict(mine, tmp_path):
         ({"terms": "closed"}, "data.terms is 'closed'"),
     ],
 )
-def test_what_cannot_be_read_at_all(mine, tmp_path, change, said):
+def test_unreadable_sources_are_errors(mine, tmp_path, change, message):
     config = dataclasses.replace(own(mine, [row("a", "p0.png")]), **change)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         prepare(config, tmp_path / "index", workers=0)
 
 
-def test_a_table_that_changes_meanwhile(mine, tmp_path, monkeypatch):
+def test_a_table_that_changes_during_the_run(mine, tmp_path, monkeypatch):
     config = own(mine, [row("a", "p0.png"), row("b", "p1.png")])
-    encode = prepare_module._encode
+    encode = prepare_module._encode_rows
 
-    def and_edit(*args):
+    def encode_and_edit(*args):
         encode(*args)
         own(mine, [row("a", "p0.png")])
 
-    monkeypatch.setattr(prepare_module, "_encode", and_edit)
-    with pytest.raises(ValueError, match="was changed while it was read"):
+    monkeypatch.setattr(prepare_module, "_encode_rows", encode_and_edit)
+    with pytest.raises(ValueError, match="changed while it was read"):
         prepare(config, tmp_path / "index", workers=0)
     assert not (tmp_path / "index" / "index.json").exists()
 
 
-def test_a_directory_of_something_else_is_left_alone(mine):
-    with pytest.raises(ValueError, match="holds what is no index"):
+def test_a_directory_with_unrelated_files_is_refused(mine):
+    with pytest.raises(ValueError, match="has unrelated files"):
         prepare(own(mine, [row("a", "p0.png")]), mine, workers=0)
 
 
 def test_one_writer(mine, tmp_path):
     config = own(mine, [row("a", "p0.png")])
-    with prepare_module.held(tmp_path / "index"), pytest.raises(ValueError, match="another prepare is writing"):
+    with prepare_module.locked_index(tmp_path / "index"), pytest.raises(ValueError, match="another prepare is writing"):
         prepare(config, tmp_path / "index", workers=0)
 
 
@@ -416,16 +418,18 @@ def test_the_command(mine, tmp_path, capsys):
     config = command(tmp_path, own(mine, [row("a", "p0.png"), row("b", "none.png")], [row("c", "p1.png")]))
     out = tmp_path / "index"
     assert main([config, "--out", str(out), "--workers=0", "--config.data.depth=32"]) == 0
-    said = capsys.readouterr().out
-    assert "own_train" in said and "2 rows are good, 1 are left out" in said
+    output = capsys.readouterr().out
+    assert "own_train" in output and "2 rows are good, 1 are skipped" in output
     assert (
-        f"--config.data.index={out}" in said and "input_pipeline.inspect" in said and "--config.data.depth=32" in said
+        f"--config.data.index={out}" in output
+        and "input_pipeline.inspect" in output
+        and "--config.data.depth=32" in output
     )
     assert json.loads((out / "index.json").read_text())["data"]["depth"] == 32
-    printed = {line.rstrip() for line in said.splitlines()}
+    printed = {line.rstrip() for line in output.splitlines()}
     assert not set((out / "summary.txt").read_text().splitlines()) - printed
-    with Image.open(out / "summary.png") as picture:
-        assert picture.size[0] >= 1000 and len(set(picture.convert("L").resize((64, 64)).get_flattened_data())) > 10
+    with Image.open(out / "summary.png") as figure:
+        assert figure.size[0] >= 1000 and len(set(figure.convert("L").resize((64, 64)).get_flattened_data())) > 10
     assert main([config, "--out", str(out), "--workers=0", "--strict"]) == 1
     assert "quarantine.jsonl" in capsys.readouterr().err
     leaking = command(tmp_path, own(mine, [row("a", "p0.png")], [row("c", "p0.png")]))
@@ -435,25 +439,25 @@ def test_the_command(mine, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments, said",
+    "arguments, message",
     [
-        (["--workers=-1"], "0 or more"),
+        (["--workers=-1"], "must be 0 or more"),
         (["--config.data.dept=3"], "dept"),
         (["--config.data.tokenizer=none.model"], "none.model"),
         (["--config.data.train.own_train.table=none.jsonl"], "none.jsonl"),
     ],
 )
-def test_errors_are_one_line_and_exit_2(mine, tmp_path, capsys, arguments, said):
+def test_errors_are_one_line_and_exit_2(mine, tmp_path, capsys, arguments, message):
     config = command(tmp_path, own(mine, [row("a", "p0.png")]))
     try:
         code = main([config, "--out", str(tmp_path / "index"), "--workers=0", *arguments])
-    except SystemExit as ended:
-        code = ended.code
+    except SystemExit as exit_error:
+        code = exit_error.code
     assert code == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said in last and "error:" in last
+    assert message in last and "error:" in last
 
 
-def test_no_directory(mine, tmp_path, capsys):
+def test_no_output_directory(mine, tmp_path, capsys):
     assert main([command(tmp_path, own(mine, [row("a", "p0.png")])), "--workers=0"]) == 2
     assert "--out DIR" in capsys.readouterr().err

@@ -546,7 +546,7 @@ def test_mistakes_of_the_command(config, more, message, tmp_path, capsys):
     "given, message",
     [
         ("--config.terms=umls:nowhere", "MRCONSO.RRF"),
-        ("--config.index=nowhere", "nowhere is no index"),
+        ("--config.index=nowhere", "nowhere is not an index"),
         ("--answers=other=nowhere.jsonl", "nowhere.jsonl cannot be read"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Workers end well, and end badly with the name of what they were at."""
+"""The process pool: results, errors that name task and item, and no processes left behind."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ import numpy as np
 import psutil
 import pytest
 
-from input_pipeline.parallel.workers import Pool, WorkerError, at
+from input_pipeline.parallel.workers import Pool, WorkerError, heartbeat
 from input_pipeline.samples import RowError
 
-# --- what the workers run: found there by import ----------------------------------------------------------------------
+# --- functions that the workers import --------------------------------------------------------------------------------
 
 
 def make(base: int = 10) -> dict:
@@ -49,7 +49,7 @@ def square(state, values: np.ndarray) -> np.ndarray:
 
 
 class Awkward(Exception):
-    """Pickles, and cannot be built again."""
+    """Can be pickled, but not rebuilt."""
 
     def __init__(self, a, b):
         super().__init__(a)
@@ -64,36 +64,36 @@ def fail(state, how: str) -> None:
 
 
 def die(state, file: str) -> None:
-    at("first.png")
-    at(file)
+    heartbeat("first.png")
+    heartbeat(file)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def hang(state, file: str, words: int = 0) -> str:
-    for word in range(words):
-        at(f"{word}.png")
+def hang(state, file: str, heartbeats: int = 0) -> str:
+    for k in range(heartbeats):
+        heartbeat(f"{k}.png")
         time.sleep(0.4)
-    at(file)
+    heartbeat(file)
     time.sleep(600)
     return "never"
 
 
-def slowly(state, words: int) -> str:
-    for word in range(words):
-        at(f"{word}.png")
+def slowly(state, heartbeats: int) -> str:
+    for k in range(heartbeats):
+        heartbeat(f"{k}.png")
         time.sleep(0.4)
     return "done"
 
 
 def take_memory(state, file: str) -> int:
-    at(file)
+    heartbeat(file)
     now = psutil.Process().memory_info().vms
     resource.setrlimit(resource.RLIMIT_AS, (now + (64 << 20), now + (64 << 20)))
     return len(np.ones(1 << 28))
 
 
 def segfault(state, file: str) -> None:
-    at(file)
+    heartbeat(file)
     import ctypes
 
     ctypes.string_at(0)
@@ -106,7 +106,7 @@ def pool():
 
 
 def gone(process_ids, seconds: float = 10.0) -> bool:
-    """Whether all of them end within so many seconds."""
+    """Return whether all processes end within so many seconds."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         alive = [pid for pid in process_ids if psutil.pid_exists(pid)]
@@ -117,32 +117,32 @@ def gone(process_ids, seconds: float = 10.0) -> bool:
     return False
 
 
-# --- all is well ------------------------------------------------------------------------------------------------------
+# --- results ----------------------------------------------------------------------------------------------------------
 
 
 def test_results_belong_to_their_tasks(pool):
-    """Slow and quick ones, more than workers."""
+    """Slow and quick tasks, more than workers."""
     futures = [pool.submit(f"task {i}", add, i, 0.05 if i % 3 == 0 else 0.0) for i in range(12)]
     assert [f.result() for f in futures] == list(range(100, 112))
 
 
-def test_arrays_travel(pool):
+def test_arrays_are_sent_both_ways(pool):
     values = np.arange(1 << 18, dtype=np.int64).reshape(512, 512)
     np.testing.assert_array_equal(pool.submit("array", square, values).result(), values**2)
 
 
 def test_the_state_is_made_once_and_shared(pool):
-    found = [f.result() for f in [pool.submit("pids", pids) for _ in range(4)]]
-    assert len({keeper for keeper, _ in found}) == 1
-    workers = {worker for _, worker in found}
-    assert len(workers) == 2 and not workers & {os.getpid(), found[0][0]}
+    results = [f.result() for f in [pool.submit("pids", pids) for _ in range(4)]]
+    assert len({keeper for keeper, _ in results}) == 1
+    workers = {worker for _, worker in results}
+    assert len(workers) == 2 and not workers & {os.getpid(), results[0][0]}
 
 
-def test_without_workers_everything_happens_here_when_it_is_asked_for():
-    with Pool(make, workers=0) as here:
-        assert here.submit("pids", pids).result() == (os.getpid(), os.getpid())
-        never = here.submit("fails", fail, "row")
-        assert here.submit("adds", add, 1).result() == 11
+def test_without_workers_tasks_run_here_when_their_result_is_needed():
+    with Pool(make, workers=0) as local:
+        assert local.submit("pids", pids).result() == (os.getpid(), os.getpid())
+        never = local.submit("fails", fail, "row")
+        assert local.submit("adds", add, 1).result() == 11
         with pytest.raises(RowError, match="no such label"):
             never.result()
         with pytest.raises(RowError):
@@ -152,11 +152,11 @@ def test_without_workers_everything_happens_here_when_it_is_asked_for():
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
-def test_an_error_arrives_as_it_was_raised(pool):
+def test_an_error_keeps_its_type_and_fields(pool):
     with pytest.raises(RowError, match="train.csv, row 17: no such label") as error:
         pool.submit("row", fail, "row").result()
     assert (error.value.row, error.value.remedy) == ("17", "one of a, b")
-    assert not hasattr(error.value, "__notes__"), "what is wrong with the data needs no traceback"
+    assert not hasattr(error.value, "__notes__"), "an error about the data needs no traceback"
     with pytest.raises(KeyError, match="key") as error:
         pool.submit("key", fail, "key").result()
     assert "in fail" in "".join(error.value.__notes__) and "test_workers.py" in "".join(error.value.__notes__)
@@ -166,63 +166,63 @@ def test_an_error_arrives_as_it_was_raised(pool):
 
 
 def test_out_of_memory(pool):
-    """An allocation that fails is an error of that task; the worker goes on. (Killed by the system it is a death.)"""
+    """A failed allocation is an error of that task, and the worker continues."""
     with Pool(make, workers=1, timeout=20) as own, pytest.raises(MemoryError):
         own.submit("large", take_memory, "large.nii.gz").result()
 
 
 @pytest.mark.parametrize("end, named", [(die, "scan.dcm"), (segfault, "crash.dcm")])
-def test_a_dead_worker_is_named_with_its_task_and_file(end, named):
+def test_a_dead_worker_error_names_task_and_file(end, named):
     start = time.monotonic()
     with Pool(make, workers=2, timeout=20) as broken:
         waiting = [broken.submit("task 1", add, 1), broken.submit("row 7", end, named)]
         waiting += [broken.submit(f"later {i}", add, i, 0.1) for i in range(8)]
-        with pytest.raises(WorkerError, match=f"row 7: its worker died, at {named}") as error:
+        with pytest.raises(WorkerError, match=f"row 7: worker died at {named}") as error:
             waiting[1].result()
-        assert (error.value.task, error.value.place) == ("row 7", named)
+        assert (error.value.task, error.value.item) == ("row 7", named)
         assert waiting[0].result() == 11
-        after = [f.exception() for f in waiting[2:]]  # those begun are finished, the others get the same error
+        after = [f.exception() for f in waiting[2:]]  # running tasks finish, the others get the same error
         assert after[-1] is error.value and all(e in (None, error.value) for e in after)
         assert broken.submit("too late", add, 1).exception() is error.value
     assert time.monotonic() - start < 30
 
 
-def test_a_hung_worker_is_named_with_its_task_and_file():
+def test_a_hung_worker_error_names_task_and_file():
     start = time.monotonic()
     with Pool(make, workers=1, timeout=1.0) as broken:
-        with pytest.raises(WorkerError, match="row 9: no word from its worker for 1 s, at hung.dcm") as error:
+        with pytest.raises(WorkerError, match="row 9: worker sent no heartbeat for 1 s at hung.dcm") as error:
             broken.submit("row 9", hang, "hung.dcm", 1).result()
-        assert (error.value.task, error.value.place) == ("row 9", "hung.dcm")
+        assert (error.value.task, error.value.item) == ("row 9", "hung.dcm")
     assert time.monotonic() - start < 30
 
 
-def test_a_word_starts_the_time_anew():
+def test_a_heartbeat_restarts_the_timeout():
     with Pool(make, workers=1, timeout=1.0) as patient:
-        assert patient.submit("slow", slowly, 4).result() == "done"  # 1.6 s in all
+        assert patient.submit("slow", slowly, 4).result() == "done"  # 1.6 s in total
 
 
-def test_what_make_raises_arrives():
+def test_errors_of_make_are_raised():
     for workers in (0, 1):
         with pytest.raises(RowError, match="train.csv, row 3: the label is blank"):
             Pool(make_badly, workers=workers)
-    with pytest.raises(WorkerError, match="ended by signal SIGKILL"):
+    with pytest.raises(WorkerError, match="killed by SIGKILL"):
         Pool(make_and_die, workers=1)
 
 
-# --- nothing is left behind -------------------------------------------------------------------------------------------
+# --- no processes are left behind -------------------------------------------------------------------------------------
 
 
-def test_close_leaves_nothing():
+def test_close_leaves_no_process():
     closed = Pool(make, workers=2, timeout=20)
-    found = [f.result() for f in [closed.submit("pids", pids) for _ in range(4)]]
+    results = [f.result() for f in [closed.submit("pids", pids) for _ in range(4)]]
     running = closed.submit("hang", hang, "x")
-    not_begun = [closed.submit("add", add, i, 5.0) for i in range(4)]
+    not_started = [closed.submit("add", add, i, 5.0) for i in range(4)]
     time.sleep(0.3)
     closed.close()
     closed.close()
-    assert gone({pid for both in found for pid in both})
+    assert gone({pid for both in results for pid in both})
     assert isinstance(running.exception(timeout=5), WorkerError)
-    assert all(f.cancelled() or f.exception(timeout=5) for f in not_begun) and any(f.cancelled() for f in not_begun)
+    assert all(f.cancelled() or f.exception(timeout=5) for f in not_started) and any(f.cancelled() for f in not_started)
     with pytest.raises(RuntimeError, match="closed"):
         closed.submit("add", add, 1)
 
@@ -245,23 +245,23 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("end", ["killed", "forgets to close"])
-def test_a_caller_that_ends_leaves_nothing(tmp_path, end):
+def test_a_caller_that_ends_leaves_no_process(tmp_path, end):
     tests = Path(__file__).parent
     program = tmp_path / "caller.py"
     program.write_text(CALLER.format(paths=[str(tests), str(tests.parent)], wait=end == "killed"))
     caller = subprocess.Popen([sys.executable, str(program)], stdout=subprocess.PIPE, text=True)
     try:
-        left = set()
+        pids = set()
         for line in caller.stdout:
             if line.strip() == "ready":
                 break
-            left |= set(map(int, line.split()))
-        assert len(left) == 3
+            pids |= set(map(int, line.split()))
+        assert len(pids) == 3
         if end == "killed":
-            assert all(psutil.pid_exists(pid) for pid in left)
+            assert all(psutil.pid_exists(pid) for pid in pids)
             caller.send_signal(signal.SIGKILL)
         assert caller.wait(10) == (-signal.SIGKILL if end == "killed" else 0)
-        assert gone(left)
+        assert gone(pids)
     finally:
         with contextlib.suppress(ProcessLookupError):
             caller.kill()

@@ -161,7 +161,8 @@ class RowMaker:
     def check_channels(self) -> None:
         """ValueError for scans in colour where the config promises gray ones."""
         if colour := int((self.scans.shapes[:, -1] > self.config.channels).sum()):
-            one = self.index.colour(self.config.channels, {self.index.tables[name]["root"] for name in self.names})
+            roots = {self.index.tables[name]["root"] for name in self.names}
+            one = self.index.first_colour_scan(self.config.channels, roots)
             raise ValueError(
                 f"data.channels is {self.config.channels}, but {colour:,} scans are in colour, such as {one}: make it 3"
             )
@@ -406,7 +407,7 @@ class RowMaker:
             left_out.append(str(blame))
 
     def _read(self, root, scan: Scan):
-        workers.at(scan.path)
+        workers.heartbeat(scan.path)
         path = scans.resolve(root, scan.path)
         size = sum(f.stat().st_size for f in path.iterdir() if f.is_file()) if path.is_dir() else path.stat().st_size
         known = self._facts(root, scan).bytes

@@ -146,7 +146,7 @@ def curate(tool: str, source, directory, options: dict, **running) -> dict:
                     out.write(name, row)
     report.counts |= {f"{name}: rows": count for name, count in out.rows.items()}
     written = report.write()
-    chunk_files.clean(directory)
+    chunk_files.remove_parts(directory)
     return written
 
 

@@ -13,8 +13,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from input_pipeline.console import RateColumn, add_bar, error_line
 from input_pipeline.files import locked_directory
-from input_pipeline.index.command import Rate, _bar, _one_line
 from input_pipeline.parallel import beam
 from input_pipeline.parallel.workers import WorkerError
 
@@ -65,7 +65,7 @@ def add_job_options(parser: argparse.ArgumentParser) -> None:
 
 def job_options(args: argparse.Namespace) -> dict:
     """Return the arguments of `jobs.run` for the options of `add_job_options`."""
-    return {"workers": args.workers, "restart": args.restart} | beam.chosen(args)
+    return {"workers": args.workers, "restart": args.restart} | beam.runner_arguments(args)
 
 
 def main(tool: Tool, name: str, argv: list[str]) -> int:
@@ -85,7 +85,7 @@ def main(tool: Tool, name: str, argv: list[str]) -> int:
         parser.error(problem)
     console = Console(stderr=True)
     bars = Progress(
-        SpinnerColumn(), TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), Rate(),
+        SpinnerColumn(), TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), RateColumn(),
         TimeRemainingColumn(), TextColumn("[red]{task.fields[bad]}"), console=console,
     )  # fmt: skip
     directory = Path(args.out)
@@ -95,14 +95,14 @@ def main(tool: Tool, name: str, argv: list[str]) -> int:
                 name,
                 args,
                 directory,
-                progress=lambda task, unit, total: _bar(bars, task, unit, total),
+                progress=lambda task, unit, total: add_bar(bars, task, unit, total),
                 log=lambda text: console.print(f"[yellow]note:[/yellow] {escape(text)}", soft_wrap=True),
             )
     except KeyboardInterrupt:
         console.print("interrupted: run the same command again to resume")
         return 130
     except (ValueError, OSError, WorkerError) as error:
-        console.print(f"[red]error:[/red] {escape(_one_line(error))}", soft_wrap=True, highlight=False)
+        console.print(f"[red]error:[/red] {escape(error_line(error))}", soft_wrap=True, highlight=False)
         return 2
     show(report)
     report_file, problems_file = report["files"]

@@ -18,7 +18,7 @@ from pathlib import Path
 from input_pipeline.files import PARTIAL, write_json
 from input_pipeline.parallel import beam, chunk_files, workers
 from input_pipeline.parallel.chunk_files import Items
-from input_pipeline.parallel.team import Team, nothing
+from input_pipeline.parallel.resilient_pool import ResilientPool, no_state
 
 VERSION = 2  # increase it when a row function returns something else for the same item
 TIMEOUT = 300.0  # seconds for one item, after which its worker counts as hung
@@ -90,7 +90,7 @@ def make_results(_, items: Sequence[str], function: RowFunction, options: dict) 
     """
     lines = []
     for item in items:
-        workers.at(item)
+        workers.heartbeat(item)
         try:
             lines.append(as_line(function(options, item)))
         except Exception as error:
@@ -135,10 +135,10 @@ def run(
       ValueError: existing parts belong to another tool, other options or other items; or there are no items.
     """
     if restart:
-        chunk_files.clean(directory)
+        chunk_files.remove_parts(directory)
     listed = Items.write(directory, items)
     if not len(listed):
-        chunk_files.clean(directory)
+        chunk_files.remove_parts(directory)
         raise ValueError("no input found: check the path")
     job = {"version": VERSION, "tool": tool, "options": options, "items": listed.checksum, "chunk": chunk_files.CHUNK}
     file = directory / "parts" / "job.json"
@@ -151,8 +151,8 @@ def run(
                 "discard them, or choose another --out"
             )
     write_json(file, job)
-    chunk_files.sweep(directory, "*")
-    missing = array.array("Q", (k for k in range(listed.chunks) if not chunk_files.part(directory, k).is_file()))
+    chunk_files.remove_partial_files(directory, "*")
+    missing = array.array("Q", (k for k in range(listed.chunks) if not chunk_files.part_file(directory, k).is_file()))
     done = progress(tool, "items", len(listed))
     todo = _Missing(listed, missing)
     done(len(listed) - len(todo), 0)
@@ -164,15 +164,15 @@ def run(
         return listed
     if workers is None:
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with Team(nothing, workers, TIMEOUT, log) as team:
+    with ResilientPool(no_state, workers, TIMEOUT, log) as team:
         results = _map(team, todo, function, options)
         for chunk, (_, lines) in zip(missing, results, strict=True):
-            chunk_files.write(directory, chunk, lines)
+            chunk_files.write_part(directory, chunk, lines)
             done(len(lines), sum('"problems":[]' not in line for line in lines))
     return listed
 
 
-def _map(team: Team, items: Sequence[str], function: RowFunction, options: dict) -> Iterator[tuple[list, list]]:
+def _map(team: ResilientPool, items: Sequence[str], function: RowFunction, options: dict) -> Iterator[tuple[list, list]]:
     return team.map(make_results, items, chunk_files.CHUNK, function, options, label=str, failed=_died)
 
 
@@ -186,17 +186,17 @@ class _Work:
     def __getstate__(self):
         return self.__dict__ | {"_items": None}
 
-    def __call__(self, team: Team, chunk: int) -> None:
+    def __call__(self, team: ResilientPool, chunk: int) -> None:
         if self._items is None:
             self._items = Items(self.file)
         for _, lines in _map(team, self._items.chunk(chunk), self.function, self.options):
-            chunk_files.write(self.directory, chunk, lines)
+            chunk_files.write_part(self.directory, chunk, lines)
 
 
 def results(directory: Path, items: Items) -> Iterator[tuple[str, Result]]:
     """Yield every item with its result, in order."""
     for chunk in range(items.chunks):
-        with open(chunk_files.part(directory, chunk), encoding="utf-8") as lines:
+        with open(chunk_files.part_file(directory, chunk), encoding="utf-8") as lines:
             for name, line in zip(items.chunk(chunk), lines, strict=True):
                 yield name, Result(**json.loads(line))
 

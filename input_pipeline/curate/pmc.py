@@ -111,7 +111,7 @@ def curate(tool: str, source: str | Path, directory: Path, options: dict, **runn
         files = {"pairs": ("oa.csv", _OA_HEADER)}
     _merge(directory, items, report, files)
     written = report.write()
-    chunk_files.clean(directory)
+    chunk_files.remove_parts(directory)
     log = running.get("log")
     if log and inline and not options["cases"] and (directory / "cases.jsonl").exists():
         log(f"{directory / 'cases.jsonl'} is from an earlier run with --cases and is unchanged")

@@ -1,11 +1,6 @@
-"""Everything a config names is read once and written down: `python -m input_pipeline.prepare`.
+"""The index: `prepare` reads and checks all data once, and training reads only its result.
 
-    tables -> rows -> their scans, each read whole -> rows again, as tokens -> the index (input_pipeline/index/index.py)
+    tables -> scans -> rows as tokens -> reports -> index files
 
-Training reads the index only, so what is wrong with a file or a row is known before the first step and stands in
-quarantine.jsonl, with a reason and a remedy.
+What a sample is belongs to datasets/, how a scan is decoded to images/, and building data sets to curate/.
 """
-
-from input_pipeline.index.prepare import Refused, prepare
-
-__all__ = ["Refused", "prepare"]

@@ -1,148 +1,152 @@
-"""The reading of scans on Apache Beam: what `Team.map(check_scans, ...)` does on one machine.
+"""Reads scans on Apache Beam: a replacement for the pool of scan_reader.ScanReader.
 
-    parts/00000000.jsonl      {"of": ..., "deaths": 0}, then for each scan {"facts": [...] or null, "bytes": 4194304}
-    parts/00000000.records    with --records: the records of these scans, one after another
+    parts/00000000.jsonl      {"of": ..., "deaths": []}, then per scan {"facts": [...] or null, "bytes": 4194304}
+    parts/00000000.records    with --records: the records of these scans, concatenated
 
-Workers write the parts, and one process, here, goes through them in order and numbers the records: the index and the
-records are those of one machine. Until then the records stand in the parts as well: the disk must hold them twice.
+Workers write the parts. This process reads them in order and numbers the records, so the result equals that of one
+machine. Until the run ends, the disk holds the records twice.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+from input_pipeline.files import atomic_write
 from input_pipeline.images import scans
-from input_pipeline.index import checks
-from input_pipeline.index.checks import Conversion, Key, ScanCheck
+from input_pipeline.index import scan_checks
+from input_pipeline.index.scan_checks import Conversion, Key, ScanCheck, ScanTask
 from input_pipeline.parallel import beam, chunk_files
-from input_pipeline.parallel.team import Team
+from input_pipeline.parallel.resilient_pool import ResilientPool
 from input_pipeline.parallel.workers import WorkerError
 
 RECORDS = ".records"
-Known = tuple[Key, str]  # a scan, and the stamp its files had when they were read before
 Checked = tuple[ScanCheck | None, bytes | None]
 
 
-class Readers:
-    """In the place of a Team whose workers read scans.
+class BeamScanPool:
+    """Runs `check_scans` on Beam, with the interface of ResilientPool.
 
     Attributes:
-      deaths: a line for each scan that ended the process that read it.
+      deaths: a message for each scan that killed or hung its worker.
     """
 
-    def __init__(self, directory: Path, timeout: float, runner: str, options: Sequence[str], said):
+    def __init__(self, directory: Path, timeout: float, runner: str, options: Sequence[str], log):
         self.directory, self.timeout, self.runner, self.options = directory, timeout, runner, options
-        self.said: Callable[[str], None] = said
+        self.log: Callable[[str], None] = log
         self.deaths: list[str] = []
 
+    def __enter__(self) -> BeamScanPool:
+        return self
+
+    def __exit__(self, *_) -> None:
+        """Nothing to stop: the Beam job ends inside `map`."""
+
     def map(
-        self, function, known: Sequence[Known], size: int, conversion: Conversion, *, label, failed
-    ) -> Iterator[tuple[list[Known], list[Checked]]]:
-        """As Team.map. Raises WorkerError as beam.make_parts does, ValueError without Beam."""
-        assert function is checks.check_scans and label is checks.item_label and failed is checks.ended
-        items = chunk_files.Items.write(self.directory, map(json.dumps, known))
-        chunk_files.sweep(self.directory)
-        work = _Work(self.directory, items.file, conversion)
-        # Every chunk is looked at, as files may have changed since an earlier run made its part: the worker sees that.
+        self, function, tasks: Iterable[ScanTask], size: int, conversion: Conversion, *, label, failed
+    ) -> Iterator[tuple[list[ScanTask], list[Checked]]]:
+        """Yield chunks of tasks and their results, in order.
+
+        Raises:
+          WorkerError: as `beam.make_parts`.
+          ValueError: Beam is not installed.
+        """
+        functions = function, label, failed
+        assert functions == (scan_checks.check_scans, scan_checks.task_label, scan_checks.failed_check)
+        items = chunk_files.Items.write(self.directory, map(json.dumps, tasks))
+        chunk_files.remove_partial_files(self.directory)
+        work = _WritePart(self.directory, items, conversion)
+        # All chunks are submitted: only the worker can see whether files changed after an earlier run wrote a part.
         beam.make_parts(
-            self.directory, items, range(items.chunks), work, self.timeout, self.runner, self.options, said=self.said
+            self.directory, items, range(items.chunks), work, self.timeout, self.runner, self.options, log=self.log
         )
         for chunk in range(items.chunks):
-            there = _items(items, chunk)
-            results = self._results(chunk, there, conversion)
-            for at in range(0, len(there), size):
-                yield there[at : at + size], [next(results) for _ in there[at : at + size]]
+            chunk_tasks = _tasks(items, chunk)
+            results = self._results(chunk, chunk_tasks, conversion)
+            for start in range(0, len(chunk_tasks), size):
+                part = chunk_tasks[start : start + size]
+                yield part, [next(results) for _ in part]
 
-    def _results(self, chunk: int, known: list[Known], conversion: Conversion) -> Iterator[Checked]:
-        head, lines = _read(self.directory, chunk)
-        if head["of"] != _identity(known, conversion):
+    def _results(self, chunk: int, tasks: list[ScanTask], conversion: Conversion) -> Iterator[Checked]:
+        head, lines = _read_part(self.directory, chunk)
+        if head["of"] != _identity(tasks, conversion):
             raise WorkerError(
-                f"{chunk_files.part(self.directory, chunk)} is of an earlier run, and the workers on {self.runner} "
-                "have not replaced it: they must see --out under the same path"
+                f"{chunk_files.part_file(self.directory, chunk)} is from an earlier run, and the workers on "
+                f"{self.runner} did not replace it: they must see --out under the same path"
             )
         for death in head["deaths"]:
             self.deaths.append(death)
-            self.said(death)
-        file = chunk_files.part(self.directory, chunk, RECORDS) if conversion.records else "/dev/null"
+            self.log(death)
+        file = chunk_files.part_file(self.directory, chunk, RECORDS) if conversion.records else "/dev/null"
         with open(file, "rb") as records:
-            for (_, stamp), (facts, length) in zip(known, lines, strict=True):
+            for (_, stamp), (check, length) in zip(tasks, lines, strict=True):
                 record = records.read(length) if length >= 0 else None
                 if record is not None and len(record) != length:
-                    raise WorkerError(f"{file} was cut: delete it and run again")
-                # Made by an earlier run, whose journal has it already.
-                same = facts is not None and stamp and facts.stamp == stamp
-                yield (None, None) if same else (facts, record)
+                    raise WorkerError(f"{file} is truncated: delete it and run again")
+                # An unchanged stamp means that an earlier run made this part and saved the check.
+                unchanged = check is not None and stamp and check.stamp == stamp
+                yield (None, None) if unchanged else (check, record)
 
 
-class _Work:
-    """beam.Work: a chunk of scans -> its part, unless an earlier run made it of the same files."""
+class _WritePart:
+    """beam.Work: writes the part of a chunk, unless an earlier run wrote it from the same files."""
 
-    def __init__(self, directory: Path, items: Path, conversion: Conversion):
-        self.directory, self.file, self.conversion = directory, items, conversion
-        self._items: chunk_files.Items | None = None
+    def __init__(self, directory: Path, items: chunk_files.Items, conversion: Conversion):
+        self.directory, self.items, self.conversion = directory, items, conversion
 
-    def __getstate__(self):
-        return self.__dict__ | {"_items": None}
-
-    def __call__(self, team: Team, chunk: int) -> None:
-        if self._items is None:
-            self._items = chunk_files.Items(self.file)
-        known, conversion = _items(self._items, chunk), self.conversion
-        if _is_good(self.directory, chunk, known, conversion):
+    def __call__(self, pool: ResilientPool, chunk: int) -> None:
+        tasks, conversion = _tasks(self.items, chunk), self.conversion
+        if _is_current(self.directory, chunk, tasks, conversion):
             return
-        lines, deaths = [], len(team.deaths)
-        with (
-            chunk_files.whole(chunk_files.part(self.directory, chunk, RECORDS)) as partial,
-            open(partial, "wb") as records,
-        ):
-            made = team.map(
-                checks.check_scans, known, conversion.chunk, conversion,
-                label=checks.item_label, failed=checks.ended,
+        lines, earlier_deaths = [], len(pool.deaths)
+        file = chunk_files.part_file(self.directory, chunk, RECORDS)
+        with atomic_write(file, unique=True) as partial, open(partial, "wb") as records:
+            chunks = pool.map(
+                scan_checks.check_scans, tasks, conversion.chunk, conversion,
+                label=scan_checks.task_label, failed=scan_checks.failed_check,
             )  # fmt: skip
-            for _, results in made:
-                for facts, record in results:
-                    lines.append({"facts": facts, "bytes": -1 if record is None else len(record)})
+            for _, results in chunks:
+                for check, record in results:
+                    lines.append({"facts": check, "bytes": -1 if record is None else len(record)})
                     records.write(record or b"")
-        head = {"of": _identity(known, conversion), "deaths": team.deaths[deaths:]}
-        chunk_files.write(self.directory, chunk, map(json.dumps, [head, *lines]))
+        head = {"of": _identity(tasks, conversion), "deaths": pool.deaths[earlier_deaths:]}
+        chunk_files.write_part(self.directory, chunk, map(json.dumps, [head, *lines]))
 
 
-def _items(items: chunk_files.Items, chunk: int) -> list[Known]:
+def _tasks(items: chunk_files.Items, chunk: int) -> list[ScanTask]:
     return [(tuple(key), stamp) for key, stamp in map(json.loads, items.chunk(chunk))]
 
 
-def _identity(known: Sequence[Known], conversion: Conversion) -> str:
-    """What a part is of: its scans, and what is made of them."""
-    said = json.dumps([[key for key, _ in known], repr(conversion)])
-    return hashlib.sha256(said.encode()).hexdigest()
+def _identity(tasks: Sequence[ScanTask], conversion: Conversion) -> str:
+    """Return a checksum of the scans of a part and of their conversion."""
+    return hashlib.sha256(json.dumps([[key for key, _ in tasks], repr(conversion)]).encode()).hexdigest()
 
 
-def _read(directory: Path, chunk: int) -> tuple[dict, list[tuple[ScanCheck | None, int]]]:
-    with open(chunk_files.part(directory, chunk), encoding="utf-8") as lines:
+def _read_part(directory: Path, chunk: int) -> tuple[dict, list[tuple[ScanCheck | None, int]]]:
+    with open(chunk_files.part_file(directory, chunk), encoding="utf-8") as lines:
         head, *rest = map(json.loads, lines)
     return head, [(ScanCheck(*line["facts"]) if line["facts"] else None, line["bytes"]) for line in rest]
 
 
-def _is_good(directory: Path, chunk: int, known: list[Known], conversion: Conversion) -> bool:
-    if not chunk_files.part(directory, chunk).is_file():
+def _is_current(directory: Path, chunk: int, tasks: list[ScanTask], conversion: Conversion) -> bool:
+    """Return whether a part exists, and was made from the scans' current files."""
+    if not chunk_files.part_file(directory, chunk).is_file():
         return False
-    head, lines = _read(directory, chunk)
-    if head["of"] != _identity(known, conversion) or len(lines) != len(known):
+    head, lines = _read_part(directory, chunk)
+    if head["of"] != _identity(tasks, conversion) or len(lines) != len(tasks):
         return False
     return all(
-        _holds(key, stamp if facts is None else facts.stamp)
-        for (key, stamp), (facts, _) in zip(known, lines, strict=True)
+        _has_stamp(key, stamp if check is None else check.stamp)
+        for (key, stamp), (check, _) in zip(tasks, lines, strict=True)
     )
 
 
-def _holds(key: Key, stamp: str) -> bool:
-    """Whether the files of a scan are those of this stamp."""
+def _has_stamp(key: Key, stamp: str) -> bool:
     if not stamp:
         return False
     try:
-        return checks.stamp_of(scans.resolve(key[0], key[1]))[0] == stamp
+        return scan_checks.stamp_of(scans.resolve(key[0], key[1]))[0] == stamp
     except (scans.ScanError, OSError):
         return False

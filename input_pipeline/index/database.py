@@ -1,18 +1,18 @@
-"""Where `prepare` keeps what it finds: an SQLite database in temporary files, so that memory does not grow with it.
+"""The temporary SQLite database of a `prepare` run, which keeps memory use independent of the number of rows.
 
-    known      facts of scans from earlier runs (journal.py)
-    records    what stands in the records -> its number there
-    sources    of the config
-    keys       every distinct scan, numbered in the order in which rows name them; `source`: the one that does first
-    facts      what was found out about each of them
-    scans      both together
-    mentions   the scans that each row can use, in its order
-    rows       what each row is, and its state; `file` and `remedy` are of what stands against it
-    studies    what must not stand in both splits, by the rows that have it
-    good       the rows that can be used
+    known      checks of scans from earlier runs (resume_state.py)
+    records    content of a record -> its number
+    sources    sources of the config
+    keys       distinct scans, numbered in the order in which rows name them; `source` names it first
+    facts      the check of each scan
+    scans      view: keys and facts
+    mentions   the scans that each row can use, in order
+    rows       the check of each row, and its state; `file` and `remedy` belong to the state
+    studies    the studies of each row that must not be in both splits
+    good       view: the usable rows
 
-The database has no name and is gone with the process. SQLite puts it below SQLITE_TMPDIR or TMPDIR once it is larger
-than its cache: some 1 kB for each scan and each row.
+The database file is anonymous and disappears with the process. SQLite writes it to SQLITE_TMPDIR or TMPDIR when it
+exceeds the cache: about 1 kB per scan and per row.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ import os
 import sqlite3
 from collections.abc import Iterator
 
-from input_pipeline.index.checks import Key, ScanCheck
+from input_pipeline.index.scan_checks import Key, ScanCheck
 
 CACHE = 64 << 10  # KiB
 KEY = ScanCheck._fields[: len(Key.__args__)]
 FACTS = ScanCheck._fields[len(KEY) :]
 SCAN = ", ".join(ScanCheck._fields)
+SAME_KEY = " AND ".join(f"{column} = ?" for column in KEY)
 
 _SCHEMA = f"""
 CREATE TABLE known ({SCAN}, PRIMARY KEY ({", ".join(KEY)})) WITHOUT ROWID;
@@ -38,47 +39,47 @@ CREATE TABLE sources (source INTEGER PRIMARY KEY, name, split, root);
 CREATE TABLE keys (scan INTEGER PRIMARY KEY, source, {", ".join(KEY)}, UNIQUE ({", ".join(KEY)}));
 CREATE TABLE facts (scan INTEGER PRIMARY KEY, {", ".join(FACTS)});
 CREATE VIEW scans AS SELECT scan, source, {SCAN} FROM keys JOIN facts USING (scan);
-CREATE TABLE mentions (source, row, place, scan, PRIMARY KEY (source, row, place)) WITHOUT ROWID;
+CREATE TABLE mentions (source, row, position, scan, PRIMARY KEY (source, row, position)) WITHOUT ROWID;
 CREATE TABLE rows (
     source, row, row_id, number, task, study, tokens, trained, terms, instruction,
     cut_context, cut_instruction, cut_response, cut_scans, scans, state, file, remedy, PRIMARY KEY (source, row)
 ) WITHOUT ROWID;
-CREATE TABLE studies (place INTEGER PRIMARY KEY, source, row, study);
+CREATE TABLE studies (position INTEGER PRIMARY KEY, source, row, study);
 CREATE VIEW good AS SELECT * FROM rows JOIN sources USING (source) WHERE state = 'good';
 """
 
 
 @contextlib.contextmanager
-def opened() -> Iterator[sqlite3.Connection]:
-    """An empty database. Raises OSError when there is no room for it."""
+def open_database() -> Iterator[sqlite3.Connection]:
+    """Open an empty database. Raises OSError if its disk is full."""
     database = sqlite3.connect("", isolation_level=None)
     try:
         database.execute(f"PRAGMA cache_size = -{CACHE}")
         database.execute("PRAGMA journal_mode = OFF")
         database.executescript(_SCHEMA)
-        database.execute("BEGIN")  # and never COMMIT: nobody reads it afterwards
+        database.execute("BEGIN")  # never committed, because the database is temporary
         yield database
     except sqlite3.OperationalError as error:
         if "full" in str(error) or "I/O" in str(error):
-            place = os.environ.get("SQLITE_TMPDIR") or os.environ.get("TMPDIR") or "/var/tmp"
-            said = f"no room for what is found ({error}): set TMPDIR to a directory with more"
-            raise OSError(errno.ENOSPC, said, place) from error
+            directory = os.environ.get("SQLITE_TMPDIR") or os.environ.get("TMPDIR") or "/var/tmp"
+            message = f"no space for the temporary database ({error}): set TMPDIR to a larger directory"
+            raise OSError(errno.ENOSPC, message, directory) from error
         raise
     finally:
         database.close()
 
 
-def values(facts: ScanCheck) -> tuple:
-    """Of the columns SCAN."""
-    return facts._replace(spacing=json.dumps(facts.spacing))
+def to_columns(check: ScanCheck) -> tuple:
+    """Return the values of the columns SCAN."""
+    return check._replace(spacing=json.dumps(check.spacing))
 
 
-def scan_facts(row: tuple) -> ScanCheck:
-    """The inverse."""
-    facts = ScanCheck(*row)
-    return facts._replace(spacing=json.loads(facts.spacing))
+def from_columns(row: tuple) -> ScanCheck:
+    """Return the scan check of the columns SCAN (the inverse of `to_columns`)."""
+    check = ScanCheck(*row)
+    return check._replace(spacing=json.loads(check.spacing))
 
 
-def marks(count: int) -> str:
-    """The places of so many values in a statement."""
+def placeholders(count: int) -> str:
+    """Return "?, ?, ..." for an SQL statement."""
     return ", ".join("?" * count)

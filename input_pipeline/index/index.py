@@ -1,20 +1,19 @@
-"""What `prepare` knows of every scan and every row, and what training needs of it: the index directory.
+"""The index directory: what training needs to know of every scan and row.
 
-    index.json         version, the tables and their checksums, counts; written last
-    scans.parquet      a line per scan: source, path, volume, window; what its voxels are; its place in the records
-    rows.parquet       a line per row of every table: study, task, token count at epoch 0, state
-    quarantine.jsonl   a line per bad row or scan: file, row, reason, remedy
-    cut.jsonl          a line per row of which text or scans are left out: how many
+    index.json         version, tables and their checksums, counts; written last
+    scans.parquet      one line per scan: source, path, volume, window, shape, record number
+    rows.parquet       one line per row of every table: study, task, token count at epoch 0, state
+    quarantine.jsonl   one line per bad row or scan: file, row, reason, remedy
+    cut.jsonl          one line per row whose text or scans are cut
     summary.txt, summary.json, summary.png
-    records/           with --records: the volumes at their final size, a TFDS data set
+    records/           with --records: the volumes at their final size, as a TFDS data set
 
-`Index.open` checks that the tables are still those that were read.
+`Index.check` verifies that the tables have not changed since `prepare`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import hashlib
 import json
@@ -26,20 +25,23 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from input_pipeline.files import nearest, sha256_of_file
 from input_pipeline.samples import Scan
 
 VERSION = 2
+# Fields of a source that do not change what its rows are: sampling shares, and locations.
+NOT_IDENTITY = ("weight", "fraction", "root", "table", "quarantine")
 
-# A scan is what a sample asks for: the same file with another window or volume is another scan.
+# A scan is a file with a volume and a window: another window of the same file is another scan.
 SCANS = pa.schema(
     [
-        ("source", pa.string()),  # the source that names it first
+        ("source", pa.string()),  # the first source that names it
         ("root", pa.string()),
         ("path", pa.string()),
-        ("volume", pa.int32()),  # -1: the file's only one
-        ("window", pa.string()),  # JSON of a name or [low, high]; "" without
-        ("key", pa.uint64()),  # place_hash of path, volume and window
-        ("fault", pa.string()),  # "" if it can be used, else one of scans.FAULTS; then all below may be empty
+        ("volume", pa.int32()),  # -1: the only volume of the file
+        ("window", pa.string()),  # JSON of a name or [low, high]; "" for none
+        ("key", pa.uint64()),  # key_hash of path, volume and window
+        ("fault", pa.string()),  # "" if usable, else one of scans.FAULTS; the columns below may then be empty
         ("reason", pa.string()),
         ("remedy", pa.string()),
         ("format", pa.string()),
@@ -47,17 +49,17 @@ SCANS = pa.schema(
         ("height", pa.int32()),
         ("width", pa.int32()),
         ("depth", pa.int32()),
-        ("channels", pa.int32()),  # 1 where three channels of the file are equal
-        ("spacing", pa.list_(pa.float32())),  # mm along height, width, depth; empty if the file does not say
+        ("channels", pa.int32()),  # 1 if the three channels of the file are equal
+        ("spacing", pa.list_(pa.float32())),  # mm along height, width, depth; empty if unknown
         ("dtype", pa.string()),
         ("low", pa.float64()),
         ("high", pa.float64()),
         ("bytes", pa.int64()),
-        ("sha256", pa.string()),  # of the file; of a series, of its files in the order of their names
+        ("sha256", pa.string()),  # of the file; of a series, of its files in name order
         ("patches", pa.int32()),  # in `paper` mode
         ("planes", pa.int32()),
-        ("record", pa.int64()),  # its number in the records; -1
-        ("stamp", pa.string()),  # sizes and times of its files, by which `prepare` knows what it need not read again
+        ("record", pa.int64()),  # record number, or -1
+        ("stamp", pa.string()),  # sizes and times of its files; `prepare` reads a scan again if they change
     ]
 )
 ROWS = pa.schema(
@@ -68,21 +70,21 @@ ROWS = pa.schema(
         ("task", pa.string()),
         ("study", pa.string()),
         ("tokens", pa.int32()),  # at epoch 0
-        ("trained", pa.int32()),  # of them with a weight
-        ("scans", pa.int32()),  # distinct scans it can use
-        ("state", pa.string()),  # "good", or why it is left out
+        ("trained", pa.int32()),  # tokens with a weight
+        ("scans", pa.int32()),  # number of distinct scans it can use
+        ("state", pa.string()),  # "good", or why it cannot be used
     ]
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class IndexedScan:
-    """What planning and loading need of a scan.
+    """What planning and loading need to know of a scan.
 
     Attributes:
-      shape: (H, W, D, C) as read, C being 1 where three channels are equal.
-      bytes: of its file, or of the files of its series.
-      record: its number in the records, -1 without.
+      shape: (H, W, D, C) as read; C is 1 if three channels are equal.
+      bytes: size of its file, or of all files of its series.
+      record: record number, or -1.
     """
 
     shape: tuple[int, int, int, int]
@@ -91,51 +93,52 @@ class IndexedScan:
 
 
 def scan_key(root, scan: Scan) -> tuple[str, str, int, str]:
-    """What makes two scans the same one: root, path, volume, window."""
+    """Return what identifies a scan: root, path, volume, window."""
     window = "" if scan.window is None else json.dumps(scan.window)
     return str(root), scan.path, -1 if scan.volume is None else scan.volume, window
 
 
 @functools.lru_cache(maxsize=1024)
-def place_hash(*place) -> int:
-    """64 bits of a root, or of path, volume and window: both together by `^` are what training knows a scan by."""
-    digest = hashlib.blake2b("\0".join(map(str, place)).encode("utf-8", "surrogateescape"), digest_size=8)
+def key_hash(*values) -> int:
+    """Return a 64-bit hash of a root, or of path, volume and window. Training identifies a scan by the XOR of both."""
+    digest = hashlib.blake2b("\0".join(map(str, values)).encode("utf-8", "surrogateescape"), digest_size=8)
     return int.from_bytes(digest.digest(), "little")
 
 
 class Scans:
-    """Facts of good scans, 48 bytes each: a dict of those of MedMD would take 16 GB in every process.
+    """The good scans, 48 bytes each, because a dict of all scans of MedMD would take 16 GB per process.
 
         scans = index.scans(sources)
         number = scans.number(scan_key(root, scan))
         scans[number].shape
 
     Args:
-      keys: uint64[n]; one that stands there again must have the same facts.
-      sizes, records: int64[n]. shapes: int32[n, 4].
+      keys: uint64[n]. A repeated key must have the same values.
+      sizes, records: int64[n].
+      shapes: int32[n, 4].
     Raises:
-      ValueError: two scans with one key.
+      ValueError: two different scans have one key.
     """
 
     def __init__(self, keys: np.ndarray, sizes: np.ndarray, records: np.ndarray, shapes: np.ndarray):
         self.sizes, self.records, self.shapes = sizes, records, shapes
         order = np.argsort(keys, kind="stable")
-        again = np.flatnonzero(keys[order[1:]] == keys[order[:-1]])
-        for facts in (sizes, records, shapes):
-            if (facts[order[again]] != facts[order[again + 1]]).any():
-                raise ValueError("the index has two scans with one key: rename a file, or keep the roots apart")
-        self.first = np.delete(order, again + 1)
+        repeated = np.flatnonzero(keys[order[1:]] == keys[order[:-1]])
+        for column in (sizes, records, shapes):
+            if (column[order[repeated]] != column[order[repeated + 1]]).any():
+                raise ValueError("the index has two scans with one key: rename a file, or use different roots")
+        self.first = np.delete(order, repeated + 1)
         self.keys = keys[self.first]
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def number(self, key: tuple[str, str, int, str]) -> int | None:
-        """What a scan_key has here, another number than any other; None: it is unknown, or no good scan."""
+        """Return the number of a scan_key, or None if it is unknown or not a good scan."""
         root, *rest = key
-        wanted = np.uint64(place_hash(root) ^ place_hash(*rest))
-        at = self.keys.searchsorted(wanted)
-        return int(self.first[at]) if at < len(self.keys) and self.keys[at] == wanted else None
+        hashed = np.uint64(key_hash(root) ^ key_hash(*rest))
+        position = self.keys.searchsorted(hashed)
+        return int(self.first[position]) if position < len(self.keys) and self.keys[position] == hashed else None
 
     def __getitem__(self, number: int) -> IndexedScan:
         shape = tuple(self.shapes[number].tolist())
@@ -143,25 +146,25 @@ class Scans:
 
 
 def table_checksum(file: Path) -> str:
-    """SHA-256 of a table; of a prepared data set (a directory), of the names, sizes and descriptions of its files."""
+    """Return the SHA-256 of a table; of a prepared data set (a directory), of its file names, sizes and JSON files."""
+    if not file.is_dir():
+        return sha256_of_file(file)
     digest = hashlib.sha256()
-    if file.is_dir():
-        for part in sorted(file.rglob("*")):
-            digest.update(f"{part.relative_to(file)}\0{part.stat().st_size}\0".encode())
-            if part.suffix == ".json":
-                digest.update(part.read_bytes())
-        return digest.hexdigest()
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    for part in sorted(file.rglob("*")):
+        digest.update(f"{part.relative_to(file)}\0{part.stat().st_size}\0".encode())
+        if part.suffix == ".json":
+            digest.update(part.read_bytes())
+    return digest.hexdigest()
 
 
 class Index:
-    """An index directory, read.
+    """An opened index directory.
 
     Attributes:
-      tables: source -> {"family", "table", "sha256", "rows", ...} as `prepare` found them.
-      bad_rows: source -> bool[rows], the rows of the opened data set that are left out.
-      identity: SHA-256 of the parts that decide what training reads.
+      tables: source -> {"family", "table", "sha256", "rows", ...}, as written by `prepare`.
+      identity: SHA-256 of everything that decides what training reads.
+    Raises:
+      ValueError: the directory has no index, or one of another version.
     """
 
     def __init__(self, directory: Path | str):
@@ -169,28 +172,24 @@ class Index:
         file = self.directory / "index.json"
         if not file.is_file():
             raise ValueError(
-                f"{self.directory} is no index: index.json is missing; make it with "
+                f"{self.directory} is not an index: index.json is missing; create it with "
                 f"`python -m input_pipeline.prepare --config=... --out {self.directory}`"
             )
         self.description = json.loads(file.read_text())
         if self.description.get("version") != VERSION:
-            raise ValueError(f"{file} is of version {self.description.get('version')}, not {VERSION}: prepare it anew")
+            raise ValueError(f"{file} has version {self.description.get('version')}, not {VERSION}: run prepare again")
         self.tables: dict[str, dict] = self.description["sources"]
         self.identity: str = self.description["identity"]
 
     def check(self, sources: Mapping[str, Mapping]) -> None:
-        """Whether the index was made from these sources. ValueError names every difference."""
+        """Check that the index was made from these sources. Raises ValueError with every difference."""
         problems = []
         for name, fields in sources.items():
             known = self.tables.get(name)
             if known is None:
-                near = difflib.get_close_matches(name, list(self.tables), 1, 0.4)
-                problems.append(f"source {name} is not in it" + (f" (did you mean {near[0]}?)" if near else ""))
+                problems.append(f"source {name} is not in it{nearest(name, self.tables)}")
                 continue
-            for field in sorted(fields.keys() | known["fields"].keys()):
-                # Shares decide how often a row is drawn, not what it is; a root may move.
-                if field in ("weight", "fraction", "root", "table", "quarantine"):
-                    continue
+            for field in sorted((fields.keys() | known["fields"].keys()) - set(NOT_IDENTITY)):
                 now, then = _plain(fields.get(field)), _plain(known["fields"].get(field))
                 if now != then:
                     problems.append(f"source {name}: {field} is {now!r}, was {then!r}")
@@ -200,50 +199,52 @@ class Index:
             elif table_checksum(table) != known["sha256"]:
                 problems.append(f"source {name}: {table} has changed since")
         if problems:
-            raise ValueError(f"the index {self.directory} is of other data: {'; '.join(problems)}; run prepare again")
+            raise ValueError(
+                f"the index {self.directory} was made from other data: {'; '.join(problems)}; run prepare again"
+            )
 
     def scans(self, sources: Mapping[str, Mapping]) -> Scans:
-        """The good scans of these sources, under the roots the sources have now."""
+        """Return the good scans of these sources, under their current roots."""
         moved: dict[str, set[str]] = {}
         for name, fields in sources.items():
             moved.setdefault(self.tables[name]["root"], set()).add(str(Path(fields["root"]).absolute()))
-        now = {root: [place_hash(r) for r in sorted(roots)] for root, roots in moved.items()}
-        numbers = ("key", "bytes", "record", "height", "width", "depth", "channels")
+        current = {root: [key_hash(r) for r in sorted(roots)] for root, roots in moved.items()}
+        columns = ("key", "bytes", "record", "height", "width", "depth", "channels")
         parts = [(np.empty(0, np.uint64), *np.empty((2, 0), np.int64), np.empty((0, 4), np.int32))]
-        # Threads of Arrow would not survive the fork of a worker pool.
+        # Arrow's threads would not survive the fork of a worker pool.
         with pq.ParquetFile(self.directory / "scans.parquet") as table:
-            for batch in table.iter_batches(columns=["root", "fault", *numbers], use_threads=False):
+            for batch in table.iter_batches(columns=["root", "fault", *columns], use_threads=False):
                 batch = batch.filter(pc.equal(batch["fault"], ""))
                 root = batch["root"].dictionary_encode()
-                places = [now.get(name, []) for name in root.dictionary.to_pylist()]
-                # A scan stands there once for each of the places to which its root has moved.
-                of_root = root.indices.to_numpy()
-                line = np.repeat(np.arange(len(batch)), np.array([*map(len, places), 0])[of_root])
-                place = np.array([place for k in of_root.tolist() for place in places[k]], np.uint64)
-                key, size, record, *shape = (batch[name].to_numpy()[line] for name in numbers)
-                parts.append((key ^ place, size, record, np.stack(shape, -1)))
+                hashes = [current.get(name, []) for name in root.dictionary.to_pylist()]
+                # If a root has become several, its scans are repeated under each of them.
+                root_index = root.indices.to_numpy()
+                line = np.repeat(np.arange(len(batch)), np.array([*map(len, hashes), 0])[root_index])
+                root_hash = np.array([value for k in root_index.tolist() for value in hashes[k]], np.uint64)
+                key, size, record, *shape = (batch[name].to_numpy()[line] for name in columns)
+                parts.append((key ^ root_hash, size, record, np.stack(shape, -1)))
         return Scans(*map(np.concatenate, zip(*parts, strict=True)))
 
-    def colour(self, channels: int, roots: Iterable[str]) -> str:
-        """The path of a good scan with more channels, of these roots as they were; "" if there is none."""
-        wanted = [("channels", ">", channels), ("fault", "=", ""), ("root", "in", set(roots))]
-        found = pq.read_table(self.directory / "scans.parquet", columns=["path"], filters=wanted, use_threads=False)
-        return found["path"][0].as_py() if len(found) else ""
+    def first_colour_scan(self, channels: int, roots: Iterable[str]) -> str:
+        """Return the path of a good scan with more channels than this, or "". `roots` are those of `prepare`."""
+        filters = [("channels", ">", channels), ("fault", "=", ""), ("root", "in", set(roots))]
+        scans = pq.read_table(self.directory / "scans.parquet", columns=["path"], filters=filters, use_threads=False)
+        return scans["path"][0].as_py() if len(scans) else ""
 
-    def check_records(self, wanted: Mapping[str, object]) -> None:
-        """Whether the records are there and of these settings. ValueError names every difference."""
-        found = self.description.get("records")
-        if not found:
+    def check_records(self, settings: Mapping[str, object]) -> None:
+        """Check that the records exist and have these settings. Raises ValueError with every difference."""
+        records = self.description.get("records")
+        if not records:
             raise ValueError(f"the index {self.directory} has no records: run prepare with --records")
-        wrong = [f"data.{k} is {v}, theirs {found.get(k)}" for k, v in wanted.items() if found.get(k) != v]
-        if wrong:
+        differences = [f"data.{k} is {v}, was {records.get(k)}" for k, v in settings.items() if records.get(k) != v]
+        if differences:
             raise ValueError(
-                f"the records of {self.directory} are of another kind: {'; '.join(wrong)}; run prepare with --records "
-                "--recheck, or go by the files (data.records=False)"
+                f"the records of {self.directory} have other settings: {'; '.join(differences)}; run prepare with "
+                "--records --recheck, or read the scans' files (data.records=False)"
             )
 
     def bad_rows(self, source: str) -> np.ndarray:
-        """bool[rows of the opened data set]: those that are left out."""
+        """Return bool[rows of the opened data set]: the rows that cannot be used."""
         table = pq.read_table(
             self.directory / "rows.parquet",
             columns=["row", "state"],

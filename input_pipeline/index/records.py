@@ -1,10 +1,13 @@
-"""Volumes at their final size, as a TFDS data set in ArrayRecord files: what `prepare --records` writes.
+"""Records: volumes at their final size, written by `prepare --records` as a TFDS data set in ArrayRecord files.
 
     records/dataset_info.json, features.json        tfds.builder_from_directory("records").as_data_source("scans")
-    records/volumes-scans.array_record-00000 ...    shards of some 256 MB, uncompressed, checksummed record by record
+    records/volumes-scans.array_record-00000 ...    shards of about 256 MB, uncompressed, with a checksum per record
 
-A record is a scan with a window: its slices as `prepare_volume` left them, and the SHA-256 of the file it came from.
-Its number counts through all shards.
+A record has the slices that `prepare_volume` returned for a scan, and the SHA-256 of the scan's file. Records are
+numbered across all shards.
+
+`Records` replaces Grain's ArrayRecordDataSource and TFDS's data source, which keep every shard open, share open
+readers with forked workers, and do not name a damaged shard; TFDS also copies every volume.
 """
 
 from __future__ import annotations
@@ -24,25 +27,25 @@ from array_record.python import array_record_module
 from tensorflow_datasets.core import dataset_info, example_serializer, file_adapters, naming, splits
 from tensorflow_datasets.proto import tf_example_pb2
 
+from input_pipeline.files import PARTIAL
 from input_pipeline.images.planes import Volume
 
 NAME, SPLIT, VERSION = "volumes", "scans", "1.0.0"
 SHARD_BYTES = 256 << 20
-OPEN_SHARDS = 128  # file descriptors are few, and opening a shard again takes a millisecond
-_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # records are read one by one, and threads do not survive a fork
-_PARTIAL = ".partial"
+OPEN_SHARDS = 128  # limits file descriptors; reopening a shard takes a millisecond
+_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # reads are random, and threads do not survive a fork
 
 
 def features() -> tfds.features.FeaturesDict:
-    """slices [K, C, H, W] as raw bytes; voxel * scale + offset lies in [0, 1]; depth as in `Volume`."""
-    exact = tfds.features.Tensor(shape=(), dtype=np.float64, encoding=tfds.features.Encoding.BYTES)
+    """Return the TFDS features: slices [K, C, H, W] as raw bytes; voxel * scale + offset is in [0, 1]."""
+    float64 = tfds.features.Tensor(shape=(), dtype=np.float64, encoding=tfds.features.Encoding.BYTES)
     return tfds.features.FeaturesDict(
         {
             "slices": tfds.features.Text(),
             "shape": tfds.features.Tensor(shape=(4,), dtype=np.int64),
             "dtype": tfds.features.Text(),
-            "scale": exact,  # TFDS would store float32
-            "offset": exact,
+            "scale": float64,  # the default encoding would store float32
+            "offset": float64,
             "depth": np.int64,
             "sha256": tfds.features.Text(),
         }
@@ -50,13 +53,9 @@ def features() -> tfds.features.FeaturesDict:
 
 
 def serialize(volume: Volume, sha256: str) -> bytes:
-    """A record of the data set.
-
-    Args:
-      sha256: of the scan's file, hexadecimal.
-    """
-    slices, kinds = volume.slices, features()
-    example = kinds.encode_example(
+    """Return a record's bytes. `sha256` is that of the scan's file, hexadecimal."""
+    slices, feature_types = volume.slices, features()
+    example = feature_types.encode_example(
         {
             "slices": slices.tobytes(),
             "shape": np.array(slices.shape, np.int64),
@@ -67,8 +66,8 @@ def serialize(volume: Volume, sha256: str) -> bytes:
             "sha256": sha256,
         }
     )
-    serializer = example_serializer.ExampleSerializer(kinds.get_serialized_info())
-    # `FeaturesDict.serialize_example` would do, but for the order of the features, another one in each process.
+    serializer = example_serializer.ExampleSerializer(feature_types.get_serialized_info())
+    # `FeaturesDict.serialize_example` orders the features differently in each process.
     return serializer.get_tf_example(example).SerializeToString(deterministic=True)
 
 
@@ -77,21 +76,21 @@ def shard_name(number: int) -> str:
 
 
 class Records:
-    """`Records(directory)[number]` -> Volume. Shards are opened when they are first needed, in each process anew.
+    """The records of a directory: `Records(directory)[number]` is a Volume. Each process opens shards on first use.
 
     Raises:
-      ValueError: no such data set; on access a number that is not there, and a shard that is missing, cut or damaged,
-        with its file.
+      ValueError: the directory has no records. On access: the number does not exist, or its shard is missing, truncated
+        or damaged; the message names the file.
     """
 
     def __init__(self, directory: Path | str):
         self.directory = Path(directory)
         try:
-            described = json.loads((self.directory / "dataset_info.json").read_text())
-            lengths = [int(n) for n in described["splits"][0]["shardLengths"]]
+            description = json.loads((self.directory / "dataset_info.json").read_text())
+            lengths = [int(n) for n in description["splits"][0]["shardLengths"]]
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise ValueError(
-                f"{self.directory} holds no records ({type(error).__name__}: {error}); make them with "
+                f"{self.directory} holds no records ({type(error).__name__}: {error}); create them with "
                 "`python -m input_pipeline.prepare ... --records`"
             ) from error
         self.lengths: list[int] = lengths
@@ -103,23 +102,24 @@ class Records:
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, number: int) -> Volume:
-        """The volume; its voxels are read-only and the record's own memory."""
+        """Return a volume. Its voxels are a read-only view of the record."""
         values = self._record(number)
-        bytes_of = lambda name: values[name].bytes_list.value[0]  # noqa: E731
-        number_of = lambda name: float(np.frombuffer(bytes_of(name), np.float64)[0])  # noqa: E731
-        slices = np.frombuffer(bytes_of("slices"), bytes_of("dtype").decode())
+        as_bytes = lambda name: values[name].bytes_list.value[0]  # noqa: E731
+        as_float = lambda name: float(np.frombuffer(as_bytes(name), np.float64)[0])  # noqa: E731
+        slices = np.frombuffer(as_bytes("slices"), as_bytes("dtype").decode())
         shape = list(values["shape"].int64_list.value)
         depth = values["depth"].int64_list.value[0]
-        return Volume.from_slices(slices.reshape(shape), number_of("scale"), number_of("offset"), depth)
+        return Volume.from_slices(slices.reshape(shape), as_float("scale"), as_float("offset"), depth)
 
     def source(self, number: int) -> str:
-        """SHA-256 of the file that the record was made of."""
+        """Return the SHA-256 of the file from which the record was made."""
         return self._record(number)["sha256"].bytes_list.value[0].decode()
 
     def _record(self, number: int):
         if not 0 <= number < len(self):
-            what = "is not among the records" if number < 0 else f"is beyond the {len(self)} records"
-            raise ValueError(f"scan {number} {what} of {self.directory}: run prepare with --records again")
+            raise ValueError(
+                f"{self.directory} has {len(self)} records, so no record {number}: run prepare with --records again"
+            )
         shard = bisect.bisect_right(self._ends, number)
         position = number - (self._ends[shard - 1] if shard else 0)
         try:
@@ -129,7 +129,7 @@ class Records:
             if str(self.directory) in str(error):
                 raise
             raise self._damaged(shard, f"record {position} cannot be read: {error}") from error
-        except Exception as error:  # ArrayRecord and protobuf have exception classes of their own
+        except Exception as error:  # ArrayRecord and protobuf define their own exception classes
             raise self._damaged(shard, f"record {position} cannot be read: {type(error).__name__}: {error}") from error
 
     def _reader(self, shard: int):
@@ -142,71 +142,73 @@ class Records:
                 raise self._damaged(shard, "is missing")
             reader = array_record_module.ArrayRecordReader(os.fspath(file), options=_OPTIONS)
             if not reader.ok() or reader.num_records() != self.lengths[shard]:
-                found = reader.num_records() if reader.ok() else "no"
-                raise self._damaged(shard, f"has {found} records instead of {self.lengths[shard]}")
+                count = reader.num_records() if reader.ok() else "no"
+                raise self._damaged(shard, f"has {count} records instead of {self.lengths[shard]}")
             if len(self._readers) >= OPEN_SHARDS:
                 self._readers.popitem(last=False)[1].close()
         self._readers[shard] = reader
         return reader
 
-    def _damaged(self, shard: int, what: str) -> ValueError:
-        said = " ".join(what.split())[:300]
+    def _damaged(self, shard: int, problem: str) -> ValueError:
         remedy = "copy the shard again, or run prepare with --records --recheck"
-        return ValueError(f"{self.directory / shard_name(shard)}: {said} ({remedy})")
+        return ValueError(f"{self.directory / shard_name(shard)}: {' '.join(problem.split())[:300]} ({remedy})")
 
 
 class Writer:
-    """Appends records; what has been committed is never touched again.
+    """Appends records in new shards. Committed shards are never modified.
 
     Args:
-      lengths: of the shards that are there already.
+      lengths: number of records in each existing shard.
     """
 
     def __init__(self, directory: Path, lengths: Sequence[int]):
         self.directory, self.lengths = directory, list(lengths)
         directory.mkdir(parents=True, exist_ok=True)
-        for left in directory.glob("*" + _PARTIAL):  # of a run that was killed
-            left.unlink()
+        for file in directory.glob("*" + PARTIAL):  # left by a killed run
+            file.unlink()
         self._writer = None
         self._count = 0
-        self.size = 0  # bytes of the shard that is open
+        self.size = 0  # bytes in the open shard
         self.next = sum(self.lengths)
 
     def add(self, record: bytes) -> int:
-        """Appends to the open shard; returns the number of the record."""
+        """Append a record to the open shard. Returns its number."""
         if self._writer is None:
-            self._file = self.directory / (shard_name(len(self.lengths)) + _PARTIAL)
+            self._file = self.directory / (shard_name(len(self.lengths)) + PARTIAL)
             self._writer = array_record_module.ArrayRecordWriter(os.fspath(self._file), "group_size:1,uncompressed")
         try:
             self._writer.write(record)
-        except RuntimeError as error:  # the writer's own words for a full disk
-            raise OSError(f"{self._file} cannot be written: {' '.join(str(error).split())[:200]}") from error
+        except RuntimeError as error:  # raised, for example, when the disk is full
+            raise self._write_error(error) from error
         self._count += 1
         self.size += len(record)
         self.next += 1
         return self.next - 1
 
     def commit(self) -> None:
-        """Closes the open shard and gives it its name; from then on it is one of `lengths`."""
+        """Close the open shard, rename it to its final name, and add it to `lengths`."""
         if self._writer is None:
             return
         try:
             self._writer.close()
         except RuntimeError as error:
-            raise OSError(f"{self._file} cannot be written: {' '.join(str(error).split())[:200]}") from error
+            raise self._write_error(error) from error
         with open(self._file, "rb") as written:
             os.fsync(written.fileno())
         reader = array_record_module.ArrayRecordReader(os.fspath(self._file), options=_OPTIONS)
         if not reader.ok() or reader.num_records() != self._count:
-            raise OSError(f"{self._file} was not written whole: is the disk full?")
+            raise OSError(f"{self._file} is incomplete: check the free disk space")
         reader.close()
-        os.replace(self._file, self._file.with_name(self._file.name.removesuffix(_PARTIAL)))
+        os.replace(self._file, self._file.with_name(self._file.name.removesuffix(PARTIAL)))
         self.lengths.append(self._count)
         self._writer, self._count, self.size = None, 0, 0
 
+    def _write_error(self, error: RuntimeError) -> OSError:
+        return OSError(f"{self._file} cannot be written: {' '.join(str(error).split())[:200]}")
 
-def describe(directory: Path, lengths: Sequence[int], description: str) -> None:
-    """Writes the description that TFDS and `Records` open, over an older one in one step a file."""
+
+def write_description(directory: Path, lengths: Sequence[int], description: str) -> None:
+    """Write the data set description that TFDS and `Records` read. Each file is replaced atomically."""
     template = naming.ShardedFileTemplate(
         data_dir=os.fspath(directory),
         dataset_name=NAME,
@@ -222,10 +224,10 @@ def describe(directory: Path, lengths: Sequence[int], description: str) -> None:
     info = dataset_info.DatasetInfo(builder=identity, description=description, features=features())
     info.set_file_format(file_adapters.FileFormat.ARRAY_RECORD)
     info.set_splits(splits.SplitDict([split]))
-    aside = directory / ("description" + _PARTIAL)
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    info.write_to_directory(aside)
-    for file in sorted(aside.iterdir(), reverse=True):  # dataset_info.json last
+    new_files = directory / ("description" + PARTIAL)
+    shutil.rmtree(new_files, ignore_errors=True)
+    new_files.mkdir()
+    info.write_to_directory(new_files)
+    for file in sorted(new_files.iterdir(), reverse=True):  # sorts features.json before dataset_info.json
         os.replace(file, directory / file.name)
-    aside.rmdir()
+    new_files.rmdir()

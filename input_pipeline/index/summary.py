@@ -1,11 +1,9 @@
-"""Counts of everything that was found: as plain values, and as text."""
+"""The summary of a `prepare` run: counts as plain values (summary.json), and as tables (summary.txt)."""
 
 from __future__ import annotations
 
 import collections
 import io
-import re
-import textwrap
 
 import numpy as np
 from rich import box
@@ -15,101 +13,81 @@ from rich.table import Table
 from rich.text import Text
 
 from input_pipeline.config import SPLITS
-from input_pipeline.index import findings
-from input_pipeline.index.findings import Findings
+from input_pipeline.index import reports
+from input_pipeline.index.categories import modality_name, reason_pattern
+from input_pipeline.index.results import Results
 from input_pipeline.samples import TASKS
 
-# DICOM's codes, and the families whose name says it, in the words of figure 4 of the paper.
-MODALITIES = {
-    "CT": "CT", "MR": "MRI", "CR": "X-ray", "DX": "X-ray", "RG": "X-ray", "PX": "X-ray", "IO": "X-ray",
-    "MG": "mammography", "US": "ultrasound", "IVUS": "ultrasound", "PT": "PET", "NM": "nuclear medicine",
-    "XA": "angiography", "RF": "fluoroscopy", "OT": "other", "SC": "other",
-}  # fmt: skip
-FAMILY_MODALITIES = {
-    "mimic_cxr": "X-ray", "cxr_mix": "X-ray", "vindr_pcxr": "X-ray", "vindr_spinexr": "X-ray",
-    "vindr_mammo": "mammography",
-}  # fmt: skip
-UNKNOWN = "not stated"
-SHOWN = 12  # lines of a list of reasons
+MAX_REASONS = 12  # lines in a table of reasons
 CUT = ("context", "instruction", "response", "scans")
 
 
-def modality(code: str, family: str) -> str:
-    """What a scan is, by its file or by the data set that names it."""
-    return MODALITIES.get(code, code) if code else FAMILY_MODALITIES.get(family, UNKNOWN)
-
-
-def kind(reason: str) -> str:
-    """A reason without what differs from row to row: names, numbers, paths."""
-    reason = re.sub(r"""(["'])(?:(?!\1).)*\1""", "...", reason)
-    reason = re.sub(r"(?:\S*/\S*)+", "...", reason)
-    return textwrap.shorten(re.sub(r"-?\d[\d,.]*", "N", reason), 160, placeholder=" ...")
-
-
-def report(found: Findings) -> dict:
-    """Plain values, as summary.json has them. Lengths, tasks and scans are those of good rows."""
-    sources = _sources_of(found)
+def summarize(results: Results) -> dict:
+    """Return the counts for summary.json. Lengths, tasks and scans are those of good rows."""
+    sources = _sources(results)
     reasons = {"rows": collections.Counter(), "scans": collections.Counter()}
-    for line in findings.quarantine(found):
+    for line in reports.quarantine(results):
         if line["kind"] == "scan":
-            reasons["scans"][f"{line['fault']}: {kind(line['reason'])}"] += 1
+            reasons["scans"][f"{line['fault']}: {reason_pattern(line['reason'])}"] += 1
         elif line["reason"].startswith("scan "):
-            reasons["rows"]["a scan of it cannot be used"] += 1
+            reasons["rows"]["one of its scans cannot be used"] += 1
         else:
-            reasons["rows"][kind(line["reason"])] += 1
-    same = collections.Counter(line["kind"] for line in findings.duplicates(found))
-    bad_scans = found.count("facts WHERE fault != ''")
+            reasons["rows"][reason_pattern(line["reason"])] += 1
+    equal = collections.Counter(line["kind"] for line in reports.duplicates(results))
+    bad_scans = results.count("facts WHERE fault != ''")
     return {
-        "rows": {what: sum(s[what] for s in sources.values()) for what in ("good", "bad", "not_opened")},
-        "scans": {"good": found.count("facts") - bad_scans, "bad": bad_scans},
+        "rows": {state: sum(s[state] for s in sources.values()) for state in ("good", "bad", "not_opened")},
+        "scans": {"good": results.count("facts") - bad_scans, "bad": bad_scans},
         "sources": sources,
-        "splits": {split: _split(found, split) for split in SPLITS if found.config.sources(split)},
+        "splits": {split: _split(results, split) for split in SPLITS if results.config.sources(split)},
         "reasons": {which: dict(counts.most_common()) for which, counts in reasons.items()},
-        "duplicates": {"rows": same["row"], "scans": same["scan"]},
+        "duplicates": {"rows": equal["row"], "scans": equal["scan"]},
     }
 
 
-def _sources_of(found: Findings) -> dict:
-    rows = found.db.execute("SELECT source, COUNT(*), SUM(tokens), SUM(trained), SUM(terms) FROM good GROUP BY source")
+def _sources(results: Results) -> dict:
+    rows = results.db.execute(
+        "SELECT source, COUNT(*), SUM(tokens), SUM(trained), SUM(terms) FROM good GROUP BY source"
+    )
     good = {source: counts for source, *counts in rows}
-    scans = found.db.execute(
+    scans = results.db.execute(
         "SELECT source, COUNT(*), SUM(fault = '' AND depth = 1), SUM(fault = '' AND depth > 1) "
         "FROM (SELECT DISTINCT source, scan FROM mentions) JOIN facts USING (scan) GROUP BY source"
     )
-    shown = {source: counts for source, *counts in scans}
-    described = {}
-    for source, (name, table) in enumerate(found.tables.items()):
+    scan_counts = {source: counts for source, *counts in scans}
+    summaries = {}
+    for source, (name, table) in enumerate(results.tables.items()):
         count, tokens, trained, terms = good.get(source, (0, 0, 0, 0))
-        every, flat, deep = shown.get(source, (0, 0, 0))
-        described[name] = {
-            "split": found.split[name],
-            "family": found.config.sources()[name]["family"],
+        all_scans, scans_2d, scans_3d = scan_counts.get(source, (0, 0, 0))
+        summaries[name] = {
+            "split": results.split[name],
+            "family": results.config.sources()[name]["family"],
             "good": count,
             "bad": table.rows - count,
             "not_opened": len(table.problems),
             "left_out": table.left_out,
-            "scans": every,
-            "scans_2d": flat,
-            "scans_3d": deep,
+            "scans": all_scans,
+            "scans_2d": scans_2d,
+            "scans_3d": scans_3d,
             "tokens_a_row": round(tokens / max(count, 1), 1),
             "trained_a_row": round(trained / max(count, 1), 1),
             "term_share": round(terms / max(trained, 1), 4),
         }
-    return described
+    return summaries
 
 
-def _split(found: Findings, split: str) -> dict:
-    def counted(column: str) -> dict:
+def _split(results: Results, split: str) -> dict:
+    def count_by(column: str) -> dict:
         groups = f"SELECT {column}, COUNT(*) FROM good WHERE split = ? GROUP BY {column} ORDER BY {column}"
-        return dict(found.db.execute(groups, (split,)))
+        return dict(results.db.execute(groups, (split,)))
 
     def sums(*expressions: str) -> list[int]:
         columns = ", ".join(f"COALESCE(SUM({expression}), 0)" for expression in expressions)
-        return list(found.db.execute(f"SELECT {columns} FROM good WHERE split = ?", (split,)).fetchone())
+        return list(results.db.execute(f"SELECT {columns} FROM good WHERE split = ?", (split,)).fetchone())
 
-    tasks, tokens = counted("task"), sums("tokens", "trained", "terms")
+    tasks, tokens = count_by("task"), sums("tokens", "trained", "terms")
     modalities, depths = collections.Counter(), collections.Counter()
-    scans = found.db.execute(
+    scans = results.db.execute(
         "SELECT owner, modality, depth, COUNT(*) "
         "FROM (SELECT DISTINCT scan FROM mentions JOIN good USING (source, row) WHERE split = ?) "
         "JOIN (SELECT scan, source AS owner, modality, depth FROM scans) USING (scan) "
@@ -117,7 +95,7 @@ def _split(found: Findings, split: str) -> dict:
         (split,),
     )
     for owner, code, depth, count in scans:
-        modalities[modality(code, found.config.sources()[found.names[owner]]["family"])] += count
+        modalities[modality_name(code, results.config.sources()[results.names[owner]]["family"])] += count
         depths[depth] += count
     return {
         "rows": sum(tasks.values()),
@@ -125,8 +103,8 @@ def _split(found: Findings, split: str) -> dict:
         "scans": {"2d": depths.pop(1, 0), "3d": depths.total()},
         "modalities": dict(modalities.most_common()),
         "depths": {str(depth): depths[depth] for depth in sorted(depths)},
-        "instruction": _lengths(counted("instruction")),
-        "response": _lengths(counted("trained")),
+        "instruction": _lengths(count_by("instruction")),
+        "response": _lengths(count_by("trained")),
         "tokens": dict(zip(("all", "trained", "terms"), tokens, strict=True)),
         "cut": dict(zip(CUT, sums(*(f"cut_{part}" for part in CUT)), strict=True)),
         "cut_rows": sums("cut_context + cut_instruction + cut_response > 0")[0],
@@ -135,10 +113,10 @@ def _split(found: Findings, split: str) -> dict:
 
 
 def _lengths(rows: dict[int, int]) -> dict:
-    """How many rows have 0, 1, 2 to 3, 4 to 7, 8 to 15, ... tokens.
+    """Return a histogram of row lengths with the bins 0, 1, 2 to 3, 4 to 7, 8 to 15, ... tokens, and statistics.
 
     Args:
-      rows: tokens -> how many rows have so many, in ascending order.
+      rows: tokens -> number of rows, in ascending order.
     """
     if not rows:
         return {"counts": [], "median": 0, "mean": 0.0, "most": 0}
@@ -155,7 +133,7 @@ def _lengths(rows: dict[int, int]) -> dict:
 
 
 def edges(count: int) -> list[str]:
-    """Where the bins of `_lengths` begin."""
+    """Return the lower edges of the bins of `_lengths`."""
     return [str(2**i // 2) for i in range(count)]
 
 
@@ -163,26 +141,26 @@ def edges(count: int) -> list[str]:
 
 
 def render(report: dict) -> Group:
-    """Tables for a terminal."""
-    parts = [_sources(report), _contents(report)]
-    for which, title in (("rows", "Rows left out"), ("scans", "Scans that cannot be used")):
+    """Return the summary as tables for a terminal."""
+    parts = [_sources_table(report), _contents_table(report)]
+    for which, title in (("rows", "Skipped rows"), ("scans", "Unusable scans")):
         if report["reasons"][which]:
-            parts.append(_reasons(title, report["reasons"][which]))
+            parts.append(_reasons_table(title, report["reasons"][which]))
     return Group(*parts, *(Text(line) for line in _lines(report)))
 
 
 def text(report: dict) -> str:
-    """The same without colour."""
+    """Return the summary as plain text."""
     console = Console(file=io.StringIO(), width=120, no_color=True, force_terminal=False, emoji=False, highlight=False)
     console.print(render(report))
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()) + "\n"
 
 
-def _sources(report: dict) -> Table:
+def _sources_table(report: dict) -> Table:
     table = Table(
-        title="Rows, their distinct scans, and mean tokens a row", title_justify="left", box=box.SIMPLE,
-        caption="bad: left out; unread: lines of the table that are no row (both are in quarantine.jsonl); trained: "
-        "tokens of answers, terms: the share of them that are medical terms", caption_justify="left",
+        title="Rows, their distinct scans, and mean tokens per row", title_justify="left", box=box.SIMPLE,
+        caption="bad: skipped; unread: lines of the table that could not be opened (both are in quarantine.jsonl); "
+        "trained: tokens of answers; terms: the share of these that are medical terms", caption_justify="left",
     )  # fmt: skip
     table.add_column("source", overflow="fold")
     table.add_column("split")
@@ -195,20 +173,20 @@ def _sources(report: dict) -> Table:
     return table
 
 
-def _contents(report: dict) -> Table:
-    table = Table(title="What the good rows hold", title_justify="left", box=box.SIMPLE)
+def _contents_table(report: dict) -> Table:
+    table = Table(title="Contents of the good rows", title_justify="left", box=box.SIMPLE)
     table.add_column("")
     table.add_column("")
     for split in report["splits"]:
         table.add_column(split, justify="right")
     splits = list(report["splits"].values())
 
-    def group(title: str, of, names=None) -> None:
-        values = names or dict.fromkeys(name for split in splits for name in of(split))
+    def group(title: str, counts_of) -> None:
+        values = dict.fromkeys(name for split in splits for name in counts_of(split))
         if title == "slices":
             values = sorted(values, key=lambda name: int(name.split()[0]))
         for i, name in enumerate(values):
-            cells = (f"{of(split).get(name, 0):,}" for split in splits)
+            cells = (f"{counts_of(split).get(name, 0):,}" for split in splits)
             table.add_row(title if i == 0 else "", str(name), *cells, end_section=i == len(values) - 1)
 
     group("rows", lambda s: s["tasks"])
@@ -222,7 +200,7 @@ def _contents(report: dict) -> Table:
         )
     group("tokens", lambda s: s["tokens"])
     group("cut tokens", lambda s: {k: v for k, v in s["cut"].items() if k != "scans"} | {"rows": s["cut_rows"]})
-    group("scans too many", lambda s: {"scans": s["cut"]["scans"], "rows": s["rows_without_some_scans"]})
+    group("dropped scans", lambda s: {"scans": s["cut"]["scans"], "rows": s["rows_without_some_scans"]})
     return table
 
 
@@ -238,14 +216,16 @@ def _ranges(depths: dict[str, int]) -> dict[str, int]:
     return counts
 
 
-def _reasons(title: str, reasons: dict[str, int]) -> Table:
+def _reasons_table(title: str, reasons: dict[str, int]) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE, show_header=False)
     table.add_column("", justify="right")
     table.add_column("", overflow="fold")
-    for reason, count in list(reasons.items())[:SHOWN]:
+    for reason, count in list(reasons.items())[:MAX_REASONS]:
         table.add_row(f"{count:,}", escape(reason))
-    if len(reasons) > SHOWN:
-        table.add_row(f"{sum(list(reasons.values())[SHOWN:]):,}", f"for {len(reasons) - SHOWN} more reasons")
+    if len(reasons) > MAX_REASONS:
+        table.add_row(
+            f"{sum(list(reasons.values())[MAX_REASONS:]):,}", f"with {len(reasons) - MAX_REASONS} other reasons"
+        )
     return table
 
 
@@ -253,15 +233,15 @@ def _lines(report: dict) -> list[str]:
     rows, scans, same, leaks = (report[k] for k in ("rows", "scans", "duplicates", "leaks"))
     reading = report["reading"]
     lines = [
-        f"{rows['good']:,} rows are good, {rows['bad']:,} are left out; {rows['not_opened']:,} more of the tables are "
-        "no samples.",
-        f"{scans['good']:,} scans are good, {scans['bad']:,} are not; {reading['scans_read']:,} were read, "
+        f"{rows['good']:,} rows are good, {rows['bad']:,} are skipped; {rows['not_opened']:,} more lines of the tables "
+        "could not be opened.",
+        f"{scans['good']:,} scans are good, {scans['bad']:,} are unusable; {reading['scans_read']:,} were read, "
         f"{reading['scans_unchanged']:,} had not changed.",
-        f"Equal content: {same['rows']:,} rows, {same['scans']:,} groups of scans. In train and in test: "
+        f"Equal content: {same['rows']:,} rows, {same['scans']:,} groups of scans. In both train and test: "
         f"{leaks['study']:,} studies, {leaks['scan']:,} scans.",
     ]
     if reading["workers_ended"]:
-        lines.append(f"{reading['workers_ended']} files or rows ended the process that read them.")
+        lines.append(f"{reading['workers_ended']} files or rows killed or hung the process that read them.")
     if records := report.get("records"):
         unused = f", {records['unused']:,} of them no longer used (--recheck frees them)" if records["unused"] else ""
         lines.append(

@@ -14,10 +14,10 @@ from rich.markup import escape
 
 from input_pipeline import command_line
 from input_pipeline.config import SPLITS, DataConfig
+from input_pipeline.files import make_directory
 from input_pipeline.inspect.facts import RowView
 from input_pipeline.inspect.look import Head, look
 from input_pipeline.inspect.page import GENERATOR, page
-from input_pipeline.parallel import chunk_files
 from input_pipeline.parallel.workers import WorkerError
 
 DESCRIPTION = """\
@@ -97,7 +97,7 @@ def _refuse_foreign(out: Path) -> None:
 
 def _write(out: Path, head: Head, rows: list[RowView]) -> None:
     """rows.json, then index.html; each appears whole."""
-    chunk_files.make_directory(out)
+    make_directory(out)
     facts = {"head": dataclasses.asdict(head), "rows": [row.as_dict() for row in rows]}
     for name, text in (("rows.json", json.dumps(facts, indent=1)), ("index.html", page(head, rows))):
         part = out / f".{name}.part"

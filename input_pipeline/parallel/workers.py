@@ -1,19 +1,19 @@
-"""Processes that work off tasks over one shared state, and always say on what they failed.
+"""Process pool: forked workers share one state, and every error names the task and the file.
 
-    with Pool(make, workers=4) as pool:               # make() -> state, called once, in a process of its own
-        future = pool.submit("row 17", function, arg)  # function(state, arg) in a worker
+    with Pool(make, workers=4) as pool:               # make() -> state, called once, in a separate process
+        future = pool.submit("row 17", function, arg)  # runs function(state, arg) in a worker
         future.result()
 
     caller ------ pipes ------+--------------+
        |                      |              |
        +-- keeper: make() -- fork: worker 0  worker 1 ...
 
-The keeper is a fresh process, free of the caller's threads and accelerators. It makes the state once and forks the
-workers, which share its memory and its open files (rows of tables, on disk) instead of holding a copy each.
+The keeper is a spawned process without the caller's threads and accelerators. It calls `make` once and forks the
+workers, which share its memory and its open files.
 
-What a task raises arrives as it was raised. A worker that dies (killed, out of memory, a crash in a decoder) or says
-nothing for `timeout` seconds ends every task with WorkerError, which names the task and the file it was at. When the
-caller dies, by whatever means, the keeper and the workers end.
+A task's exception is raised again by `result()`. A worker that dies, or sends no heartbeat for `timeout` seconds,
+breaks the pool: every unfinished task gets a WorkerError. The keeper and the workers exit when the caller dies.
+`resilient_pool.ResilientPool` continues after such a failure.
 """
 
 from __future__ import annotations
@@ -35,39 +35,45 @@ from typing import Any
 from input_pipeline.images.scans.base import ScanError
 from input_pipeline.samples import RowError
 
-START_TIMEOUT = 600.0  # seconds for make(), which reads whole tables
+START_TIMEOUT = 600.0  # seconds for make(), which reads all tables
 
-_report: Callable[[str], None] | None = None  # in a worker: says what it is at
+_send_item: Callable[[str], None] | None = None  # set in a worker
 
 
-def at(what: str) -> None:
-    """To be called in a task before each file: an error then names it, and the time-out starts anew."""
-    if _report is not None:
-        _report(what)
+def heartbeat(item: str) -> None:
+    """Report the current item from inside a task: errors name it, and the timeout starts again."""
+    if _send_item is not None:
+        _send_item(item)
+
+
+def available_cpus() -> int:
+    """Return the number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 class WorkerError(RuntimeError):
-    """A worker died or hung: at which task, at which file, and how.
+    """A worker process died or hung.
 
     Attributes:
-      task: what the task was called; "" if it ended before any task. Tasks not begun are given the same error.
-      place: what the worker last said it was `at`; "" if nothing.
+      task: name of its task, or "" if it had none. Tasks that had not started get the same error.
+      item: the last item the worker reported with `heartbeat`, or "".
+      hung: whether the worker was killed because it sent no heartbeat.
     """
 
-    def __init__(self, message: str, task: str = "", place: str = ""):
-        self.task, self.place = task, place
+    def __init__(self, message: str, task: str = "", item: str = "", hung: bool = False):
+        self.task, self.item, self.hung = task, item, hung
         super().__init__(message)
 
 
 class Pool:
-    """See the head of this file.
+    """A pool of worker processes over one shared state (see the module docstring).
 
     Args:
-      make: called without arguments; picklable with workers, so a function of a module or a functools.partial of one.
-      workers: 0 runs every task in the calling thread, when its result is asked for.
-      timeout: seconds without a word from a worker that has a task.
+      make: returns the state. Must be picklable: a module-level function, or a functools.partial of one.
+      workers: 0 runs each task in the calling thread, inside `result()`.
+      timeout: seconds that a busy worker may go without a heartbeat.
     Raises:
-      Exception: what `make` raised, at once.
+      Exception: whatever `make` raised.
     """
 
     def __init__(self, make: Callable[[], Any], workers: int, timeout: float = 30.0):
@@ -80,85 +86,84 @@ class Pool:
         self._tasks: queue.SimpleQueue = queue.SimpleQueue()
         context = multiprocessing.get_context("spawn")
         pipes = [context.Pipe() for _ in range(workers)]
-        self._control, keepers_end = context.Pipe()
+        self._control, keeper_control = context.Pipe()
         self._keeper = context.Process(
-            target=_keep, args=(make, [theirs for _, theirs in pipes], keepers_end), name="keeper"
+            target=_run_keeper, args=(make, [worker_end for _, worker_end in pipes], keeper_control), name="keeper"
         )
         self._keeper.start()
         self._pids: list[int] = []
-        self._kill = weakref.finalize(self, _kill, self._control, self._keeper, self._pids)  # at exit, if not before
-        keepers_end.close()
-        for _, theirs in pipes:
-            theirs.close()
+        self._stop = weakref.finalize(self, _stop_processes, self._control, self._keeper, self._pids)  # also at exit
+        keeper_control.close()
+        for _, worker_end in pipes:
+            worker_end.close()
         try:
-            self._receive_start()
+            self._wait_for_start()
         except BaseException:
-            self._kill()
+            self._stop()
             raise
         self._threads = [
-            threading.Thread(target=self._feed, args=(ours, pid), daemon=True, name=f"feed {pid}")
-            for (ours, _), pid in zip(pipes, self._pids, strict=True)
+            threading.Thread(target=self._feed, args=(pipe, pid), daemon=True, name=f"feed {pid}")
+            for (pipe, _), pid in zip(pipes, self._pids, strict=True)
         ]
         for thread in self._threads:
             thread.start()
 
-    def _receive_start(self) -> None:
+    def _wait_for_start(self) -> None:
         if not self._control.poll(START_TIMEOUT):
-            raise WorkerError(f"the data was not opened within {START_TIMEOUT:.0f} s")
+            raise WorkerError(f"opening the data took more than {START_TIMEOUT:.0f} s")
         try:
             kind, value = self._control.recv()
         except EOFError:
             self._keeper.join(10)
-            raise WorkerError(f"the process that opens the data {_ending(self._keeper.exitcode)}") from None
+            raise WorkerError(f"the process that opens the data {_describe_exit(self._keeper.exitcode)}") from None
         if kind == "error":
-            raise _unpacked(value)
+            raise _restore_error(value)
         self._pids += value
 
-    def submit(self, what: str, function: Callable, *args) -> Future:
-        """function(state, *args), in a worker. `what` names the task in errors."""
+    def submit(self, task: str, function: Callable, *args) -> Future:
+        """Run function(state, *args) in a worker. `task` is its name in errors."""
         if self._closed:
             raise RuntimeError("the pool is closed")
         if self.workers == 0:
-            return _Later(lambda: function(self._state, *args))
+            return _LazyFuture(lambda: function(self._state, *args))
         future: Future = Future()
         if self._broken is not None:
             future.set_exception(self._broken)
         else:
-            self._tasks.put((what, pickle.dumps((function, args)), future))
+            self._tasks.put((task, pickle.dumps((function, args)), future))
         return future
 
     def _feed(self, pipe: connection.Connection, pid: int) -> None:
-        """Hands tasks to one worker, one after the other."""
-        while (task := self._tasks.get()) is not None:
-            what, message, future = task
+        """Send tasks to one worker, one at a time."""
+        while (queued := self._tasks.get()) is not None:
+            task, message, future = queued
             if self._broken is not None:
                 future.set_exception(self._broken)
                 continue
             if not future.set_running_or_notify_cancel():
                 continue
-            place = ""
+            item = ""
             try:
                 pipe.send_bytes(message)
                 while True:
                     if not pipe.poll(self._timeout):
                         os.kill(pid, signal.SIGKILL)
-                        raise WorkerError(
-                            f"{what}: no word from its worker for {self._timeout:g} s{_at(place)}", what, place
-                        )
+                        error = f"{task}: worker sent no heartbeat for {self._timeout:g} s{_at_item(item)}"
+                        raise WorkerError(error, task, item, hung=True)
                     kind, value = pipe.recv()
-                    if kind != "at":
+                    if kind != "item":
                         break
-                    place = value
+                    item = value
             except (EOFError, OSError):
-                died = f"{what}: its worker died{_at(place)} (killed, out of memory, or a crash)"
-                self._break(future, WorkerError(died, what, place))
-            except BaseException as error:  # whatever it was, somebody waits for this future
+                error = f"{task}: worker died{_at_item(item)} (killed, out of memory, or crashed)"
+                self._break(future, WorkerError(error, task, item))
+            except BaseException as error:  # the caller waits for this future, so any error must reach it
                 self._break(future, error)
             else:
                 if kind == "result":
                     future.set_result(value)
                 else:
-                    future.set_exception(_unpacked(value))
+                    future.set_exception(_restore_error(value))
         with contextlib.suppress(OSError):
             pipe.send_bytes(b"")
 
@@ -167,7 +172,7 @@ class Pool:
         future.set_exception(error)
 
     def close(self) -> None:
-        """Ends the workers; tasks not begun are cancelled. Nothing is left behind."""
+        """Stop the keeper and the workers. Tasks that have not started are cancelled."""
         if self._closed or self.workers == 0:
             self._closed = True
             return
@@ -177,7 +182,7 @@ class Pool:
                 self._tasks.get_nowait()[2].cancel()
         for _ in self._threads:
             self._tasks.put(None)
-        self._kill()
+        self._stop()
         for thread in self._threads:
             thread.join()
 
@@ -188,8 +193,10 @@ class Pool:
         self.close()
 
 
-def _kill(control: connection.Connection, keeper: multiprocessing.process.BaseProcess, pids: list[int]) -> None:
-    control.close()  # the keeper takes its workers with it
+def _stop_processes(
+    control: connection.Connection, keeper: multiprocessing.process.BaseProcess, pids: list[int]
+) -> None:
+    control.close()  # the keeper kills its workers when this pipe closes
     keeper.join(5)
     if keeper.is_alive():
         for pid in pids:
@@ -199,8 +206,8 @@ def _kill(control: connection.Connection, keeper: multiprocessing.process.BasePr
         keeper.join()
 
 
-class _Later(Future):
-    """Runs when it is asked for its result."""
+class _LazyFuture(Future):
+    """A future that runs its task when `result` is called."""
 
     def __init__(self, run: Callable[[], Any]):
         super().__init__()
@@ -216,63 +223,62 @@ class _Later(Future):
         return super().result(timeout)
 
 
-def _at(place: str) -> str:
-    return f", at {place}" if place else ""
+def _at_item(item: str) -> str:
+    return f" at {item}" if item else ""
 
 
-def _ending(code: int | None) -> str:
+def _describe_exit(code: int | None) -> str:
     if code is None:
         return "does not answer"
-    return f"was ended by signal {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
 
 
-def _packed(error: BaseException) -> tuple[BaseException, list[str]]:
-    """The error and its notes, the worker's traceback the last; by its text if it does not survive the way.
+def _picklable_error(error: BaseException) -> tuple[BaseException, list[str]]:
+    """Return an error that survives pickling, and its notes; the last note is the worker's traceback.
 
-    What is wrong with the data is said by the error itself, and needs no traceback.
+    RowError and ScanError describe the data, so they need no traceback.
     """
     text = "".join(traceback.format_exception(error)).rstrip()
-    # An exception with a `__reduce__` of its own loses its notes when it is pickled.
+    # Notes travel separately: an exception with its own `__reduce__` loses them.
     notes = getattr(error, "__notes__", [])
     if not isinstance(error, (RowError, ScanError)):
         notes = [*notes, f"in a worker:\n{text}"]
     try:
-        # Some exceptions pickle and cannot be built again.
-        pickle.loads(pickle.dumps(error))
+        pickle.loads(pickle.dumps(error))  # some exceptions can be pickled but not rebuilt
         return error, notes
     except Exception:
         return RuntimeError(text), []
 
 
-def _unpacked(packed: tuple[BaseException, list[str]]) -> BaseException:
-    error, notes = packed
+def _restore_error(pickled: tuple[BaseException, list[str]]) -> BaseException:
+    error, notes = pickled
     if notes:
         error.__notes__ = notes
     return error
 
 
-# --- in the other processes -------------------------------------------------------------------------------------------
+# --- in the keeper and the workers ------------------------------------------------------------------------------------
 
 
-def _keep(make, pipes: list[connection.Connection], control: connection.Connection) -> None:
-    """Makes the state, forks the workers, waits for the caller's end of `control` to close, kills the workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller decides when Ctrl-C ends them
+def _run_keeper(make, pipes: list[connection.Connection], control: connection.Connection) -> None:
+    """Make the state, fork the workers, wait until the caller closes `control`, then kill the workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller handles Ctrl-C
     try:
         state = make()
     except BaseException as error:
-        control.send(("error", _packed(error)))
+        control.send(("error", _picklable_error(error)))
         return
     pids = []
-    for mine in pipes:
+    for own_pipe in pipes:
         pid = os.fork()
         if pid == 0:
             control.close()
-            for other in pipes:
-                if other is not mine:
-                    other.close()
-            _work(state, mine)
+            for pipe in pipes:
+                if pipe is not own_pipe:
+                    pipe.close()
+            _run_worker(state, own_pipe)
         pids.append(pid)
-    for pipe in pipes:  # so that the caller sees the end of a worker as the end of its pipe
+    for pipe in pipes:  # so that the caller gets EOF when a worker dies
         pipe.close()
     with contextlib.suppress(EOFError, OSError):
         control.send(("pids", pids))
@@ -285,15 +291,15 @@ def _keep(make, pipes: list[connection.Connection], control: connection.Connecti
             os.waitpid(pid, 0)
 
 
-def _work(state, pipe: connection.Connection) -> None:
-    global _report
-    _report = lambda what: pipe.send(("at", what))  # noqa: E731
-    with contextlib.suppress(EOFError, OSError):  # the caller is gone
+def _run_worker(state, pipe: connection.Connection) -> None:
+    global _send_item
+    _send_item = lambda item: pipe.send(("item", item))  # noqa: E731
+    with contextlib.suppress(EOFError, OSError):  # raised when the caller is gone
         while message := pipe.recv_bytes():
             try:
                 function, args = pickle.loads(message)
                 answer = ("result", function(state, *args))
             except BaseException as error:
-                answer = ("error", _packed(error))
+                answer = ("error", _picklable_error(error))
             pipe.send(answer)
-    os._exit(0)  # what the keeper registered to run at exit is the keeper's
+    os._exit(0)  # skip the exit handlers that the keeper registered

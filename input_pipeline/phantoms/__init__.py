@@ -1,28 +1,16 @@
-"""Practice data: labelled phantoms of any number, drawn from a seed and written in the formats of real studies.
+"""Phantoms: synthetic practice scans with labels, drawn from a seed and written in the formats of real studies.
 
     voxels, labels = phantoms.draw(seed=0, split="train", index=12)
     phantoms.write("practice", train=3000, test=800)            # or: python -m input_pipeline.phantoms --out practice
     phantoms.parse_report("Findings: CT. No lesion. Impression: Normal.")
 
-They teach nothing about disease: they show a whole system learn within minutes, with answers that can be checked.
-docs/phantoms.md has the pictures, the statistics and what cannot be guessed without looking.
+They contain no disease: they let a whole system learn within minutes, with answers that can be checked. Real data
+belongs to datasets/ and curate/. docs/phantoms.md has images, statistics, and the tests against shortcuts.
 """
 
 from input_pipeline.phantoms.drawing import contrast_to_noise, draw, paint
-from input_pipeline.phantoms.plan import MODALITIES, Labels, Lesion, Study, describe
+from input_pipeline.phantoms.plan import describe
 from input_pipeline.phantoms.tables import parse_report, report
 from input_pipeline.phantoms.writing import write
 
-__all__ = [
-    "MODALITIES",
-    "Labels",
-    "Lesion",
-    "Study",
-    "contrast_to_noise",
-    "describe",
-    "draw",
-    "paint",
-    "parse_report",
-    "report",
-    "write",
-]
+__all__ = ["contrast_to_noise", "describe", "draw", "paint", "parse_report", "report", "write"]

@@ -1,4 +1,4 @@
-"""`python -m input_pipeline.phantoms --out DIR`: write the practice data."""
+"""Command line of `python -m input_pipeline.phantoms --out DIR`: write the practice data."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ import sys
 import time
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from input_pipeline.console import print_error
 from input_pipeline.phantoms.writing import write
 
 DESCRIPTION = """\
-Write labelled practice scans: X-rays, CT, MRI and ultrasound with no, one or two round lesions, as PNG, JPEG, DICOM
-and NIfTI, with the tables of RadFM's own data. Everything that is asked can be read off the picture: the kind of scan,
-whether there is a lesion, on which side, in which half, how big, how many. Nothing here is a patient.
+Write labelled practice scans: X-ray, CT, MRI and ultrasound with no, one or two round lesions, as PNG, JPEG, DICOM and
+NIfTI, with tables in the formats of RadFM's data. Every answer is visible in the image: the modality, whether there is
+a lesion, on which side, in which half, how big, how many. The scans are synthetic and show no patient.
 """
 EPILOG = """\
 examples:
   python -m input_pipeline.phantoms --out practice                          # 3,800 scans
-  python -m input_pipeline.phantoms --out tiny --train 40 --test 20         # a look at the formats
+  python -m input_pipeline.phantoms --out tiny --train 40 --test 20         # one of each format
   python -m input_pipeline.phantoms --out large --train 20000 --test 1400   # 420 solitary lesions to score on
 
-The same arguments give the same bytes (with the package versions noted in phantoms.json). Train and test never share
-a phantom; the first scans of a longer data set are those of a shorter one. DIR appears when it is complete; run again,
-the files in it are checked. Three in ten scans have a solitary lesion: side, level and size are asked of those only.
-docs/phantoms.md has pictures, statistics, and what cannot be guessed without looking.
+The same arguments give the same bytes (with the package versions listed in phantoms.json). Train and test share no
+phantom, and a larger data set starts with the scans of a smaller one. DIR is created when it is complete; if it exists,
+its files are checked. Three in ten scans have a solitary lesion; only these have questions about side, level and size.
+docs/phantoms.md has images, statistics, and the tests against shortcuts.
 """
 
 
@@ -38,10 +38,10 @@ def main(argv: list[str] | None = None) -> int:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out", required=True, metavar="DIR", help="directory to make")
-    parser.add_argument("--train", type=int, default=3000, metavar="N", help="scans to learn from (%(default)s)")
-    parser.add_argument("--test", type=int, default=800, metavar="N", help="scans to score on (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, other phantoms (%(default)s)")
+    parser.add_argument("--out", required=True, metavar="DIR", help="directory to create")
+    parser.add_argument("--train", type=int, default=3000, metavar="N", help="training scans (%(default)s)")
+    parser.add_argument("--test", type=int, default=800, metavar="N", help="test scans (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the data set (%(default)s)")
     parser.add_argument("--size", type=int, default=128, help="rows and columns of a scan (%(default)s)")
     parser.add_argument(
         "--volumes", type=float, default=0.12, metavar="SHARE", help="share of 3D scans, 0 to 0.5 (%(default)s)"
@@ -57,16 +57,16 @@ def main(argv: list[str] | None = None) -> int:
             task = bar.add_task("drawing scans", total=args.train + args.test)
             summary = write(**vars(args), progress=lambda n: bar.advance(task, n))
     except (ValueError, OSError) as error:
-        console.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True, highlight=False)
+        print_error(console, error)
         return 2
     Console().print(summary_table(summary))
-    state = "written" if summary["written"] else "was there already; all checksums agree"
+    state = "written" if summary["written"] else "already complete, all checksums agree"
     print(f"{args.out}: {summary['files']} files, {state} ({time.perf_counter() - start:.0f} s)")
     return 0
 
 
 def summary_table(summary: dict) -> Table:
-    """Counts of both splits, one line a value."""
+    """Return the counts of both splits, one line per value."""
     table = Table(title="Practice data")
     for heading in ("", "", *summary["counts"]):
         table.add_column(heading, justify="right" if heading else "left")

@@ -1,8 +1,8 @@
-"""A plan -> voxels. Letters: D slices, H rows, W columns; pictures are drawn in intensities from 0 to 1.
+"""Draws the voxels of a planned phantom. D slices, H rows, W columns; intensities are from 0 to 1.
 
-Lesions change the mean and the deviation of a picture, which would tell that there is one without a look at it. So a
-phantom with lesions gets the mean and the deviation of the same phantom without: by slightly other tissue, air and body
-size (`_balanced`), which differ much more from phantom to phantom anyhow.
+Lesions change the mean and the standard deviation of an image, which would reveal them to a model that sees only these
+statistics. So a phantom with lesions is drawn with the mean and deviation that it has without them: `_balance` changes
+tissue, air and body size slightly, by much less than they vary between phantoms.
 """
 
 from __future__ import annotations
@@ -16,83 +16,84 @@ from input_pipeline.phantoms.plan import Labels, Study
 
 
 def draw(seed: int, split: str, index: int, size: int = 128, volumes: float = 0.12) -> tuple[np.ndarray, Labels]:
-    """Draw phantom `index` of a split: voxels[H, W, D, 1] as its file stores them, and its labels.
+    """Draw phantom `index` of a split. Returns voxels[H, W, D, 1] as its file stores them, and its labels.
 
-    uint8, uint16, or int16 in HU (CT as DICOM or NIfTI); D = 1 for a 2D image. Arguments and errors as `plan.describe`.
+    The voxels are uint8, uint16, or int16 in HU (CT as DICOM or NIfTI); D is 1 for a 2D image. Arguments and errors are
+    those of `plan.describe`.
     """
     study = plan.describe(seed, split, index, size, volumes)
     return to_stored(study, paint(study)), study.labels
 
 
 def to_stored(study: Study, intensities: np.ndarray) -> np.ndarray:
-    """float32[H, W, D] in [0, 1] -> [H, W, D, 1] in the study's value range and dtype."""
+    """Convert float32[H, W, D] in [0, 1] to [H, W, D, 1] in the study's value range and dtype."""
     low, high = study.value_range
     dtype = np.uint8 if high <= 255 else np.int16 if low < 0 or study.file_format == "nifti" else np.uint16
     return np.rint(intensities * np.float32(high - low) + np.float32(low)).astype(dtype)[..., None]
 
 
 def paint(study: Study) -> np.ndarray:
-    """float32[H, W, D] in [0, 1] (a view of [D, H, W], the order that files and slices want)."""
-    rng = plan.random((study.seed, study.split, study.index), stream=1)
-    picture, study = _noiseless(study)
+    """Draw float32[H, W, D] in [0, 1]. It is a view of [D, H, W], the memory order that files and slices need."""
+    rng = plan.random_generator((study.seed, study.split, study.index), stream=1)
+    image, study = _noiseless(study)
     if study.labels.modality == "ultrasound":
-        picture *= 1 + np.float32(study.body.noise) * _speckle(rng, study.size)
+        image *= 1 + np.float32(study.body.noise) * _speckle(rng, study.size)
     else:
-        noise = rng.standard_normal(picture.shape, dtype=np.float32)
+        noise = rng.standard_normal(image.shape, dtype=np.float32)
         noise *= np.float32(study.body.noise)
-        picture += noise
-        if study.labels.modality == "MRI":  # magnitude images fold the noise of air upwards
-            np.abs(picture, out=picture)
-    return np.moveaxis(np.clip(picture, 0, 1, out=picture), 0, -1)
+        image += noise
+        if study.labels.modality == "MRI":  # in magnitude images, negative noise becomes positive
+            np.abs(image, out=image)
+    return np.moveaxis(np.clip(image, 0, 1, out=image), 0, -1)
 
 
 def _noiseless(study: Study) -> tuple[np.ndarray, Study]:
-    """float32[D, H, W], and the study with its body as drawn: see `_balanced`."""
+    """Return float32[D, H, W] without noise, and the study with its balanced body (`_balance`)."""
     if not study.lesions:
-        return _bare(study)[0], study
-    balanced = _balanced(study)
-    return _with_lesions(balanced, mean=_bare(study)[0].mean(dtype=np.float64)), balanced
+        return _draw_body(study)[0], study
+    balanced = _balance(study)
+    return _with_lesions(balanced, mean=_draw_body(study)[0].mean(dtype=np.float64)), balanced
 
 
 def _with_lesions(study: Study, mean: float) -> np.ndarray:
-    """float32[D, H, W] of this mean: the tissue gives way; what lies in front of a lesion (a spine) stays."""
-    picture, tissue = _bare(study)
+    """Draw float32[D, H, W] with this mean. Only tissue changes: a structure in front of a lesion (a spine) stays."""
+    image, tissue = _draw_body(study)
     for lesion in study.lesions:
         box, cover = lesion_cover(study, lesion)
-        picture[box] += np.float32(lesion.amplitude) * cover * tissue[box]
-    excess = picture.mean(dtype=np.float64) - mean
-    picture -= tissue * np.float32(excess / tissue.mean(dtype=np.float64))
-    return picture
+        image[box] += np.float32(lesion.amplitude) * cover * tissue[box]
+    excess = image.mean(dtype=np.float64) - mean
+    image -= tissue * np.float32(excess / tissue.mean(dtype=np.float64))
+    return image
 
 
-def _balanced(study: Study) -> Study:
-    """The body in which the lesions leave the deviation as it is: secant steps on a coarse copy.
+def _balance(study: Study) -> Study:
+    """Change the body so that the lesions do not change the deviation, by the secant method on a coarse copy.
 
-    More air and a larger body mean less deviation at the same mean; in ultrasound, a wider fan and weaker speckle.
+    Brighter air and a larger body reduce the deviation at the same mean; so do a wider ultrasound fan and less speckle.
     """
     coarse = dataclasses.replace(study, size=64, depth=min(study.depth, 8))
-    mean, variance = _moments(coarse, _bare(coarse)[0])
+    mean, variance = _moments(coarse, _draw_body(coarse)[0])
 
     def excess(change: float) -> float:
-        changed = _changed(coarse, change)
+        changed = _change_body(coarse, change)
         return _moments(changed, _with_lesions(changed, mean))[1] - variance
 
     change, step, before = 0.0, 0.5, excess(0.0)
     for _ in range(2):
         after = excess(change + step)
         change, step, before = change + step, -step * after / (after - before), after
-    return _changed(study, change + step)
+    return _change_body(study, change + step)
 
 
-def _moments(study: Study, picture: np.ndarray) -> tuple[float, float]:
-    """Mean and variance, the speckle that multiplies an ultrasound picture included."""
-    mean, variance = picture.mean(dtype=np.float64), picture.var(dtype=np.float64)
+def _moments(study: Study, image: np.ndarray) -> tuple[float, float]:
+    """Return mean and variance, including the multiplicative speckle of ultrasound."""
+    mean, variance = image.mean(dtype=np.float64), image.var(dtype=np.float64)
     speckle = study.body.noise if study.labels.modality == "ultrasound" else 0
     return mean, variance + speckle**2 * (variance + mean**2)
 
 
-def _changed(study: Study, change: float) -> Study:
-    """0 leaves the body as planned; 1 is about what two big lesions need."""
+def _change_body(study: Study, change: float) -> Study:
+    """Return the study with a changed body: 0 is the planned body, 1 is about right for two big lesions."""
     body = study.body
     if study.labels.modality == "ultrasound":
         body = dataclasses.replace(body, fan=body.fan + 0.05 * change, noise=body.noise * (1 - 0.2 * change))
@@ -102,18 +103,18 @@ def _changed(study: Study, change: float) -> Study:
     return dataclasses.replace(study, body=body)
 
 
-def _bare(study: Study) -> tuple[np.ndarray, np.ndarray]:
-    """The picture without lesions and noise, and the share of each voxel that is tissue: float32[D, H, W] both."""
+def _draw_body(study: Study) -> tuple[np.ndarray, np.ndarray]:
+    """Draw the image without lesions and noise, and the tissue share of each voxel: both float32[D, H, W]."""
     x, y, z = coordinates(study)
-    # A body is symmetric about its middle slice: half of the slices are drawn, `mirror` says which one each repeats.
+    # A body is symmetric about its middle slice, so half of the slices are drawn and `mirror` repeats them.
     mirror = np.minimum(np.arange(study.depth), np.arange(study.depth)[::-1])
     painter = {"X-ray": _film, "CT": _ct, "MRI": _mri, "ultrasound": _fan}[study.labels.modality]
-    picture, tissue = painter(study, x, y, z[: (study.depth + 1) // 2])
-    return picture[mirror], tissue[mirror]
+    image, tissue = painter(study, x, y, z[: (study.depth + 1) // 2])
+    return image[mirror], tissue[mirror]
 
 
 def coordinates(study: Study) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """x[1, 1, W], y[1, H, 1], z[D, 1, 1] of voxel centres, float32 in (-1, 1)."""
+    """Return the voxel centres x[1, 1, W], y[1, H, 1], z[D, 1, 1], float32 in (-1, 1)."""
 
     def axis(n):
         return (2 * np.arange(n, dtype=np.float32) + 1) / np.float32(n) - 1
@@ -122,7 +123,7 @@ def coordinates(study: Study) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def lesion_cover(study: Study, lesion: plan.Lesion) -> tuple[tuple[slice, slice, slice], np.ndarray]:
-    """The box [D, H, W] that holds a lesion, and how much of each voxel it covers: float32, soft over 2 pixels."""
+    """Return the bounding box [D, H, W] of a lesion, and the covered share of each voxel, soft over 2 pixels."""
     box, squares = [], []
     for line, centre, radius in reversed(list(zip(coordinates(study), lesion.centre, lesion.radii, strict=True))):
         near = np.flatnonzero(np.abs(line - np.float32(centre)) <= radius + 4 / study.size)
@@ -139,14 +140,14 @@ def lesion_cover(study: Study, lesion: plan.Lesion) -> tuple[tuple[slice, slice,
 
 
 def _radius(study: Study, x, y, z) -> np.ndarray:
-    """Distance from the body's axis in units of the body's outline, which narrows towards both ends of a volume."""
+    """Return the distance from the body's axis; 1 is the outline, which narrows towards both ends of a volume."""
     (a, b), (cx, cy) = (np.float32(study.body.axes), np.float32(study.body.centre))
     narrowing = 1 - np.float32(0.1) * z * z if study.depth > 1 else np.ones_like(z)
     return np.sqrt(((x - cx) / a) ** 2 + ((y - cy) / b) ** 2) / narrowing
 
 
 def _below(r: np.ndarray, limit: float, size: int) -> np.ndarray:
-    """1 where r < limit, 0 beyond, soft over about a pixel."""
+    """Return 1 where r < limit and 0 elsewhere, soft over about a pixel."""
     return np.clip((np.float32(limit) - r) * np.float32(size / 2) + np.float32(0.5), 0, 1)
 
 
@@ -155,11 +156,11 @@ def _shading(study: Study, x, y) -> np.ndarray:
     return np.float32(study.body.level) + tx * x + ty * y
 
 
-# Each painter gives what `_bare` does, for the slices z.
+# Each painter returns the image and the tissue share of `_draw_body`, for the slices z.
 
 
 def _film(study: Study, x, y, z) -> tuple[np.ndarray, np.ndarray]:
-    """A frontal X-ray: the body gets thinner towards its edge; a spine in the middle, faint ribs."""
+    """Draw a frontal X-ray: a body that is thinner at its edge, a spine in the middle, faint ribs."""
     body = study.body
     r = _radius(study, x, y, z)
     inside = _below(r, 1, study.size)
@@ -167,30 +168,30 @@ def _film(study: Study, x, y, z) -> tuple[np.ndarray, np.ndarray]:
     spine = np.exp(-(((x - np.float32(body.centre[0])) / np.float32(0.08 * body.frame_width)) ** 4))
     ribs = np.sin(np.float32(2 * np.pi) * (np.float32(3.5) * y - np.float32(1.5) * x * x + np.float32(body.phase)))
     tissue = inside * (1 - spine)
-    picture = tissue * (_shading(study, x, y) * thickness + np.float32(0.025) * ribs)
-    return picture + np.float32(body.frame) * inside * spine + np.float32(body.air) * (1 - inside), tissue
+    image = tissue * (_shading(study, x, y) * thickness + np.float32(0.025) * ribs)
+    return image + np.float32(body.frame) * inside * spine + np.float32(body.air) * (1 - inside), tissue
 
 
 def _ct(study: Study, x, y, z) -> tuple[np.ndarray, np.ndarray]:
-    """An axial CT of a head: bright skull around even tissue, black air."""
+    """Draw an axial CT of a head: a bright skull around even tissue, black air."""
     r = _radius(study, x, y, z)
     outer, inner = _below(r, 1, study.size), _below(r, 1 - 0.1 * study.body.frame_width, study.size)
-    picture = np.float32(study.body.frame) * (outer - inner) + np.float32(study.body.air) * (1 - outer)
-    return picture + _shading(study, x, y) * inner, inner
+    image = np.float32(study.body.frame) * (outer - inner) + np.float32(study.body.air) * (1 - outer)
+    return image + _shading(study, x, y) * inner, inner
 
 
 def _mri(study: Study, x, y, z) -> tuple[np.ndarray, np.ndarray]:
-    """An axial MRI of a head: bright fat, dark bone, tissue with faint shells and the slow shading of the coil."""
+    """Draw an axial MRI of a head: bright fat, dark bone, tissue with faint shells and the shading of the coil."""
     r = _radius(study, x, y, z)
     fat = 1 - 0.08 * study.body.frame_width
     outer, bone, inner = (_below(r, limit, study.size) for limit in (1, fat, fat - 0.07))
     shells = np.float32(0.02) * np.cos(np.float32(14) * r)
-    picture = np.float32(study.body.frame) * (outer - bone) + np.float32(0.1) * (bone - inner)
-    return picture + np.float32(study.body.air) * (1 - outer) + inner * (_shading(study, x, y) + shells), inner
+    image = np.float32(study.body.frame) * (outer - bone) + np.float32(0.1) * (bone - inner)
+    return image + np.float32(study.body.air) * (1 - outer) + inner * (_shading(study, x, y) + shells), inner
 
 
 def _fan(study: Study, x, y, z) -> tuple[np.ndarray, np.ndarray]:
-    """Ultrasound through a curved probe at the top: a fan with a bright skin line and faint layers, speckled later.
+    """Draw ultrasound through a curved probe at the top: a fan, a bright skin line, faint layers. `paint` adds speckle.
 
               apex (0, -2.2)
                  / \\
@@ -212,7 +213,7 @@ def _fan(study: Study, x, y, z) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _speckle(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Rayleigh speckle of about two pixels, scaled to mean 0 and deviation 1: float32[1, H, W]."""
+    """Return Rayleigh speckle float32[1, H, W] of about two pixels, with mean 0 and deviation 1."""
     w = rng.standard_normal((2, size + 1, size + 1), dtype=np.float32)
     w = w[:, 1:, 1:] + w[:, 1:, :-1] + w[:, :-1, 1:] + w[:, :-1, :-1]
     magnitude = np.hypot(w[0], w[1])
@@ -220,21 +221,21 @@ def _speckle(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def contrast_to_noise(study: Study) -> list[float]:
-    """Of each lesion: |contrast with the tissue around it| / deviation of the noise of that tissue, as drawn.
+    """Return the contrast-to-noise ratio of each lesion, as drawn.
 
-    The contrast is what the lesions change (the phantom minus the same body without them): the mean within half the
-    lesion's radii minus the median within 1.2 to 1.8 radii, where the noise is measured too.
+    The contrast is measured on the phantom minus the same body without lesions: the mean within half the lesion's radii
+    minus the median from 1.2 to 1.8 radii. The noise is the deviation in this outer ring.
     """
     clean, balanced = _noiseless(study)
-    picture = paint(study)
-    change = picture - paint(dataclasses.replace(balanced, lesions=()))
-    noise = picture - np.moveaxis(np.clip(clean, 0, 1), 0, -1)
+    image = paint(study)
+    change = image - paint(dataclasses.replace(balanced, lesions=()))
+    noise = image - np.moveaxis(np.clip(clean, 0, 1), 0, -1)
     x, y, z = (np.moveaxis(c, 0, -1) for c in coordinates(study))
     result = []
     for lesion in study.lesions:
         u, v, w = ((c - m) / r for c, m, r in zip((x, y, z), lesion.centre, lesion.radii, strict=True))
         distance = np.sqrt(u * u + v * v + (w * w if study.depth > 1 else 0))
-        middle, around = distance < 0.5, (distance > 1.2) & (distance < 1.8)
-        contrast = change[middle].mean() - np.median(change[around])
-        result.append(float(abs(contrast) / noise[around].std()))
+        centre, ring = distance < 0.5, (distance > 1.2) & (distance < 1.8)
+        contrast = change[centre].mean() - np.median(change[ring])
+        result.append(float(abs(contrast) / noise[ring].std()))
     return result

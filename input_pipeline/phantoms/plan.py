@@ -1,8 +1,6 @@
-"""What a phantom shows, decided before a voxel is drawn: kind of scan, lesions, body, file format.
+"""Plans a phantom: modality, lesions, body and file format, as a pure function of (seed, split, index, size, volumes).
 
-Every choice is a pure function of (seed, split, index, size, volumes).
-
-Picture coordinates run from -1 to 1 and mean the same for every kind of scan:
+Image coordinates run from -1 to 1 and have the same meaning in every modality:
 
         patient's right          patient's left
        (-1, -1) ------------------- (1, -1)     upper
@@ -13,8 +11,8 @@ Picture coordinates run from -1 to 1 and mean the same for every kind of scan:
            |      lower  |  lower      |
        (-1, 1) -------------------- (1, 1)      lower
 
-so the patient's left is on the right of the picture, as films, axial CT and MRI are hung. CT and MRI are axial: their
-upper half is the front of the body. X-rays are frontal: their upper half is towards the head.
+The patient's left is on the right of the image, as in radiology. CT and MRI are axial: their upper half is anterior.
+X-rays are frontal: their upper half is superior.
 """
 
 from __future__ import annotations
@@ -29,20 +27,30 @@ SIDES, LEVELS, SIZES = ("left", "right"), ("upper", "lower"), ("small", "big")
 DIAGNOSES = ("normal", "nodule", "mass", "multiple lesions")
 
 COUNT_SHARES = (0.5, 0.3, 0.2)  # scans with 0, 1, 2 lesions
-RADII = {"small": (0.14, 0.19), "big": (0.26, 0.33)}  # in half-widths of the picture
-AMPLITUDE = (0.32, 0.38)  # of a lesion against the body, as a share of the intensity range
-SIGNS = {"X-ray": 1, "CT": 1, "MRI": 1, "ultrasound": -1}  # brighter or darker than the tissue, as most lesions there
-NOISE = {"X-ray": 0.03, "CT": 0.05, "MRI": 0.05, "ultrasound": 0.25}  # ultrasound: share of the brightness
+RADII = {"small": (0.14, 0.19), "big": (0.26, 0.33)}  # in half-widths of the image
+AMPLITUDE = (0.32, 0.38)  # contrast of a lesion, as a share of the intensity range
+SIGNS = {
+    "X-ray": 1,
+    "CT": 1,
+    "MRI": 1,
+    "ultrasound": -1,
+}  # brighter or darker than the tissue, as most lesions of the modality
+NOISE = {
+    "X-ray": 0.03,
+    "CT": 0.05,
+    "MRI": 0.05,
+    "ultrasound": 0.25,
+}  # standard deviation; ultrasound: relative to the brightness
 NOISE_SPREAD = (0.75, 1.33)
 DEPTHS = (8, 32)
-# Formats have the same shares for every kind of scan that can be 2D (3D), so that a format does not tell the kind.
+# Every modality has the same shares, so that the format does not reveal the modality.
 FORMATS_2D = {"png8": 0.35, "png16": 0.2, "jpeg": 0.2, "dicom": 0.25}
 FORMATS_3D = {"nifti": 0.5, "dicom": 0.5}
 
 
 @dataclasses.dataclass(frozen=True)
 class Labels:
-    """What can be read off a phantom. `side`, `level` and `size` are those of a solitary lesion, else None."""
+    """The visible facts of a phantom. `side`, `level` and `size` describe a solitary lesion, else they are None."""
 
     modality: str
     count: int
@@ -52,7 +60,7 @@ class Labels:
 
     @property
     def diagnosis(self) -> str:
-        """`normal`, `nodule` (one small lesion), `mass` (one big lesion) or `multiple lesions`."""
+        """Return `normal`, `nodule` (one small lesion), `mass` (one big lesion) or `multiple lesions`."""
         if self.count == 1:
             return {"small": "nodule", "big": "mass"}[self.size]
         return {0: "normal", 2: "multiple lesions"}[self.count]
@@ -60,7 +68,7 @@ class Labels:
 
 @dataclasses.dataclass(frozen=True)
 class Lesion:
-    """An ellipse, in a volume an ellipsoid: centre and radii (x, y, z) in picture coordinates."""
+    """An ellipse, or an ellipsoid in a volume: centre and radii (x, y, z) in image coordinates."""
 
     side: str
     level: str
@@ -72,18 +80,18 @@ class Lesion:
 
 @dataclasses.dataclass(frozen=True)
 class Body:
-    """Chance differences between phantoms that no question asks about.
+    """Random properties of a phantom that no question is about.
 
     Attributes:
-      axes: half-axes of the body ellipse (x, y). Ultrasound has a fan instead and only keeps lesions inside.
-      centre: of the ellipse (x, y).
-      level: intensity of the tissue, of a range from 0 to 1.
-      air: intensity outside the body (outside an ultrasound fan it is 0).
+      axes: half-axes of the body ellipse (x, y). In ultrasound, which has a fan instead, they only limit the lesions.
+      centre: centre of the ellipse (x, y).
+      level: intensity of the tissue, from 0 to 1.
+      air: intensity outside the body (0 outside an ultrasound fan).
       frame: intensity of the brightest structure (spine, skull, fat, skin line).
-      frame_width: of that structure, as a multiple of its usual width.
-      noise: standard deviation; for ultrasound that of the speckle, relative to the brightness.
-      tilt: (x, y) slope of the shading, intensities over a half-width.
-      phase: of ribs and layers, in turns.
+      frame_width: width of that structure, relative to its usual width.
+      noise: standard deviation; in ultrasound of the speckle, relative to the brightness.
+      tilt: (x, y) slope of the shading, intensity per half-width.
+      phase: phase of ribs and layers, in turns.
       fan: half-angle of the ultrasound fan, radians.
     """
 
@@ -101,15 +109,15 @@ class Body:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """One phantom, complete: `drawing.paint` makes its voxels from this alone.
+    """The complete plan of a phantom, from which `drawing.paint` draws its voxels.
 
     Attributes:
-      size, depth: rows = columns, and slices (1 = a 2D image).
+      size, depth: rows and columns, and slices (1 for a 2D image).
       file_format: png8, png16, jpeg, dicom (a file, or a directory for a volume) or nifti.
       inverted: stored as MONOCHROME1 (X-ray as DICOM only).
-      stored_as: axes of the NIfTI array on disk, such as LPS; the affine says so and a reader undoes it.
+      stored_as: axes of the NIfTI array on disk, such as LPS, as its affine states.
       spacing: mm (row, column, slice).
-      value_range: the stored values (HU for CT) of intensities 0 and 1.
+      value_range: stored values (HU for CT) of the intensities 0 and 1.
     """
 
     seed: int
@@ -132,16 +140,19 @@ class Study:
 
     @property
     def path(self) -> str:
-        """Below the data set's directory; a volume in DICOM is a directory with one file a slice."""
+        """Return the path relative to the data set; a DICOM volume is a directory with one file per slice."""
         suffix = {"png8": ".png", "png16": ".png", "jpeg": ".jpg", "nifti": ".nii.gz"}.get(self.file_format)
         if suffix is None:
             suffix = ".dcm" if self.depth == 1 else ""
         return f"scans/{self.split}/{self.study_id}{suffix}"
 
 
-def random(key: tuple[int, str, int], stream: int) -> np.random.Generator:
-    """Independent streams for each (seed, split, index): 0 plans, 1 draws noise, 2 chooses a disease to ask
-    about, 3 numbers slices. SFC64 is numpy's fastest generator."""
+def random_generator(key: tuple[int, str, int], stream: int) -> np.random.Generator:
+    """Return the generator of one of the independent streams of (seed, split, index).
+
+    Stream 0 plans, 1 draws noise, 2 chooses a disease to ask about, 3 orders slice numbers. SFC64 is NumPy's fastest
+    generator.
+    """
     seed, split, index = key
     return np.random.Generator(np.random.SFC64(np.random.SeedSequence([seed, SPLITS[split], index, stream])))
 
@@ -150,14 +161,14 @@ def describe(seed: int, split: str, index: int, size: int = 128, volumes: float 
     """Plan phantom `index` of a split.
 
     Args:
-      seed: of the data set, 0 or more.
-      split: `train` or `test`; their random streams are different.
-      index: 0 or more; phantoms do not depend on how many there are.
-      size: rows and columns, at least 64.
-      volumes: share of volumes among all phantoms, 0 to 0.5 (X-rays and ultrasound, the other half, are always 2D).
+      seed: seed of the data set, 0 or more.
+      split: `train` or `test`; their random streams differ.
+      index: 0 or more; a phantom does not depend on the size of the data set.
+      size: rows and columns, 64 to 1024.
+      volumes: share of volumes among all phantoms, 0 to 0.5 (X-ray and ultrasound are always 2D).
 
     Raises:
-      ValueError: an argument outside these bounds; all of them are named.
+      ValueError: with every argument that is out of range.
     """
     problems = [f"split {split!r}: use 'train' or 'test'"] if split not in SPLITS else []
     problems += [f"{k} {v}: use 0 or more" for k, v in (("seed", seed), ("index", index)) if v < 0]
@@ -166,7 +177,7 @@ def describe(seed: int, split: str, index: int, size: int = 128, volumes: float 
     if problems:
         raise ValueError("; ".join(problems))
 
-    rng = random((seed, split, index), stream=0)
+    rng = random_generator((seed, split, index), stream=0)
     modality = MODALITIES[rng.integers(4)]
     is_volume = modality in ("CT", "MRI") and rng.random() < 2 * volumes
     depth = int(rng.integers(DEPTHS[0], DEPTHS[1] + 1)) if is_volume else 1
@@ -213,13 +224,13 @@ def _body(rng: np.random.Generator, modality: str) -> Body:
 
 
 def _lesions(rng: np.random.Generator, body: Body, count: int, depth: int, sign: int) -> tuple[Lesion, ...]:
-    """Lesions in different quadrants, inside the body, apart from each other; centres off both midlines."""
+    """Place lesions in different quadrants, inside the body, without overlap, with centres away from both midlines."""
     quadrants = [(SIDES[q % 2], LEVELS[q // 2]) for q in rng.permutation(4)[:count]]
     sizes = [SIZES[k] for k in rng.integers(2, size=count)]
     signs = np.array([(1 if side == "left" else -1, 1 if level == "lower" else -1) for side, level in quadrants])
     low, high = np.array([RADII[size] for size in sizes]).reshape(-1, 2).T
     for _ in range(20_000):
-        # Radii are drawn anew with the centres: two of the biggest lesions may fit nowhere. 64 tries at once.
+        # Radii are drawn again with the centres, because two of the biggest lesions may not fit. 64 tries at once.
         centres = rng.uniform(0.22, 0.65, (64, count, 2)) * signs.reshape(count, 2)
         radii = rng.uniform(low, high, (64, count))
         fitting = np.flatnonzero(_fit(centres, radii, body))
@@ -232,7 +243,7 @@ def _lesions(rng: np.random.Generator, body: Body, count: int, depth: int, sign:
     lesions = []
     for (side, level), size, (x, y), radius in zip(quadrants, sizes, centres, radii, strict=True):
         stretch = rng.uniform(0.93, 1.07)
-        # Half-depth of an ellipsoid: three slices or more of the thinnest volume, whatever its radius in the plane.
+        # An ellipsoid spans at least three slices of the thinnest volume, whatever its radius in the plane.
         z, half_depth = (0.0, 1.0) if depth == 1 else (rng.uniform(-0.3, 0.3), rng.uniform(0.45, 0.65))
         amplitude = sign * rng.uniform(*AMPLITUDE)
         lesions.append(
@@ -242,14 +253,14 @@ def _lesions(rng: np.random.Generator, body: Body, count: int, depth: int, sign:
 
 
 def _fit(centres: np.ndarray, radii: np.ndarray, body: Body) -> np.ndarray:
-    """float[N, lesions, 2], float[N, lesions] -> bool[N]: all inside the body and apart from each other."""
+    """Return bool[N]: centres[N, lesions, 2] with radii[N, lesions] are inside the body and do not overlap."""
     reach = np.hypot(*np.moveaxis((centres - body.centre) / body.axes, -1, 0)) + 1.07 * radii / min(body.axes)
     apart = np.hypot(*(centres[:, 0] - centres[:, -1]).T) > 1.07 * radii.sum(1) + 0.03 if radii.shape[1] == 2 else True
     return (reach < 0.88).all(axis=1) & apart
 
 
 def _value_range(rng: np.random.Generator, modality: str, file_format: str) -> tuple[int, int]:
-    """Stored values of intensities 0 and 1: another gain and offset for every phantom, whatever it shows."""
+    """Draw the stored values of the intensities 0 and 1, independently of what the phantom shows."""
     low, high = {
         "png8": ((0, 25), (200, 255)),
         "jpeg": ((0, 25), (200, 255)),

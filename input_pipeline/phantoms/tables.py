@@ -1,6 +1,6 @@
-"""Labels -> questions, answers and reports, as rows of the tables that RadFM's own data uses, and back.
+"""Questions, answers and reports of a phantom, as rows of tables in the formats of RadFM's data.
 
-A table is named after its task; its columns are those of the family in brackets:
+Each table is named after its task and has the columns of the family in brackets:
 
     modality.csv          image_path, answer                            (Rad3D-Modality)
     diagnosis_yes_no.csv  image_path, disease, label                    (yes/no diagnosis)
@@ -8,14 +8,24 @@ A table is named after its task; its columns are those of the family in brackets
     report.csv            image_path, label                             (MIMIC-CXR)
     vqa.csv               img_root_dir, Figure_path, Question, Answer   (PMC-VQA, VQA-RAD, SLAKE)
     rationale.json        a list of {pre, pat, npy_path, ...}           (Rad3D-Caption, Rad3D-Rationale)
-    all.jsonl             every question once more, in our own schema   (the user's own data)
+    all.jsonl             every question again, in the project's schema (the user's own data)
 """
 
 from __future__ import annotations
 
 import re
 
-from input_pipeline.phantoms.plan import DIAGNOSES, LEVELS, MODALITIES, SIDES, SIGNS, SIZES, Labels, Study, random
+from input_pipeline.phantoms.plan import (
+    DIAGNOSES,
+    LEVELS,
+    MODALITIES,
+    SIDES,
+    SIGNS,
+    SIZES,
+    Labels,
+    Study,
+    random_generator,
+)
 
 NUMBERS = ("zero", "one", "two")
 FEATURES = {
@@ -56,12 +66,12 @@ def impression(labels: Labels) -> str:
 
 
 def features(labels: Labels) -> str:
-    """What of the picture speaks for the diagnosis: `One small round area is brighter than the tissue around it.`"""
+    """Return the visible evidence for the diagnosis, such as "One small round area is brighter than ..."."""
     return FEATURES[labels.diagnosis].format(than="brighter than" if SIGNS[labels.modality] > 0 else "darker than")
 
 
 def report(labels: Labels) -> str:
-    """`Findings: CT. One small lesion on the left, in the upper half. Impression: Nodule.`"""
+    """Return a report: "Findings: CT. One small lesion on the left, in the upper half. Impression: Nodule."."""
     return f"Findings: {findings(labels)} Impression: {impression(labels)}"
 
 
@@ -75,10 +85,10 @@ _REPORT = re.compile(
 
 
 def parse_report(text: str) -> Labels:
-    """The labels that a report states; `parse_report(report(labels)) == labels`. Case and white space do not matter.
+    """Return the labels that a report states (the inverse of `report`). Case and white space do not matter.
 
     Raises:
-      ValueError: text outside the grammar, or an impression that contradicts the findings.
+      ValueError: the text is not such a report, or its impression contradicts its findings.
     """
     match = _REPORT.fullmatch(" ".join(text.split()))
     if not match:
@@ -89,12 +99,12 @@ def parse_report(text: str) -> Labels:
     else:
         labels = Labels(modality, 0 if match["none"] else 2)
     if labels.diagnosis != match["diagnosis"].lower():
-        raise ValueError(f"the impression contradicts the findings, which mean {labels.diagnosis!r}: {text!r}")
+        raise ValueError(f"the impression contradicts the findings, which imply {labels.diagnosis!r}: {text!r}")
     return labels
 
 
-def asked(study: Study) -> dict[str, str]:
-    """Attribute -> answer of the VQA questions that make sense: where and how big only of a solitary lesion."""
+def vqa_answers(study: Study) -> dict[str, str]:
+    """Return attribute -> answer. Side, level and size are asked only of a solitary lesion."""
     labels = study.labels
     answers = {"count": NUMBERS[labels.count]}
     if labels.count == 1:
@@ -102,17 +112,17 @@ def asked(study: Study) -> dict[str, str]:
     return answers
 
 
-def judged(study: Study) -> dict[str, int]:
-    """Disease -> 0 or 1. Half of the scans have a lesion; half of the solitary ones are what the question names."""
-    judgements = {"lesion": int(study.labels.count > 0)}
+def disease_labels(study: Study) -> dict[str, int]:
+    """Return disease -> 0 or 1. The answers are balanced: half of the scans have a lesion."""
+    present = {"lesion": int(study.labels.count > 0)}
     if study.labels.count == 1:
-        disease = ("nodule", "mass")[random((study.seed, study.split, study.index), stream=2).integers(2)]
-        judgements[disease] = int(study.labels.diagnosis == disease)
-    return judgements
+        disease = ("nodule", "mass")[random_generator((study.seed, study.split, study.index), stream=2).integers(2)]
+        present[disease] = int(study.labels.diagnosis == disease)
+    return present
 
 
 def rows(study: Study) -> dict[str, list]:
-    """Table -> rows of this study: tuples in the order of COLUMNS, dicts for `rationale` and `all`."""
+    """Return table -> rows of this study: tuples in the order of COLUMNS, dicts for `rationale` and `all`."""
     labels, path = study.labels, study.path
     folder, name = path.rsplit("/", 1)
     rationale = {
@@ -127,10 +137,10 @@ def rows(study: Study) -> dict[str, list]:
     }
     return {
         "modality": [(path, labels.modality)],
-        "diagnosis_yes_no": [(path, disease, label) for disease, label in judged(study).items()],
+        "diagnosis_yes_no": [(path, disease, label) for disease, label in disease_labels(study).items()],
         "diagnosis": [(path, labels.diagnosis)],
         "report": [(path, report(labels))],
-        "vqa": [(folder, name, VQA[attribute], answer) for attribute, answer in asked(study).items()],
+        "vqa": [(folder, name, VQA[attribute], answer) for attribute, answer in vqa_answers(study).items()],
         "rationale": [rationale],
         "all": list(_own_rows(study)),
     }
@@ -145,10 +155,10 @@ def _own_rows(study: Study):
         return row | {"instruction": instruction, "response": response}
 
     yield row("modality", "modality", INSTRUCTIONS["modality"], labels.modality)
-    for disease, label in judged(study).items():
+    for disease, label in disease_labels(study).items():
         yield row(f"has-{disease}", "diagnosis", f"<image-1> Does this scan show a {disease}?", ("no", "yes")[label])
     yield row("diagnosis", "diagnosis", INSTRUCTIONS["diagnosis"], labels.diagnosis)
-    for attribute, answer in asked(study).items():
+    for attribute, answer in vqa_answers(study).items():
         yield row(attribute, "vqa", f"<image-1> {VQA[attribute]}", answer)
     yield row("report", "report", INSTRUCTIONS["report"], report(labels))
     response = f"{labels.diagnosis.capitalize()}. {features(labels)}"

@@ -1,9 +1,9 @@
-"""A whole data set on disk: scans, tables, labels, checksums; complete or not there at all.
+"""Writes a phantom data set: scans, tables, labels and checksums. The directory is complete or absent.
 
-DIR/phantoms.json             what this is: arguments, versions, conventions, counts
-DIR/SHA256SUMS                of every other file (`sha256sum -c SHA256SUMS` checks them)
-DIR/contact_sheet.png         what the scans look like
-DIR/tokenizer.model           a SentencePiece model of 512 pieces, trained on the texts of train and on the prompts
+DIR/phantoms.json             arguments, package versions, conventions, counts
+DIR/SHA256SUMS                checksums of all other files, for `sha256sum -c SHA256SUMS`
+DIR/contact_sheet.png         examples of every modality
+DIR/tokenizer.model           SentencePiece model with 512 pieces, trained on the texts of train and on the prompts
 DIR/scans/{train,test}/       PNG, JPEG, DICOM (files, and directories for volumes), NIfTI
 DIR/{train,test}/             modality.csv diagnosis_yes_no.csv diagnosis.csv report.csv vqa.csv rationale.json
                               all.jsonl labels.jsonl
@@ -12,30 +12,31 @@ DIR/{train,test}/             modality.csv diagnosis_yes_no.csv diagnosis.csv re
 from __future__ import annotations
 
 import collections
-import concurrent.futures
 import contextlib
 import csv
 import dataclasses
-import fcntl
 import hashlib
 import importlib.metadata
 import io
 import json
-import multiprocessing
 import os
 import shutil
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import sentencepiece
 
 from input_pipeline.datasets import prompts
-from input_pipeline.phantoms import drawing, files, sheet, tables
+from input_pipeline.files import PARTIAL, sha256_of_file, try_lock
+from input_pipeline.parallel.resilient_pool import ResilientPool, no_state
+from input_pipeline.parallel.workers import available_cpus, heartbeat
+from input_pipeline.phantoms import drawing, formats, sheet, tables
 from input_pipeline.phantoms.plan import SPLITS, Study, describe
 
-FORMAT = 2  # raise it when the same arguments give other bytes
+FORMAT = 2  # increase it when the same arguments give different bytes
 CHUNK = 16
+TIMEOUT = 300.0  # seconds for one phantom
+MARKER = ".phantoms"  # marks an incomplete directory of this program
 VOCABULARY = 512
 CONVENTION = (
     "Every picture is hung as in radiology: the patient's left is on its right. CT and MRI are axial, front on top, "
@@ -53,79 +54,81 @@ def write(
     workers: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> dict:
-    """Write a data set, or check the one that is there.
+    """Write a data set, or verify an existing one.
 
-    The files are written to `out` + ".partial" and renamed when all are there: what is called `out` is complete. A
-    partial directory left by a killed run is deleted and written anew. Bytes do not depend on the number of workers.
+    Files are written to `out` + ".partial", which is renamed when it is complete. A partial directory of a killed run
+    is deleted first. The bytes do not depend on the number of workers.
 
     Args:
-      out: a directory that does not exist or is empty, or holds the same data set.
+      out: a directory that is absent, is empty, or has the same data set.
       train, test: number of scans.
       seed, size, volumes: as for `describe`.
-      workers: processes; None = one for each core this process may use. Programs that call this with more than one need
-        the `if __name__ == "__main__":` guard, as multiprocessing starts fresh interpreters.
+      workers: number of processes; None: all cores. With more than one, a calling script needs the
+        `if __name__ == "__main__":` guard, because multiprocessing starts new interpreters.
       progress: called with the number of scans finished since the last call.
 
     Returns:
-      The content of phantoms.json, plus `written`: False if the data set was there and all checksums agree.
+      The content of phantoms.json, and `written`: False if the data set existed and all checksums agree.
 
     Raises:
-      ValueError: bad arguments; `out` holds something else, another data set or damaged files; another run is at it.
-      OSError: a file cannot be written; it is named.
+      ValueError: an argument is invalid; `out` has unrelated, different or damaged files; another run is writing it.
+      OSError: a file cannot be written.
     """
     if train < 0 or test < 0 or train + test == 0:
-        raise ValueError(f"train {train}, test {test}: use 0 or more, and at least one scan")
-    describe(seed, "train", 0, size, volumes)  # refuses bad arguments before anything is written
+        raise ValueError(f"train {train}, test {test}: both must be 0 or more, with at least one scan in total")
+    describe(seed, "train", 0, size, volumes)  # raises for invalid arguments before anything is written
     out = Path(out)
-    partial = out.parent / (out.name + ".partial")
+    partial = out.parent / (out.name + PARTIAL)
     arguments = {"format": FORMAT, "train": train, "test": test, "seed": seed, "size": size, "volumes": volumes}
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         return _check_existing(out, arguments, progress)
-    if partial.exists() and not (partial / ".phantoms").exists() and any(partial.iterdir()):
-        raise ValueError(f"{partial} exists and was not made by this program: move it, or choose another directory")
+    if partial.exists() and not (partial / MARKER).exists() and any(partial.iterdir()):
+        raise ValueError(f"{partial} was not made by this program: move it, or choose another --out")
     partial.mkdir(parents=True, exist_ok=True)
     with _locked(partial):
-        (partial / ".phantoms").touch()
+        (partial / MARKER).touch()
         for entry in partial.iterdir():
-            if entry.name != ".phantoms":
+            if entry.name != MARKER:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         summary = _write_all(partial, arguments, workers, progress)
-        (partial / ".phantoms").unlink()
+        (partial / MARKER).unlink()
         os.rename(partial, out)
     return summary | {"written": True}
 
 
 @contextlib.contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """Holds a lock on a directory, which the operating system drops when the process ends, however it ends."""
+    """Lock the directory itself, without a lock file, because it will be renamed."""
     handle = os.open(directory, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another run is writing {directory}: wait for it, or end it first") from None
+        if not try_lock(handle):
+            raise ValueError(f"another run is writing {directory}: wait for it, or stop it first")
         yield
     finally:
         os.close(handle)
 
 
 def _check_existing(out: Path, arguments: dict, progress) -> dict:
+    """Verify that a directory has the data set of these arguments, undamaged. Returns its summary."""
     try:
         summary = json.loads((out / "phantoms.json").read_text())
-        found = summary["arguments"]
-        sums = [line.split("  ", 1) for line in (out / "SHA256SUMS").read_text().splitlines()]
+        existing = summary["arguments"]
+        checksums = [line.split("  ", 1) for line in (out / "SHA256SUMS").read_text().splitlines()]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{out} exists and is no complete phantom data set ({error}): choose another --out") from error
-    differences = [f"{k} {found.get(k)} there, {v} asked for" for k, v in arguments.items() if found.get(k) != v]
+        raise ValueError(f"{out} is not a complete phantom data set ({error}): choose another --out") from error
+    differences = [
+        f"{name} is {existing.get(name)}, not {value}"
+        for name, value in arguments.items()
+        if existing.get(name) != value
+    ]
     if differences:
-        raise ValueError(f"{out} holds another phantom data set ({', '.join(differences)}): choose another --out")
+        raise ValueError(f"{out} has another phantom data set ({', '.join(differences)}): choose another --out")
     bad = []
-    for digest, name in sums:
-        path = out / name
-        if not path.is_file():
+    for digest, name in checksums:
+        if not (out / name).is_file():
             bad.append(f"{name} is missing")
-        elif hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+        elif sha256_of_file(out / name) != digest:
             bad.append(f"{name} has changed")
     if bad:
         shown = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
@@ -136,39 +139,36 @@ def _check_existing(out: Path, arguments: dict, progress) -> dict:
 
 
 def _write_all(directory: Path, arguments: dict, workers: int | None, progress) -> dict:
-    workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     seed, size, volumes = (arguments[k] for k in ("seed", "size", "volumes"))
-    chunks = [
-        (str(directory), [(seed, split, i, size, volumes) for i in range(start, min(start + CHUNK, arguments[split]))])
-        for split in SPLITS
-        for start in range(0, arguments[split], CHUNK)
-    ]
+    keys = [(seed, split, i, size, volumes) for split in SPLITS for i in range(arguments[split])]
     for split in SPLITS:
         (directory / "scans" / split).mkdir(parents=True)
         (directory / split).mkdir()
 
-    sums: list[tuple[str, str]] = []
-    for done in _in_order(chunks, min(workers, len(chunks))):
-        sums += [entry for study_sums in done for entry in study_sums]
-        if progress:
-            progress(len(done))
+    checksums: list[tuple[str, str]] = []  # name, SHA-256
+    processes = min(workers or available_cpus(), -(-len(keys) // CHUNK))
+    with ResilientPool(no_state, 0 if processes == 1 else processes, TIMEOUT) as pool:
+        for chunk, results in pool.map(_write_scans, keys, CHUNK, directory, label=_label, failed=_raise_failed):
+            checksums += [entry for study in results for entry in study]
+            if progress:
+                progress(len(chunk))
 
     counts = {}
     for split in SPLITS:
         studies = [describe(seed, split, i, size, volumes) for i in range(arguments[split])]
         for name, content in _tables(studies).items():
-            sums.append(_save(directory, f"{split}/{name}", content))
+            checksums.append(_save(directory, f"{split}/{name}", content))
         counts[split] = _counts(studies)
-    sums.append(_save(directory, "tokenizer.model", _tokenizer(directory)))
-    sums.append(_save(directory, "contact_sheet.png", sheet.contact_sheet(seed, size=size, volumes=volumes)))
-    _save(directory, "SHA256SUMS", "".join(f"{digest}  {name}\n" for name, digest in sorted(sums)).encode())
+    checksums.append(_save(directory, "tokenizer.model", _tokenizer(directory)))
+    checksums.append(_save(directory, "contact_sheet.png", sheet.contact_sheet(seed, size=size, volumes=volumes)))
+    _save(directory, "SHA256SUMS", "".join(f"{digest}  {name}\n" for name, digest in sorted(checksums)).encode())
     packages = ("numpy", "pillow", "nibabel", "pydicom", "sentencepiece")
     summary = {
         "what": "drawn phantoms with labels, for practice; no patients, no clinical meaning",
         "arguments": arguments,
         "convention": CONVENTION,
         "counts": counts,
-        "files": len(sums),
+        "files": len(checksums),
         "versions": {p: importlib.metadata.version(p) for p in packages},
     }
     _save(directory, "phantoms.json", (json.dumps(summary, indent=1) + "\n").encode())
@@ -176,7 +176,7 @@ def _write_all(directory: Path, arguments: dict, workers: int | None, progress) 
 
 
 def _tokenizer(directory: Path) -> bytes:
-    """A SentencePiece model in LLaMA's layout: `<unk>`, `<s>`, `</s>`, 256 bytes, then pieces."""
+    """Train a SentencePiece model in LLaMA's layout: `<unk>`, `<s>`, `</s>`, 256 bytes, then pieces."""
     texts = {sentence for group in prompts.load().values() for sentence in group}
     for line in (directory / "train" / "all.jsonl").read_text().splitlines():
         row = json.loads(line)
@@ -189,55 +189,38 @@ def _tokenizer(directory: Path) -> bytes:
         model_type="bpe",
         character_coverage=1.0,
         byte_fallback=True,
-        num_threads=1,  # more would change its bytes
+        num_threads=1,  # more threads would change the bytes
         minloglevel=2,
     )
     return model.getvalue()
 
 
-def _in_order(chunks: list, workers: int) -> Iterator[list]:
-    """Results of `_write_chunk` in the order of the chunks, at most a few chunks ahead of the slowest."""
-    if workers <= 1:
-        yield from map(_write_chunk, chunks)
-        return
-    context = multiprocessing.get_context("spawn")  # fork is unsafe beside the threads of a host program
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
-        waiting = collections.deque()
-        for chunk in chunks:
-            waiting.append(pool.submit(_write_chunk, chunk))
-            if len(waiting) > 4 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
-def _end_with_parent() -> None:
-    """A worker whose parent is killed would wait for ever: end it."""
-
-    def watch():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _write_chunk(chunk) -> list[list[tuple[str, str]]]:
-    directory, keys = chunk
-    result = []
+def _write_scans(state, keys: list[tuple], directory: Path) -> list[list[tuple[str, str]]]:
+    """Draw and write phantoms. Returns (name, SHA-256) of the files of each."""
+    checksums = []
     for key in keys:
+        heartbeat(_label(key))
         study = describe(*key)
-        contents = files.encode(study, drawing.to_stored(study, drawing.paint(study)))
-        result.append([_save(Path(directory), name, content) for name, content in contents.items()])
-    return result
+        contents = formats.encode(study, drawing.to_stored(study, drawing.paint(study)))
+        checksums.append([_save(directory, name, content) for name, content in contents.items()])
+    return checksums
+
+
+def _label(key: tuple) -> str:
+    return f"phantom {key[2]} of {key[1]}"
+
+
+def _raise_failed(key: tuple, reason: str):
+    raise OSError(f"{_label(key)} was not written: {reason}")
 
 
 def _save(directory: Path, name: str, content: bytes) -> tuple[str, str]:
-    """Write a file; its name and SHA-256."""
+    """Write a file. Returns its name and SHA-256."""
     path = directory / name
     try:
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(content)
-    except OSError as error:  # a full disk does not name the file by itself
+    except OSError as error:  # a full disk does not name the file
         raise OSError(error.errno, f"{error.strerror}, writing {len(content)} bytes", str(path)) from error
     return name, hashlib.sha256(content).hexdigest()
 
@@ -265,7 +248,7 @@ def _json_lines(entries) -> bytes:
 
 
 def truth(study: Study) -> dict:
-    """A line of labels.jsonl: everything known about a phantom, for scoring and for looking at mistakes."""
+    """Return a line of labels.jsonl: everything known about a phantom, for scoring and for error analysis."""
     return {
         "study_id": study.study_id,
         "path": study.path,
@@ -282,9 +265,9 @@ def _counts(studies: list[Study]) -> dict[str, dict[str, int]]:
     def count(key):
         return dict(sorted(collections.Counter(map(key, studies)).items()))
 
-    questions_of = collections.Counter()
+    row_counts = collections.Counter()
     for study in studies:
-        questions_of.update({table: len(entries) for table, entries in tables.rows(study).items()})
+        row_counts.update({table: len(entries) for table, entries in tables.rows(study).items()})
     solitary = collections.Counter(
         f"{s.labels.side} {s.labels.level} {s.labels.size}" for s in studies if s.labels.count == 1
     )
@@ -298,5 +281,5 @@ def _counts(studies: list[Study]) -> dict[str, dict[str, int]]:
         "file": count(lambda s: f"{s.file_format} {'2D' if s.depth == 1 else '3D'}"),
         "lesions": count(lambda s: str(s.labels.count)),
         "solitary": dict(sorted(solitary.items())),
-        "rows": dict(questions_of),
+        "rows": dict(row_counts),
     }

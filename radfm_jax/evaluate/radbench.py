@@ -25,9 +25,9 @@ from input_pipeline.datasets.json_tables import text_lines
 from input_pipeline.datasets.modalities import modalities
 from input_pipeline.files import nearest
 from input_pipeline.images import scans
-from input_pipeline.index.checks import file_hash
+from input_pipeline.index.categories import MODALITIES, reason_pattern
 from input_pipeline.index.index import Index
-from input_pipeline.index.summary import MODALITIES, kind
+from input_pipeline.index.scan_checks import scan_sha256
 from input_pipeline.samples import RowError, Sample, Scan, Text
 
 TASKS = {
@@ -252,7 +252,7 @@ def of_set(benchmark: Benchmark, name: str) -> tuple[list[Question], dict[str, i
     facts = _facts(root / own["facts"]) if own.get("facts") else {}
     of_all = {key: own.get(key) or (getattr(known, key) if known else "") for key in ("modality", "anatomy")}
     left_out = collections.Counter({f"row left out by its reader: {why}": n for why, n in dataset.skipped.items()})
-    left_out.update(f"bad row: {kind(problem.reason)}" for problem in dataset.problems)
+    left_out.update(f"bad row: {reason_pattern(problem.reason)}" for problem in dataset.problems)
     questions = []
     for i in range(len(dataset)):
         row_id = dataset.row_id(i)
@@ -260,7 +260,7 @@ def of_set(benchmark: Benchmark, name: str) -> tuple[list[Question], dict[str, i
             sample = dataset.sample(i, sample_rng(benchmark.seed, 0, name, row_id))
             question = question_of(sample, name, task, f"{name}/{row_id}", root)
         except RowError as error:
-            left_out[f"bad row: {kind(error.reason)}"] += 1
+            left_out[f"bad row: {reason_pattern(error.reason)}"] += 1
         except NotAsked as reason:
             left_out[str(reason)] += 1
         else:
@@ -393,7 +393,7 @@ def leaks(questions: Iterable[Question], directory: Path | str) -> list[dict]:
     hashes: dict[str, str] = {}
     for scan in {scan.path for question in questions for scan in question.scans}:
         with contextlib.suppress(OSError, ValueError):  # it cannot be asked about either, which scoring will say
-            hashes[scan] = file_hash(Path(scan))
+            hashes[scan] = scan_sha256(Path(scan))
     shown = set(hashes.values())
     files = {
         scan["sha256"]: f"{scan['source']}: {scan['path']}"

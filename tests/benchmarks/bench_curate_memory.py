@@ -30,8 +30,8 @@ if sys.argv[1] == "prepare":
     code = main(sys.argv[2:])
 elif sys.argv[1] == "findings":
     sys.path.insert(0, "tests")
-    from test_prepare_findings import Path, made
-    code = int(not made(Path(sys.argv[2]), int(sys.argv[3]))["leaks"])
+    from test_prepare_results import Path, process
+    code = int(not process(Path(sys.argv[2]), int(sys.argv[3]))["leaks"])
 else:
     from input_pipeline.curate.__main__ import main
     code = main(sys.argv[1:])

@@ -72,7 +72,7 @@ def write_record(directory: Path, volume: Volume) -> None:
     writer = records.Writer(directory, [])
     writer.add(records.serialize(volume, "0" * 64))
     writer.commit()
-    records.describe(directory, writer.lengths, "one volume")
+    records.write_description(directory, writer.lengths, "one volume")
 
 
 def nearest(x: torch.Tensor, size) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Voxels -> files as a scanner, an archive or a data set would have them. The same phantom gives the same bytes."""
+"""Encodes voxels as PNG, JPEG, NIfTI and DICOM files. The same phantom always gives the same bytes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pydicom.uid import (
     UltrasoundImageStorage,
 )
 
-from input_pipeline.phantoms.plan import Study, random
+from input_pipeline.phantoms.plan import Study, random_generator
 
 DICOM_KINDS = {
     "X-ray": ("CR", ComputedRadiographyImageStorage),
@@ -32,10 +32,10 @@ CT_INTERCEPT = -1024
 
 
 def encode(study: Study, voxels: np.ndarray) -> dict[str, bytes]:
-    """Path below the data set's directory -> content; a DICOM volume has one entry a slice, others one entry.
+    """Return relative path -> content: one entry per slice for a DICOM volume, else one entry.
 
     Args:
-      voxels: [H, W, D, 1] of `drawing.to_stored`.
+      voxels: [H, W, D, 1] from `drawing.to_stored`.
     """
     if study.file_format == "dicom":
         return _dicom(study, voxels[..., 0])
@@ -48,14 +48,14 @@ def encode(study: Study, voxels: np.ndarray) -> dict[str, bytes]:
 
 
 def _nifti(study: Study, voxels: np.ndarray) -> bytes:
-    """[H, W, D] -> .nii.gz, stored along the axes that `study.stored_as` names.
+    """Encode [H, W, D] as .nii.gz, stored along the axes of `study.stored_as`.
 
-    voxels [row, column, slice]   run towards   posterior, left, head
-    array  [column, row, slice]   is            LPS-like: 'L', 'P', 'S', then flipped to `stored_as`
+    voxels [row, column, slice]   point to   posterior, left, superior
+    array  [column, row, slice]   points to  L, P, S, and is then flipped to `stored_as`
     """
     array = voxels.transpose(1, 0, 2)
     row, column, slice_ = study.spacing
-    # Left and back are negative here: NIfTI's millimetres grow towards the right, the front and the head.
+    # Left and posterior are negative: NIfTI coordinates increase towards right, anterior and superior.
     lps = np.diag([-column, -row, slice_, 1.0])
     lps[:3, 3] = -lps[:3, :3] @ ((np.array(array.shape) - 1) / 2)
     change = ornt_transform(io_orientation(lps), axcodes2ornt(study.stored_as))
@@ -68,16 +68,16 @@ def _nifti(study: Study, voxels: np.ndarray) -> bytes:
 
 
 def _uid(*name) -> str:
-    """A DICOM identifier that follows from the names given (a name-based UUID below the root 2.25)."""
+    """Return a deterministic DICOM UID: a name-based UUID under the root 2.25."""
     return f"2.25.{uuid.uuid5(uuid.NAMESPACE_OID, '/'.join(map(str, ('phantom', *name)))).int}"
 
 
 def _dicom(study: Study, voxels: np.ndarray) -> dict[str, bytes]:
-    """[H, W, D] -> a file, or one file a slice whose names are in no order and whose numbers may run either way."""
+    """Encode [H, W, D] as one file, or as one per slice: names are unordered, numbers ascend or descend."""
     head = _dicom_head(study)
     if study.depth == 1:
         return {study.path: _dicom_file(study, head, voxels[:, :, 0], 0)}
-    if random((study.seed, study.split, study.index), stream=3).random() < 0.5:
+    if random_generator((study.seed, study.split, study.index), stream=3).random() < 0.5:
         numbers = range(1, study.depth + 1)
     else:
         numbers = range(study.depth, 0, -1)
@@ -90,7 +90,7 @@ def _dicom(study: Study, voxels: np.ndarray) -> dict[str, bytes]:
 
 
 def _dicom_head(study: Study) -> Dataset:
-    """All but what differs between slices. Who was scanned, when and where stays empty or says `phantom`."""
+    """Return the attributes that all slices share. Patient, date and place are empty or `PHANTOM`."""
     modality, sop_class = DICOM_KINDS[study.labels.modality]
     head = Dataset()
     head.SOPClassUID = sop_class
@@ -116,10 +116,10 @@ def _dicom_head(study: Study) -> Dataset:
         head.RescaleIntercept, head.RescaleSlope, head.RescaleType = CT_INTERCEPT, 1, "HU"
     if study.labels.modality in ("CT", "MRI"):
         head.PatientPosition = "HFS"
-        head.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]  # columns towards the left, rows towards the back
+        head.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]  # rows point left, columns point posterior
         head.SliceThickness = study.spacing[2]
     else:
-        head.PatientOrientation = ["L", "F"]  # columns towards the left, rows towards the feet
+        head.PatientOrientation = ["L", "F"]  # rows point left, columns point to the feet
     return head
 
 

@@ -1,4 +1,4 @@
-"""Records: the volumes of `prepare_volume` bit for bit, and none of them half written, damaged or of another kind."""
+"""Records: equal to the volumes of `prepare_volume`; damaged, incomplete or mismatched records are errors."""
 
 # ruff: noqa: F811 (fixtures that are imported)
 
@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from test_prepare import config_of, facts, mine, no_picture, own, practice, row  # noqa: F401
+from test_prepare import config_of, facts, mine, no_figure, own, practice, row  # noqa: F401
 
 from input_pipeline.images import scans
 from input_pipeline.images.intensity import one_channel_if_gray
@@ -30,7 +30,7 @@ from input_pipeline.index.records import Records, shard_name
 
 
 def volume_of(line: dict, config) -> Volume:
-    """What training would make of the scan's file."""
+    """Return the volume that training would make from the scan's file."""
     volume = None if line["volume"] < 0 else line["volume"]
     voxels, header = scans.read(Path(line["root"]) / line["path"], volume=volume)
     window = json.loads(line["window"]) if line["window"] else None
@@ -49,46 +49,48 @@ def assert_same(volume: Volume, expected: Volume) -> None:
     np.testing.assert_array_equal(volume.voxels, expected.voxels)
 
 
-def some(rng, slices: int = 4, dtype=np.uint8) -> Volume:
+def random_volume(rng, slices: int = 4, dtype=np.uint8) -> Volume:
     voxels = rng.integers(0, 255, (slices, 1, 64, 64)).astype(dtype)
     return Volume.from_slices(voxels, 1 / 255, 0.0, max(slices, 4))
 
 
 @pytest.fixture
 def written(tmp_path) -> tuple[Path, list[Volume]]:
-    """Three shards of 4, 4 and 2 volumes."""
+    """Write three shards of 4, 4 and 2 volumes."""
     rng = np.random.default_rng(0)
-    volumes = [some(rng, slices) for slices in (1, 4, 8, 4, 4, 1, 12, 4, 4, 8)]
+    volumes = [random_volume(rng, slices) for slices in (1, 4, 8, 4, 4, 1, 12, 4, 4, 8)]
     writer = records.Writer(tmp_path / "records", [])
     for i, volume in enumerate(volumes):
         assert writer.add(records.serialize(volume, f"{i:064x}")) == i
         if i % 4 == 3 or i == 9:
             writer.commit()
-    records.describe(tmp_path / "records", writer.lengths, "for a test")
+    records.write_description(tmp_path / "records", writer.lengths, "for a test")
     return tmp_path / "records", volumes
 
 
 # --- the format -------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_written_is_read(written):
+def test_records_survive_a_round_trip(written):
     directory, volumes = written
     opened = Records(directory)
     assert opened.lengths == [4, 4, 2] and len(opened) == 10
     for i in (9, 0, 5, 4, 3, 9):
         assert_same(opened[i], volumes[i])
         assert opened.source(i) == f"{i:064x}"
-        for mine_, theirs in zip(planes(opened[i]), planes(volumes[i]), strict=True):
-            np.testing.assert_array_equal(mine_, theirs)
+        for actual, expected in zip(planes(opened[i]), planes(volumes[i]), strict=True):
+            np.testing.assert_array_equal(actual, expected)
 
 
 @pytest.mark.parametrize("dtype", [np.int16, np.float32])
 def test_other_storage(tmp_path, dtype):
-    volume = dataclasses.replace(some(np.random.default_rng(0), dtype=dtype), scale=1 / 65535, offset=32768 / 65535)
+    volume = dataclasses.replace(
+        random_volume(np.random.default_rng(0), dtype=dtype), scale=1 / 65535, offset=32768 / 65535
+    )
     writer = records.Writer(tmp_path, [])
     writer.add(records.serialize(volume, "a"))
     writer.commit()
-    records.describe(tmp_path, writer.lengths, "")
+    records.write_description(tmp_path, writer.lengths, "")
     assert_same(Records(tmp_path)[0], volume)
 
 
@@ -103,7 +105,7 @@ def test_tfds_reads_it(written):
         assert (example["scale"], example["offset"]) == (1 / 255, 0.0) and example["sha256"] == f"{i:064x}".encode()
 
 
-def test_few_shards_are_open_at_once(written, monkeypatch):
+def test_the_number_of_open_shards_is_limited(written, monkeypatch):
     directory, volumes = written
     monkeypatch.setattr(records, "OPEN_SHARDS", 2)
     opened = Records(directory)
@@ -112,39 +114,39 @@ def test_few_shards_are_open_at_once(written, monkeypatch):
         assert len(opened._readers) <= 2
 
 
-# JAX, which the tests before this one may have started in this process, warns of every fork; the child uses none of it.
+# JAX warns about every fork if an earlier test started it. The child process does not use JAX.
 forks = pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
 
 
 @forks
 def test_it_survives_a_fork(written):
-    """A worker is forked from a process that has read already."""
+    """A forked worker opens its own readers."""
     directory, volumes = written
     opened = Records(directory)
     opened[0]
     before = opened._readers[0]
     pid = os.fork()
     if pid == 0:
-        same = all((opened[i].voxels == volumes[i].voxels).all() for i in range(10))
-        os._exit(0 if same and opened._readers[0] is not before else 1)
+        equal = all((opened[i].voxels == volumes[i].voxels).all() for i in range(10))
+        os._exit(0 if equal and opened._readers[0] is not before else 1)
     assert os.waitpid(pid, 0)[1] == 0
 
 
 @pytest.mark.parametrize("number", [-1, 10])
-def test_a_number_that_is_not_there(written, number):
+def test_a_missing_record_number(written, number):
     with pytest.raises(ValueError, match="run prepare with --records again"):
         Records(written[0])[number]
 
 
 def test_damage_is_an_error_with_the_file(written, tmp_path):
-    """Every byte of a shard, one of a hundred: never other voxels."""
+    """Flip a bit at 100 positions of a shard: the voxels are equal, or reading fails."""
     directory, volumes = written
     file = directory / shard_name(1)
-    whole = file.read_bytes()
+    content = file.read_bytes()
     refused = 0
-    for at in range(0, len(whole), len(whole) // 100):
-        damaged = bytearray(whole)
-        damaged[at] ^= 1 << at % 8
+    for position in range(0, len(content), len(content) // 100):
+        damaged = bytearray(content)
+        damaged[position] ^= 1 << position % 8
         file.write_bytes(damaged)
         opened = Records(directory)
         for i in range(4, 8):
@@ -154,9 +156,9 @@ def test_damage_is_an_error_with_the_file(written, tmp_path):
                 refused += 1
                 assert str(file) in str(error) and "--records" in str(error)
         assert_same(opened[0], volumes[0])
-    share = sum(v.slices.nbytes for v in volumes[4:8]) / len(whole)  # the rest of the file is padding
+    share = sum(v.slices.nbytes for v in volumes[4:8]) / len(content)  # the remainder of the file is padding
     assert refused >= 95 * share
-    file.write_bytes(whole[: len(whole) // 2])
+    file.write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match=f"{file.name}: has no records instead of 4"):
         Records(directory)[5]
     shutil.copy(directory / shard_name(2), file)
@@ -185,14 +187,14 @@ def test_records_are_the_volumes_of_training(practice, tmp_path, storage):
         assert opened.source(line["record"]) == line["sha256"]
     assert {v.voxels.shape[2] for v in map(opened.__getitem__, range(len(opened)))} >= {1, 12}
     assert report["records"]["records"] == len(opened) and report["records"]["unused"] == 0
-    described = json.loads((out / "index.json").read_text())["records"]
-    assert described["storage"] == storage and described["records"] == len(opened)
+    description = json.loads((out / "index.json").read_text())["records"]
+    assert description["storage"] == storage and description["records"] == len(opened)
 
 
 def test_identical_scans_share_a_record(mine, tmp_path):
     shutil.copy(mine / "p0.png", mine / "again.png")
-    seen = {"path": "ct.nii.gz", "window": "lung"}
-    config = own(mine, [row("a", "p0.png", "again.png"), row("b", "ct.nii.gz", seen), row("c", "none.png")])
+    windowed = {"path": "ct.nii.gz", "window": "lung"}
+    config = own(mine, [row("a", "p0.png", "again.png"), row("b", "ct.nii.gz", windowed), row("c", "none.png")])
     prepare(config, tmp_path / "index", workers=0, records=True)
     lines = facts(tmp_path / "index")
     assert lines["p0.png"]["record"] == lines["again.png"]["record"]
@@ -211,32 +213,32 @@ config, out, adds = pickle.load(sys.stdin.buffer)
 records.SHARD_BYTES = 40_000
 add = records.Writer.add
 
-def and_die(self, record):
+def die_or_add(self, record):
     global adds
     adds -= 1
     if not adds:
         os.kill(os.getpid(), signal.SIGKILL)
     return add(self, record)
 
-records.Writer.add = and_die
+records.Writer.add = die_or_add
 prepare(config, out, workers=0, records=True)
 """
 
 
-def test_killed_within_a_shard_it_goes_on_with_the_last_whole_one(practice, tmp_path, monkeypatch):
+def test_a_run_killed_within_a_shard_resumes_after_the_last_complete_one(practice, tmp_path, monkeypatch):
     config, out, unbroken = config_of(practice), tmp_path / "index", tmp_path / "unbroken"
     monkeypatch.setattr(records, "SHARD_BYTES", 40_000)
     prepare(config, unbroken, workers=2, records=True)
     lengths = Records(unbroken / "records").lengths
     assert len(lengths) > 5
     root = Path(prepare.__code__.co_filename).parents[2]
-    adds = sum(lengths[:3]) + 2  # the fourth shard has one record, and is not whole
+    adds = sum(lengths[:3]) + 2  # the fourth shard has one record and is incomplete
     ended = subprocess.run(
         [sys.executable, "-c", KILLED], input=pickle.dumps((config, out, adds)), cwd=root, timeout=120
     )
     assert ended.returncode == -signal.SIGKILL
-    left = sorted(os.listdir(out / "records"))
-    assert left == [shard_name(0), shard_name(1), shard_name(2), shard_name(3) + ".partial"]
+    files = sorted(os.listdir(out / "records"))
+    assert files == [shard_name(0), shard_name(1), shard_name(2), shard_name(3) + ".partial"]
 
     report = prepare(config, out, workers=0, records=True)
     assert report["reading"]["scans_unchanged"] == sum(lengths[:3])
@@ -248,7 +250,7 @@ def test_killed_within_a_shard_it_goes_on_with_the_last_whole_one(practice, tmp_
 
 @forks
 def test_a_full_disk(mine, tmp_path):
-    """The error names the file; with room again the run goes on."""
+    """The error names the file; with free space the run resumes."""
     config, out = own(mine, [row(str(i), f"p{i}.png") for i in range(6)]), tmp_path / "index"
     pid = os.fork()
     if pid == 0:
@@ -256,10 +258,10 @@ def test_a_full_disk(mine, tmp_path):
         try:
             prepare(config, out, workers=0, records=True)
         except OSError as error:
-            (tmp_path / "said").write_text(str(error))
+            (tmp_path / "message").write_text(str(error))
         os._exit(0)
     os.waitpid(pid, 0)
-    assert "records/volumes-scans.array_record-00000.partial cannot be written" in (tmp_path / "said").read_text()
+    assert "records/volumes-scans.array_record-00000.partial cannot be written" in (tmp_path / "message").read_text()
     prepare(config, out, workers=0, records=True)
     assert len(Records(out / "records")) == 6
     assert not [name for name in os.listdir(out / "records") if name.endswith(".partial")]
@@ -279,7 +281,7 @@ def test_an_edited_scan_gets_another_record(mine, tmp_path):
     assert report["records"]["unused"] == 0 and len(Records(out / "records")) == 2
 
 
-def test_records_of_another_kind_are_refused(mine, tmp_path):
+def test_records_with_other_settings_are_refused(mine, tmp_path):
     config, out = own(mine, [row("a", "p0.png")]), tmp_path / "index"
     prepare(config, out, workers=0, records=True)
     other = dataclasses.replace(config, storage="int16", depth=32)
@@ -297,14 +299,14 @@ def test_records_of_another_kind_are_refused(mine, tmp_path):
     assert not (out / "records").exists() and facts(out)["p0.png"]["record"] == -1
 
 
-def test_records_for_an_index_that_has_none(mine, tmp_path):
+def test_records_can_be_added_to_an_index(mine, tmp_path):
     config, out = own(mine, [row("a", "p0.png")]), tmp_path / "index"
     prepare(config, out, workers=0)
     report = prepare(config, out, workers=0, records=True)
     assert report["reading"]["scans_read"] == 1 and facts(out)["p0.png"]["record"] == 0
 
 
-def test_released_volumes_have_no_records(mine, tmp_path):
+def test_records_of_released_volumes_are_refused(mine, tmp_path):
     config = own(mine, [row("a", "p0.png")], preprocess="released", storage="float32", patch_length=1024, planes=4096)
     with pytest.raises(ValueError, match="--records"):
         prepare(config, tmp_path / "index", workers=0, records=True)

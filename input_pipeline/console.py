@@ -1,0 +1,81 @@
+"""Console output shared by the commands: progress bars, one-line errors, and tables on standard output."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+
+class RateColumn(ProgressColumn):
+    """Speed in units of the task, such as scans/s."""
+
+    def render(self, task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(
+            "" if speed is None or task.total is None else f"{speed:,.0f} {task.fields['unit']}/s", style="cyan"
+        )
+
+
+def progress_bars(console: Console) -> Progress:
+    """Return an empty set of progress bars for `add_bar`."""
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description:<24}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        RateColumn(),
+        TimeRemainingColumn(),
+        TextColumn("[red]{task.fields[bad]}"),
+        console=console,
+    )
+
+
+def add_bar(bars: Progress, description: str, unit: str, total: int | None) -> Callable[[int, int], None]:
+    """Add a bar. Returns advance(count, bad), which adds to the finished and to the bad items."""
+    task = bars.add_task(description, total=total, unit=unit, bad="")
+    bad_total = 0
+
+    def advance(count: int, bad: int) -> None:
+        nonlocal bad_total
+        bad_total += bad
+        text = f"{bad_total:,} bad" if bad_total else ""
+        if total is None:
+            bars.update(task, total=count, completed=count, bad=text)
+        else:
+            bars.update(task, advance=count, bad=text)
+
+    return advance
+
+
+def error_line(error: BaseException) -> str:
+    """Return an error's message in one line, with its one-line notes and without tracebacks of workers."""
+    if isinstance(error, OSError) and error.filename:
+        message = f"{error.filename}: {error.strerror}"
+    else:
+        message = str(error).strip() or type(error).__name__
+    notes = [f"({note})" for note in getattr(error, "__notes__", []) if "\n" not in note]
+    return " ".join(" ".join([message, *notes]).split())
+
+
+def print_error(console: Console, message: str | BaseException) -> None:
+    """Print "error: ..." in one line."""
+    text = message if isinstance(message, str) else error_line(message)
+    console.print(f"[red]error:[/red] {escape(text)}", soft_wrap=True, highlight=False)
+
+
+def stdout_console() -> Console:
+    """Return a console for tables on standard output, 120 characters wide unless that is a terminal."""
+    return Console(width=None if sys.stdout.isatty() else 120)

@@ -1,0 +1,122 @@
+"""Writes scans.parquet and rows.parquet, and composes index.json. `index.Index` reads them."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from input_pipeline.files import atomic_write, fingerprint
+from input_pipeline.index import index
+from input_pipeline.index.results import GOOD, Results
+from input_pipeline.index.resume_state import ResumeState
+
+BATCH = 16384
+PACKAGES = (
+    "numpy nibabel pydicom pylibjpeg-openjpeg pyjpegls python-gdcm pillow tifffile opencv-python-headless scipy "
+    "sentencepiece pyarrow array-record tensorflow-datasets"
+).split()
+# Fields of `data` that decide what a scan, a sample, or its place in a row is.
+FIELDS = (
+    "tokenizer terms preprocess storage size_2d size_3d depth text_length vision_rows patch_length planes scans "
+    "max_scans num_latents seed"
+).split()
+
+
+def write_scans(file: Path, results: Results, metadata: dict[bytes, bytes]) -> str:
+    """Write scans.parquet. Returns a checksum of the columns that decide how scans are read."""
+    schema, digest = index.SCANS.with_metadata(metadata), hashlib.sha256()
+
+    def lines():
+        for source, scan in results.scans():
+            patches, planes = (0, 0) if scan.fault else results.sizes(scan)
+            names = {"source": source, "key": index.key_hash(*scan.key[1:])}
+            yield scan._asdict() | names | {"patches": patches, "planes": planes}
+            shape = scan.height, scan.width, scan.depth, scan.channels
+            _update(digest, source, *scan.key[1:], scan.fault, scan.sha256, *shape, scan.record)
+
+    _write_table(file, schema, lines())
+    return digest.hexdigest()
+
+
+def write_rows(file: Path, results: Results) -> str:
+    """Write rows.parquet. Returns a checksum of the columns that decide which rows are used."""
+    digest = hashlib.sha256()
+
+    def lines():
+        for name, row in results.rows():
+            yield {field: row[field] for field in index.ROWS.names} | {"source": name}
+            _update(digest, name, row["row_id"], row["state"] == GOOD)
+
+    _write_table(file, index.ROWS, lines())
+    return digest.hexdigest()
+
+
+def _update(digest, *values) -> None:
+    digest.update(json.dumps(values).encode())
+
+
+def _write_table(file: Path, schema: pa.Schema, lines: Iterable[dict]) -> None:
+    """Write a table in batches, so that only one batch is in memory."""
+    with atomic_write(file) as partial, pq.ParquetWriter(partial, schema, compression="zstd") as writer:
+        batch = []
+        for line in lines:
+            batch.append(line)
+            if len(batch) == BATCH:
+                writer.write_table(pa.Table.from_pylist(batch, schema))
+                batch = []
+        writer.write_table(pa.Table.from_pylist(batch, schema))
+
+
+def index_description(
+    results: Results, state: ResumeState, scans: str, rows: str, good: dict[str, int], tokenizer: str, counts: dict
+) -> dict:
+    """Return the content of index.json.
+
+    Args:
+      scans, rows: checksums from `write_scans` and `write_rows`.
+      good: source -> number of its good rows.
+      tokenizer: fingerprint of the tokenizer.
+    """
+    sources = {}
+    for name, table in results.tables.items():
+        fields = results.config.sources()[name]
+        sources[name] = {
+            "family": fields["family"],
+            "fields": fields,
+            "table": str(fields["table"]),
+            "root": table.root,
+            "sha256": results.checksums[name],
+            "split": results.split[name],
+            "rows": table.rows,
+            "good_rows": good[name],
+        }
+    identities = {
+        name: {k: v for k, v in source["fields"].items() if k not in index.NOT_IDENTITY} | {"sha256": source["sha256"]}
+        for name, source in sources.items()
+    }
+    data = results.config.to_dict()
+    records = None
+    if state.settings is not None:
+        records = state.settings | {"shards": len(state.shards), "records": sum(state.shards)}
+    return {
+        "version": index.VERSION,
+        "created": {
+            "at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "python": platform.python_version(),
+            "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        },
+        "sources": sources,
+        "data": {name: data[name] for name in FIELDS},
+        "tokenizer": tokenizer,
+        "counts": counts,
+        "records": records,
+        "identity": fingerprint({"tables": identities, "scans": scans, "rows": rows}),
+    }

@@ -1,0 +1,198 @@
+"""Worker tasks for scans: read each scan completely, check it, and convert it to a record if requested."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from input_pipeline.files import sha256_of_file
+from input_pipeline.images import scans
+from input_pipeline.images.intensity import one_channel_if_gray
+from input_pipeline.images.planes import Sizes
+from input_pipeline.images.scans.base import printable
+from input_pipeline.images.volumes import prepare_volume
+from input_pipeline.parallel import workers
+from input_pipeline.samples import Scan
+
+Key = tuple[str, str, int, str]  # root, path, volume, window: see index.scan_key
+ScanTask = tuple[Key, str]  # a scan, and the stamp of its files when they were last read ("" if never)
+
+
+class ScanCheck(NamedTuple):
+    """The columns of index.SCANS that depend only on the file, the volume and the window."""
+
+    root: str
+    path: str
+    volume: int
+    window: str
+    fault: str = ""
+    reason: str = ""
+    remedy: str = ""
+    format: str = ""
+    modality: str = ""
+    height: int = 0
+    width: int = 0
+    depth: int = 0
+    channels: int = 0
+    spacing: Sequence[float | None] = ()
+    dtype: str = ""
+    low: float = 0.0
+    high: float = 0.0
+    bytes: int = 0
+    sha256: str = ""
+    record: int = -1
+    stamp: str = ""  # "" if the next run must read the file again
+
+    @property
+    def key(self) -> Key:
+        return self[:4]
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """How scans become volumes, and whether the volumes are returned as records."""
+
+    sizes: Sizes
+    storage: str
+    records: bool
+
+    @property
+    def chunk(self) -> int:
+        """Scans per task; fewer with records, because the volumes are sent between processes."""
+        return 4 if self.records else 16
+
+
+def preload() -> None:
+    """State factory for workers without state: the keeper imports this module once for all of them."""
+
+
+def scan_from_key(key: Key) -> Scan:
+    """Return the scan of a key (the inverse of `index.scan_key`)."""
+    _, path, volume, window = key
+    window = json.loads(window) if window else None
+    return Scan(path, None if volume < 0 else volume, tuple(window) if isinstance(window, list) else window)
+
+
+def task_label(task: ScanTask) -> str:
+    """Return a readable name of the scan, unique among the scans of a root."""
+    (root, path, volume, window), _ = task
+    name = f"{printable(root)}/{printable(path)}"
+    return name + (f", volume {volume}" if volume >= 0 else "") + (f", window {window}" if window else "")
+
+
+def failed_check(task: ScanTask, reason: str) -> tuple[ScanCheck, None]:
+    """Return the result for a scan that killed or hung its worker."""
+    remedy = "open it by hand; if memory is short use fewer --workers, if files are slow a longer data.worker_timeout"
+    return ScanCheck(*task[0], fault="damaged", reason=reason, remedy=remedy), None
+
+
+def check_scans(
+    state, tasks: Sequence[ScanTask], conversion: Conversion
+) -> list[tuple[ScanCheck | None, bytes | None]]:
+    """Read scans completely.
+
+    Returns:
+      For each scan its check (None if its files have not changed), and its record if records are requested and the
+      scan is good.
+    """
+    results = []
+    for task in tasks:
+        workers.heartbeat(task_label(task))
+        results.append(_check_scan(*task, conversion))
+    return results
+
+
+def _check_scan(key: Key, known_stamp: str, conversion: Conversion) -> tuple[ScanCheck | None, bytes | None]:
+    scan, facts = scan_from_key(key), {}
+    try:
+        path = scans.resolve(key[0], scan.path)
+        stamp, facts["bytes"] = stamp_of(path)
+        if known_stamp and known_stamp == stamp:
+            return None, None
+        facts["stamp"] = stamp
+        facts["sha256"] = scan_sha256(path)
+        voxels, header = scans.read(path, volume=scan.volume)
+        voxels = one_channel_if_gray(voxels)
+        height, width, depth, channels = voxels.shape
+        facts |= {
+            "format": header.format,
+            "modality": header.modality or "",
+            "height": height,
+            "width": width,
+            "depth": depth,
+            "channels": channels,
+            "spacing": header.spacing_mm or (),
+            "dtype": header.dtype,
+            "low": float(header.value_range[0]),
+            "high": float(header.value_range[1]),
+        }
+        volume = _convert(voxels, header, scan, path, conversion)
+        if stamp_of(path)[0] != stamp:
+            facts["stamp"] = ""
+            raise scans.ScanError(path, "changed while it was read", "run again when no process writes to it")
+        if not conversion.records:
+            return ScanCheck(*key, **facts), None
+        # Imported late: TFDS takes half a second to import, and most runs write no records.
+        from input_pipeline.index.records import serialize
+
+        return ScanCheck(*key, **facts), serialize(volume, facts["sha256"])
+    except scans.ScanError as error:
+        problem = {"fault": error.fault, "reason": error.reason, "remedy": error.remedy}
+        kept = {name: facts[name] for name in ("bytes", "sha256", "stamp") if name in facts}
+        return ScanCheck(*key, **problem, **kept), None
+
+
+def _convert(voxels, header, scan: Scan, path, conversion: Conversion):
+    """Return the scan's volume. Raises ScanError for every failure, including a bad window."""
+    try:
+        return prepare_volume(
+            voxels,
+            window=scan.window,
+            storage=conversion.storage,
+            sizes=conversion.sizes,
+            padding=header.padding,
+            value_range=header.value_range,
+        )
+    except MemoryError as error:
+        raise scans.ScanError(path, "not enough memory to convert it", "use fewer --workers", "limit") from error
+    except ValueError as error:
+        remedy = "correct its window in the table, or leave the scan out"
+        raise scans.ScanError(path, str(error), remedy, "unsupported") from error
+    except Exception as error:  # a library may raise anything on unusual voxels; it concerns this scan only
+        text = f"conversion failed ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+        raise scans.ScanError(path, text, "leave the scan out", "unsupported") from error
+
+
+def stamp_of(path: Path) -> tuple[str, int]:
+    """Return a stamp that changes when a file (or a file of a series) is rewritten, and the total bytes.
+
+    The stamp is made of sizes and modification times, as in `make` and `rsync`.
+    """
+    status = os.stat(path)
+    if not path.is_dir():
+        return f"{status.st_size}-{status.st_mtime_ns}", status.st_size
+    digest, total = hashlib.blake2b(digest_size=16), 0
+    for name, status in _series_files(path):
+        digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode("utf-8", "surrogateescape"))
+        total += status.st_size
+    return digest.hexdigest(), total
+
+
+def scan_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file; of a series, of its files in name order. Raises ScanError if one is unreadable."""
+    files = [path / name for name, _ in _series_files(path)] if path.is_dir() else [path]
+    try:
+        return sha256_of_file(*files)
+    except OSError as error:
+        file = Path(error.filename or path)
+        raise scans.ScanError(file, f"cannot be read: {error.strerror}", "check its permissions", "missing") from None
+
+
+def _series_files(directory: Path) -> list[tuple[str, os.stat_result]]:
+    with os.scandir(directory) as entries:
+        return sorted((e.name, e.stat()) for e in entries if e.is_file())
