@@ -104,10 +104,10 @@ def test_files_of_other_kinds(tmp_path, arrays):
     cases = {
         "legacy.bin": "legacy pickle format.*save it again",
         "pointer.bin": "neither a torch file nor safetensors but starts with b'version https",
-        "page.safetensors": "no whole safetensors file",
-        "other.zip": "no torch state dict and holds 0 files named pytorch_model.bin",
+        "page.safetensors": "not a complete safetensors file",
+        "other.zip": "not a torch state dict and has 0 files named pytorch_model.bin",
         "missing.bin": "is not a file",
-        "list.bin": "holds a list, not a state dict",
+        "list.bin": "has a list, not a state dict",
         "script.bin": "refused by torch's safe loader|not laid out",
     }
     torch.save(state_of(arrays), tmp_path / "legacy.bin", _use_new_zipfile_serialization=False)
@@ -132,8 +132,8 @@ def test_other_zip_layouts(tmp_path, saved):
         records = {entry.filename: source.read(entry) for entry in source.infolist()}
     cases = [
         ("compressed", zipfile.ZIP_DEFLATED, records),
-        ("not those of a record", zipfile.ZIP_STORED, records),
-        ("lies outside 'pytorch_model/'", zipfile.ZIP_STORED, records | {"other/data/0": b""}),
+        ("do not match a record", zipfile.ZIP_STORED, records),
+        ("is outside 'pytorch_model/'", zipfile.ZIP_STORED, records | {"other/data/0": b""}),
         (r"has 2 records \*/data.pkl", zipfile.ZIP_STORED, records | {"other/data.pkl": b""}),
         ("not little-endian", zipfile.ZIP_STORED, records | {"pytorch_model/byteorder": b"big"}),
     ]
@@ -201,7 +201,7 @@ def test_values_that_are_no_plain_tensors_are_all_listed(tmp_path):
         "fine": torch.zeros(1),
     }
     torch.save(state, tmp_path / "x.bin")
-    with pytest.raises(ValueError, match="no plain tensors") as caught:
+    with pytest.raises(ValueError, match="not plain tensors") as caught:
         open_tensors(tmp_path / "x.bin")
     for name in state:
         assert (f"\n  {name!r}: " in str(caught.value)) == (name != "fine")
@@ -253,7 +253,7 @@ def test_several_wrapped_files(tmp_path, saved):
 def test_no_room_to_unpack(tmp_path, saved, monkeypatch):
     path = _wrap(tmp_path / "x.zip", a=saved.read_bytes())
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(9999, 9000, 999))
-    with pytest.raises(ValueError, match=f"unpacking needs {saved.stat().st_size:,} bytes, there is 999 bytes free in"):
+    with pytest.raises(ValueError, match=f"unpacking needs {saved.stat().st_size:,} bytes, but found 999 bytes free in"):
         open_tensors(path)
 
 
@@ -295,7 +295,7 @@ def test_index_of_other_kinds(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     for text in ("", "[" * 100_000, "[]", "{}", '{"weight_map": {"a": 1}}', '{"weight_map": []}'):
         index.write_text(text)
-        with pytest.raises(ValueError, match="index.json has no weight_map|index.json is no JSON"):
+        with pytest.raises(ValueError, match="index.json has no weight_map|index.json is not JSON"):
             open_tensors(tmp_path)
     (tmp_path / "other.safetensors.index.json").write_text("{}")
     with pytest.raises(ValueError, match="several sets of weights"):

@@ -1,8 +1,8 @@
 """The train step, compiled ahead of time for devices that need not be present. No array is allocated.
 
-For TPU slices libtpu (`pip install "jax[tpu]"`) compiles, which needs no TPU. For GPUs and CPUs the step is compiled for
-as many simulated CPU devices: shapes and shardings are the same, but a CPU multiplies bfloat16 in float32 and has no
-fused attention, so memory and traffic differ from a GPU's.
+libtpu (`pip install "jax[tpu]"`) compiles for TPU slices without a TPU. For GPUs and CPUs the step is compiled for as
+many simulated CPU devices: shapes and shardings are the same, but a CPU multiplies bfloat16 in float32 and has no fused
+attention, so memory and traffic differ from a GPU's.
 
 Each compilation runs in a child process, because JAX's devices cannot be changed once they are initialized. Its result
 is cached in the user's cache directory, under a hash of everything it depends on.
