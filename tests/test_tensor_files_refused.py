@@ -253,7 +253,7 @@ def test_several_wrapped_files(tmp_path, saved):
 def test_no_room_to_unpack(tmp_path, saved, monkeypatch):
     path = _wrap(tmp_path / "x.zip", a=saved.read_bytes())
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(9999, 9000, 999))
-    with pytest.raises(ValueError, match=f"unpacking needs {saved.stat().st_size:,} bytes, but found 999 bytes free in"):
+    with pytest.raises(ValueError, match=f"needs {saved.stat().st_size:,} bytes, but found 999 bytes free in"):
         open_tensors(path)
 
 
