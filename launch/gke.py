@@ -37,9 +37,7 @@ GPU = {
     "H200": ("nvidia-h200-141gb", "h100"),
 }
 PORT = 61000
-START_TIMEOUT = (
-    1200  # seconds; each machine is created and pulls the image on its own, so pods start at different times
-)
+START_TIMEOUT = 1200  # seconds; pods start at different times, as each machine has to be created first
 JOB = "train"  # the job's name in the template
 
 
@@ -54,9 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--mount", default="/shared", help="mount path of the claim in the pods (default: %(default)s)")
     parser.add_argument("--spot", action="store_true", help="use spot machines, which may be preempted")
     parser.add_argument("--restarts", type=int, default=100, help="maximum restarts of all pods (default: %(default)s)")
-    parser.add_argument(
-        "--grace", type=int, default=600, metavar="S", help="seconds to save before SIGKILL (default: %(default)s)"
-    )
+    parser.add_argument("--grace", type=int, default=600, metavar="S", help="seconds to save in (default: %(default)s)")
     parser.add_argument("arguments", nargs="+", metavar="-- ARGUMENTS", help="arguments of radfm_jax.train")
     args = parser.parse_args(argv)
     try:
@@ -83,10 +79,8 @@ def render(args: argparse.Namespace, topology: Topology) -> str:
         resource, flags = "google.com/tpu", "tpu"
     elif topology.kind == "gpu":
         name = topology.text.rpartition("x")[2]
-        (accelerator, flags), chips = (
-            next(value for key, value in GPU.items() if key.lower() == name.lower()),
-            topology.chip.node,
-        )
+        accelerator, flags = next(value for key, value in GPU.items() if key.lower() == name.lower())
+        chips = topology.chip.node
         selector = {"cloud.google.com/gke-accelerator": accelerator}
         resource = "nvidia.com/gpu"
     else:

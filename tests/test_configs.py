@@ -14,6 +14,7 @@ import re
 import shlex
 from pathlib import Path
 
+import config_docs
 import jax
 import pytest
 from ml_collections import ConfigDict
@@ -159,7 +160,7 @@ def test_a_benchmark_says_everything(name, capsys):
 @pytest.mark.parametrize("name", HARDWARE)
 def test_the_figures_of_docstrings(name):
     """Recomputed: on a failure, put the lines of the left side into the docstring."""
-    lines = estimate.summary(experiment(name), HARDWARE[name], getattr(module(name), "SIZES", None))
+    lines = config_docs.summary(experiment(name), HARDWARE[name], getattr(module(name), "SIZES", None))
     text = module(name).__doc__
     assert [line for line in lines if f"    {line}\n" not in text + "\n"] == []
     assert text.count("\n    memory: ") == 1 and text.count("\n    a step: ") == 1
@@ -174,7 +175,7 @@ def test_the_table_of_the_docs():
         mesh = estimate.abstract_mesh(config.mesh, devices.count)
         gigabytes = sum(estimate.memory(config, mesh).values()) / 1e9
         each, steps = estimate.step_seconds(config, devices), estimate.epoch(config, sizes).steps
-        received = estimate.traffic(config, mesh) / estimate.LINK
+        received = estimate.traffic(config, mesh) / config_docs.LINK
         cells = [
             f"`{name}`", devices.basis.split(" on ")[1], f"{gigabytes:.0f}", f"{each:.3g}", estimate.about(steps),
             estimate.duration(each * steps), f"{received:.2g} s a step" if received else "none",
@@ -191,7 +192,8 @@ def test_what_the_stages_say_of_one_micro_batch(name):
     assert int(said[1]) == round(sum(estimate.memory(merged, mesh).values()) / 1e9)
     # At 25 GB/s, arithmetic can hide it then, and only then.
     seconds = estimate.step_seconds(whole, HARDWARE[name])
-    assert estimate.traffic(merged, mesh) / estimate.LINK < seconds < estimate.traffic(whole, mesh) / estimate.LINK
+    link = config_docs.LINK
+    assert estimate.traffic(merged, mesh) / link < seconds < estimate.traffic(whole, mesh) / link
 
 
 @pytest.mark.parametrize("name", HARDWARE)

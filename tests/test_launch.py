@@ -169,7 +169,7 @@ def test_a_slice_that_is_not_ready_for_ssh_is_created_once(tmp_path):
 
 
 def differences(value, parsed, path: str = "") -> list[str]:
-    """Return the paths of fields that a schema dropped: `parsed` is the result of reading and writing `value` with it."""
+    """Return the paths of fields that differ in `parsed`, which is `value` read and written by a schema."""
     if isinstance(value, dict):
         assert isinstance(parsed, dict), path
         new = [f"{path}.{k}" for k in value if k not in parsed]

@@ -1,4 +1,4 @@
-"""Weight files that are refused: damaged, of other kinds, hostile, shards that disagree with their index."""
+"""Refused weight files: damaged, foreign, hostile, or with shards that disagree with their index."""
 
 # ruff: noqa: F811 (fixtures that are imported)
 
@@ -42,7 +42,7 @@ def test_truncated_files_are_refused(tmp_path, saved, arrays, form):
 
 
 def test_flipped_bits_are_never_silent(tmp_path, saved, arrays):
-    """Every byte of every record once, and 300 places anywhere: an error, or the very same tensors."""
+    """Flip a bit in every seventh byte of the records and at 300 random positions: an error, or unchanged tensors."""
     whole = saved.read_bytes()
     with zipfile.ZipFile(saved) as archive:
         records = {entry.filename: (entry.header_offset, archive.read(entry)) for entry in archive.infolist()}
@@ -50,13 +50,13 @@ def test_flipped_bits_are_never_silent(tmp_path, saved, arrays):
     inside = [start + i for name, start in starts.items() for i in range(0, len(records[name][1]), 7)]
     rng = np.random.default_rng(0)
     refused, path = 0, tmp_path / "x.bin"
-    for place in [*inside, *rng.integers(0, len(whole), 300)]:
+    for position in [*inside, *rng.integers(0, len(whole), 300)]:
         damaged = bytearray(whole)
-        damaged[place] ^= 1 << int(rng.integers(8))
+        damaged[position] ^= 1 << int(rng.integers(8))
         path.write_bytes(damaged)
         try:
             with open_tensors(path) as reader:
-                assert int(place) not in inside
+                assert int(position) not in inside
                 assert reader.infos.keys() == arrays.keys()
                 assert all(same_bits(reader.read(name), array) for name, array in arrays.items())
         except ValueError as error:
@@ -100,7 +100,7 @@ def test_file_cut_while_open(tmp_path, form):
             reader.read("a")
 
 
-def test_files_of_other_kinds(tmp_path, arrays):
+def test_foreign_files(tmp_path, arrays):
     cases = {
         "legacy.bin": "legacy pickle format.*save it again",
         "pointer.bin": "neither a torch file nor safetensors but starts with b'version https",
@@ -187,7 +187,7 @@ def test_payloads_never_run(tmp_path, form):
     assert mark.exists()
 
 
-def test_values_that_are_no_plain_tensors_are_all_listed(tmp_path):
+def test_all_values_that_are_not_plain_tensors_are_listed(tmp_path):
     state = {
         "epoch": 3,
         "nested": {"a": torch.zeros(1)},
@@ -208,7 +208,7 @@ def test_values_that_are_no_plain_tensors_are_all_listed(tmp_path):
 
 
 def test_tensor_reaching_beyond_its_record(tmp_path):
-    """A pickle that asks for more than its record holds, and for the bytes of another record."""
+    """A pickle that requests more bytes than its record has, and bytes of another record."""
     torch.save({"a": torch.zeros(4, dtype=torch.uint8), "b": torch.ones(200)}, tmp_path / "good.bin")
     with zipfile.ZipFile(tmp_path / "good.bin") as archive:
         pickled = archive.read("good/data.pkl")
@@ -216,9 +216,9 @@ def test_tensor_reaching_beyond_its_record(tmp_path):
     shape = pickled.index(b"K\x04\x85")  # the shape (4,) of "a"
     offset = shape - 2  # its storage offset 0
     assert pickled[offset : offset + 2] == b"K\x00"
-    for place, value in ((shape + 1, 200), (offset + 1, 200)):
+    for position, value in ((shape + 1, 200), (offset + 1, 200)):
         changed = bytearray(pickled)
-        changed[place] = value
+        changed[position] = value
         (tmp_path / "x.bin").write_bytes(whole.replace(pickled, bytes(changed)))
         with pytest.raises(ValueError, match="'a': its|refused by torch's safe loader"):
             open_tensors(tmp_path / "x.bin", verify=False)
@@ -291,7 +291,7 @@ def test_index_and_shards_that_disagree(tmp_path, arrays):
         open_tensors(tmp_path)
 
 
-def test_index_of_other_kinds(tmp_path):
+def test_invalid_indices(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     for text in ("", "[" * 100_000, "[]", "{}", '{"weight_map": {"a": 1}}', '{"weight_map": []}'):
         index.write_text(text)
@@ -302,7 +302,7 @@ def test_index_of_other_kinds(tmp_path):
         open_tensors(tmp_path)
 
 
-def test_safetensors_of_other_dtypes(tmp_path):
+def test_safetensors_of_unsupported_dtypes(tmp_path):
     state = {"a": torch.zeros(2, dtype=torch.float8_e4m3fn), "b": torch.zeros(2)}
     safetensors.torch.save_file(state, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match="'a': dtype F8_E4M3"):

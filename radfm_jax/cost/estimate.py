@@ -25,8 +25,6 @@ from radfm_jax.runtime import sharding
 from radfm_jax.training import train_step
 from radfm_jax.training.experiment import Experiment, MeshConfig
 
-# Bytes/s of one network adapter of 200 Gbit/s: the worst case. `plan` uses the links of a topology instead.
-LINK = 25e9
 # Share of the positions in packed rows that hold tokens.
 FULL_ROWS = 0.95
 # FLOP/s of a training step relative to a single matrix product, for devices without a published figure. CPU: the
@@ -373,27 +371,6 @@ def capacity(mesh: Mesh) -> int | None:
 
 
 # --- text -------------------------------------------------------------------------------------------------------------
-
-
-def summary(config: Experiment, devices: Hardware, sources: Mapping[str, Source] | None = None) -> list[str]:
-    """Return the lines for a config's docstring: memory, time of a step and, if sizes are known, of the run."""
-    mesh = abstract_mesh(config.mesh, devices.count)
-    parts, received = memory(config, mesh), traffic(config, mesh)
-    listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
-    each, row = step_seconds(config, devices), amount(row_flops(config), "FLOP")
-    lines = [
-        f"memory: {sum(parts.values()) / 1e9:.0f} GB a device ({listed})",
-        f"a step: {each:.3g} s ({row} a row x {config.train.batch} rows at {devices.basis})",
-    ]
-    if received:
-        lines.append(f"traffic: {received / 1e9:.0f} GB a step into each device, {received / LINK:.2g} s at 25 GB/s")
-    if sources is not None:
-        size = epoch(config, sources)
-        lines.append(
-            f"steps: {about(size.steps)} for {config.train.epochs:g} x {about(size.rows)} rows of "
-            f"{size.samples / size.rows:.2g} samples, {duration(size.steps * each)} of arithmetic"
-        )
-    return lines
 
 
 def amount(value: float, unit: str) -> str:

@@ -8,35 +8,23 @@ import numpy as np
 from input_pipeline.batching.packing import RowLimits
 from radfm_jax.models.radfm import RadFMConfig
 
-# Published dense bfloat16 FLOP/s per device.
-PEAK = {
-    "A100": 312e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
+# Published dense bfloat16 FLOP/s per device, and the share of it (MFU) that published training runs of 13B-class models
+# reach in bfloat16, rounded down (A100: torchtitan 61 %, llm-foundry 52.6 %; H100 40 to 44 %; H200 33 to 58 %; TPUs,
+# MaxText: v4 57 to 59 %, v5e 61 to 67 %, v5p 71.5 % for 32B, v6e 45 to 50 %). MFU does not count recomputation as work.
+_DEVICES = {
+    "A100": (312e12, 0.5),
+    "H100": (989e12, 0.4),
+    "H200": (989e12, 0.4),
+    "TPU v4": (275e12, 0.55),
+    "TPU v5 lite": (197e12, 0.6),
+    "TPU v5e": (197e12, 0.6),
+    "TPU v5p": (459e12, 0.6),
+    "TPU v5": (459e12, 0.6),
+    "TPU v6 lite": (918e12, 0.45),
+    "TPU v6e": (918e12, 0.45),
 }
-
-# Share of the peak (MFU) that published training runs of 13B-class models reach in bfloat16, rounded down (A100:
-# torchtitan 61 %, llm-foundry 52.6 %; H100 40 to 44 %; H200 33 to 58 %; TPUs, MaxText: v4 57 to 59 %, v5e 61 to 67 %,
-# v5p 71.5 % for 32B, v6e 45 to 50 %). MFU does not count recomputation as work.
-REACHED = {
-    "A100": 0.5,
-    "H100": 0.4,
-    "H200": 0.4,
-    "TPU v4": 0.55,
-    "TPU v5 lite": 0.6,
-    "TPU v5e": 0.6,
-    "TPU v5p": 0.6,
-    "TPU v5": 0.6,
-    "TPU v6 lite": 0.45,
-    "TPU v6e": 0.45,
-}
+PEAK = {name: peak for name, (peak, _) in _DEVICES.items()}
+REACHED = {name: share for name, (_, share) in _DEVICES.items()}
 
 
 def known_device(kind: str) -> str | None:

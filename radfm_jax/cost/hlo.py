@@ -106,14 +106,7 @@ def _walk(name: str, times: int, known: bool, computations: dict, result: Traffi
 
 def _opcode(text: str) -> str:
     """Return the opcode of an instruction: `f32[8]{0} add(%a, %b), ...` -> add."""
-    if text.startswith("("):  # a tuple type, with brackets of its own
-        depth = 0
-        for position, c in enumerate(text):
-            depth += (c == "(") - (c == ")")
-            if not depth:
-                text = text[position + 1 :]
-                break
-    match = re.match(r"\s*(?:\S+ )?([a-z][a-z\-]*)\(", text)
+    match = re.search(r"\s([a-z][a-z0-9\-]*)\(", text)  # no type has a space before a word with a bracket
     return match[1] if match else ""
 
 

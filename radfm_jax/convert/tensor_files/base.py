@@ -1,8 +1,10 @@
-"""Common to all formats: descriptions of unread tensors, and reading a part of one."""
+"""Common to all formats: descriptions of unread tensors, reading a part of one, and checks before writing."""
 
 import contextlib
 import dataclasses
 import math
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -93,6 +95,9 @@ class TensorReader(contextlib.AbstractContextManager["TensorReader"]):
         self.close()
 
 
+# --- reading and writing ----------------------------------------------------------------------------------------------
+
+
 def read_strided(
     path: Path, file: BinaryIO, position: int, dtype: np.dtype, strides: tuple[int, ...], index: Index
 ) -> np.ndarray:
@@ -118,3 +123,28 @@ def reject(path: Path, summary: str, problems: Sequence[str], remedy: str) -> No
     """Raise one ValueError that lists all problems, if there are any."""
     if problems:
         raise ValueError(f"{path} {summary}:\n  " + "\n  ".join(problems) + f"\nRemedy: {remedy}.")
+
+
+def values(path: Path, name: str, info: TensorInfo, read: Callable[[str], np.ndarray]) -> np.ndarray:
+    """Return the values of a tensor as uint8[nbytes], because bfloat16 arrays have no buffer interface."""
+    array = np.asarray(read(name), order="C")
+    if array.shape != info.shape or array.dtype != info.dtype:
+        raise ValueError(
+            f"{path}: {name!r} was announced as {info.dtype}{list(info.shape)} but read as "
+            f"{array.dtype}{list(array.shape)}: `infos` and `read` must agree"
+        )
+    return array.reshape(-1).view(np.uint8)
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Raise ValueError if the disk of a folder has less than `needed` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ValueError(f"{folder} has {free:,} bytes free but {needed:,} are needed: free some or write elsewhere")
+
+
+def refuse_existing(paths: Sequence[Path]) -> None:
+    """Raise ValueError if any of the paths exists."""
+    existing = [str(path) for path in paths if os.path.lexists(path)]
+    if existing:
+        raise ValueError(f"{', '.join(existing)} already exist(s): remove what is there or write elsewhere")

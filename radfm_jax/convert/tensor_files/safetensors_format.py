@@ -13,8 +13,18 @@ import numpy as np
 import safetensors
 
 from input_pipeline.files import atomic_write
-from radfm_jax.convert.tensor_files.base import DTYPES, Contents, Progress, TensorInfo, read_strided, reject, row_major
-from radfm_jax.convert.tensor_files.writing import check_room, refuse_existing, values
+from radfm_jax.convert.tensor_files.base import (
+    DTYPES,
+    Contents,
+    Progress,
+    TensorInfo,
+    check_room,
+    read_strided,
+    refuse_existing,
+    reject,
+    row_major,
+    values,
+)
 
 
 def open_safetensors(path: Path, file: BinaryIO) -> Contents:

@@ -22,8 +22,18 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from input_pipeline.files import atomic_write
-from radfm_jax.convert.tensor_files.base import DTYPES, Contents, Progress, TensorInfo, read_strided, reject, row_major
-from radfm_jax.convert.tensor_files.writing import check_room, refuse_existing, values
+from radfm_jax.convert.tensor_files.base import (
+    DTYPES,
+    Contents,
+    Progress,
+    TensorInfo,
+    check_room,
+    read_strided,
+    refuse_existing,
+    reject,
+    row_major,
+    values,
+)
 
 CHUNK_BYTES = 2**22
 MAX_PICKLE_BYTES = 2**26  # the structure of 100,000 tensors is about 20 MB
