@@ -61,17 +61,17 @@ say "generating answers about phantoms and real scans"
 import json, pathlib, shutil, sys
 import nibabel, pydicom.data
 
-practice, asked = map(pathlib.Path, sys.argv[1:])
-asked.mkdir(parents=True, exist_ok=True)
+practice, folder = map(pathlib.Path, sys.argv[1:])
+folder.mkdir(parents=True, exist_ok=True)
 real = [pydicom.data.get_testdata_file("CT_small.dcm"), pathlib.Path(nibabel.__file__).parent / "tests/data/anatomical.nii"]
 questions = [json.loads(line) for line in open(practice / "test/all.jsonl")][:11]
 for question in questions:
     question["scans"] = [str(practice / scan) for scan in question["scans"]]
 for path in map(pathlib.Path, real):
-    shutil.copy(path, asked / path.name)
+    shutil.copy(path, folder / path.name)
     for name, text in {"modality": "What kind of scan is this?", "report": "Write the report of this scan."}.items():
-        questions.append({"id": f"{path.name}-{name}", "scans": [str(asked / path.name)], "instruction": f"<image-1> {text}"})
-with open(asked / "questions.jsonl", "w") as file:
+        questions.append({"id": f"{path.name}-{name}", "scans": [str(folder / path.name)], "instruction": f"<image-1> {text}"})
+with open(folder / "questions.jsonl", "w") as file:
     file.writelines(json.dumps(question) + "\n" for question in questions)
 PYTHON
 "$python" -m radfm_jax.generate --checkpoint="$dir/finetune" --jsonl "$dir/asked/questions.jsonl" --root . \

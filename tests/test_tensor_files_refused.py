@@ -33,9 +33,9 @@ def test_truncated_files_are_refused(tmp_path, saved, arrays, form):
         saved.rename(path)
     else:
         safetensors.numpy.save_file(arrays, path)
-    whole = path.read_bytes()
-    for length in [0, 1, 4, 7, 60, len(whole) // 3, len(whole) // 2, len(whole) - 30, len(whole) - 1]:
-        path.write_bytes(whole[:length])
+    data = path.read_bytes()
+    for length in [0, 1, 4, 7, 60, len(data) // 3, len(data) // 2, len(data) - 30, len(data) - 1]:
+        path.write_bytes(data[:length])
         for verify in (True, False):
             with pytest.raises(ValueError, match=f"x.{form} .*(download|copy)"):
                 open_tensors(path, verify=verify)
@@ -43,15 +43,15 @@ def test_truncated_files_are_refused(tmp_path, saved, arrays, form):
 
 def test_flipped_bits_are_never_silent(tmp_path, saved, arrays):
     """Flip a bit in every seventh byte of the records and at 300 random positions: an error, or unchanged tensors."""
-    whole = saved.read_bytes()
+    content = saved.read_bytes()
     with zipfile.ZipFile(saved) as archive:
         records = {entry.filename: (entry.header_offset, archive.read(entry)) for entry in archive.infolist()}
-    starts = {name: whole.index(data, offset) for name, (offset, data) in records.items() if data}
+    starts = {name: content.index(data, offset) for name, (offset, data) in records.items() if data}
     inside = [start + i for name, start in starts.items() for i in range(0, len(records[name][1]), 7)]
     rng = np.random.default_rng(0)
     refused, path = 0, tmp_path / "x.bin"
-    for position in [*inside, *rng.integers(0, len(whole), 300)]:
-        damaged = bytearray(whole)
+    for position in [*inside, *rng.integers(0, len(content), 300)]:
+        damaged = bytearray(content)
         damaged[position] ^= 1 << int(rng.integers(8))
         path.write_bytes(damaged)
         try:
@@ -212,14 +212,14 @@ def test_tensor_reaching_beyond_its_record(tmp_path):
     torch.save({"a": torch.zeros(4, dtype=torch.uint8), "b": torch.ones(200)}, tmp_path / "good.bin")
     with zipfile.ZipFile(tmp_path / "good.bin") as archive:
         pickled = archive.read("good/data.pkl")
-    whole = (tmp_path / "good.bin").read_bytes()
+    data = (tmp_path / "good.bin").read_bytes()
     shape = pickled.index(b"K\x04\x85")  # the shape (4,) of "a"
     offset = shape - 2  # its storage offset 0
     assert pickled[offset : offset + 2] == b"K\x00"
     for position, value in ((shape + 1, 200), (offset + 1, 200)):
         changed = bytearray(pickled)
         changed[position] = value
-        (tmp_path / "x.bin").write_bytes(whole.replace(pickled, bytes(changed)))
+        (tmp_path / "x.bin").write_bytes(data.replace(pickled, bytes(changed)))
         with pytest.raises(ValueError, match="'a': its|refused by torch's safe loader"):
             open_tensors(tmp_path / "x.bin", verify=False)
 

@@ -48,8 +48,8 @@ def to_torch(
     progress.stage("verifying", None)
     description, config, reader, shapes = _open(src, part)
     entries = {e.name: e for e in table.entries(config, part)}
-    wanted = np.dtype(checkpoint.DTYPES[dtype]) if dtype else None
-    infos = {n: TensorInfo(e.torch_shape, wanted or np.dtype(reader.dtypes[e.path])) for n, e in entries.items()}
+    override = np.dtype(checkpoint.DTYPES[dtype]) if dtype else None
+    infos = {n: TensorInfo(e.torch_shape, override or np.dtype(reader.dtypes[e.path])) for n, e in entries.items()}
     dtypes = tuple(sorted({info.dtype.name for info in infos.values()}))
     extras: dict[str, Callable[[], np.ndarray]] = {}
     ties: dict[str, str] = {}
