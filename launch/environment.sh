@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by the scripts beside it: makes .venv in the repository, or brings it up to date. Nothing to do, nothing done.
+# Sourced by the other scripts. Creates .venv in the repository, and installs a requirements file if it has changed.
 #   environment requirements.txt [requirements-test.txt ...]
 environment() {
   if ! [ -x .venv/bin/python ]; then
@@ -7,7 +7,7 @@ environment() {
       echo "Python 3.11 or newer is needed: set PYTHON=/path/to/python3.11" >&2
       return 1
     }
-    echo "making .venv"
+    echo "creating .venv"
     "${PYTHON:-python3}" -m venv .venv
   fi
   local file missing=()
@@ -15,7 +15,7 @@ environment() {
     cmp -s "$file" ".venv/$file.installed" || missing+=("$file")
   done
   [ ${#missing[@]} -gt 0 ] || return 0
-  echo "installing ${missing[*]} (minutes, once)"
+  echo "installing ${missing[*]} (takes minutes, only once)"
   .venv/bin/python -m pip install --quiet --disable-pip-version-check "${missing[@]/#/-r}" || return 1
   for file in "${missing[@]}"; do cp "$file" ".venv/$file.installed"; done
 }

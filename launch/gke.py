@@ -1,12 +1,11 @@
-"""Fills launch/gke_jobset.yaml: the JobSet of a training run on GKE, on standard output.
+"""Fill launch/gke_jobset.yaml and print the JobSet of a training run on GKE.
 
     python launch/gke.py --name pretrain --image REGISTRY/radfm-tpu --topology v5p:4x4x2 --claim radfm \
         -- --config=configs/pretrain.py --workdir=/shared/runs/pretrain  | kubectl apply -f -
     python launch/gke.py --name pretrain --image REGISTRY/radfm-gpu --topology gpu:32xA100-80GB --claim radfm \
         -- --config=configs/pretrain.py --workdir=/shared/runs/pretrain
 
-The image is that of launch/docker/; CLAIM a PersistentVolumeClaim that all pods can write to. Needs no cluster and no
-package beside Python; run it from the root of the repository, or with the repository in PYTHONPATH.
+The image is built from launch/docker/. CLAIM is a PersistentVolumeClaim that all pods can write to. Needs only Python.
 """
 
 from __future__ import annotations
@@ -23,13 +22,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from radfm_jax.cost.topology import Topology, parse  # noqa: E402
 
-# GKE's names, chips of a machine (of a slice of several machines), flags.
+# Generation -> (GKE's accelerator, chips per machine of a multi-machine slice).
 TPU = {
     "v4": ("tpu-v4-podslice", 4),
     "v5e": ("tpu-v5-lite-podslice", 4),
     "v5p": ("tpu-v5p-slice", 4),
     "v6e": ("tpu-v6e-slice", 4),
 }
+# Kind -> (GKE's accelerator, file in launch/flags).
 GPU = {
     "A100-40GB": ("nvidia-tesla-a100", "a100"),
     "A100-80GB": ("nvidia-a100-80gb", "a100"),
@@ -37,23 +37,23 @@ GPU = {
     "H200": ("nvidia-h200-141gb", "h100"),
 }
 PORT = 61000
-PATIENCE = 1200  # seconds: the pods do not start together, as each machine is made and pulls the image by itself
-JOB = "train"  # as in the template
+START_TIMEOUT = 1200  # seconds; pods start at different times, as each machine has to be created first
+JOB = "train"  # the job's name in the template
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python launch/gke.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--name", required=True, help="of the JobSet: small letters, digits and dashes")
+    parser.add_argument("--name", required=True, help="name of the JobSet: lowercase letters, digits and dashes")
     parser.add_argument("--image", required=True)
-    parser.add_argument("--topology", required=True, help="v5p:4x4x2, gpu:32xA100-80GB, ... as for radfm_jax.plan")
-    parser.add_argument("--claim", required=True, help="a PersistentVolumeClaim")
-    parser.add_argument("--mount", default="/shared", help="where it appears in the pods (%(default)s)")
-    parser.add_argument("--spot", action="store_true", help="on machines that may be taken away")
-    parser.add_argument("--restarts", type=int, default=100, help="of all pods together (%(default)s)")
-    parser.add_argument("--grace", type=int, default=600, metavar="S", help="seconds to save in (%(default)s)")
-    parser.add_argument("arguments", nargs="+", metavar="-- ARGUMENTS", help="of radfm_jax.train")
+    parser.add_argument("--topology", required=True, help="as for radfm_jax.plan: v5p:4x4x2, gpu:32xA100-80GB, ...")
+    parser.add_argument("--claim", required=True, help="PersistentVolumeClaim")
+    parser.add_argument("--mount", default="/shared", help="mount path of the claim in the pods (default: %(default)s)")
+    parser.add_argument("--spot", action="store_true", help="use spot machines, which may be preempted")
+    parser.add_argument("--restarts", type=int, default=100, help="maximum restarts of all pods (default: %(default)s)")
+    parser.add_argument("--grace", type=int, default=600, metavar="S", help="seconds to save in (default: %(default)s)")
+    parser.add_argument("arguments", nargs="+", metavar="-- ARGUMENTS", help="arguments of radfm_jax.train")
     args = parser.parse_args(argv)
     try:
         print(render(args, parse(args.topology)), end="")
@@ -63,12 +63,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def render(args: argparse.Namespace, topology: Topology) -> str:
-    """The YAML. Raises ValueError for names and numbers that GKE would refuse."""
+    """Return the YAML. Raises ValueError for names and numbers that GKE would reject."""
     if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", args.name):
-        raise ValueError(f"--name {args.name!r}: small letters, digits and dashes, at most 40, beginning with a letter")
+        raise ValueError(
+            f"--name {args.name!r}: at most 40 lowercase letters, digits and dashes, starting with a letter"
+        )
     for flag, number in (("--restarts", args.restarts), ("--grace", args.grace)):
         if number < 0:
-            raise ValueError(f"{flag} {number}: at least 0 is needed")
+            raise ValueError(f"{flag} {number}: must be at least 0")
     if topology.kind == "tpu":
         kind = topology.text.partition(":")[0]
         accelerator, chips = TPU[kind]
@@ -77,14 +79,15 @@ def render(args: argparse.Namespace, topology: Topology) -> str:
         resource, flags = "google.com/tpu", "tpu"
     elif topology.kind == "gpu":
         name = topology.text.rpartition("x")[2]
-        (accelerator, flags), chips = next(of for n, of in GPU.items() if n.lower() == name.lower()), topology.chip.node
+        accelerator, flags = next(value for key, value in GPU.items() if key.lower() == name.lower())
+        chips = topology.chip.node
         selector = {"cloud.google.com/gke-accelerator": accelerator}
         resource = "nvidia.com/gpu"
     else:
-        raise ValueError(f"{topology.text}: a TPU slice or GPUs are needed")
+        raise ValueError(f"{topology.text}: must be a TPU slice or GPUs")
     chips = min(chips, topology.count)
     if topology.count % chips:
-        raise ValueError(f"{topology.text}: machines have {chips} devices, {topology.count} is no multiple of them")
+        raise ValueError(f"{topology.text}: {topology.count} is not a multiple of the {chips} devices per machine")
     machines = math.ceil(topology.count / chips)
     if args.spot:
         selector["cloud.google.com/gke-spot"] = "true"
@@ -101,13 +104,13 @@ def render(args: argparse.Namespace, topology: Topology) -> str:
         tolerations.append({"key": "cloud.google.com/gke-spot", "operator": "Exists", "effect": "NoSchedule"})
     arguments = list(args.arguments)
     if machines > 1 and not any(argument.startswith("--start-timeout") for argument in arguments):
-        arguments.append(f"--start-timeout={PATIENCE}")
-    # 8471: libtpu's own port between machines.
+        arguments.append(f"--start-timeout={START_TIMEOUT}")
+    # 8471: libtpu's port for traffic between machines.
     ports = [{"containerPort": PORT}] + ([{"containerPort": 8471}] if topology.kind == "tpu" else [])
     values = {
         "name": args.name, "image": args.image, "claim": args.claim, "mount": args.mount, "flags": flags,
         "machines": machines, "restarts": args.restarts, "grace": 30 if args.spot else args.grace,
-        # JSON is YAML: strings with braces, colons and quotes stay what they are.
+        # JSON is valid YAML, and quotes strings with braces, colons and quotes.
         "node_selector": json.dumps(selector), "tolerations": json.dumps(tolerations), "ports": json.dumps(ports),
         "arguments": json.dumps(arguments), "environment": json.dumps(environment),
         "limits": json.dumps({resource: chips}),

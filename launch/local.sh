@@ -1,33 +1,33 @@
 #!/usr/bin/env bash
-# Several processes on this machine, as they would run on several: to try a config, or to find a fault.
+# Run a multi-process job on one machine, to try a config or to debug.
 set -uo pipefail
 
 usage() {
   cat <<'EOF'
 usage: bash launch/local.sh N [--devices D] -- ARGUMENTS OF radfm_jax.train
 
-Starts N processes of `python -m radfm_jax.train` here, each with D simulated devices of the CPU (default 1), which find
-each other through a free port. Process 0 has this console; the others write to WORKDIR/logs/PROCESS.log.
+Start N processes of `python -m radfm_jax.train` on this machine, each with D simulated CPU devices (default 1).
+Process 0 writes to this console, the others to WORKDIR/logs/PROCESS.log.
 
   bash launch/local.sh 4 -- --config=configs/quickstart.py --workdir=runs/four
   bash launch/local.sh 2 --devices 2 -- --config=configs/quickstart.py --workdir=runs/two --config.train.steps=20
 
-Ctrl-C or SIGTERM goes to all of them: they save and end with 75; the same command goes on. A second one ends them at
-once. If one ends, the others have 60 seconds (GRACE) to end by themselves.
+Ctrl-C and SIGTERM are forwarded: all processes save and exit with 75, and the same command resumes. A second signal
+ends them at once. After one process exits, the others are killed after GRACE seconds (default 60).
 
-exit code: 0 if all ended with 0; 75 if all ended with 75 (start again); else the highest code of those that have another.
-environment: PYTHON (default: .venv/bin/python of this repository, else python3), GRACE, PORT (default: a free one).
+exit code: 0 if all exit with 0; 75 if all exit with 75 (start again); otherwise the highest other code.
+environment: PYTHON (default: .venv/bin/python of this repository, else python3), GRACE, PORT (default: a free port).
 EOF
 }
 
 mistake() {
-  echo "launch/local.sh: $1 (--help explains)" >&2
+  echo "launch/local.sh: $1 (see --help)" >&2
   exit 2
 }
 
 case "${1:-}" in
   -h | --help) usage; exit 0 ;;
-  "" | *[!0-9]* | 0) mistake "the number of processes comes first, not '${1:-}'" ;;
+  "" | *[!0-9]* | 0) mistake "the first argument must be the number of processes, not '${1:-}'" ;;
 esac
 processes=$1
 shift
@@ -37,17 +37,17 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
     -h | --help) usage; exit 0 ;;
     --devices) devices=${2:-}; shift ;;
     --devices=*) devices=${1#*=} ;;
-    *) mistake "'$1' is not known here; what is meant for training comes after --" ;;
+    *) mistake "unknown option '$1'; arguments of training go after --" ;;
   esac
   shift
 done
 case "$devices" in "" | *[!0-9]* | 0) mistake "--devices needs a number, not '$devices'" ;; esac
-[ $# -gt 1 ] || mistake "there is nothing after --"
+[ $# -gt 1 ] || mistake "arguments of training are missing after --"
 shift
 
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-$repository/.venv/bin/python}
-[ -x "$python" ] || python=$(command -v python3) || mistake "there is no Python: bash launch/test.sh makes an environment"
+[ -x "$python" ] || python=$(command -v python3) || mistake "Python not found: bash launch/test.sh creates an environment"
 
 workdir=
 previous=
@@ -56,7 +56,7 @@ for argument in "$@"; do
   [ "$previous" != --workdir ] || workdir=$argument
   previous=$argument
 done
-[ -n "$workdir" ] || mistake "--workdir=DIR is missing behind --"
+[ -n "$workdir" ] || mistake "--workdir=DIR is missing after --"
 mkdir -p "$workdir/logs" || exit 2
 
 free_port='import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
@@ -65,7 +65,7 @@ export RADFM_COORDINATOR=127.0.0.1:$port RADFM_PROCESSES=$processes
 export JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=$devices
 export PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 
-# Each in a process group of its own: Ctrl-C reaches only this script, which passes it on once.
+# Each process has its own process group, so that Ctrl-C reaches only this script, which forwards it once.
 set -m
 pids=()
 for ((i = 0; i < processes; i++)); do
@@ -77,24 +77,24 @@ for ((i = 0; i < processes; i++)); do
   pids+=($!)
 done
 
-pass_on() {
+forward() {
   for pid in "${pids[@]}"; do kill -s "$1" "$pid" 2>/dev/null; done
   return 0
 }
-trap 'pass_on TERM' TERM
-trap 'pass_on INT' INT
+trap 'forward TERM' TERM
+trap 'forward INT' INT
 
-# A stopped process counts as running; `wait -n` would not tell which one has ended.
-ended_at=
+# `wait -n` would not tell which process has exited.
+first_exit=
 while :; do
   running=0
   for pid in "${pids[@]}"; do ! kill -0 "$pid" 2>/dev/null || running=$((running + 1)); done
   [ "$running" -gt 0 ] || break
   if [ "$running" -lt "$processes" ]; then
-    : "${ended_at:=$SECONDS}"
-    if [ $((SECONDS - ended_at)) -ge "${GRACE:-60}" ]; then
-      echo "launch/local.sh: $running of $processes processes have not ended by themselves and are killed" >&2
-      pass_on KILL
+    : "${first_exit:=$SECONDS}"
+    if [ $((SECONDS - first_exit)) -ge "${GRACE:-60}" ]; then
+      echo "launch/local.sh: killing $running of $processes processes that did not exit in time" >&2
+      forward KILL
     fi
   fi
   sleep 0.3 &
@@ -109,12 +109,12 @@ for i in "${!pids[@]}"; do
   codes+=("$code")
   if [ "$code" != 0 ] && [ "$code" != 75 ]; then
     [ "$code" -le "$worst" ] || worst=$code
-    # What it said before it knew its log is there too.
-    [ "$i" = 0 ] || { echo "process $i ended with code $code; the end of $workdir/logs/$i.log:"; tail -n 5 "$workdir/logs/$i.log"; } >&2
+    # The log also has what the process printed before it configured logging.
+    [ "$i" = 0 ] || { echo "process $i exited with code $code; end of $workdir/logs/$i.log:"; tail -n 5 "$workdir/logs/$i.log"; } >&2
   fi
 done
 [ "$worst" = 0 ] || exit "$worst"
 for code in "${codes[@]}"; do
-  [ "$code" = "${codes[0]}" ] || { echo "launch/local.sh: some ended with 0, some with 75: ${codes[*]}" >&2; exit 1; }
+  [ "$code" = "${codes[0]}" ] || { echo "launch/local.sh: some processes exited with 0, some with 75: ${codes[*]}" >&2; exit 1; }
 done
 exit "${codes[0]}"

@@ -1,23 +1,23 @@
 #!/usr/bin/env bash
-# The three stages of the paper one after the other, each starting from the one before. Stopped at any point, the same
-# command goes on: a stage that is done says so and ends at once.
+# Run the three training stages of the paper, each initialized from the previous one. After an interruption the same
+# command resumes; finished stages are skipped.
 #   bash launch/stages.sh RUNS [--config.a.b=value ...]         one process, on this machine
 #   TRAIN="sbatch --wait launch/slurm.sbatch" bash launch/stages.sh /shared/runs
 #   TRAIN="bash launch/local.sh 2 --" bash launch/stages.sh RUNS --config.train.batch=8
 #   TRAIN="bash launch/tpu_vm.sh run NAME ZONE --" bash launch/stages.sh /mnt/runs
-# RUNS/pretrain_align, RUNS/pretrain and RUNS/finetune are the run directories. What follows RUNS goes to every stage.
+# The run directories are RUNS/pretrain_align, RUNS/pretrain and RUNS/finetune. Arguments after RUNS go to every stage.
 #
 # environment:
-#   TRAIN    what training is called with, instead of `python -m radfm_jax.train`
-#   STAGES   "CONFIG ..." (default: configs/pretrain_align.py configs/pretrain.py configs/finetune.py); the name of a run
-#            is the file's name, or what stands behind its colon (configs/quickstart.py:align)
-#   FIRST    checkpoint that the first stage starts from, instead of the one its config names
-#   RETRIES  how often a stage that ends with 75 is started again here (default 100; a scheduler does it by itself)
-# exit codes: 0 all stages are done; else that of the stage that ended otherwise.
+#   TRAIN    the training command (default: python -m radfm_jax.train)
+#   STAGES   "CONFIG ..." (default: configs/pretrain_align.py configs/pretrain.py configs/finetune.py); a run is named
+#            after the file, or after the variant behind its colon (configs/quickstart.py:align)
+#   FIRST    initial checkpoint of the first stage (default: that of its config)
+#   RETRIES  maximum restarts of a stage that exits with 75 (default 100); a scheduler restarts by itself
+# exit codes: 0 all stages are done; otherwise the code of the stage that failed.
 set -uo pipefail
 case "${1:-}" in
   -h | --help) sed -n '2,17s/^# \{0,1\}//p' "$0"; exit 0 ;;
-  "" | -*) echo "launch/stages.sh: the directory of the runs comes first (--help explains)" >&2; exit 2 ;;
+  "" | -*) echo "launch/stages.sh: the first argument must be the directory of the runs (see --help)" >&2; exit 2 ;;
 esac
 runs=$1
 shift
@@ -39,13 +39,13 @@ for config in "${stages[@]}"; do
     "${train[@]}" --config="$config" --workdir="$workdir" ${from:+--config.checkpoint.init_from="$from"} "$@"
     code=$?
     [ "$code" = 75 ] && [ "$start" -lt "${RETRIES:-100}" ] || break
-    # Told to end itself, a script gets the signal too; only a lost peer brings it here.
-    echo "=== $(date '+%F %T') $name ended early: started again"
+    # A SIGTERM ends this script too, so 75 here means that training lost a process.
+    echo "=== $(date '+%F %T') $name was interrupted: restarting"
   done
   if [ "$code" != 0 ]; then
-    echo "=== $(date '+%F %T') $name ended with $code; the same command goes on" >&2
+    echo "=== $(date '+%F %T') $name exited with code $code; run the same command to resume" >&2
     exit "$code"
   fi
-  from=$workdir # its best step, or its newest
+  from=$workdir # init_from selects its best step, or its newest
 done
 echo "=== $(date '+%F %T') all stages are done: $from"

@@ -1,10 +1,10 @@
-"""`python -m radfm_jax.plan --config=configs/x.py --topology=v5p:4x4x2`: does a run fit, and how fast is it?"""
+"""Plan a run: `python -m radfm_jax.plan --config=configs/x.py --topology=v5p:4x4x2`."""
 
 import sys
 
 
 def main(argv: list[str] | None = None) -> int | None:
-    # Imported here: spawned data workers import this module again, and they need none of it.
+    # Imported here: spawned data workers import this module again and need none of it.
     from radfm_jax.cost.command import main
 
     return main(argv)

@@ -1,4 +1,4 @@
-"""Arrays of every dtype, the files that others write of them, and whether a reader gives them back bit for bit."""
+"""Arrays of every dtype, files of them written by torch and safetensors, and exact comparisons."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Usage = namedtuple("Usage", "total used free")
 
 
 def random_arrays(dtypes=TORCH_DTYPES) -> dict[str, np.ndarray]:
-    """One array of each dtype with all bits random (NaN payloads included), a scalar and an empty one."""
+    """Return one array per dtype with random bits (including NaN payloads), a scalar and an empty array."""
     rng = np.random.default_rng(0)
     arrays = {}
     for name in dtypes:
@@ -44,8 +44,8 @@ def state_of(arrays: dict[str, np.ndarray]) -> OrderedDict:
     return OrderedDict((name, tensor_of(array)) for name, array in arrays.items())
 
 
-def same_bits(ours: np.ndarray, theirs: np.ndarray) -> bool:
-    return ours.shape == theirs.shape and ours.dtype == theirs.dtype and ours.tobytes() == theirs.tobytes()
+def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()
 
 
 def assert_holds(path: Path, arrays: dict[str, np.ndarray], **options) -> None:
@@ -72,7 +72,7 @@ def saved(tmp_path, arrays) -> Path:
 
 
 def write_shards(folder: Path, arrays: dict[str, np.ndarray], form: str) -> Path:
-    """Writes arrays in two shards by turns; returns the index."""
+    """Write arrays alternately to two shards and return the path of the index."""
     stem, weight_map = ("model", {}) if form == "safetensors" else ("pytorch_model", {})
     for part in range(2):
         shard = {name: array for i, (name, array) in enumerate(arrays.items()) if i % 2 == part}

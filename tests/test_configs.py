@@ -16,6 +16,7 @@ import re
 import shlex
 from pathlib import Path
 
+import config_docs
 import jax
 import pytest
 from ml_collections import ConfigDict
@@ -161,7 +162,7 @@ def test_a_benchmark_has_every_field(name, capsys):
 @pytest.mark.parametrize("name", HARDWARE)
 def test_the_numbers_of_docstrings(name):
     """Recompute the numbers: on a failure, copy the lines of the left side into the docstring."""
-    lines = estimate.summary(experiment(name), HARDWARE[name], getattr(module(name), "SIZES", None))
+    lines = config_docs.summary(experiment(name), HARDWARE[name], getattr(module(name), "SIZES", None))
     text = module(name).__doc__
     assert [line for line in lines if f"    {line}\n" not in text + "\n"] == []
     assert text.count("\n    memory: ") == 1 and text.count("\n    a step: ") == 1
@@ -176,9 +177,9 @@ def test_the_table_of_the_docs():
         mesh = estimate.abstract_mesh(config.mesh, devices.count)
         gigabytes = sum(estimate.memory(config, mesh).values()) / 1e9
         each, steps = estimate.step_seconds(config, devices), estimate.epoch(config, sizes).steps
-        received = estimate.traffic(config, mesh) / estimate.LINK
+        received = estimate.traffic(config, mesh) / config_docs.LINK
         cells = [
-            f"`{name}`", devices.said.split(" on ")[1], f"{gigabytes:.0f}", f"{each:.3g}", estimate.about(steps),
+            f"`{name}`", devices.basis.split(" on ")[1], f"{gigabytes:.0f}", f"{each:.3g}", estimate.about(steps),
             estimate.duration(each * steps), f"{received:.2g} s a step" if received else "none",
         ]  # fmt: skip
         assert f"| {' | '.join(map(str, cells))} |" in text
@@ -193,7 +194,8 @@ def test_memory_of_the_stages_with_one_micro_batch(name):
     assert int(stated[1]) == round(sum(estimate.memory(merged, mesh).values()) / 1e9)
     # At 25 GB/s, arithmetic hides the traffic of one micro-batch, but not of four.
     seconds = estimate.step_seconds(whole, HARDWARE[name])
-    assert estimate.traffic(merged, mesh) / estimate.LINK < seconds < estimate.traffic(whole, mesh) / estimate.LINK
+    link = config_docs.LINK
+    assert estimate.traffic(merged, mesh) / link < seconds < estimate.traffic(whole, mesh) / link
 
 
 @pytest.mark.parametrize("name", HARDWARE)
@@ -324,10 +326,10 @@ def test_kinds_of_devices():
         ("TPU v5p", "TPU v5p"),
         ("cpu", None),
     ):
-        assert flops.known(kind) == name
+        assert flops.known_device(kind) == name
     assert flops.REACHED.keys() == flops.PEAK.keys()
     assert estimate.published("a100", 4) == estimate.Hardware(4, 156e12, "50 % of 312 TFLOP/s on 4 x A100")
-    with pytest.raises(ValueError, match="peak of a 'GTX 1080' is not known; known: A100"):
+    with pytest.raises(ValueError, match="unknown peak FLOP/s of 'GTX 1080'; known devices: A100"):
         estimate.published("GTX 1080", 1)
 
 
@@ -346,8 +348,8 @@ def test_time_in_words():
     config = experiment("pretrain", "--config.train.batch=32")
     line = estimate.time_line(config, 1500, estimate.published("H200", 8))
     assert line == (
-        "estimated time: 43 min for 1,500 steps (1.73 s a step: 171 TFLOP a row x 32 rows at 40 % of 989 TFLOP/s on "
-        "8 x H200), evaluation, saving and communication not counted"
+        "estimated time: 43 min for 1,500 steps (1.73 s per step: 171 TFLOP per row x 32 rows at 40 % of 989 TFLOP/s "
+        "on 8 x H200), without evaluation, saving and communication"
     )
     said = {0.2: "1 s", 40: "40 s", 100: "2 min", 5000: "1 h 23 min", 7170: "2 h 0 min", 1e6: "11 d 14 h"}
     assert {seconds: estimate.duration(seconds) for seconds in said} == said
@@ -371,7 +373,7 @@ def test_an_epoch_is_as_long_as_tokens_or_scans_make_it():
     weighted = dataclasses.replace(config.data, train=shares, mixture="weights", epoch_samples=100)
     found = estimate.epoch(dataclasses.replace(config, data=weighted), sizes)
     assert found.samples == 100 and found.rows == pytest.approx((75 * 100 + 25 * 500) / 2000 / 0.95)
-    with pytest.raises(ValueError, match="no size is known of data.train sources b"):
+    with pytest.raises(ValueError, match="unknown size of data.train sources b"):
         estimate.epoch(config, {"a": sizes["a"]})
 
 

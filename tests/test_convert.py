@@ -1,4 +1,4 @@
-"""radfm_jax.convert: PyTorch files <-> checkpoint directories, with the released names of the golden manifest."""
+"""radfm_jax.convert: PyTorch files <-> checkpoint directories, with the released tensor names."""
 
 import json
 import os
@@ -20,9 +20,11 @@ import torch
 
 import radfm_jax
 from radfm_jax.checkpoints import checkpoint
-from radfm_jax.convert import model_config, run, table
+from radfm_jax.convert import model_config, table, torch_source
 from radfm_jax.convert.__main__ import main
-from radfm_jax.convert.tensor_files import open_tensors, write_safetensors, write_torch_bin
+from radfm_jax.convert.from_torch import from_torch
+from radfm_jax.convert.tensor_files import TensorInfo, open_tensors, write_safetensors, write_torch_bin
+from radfm_jax.convert.to_torch import to_torch
 from radfm_jax.models import radfm
 
 CASE = "p1_2d_s1"
@@ -47,7 +49,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def small_config() -> radfm.RadFMConfig:
-    """Quick to convert, with the head width of 64 that a file of released names implies."""
+    """Return a small model with the vision head width of 64 that released files imply."""
     return radfm.RadFMConfig(
         radfm.ViTConfig(width=12, num_layers=2, num_heads=2, head_dim=64, mlp_width=16),
         radfm.PerceiverConfig(width=12, num_layers=2, num_heads=2, head_dim=64, num_latents=4),
@@ -58,8 +60,10 @@ def small_config() -> radfm.RadFMConfig:
 
 
 def small_state(seed: int = 0, dtype=np.float32) -> dict[str, np.ndarray]:
-    """Every used tensor of `small_config` under its released name, both names of the embedding, and the rotary buffers
-    from which the number of heads is read."""
+    """Return every used tensor of `small_config` under its released name, with both names of the embedding.
+
+    The rotary buffers are included, because they give the number of heads.
+    """
     rng = np.random.default_rng(seed)
     config = small_config()
     state = {e.name: rng.standard_normal(e.torch_shape).astype(dtype) for e in table.entries(config)}
@@ -76,39 +80,39 @@ def golden_bin(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def golden_checkpoint(golden_bin) -> Path:
     path = golden_bin.parent / "checkpoint"
-    run.from_torch(golden_bin, path, unused="keep")
+    from_torch(golden_bin, path, unused="keep")
     return path
 
 
 @pytest.fixture(scope="module")
 def small_checkpoint(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("small")
-    run.from_torch(save_bin(folder / "small.bin", small_state()), folder / "checkpoint")
+    from_torch(save_bin(folder / "small.bin", small_state()), folder / "checkpoint")
     return folder / "checkpoint"
 
 
 # --- round trips ------------------------------------------------------------------------------------------------------
 
 
-def test_kept_tensors_come_back_byte_by_byte(golden_bin, golden_checkpoint, tmp_path):
-    run.to_torch(golden_checkpoint, tmp_path / "back.bin")
+def test_kept_tensors_round_trip_exactly(golden_bin, golden_checkpoint, tmp_path):
+    to_torch(golden_checkpoint, tmp_path / "back.bin")
     before, after = load_bin(golden_bin), load_bin(tmp_path / "back.bin")
     assert before.keys() == after.keys()
     assert [k for k in before if not same_bits(before[k], after[k])] == []
     pointers = [after[k].untyped_storage().data_ptr() for k in (table.EMBEDDING, table.EMBEDDING_ALIAS)]
-    assert pointers[0] == pointers[1], "the two names of the embedding share one storage, as in the released file"
+    assert pointers[0] == pointers[1], "both names of the embedding share one storage, as in the released file"
 
 
 def test_safetensors_folder_round_trip(golden_checkpoint, tmp_path):
-    run.to_torch(golden_checkpoint, tmp_path / "folder", max_shard_bytes=4 * 10**6)
+    to_torch(golden_checkpoint, tmp_path / "folder", max_shard_bytes=4 * 10**6)
     names = sorted(p.name for p in (tmp_path / "folder").iterdir())
     assert {"README.md", "config.json", "model.safetensors.index.json"} < set(names) and "manifest.json" not in names
     assert "not for clinical use" in (tmp_path / "folder" / "README.md").read_text()
-    run.from_torch(tmp_path / "folder", tmp_path / "again", unused="keep")
-    one, two = (checkpoint.ParamReader(d) for d in (golden_checkpoint, tmp_path / "again"))
-    assert one.shapes == two.shapes
-    for name in one.shapes:
-        np.testing.assert_array_equal(one.read(name), two.read(name), err_msg=name)
+    from_torch(tmp_path / "folder", tmp_path / "again", unused="keep")
+    first, second = (checkpoint.ParamReader(d) for d in (golden_checkpoint, tmp_path / "again"))
+    assert first.shapes == second.shapes
+    for name in first.shapes:
+        np.testing.assert_array_equal(first.read(name), second.read(name), err_msg=name)
 
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
@@ -116,28 +120,28 @@ def test_the_published_zip(compression, small_checkpoint, tmp_path):
     save_bin(tmp_path / "pytorch_model.bin", small_state())
     with zipfile.ZipFile(tmp_path / "published.zip", "w", compression) as z:
         z.write(tmp_path / "pytorch_model.bin", "RadFM/pytorch_model.bin")
-    run.from_torch(tmp_path / "published.zip", tmp_path / "checkpoint")
-    one, two = (checkpoint.ParamReader(d) for d in (small_checkpoint, tmp_path / "checkpoint"))
-    assert all(np.array_equal(one.read(k), two.read(k)) for k in one.shapes)
+    from_torch(tmp_path / "published.zip", tmp_path / "checkpoint")
+    first, second = (checkpoint.ParamReader(d) for d in (small_checkpoint, tmp_path / "checkpoint"))
+    assert all(np.array_equal(first.read(k), second.read(k)) for k in first.shapes)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_dtype_option_and_unchanged_dtype(dtype, small_checkpoint, tmp_path):
     state = {k: torch.from_numpy(v) for k, v in small_state().items()}
-    run.to_torch(small_checkpoint, tmp_path / "narrow.bin", dtype=dtype)
+    to_torch(small_checkpoint, tmp_path / "narrow.bin", dtype=dtype)
     narrow = load_bin(tmp_path / "narrow.bin")
     name = "lang_model.model.layers.1.mlp.up_proj.weight"
     assert same_bits(narrow[name], state[name].to(getattr(torch, dtype)))
-    run.from_torch(tmp_path / "narrow.bin", tmp_path / "checkpoint", unused="keep")
+    from_torch(tmp_path / "narrow.bin", tmp_path / "checkpoint", unused="keep")
     assert {str(d) for d in checkpoint.ParamReader(tmp_path / "checkpoint").dtypes.values()} == {dtype}
-    run.to_torch(tmp_path / "checkpoint", tmp_path / "back.bin")
+    to_torch(tmp_path / "checkpoint", tmp_path / "back.bin")
     back = load_bin(tmp_path / "back.bin")
     assert back.keys() == narrow.keys() and all(same_bits(back[k], narrow[k]) for k in back)
 
 
 def test_buffers_by_layout(small_checkpoint, tmp_path):
-    run.to_torch(small_checkpoint, tmp_path / "4.28.bin")
-    run.to_torch(small_checkpoint, tmp_path / "plain.bin", layout="plain")
+    to_torch(small_checkpoint, tmp_path / "4.28.bin")
+    to_torch(small_checkpoint, tmp_path / "plain.bin", layout="plain")
     full, plain = load_bin(tmp_path / "4.28.bin"), load_bin(tmp_path / "plain.bin")
     extra = full.keys() - plain.keys()
     assert {k for k in full if table.is_buffer(k)} == extra and len(extra) == 3 + 1
@@ -149,10 +153,10 @@ def test_buffers_by_layout(small_checkpoint, tmp_path):
     assert torch.equal(full[table.POSITION_IDS], torch.arange(512)[None])
 
 
-def test_dropped_tensors_are_named_and_come_back_as_zeros(golden_bin, tmp_path):
-    report = run.from_torch(golden_bin, tmp_path / "checkpoint", unused="drop")
+def test_dropped_tensors_are_reported_and_restored_as_zeros(golden_bin, tmp_path):
+    report = from_torch(golden_bin, tmp_path / "checkpoint", unused="drop")
     assert any("dropped" in line and "bert_model" in line and "cls_head" in line for line in report.lines)
-    report = run.to_torch(tmp_path / "checkpoint", tmp_path / "back.bin")
+    report = to_torch(tmp_path / "checkpoint", tmp_path / "back.bin")
     assert any("filled with zeros" in line for line in report.lines)
     before, after = load_bin(golden_bin), load_bin(tmp_path / "back.bin")
     assert {k: v.shape for k, v in before.items()} == {k: v.shape for k, v in after.items()}
@@ -162,7 +166,7 @@ def test_dropped_tensors_are_named_and_come_back_as_zeros(golden_bin, tmp_path):
 
 
 def test_unused_tensors_at_released_size():
-    """143,079,969 unused parameters, as counted in the released file; the batch-norm statistics are no parameters."""
+    """The released file has 143,079,969 unused parameters, not counting batch-norm statistics."""
     shapes = table.unused_shapes(radfm.radfm_14b())
     counters = ("running_mean", "running_var", "num_batches_tracked")
     parameters = {k: shape for k, (shape, _) in shapes.items() if not k.endswith(counters)}
@@ -173,34 +177,34 @@ def test_unused_tensors_at_released_size():
 
 
 def test_large_tensors_are_read_in_blocks_of_rows(small_checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "BLOCK_BYTES", 100)
-    run.from_torch(save_bin(tmp_path / "small.bin", small_state()), tmp_path / "checkpoint")
-    one, two = (checkpoint.ParamReader(d) for d in (small_checkpoint, tmp_path / "checkpoint"))
-    assert all(np.array_equal(one.read(k), two.read(k)) for k in one.shapes)
+    monkeypatch.setattr(torch_source, "BLOCK_BYTES", 100)
+    from_torch(save_bin(tmp_path / "small.bin", small_state()), tmp_path / "checkpoint")
+    first, second = (checkpoint.ParamReader(d) for d in (small_checkpoint, tmp_path / "checkpoint"))
+    assert all(np.array_equal(first.read(k), second.read(k)) for k in first.shapes)
 
 
-def test_differing_names_of_the_embedding(tmp_path):
-    """The released code's load leaves the second name's value in the one tensor."""
+def test_embeddings_that_differ(tmp_path):
+    """The second name is used, as when the released code loads the file."""
     state = small_state()
     state[table.EMBEDDING_ALIAS] = state[table.EMBEDDING] + 1
-    report = run.from_torch(save_bin(tmp_path / "x.bin", state, tie=False), tmp_path / "checkpoint")
+    report = from_torch(save_bin(tmp_path / "x.bin", state, tie=False), tmp_path / "checkpoint")
     assert any("differ" in line for line in report.lines)
     stored = checkpoint.ParamReader(tmp_path / "checkpoint").read("llama/embedding")
     np.testing.assert_array_equal(stored, state[table.EMBEDDING_ALIAS])
 
 
 @pytest.mark.parametrize("absent", [table.EMBEDDING, table.EMBEDDING_ALIAS])
-def test_either_name_of_the_embedding_will_do(absent, tmp_path):
+def test_one_name_of_the_embedding_is_enough(absent, tmp_path):
     state = small_state()
     del state[absent]
-    report = run.from_torch(save_bin(tmp_path / "x.bin", state, tie=False), tmp_path / "checkpoint")
+    report = from_torch(save_bin(tmp_path / "x.bin", state, tie=False), tmp_path / "checkpoint")
     assert any(absent in line and "absent" in line for line in report.lines)
 
 
 # --- sizes ------------------------------------------------------------------------------------------------------------
 
 
-def test_sizes_are_read_off_the_file(golden_checkpoint, small_checkpoint):
+def test_sizes_come_from_tensor_shapes(golden_checkpoint, small_checkpoint):
     assert radfm_jax.load(small_checkpoint).config == small_config()
     config, case = radfm_jax.load(golden_checkpoint).config, golden.load(CASE).meta["llama"]
     assert (config.llama.vocab_size, config.llama.num_heads, config.vision.width) == (160, 4, 24)
@@ -209,40 +213,40 @@ def test_sizes_are_read_off_the_file(golden_checkpoint, small_checkpoint):
 
 
 def test_released_sizes_need_no_config():
-    """At the released shapes the file alone is enough, with or without the rotary buffers."""
+    """Released shapes are enough, even without the rotary buffers."""
     shapes = {e.name: e.torch_shape for e in table.entries(radfm.radfm_14b())}
     assert model_config.radfm_from_shapes(shapes, None, "x") == radfm.radfm_14b()
 
 
-def test_heads_that_no_shape_tells(tmp_path):
+def test_heads_need_a_config_without_buffers(tmp_path):
     state = {k: v for k, v in small_state().items() if not table.is_buffer(k)}
     path = save_bin(tmp_path / "x.bin", state)
     with pytest.raises(ValueError, match="number of attention heads.*--config"):
-        run.from_torch(path, tmp_path / "checkpoint")
+        from_torch(path, tmp_path / "checkpoint")
     (tmp_path / "config.json").write_text('{"num_attention_heads": 4, "rms_norm_eps": 1e-5}')
-    run.from_torch(path, tmp_path / "checkpoint")  # from the config beside the file
+    from_torch(path, tmp_path / "checkpoint")  # from the config.json next to the file
     llama = radfm_jax.load(tmp_path / "checkpoint").config.llama
     assert (llama.num_heads, llama.head_dim, llama.norm_eps) == (4, 4, 1e-5)
 
 
-def test_a_config_that_contradicts_the_buffers(tmp_path):
+def test_a_config_must_not_contradict_the_buffers(tmp_path):
     (tmp_path / "config.json").write_text('{"num_attention_heads": 4}')
     with pytest.raises(ValueError, match="heads of \\[8\\], but the config says 4 heads of 4"):
-        run.from_torch(save_bin(tmp_path / "x.bin", small_state()), tmp_path / "checkpoint")
+        from_torch(save_bin(tmp_path / "x.bin", small_state()), tmp_path / "checkpoint")
 
 
-def test_our_own_config_must_not_contradict_the_buffers_either(tmp_path):
-    """Four heads of 4 instead of two of 8: every shape fits, only the rotary buffers know better."""
+def test_a_config_of_sizes_must_not_contradict_the_buffers(tmp_path):
+    """Four heads of 4 and two of 8 have the same shapes; only the rotary buffers show the difference."""
     config = small_config().to_dict()
     config["llama"] |= {"num_heads": 4, "num_kv_heads": 4, "head_dim": 4}
     with pytest.raises(ValueError, match="heads of \\[8\\], but the config says 4 heads of 4"):
-        run.from_torch(save_bin(tmp_path / "x.bin", small_state()), tmp_path / "checkpoint", config={"model": config})
+        from_torch(save_bin(tmp_path / "x.bin", small_state()), tmp_path / "checkpoint", config={"model": config})
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
-def test_everything_wrong_is_listed_in_one_error_and_nothing_is_written(tmp_path):
+def test_all_problems_are_in_one_error_and_nothing_is_written(tmp_path):
     state = small_state()
     del state["lang_model.model.norm.weight"], state["embedding_layer.perceiver.layers.1.0.to_q.weight"]
     state["embedding_layer.extra.weight"] = np.zeros(3, np.float32)
@@ -252,8 +256,8 @@ def test_everything_wrong_is_listed_in_one_error_and_nothing_is_written(tmp_path
     (tmp_path / "config.json").write_text('{"num_attention_heads": 2}')
     path = save_bin(tmp_path / "x.bin", state)
     with pytest.raises(ValueError) as e:
-        # the width is read off norm.weight, which is gone: the config says it
-        run.from_torch(path, tmp_path / "checkpoint", config={"model": small_config().to_dict()})
+        # the width comes from norm.weight, which is missing here, so pass a config
+        from_torch(path, tmp_path / "checkpoint", config={"model": small_config().to_dict()})
     for line in (
         "missing: lang_model.model.norm.weight (16,)",
         "missing: embedding_layer.perceiver.layers.1.0.to_q.weight (128, 12)",
@@ -266,12 +270,12 @@ def test_everything_wrong_is_listed_in_one_error_and_nothing_is_written(tmp_path
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "x.bin"]
 
 
-def test_values_that_are_not_finite_are_all_listed(tmp_path):
+def test_all_non_finite_tensors_are_listed(tmp_path):
     state = small_state()
     state["lang_model.model.layers.0.mlp.up_proj.weight"][0, 0] = np.nan
     state["lang_model.lm_head.weight"][1, 1] = -np.inf
     with pytest.raises(ValueError, match="(?s)not finite: .*layers.0.mlp.up_proj.*not finite: lang_model.lm_head"):
-        run.from_torch(save_bin(tmp_path / "x.bin", state), tmp_path / "checkpoint")
+        from_torch(save_bin(tmp_path / "x.bin", state), tmp_path / "checkpoint")
     assert [p.name for p in tmp_path.iterdir()] == ["x.bin"]
 
 
@@ -279,7 +283,7 @@ def test_a_narrow_dtype_that_overflows(tmp_path):
     state = small_state()
     state["embedding_layer.fc.weight"][0, 0] = 1e6
     with pytest.raises(ValueError, match="not finite as float16: embedding_layer.fc.weight"):
-        run.from_torch(save_bin(tmp_path / "x.bin", state), tmp_path / "checkpoint", dtype="float16")
+        from_torch(save_bin(tmp_path / "x.bin", state), tmp_path / "checkpoint", dtype="float16")
 
 
 def test_layers_of_different_dtypes(tmp_path):
@@ -288,8 +292,8 @@ def test_layers_of_different_dtypes(tmp_path):
     state[name] = state[name].astype(np.float16)
     path = save_bin(tmp_path / "x.bin", state)
     with pytest.raises(ValueError, match="llama/blocks/up/kernel are float16 and float32: pass --dtype"):
-        run.from_torch(path, tmp_path / "checkpoint")
-    run.from_torch(path, tmp_path / "checkpoint", dtype="bfloat16")
+        from_torch(path, tmp_path / "checkpoint")
+    from_torch(path, tmp_path / "checkpoint", dtype="bfloat16")
 
 
 class Payload:
@@ -306,7 +310,7 @@ def test_a_payload_never_runs(tmp_path):
         tmp_path / "x.bin",
     )
     with pytest.raises(ValueError, match="refused by torch's safe loader"):
-        run.from_torch(tmp_path / "x.bin", tmp_path / "checkpoint")
+        from_torch(tmp_path / "x.bin", tmp_path / "checkpoint")
     assert [p.name for p in tmp_path.iterdir()] == ["x.bin"]
 
 
@@ -316,30 +320,30 @@ def test_truncated_files(keep, tmp_path):
     data = path.read_bytes()
     path.write_bytes(data[: int(keep * len(data))])
     with pytest.raises(ValueError, match=re.escape(str(path))):
-        run.from_torch(path, tmp_path / "checkpoint")
+        from_torch(path, tmp_path / "checkpoint")
     assert [p.name for p in tmp_path.iterdir()] == ["x.bin"]
 
 
 def test_a_destination_that_exists(small_checkpoint, tmp_path):
     path = save_bin(tmp_path / "x.bin", small_state())
-    (tmp_path / "there").mkdir()
-    for convert in (lambda: run.from_torch(path, tmp_path / "there"), lambda: run.to_torch(small_checkpoint, path)):
+    (tmp_path / "existing").mkdir()
+    for convert in (lambda: from_torch(path, tmp_path / "existing"), lambda: to_torch(small_checkpoint, path)):
         with pytest.raises(ValueError, match="exists: choose another name"):
             convert()
 
 
-def test_too_little_disk_is_said_before_anything_is_written(small_checkpoint, tmp_path, monkeypatch):
+def test_too_little_disk_space_is_reported_first(small_checkpoint, tmp_path, monkeypatch):
     path = save_bin(tmp_path / "x.bin", small_state())
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(ValueError, match=r"needs 0\.00 GB, but the disk of .* has 0\.00 GB free"):
-        run.from_torch(path, tmp_path / "checkpoint")
+        from_torch(path, tmp_path / "checkpoint")
     with pytest.raises(ValueError, match="GB free"):
-        run.to_torch(small_checkpoint, tmp_path / "out")
+        to_torch(small_checkpoint, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["x.bin"]
 
 
-def test_interruption_leaves_nothing_that_looks_complete(tmp_path, monkeypatch):
+def test_an_interrupt_leaves_no_files(tmp_path, monkeypatch):
     path = save_bin(tmp_path / "x.bin", small_state())
     written = []
 
@@ -350,17 +354,17 @@ def test_interruption_leaves_nothing_that_looks_complete(tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoint.ParamWriter, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run.from_torch(path, tmp_path / "checkpoint")
+        from_torch(path, tmp_path / "checkpoint")
     assert [p.name for p in tmp_path.iterdir()] == ["x.bin"]
 
 
-def test_sigkill_half_way_leaves_nothing_that_looks_complete(tmp_path):
-    """The process is killed while it waits inside its tenth write, so the fault is sure to fire in the middle."""
+def test_sigkill_leaves_only_a_hidden_partial_directory(tmp_path):
+    """Kill the process while it waits after its tenth write, so that the kill happens mid-conversion."""
     save_bin(tmp_path / "x.bin", small_state())
     code = f"""
         import time
-        from radfm_jax import checkpoint
-        from radfm_jax.convert import run
+        from radfm_jax.checkpoints import checkpoint
+        from radfm_jax.convert.from_torch import from_torch
         write, count = checkpoint.ParamWriter.write, 0
         def slow(self, *args):
             global count
@@ -370,7 +374,7 @@ def test_sigkill_half_way_leaves_nothing_that_looks_complete(tmp_path):
                 open({str(tmp_path / "tenth")!r}, "w").close()
                 time.sleep(600)
         checkpoint.ParamWriter.write = slow
-        run.from_torch({str(tmp_path / "x.bin")!r}, {str(tmp_path / "checkpoint")!r})
+        from_torch({str(tmp_path / "x.bin")!r}, {str(tmp_path / "checkpoint")!r})
     """
     child = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT)
     deadline = time.monotonic() + 120
@@ -381,12 +385,12 @@ def test_sigkill_half_way_leaves_nothing_that_looks_complete(tmp_path):
     assert child.wait() == -signal.SIGKILL
     assert not (tmp_path / "checkpoint").exists()
     (partial,) = tmp_path.glob(".checkpoint.partial-*")
-    with pytest.raises(ValueError, match="its writing was interrupted"):
+    with pytest.raises(ValueError, match="writing it was interrupted"):
         radfm_jax.load(partial)
-    run.from_torch(tmp_path / "x.bin", tmp_path / "checkpoint")  # and the next try is not in its way
+    from_torch(tmp_path / "x.bin", tmp_path / "checkpoint")  # the leftover does not block the next attempt
 
 
-def test_tokenizer_goes_along_and_must_fit(tmp_path):
+def test_tokenizer_is_copied_and_must_match_the_vocabulary(tmp_path):
     import sentencepiece
 
     corpus = tmp_path / "corpus.txt"
@@ -403,14 +407,14 @@ def test_tokenizer_goes_along_and_must_fit(tmp_path):
         )
     path = save_bin(tmp_path / "x.bin", small_state())
     with pytest.raises(ValueError, match="39.model is 39, but the embedding has 40 rows"):
-        run.from_torch(path, tmp_path / "a", tokenizer=tmp_path / "39.model")
+        from_torch(path, tmp_path / "a", tokenizer=tmp_path / "39.model")
     with pytest.raises(ValueError, match="corpus.txt is not a SentencePiece model"):
-        run.from_torch(path, tmp_path / "a", tokenizer=corpus)
-    report = run.from_torch(path, tmp_path / "a")
+        from_torch(path, tmp_path / "a", tokenizer=corpus)
+    report = from_torch(path, tmp_path / "a")
     assert any("no tokenizer" in line for line in report.lines)
     shutil.copy(tmp_path / "40.model", tmp_path / "tokenizer.model")
-    run.from_torch(path, tmp_path / "b")  # found beside the source
-    run.to_torch(tmp_path / "b", tmp_path / "folder")
+    from_torch(path, tmp_path / "b")  # tokenizer.model next to the source
+    to_torch(tmp_path / "b", tmp_path / "folder")
     assert (tmp_path / "folder" / "tokenizer.model").read_bytes() == (tmp_path / "40.model").read_bytes()
 
 
@@ -419,13 +423,13 @@ def test_tokenizer_goes_along_and_must_fit(tmp_path):
 
 @pytest.mark.parametrize("variant", ["gqa", "llama31", "tied", "head_dim"])
 def test_llama_folder_and_back(variant, tmp_path):
-    """transformers writes a folder; it becomes a checkpoint and a folder again: same logits."""
+    """A folder written by transformers has the same logits after a round trip through a checkpoint."""
     import transformers
 
     state, logits, save = llama_oracle.build(llama_oracle.variants()[variant], seed=3)
     save(tmp_path / "hf")
-    run.from_torch(tmp_path / "hf", tmp_path / "checkpoint", part="llama")
-    run.to_torch(tmp_path / "checkpoint", tmp_path / "back", part="llama")
+    from_torch(tmp_path / "hf", tmp_path / "checkpoint", part="llama")
+    to_torch(tmp_path / "checkpoint", tmp_path / "back", part="llama")
     with open_tensors(tmp_path / "back") as reader:
         assert all(np.array_equal(reader.read(k), state[k]) for k in reader.infos)
     again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "back", attn_implementation="eager").eval()
@@ -435,39 +439,39 @@ def test_llama_folder_and_back(variant, tmp_path):
     with pytest.raises(ValueError, match="holds only the part 'llama'"):
         radfm_jax.load(tmp_path / "checkpoint")
     with pytest.raises(ValueError, match="use `from-llama`"):
-        run.from_torch(tmp_path / "hf", tmp_path / "other")
+        from_torch(tmp_path / "hf", tmp_path / "other")
 
 
-def test_what_the_network_does_not_read_survives(tmp_path):
-    """Context length, special tokens and the tokenizer files of a folder come back."""
+def test_unused_config_values_round_trip(tmp_path):
+    """The round trip keeps context length, special tokens and tokenizer files."""
     _, _, save = llama_oracle.build(llama_oracle.variants()["llama31"], seed=3)
     save(tmp_path / "hf")
     path = tmp_path / "hf" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "max_position_embeddings": 8192, "bos_token_id": 90}))
     (tmp_path / "hf" / "tokenizer.json").write_text("{}")
-    run.from_torch(tmp_path / "hf", tmp_path / "checkpoint", part="llama")
-    run.to_torch(tmp_path / "checkpoint", tmp_path / "back", part="llama")
+    from_torch(tmp_path / "hf", tmp_path / "checkpoint", part="llama")
+    to_torch(tmp_path / "checkpoint", tmp_path / "back", part="llama")
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     assert (config["max_position_embeddings"], config["bos_token_id"]) == (8192, 90)
     assert (tmp_path / "back" / "tokenizer.json").read_text() == "{}"
 
 
 def test_a_tied_head_in_a_state_dict(tmp_path):
-    """torch.save(model.state_dict()) of a tied model holds the embedding twice; a head that differs is no tie."""
+    """torch.save(model.state_dict()) of a tied model has the embedding twice; a head that differs is an error."""
     variant = llama_oracle.variants()["tied"]
     state, _, save = llama_oracle.build(variant, seed=3)
     save(tmp_path / "hf")
     (tmp_path / "hf" / "model.safetensors").unlink()
     both = {**state, "lm_head.weight": state["model.embed_tokens.weight"]}
     save_bin(tmp_path / "hf" / "pytorch_model.bin", both)
-    run.from_torch(tmp_path / "hf", tmp_path / "checkpoint", part="llama")
+    from_torch(tmp_path / "hf", tmp_path / "checkpoint", part="llama")
     save_bin(tmp_path / "hf" / "pytorch_model.bin", {**both, "lm_head.weight": both["lm_head.weight"] + 1})
     with pytest.raises(ValueError, match="lm_head.weight differs from model.embed_tokens.weight"):
-        run.from_torch(tmp_path / "hf", tmp_path / "again", part="llama")
+        from_torch(tmp_path / "hf", tmp_path / "again", part="llama")
 
 
 def test_language_model_of_a_radfm(small_checkpoint, tmp_path):
-    run.to_torch(small_checkpoint, tmp_path / "llm", part="llama")
+    to_torch(small_checkpoint, tmp_path / "llm", part="llama")
     with open_tensors(tmp_path / "llm") as reader:
         state = small_state()
         assert all(np.array_equal(reader.read(k), state[f"lang_model.{k}"]) for k in reader.infos)
@@ -485,14 +489,14 @@ def test_check_passes_fails_and_refuses(small_checkpoint, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert all(word in printed for word in ("max difference", "top-10 agreement", "KL(A || B)", "PASS", "FAIL"))
     assert main(["check", str(small_checkpoint), str(tmp_path / "nothing")]) == 2
-    # A training run stands for its step, as in every command.
+    # A run directory selects a step, as in every command.
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "checkpoints" / "5").symlink_to(small_checkpoint)
     assert main(["check", str(small_checkpoint), str(tmp_path / "run")]) == 0
     assert "error: " in capsys.readouterr().err
 
 
-def test_every_command_in_turn(tmp_path, monkeypatch, capsys):
+def test_commands_run_in_sequence(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     save_bin(tmp_path / "x.bin", small_state())
     for command in (
@@ -507,7 +511,7 @@ def test_every_command_in_turn(tmp_path, monkeypatch, capsys):
     assert "error: ck exists" in capsys.readouterr().err
 
 
-def test_the_shell_sees_exit_codes_and_no_traceback(tmp_path):
+def test_errors_exit_with_2_and_no_traceback(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "radfm_jax.convert", "from-torch", str(tmp_path / "no.bin"), str(tmp_path / "ck")],
         cwd=ROOT,
@@ -518,7 +522,7 @@ def test_the_shell_sees_exit_codes_and_no_traceback(tmp_path):
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path):
-    """A stack of 40 layers of 7 MB: 290 MB of parameters convert both ways in less than a third of that."""
+    """290 MB of parameters in 40 layers convert both ways in less than a third of that memory."""
     config = radfm.RadFMConfig(
         small_config().vision,
         small_config().perceiver,
@@ -527,21 +531,22 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
         ),
     )
     rng = np.random.default_rng(0)
-    infos = {e.name: run.TensorInfo(e.torch_shape, np.dtype(np.float32)) for e in table.entries(config)}
+    infos = {e.name: TensorInfo(e.torch_shape, np.dtype(np.float32)) for e in table.entries(config)}
     write_torch_bin(tmp_path / "x.bin", infos, lambda n: rng.standard_normal(infos[n].shape, np.float32))
     size = (tmp_path / "x.bin").stat().st_size
     code = """
         import json, resource
         from pathlib import Path
-        from radfm_jax.convert import run
+        from radfm_jax.convert.from_torch import from_torch
+        from radfm_jax.convert.to_torch import to_torch
         config = json.loads(Path("config.json").read_text())
         peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         import torch
-        run.from_torch("small.bin", "warm")
-        run.to_torch("warm", "warm.bin")
+        from_torch("small.bin", "warm")
+        to_torch("warm", "warm.bin")
         before = peak()
-        run.from_torch("x.bin", "checkpoint", config=config)
-        run.to_torch("checkpoint", "back.bin", layout="plain")
+        from_torch("x.bin", "checkpoint", config=config)
+        to_torch("checkpoint", "back.bin", layout="plain")
         print(peak() - before)
     """
     (tmp_path / "config.json").write_text(json.dumps({"model": config.to_dict()}))
@@ -557,16 +562,15 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    grown = int(done.stdout)
-    assert grown < size / 3, f"peak memory grew by {grown / 1e6:.0f} MB for a file of {size / 1e6:.0f} MB"
+    growth = int(done.stdout)
+    assert growth < size / 3, f"peak memory grew by {growth / 1e6:.0f} MB for a file of {size / 1e6:.0f} MB"
     with open_tensors(tmp_path / "x.bin") as a, open_tensors(tmp_path / "back.bin") as b:
         assert all(np.array_equal(a.read(n), b.read(n)) for n in list(infos)[::37])
 
 
-def test_exported_safetensors_of_one_file(tmp_path):
-    """A single .safetensors file with released names converts as well."""
+def test_a_single_safetensors_file_converts(tmp_path):
     state = small_state()
-    infos = {k: run.TensorInfo(v.shape, v.dtype) for k, v in state.items()}
+    infos = {k: TensorInfo(v.shape, v.dtype) for k, v in state.items()}
     write_safetensors(tmp_path, infos, state.__getitem__)
-    run.from_torch(tmp_path / "model.safetensors", tmp_path / "checkpoint")
+    from_torch(tmp_path / "model.safetensors", tmp_path / "checkpoint")
     assert radfm_jax.load(tmp_path / "checkpoint").config == small_config()

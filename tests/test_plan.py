@@ -1,4 +1,4 @@
-"""What a run will need, without the hardware: topologies, the text of a compiled program, the ladder, the command."""
+"""radfm_jax.cost: topologies, HLO text, candidates, and `python -m radfm_jax.plan`."""
 
 import dataclasses
 import json
@@ -13,8 +13,7 @@ from practice import practice
 
 from configs import pretrain, tiny
 from input_pipeline.batching.pipeline import Rows, join
-from radfm_jax.cost import command as command
-from radfm_jax.cost import estimate, hlo, ladder, program, show
+from radfm_jax.cost import candidates, command, estimate, hlo, program, report
 from radfm_jax.cost.topology import parse
 from radfm_jax.runtime import sharding
 from radfm_jax.training.experiment import Experiment
@@ -39,30 +38,31 @@ from radfm_jax.training.experiment import Experiment
     ],
 )
 def test_topologies(text, count, memory, bandwidth):
-    found = parse(text)
-    assert (found.count, found.memory, found.bandwidth) == (count, memory, bandwidth)
-    assert (found.peak is None) == (found.kind == "cpu")
+    topology = parse(text)
+    assert (topology.count, topology.memory, topology.bandwidth) == (count, memory, bandwidth)
+    assert (topology.peak is None) == (topology.kind == "cpu")
 
 
 @pytest.mark.parametrize(
     "text, words",
     [
         ("v5p:4x4", "a slice of v5p has 3 dimensions, for example v5p:4x4x2"),
-        ("v7:4x4", "'v7:4x4' is no topology; for example v4:2x4x4"),
-        ("gpu:8xA100", "say which memory: gpu:8xA100-40GB or gpu:8xA100-80GB"),
-        ("gpu:0xH100", "is no topology"),
-        ("gpu:8xGTX1080", "is no topology"),
+        ("v7:4x4", "'v7:4x4' is not a topology; examples: v4:2x4x4"),
+        ("gpu:8xA100", "choose a memory size: gpu:8xA100-40GB or gpu:8xA100-80GB"),
+        ("gpu:0xH100", "is not a topology"),
+        ("gpu:8xGTX1080", "is not a topology"),
     ],
 )
-def test_no_topology(text, words):
+def test_unknown_topologies_are_refused(text, words):
     with pytest.raises(ValueError, match=words):
         parse(text)
 
 
-# --- what a compiled program sends ------------------------------------------------------------------------------------
+# --- HLO text ---------------------------------------------------------------------------------------------------------
 
-# A loop of 5 that gathers bf16[8, 64] over 4 devices; in it one of 16 by steps of 2, with a permute of f32[10] in both
-# directions; around them a sum of two arrays; a kernel whose own text has lines that begin like a computation's end.
+# A loop of 5 trips gathers bf16[8, 64] over 4 devices. A loop inside it counts to 16 in steps of 2 and permutes f32[10]
+# in both directions. The entry also all-reduces two arrays. A kernel's own text has lines that look like the end of a
+# computation.
 TEXT = textwrap.dedent("""\
     HloModule jit_step, is_scheduled=true
 
@@ -110,26 +110,26 @@ TEXT = textwrap.dedent("""\
     """)  # noqa: E501
 
 
-def test_collectives_are_counted_as_often_as_they_run():
-    found = hlo.traffic(TEXT)
-    assert found.bytes == {
+def test_collectives_are_multiplied_by_trip_counts():
+    traffic = hlo.traffic(TEXT)
+    assert traffic.bytes == {
         "all-gather": 5 * 8 * 64 * 2 * 3 / 4,
         "reduce-scatter": 25 * 4 * 4 * 3 / 4,
         "all-reduce": 2 * (400 + 100) * 3 / 4,
         "all-to-all": 0,
         "collective-permute": 5 * 8 * 2 * 40,
     }
-    assert found.counts["all-gather"] == 5 and found.counts["collective-permute"] == 80 and not found.unknown
+    assert traffic.counts["all-gather"] == 5 and traffic.counts["collective-permute"] == 80 and not traffic.unknown
 
 
-def test_loops_of_unknown_length_are_said():
-    found = hlo.traffic(TEXT.replace(', backend_config={"known_trip_count":{"n":"5"}}', ""))
-    assert found.counts["all-gather"] == 1 and set(found.unknown) == {"gathered", "there.1", "there.2"}
-    with pytest.raises(ValueError, match="no text of an HLO module"):
+def test_loops_of_unknown_length_are_reported():
+    traffic = hlo.traffic(TEXT.replace(', backend_config={"known_trip_count":{"n":"5"}}', ""))
+    assert traffic.counts["all-gather"] == 1 and set(traffic.unknown) == {"gathered", "there.1", "there.2"}
+    with pytest.raises(ValueError, match="not the text of an HLO module"):
         hlo.traffic("")
 
 
-# A gather beside two products, each of which names it whole; before a loop, and in it.
+# A gather in two pieces with the full shape each, before a loop and inside it.
 PIECES = textwrap.dedent("""\
     %piece.1 (w: bf16[2,64]) -> bf16[8,64] {
       ROOT %gather.1 = bf16[8,64]{1,0} all-gather(%w), channel_id=7, replica_groups=[1,4]<=[4], dimensions={0}
@@ -156,13 +156,13 @@ PIECES = textwrap.dedent("""\
     """)
 
 
-def test_the_pieces_of_a_collective_are_one():
-    found = hlo.traffic(PIECES)
-    assert found.counts["all-gather"] == 6 and found.bytes["all-gather"] == 6 * 8 * 64 * 2 * 3 / 4
+def test_pieces_of_a_collective_are_counted_once():
+    traffic = hlo.traffic(PIECES)
+    assert traffic.counts["all-gather"] == 6 and traffic.bytes["all-gather"] == 6 * 8 * 64 * 2 * 3 / 4
 
 
-def test_traffic_of_a_program_that_xla_made():
-    """Three layers that FSDP gathers over eight devices, twice: forward, and again in the backward pass."""
+def test_traffic_of_a_compiled_program():
+    """FSDP gathers three layers over eight devices in the forward and again in the backward pass."""
     mesh = sharding.make_mesh()
     weights = jax.ShapeDtypeStruct((3, 64, 64), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(None, "fsdp")))
     x = jax.ShapeDtypeStruct((16, 64), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("fsdp")))
@@ -173,18 +173,18 @@ def test_traffic_of_a_program_that_xla_made():
         return jax.lax.scan(layer, x, w)[0].sum()
 
     gradient = jax.jit(jax.grad(loss), out_shardings=weights.sharding)
-    found = hlo.traffic(gradient.lower(weights, x).compile().as_text())
+    traffic = hlo.traffic(gradient.lower(weights, x).compile().as_text())
     whole = 3 * 64 * 64 * 4 * 7 / 8
-    assert not found.unknown
-    assert found.bytes["all-gather"] == pytest.approx(2 * whole, rel=0.02)
-    # On a CPU the sums of gradients are not scattered.
-    assert found.bytes["all-reduce"] == pytest.approx(2 * whole, rel=0.02)
+    assert not traffic.unknown
+    assert traffic.bytes["all-gather"] == pytest.approx(2 * whole, rel=0.02)
+    # XLA for CPUs does not reduce-scatter gradients.
+    assert traffic.bytes["all-reduce"] == pytest.approx(2 * whole, rel=0.02)
 
 
 # --- the program ------------------------------------------------------------------------------------------------------
 
 
-def test_the_planned_batch_is_that_of_the_pipeline(tmp_path):
+def test_the_planned_batch_matches_the_pipeline(tmp_path):
     data = practice(tmp_path)
     config = Experiment.from_dict(tiny.get_config())
     config = dataclasses.replace(config, data=data, train=dataclasses.replace(config.train, batch=4, accumulation=2))
@@ -196,74 +196,73 @@ def test_the_planned_batch_is_that_of_the_pipeline(tmp_path):
     }
 
 
-def test_the_kernels_are_those_of_the_platform():
+def test_kernels_match_the_platform():
     config = Experiment.from_dict(pretrain.get_config())
-    found = program.with_kernels(config, "tpu")
-    # 32 latents that look at 1,056 tokens fit no kernel.
-    assert (found.llama.attention, found.vision.attention, found.perceiver.attention) == ("splash", "splash", "xla")
+    model = program.with_kernels(config, "tpu")
+    # No kernel supports 32 queries (latents) over 1,056 keys.
+    assert (model.llama.attention, model.vision.attention, model.perceiver.attention) == ("splash", "splash", "xla")
     assert program.with_kernels(config, "cpu").llama.attention == "blocks"
 
 
-# --- the ladder -------------------------------------------------------------------------------------------------------
+# --- candidates -------------------------------------------------------------------------------------------------------
 
 
-def rungs(text: str, batch: int = 128):
+def ranked(text: str, batch: int = 128):
     config = Experiment.from_dict(pretrain.get_config())
-    return ladder.ladder(config, parse(text), [batch], 0.5)
+    return candidates.candidates(config, parse(text), [batch], 0.5)
 
 
 def test_merged_micro_batches_send_a_quarter():
-    """The recommended setting for 32 A100 against the gather for every row."""
-    config, where = Experiment.from_dict(pretrain.get_config()), parse("gpu:32xA100-80GB")
-    found, plain = rungs("gpu:32xA100-80GB"), ladder.plain(config, where, 128, 0.5)
-    assert len(found) == 3 * 5 and found[0].fits and found[0].config.train.accumulation == 1
+    """Compare the recommended setting for 32 A100 with the plain one."""
+    config, topology = Experiment.from_dict(pretrain.get_config()), parse("gpu:32xA100-80GB")
+    result, plain = ranked("gpu:32xA100-80GB"), candidates.plain(config, topology, 128, 0.5)
+    assert len(result) == 3 * 5 and result[0].fits and result[0].config.train.accumulation == 1
     assert plain.config.train.accumulation == 4 and plain.rows == 1 and plain.config.train.remat == "full"
-    assert found[0].sent == plain.sent / 4
-    times = [r.hidden[1] for r in found if r.fits]
-    assert times == sorted(times) and not any(r.fits for r in found[len(times) :])
-    # None of it hidden: arithmetic and 3 x 2 bytes of each parameter at 200 GB/s.
-    sent = 3 * 2 * 13_123_822_336 * 31 / 32
-    assert found[0].hidden[1] - found[0].compute == pytest.approx(sent / 200e9)
+    assert result[0].traffic == plain.traffic / 4
+    times = [c.step_seconds[1] for c in result if c.fits]
+    assert times == sorted(times) and not any(c.fits for c in result[len(times) :])
+    # Without overlap: arithmetic, and 3 x 2 bytes of each parameter at 200 GB/s.
+    traffic = 3 * 2 * 13_123_822_336 * 31 / 32
+    assert result[0].step_seconds[1] - result[0].compute == pytest.approx(traffic / 200e9)
 
 
-def test_time_follows_what_remat_computes_again():
-    by_remat = {r.config.train.remat: r for r in rungs("gpu:32xA100-80GB") if r.rows == 4}
-    flops_of_a_row = estimate.row_flops(by_remat["none"].config)
-    assert ladder.executed(by_remat["none"].config) == flops_of_a_row
-    # A third more for full remat, but for the head and the patch embedding.
-    assert 1.30 < ladder.executed(by_remat["full"].config) / flops_of_a_row < 1.34
+def test_time_includes_recomputation():
+    by_remat = {c.config.train.remat: c for c in ranked("gpu:32xA100-80GB") if c.rows == 4}
+    row_flops = estimate.row_flops(by_remat["none"].config)
+    assert candidates.executed_flops(by_remat["none"].config) == row_flops
+    # Full remat adds a third, except for the head and the patch embedding.
+    assert 1.30 < candidates.executed_flops(by_remat["full"].config) / row_flops < 1.34
     order = ["none", "dots", "projections", "attention", "full"]
     computed = [by_remat[name].compute for name in order]
     assert computed == sorted(computed) and len(set(computed)) == 5
-    # The stated share of the peak is reached with full remat.
-    assert by_remat["full"].compute == pytest.approx(flops_of_a_row * 128 / 32 / (0.5 * 312e12))
+    # The assumed MFU applies to full remat.
+    assert by_remat["full"].compute == pytest.approx(row_flops * 128 / 32 / (0.5 * 312e12))
 
 
-def test_the_compiler_has_the_last_word():
-    """A rung that arithmetic likes and the compiler does not is passed over; the next one is asked."""
-    asked = []
+def test_compile_best_skips_candidates_that_do_not_compile_or_fit():
+    compiled = []
 
-    def compile_(rung):
-        asked.append(rung.config.train.remat)
-        if len(asked) == 1:
+    def compiler(candidate):
+        compiled.append(candidate.config.train.remat)
+        if len(compiled) == 1:
             raise program.CompileError("RESOURCE_EXHAUSTED")
-        size = 33e9 if len(asked) == 2 else 10e9  # of 34
+        size = 33e9 if len(compiled) == 2 else 10e9  # of 34
         return program.Program(0, int(size), 0, {"all-gather": 5e9}, {"all-gather": 1}, 0, 60.0, 100.0)
 
-    found, best = ladder.asked(rungs("v6e:4x8"), compile_)
-    assert len(asked) == 3 and best.config.train.remat == asked[2] and best.program is not None
-    refused = next(r for r in found if r.refused)
-    assert refused.config.train.remat == asked[0] and not refused.fits and found.index(refused) > found.index(best)
-    assert best.sent == 5e9 and best.total == 10e9 + best.memory["batch"] // 2
+    result, best = candidates.compile_best(ranked("v6e:4x8"), compiler)
+    assert len(compiled) == 3 and best.config.train.remat == compiled[2] and best.program is not None
+    failed = next(c for c in result if c.compile_error)
+    assert failed.config.train.remat == compiled[0] and not failed.fits and result.index(failed) > result.index(best)
+    assert best.traffic == 5e9 and best.total == 10e9 + best.memory["batch"] // 2
 
 
 def test_batches_that_do_not_divide():
     config = Experiment.from_dict(pretrain.get_config())
-    assert ladder.batch_for(config, parse("v5p:8x8x4")) == 256
-    with pytest.raises(ValueError, match="a batch of 0 rows: at least 1"):
-        ladder.ladder(config, parse("v5p:4x4x2"), [0], 0.5)
+    assert candidates.batch_for(config, parse("v5p:8x8x4")) == 256
+    with pytest.raises(ValueError, match="a batch of 0 rows: must be at least 1"):
+        candidates.candidates(config, parse("v5p:4x4x2"), [0], 0.5)
     with pytest.raises(ValueError, match="a batch of 100 rows does not divide over 32 devices"):
-        ladder.ladder(config, parse("v5p:4x4x2"), [100], 0.5)
+        candidates.candidates(config, parse("v5p:4x4x2"), [100], 0.5)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -275,69 +274,68 @@ def run(capsys, *arguments):
 
 
 def test_the_command(tmp_path, capsys):
-    """By arithmetic: what is printed is what the JSON holds."""
-    code, said = run(
+    """With --compile none, the printed lines match the JSON."""
+    code, output = run(
         capsys, "--config=configs/pretrain.py", "--topology=gpu:32xA100-80GB", "--compile=none", "--price=2",
         f"--json={tmp_path / 'plan.json'}", f"--picture={tmp_path / 'plan.png'}",
     )  # fmt: skip
     assert code == 0 and (tmp_path / "plan.png").stat().st_size > 10_000
-    found = json.loads((tmp_path / "plan.json").read_text())
-    take = found["take"]
-    assert f"--config.train.accumulation={take['accumulation']} --config.train.remat={take['remat']}" in said.out
+    result = json.loads((tmp_path / "plan.json").read_text())
+    take = result["take"]
+    assert f"--config.train.accumulation={take['accumulation']} --config.train.remat={take['remat']}" in output.out
     assert take["memory_total"] == sum(take["memory_by_part"].values()) < 0.9 * 80e9
-    assert "25% of what gathering for every micro-batch of one row sends (arithmetic)" in said.out
+    assert "25% of what the plain program sends (arithmetic)" in output.out
     steps = estimate.epoch(Experiment.from_dict(pretrain.get_config()), pretrain.SIZES).steps
     cost = 2 * 32 * steps * take["seconds_not_hidden"] / 3600
-    assert f" to {cost:,.0f}\n" in said.out and ", cost " in said.out and len(found["ladder"]) == 15
-    assert math.isclose(found["take"]["can_hide"], 1.0)
+    assert f" to {cost:,.0f}\n" in output.out and ", cost " in output.out and len(result["ladder"]) == 15
+    assert math.isclose(result["take"]["can_hide"], 1.0)
 
 
-def test_nothing_fits_and_mistakes(capsys):
-    code, said = run(capsys, "--config=configs/pretrain.py", "--topology=gpu:1xA100-40GB", "--compile=none")
-    assert code == 1 and "nothing fits with 10% of the memory left free" in said.out
-    code, said = run(capsys, "--config=configs/pretrain.py", "--topology=gpu:32", "--compile=none")
-    assert code == 2 and "is no topology" in said.err
-    code, said = run(capsys, "--config=configs/pretrain.py", "--topology=gpu:12xH100", "--compile=none")
-    assert code == 1 and "99% of the parameters lie on each device, not 1/12" in said.out
+def test_exit_codes(capsys):
+    code, output = run(capsys, "--config=configs/pretrain.py", "--topology=gpu:1xA100-40GB", "--compile=none")
+    assert code == 1 and "nothing fits with 10% of the memory left free" in output.out
+    code, output = run(capsys, "--config=configs/pretrain.py", "--topology=gpu:32", "--compile=none")
+    assert code == 2 and "is not a topology" in output.err
+    code, output = run(capsys, "--config=configs/pretrain.py", "--topology=gpu:12xH100", "--compile=none")
+    assert code == 1 and "99% of the parameters are on each device instead of 1/12" in output.out
 
 
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (("--price=-2",), "--price -2.0: 0 or more is needed"),
-        (("--price=nan",), "--price nan: 0 or more is needed"),
-        (("--batch=0",), "a batch of 0 rows: at least 1 is needed"),
+        (("--price=-2",), "--price -2.0: must be at least 0"),
+        (("--price=nan",), "--price nan: must be at least 0"),
+        (("--batch=0",), "a batch of 0 rows: must be at least 1"),
         (("--config.train.accumulation=0",), "train.accumulation is 0: at least 1 is needed"),
-        (("--json={there}/none/plan.json",), "cannot be written"),
-        (("--picture={there}",), "cannot be written"),
+        (("--json={folder}/none/plan.json",), "cannot be written"),
+        (("--picture={folder}",), "cannot be written"),
     ],
 )
-def test_mistakes_are_one_line_before_anything_is_compiled(arguments, words, tmp_path, capsys, monkeypatch):
+def test_errors_are_one_line_and_precede_compilation(arguments, words, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(program, "compiled", lambda *_, **__: pytest.fail("compiled"))
-    given = ("--config=configs/pretrain.py", "--topology=gpu:32xA100-80GB", *arguments)
-    code, said = run(capsys, *(argument.format(there=tmp_path) for argument in given))
-    assert code == 2 and said.err.startswith("error: ") and words in said.err and not said.out
+    options = ("--config=configs/pretrain.py", "--topology=gpu:32xA100-80GB", *arguments)
+    code, output = run(capsys, *(argument.format(folder=tmp_path) for argument in options))
+    assert code == 2 and output.err.startswith("error: ") and words in output.err and not output.out
 
 
-def test_what_is_arithmetic_is_called_so(capsys):
-    """Of a TPU slice too, where nothing was compiled; and the roofline is what the links allow, if that is longer."""
-    code, said = run(capsys, "--config=configs/pretrain.py", "--topology=v6e:4x8", "--compile=none")
-    assert code == 0 and "of one row sends (arithmetic)" in said.out
+def test_arithmetic_is_labelled_and_roofline_includes_links(capsys):
+    code, output = run(capsys, "--config=configs/pretrain.py", "--topology=v6e:4x8", "--compile=none")
+    assert code == 0 and "of what the plain program sends (arithmetic)" in output.out
     config = Experiment.from_dict(pretrain.get_config())
-    slow = ladder.ladder(config, parse("gpu:256xH100"), [256], 0.4)[0]
-    assert show.roofline(slow) == slow.hidden[1] - slow.compute > slow.compute * 0.4
-    assert show.brief(0.0) == "0.0" and show.brief(0.0030) == "0.0030" and show.brief(1234.5, 0) == "1,234"
+    slow = candidates.candidates(config, parse("gpu:256xH100"), [256], 0.4)[0]
+    assert report.roofline(slow) == slow.step_seconds[1] - slow.compute > slow.compute * 0.4
+    assert report.brief(0.0) == "0.0" and report.brief(0.0030) == "0.0030" and report.brief(1234.5, 0) == "1,234"
 
 
-def test_compiled_for_simulated_devices_and_kept(tmp_path, monkeypatch, capsys):
-    """The tiny model on two devices, in a process of its own; the second time nothing is compiled."""
+def test_compilations_for_simulated_devices_are_cached(tmp_path, monkeypatch, capsys):
+    """Plan the tiny model for two devices twice; the second run compiles nothing."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     arguments = ("--config=configs/tiny.py", "--topology=cpu:2", "--config.train.batch=2", "--config.train.remat=full")
-    code, said = run(capsys, *arguments)
-    assert code == 0 and "compiled batch 2 = 1 x 1 a device" in said.err
-    assert "memory, compiled for 2 simulated devices of the CPU" in said.out and "sent, compiled" in said.out
+    code, output = run(capsys, *arguments)
+    assert code == 0 and "compiled batch 2 = 1 x 1 per device" in output.err
+    assert "memory, compiled for 2 simulated CPU devices" in output.out and "sent, compiled" in output.out
     code, again = run(capsys, *arguments)
     assert code == 0 and "compiled batch" not in again.err
     assert [line for line in again.out.splitlines() if line.startswith("memory")] == [
-        line for line in said.out.splitlines() if line.startswith("memory")
+        line for line in output.out.splitlines() if line.startswith("memory")
     ]

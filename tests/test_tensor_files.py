@@ -1,4 +1,4 @@
-"""Weight files that others write are read bit for bit; neither reading nor writing takes much memory."""
+"""Reading of files written by torch and safetensors is exact; reading and writing need little memory."""
 
 # ruff: noqa: F811 (fixtures that are imported)
 
@@ -16,7 +16,7 @@ from tensor_arrays import ALL_DTYPES, arrays, assert_holds, random_arrays, same_
 
 from radfm_jax.convert.tensor_files import open_tensors
 
-# ---- reading what others write ---------------------------------------------------------------------------------------
+# ---- reading ---------------------------------------------------------------------------------------------------------
 
 
 def test_reads_torch_file(saved, arrays):
@@ -45,9 +45,9 @@ def test_reads_parts(tmp_path, form):
     indices = [(), (slice(1, 3),), (slice(None), slice(-2, None)), (slice(3, 1),), (slice(0, 9), slice(2, 3), slice(1))]
     with open_tensors(tmp_path / f"x.{form}") as reader:
         for index in indices:
-            for name, whole in (("a", array), ("t", array.transpose(2, 0, 1))):
+            for name, full in (("a", array), ("t", array.transpose(2, 0, 1))):
                 part = reader.read(name, index)
-                assert same_bits(part, whole[index]) and part.flags.c_contiguous
+                assert same_bits(part, full[index]) and part.flags.c_contiguous
         for index in [(1,), (slice(0, 4, 2),), (slice(None),) * 4]:
             with pytest.raises(ValueError, match="slices of step 1"):
                 reader.read("a", index)
@@ -85,7 +85,7 @@ def test_reads_wrapped_zip(tmp_path, saved, arrays, compression, name):
     before = sorted(tmp_path.rglob("*"))
     with open_tensors(tmp_path / "release.zip", scratch=scratch) as reader:
         assert same_bits(reader.read("block.float32"), arrays["block.float32"])
-        assert sorted(tmp_path.rglob("*")) == before, "the unpacked file has no name"
+        assert sorted(tmp_path.rglob("*")) == before, "the unpacked file must be unnamed"
     assert_holds(tmp_path / "release.zip", arrays)
 
 
@@ -153,10 +153,10 @@ print(growth(lambda: read_all(folder + "/model.safetensors")))
 
 
 def test_memory_is_bounded_by_a_tensor(tmp_path):
-    """Twenty tensors of 16 MB: neither reading nor writing holds more than three at a time."""
+    """Reading and writing twenty tensors of 16 MB keep at most three in memory."""
     size, count = 16_000_000, 20
     command = [sys.executable, "-c", MEMORY_PROBE, str(tmp_path), str(count), str(size)]
     result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
-    grown = [int(line) for line in result.stdout.split()]
-    # A later step may stay below the high-water mark of an earlier one: then it shows no growth.
-    assert len(grown) == 4 and grown[0] > 0 and max(grown) < 3 * size, grown
+    growth = [int(line) for line in result.stdout.split()]
+    # A later step shows no growth if it stays below the high-water mark of an earlier one.
+    assert len(growth) == 4 and growth[0] > 0 and max(growth) < 3 * size, growth

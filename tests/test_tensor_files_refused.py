@@ -1,4 +1,4 @@
-"""Weight files that are refused: damaged, of other kinds, hostile, shards that disagree with their index."""
+"""Refused weight files: damaged, foreign, hostile, or with shards that disagree with their index."""
 
 # ruff: noqa: F811 (fixtures that are imported)
 
@@ -33,30 +33,30 @@ def test_truncated_files_are_refused(tmp_path, saved, arrays, form):
         saved.rename(path)
     else:
         safetensors.numpy.save_file(arrays, path)
-    whole = path.read_bytes()
-    for length in [0, 1, 4, 7, 60, len(whole) // 3, len(whole) // 2, len(whole) - 30, len(whole) - 1]:
-        path.write_bytes(whole[:length])
+    data = path.read_bytes()
+    for length in [0, 1, 4, 7, 60, len(data) // 3, len(data) // 2, len(data) - 30, len(data) - 1]:
+        path.write_bytes(data[:length])
         for verify in (True, False):
             with pytest.raises(ValueError, match=f"x.{form} .*(download|copy)"):
                 open_tensors(path, verify=verify)
 
 
 def test_flipped_bits_are_never_silent(tmp_path, saved, arrays):
-    """Every byte of every record once, and 300 places anywhere: an error, or the very same tensors."""
-    whole = saved.read_bytes()
+    """Flip a bit in every seventh byte of the records and at 300 random positions: an error, or unchanged tensors."""
+    content = saved.read_bytes()
     with zipfile.ZipFile(saved) as archive:
         records = {entry.filename: (entry.header_offset, archive.read(entry)) for entry in archive.infolist()}
-    starts = {name: whole.index(data, offset) for name, (offset, data) in records.items() if data}
+    starts = {name: content.index(data, offset) for name, (offset, data) in records.items() if data}
     inside = [start + i for name, start in starts.items() for i in range(0, len(records[name][1]), 7)]
     rng = np.random.default_rng(0)
     refused, path = 0, tmp_path / "x.bin"
-    for place in [*inside, *rng.integers(0, len(whole), 300)]:
-        damaged = bytearray(whole)
-        damaged[place] ^= 1 << int(rng.integers(8))
+    for position in [*inside, *rng.integers(0, len(content), 300)]:
+        damaged = bytearray(content)
+        damaged[position] ^= 1 << int(rng.integers(8))
         path.write_bytes(damaged)
         try:
             with open_tensors(path) as reader:
-                assert int(place) not in inside
+                assert int(position) not in inside
                 assert reader.infos.keys() == arrays.keys()
                 assert all(same_bits(reader.read(name), array) for name, array in arrays.items())
         except ValueError as error:
@@ -100,14 +100,14 @@ def test_file_cut_while_open(tmp_path, form):
             reader.read("a")
 
 
-def test_files_of_other_kinds(tmp_path, arrays):
+def test_foreign_files(tmp_path, arrays):
     cases = {
         "legacy.bin": "legacy pickle format.*save it again",
         "pointer.bin": "neither a torch file nor safetensors but starts with b'version https",
-        "page.safetensors": "no whole safetensors file",
-        "other.zip": "no torch state dict and holds 0 files named pytorch_model.bin",
+        "page.safetensors": "not a complete safetensors file",
+        "other.zip": "not a torch state dict and has 0 files named pytorch_model.bin",
         "missing.bin": "is not a file",
-        "list.bin": "holds a list, not a state dict",
+        "list.bin": "has a list, not a state dict",
         "script.bin": "refused by torch's safe loader|not laid out",
     }
     torch.save(state_of(arrays), tmp_path / "legacy.bin", _use_new_zipfile_serialization=False)
@@ -132,8 +132,8 @@ def test_other_zip_layouts(tmp_path, saved):
         records = {entry.filename: source.read(entry) for entry in source.infolist()}
     cases = [
         ("compressed", zipfile.ZIP_DEFLATED, records),
-        ("not those of a record", zipfile.ZIP_STORED, records),
-        ("lies outside 'pytorch_model/'", zipfile.ZIP_STORED, records | {"other/data/0": b""}),
+        ("do not match a record", zipfile.ZIP_STORED, records),
+        ("is outside 'pytorch_model/'", zipfile.ZIP_STORED, records | {"other/data/0": b""}),
         (r"has 2 records \*/data.pkl", zipfile.ZIP_STORED, records | {"other/data.pkl": b""}),
         ("not little-endian", zipfile.ZIP_STORED, records | {"pytorch_model/byteorder": b"big"}),
     ]
@@ -187,7 +187,7 @@ def test_payloads_never_run(tmp_path, form):
     assert mark.exists()
 
 
-def test_values_that_are_no_plain_tensors_are_all_listed(tmp_path):
+def test_all_values_that_are_not_plain_tensors_are_listed(tmp_path):
     state = {
         "epoch": 3,
         "nested": {"a": torch.zeros(1)},
@@ -201,25 +201,25 @@ def test_values_that_are_no_plain_tensors_are_all_listed(tmp_path):
         "fine": torch.zeros(1),
     }
     torch.save(state, tmp_path / "x.bin")
-    with pytest.raises(ValueError, match="no plain tensors") as caught:
+    with pytest.raises(ValueError, match="not plain tensors") as caught:
         open_tensors(tmp_path / "x.bin")
     for name in state:
         assert (f"\n  {name!r}: " in str(caught.value)) == (name != "fine")
 
 
 def test_tensor_reaching_beyond_its_record(tmp_path):
-    """A pickle that asks for more than its record holds, and for the bytes of another record."""
+    """A pickle that requests more bytes than its record has, and bytes of another record."""
     torch.save({"a": torch.zeros(4, dtype=torch.uint8), "b": torch.ones(200)}, tmp_path / "good.bin")
     with zipfile.ZipFile(tmp_path / "good.bin") as archive:
         pickled = archive.read("good/data.pkl")
-    whole = (tmp_path / "good.bin").read_bytes()
+    data = (tmp_path / "good.bin").read_bytes()
     shape = pickled.index(b"K\x04\x85")  # the shape (4,) of "a"
     offset = shape - 2  # its storage offset 0
     assert pickled[offset : offset + 2] == b"K\x00"
-    for place, value in ((shape + 1, 200), (offset + 1, 200)):
+    for position, value in ((shape + 1, 200), (offset + 1, 200)):
         changed = bytearray(pickled)
-        changed[place] = value
-        (tmp_path / "x.bin").write_bytes(whole.replace(pickled, bytes(changed)))
+        changed[position] = value
+        (tmp_path / "x.bin").write_bytes(data.replace(pickled, bytes(changed)))
         with pytest.raises(ValueError, match="'a': its|refused by torch's safe loader"):
             open_tensors(tmp_path / "x.bin", verify=False)
 
@@ -253,7 +253,7 @@ def test_several_wrapped_files(tmp_path, saved):
 def test_no_room_to_unpack(tmp_path, saved, monkeypatch):
     path = _wrap(tmp_path / "x.zip", a=saved.read_bytes())
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(9999, 9000, 999))
-    with pytest.raises(ValueError, match=f"unpacking needs {saved.stat().st_size:,} bytes, there is 999 bytes free in"):
+    with pytest.raises(ValueError, match=f"needs {saved.stat().st_size:,} bytes, but found 999 bytes free in"):
         open_tensors(path)
 
 
@@ -291,18 +291,18 @@ def test_index_and_shards_that_disagree(tmp_path, arrays):
         open_tensors(tmp_path)
 
 
-def test_index_of_other_kinds(tmp_path):
+def test_invalid_indices(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     for text in ("", "[" * 100_000, "[]", "{}", '{"weight_map": {"a": 1}}', '{"weight_map": []}'):
         index.write_text(text)
-        with pytest.raises(ValueError, match="index.json has no weight_map|index.json is no JSON"):
+        with pytest.raises(ValueError, match="index.json has no weight_map|index.json is not JSON"):
             open_tensors(tmp_path)
     (tmp_path / "other.safetensors.index.json").write_text("{}")
     with pytest.raises(ValueError, match="several sets of weights"):
         open_tensors(tmp_path)
 
 
-def test_safetensors_of_other_dtypes(tmp_path):
+def test_safetensors_of_unsupported_dtypes(tmp_path):
     state = {"a": torch.zeros(2, dtype=torch.float8_e4m3fn), "b": torch.zeros(2)}
     safetensors.torch.save_file(state, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match="'a': dtype F8_E4M3"):

@@ -1,4 +1,4 @@
-"""Weight files that we write: what others read in them, bit for bit; nothing is left of one that failed."""
+"""Written files are read exactly by torch and safetensors; a failed write leaves no files."""
 
 # ruff: noqa: F811 (fixtures that are imported)
 
@@ -20,7 +20,7 @@ from tensor_arrays import ALL_DTYPES, Usage, arrays, assert_holds, infos_of, ran
 from radfm_jax.convert.tensor_files import TensorInfo, open_tensors, write_safetensors, write_torch_bin
 
 
-def test_written_torch_file_is_torchs(tmp_path, arrays):
+def test_torch_reads_a_written_torch_file(tmp_path, arrays):
     path, done, calls = tmp_path / "x.bin", [], []
     arrays = {"head": arrays["block.bfloat16"]} | arrays
     ties = {"head": "block.bfloat16"}
@@ -46,8 +46,8 @@ def test_written_torch_file_is_torchs(tmp_path, arrays):
     assert_holds(path, arrays)
     with open_tensors(path) as reader:
         assert reader.ties == {"block.bfloat16": "head"}
-        places = [reader._readers[name].args[2] for name in calls if arrays[name].nbytes]
-    assert all(place % 64 == 0 for place in places)
+        positions = [reader._readers[name].args[2] for name in calls if arrays[name].nbytes]
+    assert all(position % 64 == 0 for position in positions)
 
 
 def test_written_torch_file_loads_into_a_module(tmp_path):
@@ -58,7 +58,7 @@ def test_written_torch_file_loads_into_a_module(tmp_path):
     assert torch.equal(module.weight, other.weight) and torch.equal(module.bias, other.bias)
 
 
-def test_written_safetensors_are_the_librarys(tmp_path):
+def test_the_library_reads_written_safetensors(tmp_path):
     arrays, done = random_arrays(ALL_DTYPES), []
     arrays = {"Grüße": np.ones(3, np.float16)} | arrays
     write_safetensors(
@@ -91,7 +91,7 @@ def test_written_shards(tmp_path, arrays):
         assert all(same_bits(reader.read(name), array) for name, array in arrays.items())
 
 
-def test_from_one_form_to_the_other_and_back(tmp_path, saved, arrays):
+def test_round_trip_between_formats(tmp_path, saved, arrays):
     with open_tensors(saved) as reader:
         write_safetensors(tmp_path / "st", reader.infos, reader.read, max_shard_bytes=150)
     with open_tensors(tmp_path / "st") as reader:
@@ -113,7 +113,7 @@ def _writers(folder: Path):
 def test_interrupted_write_leaves_nothing(tmp_path, arrays, writer, error):
     def read(name):
         if name == "block.float16":
-            assert list(tmp_path.iterdir()), "the write has begun"
+            assert list(tmp_path.iterdir()), "the write must have started"
             raise error
         return arrays[name]
 
@@ -137,14 +137,14 @@ def test_failing_rename_leaves_nothing(tmp_path, arrays, writer, monkeypatch):
 
 @pytest.mark.parametrize("writer", ["bin", "one", "shards"])
 @pytest.mark.parametrize("wrong", [np.zeros((2, 5), np.float16), np.zeros((3, 5), ml_dtypes.bfloat16)])
-def test_values_unlike_announced_are_refused(tmp_path, arrays, writer, wrong):
+def test_values_must_match_the_announced_info(tmp_path, arrays, writer, wrong):
     with pytest.raises(ValueError, match="'block.float16' was announced as float16"):
         _writers(tmp_path)[writer](infos_of(arrays), lambda name: wrong if name == "block.float16" else arrays[name])
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
-    "writer, there",
+    "writer, existing",
     [
         ("bin", "x.bin"),
         ("one", "model.safetensors"),
@@ -153,11 +153,11 @@ def test_values_unlike_announced_are_refused(tmp_path, arrays, writer, wrong):
         ("shards", "model.safetensors"),
     ],
 )
-def test_existing_destination_is_refused(tmp_path, arrays, writer, there):
-    (tmp_path / there).write_text("precious")
-    with pytest.raises(ValueError, match=f"{there} already exist"):
+def test_existing_destination_is_refused(tmp_path, arrays, writer, existing):
+    (tmp_path / existing).write_text("precious")
+    with pytest.raises(ValueError, match=f"{existing} already exist"):
         _writers(tmp_path)[writer](infos_of(arrays), arrays.__getitem__)
-    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [(there, "precious")]
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [(existing, "precious")]
 
 
 @pytest.mark.parametrize("writer", ["bin", "one", "shards"])
@@ -168,7 +168,7 @@ def test_no_room_to_write(tmp_path, arrays, writer, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_tensors_that_a_form_cannot_hold(tmp_path):
+def test_unsupported_dtypes_and_ties_are_refused(tmp_path):
     arrays = {"a": np.zeros(2, np.uint16), "b": np.zeros(2, np.complex64), "c": np.zeros(2, np.float32)}
     with pytest.raises(ValueError, match="'a': dtype uint16\n.*'b': dtype complex64"):
         write_torch_bin(tmp_path / "x.bin", infos_of(arrays), arrays.__getitem__)

@@ -1,11 +1,11 @@
-# RadFM in JAX for NVIDIA GPUs:  docker build -f launch/docker/gpu.Dockerfile -t radfm-gpu .     (from the repository's root)
-# CUDA, cuDNN and NCCL come with JAX's own wheels; of the machine only the driver is needed (580 or newer for CUDA 13).
+# RadFM in JAX for NVIDIA GPUs. Build from the repository's root:  docker build -f launch/docker/gpu.Dockerfile -t radfm-gpu .
+# JAX's wheels include CUDA, cuDNN and NCCL; the host only needs the driver (580 or newer for CUDA 13).
 FROM python:3.12-slim-bookworm
 WORKDIR /radfm
-# First what seldom changes: a change of the code does not install again.
+# Requirements first: this layer stays cached when only the code changes.
 COPY requirements.txt .
 RUN pip install --no-cache-dir -r requirements.txt "jax[cuda13]"
 COPY . .
 ENV PYTHONPATH=/radfm PYTHONUNBUFFERED=1
-# No user but root can be assumed to exist on a cluster's file system; whoever runs it decides: --user, runAsUser.
+# Runs as root, because other users may not exist on a cluster's file system; override with --user or runAsUser.
 CMD ["python", "-m", "radfm_jax.train", "--help"]

@@ -1,11 +1,11 @@
-# RadFM in JAX for TPUs:  docker build -f launch/docker/tpu.Dockerfile -t radfm-tpu .     (from the repository's root)
-# libtpu comes with JAX's extra, in the release that fits. `python -m radfm_jax.plan` runs in it without a TPU.
+# RadFM in JAX for TPUs. Build from the repository's root:  docker build -f launch/docker/tpu.Dockerfile -t radfm-tpu .
+# The `tpu` extra of JAX installs the matching libtpu. `python -m radfm_jax.plan` needs no TPU.
 FROM python:3.12-slim-bookworm
 WORKDIR /radfm
-# First what seldom changes: a change of the code does not install again.
+# Requirements first: this layer stays cached when only the code changes.
 COPY requirements.txt .
 RUN pip install --no-cache-dir -r requirements.txt "jax[tpu]"
 COPY . .
 ENV PYTHONPATH=/radfm PYTHONUNBUFFERED=1
-# No user but root can be assumed to exist on a cluster's file system; whoever runs it decides: --user, runAsUser.
+# Runs as root, because other users may not exist on a cluster's file system; override with --user or runAsUser.
 CMD ["python", "-m", "radfm_jax.train", "--help"]

@@ -3,5 +3,5 @@
 # shellcheck source=launch/flags/gpu.sh
 . "$(dirname "${BASH_SOURCE[0]}")/gpu.sh"
 
-# Several streams to a GPU would let kernels wait behind those of a collective; one keeps their order (Hopper and older).
+# With several hardware queues kernels may be scheduled ahead of a collective; one keeps their order (up to Hopper).
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}

@@ -1,1 +1,4 @@
-"""Weights between PyTorch and Orbax, in both directions: `python -m radfm_jax.convert --help`."""
+"""Conversion of weights between PyTorch and Orbax, and the comparison of two checkpoints.
+
+The checkpoint directory itself belongs to `checkpoints/`, the network to `models/`.
+"""

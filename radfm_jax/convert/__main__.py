@@ -23,10 +23,10 @@ examples:
   # a LLaMA to start training from (MedLLaMA, LLaMA 1 to 3.x), and back
   python -m radfm_jax.convert from-llama MedLLaMA_13B/ medllama/
   python -m radfm_jax.convert to-llama medllama/ MedLLaMA_again/
-  # the same random inputs through two checkpoints of either format
+  # compare the logits of two checkpoints of any format
   python -m radfm_jax.convert check radfm/ pytorch_model.bin
 
-A checkpoint directory holds its sizes and tokenizer; nothing else is needed to use it:
+A checkpoint directory contains its sizes and tokenizer. To use it:
   radfm_jax.load("radfm/")
 """
 
@@ -41,82 +41,77 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, help: str, src: str, dst: str) -> argparse.ArgumentParser:
+    def command(name: str, help: str, src: str, dst: str, *, reads_torch: bool = False) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help, description=help)
         sub.add_argument("src", metavar="SRC", help=src)
         sub.add_argument("dst", metavar="DST", help=dst)
         dtypes = ("float32", "bfloat16", "float16")
-        sub.add_argument("--dtype", choices=dtypes, help="store parameters as this (default: as they are)")
+        sub.add_argument("--dtype", choices=dtypes, help="dtype of the stored parameters (default: unchanged)")
+        if reads_torch:
+            sub.add_argument("--tokenizer", metavar="FILE", help="SentencePiece model (default: next to SRC)")
+            sub.add_argument(
+                "--config",
+                metavar="FILE",
+                help="config.json or configs/*.py, for sizes that tensor shapes do not give: the number of attention "
+                "heads (default: config.json next to SRC)",
+            )
+            sub.add_argument("--no-verify", action="store_true", help="skip the checksums of SRC")
         return sub
-
-    def source_options(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--tokenizer", metavar="FILE", help="SentencePiece model (default: beside SRC)")
-        sub.add_argument(
-            "--config",
-            metavar="FILE",
-            help="config.json or configs/*.py, for what tensor shapes cannot tell: the number of heads "
-            "(default: config.json beside SRC)",
-        )
-        sub.add_argument("--no-verify", action="store_true", help="skip the checksums of SRC")
 
     sub = command(
         "from-torch",
         "released RadFM weights -> checkpoint directory",
         "pytorch_model.bin, the zip it is published in, a .safetensors file or a folder of them",
-        "checkpoint directory to make",
+        "checkpoint directory to create",
+        reads_torch=True,
     )
-    source_options(sub)
     sub.add_argument(
         "--unused",
         choices=("keep", "drop"),
         default="drop",
-        help="what happens to the 143M parameters that RadFM never uses (default: drop)",
+        help="keep or drop the 143M parameters that RadFM never uses (default: %(default)s)",
     )
     sub = command(
         "to-torch",
         "checkpoint directory -> released names",
         "checkpoint directory",
-        "a file x.bin, or a folder to make (safetensors, config.json, tokenizer, model card)",
+        "a file x.bin, or a folder to create (safetensors, config.json, tokenizer, model card)",
     )
     sub.add_argument(
         "--layout",
         choices=("4.28", "plain"),
         default="4.28",
-        help="4.28 adds the 41 buffers that the released code's strict load wants (default: 4.28)",
+        help="4.28 adds the 41 buffers that the released code's strict load needs (default: %(default)s)",
     )
-    sub = command(
+    command(
         "from-llama",
         "Hugging Face LLaMA folder -> checkpoint directory of the language model",
         "folder with config.json and weights",
-        "checkpoint directory to make",
+        "checkpoint directory to create",
+        reads_torch=True,
     )
-    source_options(sub)
     command(
         "to-llama",
         "language model of a checkpoint directory -> Hugging Face LLaMA folder",
-        "checkpoint directory, of a RadFM or of a language model",
-        "folder to make",
+        "checkpoint directory of a RadFM or of a language model",
+        "folder to create",
     )
     sub = commands.add_parser(
         "check",
-        help="same random inputs through two checkpoints",
-        description="Logits of B against those of A, both run by this package; exits with 1 beyond the tolerance.",
+        help="compare the logits of two checkpoints on the same random inputs",
+        description="Compare the logits of A and B, both run by this package. Exits with 1 beyond the tolerance.",
     )
-    sub.add_argument("a", metavar="A", help="checkpoint directory, PyTorch file or folder")
+    sub.add_argument("a", metavar="A", help="checkpoint directory, run directory, PyTorch file or folder")
     sub.add_argument("b", metavar="B", help="the same")
     sub.add_argument("--config", metavar="FILE", help="as in from-torch, for PyTorch files without config.json")
-    sub.add_argument(
-        "--tolerance", type=float, default=1e-3, help="largest difference of a logit that passes (default: %(default)s)"
-    )
-    sub.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32", help="compute in (default: float32)"
-    )
-    sub.add_argument("--seed", type=int, default=0, help="of the inputs (default: 0)")
+    sub.add_argument("--tolerance", type=float, default=1e-3, help="maximum logit difference (default: %(default)s)")
+    sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: %(default)s)")
+    sub.add_argument("--seed", type=int, default=0, help="seed of the inputs (default: %(default)s)")
     return top
 
 
-class Bar:
-    """run.Progress on the terminal."""
+class ProgressBar:
+    """A `report.Progress` on the terminal."""
 
     def __init__(self, console: Console):
         sizes = (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
@@ -124,7 +119,7 @@ class Bar:
         self.task = self.rich.add_task("", total=None)
 
     def stage(self, name: str, total: int | None) -> None:
-        if not self.rich.console.is_terminal:  # a batch job's log shows no bar
+        if not self.rich.console.is_terminal:  # rich shows no bar in the log of a batch job
             size = f" {total / 1e9:.2f} GB" if total else ""
             self.rich.console.print(f"{name}{size} ...", highlight=False)
         self.rich.reset(self.task, description=name, total=total)
@@ -135,11 +130,11 @@ class Bar:
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    # Converting needs no accelerator, and a busy one must not be touched.
+    # Conversion needs no accelerator. JAX would otherwise reserve one, or fail on one that is in use.
     if args.command != "check":
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax warns about merges that it rightly skips
-    console = Console(stderr=True)  # progress and errors; what a command found goes to standard output
+    absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax warns about merges that it skips
+    console = Console(stderr=True)  # progress and errors; results go to standard output
     try:
         return _check(args, console) if args.command == "check" else _convert(args, console)
     except KeyboardInterrupt:
@@ -152,15 +147,15 @@ def main(argv: list[str] | None = None) -> int:
 
 def _convert(args: argparse.Namespace, console: Console) -> int:
     from radfm_jax.checkpoints import run_directory
-    from radfm_jax.convert import model_config, run
+    from radfm_jax.convert import from_torch, model_config, to_torch
 
     start = time.monotonic()
     part = "llama" if args.command.endswith("llama") else "radfm"
-    bar = Bar(console)
+    bar = ProgressBar(console)
     with bar.rich:
         common = {"part": part, "dtype": args.dtype, "progress": bar}
         if args.command.startswith("from"):
-            report = run.from_torch(
+            report = from_torch.from_torch(
                 args.src,
                 args.dst,
                 config=model_config.read_config(args.config) if args.config else None,
@@ -170,21 +165,18 @@ def _convert(args: argparse.Namespace, console: Console) -> int:
                 **common,
             )
         else:
-            report = run.to_torch(
-                run_directory.select_checkpoint(args.src), args.dst, layout=getattr(args, "layout", "plain"), **common
-            )
+            src = run_directory.select_checkpoint(args.src)
+            report = to_torch.to_torch(src, args.dst, layout=getattr(args, "layout", "plain"), **common)
     seconds = time.monotonic() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     out = Console()
-    out.print(f"{args.src} -> {args.dst}", highlight=False, markup=False, soft_wrap=True)
-    out.print(
+    for line in (
+        f"{args.src} -> {args.dst}",
         f"{report.parameters:,} parameters, {', '.join(report.dtypes)}, {report.bytes / 1e9:.2f} GB in {seconds:.1f} s "
         f"({report.bytes / 1e6 / seconds:.0f} MB/s), peak memory {peak:.2f} GB",
-        highlight=False,
-        soft_wrap=True,
-    )
-    for line in report.lines:
-        out.print(f"- {line}", highlight=False, markup=False, soft_wrap=True)
+        *(f"- {line}" for line in report.lines),
+    ):
+        out.print(line, highlight=False, markup=False, soft_wrap=True)
     return 0
 
 
@@ -195,7 +187,7 @@ def _check(args: argparse.Namespace, console: Console) -> int:
     config = model_config.read_config(args.config) if args.config else None
     with console.status("comparing"):
         c = compare(args.a, args.b, config=config, seed=args.seed, dtype=args.dtype)
-    ok = c.max_difference <= args.tolerance  # NaN is not
+    passed = c.max_difference <= args.tolerance  # False for NaN
     for name, value in (
         ("positions", f"{c.positions}"),
         ("largest logit of A", f"{c.largest_logit:.3f}"),
@@ -207,8 +199,8 @@ def _check(args: argparse.Namespace, console: Console) -> int:
         ("KL(A || B), max", f"{c.max_kl:.3e}"),
     ):
         print(f"{name:20s} {value}")
-    print(f"{'PASS' if ok else 'FAIL'}: tolerance {args.tolerance:g}")
-    return 0 if ok else 1
+    print(f"{'PASS' if passed else 'FAIL'}: tolerance {args.tolerance:g}")
+    return 0 if passed else 1
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A logit checker: the same random inputs through two checkpoints of any format."""
+"""Comparison of the logits of two checkpoints of any format, on the same random inputs."""
 
 from __future__ import annotations
 
@@ -12,28 +12,30 @@ import numpy as np
 
 from radfm_jax.api import Model
 from radfm_jax.checkpoints import checkpoint, run_directory
-from radfm_jax.convert.run import TorchModel
+from radfm_jax.convert.torch_source import TorchModel
 from radfm_jax.models.decoder import Decoder, DecoderConfig
 from radfm_jax.models.radfm import RadFMConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Logits of B against those of A over N positions."""
+    """Differences between the logits of B and A over a number of positions."""
 
     positions: int
     max_difference: float
     mean_difference: float
     top1_agreement: float
-    top10_agreement: float  # mean share of A's ten most likely tokens that are among B's
+    top10_agreement: float  # mean share of A's ten most likely tokens that are in B's ten
     mean_kl: float  # KL(A || B) in nats
     max_kl: float
     largest_logit: float
 
 
 def load_any(path, *, config: dict | None = None) -> tuple[str, RadFMConfig, dict]:
-    """(part, sizes, params) of a checkpoint directory, a run's step or PyTorch weights, in the stored dtype, on the
-    host."""
+    """Return (part, sizes, params) of a checkpoint or run directory, or of PyTorch weights.
+
+    Parameters keep their stored dtype and stay on the host.
+    """
     path = run_directory.select_checkpoint(path)
     if (Path(path) / checkpoint.DESCRIPTION).is_file():
         checkpoint.verify(path)
@@ -50,7 +52,10 @@ def load_any(path, *, config: dict | None = None) -> tuple[str, RadFMConfig, dic
 
 
 def random_inputs(part: str, config: RadFMConfig, seed: int, length: int = 64) -> tuple[np.ndarray, np.ndarray | None]:
-    """ids int32[2, length] and, for a RadFM, vision float32[2, 1, C, H, W, D]: a scan stands first in each text."""
+    """Return ids int32[2, length] and, for part `radfm`, vision float32[2, 1, C, H, W, D].
+
+    Each text starts with the tokens of one scan.
+    """
     rng = np.random.default_rng(seed)
     ids = rng.integers(3, config.llama.vocab_size, size=(2, length), dtype=np.int32)
     ids[:, 0] = 1
@@ -64,7 +69,7 @@ def random_inputs(part: str, config: RadFMConfig, seed: int, length: int = 64) -
 
 
 def logits_of(part: str, config: RadFMConfig, params: dict, ids: np.ndarray, vision, dtype: str) -> np.ndarray:
-    """float32[2, L, V], computed in `dtype`."""
+    """Return logits float32[2, L, V], computed in `dtype`."""
     config = config.with_compute(dtype=dtype)
     if part == "radfm":
         return np.asarray(Model(config, params).logits(ids, vision))
@@ -80,27 +85,28 @@ def _llama_logits(config: DecoderConfig, params: dict, ids: jax.Array) -> jax.Ar
 
 
 def compare(a, b, *, config: dict | None = None, seed: int = 0, dtype: str = "float32") -> Comparison:
-    """Runs both, one after the other, on the same inputs.
+    """Compare two checkpoints on the same inputs, with one model in memory at a time.
 
-    Raises ValueError if they are models of different sizes or parts, or either cannot be read.
+    Raises:
+      ValueError: one of them cannot be read, or they differ in part or inputs.
     """
     part, sizes, params = load_any(a, config=config)
     ids, vision = random_inputs(part, sizes, seed)
     first = logits_of(part, sizes, params, ids, vision, dtype)
-    del params  # only one model in memory at a time
+    del params  # before the second model is loaded
     part_b, sizes_b, params = load_any(b, config=config)
     if part_b != part:
         raise ValueError(f"{a} is a {part}, {b} is a {part_b}: they cannot be compared")
     if sizes_b.llama.vocab_size != sizes.llama.vocab_size or sizes_b.num_latents != sizes.num_latents:
         raise ValueError(
-            f"{a} and {b} do not read the same inputs: vocabularies {sizes.llama.vocab_size} and "
+            f"{a} and {b} need different inputs: vocabularies {sizes.llama.vocab_size} and "
             f"{sizes_b.llama.vocab_size}, visual tokens {sizes.num_latents} and {sizes_b.num_latents}"
         )
     return compare_logits(first, logits_of(part, sizes_b, params, ids, vision, dtype))
 
 
 def compare_logits(a: np.ndarray, b: np.ndarray) -> Comparison:
-    """float[..., V] twice -> how they differ; float64 throughout. NaN anywhere gives NaN differences."""
+    """Compare logits float[..., V] in float64. A NaN in either gives NaN differences."""
     a, b = (x.reshape(-1, x.shape[-1]).astype(np.float64) for x in (a, b))
     log_a, log_b = (x - np.logaddexp.reduce(x, axis=-1, keepdims=True) for x in (a, b))
     kl = np.sum(np.exp(log_a) * (log_a - log_b), axis=-1)

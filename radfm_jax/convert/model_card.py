@@ -1,4 +1,4 @@
-"""The README.md of an exported folder."""
+"""The model card (README.md) of an exported folder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ WARNING = "**Research only, not for clinical use.**"
 
 
 def model_card(config: RadFMConfig, part: str, parameters: int) -> str:
-    """Markdown that says what the weights are, how they are used, and what they must not be used for."""
+    """Return Markdown that describes the weights, their use and their limits."""
     llm = config.llama
     text = f"LLaMA: {llm.num_layers} layers, width {llm.width}, {llm.num_heads} heads, vocabulary {llm.vocab_size}"
     if part == "llama":
@@ -20,7 +20,7 @@ def model_card(config: RadFMConfig, part: str, parameters: int) -> str:
         sizes = [
             f"3D vision transformer: {vision.num_layers} layers, width {vision.width}, patches of "
             f"{' x '.join(map(str, vision.patch))} voxels in {vision.channels} channels",
-            f"Perceiver resampler: {config.perceiver.num_layers} layers, {config.num_latents} visual tokens a scan",
+            f"Perceiver resampler: {config.perceiver.num_layers} layers, {config.num_latents} visual tokens per scan",
             text,
         ]
         use = (
@@ -35,8 +35,8 @@ tags: [radiology, medical, vision-language]
 
 # {title}
 
-{WARNING} The model can be wrong in ways that read well. It is no medical device, has no regulatory approval, and its
-answers must not guide the care of any patient.
+{WARNING} The model can be wrong in ways that read well. It is not a medical device and has no regulatory
+approval. Its answers must not guide the care of any patient.
 
 Exported by radfm_jax; {parameters:,} parameters.
 
@@ -49,6 +49,6 @@ Exported by radfm_jax; {parameters:,} parameters.
 ## Origin and limits
 
 Architecture: Wu et al., "Towards Generalist Foundation Model for Radiology" (arXiv 2308.02463). Performance depends on
-the data these weights were trained on, which this export does not know; measure it on data of your own before you rely
-on any answer. Licences of the weights and of the language model they started from apply.
+the training data, which this export does not record. Measure it on your own data before you rely on any answer. The
+licences of the weights and of their base language model apply.
 """

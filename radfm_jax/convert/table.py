@@ -1,8 +1,8 @@
-"""Which tensor of a PyTorch file is which parameter, and how its axes lie: one table for both directions.
+"""Names and layouts of PyTorch tensors and of the parameters they correspond to: one table for both directions.
 
-A rule's layout is an einops pattern from the PyTorch axes to ours; letters on our side are single axes, so their sizes
-are read off the parameter, and the pattern turned round is the way back. Letters: v vocabulary, e text width, f MLP
-width, h heads, k head width, d vision width, p patch voxels, l latents, n table rows, x = which of q, k, v.
+A layout is an einops pattern from PyTorch's axes to ours; the reversed pattern converts back. On our side each letter
+is one axis, so axis sizes come from the parameter. Letters: v vocabulary, e text width, f MLP width, h heads, k head
+width, d vision width, p patch voxels, l latents, n table rows, x = which of q, k, v.
 """
 
 from __future__ import annotations
@@ -84,22 +84,21 @@ RADFM = {
     **{f"lang_model.{k}": (f"llama/{v}", layout) for k, (v, layout) in LLAMA.items()},
 }
 
-# One tensor under two names in a released file. Where a file holds two different ones, loading it into the released
-# code leaves the value of the second.
+# One tensor under two names in a released file. If the two differ, the released code uses the second.
 EMBEDDING, EMBEDDING_ALIAS = "lang_model.model.embed_tokens.weight", "embedding_layer.weight"
 
-# Parts of the released class that its forward pass never runs: Med-KEBERT with its projection, and a segmentation head.
+# Modules that the released forward pass never runs: Med-KEBERT with its projection, and a segmentation head.
 UNUSED = re.compile(
     r"embedding_layer\.(bert_model|bert_projection_fc|output_upscaling|transformer_decoder|transformer_decoder_mlp|"
     r"cls_head)\..+"
 )
-# Values that are computed, not learned; transformers 4.28 writes them into the file, later ones do not.
+# Computed, not learned. transformers 4.28 writes these buffers into the file, later versions do not.
 ROTARY = re.compile(r"(?:lang_model\.)?model\.layers\.(\d+)\.self_attn\.rotary_emb\.inv_freq")
 POSITION_IDS = "embedding_layer.bert_model.embeddings.position_ids"
 
 
 def is_buffer(name: str) -> bool:
-    """Whether `name` is one of the 41 buffers that a file holds when transformers 4.28 saved it."""
+    """Return whether `name` is one of the 41 buffers that transformers 4.28 saves."""
     return name == POSITION_IDS or ROTARY.fullmatch(name) is not None
 
 
@@ -108,7 +107,7 @@ def is_buffer(name: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One tensor of the file: its name and shape there, the parameter, its layer in a stack, and the layout."""
+    """One tensor of a file: its name and shape, the parameter it belongs to, its layer in a stack, and the layout."""
 
     name: str
     torch_shape: tuple[int, ...]
@@ -122,51 +121,51 @@ class Entry:
         return () if self.layer is None else (self.layer,)
 
     def row_index(self, rows: slice) -> tuple:
-        """Where rows of the tensor lie in the parameter, for tensors whose first axis is not folded."""
-        theirs, ours = self.layout.split(" -> ")
-        return (slice(None),) * ours.split().index(theirs[0]) + (rows,)
+        """Return the index of rows of the tensor in the parameter, for tensors whose first axis is not folded."""
+        torch_axes, our_axes = self.layout.split(" -> ")
+        return (slice(None),) * our_axes.split().index(torch_axes[0]) + (rows,)
 
     def to_ours(self, tensor: np.ndarray) -> np.ndarray:
         return einops.rearrange(tensor, self.layout, **self._sizes())
 
     def to_torch(self, value: np.ndarray) -> np.ndarray:
-        theirs, ours = self.layout.split(" -> ")
-        return np.ascontiguousarray(einops.rearrange(value, f"{ours} -> {theirs}", **self._sizes()))
+        torch_axes, our_axes = self.layout.split(" -> ")
+        return np.ascontiguousarray(einops.rearrange(value, f"{our_axes} -> {torch_axes}", **self._sizes()))
 
     def _sizes(self) -> dict[str, int]:
-        """einops is told the axes that are folded into one; it knows the others."""
+        """Return the sizes of folded axes, which einops cannot infer."""
         folded = re.findall(r"\(([^)]*)\)", self.layout)
         return {letter: self.axes[letter] for letter in " ".join(folded).split()}
 
 
 def entries(config: radfm.RadFMConfig, part: str = "radfm") -> list[Entry]:
-    """Every tensor of the PyTorch form of a model, in the order of the table.
+    """Return every tensor of a model's PyTorch form, in the order of the table.
 
     Args:
-      part: `radfm` with the released names, or `llama` with those of a Hugging Face folder. The parameters are called
-        the same in both (`llama/...`), so that one can initialise the other.
+      part: `radfm` for the released names, or `llama` for those of a Hugging Face folder. Parameter names are the same
+        in both (`llama/...`), so that one can initialise the other.
     """
     shapes = param_shapes(config, part)
     rules = RADFM if part == "radfm" else {k: (f"llama/{v}", layout) for k, (v, layout) in LLAMA.items()}
-    found = []
+    result = []
     for name, (path, layout) in rules.items():
         if path == "llama/head" and config.llama.tied_head:
             continue
         stacked = "*" in name
         shape = shapes[path][1:] if stacked else shapes[path]
-        theirs, ours = layout.split(" -> ")
-        axes = dict(zip(ours.split(), shape, strict=True))
-        groups = re.findall(r"\([^)]*\)|[a-z]", theirs)
+        torch_axes, our_axes = layout.split(" -> ")
+        axes = dict(zip(our_axes.split(), shape, strict=True))
+        groups = re.findall(r"\([^)]*\)|[a-z]", torch_axes)
         torch_shape = tuple(math.prod(axes[letter] for letter in re.findall("[a-z]", group)) for group in groups)
         for layer in range(shapes[path][0]) if stacked else (None,):
-            found.append(Entry(name.replace("*", str(layer)), torch_shape, path, layer, layout, axes))
-    missing = shapes.keys() - {e.path for e in found}
+            result.append(Entry(name.replace("*", str(layer)), torch_shape, path, layer, layout, axes))
+    missing = shapes.keys() - {e.path for e in result}
     assert not missing, f"parameters without a rule: {missing}"
-    return found
+    return result
 
 
 def param_shapes(config: radfm.RadFMConfig, part: str = "radfm") -> dict[str, tuple[int, ...]]:
-    """{parameter path: shape} of a whole RadFM, or of its language model alone."""
+    """Return {parameter path: shape} of a RadFM, or of its language model alone."""
     shapes = {k: tuple(v.shape) for k, v in flatten(nn.unbox(radfm.abstract_params(config))).items()}
     return shapes if part == "radfm" else {k: v for k, v in shapes.items() if k.startswith("llama/")}
 
@@ -175,8 +174,10 @@ def param_shapes(config: radfm.RadFMConfig, part: str = "radfm") -> dict[str, tu
 
 
 def unused_shapes(config: radfm.RadFMConfig) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Names, shapes and dtypes of the 143,079,969 unused parameters and their counters at released sizes, for files
-    that must load strictly into the released class although nobody kept the originals."""
+    """Return shapes and dtypes of the 143,079,969 unused parameters (at released sizes) and their counters.
+
+    A file needs them to load strictly into the released class, even if the originals were dropped.
+    """
     d, bert, mlp = config.vision.width, 768, 3072
     shapes: dict[str, tuple[tuple[int, ...], str]] = {}
 
@@ -226,8 +227,10 @@ def unused_shapes(config: radfm.RadFMConfig) -> dict[str, tuple[tuple[int, ...],
 
 
 def buffers(config: radfm.RadFMConfig, position_ids: int = 512) -> dict[str, np.ndarray]:
-    """The 41 buffers of a file saved by transformers 4.28, computed as it does: 40 x inv_freq float32[K / 2] and
-    BERT's position_ids int64[1, 512]."""
+    """Return the 41 buffers that transformers 4.28 saves, computed the same way.
+
+    They are 40 x inv_freq float32[K / 2] and BERT's position_ids int64[1, 512].
+    """
     exponents = np.arange(0, config.llama.head_dim, 2, dtype=np.float32) / np.float32(config.llama.head_dim)
     inv_freq = np.float32(1.0) / np.power(np.float32(config.llama.rope_theta), exponents, dtype=np.float32)
     rotary = {

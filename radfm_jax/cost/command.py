@@ -1,27 +1,27 @@
-"""`python -m radfm_jax.plan`: the command."""
+"""`python -m radfm_jax.plan`: the command line."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import math
+import runpy
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from rich.console import Console
 
 from input_pipeline import command_line
-from radfm_jax.cost import estimate, flops, ladder, program, show
+from radfm_jax.cost import candidates, estimate, flops, program, report
 from radfm_jax.cost.topology import KNOWN, Topology, parse
 from radfm_jax.runtime import faults
 from radfm_jax.training.experiment import Experiment
 
 DESCRIPTION = f"""\
-Does a run fit on these devices, how long does it take, what does it send and cost, and with which remat policy and
-micro-batches? No accelerator is touched and no array is made: the train step itself is compiled from shapes, for TPU
-slices by libtpu (pip install "jax[tpu]"), for GPUs on as many simulated devices, which is an estimate.
+Plan a run: does it fit on these devices, how long does a step take, how much does it send and cost, and which remat
+policy and micro-batches are best? No accelerator is used and no array is allocated. The train step is compiled from
+shapes: for TPU slices by libtpu (pip install "jax[tpu]"), for GPUs on as many simulated CPU devices, as an estimate.
 
 topologies: {KNOWN}
 """
@@ -32,11 +32,11 @@ examples:
   python -m radfm_jax.plan --config=configs/pretrain.py --topology v6e:4x8 --batch 64 128 256 --compile none
   python -m radfm_jax.plan --config=configs/quickstart.py --topology cpu:2 --picture plan.png
 
-A rung is batch = micro-batches x rows a device in each. Fewer micro-batches gather the weights less often (FSDP), and
-need more memory; so does less remat. Times are a range: all that is sent hidden behind the arithmetic, to nothing
-hidden. Taken is what fits with a tenth of the memory free and is quickest with nothing hidden.
+A candidate is a batch of micro-batches x rows per device. With fewer micro-batches FSDP gathers the weights less often,
+and a step needs more memory; so does less remat. Times are a range, from full to no overlap of communication and
+arithmetic. The recommended candidate leaves a tenth of the memory free and is the fastest without overlap.
 
-exit codes: 0 a plan; 1 nothing fits, or the compiler refused whatever was tried; 2 a mistake in the arguments.
+exit codes: 0 a plan; 1 nothing fits, or every compilation failed; 2 an error in the arguments.
 """
 
 
@@ -48,97 +48,93 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command_line.add_config(parser)
-    parser.add_argument("--topology", required=True, metavar="T", help="which devices, for example v5p:4x4x2")
+    parser.add_argument("--topology", required=True, metavar="T", help="devices, for example v5p:4x4x2")
     parser.add_argument(
         "--batch", type=int, nargs="+", metavar="B",
-        help="rows of a step to consider (default: the config's, or the next that the devices can share)",
+        help="batch sizes in rows (default: the config's, or the next one that the devices can share)",
     )  # fmt: skip
     parser.add_argument(
         "--compile", choices=("best", "all", "none"), default="best", dest="compile_",
-        help="best: the best rungs until one is confirmed, and for TPUs the plain program; all: every rung; none: "
-        "arithmetic only (default %(default)s). Minutes each, and kept for the next time",
+        help="best: compile the best candidates until one is confirmed and, for TPUs, the plain program; all: compile "
+        "every candidate; none: arithmetic only (default: %(default)s). Takes minutes each; results are cached",
     )  # fmt: skip
-    parser.add_argument("--again", action="store_true", help="compile anew what is kept")
-    parser.add_argument(
-        "--mfu", type=float, metavar="SHARE", help="of the peak that a step reaches (default: published)"
-    )
-    parser.add_argument("--price", type=float, metavar="P", help="of a device-hour, in any currency")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="everything, as JSON")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="memory and time of the rungs, as PNG")
+    parser.add_argument("--again", action="store_true", help="ignore cached compilations")
+    parser.add_argument("--mfu", type=float, metavar="SHARE", help="MFU of a step (default: that of published runs)")
+    parser.add_argument("--price", type=float, metavar="P", help="price of a device-hour, in any currency")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan as JSON")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="plot memory and time of the candidates, as PNG")
     args, config = command_line.parse(parser, sys.argv[1:] if argv is None else argv)
-    console = Console(width=None if sys.stdout.isatty() else 140)  # a file is no narrow terminal
+    console = Console(width=None if sys.stdout.isatty() else 140)  # rich assumes 80 columns for a file
     try:
         if args.mfu is not None and not 0 < args.mfu <= 1:
-            raise ValueError(f"--mfu {args.mfu}: a share above 0 and not above 1 is needed")
+            raise ValueError(f"--mfu {args.mfu}: must be above 0 and at most 1")
         if args.price is not None and not 0 <= args.price < math.inf:
-            raise ValueError(f"--price {args.price}: 0 or more is needed")
-        for path in filter(None, (args.json, args.picture)):  # before the minutes that a compiler takes
+            raise ValueError(f"--price {args.price}: must be at least 0")
+        for path in filter(None, (args.json, args.picture)):  # fail before minutes of compilation
             if not path.parent.is_dir() or path.is_dir():
-                raise ValueError(f"{path} cannot be written: {path.parent} is no directory, or {path.name} is one")
-        made = plan(Experiment.from_dict(config), parse(args.topology), args, sizes(args.config))
+                raise ValueError(f"{path} cannot be written: it is a directory, or {path.parent} is not one")
+        result = plan(Experiment.from_dict(config), parse(args.topology), args)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return faults.MISTAKE
-    show.show(made, console)
-    for path, write in ((args.json, show.write_json), (args.picture, show.picture)):
+    report.show(result, console)
+    for path, write in ((args.json, report.write_json), (args.picture, report.plot)):
         if path is not None:
-            write(made, path)
+            write(result, path)
             console.print(f"wrote {path}", highlight=False, markup=False)
-    return 0 if made.best is not None else 1
+    return 0 if result.best is not None else 1
 
 
-def plan(
-    config: Experiment, topology: Topology, args: argparse.Namespace, sources: Mapping[str, estimate.Source] | None
-) -> show.Plan:
-    """The ladder of a config on a topology, compiled as far as was asked for. Raises ValueError for mistakes."""
-    mfu, said = args.mfu, "the MFU that was given"
+def plan(config: Experiment, topology: Topology, args: argparse.Namespace) -> report.Plan:
+    """Rank the candidates of a config on a topology, and compile those that `--compile` selects.
+
+    Raises:
+      ValueError: an error in the arguments.
+    """
+    mfu, mfu_source = args.mfu, "the MFU of --mfu"
     if topology.chip is not None:
         mfu = args.mfu or flops.REACHED[topology.chip.name]
         peak = estimate.amount(flops.PEAK[topology.chip.name], "FLOP/s")
-        said = f"{mfu:.0%} of {peak}, " + (
-            "as given" if args.mfu else "which published runs of this kind of model reach"
-        )
-    batches = args.batch or [ladder.batch_for(config, topology)]
-    rungs = ladder.ladder(config, topology, batches, mfu)
-    plain = ladder.plain(config, topology, batches[0], mfu)
-    compile_ = compiler(args.again)
-    best = next((rung for rung in rungs if rung.fits), None)
+        mfu_source = f"{mfu:.0%} of {peak}, " + ("from --mfu" if args.mfu else "as in published runs of similar models")
+    batches = args.batch or [candidates.batch_for(config, topology)]
+    ranked = candidates.candidates(config, topology, batches, mfu)
+    plain = candidates.plain(config, topology, batches[0], mfu)
+    compiler = make_compiler(args.again)
+    best = next((c for c in ranked if c.fits), None)
     if args.compile_ == "all":
-        rungs = sorted((ladder.told(rung, compile_) for rung in rungs), key=ladder.order)
-        best = next((rung for rung in rungs if rung.fits), None)
+        ranked = sorted((candidates.compiled(c, compiler) for c in ranked), key=candidates.rank)
+        best = next((c for c in ranked if c.fits), None)
     elif args.compile_ == "best":
-        rungs, best = ladder.asked(rungs, compile_)
+        ranked, best = candidates.compile_best(ranked, compiler)
         if topology.kind == "tpu" and topology.count > 1:
-            plain = ladder.told(plain, compile_)
-    same = [r for r in rungs if r.config.train == plain.config.train]
+            plain = candidates.compiled(plain, compiler)
+    # The report shows the plain candidate once, if it is one of those ranked.
+    same = [c for c in ranked if c.config.train == plain.config.train]
     plain = same[0] if same and (same[0].program or not plain.program) else plain
-    return show.Plan(args.config, topology, mfu, said, rungs, best, plain, sources, args.price)
+    return report.Plan(args.config, topology, mfu, mfu_source, ranked, best, plain, sizes(args.config), args.price)
 
 
-def compiler(again: bool):
-    """Rung -> Program, saying on standard error what it does and how long that took."""
+def make_compiler(again: bool) -> Callable[[candidates.Candidate], program.Program]:
+    """Return a function that compiles a candidate and logs the time to standard error."""
     console = Console(stderr=True)
 
-    def compile_(rung: ladder.Rung) -> program.Program:
-        if not again and program.is_kept(rung.config, rung.topology):
-            return program.compiled(rung.config, rung.topology)
-        began = time.perf_counter()
-        with console.status(f"compiling {rung.name} for {rung.topology.text} (a minute or several)"):
-            found = program.compiled(rung.config, rung.topology, again=again)
-        took = time.perf_counter() - began
+    def compiler(candidate: candidates.Candidate) -> program.Program:
+        config, topology = candidate.config, candidate.topology
+        if not again and program.is_cached(config, topology):
+            return program.compiled(config, topology)
+        start = time.perf_counter()
+        with console.status(f"compiling {candidate.name} for {topology.text} (one or more minutes)"):
+            result = program.compiled(config, topology, again=again)
         console.print(
-            f"compiled {rung.name} for {rung.topology.text} in {took:.0f} s ({found.cpu_seconds:.0f} s of processors)",
+            f"compiled {candidate.name} for {topology.text} in {time.perf_counter() - start:.0f} s "
+            f"({result.cpu_seconds:.0f} s of CPU time)",
             highlight=False, soft_wrap=True,
         )  # fmt: skip
-        return found
+        return result
 
-    return compile_
+    return compiler
 
 
-def sizes(given: str) -> Mapping[str, estimate.Source] | None:
-    """SIZES of a config's file, None if it has none."""
-    path = given if Path(given).is_file() else given.rpartition(":")[0]
-    spec = importlib.util.spec_from_file_location("planned_config", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return getattr(module, "SIZES", None)
+def sizes(config: str) -> Mapping[str, estimate.Source] | None:
+    """Return SIZES of a config file (FILE or FILE:NAME), or None if it has none."""
+    return runpy.run_path(config if Path(config).is_file() else config.rpartition(":")[0]).get("SIZES")

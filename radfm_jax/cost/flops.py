@@ -1,4 +1,4 @@
-"""Arithmetic of the network: FLOPs of a step, and the peak of the devices it runs on."""
+"""FLOPs of the network, and the peak FLOP/s of devices."""
 
 from __future__ import annotations
 
@@ -8,57 +8,44 @@ import numpy as np
 from input_pipeline.batching.packing import RowLimits
 from radfm_jax.models.radfm import RadFMConfig
 
-# Dense bfloat16 FLOP/s of a device, published.
-PEAK = {
-    "A100": 312e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
+# Published dense bfloat16 FLOP/s per device, and the share of it (MFU) that published training runs of 13B-class models
+# reach in bfloat16, rounded down (A100: torchtitan 61 %, llm-foundry 52.6 %; H100 40 to 44 %; H200 33 to 58 %; TPUs,
+# MaxText: v4 57 to 59 %, v5e 61 to 67 %, v5p 71.5 % for 32B, v6e 45 to 50 %). MFU does not count recomputation as work.
+_DEVICES = {
+    "A100": (312e12, 0.5),
+    "H100": (989e12, 0.4),
+    "H200": (989e12, 0.4),
+    "TPU v4": (275e12, 0.55),
+    "TPU v5 lite": (197e12, 0.6),
+    "TPU v5e": (197e12, 0.6),
+    "TPU v5p": (459e12, 0.6),
+    "TPU v5": (459e12, 0.6),
+    "TPU v6 lite": (918e12, 0.45),
+    "TPU v6e": (918e12, 0.45),
 }
+PEAK = {name: peak for name, (peak, _) in _DEVICES.items()}
+REACHED = {name: share for name, (_, share) in _DEVICES.items()}
 
 
-# Share of that peak which published training runs of 13B-class models reach in bfloat16, rounded down (A100:
-# torchtitan 61 %, llm-foundry 52.6 %; H100 40 to 44 %; H200 33 to 58 %; TPUs, MaxText: v4 57 to 59 %, v5e 61 to 67 %,
-# v5p 71.5 % for 32B, v6e 45 to 50 %). Recomputing is in them, as MFU counts it as no work done.
-REACHED = {
-    "A100": 0.5,
-    "H100": 0.4,
-    "H200": 0.4,
-    "TPU v4": 0.55,
-    "TPU v5 lite": 0.6,
-    "TPU v5e": 0.6,
-    "TPU v5p": 0.6,
-    "TPU v5": 0.6,
-    "TPU v6 lite": 0.45,
-    "TPU v6e": 0.45,
-}
-
-
-def known(kind: str) -> str | None:
-    """The name in PEAK that a device's `device_kind` stands for ("NVIDIA A100-SXM4-80GB": "A100"), or None."""
+def known_device(kind: str) -> str | None:
+    """Return the key of PEAK for a `device_kind` ("NVIDIA A100-SXM4-80GB" -> "A100"), or None."""
     names = [name for name in PEAK if name.lower() in kind.lower()]
     return max(names, key=len) if names else None
 
 
 def peak(device: jax.Device) -> float | None:
-    """bfloat16 FLOP/s of a device, None where it is not known (a CPU)."""
-    name = known(device.device_kind)
+    """Return the bfloat16 FLOP/s of a device, or None if unknown (a CPU)."""
+    name = known_device(device.device_kind)
     return PEAK[name] if name else None
 
 
 def forward(config: RadFMConfig, limits: RowLimits, channels: int | None = None) -> dict[str, float]:
-    """FLOPs of one row's forward pass by part; padding counts, as it is computed.
+    """Return the FLOPs of one row's forward pass by part, including padding.
 
-    A product of [m, k] and [k, n] is 2 m k n. Causal attention counts half of its square.
+    A product of [m, k] and [k, n] has 2 m k n. Causal attention counts half of its square.
 
     Args:
-      channels: `data.channels`, of which patches are embedded; default: the model's.
+      channels: channels of the embedded patches (`data.channels`); default: the model's.
     """
     t, p = limits.text_length, limits.vision_rows * limits.patch_length
     v, q, c = config.vision, config.perceiver, config.llama
@@ -83,19 +70,20 @@ def forward(config: RadFMConfig, limits: RowLimits, channels: int | None = None)
 def training(
     config: RadFMConfig, limits: RowLimits, frozen: tuple[str, ...] = (), channels: int | None = None
 ) -> float:
-    """FLOPs that one row of a training step needs: forward, the gradient of the weights that learn, and of what they
-    are computed on where something before learns. What remat computes again is not counted, as usual for MFU.
+    """Return the FLOPs of one row of a training step, without recomputation, as usual for MFU.
+
+    They are the forward pass, the gradients of trained weights, and the gradients of inputs that depend on them.
 
     Args:
-      frozen: `optimizer.frozen`. Only whole parts are seen here, `llama/blocks` alone counts as learning.
+      frozen: `optimizer.frozen`. Only whole parts count as frozen: `llama/blocks` alone does not.
       channels: as for `forward`.
     """
     parts = forward(config, limits, channels)
-    learns = {name: name not in frozen for name in ("vit", "perceiver", "llama", "projection", "image_marks")}
+    trained = {name: name not in frozen for name in ("vit", "perceiver", "llama", "projection", "image_marks")}
     before = {"vit": (), "perceiver": ("vit",), "llama": ("vit", "perceiver", "projection", "image_marks")}
     before["head"] = (*before["llama"], "llama")
     total = 0.0
     for name, flops in parts.items():
-        own = learns["llama" if name == "head" else name]
-        total += flops * (1 + own + (own or any(learns[part] for part in before[name])))
+        own = trained["llama" if name == "head" else name]
+        total += flops * (1 + own + (own or any(trained[part] for part in before[name])))
     return total

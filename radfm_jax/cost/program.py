@@ -1,11 +1,11 @@
-"""The very train step, compiled ahead of time for devices that are not here. No array is made.
+"""The train step, compiled ahead of time for devices that need not be present. No array is allocated.
 
-TPU slices are compiled for by libtpu (`pip install "jax[tpu]"`), which needs no TPU for it. For GPUs and CPUs the
-program is compiled for as many simulated devices of the CPU: the same shapes and shardings, but a CPU multiplies
-bfloat16 in float32 and has no fused attention, so neither its memory nor its bytes on the network are a GPU's.
+libtpu (`pip install "jax[tpu]"`) compiles for TPU slices without a TPU. For GPUs and CPUs the step is compiled for as
+many simulated CPU devices: shapes and shardings are the same, but a CPU multiplies bfloat16 in float32 and has no fused
+attention, so memory and traffic differ from a GPU's.
 
-A compilation runs in a process of its own, as JAX's devices cannot be exchanged once they are there, and its result is
-kept in the user's cache directory, under a hash of everything it follows from.
+Each compilation runs in a child process, because JAX's devices cannot be changed once they are initialized. Its result
+is cached in the user's cache directory, under a hash of everything it depends on.
 """
 
 from __future__ import annotations
@@ -23,33 +23,40 @@ from pathlib import Path
 
 import platformdirs
 
+from input_pipeline.files import atomic_write, fingerprint
 from radfm_jax.cost import hlo
 from radfm_jax.cost.topology import Topology, parse
 from radfm_jax.training.experiment import Experiment
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax")
-# What of the environment changes what is compiled.
+# Environment variables that change the program.
 VARIABLES = ("LIBTPU_INIT_ARGS", "XLA_FLAGS")
-# How much libtpu works on the speed of the program, from -1 to 1; 0 is what a run takes. Most of a compilation
-# schedules instructions and allots registers, of which a plan reads nothing. For v5p:4x4x2, remat full, -1 gave 1.6 %
-# less temporary memory than 0, and 12 % more on the network: it interleaves more products with their gathers.
+# Fields of the `train` group that change the program.
+TRAIN_FIELDS = ("batch", "accumulation", "dtype", "remat", "weighting", "normalise", "chunk", "dropout")
+# Code that determines the program, relative to the package.
+SOURCES = ("models", "training", "runtime/sharding.py", "cost/estimate.py", "cost/hlo.py", "cost/program.py")
+# libtpu's optimization effort, from -1 to 1; a run uses 0. Most of a compilation goes into scheduling and register
+# allocation, which a plan does not read. For v5p:4x4x2 with full remat, -1 gave 1.6 % less temporary memory than 0 and
+# 12 % more traffic, because more gathers are interleaved with products.
 EFFORT = -1.0
 
 
 class CompileError(RuntimeError):
-    """The compiler refused: out of memory, or a topology it does not know."""
+    """The compiler failed: out of memory, or an unknown topology."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What the compiler said. Bytes are those of one device.
+    """Memory and traffic of a compiled program, in bytes per device.
 
     Attributes:
-      arguments: state and batch. temporary: gradients, activations, everything else while it runs.
-      beside: results that take no argument's place, and the program itself.
-      received: bytes that collectives bring into a device in a step, by kind. collectives: how often each kind runs.
-      loops_unknown: collectives in loops of unknown length, counted once.
-      seconds, cpu_seconds: of tracing and compiling, by the clock and of processors.
+      arguments: state and batch.
+      temporary: gradients, activations and all other intermediate values.
+      beside: outputs that do not alias an argument, and the code.
+      received: bytes that collectives send into a device per step, by kind.
+      collectives: number of executions of each kind.
+      loops_unknown: number of collectives in loops of unknown length, counted once.
+      seconds, cpu_seconds: wall time and CPU time of tracing and compiling.
     """
 
     arguments: int
@@ -67,18 +74,19 @@ class Program:
 
 
 def compiled(config: Experiment, topology: Topology, *, again: bool = False) -> Program:
-    """Of one step of `config` on `topology`, from the cache if it is there.
+    """Compile one step of `config` on `topology`, or return the cached result unless `again` is set.
 
     Raises:
-      CompileError: what the compiler said. ValueError: libtpu is missing, or rows do not divide.
+      CompileError: the compiler failed.
+      ValueError: libtpu is missing, or rows do not divide.
     """
-    kept = _kept(config, topology)
-    if kept.is_file() and not again:
-        return Program(**json.loads(kept.read_text()))
+    cache_file = _cache_file(config, topology)
+    if cache_file.is_file() and not again:
+        return Program(**json.loads(cache_file.read_text()))
     job = json.dumps({"config": config.to_dict(), "topology": topology.text}, default=list)
-    # A compiler needs no TPU to itself: neither another plan nor a lock file that a killed one left is in its way.
-    alone = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_PLATFORMS": "cpu"}
-    environment = {"TF_CPP_MIN_LOG_LEVEL": "3", **os.environ, **alone}
+    # The compiler does not use the TPU, so it must neither query its metadata nor wait for libtpu's lock file.
+    compile_only = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_PLATFORMS": "cpu"}
+    environment = {"TF_CPP_MIN_LOG_LEVEL": "3", **os.environ, **compile_only}
     root = str(Path(__file__).resolve().parents[2])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     child = subprocess.run(
@@ -86,46 +94,37 @@ def compiled(config: Experiment, topology: Topology, *, again: bool = False) -> 
     )
     lines = child.stdout.splitlines()
     if child.returncode or not lines:
-        said = child.stderr.strip().splitlines()
-        if any("ModuleNotFoundError" in line and "libtpu" in line for line in said) or "no libtpu" in child.stderr:
-            raise ValueError(f'{topology.text} needs libtpu: pip install "jax[tpu]" beside this jax')
-        raise CompileError(said[-1] if said else f"the compiler ended with code {child.returncode}")
-    found = json.loads(lines[-1])
-    if "error" in found:
-        raise CompileError(found["error"])
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    partial = kept.with_suffix(f".{os.getpid()}")
-    partial.write_text(lines[-1])
-    partial.replace(kept)
-    return Program(**found)
+        errors = child.stderr.strip().splitlines()
+        if any("ModuleNotFoundError" in line and "libtpu" in line for line in errors) or "no libtpu" in child.stderr:
+            raise ValueError(f'{topology.text} needs libtpu: pip install "jax[tpu]" for the installed jax')
+        raise CompileError(errors[-1] if errors else f"the compiler exited with code {child.returncode}")
+    result = json.loads(lines[-1])
+    if "error" in result:
+        raise CompileError(result["error"])
+    cache_file.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(cache_file, unique=True) as partial:
+        partial.write_text(lines[-1])
+    return Program(**result)
 
 
-def is_kept(config: Experiment, topology: Topology) -> bool:
-    return _kept(config, topology).is_file()
+def is_cached(config: Experiment, topology: Topology) -> bool:
+    return _cache_file(config, topology).is_file()
 
 
-def _kept(config: Experiment, topology: Topology) -> Path:
-    root = Path(__file__).resolve().parents[1]
-    source = hashlib.sha256()
-    names = (
-        *(f"training/{name}.py" for name in ("losses", "optimizer", "train_step")),
-        *("runtime/sharding.py", "cost/hlo.py", "cost/program.py"),
-    )
-    for path in (*(root / name for name in names), *sorted((root / "models").rglob("*.py"))):
-        source.update(path.read_bytes())
-    said = config.to_dict()
+def _cache_file(config: Experiment, topology: Topology) -> Path:
+    package, source = Path(__file__).resolve().parents[1], hashlib.sha256()
+    for path in (package / name for name in SOURCES):
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            source.update(file.read_bytes())
+    groups = config.to_dict()
     limits = dataclasses.asdict(config.data.limits) | {"channels": config.data.channels, "storage": config.data.storage}
-    train = {k: v for k, v in said["train"].items() if k in _TRAIN}
-    # As many devices of a GPU as of another kind are the same simulated ones.
-    where = topology.text if topology.kind == "tpu" else f"cpu:{topology.count}"
-    versions = {name: _version(name) for name in (*PACKAGES, *(("libtpu",) if topology.kind == "tpu" else ()))}
-    key = [said["model"], limits, train, said["optimizer"], said["mesh"], where, source.hexdigest(), versions]
-    key.append({name: os.environ.get(name, "") for name in VARIABLES})
-    name = hashlib.sha256(json.dumps(key, default=list, sort_keys=True).encode()).hexdigest()[:32]
-    return Path(platformdirs.user_cache_dir("radfm_jax")) / "plan" / f"{name}.json"
-
-
-_TRAIN = ("batch", "accumulation", "dtype", "remat", "weighting", "normalise", "chunk", "dropout")
+    train = {k: v for k, v in groups["train"].items() if k in TRAIN_FIELDS}
+    # GPUs are compiled for as many simulated devices, whatever their kind.
+    devices = topology.text if topology.kind == "tpu" else f"cpu:{topology.count}"
+    packages = (*PACKAGES, "libtpu") if topology.kind == "tpu" else PACKAGES
+    key = [groups["model"], limits, train, groups["optimizer"], groups["mesh"], devices, source.hexdigest()]
+    key += [{name: _version(name) for name in packages}, {name: os.environ.get(name, "") for name in VARIABLES}]
+    return Path(platformdirs.user_cache_dir("radfm_jax")) / "plan" / f"{fingerprint(key)[:32]}.json"
 
 
 def _version(package: str) -> str:
@@ -135,11 +134,11 @@ def _version(package: str) -> str:
         return "missing"
 
 
-# --- in the process that compiles -------------------------------------------------------------------------------------
+# --- the child process ------------------------------------------------------------------------------------------------
 
 
 def compile_step(config: Experiment, topology: Topology):
-    """jax.stages.Compiled of the step, for the batches that `config.data` makes."""
+    """Return the jax.stages.Compiled train step for the batches of `config.data`."""
     import jax
     import numpy as np
     from jax.sharding import NamedSharding, PartitionSpec
@@ -149,7 +148,7 @@ def compile_step(config: Experiment, topology: Topology):
     from radfm_jax.training import train_step
 
     if topology.kind == "tpu":
-        import libtpu  # noqa: F401  JAX says much less plainly that it is missing
+        import libtpu  # noqa: F401  JAX's own error does not name libtpu
         from jax.experimental import topologies
 
         devices = topologies.get_topology_desc(platform="tpu", topology_name=topology.text).devices
@@ -177,7 +176,7 @@ def compile_step(config: Experiment, topology: Topology):
 
 
 def with_kernels(config: Experiment, platform: str):
-    """The model's sizes with the attention kernels that `auto` takes on `platform`, not on this machine."""
+    """Return the model config with the attention kernels that `auto` selects on `platform`."""
     import jax
 
     from radfm_jax.models import attention
@@ -197,29 +196,30 @@ def with_kernels(config: Experiment, platform: str):
 
 
 def main() -> int:
+    """Compile the job on standard input and print the Program, or the error, as JSON."""
     job = json.loads(sys.stdin.read())
-    began = time.perf_counter()
+    start = time.perf_counter()
     try:
         program = compile_step(Experiment.from_dict(job["config"]), parse(job["topology"]))
     except ModuleNotFoundError:
         raise
-    except Exception as e:  # of whatever a compiler raises: the caller shows it
+    except Exception as e:  # compilers raise errors of many types; the parent process reports them
         lines = [line for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
         print(json.dumps({"error": " ".join(lines)[:600]}))
         return 0
-    memory, sent = program.memory_analysis(), hlo.traffic(program.as_text())
+    memory, traffic = program.memory_analysis(), hlo.traffic(program.as_text())
     used = resource.getrusage(resource.RUSAGE_SELF)
-    found = Program(
+    result = Program(
         arguments=memory.argument_size_in_bytes,
         temporary=memory.temp_size_in_bytes,
         beside=memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.generated_code_size_in_bytes,
-        received=sent.bytes,
-        collectives=sent.counts,
-        loops_unknown=len(sent.unknown),
-        seconds=time.perf_counter() - began,
+        received=traffic.bytes,
+        collectives=traffic.counts,
+        loops_unknown=len(traffic.unknown),
+        seconds=time.perf_counter() - start,
         cpu_seconds=used.ru_utime + used.ru_stime,
     )
-    print(json.dumps(dataclasses.asdict(found)))
+    print(json.dumps(dataclasses.asdict(result)))
     return 0
 
 

@@ -1,8 +1,10 @@
-"""Devices that need not be here: memory, peak and links as their makers publish them.
+"""Devices and their published memory, peak FLOP/s and link speeds.
 
-v5p:4x4x2    v5e:8x8    v6e:4x8    v4:2x4x4     TPU slices
-gpu:32xA100-80GB    gpu:16xH100    gpu:1xH200   nodes of 8 GPUs, one network adapter a GPU
-cpu:4                                           simulated devices of this machine
+None of them needs to be present, and launch/gke.py reads topologies without JAX.
+
+    v5p:4x4x2    v5e:8x8    v6e:4x8    v4:2x4x4     TPU slices
+    gpu:32xA100-80GB    gpu:16xH100    gpu:1xH200   nodes of 8 GPUs, one network adapter per GPU
+    cpu:4                                           simulated devices of this machine
 """
 
 from __future__ import annotations
@@ -20,10 +22,10 @@ class Chip:
     """One kind of device.
 
     Attributes:
-      name: in flops.PEAK. memory: bytes.
-      link: bytes/s in one direction; TPU: of one of the links to the neighbours; GPU: of a GPU's share of NVLink.
-      network: bytes/s of a GPU's adapter between nodes. node: GPUs of one.
-      torus: TPU: the length from which on an axis is closed to a ring.
+      name: key in flops.PEAK. memory: bytes.
+      link: bytes/s in one direction of one TPU link to a neighbour, or of a GPU's share of NVLink.
+      network: bytes/s of a GPU's adapter between nodes. node: GPUs per node.
+      torus: minimum length of a TPU slice's axis that is closed to a ring.
     """
 
     name: str
@@ -34,9 +36,9 @@ class Chip:
     torus: int = 0
 
 
-# TPU: cloud.google.com/tpu/docs (memory, peak, interconnect a chip), divided by the chip's links: four of v5e and v6e
-# in two dimensions, six of v4 and v5p in three. v4 and v5p close their axes from a cube of 4 on, v5e and v6e at 16.
-# GPU: data sheets of the SXM forms; NVLink 600 and 900 GB/s in both directions together; one adapter a GPU of
+# TPU: cloud.google.com/tpu/docs (memory, interconnect per chip), divided by the chip's links: four of v5e and v6e in
+# two dimensions, six of v4 and v5p in three. v4 and v5p close their axes from a cube of 4 on, v5e and v6e at 16.
+# GPU: data sheets of the SXM versions; NVLink has 600 or 900 GB/s in both directions together; one adapter per GPU of
 # 200 Gbit/s (DGX A100) or 400 Gbit/s (DGX H100, H200).
 CHIPS = {
     "v4": Chip("TPU v4", 32 * GIB, 45e9, torus=4),
@@ -52,11 +54,11 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """So many devices of one kind.
+    """A number of devices of one kind.
 
     Attributes:
-      text: as it was given. kind: tpu, gpu or cpu.
-      shape: of a TPU slice. chip: None for simulated devices of a CPU.
+      text: the command-line argument. kind: tpu, gpu or cpu.
+      shape: shape of a TPU slice. chip: None for simulated CPU devices.
     """
 
     text: str
@@ -71,17 +73,17 @@ class Topology:
 
     @property
     def peak(self) -> float | None:
-        """bfloat16 FLOP/s of a device."""
-        from radfm_jax.cost import flops  # which needs JAX; launch/gke.py reads topologies without
+        """bfloat16 FLOP/s per device."""
+        from radfm_jax.cost import flops  # imports JAX, which launch/gke.py does not have
 
         return flops.PEAK[self.chip.name] if self.chip else None
 
     @property
     def bandwidth(self) -> float | None:
-        """Bytes/s that a ring over all devices brings into each of them at best; None for a CPU or a single device.
+        """Maximum bytes/s that a ring over all devices sends into each of them; None for a CPU or a single device.
 
-        TPU: all links of a chip that lead to a neighbour in the slice, an open axis counting one of its two. GPU:
-        NVLink inside a node; over nodes the adapters of a whole node, as what comes into it is handed on by NVLink.
+        TPU: all links of a chip to neighbours in the slice; an open axis counts one of its two. GPU: NVLink inside a
+        node; across nodes all adapters of a node, because NVLink forwards what any of them receives.
         """
         if self.chip is None or self.count == 1:
             return None
@@ -97,20 +99,20 @@ class Topology:
         return min(self.chip.link, self.chip.node * self.chip.network)
 
     @property
-    def said(self) -> str:
-        """How its bandwidth comes about."""
+    def bandwidth_text(self) -> str:
+        """Description of the bandwidth and its links."""
         if self.bandwidth is None:
-            return "no network" if self.chip else "simulated: no link and no peak, so no times"
+            return "no network" if self.chip else "simulated: no link speed and no peak, so no times"
         rate = f"{self.bandwidth / 1e9:g} GB/s into each device"
         if self.kind == "tpu":
             return f"{rate}: {self.bandwidth / self.chip.link:g} links of {self.chip.link / 1e9:g} GB/s"
         if self.count <= self.chip.node:
             return f"{rate}: NVLink"
-        return f"{rate}: {self.chip.node} adapters a node of {self.chip.network / 1e9:g} GB/s, then NVLink"
+        return f"{rate}: {self.chip.node} adapters per node of {self.chip.network / 1e9:g} GB/s, then NVLink"
 
 
 def parse(text: str) -> Topology:
-    """Raises ValueError for what is no topology, with those that are known."""
+    """Parse a --topology argument. Raises ValueError for an unknown one."""
     kind, _, rest = text.partition(":")
     if kind in ("v4", "v5e", "v5p", "v6e") and re.fullmatch(r"\d+(x\d+)*", rest):
         shape = tuple(int(size) for size in rest.split("x"))
@@ -121,12 +123,12 @@ def parse(text: str) -> Topology:
     if kind == "gpu" and (match := re.fullmatch(r"(\d+)x([\w-]+)", rest)) and int(match[1]) > 0:
         names = [name for name in CHIPS if not name.startswith("v") and name.lower() == match[2].lower()]
         if not names and match[2].upper() == "A100":
-            raise ValueError(f"{text}: say which memory: gpu:{match[1]}xA100-40GB or gpu:{match[1]}xA100-80GB")
+            raise ValueError(f"{text}: choose a memory size: gpu:{match[1]}xA100-40GB or gpu:{match[1]}xA100-80GB")
         if names:
             return Topology(text, "gpu", int(match[1]), chip=CHIPS[names[0]])
     if kind == "cpu" and rest.isdigit() and int(rest) > 0:
         return Topology(text, "cpu", int(rest))
-    raise ValueError(f"{text!r} is no topology; for example {KNOWN}")
+    raise ValueError(f"{text!r} is not a topology; examples: {KNOWN}")
 
 
 def _example(kind: str) -> str:

@@ -1,12 +1,11 @@
-"""Reads and writes the weight files of the PyTorch world in the memory of one tensor.
+"""Readers and writers of PyTorch weight files that keep one tensor in memory at a time.
 
-Reading: torch's zip format (`.bin`, `.pt`, `.pth`), the zip around `pytorch_model.bin` in which RadFM's weights are
-published, safetensors, and Hugging Face's sharded folders of either. Writing: torch's zip format and safetensors.
+Reads torch's zip format (`.bin`, `.pt`, `.pth`), the published zip around `pytorch_model.bin`, safetensors, and Hugging
+Face's sharded folders of either. Writes torch's zip format and safetensors. Only torch's own format needs torch.
 
-Nothing read here is trusted: a pickle goes through torch's restricted loader or not at all, names inside archives are
-never used as paths, and every size is checked against the file before memory or disk is taken.
-
-torch is imported only for its own format, so safetensors need no torch.
+No input is trusted: pickles go only through torch's restricted loader, names inside archives are never used as paths,
+and every size is checked against the file before memory or disk is allocated. Which tensor is which parameter belongs
+to `convert/table.py`.
 """
 
 from radfm_jax.convert.tensor_files.base import TensorInfo, TensorReader

@@ -1,8 +1,10 @@
-"""What all formats share: tensors that have not been read, and how a part of one is read."""
+"""Common to all formats: descriptions of unread tensors, reading a part of one, and checks before writing."""
 
 import contextlib
 import dataclasses
 import math
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -10,7 +12,7 @@ from typing import BinaryIO
 import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy and, through it, with safetensors)
 import numpy as np
 
-# Name in numpy and torch: (code in safetensors, storage class in torch).
+# dtype in numpy and torch -> (code in safetensors, storage class in torch).
 DTYPES = {
     "bool": ("BOOL", "BoolStorage"),
     "uint8": ("U8", "ByteStorage"),
@@ -33,7 +35,7 @@ Progress = Callable[[int], object]
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """Shape and dtype of a tensor that has not been read; dtype bfloat16 is that of ml_dtypes."""
+    """Shape and dtype of an unread tensor; bfloat16 is the dtype of ml_dtypes."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -43,17 +45,17 @@ class TensorInfo:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-# What a format's reader makes of a file: infos, ties, and for each name a function that reads a part of the tensor.
+# Content of a file: infos, ties, and for each name a function that reads a part of the tensor.
 Contents = tuple[dict[str, TensorInfo], dict[str, str], dict[str, Callable[[Index], np.ndarray]]]
 
 
 class TensorReader(contextlib.AbstractContextManager["TensorReader"]):
-    """The tensors of a file or folder, read one at a time. Not for use from several threads at once.
+    """The tensors of a file or folder, read one at a time. Not thread-safe.
 
     Attributes:
-      path: the file that was opened; of a sharded folder, its index.
+      path: the opened file; for a sharded folder, its index.
       infos: every tensor by name, in file order, tied ones included.
-      ties: name -> first name with the very same values: one storage, offset and shape. Only torch's format has ties.
+      ties: name -> first name with the same storage, offset and shape. Only torch's format has ties.
     """
 
     def __init__(
@@ -68,17 +70,17 @@ class TensorReader(contextlib.AbstractContextManager["TensorReader"]):
         self._readers, self._resources = readers, resources
 
     def read(self, name: str, index: Index | None = None) -> np.ndarray:
-        """Returns a tensor, or the part that `index` selects, as a contiguous array with its own memory.
+        """Return a tensor, or the part selected by `index`, as a contiguous array with its own memory.
 
         Args:
           name: a key of `infos`.
-          index: slices of step 1 for the leading axes, as `jax.make_array_from_callback` passes them; None is all.
+          index: slices of step 1 for the leading axes, as `jax.make_array_from_callback` passes them; None for all.
 
         Raises:
-          ValueError: no such tensor, or an index of another kind.
+          ValueError: no such tensor, or an unsupported index.
         """
         if name not in self.infos:
-            raise ValueError(f"{self.path} has no tensor {name!r}: it holds {len(self.infos)} others, see `infos`")
+            raise ValueError(f"{self.path} has no tensor {name!r}: `infos` lists its {len(self.infos)} tensors")
         shape, index = self.infos[name].shape, index or ()
         if len(index) > len(shape) or not all(isinstance(part, slice) and part.step in (None, 1) for part in index):
             raise ValueError(f"{self.path}: {name} of shape {shape} cannot be read at {index}: pass slices of step 1")
@@ -93,10 +95,13 @@ class TensorReader(contextlib.AbstractContextManager["TensorReader"]):
         self.close()
 
 
+# --- reading and writing ----------------------------------------------------------------------------------------------
+
+
 def read_strided(
     path: Path, file: BinaryIO, position: int, dtype: np.dtype, strides: tuple[int, ...], index: Index
 ) -> np.ndarray:
-    """Reads a part of a (possibly strided) tensor; its position in the file and its strides are in bytes."""
+    """Read a part of a (possibly strided) tensor; `position` in the file and `strides` are in bytes."""
     shape = tuple(part.stop - part.start for part in index)
     if 0 in shape:
         return np.empty(shape, dtype)
@@ -105,15 +110,41 @@ def read_strided(
     buffer = np.empty(span, np.uint8)
     file.seek(start)
     if file.readinto(buffer) != span:
-        raise ValueError(f"{path} ended before byte {start + span:,}: it was cut since it was opened: copy it again")
+        raise ValueError(f"{path} ended before byte {start + span:,}: it was cut since it was opened; copy it again")
     return np.asarray(np.ndarray(shape, dtype, buffer, strides=strides), order="C")
 
 
 def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides in elements."""
+    """Return the strides of a contiguous array, in elements."""
     return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
-def refuse(path: Path, what: str, problems: Sequence[str], remedy: str) -> None:
+def reject(path: Path, summary: str, problems: Sequence[str], remedy: str) -> None:
+    """Raise one ValueError that lists all problems, if there are any."""
     if problems:
-        raise ValueError(f"{path} {what}:\n  " + "\n  ".join(problems) + f"\nRemedy: {remedy}.")
+        raise ValueError(f"{path} {summary}:\n  " + "\n  ".join(problems) + f"\nRemedy: {remedy}.")
+
+
+def values(path: Path, name: str, info: TensorInfo, read: Callable[[str], np.ndarray]) -> np.ndarray:
+    """Return the values of a tensor as uint8[nbytes], because bfloat16 arrays have no buffer interface."""
+    array = np.asarray(read(name), order="C")
+    if array.shape != info.shape or array.dtype != info.dtype:
+        raise ValueError(
+            f"{path}: {name!r} was announced as {info.dtype}{list(info.shape)} but read as "
+            f"{array.dtype}{list(array.shape)}: `infos` and `read` must agree"
+        )
+    return array.reshape(-1).view(np.uint8)
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Raise ValueError if the disk of a folder has less than `needed` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ValueError(f"{folder} has {free:,} bytes free but {needed:,} are needed: free some or write elsewhere")
+
+
+def refuse_existing(paths: Sequence[Path]) -> None:
+    """Raise ValueError if any of the paths exists."""
+    existing = [str(path) for path in paths if os.path.lexists(path)]
+    if existing:
+        raise ValueError(f"{', '.join(existing)} already exist(s): remove what is there or write elsewhere")

@@ -1,4 +1,4 @@
-"""Weight files and folders of any of the formats."""
+"""Opening of weight files and folders of any format."""
 
 import contextlib
 import json
@@ -7,9 +7,9 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from radfm_jax.convert.tensor_files.base import Progress, TensorReader, refuse
+from radfm_jax.convert.tensor_files.base import Progress, TensorReader, reject
 from radfm_jax.convert.tensor_files.safetensors_format import open_safetensors
-from radfm_jax.convert.tensor_files.torch_format import as_damage, import_torch, open_torch, torch_roots, unpack
+from radfm_jax.convert.tensor_files.torch_format import import_torch, open_torch, torch_roots, unpack, zip_errors
 
 MAX_INDEX_BYTES = 2**26
 
@@ -21,19 +21,19 @@ def open_tensors(
     scratch: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> TensorReader:
-    """Opens a weight file, a zip around `pytorch_model.bin`, a folder in Hugging Face layout, or its index.
+    """Open a weight file, a zip around `pytorch_model.bin`, a folder in Hugging Face layout, or its index.
 
-    A zipped `pytorch_model.bin` is unpacked to an unnamed temporary file, which vanishes with the reader even when the
-    process is killed.
+    A zipped `pytorch_model.bin` is unpacked to an unnamed temporary file, which the kernel deletes when the reader is
+    closed or the process is killed.
 
     Args:
       path: the file or folder.
-      verify: read a torch file once from end to end and compare the CRC-32 of every record. safetensors have none.
-      scratch: folder to unpack in; by default that of the file or, where that has no room, the system's.
+      verify: read a torch file once and compare the CRC-32 of every record. safetensors have no checksums.
+      scratch: folder to unpack in; default: that of the file or, if its disk is too small, the system's.
       progress: called with the number of bytes just unpacked or verified.
 
     Raises:
-      ValueError: the file is missing, damaged, hostile or of an unsupported kind; the message says what to do.
+      ValueError: the file is missing, damaged, hostile or of an unsupported kind; the message has the remedy.
       ImportError: a torch file, and torch >= 2.10 is not installed.
     """
     path = Path(path)
@@ -45,14 +45,14 @@ def open_tensors(
 
 
 def _find_in_folder(folder: Path) -> Path:
-    """The safetensors of a folder or, without any, its torch file."""
-    for whole, index in (("model.safetensors", "*.safetensors.index.json"), ("pytorch_model.bin", "*.bin.index.json")):
-        found = [*folder.glob(whole), *sorted(folder.glob(index))]
-        if len(found) > 1:
-            names = ", ".join(file.name for file in found)
-            raise ValueError(f"{folder} holds several sets of weights ({names}): pass the path of one of them")
-        if found:
-            return found[0]
+    """Return the safetensors of a folder or, if it has none, its torch file."""
+    for single, index in (("model.safetensors", "*.safetensors.index.json"), ("pytorch_model.bin", "*.bin.index.json")):
+        files = [*folder.glob(single), *sorted(folder.glob(index))]
+        if len(files) > 1:
+            names = ", ".join(file.name for file in files)
+            raise ValueError(f"{folder} has several sets of weights ({names}): pass the path of one of them")
+        if files:
+            return files[0]
     raise ValueError(
         f"{folder} has no model.safetensors, *.safetensors.index.json, pytorch_model.bin or *.bin.index.json: "
         "pass the path of the weight file itself"
@@ -66,10 +66,10 @@ def _open_file(path: Path, verify: bool, scratch: Any, progress: Progress | None
         file = resources.enter_context(open(path, "rb"))
         head = file.read(64)
         if head[:2] == b"PK":
-            with as_damage(path):
+            with zip_errors(path):
                 archive = zipfile.ZipFile(file)
             if not torch_roots(archive):
-                import_torch()  # before tens of gigabytes are unpacked for nothing
+                import_torch()  # fail before unpacking tens of gigabytes
                 file = resources.enter_context(unpack(path, archive, scratch, progress))
             return TensorReader(path, *open_torch(path, file, verify, progress), resources.pop_all())
         if path.suffix == ".safetensors" and not head.startswith(b"version https://git-lfs"):
@@ -78,23 +78,23 @@ def _open_file(path: Path, verify: bool, scratch: Any, progress: Progress | None
         raise ValueError(f"{path} is empty: download or copy it again")
     if head[:1] == b"\x80":
         raise ValueError(
-            f"{path} is in torch's legacy pickle format: load it where you trust it and save it again with a current "
-            "torch.save, or as safetensors"
+            f"{path} is in torch's legacy pickle format: load it on a machine where you trust it and save it again "
+            "with a current torch.save, or as safetensors"
         )
     raise ValueError(
-        f"{path} is neither a torch file nor safetensors but starts with {head[:24]!r}: a Git LFS pointer or an error "
-        "page may have been saved in its place, download it again"
+        f"{path} is neither a torch file nor safetensors but starts with {head[:24]!r}: it may be a Git LFS pointer or "
+        "an error page; download it again"
     )
 
 
 def _open_index(path: Path, verify: bool, scratch: Any, progress: Progress | None) -> TensorReader:
-    """Opens all shards of a Hugging Face index; shards and index must agree on every tensor."""
+    """Open all shards of a Hugging Face index. Shards and index must agree on every tensor."""
     weight_map, root = _read_weight_map(path), path.parent
     shards = list(dict.fromkeys(weight_map.values()))
     outside = [f"{shard!r}" for shard in shards if not _is_inside(root, shard)]
-    refuse(path, f"names shards outside its folder {root}", outside, "put the files themselves into that folder")
+    reject(path, f"names shards outside its folder {root}", outside, "put the files into that folder")
     missing = [f"{shard!r}" for shard in shards if not (root / shard).is_file()]
-    refuse(path, "names shards that do not exist", missing, "download them")
+    reject(path, "names shards that do not exist", missing, "download them")
     infos, ties, readers, problems, owner = {}, {}, {}, [], {}
     with contextlib.ExitStack() as resources:
         for shard in shards:
@@ -105,23 +105,27 @@ def _open_index(path: Path, verify: bool, scratch: Any, progress: Progress | Non
                 elif weight_map.get(name) != shard:
                     problems.append(f"{name!r} is in {shard!r} but the index says {weight_map.get(name)!r}")
                 owner.setdefault(name, shard)
-            promised = [name for name in weight_map if weight_map[name] == shard]
-            problems += [f"{name!r} is not in {shard!r}" for name in promised if name not in reader.infos]
+            indexed = [name for name in weight_map if weight_map[name] == shard]
+            problems += [f"{name!r} is not in {shard!r}" for name in indexed if name not in reader.infos]
             infos |= reader.infos
             ties |= reader.ties
             readers |= reader._readers
-        refuse(path, "does not agree with its shards", problems, "download the shards and the index of one version")
+        reject(
+            path, "does not agree with its shards", problems, "download the shards and the index of the same version"
+        )
         return TensorReader(path, infos, ties, readers, resources.pop_all())
 
 
 def _read_weight_map(path: Path) -> dict[str, str]:
-    """Tensor name -> shard name."""
+    """Return tensor name -> shard name."""
     if not path.is_file() or path.stat().st_size > MAX_INDEX_BYTES:
-        raise ValueError(f"{path} is no file or has more than {MAX_INDEX_BYTES:,} bytes: pass the index of the shards")
+        raise ValueError(
+            f"{path} is not a file or has more than {MAX_INDEX_BYTES:,} bytes: pass the index of the shards"
+        )
     try:
         index = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON ({error}): download it again") from error
+        raise ValueError(f"{path} is not JSON ({error}): download it again") from error
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise ValueError(f"{path} has no weight_map from tensor to file names: pass the index of the shards")

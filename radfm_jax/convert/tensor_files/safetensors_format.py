@@ -1,5 +1,6 @@
-"""safetensors, read and written by position."""
+"""The safetensors format, read and written one tensor at a time."""
 
+import contextlib
 import functools
 import json
 import os
@@ -11,15 +12,26 @@ from typing import Any, BinaryIO
 import numpy as np
 import safetensors
 
-from radfm_jax.convert.tensor_files.base import DTYPES, Contents, Progress, TensorInfo, read_strided, refuse, row_major
-from radfm_jax.convert.tensor_files.writing import all_or_nothing, check_room, refuse_existing, values
+from input_pipeline.files import atomic_write
+from radfm_jax.convert.tensor_files.base import (
+    DTYPES,
+    Contents,
+    Progress,
+    TensorInfo,
+    check_room,
+    read_strided,
+    refuse_existing,
+    reject,
+    row_major,
+    values,
+)
 
 
 def open_safetensors(path: Path, file: BinaryIO) -> Contents:
-    """Lets the library check the header and reads the values by position.
+    """Check the header with the library and read the values by position.
 
-    The library itself either maps the file, whose resident pages then grow with every tensor, or reads a whole tensor
-    for every part of one. The format has no gaps, so positions follow from sizes and order.
+    The library either maps the file, so that resident memory grows with every tensor, or reads a whole tensor for each
+    of its parts. The format has no gaps, so positions follow from sizes and order.
     """
     codes = {code: np.dtype(name) for name, (code, _) in DTYPES.items()}
     infos, readers, problems = {}, {}, []
@@ -37,8 +49,8 @@ def open_safetensors(path: Path, file: BinaryIO) -> Contents:
                 readers[name] = functools.partial(read_strided, path, file, position, info.dtype, strides)
                 position += info.nbytes
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is no whole safetensors file ({error}): download or copy it again") from error
-    refuse(path, "holds tensors of other dtypes", problems, f"convert them to one of {', '.join(DTYPES)}")
+        raise ValueError(f"{path} is not a complete safetensors file ({error}): download or copy it again") from error
+    reject(path, "has tensors of unsupported dtypes", problems, f"convert them to one of {', '.join(DTYPES)}")
     assert position == path.stat().st_size, (position, path)
     return infos, {}, readers
 
@@ -53,26 +65,26 @@ def write_safetensors(
     basename: str = "model",
     progress: Progress | None = None,
 ) -> None:
-    """Writes `model.safetensors` or, beyond one shard, numbered shards and their index, in the memory of one tensor.
+    """Write `model.safetensors`, or numbered shards and their index, with one tensor in memory at a time.
 
-    The files appear under their names only when all are complete and on disk, the index last.
+    All files are temporary until the last one is written, then they are synced and renamed.
 
     Args:
-      directory: the folder, made when missing.
+      directory: the folder, created if missing.
       infos: name -> shape and dtype; shards are filled in this order.
-      read: returns the values of a name; called once for each.
-      max_shard_bytes: size of the tensors in a shard, which only a single larger tensor exceeds.
-      metadata: texts to add to the header, beside {"format": "pt"}, without which transformers refuses the file.
+      read: returns the values of a name; called once per name.
+      max_shard_bytes: maximum size of the tensors in a shard; a larger tensor gets a shard of its own.
+      metadata: header entries in addition to {"format": "pt"}, which transformers requires.
       basename: "model" in `model-00001-of-00002.safetensors`.
       progress: called with the number of bytes just written.
 
     Raises:
-      ValueError: files of this basename exist, the disk is too small, safetensors has no such dtype, or `read` returns
-        another shape or dtype than announced.
+      ValueError: files of this basename exist, the disk is too small, safetensors does not support a dtype, or `read`
+        returns another shape or dtype than `infos`.
     """
     directory = Path(directory)
     problems = [f"{name!r}: dtype {info.dtype}" for name, info in infos.items() if info.dtype.name not in DTYPES]
-    refuse(directory, "cannot hold these tensors", problems, "convert them first")
+    reject(directory, "cannot hold these tensors", problems, "convert them first")
     directory.mkdir(parents=True, exist_ok=True)
     shards: list[dict[str, TensorInfo]] = [{}]
     for name, info in infos.items():
@@ -84,34 +96,46 @@ def write_safetensors(
         paths = [directory / f"{basename}.safetensors"]
     else:
         paths = [directory / f"{basename}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    # One kind beside the other would leave two sets of weights in the folder.
-    rivals = [index_path, directory / f"{basename}.safetensors", *directory.glob(f"{basename}-?????-of-*.safetensors")]
-    refuse_existing(rivals)
+    # A folder with both a single file and shards would have two sets of weights.
+    sharded = directory.glob(f"{basename}-?????-of-*.safetensors")
+    refuse_existing([index_path, directory / f"{basename}.safetensors", *sharded])
     total = sum(info.nbytes for info in infos.values())
     check_room(directory, total + sum(512 + 2 * len(name) for name in infos) + 4096 * len(shards))
-    targets = paths if len(shards) == 1 else [*paths, index_path]
-    with all_or_nothing(targets) as files:
-        # The library writes a file from tensors that are all in memory; the format is short enough to stream.
-        for path, file, shard in zip(paths, files, shards, strict=False):
-            shard = dict(sorted(shard.items(), key=lambda item: -item[1].dtype.itemsize))  # keeps all values aligned
-            file.write(_safetensors_header(shard, {"format": "pt", **(metadata or {})}))
-            for name, info in shard.items():
-                file.write(values(path, name, info, read))
-                if progress:
-                    progress(info.nbytes)
+    with contextlib.ExitStack() as stack:
+        for path, shard in zip(paths, shards, strict=True):
+            partial = stack.enter_context(atomic_write(path))
+            _write_shard(path, partial, shard, read, {"format": "pt", **(metadata or {})}, progress)
         if len(shards) > 1:
             weight_map = {name: path.name for path, shard in zip(paths, shards, strict=True) for name in shard}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            files[-1].write(json.dumps(index, indent=2).encode())
+            stack.enter_context(atomic_write(index_path)).write_text(json.dumps(index, indent=2))
 
 
-def _safetensors_header(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> bytes:
-    """Length of the header (uint64, little-endian), then the header: JSON filled with spaces to a multiple of 8."""
+def _write_shard(
+    path: Path,
+    partial: Path,
+    infos: Mapping[str, TensorInfo],
+    read: Callable[[str], np.ndarray],
+    metadata: Mapping[str, str],
+    progress: Progress | None,
+) -> None:
+    """Stream tensors to a file; the library would need all of them in memory."""
+    infos = dict(sorted(infos.items(), key=lambda item: -item[1].dtype.itemsize))  # keeps all values aligned
+    with open(partial, "wb") as file:
+        file.write(_header(infos, metadata))
+        for name, info in infos.items():
+            file.write(values(path, name, info, read))
+            if progress:
+                progress(info.nbytes)
+
+
+def _header(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> bytes:
+    """Return the length of the header (uint64, little-endian) and the header: JSON, padded to a multiple of 8 bytes."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for name, info in infos.items():
-        begin, end = end, end + info.nbytes
-        header[name] = {"dtype": DTYPES[info.dtype.name][0], "shape": list(info.shape), "data_offsets": [begin, end]}
+        start, end = end, end + info.nbytes
+        header[name] = {"dtype": DTYPES[info.dtype.name][0], "shape": list(info.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text

@@ -1,0 +1,131 @@
+"""PyTorch weights -> a checkpoint directory. One tensor, or a block of its rows, is in memory at a time."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from radfm_jax.checkpoints import checkpoint
+from radfm_jax.convert import table
+from radfm_jax.convert.report import NO_PROGRESS, Progress, Report
+from radfm_jax.convert.tensor_files import TensorInfo, write_safetensors
+from radfm_jax.convert.torch_source import TorchModel
+
+
+def from_torch(
+    src,
+    dst,
+    *,
+    part: str = "radfm",
+    config: dict | None = None,
+    tokenizer=None,
+    unused: str = "drop",
+    dtype: str | None = None,
+    verify: bool = True,
+    progress: Progress = NO_PROGRESS,
+) -> Report:
+    """Convert PyTorch weights to a checkpoint directory.
+
+    Args:
+      src: `.bin`, the published zip, safetensors, or a folder.
+      dst: the directory to create.
+      part: what `src` must be: `radfm`, or `llama` for a Hugging Face LLaMA folder.
+      config: the result of `model_config.read_config`, for sizes that tensor shapes do not give.
+      tokenizer: SentencePiece model; default: `tokenizer.model` next to `src`.
+      unused: `keep` stores tensors that the model never reads, `drop` only their names and shapes.
+      dtype: float32, bfloat16 or float16; None keeps the dtype of the file.
+      verify: check the CRC-32 of every record first.
+    Raises:
+      ValueError: every problem of the input, in one message; `dst` does not exist then.
+    """
+    if Path(dst).exists():
+        raise ValueError(f"{dst} exists: choose another name or remove it first")
+    if tokenizer and not Path(tokenizer).is_file():
+        raise ValueError(f"tokenizer {tokenizer} does not exist")
+    progress.stage("opening", None)
+    with TorchModel(src, config=config, dtype=dtype, verify=verify, progress=progress) as model:
+        if model.part != part:
+            command = {"radfm": "from-torch", "llama": "from-llama"}[model.part]
+            raise ValueError(f"{src} has the tensors of a {model.part}: use `{command}`")
+        model.check()
+        infos = model.reader.infos
+        kept = {n: infos[n] for n in model.unused} if unused == "keep" else {}
+        size = checkpoint.bytes_of(model.shapes) + sum(info.nbytes for info in kept.values())
+        checkpoint.require_space(dst, size + size // 50, f"converting {src}")
+        vocabulary = Path(tokenizer) if tokenizer else model.folder / checkpoint.TOKENIZER
+        if tokenizer or vocabulary.is_file():
+            check_tokenizer(vocabulary, model.config.llama.vocab_size)
+        _write(model, Path(dst), kept, vocabulary, progress)
+        return _report(model, kept, vocabulary)
+
+
+def _write(model: TorchModel, dst: Path, kept: dict[str, TensorInfo], vocabulary: Path, progress: Progress) -> None:
+    infos, part = model.reader.infos, model.part
+    sources = [*(infos[model.source(e)] for e in model.entries), *kept.values()]
+    progress.stage("converting", sum(info.nbytes for info in sources))
+    with checkpoint.new_directory(dst) as directory:
+        stacked = {e.path for e in model.entries if e.layer is not None}
+        writer = checkpoint.ParamWriter(directory, model.shapes, stacked)
+        for path, index, value in model.slices(progress):
+            writer.write(path, value, index)
+        if kept:
+            size = sum(info.nbytes for info in kept.values()) + 1  # one shard
+            options = {"max_shard_bytes": size, "basename": "unused", "progress": progress.advance}
+            write_safetensors(directory, kept, model.reader.read, **options)
+        for name in checkpoint.TOKENIZERS if part == "llama" else ():
+            if (model.folder / name).is_file():
+                shutil.copyfile(model.folder / name, directory / name)
+        if vocabulary.is_file():
+            shutil.copyfile(vocabulary, directory / checkpoint.TOKENIZER)
+        sizes = model.config.to_dict()
+        dropped = {} if kept else {n: [list(infos[n].shape), infos[n].dtype.name] for n in model.unused}
+        hf_config = model.user_config if part == "llama" and "model" not in model.user_config else None
+        checkpoint.write_description(
+            directory,
+            part,
+            sizes if part == "radfm" else {"llama": sizes["llama"]},
+            source={"file": model.src.name, "unused": dropped, "config": hf_config},
+        )
+        progress.stage("hashing", None)
+
+
+def check_tokenizer(path: Path, vocab_size: int) -> None:
+    """Raise ValueError unless `path` is a SentencePiece model of `vocab_size` pieces."""
+    import sentencepiece
+
+    try:
+        pieces = sentencepiece.SentencePieceProcessor(model_file=str(path)).vocab_size()
+    except (OSError, RuntimeError) as e:
+        raise ValueError(f"{path} is not a SentencePiece model: {e}") from None
+    if pieces != vocab_size:
+        raise ValueError(
+            f"vocabulary of {path} is {pieces}, but the embedding has {vocab_size} rows: pass the model's own tokenizer"
+        )
+
+
+def _report(model: TorchModel, kept: dict, vocabulary: Path) -> Report:
+    infos, lines = model.reader.infos, list(model.notes)
+    buffers = [n for n in model.unused if table.is_buffer(n)]
+    unused = [n for n in model.unused if not table.is_buffer(n)]
+    if unused:
+        count = sum(int(np.prod(infos[n].shape, dtype=np.int64)) for n in unused)
+        modules = ", ".join(sorted({table.UNUSED.fullmatch(n)[1] for n in unused}))
+        action = "kept next to the parameters" if kept else "dropped (--unused keep stores them)"
+        lines.append(f"{len(unused)} tensors ({count:,} numbers) that RadFM never uses were {action}: {modules}")
+    if buffers:
+        lines.append(f"{len(buffers)} buffers of transformers 4.28 are computed, not learned")
+    if model.reader.ties:
+        lines.append("tied: " + ", ".join(f"{a} = {b}" for a, b in model.reader.ties.items()))
+    if not vocabulary.is_file():
+        lines.append(
+            f"no tokenizer: to use this checkpoint with text, put the SentencePiece model next to the source as "
+            f"{checkpoint.TOKENIZER} or pass --tokenizer"
+        )
+    return Report(
+        parameters=sum(int(np.prod(shape, dtype=np.int64)) for shape, _ in model.shapes.values()),
+        bytes=checkpoint.bytes_of(model.shapes),
+        dtypes=tuple(sorted({np.dtype(d).name for _, d in model.shapes.values()})),
+        lines=lines,
+    )

@@ -1,0 +1,147 @@
+"""A checkpoint directory -> PyTorch weights. One tensor is in memory at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from radfm_jax.checkpoints import checkpoint
+from radfm_jax.convert import model_config, table
+from radfm_jax.convert.model_card import model_card
+from radfm_jax.convert.report import NO_PROGRESS, Progress, Report
+from radfm_jax.convert.tensor_files import TensorInfo, open_tensors, write_safetensors, write_torch_bin
+from radfm_jax.models.radfm import RadFMConfig
+
+
+def to_torch(
+    src,
+    dst,
+    *,
+    part: str = "radfm",
+    layout: str = "4.28",
+    dtype: str | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+    progress: Progress = NO_PROGRESS,
+) -> Report:
+    """Convert a checkpoint directory to PyTorch weights.
+
+    Args:
+      dst: `x.bin` writes one file in torch's format; any other name a folder of safetensors, config.json, tokenizer
+        and model card.
+      part: `radfm` for the released names, `llama` for the language model alone with Hugging Face names.
+      layout: `4.28` adds the 41 buffers that the released code's strict load needs, `plain` omits them.
+      dtype, progress: as in `from_torch`.
+    Raises:
+      ValueError: `src` is damaged or not a checkpoint, `dst` exists, or the disk is too small.
+    """
+    dst = Path(dst)
+    if dst.suffix == ".safetensors":
+        raise ValueError(f"{dst}: safetensors are written as a folder; use a name without .safetensors")
+    if dst.exists():
+        raise ValueError(f"{dst} exists: choose another name or remove it first")
+    progress.stage("verifying", None)
+    description, config, reader, shapes = _open(src, part)
+    entries = {e.name: e for e in table.entries(config, part)}
+    override = np.dtype(checkpoint.DTYPES[dtype]) if dtype else None
+    infos = {n: TensorInfo(e.torch_shape, override or np.dtype(reader.dtypes[e.path])) for n, e in entries.items()}
+    dtypes = tuple(sorted({info.dtype.name for info in infos.values()}))
+    extras: dict[str, Callable[[], np.ndarray]] = {}
+    ties: dict[str, str] = {}
+    lines: list[str] = []
+
+    def read(name: str) -> np.ndarray:
+        if name in extras:
+            return extras[name]()
+        entry = entries[ties.get(name, name)]
+        value = entry.to_torch(reader.read(entry.path, entry.index))
+        with np.errstate(over="ignore"):
+            cast = value.astype(infos[name].dtype, copy=False)
+        if not np.isfinite(cast).all():
+            raise ValueError(f"{src}: {entry.path} is not finite as {infos[name].dtype} (tensor {name})")
+        return cast
+
+    with contextlib.ExitStack() as resources:
+        if part == "radfm":
+            infos[table.EMBEDDING_ALIAS] = infos[table.EMBEDDING]
+            ties[table.EMBEDDING_ALIAS] = table.EMBEDDING
+            extra_infos, extras, lines = released_extras(Path(src), description, config, layout, resources)
+            infos |= extra_infos
+        # safetensors cannot share one tensor between two names.
+        as_bin = dst.suffix in (".bin", ".pt", ".pth")
+        size = sum(info.nbytes for name, info in infos.items() if not (as_bin and name in ties))
+        report = Report(sum(int(np.prod(s, dtype=np.int64)) for s in shapes.values()), size, dtypes, lines)
+        checkpoint.require_space(dst, size + size // 50, f"writing {dst}")
+        progress.stage("converting", size)
+        if as_bin:
+            dst.parent.mkdir(parents=True, exist_ok=True)
+            write_torch_bin(dst, infos, read, ties=ties, progress=progress.advance)
+            return report
+        with checkpoint.new_directory(dst, manifest=False) as folder:
+            write_safetensors(folder, infos, read, max_shard_bytes=max_shard_bytes, progress=progress.advance)
+            _write_metadata(folder, Path(src), part, config, description, report)
+    return report
+
+
+def _open(src, part: str) -> tuple[dict, RadFMConfig, checkpoint.ParamReader, dict[str, tuple[int, ...]]]:
+    """Return description, sizes, reader and parameter shapes of a verified checkpoint directory."""
+    checkpoint.verify(src)
+    description = checkpoint.read_description(src)
+    if part == "radfm":
+        config = checkpoint.model_config(description, src)
+    else:
+        config = RadFMConfig.from_dict({"llama": description["model"]["llama"]})
+    reader = checkpoint.ParamReader(src)
+    shapes = {k: v for k, v in reader.shapes.items() if part == "radfm" or k.startswith("llama/")}
+    checkpoint.check_shapes(table.param_shapes(config, part), shapes, src)
+    return description, config, reader, shapes
+
+
+def _write_metadata(folder: Path, src: Path, part: str, config: RadFMConfig, description: dict, report: Report) -> None:
+    """Write config.json, the model card and the tokenizer of an exported folder."""
+    hf = model_config.llama_to_hf(config.llama, report.dtypes[0], description.get("source", {}).get("config"))
+    if part == "radfm":
+        hf |= {"architectures": ["MultiLLaMAForCausalLM"], "model": config.to_dict()}
+    (folder / "config.json").write_text(json.dumps(hf, indent=2))
+    (folder / "README.md").write_text(model_card(config, part, report.parameters))
+    tokenizers = [path for name in checkpoint.TOKENIZERS if (path := src / name).is_file()]
+    for path in tokenizers:
+        shutil.copyfile(path, folder / path.name)
+    if not tokenizers:
+        report.lines.append("the checkpoint has no tokenizer, so the folder has none")
+
+
+def released_extras(
+    src: Path, description: dict, config: RadFMConfig, layout: str, resources: contextlib.ExitStack
+) -> tuple[dict[str, TensorInfo], dict[str, Callable[[], np.ndarray]], list[str]]:
+    """Return infos, readers and notes of the tensors that the released class has in addition to the parameters.
+
+    Unused tensors are those kept in the checkpoint, else zeros; buffers are those kept, else computed.
+    """
+    path, notes = src / checkpoint.UNUSED, []
+    if path.is_file():
+        kept = resources.enter_context(open_tensors(path))
+        infos = dict(kept.infos)
+        readers = {name: functools.partial(kept.read, name) for name in infos}
+    else:
+        shapes = description.get("source", {}).get("unused") or table.unused_shapes(config)
+        infos = {n: TensorInfo(tuple(shape), np.dtype(dtype)) for n, (shape, dtype) in shapes.items()}
+        readers = {n: functools.partial(np.zeros, info.shape, info.dtype) for n, info in infos.items()}
+        notes.append(
+            f"{sum(not table.is_buffer(n) for n in infos)} tensors of modules that RadFM never uses are not in the "
+            "checkpoint and were filled with zeros (from-torch --unused keep stores the originals)"
+        )
+    tokens = infos[table.POSITION_IDS].shape[1] if table.POSITION_IDS in infos else 512
+    buffers = table.buffers(config, tokens) if layout == "4.28" else {}
+    stored = {n for n in infos if table.is_buffer(n)} if path.is_file() else set()
+    for name in [n for n in infos if table.is_buffer(n) and (n not in stored or n not in buffers)]:
+        del infos[name], readers[name]
+    for name in buffers.keys() - stored:
+        infos[name] = TensorInfo(buffers[name].shape, buffers[name].dtype)
+        readers[name] = functools.partial(buffers.__getitem__, name)
+    return infos, readers, notes

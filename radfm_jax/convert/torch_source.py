@@ -1,0 +1,175 @@
+"""PyTorch weights matched against the conversion table: sizes, names, dtypes, and everything that is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from radfm_jax.checkpoints import checkpoint
+from radfm_jax.convert import model_config, table
+from radfm_jax.convert.report import NO_PROGRESS, Progress
+from radfm_jax.convert.tensor_files import TensorReader, open_tensors
+from radfm_jax.models.radfm import RadFMConfig
+
+BLOCK_BYTES = 256 * 2**20
+
+
+class TorchModel:
+    """A file or folder of PyTorch weights, matched against the table. Use as a context manager.
+
+    `check` raises one ValueError that lists every problem; `slices` yields the parameters.
+
+    Attributes:
+      part: `radfm` (released names) or `llama` (a Hugging Face folder).
+      config: the model sizes; for part `llama` only `config.llama` is meaningful.
+      shapes: parameter path -> (shape, dtype).
+      unused: names of tensors that the model does not read, including the buffers of transformers 4.28.
+      notes: lines for the report.
+    """
+
+    def __init__(self, src, *, config: dict | None = None, dtype=None, verify=True, progress: Progress = NO_PROGRESS):
+        self.src = Path(src)
+        self.folder = self.src if self.src.is_dir() else self.src.parent
+        self.reader: TensorReader = open_tensors(self.src, verify=verify, progress=progress.advance)
+        self.notes: list[str] = []
+        self.problems: list[str] = []
+        try:
+            path = self.folder / "config.json"
+            self.user_config = model_config.read_config(path) if config is None and path.is_file() else config
+            self.part = "llama" if "model.embed_tokens.weight" in self.reader.infos else "radfm"
+            self.config = self._sizes(path)
+            self.entries = table.entries(self.config, self.part)
+            self._match()
+            self.shapes = self._param_shapes(np.dtype(checkpoint.DTYPES[dtype]) if dtype else None)
+        except BaseException:
+            self.reader.close()
+            raise
+
+    def __enter__(self) -> TorchModel:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.reader.close()
+
+    def _sizes(self, config_path: Path) -> RadFMConfig:
+        if self.part == "radfm":
+            shapes = {name: info.shape for name, info in self.reader.infos.items()}
+            return model_config.radfm_from_shapes(shapes, self.user_config, self.src)
+        if self.user_config is None:
+            raise ValueError(f"{self.folder} has no config.json: pass the language model's with --config")
+        if "model" in self.user_config:
+            return RadFMConfig.from_dict(self.user_config["model"])
+        return RadFMConfig(llama=model_config.llama_from_hf(self.user_config, config_path))
+
+    def _match(self) -> None:
+        """Find the tensor of every table entry, and list those that are missing, unexpected or of another shape."""
+        infos = self.reader.infos
+        # A released file has the embedding twice. Either name is enough.
+        self.sources = {e.name: e.name for e in self.entries}
+        alias = table.EMBEDDING_ALIAS if self.part == "radfm" else None
+        if alias in infos:
+            self.sources[table.EMBEDDING] = alias
+            if table.EMBEDDING not in infos:
+                self.notes.append(f"{table.EMBEDDING} is absent; read its other name {alias} instead")
+        elif alias and table.EMBEDDING in infos:
+            self.notes.append(f"{alias} is absent; read its other name {table.EMBEDDING} instead")
+        known = {*self.sources, *self.sources.values()}
+        # The state dict of a model with a tied head also has the embedding under the name of the head.
+        heads = [n for n in ("lm_head.weight", "lang_model.lm_head.weight") if n in infos]
+        self.tied_head = heads[0] if heads and self.config.llama.tied_head else None
+        others = [name for name in infos if name not in known and name != self.tied_head]
+        self.unused = [name for name in others if table.UNUSED.fullmatch(name) or table.is_buffer(name)]
+        unexpected = [name for name in others if name not in set(self.unused)]
+        self.problems += [f"unexpected: {name} {infos[name].shape}" for name in unexpected]
+        self.problems += [f"missing: {e.name} {e.torch_shape}" for e in self.entries if self.source(e) not in infos]
+        for e in self.entries:
+            info = infos.get(self.source(e))
+            if info is not None and info.shape != e.torch_shape:
+                self.problems.append(f"shape of {self.source(e)}: {info.shape}, expected {e.torch_shape}")
+            elif info is not None and info.dtype.name not in checkpoint.DTYPES:
+                self.problems.append(f"dtype of {self.source(e)}: {info.dtype} is not a 16 or 32 bit float")
+
+    def source(self, entry: table.Entry) -> str:
+        """Return the name under which the file has a table entry."""
+        return self.sources[entry.name]
+
+    def _param_shapes(self, dtype: np.dtype | None) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        stored: dict[str, set] = {}
+        for e in self.entries:
+            info = self.reader.infos.get(self.source(e))
+            if info is not None:
+                stored.setdefault(e.path, set()).add(info.dtype)
+        for path, dtypes in stored.items():
+            if len(dtypes) > 1 and dtype is None:
+                self.problems.append(f"layers of {path} are {' and '.join(sorted(map(str, dtypes)))}: pass --dtype")
+        chosen = {path: dtype or min(dtypes, key=str) for path, dtypes in stored.items()}
+        shapes = table.param_shapes(self.config, self.part)
+        return {path: (shape, chosen.get(path, np.dtype(np.float32))) for path, shape in shapes.items()}
+
+    def check(self) -> None:
+        """Raise ValueError listing every tensor that is missing, unexpected, misshapen or not finite.
+
+        Reads values only if there is another problem: otherwise `slices` finds non-finite values as it goes.
+        """
+        if self.problems:
+            for e in self.entries:
+                name = self.source(e)
+                if name in self.reader.infos and not all(np.isfinite(b).all() for _, b in self._blocks(name)):
+                    self.problems.append(f"not finite: {name}")
+            raise self.error()
+
+    def error(self) -> ValueError:
+        from_config = "; sizes are those of --config" if self.user_config and "model" in self.user_config else ""
+        lines = "\n  ".join(dict.fromkeys(self.problems))
+        return ValueError(f"{self.src} cannot be converted, nothing was written{from_config}:\n  {lines}")
+
+    def slices(self, progress: Progress = NO_PROGRESS) -> Iterator[tuple[str, tuple, np.ndarray]]:
+        """Yield (parameter path, index, value) for every part of every parameter, in the stored dtype.
+
+        Raises:
+          ValueError: at the end, with every tensor that is not finite, or not finite in a narrower dtype.
+        """
+        for e in self.entries:
+            name, (_, dtype) = self.source(e), self.shapes[e.path]
+            for rows, block in self._blocks(name, split=e.layer is None):
+                with np.errstate(over="ignore"):  # an overflow is reported below, with the tensor's name
+                    value = e.to_ours(block).astype(dtype, copy=False)
+                if not np.isfinite(value).all():
+                    suffix = f" as {dtype}" if np.isfinite(block).all() else ""
+                    self.problems.append(f"not finite{suffix}: {name}")
+                yield e.path, e.index or e.row_index(rows), value
+                progress.advance(block.nbytes)
+        self._compare_copies()
+        if self.problems:
+            raise self.error()
+
+    def _compare_copies(self) -> None:
+        """Compare tensors that a file may have under two names."""
+        names = (table.EMBEDDING, table.EMBEDDING_ALIAS)
+        if all(n in self.reader.infos for n in names) and not self._equal(*names):
+            self.notes.append(f"{names[0]} and {names[1]} differ; read the second, as the released code does")
+        if self.tied_head is not None:
+            embedding = next(self.source(e) for e in self.entries if e.path == "llama/embedding")
+            if not self._equal(embedding, self.tied_head):
+                self.problems.append(f"{self.tied_head} differs from {embedding}, although the config ties them")
+
+    def _equal(self, first: str, second: str) -> bool:
+        infos, ties = self.reader.infos, self.reader.ties
+        if ties.get(first, first) == ties.get(second, second):
+            return True
+        return infos[first] == infos[second] and all(
+            np.array_equal(block, self.reader.read(second, (rows,))) for rows, block in self._blocks(first)
+        )
+
+    def _blocks(self, name: str, split: bool = True) -> Iterator[tuple[slice, np.ndarray]]:
+        """Yield a tensor in blocks of rows: float32 embeddings of 128,000 x 8,192 take 4 GB at once."""
+        info = self.reader.infos[name]
+        if not split or info.nbytes <= BLOCK_BYTES or not info.shape:
+            yield slice(None), self.reader.read(name)
+            return
+        step = max(1, BLOCK_BYTES * info.shape[0] // info.nbytes)
+        for start in range(0, info.shape[0], step):
+            rows = slice(start, min(start + step, info.shape[0]))
+            yield rows, self.reader.read(name, (rows,))
