@@ -5,7 +5,3 @@
 Training reads the index only, so what is wrong with a file or a row is known before the first step and stands in
 quarantine.jsonl, with a reason and a remedy.
 """
-
-from input_pipeline.index.prepare import Refused, prepare
-
-__all__ = ["Refused", "prepare"]

@@ -15,7 +15,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from input_pipeline.config import fingerprint
+from input_pipeline.files import fingerprint
 from input_pipeline.index import index
 from input_pipeline.index.findings import GOOD, Findings
 from input_pipeline.index.journal import Journal

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import numpy as np
 
-from input_pipeline.batching.packing import RowLimits
+from input_pipeline.batching.plan import RowLimits
 from radfm_jax.models.radfm import RadFMConfig
 
 # Dense bfloat16 FLOP/s of a device, published.
