@@ -113,7 +113,7 @@ class NoTerms:
 def tokenizer_of(config: DataConfig) -> Tokenizer:
     """Open the tokenizer that `data.tokenizer` names."""
     if not config.tokenizer:
-        raise ValueError("data.tokenizer is empty: set it to a SentencePiece model, --config.data.tokenizer=tokenizer.model")
+        raise ValueError("data.tokenizer is empty: pass a SentencePiece model, --config.data.tokenizer=tokenizer.model")
     try:
         return Tokenizer(config.tokenizer)
     except ValueError as error:

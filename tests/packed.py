@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from input_pipeline.images.volumes import patch_grid, patch_positions, to_planes
+from input_pipeline.images.planes import patch_grid, patch_positions, to_planes
 from radfm_jax.models.decoder import DecoderConfig
 from radfm_jax.models.perceiver import PerceiverConfig
 from radfm_jax.models.radfm import RadFMConfig

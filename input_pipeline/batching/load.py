@@ -88,7 +88,7 @@ class RowLoader:
         if colour := int((self.scans.shapes[:, -1] > self.config.channels).sum()):
             path = self.index.colour(self.config.channels, {self.index.tables[name]["root"] for name in self.names})
             raise ValueError(
-                f"data.channels is {self.config.channels}, but {colour:,} scans have colour, such as {path}: set it to 3"
+                f"data.channels is {self.config.channels}, but {colour:,} scans have colour, such as {path}: make it 3"
             )
 
     def _good_rows(self, name: str) -> np.ndarray:

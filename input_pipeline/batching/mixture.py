@@ -1,8 +1,8 @@
 """The mixture: which samples an epoch has, and in which order.
 
-Not Grain's `MapDataset.mix` and `.shuffle`: `mix` ends with its smallest source and draws by ratio, but an epoch takes an
-exact number of samples from each source and continues in the next epoch where this one stopped. Their orders also
-differ from this one, which checkpoints refer to.
+Grain's `MapDataset.mix` does not fit: it ends with its smallest source and draws by ratio, but an epoch takes an exact
+number of samples from each source, and the next epoch continues where it stopped. Grain's `.shuffle` has another order
+than this one, which checkpoints refer to.
 """
 
 from __future__ import annotations

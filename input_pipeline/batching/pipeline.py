@@ -16,10 +16,10 @@ each other without a gap; only the end of the last epoch, if there is one, is pa
 The state of an iterator is the position of the next batch and the settings that decide the rows; a state of other
 settings or other data is refused.
 
-Grain's `IterDataset`, `batch`, `map` and `ThreadPrefetchIterDataset` do what they can. Not its `mp_prefetch`: its workers
-each open the data and run the whole chain for a slice of the rows, and it does not name the file that killed or blocked
-a worker (parallel/workers.py shares one copy of the data, and does). Not its `ElasticIterator`: the position of a global
-row needs no resharding. TFDS reads the records (index/records.py); it does not plan or pack.
+The iterators use Grain's `IterDataset`, `batch`, `map` and `ThreadPrefetchIterDataset`. `mp_prefetch` does not fit: its
+workers each open the data again, and it cannot name the file that killed or blocked a worker; the workers of
+parallel/workers.py share one copy of the data. `ElasticIterator` is not needed: a position in the global rows is the
+same on any number of hosts. TFDS reads the records (index/records.py); it does not plan or pack rows.
 """
 
 from __future__ import annotations

@@ -24,9 +24,7 @@ from input_pipeline.datasets import FAMILIES, nearest, open_dataset, sample_rng
 from input_pipeline.datasets.modalities import modalities
 from input_pipeline.datasets.tables import text_lines
 from input_pipeline.images import scans
-from input_pipeline.index.checks import file_hash
 from input_pipeline.index.index import Index
-from input_pipeline.index.summary import MODALITIES, kind
 from input_pipeline.samples import RowError, Sample, Scan, Text
 
 TASKS = {
@@ -242,6 +240,8 @@ def of_set(benchmark: Benchmark, name: str) -> tuple[list[Question], dict[str, i
     Raises ValueError, RowError: a table or a file of facts that cannot be read.
     """
     fields, task, known = dict(benchmark.sets[name]), benchmark.task(name), DATASETS.get(name)
+    from input_pipeline.index.summary import kind  # late: training imports this module, and must not load SQLite
+
     own = {key: fields.pop(key) for key in OWN if key in fields}
     family = fields.pop("family")
     plain = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items() if k != "fraction"}
@@ -326,6 +326,8 @@ def _found(root: Path, scan: Scan) -> str:
 
 def _facts(file: Path) -> dict[str, dict[str, str]]:
     """path -> modality and anatomy, codes of DICOM spelled out."""
+    from input_pipeline.index.summary import MODALITIES  # late, as above
+
     found = {}
     for number, line in enumerate(text_lines(file), 1):
         try:
@@ -382,6 +384,8 @@ def leaks(questions: Iterable[Question], directory: Path | str) -> list[dict]:
       directory: the index that `prepare` wrote. Its training sources count, rows that it left out as well.
     Raises ValueError: no index.
     """
+    from input_pipeline.index.checks import file_hash  # late, as above
+
     index, questions = Index(directory), list(questions)
     trained = {name for name, source in index.tables.items() if source["split"] == "train"}
     asked = {question.study for question in questions if question.study}
