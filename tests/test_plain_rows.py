@@ -80,7 +80,7 @@ def with_id(value):
     [
         (with_id(-1), vision(), None, "ids range from -1 to 15, .* for a vocabulary of 10, 2 image marks and 2 scans"),
         (with_id(16), vision(), None, "ids range from 1 to 16, but the maximum is 15"),
-        (np.array(IDS), vision(scans=1), None, "ids range from 1 to 15, .* maximum is 13 .* 1 scans of 2 visual tokens"),
+        (np.array(IDS), vision(scans=1), None, "ids range from 1 to 15, .* is 13 .* 1 scans of 2 visual tokens"),
         (np.array(IDS, float), vision(), None, r"ids must be integers \[B, L\] \(got float64\[2, 9\]\)"),
         (np.array(IDS) > 3, vision(), None, r"got bool\[2, 9\]"),
         (np.array(IDS)[0], vision(), None, r"got int64\[9\]"),
