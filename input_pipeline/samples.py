@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
 
 Role = Literal["context", "instruction", "response", "interleaved"]
 Task = Literal["modality", "diagnosis", "vqa", "report", "rationale", "interleaved"]
-ROLES: tuple[str, ...] = Role.__args__
-TASKS: tuple[str, ...] = Task.__args__
+ROLES: tuple[str, ...] = get_args(Role)
+TASKS: tuple[str, ...] = get_args(Task)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from input_pipeline.datasets import Dataset, open_dataset, sample_rng, tables
 from input_pipeline.samples import Sample, Scan
 from input_pipeline.text.terms import TermFinder, open_terms, scispacy_terms, umls_terms
 from input_pipeline.text.tokenizer import Tokenizer
-from input_pipeline.text.tokens import Encoded, encode
+from input_pipeline.text.tokens import Encoded, Mode, encode
 
 
 def open_sources(config: DataConfig, split: str | None = None) -> dict[str, Dataset]:
@@ -78,7 +79,7 @@ def encode_row(
         max_scans=config.max_scans,
         num_latents=config.num_latents,
         max_tokens=config.text_length,
-        mode=config.preprocess,
+        mode=cast(Mode, config.preprocess),
         rng=rng,
     )
     return sample, encoded
@@ -92,7 +93,8 @@ def rows_shown(name: str, dataset: Dataset, rows: np.ndarray, seed: int) -> dict
     by_count: dict[int, list[int]] = {}
     for row in rows.tolist():
         by_count.setdefault(len(set(dataset.scans(row))), []).append(row)
-    rng, shown = np.random.default_rng(seed), {}
+    rng = np.random.default_rng(seed)
+    shown: dict[int, int] = {}
     for count, same in by_count.items():
         if count and len(same) == 1:
             row_id = dataset.row_id(same[0])

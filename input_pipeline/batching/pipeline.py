@@ -153,7 +153,7 @@ class Rows(grain.IterDataset):
         chunks = [samples[i : i + CHUNK] for i in range(0, len(samples), CHUNK)]
         name = f"epoch {epoch}, window {window}"
         width = len(chunks) if eager else 1
-        parts, pending = [], collections.deque()
+        parts, pending = [], collections.deque[Future]()
         for chunk in chunks:
             pending.append(self.pool.submit(f"texts of {name}", RowLoader.measure, epoch, chunk))
             if len(pending) == width:

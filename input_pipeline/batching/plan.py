@@ -142,10 +142,10 @@ def plan_rows(
     Raises:
       ValueError: a sample does not fit an empty row.
     """
-    patches, planes = np.asarray(patches).tolist(), np.asarray(planes).tolist()
+    patch_counts, plane_counts = np.asarray(patches).tolist(), np.asarray(planes).tolist()
     sample_needs = []
     for i, ids in enumerate(scans):
-        sizes, plane_count = [patches[s] for s in ids], sum(planes[s] for s in ids)
+        sizes, plane_count = [patch_counts[s] for s in ids], sum(plane_counts[s] for s in ids)
         if problem := limits.overflow(tokens[i], sizes, plane_count):
             raise ValueError(f"sample {i} of the window does not fit a row: {problem}")
         sample_needs.append((tokens[i], sum(sizes), plane_count, len(ids), max(sizes, default=0)))
@@ -154,7 +154,7 @@ def plan_rows(
     groups = _groups(tokens, scans, limits) if share_scans else [[i] for i in range(len(tokens))]
     needs = np.array([sample_needs[group[0]] for group in groups], np.int64)  # samples of a group show the same scans
     needs[:, 0] = [sum(tokens[i] for i in group) for group in groups]
-    packer = _Packer(limits, patches, planes, needs)
+    packer = _Packer(limits, patch_counts, plane_counts, needs)
     for g in np.argsort(-packer.fractions(needs).max(axis=1), kind="stable").tolist():
         packer.add(groups[g], tuple(dict.fromkeys(scans[groups[g][0]])), needs[g])
     minimum = np.min(sample_needs, axis=0)[:4].tolist()
