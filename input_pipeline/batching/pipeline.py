@@ -27,7 +27,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -107,8 +106,7 @@ class Rows(grain.IterDataset):
             self.identity[f"rows and share of {name}"] = [source["rows"], source[share]]
         # One thread plans one window at a time, ahead of loading.
         self._planner = ThreadPoolExecutor(1, thread_name_prefix="planner") if config.workers else None
-        self._plans: collections.OrderedDict[tuple[int, int], Future] = collections.OrderedDict()
-        self._lock = threading.Lock()
+        self._cached_plan = functools.lru_cache(maxsize=CACHED_PLANS)(self._start_plan)
         self._shuffled: tuple[int, np.ndarray] | None = None  # the latest epoch and its samples
 
     def __iter__(self) -> RowIterator:
@@ -118,29 +116,23 @@ class Rows(grain.IterDataset):
     def prefetch_plan(self, state: dict[str, Any] | None = None) -> None:
         """Start to plan the first window, or that of a state, in the background."""
         if self._planner is not None:
-            self._plan_future(*((state["epoch"], state["window"]) if state else (0, 0)))
+            self._cached_plan(*((state["epoch"], state["window"]) if state else (0, 0)))
 
     def plan(self, epoch: int, window: int) -> list[PlannedRow]:
-        """Return the rows of a window, and start to plan the next one."""
-        return self._plan_future(epoch, window).result()
+        """Return the rows of a window, and start to plan the next one in the background."""
+        result = self._cached_plan(epoch, window)
+        next_epoch, next_window = divmod(epoch * self.windows + window + 1, self.windows)
+        if self._planner is not None and (self.epochs is None or next_epoch < self.epochs):
+            self._cached_plan(next_epoch, next_window)
+        return result()
 
-    def _plan_future(self, epoch: int, window: int) -> Future:
-        key = epoch, window
-        following = divmod(epoch * self.windows + window + 1, self.windows)
-        with self._lock:
-            if self._planner is None:
-                if key not in self._plans:
-                    self._plans[key] = Future()
-                    self._plans[key].set_result(self._plan_window(*key, eager=True))
-            else:
-                for ahead in (key, following):
-                    if ahead not in self._plans and (self.epochs is None or ahead[0] < self.epochs):
-                        self._plans[ahead] = self._planner.submit(self._plan_window, *ahead, eager=not self._plans)
-            plan = self._plans[key]
-            self._plans.move_to_end(key)
-            while len(self._plans) > CACHED_PLANS:
-                self._plans.popitem(last=False)
-        return plan
+    def _start_plan(self, epoch: int, window: int) -> Callable[[], list[PlannedRow]]:
+        """Plan a window, with workers in the background, and return a function that returns its rows."""
+        if self._planner is None:
+            rows = self._plan_window(epoch, window, eager=True)
+            return lambda: rows
+        first = not self._cached_plan.cache_info().currsize
+        return self._planner.submit(self._plan_window, epoch, window, eager=first).result
 
     def _plan_window(self, epoch: int, window: int, eager: bool) -> list[PlannedRow]:
         """Measure the samples of a window in the workers, then plan it in one of them.

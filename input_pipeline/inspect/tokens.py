@@ -74,111 +74,73 @@ def sample_tokens(
       arrays: TEXT of one segment, each [t].
       place: position of its first token in the row.
     """
-    reader = _TokenReader(arrays, decoder, num_latents, place)
-    while reader.i < len(reader.ids):
-        reader.read_next()
-    reader.check_targets(arrays["targets"].tolist())
-    warnings = [f"{warning}: {_positions(positions)}" for warning, positions in reader.warnings.items()]
-    return reader.tokens, tuple(reader.slots), warnings
+    tokenizer, columns = decoder.tokenizer, {name: arrays[name].tolist() for name in TEXT}
+    ids, weights, visual, key_ok = (columns[name] for name in ("ids", "weights", "visual_index", "key_ok"))
+    tokens: list[Token] = []
+    slots: dict[int, int] = {}  # slot -> number of the image
+    warnings: dict[str, list[int]] = {}
+    i = 0
 
+    def add(kind: str, text: str = "", places: int = 1, image: int = 0, warning: str = "") -> None:
+        nonlocal i
+        if warning:
+            warnings.setdefault(warning, []).append(place + i)
+        weight = weights[i - 1] if i else 0.0
+        tokens.append(Token(kind, text, ids[i], place + i, places, weight, image, all(key_ok[i : i + places])))
+        i += places
 
-class _TokenReader:
-    """Reads the tokens of a sample from left to right.
+    def continues(k: int) -> bool:
+        return 0 <= ids[k] < tokenizer.vocab_size and visual[k] < 0 and tokenizer.continues_character(ids[k])
 
-    Attributes:
-      i: index of the next token.
-      slots: slot -> number of the image.
-      warnings: warning -> its positions in the row.
-    """
-
-    def __init__(self, arrays: Mapping[str, np.ndarray], decoder: TokenDecoder, num_latents: int, place: int):
-        self.decoder, self.tokenizer, self.num_latents, self.place = decoder, decoder.tokenizer, num_latents, place
-        names = ("ids", "weights", "visual_index", "key_ok")
-        self.ids, self.weights, self.visual, self.key_ok = (arrays[name].tolist() for name in names)
-        self.i = 0
-        self.tokens: list[Token] = []
-        self.slots: dict[int, int] = {}
-        self.warnings: dict[str, list[int]] = {}
-
-    def add(self, kind: str, text: str = "", places: int = 1, image: int = 0) -> None:
-        """Append a token of `places` positions, and move past it."""
-        i, weight = self.i, self.weights[self.i - 1] if self.i else 0.0
-        seen = all(self.key_ok[i : i + places])
-        self.tokens.append(Token(kind, text, self.ids[i], self.place + i, places, weight, image, seen))
-        self.i += places
-
-    def warn(self, warning: str, index: int) -> None:
-        """Record a warning about the token at an index."""
-        self.warnings.setdefault(warning, []).append(self.place + index)
-
-    def read_next(self) -> None:
-        """Read the next token, or all tokens of a scan."""
-        token, tokenizer = self.ids[self.i], self.tokenizer
-        if self.visual[self.i] >= 0:
-            self._read_unmarked_image()
+    while i < len(ids):
+        token, latents = ids[i], visual[i + 1 : i + 1 + num_latents]
+        if visual[i] >= 0:
+            slot = visual[i] // num_latents
+            n = _length(visual, i, lambda k: visual[k] == visual[k - 1] + 1 and visual[k] % num_latents)
+            number = slots.setdefault(slot, len(slots) + 1)
+            add("image", "", n, number, warning="visual tokens without image marks around them")
         elif token == tokenizer.image_id:
-            self._read_image()
+            closed = ids[i + 1 + num_latents : i + 2 + num_latents] == [tokenizer.image_end_id]
+            slot = latents[0] // num_latents if closed else -1
+            if slot >= 0 and latents == list(range(slot * num_latents, (slot + 1) * num_latents)):
+                add("image", "", num_latents + 2, slots.setdefault(slot, len(slots) + 1))
+            elif closed and set(latents) == {-1} and not any(ids[i + 1 : i + 1 + num_latents]):
+                add("lost", "", num_latents + 2)
+            else:
+                add("mark", "<image>", warning="an image mark without its visual tokens")
         elif token == tokenizer.image_end_id:
-            self.warn("an image's end mark without its visual tokens", self.i)
-            self.add("mark", "</image>")
-        elif token == tokenizer.bos_id:
-            self.add("bos")
-        elif token == tokenizer.eos_id:
-            self.add("eos")
+            add("mark", "</image>", warning="an image's end mark without its visual tokens")
+        elif token in (tokenizer.bos_id, tokenizer.eos_id):
+            add("bos" if token == tokenizer.bos_id else "eos")
         elif not 0 <= token < tokenizer.vocab_size:
-            self.warn("an id outside the vocabulary", self.i)
-            self.add("unknown")
+            add("unknown", warning="an id outside the vocabulary")
         else:
-            self._read_text()
-
-    def _image_number(self, visual: int) -> int:
-        return self.slots.setdefault(visual // self.num_latents, len(self.slots) + 1)
-
-    def _read_unmarked_image(self) -> None:
-        i, visual, n = self.i, self.visual, 1
-        self.warn("visual tokens without image marks around them", i)
-        end_of_slot = (visual[i] // self.num_latents + 1) * self.num_latents
-        while i + n < len(visual) and visual[i + n] == visual[i] + n < end_of_slot:
-            n += 1
-        self.add("image", places=n, image=self._image_number(visual[i]))
-
-    def _read_image(self) -> None:
-        start, end = self.i + 1, self.i + 1 + self.num_latents
-        latents = self.visual[start:end]
-        closed = end < len(self.ids) and self.ids[end] == self.tokenizer.image_end_id
-        if closed and latents[0] >= 0 and latents[0] % self.num_latents == 0 and _consecutive(latents):
-            self.add("image", places=self.num_latents + 2, image=self._image_number(latents[0]))
-        elif closed and set(latents) == {-1} and not any(self.ids[start:end]):
-            self.add("lost", places=self.num_latents + 2)
-        else:
-            self.warn("an image mark without its visual tokens", self.i)
-            self.add("mark", "<image>")
-
-    def _read_text(self) -> None:
-        i, n = self.i, 1
-        while i + n < len(self.ids) and 0 <= self.ids[i + n] < self.tokenizer.vocab_size and self.visual[i + n] < 0:
-            if not self.tokenizer.continues_character(self.ids[i + n]):
-                break
-            n += 1
-        text = self.decoder(*self.ids[i : i + n])
-        self.add("text" if text else "unknown", text)
-        for _ in range(1, n):
-            self.add("byte")
-
-    def check_targets(self, targets: list[int]) -> None:
-        """Warn about unknown weights, and about weights on a target that is not the next token."""
-        for i, (target, weight) in enumerate(zip(targets, self.weights, strict=True)):
-            if weight not in WEIGHTS:
-                self.warn(f"a weight that is none of {', '.join(f'{w:g}' for w in WEIGHTS)}", i)
-            last = i + 1 == len(targets)
-            if weight and (
-                last or self.visual[i + 1] >= 0 or target != self.ids[i + 1] or target >= self.tokenizer.vocab_size
-            ):
-                self.warn("a weight on a target that is not the next token of the text", i)
+            n = _length(ids, i, continues)
+            text = decoder(*ids[i : i + n])
+            add("text" if text else "unknown", text)
+            for _ in range(1, n):
+                add("byte")
+    for warning, indices in _target_warnings(columns, tokenizer.vocab_size).items():
+        warnings[warning] = [place + k for k in indices]
+    return tokens, tuple(slots), [f"{warning}: {_positions(where)}" for warning, where in warnings.items()]
 
 
-def _consecutive(numbers: Sequence[int]) -> bool:
-    return list(numbers) == list(range(numbers[0], numbers[0] + len(numbers)))
+def _length(values: Sequence[int], start: int, continues) -> int:
+    """Return the length of the run at `start`: one value, and those after it for which `continues(index)` is true."""
+    return next((k for k in range(start + 1, len(values)) if not continues(k)), len(values)) - start
+
+
+def _target_warnings(columns: Mapping[str, list], vocab_size: int) -> dict[str, list[int]]:
+    """Find unknown weights, and weights on a target that is not the next token: warning -> indices."""
+    ids, visual = columns["ids"], columns["visual_index"]
+    warnings: dict[str, list[int]] = {}
+    for k, (target, weight) in enumerate(zip(columns["targets"], columns["weights"], strict=True)):
+        if weight not in WEIGHTS:
+            warnings.setdefault(f"a weight that is none of {', '.join(f'{w:g}' for w in WEIGHTS)}", []).append(k)
+        last = k + 1 == len(ids)
+        if weight and (last or visual[k + 1] >= 0 or target != ids[k + 1] or target >= vocab_size):
+            warnings.setdefault("a weight on a target that is not the next token of the text", []).append(k)
+    return warnings
 
 
 def _positions(positions: Sequence[int]) -> str:
