@@ -135,20 +135,17 @@ class RowLoader:
 
     def measure(self, epoch: int, samples: np.ndarray) -> SampleSizes:
         """Measure samples, given by their numbers in the mixture. Raises RowError."""
-        tokens, offsets, sizes = [], [0], []
+        tokens, counts, sizes = [], [], []
         for number in samples.tolist():
             name, sample, encoded = self.sample(number, epoch)
             tokens.append(len(encoded.ids))
+            counts.append(len(encoded.scans))
             sizes += self._sizes_of_scans(name, sample, encoded)
-            offsets.append(len(sizes))
         scan_numbers, patches, planes = np.array(sizes, np.int64).reshape(-1, 3).T
-        return SampleSizes(
-            np.array(tokens, np.int32),
-            np.array(offsets, np.int64),
-            scan_numbers,
-            patches.astype(np.int32),
-            planes.astype(np.int32),
+        token_counts, scan_counts, patches, planes = (
+            np.array(numbers, np.int32) for numbers in (tokens, counts, patches, planes)
         )
+        return SampleSizes(token_counts, scan_counts, scan_numbers, patches, planes)
 
     def _sizes_of_scans(self, name: str, sample: Sample, encoded: Encoded) -> list[tuple[int, int, int]]:
         """Return (number, patches, planes) of each scan of a sample."""

@@ -49,14 +49,13 @@ class SampleSizes:
     """Sizes of n samples with m scans in total.
 
     Attributes:
-      tokens: int32[n].
-      offsets: int64[n + 1]; sample i has scans offsets[i] to offsets[i + 1] of the arrays below.
+      tokens: int32[n]. counts: int32[n], scans of each sample.
       scans: int64[m], the scan's number in the index.
       patches, planes: int32[m].
     """
 
     tokens: np.ndarray
-    offsets: np.ndarray
+    counts: np.ndarray
     scans: np.ndarray
     patches: np.ndarray
     planes: np.ndarray
@@ -64,10 +63,7 @@ class SampleSizes:
     @classmethod
     def concatenate(cls, parts: Sequence[SampleSizes]) -> SampleSizes:
         """Join the sizes of consecutive parts of a window."""
-        counts = np.concatenate([np.diff(part.offsets) for part in parts])
-        arrays = (np.concatenate([getattr(p, name) for p in parts]) for name in ("scans", "patches", "planes"))
-        offsets = np.concatenate([[0], np.cumsum(counts)])
-        return cls(np.concatenate([part.tokens for part in parts]), offsets, *arrays)
+        return cls(*(np.concatenate([getattr(p, field.name) for p in parts]) for field in dataclasses.fields(cls)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,10 +100,9 @@ def plan_window(
         _, first, ids = np.unique(sizes.scans, return_index=True, return_inverse=True)
     else:
         first = ids = np.arange(len(sizes.scans))
-    spans = zip(sizes.offsets[:-1], sizes.offsets[1:], strict=True)
     rows = plan_rows(
         sizes.tokens.tolist(),
-        [tuple(ids[start:end].tolist()) for start, end in spans],
+        [tuple(part.tolist()) for part in np.split(ids, np.cumsum(sizes.counts)[:-1])],
         sizes.patches[first],
         sizes.planes[first],
         limits,
@@ -155,7 +150,8 @@ def plan_rows(
     needs = np.array([sample_needs[group[0]] for group in groups], np.int64)  # samples of a group show the same scans
     needs[:, 0] = [sum(tokens[i] for i in group) for group in groups]
     packer = _Packer(limits, patch_counts, plane_counts, needs)
-    for g in np.argsort(-packer.fractions(needs).max(axis=1), kind="stable").tolist():
+    largest_share = (needs[:, :4] / packer.capacity[:4]).max(axis=1)
+    for g in np.argsort(-largest_share, kind="stable").tolist():
         packer.add(groups[g], tuple(dict.fromkeys(scans[groups[g][0]])), needs[g])
     minimum = np.min(sample_needs, axis=0)[:4].tolist()
     return [_planned(row, scans, limits, minimum) for row in packer.rows]
@@ -212,10 +208,6 @@ class _Packer:
         self.open: list[int] = []
         self.free = np.zeros((len(self.capacity), len(needs)), np.int64)
         self.room = np.zeros(len(needs))
-
-    def fractions(self, needs: np.ndarray) -> np.ndarray:
-        """Return the share of a row's text, patches, planes and slots that each group needs."""
-        return needs[:, :4] / self.capacity[:4]
 
     def add(self, samples: list[int], scans: tuple[int, ...], need: np.ndarray) -> None:
         """Add a group of samples to the fullest row with room, or to a new one."""

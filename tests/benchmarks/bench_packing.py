@@ -171,8 +171,8 @@ def speeds(config: DataConfig, repeats: int) -> Table:
         middle = time.process_time()
         loader.plan(numbers, [measured], (0, epoch))
         end = time.process_time()
-        counts = np.diff(measured.offsets)
-        of_sample = [tuple(range(a, a + n)) for a, n in zip(measured.offsets, counts, strict=False)]
+        ends = np.cumsum(measured.counts)
+        of_sample = [tuple(range(end - n, end)) for end, n in zip(ends, measured.counts, strict=True)]
         before = time.process_time()
         plan_rows(measured.tokens.tolist(), of_sample, measured.patches, measured.planes, limits)
         planner.append(len(numbers) / (time.process_time() - before))
