@@ -30,20 +30,17 @@ def page(head: Overview, rows: Sequence[RowView]) -> str:
     for number, row in enumerate(rows):
         warnings += [(number, None, warning) for warning in row.warnings]
         warnings += [(number, sample.number, warning) for sample in row.samples for warning in sample.warnings]
-    return (
-        _environment()
-        .get_template("page.html")
-        .render(
-            generator=GENERATOR,
-            policy=Markup(POLICY),
-            style=Markup((FOLDER / "style.css").read_text()),
-            tasks=TASKS,
-            head=head,
-            rows=rows,
-            warnings=warnings,
-            shares=list(zip(shares, starts, shares.values(), strict=False)),
-            packing=[(name, _number(name, value, shares)) for name, value in head.packing.items()],
-        )
+    template = _environment().get_template("page.html")
+    return template.render(
+        generator=GENERATOR,
+        policy=Markup(POLICY),
+        style=Markup((FOLDER / "style.css").read_text()),
+        tasks=TASKS,
+        head=head,
+        rows=rows,
+        warnings=warnings,
+        shares=list(zip(shares, starts, shares.values(), strict=False)),
+        packing=[(name, _number(name, value, shares)) for name, value in head.packing.items()],
     )
 
 
@@ -60,7 +57,7 @@ def _environment() -> jinja2.Environment:
     environment.filters |= {
         "fmt": format,
         "spaced": lambda text: Markup(spaced(text)),
-        "count": lambda n, noun: f"{n} {noun}" + ("" if n == 1 else "es" if noun.endswith("ch") else "s"),
+        "plural": lambda n, noun: f"{n} {noun}" + ("" if n == 1 else "es" if noun.endswith("ch") else "s"),
         "task": lambda task: f"task-{task}" if task in TASKS else "task-other",
         # The golden angle gives neighbouring slots different hues for any number of slots.
         "hue": lambda slot: f"--hue:{slot * 137.508 % 360:.0f}",
