@@ -97,7 +97,8 @@ def text_arrays(ids, weights, visual=None):
 
 
 def test_token_has_its_own_weight(tokenizer):
-    """
+    """A token carries the weight with which it is predicted.
+
     <s> <image> a0 a1 </image>  ▁Why ?  ▁mild ▁lesion  .  </s>        L = 2, the scan in slot 3, "lesion" is a term
      0     0    0  0     0        0  0    1     3      1   1
     """
