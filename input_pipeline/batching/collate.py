@@ -135,7 +135,7 @@ def _add_scans(arrays: dict[str, np.ndarray], row: LoadedRow, limits: RowLimits,
                 f"{free_planes} planes of {dtype} and {free_patches} patches: the index is out of date, run prepare"
             )
         if channels == 1 and (scan.plane_index != scan.plane_index[..., :1]).any():
-            raise ValueError(f"the scan in slot {slot} has colour, but data.channels is 1: set it to {CHANNELS}")
+            raise ValueError(f"the scan in slot {slot} has colour, but data.channels is 1: make it {CHANNELS}")
         span = slice(start, start + n)
         used_planes.append(scan.planes)
         arrays["plane_index"][vision_row, span] = scan.plane_index[..., :channels] + planes_used
