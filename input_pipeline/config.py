@@ -1,15 +1,13 @@
-"""The `data` group of a config: which tables, how samples become rows. One ConfigDict fills one frozen dataclass."""
+"""The `data` group of a config: which tables to read, and how samples become rows."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import hashlib
-import json
 from collections.abc import Iterable, Mapping
 
-from input_pipeline.batching.packing import RowLimits
+from input_pipeline.batching.plan import RowLimits
 from input_pipeline.datasets import FAMILIES
+from input_pipeline.files import nearest
 from input_pipeline.images.augment import FLIPS
 from input_pipeline.images.planes import CHANNELS, MODES, STORAGE, Sizes
 
@@ -17,51 +15,46 @@ SPLITS = ("train", "test")
 MIXTURES = ("epoch", "weights")
 
 
-def unknown_fields(given: Iterable[str], cls: type, prefix: str = "") -> str:
-    """The names that a dataclass does not have, each with the nearest that it has; "" if there are none."""
-    known = [f.name for f in dataclasses.fields(cls)]
-    said = []
-    for key in given:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, 1, 0.4)
-            said.append(f"{prefix}{key}" + (f" (did you mean {near[0]}?)" if near else ""))
-    return ", ".join(said)
+def unknown_fields(names: Iterable[str], cls: type, prefix: str = "") -> str:
+    """Return the names that are no field of a dataclass, each with the nearest field; "" if there are none."""
+    known = [field.name for field in dataclasses.fields(cls)]
+    return ", ".join(f"{prefix}{name}{nearest(name, known)}" for name in names if name not in known)
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What the model is fed.
+    """The data of an experiment.
 
     Attributes:
-      train, test: name of a source -> its `family` (datasets.FAMILIES), the family's fields (`table`, `root`, `split`,
-        `fraction`, ...) and, for `mixture="weights"`, its `weight`. A study of one must not be in the other.
+      train, test: source name -> its `family` (datasets.FAMILIES), the family's fields (`table`, `root`, `split`,
+        `fraction`, ...) and, for `mixture="weights"`, its `weight`. No study may be in both.
       index: the directory that `prepare` wrote.
       tokenizer: a SentencePiece model file.
-      terms: where medical terms come from: `open` (HPO, ICD-10-CM and a radiology list), `umls:DIR` (a directory with
-        MRCONSO.RRF and MRSTY.RRF), `scispacy:MODEL`, `none`.
+      terms: the source of medical terms: `open` (HPO, ICD-10-CM and a radiology list), `umls:DIR` (a directory with
+        MRCONSO.RRF and MRSTY.RRF), `scispacy:MODEL` or `none`.
       preprocess: `paper`, or `released`: the volumes and texts of the released code, for released weights.
-      storage: uint8, int16 or float32 planes.
-      size_2d, size_3d, depth: sides in pixels that 2D scans and volumes are brought to in `paper` mode, and the most
-        slices of a volume: multiples of the patch (32, 32, 4).
-      channels: 3; or 1 where every scan is gray: what is made of three equal channels is then computed from one.
-      records: read volumes from the records that `prepare --records` wrote, not from the scans' files.
-      mixture: `epoch`: every source gives `fraction` of its rows an epoch; `weights`: shares of `epoch_samples`.
-      epoch_samples: samples of an epoch under `weights`; 0: as many as all the sources have rows.
+      storage: dtype of the planes: uint8, int16 or float32.
+      size_2d, size_3d, depth: final side of 2D scans and of volumes, and maximum slices of a volume, in `paper` mode;
+        multiples of the patch (32, 32, 4).
+      channels: 3, or 1 if every scan is gray: the network then computes one channel instead of three equal ones.
+      records: read volumes from the records that `prepare --records` wrote, not from the scan files.
+      mixture: `epoch`: an epoch takes `fraction` of the rows of each source; `weights`: shares of `epoch_samples`.
+      epoch_samples: samples of an epoch under `weights`; 0: the number of rows of all sources.
       window: samples that are packed together.
-      text_length, vision_rows, patch_length, planes, scans: the sizes of a row (packing.RowLimits).
-      share_scans: samples of one row about one scan share its slot; training crops are then drawn once a scan.
-      shuffle_scans: a control: each sample shows the scans of another row of its source, so that whatever accuracy is
-        left does not come from looking.
-      max_scans: most distinct scans of a sample; of more, the sample's own generator chooses.
-      num_latents: visual tokens of a scan, as the model has them.
-      crop: least share of a slice's area that a random crop keeps in training; 1: none.
-      flips: of height, width, depth, in training.
-      allowed_loss: how often a scan may fail to load in a run (once a row that shows it), its samples then left without
-        weight and named; beyond it, and at 0 for the first, the run stops with the scan's name.
-      seed: of all choices: order, prompts, crops.
+      text_length, vision_rows, patch_length, planes, scans: sizes of a row (batching.plan.RowLimits).
+      share_scans: samples of a row about the same scan share its slot; a training crop is then drawn once per scan.
+      shuffle_scans: a control experiment: each sample shows the scans of another row of its source, which measures the
+        accuracy that the text alone gives.
+      max_scans: maximum distinct scans of a sample; the sample's random generator chooses among more.
+      num_latents: visual tokens of a scan; must equal the model's.
+      crop: minimum share of a slice's area that a random crop keeps in training; 1 disables crops.
+      flips: axes to flip at random in training: height, width, depth.
+      allowed_loss: how many scans of a run may fail to load (each counts once per row that shows it). Their samples get
+        no weight and are logged. One more stops the run with the scan's name; 0 stops at the first.
+      seed: of order, prompts and crops.
       workers: processes that load rows; 0 loads in the calling process.
-      worker_timeout: seconds that a worker may spend on one scan or one stretch of texts before it counts as hung.
-      read_ahead: rows that are loaded ahead of the training step.
+      worker_timeout: seconds that a worker may spend on one scan or one chunk of texts before it counts as hung.
+      read_ahead: rows to load ahead of the training step.
     """
 
     train: Mapping[str, Mapping] = dataclasses.field(default_factory=dict)
@@ -97,44 +90,53 @@ class DataConfig:
     read_ahead: int = 8
 
     def __post_init__(self):
-        problems = []
-        for field, known in (("preprocess", MODES), ("storage", STORAGE), ("mixture", MIXTURES)):
-            if getattr(self, field) not in known:
-                problems.append(f"data.{field} is {getattr(self, field)!r}; known: {', '.join(known)}")
-        problems += [f"data.flips has {f!r}; known: {', '.join(FLIPS)}" for f in self.flips if f not in FLIPS]
-        if self.preprocess == "released":
-            if self.storage != "float32":
-                problems.append("data.preprocess='released' needs data.storage='float32': its numbers are float32")
-            if self.records or self.flips:
-                problems.append("data.preprocess='released' has neither records nor flips")
-        least = {"epoch_samples": 0, "allowed_loss": 0, "workers": 0, "seed": 0}
-        whole = [f.name for f in dataclasses.fields(self) if f.type == "int"]
-        for name in whole:
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least.get(name, 1):
-                problems.append(f"data.{name} is {value!r}: a whole number of at least {least.get(name, 1)} is needed")
-        if not 0 < self.crop <= 1:
-            problems.append(f"data.crop is {self.crop}: a share above 0 and not above 1 is needed")
-        if self.channels not in (1, CHANNELS):
-            problems.append(f"data.channels is {self.channels}: 1 or {CHANNELS}")
-        if self.worker_timeout <= 0:
-            problems.append(f"data.worker_timeout is {self.worker_timeout}: seconds above 0 are needed")
-        for split in SPLITS:
-            for name, source in getattr(self, split).items():
-                where = f"data.{split}.{name}"
-                if "family" not in source:
-                    problems.append(f"{where} has no `family`; known: {', '.join(FAMILIES)}")
-                if self.mixture == "weights" and split == "train" and not source.get("weight", 1.0) > 0:
-                    problems.append(f"{where}.weight is {source['weight']}: a share above 0 is needed")
+        """Check every field. Raises ValueError with all problems."""
+        problems = [*self._number_problems(), *self._choice_problems(), *self._source_problems()]
         if not problems:
             try:
                 _ = self.sizes
             except ValueError as error:
                 problems.append(f"data.size_2d, data.size_3d, data.depth: {error}")
-        for name in self.train.keys() & self.test.keys():
-            problems.append(f"data.train.{name} and data.test.{name} share a name; call one {name}_test")
         if problems:
             raise ValueError("; ".join(problems))
+
+    def _choice_problems(self) -> Iterable[str]:
+        for field, known in (("preprocess", MODES), ("storage", STORAGE), ("mixture", MIXTURES)):
+            if getattr(self, field) not in known:
+                yield f"data.{field} is {getattr(self, field)!r}; known: {', '.join(known)}"
+        for axis in self.flips:
+            if axis not in FLIPS:
+                yield f"data.flips has {axis!r}; known: {', '.join(FLIPS)}"
+        if self.channels not in (1, CHANNELS):
+            yield f"data.channels must be 1 or {CHANNELS} (got {self.channels})"
+        if self.preprocess == "released":
+            if self.storage != "float32":
+                yield "data.preprocess='released' needs data.storage='float32'"
+            if self.records or self.flips:
+                yield "data.preprocess='released' cannot be combined with data.records or data.flips"
+
+    def _number_problems(self) -> Iterable[str]:
+        minimum = {"epoch_samples": 0, "allowed_loss": 0, "workers": 0, "seed": 0}
+        for field in dataclasses.fields(self):
+            if field.type != "int":
+                continue
+            value, least = getattr(self, field.name), minimum.get(field.name, 1)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                yield f"data.{field.name} must be an integer of at least {least} (got {value!r})"
+        if not 0 < self.crop <= 1:
+            yield f"data.crop must be above 0 and at most 1 (got {self.crop})"
+        if self.worker_timeout <= 0:
+            yield f"data.worker_timeout must be above 0 seconds (got {self.worker_timeout})"
+
+    def _source_problems(self) -> Iterable[str]:
+        for split in SPLITS:
+            for name, source in getattr(self, split).items():
+                if "family" not in source:
+                    yield f"data.{split}.{name} has no `family`; known: {', '.join(FAMILIES)}"
+                if self.mixture == "weights" and split == "train" and not source.get("weight", 1.0) > 0:
+                    yield f"data.{split}.{name}.weight must be above 0 (got {source['weight']})"
+        for name in self.train.keys() & self.test.keys():
+            yield f"data.train.{name} and data.test.{name} have the same name: rename one to {name}_test"
 
     @property
     def limits(self) -> RowLimits:
@@ -143,33 +145,32 @@ class DataConfig:
 
     @property
     def sizes(self) -> Sizes:
-        """What scans are brought to."""
+        """The final sizes of scans."""
         return Sizes(self.size_2d, self.size_3d, self.depth)
 
     def sources(self, split: str | None = None) -> dict[str, dict]:
-        """name -> fields, of one split or of both; by name within a split, as a ConfigDict has them."""
+        """Return source name -> fields, of one split or of both, sorted by name within a split like a ConfigDict."""
         splits = SPLITS if split is None else (split,)
         return {name: dict(fields) for s in splits for name, fields in sorted(getattr(self, s).items())}
 
     def to_dict(self) -> dict:
-        """Plain values, for a ConfigDict."""
+        """Return plain values, for a ConfigDict."""
         plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return plain | {s: {name: dict(fields) for name, fields in plain[s].items()} for s in SPLITS}
 
     @classmethod
     def from_dict(cls, fields: Mapping) -> DataConfig:
-        """The inverse of `to_dict`, from a dict or a ConfigDict. ValueError names unknown fields."""
+        """Invert `to_dict`, for a dict or a ConfigDict. Raises ValueError with all unknown fields."""
         fields = fields.to_dict() if hasattr(fields, "to_dict") else dict(fields)
         if unknown := unknown_fields(fields, cls, "data."):
             raise ValueError(f"unknown fields: {unknown}")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+        return cls(**_tuples(fields))
 
 
 def open_fields(source: Mapping) -> dict:
-    """The fields of a source that its family takes: all but `family` and `weight`."""
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in source.items() if k not in ("family", "weight")}
+    """Return the fields of a source that its family takes: all but `family` and `weight`."""
+    return _tuples({k: v for k, v in source.items() if k not in ("family", "weight")})
 
 
-def fingerprint(value) -> str:
-    """SHA-256 of plain values, whatever the order of keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=list).encode()).hexdigest()
+def _tuples(fields: Mapping) -> dict:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}

@@ -1,14 +1,14 @@
-"""The unit of the pipeline: texts and scans in reading order, each text with the part it plays in training."""
+"""Samples: texts and scans in reading order, each text with its role in training."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
 
 Role = Literal["context", "instruction", "response", "interleaved"]
 Task = Literal["modality", "diagnosis", "vqa", "report", "rationale", "interleaved"]
-ROLES: tuple[str, ...] = Role.__args__
-TASKS: tuple[str, ...] = Task.__args__
+ROLES: tuple[str, ...] = get_args(Role)
+TASKS: tuple[str, ...] = get_args(Task)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,25 +16,26 @@ class Text:
     """A piece of text.
 
     Attributes:
-      role: `context` may be shortened when a sample is too long; `instruction` is what the user asks; `response` is
-        what the model learns to say; `interleaved` text is learned throughout (paper, equations 3 and 4).
+      role: `context` is shortened first if a sample is too long; `instruction` is the user's question; `response` is
+        the target of training; `interleaved` text is a target throughout (paper, equations 3 and 4).
     """
 
     text: str
     role: Role
 
     def __reduce__(self):
-        return Text, (self.text, self.role)  # half the time and fewer bytes: rows of tables are kept pickled
+        """Pickle in half the time and fewer bytes: table rows are stored pickled."""
+        return Text, (self.text, self.role)
 
 
 @dataclasses.dataclass(frozen=True)
 class Scan:
-    """A file, or a DICOM series directory, and which of its volumes is meant.
+    """One volume of a scan file or of a DICOM series directory.
 
     Attributes:
-      path: as the data set's table gives it, below the data set's root.
-      volume: index of the volume in a 4D file; None if the file has one.
-      window: (low, high) intensities to clip to before scaling, a name of `intensity.CT_WINDOWS`, or None.
+      path: relative to the data set's root, as in its table.
+      volume: index of the volume in a 4D file; None if the file has only one.
+      window: (low, high) intensities to clip to before scaling, a name in `intensity.CT_WINDOWS`, or None.
     """
 
     path: str
@@ -42,17 +43,18 @@ class Scan:
     window: str | tuple[float, float] | None = None
 
     def __reduce__(self):
+        """Pickle like Text."""
         return Scan, (self.path, self.volume, self.window)
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One training or test case. The same scan may stand in `parts` more than once.
+    """One training or test case. The same scan may occur in `parts` more than once.
 
     Attributes:
-      row_id: unique within the data set, stable over runs (it seeds the sample's random choices and appears in logs).
+      row_id: unique within the data set and stable across runs; it seeds the sample's random choices.
       dataset: name of the family, e.g. `pmc_vqa`.
-      study_id: what must not be split between training and test (a study, a paper); None if the source does not say.
+      study_id: the study or paper, which must not be split between training and test; None if unknown.
     """
 
     row_id: str
@@ -63,17 +65,17 @@ class Sample:
 
     @property
     def scans(self) -> tuple[Scan, ...]:
-        """Every scan in reading order, repetitions included."""
+        """Every scan in reading order, including repetitions."""
         return tuple(p for p in self.parts if isinstance(p, Scan))
 
 
 class RowError(ValueError):
-    """A row that cannot become a sample: which file, which row, why, and what the user can do."""
+    """A row cannot become a sample: names the file, the row, the reason, and what the user can do."""
 
     def __init__(self, file, row, reason: str, remedy: str = ""):
         self.file, self.row, self.reason, self.remedy = str(file), row, reason, remedy
         super().__init__(f"{file}, row {row}: {reason}" + (f" ({remedy})" if remedy else ""))
 
     def __reduce__(self):
-        """Errors cross from worker processes pickled, and BaseException would pickle the message alone."""
+        """Pickle all attributes: BaseException would pickle only the message."""
         return type(self), (self.file, self.row, self.reason, self.remedy)

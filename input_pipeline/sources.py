@@ -1,10 +1,11 @@
-"""Opens what a config names: the tables of its sources, its tokenizer, its finder of medical terms."""
+"""Open the sources, the tokenizer and the medical terms that a config names."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -14,15 +15,15 @@ from input_pipeline.datasets.json_tables import json_lines_cache
 from input_pipeline.samples import Sample, Scan
 from input_pipeline.text.terms import TermFinder
 from input_pipeline.text.tokenizer import Tokenizer
-from input_pipeline.text.tokens import Encoded, encode
+from input_pipeline.text.tokens import Encoded, Mode, encode
 from input_pipeline.text.vocabularies import open_terms, scispacy_terms, umls_terms
 
 
 def open_sources(config: DataConfig, split: str | None = None) -> dict[str, Dataset]:
-    """name -> data set. Bad rows stay in its `problems`: `prepare` has reported them, and they are in no index.
+    """Return source name -> data set. Its bad rows are in `problems` and in no index; `prepare` reports them.
 
     Raises:
-      ValueError: a table that cannot be read, an unknown family or field, with the source's name.
+      ValueError: a table cannot be read, or a family or field is unknown; a note names the source.
     """
     opened = {}
     with json_lines_cache():
@@ -37,7 +38,7 @@ def open_sources(config: DataConfig, split: str | None = None) -> dict[str, Data
 
 @functools.lru_cache(maxsize=4)
 def terms_of(choice: str) -> TermFinder:
-    """The finder that `data.terms` names; ValueError for one it does not know."""
+    """Open the term finder that `data.terms` names. Raises ValueError if it is unknown."""
     kind, _, argument = choice.partition(":")
     if kind == "umls" and argument:
         return umls_terms(Path(argument) / "MRCONSO.RRF", Path(argument) / "MRSTY.RRF")
@@ -47,7 +48,7 @@ def terms_of(choice: str) -> TermFinder:
         return open_terms()
     if choice == "none":
         return NoTerms()
-    raise ValueError(f"data.terms is {choice!r}; known: open, umls:DIR, scispacy:MODEL, none")
+    raise ValueError(f"data.terms is {choice!r}; use open, umls:DIR, scispacy:MODEL or none")
 
 
 def encode_row(
@@ -60,11 +61,12 @@ def encode_row(
     terms: TermFinder,
     shown: int | None = None,
 ) -> tuple[Sample, Encoded]:
-    """Row `row` of a source as `prepare` counts it and as training sees it: one generator makes all its choices.
+    """Return the sample of a row and its tokens, in `prepare` as in training: one generator makes all random choices.
 
-    shown: the row whose scans stand in the sample instead of its own, as many of them.
-
-    Raises RowError.
+    Args:
+      shown: another row with as many scans, which replace the scans of this row.
+    Raises:
+      RowError: the row cannot become a sample, or does not fit `text_length`.
     """
     rng = sample_rng(config.seed, epoch, name, dataset.row_id(row))
     sample = dataset.sample(row, rng)
@@ -79,40 +81,43 @@ def encode_row(
         max_scans=config.max_scans,
         num_latents=config.num_latents,
         max_tokens=config.text_length,
-        mode=config.preprocess,
+        mode=cast(Mode, config.preprocess),
         rng=rng,
     )
     return sample, encoded
 
 
 def rows_shown(name: str, dataset: Dataset, rows: np.ndarray, seed: int) -> dict[int, int]:
-    """row -> another one of `rows` with as many distinct scans, each being the other of one row.
+    """Return row -> the row whose scans it shows: a permutation of rows with as many distinct scans.
 
-    Raises ValueError: a row with scans that is the only one with so many.
+    Raises ValueError if no other row has as many scans as a row.
     """
     by_count: dict[int, list[int]] = {}
     for row in rows.tolist():
         by_count.setdefault(len(set(dataset.scans(row))), []).append(row)
-    rng, shown = np.random.default_rng(seed), {}
+    rng = np.random.default_rng(seed)
+    shown: dict[int, int] = {}
     for count, same in by_count.items():
         if count and len(same) == 1:
-            raise ValueError(f"data.shuffle_scans: {dataset.row_id(same[0])} of {name} alone has {count} scans")
+            row_id = dataset.row_id(same[0])
+            raise ValueError(f"data.shuffle_scans: no row of {name} other than {row_id} has {count} scans to swap with")
         order = rng.permutation(same)
         shown |= dict(zip(order.tolist(), np.roll(order, 1).tolist(), strict=True))
     return shown
 
 
 class NoTerms:
-    """Every trained token weighs 1."""
+    """A term finder that finds none, so every trained token has weight 1."""
 
     def find(self, text: str) -> list[tuple[int, int]]:
+        """Return no spans."""
         return []
 
 
 def tokenizer_of(config: DataConfig) -> Tokenizer:
-    """The tokenizer that `data.tokenizer` names."""
+    """Open the tokenizer that `data.tokenizer` names."""
     if not config.tokenizer:
-        raise ValueError("data.tokenizer is empty: name a SentencePiece model, --config.data.tokenizer=tokenizer.model")
+        raise ValueError("data.tokenizer is empty: pass a SentencePiece model, --config.data.tokenizer=tokenizer.model")
     try:
         return Tokenizer(config.tokenizer)
     except ValueError as error:

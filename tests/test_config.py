@@ -9,7 +9,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from input_pipeline import command_line
-from input_pipeline.config import DataConfig, fingerprint, open_fields
+from input_pipeline.config import DataConfig, open_fields
+from input_pipeline.files import fingerprint
 
 SOURCE = {"family": "vqa_rad", "table": "train.csv", "root": "/data"}
 
@@ -30,7 +31,7 @@ def test_round_trip_through_a_config():
     assert list(config.sources()) == ["a", "b"]
 
 
-def test_every_problem_is_named_at_once():
+def test_all_problems_are_reported_at_once():
     with pytest.raises(ValueError) as error:
         DataConfig(
             preprocess="papers",
@@ -45,39 +46,45 @@ def test_every_problem_is_named_at_once():
             train={"a": {"table": "x"}, "b": SOURCE},
             test={"b": SOURCE},
         )
-    for said in (
+    for message in (
         "data.preprocess is 'papers'; known: paper, released",
         "data.storage is 'uint4'; known: uint8, int16, float32",
         "data.mixture is 'both'; known: epoch, weights",
         "data.flips has 'left'; known: height, width, depth",
-        "data.window is 0: a whole number of at least 1",
-        "data.max_scans is 2.5: a whole number of at least 1",
-        "data.seed is -1: a whole number of at least 0",
-        "data.crop is 0.0: a share above 0",
-        "data.worker_timeout is 0: seconds above 0",
+        "data.window must be an integer of at least 1 (got 0)",
+        "data.max_scans must be an integer of at least 1 (got 2.5)",
+        "data.seed must be an integer of at least 0 (got -1)",
+        "data.crop must be above 0 and at most 1 (got 0.0)",
+        "data.worker_timeout must be above 0 seconds (got 0)",
         "data.train.a has no `family`; known: pmc_inline",
-        "data.train.b and data.test.b share a name; call one b_test",
+        "data.train.b and data.test.b have the same name: rename one to b_test",
     ):
-        assert said in str(error.value)
+        assert message in str(error.value)
 
 
 @pytest.mark.parametrize(
-    "fields, said",
+    "fields, message",
     [
         ({"size_2d": 100}, "data.size_2d, data.size_3d, data.depth: .*not a multiple of 32"),
         ({"depth": 6}, "depth 6 is not a multiple of 4"),
         ({"preprocess": "released"}, "needs data.storage='float32'"),
-        ({"preprocess": "released", "storage": "float32", "records": True}, "neither records nor flips"),
-        ({"mixture": "weights", "train": {"a": SOURCE | {"weight": 0.0}}}, "data.train.a.weight is 0.0"),
-        ({"workers": True}, "data.workers is True"),
+        (
+            {"preprocess": "released", "storage": "float32", "records": True},
+            "cannot be combined with data.records or data.flips",
+        ),
+        (
+            {"mixture": "weights", "train": {"a": SOURCE | {"weight": 0.0}}},
+            r"data.train.a.weight must be above 0 \(got 0.0\)",
+        ),
+        ({"workers": True}, r"data.workers must be an integer of at least 0 \(got True\)"),
     ],
 )
-def test_what_does_not_go_together(fields, said):
-    with pytest.raises(ValueError, match=said):
+def test_conflicting_fields_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
         DataConfig(**fields)
 
 
-def test_weights_matter_only_where_they_are_used():
+def test_weights_are_checked_only_where_they_are_used():
     DataConfig(train={"a": SOURCE | {"weight": 0.0}})
     DataConfig(mixture="weights", test={"a": SOURCE | {"weight": 0.0}})
 
@@ -126,43 +133,42 @@ def file(tmp_path):
     return path
 
 
-def test_arguments_and_changes_of_the_config(parser, file):
+def test_arguments_and_overrides(parser, file):
     argv = ["--config.data.depth=32", f"--config={file}", "--out", "there", "--config.steps=7"]
     args, config = command_line.parse(parser, argv)
     assert (args.out, args.config) == ("there", str(file))
     assert (config.steps, config.data.depth, config.data.window) == (7, 32, 16384)
-    args, config = command_line.parse(parser, [f"--config={file}"])  # nothing stays from before
+    args, config = command_line.parse(parser, [f"--config={file}"])  # earlier overrides are gone
     assert (args.out, config.steps, config.data.depth) == ("here", 10, 64)
 
 
-def test_the_process_has_its_own_arguments(parser, file, monkeypatch):
-    """What is parsed is what was given, not what the process was started with."""
+def test_arguments_of_the_process_are_ignored(parser, file, monkeypatch):
     monkeypatch.setattr("sys.argv", ["pytest", "--config.steps=3", "--config.data.depth=4"])
     _, config = command_line.parse(parser, [f"--config={file}", "--config.steps=5"])
     assert (config.steps, config.data.depth) == (5, 64)
 
 
 @pytest.mark.parametrize(
-    "given, said",
+    "argv, message",
     [
         (["--config={file}", "--config.data.dept=3"], ": 'dept' Did you mean"),
-        (["--config={file}", "--config.data.zzzzz=3"], "there is no field 'zzzzz'"),
+        (["--config={file}", "--config.data.zzzzz=3"], "unknown field 'zzzzz'"),
         (["--config={file}", "--config.steps=many"], "base 10: 'many'"),
         (["--config={file}", "--config.steps", "3"], "with an equals sign"),
-        (["--config=none.py"], "none.py: there is no such file"),
+        (["--config=none.py"], "none.py: no such file"),
         (["--config={file}", "--ouch=3"], "--ouch=3"),
         ([], "--config"),
     ],
 )
-def test_errors_are_one_line_and_exit_2(parser, file, capsys, given, said):
+def test_errors_are_one_line_and_exit_2(parser, file, capsys, argv, message):
     with pytest.raises(SystemExit) as ended:
-        command_line.parse(parser, [g.format(file=file) for g in given])
+        command_line.parse(parser, [argument.format(file=file) for argument in argv])
     assert ended.value.code == 2
     out, err = capsys.readouterr()
-    assert not out and said in err.strip().splitlines()[-1]
+    assert not out and message in err.strip().splitlines()[-1]
 
 
-def test_what_a_config_file_raises_is_said_without_its_traceback(parser, tmp_path, capsys):
+def test_error_of_a_config_file_has_no_traceback(parser, tmp_path, capsys):
     path = tmp_path / "stages.py"
     path.write_text("def get_config(stage):\n    raise ValueError(f'stage {stage!r} is none of a, b')\n")
     with pytest.raises(SystemExit):
@@ -174,7 +180,7 @@ def test_what_a_config_file_raises_is_said_without_its_traceback(parser, tmp_pat
 @pytest.mark.parametrize(
     "broken", ["def get_config(:\n", "import no_such_module\n", "x = 1\n", "raise ValueError('so')"]
 )
-def test_a_broken_config_file(parser, tmp_path, capsys, broken):
+def test_broken_config_file(parser, tmp_path, capsys, broken):
     path = tmp_path / "broken.py"
     path.write_text(broken)
     with pytest.raises(SystemExit) as ended:

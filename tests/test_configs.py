@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from input_pipeline import command_line
-from input_pipeline.batching.packing import RowLimits
+from input_pipeline.batching.plan import RowLimits
 from input_pipeline.datasets import FAMILIES
 from radfm_jax.checkpoints.checkpoint import flatten
 from radfm_jax.cost import estimate, flops

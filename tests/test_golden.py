@@ -8,7 +8,7 @@ import numpy as np
 import parity
 import pytest
 
-from input_pipeline.batching.packing import plain_rows
+from radfm_jax.inference.plain_rows import plain_rows
 from radfm_jax.models.vit3d import PatchEmbedding
 
 LIMITS = {

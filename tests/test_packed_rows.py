@@ -1,7 +1,7 @@
-"""Samples packed into one row are what they are alone, and no sample can touch another.
+"""Samples in a packed row give the same results as alone, and no sample affects another.
 
-The row of all tests below (L = 2 visual tokens a scan; V `<image>`, W `</image>`, . a place whose id is not read; the
-key of 30 and of every EOS is seen by nobody; segments also name the samples: 1 = A, 2 = B, 3 = C, 4 = D):
+The row of all tests below has L = 2 visual tokens per scan. V is `<image>`, W is `</image>`, . a position whose id is
+not read. No token attends to 30 or to an EOS. Segment 1 is sample A, 2 is B, 3 is C, 4 is D:
 
     ids           1  V  .  .  W 11 12 13  2   1  V  .  .  W 14  V  .  .  W 15 16 17  2
     visual_index -1 -1  0  1 -1 -1 -1 -1 -1  -1 -1  2  3 -1 -1 -1  4  5 -1 -1 -1 -1 -1
@@ -30,8 +30,6 @@ key of 30 and of every EOS is seen by nobody; segments also name the samples: 1 
                           3 3 3 3 3 3 0 0 0 0 0 0      vision row 1
 """
 
-import dataclasses
-
 import golden
 import jax
 import numpy as np
@@ -50,15 +48,15 @@ PARAMS = parity.recipe_params(CONFIG)
 SEGMENT = {name: i for i, name in enumerate(SAMPLES, 1)}
 SLOT = {name: i for i, name in enumerate(SCANS)}
 
-# Tolerances beside the worst that was measured, on the CPU.
-ATOL = 2e-5  # outputs: alone and in other places 0, float32 voxels 5.3e-6, PyTorch 5.4e-6 (logits reach 10)
+# Tolerances, with the largest difference measured on the CPU.
+ATOL = 2e-5  # outputs: alone and at other positions 0, float32 voxels 5.3e-6, PyTorch 5.4e-6 (logits reach 10)
 LOSS_RTOL = 1e-6  # of the sum: 1.3e-7
 GRADS = 5e-5  # of a tensor's largest value: alone 2.2e-6, float32 voxels 1.1e-5
 
 
 @jax.jit
 def run(params, batch) -> dict:
-    """Everything that a row yields; `grads` of the loss's sum. Compiled once for each kind of voxels."""
+    """Return all outputs for a row, and the gradients of the summed loss. Compiled once per dtype of voxels."""
     model = RadFM(CONFIG)
 
     def loss(params):
@@ -82,7 +80,7 @@ def as_float(scans=SCANS) -> dict:
 
 
 def only(batch, sample: str) -> dict:
-    """The batch with the weights of one sample alone."""
+    """Return the batch with the weights of one sample only."""
     return {**batch, "weights": np.where(batch["segments"] == SEGMENT[sample], batch["weights"], 0)}
 
 
@@ -100,10 +98,10 @@ def assert_equal_trees(ours, theirs):
 
 
 def assert_same_for(sample: str, before: dict, after: dict, grads: bool = True):
-    """Bit for bit: the sample's logits and losses; and the gradients, if both are of its loss alone."""
-    mine = before["segments"] == SEGMENT[sample]
+    """Assert that a sample's outputs, and with `grads` the gradients of its loss, are bit-identical."""
+    mask = before["segments"] == SEGMENT[sample]
     for key in ("logits", "token_loss", "correct", "embeddings", "nonfinite_tokens"):
-        np.testing.assert_array_equal(before[key][mine], after[key][mine], err_msg=f"{key} of {sample}")
+        np.testing.assert_array_equal(before[key][mask], after[key][mask], err_msg=f"{key} of {sample}")
     if grads:
         assert np.isfinite(largest(before["grads"])) and largest(before["grads"]) > 1e-3
         assert_equal_trees(before["grads"], after["grads"])
@@ -113,7 +111,7 @@ def outcome(batch) -> dict:
     return {**evaluate(batch), "segments": batch["segments"]}
 
 
-def test_the_row_is_the_one_drawn_above():
+def test_row_matches_the_drawing_above():
     batch = {k: v[0] for k, v in all_four().items()}
     lines = [line.split() for line in __doc__.splitlines()]
     drawn = {}
@@ -134,7 +132,7 @@ def test_the_row_is_the_one_drawn_above():
 
 
 @pytest.fixture(scope="module")
-def together():
+def packed_together():
     return outcome(all_four())
 
 
@@ -143,28 +141,30 @@ def alone():
     return {name: outcome(packed.row([sample], **SIZES)) for name, sample in SAMPLES.items()}
 
 
-def test_a_sample_gives_the_same_alone(together, alone):
+def test_sample_gives_the_same_alone(packed_together, alone):
     for name in SAMPLES:
-        mine, own = together["segments"] == SEGMENT[name], alone[name]["segments"] == 1
+        mask, own = packed_together["segments"] == SEGMENT[name], alone[name]["segments"] == 1
         for key in ("logits", "token_loss", "embeddings"):
-            np.testing.assert_allclose(together[key][mine], alone[name][key][own], rtol=0, atol=ATOL, err_msg=key)
-        np.testing.assert_array_equal(together["correct"][mine], alone[name]["correct"][own])
+            np.testing.assert_allclose(
+                packed_together[key][mask], alone[name][key][own], rtol=0, atol=ATOL, err_msg=key
+            )
+        np.testing.assert_array_equal(packed_together["correct"][mask], alone[name]["correct"][own])
 
 
-def test_losses_and_gradients_add_up(together, alone):
+def test_losses_and_gradients_add_up(packed_together, alone):
     total = sum(one["sum"].astype(np.float64) for one in alone.values())
-    assert together["weight"] == sum(one["weight"] for one in alone.values()) == 16
-    np.testing.assert_allclose(together["sum"], total, rtol=LOSS_RTOL)
+    assert packed_together["weight"] == sum(one["weight"] for one in alone.values()) == 16
+    np.testing.assert_allclose(packed_together["sum"], total, rtol=LOSS_RTOL)
     summed = jax.tree.map(lambda *g: sum(x.astype(np.float64) for x in g), *(one["grads"] for one in alone.values()))
     for (path, ours), (_, theirs) in zip(
-        *(jax.tree_util.tree_leaves_with_path(t) for t in (together["grads"], summed)), strict=True
+        *(jax.tree_util.tree_leaves_with_path(t) for t in (packed_together["grads"], summed)), strict=True
     ):
         np.testing.assert_allclose(
             ours, theirs, rtol=0, atol=GRADS * np.abs(theirs).max(), err_msg=jax.tree_util.keystr(path)
         )
 
 
-# --- what one sample does to another: nothing -------------------------------------------------------------------------
+# --- samples do not affect each other ---------------------------------------------------------------------------------
 
 
 def with_other_ids(batch) -> dict:
@@ -188,7 +188,7 @@ def with_scale(value: float, key: str = "scan_scale"):
 
 
 def without_a(batch) -> dict:
-    """A's tokens and patches become padding where they stand."""
+    """Turn A's tokens and patches into padding, in place."""
     tokens = batch["segments"] == SEGMENT["A"]
     patches = batch["patch_segments"] == SLOT["cxr"] + 1
     slots = np.arange(SIZES["slots"]) == SLOT["cxr"]
@@ -221,16 +221,16 @@ def only_b():
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_changes_nothing_for_b(change, only_b):
     before, batch = all_four(), CHANGES[change](all_four())
-    mine = batch["segments"] == SEGMENT["A"]
+    mask = batch["segments"] == SEGMENT["A"]
     after = {**outcome(only(batch, "B")), "segments": before["segments"]}
     for other in ("B", "C", "D"):
         assert_same_for(other, only_b, after)
-    if mine.any():  # and the change was one
-        assert not np.array_equal(only_b["logits"][mine], after["logits"][mine])
+    if mask.any():  # the change has an effect on A itself
+        assert not np.array_equal(only_b["logits"][mask], after["logits"][mask])
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e38])  # the last is finite, but not its square
-def test_a_voxel_that_is_not_finite_reaches_nobody_else(value):
+def test_non_finite_voxel_affects_only_its_sample(value):
     before = all_four(np.float32, as_float())
     after = {**before, "planes": before["planes"].copy()}
     after["planes"][0, 5, 0, 1] = value  # one voxel of A's scan
@@ -243,7 +243,7 @@ def test_a_voxel_that_is_not_finite_reaches_nobody_else(value):
     for other in ("B", "C", "D"):
         assert_same_for(other, clean, dirty)
 
-    whole = outcome(after)  # A's own losses and so the sum are NaN; those of the others are what they were
+    whole = outcome(after)  # A's losses and the sum are NaN; the losses of the others are unchanged
     clean = outcome(before)
     trained = (after["segments"] == SEGMENT["A"]) & (after["weights"] > 0)
     assert np.isnan(whole["token_loss"][trained]).all() and np.isnan(whole["sum"])
@@ -251,7 +251,7 @@ def test_a_voxel_that_is_not_finite_reaches_nobody_else(value):
         assert_same_for(other, clean, whole, grads=False)
 
 
-def test_planes_that_nobody_uses_may_hold_anything():
+def test_unused_planes_may_have_any_value():
     before = all_four(np.float32, as_float())
     after = {**before, "planes": before["planes"].copy()}
     used = np.unique(before["plane_index"])
@@ -291,24 +291,24 @@ def test_a_key_that_nobody_may_see():
     batch, clean = all_four(), outcome(all_four())
     for token, changed in ((30, [False] * 3 + [True] + [False] * 3), (20, [False] * 4 + [True] * 3)):
         other = {**batch, "ids": np.where(batch["ids"] == token, 31, batch["ids"])}
-        mine = batch["segments"] == SEGMENT["C"]
+        mask = batch["segments"] == SEGMENT["C"]
         differs = (outcome(other)["logits"] != clean["logits"]).any(-1)
-        np.testing.assert_array_equal(differs[mine], changed)
-        assert not differs[~mine].any()
+        np.testing.assert_array_equal(differs[mask], changed)
+        assert not differs[~mask].any()
 
 
-def test_positions_are_those_of_the_batch():
-    """RoPE sees distances alone, so a segment's positions, stretched, change its logits and nobody else's."""
+def test_positions_come_from_the_batch():
+    """RoPE depends on distances, so stretched positions of a segment change its logits and no others."""
     batch, clean = all_four(), outcome(all_four())
-    mine = batch["segments"] == SEGMENT["B"]
-    stretched = outcome({**batch, "positions": np.where(mine, 2 * batch["positions"], batch["positions"])})
-    assert np.abs(stretched["logits"] - clean["logits"])[mine].max() > 0.1
+    mask = batch["segments"] == SEGMENT["B"]
+    stretched = outcome({**batch, "positions": np.where(mask, 2 * batch["positions"], batch["positions"])})
+    assert np.abs(stretched["logits"] - clean["logits"])[mask].max() > 0.1
     for other in "ACD":
         assert_same_for(other, clean, stretched, grads=False)
 
 
-def test_padding_patches_show_nothing():
-    """Their index points at plane 0, which is A's; whatever it holds, padding is the same."""
+def test_padding_patches_do_not_depend_on_planes():
+    """Their index points at plane 0, which belongs to A; its values do not change the padding."""
     before, after = all_four(), with_other_voxels(all_four())
     padding = before["patch_segments"] == 0
     clean, other = outcome(before)["vit"], outcome(after)["vit"]
@@ -316,47 +316,47 @@ def test_padding_patches_show_nothing():
     assert np.abs(clean - other)[before["patch_segments"] == SLOT["cxr"] + 1].max() > 0.1
 
 
-def test_nothing_has_weight():
+def test_row_without_weights():
     out = outcome({**all_four(), "weights": np.zeros((1, SIZES["text"]), np.float32)})
     assert out["sum"] == 0 and out["weight"] == 0
     assert largest(out["grads"]) == 0 and largest(out["token_loss"]) == 0
-    # Not even with a scan that is not finite: the sample that uses it is not trained on.
+    # The same with a non-finite scan, whose sample is not trained on.
     bad = with_scale(np.nan)({**all_four(), "weights": np.zeros((1, SIZES["text"]), np.float32)})
     out = outcome(bad)
     assert out["sum"] == 0 and out["weight"] == 0 and out["nonfinite_scans"].any()
     assert largest(out["grads"]) == 0
 
 
-# --- the same voxels, differently carried -----------------------------------------------------------------------------
+# --- the same voxels in other forms -----------------------------------------------------------------------------------
 
 
-def test_shared_planes_are_exact(together):
-    """Every plane written out, none shared: the same bits."""
+def test_shared_planes_are_exact(packed_together):
+    """A row with a plane of its own for each slice and channel gives the same bits."""
     scans = {name: scan.expand(scaled=False) for name, scan in SCANS.items()}
     batch = all_four(scans=scans)
     own = batch["plane_index"][batch["patch_segments"] > 0]
     assert np.unique(own).size == own.size
     out = evaluate(batch)
-    np.testing.assert_array_equal(out["logits"], together["logits"])
-    assert_equal_trees(out["grads"], together["grads"])
+    np.testing.assert_array_equal(out["logits"], packed_together["logits"])
+    assert_equal_trees(out["grads"], packed_together["grads"])
 
 
-def test_stored_values_are_those_of_float32(together):
-    """voxel * scale + offset on the device, against float32 values made on the host."""
+def test_stored_integers_match_float32(packed_together):
+    """Compare voxel * scale + offset on the device with float32 values computed on the host."""
     out = evaluate(all_four(np.float32, as_float()))
-    np.testing.assert_allclose(out["logits"], together["logits"], rtol=0, atol=ATOL)
-    for a, b in zip(jax.tree.leaves(out["grads"]), jax.tree.leaves(together["grads"]), strict=True):
+    np.testing.assert_allclose(out["logits"], packed_together["logits"], rtol=0, atol=ATOL)
+    for a, b in zip(jax.tree.leaves(out["grads"]), jax.tree.leaves(packed_together["grads"]), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=GRADS * np.abs(b).max())
 
 
-def test_order_of_scans_and_vision_rows_does_not_matter(together):
-    """D before B: other slots, other places among the patches."""
+def test_order_of_scans_and_vision_rows_does_not_matter(packed_together):
+    """Reversed samples use other slots and other patches."""
     batch = packed.row([SAMPLES[name] for name in "CDBA"], **SIZES)
     out = evaluate(batch)
-    for place, name in enumerate("CDBA", 1):
-        mine, there = batch["segments"] == place, together["segments"] == SEGMENT[name]
-        np.testing.assert_allclose(out["logits"][mine], together["logits"][there], rtol=0, atol=ATOL)
-    np.testing.assert_allclose(out["sum"], together["sum"], rtol=LOSS_RTOL)
+    for segment, name in enumerate("CDBA", 1):
+        mask, expected = batch["segments"] == segment, packed_together["segments"] == SEGMENT[name]
+        np.testing.assert_allclose(out["logits"][mask], packed_together["logits"][expected], rtol=0, atol=ATOL)
+    np.testing.assert_allclose(out["sum"], packed_together["sum"], rtol=LOSS_RTOL)
 
 
 # --- one program for every depth --------------------------------------------------------------------------------------
@@ -371,7 +371,7 @@ MIXED = [Sample((1, "a", 11, "b"), (12, 2), (1, 1)), Sample((1, 13, "c"), (14, 2
 
 
 def test_one_program_serves_every_mix_of_depths():
-    """Whatever the mix, nothing is compiled again, and each scan's visual tokens are those of PyTorch for it alone."""
+    """No mix of depths compiles again, and each scan's visual tokens match PyTorch's for the scan alone."""
     vision, latents, text = CONFIG.vision, CONFIG.perceiver, CONFIG.llama
     oracle = torch_radfm.build(
         golden.Sizes(
@@ -408,23 +408,21 @@ def test_one_program_serves_every_mix_of_depths():
 
 
 def test_gray_values_of_eight_bits():
-    """Rows of 2D scans alone travel as uint8: the same patches as in 16 bits."""
+    """Rows of 2D scans can be stored as uint8, with the same patches as in int16."""
     scans = {name: packed.scan(8, 8, 1, dtype=np.uint8, seed=i) for i, name in enumerate("abc")}
-    found = {}
+    patches = {}
     for dtype in (np.int16, np.uint8):
         batch = packed.row(MIXED, scans, dtype=dtype, **SIZES)
         assert batch["planes"].dtype == dtype
         keys = ("planes", "plane_index", "patch_segments", "patch_positions", "scan_scale", "scan_offset")
         embedding = PatchEmbedding(CONFIG.vision)
-        found[dtype] = embedding.apply({"params": PARAMS["vit"]["embedding"]}, *(batch[k] for k in keys))
-    np.testing.assert_array_equal(found[np.uint8], found[np.int16])
+        patches[dtype] = embedding.apply({"params": PARAMS["vit"]["embedding"]}, *(batch[k] for k in keys))
+    np.testing.assert_array_equal(patches[np.uint8], patches[np.int16])
 
 
-def test_every_sample_of_these_tests_is_trained_on():
-    """A weight for each answer token, none lost by the builder."""
+def test_every_answer_token_has_its_weight():
     batch = all_four()
     for name, sample in SAMPLES.items():
-        mine = (batch["segments"] == SEGMENT[name]) & (batch["weights"] > 0)
-        np.testing.assert_array_equal(batch["targets"][mine], sample.answer)
-        np.testing.assert_array_equal(batch["weights"][mine], sample.weights)
-        assert dataclasses.asdict(sample)["question"] == sample.question
+        mask = (batch["segments"] == SEGMENT[name]) & (batch["weights"] > 0)
+        np.testing.assert_array_equal(batch["targets"][mask], sample.answer)
+        np.testing.assert_array_equal(batch["weights"][mask], sample.weights)

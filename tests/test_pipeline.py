@@ -1,4 +1,4 @@
-"""Which rows come in which order, on any number of hosts and workers, and after any interruption."""
+"""The order and contents of rows on any number of hosts and workers, and after any interruption."""
 
 import dataclasses
 import hashlib
@@ -16,8 +16,11 @@ import pyarrow.parquet as pq
 import pytest
 from practice import practice
 
-from input_pipeline.batching.pipeline import Batch, Mixture, PackingReport, Rows, batches, prefetch
-from input_pipeline.batching.rows import RowInfo, RowMaker, SampleInRow
+from input_pipeline.batching.collate import Batch
+from input_pipeline.batching.load import RowLoader
+from input_pipeline.batching.mixture import Mixture
+from input_pipeline.batching.pipeline import Rows, batches, prefetch
+from input_pipeline.batching.report import PackingReport, RowInfo, SampleInfo
 from input_pipeline.datasets import sample_rng
 from input_pipeline.images.intensity import one_channel_if_gray
 from input_pipeline.images.planes import planes
@@ -35,7 +38,7 @@ def config(tmp_path_factory):
 
 
 def digest(batch: Batch) -> str:
-    """Of every bit of the arrays, and of which samples they are."""
+    """Hash the arrays and the descriptions of the rows."""
     code = hashlib.sha256(repr(batch.rows).encode())
     for name in sorted(batch.arrays):
         code.update(
@@ -45,7 +48,7 @@ def digest(batch: Batch) -> str:
 
 
 def global_rows(config, *, batch, hosts, epochs=1, split="train"):
-    """The rows of all hosts in their global order: (samples, digest of the arrays) of each."""
+    """Return (RowInfo, digest of the arrays) of the rows of all hosts, in global order."""
     per_host = []
     for host in range(hosts):
         with Rows(config, split, batch=batch, host=host, hosts=hosts, epochs=epochs) as rows:
@@ -72,14 +75,14 @@ def test_hosts_and_workers_do_not_change_a_bit(config):
     with Rows(config, batch=4) as rows:
         assert len(rows.mixture) == len(samples_of(expected)) == len(set(samples_of(expected)))
         assert rows.windows > 1
-    # What a batch of 4 leaves over is filled up with empty rows, and another size of batch gives the same rows.
+    # The last batch of 4 is padded with empty rows; another batch size gives the same rows.
     real = [row for row in expected if row[0] is not None]
     assert [row for row in global_rows(config, batch=3, hosts=1) if row[0] is not None] == real
     assert len(expected) % 4 == 0 and len(expected) - len(real) < 4
 
 
-def test_epochs_follow_each_other_without_a_gap(config):
-    """Two epochs in one run: every row once in each, in another order, with other crops, no empty row between them."""
+def test_epochs_follow_without_empty_rows(config):
+    """Two epochs have the same rows in another order, with other crops, and no empty row between them."""
     stream = global_rows(config, batch=2, hosts=1, epochs=2)
     first = [row for row in stream if row[0] is not None and row[0].epoch == 0]
     second = [row for row in stream if row[0] is not None and row[0].epoch == 1]
@@ -90,13 +93,13 @@ def test_epochs_follow_each_other_without_a_gap(config):
     assert [b.rows[0] for b in endless] == [info for info, _ in stream[: len(endless)]]
 
 
-def test_another_seed_is_another_order(config):
+def test_seed_changes_the_order(config):
     assert samples_of(global_rows(config, batch=2, hosts=1)) != samples_of(
         global_rows(dataclasses.replace(config, seed=1), batch=2, hosts=1)
     )
 
 
-def test_evaluation_keeps_the_tables_order_and_crops_nothing(config):
+def test_evaluation_has_no_random_crops(config):
     once, twice = (global_rows(config, batch=2, hosts=1, split="test", epochs=n) for n in (1, 2))
     assert [d for i, d in twice if i is not None and i.epoch == 0] == [d for i, d in once if i is not None]
     seen = [s for s in samples_of(once) if s[0] == "modality_test"]
@@ -109,8 +112,8 @@ SOURCES = {
 }
 
 
-def test_a_fraction_shows_each_row_equally_often():
-    """Of b, two of five rows an epoch: in five epochs each row twice; of a, every row once an epoch."""
+def test_fraction_shows_each_row_equally_often():
+    """An epoch has two of the five rows of b, so five epochs show each twice; it has every row of a once."""
     mixture = Mixture(SOURCES, seed=0, weights=False)
     epochs = [mixture.epoch(e) for e in range(5)]
     assert [len(e) for e in epochs] == [12] * 5 == [len(mixture)] * 5
@@ -123,7 +126,7 @@ def test_a_fraction_shows_each_row_equally_often():
 
 
 def test_weights_are_shares_of_an_epoch():
-    """3 : 1 of 18 samples are 13.5 and 4.5: the remainder goes to one of them. b, with 5 rows, begins anew."""
+    """3 : 1 of 18 samples is 13.5 and 4.5: one source gets the remainder. b has 5 rows and starts another pass."""
     mixture = Mixture(SOURCES, seed=0, weights=True, samples=18)
     assert mixture.counts.tolist() == [14, 4]
     epochs = [mixture.epoch(e) for e in range(10)]
@@ -131,29 +134,29 @@ def test_weights_are_shares_of_an_epoch():
     assert counts[:10].tolist() == [14] * 10 and counts[10:].tolist() == [8] * 5
 
 
-def test_a_batch_that_hosts_cannot_share(config):
+def test_batch_that_hosts_cannot_share_is_refused(config):
     with pytest.raises(ValueError, match="5 rows a batch cannot be shared evenly by 2 hosts"):
         Rows(config, batch=5, hosts=2)
 
 
-# --- what a row holds -------------------------------------------------------------------------------------------------
+# --- the contents of a row --------------------------------------------------------------------------------------------
 
 
-def test_a_row_holds_its_samples(config):
-    """Every token and every plane of a row, against the parts of the pipeline called one by one."""
+def test_row_contains_its_samples(config):
+    """Compare every token and plane of a row with the parts of the pipeline called one by one."""
     with Rows(config, batch=1, epochs=1) as rows:
         batch = max(batches(rows), key=lambda b: len(b.rows[0].samples))
-    maker = RowMaker(config, "train", training=True)
+    loader = RowLoader(config, "train", training=True)
     numbers = {
-        (name, maker.datasets[name].row_id(int(row))): int(maker.starts[k] + i)
-        for k, name in enumerate(maker.names)
-        for i, row in enumerate(maker.good[k])
+        (name, loader.datasets[name].row_id(int(row))): int(loader.starts[k] + i)
+        for k, name in enumerate(loader.names)
+        for i, row in enumerate(loader.good[k])
     }
     arrays = {k: v[0] for k, v in batch.arrays.items()}
     info, shown = batch.rows[0], {}
     assert len(info.samples) > 3 and info.epoch == 0
     for segment, placed in enumerate(info.samples, 1):
-        name, sample, encoded = maker.sample(numbers[placed.source, placed.row_id], 0)
+        name, sample, encoded = loader.sample(numbers[placed.source, placed.row_id], 0)
         assert (name, sample.task, sample.study_id) == (placed.source, placed.task, placed.study)
         here = arrays["segments"] == segment
         np.testing.assert_array_equal(arrays["ids"][here], encoded.ids)
@@ -162,7 +165,7 @@ def test_a_row_holds_its_samples(config):
         np.testing.assert_array_equal(arrays["positions"][here], np.arange(placed.tokens))
         slots = arrays["visual_index"][here] // 32
         (slot,) = set(slots[slots >= 0].tolist())
-        shown[slot] = maker.datasets[name].root, encoded.scans[0]
+        shown[slot] = loader.datasets[name].root, encoded.scans[0]
     assert info.scans == len(shown) and (arrays["scan_rows"] >= 0).sum() == len(shown)
     for slot, (root, scan) in shown.items():
         voxels, header = read(root / scan.path)
@@ -177,7 +180,7 @@ def test_a_row_holds_its_samples(config):
 
 
 def test_released_numbers(config):
-    """In released mode a scan's planes are those of `released_volumes`, float32, one slot a sample."""
+    """In released mode the planes are those of `released_volumes`, float32, with one slot per sample."""
     released = dataclasses.replace(
         config, preprocess="released", storage="float32", patch_length=1024, planes=4096, crop=1.0
     )
@@ -185,9 +188,9 @@ def test_released_numbers(config):
         batch = next(iter(batches(rows)))
     info, arrays = batch.rows[0], {k: v[0] for k, v in batch.arrays.items()}
     assert info.scans == len(info.samples) > 1
-    maker = RowMaker(released, "train", training=True)
+    loader = RowLoader(released, "train", training=True)
     first = info.samples[0]
-    dataset = maker.datasets[first.source]
+    dataset = loader.datasets[first.source]
     row = next(i for i in range(len(dataset)) if dataset.row_id(i) == first.row_id)
     scan = dataset.scans(row)[0]
     intensity = "scan" if first.source == "modality" else "stack"
@@ -199,7 +202,7 @@ def test_released_numbers(config):
     )
 
 
-def test_scans_that_are_not_shared_have_crops_of_their_own(config):
+def test_unshared_scans_have_one_slot_per_sample(config):
     alone = dataclasses.replace(config, share_scans=False)
     with Rows(alone, batch=1, epochs=1) as rows:
         assert all(b.rows[0].scans == len(b.rows[0].samples) for b in batches(rows))
@@ -207,8 +210,8 @@ def test_scans_that_are_not_shared_have_crops_of_their_own(config):
         assert sum(b.rows[0].scans for b in batches(rows)) < len(rows.mixture)
 
 
-def test_the_report_counts_every_place():
-    sample = SampleInRow("vqa", "1", "vqa", None, 30, cut=3, dropped_scans=1)
+def test_report_counts_every_position():
+    sample = SampleInfo("vqa", "1", "vqa", None, 30, cut=3, dropped_scans=1)
     row = lambda tokens, padding: RowInfo(0, 0, 0, (sample, sample), tokens, padding, 2)  # noqa: E731
     report = PackingReport(100)
     report.add([row(100, ""), row(90, "no sample is that short"), None])
@@ -227,7 +230,7 @@ def test_the_report_counts_every_place():
 
 
 def test_padding_has_a_cause(config):
-    """Rows with room for two scans are full of scans first; rows of one window end with it."""
+    """Rows with two slots run out of slots before they run out of text."""
     with Rows(dataclasses.replace(config, scans=2, share_scans=False), batch=1, epochs=1) as rows:
         report = PackingReport(config.text_length)
         for batch in batches(rows):
@@ -252,18 +255,18 @@ def after(config, state, count, *, batch=3, hosts=1, host=0, ahead=2):
         return found
 
 
-def test_a_resumed_run_goes_on_bit_by_bit(config):
-    """At each of the first batches: inside a window, at its edge, across the edge of the epoch, prefetch being full."""
+def test_resumed_run_is_bit_identical(config):
+    """Resume inside a window, at its end and across the end of an epoch, with batches prefetched."""
     whole = after(config, None, 16)
     with Rows(config, batch=3, epochs=1) as rows:
-        assert sum(1 for _ in batches(rows)) < 12  # so an epoch ends within
+        assert sum(1 for _ in batches(rows)) < 12  # so an epoch ends within these batches
     for stop in (0, 2, 5, 9, 12):
         assert after(config, whole[stop][1], 3) == whole[stop + 1 : stop + 4]
     assert after(dataclasses.replace(config, workers=2), whole[4][1], 3) == whole[5:8]
 
 
-def test_other_hosts_take_over(config):
-    """A run of one host goes on with two: the same batches, in halves."""
+def test_resume_on_more_hosts(config):
+    """A run of one host resumes on two, which load the halves of the same batches."""
     whole = after(config, None, 5, batch=4)
     halves = [after(config, whole[1][1], 3, batch=4, hosts=2, host=h) for h in (0, 1)]
     assert [state for _, state in halves[0]] == [state for _, state in halves[1]] == [state for _, state in whole[2:]]
@@ -276,7 +279,7 @@ def test_other_hosts_take_over(config):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(25))
 def test_interrupted_anywhere(config, seed):
-    """100 tries: seeds, windows, batches and places at random; two interruptions each, with other hosts and workers."""
+    """Resume at random positions with random seeds, windows, hosts and workers; 100 tries over all seeds."""
     rng = np.random.default_rng(seed)
     changed = dataclasses.replace(config, seed=seed, window=int(rng.integers(7, 90)))
     hosts = int(rng.choice([1, 2, 4, 8]))
@@ -294,7 +297,7 @@ def test_interrupted_anywhere(config, seed):
 @pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize("hosts", [1, 2, 4, 8])
 @pytest.mark.parametrize("workers", [0, 1, 2])
-def test_the_global_order_over_hosts_and_workers(config, seed, hosts, workers):
+def test_global_order_does_not_depend_on_hosts_and_workers(config, seed, hosts, workers):
     changed = dataclasses.replace(config, seed=seed, window=11 + seed)
     expected = global_rows(changed, batch=8, hosts=1)
     assert len(set(samples_of(expected))) == len(samples_of(expected))
@@ -302,7 +305,7 @@ def test_the_global_order_over_hosts_and_workers(config, seed, hosts, workers):
 
 
 @pytest.mark.parametrize(
-    "change, words",
+    "change, message",
     [
         ({"seed": 5}, "seed is 5, was 0"),
         ({"window": 50}, "window is 50, was 25"),
@@ -311,14 +314,14 @@ def test_the_global_order_over_hosts_and_workers(config, seed, hosts, workers):
         ({"max_scans": 3, "scans": 5}, "scans is 5, was 6; max_scans is 3, was 12"),
     ],
 )
-def test_a_state_of_other_settings_is_refused(config, change, words):
+def test_state_of_other_settings_is_refused(config, change, message):
     with Rows(config, batch=2) as rows:
         state = iter(rows).get_state()
-    with Rows(dataclasses.replace(config, **change), batch=2) as rows, pytest.raises(ValueError, match=words):
+    with Rows(dataclasses.replace(config, **change), batch=2) as rows, pytest.raises(ValueError, match=message):
         iter(rows).set_state(state)
 
 
-def test_a_state_of_other_data_is_refused(config, tmp_path):
+def test_state_of_other_data_is_refused(config, tmp_path):
     with Rows(config, batch=2) as rows:
         state = iter(rows).get_state()
     fewer = {k: dict(v) for k, v in config.train.items() if k != "vqa"}
@@ -326,7 +329,7 @@ def test_a_state_of_other_data_is_refused(config, tmp_path):
         with pytest.raises(ValueError, match=r"sources is .*rows and share of vqa is None, was \[\d+, 1.0\]"):
             iter(rows).set_state(state)
         half = state | {"delivered": 2, "data": rows.identity}
-        with pytest.raises(ValueError, match="2 rows of a batch were delivered, a host now has 2"):
+        with pytest.raises(ValueError, match="saved state is after row 2 of a batch, but this host has only 2 rows"):
             iter(rows).set_state(half)
 
 
@@ -335,14 +338,14 @@ def test_a_state_of_other_data_is_refused(config, tmp_path):
 
 @pytest.fixture
 def damaged(config, tmp_path):
-    """The same data with a scan that has vanished since it was indexed: (config, path)."""
+    """Return (config, path) of the same data without one indexed scan."""
     shutil.copytree(Path(config.index).parent, tmp_path, dirs_exist_ok=True)
     moved = lambda sources: {  # noqa: E731
         name: dict(fields) | {"root": str(tmp_path / "data")} for name, fields in sources.items()
     }
-    found = next(p for p in sorted((tmp_path / "data/scans/train").iterdir()) if p.is_file())
-    path = str(found.relative_to(tmp_path / "data"))
-    found.unlink()
+    scan = next(p for p in sorted((tmp_path / "data/scans/train").iterdir()) if p.is_file())
+    path = str(scan.relative_to(tmp_path / "data"))
+    scan.unlink()
     return (
         dataclasses.replace(
             config, train=moved(config.train), test=moved(config.test), index=str(tmp_path / "index"), crop=1.0
@@ -352,7 +355,7 @@ def damaged(config, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_vanished_scan_stops_the_run_by_name(damaged, workers):
+def test_missing_scan_stops_the_run_by_name(damaged, workers):
     config, path = damaged
     with Rows(dataclasses.replace(config, workers=workers), batch=2, epochs=1) as rows:
         with pytest.raises(RowError, match=f"{path}, row .* there is no such file .*data.allowed_loss") as caught:
@@ -360,50 +363,49 @@ def test_a_vanished_scan_stops_the_run_by_name(damaged, workers):
     assert caught.value.file == path and " of " in caught.value.row
 
 
-def test_a_scan_that_has_changed_stops_the_run(damaged):
+def test_changed_scan_stops_the_run(damaged):
     config, path = damaged
     other = next(p for p in sorted((Path(config.index).parent / "data/scans/train").iterdir()) if p.suffix == ".png")
     (Path(config.index).parent / "data" / path).write_bytes(other.read_bytes())
     with Rows(config, batch=2, epochs=1) as rows:
-        with pytest.raises(RowError, match=f"{path}, row .* bytes, [0-9,]+ when it was indexed: it has changed"):
+        with pytest.raises(RowError, match=f"{path}, row .* bytes, but [0-9,]+ when it was indexed: it has changed"):
             list(batches(rows))
 
 
 def test_records_of_other_sizes_are_refused(config):
     with pytest.raises(ValueError, match="has no records: run prepare with --records"):
         Rows(dataclasses.replace(config, records=True), batch=2)
-    maker = RowMaker(config, "train", training=True)
-    maker.index.description["records"] = {"storage": "uint8", "size_2d": 64}
+    loader = RowLoader(config, "train", training=True)
+    loader.index.description["records"] = {"storage": "uint8", "size_2d": 64}
     with pytest.raises(ValueError, match="data.size_2d is 32, theirs 64; run prepare"):
-        maker.index.check_records({"storage": "uint8", "size_2d": 32})
+        loader.index.check_records({"storage": "uint8", "size_2d": 32})
 
 
-def test_gray_scans_need_one_channel(config, tmp_path):
-    """The same row, its planes named once instead of three times; colour is refused by name."""
-    three, one = RowMaker(config, "train", True), RowMaker(dataclasses.replace(config, channels=1), "train", True)
+def test_one_channel_for_gray_scans(config, tmp_path):
+    """One channel indexes each plane once instead of three times; a scan with colour is refused by name."""
+    three, one = RowLoader(config, "train", True), RowLoader(dataclasses.replace(config, channels=1), "train", True)
     samples = np.arange(6)
-    (planned, *_) = three.pack(samples, [three.measure(0, samples)], (0,))
-    whole, gray = (maker.load(planned, 0, 0, 0)[0] for maker in (three, one))
+    (planned, *_) = three.plan(samples, [three.measure(0, samples)], (0,))
+    whole, gray = (loader.load(planned, 0, 0, 0)[0] for loader in (three, one))
     np.testing.assert_array_equal(whole["plane_index"], np.repeat(gray["plane_index"], 3, axis=-1))
     assert all((whole[name] == gray[name]).all() for name in whole if name != "plane_index")
     in_colour = shutil.copytree(config.index, tmp_path / "index")
     lines = pq.read_table(in_colour / "scans.parquet").to_pylist()
     path, lines[0]["channels"] = lines[0]["path"], 3
     pq.write_table(pa.Table.from_pylist(lines, SCANS), in_colour / "scans.parquet")
-    with pytest.raises(ValueError, match=f"data.channels is 1, but 1 scans are in colour, such as {path}: make it 3"):
-        RowMaker(dataclasses.replace(config, channels=1, index=str(in_colour)), "train", True)
+    with pytest.raises(ValueError, match=f"data.channels is 1, but 1 scans have colour, such as {path}: make it 3"):
+        RowLoader(dataclasses.replace(config, channels=1, index=str(in_colour)), "train", True)
 
 
-def test_sources_come_by_name(config):
-    """The order in which a config names them changes nothing."""
-    turned = dataclasses.replace(config, train=dict(reversed(config.train.items())))
-    assert list(turned.train) != list(config.train)
-    with Rows(turned, batch=2) as rows, Rows(config, batch=2) as others:
+def test_order_of_sources_in_a_config_does_not_matter(config):
+    reordered = dataclasses.replace(config, train=dict(reversed(config.train.items())))
+    assert list(reordered.train) != list(config.train)
+    with Rows(reordered, batch=2) as rows, Rows(config, batch=2) as others:
         assert rows.identity == others.identity
         assert next(iter(batches(rows))).rows == next(iter(batches(others))).rows
 
 
-def test_an_allowed_loss_is_named_and_hurts_nobody_else(config, damaged):
+def test_allowed_loss_is_reported_and_affects_no_other_sample(config, damaged):
     changed, path = damaged
     whole = {info.row: (info, batch) for info, batch in rows_of(dataclasses.replace(config, crop=1.0))}
     lost = dataclasses.replace(changed, allowed_loss=50)
@@ -415,7 +417,7 @@ def test_an_allowed_loss_is_named_and_hurts_nobody_else(config, damaged):
             assert digest(Batch(batch.arrays, ())) == digest(Batch(expected.arrays, ()))
             continue
         left_out += len(info.left_out)
-        assert len(info.left_out) == 1  # once a row, however many samples show it
+        assert len(info.left_out) == 1  # once per row, even if several samples show it
         assert all(line.startswith(f"{path}, row ") for line in info.left_out)
         blind = batch.arrays["weights"][0] != expected.arrays["weights"][0]
         segments = set(batch.arrays["segments"][0][blind].tolist())
@@ -433,7 +435,7 @@ def rows_of(config):
         return [(batch.rows[0], batch) for batch in batches(rows)]
 
 
-def test_a_killed_worker_ends_the_run_with_its_row(config):
+def test_killed_worker_stops_the_run_and_names_its_row(config):
     with Rows(dataclasses.replace(config, workers=2, read_ahead=2), batch=1, epochs=None) as rows:
         iterator = iter(batches(rows))
         next(iterator)

@@ -12,7 +12,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from practice import practice
 
 from configs import pretrain, tiny
-from input_pipeline.batching.pipeline import Rows, join
+from input_pipeline.batching.collate import collate_batch
+from input_pipeline.batching.pipeline import Rows
 from radfm_jax.cost import candidates, command, estimate, hlo, program, report
 from radfm_jax.cost.topology import parse
 from radfm_jax.runtime import sharding
@@ -189,7 +190,7 @@ def test_the_planned_batch_matches_the_pipeline(tmp_path):
     config = Experiment.from_dict(tiny.get_config())
     config = dataclasses.replace(config, data=data, train=dataclasses.replace(config.train, batch=4, accumulation=2))
     with Rows(data, "train", batch=4, host=0, hosts=1) as rows:
-        real = join([(rows.empty, None)] * 4, data.planes).arrays
+        real = collate_batch([(rows.empty_row, None)] * 4, data.planes).arrays
     planned = estimate.abstract_batch(config)
     assert {k: ((2, 2, *x.shape[1:]), x.dtype) for k, x in real.items()} == {
         k: (x.shape, x.dtype) for k, x in planned.items()

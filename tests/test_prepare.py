@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from input_pipeline import phantoms
-from input_pipeline.batching.rows import RowMaker
+from input_pipeline.batching.load import RowLoader
 from input_pipeline.config import DataConfig
 from input_pipeline.images import scans
 from input_pipeline.index import prepare as prepare_module
@@ -143,12 +143,12 @@ def test_the_index_is_what_training_opens(indexed):
 def test_rows_and_scans_are_those_of_the_first_epoch(indexed):
     """`prepare` and training count the same tokens, and the same patches and planes."""
     config, out, _ = indexed
-    maker = RowMaker(config, "train", training=False)
-    measured = maker.measure(0, np.arange(maker.starts[-1]))
+    loader = RowLoader(config, "train", training=False)
+    measured = loader.measure(0, np.arange(loader.starts[-1]))
     rows = pq.read_table(out / "rows.parquet").to_pylist()
     counted = [(line["source"], line["tokens"]) for line in rows if line["source"] in config.train]
-    assert counted == list(zip(np.repeat(maker.names, np.diff(maker.starts)), measured.tokens, strict=True))
-    number = lambda line: maker.scans.number(tuple(line[k] for k in ("root", "path", "volume", "window")))  # noqa: E731
+    assert counted == list(zip(np.repeat(loader.names, np.diff(loader.starts)), measured.tokens, strict=True))
+    number = lambda line: loader.scans.number(tuple(line[k] for k in ("root", "path", "volume", "window")))  # noqa: E731
     sizes = {number(line): (line["patches"], line["planes"]) for line in facts(out).values()}
     assert [sizes[k] for k in measured.scans] == list(zip(measured.patches, measured.planes, strict=True))
 

@@ -16,7 +16,7 @@ import torch
 import torch_radfm
 from packed import CONFIG, SAMPLES, SIZES
 
-from input_pipeline.batching.packing import plain_rows
+from radfm_jax.inference.plain_rows import plain_rows
 from radfm_jax.models import decoder, perceiver, vit3d
 from radfm_jax.models.layers import REMAT_POLICIES
 from radfm_jax.models.radfm import (

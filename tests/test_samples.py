@@ -1,4 +1,4 @@
-"""Errors of rows cross process boundaries whole."""
+"""Row errors survive pickling, which carries them between processes."""
 
 import pickle
 

@@ -286,8 +286,8 @@ def _find_scans(root: Path) -> list[str]:
     return sorted(out)
 
 
-def _as_bytes(voxels: np.ndarray, extremes) -> np.ndarray:
-    low, high = extremes
+def _as_bytes(voxels: np.ndarray, value_range) -> np.ndarray:
+    low, high = value_range
     return np.round((voxels.astype(np.float64) - low) * (255.0 / (high - low))).astype(np.uint8)
 
 

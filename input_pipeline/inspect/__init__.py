@@ -1,5 +1,7 @@
-"""What the model will see, as a page for a person: `python -m input_pipeline.inspect`.
+"""`python -m input_pipeline.inspect`: a page that shows the rows of the pipeline as the model sees them.
 
-rows of the pipeline (look.py) -> facts, volumes and texts as the arrays hold them (facts.py) -> index.html, rows.json
-(page.py, style.css)
+    rows of the pipeline (sampling.py) -> views of their arrays (views.py, images.py, tokens.py)
+      -> index.html, rows.json (page.py, style.css)
+
+It only reads the arrays of rows: checks of the files belong to `index`.
 """

@@ -1,11 +1,10 @@
-"""`python -m input_pipeline.inspect --config=configs/x.py --out DIR`: what the model will see, as a page."""
+"""`python -m input_pipeline.inspect --config=configs/x.py --out DIR`: write a page that shows what the model sees."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -14,16 +13,16 @@ from rich.markup import escape
 
 from input_pipeline import command_line
 from input_pipeline.config import SPLITS, DataConfig
-from input_pipeline.files import make_directory
-from input_pipeline.inspect.facts import RowView
-from input_pipeline.inspect.look import Head, look
+from input_pipeline.files import make_directory, write_text
 from input_pipeline.inspect.page import GENERATOR, page
+from input_pipeline.inspect.sampling import Overview, first_rows
+from input_pipeline.inspect.views import RowView
 from input_pipeline.parallel.workers import WorkerError
 
 DESCRIPTION = """\
-Write a page that shows what the model will see: packed rows as bars, each sample's scans as pictures and its text token
-by token, coloured by its weight in the loss. Rows come from the pipeline that training uses, and everything on the page
-is taken from the arrays that a training step gets, not from the files.
+Write a page that shows what the model sees: packed rows as bars, each sample's scans as images, and its text token by
+token, coloured by weight in the loss. Rows come from the pipeline that training uses. Everything on the page is taken
+from the arrays of a training step, not from the files.
 """
 EPILOG = """\
 examples:
@@ -31,17 +30,18 @@ examples:
   python -m input_pipeline.inspect --config=configs/quickstart.py --out test_pictures --split test --rows 2
   python -m input_pipeline.inspect --config=configs/quickstart.py --out later --epoch 3 --config.data.text_length=1024
 
-DIR/index.html opens in any browser, from the disk; DIR/rows.json has the same facts without the pictures. Both hold
-text and pictures of the data set: treat them as you treat the data. What to look for:
-  - the red box at the top: constant scans, samples without a weight, scans that could not be loaded
-  - blue and orange text is what the model learns to say; orange weighs three times (medical terms)
-  - grey in the bars is padding; its cause stands below the row
+Open DIR/index.html in any browser. DIR/rows.json has the same content without the images. Both contain text and images
+of the data set: protect them as you protect the data. What to check:
+  - warnings, in the red box at the top: constant scans, samples without a weight, scans that could not be loaded
+  - blue and orange text is what the model learns to generate; orange text (medical terms) has three times the weight
+  - grey in the bars is padding; its cause is given below the row
 
-The index that the config names must be there: python -m input_pipeline.prepare --config=FILE --out DIR.
+The config's index must exist: python -m input_pipeline.prepare --config=FILE --out DIR.
 """
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command; return its exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m input_pipeline.inspect",
         description=DESCRIPTION,
@@ -49,29 +49,35 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command_line.add_config(parser)
-    parser.add_argument("--out", required=True, metavar="DIR", type=Path, help="for index.html and rows.json")
-    parser.add_argument("--split", choices=SPLITS, default="train", help="which tables (%(default)s)")
-    parser.add_argument("--rows", type=int, default=8, metavar="N", help="the first N rows of the epoch (%(default)s)")
+    parser.add_argument("--out", required=True, metavar="DIR", type=Path, help="directory for index.html and rows.json")
+    parser.add_argument("--split", choices=SPLITS, default="train", help="the split to show (%(default)s)")
     parser.add_argument(
-        "--epoch", type=int, default=0, metavar="E", help="order, prompts and crops of it (%(default)s)"
+        "--rows", type=int, default=8, metavar="N", help="show the first N rows of the epoch (%(default)s)"
     )
-    parser.add_argument("--seed", type=int, metavar="S", help="instead of data.seed")
-    parser.add_argument("--workers", type=int, metavar="N", help="instead of data.workers; 0: this process alone")
+    parser.add_argument(
+        "--epoch",
+        type=int,
+        default=0,
+        metavar="E",
+        help="the epoch, which decides order, prompts and crops (%(default)s)",
+    )
+    parser.add_argument("--seed", type=int, metavar="S", help="overrides data.seed")
+    parser.add_argument("--workers", type=int, metavar="N", help="overrides data.workers; 0 uses no workers")
     args, config = command_line.parse(parser, sys.argv[1:] if argv is None else argv)
     for name, least in (("rows", 1), ("epoch", 0), ("seed", 0), ("workers", 0)):
         value = getattr(args, name)
         if value is not None and value < least:
-            parser.error(f"--{name} {value}: at least {least} is needed")
+            parser.error(f"--{name} must be at least {least} (got {value})")
     if "data" not in config:
-        parser.error(f"{args.config}: the config has no group `data`")
+        parser.error(f"{args.config}: the config has no `data` group")
 
     console = Console(stderr=True)
     try:
-        changes = {name: getattr(args, name) for name in ("seed", "workers") if getattr(args, name) is not None}
-        data = dataclasses.replace(DataConfig.from_dict(config.data), **changes)
-        _refuse_foreign(args.out)
+        overrides = {name: getattr(args, name) for name in ("seed", "workers") if getattr(args, name) is not None}
+        data = dataclasses.replace(DataConfig.from_dict(config.data), **overrides)
+        _check_output(args.out)
         with console.status("planning the first window"):
-            head, rows = look(data, args.split, args.rows, args.epoch, args.config)
+            head, rows = first_rows(data, args.split, args.rows, args.epoch, args.config)
         _write(args.out, head, rows)
     except (ValueError, OSError, WorkerError) as error:
         console.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True, highlight=False)
@@ -80,29 +86,28 @@ def main(argv: list[str] | None = None) -> int:
     samples, scans = sum(len(row.samples) for row in rows), sum(len(row.scans) for row in rows)
     print(
         f"{args.out / 'index.html'}: {len(rows)} rows, {samples} samples, {scans} scans, "
-        f"{head.packing['real tokens']:.1%} of the places hold tokens, {warnings} warnings"
+        f"{head.packing['real tokens']:.1%} of the positions hold tokens, {warnings} warnings"
     )
     return 0
 
 
-def _refuse_foreign(out: Path) -> None:
-    """ValueError if writing would replace what this command has not written."""
+def _check_output(out: Path) -> None:
+    """Raise ValueError if `out` has an index.html or rows.json that this command did not write."""
     if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is no directory: choose another --out")
-    own = f'<meta name="generator" content="{GENERATOR}">'
-    there = [out / name for name in ("index.html", "rows.json") if (out / name).exists()]
-    if there and not (there[0].name == "index.html" and own in there[0].read_text(errors="replace")[:400]):
-        raise ValueError(f"{there[0]} is not of this command and would be replaced: choose another --out")
+        raise ValueError(f"{out} is not a directory: choose another --out")
+    generator = f'<meta name="generator" content="{GENERATOR}">'
+    existing = [out / name for name in ("index.html", "rows.json") if (out / name).exists()]
+    if existing:
+        file = existing[0]
+        if file.name != "index.html" or generator not in file.read_text(errors="replace")[:400]:
+            raise ValueError(f"{file} was not written by this command: choose another --out")
 
 
-def _write(out: Path, head: Head, rows: list[RowView]) -> None:
-    """rows.json, then index.html; each appears whole."""
+def _write(out: Path, head: Overview, rows: list[RowView]) -> None:
     make_directory(out)
-    facts = {"head": dataclasses.asdict(head), "rows": [row.as_dict() for row in rows]}
-    for name, text in (("rows.json", json.dumps(facts, indent=1)), ("index.html", page(head, rows))):
-        part = out / f".{name}.part"
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, out / name)
+    content = {"head": dataclasses.asdict(head), "rows": [row.as_dict() for row in rows]}
+    write_text(out / "rows.json", json.dumps(content, indent=1))
+    write_text(out / "index.html", page(head, rows))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import numpy as np
 
-from input_pipeline.batching.packing import RowLimits
+from input_pipeline.batching.plan import RowLimits
 from radfm_jax.models.radfm import RadFMConfig
 
 # Published dense bfloat16 FLOP/s per device, and the share of it (MFU) that published training runs of 13B-class models

@@ -27,7 +27,7 @@ from rich.table import Table
 
 from input_pipeline import command_line
 from input_pipeline.batching.pipeline import Rows, batches, prefetch
-from input_pipeline.batching.rows import RowInfo
+from input_pipeline.batching.report import RowInfo
 from input_pipeline.config import DataConfig
 from input_pipeline.datasets import sample_rng
 from input_pipeline.samples import Text

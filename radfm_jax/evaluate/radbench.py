@@ -243,6 +243,7 @@ def of_set(benchmark: Benchmark, name: str) -> tuple[list[Question], dict[str, i
     Raises ValueError, RowError: a table or a file of facts that cannot be read.
     """
     fields, task, known = dict(benchmark.sets[name]), benchmark.task(name), DATASETS.get(name)
+
     own = {key: fields.pop(key) for key in OWN if key in fields}
     family = fields.pop("family")
     plain = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items() if k != "fraction"}

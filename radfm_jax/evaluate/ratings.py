@@ -22,7 +22,7 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from input_pipeline.inspect.page import visible_lines
+from input_pipeline.inspect.escaping import visible_lines
 from radfm_jax.evaluate import metrics
 from radfm_jax.evaluate.metrics import Interval
 from radfm_jax.evaluate.radbench import CLOSED, TASKS

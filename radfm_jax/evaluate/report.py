@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from input_pipeline.images.slices import slices
-from input_pipeline.inspect.page import POLICY, visible, visible_lines
+from input_pipeline.inspect.escaping import POLICY, visible, visible_lines
 from input_pipeline.samples import Scan
 from radfm_jax.evaluate import figures, published, scoring
 from radfm_jax.evaluate.metrics import Interval

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from input_pipeline.batching.collate import ScanPlanes
 from input_pipeline.images.planes import Volume
 from input_pipeline.text.tokenizer import Tokenizer
 from input_pipeline.text.tokens import Encoded
@@ -240,7 +241,7 @@ class Generator:
         groups: dict[tuple, list[tuple[int, int]]] = {}
         for q, volumes in enumerate(questions):
             for s, volume in enumerate(volumes):
-                planes = inputs.as_planes(volume)
+                planes = ScanPlanes.of(volume)
                 size = bucket(len(planes.plane_index), 64), bucket(len(planes.planes), 64), volume.voxels.dtype.name
                 groups.setdefault(size, []).append((q, s))
         decoder, latents = self.config.llama, self.config.num_latents

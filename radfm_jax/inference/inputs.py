@@ -4,7 +4,7 @@
     volumes = read_scans(["ct.nii.gz", "old_cxr.png"], preparation)
     batch = one_row(question, volumes)               # as training sees it: one sample, alone in its row
 
-Text and scans go the way that training's go (`tokens.encode`, `scans.read`, `volumes`, `packing.assemble`).
+Text and scans go the way that training's go (`tokens.encode`, `scans.read`, `volumes`, `collate_row`).
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from input_pipeline.batching import packing
+from input_pipeline.batching.collate import LoadedRow, ScanPlanes, collate_batch, collate_row
+from input_pipeline.batching.plan import RowLimits
 from input_pipeline.config import DataConfig
 from input_pipeline.images import scans
 from input_pipeline.images.intensity import one_channel_if_gray
-from input_pipeline.images.planes import MODES, STORAGE, Sizes, Volume, patch_grid, patch_positions, planes
+from input_pipeline.images.planes import MODES, STORAGE, Sizes, Volume
 from input_pipeline.images.released_volumes import released_volumes
 from input_pipeline.images.scans.access import as_scan_error
 from input_pipeline.images.scans.arrays import layout_of
@@ -229,27 +230,21 @@ def _read(scan: Scan, number: int):
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
-def as_planes(volume: Volume) -> packing.Planes:
-    """A volume as it enters a row."""
-    cut, index = planes(volume)
-    return packing.Planes(cut, index, patch_positions(patch_grid(volume.shape)), volume.scale, volume.offset)
-
-
 def one_row(encoded: Encoded, volumes: Sequence[Volume], num_latents: int) -> dict[str, np.ndarray]:
     """The batch of one row that holds this prompt and its scans alone (drawn in radfm_jax/models/radfm.py)."""
     numbers = [int(scan.path) for scan in encoded.scans]
-    shown = {number: as_planes(volumes[number]) for number in numbers}
-    limits = packing.ScanLimits(
+    shown = {number: ScanPlanes.of(volumes[number]) for number in numbers}
+    limits = RowLimits(
         text_length=len(encoded.ids),
         vision_rows=max(len(volumes), 1),
         patch_length=max((len(p.plane_index) for p in shown.values()), default=1),
         planes=max(sum(len(p.planes) for p in shown.values()), 1),
         scans=max(len(volumes), 1),
     )
-    row = packing.Row([0], {number: (number, number) for number in numbers})
+    row = LoadedRow([encoded], [numbers], {number: number for number in numbers}, shown)
     dtype = volumes[0].voxels.dtype if volumes else np.dtype(np.uint8)
-    arrays = packing.assemble(row, [encoded], [numbers], shown, limits, num_latents=num_latents, plane_dtype=dtype)
-    return {name: array[None] for name, array in arrays.items()}
+    arrays = collate_row(row, limits, num_latents=num_latents, plane_dtype=dtype)
+    return collate_batch([(arrays, None)], limits.planes).arrays
 
 
 def scan_rows(
@@ -257,14 +252,13 @@ def scan_rows(
 ) -> dict[str, np.ndarray]:
     """A batch of rows without text, one scan in slot 0 of each, with room for so many patches and planes. None: an
     empty row. All volumes have one dtype."""
-    limits = packing.ScanLimits(text_length=1, vision_rows=1, patch_length=patches, planes=plane_count, scans=1)
+    limits = RowLimits(text_length=1, vision_rows=1, patch_length=patches, planes=plane_count, scans=1)
     dtype = next(volume.voxels.dtype for volume in volumes if volume is not None)
     rows = []
     for volume in volumes:
-        shown = {} if volume is None else {0: as_planes(volume)}
-        row = packing.Row([], {number: (0, 0) for number in shown})
-        rows.append(packing.assemble(row, [], [], shown, limits, num_latents=num_latents, plane_dtype=dtype))
-    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        row = LoadedRow() if volume is None else LoadedRow(vision_rows={0: 0}, scans={0: ScanPlanes.of(volume)})
+        rows.append((collate_row(row, limits, num_latents=num_latents, plane_dtype=dtype), None))
+    return collate_batch(rows, plane_count).arrays
 
 
 # --- what the model saw -----------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 from rich.text import Text
 
-from input_pipeline.batching.pipeline import PackingReport
+from input_pipeline.batching.report import PackingReport
 from radfm_jax.checkpoints.checkpoint import flatten
 
 record: Console | None = None  # the log of process 0, if there are several: gets the lines, but not the bar

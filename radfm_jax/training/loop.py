@@ -29,8 +29,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from rich.text import Text
 
-from input_pipeline.batching.pipeline import Batch, PackingReport, Rows, batches, join, prefetch
-from input_pipeline.batching.rows import RowInfo
+from input_pipeline.batching.collate import Batch, collate_batch
+from input_pipeline.batching.pipeline import Rows, batches, prefetch
+from input_pipeline.batching.report import PackingReport, RowInfo
 from input_pipeline.config import DataConfig
 from input_pipeline.samples import TASKS
 from radfm_jax.checkpoints import checkpoint, run_directory, train_state
@@ -101,7 +102,7 @@ def _train(config: Experiment, workdir: Path, peers: Peers, opened: contextlib.E
     steps = config.train.steps or steps_of(rows, config)
     if not config.train.steps and done(steps):
         return 0
-    rows.begin(data_state)
+    rows.prefetch_plan(data_state)
     rates = optimizer.learning_rates(config.optimizer, steps)
     abstract, transform, _ = train_step.abstract_state(config.compute, config.optimizer, mesh)
     say, told = shown.say, []
@@ -217,7 +218,7 @@ class Programs:
 
     @classmethod
     def compile(cls, config: Experiment, abstract: dict, transform, rows: Rows, mesh, say: Callable) -> Programs:
-        empty = join([(rows.empty, None)], config.data.planes).arrays
+        empty = collate_batch([(rows.empty_row, None)], config.data.planes).arrays
         micro = config.train.batch // config.train.accumulation
         where = train_step.batch_sharding(mesh)
         batch = {

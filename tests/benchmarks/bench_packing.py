@@ -26,9 +26,10 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
-from input_pipeline.batching.packing import RowLimits, plan_rows
-from input_pipeline.batching.pipeline import PackingReport, Rows
-from input_pipeline.batching.rows import RowMaker
+from input_pipeline.batching.load import RowLoader
+from input_pipeline.batching.pipeline import Rows
+from input_pipeline.batching.plan import RowLimits, plan_rows
+from input_pipeline.batching.report import PackingReport
 from input_pipeline.config import DataConfig
 from input_pipeline.datasets import prompts
 from input_pipeline.index import index
@@ -160,18 +161,18 @@ def fill_rows(config: DataConfig) -> list[str]:
 
 def speeds(config: DataConfig, repeats: int) -> Table:
     """Return a table of samples per second of CPU time (medians)."""
-    maker = RowMaker(config, "train", training=True)
-    numbers = np.arange(int(maker.starts[-1]))
+    loader = RowLoader(config, "train", training=True)
+    numbers = np.arange(int(loader.starts[-1]))
     measuring, packing, planner = [], [], []
     limits: RowLimits = config.limits
     for epoch in range(repeats):
         start = time.process_time()
-        measured = maker.measure(epoch, numbers)
+        measured = loader.measure(epoch, numbers)
         middle = time.process_time()
-        maker.pack(numbers, [measured], (0, epoch))
+        loader.plan(numbers, [measured], (0, epoch))
         end = time.process_time()
-        counts = np.diff(measured.first)
-        of_sample = [tuple(range(a, a + n)) for a, n in zip(measured.first, counts, strict=False)]
+        ends = np.cumsum(measured.counts)
+        of_sample = [tuple(range(end - n, end)) for end, n in zip(ends, measured.counts, strict=True)]
         before = time.process_time()
         plan_rows(measured.tokens.tolist(), of_sample, measured.patches, measured.planes, limits)
         planner.append(len(numbers) / (time.process_time() - before))

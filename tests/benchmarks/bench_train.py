@@ -138,24 +138,23 @@ class Ours:
         return lambda: float(self.jax.block_until_ready(program(self.params, batch))[0])
 
     def plain(self, ids, vision, labels) -> dict:
-        from input_pipeline.batching.packing import plain_rows
+        from radfm_jax.inference.plain_rows import plain_rows
 
         targets, weights = self.targets_of(labels)
         return plain_rows(ids, vision, vocab_size=32000) | {"targets": targets, "weights": weights}
 
     def row(self, samples) -> dict:
         """Pack the samples into one row."""
-        from input_pipeline.batching import packing
-        from input_pipeline.images.planes import Volume, patch_grid, patch_positions, planes
+        from input_pipeline.batching.collate import LoadedRow, ScanPlanes, collate_batch, collate_row
+        from input_pipeline.batching.plan import RowLimits, plan_rows
+        from input_pipeline.images.planes import Volume
         from input_pipeline.text.tokens import Encoded
 
         scans, encoded, scan_ids = {}, [], []
         for sample in samples:
             mine = range(len(scans), len(scans) + len(sample["voxels"]))
             for number, voxels in zip(mine, sample["voxels"], strict=True):
-                volume = Volume(voxels[..., None], 1 / 255)
-                cut, index = planes(volume)
-                scans[number] = packing.Planes(cut, index, patch_positions(patch_grid(volume.shape)), 1 / 255)
+                scans[number] = ScanPlanes.of(Volume(voxels[..., None], 1 / 255))
             ids, (targets, weights) = sample["ids"], self.targets_of(sample["labels"][None])
             latent = ids - 32002
             visual = np.where(latent[:, None] >= 0, np.stack([latent // 32, latent % 32], 1), -1)
@@ -164,12 +163,16 @@ class Ours:
             scan_ids.append(tuple(mine))
         patches, cuts = ([len(getattr(s, name)) for s in scans.values()] for name in ("plane_index", "planes"))
         # One more vision row than the scans need: real rows have unused room as well.
-        limits = packing.RowLimits(ROW, -(-sum(patches) // 1024) + 1, 1024, sum(cuts), len(scans))
+        limits = RowLimits(ROW, -(-sum(patches) // 1024) + 1, 1024, sum(cuts), len(scans))
         lengths = [len(e.ids) for e in encoded]
-        (row,) = packing.plan_rows(lengths, scan_ids, patches, cuts, limits)
-        parts = [encoded[i] for i in row.samples], [scan_ids[i] for i in row.samples]
-        one = packing.assemble(row, *parts, scans, limits, channels=1)
-        return {name: x[None] for name, x in one.items()}
+        (row,) = plan_rows(lengths, scan_ids, patches, cuts, limits)
+        of_slot = {
+            slot: scans[scan]
+            for i, slots in zip(row.samples, row.slots, strict=True)
+            for slot, scan in zip(slots, scan_ids[i], strict=True)
+        }
+        loaded = LoadedRow([encoded[i] for i in row.samples], row.slots, dict(enumerate(row.vision_rows)), of_slot)
+        return collate_batch([(collate_row(loaded, limits, channels=1), None)], limits.planes).arrays
 
     def vision(self, batch: dict) -> Callable[[], float]:
         from radfm_jax.models.perceiver import Perceiver

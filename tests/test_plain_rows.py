@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from input_pipeline.batching.packing import plain_rows
 from input_pipeline.images.planes import patch_positions
+from radfm_jax.inference.plain_rows import plain_rows
 
 V, L = 10, 2
 FORM = {"vocab_size": V, "num_latents": L, "patch": (4, 4, 2), "tables": (2, 2, 4)}
@@ -78,16 +78,16 @@ def with_id(value):
 @pytest.mark.parametrize(
     "ids, volumes, mask, message",
     [
-        (with_id(-1), vision(), None, "ids run from -1 to 15, but the vocabulary of 10, 2 image marks and 2 scans"),
-        (with_id(16), vision(), None, "ids run from 1 to 16, .* end at 15"),
-        (np.array(IDS), vision(scans=1), None, "ids run from 1 to 15, .* 1 scans of 2 visual tokens end at 13"),
-        (np.array(IDS, float), vision(), None, r"ids must be integers \[B, L\], got float64\[2, 9\]"),
+        (with_id(-1), vision(), None, "ids range from -1 to 15, .* for a vocabulary of 10, 2 image marks and 2 scans"),
+        (with_id(16), vision(), None, "ids range from 1 to 16, but the maximum is 15"),
+        (np.array(IDS), vision(scans=1), None, "ids range from 1 to 15, .* is 13 .* 1 scans of 2 visual tokens"),
+        (np.array(IDS, float), vision(), None, r"ids must be integers \[B, L\] \(got float64\[2, 9\]\)"),
         (np.array(IDS) > 3, vision(), None, r"got bool\[2, 9\]"),
         (np.array(IDS)[0], vision(), None, r"got int64\[9\]"),
-        (np.array(IDS), vision()[0], None, r"vision must be \[B, S, C, H, W, D\], got \[2, 3, 8, 4, 2\]"),
-        (np.array(IDS), vision(rows=1), None, "2 rows of ids but 1 rows of scans"),
-        (np.array(IDS), vision(), MASK[:, 1:], r"attention_mask is \[2, 8\], ids are \[2, 9\]"),
-        (np.array(IDS), vision(), MASK[0], r"attention_mask is \[9\], ids are \[2, 9\]"),
+        (np.array(IDS), vision()[0], None, r"vision must be \[B, S, C, H, W, D\] \(got \[2, 3, 8, 4, 2\]\)"),
+        (np.array(IDS), vision(rows=1), None, "ids has 2 rows but vision has 1"),
+        (np.array(IDS), vision(), MASK[:, 1:], r"attention_mask is \[2, 8\] but ids are \[2, 9\]"),
+        (np.array(IDS), vision(), MASK[0], r"attention_mask is \[9\] but ids are \[2, 9\]"),
         (np.array(IDS), vision(shape=(6, 4, 2)), None, "height 6 is not a multiple of 4"),
         (np.array(IDS), vision(shape=(4, 12, 2)), None, "width 12 is 3 patches, but there are 2 learned positions"),
     ],

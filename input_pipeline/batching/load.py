@@ -1,0 +1,294 @@
+"""Load: the opened data of a split -> the sizes of samples for the plan, and the arrays of planned rows.
+
+A sample is encoded twice: to measure it, and to load it. Sending its tokens with the plan would keep every window
+(65 MB for samples of 150 tokens) in the training process of every host. Encoding again costs a worker 0.3 ms, next to
+tens of milliseconds per scan, and nothing if the sample is still in the worker's bounded cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from input_pipeline.batching.collate import LoadedRow, ScanPlanes, collate_row
+from input_pipeline.batching.plan import PlannedRow, SampleSizes, plan_window
+from input_pipeline.batching.report import RowInfo, SampleInfo
+from input_pipeline.config import DataConfig
+from input_pipeline.datasets import sample_rng
+from input_pipeline.files import fingerprint
+from input_pipeline.images import scans
+from input_pipeline.images.augment import augment
+from input_pipeline.images.intensity import one_channel_if_gray
+from input_pipeline.images.planes import Volume, patch_count, plane_count, released_shape
+from input_pipeline.images.released_volumes import released_volumes
+from input_pipeline.images.volumes import prepare_volume
+from input_pipeline.index.index import Index, IndexedScan, scan_key
+from input_pipeline.parallel import workers
+from input_pipeline.samples import TASKS, RowError, Sample, Scan
+from input_pipeline.sources import encode_row, open_sources, rows_shown, terms_of, tokenizer_of
+from input_pipeline.text.tokens import Encoded
+
+# The original code of Rad3D-Modality scales each scan by itself; the others scale all scans of a sample together.
+SCALED_ALONE = ("rad3d_modality",)
+CACHED_SAMPLES = 1024  # about 5 MB for samples of 150 tokens, at most about 60 MB for samples of 2,048
+
+
+class RowLoader:
+    """The opened data of one split: measures samples, plans windows and loads rows.
+
+    Each method is a pure function of the config, the epoch and the samples, so any worker of any host can run it.
+
+    Attributes:
+      names: of the sources, in the order of the mixture.
+      good: for each source the rows that are not in quarantine.
+      starts: for each source the number of its first sample in the mixture.
+    """
+
+    def __init__(self, config: DataConfig, split: str, training: bool):
+        """Open the tables, the index, the tokenizer and the medical terms.
+
+        Args:
+          training: apply random crops and flips.
+        Raises:
+          ValueError: the split has no source, the index does not match the tables or the records, or the config
+            promises gray scans and the data have colour.
+        """
+        self.config, self.split, self.training = config, split, training
+        sources = config.sources(split)
+        if not sources:
+            raise ValueError(f"data.{split} names no source")
+        self.index = Index(config.index)
+        self.index.check(sources)
+        self.datasets = open_sources(config, split)
+        self.names = list(self.datasets)
+        self.good = [self._good_rows(name) for name in self.names]
+        self.starts = np.concatenate([[0], np.cumsum([len(good) for good in self.good])])
+        self.shown = {}
+        if config.shuffle_scans:
+            self.shown = {
+                name: rows_shown(name, self.datasets[name], good, config.seed)
+                for name, good in zip(self.names, self.good, strict=True)
+            }
+        self.scans = self.index.scans(sources)
+        self._check_channels()
+        self.tokenizer = tokenizer_of(config)
+        self.terms = terms_of(config.terms)
+        self.sample = functools.lru_cache(maxsize=CACHED_SAMPLES)(self._sample)
+        self._scan_sizes = functools.lru_cache(maxsize=4096)(self._compute_scan_sizes)
+        self._read = functools.lru_cache(maxsize=2)(self._read_scan)  # neighbouring questions often share a scan
+        self.records = None
+        if config.records:
+            from input_pipeline.index.records import Records
+
+            fields = ("storage", "size_2d", "size_3d", "depth")
+            self.index.check_records({name: getattr(config, name) for name in fields})
+            self.records = Records(self.index.directory / "records")
+
+    def _check_channels(self) -> None:
+        if colour := int((self.scans.shapes[:, -1] > self.config.channels).sum()):
+            path = self.index.colour(self.config.channels, {self.index.tables[name]["root"] for name in self.names})
+            raise ValueError(
+                f"data.channels is {self.config.channels}, but {colour:,} scans have colour, such as {path}: make it 3"
+            )
+
+    def _good_rows(self, name: str) -> np.ndarray:
+        rows, bad = len(self.datasets[name]), self.index.bad_rows(name)
+        if len(bad) != rows:
+            raise ValueError(
+                f"source {name} has {rows} rows, but {len(bad)} in the index {self.index.directory}: run prepare again"
+            )
+        good = np.flatnonzero(~bad)
+        if not len(good):
+            raise ValueError(f"source {name}: all {rows} rows are in quarantine, see quarantine.jsonl of the index")
+        return good
+
+    def describe(self) -> dict:
+        """Return the vocabulary size, rows and share of each source, and the fingerprints of the data."""
+        sources = self.config.sources(self.split)
+        return {
+            "vocab_size": self.tokenizer.vocab_size,
+            "sources": {
+                name: {
+                    "rows": len(good),
+                    "left_out": len(dataset) - len(good),
+                    "fraction": dataset.fraction,
+                    "weight": float(sources[name].get("weight", 1.0)),
+                }
+                for (name, dataset), good in zip(self.datasets.items(), self.good, strict=True)
+            },
+            "identity": {
+                "index": self.index.identity,
+                "tokenizer": self.tokenizer.fingerprint,
+                "sources": fingerprint([[name, self.index.tables[name]["sha256"]] for name in self.names]),
+            },
+        }
+
+    # --- samples and windows ---
+
+    def _sample(self, number: int, epoch: int) -> tuple[str, Sample, Encoded]:
+        """Return source, sample and tokens of a number in the mixture. Raises RowError."""
+        source = int(np.searchsorted(self.starts, number, side="right")) - 1
+        name = self.names[source]
+        dataset, row = self.datasets[name], int(self.good[source][number - self.starts[source]])
+        shown = self.shown[name][row] if self.shown else None
+        return name, *encode_row(self.config, name, dataset, row, epoch, self.tokenizer, self.terms, shown)
+
+    def measure(self, epoch: int, samples: np.ndarray) -> SampleSizes:
+        """Measure samples, given by their numbers in the mixture. Raises RowError."""
+        tokens, counts, sizes = [], [], []
+        for number in samples.tolist():
+            name, sample, encoded = self.sample(number, epoch)
+            tokens.append(len(encoded.ids))
+            counts.append(len(encoded.scans))
+            sizes += self._sizes_of_scans(name, sample, encoded)
+        scan_numbers, patches, planes = np.array(sizes, np.int64).reshape(-1, 3).T
+        token_counts, scan_counts, patches, planes = (
+            np.array(numbers, np.int32) for numbers in (tokens, counts, patches, planes)
+        )
+        return SampleSizes(token_counts, scan_counts, scan_numbers, patches, planes)
+
+    def _sizes_of_scans(self, name: str, sample: Sample, encoded: Encoded) -> list[tuple[int, int, int]]:
+        """Return (number, patches, planes) of each scan of a sample."""
+        numbers = []
+        for scan in encoded.scans:
+            number = self.scans.number(scan_key(self.datasets[name].root, scan))
+            if number is None:
+                row = f"{sample.row_id} of {name}"
+                raise RowError(scan.path, row, "it is not in the index", "run prepare again")
+            numbers.append(number)
+        shapes = [self.scans[number].shape for number in numbers]
+        shape = None
+        if self.config.preprocess == "released" and shapes:  # all scans of a sample get the depth of the deepest
+            shape = released_shape([shape[2] for shape in shapes])
+        return [(number, *self._scan_sizes(own, shape)) for number, own in zip(numbers, shapes, strict=True)]
+
+    def _compute_scan_sizes(self, shape, released: tuple[int, int, int] | None) -> tuple[int, int]:
+        """Return patches and planes of a scan."""
+        config, (*shape, channels) = self.config, shape
+        return (
+            patch_count(shape, config.preprocess, released, config.sizes),
+            plane_count(shape, channels, config.preprocess, released, config.sizes),
+        )
+
+    def plan(self, samples: np.ndarray, parts: Sequence[SampleSizes], rng_key: tuple[int, ...]) -> list[PlannedRow]:
+        """Plan a window from the sizes of its parts; see plan_window."""
+        config, sizes = self.config, SampleSizes.concatenate(parts)
+        return plan_window(
+            samples, sizes, config.limits, rng_key, share_scans=config.share_scans, mode=config.preprocess
+        )
+
+    # --- rows ---
+
+    def load(self, planned: PlannedRow, epoch: int, window: int, row: int) -> tuple[dict[str, np.ndarray], RowInfo]:
+        """Load and collate a row.
+
+        Returns:
+          The arrays of `collate_row`, with tasks int32[T], 1 + the task's number in samples.TASKS and 0 for padding;
+          and a description of the row.
+        Raises:
+          RowError: a scan cannot be read and `data.allowed_loss` is 0.
+        """
+        config, encoded, infos = self.config, [], []
+        loaded: dict[int, ScanPlanes] = {}
+        tried: set[int] = set()
+        errors: list[str] = []
+        for number, slots in zip(planned.samples, planned.slots, strict=True):
+            name, sample, text = self.sample(number, epoch)
+            encoded.append(text)
+            cut = text.cut_context + text.cut_instruction + text.cut_response
+            infos.append(
+                SampleInfo(name, sample.row_id, sample.task, sample.study_id, len(text.ids), cut, text.dropped_scans)
+            )
+            todo = {slot: scan for slot, scan in zip(slots, text.scans, strict=True) if slot not in tried}
+            tried.update(todo)
+            if config.preprocess == "released":
+                self._load_released(loaded, errors, name, sample, todo, epoch)
+            else:
+                for slot, scan in todo.items():
+                    self._load_paper(loaded, errors, name, sample, slot, scan, epoch)
+        arrays = collate_row(
+            LoadedRow(encoded, planned.slots, dict(enumerate(planned.vision_rows)), loaded),
+            config.limits,
+            num_latents=config.num_latents,
+            plane_dtype=np.dtype(config.storage),
+            channels=config.channels,
+        )
+        tasks = np.array([0, *(1 + TASKS.index(info.task) for info in infos)], np.int32)
+        arrays["tasks"] = tasks[arrays["segments"]]
+        info = RowInfo(epoch, window, row, tuple(infos), planned.tokens, planned.padding, len(loaded), tuple(errors))
+        return arrays, info
+
+    def _load_paper(self, loaded, errors, name: str, sample: Sample, slot: int, scan: Scan, epoch: int) -> None:
+        """Load one scan into its slot, in `paper` mode."""
+        config, root, rng = self.config, self.datasets[name].root, None
+        if self.training:
+            owner = ("scan", scan.path) if config.share_scans else (name, f"{sample.row_id}\x1f{scan.path}")
+            rng = sample_rng(config.seed, epoch, *owner)
+        with self._row_errors(errors, name, sample, scan):
+            if self.records is not None:
+                volume = self.records[self._indexed(root, scan).record]
+                if rng is not None:
+                    volume = augment(volume, rng, config.flips, config.crop)
+            else:
+                voxels, header = self._read(root, scan)
+                volume = prepare_volume(
+                    voxels,
+                    window=scan.window,
+                    storage=config.storage,
+                    rng=rng,
+                    crop=config.crop,
+                    flips=() if rng is None else config.flips,
+                    sizes=config.sizes,
+                    padding=header.padding,
+                    value_range=header.value_range,
+                )
+            loaded[slot] = ScanPlanes.of(volume)
+
+    def _load_released(self, loaded, errors, name: str, sample: Sample, todo: dict[int, Scan], epoch: int) -> None:
+        """Load the scans of one sample into their slots, in `released` mode."""
+        if not todo:
+            return
+        config, rng, voxels = self.config, None, []
+        if self.training and config.crop < 1:
+            rng = sample_rng(config.seed, epoch, "crop of " + name, sample.row_id)
+        for scan in todo.values():
+            with self._row_errors(errors, name, sample, scan):
+                voxels.append(self._read(self.datasets[name].root, scan)[0])
+        if len(voxels) < len(todo):
+            return  # all scans of a sample get one depth, which is unknown without one of them
+        alone = config.sources(self.split)[name]["family"] in SCALED_ALONE
+        with self._row_errors(errors, name, sample, next(iter(todo.values()))):
+            volumes: list[Volume] = released_volumes(voxels, intensity="scan" if alone else "stack", rng=rng)
+            loaded.update(zip(todo, map(ScanPlanes.of, volumes), strict=True))
+
+    @contextlib.contextmanager
+    def _row_errors(self, errors: list[str], name: str, sample: Sample, scan: Scan) -> Iterator[None]:
+        """Raise what goes wrong with a scan as RowError, or with `data.allowed_loss` append it to `errors`."""
+        try:
+            yield
+        except (ValueError, OSError, MemoryError) as error:
+            reason = getattr(error, "reason", "") or str(error) or type(error).__name__
+            remedy = getattr(error, "remedy", "") or "repair it"
+            remedy += "; run prepare again, or allow losses with data.allowed_loss"
+            row_error = RowError(scan.path, f"{sample.row_id} of {name}", reason, remedy)
+            if not self.config.allowed_loss:
+                raise row_error from error
+            errors.append(str(row_error))
+
+    def _indexed(self, root, scan: Scan) -> IndexedScan:
+        number = self.scans.number(scan_key(root, scan))
+        assert number is not None, "a planned scan is in the index"
+        return self.scans[number]
+
+    def _read_scan(self, root, scan: Scan):
+        workers.at(scan.path)
+        path = scans.resolve(root, scan.path)
+        size = sum(f.stat().st_size for f in path.iterdir() if f.is_file()) if path.is_dir() else path.stat().st_size
+        indexed = self._indexed(root, scan).bytes
+        if size != indexed:
+            raise ValueError(f"it has {size:,} bytes, but {indexed:,} when it was indexed: it has changed")
+        voxels, header = scans.read(path, volume=scan.volume)
+        return one_channel_if_gray(voxels), header

@@ -1,0 +1,91 @@
+"""What rows contain: for logs and reports, and to find a row again."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from input_pipeline.batching.plan import PADDING
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleInfo:
+    """A sample of a row.
+
+    Attributes:
+      study: its study_id.
+      cut, dropped_scans: text tokens and scans that were left out because the sample was too long.
+    """
+
+    source: str
+    row_id: str
+    task: str
+    study: str | None
+    tokens: int
+    cut: int
+    dropped_scans: int
+
+
+@dataclasses.dataclass(frozen=True)
+class RowInfo:
+    """A row.
+
+    Attributes:
+      epoch, window, row: its position in the data.
+      samples: in the order of their segments, segment 1 first.
+      tokens, padding: as planned. scans: number of slots in use.
+      left_out: an error for each scan that could not be loaded, within `data.allowed_loss`.
+    """
+
+    epoch: int
+    window: int
+    row: int
+    samples: tuple[SampleInfo, ...]
+    tokens: int
+    padding: str
+    scans: int
+    left_out: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass
+class PackingReport:
+    """How full rows are. Call `add` with the rows of each batch."""
+
+    text_length: int
+    rows: int = 0
+    samples: int = 0
+    tokens: int = 0
+    scans: int = 0
+    cut_tokens: int = 0
+    dropped_scans: int = 0
+    left_out: int = 0
+    padding: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys((*PADDING, "empty row"), 0))
+
+    def add(self, rows: Sequence[RowInfo | None]) -> None:
+        """Count the rows of a batch."""
+        for info in rows:
+            self.rows += 1
+            if info is None:
+                self.padding["empty row"] += self.text_length
+                continue
+            self.samples += len(info.samples)
+            self.tokens += info.tokens
+            self.scans += info.scans
+            self.cut_tokens += sum(s.cut for s in info.samples)
+            self.dropped_scans += sum(s.dropped_scans for s in info.samples)
+            self.left_out += len(info.left_out)
+            if info.padding:
+                self.padding[info.padding] += self.text_length - info.tokens
+
+    def as_dict(self) -> dict[str, float]:
+        """Return shares of all text positions, samples and scans per row, and counts of what was left out."""
+        positions, rows = max(self.rows * self.text_length, 1), max(self.rows, 1)
+        return {
+            "real tokens": self.tokens / positions,
+            **{f"padding: {cause}": count / positions for cause, count in self.padding.items()},
+            "samples a row": self.samples / rows,
+            "scans a row": self.scans / rows,
+            "cut tokens": self.cut_tokens,
+            "dropped scans": self.dropped_scans,
+            "scans left out": self.left_out,
+        }

@@ -1,0 +1,42 @@
+"""Escape text for HTML and make invisible characters visible.
+
+Text of a data set may contain anything, so all of it goes through these functions: markup is escaped, and invisible
+characters (controls, bidirectional marks, zero widths) are replaced by their names, such as ⟨U+202E⟩.
+"""
+
+from __future__ import annotations
+
+import html
+import unicodedata
+
+# No page may run or load anything, whatever its text says.
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+_INVISIBLE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+
+
+def visible(text: object) -> str:
+    """Return text as HTML, for content and attributes."""
+    return "".join(f"⟨U+{ord(c):04X}⟩" if _is_invisible(c) else html.escape(c) for c in str(text))
+
+
+def visible_lines(text: str) -> str:
+    """Return `visible` text with its line breaks, without those at its ends."""
+    return "<br>".join(map(visible, text.strip().replace("\r\n", "\n").split("\n")))
+
+
+def spaced(text: str) -> str:
+    """Return `visible` text with a dot in each space and a sign before each line break."""
+    parts = []
+    for c in text:
+        if c == " ":
+            parts.append('<span class="space"> </span>')
+        elif c == "\n":
+            parts.append('<span class="sign">↵</span>\n')
+        else:
+            parts.append(visible(c))
+    return "".join(parts)
+
+
+def _is_invisible(c: str) -> bool:
+    category = unicodedata.category(c)
+    return category in _INVISIBLE or (category == "Zs" and c != " ")

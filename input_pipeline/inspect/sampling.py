@@ -1,0 +1,110 @@
+"""Sample the first rows of an epoch from the pipeline, and describe the data that they come from."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from input_pipeline.batching.load import RowLoader
+from input_pipeline.batching.pipeline import Rows, batches
+from input_pipeline.batching.report import PackingReport
+from input_pipeline.config import DataConfig
+from input_pipeline.inspect.views import RowView, row_view
+from input_pipeline.sources import tokenizer_of
+
+SETTINGS = ("preprocess", "storage", "terms", "mixture", "seed", "share_scans", "max_scans", "crop", "index")
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A table of the split.
+
+    Attributes:
+      rows: number of good rows. quarantined: of rows that the table or `prepare` left out.
+      samples: that an epoch draws from it. share: of all samples of the epoch.
+    """
+
+    name: str
+    family: str
+    rows: int
+    quarantined: int
+    samples: int
+    share: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Overview:
+    """The head of the page.
+
+    Attributes:
+      asked: number of rows requested; the epoch may have fewer.
+      settings: the fields of `data` that decide what a row contains.
+      packing: PackingReport.as_dict of the rows shown.
+      trained, terms: shares of the real tokens that are targets with a weight, and with the weight of a term.
+    """
+
+    config: str
+    split: str
+    epoch: int
+    training: bool
+    asked: int
+    settings: dict[str, str]
+    sources: tuple[Source, ...]
+    packing: dict[str, float]
+    trained: float
+    terms: float
+
+
+def first_rows(config: DataConfig, split: str, count: int, epoch: int, name: str) -> tuple[Overview, list[RowView]]:
+    """Return the first `count` rows of an epoch, from the pipeline that training uses.
+
+    Args:
+      name: of the config, for the head of the page.
+    Raises:
+      ValueError, WorkerError: as pipeline.Rows.
+    """
+    tokenizer, report, views = tokenizer_of(config), PackingReport(config.text_length), []
+    with Rows(config, split, batch=1, epochs=epoch + 1) as rows:
+        bad_lines = rows.pool.submit("counting rows", _bad_lines).result()
+        stream = iter(batches(rows))
+        stream.set_state(stream.get_state() | {"epoch": epoch})
+        for _ in range(count):
+            batch = next(stream, None)
+            if batch is None:
+                break
+            report.add(batch.rows)
+            arrays = {key: value[0] for key, value in batch.arrays.items()}
+            views.append(row_view(arrays, batch.rows[0], tokenizer, config.num_latents))
+    fields = config.sources(split)
+    sources = tuple(
+        Source(
+            name=source,
+            family=fields[source]["family"],
+            rows=description["rows"],
+            quarantined=description["left_out"] + bad_lines[source],
+            samples=samples,
+            share=samples / len(rows.mixture),
+        )
+        for (source, description), samples in zip(
+            rows.description["sources"].items(), rows.mixture.counts.tolist(), strict=True
+        )
+    )
+    tokens = max(sum(row.tokens for row in views), 1)
+    samples = [sample for row in views for sample in row.samples]
+    overview = Overview(
+        config=name,
+        split=split,
+        epoch=epoch,
+        training=rows.identity["training"],
+        asked=count,
+        settings={setting: str(getattr(config, setting)) for setting in SETTINGS},
+        sources=sources,
+        packing=report.as_dict(),
+        trained=sum(sample.trained for sample in samples) / tokens,
+        terms=sum(sample.terms for sample in samples) / tokens,
+    )
+    return overview, views
+
+
+def _bad_lines(loader: RowLoader) -> dict[str, int]:
+    """Count the lines of each table that are no samples, and so not in the opened data set."""
+    return {name: len(dataset.problems) for name, dataset in loader.datasets.items()}
