@@ -277,7 +277,7 @@ def _stacks(config: Experiment, rows: int, tensor: int, fused: bool) -> dict[str
         """`tokens` that ask `keys` each; `more_keys` whose keys and values a block gathers beside."""
         query, key, hidden = query // tensor, key // tensor, hidden // tensor
         # float32 scores and their softmax, where no kernel keeps them to itself.
-        tiled = keys >= attention.BLOCKS_FROM and keys % 128 == 0
+        tiled = keys >= attention.MIN_TILED_LENGTH and keys % 128 == 0
         scores = 0 if fused or tiled else 2 * 4 * tokens * keys * heads // tensor
         products = query + 2 * key + width + hidden + width
         # Two norms, each also in float32, two sums, and what the activation makes of the hidden layer.

@@ -239,7 +239,7 @@ def one_row(encoded: Encoded, volumes: Sequence[Volume], num_latents: int) -> di
     """The batch of one row that holds this prompt and its scans alone (drawn in radfm_jax/models/radfm.py)."""
     numbers = [int(scan.path) for scan in encoded.scans]
     shown = {number: as_planes(volumes[number]) for number in numbers}
-    limits = packing.ScanLimits(
+    limits = packing.RowLimits(
         text_length=len(encoded.ids),
         vision_rows=max(len(volumes), 1),
         patch_length=max((len(p.plane_index) for p in shown.values()), default=1),
@@ -257,7 +257,7 @@ def scan_rows(
 ) -> dict[str, np.ndarray]:
     """A batch of rows without text, one scan in slot 0 of each, with room for so many patches and planes. None: an
     empty row. All volumes have one dtype."""
-    limits = packing.ScanLimits(text_length=1, vision_rows=1, patch_length=patches, planes=plane_count, scans=1)
+    limits = packing.RowLimits(text_length=1, vision_rows=1, patch_length=patches, planes=plane_count, scans=1)
     dtype = next(volume.voxels.dtype for volume in volumes if volume is not None)
     rows = []
     for volume in volumes:
