@@ -205,9 +205,7 @@ def test_segments_equal_separate_rows():
         alone = oracle(ids[:, own], key_ok[:, own])
         np.testing.assert_allclose(packed[:, own], alone, atol=3e-5)  # measured 4e-6
     late = logits_of(config, params, ids, np.arange(14)[None], segments, key_ok)
-    np.testing.assert_allclose(
-        late[:, 5:12], packed[:, 5:12], atol=3e-5
-    )  # RoPE is relative; measured 2e-6
+    np.testing.assert_allclose(late[:, 5:12], packed[:, 5:12], atol=3e-5)  # RoPE is relative; measured 2e-6
 
 
 def test_other_segments_and_later_tokens_have_no_effect():
