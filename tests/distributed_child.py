@@ -59,7 +59,7 @@ def run(arguments: list[str], devices: int, cache: str, output: str, pace: float
 
     def compared(config, newest, *args):
         """Check that the parameters of this process are bit-equal to those of the step that it resumes from."""
-        state = first_state(config, newest, *args)
+        state, messages = first_state(config, newest, *args)
         if newest is not None:
             stored = checkpoint.ParamReader(newest)
             for path, x in checkpoint.flatten({**state["params"], **state["frozen"]}).items():
@@ -68,14 +68,14 @@ def run(arguments: list[str], devices: int, cache: str, output: str, pace: float
                     actual, part = np.asarray(shard.data), expected[shard.index]
                     assert actual.shape == part.shape and actual.tobytes() == part.tobytes(), (path, shard.index)
             print(f"parameters of step {newest.name} are equal in process {jax.process_index()}", flush=True)
-        return state
+        return state, messages
 
     def devices_of_the_job(hash_object, devices):
         """Hash only their number: JAX hashes which are local, and would not find programs of other processes."""
         hash_object.update(f"{len(devices.flat)} in {jax.process_count()} processes".encode())
 
     cache_key._hash_accelerator_config = devices_of_the_job
-    display.curves = lambda _: None
+    display.draw_curves = lambda _: None
     loop.RowLog.add, loop.Programs.compile, loop.first_state = slowly, compile_in_turn, compared
     return command.main(arguments)
 

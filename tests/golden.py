@@ -1,4 +1,4 @@
-"""Golden cases: outputs of the released RadFM at tiny sizes, and the weights and inputs they were made with.
+"""Golden cases: outputs of the released RadFM at tiny sizes, with their weights and inputs.
 
 The files in ``data/golden`` hold outputs only. Weights and images are regenerated here from names and seeds, with
 numpy and hashlib alone, so that any implementation can be compared with them.
@@ -38,11 +38,11 @@ UNUSED = (
     "transformer_decoder_mlp",
     "cls_head",
 )
-"""Modules of the released state_dict, below ``embedding_layer.``, that take no part in any output."""
+"""Modules of the released state_dict within ``embedding_layer.`` that affect no output."""
 
 
 def _is_table(key: str) -> bool:
-    """Whether ``key`` names a table of rows that are looked up (or, for the latents, used as they are)."""
+    """Whether ``key`` names an embedding table or the latents."""
     if key in (EMBED, "embedding_layer.figure_token_weight", "embedding_layer.perceiver.latents"):
         return True
     parent = key.split(".")[-2] if key.endswith(".weight") else ""
@@ -58,7 +58,7 @@ def _is_table(key: str) -> bool:
 
 
 def _gain(key: str) -> float:
-    """1.5 for what makes queries, keys and logits, so that attention and predictions are not flat; else 1."""
+    """Return 1.5 for weights of queries, keys and logits, so that attention and predictions are sharp; else 1."""
     return 1.5 if any(part in key for part in ("q_proj", "k_proj", "to_q", "to_kv", "lm_head")) else 1.0
 
 
@@ -168,19 +168,19 @@ def shapes(name: str) -> dict[str, tuple[int, ...]]:
 
 
 def is_used(key: str) -> bool:
-    """Whether the entry ``key`` of the released state_dict is a parameter that some output depends on."""
+    """Whether an entry of the released state_dict is a parameter that affects an output."""
     module = key.removeprefix("embedding_layer.").split(".")[0]
     return not (key.startswith("embedding_layer.") and module in UNUSED) and not key.endswith("rotary_emb.inv_freq")
 
 
 def state_dict(name: str) -> dict[str, np.ndarray]:
-    """All weights of case ``name``, those of unused modules too; the tied table under both of its names."""
+    """Return all weights of case ``name``, with unused modules, and the tied table under both names."""
     salt = load(name).meta["salt"]
     return {key: tensor(key, shape, salt) for key, shape in shapes(name).items()}
 
 
 def vision(case: str | Golden) -> np.ndarray:
-    """The images of a case (its name or itself): float32 (B, S, 3, H, W, D) in [0, 1)."""
+    """Return the images of a case (or its name): float32 (B, S, 3, H, W, D) in [0, 1)."""
     meta = (load(case) if isinstance(case, str) else case).meta
     shape = tuple(meta["vision_shape"])
     if meta["vision_all_zero"]:

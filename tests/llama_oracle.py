@@ -1,4 +1,4 @@
-"""Tiny LLaMA models of the installed transformers, in the variants that published checkpoints come in."""
+"""Tiny LLaMA models of the installed transformers, in the variants of published checkpoints."""
 
 from collections.abc import Callable
 from os import PathLike
@@ -17,8 +17,8 @@ LLAMA31_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
-"""As Llama 3.1, with an original length so short that a test of 20 tokens sees the difference. At head_dim 32 the wave
-lengths 6, 14, 32, 74 .. of the pairs are kept, blended (8 to 32) and stretched (above 32)."""
+"""As Llama 3.1, with an original length so short that 20 tokens show the difference. At head_dim 32 the wavelengths
+6, 14, 32, 74 .. of the pairs are kept, interpolated (8 to 32) and stretched (above 32)."""
 
 
 def _config(rope: dict[str, Any] | None = None, **fields: Any) -> LlamaConfig:
@@ -39,7 +39,7 @@ def _config(rope: dict[str, Any] | None = None, **fields: Any) -> LlamaConfig:
 
 
 def variants() -> dict[str, LlamaConfig]:
-    """Fresh configurations by name, each apart from ``mha`` in one respect (``llama31`` in what belongs to it)."""
+    """Return fresh configurations by name; each differs from ``mha`` in one respect."""
     return {
         "mha": _config(),
         "gqa": _config(hidden_size=64, num_attention_heads=8, num_key_value_heads=2),
@@ -59,7 +59,7 @@ def variants() -> dict[str, LlamaConfig]:
 
 
 def model(config: LlamaConfig, seed: int = 0) -> LlamaForCausalLM:
-    """A model in evaluation mode with sharp random weights that depend on their names, shapes and ``seed`` alone."""
+    """Return a model in evaluation mode with sharp random weights from their names, shapes and ``seed``."""
     net = LlamaForCausalLM(config).eval()
     with torch.no_grad():
         for key, parameter in net.named_parameters():

@@ -1,4 +1,4 @@
-"""Packed rows made by hand: a few samples and scans whose numbers can be followed by eye, at the smallest sizes."""
+"""Packed rows of a few small samples and scans, made by hand so that they can be checked by eye."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ CONFIG = RadFMConfig(
     PerceiverConfig(width=24, num_layers=2, num_heads=2, head_dim=8, num_latents=2, mlp_factor=2),
     DecoderConfig(vocab_size=40, width=32, mlp_width=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8),
 )
-"""Every width divides by 8, every number of heads by 2: all meshes of eight devices shard it."""
+"""All meshes of eight devices shard it: widths are multiples of 8, numbers of heads multiples of 2."""
 
 SIZES = {"text": 44, "slots": 4, "vision_rows": 2, "patches": 12, "planes": 96}
 """T, S, R, P and M of a row."""
@@ -25,18 +25,18 @@ SIZES = {"text": 44, "slots": 4, "vision_rows": 2, "patches": 12, "planes": 96}
 
 @dataclasses.dataclass(frozen=True)
 class Scan:
-    """Voxels [H, W, D, C] as they are stored; D = 1 in 2D, C = 1 in gray. Value = voxel * scale + offset."""
+    """Stored voxels [H, W, D, C], D = 1 in 2D and C = 1 in gray. A value is voxel * scale + offset."""
 
     voxels: np.ndarray
     scale: float = 1.0
     offset: float = 0.0
 
     def values(self) -> np.ndarray:
-        """What the released model would be given: float32[3, H, W, D], a 2D scan repeated to one patch of slices."""
+        """Return the released model's input float32[3, H, W, D]; a 2D scan is repeated to one patch of slices."""
         return self.expand().voxels.transpose(3, 0, 1, 2)
 
     def expand(self, scaled: bool = True) -> "Scan":
-        """The scan with every plane written out; `scaled`: as float32 values instead of stored voxels."""
+        """Return the scan with all planes written out; `scaled` gives float32 values instead of stored voxels."""
         h, w, d, _ = self.voxels.shape
         voxels = np.broadcast_to(self.voxels, (h, w, max(d, CONFIG.vision.patch[2]), CONFIG.vision.channels))
         if not scaled:
@@ -44,7 +44,7 @@ class Scan:
         return Scan(voxels * np.float32(self.scale) + np.float32(self.offset))
 
     def patches(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """planes [m, h, w], plane_index [n, slices, C] into them, patch_positions [n, 3]."""
+        """Return planes [m, h, w], plane_index [n, slices, C] and patch_positions [n, 3]."""
         h, w, slices = CONFIG.vision.patch
         depth, channels = self.voxels.shape[2:]
         own = min(depth, slices)
@@ -57,7 +57,7 @@ class Scan:
 
 
 def scan(height: int, width: int, depth: int, channels: int = 1, *, dtype=np.int16, seed: int = 0) -> Scan:
-    """Noise of a stored kind: uint8 gray values (to 0..1), int16 Hounsfield-like ones (to about 0..1), or float32."""
+    """Return noise: uint8 gray values (scaled to 0..1), int16 Hounsfield-like values (to about 0..1), or float32."""
     rng = np.random.default_rng(seed)
     shape = (height, width, depth, channels)
     if dtype == np.uint8:
@@ -69,8 +69,10 @@ def scan(height: int, width: int, depth: int, channels: int = 1, *, dtype=np.int
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """Ids and names of scans, then the answer and the weight of each of its tokens. A negative id is text whose key
-    nobody may see; so is the answer's last token, EOS, as in the released model."""
+    """Ids and names of scans, then the answer and the weight of each of its tokens.
+
+    A negative id is a token hidden from every query, as is the answer's last token, EOS, in the released model.
+    """
 
     question: tuple[int | str, ...]
     answer: tuple[int, ...]
@@ -92,8 +94,10 @@ SAMPLES = {"A": A, "B": B, "C": C, "D": D}
 def row(
     samples, scans=SCANS, *, dtype=np.int16, text, slots, vision_rows, patches, planes, seed=9
 ) -> dict[str, np.ndarray]:
-    """One packed row (a batch of one). Scans take slots in the order they are first named, and the first vision row
-    that has room; planes that nobody uses hold noise."""
+    """Return one packed row (a batch of one).
+
+    Scans take slots in the order of their first mention, and the first vision row with room. Unused planes are noise.
+    """
     c, latents = CONFIG.vision, CONFIG.num_latents
     noise = np.random.default_rng(seed).integers(0, 200, (planes, *c.patch[:2]))
     out = {
@@ -143,6 +147,6 @@ def row(
 
 
 def stack(rows) -> dict[str, np.ndarray]:
-    """Batches, one below the other."""
+    """Concatenate batches along their rows."""
     rows = list(rows)
     return {k: np.concatenate([r[k] for r in rows]) for k in rows[0]}

@@ -1,4 +1,4 @@
-"""Our network with the weights of a PyTorch state_dict, and its gradients under PyTorch's names."""
+"""This network with the weights of a PyTorch state_dict, and its gradients under PyTorch's names."""
 
 import functools
 
@@ -16,7 +16,7 @@ from radfm_jax.training.losses import radfm_loss
 
 
 def config_of(sizes: golden.Sizes, **compute) -> RadFMConfig:
-    """The same sizes in our words; `compute` as in `RadFMConfig.with_compute`."""
+    """Return the RadFMConfig of golden sizes; `compute` is passed to `with_compute`."""
     return RadFMConfig(
         ViTConfig(
             width=sizes.vis_dim,
@@ -50,7 +50,7 @@ def config_of(sizes: golden.Sizes, **compute) -> RadFMConfig:
 
 
 def params_of(config: RadFMConfig, arrays: dict[str, np.ndarray]) -> dict:
-    """A state_dict of arrays -> our parameters. A name that is missing is an error, an unused one is left aside."""
+    """Convert a state_dict of arrays to parameters. A missing name is an error; unused names are ignored."""
     leaves: dict = {}
     for e in entries(config):
         tensor = arrays[e.name]
@@ -63,7 +63,7 @@ def params_of(config: RadFMConfig, arrays: dict[str, np.ndarray]) -> dict:
 
 
 def under_torch_names(config: RadFMConfig, tree: dict) -> dict[str, np.ndarray]:
-    """Our parameters or their gradients -> arrays by PyTorch name, in PyTorch's layout."""
+    """Convert parameters or their gradients to arrays by PyTorch name, in PyTorch's layout."""
     leaves = flatten(jax.tree.map(np.asarray, tree))
     return {e.name: e.to_torch(leaves[e.path][e.index]) for e in entries(config)}
 
@@ -86,12 +86,12 @@ def targets_of(labels: np.ndarray, loss_reweight: np.ndarray | None = None) -> t
 
 
 def recipe_params(config: RadFMConfig, salt: str = "") -> dict:
-    """Parameters of any size by the recipe of the golden cases: attention and predictions are sharp, not flat."""
+    """Return parameters of any size by the recipe of the golden cases, with sharp attention and predictions."""
     return params_of(config, {e.name: golden.tensor(e.name, e.torch_shape, salt) for e in entries(config)})
 
 
 class WithHidden:
-    """A model whose `out` also holds the hidden states, so that logits and losses come from one forward pass."""
+    """A model whose `out` includes the hidden states, so one forward pass gives logits and losses."""
 
     def __init__(self, model: RadFM):
         self.model, self.config = model, model.config
@@ -102,7 +102,7 @@ class WithHidden:
 
 
 def loss_and_gradients(config: RadFMConfig):
-    """A function of (params, batch, dropout key or None) -> ((mean loss, out with logits), gradients)."""
+    """Return (params, batch, dropout key or None) -> ((mean loss, out with logits), gradients)."""
     model = WithHidden(RadFM(config))
 
     def mean_loss(params, batch, key=None):
@@ -115,5 +115,5 @@ def loss_and_gradients(config: RadFMConfig):
 
 @functools.cache
 def step(config: RadFMConfig):
-    """`loss_and_gradients`, compiled once for each shape of a batch."""
+    """Return `loss_and_gradients`, compiled once per batch shape."""
     return jax.jit(loss_and_gradients(config))

@@ -21,7 +21,7 @@ from radfm_jax.runtime.sharding import make_mesh
 
 
 def arrays(length=256, keys=None, width=64, dtype="bfloat16"):
-    """Shapes of queries [1, T, 8, K] and keys [1, U, 2, K]."""
+    """Return shapes of queries [1, T, 8, K] and keys [1, U, 2, K]."""
     shapes = (1, length, 8, width), (1, keys or length, 2, width)
     return [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape in shapes]
 
@@ -39,20 +39,20 @@ def arrays(length=256, keys=None, width=64, dtype="bfloat16"):
         ("cuda", {}, "cudnn"),
         ("cuda", {}, "cudnn"),
         ("cuda", {"dtype": "float16", "width": 8, "length": 34}, "cudnn"),
-        ("cuda", {"length": 33}, "xla"),  # cuDNN's backward pass with a bias takes even lengths
+        ("cuda", {"length": 33}, "xla"),  # cuDNN's backward pass with a bias needs even lengths
         ("cuda", {"dtype": "float32"}, "xla"),
         ("cuda", {"width": 12}, "xla"),
         ("cuda", {"width": 256}, "xla"),
-        ("gpu", {}, "xla"),  # another maker's, or older than Ampere
+        ("gpu", {}, "xla"),  # not NVIDIA, or older than Ampere
         ("cpu", {}, "xla"),
         ("cpu", {"length": 512, "dtype": "float32"}, "blocks"),
         ("cpu", {"length": 512, "keys": 128}, "xla"),
         ("cpu", {"length": 600}, "xla"),
         ("rocm", {}, "xla"),
-        (None, {}, "xla"),  # these tests run on the CPU
+        (None, {}, "xla"),  # tests run on the CPU
     ],
 )
-def test_auto_takes_the_fastest_that_fits(platform, form, chosen):
+def test_auto_selects_the_fastest_supported_kernel(platform, form, chosen):
     assert choose("auto", *arrays(**form), platform=platform) == chosen
 
 
@@ -71,7 +71,7 @@ def test_auto_takes_the_fastest_that_fits(platform, form, chosen):
     ],
 )
 @pytest.mark.parametrize("platform", ["tpu", "cuda", "gpu", "cpu"])
-def test_a_kernel_asked_for_by_name_runs_or_raises(kernel, form, reasons, platform):
+def test_a_named_kernel_runs_or_raises(kernel, form, reasons, platform):
     with pytest.raises(ValueError, match=re.escape(repr(kernel))) as raised:
         choose(kernel, *arrays(**form), platform=platform)
     assert all(reason in str(raised.value) for reason in reasons), raised.value
@@ -79,7 +79,7 @@ def test_a_kernel_asked_for_by_name_runs_or_raises(kernel, form, reasons, platfo
 
 @pytest.mark.parametrize("kernel", ["xla", "blocks", "cudnn", "splash"])
 @pytest.mark.parametrize("platform", ["tpu", "cuda", "gpu", "cpu"])
-def test_a_kernel_that_fits_is_not_replaced(kernel, platform):
+def test_a_supported_named_kernel_is_used(kernel, platform):
     assert choose(kernel, *arrays(), platform=platform) == kernel
 
 
@@ -89,7 +89,7 @@ LENGTH = 256
 
 
 def packed_row(seed=0, rows=2, heads=4, kv_heads=2, width=64):
-    """q, k, v and segments of rows like [1 1 .. 2 2 .. 3 .. 0 0]; a few keys in each segment are seen by nobody."""
+    """Return q, k, v and segments of rows like [1 1 .. 2 2 .. 3 .. 0 0], with a few hidden keys in each segment."""
     rng = np.random.default_rng(seed)
     q, k, v = (rng.standard_normal((rows, LENGTH, n, width)).astype(np.float32) for n in (heads, kv_heads, kv_heads))
     q_segments = np.zeros((rows, LENGTH), np.int32)
@@ -118,7 +118,7 @@ interpreted = functools.partial(splash.splash_attention, interpret=True)
 
 @pytest.fixture(params=["splash", "blocks"])
 def form(request, monkeypatch):
-    """The kernels of our making and of Pallas', the first with several tiles a row."""
+    """Splash attention (interpreted) and tile attention with several tiles per row."""
     monkeypatch.setattr(cpu, "TILE", 128)
     return {"splash": interpreted, "blocks": cpu.tiled_attention}[request.param]
 
@@ -130,26 +130,26 @@ def close(ours, plain, atol=2e-5):
 
 
 @pytest.mark.parametrize("causal, width, kv_heads", [(True, 64, 2), (False, 64, 2), (True, 128, 4)])
-def test_the_plain_form_on_packed_rows(form, causal, width, kv_heads):
+def test_kernels_equal_plain_xla_on_packed_rows(form, causal, width, kv_heads):
     args = packed_row(width=width, kv_heads=kv_heads)
     close(outputs_and_gradients(form, args, causal), outputs_and_gradients(attention, args, causal))
 
 
-def test_packed_samples_stay_apart(form):
-    """The second segment of a row equals the same sample at the start of a row of its own."""
+def test_packed_samples_are_independent(form):
+    """The second segment of a row gives the same result as its sample alone in a row."""
     q, k, v, q_segments, k_segments = packed_row(rows=1)
     at = np.flatnonzero(q_segments[0] == 2)
     packed = form(q, k, v, q_segments, k_segments, causal=True)[:, at]
     alone = [np.zeros_like(x) for x in (q, k, v, q_segments, k_segments)]
     for single, x in zip(alone, (q, k, v, q_segments, k_segments), strict=True):
         single[:, : at.size] = x[:, at]
-    # Measured 6e-8: other blocks, so sums in another order.
+    # Measured 6e-8: other blocks sum in another order.
     np.testing.assert_allclose(packed, form(*alone, causal=True)[:, : at.size], atol=1e-6)
     noisy = [np.where((q_segments == 2)[..., None, None], x, 1e3) for x in (q, k, v)]
     np.testing.assert_array_equal(packed, form(*noisy, q_segments, k_segments, causal=True)[:, at])
 
 
-def test_keys_of_another_length(form):
+def test_queries_and_keys_of_different_lengths(form):
     q, k, v, q_segments, k_segments = packed_row(rows=1)
     args = (q[:, :128], k, v, q_segments[:, :128], k_segments)
     close(outputs_and_gradients(form, args, False), outputs_and_gradients(attention, args, False))
@@ -164,21 +164,21 @@ def test_a_query_that_sees_no_key_is_finite(form):
 
 @pytest.mark.parametrize("sizes, kv_heads", [((2, 2, 2), 2), ((1, 4, 2), 1)])
 def test_on_a_mesh(form, sizes, kv_heads):
-    """Rows and heads are handed to the devices; one key head cannot be split over two and is kept whole."""
+    """Rows and heads are sharded; a single key head is replicated over the tensor axis."""
     args = packed_row(rows=4, heads=2, kv_heads=kv_heads)
     plain = outputs_and_gradients(attention, args, True)
     with jax.set_mesh(make_mesh(*sizes)):
         close(outputs_and_gradients(form, args, True), plain)
 
 
-def test_tiles_between_samples_are_left_out():
-    """Three samples of 128, 256 and 100 tokens: causal, the tiles x of the rows of tiles; between samples, none."""
+def test_tiles_between_samples_are_skipped():
+    """Three samples of 128, 256 and 100 tokens: x marks the active tiles in each row of causal tiles."""
     segments = np.repeat([1, 2, 3, 0], [128, 256, 100, 28]).astype(np.int32)[None]
     q = k = v = np.random.default_rng(0).standard_normal((1, 512, 2, 8)).astype(np.float32)
     args = q, k, v, segments, segments
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu, "TILE", 128)
-        # 1: x...   2: .x..   2: .xx.   3 and padding, whose range of segments touches all before: xxxx
+        # 1: x...   2: .x..   2: .xx.   3 and padding, whose segment range overlaps all before: xxxx
         assert int(cpu._Tiles(q, k, segments, segments, True).count) == 1 + 1 + 2 + 4
         assert int(cpu._Tiles(q, k, segments, segments, False).count) == 2 + 3 + 3 + 4
         close(outputs_and_gradients(cpu.tiled_attention, args, True), outputs_and_gradients(attention, args, True))
@@ -188,8 +188,8 @@ def test_tiles_between_samples_are_left_out():
 
 
 @pytest.mark.parametrize("policy, walks", [("attention", 2), ("full", 3)])
-def test_tiles_are_not_walked_again_where_attention_is_kept(policy, walks):
-    """Forward, backward, and once more between them if nothing is kept."""
+def test_saved_attention_is_not_recomputed(policy, walks):
+    """Count the tile loops: forward, backward, and another forward if nothing is saved."""
     q = jnp.ones((1, 256, 1, 8))
     segments = jnp.ones((1, 256), jnp.int32)
     block = jax.checkpoint(
@@ -199,7 +199,7 @@ def test_tiles_are_not_walked_again_where_attention_is_kept(policy, walks):
 
 
 @pytest.mark.parametrize("length", range(128, 4097, 128))
-def test_blocks_divide_every_length(length):
+def test_splash_blocks_divide_every_length(length):
     block = splash._divisor(length, 512)
     assert length % block == 0 and block % 128 == 0 and block <= 512
     assert block == {128: 128, 384: 384, 1024: 512, 2048: 512}.get(length, block)

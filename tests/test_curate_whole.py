@@ -174,7 +174,7 @@ def test_the_config_of_the_docs_names_the_output(built, monkeypatch):
 @pytest.mark.slow
 def test_training_accepts_the_output(built, indexed):
     assert train([f"--config={indexed}", "--workdir", str(built / "run")]) == 0
-    shown = [line for line in display.read(built / "run") if "train/loss" in line]
+    shown = [line for line in display.read_metrics(built / "run") if "train/loss" in line]
     assert [line["step"] for line in shown] == [1, 2, 3] and all(np.isfinite(line["train/loss"]) for line in shown)
 
 

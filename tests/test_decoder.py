@@ -1,4 +1,4 @@
-"""The language model against transformers, in every variant that checkpoints come in."""
+"""The decoder against transformers, in every variant of published checkpoints."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ from radfm_jax.models.decoder import (
 )
 
 VARIANTS = list(llama_oracle.variants())
-# A Decoder whose gradients pass through everything that variants differ in.
+# A Decoder whose gradients depend on all differences between the variants.
 GRADIENT_VARIANTS = ["llama31", "tied"]
 
 
@@ -59,7 +59,7 @@ def table(config: DecoderConfig):
 
 
 def params_of(config: DecoderConfig, state: dict[str, np.ndarray]) -> dict:
-    """A state_dict of transformers -> parameters of `Decoder`."""
+    """Convert a state_dict of transformers to parameters of `Decoder`."""
     leaves: dict = {}
     for e in table(config):
         leaves.setdefault(e.path, []).append(e.to_ours(state[e.name]))
@@ -96,8 +96,8 @@ def jitted(config, **fixed):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_logits_are_those_of_transformers(variant):
-    """With all keys and with holes in the mask; the hole at position 0 leaves a query that sees no key."""
+def test_logits_match_transformers(variant):
+    """Without and with holes in the mask; the hole at position 0 leaves a query that sees no key."""
     config, params, _, oracle = loaded(variant)
     ids = np.random.default_rng(1).integers(0, config.vocab_size, (3, 40))
     holes = np.ones_like(ids)
@@ -111,7 +111,7 @@ def test_logits_are_those_of_transformers(variant):
 
 
 @pytest.mark.parametrize("variant", GRADIENT_VARIANTS)
-def test_gradients_are_those_of_transformers(variant):
+def test_gradients_match_transformers(variant):
     theirs = llama_oracle.variants()[variant]
     net = llama_oracle.model(theirs)
     config, params, _, _ = loaded(variant)
@@ -134,20 +134,20 @@ def test_gradients_are_those_of_transformers(variant):
         assert scale > 1e-4, e.name
         mine = e.to_torch(np.asarray(ours[e.path][e.index]))
         np.testing.assert_allclose(mine / scale, reference / scale, atol=2e-5, err_msg=e.name)  # measured 2e-6
-    # A token that is predicted but never read gets its gradient through the head alone.
+    # A token that is a target but never an input gets its gradient only through the head.
     assert (np.abs(ours["llama/embedding"][last]).max() > 1e-4) == config.tied_head
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_frequencies_are_those_of_transformers(variant):
+def test_frequencies_match_transformers(variant):
     theirs = llama_oracle.variants()[variant]
     np.testing.assert_allclose(
         rope_frequencies(config_of(theirs)), LlamaRotaryEmbedding(theirs).inv_freq.numpy(), rtol=3e-7
     )  # measured 1.2e-7, the last bit
 
 
-def test_llama31_keeps_mixes_and_stretches():
-    """Wave lengths up to 8192 / 4 are kept, from 8192 on stretched by 8, mixed between: the published Llama 3.1."""
+def test_llama31_scales_low_frequencies():
+    """Llama 3.1 keeps wavelengths up to 8192 / 4, stretches those from 8192 on by 8, and interpolates between."""
     plain = DecoderConfig(rope_theta=500000.0)
     scaled = dataclasses.replace(plain, rope_scaling=RopeScaling())
     wave = 2 * np.pi / rope_frequencies(plain)
@@ -161,8 +161,8 @@ def test_llama31_keeps_mixes_and_stretches():
 # --- properties -------------------------------------------------------------------------------------------------------
 
 
-def test_rotation_depends_on_the_distance_alone():
-    """Scores of a query and a key do not change when both move on; lengths are kept."""
+def test_rotation_depends_only_on_the_distance():
+    """Shifting a query and a key together keeps their score; rotation keeps norms."""
     config = DecoderConfig(head_dim=16)
     rng = np.random.default_rng(3)
     q, k = rng.standard_normal((2, 1, 1, 1, 16)).astype(np.float32)
@@ -176,7 +176,7 @@ def test_rotation_depends_on_the_distance_alone():
     assert abs(score(5, 2) - score(5, 3)) > 1e-2
 
 
-def test_rotation_of_bfloat16_is_done_in_float32():
+def test_rotation_of_bfloat16_computes_in_float32():
     """At position 2,000 a bfloat16 angle would be off by 4 radians."""
     config = DecoderConfig(head_dim=16)
     x = np.random.default_rng(4).standard_normal((1, 1, 2, 16)).astype(jnp.bfloat16)
@@ -188,7 +188,7 @@ def test_rotation_of_bfloat16_is_done_in_float32():
     np.testing.assert_array_equal(turned, exact.astype(jnp.bfloat16))
 
 
-def test_segments_are_rows_of_their_own():
+def test_segments_equal_separate_rows():
     """ids        a a a a a b b b b b b b 0 0
     segments   1 1 1 1 1 2 2 2 2 2 2 2 0 0
     positions  0 1 2 3 4 0 1 2 3 4 5 6 0 0     as if a and b stood in two rows
@@ -205,10 +205,10 @@ def test_segments_are_rows_of_their_own():
         alone = oracle(ids[:, own], key_ok[:, own])
         np.testing.assert_allclose(packed[:, own], alone, atol=3e-5)  # measured 4e-6
     late = logits_of(config, params, ids, np.arange(14)[None], segments, key_ok)
-    np.testing.assert_allclose(late[:, 5:12], packed[:, 5:12], atol=3e-5)  # RoPE knows distances only; measured 2e-6
+    np.testing.assert_allclose(late[:, 5:12], packed[:, 5:12], atol=3e-5)  # RoPE is relative; measured 2e-6
 
 
-def test_other_segments_and_later_tokens_change_nothing():
+def test_other_segments_and_later_tokens_have_no_effect():
     config, params, _, _ = loaded("gqa")
     rng = np.random.default_rng(6)
     ids = rng.integers(0, config.vocab_size, (1, 14))
@@ -234,11 +234,11 @@ def test_logits_are_float32_in_bfloat16():
     half = [x.astype(jnp.bfloat16) for x in (hidden, kernel)]
     logits = head_logits(*(x.astype(np.float32) for x in half), "bfloat16")
     assert logits.dtype == jnp.float32
-    # Measured 4e-6 of sums up to 50; rounded to bfloat16 they would be off by 0.1.
+    # Measured 4e-6 for sums up to 50; bfloat16 rounding would give 0.1.
     np.testing.assert_allclose(logits, half[0].astype(np.float64) @ half[1].astype(np.float64), atol=3e-5)
 
 
-def test_every_product_of_a_float32_model_is_in_full_precision():
+def test_every_float32_product_has_full_precision():
     config, params, _, _ = loaded("gqa")
     ids = np.zeros((1, 8), int)
     text = jax.jit(jax.grad(lambda p: logits_of(config, p, ids).sum())).lower(params).as_text()
@@ -247,10 +247,10 @@ def test_every_product_of_a_float32_model_is_in_full_precision():
     assert [line for line in products if "HIGHEST, HIGHEST" not in line] == []
 
 
-def test_sizes_that_cannot_be():
-    with pytest.raises(ValueError, match="8 query heads cannot share 3"):
+def test_invalid_sizes():
+    with pytest.raises(ValueError, match=r"llama.num_heads \(8\) must be a multiple of num_kv_heads \(3\)"):
         DecoderConfig(num_heads=8, num_kv_heads=3)
-    with pytest.raises(ValueError, match="head width 7 is odd"):
+    with pytest.raises(ValueError, match=r"llama.head_dim must be even for RoPE \(got 7\)"):
         DecoderConfig(head_dim=7)
 
 

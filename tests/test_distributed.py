@@ -142,7 +142,7 @@ def losses(workdir: Path) -> list[tuple]:
     """Return (step, metric, value) in the order of metrics.jsonl."""
     return [
         (line["step"], name, line[name])
-        for line in display.read(workdir)
+        for line in display.read_metrics(workdir)
         for name in ("train/loss", "eval/all/loss")
         if name in line
     ]
@@ -177,7 +177,7 @@ def wait_for_step(workdir: Path, step: int, processes: Processes) -> None:
 def read(workdir: Path) -> list[dict]:
     """Read the metrics while a process writes them."""
     with contextlib.suppress(ValueError):
-        return display.read(workdir)
+        return display.read_metrics(workdir)
     return []
 
 

@@ -141,8 +141,8 @@ def test_no_token_copies_the_cache(rows):
     run = ours.stream(PROMPTS[:rows], GREEDY, chunk=1)
     next(run)
     state, steps, stop = run.gi_frame.f_locals["run"].state, np.int32(1), np.zeros(rows, bool)
-    text = decoding.go_on.lower(CONFIG, False, False, ours._decoding, state, steps, stop).compile().as_text()
-    shape = ",".join(map(str, state["cache"][0]["key"].shape))
+    text = decoding.more_tokens.lower(CONFIG, False, False, ours._decoding, state, steps, stop).compile().as_text()
+    shape = ",".join(map(str, state["cache"].key[0].shape))
     written = re.findall(rf"= f32\[{shape}\]\S* ([\w-]+)\(", text)
     assert "fusion" in written and "copy" not in written, written
 
@@ -167,18 +167,18 @@ def test_prompts_are_read_as_in_training():
     cached, whole, cache = both(x, lengths)
     np.testing.assert_allclose(cached, whole, rtol=0, atol=5e-6)
     c = CONFIG.llama
-    assert cache["key"].shape == cache["value"].shape == (c.num_layers, 2, c.num_kv_heads, 32, c.head_dim)
-    key = np.abs(cache["key"]).max(axis=(-1, -3))
+    assert cache.key.shape == cache.value.shape == (c.num_layers, 2, c.num_kv_heads, 32, c.head_dim)
+    key = np.abs(cache.key).max(axis=(-1, -3))
     assert key[:, :, :16].min() > 0 and not key[:, :, 16:].any()
 
 
 def test_batched_is_one_by_one():
     """Whatever stands beside a prompt; and one program serves every batch of its bucket."""
     together = generator().answers(PROMPTS, GREEDY)
-    programs = decoding.begin._cache_size(), decoding.go_on._cache_size()
+    programs = decoding.first_token._cache_size(), decoding.more_tokens._cache_size()
     same(generator().answers(PROMPTS[::-1], GREEDY)[::-1], together)
     same(generator().answers([PROMPTS[3], PROMPTS[0], PROMPTS[2]], GREEDY), [together[i] for i in (3, 0, 2)])
-    assert (decoding.begin._cache_size(), decoding.go_on._cache_size()) == programs
+    assert (decoding.first_token._cache_size(), decoding.more_tokens._cache_size()) == programs
     for i in (0, 1):
         same(generator().answers([PROMPTS[i]], GREEDY), [together[i]])
 
@@ -190,7 +190,7 @@ def test_on_a_mesh():
     run = generator(False, mesh).stream(PROMPTS[:3], GREEDY, chunk=5)
     for _, answers in run:
         found = answers
-        cache = run.gi_frame.f_locals["run"].state["cache"]["key"]
+        cache = run.gi_frame.f_locals["run"].state["cache"].key
         assert cache.sharding.shard_shape(cache.shape) == (2, 2, 1, 64, 8), cache.sharding
     same(found, generator().answers(PROMPTS[:3], GREEDY))
     with pytest.raises(ValueError, match="on one device only"):

@@ -1,4 +1,4 @@
-"""Our network gives what the released RadFM gives: outputs, losses and gradients of all golden cases."""
+"""Outputs, losses and gradients of all golden cases match the released RadFM."""
 
 from types import SimpleNamespace
 
@@ -54,11 +54,11 @@ def to_peak(ours, theirs) -> float:
 
 
 TINY = 1e-30
-"""Where no token refers to a scan, the vision parts have gradients of exactly 0, and so must ours."""
+"""Cases in which no token refers to a scan: gradients of the vision parts are exactly 0."""
 
 
 def pad(batch: dict, text: int, patches: int) -> dict:
-    """The batch with padding behind its tokens and its patches, so that cases of several sizes are one program."""
+    """Pad the tokens and patches of a batch, so that one program serves cases of several sizes."""
     per_patch = int(np.prod(batch["plane_index"].shape[3:]))
     vision_rows = batch["plane_index"].shape[1]
     lengths = {k: (1, text) for k in ("ids", "visual_index", "segments", "positions", "key_ok", "targets", "weights")}
@@ -74,10 +74,10 @@ def pad(batch: dict, text: int, patches: int) -> dict:
 
 
 PADDED = dict.fromkeys(("p1_2d_s1", "p2_3d_d24", "p5_noimage", "p7_3d_d12_answer_end"), {"text": 60, "patches": 384})
-"""The cases of one scan, 2D and 3D, share a program; so padding is proved to change nothing. The others have none."""
+"""Cases with one scan share a program, which also tests padding. The other cases have no padding."""
 
 
-# Three full-depth volumes of 1,024 patches take a minute and more; the other 3D cases have everything but the size.
+# Three full-depth volumes of 1,024 patches take over a minute; the other 3D cases cover all but the size.
 SLOW = "p3_3d_s3_d64"
 
 
@@ -86,7 +86,7 @@ SLOW = "p3_3d_s3_d64"
     params=[pytest.param(c, marks=pytest.mark.slow if c == SLOW else ()) for c in golden.CASES],
 )
 def run(request):
-    """A golden case, and the outputs of our network with its weights: one compilation serves both losses."""
+    """A golden case and our outputs with its weights; one compilation serves both losses."""
     case = golden.load(request.param)
     config = parity.config_of(golden.Sizes.of_golden(case))
     params = parity.params_of(config, golden.state_dict(case.name))
@@ -120,7 +120,7 @@ def position_embedding(run) -> np.ndarray:
 
 
 def errors(run) -> dict[str, float]:
-    """How far each quantity is from the released model's, in the measure that LIMITS gives."""
+    """Return the error of each quantity, measured as LIMITS says."""
     case, out = run.case, run.hf.out
     found = {}
     b, s, p, width = out["vit"].shape
@@ -155,25 +155,25 @@ def errors(run) -> dict[str, float]:
     return found
 
 
-def test_agrees_with_the_released_model(run):
+def test_matches_the_released_model(run):
     found = errors(run)
     assert found.keys() == LIMITS.keys()
     beyond = {name: error for name, error in found.items() if not error <= LIMITS[name]}
     assert not beyond, f"{run.case.name}: {beyond} but the limits are { ({name: LIMITS[name] for name in beyond}) }"
 
 
-def test_likeliest_tokens(run):
-    """`correct` is true where a label is the released model's likeliest token, and nowhere without a label."""
+def test_most_likely_tokens(run):
+    """`correct` is true where a label is the released model's most likely token, and false without a label."""
     labels = run.case["labels"][:, 1:]
     likeliest = run.case["logits"].argmax(-1)[:, :-1]
     np.testing.assert_array_equal(run.hf.out["correct"][:, :-1], (labels == likeliest) & (labels != -100))
-    # The released `accuracy`: the share of samples whose every label is the likeliest token.
+    # The released `accuracy`: share of samples in which every label is the most likely token.
     every = (run.hf.out["correct"][:, :-1] | (labels == -100)).all(axis=1)
     assert every.mean() == run.case["accuracy"]
 
 
-def test_every_parameter_learns(run):
-    """No part is cut off from the loss: only scans that no token refers to leave the vision parts without gradient."""
+def test_every_parameter_has_a_gradient(run):
+    """Only cases in which no token refers to a scan have no gradient in the vision parts."""
     without = {name for name, g in run.hf.grads.items() if not g.any()}
     vision = {name for name in run.hf.grads if name.split(".")[1] in ("vision_encoder", "perceiver", "fc")}
     unseen = run.case.meta["vision_all_zero"]

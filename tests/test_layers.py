@@ -13,7 +13,7 @@ import torch
 from radfm_jax.models import vit3d
 from radfm_jax.models.attention import attention
 from radfm_jax.models.kernels.xla import attention_mask
-from radfm_jax.models.layers import FEW_ROWS, REMAT_POLICIES, GeluMlp, dense, layer_norm, rms_norm, scan_blocks
+from radfm_jax.models.layers import REMAT_POLICIES, GeluMlp, dense, layer_norm, rms_norm, scan_blocks
 
 CONFIG = vit3d.ViTConfig(width=24)
 
@@ -22,7 +22,7 @@ def normal(*shape, seed=0, dtype=np.float32):
     return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
 
 
-# --- who sees whom ----------------------------------------------------------------------------------------------------
+# --- masks ------------------------------------------------------------------------------------------------------------
 
 
 def matrix(text: str) -> np.ndarray:
@@ -43,7 +43,7 @@ def matrix(text: str) -> np.ndarray:
             1 1 1 1
             """,
         ),
-        (  # two samples and padding, which sees padding
+        (  # two samples; padding attends to padding
             "1 1 1 2 2 0 0",
             "1 1 1 2 2 0 0",
             True,
@@ -57,7 +57,7 @@ def matrix(text: str) -> np.ndarray:
             0 0 0 0 0 1 1
             """,
         ),
-        (  # the third key may be seen by nobody, not even by itself
+        (  # the third key is hidden from every query, its own included
             "1 1 1 1 2 2",
             "1 1 -1 1 2 2",
             True,
@@ -70,7 +70,7 @@ def matrix(text: str) -> np.ndarray:
             0 0 0 0 1 1
             """,
         ),
-        (  # a segment that goes on after another one
+        (  # a segment that continues after another one
             "1 2 1 2",
             "1 2 1 2",
             False,
@@ -81,7 +81,7 @@ def matrix(text: str) -> np.ndarray:
             0 1 0 1
             """,
         ),
-        (  # latents of two scans look at a row of patches and padding
+        (  # latents of two scans attend to a row of patches and padding
             "1 1 2 2",
             "1 1 1 2 2 0",
             False,
@@ -114,7 +114,7 @@ def plain_attention(q, k, v, mask):
 
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (6, 2), (3, 1)])
 @pytest.mark.parametrize("causal", [True, False])
-def test_attention_is_the_plain_form(heads, kv_heads, causal):
+def test_attention_equals_the_reference(heads, kv_heads, causal):
     q, k, v = (normal(2, 9, n, 8, seed=i) for i, n in enumerate((heads, kv_heads, kv_heads)))
     q_segments = np.array([[1, 1, 1, 1, 2, 2, 2, 0, 0], [1] * 9])
     k_segments = np.array([[1, 1, -1, 1, 2, 2, -1, 0, 0], [1, 1, 1, -1, -1, 1, 1, 1, 1]])
@@ -124,7 +124,7 @@ def test_attention_is_the_plain_form(heads, kv_heads, causal):
     np.testing.assert_allclose(ours, plain_attention(q, k, v, mask), atol=2e-6)
 
 
-def test_attention_over_keys_of_another_length():
+def test_queries_and_keys_of_different_lengths():
     q, k, v = normal(1, 4, 2, 8), normal(1, 6, 2, 8, seed=1), normal(1, 6, 2, 8, seed=2)
     q_segments, k_segments = np.array([[1, 1, 2, 2]]), np.array([[1, 1, 1, 2, 2, 0]])
     mask = np.array(attention_mask(q_segments, k_segments, False))
@@ -167,7 +167,7 @@ def test_unknown_names_list_the_choices():
     with pytest.raises(ValueError, match="'flash'.*auto, xla, blocks, cudnn, splash"):
         attention(x, x, x, segments, segments, causal=True, kernel="flash")
     with pytest.raises(ValueError, match="'everything'.*" + ", ".join(REMAT_POLICIES)):
-        scan_blocks(vit3d.Block, 2, "everything")
+        scan_blocks(vit3d.EncoderBlock, 2, "everything")
 
 
 # --- layers against PyTorch -------------------------------------------------------------------------------------------
@@ -180,8 +180,8 @@ def run(module: nn.Module, x, **replaced):
     return module.apply({"params": params}, x), params
 
 
-def test_layer_norm_is_torchs_on_a_large_mean():
-    """Mean 3000 and deviation 1: the mean of squares minus the square of the mean has no correct digit left."""
+def test_layer_norm_matches_torch_with_a_large_mean():
+    """With mean 3000 and deviation 1, E[x^2] - E[x]^2 has no correct digit."""
     x = normal(4, 96) + np.float32(3000)
     scale, bias = 1 + normal(96, seed=1) / 10, normal(96, seed=2)
     ours, _ = run(layer_norm(CONFIG, "norm"), x, scale=scale, bias=bias)
@@ -199,7 +199,7 @@ def test_layer_norm_epsilon():
     np.testing.assert_allclose(ours, theirs.numpy(), atol=2e-6)  # measured 2e-7
 
 
-def test_rms_norm_is_torchs():
+def test_rms_norm_matches_torch():
     x, scale = normal(4, 96) * np.float32(1e-3), 1 + normal(96, seed=1) / 10
     ours, _ = run(rms_norm(CONFIG, 1e-6, "norm"), x, scale=scale)
     theirs = torch.nn.functional.rms_norm(torch.from_numpy(x), (96,), torch.from_numpy(scale), eps=1e-6)
@@ -217,21 +217,8 @@ def test_norm_statistics_are_float32_in_bfloat16():
     np.testing.assert_allclose(np.asarray(ours, np.float32), theirs, atol=2**-6)
 
 
-@pytest.mark.parametrize("count", [1, FEW_ROWS, FEW_ROWS + 1])
-@pytest.mark.parametrize("axis", [-1, (-2, -1)])
-def test_rows_in_place_of_a_kernel(count, axis):
-    x, kernel = normal(count, 2, 3, 8), normal(24, 20, seed=1).reshape((3, 8, 5, 4) if axis != -1 else (24, 5, 4))
-    x = x if axis != -1 else x.reshape(count, 2, 24)
-    layer = dense((5, 4), ("heads", "head_dim", "embed"), CONFIG, axis=axis)
-    expected = layer.apply({"params": {"kernel": kernel}}, x)
-    rows = kernel.reshape(24, 20).T
-    np.testing.assert_allclose(layer.apply({"params": {"rows": rows}}, x), expected, rtol=0, atol=1e-5)
-    scaled = layer.apply({"params": {"rows": rows, "scale": np.full((5, 4), 2, np.float32)}}, x)
-    np.testing.assert_allclose(scaled, 2 * expected, rtol=0, atol=2e-5)
-
-
 @pytest.mark.parametrize("bias", [True, False])
-def test_gelu_mlp_is_the_erf_form(bias):
+def test_gelu_mlp_uses_erf(bias):
     module, x = GeluMlp(CONFIG, 32, bias), normal(3, 24) * 2
     ours, params = run(module, x)
     assert ("bias" in params["up"]) == ("bias" in params["down"]) == bias
@@ -239,7 +226,7 @@ def test_gelu_mlp_is_the_erf_form(bias):
     for approximate, same in (("none", True), ("tanh", False)):
         hidden = torch.nn.functional.gelu(torch.from_numpy(x) @ kernels[0], approximate=approximate)
         difference = np.abs(ours - (hidden @ kernels[1]).numpy()).max()
-        assert (difference < 2e-6) == same, difference  # measured 5e-7; the tanh form is 1e-3 away
+        assert (difference < 2e-6) == same, difference  # measured 5e-7; tanh differs by 1e-3
 
 
 def test_dropout_of_the_mlp_needs_a_key_and_scales():
@@ -254,14 +241,14 @@ def test_dropout_of_the_mlp_needs_a_key_and_scales():
 
 
 def products(f, *args) -> list[str]:
-    """The matrix products of the lowered function, a line each."""
+    """Return the lines of the lowered function that are matrix products."""
     text = jax.jit(f).lower(*args).as_text()
     return [line for line in text.splitlines() if "dot_general" in line]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_float32_products_are_asked_for_in_full_precision(dtype):
-    """TPUs and Ampere GPUs would multiply float32 in fewer bits otherwise. Backward products included."""
+def test_float32_products_have_full_precision(dtype):
+    """By default TPUs and Ampere GPUs use fewer bits. Backward products are included."""
     config = vit3d.ViTConfig(width=24, dtype=dtype)
     mlp, linear = GeluMlp(config, 32, True), dense((2, 8), ("embed", "heads", "head_dim"), config)
     x = jnp.ones((1, 4, 24), dtype)
@@ -282,10 +269,10 @@ def test_float32_products_are_asked_for_in_full_precision(dtype):
 
 
 def block_stack(remat: str):
-    """Two blocks over 64 tokens: the stack as a function of its parameters, and those."""
+    """Return two blocks over 64 tokens as a function of their parameters, and the parameters."""
     config = vit3d.ViTConfig(width=24, num_layers=2, num_heads=2, head_dim=8, mlp_width=32, dropout=0.0)
     x, segments = jnp.asarray(normal(1, 64, 24)), np.array([[1] * 30 + [2] * 30 + [0] * 4])
-    stack = scan_blocks(vit3d.Block, 2, remat)(config)
+    stack = scan_blocks(vit3d.EncoderBlock, 2, remat)(config)
     params = jax.eval_shape(stack.init, jax.random.key(0), x, segments)
     params = jax.tree.map(lambda s: jnp.asarray(normal(*s.shape, seed=s.size) / 4), nn.unbox(params))
     return lambda p: stack.apply(p, x, segments)[0], params
@@ -300,7 +287,7 @@ def block_gradients(remat: str):
 @pytest.mark.parametrize("remat", sorted(REMAT_POLICIES.keys() - {"none"}))
 def test_remat_does_not_change_numbers(remat):
     scale = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(block_gradients("none")))
-    # The same sums, fused otherwise: measured 6e-8.
+    # The same sums with other fusions: measured 6e-8.
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a / scale, b / scale, atol=1e-6),
         block_gradients(remat),
@@ -308,8 +295,8 @@ def test_remat_does_not_change_numbers(remat):
     )
 
 
-def test_remat_policies_save_what_their_names_say():
-    """Numbers kept for the backward pass, from least to most."""
+def test_remat_policies_save_the_intermediates_they_name():
+    """Compare the number of values saved for the backward pass."""
     kept = {}
     for remat in REMAT_POLICIES:
         stack, params = block_stack(remat)

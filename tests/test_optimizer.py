@@ -1,4 +1,4 @@
-"""The optimizer: rates, decay, parts that do not learn, Muon."""
+"""The optimizer: learning rate factors, weight decay, frozen parts, Muon."""
 
 import functools
 
@@ -24,7 +24,7 @@ def tree(value=1.0):
     }
 
 
-def test_rates_by_the_longest_path():
+def test_the_longest_matching_path_sets_the_rate():
     config = OptimizerConfig(
         learning_rate=1.0,
         warmup_steps=0,
@@ -43,7 +43,7 @@ def test_rates_by_the_longest_path():
     }
 
 
-def test_decay_spares_norms_and_biases():
+def test_norms_and_biases_do_not_decay():
     config = OptimizerConfig(learning_rate=1.0, warmup_steps=0, weight_decay=0.1, clip=0)
     transform = optimizer(config, tree())
     updates, _ = transform.update(tree(0.0), transform.init(tree()), tree())
@@ -52,7 +52,7 @@ def test_decay_spares_norms_and_biases():
     assert moved["llama/norm/scale"] == moved["vit/embedding/projection/bias"] == 0
 
 
-def test_clipping_warm_up_and_the_first_moments_dtype():
+def test_clipping_warm_up_and_dtype_of_the_first_moment():
     config = OptimizerConfig(learning_rate=1.0, warmup_steps=2, final=0.5, mu_dtype="bfloat16")
     np.testing.assert_allclose(learning_rates(config, 10)[[0, 1, 2, 6]], [0, 0.5, 1, 0.75], atol=1e-6)
     state = optimizer(config, tree()).init(tree())
@@ -71,16 +71,22 @@ def test_split_and_merge():
     [
         (
             lambda: split(tree(), ("lama",)),
-            r"frozen: no parameter is below 'lama' \(did you mean llama\?\); parts: llama, vit",
+            r"frozen: no parameter matches 'lama' \(did you mean llama\?\); parts: llama, vit",
         ),
-        (lambda: split(tree(), ("vit", "llama")), "leaves nothing to learn"),
+        (lambda: split(tree(), ("vit", "llama")), "freezes all parameters: leave a part trainable"),
         (lambda: optimizer(OptimizerConfig(rates={"vit/embeding": 1.0}), tree()), "did you mean vit/embedding"),
-        (lambda: learning_rates(OptimizerConfig(warmup_steps=10), 10), "warmup_steps 10 is not below train.steps 10"),
-        (lambda: OptimizerConfig(learning_rate=-1.0, mu_dtype="int8"), "learning_rate is -1.0; .*mu_dtype is 'int8'"),
-        (lambda: OptimizerConfig(method="adam"), "method is 'adam'; known: adamw, muon"),
+        (
+            lambda: learning_rates(OptimizerConfig(warmup_steps=10), 10),
+            r"warmup_steps must be below the 10 steps of the run \(got 10\)",
+        ),
+        (
+            lambda: OptimizerConfig(learning_rate=-1.0, mu_dtype="int8"),
+            r"learning_rate must be above 0 \(got -1.0\); .*mu_dtype must be one of .* \(got 'int8'\)",
+        ),
+        (lambda: OptimizerConfig(method="adam"), r"method must be one of adamw, muon \(got 'adam'\)"),
         (
             lambda: optimizer(MUON, {"vit": {"blocks": {"gate_": {"kernel": jnp.ones((1, 2, 2))}}}}),
-            "axes of vit/blocks/gate_",
+            "no Muon axes for vit/blocks/gate_",
         ),
     ],
 )
@@ -94,7 +100,7 @@ def test_bad_settings(make, words):
 
 @functools.cache
 def moved(data=1, fsdp=1, tensor=1):
-    """What two steps of Muon along the same gradients change in the tiny model: path -> (change, gradient)."""
+    """Take two Muon steps with the same gradients on the tiny model: path -> (change, gradient)."""
     devices = data * fsdp * tensor
     mesh = sharding.make_mesh(data, fsdp, tensor, devices=jax.devices()[:devices])
     abstract, transform, _ = train_step.abstract_state(packed.CONFIG, MUON, mesh)
@@ -118,7 +124,7 @@ def is_matrix(path):
     return "/blocks/" in path and path.endswith("/kernel")
 
 
-def test_muon_moves_the_matrices_of_the_blocks_by_an_orthogonal_matrix():
+def test_muon_updates_matrices_by_an_orthogonal_matrix():
     muon = moved()
     assert sum(map(is_matrix, muon)) == 16
     for path, split_at in (
@@ -130,13 +136,13 @@ def test_muon_moves_the_matrices_of_the_blocks_by_an_orthogonal_matrix():
             rows = int(np.prod(change.shape[:split_at]))
             u, _, v = np.linalg.svd(gradient.reshape(rows, -1), full_matrices=False)
             step = change.reshape(rows, -1) / (2 * 0.2 * max(rows, change.size // rows) ** 0.5)
-            # Newton and Schulz bring singular values to about 1: Jordan's coefficients to 0.7 to 1.2.
+            # Newton-Schulz with Jordan's coefficients brings singular values to 0.7 to 1.2.
             seen = u.T @ step @ v.T
             assert 0.6 < np.diag(seen).min() and np.diag(seen).max() < 1.3, path
             assert np.abs(seen - np.diag(np.diag(seen))).max() < 0.02, path
 
 
-def test_muon_takes_query_key_and_value_of_one_kernel_apart():
+def test_muon_treats_query_key_and_value_as_separate_matrices():
     change, gradient = (x[0] for x in moved()["vit/blocks/qkv/kernel"])  # [width, 3, heads, head_dim]
     for i in range(3):
         u, _, v = np.linalg.svd(gradient[:, i].reshape(len(gradient), -1), full_matrices=False)
@@ -144,7 +150,7 @@ def test_muon_takes_query_key_and_value_of_one_kernel_apart():
         assert seen.min() > 0.5 * seen.max(), i
 
 
-def test_muon_keeps_one_moment_for_matrices_and_lies_where_they_lie():
+def test_muon_has_one_moment_per_matrix_with_the_same_sharding():
     mesh = sharding.make_mesh(2, 2, 2)
     abstract, *_ = train_step.abstract_state(packed.CONFIG, MUON, mesh)
     learning, found = flatten(abstract["params"]), {}
@@ -157,7 +163,7 @@ def test_muon_keeps_one_moment_for_matrices_and_lies_where_they_lie():
     assert {name: len(x) for name, x in found.items()} == {name: 1 if is_matrix(name) else 2 for name in learning}
 
 
-def test_what_is_no_matrix_moves_by_nadam():
+def test_other_parameters_are_updated_by_nadam():
     changes = {path: change for path, change in moved().items() if not is_matrix(path)}
     gradients = {path: gradient for path, (_, gradient) in changes.items()}
     adam = optax.scale_by_adam(MUON.b1, MUON.b2, MUON.eps, nesterov=True)

@@ -39,7 +39,7 @@ make = jax.jit(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstr
                out_shardings=train_step.shardings_of(abstract)).lower().compile()
 batch = {k: jax.device_put(jnp.ones(x.shape, x.dtype), train_step.batch_sharding(mesh))
          for k, x in estimate.abstract_batch(config).items()}
-rate = train_step.place_rate(np.float32(1e-3), mesh)
+rate = train_step.put_rate(np.float32(1e-3), mesh)
 open("/proc/self/clear_refs", "w").write("5")
 before = kilobytes("VmRSS")
 state = make()

@@ -1,4 +1,4 @@
-"""The whole network: its full size and its config; neither scan, remat, mesh nor size changes what it computes."""
+"""The network: full size, config, and equal results with scan, remat, meshes and other sizes."""
 
 import dataclasses
 import functools
@@ -33,17 +33,17 @@ from radfm_jax.runtime.sharding import batch_sharding, make_mesh, param_sharding
 
 PARAMS = parity.recipe_params(CONFIG)
 
-# Tolerances beside the worst that was measured, on the CPU.
+# Tolerances with the largest error measured on a CPU.
 ATOL = 2e-5  # outputs: scan 5e-6, remat 0, meshes 3e-6 (values are of order 1, logits up to 10)
-LOSS_RTOL = 1e-6  # meshes 1.1e-7, rows turned 2.2e-7
-GRADS = 2e-5  # of a tensor's largest value: remat 8e-7, rows turned 6e-7
-MESH_GRADS = 5e-5  # likewise: 5.3e-6 with XLA's fusions, 2.1e-5 without, as the tests are compiled
+LOSS_RTOL = 1e-6  # meshes 1.1e-7, rows reversed 2.2e-7
+GRADS = 2e-5  # of a tensor's largest value: remat 8e-7, rows reversed 6e-7
+MESH_GRADS = 5e-5  # likewise: 5.3e-6 with XLA's fusions, 2.1e-5 without (these tests)
 PYTORCH_GRADS = 3e-4  # likewise: 6.3e-5
 PYTORCH_NOISE = 8  # times the largest error of PyTorch's own float32: 3.0, with XLA's fusions 4.2
 
 
 def assert_close_trees(ours, theirs, to_peak: float):
-    """Each tensor within `to_peak` times the largest absolute value that it should have."""
+    """Check that each tensor's error is within `to_peak` times its expected largest absolute value."""
     for (path, a), (_, b) in zip(*(jax.tree_util.tree_leaves_with_path(t) for t in (ours, theirs)), strict=True):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         np.testing.assert_allclose(a, b, rtol=0, atol=to_peak * np.abs(b).max(), err_msg=jax.tree_util.keystr(path))
@@ -51,7 +51,7 @@ def assert_close_trees(ours, theirs, to_peak: float):
 
 @functools.cache
 def eight_rows() -> dict:
-    """Eight packed rows, each with other samples and other scans."""
+    """Return eight packed rows with different samples and scans."""
     names = ["ABCD", "BDC", "C", "AD", "CA", "DBA", "B", "CDAC"]
     shapes = {"cxr": (8, 8, 1), "ct": (8, 4, 4), "mr": (4, 12, 4)}
     rows = []
@@ -63,7 +63,7 @@ def eight_rows() -> dict:
 
 @functools.cache
 def plain_run():
-    """Losses and gradients of the eight rows on one device."""
+    """Return losses and gradients of the eight rows on one device."""
     return jax.device_get(parity.step(CONFIG)(PARAMS, eight_rows()))
 
 
@@ -90,7 +90,7 @@ def test_full_size_shapes():
 
 
 def test_full_size_parameters():
-    """The released state_dict, its unused parts left out and its tied table counted once."""
+    """Count the released state_dict without unused parts, and its tied table once."""
     params = nn.unbox(abstract_params(radfm_14b()))
     count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))  # noqa: E731
     assert {part: count(tree) for part, tree in params.items()} == {
@@ -105,7 +105,7 @@ def test_full_size_parameters():
 
 
 def test_full_size_is_sharded():
-    """Nothing larger than a megabyte lies whole on each of 32 devices in the mesh of the paper's runs."""
+    """On 32 devices with the mesh of the paper's runs, no array over a megabyte is replicated."""
     mesh = jax.sharding.AbstractMesh((1, 32, 1), ("data", "fsdp", "tensor"))
     shardings, notes = param_shardings(abstract_params(radfm_14b()), mesh)
     shapes = nn.unbox(abstract_params(radfm_14b()))
@@ -117,13 +117,13 @@ def test_full_size_is_sharded():
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_config_there_and_back(name):
+def test_config_round_trip(name):
     config = PRESETS[name]()
     scaling = decoder.RopeScaling(factor=4.0, original_context=64)
     scaled = dataclasses.replace(config, llama=dataclasses.replace(config.llama, rope_scaling=scaling))
     for c in (config, scaled, config.with_compute(dtype="bfloat16", remat="dots")):
         assert RadFMConfig.from_dict(c.to_dict()) == c
-        again = RadFMConfig.from_dict(json.loads(json.dumps(c.to_dict())))  # JSON has lists for tuples
+        again = RadFMConfig.from_dict(json.loads(json.dumps(c.to_dict())))  # JSON turns tuples into lists
         assert again == c and hash(again) == hash(c)
     assert RadFMConfig.from_dict({}) == radfm_14b()
 
@@ -139,12 +139,12 @@ def test_config_names_every_unknown_field():
         assert name in str(error.value)
 
 
-def test_config_refuses_sizes_that_do_not_fit():
+def test_config_rejects_inconsistent_sizes():
     with pytest.raises(ValueError, match="vision width 24 and perceiver width 48"):
         RadFMConfig(tiny().vision, dataclasses.replace(tiny().perceiver, width=48), tiny().llama)
     with pytest.raises(ValueError, match="vision width 25"):
         dataclasses.replace(tiny().vision, width=25)
-    with pytest.raises(ValueError, match="4 query heads cannot share 3"):
+    with pytest.raises(ValueError, match=r"llama.num_heads \(4\) must be a multiple of num_kv_heads \(3\)"):
         dataclasses.replace(tiny().llama, num_kv_heads=3)
     with pytest.raises(ValueError, match="remat policy 'ful' is unknown: choose one of full, attention"):
         abstract_params(tiny().with_compute(remat="ful"))
@@ -166,8 +166,8 @@ def fresh_params():
     return jax.device_get(jax.jit(functools.partial(init_params, CONFIG))(jax.random.key(3)))
 
 
-def test_parameters_are_made_as_announced():
-    """`init_params` makes the tree of `abstract_params`: norms are 1, biases but one 0, every layer differs."""
+def test_parameters_match_their_abstract_tree():
+    """`init_params` returns the tree of `abstract_params`: norms 1, all biases but one 0, different layers."""
     params, kind = fresh_params(), lambda x: (x.shape, x.dtype)
     assert jax.tree.map(kind, params) == jax.tree.map(kind, nn.unbox(abstract_params(CONFIG)))
     leaves = jax.tree_util.tree_leaves_with_path(params)
@@ -176,7 +176,7 @@ def test_parameters_are_made_as_announced():
         if name == "vit/embedding/projection/bias":
             assert leaf.std() == pytest.approx(0.5, rel=0.3)
         elif name == "vit/embedding/projection/kernel":
-            assert not (leaf[0] == leaf[1:]).all(axis=0).any()  # what it does: test_fresh_filters_are_smooth
+            assert not (leaf[0] == leaf[1:]).all(axis=0).any()  # see test_fresh_filters_are_smooth
         elif name.endswith(("scale", "bias")):
             assert (leaf == name.endswith("scale")).all(), name
         elif name.endswith("_positions"):
@@ -188,7 +188,7 @@ def test_parameters_are_made_as_announced():
 
 
 def test_fresh_filters_are_smooth():
-    """Patches of deviation 1 through fresh filters: a blob and a ramp keep it, noise all but vanishes."""
+    """Fresh filters keep the deviation of a blob and a ramp, and almost remove noise."""
     config = vit3d.ViTConfig()
     filters = vit3d.smooth_filters(config)(jax.random.key(0), (config.patch_size, config.width), jnp.float32)
     y, x = np.mgrid[-1:1:32j, -1:1:32j]
@@ -201,15 +201,15 @@ def test_fresh_filters_are_smooth():
     assert 0.6 < seen(blob) < 1.2 and 0.6 < seen(x) < 1.2 and seen(noise) < 0.1, (seen(blob), seen(x), seen(noise))
 
 
-# --- what must not change the numbers ---------------------------------------------------------------------------------
+# --- equal results ----------------------------------------------------------------------------------------------------
 
 
 def layer(params: dict, i: int) -> dict:
     return {"params": jax.tree.map(lambda x: x[i], params)}
 
 
-def test_one_channel_stands_for_three_equal_ones():
-    """Outputs and gradients of the patch embedding: the same function, the kernel summed over the channels."""
+def test_one_channel_equals_three_equal_ones():
+    """Compare outputs and gradients of the patch embedding."""
     batch = {k: jnp.asarray(v) for k, v in packed.row(SAMPLES.values(), **SIZES).items()}
     gray = batch["plane_index"][..., :1]
 
@@ -229,7 +229,7 @@ def test_one_channel_stands_for_three_equal_ones():
     assert_close_trees(of_folded, of_whole, to_peak=GRADS)
 
 
-def test_scanned_stacks_are_their_blocks_one_by_one():
+def test_scanned_stacks_equal_separate_blocks():
     batch = {k: jnp.asarray(v) for k, v in packed.row(SAMPLES.values(), **SIZES).items()}
     logits, out = jax.jit(lambda p, b: RadFM(CONFIG).apply({"params": p}, b))(PARAMS, batch)
 
@@ -239,13 +239,13 @@ def test_scanned_stacks_are_their_blocks_one_by_one():
     b, r, p, width = x.shape
     x, segments = x.reshape(b * r, p, width), batch["patch_segments"].reshape(b * r, p)
     for i in range(CONFIG.vision.num_layers):
-        x, _ = vit3d.Block(CONFIG.vision).apply(layer(PARAMS["vit"]["blocks"], i), x, segments)
+        x, _ = vit3d.EncoderBlock(CONFIG.vision).apply(layer(PARAMS["vit"]["blocks"], i), x, segments)
     np.testing.assert_allclose(x.reshape(b, r, p, width), out["vit"], rtol=0, atol=ATOL)
 
     own = PARAMS["perceiver"]
     x = jnp.broadcast_to(own["latents"], (*batch["scan_rows"].shape, *own["latents"].shape))
     for i in range(CONFIG.perceiver.num_layers):
-        block = perceiver.Block(CONFIG.perceiver)
+        block = perceiver.ResamplerBlock(CONFIG.perceiver)
         rows = jnp.maximum(batch["scan_rows"], 0)
         x, _ = block.apply(layer(own["blocks"], i), x, out["vit"], batch["patch_segments"], rows)
     x = nn.LayerNorm(epsilon=1e-5).apply({"params": own["norm"]}, x)
@@ -255,13 +255,13 @@ def test_scanned_stacks_are_their_blocks_one_by_one():
     x, rope = out["embeddings"], decoder.rope_table(batch["positions"], c)
     seen = jnp.where(batch["key_ok"] | (batch["segments"] == 0), batch["segments"], -1)
     for i in range(c.num_layers):
-        x, _ = decoder.Block(c).apply(layer(own["blocks"], i), x, rope, batch["segments"], seen)
+        x, _ = decoder.DecoderBlock(c).apply(layer(own["blocks"], i), x, rope, batch["segments"], seen)
     x = nn.RMSNorm(epsilon=c.norm_eps).apply({"params": own["norm"]}, x)
     np.testing.assert_allclose(x @ own["head"], logits, rtol=0, atol=ATOL)
 
 
 @pytest.mark.parametrize("remat", [name for name in REMAT_POLICIES if name != CONFIG.llama.remat])
-def test_remat_changes_nothing(remat):
+def test_remat_does_not_change_results(remat):
     (loss, out), grads = plain_run()
     (other_loss, other_out), other_grads = parity.step(CONFIG.with_compute(remat=remat))(PARAMS, eight_rows())
     np.testing.assert_allclose(other_loss, loss, rtol=LOSS_RTOL)
@@ -286,14 +286,14 @@ def test_bfloat16():
 def test_dropout():
     config = dataclasses.replace(CONFIG, vision=dataclasses.replace(CONFIG.vision, dropout=0.3))
     run = parity.step(config)
-    # Without a key nothing is dropped: the program is that of a model without dropout, to the letter.
+    # Without a key the program is exactly that of a model without dropout.
     assert run.lower(PARAMS, eight_rows()).as_text() == parity.step(CONFIG).lower(PARAMS, eight_rows()).as_text()
     (off, out), _ = plain_run()
     first, again, other = (run(PARAMS, eight_rows(), jax.random.key(i)) for i in (0, 0, 1))
     jax.tree.map(np.testing.assert_array_equal, first, again)
     losses = [float(x[0][0]) for x in (first, other)]
     assert np.isfinite(losses).all() and len({*losses, float(off)}) == 3
-    # The language model drops nothing: rows whose samples show no scan lose what they lost.
+    # The language model has no dropout: losses of rows without scans are equal.
     text = eight_rows()["scan_rows"].max(axis=1) < 0
     assert text.sum() == 1
     np.testing.assert_allclose(first[0][1]["token_loss"][text], out["token_loss"][text], rtol=0, atol=ATOL)
@@ -301,8 +301,8 @@ def test_dropout():
     assert (seen[~text] > 1e-3).all()
 
 
-def test_rows_do_not_meet():
-    """The rows in another order, and one of them replaced: the losses of the others keep their bits."""
+def test_rows_are_independent():
+    """With rows reordered or one replaced, the losses of the others keep their bits."""
     (loss, out), grads = plain_run()
     run, rows = parity.step(CONFIG), eight_rows()
     (turned_loss, turned), turned_grads = run(PARAMS, {k: v[::-1] for k, v in rows.items()})
@@ -317,7 +317,7 @@ def test_rows_do_not_meet():
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2)], ids=str)
 def test_meshes(shape):
-    """Data, fsdp and tensor parallel: the loss and every gradient are those of one device."""
+    """With data, fsdp and tensor parallelism, the loss and all gradients match one device."""
     (loss, out), grads = plain_run()
     mesh = make_mesh(*shape)
     shardings, notes = param_shardings(abstract_params(CONFIG), mesh)
@@ -339,8 +339,8 @@ def test_meshes(shape):
     assert_close_trees(mesh_grads, grads, to_peak=MESH_GRADS)
 
 
-def test_parameters_are_born_sharded():
-    """Each device makes its share, and the numbers do not depend on who made them."""
+def test_parameters_are_created_sharded():
+    """Each device creates its shards, and values do not depend on the mesh."""
     mesh = make_mesh(2, 2, 2)
     shardings, _ = param_shardings(abstract_params(CONFIG), mesh)
     with jax.set_mesh(mesh):
@@ -353,7 +353,7 @@ def test_parameters_are_born_sharded():
     jax.tree.map(close, jax.device_get(params), fresh_params())
 
 
-# --- parity at sizes that no golden case has --------------------------------------------------------------------------
+# --- parity at sizes without a golden case ----------------------------------------------------------------------------
 
 
 def drawn_sizes(rng) -> golden.Sizes:
@@ -385,8 +385,8 @@ def drawn_sizes(rng) -> golden.Sizes:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_any_size_agrees_with_pytorch(seed):
-    """Two samples of two scans with H != W and D > 1, an attention mask with holes, gradients of every parameter."""
+def test_any_size_matches_pytorch(seed):
+    """Two samples of two scans with H != W and D > 1, a mask with holes, and gradients of all parameters."""
     rng = np.random.default_rng(seed)
     sizes = drawn_sizes(rng)
     height, width, depth = (step * n for step, n in zip(sizes.patch, (2, 3, 2), strict=True))
@@ -396,7 +396,7 @@ def test_any_size_agrees_with_pytorch(seed):
     image = lambda s: [v, *range(v + 2 + n * s, v + 2 + n * (s + 1)), v + 1]  # noqa: E731
     rows = [
         [1, *image(0), *text(3), *image(1), *text(5), 2],
-        [1, *text(2), *image(1), *text(3), *image(0), *text(2)],  # the scans in the other order
+        [1, *text(2), *image(1), *text(3), *image(0), *text(2)],  # scans in reverse order
     ]
     length = max(map(len, rows)) + 2
     ids = np.array([[*row, *[0] * (length - len(row))] for row in rows], np.int32)
@@ -426,7 +426,7 @@ def test_any_size_agrees_with_pytorch(seed):
 
     out["embeds"], out["token_loss"] = out["embeddings"], out["token_loss"][:, :-1]
     for key in ("vit", "perceiver", "visual_tokens", "embeds", "logits", "token_loss"):
-        noise = np.abs(theirs[key] - exact[key]).max()  # how far rounding carries these sizes and weights
+        noise = np.abs(theirs[key] - exact[key]).max()  # rounding error of PyTorch's float32
         close = functools.partial(np.testing.assert_allclose, rtol=0, atol=PYTORCH_NOISE * noise, err_msg=key)
         close(out[key].reshape(exact[key].shape), exact[key])
     np.testing.assert_allclose(loss, exact_loss.item(), rtol=LOSS_RTOL)

@@ -1,4 +1,4 @@
-"""One page of a chain of runs."""
+"""The HTML page about consecutive runs."""
 
 import base64
 import json
@@ -10,6 +10,7 @@ from PIL import Image
 
 from radfm_jax.evaluate import exact_match
 from radfm_jax.evaluate.exact_match import ExactMatch
+from radfm_jax.runtime import console
 from radfm_jax.training import display, run_summary
 
 
@@ -24,18 +25,16 @@ def run(tmp_path):
         lines.append({"step": step, "train/loss": 1 / step, **now})
     lines.append({"step": 20, "eval/all/loss": 0.125})
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    display.curves(workdir)
+    display.draw_curves(workdir)
     return workdir
 
 
-def test_lines_are_shown_as_they_are(capsys, tmp_path):
-    """Rows, paths and settings with square brackets are no markup."""
+def test_brackets_are_not_markup(capsys, tmp_path):
+    """Square brackets in rows, paths and settings are not read as markup."""
     line = "settings that differ: data.sources=[pmc_vqa, vqa], [/x] in [red]a[/red]"
-    display.say(line)
-    shown = display.Display(tmp_path, 0, 1, active=False)
-    shown.console.width = 200
-    shown.say(line)
-    assert capsys.readouterr().err == f"{line}\n{line}\n"
+    console.log(line)
+    display.Display(tmp_path, 0, 1, active=False).record(1, {}, line)
+    assert capsys.readouterr().err == f"{line}\nstep 1/1  {line}\n"
 
 
 def page(tmp_path, run, *more) -> str:
@@ -43,7 +42,7 @@ def page(tmp_path, run, *more) -> str:
     return (tmp_path / "page.html").read_text()
 
 
-def test_the_stages_without_their_first_line(tmp_path, run):
+def test_runs_without_their_first_speed(tmp_path, run):
     text = page(tmp_path, run, "--note", "<drawn>", "--place", "weights=out/pytorch")
     assert "Not for clinical use" in text and "&lt;drawn&gt;" in text and "<code>out/pytorch</code>" in text
     row = re.search(r"<tr><td>align</td>.*?</tr>", text).group()
@@ -53,7 +52,7 @@ def test_the_stages_without_their_first_line(tmp_path, run):
     assert base64.b64decode(picture) == (run / "curves.png").read_bytes()
 
 
-def test_scores_stand_beside_their_control(tmp_path, run):
+def test_scores_with_their_control(tmp_path, run):
     own = [ExactMatch("vqa", str(i), None, "vqa", "Side?", "left", i < 9) for i in range(10)]
     other = [ExactMatch("vqa", str(i), None, "vqa", "Side?", "left", i < 5, "another") for i in range(10)]
     exact_match.write(own + other, tmp_path / "scores")
@@ -61,7 +60,7 @@ def test_scores_stand_beside_their_control(tmp_path, run):
     assert re.search(r"<td>vqa</td>.*?90\.0%.*?59\.6% to 98\.2%.*?90\.0%.*?50\.0%", text), text[-900:]
 
 
-def test_answers_beside_what_the_model_saw(tmp_path, run):
+def test_answers_with_scans_as_the_model_saw_them(tmp_path, run):
     Image.fromarray(np.arange(64 * 64, dtype=np.uint8).reshape(64, 64)).save(tmp_path / "a.png")
     prepared = {"preprocess": "paper", "size_2d": 64, "size_3d": 32, "depth": 8, "num_latents": 4, "text_length": 64}
     questions = [
@@ -75,9 +74,9 @@ def test_answers_beside_what_the_model_saw(tmp_path, run):
     text = page(tmp_path, run, *more)
     assert "answer: <b>&lt;b&gt;right</b><br>reference: <b>left</b>" in text
     assert "answer: <b>no answer</b></div>" in text and "&lt;image-1&gt; Big?" in text
-    assert len(re.findall("data:image/png", text)) == 2  # curves, and the one scan that was answered about
+    assert len(re.findall("data:image/png", text)) == 2  # the curves, and the scan of the answered question
 
 
-def test_a_run_that_is_none(tmp_path, capsys):
+def test_a_directory_without_a_run(tmp_path, capsys):
     assert run_summary.main(["--runs", str(tmp_path / "none"), "--out", str(tmp_path / "page.html")]) == 2
     assert "none" in capsys.readouterr().err and not (tmp_path / "page.html").exists()

@@ -1,4 +1,4 @@
-"""The PyTorch oracles of the tests are right: RadFM against the golden files, LLaMA variants against themselves."""
+"""The PyTorch oracles of the tests: RadFM against the golden files, LLaMA variants against each other."""
 
 import dataclasses
 import hashlib
@@ -17,12 +17,12 @@ WEIGHT_DIGESTS = {
     "p1_2d_s1": "f6ea8f570c4b1b7595260898170a02fc6511beffd9e699262fe543c7634e5860",
     "p8_vis48_2d_s2": "c1dd0ff636a67f1eb66b3ebd340b3d0ac617f7b8626368e91b0b2b8a9565abd8",
 }
-"""sha256 of names and values of all weights at the two sizes the golden files were made at."""
+"""SHA-256 of the names and values of all weights, at the two sizes of the golden files."""
 
 LOSSES = ("reg", "hf")
 
 WITHOUT_GRADIENTS = ("p3_3d_s3_d64",)
-"""Cases whose gradients are left out: three scans of 1,024 patches take more time and memory than all others."""
+"""Cases without gradients: three scans of 1,024 patches take more time and memory than all others."""
 
 
 def _ids(array: np.ndarray) -> torch.Tensor:
@@ -37,7 +37,7 @@ def _close(ours: torch.Tensor | np.ndarray, theirs: np.ndarray, atol: float) -> 
 
 @pytest.fixture(scope="module", params=golden.CASES)
 def run(request):
-    """One golden case, its model, and the model's outputs with their graph (save WITHOUT_GRADIENTS)."""
+    """A golden case, its model, and the model's outputs, with their graph unless in WITHOUT_GRADIENTS."""
     case = golden.load(request.param)
     model = torch_radfm.of_golden(case.name)
     vision = torch.from_numpy(golden.vision(case))
@@ -145,7 +145,7 @@ def test_names_and_shapes(name):
 
 
 def test_other_sizes():
-    """Sizes that no golden case has: a build repeats itself, and scans and samples do not leak into each other."""
+    """At sizes without a golden case, weights are reproducible, and scans and samples are independent."""
     sizes = golden.Sizes(
         vocab=11,
         hidden=16,
@@ -202,7 +202,7 @@ def test_other_sizes():
 
 
 def test_llm_masking_by_transformers_agrees():
-    """Where the installed transformers are given a plain mask, tokens that are not masked get the same logits."""
+    """With a plain mask, the installed transformers give unmasked tokens the same logits."""
     model = torch_radfm.of_golden("p4_b2s2_2d_pad")
     case = golden.load("p4_b2s2_2d_pad")
     embeds, mask = torch.from_numpy(case["input_embeds"]), torch.from_numpy(case["attention_mask"])
@@ -239,7 +239,7 @@ def test_llama_variants(name, tmp_path):
 
 
 def test_llama_variants_differ():
-    """What is special about RoPE in a variant matters at the lengths of these tests: without it the logits differ."""
+    """Without a variant's RoPE settings the logits differ at the lengths of these tests."""
     ids = np.random.default_rng(5).integers(0, 64, (1, 20))
     plain = {"rope_type": "default", "rope_theta": 500000.0}
     changes = {

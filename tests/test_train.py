@@ -1,4 +1,4 @@
-"""The loop: a run that is ended and started again is the run that was not, bit by bit."""
+"""The training loop: an interrupted and resumed run equals an uninterrupted one bit by bit."""
 
 import dataclasses
 import io
@@ -27,9 +27,10 @@ from radfm_jax.models.decoder import DecoderConfig
 from radfm_jax.models.perceiver import PerceiverConfig
 from radfm_jax.models.radfm import RadFMConfig
 from radfm_jax.models.vit3d import ViTConfig
-from radfm_jax.training import display, loop
+from radfm_jax.runtime import console
+from radfm_jax.training import display, evaluation, loop
+from radfm_jax.training.eval_answers import EvalAnswers
 from radfm_jax.training.experiment import CheckpointConfig, Experiment, TrainConfig
-from radfm_jax.training.held_out_questions import HeldOutAnswers
 from radfm_jax.training.optimizer import OptimizerConfig
 
 MODEL = RadFMConfig(
@@ -41,7 +42,7 @@ MODEL = RadFMConfig(
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once(tmp_path_factory):
-    """Every start compiles the same two programs: the second finds them on the disk."""
+    """Cache the two programs that every start compiles on disk."""
     before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("cache")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -66,17 +67,17 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(config, tmp_path_factory):
-    """An unbroken run."""
+    """An uninterrupted run."""
     workdir = tmp_path_factory.mktemp("whole") / "run"
     assert loop.train(config, workdir) == 0
     return workdir
 
 
 def record(workdir) -> tuple[list, list]:
-    """(metrics without what depends on the clock, samples of every step)."""
-    timeless = [{k: v for k, v in line.items() if not k.startswith("speed/")} for line in display.read(workdir)]
+    """Return (metrics without those that depend on time, samples of every step)."""
+    timeless = [{k: v for k, v in line.items() if not k.startswith("speed/")} for line in display.read_metrics(workdir)]
     for line in timeless:
-        line.pop("data/real_tokens", None)  # of this start alone
+        line.pop("data/real_tokens", None)  # counted from the last start
     rows = (workdir / "rows" / "0.jsonl").read_text().splitlines()
     return timeless, [json.loads(line) for line in rows]
 
@@ -86,8 +87,8 @@ def bits(workdir, step):
     return jax.tree.map(np.asarray, model.params)
 
 
-def test_a_run_that_is_done_is_left_alone(config, whole, monkeypatch, capfd):
-    """Started once more it compiles nothing and writes nothing."""
+def test_a_complete_run_is_unchanged(config, whole, monkeypatch, capfd):
+    """Another start compiles nothing and writes nothing."""
     before, changed = record(whole), (whole / "checkpoints").stat().st_mtime_ns
     monkeypatch.setattr(loop.Programs, "compile", lambda *_: pytest.fail("compiled again"))
     assert loop.train(config, whole) == 0
@@ -103,24 +104,26 @@ SLOW = [pytest.param(at, marks=pytest.mark.slow) for at in (2, 3)]
 
 
 @pytest.mark.parametrize("at", [*SLOW, 5, "asked"])
-def test_ended_by_a_signal_and_started_again(config, whole, tmp_path, monkeypatch, at):
-    """SIGTERM while step `at` is logged, or while the questions after step 3 are answered: exit code 75, everything
-    saved; the second start brings the same end."""
-    log, asking = display.Display.log, loop.Run.asking
+def test_interrupted_by_a_signal_and_resumed(config, whole, tmp_path, monkeypatch, at):
+    """SIGTERM while step `at` is logged, or while questions are answered after step 3: the run saves and exits with 75.
 
-    def signalled(self, step, values, shown=""):
-        log(self, step, values, shown)
+    The second start ends with the same bits.
+    """
+    log, check_stop = display.Display.record, evaluation.Evaluation.check_stop
+
+    def signalled(self, step, values, line=""):
+        log(self, step, values, line)
         if step == at and "train/loss" in values:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def signalled_while_asking(self, *args):
-        if at == "asked":
+    def signalled_while_answering(self, activity, watchdog):
+        if at == "asked" and activity.startswith("the answers"):
             os.kill(os.getpid(), signal.SIGTERM)
-        asking(self, *args)
+        check_stop(self, activity, watchdog)
 
     with monkeypatch.context() as patch:
-        patch.setattr(display.Display, "log", signalled)
-        patch.setattr(loop.Run, "asking", signalled_while_asking)
+        patch.setattr(display.Display, "record", signalled)
+        patch.setattr(evaluation.Evaluation, "check_stop", signalled_while_answering)
         assert loop.train(config, tmp_path / "run") == 75
     at = 3 if at == "asked" else at
     assert run_directory.steps(tmp_path / "run")[-1] in (at, at + 1)
@@ -130,8 +133,8 @@ def test_ended_by_a_signal_and_started_again(config, whole, tmp_path, monkeypatc
     assert compare.main([str(whole), str(tmp_path / "run"), "6"]) == 0
 
 
-def test_two_runs_are_told_apart(whole, tmp_path, capsys):
-    """What tests/slurm/run.sh compares with."""
+def test_compare_finds_differences(whole, tmp_path, capsys):
+    """tests/slurm/run.sh uses this comparison."""
     other = tmp_path / "other"
     shutil.copytree(whole, other)
     lines = (other / "metrics.jsonl").read_text().splitlines(keepends=True)
@@ -144,21 +147,21 @@ def test_two_runs_are_told_apart(whole, tmp_path, capsys):
     assert re.search("[1-9][0-9]* arrays differ", capsys.readouterr().out)
 
 
-def test_a_start_that_is_not_there_is_found_before_anything_is_compiled(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "Opening", lambda *_: pytest.fail("the data were opened"))
+def test_a_missing_init_from_is_reported_before_compilation(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "OpenSplits", lambda *_: pytest.fail("the data were opened"))
     absent = dataclasses.replace(config, checkpoint=CheckpointConfig(init_from=str(tmp_path / "nowhere")))
     with pytest.raises(ValueError, match="nowhere is not a directory"):
         loop.train(absent, tmp_path / "run")
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_the_line_of_a_narrow_terminal(tmp_path, monkeypatch, terminal):
-    """It says where the run stands, and cuts the rest; a log has lines, and no bar."""
+def test_progress_on_a_narrow_terminal(tmp_path, monkeypatch, terminal):
+    """The bar shows the step and cuts off the rest; a log has lines and no bar."""
     said = io.StringIO()
     narrow = Console(file=said, width=60, force_terminal=terminal, color_system=None)
-    monkeypatch.setattr(display, "Console", lambda **_: narrow)
+    monkeypatch.setattr(console, "stderr", narrow)
     shown = display.Display(tmp_path, 0, 500)
-    shown.log(20, {"train/loss": 0.5}, "loss 0.500  43.7 samples/s  1672 tokens/s/device  data wait 1%")
+    shown.record(20, {"train/loss": 0.5}, "loss 0.500  43.7 samples/s  1672 tokens/s/device  data wait 1%")
     shown.close()
     text = said.getvalue()
     if terminal:
@@ -167,25 +170,25 @@ def test_the_line_of_a_narrow_terminal(tmp_path, monkeypatch, terminal):
         assert text == "step 20/500  loss 0.500  43.7 samples/s  1672 tokens/s/device  data wait 1%\n"
 
 
-def test_tfds_is_imported_before_there_are_threads(config):
-    """Imported beside another thread, it gives that one lazy modules in the place of what it imports."""
+def test_tfds_is_imported_before_threads_start(config):
+    """During its import, other threads get lazy modules for their imports."""
     data = dataclasses.replace(config.data, records=True, workers=0)
     program = """
 import sys, threading
 from input_pipeline.config import DataConfig
-from radfm_jax.train import loop
+from radfm_jax.training import data
 def rows(*_, **__):
     assert threading.current_thread() is not threading.main_thread()
     return "tensorflow_datasets" in sys.modules
-loop.Rows = rows
-opened = loop.Opening(DataConfig.from_dict(eval(sys.argv[1])), {})
+data.Rows = rows
+opened = data.OpenSplits(DataConfig.from_dict(eval(sys.argv[1])), {})
 print(opened("train"), opened("test"))
 """
     command = [sys.executable, "-c", program, repr(data.to_dict())]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() == ["True"] * 2
 
 
-def test_what_a_run_leaves(config, whole):
+def test_files_of_a_run(config, whole):
     metrics, rows = record(whole)
     steps = [line["step"] for line in metrics if "train/loss" in line]
     assert steps == [1, 2, 3, 4, 5, 6] and [line["step"] for line in rows] == [0, 1, 2, 3, 4, 5]
@@ -202,8 +205,8 @@ def test_what_a_run_leaves(config, whole):
     assert logits.shape == (1, 3, 512)
 
 
-def test_held_out_questions_are_answered_in_words(config, whole):
-    """After every evaluation the same ones, and their scores are those that `evaluate` computes of the saved step."""
+def test_held_out_questions_are_answered(config, whole):
+    """Every evaluation has the same questions, and scores that `evaluate` computes from the saved step."""
     asked = {step: radbench.read_questions(whole / "answers" / str(step) / "questions.jsonl") for step in (3, 6)}
     assert asked[3] == asked[6] and {q.task for q in asked[6]} == {"modality", "vqa", "rationale", "diagnosis"}
     assert [q.dataset for q in asked[6]] == [name for name in sorted(config.data.test) for _ in range(2)]
@@ -212,7 +215,7 @@ def test_held_out_questions_are_answered_in_words(config, whole):
     answers = [json.loads(line) for line in (whole / "answers/6/answers.jsonl").read_text().splitlines()]
     assert [line["answer"] for line in answers] == [answer.text for answer in given]
     scored = scoring.score(asked[6], {q.row_id: Given(a.text) for q, a in zip(asked[6], given, strict=True)}, NoTerms())
-    logged = next(line for line in display.read(whole) if line["step"] == 6 and "eval/all/loss" in line)
+    logged = next(line for line in display.read_metrics(whole) if line["step"] == 6 and "eval/all/loss" in line)
     for task, metric in (("modality", "accuracy"), ("diagnosis", "f1"), ("vqa", "bleu"), ("rationale", "rouge")):
         expected = scoring.intervals(
             [s for s in scored if s.question.task == task], resamples=1, seed=0, by_study=False
@@ -223,18 +226,18 @@ def test_held_out_questions_are_answered_in_words(config, whole):
     assert [line["references"] for line in lines] == [list(q.references) for q in asked[6]]
 
 
-def test_questions_that_cannot_be_asked_are_told_before_anything_is_compiled(config, tmp_path, monkeypatch):
+def test_missing_questions_are_reported_before_compilation(config, tmp_path, monkeypatch):
     monkeypatch.setattr(loop.Programs, "compile", lambda *_: pytest.fail("compiled"))
     nothing = dataclasses.replace(config, data=dataclasses.replace(config.data, test={}))
-    with pytest.raises(ValueError, match="train.eval_answers: no test source .*data.test names none"):
+    with pytest.raises(ValueError, match="train.eval_answers: no test source .*data.test is empty"):
         loop.train(nothing, tmp_path / "run")
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(ValueError, match="one process alone can answer, and there are 2; set it to 0"):
-        HeldOutAnswers(config, tmp_path, None)
+    with pytest.raises(ValueError, match="generation needs a single process and there are 2; set it to 0"):
+        EvalAnswers(config, tmp_path, None)
 
 
-def test_another_run_begins_with_its_parameters(config, whole, tmp_path, capsys):
-    """init_from with a frozen language model: it does not move, the rest does, and the data begin anew."""
+def test_another_run_starts_from_its_parameters(config, whole, tmp_path, capsys):
+    """init_from with a frozen language model: only the other parts change, and the data restart."""
     stage = dataclasses.replace(
         config,
         train=dataclasses.replace(config.train, steps=2, eval_every=0, profile=(1, 1)),
@@ -251,31 +254,32 @@ def test_another_run_begins_with_its_parameters(config, whole, tmp_path, capsys)
     assert not (whole / "profile").exists()
 
 
-def test_values_that_are_not_finite_stop_a_run(config, tmp_path):
-    """A learning rate that breaks the model: skipped so often, then an error with the rows; the state is as it was."""
+def test_nonfinite_values_stop_a_run(config, tmp_path):
+    """A huge learning rate: steps are skipped up to the limit, then an error names the rows."""
     broken = dataclasses.replace(
         config,
         optimizer=OptimizerConfig(learning_rate=1e30, warmup_steps=0, clip=0),
         train=dataclasses.replace(config.train, max_skipped=1, eval_every=0),
     )
-    with pytest.raises(
-        ValueError, match=r"2 steps in a row not finite, parameters as they were before: step .* vqa \d+"
-    ):
+    with pytest.raises(ValueError, match=r"2 steps in a row were not finite \(parameters unchanged\): step .* vqa \d+"):
         loop.train(broken, tmp_path / "run")
 
 
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"data": {"num_latents": 8}}, "data.num_latents is 8, the model makes 4 latents"),
-        ({"model": {"llama": {"vocab_size": 100}}}, "tokenizer.model has 512 pieces, model.llama.vocab_size is 100"),
-        ({"train": {"batch": 3, "accumulation": 2}}, "train.batch 3 is not a multiple of train.accumulation 2"),
-        ({"train": {"accumulation": 0}}, "train.accumulation is 0: at least 1 is needed"),
+        ({"data": {"num_latents": 8}}, "data.num_latents is 8, but the model has 4 latents per scan"),
+        (
+            {"model": {"llama": {"vocab_size": 100}}},
+            "tokenizer.model has 512 pieces, but model.llama.vocab_size is 100",
+        ),
+        ({"train": {"batch": 3, "accumulation": 2}}, "train.batch 3 must be a multiple of train.accumulation 2"),
+        ({"train": {"accumulation": 0}}, r"train.accumulation must be at least 1 \(got 0\)"),
         ({"train": {"stepz": 3}}, r"unknown fields: train.stepz \(did you mean train.steps\?\)"),
         ({"trian": {}}, r"unknown fields: trian \(did you mean train\?\)"),
     ],
 )
-def test_mistakes_are_told_before_anything_is_compiled(config, tmp_path, change, words):
+def test_config_errors_are_reported_before_compilation(config, tmp_path, change, words):
     fields = config.to_dict()
     for group, values in change.items():
         for name, value in values.items():
@@ -285,5 +289,5 @@ def test_mistakes_are_told_before_anything_is_compiled(config, tmp_path, change,
         loop.train(Experiment.from_dict(fields), tmp_path / "run")
 
 
-def test_an_experiment_survives_its_dict(config):
+def test_experiment_round_trip(config):
     assert Experiment.from_dict(json.loads(json.dumps(config.to_dict(), default=list))) == config

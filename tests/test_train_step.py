@@ -1,4 +1,4 @@
-"""One step: accumulation, frozen parts, meshes, what is not finite."""
+"""One train step: accumulation, frozen parts, meshes, values that are not finite."""
 
 import functools
 
@@ -23,10 +23,10 @@ RATE = np.float32(1e-2)
 
 
 def batch_of(rows, accumulation=1, *, mesh, **changes):
-    """Rows of tests/packed.py with tasks: segment s of a row is task s (from 1: modality, diagnosis, ...)."""
+    """Put rows of packed.py on the devices; segment s of a row is task s (from 1: modality, diagnosis, ...)."""
     arrays = packed.stack(packed.row([packed.SAMPLES[s] for s in names], **packed.SIZES) for names in rows)
     arrays["tasks"] = np.minimum(arrays["segments"], len(TASKS))
-    return train_step.place(arrays | changes, mesh, accumulation)
+    return train_step.put_batch(arrays | changes, mesh, accumulation)
 
 
 ROWS = ("AB", "CD", "BC", "DA", "C", "AC", "DB", "A")
@@ -49,7 +49,7 @@ def compiled(data, fsdp, tensor, frozen=(), devices=8, normalise="token"):
 
 @functools.cache
 def initial(frozen=()):
-    """As numpy, since every mesh starts from it and steps donate their state."""
+    """Return the initial state in numpy: every mesh starts from it, and steps donate their state."""
     _, config, abstract, transform = setting(1, 1, 1, frozen, 1)
     state = train_step.init_state(abstract, packed.CONFIG, config, transform, seed=0)
     return jax.tree.map(np.asarray, {**state, "step": np.int32(5)})
@@ -76,7 +76,7 @@ def close(a, b, tolerance):
 
 
 def test_a_step_is_adam_on_the_mean_of_all_weights():
-    """Against optax on the plain gradient of sum / weight over all rows at once."""
+    """Compare with optax on the gradient of sum / weight over all rows at once."""
     params = train_step.params_of(initial())
     rows = packed.stack(packed.row([packed.SAMPLES[s] for s in names], **packed.SIZES) for names in ROWS)
 
@@ -97,8 +97,8 @@ def test_a_step_is_adam_on_the_mean_of_all_weights():
     np.testing.assert_allclose(metrics["loss"], loss, rtol=2e-6)
     np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
     assert after["step"] == 6 and metrics["finite"]
-    # The first step of Adam is a sign times the rate, 1e-2, so where a gradient is near its epsilon, any rounding of it
-    # is a part of the rate: there only the size of a step is known.
+    # Adam's first update is the gradient's sign times the rate, 1e-2. For gradients near epsilon, rounding changes the
+    # update, so only its size is checked.
     clear = {path: (np.abs(g) > 1e-6) | (g == 0) for path, g in flatten(grads).items()}
     assert np.mean(np.concatenate([np.ravel(x) for x in clear.values()])) > 0.99
     after, expected = flatten(train_step.params_of(after)), flatten(expected)
@@ -108,27 +108,29 @@ def test_a_step_is_adam_on_the_mean_of_all_weights():
 
 
 def test_accumulation_is_exact():
-    """4 micro-batches of 2 rows of unlike weight: the same as 8 rows at once. Measured 3e-5 after two steps of
-    Adam, which divides by the gradient's own size."""
+    """4 micro-batches of 2 rows with different weights equal 8 rows at once.
+
+    Measured 3e-5 after two steps of Adam, which divides by the gradient's magnitude.
+    """
     at_once, m1 = run(ROWS)
     in_four, m4 = run(ROWS, accumulation=4)
     close(at_once["params"], in_four["params"], 5e-5)
     np.testing.assert_allclose(m1["loss"], m4["loss"], rtol=2e-6)
     assert m1["weight"] == m4["weight"]
     assert np.abs(m1["task_loss"] - m4["task_loss"]).max() < 1e-5
-    # The original's way, each micro-batch by its own weight, is another loss.
+    # The original divides each micro-batch by its own weight, which is another loss.
     other = run(ROWS, accumulation=4, normalise="micro_batch")[1]
     assert abs(other["loss"] - m4["loss"]) > 1e-3 and other["weight"] == 4
 
 
-def test_a_mesh_takes_the_same_step():
+def test_every_mesh_takes_the_same_step():
     alone, metrics = run(ROWS)
     sharded, others = run(ROWS, data=2, fsdp=2, tensor=2, devices=8)
     np.testing.assert_allclose(metrics["loss"], others["loss"], rtol=5e-6)
     close(alone["params"], sharded["params"], 1e-4)
 
 
-def test_a_frozen_part_neither_moves_nor_costs():
+def test_a_frozen_part_is_unchanged_and_costs_no_gradient():
     before = initial(("llama",))
     after, _ = run(ROWS, frozen=("llama",))
     for path, x in flatten(before["frozen"]).items():
@@ -138,12 +140,12 @@ def test_a_frozen_part_neither_moves_nor_costs():
     assert all((x != moved[path]).any() for path, x in flatten(before["params"]).items() if "kernel" in path)
     moments = [x for x in jax.tree.leaves(before["opt"]) if x.ndim]
     assert sum(x.size for x in moments) == 2 * sum(x.size for x in jax.tree.leaves(before["params"]))
-    # No gradient of a frozen weight is computed: the step makes no array of the shape of a kernel's.
+    # The step computes no array with the shape of a frozen kernel.
     assert made((2, 32, 64), frozen=("llama",)) == 0 < made((2, 32, 64), frozen=())
 
 
 def made(shape, frozen):
-    """How many arrays of a shape the step computes, its inputs and slices of them not counted."""
+    """Count the arrays of a shape that the step computes, without its inputs and slices of them."""
     mesh, state = fresh(frozen=frozen)
     with jax.set_mesh(mesh):
         jaxpr = compiled(1, 1, 1, frozen, 1).trace(state, batch_of(ROWS, mesh=mesh), RATE).jaxpr
@@ -158,7 +160,7 @@ def made(shape, frozen):
 
 
 @pytest.mark.parametrize("poison", ["loss", "voxel"])
-def test_what_is_not_finite_leaves_the_state_alone(poison):
+def test_nonfinite_values_leave_the_state_unchanged(poison):
     mesh, state = fresh()
     before = initial()
     broken = {"scan_scale": np.full((8, packed.SIZES["slots"]), np.nan, np.float32)} if poison == "voxel" else {
@@ -178,7 +180,7 @@ def test_what_is_not_finite_leaves_the_state_alone(poison):
 
 
 def test_evaluation_counts_by_task():
-    """Row "AB": A is segment 1 (modality), B segment 2 (diagnosis). Its sums against the loss's own intermediates."""
+    """Compare the sums of row "AB" (segments 1, modality, and 2, diagnosis) with the intermediates of the loss."""
     mesh, state = fresh()
     params = train_step.params_of(state)
     evaluate = jax.jit(train_step.make_eval_step(packed.CONFIG, train_step.StepConfig(chunk=16)))
@@ -195,8 +197,8 @@ def test_evaluation_counts_by_task():
     np.testing.assert_allclose(found["diagnosis"]["token_accuracy"], out["correct"][of_b].mean())
 
 
-def test_a_sample_is_exact_if_every_trained_token_is():
-    """segments 1 1 1 2 2 0, tasks 1 1 1 2 2 0: the first has a wrong token, the second none; padding counts nowhere."""
+def test_a_sample_is_exact_if_every_trained_token_is_correct():
+    """Segments and tasks 1 1 1 2 2 0: the first sample has a wrong token, the second none; padding does not count."""
     batch = {"segments": np.array([[1, 1, 1, 2, 2, 0]]), "tasks": np.array([[1, 1, 1, 2, 2, 0]])}
     out = {
         "weights": np.array([[0, 1, 3, 1, 1, 0]], np.float32),
@@ -209,23 +211,23 @@ def test_a_sample_is_exact_if_every_trained_token_is():
     assert found["all"]["exact_match"] == 0.5
 
 
-def test_a_state_of_given_parameters_makes_only_the_others():
+def test_init_state_keeps_loaded_parameters():
     mesh, config, abstract, transform = setting(2, 2, 2)
     fresh = train_step.init_state(abstract, packed.CONFIG, config, transform, seed=0)
-    given = {path: x + 1 for path, x in flatten(fresh["params"]).items() if path.startswith("llama")}
-    state = train_step.init_state(abstract, packed.CONFIG, config, transform, seed=0, given=given)
+    loaded = {path: x + 1 for path, x in flatten(fresh["params"]).items() if path.startswith("llama")}
+    state = train_step.init_state(abstract, packed.CONFIG, config, transform, seed=0, loaded=loaded)
     assert jax.tree.map(lambda x: x.sharding, state) == train_step.shardings_of(abstract)
     for path, x in flatten(state["params"]).items():
-        assert (x is given[path]) if path in given else (x == flatten(fresh["params"])[path]).all(), path
+        assert (x is loaded[path]) if path in loaded else (x == flatten(fresh["params"])[path]).all(), path
 
 
-def test_rows_that_do_not_divide():
+def test_indivisible_rows():
     mesh = sharding.make_mesh(2, 4, 1)
-    with pytest.raises(ValueError, match="8 rows a process do not divide into 3 micro-batches over 8 devices"):
+    with pytest.raises(ValueError, match="8 rows per process do not divide into 3 micro-batches over 8 devices"):
         batch_of(ROWS, 3, mesh=mesh)
 
 
 @pytest.mark.parametrize("group", ["normalise", "weighting"])
 def test_bad_settings(group):
-    with pytest.raises(ValueError, match=f"{group} 'rows' is unknown"):
+    with pytest.raises(ValueError, match=rf"train.{group} must be one of .* \(got 'rows'\)"):
         train_step.StepConfig(**{group: "rows"})

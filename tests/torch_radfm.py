@@ -1,4 +1,4 @@
-"""A small PyTorch RadFM for tests: an oracle that any size can be asked of.
+"""A small PyTorch RadFM of any size: the oracle of the tests.
 
 Its state_dict has the released names for everything that takes part in an output; ``golden.is_used`` says which
 entries of a released state_dict those are. It is written for clearness, runs in float32 without dropout, and is proved
@@ -49,7 +49,7 @@ class _SelfAttention(nn.Module):
 
 
 class _FeedForward(nn.Module):
-    """MLP of the vision transformer: (N, P, C) -> (N, P, C). Position 2 of ``net`` stands for a dropout."""
+    """MLP of the vision transformer: (N, P, C) -> (N, P, C). Position 2 of ``net`` replaces a dropout."""
 
     def __init__(self, dim: int, inner: int):
         super().__init__()
@@ -264,7 +264,7 @@ class TorchRadFM(nn.Module):
 
     @torch.no_grad()
     def greedy(self, ids: Tensor, visual_tokens: Tensor, steps: int, stop: int | None = None) -> tuple[Tensor, Tensor]:
-        """Continue ids (1, L) with the likeliest words, without a mask or a cache, for at most ``steps`` tokens.
+        """Continue ids (1, L) greedily, without a mask or a cache, for at most ``steps`` tokens.
 
         visual_tokens (1, S*latents, E) are those of ``forward`` or ``embedding_layer.see``. Returns the new ids (n,),
         ``stop`` the last of them if it came, and the logits each was chosen by (n, V).
@@ -294,7 +294,7 @@ def losses(logits: Tensor, labels: Tensor, loss_reweight: Tensor) -> tuple[Tenso
 
 
 def load_arrays(model: TorchRadFM, arrays: dict[str, np.ndarray]) -> TorchRadFM:
-    """Load a released state_dict of numpy arrays: every parameter must be there, and nothing else that is used."""
+    """Load a released state_dict of numpy arrays; missing and unexpected parameters are errors."""
     used = {key: torch.from_numpy(value.copy()) for key, value in arrays.items() if golden.is_used(key)}
     model.load_state_dict(used, strict=True)
     return model

@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from radfm_jax.checkpoints import checkpoint
-from radfm_jax.models.decoder import INPUTS
+from radfm_jax.models.decoder import INPUT_AXES
 
 MAX = 127
 HEAD = "llama/head"
@@ -28,7 +28,7 @@ HEAD = "llama/head"
 
 def scale_paths(paths) -> dict[str, str]:
     """Return {path: path of its scales} for those of `paths` that become int8."""
-    blocks = {f"llama/blocks/{name}/kernel": f"llama/blocks/{name}/scale" for name in INPUTS}
+    blocks = {f"llama/blocks/{name}/kernel": f"llama/blocks/{name}/scale" for name in INPUT_AXES}
     return {path: scale for path, scale in {**blocks, HEAD: f"{HEAD}_scale"}.items() if path in paths}
 
 
@@ -92,7 +92,7 @@ def _scale_sharding(path: str, leaf: jax.ShapeDtypeStruct) -> jax.sharding.Shard
 
 def _input_axes(path: str) -> range:
     """Return the axes of the stored matrix that a product sums over."""
-    return range(1) if path == HEAD else range(1, 1 + INPUTS[path.split("/")[-2]])
+    return range(1) if path == HEAD else range(1, 1 + INPUT_AXES[path.split("/")[-2]])
 
 
 def _quantise_stack(

@@ -278,7 +278,7 @@ def _stacks(config: Experiment, rows: int, tensor: int, fused: bool) -> dict[str
         """Return a stack of `tokens` queries with `keys` each, and `more_keys` from another sequence."""
         query, key, hidden = query // tensor, key // tensor, hidden // tensor
         # float32 scores and their softmax, unless a fused or tiled kernel computes them.
-        tiled = keys >= attention.BLOCKS_FROM and keys % 128 == 0
+        tiled = keys >= attention.MIN_TILED_LENGTH and keys % 128 == 0
         scores = 0 if fused or tiled else 2 * 4 * tokens * keys * heads // tensor
         products = query + 2 * key + width + hidden + width
         # Two norms, each also in float32, two sums, and the activated hidden layer.

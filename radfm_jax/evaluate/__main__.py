@@ -24,7 +24,6 @@ from radfm_jax.checkpoints import checkpoint
 from radfm_jax.evaluate import clinical, exact_match, model_answers, published, radbench, ratings, report, scoring
 from radfm_jax.evaluate.export import export
 from radfm_jax.evaluate.metrics import Interval
-from radfm_jax.training import display
 
 COMMANDS = """\
 commands:
@@ -268,7 +267,7 @@ def _score(
     found = {name: _clinical(of, wanted, console) for name, of in scored.items()} if wanted else {}
     run = report.Run(benchmark, bench, scored, lines, leaks, found, made)
     report.write(run, args.out)
-    display.say(_table(run))
+    console.print(_table(run), highlight=False, soft_wrap=True)
     for name, of in scored.items():
         failed = [one for one in of if one.error]
         for one in failed[:3]:

@@ -33,10 +33,10 @@ from input_pipeline.datasets import sample_rng
 from input_pipeline.samples import Text
 from input_pipeline.sources import open_sources
 from radfm_jax import api
-from radfm_jax.models.radfm import RadFM
-from radfm_jax.training import display, losses
+from radfm_jax.models.radfm import RadFM, segment_max
+from radfm_jax.runtime import console
+from radfm_jax.training import losses
 from radfm_jax.training.experiment import Experiment
-from radfm_jax.training.train_step import by_segment
 
 DESCRIPTION = """\
 Scores a checkpoint on the test sources of a config: how many answers are right to the letter, by source and question,
@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     write(scored, args.out)
-    display.say(table(scored))
+    console.log(table(scored))
     return 0
 
 
@@ -141,7 +141,7 @@ def evaluate(config: Experiment, params: dict, *, control: bool = True, progress
 def _exact(model, weighting: str, chunk: int, params: dict, batch: dict) -> jax.Array:
     """bool[B, T + 1]: whether every trained token of segment s is the most likely one."""
     _, _, out = losses.radfm_loss(RadFM(model), params, batch, weighting=weighting, chunk=chunk)
-    return ~by_segment(batch["segments"], (out["weights"] > 0) & ~out["correct"])
+    return ~segment_max(batch["segments"], (out["weights"] > 0) & ~out["correct"])
 
 
 def _of_rows(infos: Sequence[RowInfo | None], exact: np.ndarray, texts: _Texts, scans_of: str) -> Iterator[ExactMatch]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import math
 import operator
 from collections.abc import Iterator, Sequence
 
@@ -25,7 +24,7 @@ from input_pipeline.text.tokens import Encoded
 from radfm_jax.inference import decoding, inputs
 from radfm_jax.inference.answer_text import AnswerText
 from radfm_jax.inference.sampling import Sampling
-from radfm_jax.models import decoder, radfm
+from radfm_jax.models import cpu_decode, radfm
 from radfm_jax.runtime import sharding
 
 NEW_TOKENS = 200  # of an answer, as the released model's
@@ -33,9 +32,6 @@ CHUNK = 16  # tokens between two looks at the text
 # The smallest buckets.
 PROMPT_TOKENS, CACHE_PLACES, SCANS = 64, 256, 4
 VISION_PATCHES = 4096  # encoded at a time: four of the largest scans
-# On CPUs, where a slice of a stack of layers is copied before it is multiplied, the layers are kept apart, if that
-# costs no more than this.
-APART_BYTES = 8 * 2**30
 
 
 class GenerationError(ValueError):
@@ -129,21 +125,6 @@ def _padded(tokens: jax.Array | np.ndarray, slots: int) -> jax.Array | np.ndarra
     return (np if isinstance(tokens, np.ndarray) else jnp).pad(tokens, ((0, slots - len(tokens)), (0, 0), (0, 0)))
 
 
-@jax.jit
-def _layers(blocks: dict) -> list[dict]:
-    """A stack of layers as a list; kernels as `rows`."""
-
-    def layer(i: int, name: str, of: dict) -> dict:
-        of = {leaf: x[i] for leaf, x in of.items()}
-        if name in decoder.INPUTS:
-            kernel = of.pop("kernel")
-            of["rows"] = kernel.reshape(math.prod(kernel.shape[: decoder.INPUTS[name]]), -1).T
-        return of
-
-    count = len(jax.tree.leaves(blocks)[0])
-    return [{name: layer(i, name, of) for name, of in blocks.items()} for i in range(count)]
-
-
 class Generator:
     """See the head of this file.
 
@@ -186,8 +167,7 @@ class Generator:
         self.tokenizer, self.preparation = tokenizer, preparation
         self.ways = 1 if mesh is None else int(np.prod([mesh.shape[a] for a in sharding.BATCH]))
         if apart is None:
-            size = sum(x.nbytes for x in jax.tree.leaves(params["llama"]))
-            apart = jax.default_backend() == "cpu" and mesh is None and size < APART_BYTES
+            apart = mesh is None and cpu_decode.is_worthwhile(params["llama"])
         if apart and mesh is not None:
             raise ValueError("layers are kept apart on one device only: leave out `apart` or the mesh")
         self._decoding = {"llama": dict(params["llama"]), "image_marks": params["image_marks"]}
@@ -209,8 +189,7 @@ class Generator:
         cast = lambda path, x: x if keep(path, x) else x.astype(dtype)  # noqa: E731
         of = jax.tree_util.tree_map_with_path(cast, self._decoding["llama"])
         if apart:
-            of["blocks"] = _layers(of["blocks"])
-            of["head_rows"] = of["embedding"] if self.config.llama.tied_head else of["head"].T
+            of = cpu_decode.split_params(self.config.llama, of)
         self._decoding["llama"] = of
 
     def _on_mesh(self):
@@ -429,7 +408,7 @@ class _Run:
             raise ValueError(f"stop_ids: {wrong[0]} is no token, they run from 0 to {c.llama.vocab_size - 1}")
         self.stop_ids = stop_ids
         sample, penalise = sampling.temperature > 0, sampling.repetition_penalty != 1
-        choice = decoding.choice_of(sampling, stop_ids, watch)
+        choice = decoding.sampling_arrays(sampling, stop_ids, watch)
         with g._on_mesh():
             nothing = np.zeros((s, c.num_latents, c.llama.width), c.llama.dtype)
             of = [nothing if p.visual is None else p.visual for p in prompts] + [nothing] * (rows - len(prompts))
@@ -437,8 +416,8 @@ class _Run:
             if g.mesh is not None:
                 visual = jax.device_put(visual, sharding.batch_sharding(g.mesh))
             prompt = g._place(arrays) | {"visual": visual}
-            self.state = decoding.begin(c, self.places, sample, penalise, g._decoding, prompt, choice)
-        self._more = functools.partial(decoding.go_on, c, sample, penalise, g._decoding)
+            self.state = decoding.first_token(c, self.places, sample, penalise, g._decoding, prompt, choice)
+        self._more = functools.partial(decoding.more_tokens, c, sample, penalise, g._decoding)
         self.texts = [AnswerText(g.tokenizer, sampling.stop) if g.tokenizer else None for _ in prompts]
         self.read = [0] * len(prompts)
         self.closed = [False] * len(prompts)

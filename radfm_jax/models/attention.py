@@ -1,7 +1,7 @@
-"""Attention inside segments: the one entry point of every part of the model, and the choice of its kernel.
+"""Attention within segments: the entry point for every part of the model, and the choice of its kernel.
 
-TPU: splash attention. NVIDIA GPU: cuDNN. CPU: long rows tile by tile, without the tiles between samples.
-Everything else, and every shape that a kernel does not take: plain XLA.
+TPUs use splash attention, NVIDIA GPUs cuDNN, CPUs tile attention for long rows. Other platforms, and shapes that a
+kernel does not support, use plain XLA.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ from radfm_jax.models.kernels.cudnn import cudnn_attention
 from radfm_jax.models.kernels.splash import splash_attention
 from radfm_jax.models.kernels.xla import attention_mask, plain_attention
 
+# "blocks" is the name of tile attention in configs.
 KERNELS = {"blocks": tiled_attention, "cudnn": cudnn_attention, "splash": splash_attention}
 NAMES = ("auto", "xla", "blocks", "cudnn", "splash")
-BLOCKS_FROM = 512  # shorter rows are quicker in one product
+MIN_TILED_LENGTH = 512  # plain XLA is faster for shorter rows
 
 
 def choose(kernel: str, q: jax.Array, k: jax.Array, platform: str | None = None) -> str:
-    """The kernel that runs: `xla`, `blocks`, `cudnn` or `splash`. One asked for by name is not silently replaced.
+    """Return the kernel to run: `xla`, `blocks`, `cudnn` or `splash`. Only `auto` falls back to another kernel.
 
     Args:
       q: [B, T, H, K]; k: [B, U, G, K].
     Raises:
-      ValueError: an unknown name, or shapes that the kernel asked for does not take.
+      ValueError: an unknown name, or shapes or a dtype that the named kernel does not support.
     """
     if kernel not in NAMES:
         raise ValueError(f"attention kernel {kernel!r} is unknown: choose one of {', '.join(NAMES)}")
@@ -35,7 +36,7 @@ def choose(kernel: str, q: jax.Array, k: jax.Array, platform: str | None = None)
     refusals = {
         "xla": [],
         "blocks": [f"lengths {t} and {u} are not multiples of 128"] if t % 128 or u % 128 else [],
-        "splash": [  # it multiplies float32 in bfloat16, forward and backward
+        "splash": [  # it would multiply float32 operands in bfloat16
             *([f"dtype {q.dtype} is not bfloat16"] if q.dtype != jnp.bfloat16 else []),
             *([f"head width {width} is not a multiple of 64"] if width % 64 else []),
             *([f"lengths {t} and {u} are not multiples of 128"] if t % 128 or u % 128 else []),
@@ -43,7 +44,7 @@ def choose(kernel: str, q: jax.Array, k: jax.Array, platform: str | None = None)
         "cudnn": [
             *([f"dtype {q.dtype} is not bfloat16 or float16"] if q.dtype not in (jnp.bfloat16, jnp.float16) else []),
             *([f"head width {width} is not a multiple of 8 up to 128"] if width % 8 or width > 128 else []),
-            # With a bias its backward pass takes even lengths only.
+            # Its backward pass with a bias needs even lengths.
             *([f"lengths {t} and {u} are not even"] if t % 2 or u % 2 else []),
         ],
     }
@@ -52,13 +53,13 @@ def choose(kernel: str, q: jax.Array, k: jax.Array, platform: str | None = None)
             raise ValueError(f"attention kernel {kernel!r}: {'; '.join(refusals[kernel])}")
         return kernel
     best = {"tpu": "splash", "cuda": "cudnn", "cpu": "blocks"}.get(platform or _platform(), "xla")
-    if best == "blocks" and min(t, u) < BLOCKS_FROM:
+    if best == "blocks" and min(t, u) < MIN_TILED_LENGTH:
         return "xla"
     return best if not refusals[best] else "xla"
 
 
 def _platform() -> str:
-    """`tpu`, `cpu`, or `cuda` for NVIDIA GPUs from Ampere on, which cuDNN's fused attention needs; else `gpu`."""
+    """Return `tpu`, `cpu`, `cuda` (NVIDIA from Ampere on, which cuDNN's fused attention needs) or `gpu`."""
     backend = jax.default_backend()
     if backend != "gpu":
         return backend
@@ -78,7 +79,7 @@ def attention(
     causal: bool,
     kernel: str = "auto",
 ) -> jax.Array:
-    """Scaled dot-product attention inside segments: the one entry point of every part of the model.
+    """Compute scaled dot-product attention within segments.
 
     Query i sees key j if their segments are equal and, when causal, j <= i.
 
@@ -93,12 +94,12 @@ def attention(
       q: float[B, T, H, K].
       k, v: float[B, U, G, K], H a multiple of G.
       q_segments: int32[B, T].
-      k_segments: int32[B, U]; a key that nobody may see has segment -1.
-      kernel: `auto` takes the fastest kernel that fits platform, dtype and shapes (see radfm_jax.models.attention);
-        `xla`, `cudnn`, `splash` ask for one.
+      k_segments: int32[B, U]; -1 hides a key from every query.
+      kernel: `auto` selects the fastest kernel that supports the platform, dtype and shapes; a name selects that one.
     Returns:
-      float[B, T, H, K] in v's dtype. A query that sees no key gets something finite: the mean of all values, as a
-      masked row of the released model does, of those that a fused kernel visited, or zeros (`blocks`).
+      float[B, T, H, K] in v's dtype. The output of a query that sees no key is finite but depends on the kernel: the
+      mean of all values (`xla`, as in the released model), the mean of the visited values (fused kernels) or zeros
+      (`blocks`).
     """
     chosen = choose(kernel, q, k)
     if chosen != "xla":

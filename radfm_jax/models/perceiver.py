@@ -1,6 +1,6 @@
-"""The perceiver resampler: the patch tokens of a scan, however many -> 32 latents (paper, section 4.2).
+"""The perceiver resampler: any number of patch tokens of a scan -> 32 latents (paper, section 4.2).
 
-Letters: B rows, R vision rows, P patch tokens a vision row, S scan slots, L latents, D width, H heads, K head width.
+Letters: B rows, R vision rows, P patch tokens per vision row, S scan slots, L latents, D width, H heads, K head width.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from radfm_jax.models.attention import attention
-from radfm_jax.models.layers import RESIDUAL, GeluMlp, dense, layer_norm, scan_blocks
+from radfm_jax.models.layers import RESIDUAL, GeluMlp, dense, layer_norm, partitioned, scan_blocks
 from radfm_jax.models.vit3d import gather_rows
 from radfm_jax.runtime.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
 class PerceiverConfig:
-    """Sizes of the resampler; the defaults are RadFM's. Its width is the vision encoder's."""
+    """Sizes of the resampler; the defaults are RadFM's. The width equals the vision encoder's."""
 
     width: int = 768
     num_latents: int = 32
@@ -35,7 +35,7 @@ class PerceiverConfig:
 
 
 class ResamplerBlock(nn.Module):
-    """Each scan's latents look at the scan's patch tokens and at themselves, then pass an MLP; no biases."""
+    """Each scan's latents attend to the scan's patch tokens and to themselves; then an MLP. No biases."""
 
     config: PerceiverConfig
 
@@ -46,13 +46,14 @@ class ResamplerBlock(nn.Module):
         token_norm, latent_norm = layer_norm(c, "token_norm")(tokens), layer_norm(c, "latent_norm")(latents)
         q = dense((c.num_heads, c.head_dim), ("embed", "heads", "head_dim"), c, name="query")(latent_norm)
         key_value = dense((2, c.num_heads, c.head_dim), ("embed", None, "heads", "head_dim"), c, name="key_value")
-        # Keys and values are projected once a vision row, then handed to every scan that lies in it.
-        of_tokens = gather_rows(key_value(token_norm), scan_rows)  # [B, S, P, 2, H, K]
-        kv = jnp.concatenate([of_tokens, key_value(latent_norm)], axis=2)
-        own = jnp.broadcast_to(jnp.arange(1, s + 1)[None, :, None], (b, s, n))
-        keys_of = jnp.concatenate([gather_rows(patch_segments, scan_rows), own], axis=2)
+        # Keys and values are projected once per vision row, then gathered by each scan in that row.
+        token_kv = gather_rows(key_value(token_norm), scan_rows)  # [B, S, P, 2, H, K]
+        kv = jnp.concatenate([token_kv, key_value(latent_norm)], axis=2)
+        q_segments = jnp.broadcast_to(jnp.arange(1, s + 1)[None, :, None], (b, s, n))
+        k_segments = jnp.concatenate([gather_rows(patch_segments, scan_rows), q_segments], axis=2)
+        arrays = (q, kv[..., 0, :, :], kv[..., 1, :, :], q_segments, k_segments)
         x = attention(
-            *(a.reshape(b * s, *a.shape[2:]) for a in (q, kv[..., 0, :, :], kv[..., 1, :, :], own, keys_of)),
+            *(a.reshape(b * s, *a.shape[2:]) for a in arrays),
             causal=False,
             kernel=c.attention,
         )
@@ -65,18 +66,20 @@ class ResamplerBlock(nn.Module):
 
 
 class Perceiver(nn.Module):
+    """Patch tokens of the vision rows -> latents of each scan."""
+
     config: PerceiverConfig
 
     @nn.compact
     def __call__(self, tokens: jax.Array, patch_segments: jax.Array, scan_rows: jax.Array) -> jax.Array:
         """float[B, R, P, D], int32[B, R, P] (1 + slot, 0 = padding), int32[B, S] (-1 = empty) -> float[B, S, L, D].
 
-        An empty slot yields latents that saw no scan; nothing refers to them.
+        Latents of an empty slot depend on no scan and are not used.
         """
         c = self.config
-        init = nn.with_logical_partitioning(nn.initializers.normal(1.0), (None, "embed"))
-        latents = self.param("latents", init, (c.num_latents, c.width), c.param_dtype).astype(c.dtype)
-        latents = jnp.broadcast_to(latents, (*scan_rows.shape, *latents.shape))
+        init = partitioned(nn.initializers.normal(1.0), (None, "embed"))
+        latents = self.param("latents", init, (c.num_latents, c.width), c.param_dtype)
+        latents = jnp.broadcast_to(latents.astype(c.dtype), (*scan_rows.shape, *latents.shape))
         blocks = scan_blocks(ResamplerBlock, c.num_layers, c.remat)(c, name="blocks")
         latents, _ = blocks(latents, tokens, patch_segments, jnp.maximum(scan_rows, 0))
         return layer_norm(c, "norm")(latents)

@@ -1,41 +1,42 @@
 """RadFM: packed rows of text and scans -> logits (paper, section 4.2, equation 7).
 
-Letters: B rows, T text tokens, S scan slots a row, R vision rows a row, P patch tokens a vision row, M planes a row,
-L latents (visual tokens) a scan, D vision width, E text width, V vocabulary.
+Letters: B rows, T text tokens, S scan slots per row, R vision rows per row, P patch tokens per vision row, M planes per
+row, L latents (visual tokens) per scan, D vision width, E text width, V vocabulary.
 
 A batch is a dict of arrays. One row with two samples, the first with a scan (L = 2 to draw it):
 
     ids            1 V  .  .  V+1 45 17  2   1 88 23  2   0 0     V `<image>`, V+1 `</image>`, . anything
     visual_index  -1 -1 0  1  -1 -1 -1 -1  -1 -1 -1 -1  -1 -1     slot * L + latent
-    segments       1 1  1  1  1  1  1  1   2  2  2  2   0 0       a sample each, 0 = padding
+    segments       1 1  1  1  1  1  1  1   2  2  2  2   0 0       one number per sample, 0 = padding
     positions      0 1  2  3  4  5  6  7   0  1  2  3   0 0       RoPE positions
     key_ok         1 1  1  1  1  1  1  1   1  1  1  1   0 0
 
     name             dtype and shape                meaning
     ids, visual_index, segments, positions          int32[B, T]
-    key_ok           bool[B, T]                     false: seen by nobody
+    key_ok           bool[B, T]                     false: hidden from every query
     planes           uint8|int16|float32[B, M, h, w]  one slice of one channel of one patch
     plane_index      int32[B, R, P, slices, C]      which plane is slice p, channel c of patch n;
                                                     C = 1: all channels are equal
     patch_segments   int32[B, R, P]                 1 + scan slot, 0 = padding
-    patch_positions  int32[B, R, P, 3]              entries of the row, column and depth tables
-    scan_rows        int32[B, S]                    the vision row a scan lies in, -1 = empty slot
+    patch_positions  int32[B, R, P, 3]              indices of the row, column and depth tables
+    scan_rows        int32[B, S]                    the vision row of a scan, -1 = empty slot
     scan_scale, scan_offset  float32[B, S]          voxel = plane * scale + offset
 
-A row is a world of its own: nothing crosses rows, and inside a row nothing crosses segments.
+Rows are independent of each other, and so are the segments of a row.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from radfm_jax.models.decoder import Decoder, DecoderConfig, RopeScaling
-from radfm_jax.models.layers import dense
+from radfm_jax.models.layers import dense, partitioned
 from radfm_jax.models.perceiver import Perceiver, PerceiverConfig
 from radfm_jax.models.vit3d import ViT3D, ViTConfig, gather_rows
 from radfm_jax.runtime.sharding import constrain
@@ -43,8 +44,7 @@ from radfm_jax.runtime.sharding import constrain
 
 @dataclasses.dataclass(frozen=True)
 class RadFMConfig:
-    """All sizes. `vision.width` and `perceiver.width` are one number; `dtype` and `remat` are set for all parts by
-    `with_compute`."""
+    """Sizes of all parts. `vision.width` equals `perceiver.width`."""
 
     vision: ViTConfig = ViTConfig()
     perceiver: PerceiverConfig = PerceiverConfig()
@@ -64,7 +64,7 @@ class RadFMConfig:
         return self.llama.vocab_size
 
     def with_compute(self, **fields) -> RadFMConfig:
-        """The same sizes with `dtype`, `param_dtype`, `remat` or `attention` set in every part."""
+        """Return a copy with `dtype`, `param_dtype`, `remat` or `attention` set in every part."""
         parts = {f.name: dataclasses.replace(getattr(self, f.name), **fields) for f in dataclasses.fields(self)}
         return dataclasses.replace(self, **parts)
 
@@ -73,31 +73,33 @@ class RadFMConfig:
 
     @classmethod
     def from_dict(cls, fields: dict) -> RadFMConfig:
-        """The inverse of `to_dict`; ValueError lists every unknown field."""
-        parts = {"vision": ViTConfig, "perceiver": PerceiverConfig, "llama": DecoderConfig}
-        unknown = [p for p in fields if p not in parts]
-        built = {}
-        for part, kind in parts.items():
-            given = dict(fields.get(part, {}))
-            unknown += [f"{part}.{k}" for k in given if k not in {f.name for f in dataclasses.fields(kind)}]
-            if unknown:
-                continue
-            given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-            if isinstance(given.get("rope_scaling"), dict):
-                given["rope_scaling"] = RopeScaling(**given["rope_scaling"])
-            built[part] = kind(**given)
+        """Invert `to_dict`. ValueError lists every unknown field."""
+        kinds: dict[str, Any] = {"vision": ViTConfig, "perceiver": PerceiverConfig, "llama": DecoderConfig}
+        unknown = [part for part in fields if part not in kinds]
+        for part, kind in kinds.items():
+            unknown += [
+                f"{part}.{k}" for k in fields.get(part, {}) if k not in {f.name for f in dataclasses.fields(kind)}
+            ]
         if unknown:
             raise ValueError(f"unknown model fields: {', '.join(unknown)}")
-        return cls(**built)
+        parts = {}
+        for part, kind in kinds.items():
+            values: dict[str, Any] = {
+                k: tuple(v) if isinstance(v, list) else v for k, v in fields.get(part, {}).items()
+            }
+            if isinstance(values.get("rope_scaling"), dict):
+                values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
+            parts[part] = kind(**values)
+        return cls(**parts)
 
 
 def radfm_14b() -> RadFMConfig:
-    """The released sizes: 13,123,822,336 parameters."""
+    """Return the released sizes: 13,123,822,336 parameters."""
     return RadFMConfig()
 
 
 def tiny() -> RadFMConfig:
-    """For tests: every part present, nothing larger than it must be."""
+    """Return sizes for tests: every part, as small as possible."""
     return RadFMConfig(
         ViTConfig(width=24, num_layers=2, num_heads=2, head_dim=8, mlp_width=32, dropout=0.0),
         PerceiverConfig(width=24, num_layers=2, num_heads=2, head_dim=8, num_latents=4),
@@ -109,7 +111,7 @@ PRESETS = {"radfm_14b": radfm_14b, "tiny": tiny}
 
 
 class RadFM(nn.Module):
-    """The whole network. Use `jax.jit(lambda params, batch: RadFM(config).apply({"params": params}, batch))`."""
+    """The full network: `jax.jit(lambda params, batch: RadFM(config).apply({"params": params}, batch))`."""
 
     config: RadFMConfig
 
@@ -118,26 +120,29 @@ class RadFM(nn.Module):
         self.vit = ViT3D(c.vision)
         self.perceiver = Perceiver(c.perceiver)
         self.projection = dense(c.llama.width, (None, "embed"), c.llama, bias=True)
-        marks = nn.with_logical_partitioning(nn.initializers.normal(0.5), (None, "embed"))
+        marks = partitioned(nn.initializers.normal(0.5), (None, "embed"))
         self.image_marks = self.param("image_marks", marks, (2, c.llama.width), c.llama.param_dtype)
         self.llama = Decoder(c.llama)
 
     def __call__(self, batch: dict[str, jax.Array], *, deterministic: bool = True) -> tuple[jax.Array, dict]:
-        """Logits of every position, float32[B, T, V], and the intermediates. Training uses `hidden` and the chunked
-        loss of `losses.py` instead: logits of 2,048 positions are 262 MB a row."""
+        """Return the logits of every position, float32[B, T, V], and the intermediates of `hidden`.
+
+        Training uses `hidden` and the chunked loss of `losses.py`, since logits of 2,048 positions are 262 MB per row.
+        """
         hidden, out = self.hidden(batch, deterministic=deterministic)
         with jax.named_scope("logits"):
             logits = self.llama.logits(hidden)
         return jnp.where(out["nonfinite_tokens"][..., None], jnp.nan, logits), out
 
     def hidden(self, batch: dict[str, jax.Array], *, deterministic: bool = True) -> tuple[jax.Array, dict]:
-        """Hidden states float[B, T, E] after the final norm, and `out`:
+        """Return the hidden states float[B, T, E] after the final norm, and the intermediates `out`.
 
-        vit float[B, R, P, D]; perceiver float[B, S, L, D]; visual_tokens float[B, S, L, E]; embeddings float[B, T, E];
-        nonfinite_scans bool[B, S]: scans with such a voxel; nonfinite_tokens bool[B, T]: tokens of samples using one.
+        `out` has vit float[B, R, P, D]; perceiver float[B, S, L, D]; visual_tokens float[B, S, L, E]; embeddings
+        float[B, T, E]; nonfinite_scans bool[B, S], scans with a voxel that is not finite; nonfinite_tokens bool[B, T],
+        tokens of samples that use such a scan.
 
-        Masks do not stop NaN (0 x NaN), so a scan that is not finite enters the network as zeros, and its samples'
-        logits and losses are set to NaN at the very end, where they cannot reach another sample.
+        Masks do not stop NaN (0 x NaN is NaN). So scans that are not finite enter the network as zeros. The logits and
+        losses of their samples are set to NaN at the end, where they cannot reach another sample.
         """
         c, out = self.config, {}
         with jax.named_scope("finite_check"):
@@ -157,7 +162,7 @@ class RadFM(nn.Module):
         return hidden, out
 
     def fuse(self, batch, visual_tokens, nonfinite_scans) -> tuple[jax.Array, jax.Array]:
-        """Puts visual tokens and image marks among the text embeddings: ([B, T, E], nonfinite_tokens bool[B, T])."""
+        """Insert visual tokens and image marks into the text embeddings: ([B, T, E], nonfinite_tokens bool[B, T])."""
         c = self.config
         ids, visual_index = batch["ids"], batch["visual_index"]
         b, s, n, width = visual_tokens.shape
@@ -169,14 +174,13 @@ class RadFM(nn.Module):
         x = jnp.where((ids >= c.image_id)[..., None], marks, text)
         x = jnp.where(is_visual[..., None], visual, x)
         uses_bad = is_visual & gather_rows(nonfinite_scans, slot // n)
-        t = ids.shape[1]
-        by_segment = jax.vmap(lambda seg, bad: jnp.zeros(t + 1, bool).at[seg].max(bad))(batch["segments"], uses_bad)
-        return x, gather_rows(by_segment, batch["segments"]) & (batch["segments"] > 0)
+        bad_segments = segment_max(batch["segments"], uses_bad)
+        return x, gather_rows(bad_segments, batch["segments"]) & (batch["segments"] > 0)
 
 
 def drop_nonfinite(batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """bool[B, S] of scans with a voxel, scale or offset that is not finite, and the batch with their values zeroed."""
-    # A finite voxel of 1e30 is no better: its square, in the first LayerNorm, is not finite.
+    """Return bool[B, S], scans with a voxel, scale or offset that is not finite, and the batch with them zeroed."""
+    # Large finite values count too: the first LayerNorm squares a voxel of 1e30 to infinity.
     finite = lambda x: jnp.abs(x) < 1e15  # noqa: E731
     scale, offset = batch["scan_scale"], batch["scan_offset"]
     bad = ~(finite(scale) & finite(offset))
@@ -184,13 +188,22 @@ def drop_nonfinite(batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, ja
     if jnp.issubdtype(planes.dtype, jnp.floating):
         plane_bad = ~finite(planes).all(axis=(-2, -1))  # [B, M]
         patch_bad = gather_rows(plane_bad, batch["plane_index"]).any(axis=(-2, -1))  # [B, R, P]
-        of_slot = jax.vmap(lambda seg, b: jnp.zeros(bad.shape[1] + 1, bool).at[seg].max(b))
-        b = planes.shape[0]
-        bad |= of_slot(batch["patch_segments"].reshape(b, -1), patch_bad.reshape(b, -1))[:, 1:]
+        b, slots = bad.shape
+        bad |= segment_max(batch["patch_segments"].reshape(b, -1), patch_bad.reshape(b, -1), slots)[:, 1:]
         planes = jnp.where(finite(planes), planes, 0.0)
-    # Zero scale and offset make every voxel of a bad scan zero, whatever its planes hold.
+    # Zero scale and offset make every voxel of a bad scan zero, whatever its planes contain.
     zeroed = {"scan_scale": jnp.where(bad, 0.0, scale), "scan_offset": jnp.where(bad, 0.0, offset), "planes": planes}
     return bad, {**batch, **zeroed}
+
+
+def segment_max(segments: jax.Array, values: jax.Array, count: int | None = None) -> jax.Array:
+    """Return the maximum of values[B, N] in each segment of a row, [B, 1 + count]; 0 or False in empty segments.
+
+    Args:
+      segments: int[B, N] from 0 to `count`, which is N by default.
+    """
+    size = 1 + (segments.shape[1] if count is None else count)
+    return jax.vmap(lambda segment, x: jnp.zeros(size, x.dtype).at[segment].max(x))(segments, values)
 
 
 # --- shapes before arrays ---------------------------------------------------------------------------------------------
@@ -199,7 +212,7 @@ def drop_nonfinite(batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, ja
 def abstract_batch(
     config: RadFMConfig, *, rows=1, text=8, scans=1, vision_rows=1, patches=8, planes=8, plane_dtype=jnp.uint8
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes of a batch, for `jax.eval_shape`, ahead-of-time compilation and initialisation."""
+    """Return the shapes of a batch, for `jax.eval_shape`, ahead-of-time compilation and initialisation."""
     h, w, d = config.vision.patch
     i32, f32 = jnp.int32, jnp.float32
     shapes = {
@@ -218,17 +231,17 @@ def abstract_batch(
 
 @functools.lru_cache(maxsize=8)
 def abstract_params(config: RadFMConfig) -> dict:
-    """The boxed tree of parameter shapes and logical axis names, no array made. `nn.unbox` gives the plain shapes."""
-    init = functools.partial(_tracer(config).init, deterministic=True)
+    """Return the boxed tree of parameter shapes and logical axis names. `nn.unbox` gives the plain shapes."""
+    init = functools.partial(_initialiser(config).init, deterministic=True)
     return jax.eval_shape(init, jax.random.key(0), abstract_batch(config))["params"]
 
 
-def _tracer(config: RadFMConfig) -> RadFM:
-    """Parameters do not depend on the attention kernel, and a few tokens fit none but XLA's."""
+def _initialiser(config: RadFMConfig) -> RadFM:
+    """Return the network with plain XLA attention: the only kernel for the few tokens of `abstract_batch`."""
     return RadFM(config.with_compute(attention="xla"))
 
 
 def init_params(config: RadFMConfig, rng: jax.Array) -> dict:
-    """Fresh parameters, a plain dict. Jit it with out_shardings so that none ever exists unsharded."""
+    """Return fresh parameters as a plain dict. Jit it with out_shardings so that none ever exists unsharded."""
     batch = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), abstract_batch(config))
-    return nn.unbox(_tracer(config).init(rng, batch)["params"])
+    return nn.unbox(_initialiser(config).init(rng, batch)["params"])

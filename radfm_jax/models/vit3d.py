@@ -1,7 +1,7 @@
 """The 3D vision transformer: packed patches of scans of any depth -> patch tokens (paper, section 4.2).
 
-Letters: B rows, R vision rows a row, P patch tokens a vision row, M planes a row, S scan slots a row, D vision width.
-A patch is 32 x 32 pixels of 4 slices in 3 channels; a plane is one slice of one channel of one patch.
+Letters: B rows, R vision rows per row, P patch tokens per vision row, M planes per row, S scan slots per row,
+D vision width. A patch is 32 x 32 pixels of 4 slices in 3 channels; a plane is one slice of one channel of one patch.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from radfm_jax.models.layers import (
     dense,
     layer_norm,
     matmul_precision,
+    partitioned,
     scan_blocks,
 )
 from radfm_jax.runtime.sharding import constrain
@@ -30,8 +31,11 @@ from radfm_jax.runtime.sharding import constrain
 
 @dataclasses.dataclass(frozen=True)
 class ViTConfig:
-    """Sizes of the vision encoder; the defaults are RadFM's. `tables` are the rows, columns and depths with a learned
-    position: scans of up to 16 * 32 = 512 pixels a side and 128 * 4 = 512 slices."""
+    """Sizes of the vision encoder; the defaults are RadFM's.
+
+    `tables` are the numbers of learned row, column and depth positions: scans may have up to 16 * 32 = 512 pixels per
+    side and 128 * 4 = 512 slices.
+    """
 
     width: int = 768
     num_layers: int = 12
@@ -49,7 +53,9 @@ class ViTConfig:
 
     def __post_init__(self):
         if self.width % 3:
-            raise ValueError(f"vision width {self.width} is not a multiple of 3: row, column and depth take a third")
+            raise ValueError(
+                f"vision width {self.width} is not a multiple of 3: row, column and depth positions take a third each"
+            )
 
     @property
     def patch_size(self) -> int:
@@ -59,11 +65,10 @@ class ViTConfig:
 
 
 class PatchEmbedding(nn.Module):
-    """Planes -> patches -> LayerNorm -> Linear -> LayerNorm -> + position.
+    """Planes to patches, LayerNorm, linear map, LayerNorm, plus position embedding.
 
-    With one channel in `plane_index` all channels are equal: mean and deviation of a patch are those of its one
-    channel, and the kernel is summed over the channels instead of meeting the same numbers three times. It is the same
-    function of the same parameters for a third of the arithmetic.
+    One channel in `plane_index` means that all channels are equal. The kernel is then summed over the channels: the
+    same function of the same parameters for a third of the arithmetic.
     """
 
     config: ViTConfig
@@ -73,7 +78,7 @@ class PatchEmbedding(nn.Module):
         c = self.config
         with jax.named_scope("patchify"):
             x = gather_rows(planes, plane_index).astype(jnp.float32)  # [B, R, P, slices, channels, h, w]
-            # Each scan has its own quantisation; padding patches show plane 0 of somebody else and are zeroed.
+            # Each scan has its own quantisation. Padding patches refer to plane 0 of another scan and are zeroed.
             slot = jnp.maximum(patch_segments - 1, 0)
             shape = (*slot.shape, 1, 1, 1, 1)
             x = x * gather_rows(scan_scale, slot).reshape(shape) + gather_rows(scan_offset, slot).reshape(shape)
@@ -85,14 +90,14 @@ class PatchEmbedding(nn.Module):
         return x + self.positions(patch_positions).astype(x.dtype)
 
     def projection(self, x: jax.Array) -> jax.Array:
-        """Scale and bias of the first norm, then the linear map: float32[..., voxels of a patch] -> [..., D].
+        """Apply the first norm's scale and bias and the linear map: float32[..., voxels of a patch] -> [..., D].
 
-        The parameters have the voxels in the released order (rows, columns, slices, channels), a patch in the order of
-        its planes: it is the kernel that is turned, which is smaller than the patches.
+        Parameters use the released voxel order (rows, columns, slices, channels), patches the order of their planes.
+        The kernel is transposed because it is smaller than the patches.
         """
         c = self.config
         h, w, d = c.patch
-        # One of the kernel's axes takes the fsdp mesh axis; the long one always divides.
+        # The fsdp mesh axis shards the kernel's long axis, which it always divides.
         norm = AffineParameters(c, "scale", (c.patch_size,), nn.initializers.ones, "patch", name="patch_norm")
         linear = AffineParameters(c, "kernel", (c.patch_size, c.width), smooth_filters(c), "bias",
                                   bias_init=nn.initializers.normal(0.5), name="projection")  # fmt: skip
@@ -105,10 +110,10 @@ class PatchEmbedding(nn.Module):
         return x + bias.astype(c.dtype)
 
     def positions(self, patch_positions: jax.Array) -> jax.Array:
-        """int32[..., 3] entries of the row, column and depth tables -> float32[..., D], the three side by side."""
+        """int32[..., 3] indices of the row, column and depth tables -> float32[..., D], concatenated."""
         c = self.config
-        # About as large as what they are added to, which a norm has just scaled to 1.
-        init = nn.with_logical_partitioning(nn.initializers.normal(1.2), (None, "embed"))
+        # About the magnitude of the normalised projection that they are added to.
+        init = partitioned(nn.initializers.normal(1.2), (None, "embed"))
         tables = [
             self.param(f"{axis}_positions", init, (size, c.width // 3), c.param_dtype)
             for axis, size in zip(("row", "column", "depth"), c.tables, strict=True)
@@ -118,7 +123,7 @@ class PatchEmbedding(nn.Module):
 
 
 class AffineParameters(nn.Module):
-    """The parameters of a norm or a linear map, `first` and `bias`, for whoever computes with them in another way."""
+    """The parameters `first` and `bias` of a norm or linear map, without its computation."""
 
     config: ViTConfig
     first: str
@@ -129,20 +134,19 @@ class AffineParameters(nn.Module):
 
     @nn.compact
     def __call__(self) -> tuple[jax.Array, jax.Array]:
-        axes = ("patch", None)[: len(self.shape)]
-        named = nn.with_logical_partitioning
-        return (
-            self.param(self.first, named(self.initialiser, axes), self.shape, self.config.param_dtype),
-            self.param("bias", named(self.bias_init, (self.bias_axis,)), self.shape[-1:], self.config.param_dtype),
-        )
+        dtype = self.config.param_dtype
+        first_init = partitioned(self.initialiser, ("patch", None)[: len(self.shape)])
+        first = self.param(self.first, first_init, self.shape, dtype)
+        bias = self.param("bias", partitioned(self.bias_init, (self.bias_axis,)), self.shape[-1:], dtype)
+        return first, bias
 
 
 def smooth_filters(config: ViTConfig, cells: int = 4) -> Callable:
-    """An initialiser of the projection: every filter is drawn on a grid of cells x cells, all slices alike.
+    """Return an initialiser of the projection that draws each filter on a cells x cells grid, equal in all slices.
 
-    A smooth patch keeps a deviation of about 1, and a patch of nothing but noise, which the norm before has blown up to
-    the same deviation, almost vanishes beside the bias. Independent weights let such patches look as different from
-    each other as from anything else, until that has been unlearned.
+    The norm before the projection scales patches of pure noise to the same deviation as patches with content. Smooth
+    filters keep the deviation of smooth patches near 1 and make noise small compared with the bias. With independent
+    weights, noise patches differ from each other as much as from any content until training unlearns that.
     """
 
     def initialise(key: jax.Array, shape: tuple[int, int], dtype) -> jax.Array:
@@ -155,8 +159,11 @@ def smooth_filters(config: ViTConfig, cells: int = 4) -> Callable:
 
 
 class EncoderBlock(nn.Module):
-    """Pre-norm attention and MLP. Dropout stands where it does in most ViTs (after projections and in the MLP), not on
-    attention weights: fused kernels have none."""
+    """Pre-norm attention and MLP.
+
+    Dropout is applied after projections and in the MLP, as in most ViTs, but not to attention weights: fused kernels
+    do not support it.
+    """
 
     config: ViTConfig
     deterministic: bool = True
@@ -176,7 +183,7 @@ class EncoderBlock(nn.Module):
 
 
 class ViT3D(nn.Module):
-    """Packed patches -> patch tokens. There is no final norm; the perceiver normalises what it reads."""
+    """Packed patches -> patch tokens. There is no final norm: the perceiver normalises its inputs."""
 
     config: ViTConfig
 
@@ -184,9 +191,9 @@ class ViT3D(nn.Module):
     def __call__(
         self, planes, plane_index, patch_segments, patch_positions, scan_scale, scan_offset, *, deterministic=True
     ) -> jax.Array:
-        """See `radfm.py` for the batch; returns float[B, R, P, D]."""
+        """Return float[B, R, P, D]; `radfm.py` describes the arguments."""
         c = self.config
-        # 12,288 numbers a patch are cheap to make again from 12 planes and dear to keep for the backward pass.
+        # Recomputing 12,288 values per patch from 12 planes is cheap; keeping them for the backward pass is not.
         x = nn.remat(PatchEmbedding, prevent_cse=False)(c, name="embedding")(
             planes, plane_index, patch_segments, patch_positions, scan_scale, scan_offset
         )
@@ -198,6 +205,8 @@ class ViT3D(nn.Module):
 
 
 def gather_rows(values: jax.Array, index: jax.Array) -> jax.Array:
-    """values[B, N, ...] taken at index[B, ...], row by row: [B, *index, ...]. Never looks into another row, so a row
-    and its scans stay on one device."""
+    """Gather values[B, N, ...] at index[B, ...] within each row: [B, *index, ...].
+
+    No row reads another one, so a row and its scans stay on one device.
+    """
     return jax.vmap(lambda v, i: v[i])(values, index)

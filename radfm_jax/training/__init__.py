@@ -1,1 +1,4 @@
-"""Training. As a package, so that data workers, which start a fresh Python, do not import it again."""
+"""Training: experiment configs, the state and its step, the loop, and what a run logs.
+
+The network belongs in `models`, checkpoint files in `checkpoints`. Data workers must not import this package.
+"""

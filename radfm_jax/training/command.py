@@ -1,4 +1,4 @@
-"""`python -m radfm_jax.train --config=configs/x.py --workdir=DIR`: train, or go on where the last start was saved."""
+"""The command `python -m radfm_jax.train --config=configs/x.py --workdir=DIR`: train a model, or resume a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from radfm_jax.training.experiment import Experiment
 from radfm_jax.training.loop import train
 
 DESCRIPTION = """\
-Trains RadFM as a config says. Started again with the same directory, it goes on bit by bit where it was saved last.
+Train RadFM with a config. The same command with the same directory resumes the run bit-exactly from its last
+checkpoint.
 """
 EPILOG = """\
 examples:
@@ -20,12 +21,16 @@ examples:
   python -m radfm_jax.train --config=configs/quickstart.py --workdir=runs/slow --config.optimizer.learning_rate=1e-4
   python -m radfm_jax.train --config=configs/x.py --workdir=runs/b --config.checkpoint.init_from=runs/a/checkpoints/500
 
-several processes: the same command in each of them; launch/local.sh N -- ARGUMENTS starts N on this machine.
+several processes: run the same command in each of them; launch/local.sh N -- ARGUMENTS starts N on this machine.
 
-exit codes: 0 done; 75 ended early, start again with the same command and it goes on (saved after SIGTERM or Ctrl-C to
-any process; or another process was lost: then from the step that was saved last); 70 a step was stuck; 2 a mistake in
-the config or the data, a checkpoint that cannot be used, or processes that would not run the same; 1 anything else,
-also processes that do not find each other. With several processes, that of the one that failed is the code of all.
+exit codes:
+  0   done
+  75  ended early: run the same command again to resume. After SIGTERM or Ctrl-C to any process the current step is
+      saved; after the loss of a process the run resumes from the last checkpoint
+  70  a step was stuck
+  2   an error in the config or the data, an unusable checkpoint, or processes with different settings
+  1   any other error, for instance processes that do not find each other
+With several processes, all exit with the code of the process that failed.
 """
 
 
@@ -38,14 +43,14 @@ def main(argv: list[str] | None = None) -> int:
     )
     command_line.add_config(parser)
     cluster.add_arguments(parser)
-    parser.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="where the run is kept")
+    parser.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="directory of the run")
     args, config = command_line.parse(parser, sys.argv[1:] if argv is None else argv)
     try:
         experiment = Experiment.from_dict(config)
         with faults.Stop() as stop, distributed.start(args, args.workdir, experiment.to_dict(), stop) as peers:
             return train(experiment, args.workdir, peers)
     except InterruptedError:
-        print("told to stop before all processes were there", file=sys.stderr)
+        print("stopped before all processes had connected", file=sys.stderr)
         return faults.REQUEUE
     except (ValueError, distributed.StartError) as error:
         print(f"error: {error}", *getattr(error, "__notes__", []), sep="\n", file=sys.stderr)

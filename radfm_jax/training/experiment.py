@@ -1,13 +1,14 @@
-"""One ConfigDict -> the frozen dataclasses of its groups: model, data, train, optimizer, mesh, checkpoint."""
+"""The config of a run as frozen dataclasses: model, data, train, optimizer, mesh and checkpoint."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 from collections.abc import Mapping
+from typing import Any
 
 from input_pipeline.config import DataConfig
+from input_pipeline.files import nearest
 from radfm_jax.models.radfm import RadFMConfig
 from radfm_jax.training.optimizer import OptimizerConfig
 from radfm_jax.training.train_step import NONFINITE, StepConfig
@@ -18,17 +19,18 @@ class TrainConfig:
     """The `train` group.
 
     Attributes:
-      steps: optimizer steps of the run; 0: as many as `epochs` of the data take.
-      batch: rows of a global batch, over all devices and micro-batches. accumulation: micro-batches of a step.
-      dtype: what matrices are multiplied in. remat: what is recomputed in the backward pass (layers.REMAT_POLICIES).
+      steps: optimizer steps of the run; 0 uses `epochs` instead.
+      batch: rows of a global batch, over all devices and micro-batches. accumulation: micro-batches per step.
+      dtype: dtype of matrix products. remat: what the backward pass recomputes (layers.REMAT_POLICIES).
       weighting, normalise, chunk, dropout: train_step.StepConfig.
-      seed: of fresh parameters and dropout; the data have their own.
-      log_every, eval_every: steps; eval_every=0: only at the end. eval_batches: 0: all of the test sources.
-      eval_answers: questions of each test source that an evaluation also asks in words, scored as RadBench's
-        (train/answers.py); 0: none. With one process; neither memory nor time of it is in the estimates.
-      nonfinite: `skip` a step whose loss or gradient is not finite, at most `max_skipped` in a row; or `stop` at once.
-      step_timeout: seconds without a finished step until the run is ended with a dump of all stacks.
-      profile: (first, last) steps to trace into WORKDIR/profile, both included; () for none.
+      seed: seed of fresh parameters and dropout; `data.seed` is separate.
+      log_every, eval_every: intervals in steps; eval_every=0 evaluates only at the end.
+      eval_batches: batches per evaluation; 0 for all of the test sources.
+      eval_answers: questions per test source whose answers each evaluation generates and scores as RadBench does
+        (eval_answers.py); 0 for none. Needs a single process. Estimates of memory and time do not include it.
+      nonfinite: `skip` steps whose loss or gradient is not finite, at most `max_skipped` in a row; or `stop`.
+      step_timeout: seconds without a finished step after which the run ends with a dump of all stacks.
+      profile: (first, last) steps to trace to WORKDIR/profile, both included; () for none.
     """
 
     steps: int = 0
@@ -53,18 +55,18 @@ class TrainConfig:
 
     def __post_init__(self):
         problems = []
-        for name, least in (("steps", 0), ("batch", 1), ("accumulation", 1), ("log_every", 1), ("eval_every", 0),
+        for name, minimum in (("steps", 0), ("batch", 1), ("accumulation", 1), ("log_every", 1), ("eval_every", 0),
                             ("eval_batches", 0), ("eval_answers", 0)):  # fmt: skip
-            if getattr(self, name) < least:
-                problems.append(f"train.{name} is {getattr(self, name)}: at least {least} is needed")
+            if getattr(self, name) < minimum:
+                problems.append(f"train.{name} must be at least {minimum} (got {getattr(self, name)})")
         if self.accumulation > 0 and self.batch % self.accumulation:
-            problems.append(f"train.batch {self.batch} is not a multiple of train.accumulation {self.accumulation}")
+            problems.append(f"train.batch {self.batch} must be a multiple of train.accumulation {self.accumulation}")
         if self.nonfinite not in NONFINITE:
-            problems.append(f"train.nonfinite is {self.nonfinite!r}; known: {', '.join(NONFINITE)}")
+            problems.append(f"train.nonfinite must be one of {', '.join(NONFINITE)} (got {self.nonfinite!r})")
         if not self.steps and not self.epochs > 0:
-            problems.append("train.steps is 0 and train.epochs is not above 0: how long?")
+            problems.append("set train.steps or train.epochs: both are 0 or negative")
         if self.profile and (len(self.profile) != 2 or not 0 <= self.profile[0] <= self.profile[1]):
-            problems.append(f"train.profile is {self.profile}: give (first, last) steps")
+            problems.append(f"train.profile must be (first, last) steps (got {self.profile})")
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -75,7 +77,7 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """The `mesh` group: sharding.make_mesh."""
+    """The `mesh` group: arguments of sharding.make_mesh."""
 
     data: int = 1
     fsdp: int = -1
@@ -88,10 +90,11 @@ class CheckpointConfig:
     """The `checkpoint` group.
 
     Attributes:
-      init_from: a checkpoint directory whose parameters a new run starts from; "" starts fresh.
-      save_every: steps. keep_last: newest to keep; keep_every: multiples of it stay for ever, 0: none.
-      best: keep the step with the lowest held-out loss too.
-      allow_older: when the newest checkpoint is damaged, go on from the one before it (with a warning).
+      init_from: checkpoint directory with the initial parameters of a new run; "" for fresh parameters.
+      save_every: interval in steps. keep_last: number of newest steps to keep.
+      keep_every: also keep steps that are multiples of it; 0 for none.
+      best: also keep the step with the lowest held-out loss.
+      allow_older: if the newest checkpoint is damaged, resume from an older one, with a warning.
     """
 
     init_from: str = ""
@@ -102,7 +105,7 @@ class CheckpointConfig:
     allow_older: bool = False
 
 
-GROUPS = {
+GROUPS: dict[str, Any] = {
     "data": DataConfig,
     "train": TrainConfig,
     "optimizer": OptimizerConfig,
@@ -113,7 +116,7 @@ GROUPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """Everything a run is told."""
+    """The full config of a run."""
 
     model: RadFMConfig
     data: DataConfig = DataConfig()
@@ -123,48 +126,51 @@ class Experiment:
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     def to_dict(self) -> dict:
-        """Plain values: what a config file puts into its ConfigDict, and what is kept with a checkpoint."""
+        """Return plain values, as in a config file and in a checkpoint."""
         return {"model": self.model.to_dict(), "data": self.data.to_dict()} | {
             name: _plain(getattr(self, name)) for name in GROUPS if name != "data"
         }
 
     @classmethod
     def from_dict(cls, fields: Mapping) -> Experiment:
-        """From a dict or a ConfigDict. ValueError names every unknown field, and the nearest known one."""
+        """Convert a dict or ConfigDict. ValueError lists every unknown field and the nearest known one."""
         fields = fields.to_dict() if hasattr(fields, "to_dict") else dict(fields)
-        unknown = [_named(name, ["model", *GROUPS], "") for name in fields if name not in ("model", *GROUPS)]
+        groups = ["model", *GROUPS]
+        unknown = [name + nearest(name, groups) for name in fields if name not in groups]
         for name, kind in GROUPS.items():
             known = [f.name for f in dataclasses.fields(kind)]
-            unknown += [_named(key, known, f"{name}.") for key in fields.get(name, {}) if key not in known]
+            unknown += [
+                f"{name}.{key}{nearest(key, known, f'{name}.')}" for key in fields.get(name, {}) if key not in known
+            ]
         if unknown:
             raise ValueError(f"unknown fields: {', '.join(unknown)}")
         if "model" not in fields:
-            raise ValueError("the config has no group `model`")
-        groups = {
+            raise ValueError("the config has no group `model`: add one, for instance radfm_14b().to_dict()")
+        values: dict[str, Any] = {
             name: kind.from_dict(fields[name]) if kind is DataConfig else kind(**_tuples(fields[name]))
             for name, kind in GROUPS.items()
             if name in fields
         }
-        return cls(RadFMConfig.from_dict(fields["model"]), **groups)
+        return cls(RadFMConfig.from_dict(fields["model"]), **values)
 
     @property
     def compute(self) -> RadFMConfig:
-        """The model's sizes with how this run computes."""
+        """The model config with this run's dtype and remat policy."""
         return self.model.with_compute(dtype=self.train.dtype, remat=self.train.remat)
 
 
 def flat(value, path: str = "") -> dict[str, str]:
-    """Nested dicts -> {"train.steps": "30", ...}, values as JSON."""
+    """Flatten nested dicts to {"train.steps": "30", ...}, with values as JSON."""
     if not isinstance(value, Mapping) or not value:
         return {path: json.dumps(value)}
     return {k: v for name, x in value.items() for k, v in flat(x, f"{path}.{name}" if path else name).items()}
 
 
 def changes(before: Mapping, now: Mapping) -> list[str]:
-    """ "train.steps is 60, was 30" for each setting that differs; `before` may be of an older version."""
+    """Return "train.steps is 60, was 30" for each setting that differs; `before` may be from an older version."""
     old, new = flat(before), flat(now)
     keys = [key for key in dict.fromkeys((*new, *old)) if old.get(key) != new.get(key)]
-    return [f"{key} is {new.get(key, 'not there')}, was {old.get(key, 'not there')}" for key in keys]
+    return [f"{key} is {new.get(key, 'missing')}, was {old.get(key, 'missing')}" for key in keys]
 
 
 def _plain(group) -> dict:
@@ -174,8 +180,3 @@ def _plain(group) -> dict:
 
 def _tuples(fields: Mapping) -> dict:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-
-
-def _named(key: str, known: list[str], prefix: str) -> str:
-    near = difflib.get_close_matches(key, known, 1, 0.4)
-    return f"{prefix}{key}" + (f" (did you mean {prefix}{near[0]}?)" if near else "")

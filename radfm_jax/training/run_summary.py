@@ -1,6 +1,6 @@
-"""`python -m radfm_jax.summary --runs DIR... --out page.html`: what a chain of runs came to, on one page.
+"""The command `python -m radfm_jax.summary --runs DIR... --out page.html`: one HTML page about consecutive runs.
 
-The page holds its pictures itself, so that it can be sent to somebody.
+Images are embedded, so the page is one file.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from input_pipeline import files
 from input_pipeline.datasets.json_tables import text_lines
 from input_pipeline.samples import Scan
 from radfm_jax.checkpoints import run_directory
@@ -21,9 +22,8 @@ from radfm_jax.inference import inputs
 from radfm_jax.training import display
 
 DESCRIPTION = """\
-Makes one HTML page of training runs that follow each other: their curves and speed, the accuracy that
-`radfm_jax.evaluate` found, answers that `radfm_jax.generate --jsonl` gave beside the scans they are about, and where
-everything lies.
+Write one HTML page about consecutive training runs: their curves and speed, the accuracy from `radfm_jax.evaluate`,
+answers from `radfm_jax.generate --jsonl` next to their scans, and the paths of all files.
 """
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#1b1f24}
@@ -40,17 +40,17 @@ def main(argv: list[str] | None = None) -> int:
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--runs", nargs="+", required=True, type=Path, metavar="DIR", help="workdirs, in their order")
-    parser.add_argument("--scores", type=Path, metavar="DIR", help="what `radfm_jax.evaluate` wrote")
-    parser.add_argument("--questions", type=Path, metavar="FILE", help="questions that were asked")
+    parser.add_argument("--runs", nargs="+", required=True, type=Path, metavar="DIR", help="run directories in order")
+    parser.add_argument("--scores", type=Path, metavar="DIR", help="output directory of `radfm_jax.evaluate`")
+    parser.add_argument("--questions", type=Path, metavar="FILE", help="JSON Lines file of questions")
+    parser.add_argument("--answers", type=Path, metavar="FILE", help="their answers from `radfm_jax.generate --jsonl`")
     parser.add_argument(
-        "--answers", type=Path, metavar="FILE", help="what `radfm_jax.generate --jsonl` answered to them"
+        "--root", type=Path, default=Path(), metavar="DIR", help="directory of the scan paths in the questions"
     )
+    parser.add_argument("--note", action="append", default=[], metavar="TEXT", help="line at the top of the page")
     parser.add_argument(
-        "--root", type=Path, default=Path(), metavar="DIR", help="below which the scans of questions lie"
+        "--place", action="append", default=[], metavar="WHAT=PATH", help="additional line of the table of paths"
     )
-    parser.add_argument("--note", action="append", default=[], metavar="TEXT", help="a line for the head of the page")
-    parser.add_argument("--place", action="append", default=[], metavar="WHAT=PATH", help="a line of `where it lies`")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE")
     args = parser.parse_args(argv)
     try:
@@ -59,13 +59,13 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(page)
+    files.write_text(args.out, page)
     print(f"summary: {args.out}")
     return 0
 
 
 def _page(args: argparse.Namespace) -> Iterator[str]:
-    title = f"{args.runs[-1].name}: what was trained"
+    title = f"Training of {args.runs[-1].name}"
     yield f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{_text(title)}</title><style>{STYLE}</style>"
     yield f"<h1>{_text(title)}</h1>"
     yield "<p class='warn'>For research only. Not for clinical use.</p>"
@@ -79,20 +79,20 @@ def _page(args: argparse.Namespace) -> Iterator[str]:
         yield "<h2>Held-out answers</h2>"
         yield from _scores(json.loads((args.scores / "accuracy.json").read_text()))
     if args.answers:
-        yield "<h2>Asked</h2>"
+        yield "<h2>Answers</h2>"
         yield from _answers(args)
-    yield "<h2>Where it lies</h2>"
-    places = [("run " + run.name, str(run)) for run in args.runs] + [tuple(p.split("=", 1)) for p in args.place]
-    yield _table(("what", "where"), [(_text(what), f"<code>{_text(path)}</code>") for what, path in places])
+    yield "<h2>Files</h2>"
+    paths = [["run " + run.name, str(run)] for run in args.runs] + [entry.split("=", 1) for entry in args.place]
+    yield _table(("item", "path"), [(_text(item), f"<code>{_text(path)}</code>") for item, path in paths])
 
 
 def _stages(runs: Sequence[Path]) -> Iterator[str]:
     rows = []
     for run in runs:
-        if not (lines := display.read(run)):
-            raise ValueError(f"{run} has no metrics.jsonl with a step: is it the --workdir of a run?")
+        if not (lines := display.read_metrics(run)):
+            raise ValueError(f"{run} has no metrics.jsonl with a step: give the --workdir of a run")
         last = {key: value for line in lines for key, value in line.items()}
-        speed = [line for line in lines if "speed/step_s" in line][1:]  # the first holds the start
+        speed = [line for line in lines if "speed/step_s" in line][1:]  # the first includes warm-up
         mean = lambda name: sum(x[name] for x in speed) / len(speed) if speed else float("nan")  # noqa: B023, E731
         newest = run_directory.latest(run)
         rows.append(
@@ -104,43 +104,44 @@ def _stages(runs: Sequence[Path]) -> Iterator[str]:
             )
         )  # fmt: skip
     yield _table(
-        ("stage", "steps", "loss", "held out", "s a step", "samples/s", "data wait", "real tokens", "checkpoint"), rows
+        ("run", "steps", "loss", "held-out loss", "s per step", "samples/s", "data wait", "real tokens", "checkpoint"),
+        rows,
     )
 
 
-def _scores(found: dict[str, list[dict]]) -> Iterator[str]:
-    control = {one["kind"]: one for one in found.get("another", ())}
+def _scores(accuracy: dict[str, list[dict]]) -> Iterator[str]:
+    control = {line["kind"]: line for line in accuracy.get("another", ())}
     rows = [
         (
-            _text(one["kind"]), f"{one['samples']:,}", f"{one['exact']:.1%}", f"{one['low']:.1%} to {one['high']:.1%}",
-            "" if one["balanced"] is None else f"{one['balanced']:.1%}",
-            f"{control[one['kind']]['exact']:.1%}" if one["kind"] in control else "",
+            _text(x["kind"]), f"{x['samples']:,}", f"{x['exact']:.1%}", f"{x['low']:.1%} to {x['high']:.1%}",
+            "" if x["balanced"] is None else f"{x['balanced']:.1%}",
+            f"{control[x['kind']]['exact']:.1%}" if x["kind"] in control else "",
         )
-        for one in found["own"]
+        for x in accuracy["own"]
     ]  # fmt: skip
-    yield "<p>Right: every token of the reference is what greedy decoding says. Scans exchanged: the same questions "
-    yield "about somebody else's scan; what is left there needs no looking.</p>"
-    yield _table(("question", "samples", "right", "95 % interval", "balanced", "scans exchanged"), rows)
+    yield "<p>Correct: greedy decoding gives every token of the reference. Scans exchanged: the same questions with "
+    yield "another patient's scans; accuracy that remains does not come from the scan.</p>"
+    yield _table(("question", "samples", "correct", "95 % interval", "balanced", "scans exchanged"), rows)
 
 
 def _answers(args: argparse.Namespace) -> Iterator[str]:
     answers = {line["id"]: line for line in _lines(args.answers)}
     for question in _lines(args.questions):
-        given = answers.get(question["id"])
-        said = "no answer" if given is None else given["answer"]
+        answer = answers.get(question["id"])
+        answer_text = "no answer" if answer is None else answer["answer"]
         scans = [Scan(scan) if isinstance(scan, str) else Scan(**scan) for scan in question["scans"]]
-        picture = _picture(args.root, scans, given)
+        image = _scan_image(args.root, scans, answer)
         reference = f"<br>reference: <b>{_text(question['response'])}</b>" if question.get("response") else ""
         yield (
-            f"<div class='asked'>{picture}<div><code>{_text(', '.join(scan.path for scan in scans))}</code>"
+            f"<div class='asked'>{image}<div><code>{_text(', '.join(scan.path for scan in scans))}</code>"
             f"<br>{_text(question.get('prompt') or question.get('instruction'))}"
-            f"<br>answer: <b>{_text(said)}</b>{reference}</div></div>"
+            f"<br>answer: <b>{_text(answer_text)}</b>{reference}</div></div>"
         )
 
 
-def _picture(root: Path, scans: Sequence[Scan], given: dict | None) -> str:
-    """The middle of each scan as the model saw it."""
-    prepared = (given or {}).get("made_with", {}).get("prepared")
+def _scan_image(root: Path, scans: Sequence[Scan], answer: dict | None) -> str:
+    """Return the middle slice of each scan as the model saw it, as an HTML image."""
+    prepared = (answer or {}).get("made_with", {}).get("prepared")
     if not prepared:
         return ""
     paths = [Scan(str(root / scan.path), scan.volume, scan.window) for scan in scans]
@@ -154,12 +155,12 @@ def _lines(file: Path) -> list[dict]:
     return [json.loads(line) for line in text_lines(file) if line.strip()]
 
 
-def _image(png: bytes, what: str) -> str:
-    return f"<img alt='{_text(what)}' src='data:image/png;base64,{base64.b64encode(png).decode()}'>"
+def _image(png: bytes, alt: str) -> str:
+    return f"<img alt='{_text(alt)}' src='data:image/png;base64,{base64.b64encode(png).decode()}'>"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Cells are HTML already."""
+    """Return an HTML table; cells are HTML, the head is text."""
     number = lambda cell: cell[:1].isdigit()  # noqa: E731
     body = "".join(
         "<tr>" + "".join(f"<td class='n'>{c}</td>" if number(c) else f"<td>{c}</td>" for c in row) + "</tr>"

@@ -1,10 +1,10 @@
 """The state of a training run, and one step of it.
 
-    state     {"step", "params": learning, "frozen": what does not learn, "opt", "key", "skipped"}
+    state     {"step", "params": trainable, "frozen", "opt", "key", "skipped"}
 
-Shapes, then shardings, then arrays: no parameter ever exists unsharded. A step takes A micro-batches of B rows
-each; it adds up the gradient of the summed loss and the weights over all of them and divides once, so neither A, nor
-the mesh, nor the packing changes it.
+Shapes come first, then shardings, then arrays: no parameter ever exists unsharded. A step adds up the gradients of the
+summed loss and the weights over A micro-batches of B rows, and divides once. So its result does not depend on A, the
+mesh or the packing.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from input_pipeline.samples import TASKS
 from radfm_jax.checkpoints.checkpoint import flatten, unflatten
 from radfm_jax.models import radfm
+from radfm_jax.models.radfm import segment_max
 from radfm_jax.runtime import sharding
 from radfm_jax.training import optimizer as opt
 from radfm_jax.training.losses import NORMALISATIONS, WEIGHTINGS, radfm_loss
@@ -33,13 +34,13 @@ NONFINITE = ("skip", "stop")
 
 @dataclasses.dataclass(frozen=True)
 class StepConfig:
-    """How a step computes its loss.
+    """Options of the loss of a step.
 
     Attributes:
-      weighting, normalise: as in losses.radfm_loss; `normalise="micro_batch"` divides each micro-batch by its own
-        weight, as the original does.
-      chunk: positions whose logits exist at a time on a device.
-      dropout: whether the network's dropout is on in training.
+      weighting, normalise: losses.radfm_loss; `normalise="micro_batch"` divides each micro-batch by its own weight, as
+        the original does.
+      chunk: number of positions per device whose logits exist at the same time.
+      dropout: whether to train with dropout.
     """
 
     weighting: str = "weighted"
@@ -49,9 +50,9 @@ class StepConfig:
 
     def __post_init__(self):
         if self.weighting not in WEIGHTINGS:
-            raise ValueError(f"train.weighting {self.weighting!r} is unknown: {', '.join(WEIGHTINGS)}")
-        if self.normalise not in (*NORMALISATIONS, "micro_batch"):
-            raise ValueError(f"train.normalise {self.normalise!r} is unknown: {', '.join(NORMALISATIONS)}, micro_batch")
+            raise ValueError(f"train.weighting must be one of {', '.join(WEIGHTINGS)} (got {self.weighting!r})")
+        if self.normalise not in (known := (*NORMALISATIONS, "micro_batch")):
+            raise ValueError(f"train.normalise must be one of {', '.join(known)} (got {self.normalise!r})")
 
 
 # --- the state --------------------------------------------------------------------------------------------------------
@@ -60,30 +61,30 @@ class StepConfig:
 def abstract_state(
     model: radfm.RadFMConfig, config: opt.OptimizerConfig, mesh: Mesh
 ) -> tuple[dict, optax.GradientTransformation, dict[str, str]]:
-    """(state as jax.ShapeDtypeStruct with shardings, the optimizer, notes of sharding.param_shardings)."""
+    """Return (state of jax.ShapeDtypeStruct with shardings, optimizer, notes of sharding.param_shardings)."""
     boxed = radfm.abstract_params(model)
     shardings, notes = sharding.param_shardings(boxed, mesh)
-    whole = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.unbox(boxed), shardings)
-    learning, frozen = opt.split(whole, config.frozen)
-    transform = opt.optimizer(config, learning)
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    scalar = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)  # noqa: E731
-    leaves = flatten(learning)
+    params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.unbox(boxed), shardings)
+    trainable, frozen = opt.split(params, config.frozen)
+    transform = opt.optimizer(config, trainable)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    small = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=replicated)  # noqa: E731
+    leaves = flatten(trainable)
 
     def moment(path, x):
-        """Lies as the parameter whose name ends its path; anything else (counts) is everywhere."""
+        """Shard a moment like the parameter whose name is its path suffix; replicate everything else (counts)."""
         names = reversed([*itertools.takewhile(lambda key: hasattr(key, "key"), reversed(path))])
         parameter = leaves.get("/".join(str(key.key) for key in names))
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=parameter.sharding if parameter else everywhere)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=parameter.sharding if parameter else replicated)
 
-    moments = jax.tree_util.tree_map_with_path(moment, jax.eval_shape(transform.init, learning))
+    moments = jax.tree_util.tree_map_with_path(moment, jax.eval_shape(transform.init, trainable))
     state = {
-        "step": scalar((), jnp.int32),
-        "params": learning,
+        "step": small((), jnp.int32),
+        "params": trainable,
         "frozen": frozen,
         "opt": moments,
-        "key": scalar((2,), jnp.uint32),
-        "skipped": scalar((), jnp.int32),
+        "key": small((2,), jnp.uint32),
+        "skipped": small((), jnp.int32),
     }
     return state, transform, notes
 
@@ -92,41 +93,44 @@ def init_state(
     abstract: dict,
     model: radfm.RadFMConfig,
     config: opt.OptimizerConfig,
-    transform,
+    transform: optax.GradientTransformation,
     seed: int,
-    given: dict | None = None,
+    loaded: dict | None = None,
 ) -> dict:
-    """Fresh moments and parameters, each made where it will lie.
+    """Return a state with fresh moments and parameters, each created with its sharding.
 
-    given: path -> array of parameters that are there already (train_state.init_from); only the others are made.
+    Args:
+      abstract, transform: `abstract_state`.
+      loaded: path -> array of parameters that are not initialised (train_state.init_from).
     """
-    given = given or {}
+    loaded = loaded or {}
     paths = flatten(params_of(abstract))
 
     def init(key):
         params = radfm.init_params(model, key)
         return {
             "step": jnp.zeros((), jnp.int32),
-            "fresh": {path: x for path, x in flatten(params).items() if path not in given},
+            "fresh": {path: x for path, x in flatten(params).items() if path not in loaded},
             "opt": transform.init(opt.split(params, config.frozen)[0]),
             "key": jax.random.key_data(jax.random.fold_in(key, 1)),
             "skipped": jnp.zeros((), jnp.int32),
         }
 
-    where = {name: shardings_of(abstract[name]) for name in ("step", "opt", "key", "skipped")}
-    where["fresh"] = {path: x.sharding for path, x in paths.items() if path not in given}
-    state = jax.jit(init, out_shardings=where)(jax.random.key(seed))
-    params = state.pop("fresh") | given
-    learning, frozen = opt.split(unflatten({path: params[path] for path in paths}), config.frozen)
-    return state | {"params": learning, "frozen": frozen}
+    shardings = {name: shardings_of(abstract[name]) for name in ("step", "opt", "key", "skipped")}
+    shardings["fresh"] = {path: x.sharding for path, x in paths.items() if path not in loaded}
+    state = jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
+    params = state.pop("fresh") | loaded
+    trainable, frozen = opt.split(unflatten({path: params[path] for path in paths}), config.frozen)
+    return state | {"params": trainable, "frozen": frozen}
 
 
 def params_of(state: dict) -> dict:
-    """All parameters of a state, learning or not."""
+    """Return all parameters of a state, trainable and frozen."""
     return opt.merge(state["params"], state["frozen"])
 
 
 def shardings_of(abstract: dict) -> dict:
+    """Return the shardings of a tree of arrays or shapes."""
     return jax.tree.map(lambda x: x.sharding, abstract)
 
 
@@ -134,31 +138,32 @@ def shardings_of(abstract: dict) -> dict:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """[A, B, ...]: the rows of each micro-batch over `data` and `fsdp`."""
+    """Return the sharding of [A, B, ...]: the rows of each micro-batch over `data` and `fsdp`."""
     return NamedSharding(mesh, PartitionSpec(None, sharding.BATCH))
 
 
-def place(arrays: dict[str, np.ndarray], mesh: Mesh, accumulation: int) -> dict[str, jax.Array]:
-    """This process's rows of a global batch [A * B, ...] -> global arrays [A, B, ...] on the devices.
+def put_batch(arrays: dict[str, np.ndarray], mesh: Mesh, accumulation: int) -> dict[str, jax.Array]:
+    """Put this process's rows of a global batch [A * B, ...] on the devices as global arrays [A, B, ...].
 
-    Raises ValueError if A does not divide the rows, or the devices do not divide B.
+    Raises:
+      ValueError: A does not divide the rows, or the devices do not divide B.
     """
     rows = len(next(iter(arrays.values())))
     ways = int(np.prod([mesh.shape[a] for a in sharding.BATCH])) // jax.process_count()
     if rows % accumulation or (rows // accumulation) % max(ways, 1):
         raise ValueError(
-            f"{rows} rows a process do not divide into {accumulation} micro-batches over {ways} devices: make "
+            f"{rows} rows per process do not divide into {accumulation} micro-batches over {ways} devices: make "
             "train.batch a multiple of train.accumulation times the devices of `data` and `fsdp`"
         )
-    where = batch_sharding(mesh)
+    rows_sharding = batch_sharding(mesh)
     return {
-        name: jax.make_array_from_process_local_data(where, x.reshape(accumulation, -1, *x.shape[1:]))
+        name: jax.make_array_from_process_local_data(rows_sharding, x.reshape(accumulation, -1, *x.shape[1:]))
         for name, x in arrays.items()
     }
 
 
-def place_rate(rate: np.float32, mesh: Mesh) -> jax.Array:
-    """A learning rate, on every device."""
+def put_rate(rate: np.float32, mesh: Mesh) -> jax.Array:
+    """Put a learning rate on every device."""
     return jax.make_array_from_callback((), NamedSharding(mesh, PartitionSpec()), lambda _: rate)
 
 
@@ -168,22 +173,19 @@ def place_rate(rate: np.float32, mesh: Mesh) -> jax.Array:
 def make_train_step(
     model: radfm.RadFMConfig, transform: optax.GradientTransformation, config: StepConfig
 ) -> Callable[[dict, dict, jax.Array], tuple[dict, dict]]:
-    """(state, batch [A, B, ...], learning rate) -> (state, metrics), to be jitted with the state donated.
+    """Return (state, batch [A, B, ...], learning rate) -> (state, metrics), to be jitted with the state donated.
 
-    A step whose loss or gradient is not finite leaves parameters and moments as they are; `skipped` counts such steps
-    in a row.
-
-    metrics: loss (what is minimised), weight, correct (share of the trained tokens that were the most likely ones),
-    grad_norm before clipping, finite bool, skipped steps in a row; and for each task of samples.TASKS its loss and
-    weight, float32[tasks].
+    A step whose loss or gradient is not finite leaves parameters and moments unchanged; `skipped` counts such steps in
+    a row. The metrics are loss (the minimised value), weight, correct (share of the trained tokens that were the most
+    likely ones), grad_norm before clipping, finite bool, skipped, and task_loss and task_weight float32[tasks].
     """
     network = radfm.RadFM(model)
     normalise = "token" if config.normalise == "micro_batch" else config.normalise
 
-    def loss(learning, frozen, batch, key):
+    def loss(trainable, frozen, batch, key):
         rngs = {"dropout": key} if config.dropout else None
         total, weight, out = radfm_loss(
-            network, opt.merge(learning, frozen), batch, weighting=config.weighting, normalise=normalise,
+            network, opt.merge(trainable, frozen), batch, weighting=config.weighting, normalise=normalise,
             chunk=config.chunk, rngs=rngs,
         )  # fmt: skip
         return total, (weight, _counts(batch, out))
@@ -192,7 +194,7 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.wrap_key_data(state["key"]), state["step"])
         micro_batches = batch["ids"].shape[0]
 
-        def one(carry, numbered):
+        def add_micro_batch(carry, numbered):
             number, micro = numbered
             gradient = jax.value_and_grad(loss, has_aux=True)
             (total, (weight, counts)), grads = gradient(
@@ -204,24 +206,25 @@ def make_train_step(
             return jax.tree.map(jnp.add, carry, (grads, total, weight, counts)), None
 
         numbered = (jnp.arange(micro_batches), batch)
-        zero = (_zeros(state["params"]), jnp.float32(0), jnp.float32(0), _no_counts())
-        if micro_batches == 1:  # without the loop no sum has to be kept beside the gradient
-            (grads, total, weight, counts), _ = one(zero, jax.tree.map(lambda x: x[0], numbered))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state["params"])
+        start = (zeros, jnp.float32(0), jnp.float32(0), _zero_counts())
+        if micro_batches == 1:  # without a loop, XLA needs no memory for the sum in addition to the gradient
+            (grads, total, weight, counts), _ = add_micro_batch(start, jax.tree.map(lambda x: x[0], numbered))
         else:
-            (grads, total, weight, counts), _ = jax.lax.scan(one, zero, numbered)
+            (grads, total, weight, counts), _ = jax.lax.scan(add_micro_batch, start, numbered)
         with jax.named_scope("update"):
             share = 1.0 / jnp.maximum(weight, 1e-8)
             grads = jax.tree.map(lambda g, p: (g * share).astype(p.dtype), grads, state["params"])
             norm = optax.tree_utils.tree_norm(grads)
             finite = jnp.isfinite(total) & jnp.isfinite(norm)
             updates, moments = transform.update(grads, state["opt"], state["params"])
-            learned = optax.apply_updates(state["params"], jax.tree.map(lambda u: -rate * u, updates))
-            kept = functools.partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
+            updated = optax.apply_updates(state["params"], jax.tree.map(lambda u: -rate * u, updates))
+            if_finite = functools.partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
         after = {
             **state,
             "step": state["step"] + 1,
-            "params": kept(learned, state["params"]),
-            "opt": kept(moments, state["opt"]),
+            "params": if_finite(updated, state["params"]),
+            "opt": if_finite(moments, state["opt"]),
             "skipped": jnp.where(finite, 0, state["skipped"] + 1),
         }
         metrics = {"loss": total * share, "weight": weight, "grad_norm": norm, "finite": finite, **_shares(counts)}
@@ -232,57 +235,50 @@ def make_train_step(
 
 
 def make_eval_step(model: radfm.RadFMConfig, config: StepConfig) -> Callable[[dict, dict], dict]:
-    """(parameters, batch [A, B, ...]) -> sums to be added up over batches and given to `summarise`.
+    """Return (parameters, batch [A, B, ...]) -> sums. Add them over batches, then call `summarise`.
 
-    `exact` counts the samples of which every trained token was the most likely one, given the tokens before it: what
-    the released code logs as accuracy.
+    `exact` counts samples in which every trained token was the most likely one given the tokens before it, which the
+    released code logs as accuracy.
     """
     network = radfm.RadFM(model)
 
     def step(params: dict, batch: dict) -> dict:
-        def one(carry, micro):
+        def add_micro_batch(carry, micro):
             _, _, out = radfm_loss(network, params, micro, weighting=config.weighting, chunk=config.chunk)
             return jax.tree.map(jnp.add, carry, _counts(micro, out)), None
 
-        return jax.lax.scan(one, _no_counts(), batch)[0]
+        return jax.lax.scan(add_micro_batch, _zero_counts(), batch)[0]
 
     return step
 
 
-def _zeros(tree: dict) -> dict:
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), tree)
-
-
-def _no_counts() -> dict:
+def _zero_counts() -> dict:
     return {name: jnp.zeros(len(TASKS) + 1) for name in ("loss", "weight", "tokens", "correct", "samples", "exact")}
 
 
-def by_segment(segments: jax.Array, values: jax.Array) -> jax.Array:
-    """[B, T], [B, T] -> [B, T + 1]: the largest value in each segment of a row; 0 or False where there is none."""
-    return jax.vmap(lambda segment, x: jnp.zeros(x.size + 1, x.dtype).at[segment].max(x))(segments, values)
-
-
 def _counts(batch: dict, out: dict) -> dict[str, jax.Array]:
-    """Sums by task, float32[1 + tasks]; entry 0 belongs to the padding."""
-    active = out["weights"] > 0
-    by_task = lambda values: jnp.zeros(len(TASKS) + 1).at[batch["tasks"]].add(values)  # noqa: E731
-    segments = batch["segments"]
-    wrong = by_segment(segments, active & ~out["correct"])
-    seen = by_segment(segments, active)
-    task = by_segment(segments, batch["tasks"])
-    per_segment = lambda x: jnp.zeros(len(TASKS) + 1).at[task].add(x.astype(jnp.float32))  # noqa: E731
+    """Return sums over tokens and samples of each task, float32[1 + tasks]; entry 0 belongs to the padding."""
+    active, segments = out["weights"] > 0, batch["segments"]
+    has_errors = segment_max(segments, active & ~out["correct"])
+    is_sample = segment_max(segments, active)
+
+    def sum_by_task(tasks, values):
+        return jnp.zeros(len(TASKS) + 1).at[tasks].add(values.astype(jnp.float32))
+
+    of_tokens = functools.partial(sum_by_task, batch["tasks"])
+    of_samples = functools.partial(sum_by_task, segment_max(segments, batch["tasks"]))
     return {
-        "loss": by_task(jnp.where(active, out["weights"] * out["token_loss"], 0.0)),
-        "weight": by_task(out["weights"]),
-        "tokens": by_task(active.astype(jnp.float32)),
-        "correct": by_task((active & out["correct"]).astype(jnp.float32)),
-        "samples": per_segment(seen),
-        "exact": per_segment(seen & ~wrong),
+        "loss": of_tokens(jnp.where(active, out["weights"] * out["token_loss"], 0.0)),
+        "weight": of_tokens(out["weights"]),
+        "tokens": of_tokens(active),
+        "correct": of_tokens(active & out["correct"]),
+        "samples": of_samples(is_sample),
+        "exact": of_samples(is_sample & ~has_errors),
     }
 
 
 def _shares(counts: dict) -> dict[str, jax.Array]:
-    share = lambda part, whole: part / jnp.maximum(whole, 1e-8)  # noqa: E731
+    share = lambda part, total: part / jnp.maximum(total, 1e-8)  # noqa: E731
     return {
         "correct": share(counts["correct"].sum(), counts["tokens"].sum()),
         "task_loss": share(counts["loss"], counts["weight"])[1:],
@@ -291,17 +287,19 @@ def _shares(counts: dict) -> dict[str, jax.Array]:
 
 
 def summarise(counts: dict) -> dict[str, dict[str, float]]:
-    """Sums of `make_eval_step` -> {task: {loss, token_accuracy, exact_match, samples}}, `all` first; tasks that did
-    not occur are left out."""
+    """Convert sums of `make_eval_step` to {task: {loss, token_accuracy, exact_match, samples}}.
+
+    `all` comes first; tasks without samples are omitted.
+    """
     counts = {name: np.asarray(x, np.float64) for name, x in counts.items()}
-    found = {}
+    summary = {}
     for name, pick in (("all", slice(1, None)), *((task, slice(i, i + 1)) for i, task in enumerate(TASKS, 1))):
         c = {k: float(x[pick].sum()) for k, x in counts.items()}
         if c["samples"]:
-            found[name] = {
+            summary[name] = {
                 "loss": c["loss"] / max(c["weight"], 1e-8),
                 "token_accuracy": c["correct"] / max(c["tokens"], 1.0),
                 "exact_match": c["exact"] / c["samples"],
                 "samples": c["samples"],
             }
-    return found
+    return summary

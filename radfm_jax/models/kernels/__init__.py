@@ -1,4 +1,4 @@
-"""Attention kernels, one module per implementation, all with the meaning of `radfm_jax.models.attention.attention`.
+"""Attention kernels, one module per implementation, all with the contract of `radfm_jax.models.attention.attention`.
 
 Only `attention.py` chooses among them. Code that is not a kernel belongs in the model files.
 """

@@ -1,10 +1,10 @@
-"""Attention tile by tile, in plain XLA: only tiles in which a query may see a key, and never a whole T x U array.
+"""Tile attention for CPUs in plain XLA: skips tiles in which no query sees a key, and never builds a T x U array.
 
-A row packed with many samples has few of them: of 2,048 tokens in samples of 150, a quarter of the causal tiles.
-For CPUs: every step of the loop over tiles would be a launch, or several, on an accelerator.
+A row packed with many samples has few active tiles: a quarter of the causal tiles for 2,048 tokens in samples of 150.
+On an accelerator each loop step would launch one or more kernels, so only CPUs use it.
 
 Letters: B rows, T query tokens, U key tokens, H query heads, G key/value heads, K head width; C, D queries and keys
-of a tile; I = T / C, J = U / D tiles a row each way; X = C H / G queries that share a key head in a tile.
+of a tile; I = T / C, J = U / D tiles per row each way; X = C H / G queries that share a key head in a tile.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from radfm_jax.models.kernels.sharded import by_device
+from radfm_jax.models.kernels.sharded import run_per_device
 from radfm_jax.models.layers import matmul_precision
 
 TILE = 256
@@ -23,54 +23,56 @@ LOWEST = jnp.finfo(jnp.float32).min
 
 
 def tiled_attention(q, k, v, q_segments, k_segments, *, causal: bool) -> jax.Array:
-    """Attention tile by tile on each device's rows and heads."""
+    """Apply `attend_in_tiles` to each device's rows and heads."""
     arrays = (jnp.asarray(x) for x in (q, k, v, q_segments, k_segments))
-    return by_device(lambda *local: attend(*local, causal), *arrays)
+    return run_per_device(lambda *local: attend_in_tiles(*local, causal), *arrays)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def attend(q, k, v, q_segments, k_segments, causal: bool) -> jax.Array:
-    """As `layers.attention`; T and U are multiples of 128. A query that sees no key gets zeros, and so may one
-    of padding (segment 0)."""
+def attend_in_tiles(q, k, v, q_segments, k_segments, causal: bool) -> jax.Array:
+    """Compute attention as `attention.attention` does, for T and U that are multiples of 128.
+
+    A query that sees no key gets zeros; a padding query (segment 0) may get zeros.
+    """
     return _forward(q, k, v, q_segments, k_segments, causal)[0]
 
 
 def _forward(q, k, v, q_segments, k_segments, causal):
     tiles = _Tiles(q, k, q_segments, k_segments, causal)
-    queries, keys, values = tiles.of_queries(q), tiles.of_keys(k), tiles.of_keys(v)
+    queries, keys, values = tiles.split_queries(q), tiles.split_keys(k), tiles.split_keys(v)
 
     def step(query, key, carry):
         scores, allowed = tiles.scores(queries, keys, query, key)
-        out, top, total = (x[query] for x in carry)
-        new_top = jnp.maximum(top, scores.max(axis=-1))
-        weights = jnp.where(allowed, jnp.exp(scores - new_top[..., None]), 0.0)
-        kept = jnp.exp(top - new_top)
-        out = out * kept[..., None] + tiles.product("gxd,gdk->gxk", weights.astype(v.dtype), values[key])
-        new = (out, new_top, total * kept + weights.sum(axis=-1))
+        out, maximum, total = (x[query] for x in carry)
+        new_maximum = jnp.maximum(maximum, scores.max(axis=-1))
+        weights = jnp.where(allowed, jnp.exp(scores - new_maximum[..., None]), 0.0)
+        rescale = jnp.exp(maximum - new_maximum)
+        out = out * rescale[..., None] + tiles.product("gxd,gdk->gxk", weights.astype(v.dtype), values[key])
+        new = (out, new_maximum, total * rescale + weights.sum(axis=-1))
         return tuple(old.at[query].set(x) for old, x in zip(carry, new, strict=True))
 
     zeros = jnp.zeros(queries.shape, jnp.float32)
-    out, top, total = tiles.walk(step, (zeros, jnp.full(queries.shape[:-1], LOWEST), zeros[..., 0]))
+    out, maximum, total = tiles.loop(step, (zeros, jnp.full(queries.shape[:-1], LOWEST), zeros[..., 0]))
     total = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
     out = tiles.to_rows(out / total[..., None], q.shape).astype(v.dtype)
-    # Whoever keeps what attention gives keeps the normaliser as well: together they spare the backward pass this one.
-    out, normaliser = (checkpoint_name(x, "attention") for x in (out, top + jnp.log(total)))
+    # A remat policy that saves "attention" must save the normaliser too: the backward pass then skips this forward.
+    out, normaliser = (checkpoint_name(x, "attention") for x in (out, maximum + jnp.log(total)))
     return out, (q, k, v, q_segments, k_segments, out, normaliser)
 
 
 def _backward(causal, saved, gradient):
     q, k, v, q_segments, k_segments, out, normaliser = saved
     tiles = _Tiles(q, k, q_segments, k_segments, causal)
-    queries, keys, values = tiles.of_queries(q), tiles.of_keys(k), tiles.of_keys(v)
-    gradients = tiles.of_queries(gradient)
-    common = (gradients.astype(jnp.float32) * tiles.of_queries(out)).sum(axis=-1)
+    queries, keys, values = tiles.split_queries(q), tiles.split_keys(k), tiles.split_keys(v)
+    gradients = tiles.split_queries(gradient)
+    mean_gradient = (gradients.astype(jnp.float32) * tiles.split_queries(out)).sum(axis=-1)
 
     def step(query, key, carry):
         d_queries, d_keys, d_values = carry
         scores, allowed = tiles.scores(queries, keys, query, key)
         weights = jnp.where(allowed, jnp.exp(scores - normaliser[query][..., None]), 0.0)
         d_weights = tiles.product("gxk,gdk->gxd", gradients[query], values[key])
-        d_scores = (weights * (d_weights - common[query][..., None]) * tiles.scale).astype(q.dtype)
+        d_scores = (weights * (d_weights - mean_gradient[query][..., None]) * tiles.scale).astype(q.dtype)
         return (
             d_queries.at[query].add(tiles.product("gxd,gdk->gxk", d_scores, keys[key])),
             d_keys.at[key].add(tiles.product("gxd,gxk->gdk", d_scores, queries[query])),
@@ -78,7 +80,7 @@ def _backward(causal, saved, gradient):
         )
 
     zeros = (jnp.zeros(x.shape, jnp.float32) for x in (queries, keys, values))
-    d_queries, d_keys, d_values = tiles.walk(step, tuple(zeros))
+    d_queries, d_keys, d_values = tiles.loop(step, tuple(zeros))
     d_keys, d_values = (tiles.to_rows(x, k.shape) for x in (d_keys, d_values))
     return (
         tiles.to_rows(d_queries, q.shape).astype(q.dtype),
@@ -89,11 +91,11 @@ def _backward(causal, saved, gradient):
     )
 
 
-attend.defvjp(_forward, _backward)
+attend_in_tiles.defvjp(_forward, _backward)
 
 
 class _Tiles:
-    """The tiles of all rows, one after the other, and those that matter."""
+    """The tiles of all rows, and the list of active pairs of a query tile and a key tile."""
 
     def __init__(self, q, k, q_segments, k_segments, causal: bool):
         b, t, h, width = q.shape
@@ -103,37 +105,37 @@ class _Tiles:
         self.c, self.d = (TILE if n % TILE == 0 else 128 for n in (t, u))
         self.i, self.j = t // self.c, u // self.d
         self.q_segments, self.k_segments = jnp.reshape(q_segments, (-1, self.c)), jnp.reshape(k_segments, (-1, self.d))
-        # Tiles whose ranges of segments touch: all that matter, and a few more.
+        # A pair is active if the ranges of its segments overlap: a cheap test that keeps a few pairs too many.
         low_q, high_q, low_k, high_k = (
             pick(x, axis=1).reshape(b, -1) for x in (self.q_segments, self.k_segments) for pick in (jnp.min, jnp.max)
         )
-        matters = (low_q[:, :, None] <= high_k[:, None]) & (low_k[:, None] <= high_q[:, :, None])
-        matters &= high_q[:, :, None] > 0  # what padding sees, nobody reads
+        active = (low_q[:, :, None] <= high_k[:, None]) & (low_k[:, None] <= high_q[:, :, None])
+        active &= high_q[:, :, None] > 0  # outputs of padding queries are never read
         if causal:
-            matters &= jnp.arange(self.j) * self.d < (jnp.arange(self.i)[:, None] + 1) * self.c
-        self.count = matters.sum()
-        self.order = jnp.argsort(~matters.reshape(-1), stable=True)
+            active &= jnp.arange(self.j) * self.d < (jnp.arange(self.i)[:, None] + 1) * self.c
+        self.count = active.sum()
+        self.order = jnp.argsort(~active.reshape(-1), stable=True)
 
-    def walk(self, step, carry):
-        """step(query tile, key tile, carry) -> carry, for each pair that matters."""
+    def loop(self, step, carry):
+        """Run step(query tile, key tile, carry) -> carry for each active pair."""
 
-        def one(n, carry):
+        def body(n, carry):
             query, key = jnp.divmod(self.order[n], self.j)
             return step(query, query // self.i * self.j + key, carry)
 
-        return jax.lax.fori_loop(0, self.count, one, carry)
+        return jax.lax.fori_loop(0, self.count, body, carry)
 
-    def of_queries(self, x):
+    def split_queries(self, x):
         """[B, T, H, K] -> [B I, G, X, K]."""
         x = x.reshape(-1, self.c, self.heads, self.group, x.shape[-1])
         return jnp.moveaxis(x, 1, 3).reshape(x.shape[0], self.heads, -1, x.shape[-1])
 
-    def of_keys(self, x):
+    def split_keys(self, x):
         """[B, U, G, K] -> [B J, G, D, K]."""
         return jnp.moveaxis(x.reshape(-1, self.d, *x.shape[2:]), 1, 2)
 
     def to_rows(self, x, shape):
-        """The inverse of `of_queries` and `of_keys`."""
+        """Invert `split_queries` or `split_keys`."""
         n, heads, _, width = x.shape
         x = x.reshape(n, heads, shape[2] // heads, -1, width)
         return jnp.moveaxis(x, 3, 1).reshape(shape)
@@ -142,7 +144,7 @@ class _Tiles:
         return jnp.einsum(letters, x, y, precision=self.precision, preferred_element_type=jnp.float32)
 
     def scores(self, queries, keys, query, key):
-        """float32[G, X, D], the lowest number where a query must not look, and bool[X, D] where it may."""
+        """Return float32[G, X, D] scores, LOWEST where masked, and the mask bool[X, D]."""
         allowed = self.q_segments[query][:, None] == self.k_segments[key]
         if self.causal:
             first_query, first_key = query % self.i * self.c, key % self.j * self.d

@@ -7,12 +7,12 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from radfm_jax.models.kernels.sharded import by_device
+from radfm_jax.models.kernels.sharded import run_per_device
 
 
 def splash_attention(q, k, v, q_segments, k_segments, *, causal: bool, interpret: bool = False) -> jax.Array:
-    """Splash attention on each device's rows and heads. `interpret` runs it on any platform, slowly, for tests."""
-    # Pallas takes a second to import and only TPUs need it.
+    """Apply splash attention per device; `interpret` runs it slowly on any platform, for tests."""
+    # Imported late: Pallas takes a second to import and only TPUs need it.
     from jax.experimental.pallas.ops.tpu import splash_attention as splash_lib
 
     def local(q, k, v, q_segments, k_segments):
@@ -37,9 +37,9 @@ def splash_attention(q, k, v, q_segments, k_segments, *, causal: bool, interpret
         out = jax.vmap(run)(heads_first(q * width**-0.5), heads_first(k), heads_first(v), segment_ids=ids)
         return jnp.moveaxis(out, 1, 2).astype(v.dtype)
 
-    return by_device(local, q, k, v, q_segments, k_segments)
+    return run_per_device(local, q, k, v, q_segments, k_segments)
 
 
 def _divisor(length: int, limit: int) -> int:
-    """The largest multiple of 128 up to `limit` that divides `length` (itself a multiple of 128)."""
+    """Return the largest multiple of 128 up to `limit` that divides `length`, itself a multiple of 128."""
     return max(size for size in range(128, limit + 1, 128) if length % size == 0)

@@ -1,4 +1,4 @@
-"""Attention in plain XLA: the reference that every other kernel is tested against, and the path that takes any shape.
+"""Attention in plain XLA: the reference for tests of the other kernels, and the fallback for any shape.
 
 Letters: B rows, T query tokens, U key tokens, H query heads, G key/value heads, K head width.
 """
@@ -12,12 +12,12 @@ from radfm_jax.models.layers import matmul_precision
 
 
 def plain_attention(q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Array) -> jax.Array:
-    """Attention as two products around a softmax, by XLA.
+    """Compute attention as two matrix products around a softmax.
 
     Args:
       q: float[B, T, H, K].
-      k, v: float[B, G, U, K]. Batch axes first: XLA's CPU products are twice as fast then, and other platforms choose
-        their own layout anyway.
+      k, v: float[B, G, U, K]. Batch axes come first because XLA's CPU products are then twice as fast; other
+        platforms choose their own layout.
       allowed: bool[B, T, U].
     Returns:
       float[B, T, H, K] in v's dtype.
@@ -35,7 +35,7 @@ def plain_attention(q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Array
 
 
 def attention_mask(q_segments: jax.Array, k_segments: jax.Array, causal: bool) -> jax.Array:
-    """bool[B, T, U]: which keys each query sees (drawn in `attention`)."""
+    """Return bool[B, T, U]: which keys each query sees (drawn in `attention`)."""
     allowed = q_segments[:, :, None] == k_segments[:, None, :]
     if causal:
         t, u = allowed.shape[1:]

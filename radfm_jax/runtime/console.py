@@ -1,0 +1,21 @@
+"""Messages of a command: on standard error, and in the log file of a process that has one."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.text import Text
+
+stderr = Console(stderr=True)
+log_file: Console | None = None  # set when a run has several processes; gets the messages, but no progress bar
+
+
+def log(*items, bar: bool = False) -> None:
+    """Print strings or rich tables. Square brackets in strings are printed as they are, not read as markup.
+
+    Args:
+      bar: a progress bar shows the same, so a terminal gets nothing.
+    """
+    for console in (stderr, log_file):
+        if console is not None and not (bar and console.is_terminal):
+            texts = [Text(item) if isinstance(item, str) else item for item in items]
+            console.print(*texts, highlight=False, soft_wrap=True)

@@ -1,0 +1,99 @@
+"""Evaluation on the held-out rows during training."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+from pathlib import Path
+
+import jax
+
+from input_pipeline.batching.pipeline import Rows
+from input_pipeline.samples import TASKS
+from radfm_jax.runtime import console, faults
+from radfm_jax.runtime.barrier import barrier
+from radfm_jax.runtime.peers import Peers
+from radfm_jax.training import display, eval_answers, train_step
+from radfm_jax.training.data import device_batches
+from radfm_jax.training.experiment import Experiment
+
+_checks = itertools.count()
+
+
+def was_evaluated(workdir: Path, step: int) -> bool:
+    """Whether metrics.jsonl has the evaluation of a step. Process 0 reads the file; all processes call this."""
+
+    def recorded() -> bool:
+        metrics = display.read_metrics(workdir) if jax.process_index() == 0 else []
+        return any(line["step"] == step and "eval/all/loss" in line for line in metrics)
+
+    key = f"evaluated/{step}/{next(_checks)}"  # barrier keys must be unique
+    return barrier(key, recorded)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Computes and logs metrics on the held-out rows, and scores of generated answers.
+
+    Attributes:
+      steps: number of steps of the run; the last one is always evaluated.
+      rows, program: held-out rows and Programs.evaluate; None without test sources.
+      answers: None without `train.eval_answers`.
+    """
+
+    config: Experiment
+    mesh: jax.sharding.Mesh
+    steps: int
+    peers: Peers
+    rows: Rows | None
+    program: jax.stages.Compiled | None
+    answers: eval_answers.EvalAnswers | None
+
+    def due(self, step: int) -> bool:
+        """Whether an evaluation follows a step."""
+        every = self.config.train.eval_every
+        return self.rows is not None and (step == self.steps or bool(every and step % every == 0))
+
+    def __call__(self, state: dict, step: int, screen: display.Display, watchdog: faults.Watchdog) -> dict[str, float]:
+        """Return the metrics after logging them, or {} if a signal interrupted the evaluation."""
+        params = train_step.params_of(state)
+        try:
+            metrics = self._metrics(params, step, watchdog)
+            exact = {task: metrics.get(f"eval/{task}/exact_match") for task in TASKS}
+            summary = ", ".join(f"{task} {share:.1%}" for task, share in exact.items() if share is not None)
+            if self.answers:
+                scores = self.answers(params, step, lambda: self.check_stop(f"the answers after step {step}", watchdog))
+                metrics |= {f"asked/{name}": value for name, value in scores.items()}
+                summary += f"; generated answers: {eval_answers.summary(scores)}"
+        except _Stopped:
+            return {}
+        screen.record(step, metrics)
+        console.log(f"step {step}: held-out loss {metrics['eval/all/loss']:.4f}; every token correct: {summary}")
+        return metrics
+
+    def _metrics(self, params: dict, step: int, watchdog: faults.Watchdog) -> dict[str, float]:
+        assert self.rows is not None and self.program is not None
+        watchdog.alive(f"the evaluation after step {step}")
+        totals = None
+        data = device_batches(self.rows, self.mesh, self.config.train.accumulation)
+        with contextlib.closing(data):
+            for number, (arrays, _) in enumerate(itertools.islice(data, self.config.train.eval_batches or None)):
+                counts = self.program(params, arrays)
+                totals = counts if totals is None else jax.tree.map(lambda a, b: a + b, totals, counts)
+                self.check_stop(f"batch {number} of the evaluation after step {step}", watchdog)
+        return {
+            f"eval/{task}/{name}": value
+            for task, values in train_step.summarise(jax.device_get(totals)).items()
+            for name, value in values.items()
+        }
+
+    def check_stop(self, activity: str, watchdog: faults.Watchdog) -> None:
+        """Reset the watchdog; raise _Stopped if the run was told to stop."""
+        watchdog.alive(activity)
+        if self.peers.stopping():
+            raise _Stopped
+
+
+class _Stopped(Exception):
+    """A signal arrived during the evaluation."""

@@ -1,0 +1,80 @@
+"""The compiled programs of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from input_pipeline.batching.collate import collate_batch
+from input_pipeline.batching.pipeline import Rows
+from radfm_jax.runtime import console, host_memory
+from radfm_jax.training import display, train_step
+from radfm_jax.training.experiment import Experiment
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """Programs for the one shape that all batches have, compiled before the first step; a step never compiles.
+
+    Attributes:
+      step: (state, batch, learning rate) -> (state, metrics).
+      evaluate: (parameters, batch) -> sums; None without test sources.
+    """
+
+    step: jax.stages.Compiled
+    evaluate: jax.stages.Compiled | None
+
+    @classmethod
+    def compile(
+        cls,
+        config: Experiment,
+        abstract: dict,
+        transform: optax.GradientTransformation,
+        rows: Rows,
+        mesh: jax.sharding.Mesh,
+    ) -> Programs:
+        """Compile the programs and log how long it took and the memory they need.
+
+        Args:
+          abstract, transform: train_step.abstract_state.
+        """
+        start = time.perf_counter()
+        batch, step_config = _abstract_batch(config, rows, mesh), config.train.step
+        with jax.set_mesh(mesh):
+            rate = jax.ShapeDtypeStruct((), np.float32, sharding=NamedSharding(mesh, PartitionSpec()))
+            step = jax.jit(
+                train_step.make_train_step(config.compute, transform, step_config),
+                donate_argnums=0,
+                out_shardings=(train_step.shardings_of(abstract), None),
+            )
+            compiled = step.lower(abstract, batch, rate).compile()
+            evaluate = None
+            if config.data.test:
+                eval_step = jax.jit(train_step.make_eval_step(config.compute, step_config))
+                evaluate = eval_step.lower(train_step.params_of(abstract), batch).compile()
+        host_memory.release()
+        memory = compiled.memory_analysis()
+        size = "memory per device unknown" if memory is None else (
+            f"memory per device: {display.mb(memory.argument_size_in_bytes)} state and batch, "
+            f"{display.mb(memory.temp_size_in_bytes)} temporary"
+        )  # fmt: skip
+        console.log(
+            f"compiled in {time.perf_counter() - start:.0f} s; {size}; mesh {dict(mesh.shape)} over "
+            f"{mesh.devices.size} {mesh.devices.flat[0].device_kind} devices, {jax.process_count()} processes"
+        )
+        return cls(compiled, evaluate)
+
+
+def _abstract_batch(config: Experiment, rows: Rows, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return the shapes of a batch, [A, B, ...]."""
+    accumulation, sharding = config.train.accumulation, train_step.batch_sharding(mesh)
+    micro_batch = config.train.batch // accumulation
+    return {
+        name: jax.ShapeDtypeStruct((accumulation, micro_batch, *x.shape[1:]), x.dtype, sharding=sharding)
+        for name, x in collate_batch([(rows.empty_row, None)], config.data.planes).arrays.items()
+    }
