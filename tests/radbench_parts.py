@@ -49,7 +49,7 @@ def save_model(data: DataConfig, directory: Path) -> Path:
         checkpoint.save_params(partial, params)
         checkpoint.write_description(partial, "radfm", MODEL.to_dict(), source={"training": "run", "step": 1})
         (partial / "tokenizer.model").write_bytes(Path(data.tokenizer).read_bytes())
-        prepared = dataclasses.asdict(inputs.Preparation.of(data))
+        prepared = dataclasses.asdict(inputs.Preparation.from_config(data))
         (partial / "run.json").write_text(json.dumps({"step": 1, "config": {"data": prepared}}))
     return directory
 

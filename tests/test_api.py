@@ -71,7 +71,7 @@ def test_a_visual_token_needs_a_scan(model, sample):
 
 def test_intensities_that_nobody_scaled(model, sample):
     ids, vision = sample
-    with pytest.warns(UserWarning, match=r"vision runs from -1000 to .*the model reads \[0, 1\]"):
+    with pytest.warns(UserWarning, match=r"vision runs from -1000 to .*the model expects \[0, 1\]"):
         model.logits(ids, np.where(vision < 0.01, -1000, vision))
 
 

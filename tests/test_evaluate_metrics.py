@@ -39,7 +39,7 @@ def random_texts(n: int, seed: int = 0, least: int = 1):
     ],
 )
 def test_matching_a_list(answer, choices, chosen):
-    assert metrics.match(answer, choices) == chosen
+    assert metrics.closest_choice(answer, choices) == chosen
 
 
 @pytest.mark.parametrize(
@@ -62,18 +62,18 @@ def test_matching_a_list(answer, choices, chosen):
 )
 def test_a_choice_that_is_named(answer, chosen):
     names = {choice: radbench.NAMES[choice] for choice in SIX}
-    assert metrics.named(answer, names) == chosen
-    assert metrics.match("This is a CT scan.", SIX) == "Ultrasound"
+    assert metrics.named_choice(answer, names) == chosen
+    assert metrics.closest_choice("This is a CT scan.", SIX) == "Ultrasound"
 
 
 def test_yes_or_no_that_is_named():
     names = {choice: radbench.NAMES[choice] for choice in ("yes", "no")}
     said = {"No, there is none.": "no", "Yes: no doubt.": "yes", "I do not know.": None, "There is no mass.": "no"}
-    assert {answer: metrics.named(answer, names) for answer in said} == said
+    assert {answer: metrics.named_choice(answer, names) for answer in said} == said
 
 
 def test_a_tie_goes_to_the_first():
-    assert metrics.match("b", ("ab", "bc")) == "ab" and metrics.match("b", ("bc", "ab")) == "bc"
+    assert metrics.closest_choice("b", ("ab", "bc")) == "ab" and metrics.closest_choice("b", ("bc", "ab")) == "bc"
 
 
 def test_bleu_by_hand():

@@ -13,7 +13,7 @@ import pytest
 from packed import CONFIG
 
 from input_pipeline.images.planes import Volume
-from radfm_jax.inference import GenerationError, Generator, Prompt, Sampling, checked, decoding
+from radfm_jax.inference import GenerationError, Generator, Prompt, Sampling, decoding, require_answers
 from radfm_jax.inference.sampling import draw, penalised, restricted
 from radfm_jax.models import decoder, radfm
 from radfm_jax.runtime.sharding import make_mesh, param_shardings
@@ -40,7 +40,7 @@ PROMPTS = (prompt(1, 20, 2), prompt(2, 3, 0), prompt(3, 29, 3), prompt(4, 11, 1)
 @functools.cache
 def generator(apart: bool = True, mesh=None) -> Generator:
     params = PARAMS if mesh is None else jax.device_put(PARAMS, param_shardings(radfm.abstract_params(CONFIG), mesh)[0])
-    return Generator(CONFIG, params, length=64, apart=apart, mesh=mesh)
+    return Generator(CONFIG, params, length=64, unstack=apart, mesh=mesh)
 
 
 @functools.cache
@@ -130,7 +130,7 @@ def test_cached_is_recomputed(apart):
 def test_a_tied_head():
     config = dataclasses.replace(CONFIG, llama=dataclasses.replace(CONFIG.llama, tied_head=True))
     params = PARAMS | {"llama": {name: x for name, x in PARAMS["llama"].items() if name != "head"}}
-    ours, theirs = (Generator(config, params, length=64, apart=apart) for apart in (True, False))
+    ours, theirs = (Generator(config, params, length=64, unstack=apart) for apart in (True, False))
     same(ours.answers(PROMPTS[:2], GREEDY), theirs.answers(PROMPTS[:2], GREEDY))
 
 
@@ -141,7 +141,7 @@ def test_no_token_copies_the_cache(rows):
     run = ours.stream(PROMPTS[:rows], GREEDY, chunk=1)
     next(run)
     state, steps, stop = run.gi_frame.f_locals["run"].state, np.int32(1), np.zeros(rows, bool)
-    text = decoding.go_on.lower(CONFIG, False, False, ours._decoding, state, steps, stop).compile().as_text()
+    text = decoding.go_on.lower(CONFIG, False, False, ours.decode_params, state, steps, stop).compile().as_text()
     shape = ",".join(map(str, state["cache"][0]["key"].shape))
     written = re.findall(rf"= f32\[{shape}\]\S* ([\w-]+)\(", text)
     assert "fusion" in written and "copy" not in written, written
@@ -200,7 +200,7 @@ def test_on_a_mesh():
 def test_bfloat16():
     config = CONFIG.with_compute(dtype="bfloat16")
     ours = Generator(config, PARAMS, length=64)
-    kinds = {x.dtype.name for x in jax.tree.leaves(ours._decoding["llama"]["blocks"][0]["query"])}
+    kinds = {x.dtype.name for x in jax.tree.leaves(ours.decode_params["llama"]["blocks"][0]["query"])}
     assert kinds == {"bfloat16"}
     (answer,) = ours.answers([PROMPTS[0]], GREEDY)
     expected = recomputed(PROMPTS[0], list(answer.ids))
@@ -238,7 +238,7 @@ def test_a_row_that_is_not_finite_fails_alone():
     same([found[0], found[2], found[3]], [whole[0], whole[2], whole[1]])
     assert (found[1].ids, found[1].text, found[1].ended) == ((), "", "failed")
     with pytest.raises(GenerationError, match="the logits of token 1 of answer 2 are not finite: there is no answer"):
-        checked(found)
+        require_answers(found)
     third = whole[0].ids[2]
     params = {**PARAMS, "llama": {**PARAMS["llama"], "embedding": np.array(PARAMS["llama"]["embedding"])}}
     params["llama"]["embedding"][third] = np.inf

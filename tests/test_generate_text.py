@@ -22,9 +22,9 @@ import radfm_jax
 from input_pipeline.samples import Scan
 from input_pipeline.text.tokenizer import Tokenizer
 from radfm_jax.checkpoints import checkpoint
-from radfm_jax.inference import GenerationError, Request, Sampling, batch_files, inputs
+from radfm_jax.inference import GenerationError, Request, Sampling, batch_run, inputs
 from radfm_jax.inference.answer_text import AnswerText
-from radfm_jax.inference.batch_files import read_questions
+from radfm_jax.inference.batch_files import read_batch_file
 from radfm_jax.inference.command import main, mesh_of
 from radfm_jax.models import radfm
 from radfm_jax.models.decoder import DecoderConfig
@@ -204,22 +204,32 @@ def test_released_form(tokenizer, scans):
         ("<image-2> Lesion?", ["film.png"], {}, "no scan for <image-2>.*no mark <image-1>"),
         ("<image-1> Lesion?", ["film.png", "ct.nii.gz"], {}, "2 scans, but no mark <image-2>"),
         ("  ", ["film.png"], {}, "the prompt is empty: write a question"),
-        (None, ["film.png"], {}, "prompt and context are texts, got NoneType and str"),
-        ("<image-1>", ["film.png"], {}, "has scans but no words"),
+        (None, ["film.png"], {}, "prompt and context must be str .got NoneType and str"),
+        ("<image-1>", ["film.png"], {}, "has scans but no text"),
         ("<image-1> Lesion?", [], {}, "no scan for <image-1> .no scans are given"),
-        ("<image> or <Image-1>?", ["film.png"], {}, "holds <image>, <Image-1>, which is no mark: write <image-1>"),
-        ("<image 1> Lesion?", [], {}, "holds <image 1>, which is no mark"),
-        ("Lesion?", ["film.png"], {"context": "was <Image-1>"}, "the context holds <Image-1>, which is no mark"),
+        (
+            "<image> or <Image-1>?",
+            ["film.png"],
+            {},
+            "contains <image>, <Image-1>, which is not a valid mark: write <image-1>",
+        ),
+        ("<image 1> Lesion?", [], {}, "contains <image 1>, which is not a valid mark"),
+        (
+            "Lesion?",
+            ["film.png"],
+            {"context": "was <Image-1>"},
+            "the context contains <Image-1>, which is not a valid mark",
+        ),
         ("Lesion?", ["broken.png"], {}, "broken.png: "),
         ("Lesion?", ["absent.png"], {}, "absent.png: there is no such file"),
-        ("Lesion? " * 60, [], {}, "prompt 1 has .* tokens, and 1 of an answer do not fit .* 128 places"),
-        ("Lesion?", [], {"max_new_tokens": 500}, "and 500 of an answer do not fit"),
+        ("Lesion? " * 60, [], {}, "prompt 1 has .* tokens: with an answer of 1 it exceeds the cache length of 128"),
+        ("Lesion?", [], {"max_new_tokens": 500}, "with an answer of 500 it exceeds"),
         ("Lesion?", [], {"place": "middle"}, "place is 'middle'; known: first, last"),
         ("Lesion \ud800?", [], {}, "not valid Unicode"),
-        ("Lesion?", "film.png", {}, "scans are a str: give a list"),
-        ("Lesion?", [np.zeros((3, 20, 20))], {}, "scan 1 .array.*channels seem to come before rows"),
+        ("Lesion?", "film.png", {}, "scans are a str: pass a list"),
+        ("Lesion?", [np.zeros((3, 20, 20))], {}, "scan 1 .array.*channels seem to stand before rows"),
         ("Lesion?", [np.zeros((20, 20, 5))], {}, "scan 1 .array.*constant"),
-        ("Lesion?", [7], {}, "scan 1 is a int: give a path"),
+        ("Lesion?", [7], {}, "scan 1 is a int: pass a path"),
     ],
 )
 def test_bad_questions(model, scans, prompt, files, options, words):
@@ -246,7 +256,9 @@ def test_checkpoints_that_lack_something(model, run, tokenizer, scans, tmp_path)
         bare.answer("Lesion?")
     bare = radfm_jax.load(tmp_path / "bare", tokenizer=tokenizer)
     assert bare.answer("Lesion?", max_new_tokens=4) == model.answer("Lesion?", max_new_tokens=4)
-    with pytest.raises(ValueError, match="bare has no run.json that says how scans were prepared.*--preprocess paper"):
+    with pytest.raises(
+        ValueError, match="bare has no run.json that records how scans were prepared.*--preprocess paper"
+    ):
         bare.answer("Lesion?", [scans / "film.png"])
     told = radfm_jax.load(tmp_path / "bare", tokenizer=tokenizer, prepared=model.preparation)
     assert greedy(told, "Lesion?", [scans / "film.png"]) == greedy(model, "Lesion?", [scans / "film.png"])
@@ -260,7 +272,7 @@ def test_checkpoints_that_lack_something(model, run, tokenizer, scans, tmp_path)
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
     with pytest.raises(ValueError, match="a training run without any saved step"):
         radfm_jax.load(tmp_path / "empty")
-    with pytest.raises(ValueError, match="tokenizer nowhere is no file that is there"):
+    with pytest.raises(ValueError, match="tokenizer nowhere does not exist"):
         radfm_jax.load(run, tokenizer="nowhere")
 
 
@@ -337,7 +349,7 @@ def test_dialogue(run, model, scans, capsys, monkeypatch):
     before = f"Lesion? {first}\nscan 1 Lesion? {inputs.without_marks(second)}"
     assert out == f"{first}\n{second}\n{greedy(model, 'Lesion?', [film, film], context=before)}\n"
     assert (
-        "/nonsense is unknown" in err
+        "unknown command /nonsense" in err
         and "/scan needs a file" in err
         and "broken.png" in err
         and f"<image-1> {film}" in err
@@ -350,7 +362,7 @@ def test_dialogue_from_a_pipe(run, model, capsys, monkeypatch, lines, code):
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
     assert main(["--checkpoint", str(run), "--chat", *SHORT]) == code
     out, err = capsys.readouterr()
-    assert out == greedy(model, "Lesion?") + "\n" and ("/nonsense is unknown" in err) == bool(code)
+    assert out == greedy(model, "Lesion?") + "\n" and ("unknown command /nonsense" in err) == bool(code)
 
 
 def test_a_file_of_questions(run, model, scans, tmp_path, capsys):
@@ -396,19 +408,20 @@ def test_a_file_of_questions(run, model, scans, tmp_path, capsys):
     for key, value in [("prompt", "Other?"), ("scans", ["ct.nii.gz"]), ("scans", windowed), ("context", "fever")]:
         file.write_text(json.dumps(questions[0] | {key: value}) + "\n")
         assert main(command) == 2 and out.read_text().splitlines(keepends=True) == whole
-        assert f"line 1 answers 'a' with another {key} than it has now" in capsys.readouterr().err
+        assert f"line 1 answers 'a' with a different {key} than the batch file has" in capsys.readouterr().err
     file.write_text("".join(json.dumps(q) + "\n" for q in questions if q["id"] in "abd"))
     # Answers made otherwise are not mixed with these.
     assert main([*command, "--temperature", "1"]) == 2
     assert (
-        "line 1 was made with another temperature: name another file, or use temperature=0.0" in capsys.readouterr().err
+        "line 1 was made with other settings (temperature): use another --out, or set temperature=0.0"
+        in capsys.readouterr().err
     )
     assert main([*command, "--int8"]) == 2
-    assert "made with another weights: name another file, or use weights='float32'" in capsys.readouterr().err
+    assert "made with other settings (weights): use another --out, or set weights='float32'" in capsys.readouterr().err
     file.write_text('{"id": "a", "prompt": "x"}\n{"id": "a", "prompt": "y"}\n{"prompt": "z"}\nnonsense\n')
     assert main(command) == 2
     err = capsys.readouterr().err
-    assert all(w in err for w in ("line 2: id 'a' stands twice", "line 3 has no `id`", "line 4 is no JSON"))
+    assert all(w in err for w in ("line 2: duplicate id 'a'", "line 3 has no `id`", "line 4 is not JSON"))
 
 
 def test_answers_belong_to_weights_not_to_their_place(run, model, tmp_path, capsys):
@@ -423,7 +436,7 @@ def test_answers_belong_to_weights_not_to_their_place(run, model, tmp_path, caps
     radfm_jax.save(dataclasses.replace(model, params=jax.tree.map(lambda x: 2 * x, model.params)), here)
     assert asked(here) == 2
     assert (
-        f"line 1 was made with another checkpoint, or by a version that did not note which ({here.resolve()} then, "
+        f"line 1 was made with another checkpoint, or by a version that did not record it ({here.resolve()} then, "
         in (capsys.readouterr().err)
     )
     assert len(out.read_text().splitlines()) == 1
@@ -447,21 +460,21 @@ def test_one_process_writes_answers(run, tmp_path, capsys):
     command = ["--checkpoint", str(run), "--jsonl", str(file), "--out", str(out), *SHORT]
     with open(out, "a") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        assert main(command) == 2 and "is being written by another process" in capsys.readouterr().err
+        assert main(command) == 2 and "another process is writing" in capsys.readouterr().err
     assert main(command) == 0
     out.write_text(2 * out.read_text())
-    assert main(command) == 2 and "line 2: id 'a' stands twice, did two runs" in capsys.readouterr().err
+    assert main(command) == 2 and "line 2: duplicate id 'a'; did two runs" in capsys.readouterr().err
     command[command.index(str(out))] = "/dev/full"
-    assert main(command) == 2 and "/dev/full is no file" in capsys.readouterr().err
+    assert main(command) == 2 and "/dev/full is not a regular file" in capsys.readouterr().err
     fresh = tmp_path / "fresh.jsonl"
     command[command.index("/dev/full")] = str(fresh)
     assert main([*command, "--max-new-tokens", "128"]) == 2
-    assert "max_new_tokens is 128: prompt and answer together have 128 places" in capsys.readouterr().err
+    assert "max_new_tokens is 128: it must be below the cache length of 128" in capsys.readouterr().err
     # What was made for nothing is removed; an empty file that was there, and another's, are not.
-    accepted = lambda: 1 / 0  # noqa: E731
+    on_start = lambda: 1 / 0  # noqa: E731
     for there in (False, True):
         with pytest.raises(ZeroDivisionError):
-            batch_files.answer_file(radfm_jax.load(run).generator, file, fresh, Sampling(2), accepted=accepted)
+            batch_run.answer_file(radfm_jax.load(run).generator, file, fresh, Sampling(2), on_start=on_start)
         assert fresh.exists() == there
         fresh.touch()
 
@@ -473,9 +486,9 @@ def test_without_locks(model, tmp_path, monkeypatch):
     def none(*_):
         raise OSError(errno.ENOSYS, "Function not implemented")
 
-    monkeypatch.setattr(batch_files.fcntl, "flock", none)
+    monkeypatch.setattr(fcntl, "flock", none)
     with pytest.warns(UserWarning, match="answers.jsonl cannot be locked .Function not implemented."):
-        assert batch_files.answer_file(model.generator, file, out, Sampling(2)).answered == 1
+        assert batch_run.answer_file(model.generator, file, out, Sampling(2)).answered == 1
 
 
 def test_questions_from_a_pipe(run, tmp_path, capsys):
@@ -492,11 +505,11 @@ def test_absolute_paths_are_repeated_as_they_stand(model, scans, tmp_path):
     file, out = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
     given = [str(scans / "film.png"), {"path": str(scans / "ct.nii.gz"), "volume": 0}]
     file.write_text(json.dumps({"id": "a", "prompt": "Lesion?", "scans": given}) + "\n")
-    assert batch_files.answer_file(model.generator, file, out, Sampling(2), root=scans).answered == 1
+    assert batch_run.answer_file(model.generator, file, out, Sampling(2), root=scans).answered == 1
     assert json.loads(out.read_text())["scans"] == given
 
 
-@pytest.mark.parametrize("kept", [1, batch_files.KEPT_BYTES])
+@pytest.mark.parametrize("kept", [1, batch_run.CACHE_BYTES])
 def test_a_scan_asked_about_again_is_not_encoded_again(model, scans, tmp_path, monkeypatch, kept):
     ct, film = "ct.nii.gz", "film.png"
     of = [[film], [film], [ct, film], [], [film], [ct], [ct, film], [film]]
@@ -509,10 +522,10 @@ def test_a_scan_asked_about_again_is_not_encoded_again(model, scans, tmp_path, m
         encoded.extend(map(len, questions))
         return encode(questions, *args)
 
-    monkeypatch.setattr(batch_files, "KEPT_BYTES", kept)
+    monkeypatch.setattr(batch_run, "CACHE_BYTES", kept)
     monkeypatch.setattr(model.generator, "encode_volumes", counting)
     sampling = Sampling(6, stop_ids=())
-    assert batch_files.answer_file(model.generator, file, out, sampling, root=scans, batch=2).answered == len(of)
+    assert batch_run.answer_file(model.generator, file, out, sampling, root=scans, batch=2).answered == len(of)
     # Batches of two: film; ct and film; film, known by now, and ct; both known. If one is kept, film is new at last.
     times = sorted(n for n in encoded if n)
     assert times == ([1, 1, 2] if kept > 1 else [1, 1, 1, 2]), encoded
@@ -528,17 +541,17 @@ def test_lines_end_at_line_feeds_alone(tmp_path):
     """U+2028 and U+0085 stand in JSON as they are."""
     file = tmp_path / "questions.jsonl"
     file.write_text(json.dumps({"id": "a", "prompt": "One\u2028two\x85three?"}, ensure_ascii=False) + "\r\n\n")
-    (question,) = read_questions(file, tmp_path)
-    assert question.prompt == "One\u2028two\x85three?" and not question.problem
+    (question,) = read_batch_file(file, tmp_path)
+    assert question.prompt == "One\u2028two\x85three?" and not question.error
 
 
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--prompt", "x", "--window", "lung"], "--window and --volume say how a --scan is read"),
-        (["--prompt", "x", "--window", "-1000,400"], "--window and --volume say how a --scan is read"),
-        (["--jsonl", "x", "--out", "y", "--volume", "1"], "--jsonl: scans, their windows and volumes"),
-        (["--prompt", "x", "--history"], "--history is for --chat"),
+        (["--prompt", "x", "--window", "lung"], "--window and --volume need a --scan"),
+        (["--prompt", "x", "--window", "-1000,400"], "--window and --volume need a --scan"),
+        (["--jsonl", "x", "--out", "y", "--volume", "1"], "--jsonl excludes --scan, --window, --volume"),
+        (["--prompt", "x", "--history"], "--history needs --chat"),
     ],
 )
 def test_options_that_would_do_nothing(arguments, words, capsys):
@@ -550,9 +563,12 @@ def test_options_that_would_do_nothing(arguments, words, capsys):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--prompt", "x", "--top-p", "2"], "top_p is 2.0"),
-        (["--prompt", "x", "--devices", "3"], "--devices is 3: there are 8"),
-        (["--prompt", "x", "--scan", "f", "--window", "brian"], "CT window 'brian' is not one of"),
+        (["--prompt", "x", "--top-p", "2"], "top_p must be above 0 and at most 1 (got 2.0)"),
+        (
+            ["--prompt", "x", "--devices", "3"],
+            "--devices must be at most 8 and divide the model's 4 key/value heads (got 3)",
+        ),
+        (["--prompt", "x", "--scan", "f", "--window", "brian"], "CT window 'brian' is none of"),
         (["--prompt", "x", "--show", "x.png"], "--show needs a --scan"),
         (["--prompt", "x", "--size-2d", "50"], "size_2d, size_3d, depth: "),
     ],

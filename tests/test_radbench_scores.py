@@ -23,11 +23,24 @@ from input_pipeline.images.slices import slices
 from input_pipeline.samples import Scan
 from input_pipeline.text.terms import Terms
 from input_pipeline.text.tokenizer import Tokenizer
-from radfm_jax.evaluate import clinical, model_answers, published, radbench, report, scoring
-from radfm_jax.evaluate.__main__ import _table, _write_questions, main
+from radfm_jax.evaluate import (
+    clinical,
+    figures,
+    model_answers,
+    published,
+    radbench,
+    ratings,
+    report,
+    report_page,
+    scoring,
+)
+from radfm_jax.evaluate.__main__ import main
 from radfm_jax.evaluate.metrics import Interval
-from radfm_jax.evaluate.model_answers import Given
-from radfm_jax.evaluate.radbench import Bench, Question
+from radfm_jax.evaluate.model_answers import RecordedAnswer
+from radfm_jax.evaluate.radbench import Question
+from radfm_jax.evaluate.radbench_build import BuiltBenchmark, build, read_questions
+from radfm_jax.evaluate.radbench_command import _replace_questions, score_table
+from radfm_jax.evaluate.results import Results
 from radfm_jax.inference import Request, Sampling
 
 NASTY = "<script>alert(1)</script> \u202e<img src=x onerror=alert(2)> & 'quoted'"
@@ -54,8 +67,8 @@ def config(root, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def bench(root) -> Bench:
-    return radbench.build(benchmark(root, limit=4))
+def bench(root) -> BuiltBenchmark:
+    return build(benchmark(root, limit=4))
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +101,7 @@ def test_every_question_is_answered_once(ran, bench):
     assert code == 1  # two of the given answers are none
     answers = lines(out / "answers" / "tiny.jsonl")
     assert [a["id"] for a in answers] == [q.row_id for q in bench.questions]
-    assert radbench.read_questions(out / "questions.jsonl") == bench.questions
+    assert read_questions(out / "questions.jsonl") == bench.questions
     asked = {q.row_id: q for q in bench.questions}
     for answer in answers:
         assert answer["prompt"] == asked[answer["id"]].prompt and answer["made_with"]["temperature"] == 0
@@ -187,16 +200,16 @@ def test_tables_say_the_same(ran):
 def test_other_data_have_no_published_rows_beside_them(root, tmp_path):
     own = {"mine": {**sets(root)["vqa_rad"], "task": "vqa"}}
     found = benchmark(root, sets=own, limit=3)
-    bench = radbench.build(found)
-    answers = {q.row_id: Given("zero") for q in bench.questions}
+    bench = build(found)
+    answers = {q.row_id: RecordedAnswer("zero") for q in bench.questions}
     scored = {"m": scoring.score(bench.questions, answers, Terms(["mass"]))}
-    lines_of = scoring.tables("m", scored["m"], resamples=5, seed=0, by_study=False)
-    report.write(report.Run(found, bench, scored, lines_of), tmp_path)
+    lines_of = scoring.score_rows("m", scored["m"], resamples=5, seed=0, by_study=False)
+    report.write(Results(found, bench, scored, lines_of), tmp_path)
     assert "(published)" not in (tmp_path / "report.html").read_text() + (tmp_path / "report.md").read_text()
-    assert "other data were scored: mine" in (tmp_path / "report.md").read_text()
+    assert "other data sets were scored: mine" in (tmp_path / "report.md").read_text()
 
 
-def run_of(*models: str) -> report.Run:
+def run_of(*models: str) -> Results:
     """The five tasks with a question each, and all is right."""
     asked = {"rad3d_modality": "CT", "cxr_mix": "yes"}
     asked |= dict.fromkeys(("vqa_rad", "rad3d_caption", "rad3d_rationale"), "mass")
@@ -205,19 +218,21 @@ def run_of(*models: str) -> report.Run:
         Question(f"{name}/1", task[name], name, "Q?", (right,), closed=radbench.CLOSED.get(task[name], ()))
         for name, right in asked.items()
     ]
-    answers = {q.row_id: Given(q.references[0]) for q in questions}
+    answers = {q.row_id: RecordedAnswer(q.references[0]) for q in questions}
     scored = {model: scoring.score(questions, answers, Terms(["mass"])) for model in models}
-    of = {model: scoring.tables(model, one, resamples=5, seed=0, by_study=False) for model, one in scored.items()}
+    of = {model: scoring.score_rows(model, one, resamples=5, seed=0, by_study=False) for model, one in scored.items()}
     found = radbench.Benchmark({name: {"family": "vqa_rad", "root": "x", "table": "y"} for name in asked})
-    return report.Run(found, Bench(questions, {}, {}), scored, [line for lines in of.values() for line in lines])
+    return Results(found, BuiltBenchmark(questions, {}, {}), scored, [line for lines in of.values() for line in lines])
 
 
 def test_why_a_model_has_no_auc(tmp_path):
     run = run_of("one", "two")
-    (asked,) = [q for q in run.bench.questions if q.task == "diagnosis"]
+    (asked,) = [q for q in run.built.questions if q.task == "diagnosis"]
     another = dataclasses.replace(asked, row_id="cxr_mix/2", references=("no",))
-    for model, given in (("one", Given("no")), ("two", Given("no", 0.2))):
-        some = scoring.score([asked, another], {"cxr_mix/1": Given("yes", 0.9), "cxr_mix/2": given}, Terms(["mass"]))
+    for model, given in (("one", RecordedAnswer("no")), ("two", RecordedAnswer("no", 0.2))):
+        some = scoring.score(
+            [asked, another], {"cxr_mix/1": RecordedAnswer("yes", 0.9), "cxr_mix/2": given}, Terms(["mass"])
+        )
         run.scored[model][:] = [one for one in run.scored[model] if one.question.task != "diagnosis"] + some
     report.write(run, tmp_path)
     page = (tmp_path / "report.html").read_text()
@@ -228,13 +243,13 @@ def test_the_table_of_the_terminal_is_readable_at_80_columns():
     """Each figure in one line with its interval, however many models there are and whatever they are called."""
     models = ("radfm-of-our-own-run-7", "MedVInT-TD", "[/red]a", "a-name-that-no-column-could-ever-hold-in-one-line")
     run, shown = run_of(*models), io.StringIO()
-    Console(file=shown, width=80).print(_table(run), soft_wrap=True)
+    Console(file=shown, width=80).print(score_table(run), soft_wrap=True)
     text = shown.getvalue()
     assert max(map(len, text.splitlines())) <= 80 and "…" not in text
     for model in models[:3]:
         figures = [line.split() for line in text.splitlines() if f" {model} " in line]
         assert all(words[-3:] == ["100.00", "(100.00,", "100.00)"] for words in figures)
-        assert len(figures) == sum(len(line.metrics) for line in run.lines if (line.model, line.group) == (model, ""))
+        assert len(figures) == sum(len(line.metrics) for line in run.rows if (line.model, line.group) == (model, ""))
     assert re.search("BLEU-1 .*(?s:.*)RadFM, published +31.43 +[(]31.20, 31.65[)]", text)
     assert "a-name-that-no-column" in text  # folded
 
@@ -246,8 +261,8 @@ def test_markdown_shows_names_as_they_are():
     run = run_of(*names)
     for name, fields in zip(names, run.benchmark.sets.values(), strict=False):
         fields["title"] = f"## {name}"
-    run.bench.missing |= {name: f"- {name}\n# <i>{name}" for name in names}
-    run.bench.left_out |= {name: {f"<script>{name}": 1} for name in names}
+    run.built.missing |= {name: f"- {name}\n# <i>{name}" for name in names}
+    run.built.skipped |= {name: {f"<script>{name}": 1} for name in names}
     tokens = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(report.as_markdown(run))
     assert {t.type for t in tokens} & {"html_block", "fence", "code_block", "ordered_list_open"} == set()
     inline = [token for token in tokens if token.type == "inline"]
@@ -255,8 +270,8 @@ def test_markdown_shows_names_as_they_are():
     texts = ["".join(child.content for child in token.children) for token in inline]
     spaced = [" ".join(name.split()) for name in names]
     for name in spaced:
-        assert texts.count(name) == sum(line.model.split() == name.split() for line in run.lines)  # a cell each
-        assert f"{name}: - {name} # <i>{name}" in texts and f"{name}: 1 rows left out: <script>{name}" in texts
+        assert texts.count(name) == sum(line.model.split() == name.split() for line in run.rows)  # a cell each
+        assert f"{name}: - {name} # <i>{name}" in texts and f"{name}: 1 rows skipped: <script>{name}" in texts
     assert {text for text in texts if text.startswith("## ")} == {f"## {name}" for name in spaced[:5]}
     assert not [token for token in tokens if token.type == "heading_open" and token.tag not in ("h1", "h2")]
 
@@ -266,14 +281,14 @@ def test_bars_stand_around_the_name_of_their_metric(monkeypatch):
     values = {m: Interval(0.5, 0.4, 0.6) for m in published.TABLE["diagnosis"]}
     vqa = {m: Interval(0.5 if m == "bleu" else math.nan, math.nan, math.nan) for m in published.TABLE["vqa"]}
     lines = [
-        scoring.Line(model, task, "task", "", 9, 0, 9, of, {})
+        scoring.ScoreRow(model, task, "task", "", 9, 0, 9, of, {})
         for model in ("a", "b") for task, of in (("diagnosis", values), ("vqa", vqa))
     ]  # fmt: skip
-    figures = []
-    monkeypatch.setattr(figures, "_save", lambda pyplot, figure, file: figures.append(figure))
+    drawn = []
+    monkeypatch.setattr(figures, "_save", lambda pyplot, figure, file: drawn.append(figure))
     for comparable, bars in ((), 2), (("diagnosis",), 5):
         figures.bars(lines, Path(), comparable)
-        panel = figures[-1].axes[list(radbench.TASKS).index("diagnosis")]
+        panel = drawn[-1].axes[list(radbench.TASKS).index("diagnosis")]
         centres = sorted(bar.get_x() + bar.get_width() / 2 for bar in panel.patches)
         assert len(centres) == 2 * bars
         assert np.mean(centres[:bars]) == pytest.approx(0) and np.mean(centres[bars:]) == pytest.approx(1)
@@ -283,7 +298,7 @@ def test_bars_stand_around_the_name_of_their_metric(monkeypatch):
 def test_leaks_are_said(root, data, tmp_path, capsys):
     fields = {k: v for k, v in sets(root)["vqa_rad"].items() if k not in ("study", "facts")}
     found = benchmark(root, sets={"vqa_rad": {**fields, "table": "train/vqa.csv"}}, index=data.index)
-    questions = radbench.build(found).questions
+    questions = build(found).questions
     given = write(tmp_path / "a.jsonl", ({"id": q.row_id, "answer": q.references[0]} for q in questions))
     command = ["radbench", f"--config={config_file(found, tmp_path / 'c.py')}", f"--answers=m={given}"]
     assert main([*command, f"--out={tmp_path}"]) == 1
@@ -294,14 +309,14 @@ def test_leaks_are_said(root, data, tmp_path, capsys):
 
 def test_given_answers_do_not_replace_the_questions_of_others(tmp_path):
     questions = [Question(f"x/{i}", "vqa", "x", "Q?", ("a",)) for i in (1, 2)]
-    _write_questions(questions, tmp_path)
-    _write_questions(questions[:1], tmp_path)  # nobody has answered them
-    assert radbench.read_questions(tmp_path / "questions.jsonl") == questions[:1]
+    _replace_questions(questions, tmp_path)
+    _replace_questions(questions[:1], tmp_path)  # nobody has answered them
+    assert read_questions(tmp_path / "questions.jsonl") == questions[:1]
     (tmp_path / "answers").mkdir()
     (tmp_path / "answers" / "m.jsonl").touch()
-    _write_questions(questions[:1], tmp_path)
-    with pytest.raises(ValueError, match="holds other questions, to which .*m.jsonl answers: write elsewhere"):
-        _write_questions(questions, tmp_path)
+    _replace_questions(questions[:1], tmp_path)
+    with pytest.raises(ValueError, match="has other questions, which .*m.jsonl answers: use another --out"):
+        _replace_questions(questions, tmp_path)
     assert sorted(x.name for x in tmp_path.iterdir()) == ["answers", "questions.jsonl"]
 
 
@@ -318,16 +333,16 @@ def test_an_answer_may_hold_line_separators(tmp_path):
 @pytest.mark.parametrize(
     "given, message",
     [
-        ([{"id": "x/1", "answer": "a"}, {"id": "x/1", "answer": "b"}], "line 2: id 'x/1' stands twice"),
-        ([{"id": "x/9", "answer": "a"}], "'x/9' is no question"),
+        ([{"id": "x/1", "answer": "a"}, {"id": "x/1", "answer": "b"}], "line 2: duplicate id 'x/1'"),
+        ([{"id": "x/9", "answer": "a"}], "'x/9' is not in this benchmark"),
         ([{"id": "x/1"}], "`answer` must be a text"),
-        ([{"answer": "a"}], "an object with `id`"),
-        ([{"id": "x/1", "answer": "a", "p_yes": 1.2}], "p_yes is 1.2"),
-        ([{"id": "x/1", "answer": "a", "prompt": "Other?"}], "answers 'Other\\?', but the prompt is 'Q\\?'"),
-        ([{"id": "x/1", "answer": "a", "context": "Pain."}], "answers 'Pain.', but the context is ''"),
+        ([{"answer": "a"}], "expected an object with `id`"),
+        ([{"id": "x/1", "answer": "a", "p_yes": 1.2}], "p_yes must be a probability .got 1.2"),
+        ([{"id": "x/1", "answer": "a", "prompt": "Other?"}], "answers the prompt 'Other\\?', but it is 'Q\\?'"),
+        ([{"id": "x/1", "answer": "a", "context": "Pain."}], "answers the context 'Pain.', but it is ''"),
         (
             [{"id": "x/1", "answer": "a"}, {"id": "x/2", "answer": "a \ud83d"}],
-            "line 2: x/2: its text is no valid Unicode",
+            "line 2: x/2: text is not valid Unicode",
         ),
     ],
 )
@@ -341,15 +356,15 @@ def test_lines_of_what_failed_are_named_by_their_own_file(tmp_path):
     questions = [Question(f"x/{i}", "vqa", "x", "Q?", ("a",)) for i in (1, 2)]
     file = write(tmp_path / "a.jsonl", [{"id": "x/1", "answer": "a"}])
     write(tmp_path / "a.failed.jsonl", [{"id": "x/2", "error": "no scan"}, {"id": "x/1", "error": "no scan"}])
-    with pytest.raises(ValueError, match="a.jsonl: a.failed.jsonl, line 2: id 'x/1' stands twice"):
+    with pytest.raises(ValueError, match="a.jsonl: a.failed.jsonl, line 2: duplicate id 'x/1'"):
         model_answers.read_answers(file, questions)
 
 
 def test_reports_keep_their_lines():
     lines_of = "FINDINGS: clear.\r\nNo <effusion>.\n\nIMPRESSION: normal.\x00\n"
     question = Question("x/1", "report", "x", "Write.", ("one\ntwo",))
-    (scored,) = scoring.score([question], {"x/1": Given(lines_of)}, Terms(["mass"]))
-    shown = report._example(scored, "right")
+    (scored,) = scoring.score([question], {"x/1": RecordedAnswer(lines_of)}, Terms(["mass"]))
+    shown = report_page.example(scored, "right")
     assert "FINDINGS: clear.<br>No &lt;effusion&gt;.<br><br>IMPRESSION: normal.⟨U+0000⟩</b>" in shown
     assert "<b>one<br>two</b>" in shown
 
@@ -367,11 +382,15 @@ def test_scores_of_one_answer_each():
     terms = Terms(["mass", "nodule"])
     closed = Question("x/1", "diagnosis", "x", "Q?", ("yes",), closed=("yes", "no"))
     open_one = Question("x/2", "report", "x", "Q?", ("a mass and a nodule",))
-    scored = scoring.score([closed, open_one], {"x/1": Given("Yes."), "x/2": Given("a mass")}, terms)
+    scored = scoring.score([closed, open_one], {"x/1": RecordedAnswer("Yes."), "x/2": RecordedAnswer("a mass")}, terms)
     assert scored[0].predicted == "yes" and scored[0].values == {"accuracy": 1.0, "named": 1.0}
     assert scored[1].values["umls_precision"] == 1 and scored[1].values["umls_recall"] == 0.5
     assert scored[1].values["bleu"] == pytest.approx(math.exp(1 - 5 / 2))
-    for answers in ({}, {"x/1": Given("  "), "x/2": Given("")}, {"x/1": Given("yes", error="no scan")}):
+    for answers in (
+        {},
+        {"x/1": RecordedAnswer("  "), "x/2": RecordedAnswer("")},
+        {"x/1": RecordedAnswer("yes", error="no scan")},
+    ):
         failed = scoring.score([closed, open_one], answers, terms)
         assert all(one.error for one in failed) and failed[0].predicted is None
         assert not any(value for one in failed for value in one.values.values())
@@ -381,11 +400,15 @@ def test_a_failed_yes_no_answer_is_neither():
     """It counts as 0.5, so that failing where it is hard does not help."""
     ask = lambda i, r: Question(f"x/{i}", "diagnosis", "x", "Q?", (r,), closed=("yes", "no"))  # noqa: E731
     questions = [ask(1, "yes"), ask(2, "no"), ask(3, "no")]
-    answers = {"x/1": Given("yes", 0.4), "x/2": Given("no", 0.1), "x/3": Given("", error="broken")}
+    answers = {
+        "x/1": RecordedAnswer("yes", 0.4),
+        "x/2": RecordedAnswer("no", 0.1),
+        "x/3": RecordedAnswer("", error="broken"),
+    }
     found = scoring.intervals(scoring.score(questions, answers, Terms(["mass"])), resamples=10, seed=0, by_study=False)
     assert found["auc"].value == pytest.approx(1 / 2) and found["accuracy"].value == pytest.approx(2 / 3)
     del answers["x/3"]
-    answers["x/2"] = Given("no")
+    answers["x/2"] = RecordedAnswer("no")
     assert "auc" not in scoring.intervals(
         scoring.score(questions, answers, Terms(["mass"])), resamples=10, seed=0, by_study=False
     )
@@ -399,7 +422,7 @@ def test_an_unreadable_scan_is_a_failure(root, model, tmp_path):
     questions = [ask(1, str(broken)), ask(2, good), ask(3, str(tmp_path / "none.png"))]
     loaded = radfm_jax.load(model)
     file = tmp_path / "a.jsonl"
-    outcome = model_answers.answer_all(
+    outcome = model_answers.generate_answers(
         loaded.generator, questions, file, tmp_path / "q.jsonl", model="m", sampling=Sampling(4)
     )
     assert outcome.answered == 1 and outcome.failed.keys() == {"x/1", "x/3"}
@@ -414,7 +437,7 @@ def test_export(bench, config, tmp_path):
     assert main(["radbench", f"--config={config}", f"--export={tmp_path / 'x'}"]) == 0
     exported = lines(tmp_path / "x" / "questions.jsonl")
     assert [q["id"] for q in exported] == [q.row_id for q in bench.questions]
-    assert radbench.read_questions(tmp_path / "x" / "questions.jsonl") == bench.questions
+    assert read_questions(tmp_path / "x" / "questions.jsonl") == bench.questions
     volumes = 0
     for line in exported:
         for scan, shown in zip(line["scans"], line["slices"], strict=True):
@@ -463,11 +486,11 @@ def test_grades_come_back(ran, tmp_path, capsys):
     out, _, _ = ran
     key = json.loads((out / "sheet.key.json").read_text())
     grade = {"Perfect": 5, "tiny": 1}
-    ratings = {f"{c['case']}/{x}": grade[m] for c in key["cases"] for x, m in c["letters"].items()}
+    grades = {f"{c['case']}/{x}": grade[m] for c in key["cases"] for x, m in c["letters"].items()}
     with pytest.raises(ValueError, match="sheet.key.json is the key of another sheet"):
         ratings.write_sheet({"m": []}, out / "sheet.html")
-    one = {"sheet": key["sheet"], "rater": "[/a]", "ratings": ratings}
-    two = {**one, "rater": "b", "ratings": {k: max(v - 1, 0) for k, v in list(ratings.items())[:6]}}
+    one = {"sheet": key["sheet"], "rater": "[/a]", "ratings": grades}
+    two = {**one, "rater": "b", "ratings": {k: max(v - 1, 0) for k, v in list(grades.items())[:6]}}
     files = [str(write(tmp_path / f"{i}.json", [x])) for i, x in enumerate((one, two))]
     command = ["ratings", "--key", str(out / "sheet.key.json")]
     assert main([*command, *files, "--out", str(tmp_path)]) == 0
@@ -481,9 +504,9 @@ def test_grades_come_back(ran, tmp_path, capsys):
     bad = [str(write(tmp_path / f"bad{i}.json", [x])) for i, x in enumerate(wrong)]
     assert main([*command, *files, *bad]) == 2
     said = capsys.readouterr().err
-    assert "of another sheet" in said and "the grade 6" in said and "rater '[/a]' stands" in said
-    with pytest.raises(ValueError, match="no file holds a grade"):
-        ratings.read(out / "sheet.key.json", [write(tmp_path / "e.json", [{**one, "ratings": {}}])])
+    assert "of another sheet" in said and "the grade 6" in said and "rater '[/a]' is already in" in said
+    with pytest.raises(ValueError, match="the files contain no grades"):
+        ratings.read_ratings(out / "sheet.key.json", [write(tmp_path / "e.json", [{**one, "ratings": {}}])])
 
 
 # --- clinical metrics -------------------------------------------------------------------------------------------------
@@ -516,7 +539,7 @@ def test_clinical_metrics_by_a_fake(monkeypatch):
 def test_clinical_metrics_without_the_package():
     with pytest.raises(clinical.Unavailable, match="pip install radeval"):
         clinical.clinical("radgraph", ["a"], ["a"])
-    with pytest.raises(ValueError, match="radgrap are unknown"):
+    with pytest.raises(ValueError, match="unknown clinical metrics radgrap"):
         clinical.check(["radgrap"])
 
 
@@ -528,8 +551,8 @@ def test_clinical_metrics_without_the_package():
     [
         (["--answers=x"], "write NAME=FILE"),
         (["--answers=x=none.jsonl"], "none.jsonl cannot be read"),
-        (["--answers=x=a", "--answers=x=b"], "two models called x"),
-        (["--answers=x|y=a", "--answers=x/y=b"], "scores of x|y and x/y would lie in one file, x_y.jsonl"),
+        (["--answers=x=a", "--answers=x=b"], "two models are called x"),
+        (["--answers=x|y=a", "--answers=x/y=b"], "scores of x|y and x/y would share x_y.jsonl"),
         (["--config.set.x=1", "--answers=x=a"], "set"),
         (["--checkpoint=nowhere"], "nowhere"),
     ],
@@ -560,16 +583,16 @@ def test_a_set_that_cannot_be_asked_says_why(root, tmp_path, capsys):
     name, fields = next(iter(sets(root).items()))
     config = config_file(benchmark(root, sets={name: fields | {"study": "no group"}}), tmp_path / "c.py")
     assert main(["radbench", f"--config={config}", f"--export={tmp_path / 'e'}"]) == 2
-    assert "can be asked: " in (err := capsys.readouterr().err) and "must have exactly one group" in err
+    assert "of the config has questions: " in (err := capsys.readouterr().err) and "must have exactly one group" in err
 
 
 @pytest.mark.parametrize(
     "changes, more, message",
     [
-        ({"seed": 5}, [], "with another prompt|is no question any more"),  # the same ids, other wording
-        ({"limit": 3}, [], "is no question any more"),
-        ({"seed": 5}, ["--max-new-tokens=5"], "another max_new_tokens"),
-        ({"seed": 5}, ["--tokenizer=nowhere"], "tokenizer nowhere is no file that is there"),
+        ({"seed": 5}, [], "with a different prompt|is not in the batch file"),  # the same ids, other wording
+        ({"limit": 3}, [], "is not in the batch file"),
+        ({"seed": 5}, ["--max-new-tokens=5"], "other settings .max_new_tokens"),
+        ({"seed": 5}, ["--tokenizer=nowhere"], "tokenizer nowhere does not exist"),
     ],
 )
 def test_a_refused_run_leaves_the_directory_as_it_was(ran, root, tmp_path, capsys, changes, more, message):

@@ -19,11 +19,12 @@ import numpy as np
 
 from input_pipeline.config import DataConfig
 from input_pipeline.datasets import sample_rng
+from input_pipeline.files import write_json_lines
 from input_pipeline.index.index import Index
 from input_pipeline.samples import RowError
 from input_pipeline.sources import open_sources, terms_of
 from input_pipeline.text.tokenizer import Tokenizer
-from radfm_jax.evaluate import model_answers, radbench, scoring
+from radfm_jax.evaluate import model_answers, radbench, radbench_build, scoring
 from radfm_jax.inference import Generator, inputs
 from radfm_jax.training.experiment import Experiment
 
@@ -73,15 +74,15 @@ class HeldOutAnswers:
         data = self.config.data
         generator = Generator(
             self.config.compute, params, mesh=self.mesh, tokenizer=self.tokenizer,
-            preparation=inputs.Preparation.of(data), length=data.text_length,
+            preparation=inputs.Preparation.from_config(data), length=data.text_length,
         )  # fmt: skip
-        model_answers.answer_all(
+        model_answers.generate_answers(
             generator, self.questions, directory / "answers.jsonl", directory / "questions.jsonl",
             model=f"step {step}", progress=lambda *_: alive(),
         )  # fmt: skip
         given = model_answers.read_answers(directory / "answers.jsonl", self.questions)
         scored = scoring.score(self.questions, given, self.terms)
-        radbench.write_lines(directory / "scores.jsonl", (one.to_dict() for one in scored))
+        write_json_lines(directory / "scores.jsonl", (one.to_dict() for one in scored))
         found = {}
         for task in radbench.TASKS:
             if some := [one for one in scored if one.question.task == task]:
@@ -105,9 +106,9 @@ def questions_of(config: DataConfig, count: int) -> tuple[list[radbench.Question
             try:
                 sample = dataset.sample(row, sample_rng(config.seed, 0, name, row_id))
                 if sample.task not in radbench.TASKS:
-                    raise radbench.NotAsked(f"{sample.task} is no question")
-                question = radbench.question_of(sample, name, sample.task, f"{name}/{row_id}", Path(dataset.root))
-            except (RowError, radbench.NotAsked) as error:
+                    raise radbench_build.Skipped(f"{sample.task} is no question")
+                question = radbench_build.question_of(sample, name, sample.task, f"{name}/{row_id}", Path(dataset.root))
+            except (RowError, radbench_build.Skipped) as error:
                 left_out[error.reason if isinstance(error, RowError) else str(error)] += 1
                 continue
             found.append(question)

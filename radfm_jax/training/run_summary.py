@@ -6,16 +6,15 @@ The page holds its pictures itself, so that it can be sent to somebody.
 from __future__ import annotations
 
 import argparse
-import base64
-import html
-import io
 import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from input_pipeline.datasets.json_tables import text_lines
+from input_pipeline.datasets.tables import text_lines
+from input_pipeline.inspect.page import visible
 from input_pipeline.samples import Scan
+from radfm_jax import html_page
 from radfm_jax.checkpoints import run_directory
 from radfm_jax.inference import inputs
 from radfm_jax.training import display
@@ -66,15 +65,15 @@ def main(argv: list[str] | None = None) -> int:
 
 def _page(args: argparse.Namespace) -> Iterator[str]:
     title = f"{args.runs[-1].name}: what was trained"
-    yield f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{_text(title)}</title><style>{STYLE}</style>"
-    yield f"<h1>{_text(title)}</h1>"
+    yield from html_page.head(title, STYLE)
+    yield f"<h1>{visible(title)}</h1>"
     yield "<p class='warn'>For research only. Not for clinical use.</p>"
-    yield from (f"<p>{_text(note)}</p>" for note in args.note)
+    yield from (f"<p>{visible(note)}</p>" for note in args.note)
     yield "<h2>Training</h2>"
     yield from _stages(args.runs)
     for run in args.runs:
-        yield f"<h3>{_text(run.name)}</h3>"
-        yield _image((run / "curves.png").read_bytes(), f"curves of {run.name}")
+        yield f"<h3>{visible(run.name)}</h3>"
+        yield html_page.image((run / "curves.png").read_bytes(), f"curves of {run.name}")
     if args.scores:
         yield "<h2>Held-out answers</h2>"
         yield from _scores(json.loads((args.scores / "accuracy.json").read_text()))
@@ -83,7 +82,9 @@ def _page(args: argparse.Namespace) -> Iterator[str]:
         yield from _answers(args)
     yield "<h2>Where it lies</h2>"
     places = [("run " + run.name, str(run)) for run in args.runs] + [tuple(p.split("=", 1)) for p in args.place]
-    yield _table(("what", "where"), [(_text(what), f"<code>{_text(path)}</code>") for what, path in places])
+    yield html_page.table(
+        ("what", "where"), [(visible(what), f"<code>{visible(path)}</code>") for what, path in places]
+    )
 
 
 def _stages(runs: Sequence[Path]) -> Iterator[str]:
@@ -97,13 +98,13 @@ def _stages(runs: Sequence[Path]) -> Iterator[str]:
         newest = run_directory.latest(run)
         rows.append(
             (
-                _text(run.name), f"{last['step']:,}", f"{last['train/loss']:.3f}",
+                visible(run.name), f"{last['step']:,}", f"{last['train/loss']:.3f}",
                 f"{last['eval/all/loss']:.3f}" if "eval/all/loss" in last else "",
                 f"{mean('speed/step_s'):.3f}", f"{mean('speed/samples_s'):.0f}", f"{mean('speed/data_wait'):.1%}",
-                f"{last['data/real_tokens']:.1%}", f"<code>{_text(newest or '')}</code>",
+                f"{last['data/real_tokens']:.1%}", f"<code>{visible(newest or '')}</code>",
             )
         )  # fmt: skip
-    yield _table(
+    yield html_page.table(
         ("stage", "steps", "loss", "held out", "s a step", "samples/s", "data wait", "real tokens", "checkpoint"), rows
     )
 
@@ -112,7 +113,8 @@ def _scores(found: dict[str, list[dict]]) -> Iterator[str]:
     control = {one["kind"]: one for one in found.get("another", ())}
     rows = [
         (
-            _text(one["kind"]), f"{one['samples']:,}", f"{one['exact']:.1%}", f"{one['low']:.1%} to {one['high']:.1%}",
+            visible(one["kind"]), f"{one['samples']:,}", f"{one['exact']:.1%}",
+            f"{one['low']:.1%} to {one['high']:.1%}",
             "" if one["balanced"] is None else f"{one['balanced']:.1%}",
             f"{control[one['kind']]['exact']:.1%}" if one["kind"] in control else "",
         )
@@ -120,7 +122,7 @@ def _scores(found: dict[str, list[dict]]) -> Iterator[str]:
     ]  # fmt: skip
     yield "<p>Right: every token of the reference is what greedy decoding says. Scans exchanged: the same questions "
     yield "about somebody else's scan; what is left there needs no looking.</p>"
-    yield _table(("question", "samples", "right", "95 % interval", "balanced", "scans exchanged"), rows)
+    yield html_page.table(("question", "samples", "right", "95 % interval", "balanced", "scans exchanged"), rows)
 
 
 def _answers(args: argparse.Namespace) -> Iterator[str]:
@@ -130,11 +132,11 @@ def _answers(args: argparse.Namespace) -> Iterator[str]:
         said = "no answer" if given is None else given["answer"]
         scans = [Scan(scan) if isinstance(scan, str) else Scan(**scan) for scan in question["scans"]]
         picture = _picture(args.root, scans, given)
-        reference = f"<br>reference: <b>{_text(question['response'])}</b>" if question.get("response") else ""
+        reference = f"<br>reference: <b>{visible(question['response'])}</b>" if question.get("response") else ""
         yield (
-            f"<div class='asked'>{picture}<div><code>{_text(', '.join(scan.path for scan in scans))}</code>"
-            f"<br>{_text(question.get('prompt') or question.get('instruction'))}"
-            f"<br>answer: <b>{_text(said)}</b>{reference}</div></div>"
+            f"<div class='asked'>{picture}<div><code>{visible(', '.join(scan.path for scan in scans))}</code>"
+            f"<br>{visible(question.get('prompt') or question.get('instruction'))}"
+            f"<br>answer: <b>{visible(said)}</b>{reference}</div></div>"
         )
 
 
@@ -145,28 +147,9 @@ def _picture(root: Path, scans: Sequence[Scan], given: dict | None) -> str:
         return ""
     paths = [Scan(str(root / scan.path), scan.volume, scan.window) for scan in scans]
     volumes = inputs.read_scans(paths, inputs.Preparation(**prepared))
-    file = io.BytesIO()
-    inputs.picture(volumes, [Path(scan.path).name for scan in scans]).save(file, format="PNG")
-    return _image(file.getvalue(), "the scan as the model saw it")
+    preview = inputs.preview_image(volumes, [Path(scan.path).name for scan in scans])
+    return html_page.image(preview, "the scan as the model saw it")
 
 
 def _lines(file: Path) -> list[dict]:
     return [json.loads(line) for line in text_lines(file) if line.strip()]
-
-
-def _image(png: bytes, what: str) -> str:
-    return f"<img alt='{_text(what)}' src='data:image/png;base64,{base64.b64encode(png).decode()}'>"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Cells are HTML already."""
-    number = lambda cell: cell[:1].isdigit()  # noqa: E731
-    body = "".join(
-        "<tr>" + "".join(f"<td class='n'>{c}</td>" if number(c) else f"<td>{c}</td>" for c in row) + "</tr>"
-        for row in rows
-    )
-    return f"<table><tr>{''.join(f'<th>{_text(cell)}</th>' for cell in head)}</tr>{body}</table>"
-
-
-def _text(value: object) -> str:
-    return html.escape(str(value))
