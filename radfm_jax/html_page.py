@@ -28,23 +28,23 @@ def head(title: str, style: str, policy: str = POLICY) -> Iterator[str]:
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], row_classes: Sequence[str] = ()) -> str:
     """Return a table. Cells are HTML; those that start with a digit, and `none`, are aligned as numbers."""
-    row_classes = row_classes or [""] * len(rows)
-    number = lambda cell: cell[:1].isdigit() or cell == "none"  # noqa: E731
+    cell = lambda text: f"<td{_class('n' if text[:1].isdigit() or text == 'none' else '')}>{text}</td>"  # noqa: E731
     body = "".join(
-        f'<tr class="{row_class}">'
-        + "".join(f'<td class="n">{cell}</td>' if number(cell) else f"<td>{cell}</td>" for cell in row)
-        + "</tr>"
-        for row, row_class in zip(rows, row_classes, strict=True)
+        f"<tr{_class(row_class)}>{''.join(map(cell, row))}</tr>"
+        for row, row_class in zip(rows, row_classes or [""] * len(rows), strict=True)
     )
     return f"<table><tr>{''.join(f'<th>{visible(column)}</th>' for column in columns)}</tr>{body}</table>"
 
 
-def image(content: bytes | Image.Image, description: str, look: str = "") -> str:
-    """Return an embedded image. content: the bytes of a PNG file, or an image. look: its CSS class."""
+def image(content: bytes | Image.Image, description: str, css_class: str = "") -> str:
+    """Return an embedded image. content: the bytes of a PNG file, or an image."""
     if isinstance(content, Image.Image):
         file = io.BytesIO()
         content.save(file, format="PNG")
         content = file.getvalue()
-    css_class = f' class="{look}"' if look else ""
     source = f"data:image/png;base64,{base64.b64encode(content).decode()}"
-    return f'<img{css_class} alt="{visible(description)}" src="{source}">'
+    return f'<img{_class(css_class)} alt="{visible(description)}" src="{source}">'
+
+
+def _class(name: str) -> str:
+    return f' class="{name}"' if name else ""
