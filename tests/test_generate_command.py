@@ -1,4 +1,4 @@
-"""Words and scans in, words out: Model.answer and its kin, the command line, files of questions, what is refused."""
+"""Answers from Python and from the command line: prompts, scans, chats, batch files and errors."""
 
 import dataclasses
 import errno
@@ -42,7 +42,7 @@ SHORT = ["--max-new-tokens", "12", "--devices", "1", "--no-verify"]
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    """360 pieces, bytes among them, as LLaMA's model is made."""
+    """Train a tokenizer of 360 pieces with byte fallback, like LLaMA's."""
     words = "is there a lesion in the left lung right none seen size small large report findings normal".split()
     rng = np.random.default_rng(0)
     lines = [" ".join(rng.choice(words, 8)) for _ in range(400)]
@@ -58,7 +58,7 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def scans(tmp_path_factory):
-    """A picture, a volume, and a file that is neither."""
+    """Write a 2D scan, a volume and a broken file."""
     folder, rng = tmp_path_factory.mktemp("scans"), np.random.default_rng(1)
     Image.fromarray(rng.integers(0, 255, (60, 80), np.uint8)).save(folder / "film.png")
     volume = rng.integers(-1000, 1000, (40, 30, 8)).astype(np.int16)
@@ -69,7 +69,7 @@ def scans(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(tokenizer, tmp_path_factory):
-    """A training run as `train` leaves it: two steps, the first of them the best."""
+    """Write a training run with two checkpoints, of which the first is the best."""
     workdir = tmp_path_factory.mktemp("run")
     config = dataclasses.replace(CONFIG, llama=dataclasses.replace(CONFIG.llama, vocab_size=size_of(tokenizer)))
     params = parity.recipe_params(config)
@@ -104,7 +104,7 @@ def greedy(model, *args, **options):
 @pytest.mark.parametrize("chunk", [1, 2, 5, 100])
 @pytest.mark.parametrize("stop", [(), ("lung",), ("the right", "left lung"), ("zzz", "é")])
 def test_pieces_of_text(tokenizer, chunk, stop):
-    """Joined they are the answer; none is taken back; where an answer stops does not depend on how tokens come."""
+    """Pieces concatenate to the answer, never change, and end at the same position for all chunk sizes."""
     t = Tokenizer(tokenizer)
     text = "none seen in the left lung é😀 the right"
     ids = t.encode(text)
@@ -128,7 +128,7 @@ def test_pieces_of_text(tokenizer, chunk, stop):
 
 
 def test_answers_are_those_of_the_plain_forward_pass(model, scans):
-    """Prompt and scans as one row, as training would see them, through the whole network, token by token."""
+    """Compare with the plain forward pass over prompt and scans in one training row."""
     files = [scans / "ct.nii.gz", scans / "film.png"]
     prompt = "Is there a lesion in <image-2> or <image-1>, none in <image-2>?"
     (answer,) = model.generator.answers([Request(prompt, files)], Sampling(6, stop_ids=()))
@@ -137,7 +137,7 @@ def test_answers_are_those_of_the_plain_forward_pass(model, scans):
     volumes = inputs.read_scans(files, model.preparation)
     row = inputs.one_row(encoded, volumes, 4)
     assert [v.shape for v in volumes] == [(32, 32, 8), (64, 64, 4)]
-    # The answer stands behind the prompt in the same row; the pass is causal.
+    # Append the answer to the row; the pass is causal.
     pad = lambda x, value: np.pad(x, ((0, 0), (0, 6)), constant_values=value)  # noqa: E731
     row |= {k: pad(row[k], v) for k, v in (("visual_index", -1), ("segments", 1), ("key_ok", True))}
     row["ids"] = np.concatenate([row["ids"], np.array(answer.ids)[None]], axis=1)
@@ -160,12 +160,12 @@ def test_one_by_one_batched_streamed_and_with_kept_scans(model, scans):
     assert greedy(model, "Compare <image-2> with <image-1>.", seen) == alone[2]
     pieces = list(model.stream("Is there a lesion?", [film], max_new_tokens=12, chunk=4))
     assert "".join(pieces) == alone[0] and len(pieces) == 4
-    heard = []
-    assert greedy(model, "Is there a lesion?", [film], on_text=heard.append) == alone[0]
-    assert "".join(heard) == alone[0] and len(heard) > 1
+    pieces_seen = []
+    assert greedy(model, "Is there a lesion?", [film], on_text=pieces_seen.append) == alone[0]
+    assert "".join(pieces_seen) == alone[0] and len(pieces_seen) > 1
     stop = alone[0][5:8]
     assert greedy(model, "Is there a lesion?", [film], stop=stop) == alone[0][: alone[0].index(stop)].strip()
-    # Scans matter, and so does where they stand.
+    # The answer depends on the scans and on their positions.
     assert greedy(model, "Is there a lesion?", [ct]) != alone[0]
     assert greedy(model, "<image-1> Is there a lesion?", [film]) == alone[0]
     last = greedy(model, "Is there a lesion?", [film], place="last")
@@ -174,7 +174,7 @@ def test_one_by_one_batched_streamed_and_with_kept_scans(model, scans):
     assert told == greedy(model, "small lung Is there a lesion?", [film])
 
 
-def test_voxels_in_memory(model, scans):
+def test_arrays_as_scans(model, scans):
     pixels = np.asarray(Image.open(scans / "film.png"))[..., None, None]
     assert greedy(model, "Is there a lesion?", [pixels]) == greedy(model, "Is there a lesion?", [scans / "film.png"])
     windowed = inputs.read_scans([Scan(str(scans / "ct.nii.gz"), window=(-100.0, 100.0))], model.preparation)
@@ -183,7 +183,7 @@ def test_voxels_in_memory(model, scans):
 
 
 def test_released_form(tokenizer, scans):
-    """Pictures 512 x 512, one depth for all scans, an image at the end stands before the last character."""
+    """2D scans are 512 x 512, all scans have one depth, and an image at the end precedes the last character."""
     t, released = Tokenizer(tokenizer), dataclasses.replace(inputs.RELEASED, num_latents=4)
     volumes = inputs.read_scans([scans / "film.png", scans / "ct.nii.gz"], released)
     assert [v.shape for v in volumes] == [(256, 256, 8)] * 2 and volumes[0].voxels.dtype == np.float32
@@ -195,7 +195,7 @@ def test_released_form(tokenizer, scans):
     assert inputs.visual_index(encoded, 4)[-6 - len(t.encode("?")) :][1:5].tolist() == [0, 1, 2, 3]
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------
+# --- errors -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def test_released_form(tokenizer, scans):
         ("Lesion?", [7], {}, "scan 1 is a int: pass a path"),
     ],
 )
-def test_bad_questions(model, scans, prompt, files, options, words):
+def test_invalid_prompts(model, scans, prompt, files, options, words):
     files = files if isinstance(files, str) else [scans / f if isinstance(f, str) else f for f in files]
     with pytest.raises(ValueError, match=words):
         model.answer(prompt, files, **options)
@@ -262,7 +262,7 @@ def test_checkpoints_that_lack_something(model, run, tokenizer, scans, tmp_path)
         bare.answer("Lesion?", [scans / "film.png"])
     told = radfm_jax.load(tmp_path / "bare", tokenizer=tokenizer, prepared=model.preparation)
     assert greedy(told, "Lesion?", [scans / "film.png"]) == greedy(model, "Lesion?", [scans / "film.png"])
-    # What was converted has the released model's; what was saved again keeps its own.
+    # Converted weights have the released preparation; a saved model keeps its own.
     description = json.loads((tmp_path / "bare" / "radfm.json").read_text()) | {"source": {"file": "pytorch_model.bin"}}
     (tmp_path / "bare" / "radfm.json").write_text(json.dumps(description))
     converted = radfm_jax.api.preparation_of(tmp_path / "bare", model.config)
@@ -287,7 +287,7 @@ def test_one_question(run, model, scans, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert out == greedy(model, "<image-2> Compare <image-1>.", [film, scans / "ct.nii.gz"]) + "\n"
     page = np.asarray(Image.open(picture).convert("L"))
-    # One slice of the film, eight of the volume, each 160 pixels high below its caption.
+    # One slice of the film and eight of the volume, each 160 pixels high below its caption.
     shown = [
         page[k * 180 + 20 : k * 180 + 170, j * 164 + 5 : j * 164 + 155].std() > 5 for k in (0, 1) for j in range(8)
     ]
@@ -300,14 +300,14 @@ def test_one_question(run, model, scans, tmp_path, capsys):
     assert said[0] == said[1] != said[2]
     assert main([*command, "--prompt", "<image-1> Lesion?"]) == 2
     assert "error: the prompt does not fit its scans: 2 scans, but no mark <image-2>" in capsys.readouterr().err
-    # Other sizes than in training are another picture.
+    # Other sizes than in training change the answer.
     assert (
         main([*command[:4], *SHORT, "--prompt", "Lesion?", "--size-2d", "32", "--show", str(tmp_path / "s.png")]) == 0
     )
     assert capsys.readouterr().out != greedy(model, "Lesion?", [film]) + "\n"
 
 
-def test_words_are_looked_at_before_scans(run, scans, capsys):
+def test_text_is_checked_before_scans(run, scans, capsys):
     command = ["--checkpoint", str(run), "--scan", str(scans / "broken.png"), "--prompt"]
     assert main([*command, "<image-2> Lesion?"]) == 2
     assert "no scan for <image-2>" in capsys.readouterr().err
@@ -315,7 +315,7 @@ def test_words_are_looked_at_before_scans(run, scans, capsys):
     assert "broken.png" in capsys.readouterr().err
 
 
-def test_dialogue(run, model, scans, capsys, monkeypatch):
+def test_chat(run, model, scans, capsys, monkeypatch):
     film = scans / "film.png"
     lines = iter(
         [
@@ -345,7 +345,7 @@ def test_dialogue(run, model, scans, capsys, monkeypatch):
     out, err = capsys.readouterr()
     first = greedy(model, "Lesion?")
     second = greedy(model, "<image-1> Lesion?", [film], context=f"Lesion? {first}")
-    # What was said before is no place for scans: the third question has no mark, so both of them stand first.
+    # The history has no marks. The third question has none either, so both scans come first.
     before = f"Lesion? {first}\nscan 1 Lesion? {inputs.without_marks(second)}"
     assert out == f"{first}\n{second}\n{greedy(model, 'Lesion?', [film, film], context=before)}\n"
     assert (
@@ -357,15 +357,15 @@ def test_dialogue(run, model, scans, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("lines, code", [("Lesion?\n", 0), ("/nonsense\nLesion?\n/quit\nLesion?\n", 1)])
-def test_dialogue_from_a_pipe(run, model, capsys, monkeypatch, lines, code):
-    """Answers alone on standard output, and the exit code says whether a line failed."""
+def test_chat_from_a_pipe(run, model, capsys, monkeypatch, lines, code):
+    """Standard output has the answers only, and the exit code reports failed lines."""
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
     assert main(["--checkpoint", str(run), "--chat", *SHORT]) == code
     out, err = capsys.readouterr()
     assert out == greedy(model, "Lesion?") + "\n" and ("unknown command /nonsense" in err) == bool(code)
 
 
-def test_a_file_of_questions(run, model, scans, tmp_path, capsys):
+def test_a_batch_file(run, model, scans, tmp_path, capsys):
     questions = [
         {"id": "a", "prompt": "Is there a lesion?", "scans": ["film.png"]},
         {"id": "b", "instruction": "<image-2> or <image-1>?", "scans": ["ct.nii.gz", {"path": "film.png"}],
@@ -395,7 +395,7 @@ def test_a_file_of_questions(run, model, scans, tmp_path, capsys):
         "d": greedy(model, "Report the findings."),
     }
     assert [line["scans"] for line in lines] == [["film.png"], ["ct.nii.gz", "film.png"], []]  # as the file has them
-    # A kill left half a line: it is written again, and nothing else is.
+    # An incomplete last line, as after a kill, is the only one that is generated again.
     whole = out.read_text().splitlines(keepends=True)
     out.write_text(whole[0] + whole[1] + whole[2][:30])
     assert main(command) == 1
@@ -403,14 +403,14 @@ def test_a_file_of_questions(run, model, scans, tmp_path, capsys):
     file.write_text("".join(json.dumps(q) + "\n" for q in questions if q["id"] in "abd"))
     assert main(command) == 0
     assert "0 answers in" in capsys.readouterr().err and out.read_text().splitlines(keepends=True) == whole
-    # Of a question that is another one now, the answer before is none.
+    # The answer to a changed prompt is rejected.
     windowed = [{"path": "film.png", "window": [0, 100]}]
     for key, value in [("prompt", "Other?"), ("scans", ["ct.nii.gz"]), ("scans", windowed), ("context", "fever")]:
         file.write_text(json.dumps(questions[0] | {key: value}) + "\n")
         assert main(command) == 2 and out.read_text().splitlines(keepends=True) == whole
         assert f"line 1 answers 'a' with a different {key} than the batch file has" in capsys.readouterr().err
     file.write_text("".join(json.dumps(q) + "\n" for q in questions if q["id"] in "abd"))
-    # Answers made otherwise are not mixed with these.
+    # Answers made with other settings are rejected.
     assert main([*command, "--temperature", "1"]) == 2
     assert (
         "line 1 was made with other settings (temperature): use another --out, or set temperature=0.0"
@@ -424,11 +424,11 @@ def test_a_file_of_questions(run, model, scans, tmp_path, capsys):
     assert all(w in err for w in ("line 2: duplicate id 'a'", "line 3 has no `id`", "line 4 is not JSON"))
 
 
-def test_answers_belong_to_weights_not_to_their_place(run, model, tmp_path, capsys):
+def test_answers_belong_to_weights_not_to_their_path(run, model, tmp_path, capsys):
     step = run / "checkpoints" / "5"
     here, there = shutil.copytree(step, tmp_path / "here"), shutil.copytree(step, tmp_path / "there")
     file, out = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
-    file.write_text('\ufeff{"id": "a", "prompt": "Lesion?"}\n')  # as Windows' programs begin a file
+    file.write_text('\ufeff{"id": "a", "prompt": "Lesion?"}\n')  # a byte order mark, as Windows programs write it
     asked = lambda where: main(["--checkpoint", str(where), "--jsonl", str(file), "--out", str(out), *SHORT])  # noqa: E731
     assert asked(here) == 0 and asked(there) == 0
     assert "0 answers in" in capsys.readouterr().err
@@ -440,13 +440,13 @@ def test_answers_belong_to_weights_not_to_their_place(run, model, tmp_path, caps
         in (capsys.readouterr().err)
     )
     assert len(out.read_text().splitlines()) == 1
-    # Parameters alone count: the same ones saved once more, with another word beside them, are the same.
+    # Only parameters count: a checkpoint with the same parameters and another run.json is the same.
     described = json.loads((there / "run.json").read_text())
     (there / "run.json").write_text(json.dumps(described | {"metrics": {"loss": 1.0}}))
     (there / "manifest.json").unlink()
     checkpoint.write_manifest(there)
     assert asked(there) == 0
-    # And so does the tokenizer, wherever it lies.
+    # The tokenizer counts by its content, not by its path.
     moved = there.parent / "pieces.model"
     (there / "tokenizer.model").rename(moved)
     assert asked(there) == 2 and "missing: tokenizer.model" in capsys.readouterr().err
@@ -470,7 +470,7 @@ def test_one_process_writes_answers(run, tmp_path, capsys):
     command[command.index("/dev/full")] = str(fresh)
     assert main([*command, "--max-new-tokens", "128"]) == 2
     assert "max_new_tokens is 128: it must be below the cache length of 128" in capsys.readouterr().err
-    # What was made for nothing is removed; an empty file that was there, and another's, are not.
+    # After an error, an empty new file is removed; an existing empty file is kept.
     on_start = lambda: 1 / 0  # noqa: E731
     for there in (False, True):
         with pytest.raises(ZeroDivisionError):
@@ -491,8 +491,8 @@ def test_without_locks(model, tmp_path, monkeypatch):
         assert batch_run.answer_file(model.generator, file, out, Sampling(2)).answered == 1
 
 
-def test_questions_from_a_pipe(run, tmp_path, capsys):
-    """Which can be read once."""
+def test_a_batch_file_from_a_pipe(run, tmp_path, capsys):
+    """A pipe can be read only once."""
     out, (end, begin) = tmp_path / "answers.jsonl", os.pipe()
     os.write(begin, b'{"id": "a", "prompt": "Lesion?"}\n')
     os.close(begin)
@@ -501,7 +501,7 @@ def test_questions_from_a_pipe(run, tmp_path, capsys):
     assert "1 answers in" in capsys.readouterr().err and json.loads(out.read_text())["id"] == "a"
 
 
-def test_absolute_paths_are_repeated_as_they_stand(model, scans, tmp_path):
+def test_absolute_paths_are_repeated_unchanged(model, scans, tmp_path):
     file, out = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
     given = [str(scans / "film.png"), {"path": str(scans / "ct.nii.gz"), "volume": 0}]
     file.write_text(json.dumps({"id": "a", "prompt": "Lesion?", "scans": given}) + "\n")
@@ -510,7 +510,7 @@ def test_absolute_paths_are_repeated_as_they_stand(model, scans, tmp_path):
 
 
 @pytest.mark.parametrize("kept", [1, batch_run.CACHE_BYTES])
-def test_a_scan_asked_about_again_is_not_encoded_again(model, scans, tmp_path, monkeypatch, kept):
+def test_a_cached_scan_is_not_encoded_again(model, scans, tmp_path, monkeypatch, kept):
     ct, film = "ct.nii.gz", "film.png"
     of = [[film], [film], [ct, film], [], [film], [ct], [ct, film], [film]]
     file, out = tmp_path / "questions.jsonl", tmp_path / f"{kept}.jsonl"
@@ -526,7 +526,7 @@ def test_a_scan_asked_about_again_is_not_encoded_again(model, scans, tmp_path, m
     monkeypatch.setattr(model.generator, "encode_volumes", counting)
     sampling = Sampling(6, stop_ids=())
     assert batch_run.answer_file(model.generator, file, out, sampling, root=scans, batch=2).answered == len(of)
-    # Batches of two: film; ct and film; film, known by now, and ct; both known. If one is kept, film is new at last.
+    # Batches of two: film; ct and film; film (cached) and ct; both cached. With one entry, film is encoded again.
     times = sorted(n for n in encoded if n)
     assert times == ([1, 1, 2] if kept > 1 else [1, 1, 1, 2]), encoded
     monkeypatch.undo()
@@ -538,7 +538,7 @@ def test_a_scan_asked_about_again_is_not_encoded_again(model, scans, tmp_path, m
 
 
 def test_lines_end_at_line_feeds_alone(tmp_path):
-    """U+2028 and U+0085 stand in JSON as they are."""
+    """JSON may contain U+2028 and U+0085 unescaped."""
     file = tmp_path / "questions.jsonl"
     file.write_text(json.dumps({"id": "a", "prompt": "One\u2028two\x85three?"}, ensure_ascii=False) + "\r\n\n")
     (question,) = read_batch_file(file, tmp_path)
@@ -554,7 +554,7 @@ def test_lines_end_at_line_feeds_alone(tmp_path):
         (["--prompt", "x", "--history"], "--history needs --chat"),
     ],
 )
-def test_options_that_would_do_nothing(arguments, words, capsys):
+def test_options_without_effect_are_errors(arguments, words, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["--checkpoint", "x", *arguments])
     assert words in capsys.readouterr().err
@@ -573,12 +573,12 @@ def test_options_that_would_do_nothing(arguments, words, capsys):
         (["--prompt", "x", "--size-2d", "50"], "size_2d, size_3d, depth: "),
     ],
 )
-def test_mistakes_on_the_command_line(run, capsys, arguments, words):
+def test_invalid_options(run, capsys, arguments, words):
     assert main(["--checkpoint", str(run), "--no-verify", *arguments]) == 2
     assert words in capsys.readouterr().err
 
 
-def test_devices_that_share_a_model(model):
-    """Eight devices, four heads."""
+def test_mesh_of(model):
+    """There are eight devices and four heads."""
     assert mesh_of(model.config, None).shape == {"data": 1, "fsdp": 1, "tensor": 4}
     assert mesh_of(model.config, 1) is None

@@ -1,4 +1,4 @@
-"""Questions of a benchmark: fixed wording, what is left out and why, test studies in the training data."""
+"""Questions of a benchmark: fixed wording, skipped rows, test studies in the training data."""
 
 import dataclasses
 import json
@@ -71,7 +71,7 @@ def test_wording_is_fixed_by_the_seed(bench, root):
 
 
 def test_a_question_has_the_tokens_of_training(root, data, bench):
-    """Scans before, behind and between texts: what generation reads is what training read before the answer."""
+    """For all positions of scans, a prompt has the tokens that training reads before the answer."""
     tokenizer, preparation = Tokenizer(data.tokenizer), inputs.Preparation.from_config(data)
     of = {q.row_id: q for q in bench.questions}
     for name, fields in sets(root).items():
@@ -112,13 +112,13 @@ def test_contexts_and_marks():
         ("modality", ("Q?", "CT and MRI"), "several"),
     ],
 )
-def test_what_is_no_question(task, said, reason):
+def test_skipped_rows(task, said, reason):
     parts = (Scan("a.png"), Text(said[0], "instruction"), Text(said[1], "response"))
     with pytest.raises(Skipped, match=reason):
         question_of(Sample("1", "x", "vqa" if task == "report" else task, None, parts), "x", task, "x/1", Path("/"))
 
 
-def test_a_scan_outside_the_root_is_not_asked_about(tmp_path):
+def test_a_scan_outside_the_root_is_skipped(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "secret.png").write_bytes(b"x")
     (tmp_path / "in" / "link.png").symlink_to(tmp_path / "secret.png")
@@ -147,8 +147,8 @@ def test_bad_rows_are_counted(root, tmp_path):
     assert sum(n for why, n in reasons.items() if why.startswith("bad row: ")) == 2, reasons
 
 
-def test_a_stack_that_cannot_be_read_is_asked_about(tmp_path):
-    """As a scan of any other format: it fails for every model, and stays among the questions."""
+def test_an_unreadable_stack_stays_a_question(tmp_path):
+    """Like any unreadable scan, it fails for every model."""
     np.save(tmp_path / "good.npy", np.zeros((2, 3, 32, 32, 4), np.float32))
     (tmp_path / "empty.npy").write_bytes(b"")
     rows = [(f"{name}.npy", "Where?", "left") for name in ("good", "gone", "empty")]
@@ -173,10 +173,10 @@ def test_questions_are_written_and_read(bench, tmp_path):
 
 
 def test_leaks(root, data, bench, tmp_path):
-    """The practice splits are apart; asked about its training scans, all is known, renamed copies as well."""
+    """The practice splits share nothing; questions about training scans are leaks, renamed copies as well."""
     assert find_leaks(bench.questions, data.index) == []
     fields = {**sets(root)["vqa_rad"], "table": "train/vqa.csv"}
-    del fields["facts"], fields["study"]  # the index was made without a pattern: the path is the study
+    del fields["facts"], fields["study"]  # the index has no study pattern, so the path is the study
     trained = build(Benchmark(sets={"vqa_rad": fields})).questions
     found = find_leaks(trained, data.index)
     assert {(leak["id"], leak["kind"]) for leak in found} == {(q.row_id, k) for q in trained for k in ("study", "scan")}
@@ -188,7 +188,7 @@ def test_leaks(root, data, bench, tmp_path):
     assert leak["kind"] == "scan" and leak["in"].endswith(file.name)
 
 
-def test_a_path_is_a_study_below_its_own_root_alone():
+def test_a_path_is_a_study_only_below_its_own_root():
     studies = {"images/1.png": {"/a": "one"}, "p12345678": {"/a": "one"}}
     q = Question("x/1", "vqa", "x", "Q?", ("a",), scans=(Scan("/b/images/1.png"),), study="images/1.png")
     assert leaks._training_source(q, studies) == ""

@@ -1,4 +1,4 @@
-"""The whole way: questions, answers of a checkpoint and of files, scores, report, export, grades of people."""
+"""RadBench end to end: questions, generated and recorded answers, scores, report, export, ratings."""
 
 import base64
 import csv
@@ -73,7 +73,7 @@ def bench(root) -> BuiltBenchmark:
 
 @pytest.fixture(scope="module")
 def ran(config, model, bench, tmp_path_factory):
-    """The command: the checkpoint, and a file of answers of which one failed and one is missing."""
+    """Run the command on a checkpoint, and on a file of answers with one failed and one missing answer."""
     out = tmp_path_factory.mktemp("out")
     given = [{"id": q.row_id, "answer": q.references[0]} for q in bench.questions]
     given[0]["answer"], given[1] = NASTY, {"id": given[1]["id"], "error": "refused"}
@@ -93,12 +93,12 @@ def lines(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-# --- the whole way ----------------------------------------------------------------------------------------------------
+# --- end to end -------------------------------------------------------------------------------------------------------
 
 
 def test_every_question_is_answered_once(ran, bench):
     out, _, code = ran
-    assert code == 1  # two of the given answers are none
+    assert code == 1  # two of the recorded answers are missing
     answers = lines(out / "answers" / "tiny.jsonl")
     assert [a["id"] for a in answers] == [q.row_id for q in bench.questions]
     assert read_questions(out / "questions.jsonl") == bench.questions
@@ -109,7 +109,7 @@ def test_every_question_is_answered_once(ran, bench):
 
 
 def test_answers_and_probabilities_are_the_model_s_own(ran, bench, model):
-    """One by one from Python; the probability of the first token from the softmax over all of them."""
+    """Compare with single prompts from Python, and with the softmax over all first tokens."""
     out, _, _ = ran
     loaded = radfm_jax.load(model)
     yes, no = model_answers.first_tokens(loaded.tokenizer)
@@ -128,15 +128,15 @@ def test_answers_and_probabilities_are_the_model_s_own(ran, bench, model):
             assert answers[q.row_id]["p_yes_or_no"] == pytest.approx(sum(masses), abs=1e-6)
 
 
-def test_it_goes_on_where_it_was_stopped(ran, capsys):
-    """The last two answers lost, one of them half: they are answered again, and nothing else."""
+def test_a_run_resumes(ran, capsys):
+    """After the last two answers are lost, one of them partly, only these two are generated again."""
     out, command, _ = ran
     file = out / "answers" / "tiny.jsonl"
     whole = file.read_bytes()
     kept = whole.splitlines(keepends=True)
     file.write_bytes(b"".join(kept[:-2]) + kept[-2][:40])
     assert main(command) == 1
-    # Of answers that were found in other batches the probabilities differ in their last bits.
+    # Probabilities differ in their last bits between batches.
     plain = lambda text: [{**json.loads(x), "logprob": 0, "p_yes": 0, "p_yes_or_no": 0} for x in text.splitlines()]  # noqa: E731
     assert plain(file.read_bytes()) == plain(whole)
     assert "2 answers in" in capsys.readouterr().err.replace("\n", " ")
@@ -163,7 +163,7 @@ def found_no_answer() -> str:
     return "no answer in the file"
 
 
-def test_the_page_is_safe_and_whole(ran):
+def test_the_page_is_safe_and_complete(ran):
     out, _, _ = ran
     for name in ("report.html", "sheet.html"):
         page = (out / name).read_text()
@@ -178,8 +178,8 @@ def test_the_page_is_safe_and_whole(ran):
         assert Image.open(io.BytesIO(content)).size[0] > 300 and base64.b64encode(content).decode() in page
 
 
-def test_tables_say_the_same(ran):
-    """JSON, CSV and Markdown; every published figure once, marked."""
+def test_tables_agree(ran):
+    """JSON, CSV and Markdown agree; each published value is listed once and marked."""
     out, _, _ = ran
     found = json.loads((out / "report.json").read_text())
     rows = list(csv.DictReader(io.StringIO((out / "scores.csv").read_text())))
@@ -197,7 +197,7 @@ def test_tables_say_the_same(ran):
     assert found["not_scored"]["mimic_cxr"] in markdown and "5 of RadBench's 13" in markdown
 
 
-def test_other_data_have_no_published_rows_beside_them(root, tmp_path):
+def test_other_data_have_no_published_rows(root, tmp_path):
     own = {"mine": {**sets(root)["vqa_rad"], "task": "vqa"}}
     found = benchmark(root, sets=own, limit=3)
     bench = build(found)
@@ -210,7 +210,7 @@ def test_other_data_have_no_published_rows_beside_them(root, tmp_path):
 
 
 def run_of(*models: str) -> Results:
-    """The five tasks with a question each, and all is right."""
+    """Return results with one question per task, all correct."""
     asked = {"rad3d_modality": "CT", "cxr_mix": "yes"}
     asked |= dict.fromkeys(("vqa_rad", "rad3d_caption", "rad3d_rationale"), "mass")
     task = {name: radbench.DATASETS[name].task for name in asked}
@@ -240,7 +240,7 @@ def test_why_a_model_has_no_auc(tmp_path):
 
 
 def test_the_table_of_the_terminal_is_readable_at_80_columns():
-    """Each figure in one line with its interval, however many models there are and whatever they are called."""
+    """Each value is on one line with its interval, for any number of models and any names."""
     models = ("radfm-of-our-own-run-7", "MedVInT-TD", "[/red]a", "a-name-that-no-column-could-ever-hold-in-one-line")
     run, shown = run_of(*models), io.StringIO()
     Console(file=shown, width=80).print(score_table(run), soft_wrap=True)
@@ -255,8 +255,7 @@ def test_the_table_of_the_terminal_is_readable_at_80_columns():
 
 
 def test_markdown_shows_names_as_they_are():
-    """Read by a parser: as many cells as ever, and in them, and in the lists, the very text; nothing of it is HTML, a
-    link, code or emphasis."""
+    """A parser finds the exact texts in cells and list items, and no HTML, link, code or emphasis."""
     names = ["<b>x", "a|b", "`c", "*d* _e_ ~~f~~", "[g](http://h)", "![i](j)", "k\\|l", "&lt;", "2. m", "it's", "n\n|"]
     run = run_of(*names)
     for name, fields in zip(names, run.benchmark.sets.values(), strict=False):
@@ -276,8 +275,8 @@ def test_markdown_shows_names_as_they_are():
     assert not [token for token in tokens if token.type == "heading_open" and token.tag not in ("h1", "h2")]
 
 
-def test_bars_stand_around_the_name_of_their_metric(monkeypatch):
-    """With and without published rows beside them; a task without all its metrics has no corner of the radar."""
+def test_bars_are_centred_on_their_metric(monkeypatch):
+    """With and without published bars; a task without all its metrics has no mean."""
     values = {m: Interval(0.5, 0.4, 0.6) for m in published.TABLE["diagnosis"]}
     vqa = {m: Interval(0.5 if m == "bleu" else math.nan, math.nan, math.nan) for m in published.TABLE["vqa"]}
     lines = [
@@ -295,7 +294,7 @@ def test_bars_stand_around_the_name_of_their_metric(monkeypatch):
     assert figures.averages(lines, ()) == {"a": {"diagnosis": 0.5}, "b": {"diagnosis": 0.5}}
 
 
-def test_leaks_are_said(root, data, tmp_path, capsys):
+def test_leaks_are_reported(root, data, tmp_path, capsys):
     fields = {k: v for k, v in sets(root)["vqa_rad"].items() if k not in ("study", "facts")}
     found = benchmark(root, sets={"vqa_rad": {**fields, "table": "train/vqa.csv"}}, index=data.index)
     questions = build(found).questions
@@ -307,10 +306,10 @@ def test_leaks_are_said(root, data, tmp_path, capsys):
     assert main([*command, f"--out={tmp_path}", "--allow-leaks"]) == 0
 
 
-def test_given_answers_do_not_replace_the_questions_of_others(tmp_path):
+def test_recorded_answers_do_not_replace_questions_of_generated_ones(tmp_path):
     questions = [Question(f"x/{i}", "vqa", "x", "Q?", ("a",)) for i in (1, 2)]
     _replace_questions(questions, tmp_path)
-    _replace_questions(questions[:1], tmp_path)  # nobody has answered them
+    _replace_questions(questions[:1], tmp_path)  # there are no answers yet
     assert read_questions(tmp_path / "questions.jsonl") == questions[:1]
     (tmp_path / "answers").mkdir()
     (tmp_path / "answers" / "m.jsonl").touch()
@@ -325,7 +324,7 @@ def test_given_answers_do_not_replace_the_questions_of_others(tmp_path):
 
 def test_an_answer_may_hold_line_separators(tmp_path):
     file, questions = tmp_path / "a.jsonl", [Question("x/1", "vqa", "x", "Q?", ("a",))]
-    # And begin with a byte order mark, as Windows' programs write it.
+    # With a byte order mark, as Windows programs write it.
     file.write_text("\ufeff" + json.dumps({"id": "x/1", "answer": "a\u2028b\x85c"}, ensure_ascii=False) + "\n")
     assert model_answers.read_answers(file, questions)["x/1"].text == "a\u2028b\x85c"
 
@@ -346,13 +345,13 @@ def test_an_answer_may_hold_line_separators(tmp_path):
         ),
     ],
 )
-def test_files_that_are_no_answers(given, message, tmp_path):
+def test_invalid_files_of_answers(given, message, tmp_path):
     questions = [Question(f"x/{i}", "vqa", "x", "Q?", ("a",)) for i in (1, 2)]
     with pytest.raises(ValueError, match=message):
         model_answers.read_answers(write(tmp_path / "a.jsonl", given), questions)
 
 
-def test_lines_of_what_failed_are_named_by_their_own_file(tmp_path):
+def test_lines_of_failures_are_reported_with_their_file(tmp_path):
     questions = [Question(f"x/{i}", "vqa", "x", "Q?", ("a",)) for i in (1, 2)]
     file = write(tmp_path / "a.jsonl", [{"id": "x/1", "answer": "a"}])
     write(tmp_path / "a.failed.jsonl", [{"id": "x/2", "error": "no scan"}, {"id": "x/1", "error": "no scan"}])
@@ -370,7 +369,7 @@ def test_reports_keep_their_lines():
 
 
 def test_first_tokens(data):
-    """No token begins both answers, whatever the tokenizer makes of capitals."""
+    """No token begins both answers, however the tokenizer splits capitals."""
     tokenizer = Tokenizer(data.tokenizer)
     yes, no = model_answers.first_tokens(tokenizer)
     assert yes[0] == tokenizer.encode("yes")[0] and no[0] == tokenizer.encode("no")[0] and not set(yes) & set(no)
@@ -397,7 +396,7 @@ def test_scores_of_one_answer_each():
 
 
 def test_a_failed_yes_no_answer_is_neither():
-    """It counts as 0.5, so that failing where it is hard does not help."""
+    """It counts as 0.5, so that failures give no advantage."""
     ask = lambda i, r: Question(f"x/{i}", "diagnosis", "x", "Q?", (r,), closed=("yes", "no"))  # noqa: E731
     questions = [ask(1, "yes"), ask(2, "no"), ask(3, "no")]
     answers = {
@@ -430,7 +429,7 @@ def test_an_unreadable_scan_is_a_failure(root, model, tmp_path):
     assert [bool(one.error) for one in found] == [True, False, True] and "broken.png" in found[0].error
 
 
-# --- the benchmark for others -----------------------------------------------------------------------------------------
+# --- export -----------------------------------------------------------------------------------------------------------
 
 
 def test_export(bench, config, tmp_path):
@@ -450,7 +449,7 @@ def test_export(bench, config, tmp_path):
 
 
 def test_the_middle_slice(tmp_path):
-    """Least voxel of the whole scan black, greatest white; a window instead where there is one."""
+    """The minimum of the whole scan is black and its maximum white, unless there is a window."""
     voxels = np.arange(16 * 16 * 5, dtype=np.int16).reshape(16, 16, 5)
     np.save(tmp_path / "a.npy", voxels)
     (middle,) = slices(Scan(str(tmp_path / "a.npy")))
@@ -461,7 +460,7 @@ def test_the_middle_slice(tmp_path):
     assert [s.number for s in slices(Scan(str(tmp_path / "a.npy")), 3)] == [1, 3, 5]
 
 
-# --- grades of people -------------------------------------------------------------------------------------------------
+# --- ratings ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_rating_sheet_is_blind(ran):
@@ -479,10 +478,10 @@ def test_the_rating_sheet_is_blind(ran):
         said = dict(texts)
         (ours,) = [letter for letter, name in case["letters"].items() if name == "tiny"]
         assert given[case["id"]].split()[0][:3] in said[ours] or not given[case["id"]].isascii()
-    assert len({tuple(case["letters"].values()) for case in key["cases"]}) == 2  # either model stands first somewhere
+    assert len({tuple(case["letters"].values()) for case in key["cases"]}) == 2  # each model comes first in some case
 
 
-def test_grades_come_back(ran, tmp_path, capsys):
+def test_grades_are_summarised(ran, tmp_path, capsys):
     out, _, _ = ran
     key = json.loads((out / "sheet.key.json").read_text())
     grade = {"Perfect": 5, "tiny": 1}
@@ -513,7 +512,7 @@ def test_grades_come_back(ran, tmp_path, capsys):
 
 
 class FakeRadEval:
-    """As radeval 2.2 takes its arguments and gives its results."""
+    """A stand-in with the signature of radeval 2.2."""
 
     def __init__(self, metrics=None, show_progress=True):
         (self.metric,) = metrics
@@ -543,7 +542,7 @@ def test_clinical_metrics_without_the_package():
         clinical.check(["radgrap"])
 
 
-# --- mistakes ---------------------------------------------------------------------------------------------------------
+# --- errors -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -557,7 +556,7 @@ def test_clinical_metrics_without_the_package():
         (["--checkpoint=nowhere"], "nowhere"),
     ],
 )
-def test_mistakes_of_the_command(config, more, message, tmp_path, capsys):
+def test_invalid_options(config, more, message, tmp_path, capsys):
     try:
         code = main(["radbench", f"--config={config}", f"--out={tmp_path}", *more])
     except SystemExit as ended:
@@ -573,13 +572,13 @@ def test_mistakes_of_the_command(config, more, message, tmp_path, capsys):
         ("--answers=other=nowhere.jsonl", "nowhere.jsonl cannot be read"),
     ],
 )
-def test_what_scoring_would_refuse_is_refused_before_anything_is_asked(ran, given, message, tmp_path, capsys):
+def test_inputs_of_scoring_are_checked_before_generation(ran, given, message, tmp_path, capsys):
     command = [f"--out={tmp_path}" if word.startswith("--out=") else word for word in ran[1]]
     assert main([*command, given]) == 2
     assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
-def test_a_set_that_cannot_be_asked_says_why(root, tmp_path, capsys):
+def test_a_config_without_questions_is_an_error(root, tmp_path, capsys):
     name, fields = next(iter(sets(root).items()))
     config = config_file(benchmark(root, sets={name: fields | {"study": "no group"}}), tmp_path / "c.py")
     assert main(["radbench", f"--config={config}", f"--export={tmp_path / 'e'}"]) == 2
@@ -596,9 +595,9 @@ def test_a_set_that_cannot_be_asked_says_why(root, tmp_path, capsys):
     ],
 )
 def test_a_refused_run_leaves_the_directory_as_it_was(ran, root, tmp_path, capsys, changes, more, message):
-    """What was answered before is not taken for an answer now, and stays beside its own questions."""
+    """Earlier answers are kept with their own questions."""
     out, command, _ = ran
-    # One that was given, not made, would be refused by itself.
+    # Drop --answers: its file would be rejected first.
     kept = [word for word in command if not word.startswith(("--config=", "--answers="))]
     other = config_file(benchmark(root, **{"limit": 4, **changes}), tmp_path / "other.py")
     before = contents(out)
@@ -608,7 +607,7 @@ def test_a_refused_run_leaves_the_directory_as_it_was(ran, root, tmp_path, capsy
 
 
 def contents(directory: Path) -> dict[Path, tuple[bytes, int]]:
-    """Every file below it, hidden ones too, and when it was written."""
+    """Return the content and modification time of all files, including hidden ones."""
     return {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in directory.rglob("*") if p.is_file()}
 
 

@@ -1,4 +1,4 @@
-"""Generation: prompts about scans in, answers out. Scoring the answers belongs in `evaluate`.
+"""Generation: prompts about scans in, answers out. Scoring belongs in `evaluate`, network code in `models`.
 
 requests.py      Request, Prompt, Answer: what goes in and what comes out
 inputs.py        text and scan files -> tokens and volumes

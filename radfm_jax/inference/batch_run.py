@@ -144,7 +144,7 @@ def _checked_prompt(generator: Generator, line: BatchLine, encoded, sampling: Sa
     """Return the prompt of a line. Raises ValueError if it or its scans cannot be used."""
     if isinstance(encoded, ValueError):
         raise encoded
-    prompt = generator.prompt(Request(line.prompt, encoded, line.context, place))
+    (prompt,) = generator.prompts([Request(line.prompt, encoded, line.context, place)])
     generator.token_limit(prompt, sampling)
     return prompt
 

@@ -198,7 +198,7 @@ class Generator:
         """Return the tokens of a request and the positions of its scans, without reading a scan.
 
         Raises:
-          ValueError: see `prompt`.
+          ValueError: see `prompts`.
         """
         if self.tokenizer is None:
             raise ValueError("this model has no tokenizer: pass its SentencePiece model")
@@ -208,23 +208,17 @@ class Generator:
             context=request.context, place=request.place,
         )  # fmt: skip
 
-    def prompt(self, request: Request, encoded: EncodedScans | None = None) -> Prompt:
-        """Return the tokens of a request. Pass `encoded` if its scans are encoded already.
+    def prompts(self, requests: Sequence[Request]) -> list[Prompt]:
+        """Return the tokens of several requests, whose scans are encoded together.
+
+        All texts are checked before any scan is read, because reading can take minutes.
 
         Raises:
           ValueError: a mark has no scan or a scan no mark, a scan cannot be used, or the prompt is empty; the tokenizer
             or the preparation is missing.
         """
-        return self.prompts([request], None if encoded is None else [encoded])[0]
-
-    def prompts(self, requests: Sequence[Request], encoded: Sequence[EncodedScans] | None = None) -> list[Prompt]:
-        """Return the tokens of several requests, whose scans are encoded together.
-
-        All texts are checked before any scan is read, because reading can take minutes.
-        """
         texts = [self.encode_text(r) for r in requests]
-        encoded = self._encode(requests) if encoded is None else encoded
-        latents = self.config.num_latents
+        encoded, latents = self._encode(requests), self.config.num_latents
         return [
             Prompt(text.ids, inputs.visual_index(text, latents), scans.tokens if len(scans) else None)
             for text, scans in zip(texts, encoded, strict=True)
