@@ -2,21 +2,17 @@
 
 import base64
 import csv
-import dataclasses
 import io
 import json
-import math
 import re
 import types
 from pathlib import Path
 
 import numpy as np
 import pytest
-from markdown_it import MarkdownIt
 from PIL import Image
 from practice import practice
 from radbench_parts import MODEL, benchmark, config_file, save_model, sets
-from rich.console import Console
 
 import radfm_jax
 from input_pipeline.images.slices import slices
@@ -24,22 +20,17 @@ from input_pipeline.samples import Scan
 from input_pipeline.text.terms import Terms
 from input_pipeline.text.tokenizer import Tokenizer
 from radfm_jax.evaluate import (
-    clinical,
-    figures,
     model_answers,
-    published,
     radbench,
     ratings,
     report,
-    report_page,
     scoring,
 )
 from radfm_jax.evaluate.__main__ import main
-from radfm_jax.evaluate.metrics import Interval
 from radfm_jax.evaluate.model_answers import RecordedAnswer
 from radfm_jax.evaluate.radbench import Question
 from radfm_jax.evaluate.radbench_build import BuiltBenchmark, build, read_questions
-from radfm_jax.evaluate.radbench_command import _replace_questions, score_table
+from radfm_jax.evaluate.radbench_command import _replace_questions
 from radfm_jax.evaluate.results import Results
 from radfm_jax.inference import Request, Sampling
 
@@ -209,91 +200,6 @@ def test_other_data_have_no_published_rows(root, tmp_path):
     assert "other data sets were scored: mine" in (tmp_path / "report.md").read_text()
 
 
-def run_of(*models: str) -> Results:
-    """Return results with one question per task, all correct."""
-    asked = {"rad3d_modality": "CT", "cxr_mix": "yes"}
-    asked |= dict.fromkeys(("vqa_rad", "rad3d_caption", "rad3d_rationale"), "mass")
-    task = {name: radbench.DATASETS[name].task for name in asked}
-    questions = [
-        Question(f"{name}/1", task[name], name, "Q?", (right,), closed=radbench.CLOSED.get(task[name], ()))
-        for name, right in asked.items()
-    ]
-    answers = {q.row_id: RecordedAnswer(q.references[0]) for q in questions}
-    scored = {model: scoring.score(questions, answers, Terms(["mass"])) for model in models}
-    of = {model: scoring.score_rows(model, one, resamples=5, seed=0, by_study=False) for model, one in scored.items()}
-    found = radbench.Benchmark({name: {"family": "vqa_rad", "root": "x", "table": "y"} for name in asked})
-    return Results(found, BuiltBenchmark(questions, {}, {}), scored, [line for lines in of.values() for line in lines])
-
-
-def test_why_a_model_has_no_auc(tmp_path):
-    run = run_of("one", "two")
-    (asked,) = [q for q in run.built.questions if q.task == "diagnosis"]
-    another = dataclasses.replace(asked, row_id="cxr_mix/2", references=("no",))
-    for model, given in (("one", RecordedAnswer("no")), ("two", RecordedAnswer("no", 0.2))):
-        some = scoring.score(
-            [asked, another], {"cxr_mix/1": RecordedAnswer("yes", 0.9), "cxr_mix/2": given}, Terms(["mass"])
-        )
-        run.scored[model][:] = [one for one in run.scored[model] if one.question.task != "diagnosis"] + some
-    report.write(run, tmp_path)
-    page = (tmp_path / "report.html").read_text()
-    assert "one: no AUC, as 1 of 2 answers have no p_yes." in page and "two: no AUC" not in page
-
-
-def test_the_table_of_the_terminal_is_readable_at_80_columns():
-    """Each value is on one line with its interval, for any number of models and any names."""
-    models = ("radfm-of-our-own-run-7", "MedVInT-TD", "[/red]a", "a-name-that-no-column-could-ever-hold-in-one-line")
-    run, shown = run_of(*models), io.StringIO()
-    Console(file=shown, width=80).print(score_table(run), soft_wrap=True)
-    text = shown.getvalue()
-    assert max(map(len, text.splitlines())) <= 80 and "…" not in text
-    for model in models[:3]:
-        figures = [line.split() for line in text.splitlines() if f" {model} " in line]
-        assert all(words[-3:] == ["100.00", "(100.00,", "100.00)"] for words in figures)
-        assert len(figures) == sum(len(line.metrics) for line in run.rows if (line.model, line.group) == (model, ""))
-    assert re.search("BLEU-1 .*(?s:.*)RadFM, published +31.43 +[(]31.20, 31.65[)]", text)
-    assert "a-name-that-no-column" in text  # folded
-
-
-def test_markdown_shows_names_as_they_are():
-    """A parser finds the exact texts in cells and list items, and no HTML, link, code or emphasis."""
-    names = ["<b>x", "a|b", "`c", "*d* _e_ ~~f~~", "[g](http://h)", "![i](j)", "k\\|l", "&lt;", "2. m", "it's", "n\n|"]
-    run = run_of(*names)
-    for name, fields in zip(names, run.benchmark.sets.values(), strict=False):
-        fields["title"] = f"## {name}"
-    run.built.missing |= {name: f"- {name}\n# <i>{name}" for name in names}
-    run.built.skipped |= {name: {f"<script>{name}": 1} for name in names}
-    tokens = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(report.as_markdown(run))
-    assert {t.type for t in tokens} & {"html_block", "fence", "code_block", "ordered_list_open"} == set()
-    inline = [token for token in tokens if token.type == "inline"]
-    assert {child.type for token in inline for child in token.children} == {"text"}
-    texts = ["".join(child.content for child in token.children) for token in inline]
-    spaced = [" ".join(name.split()) for name in names]
-    for name in spaced:
-        assert texts.count(name) == sum(line.model.split() == name.split() for line in run.rows)  # a cell each
-        assert f"{name}: - {name} # <i>{name}" in texts and f"{name}: 1 rows skipped: <script>{name}" in texts
-    assert {text for text in texts if text.startswith("## ")} == {f"## {name}" for name in spaced[:5]}
-    assert not [token for token in tokens if token.type == "heading_open" and token.tag not in ("h1", "h2")]
-
-
-def test_bars_are_centred_on_their_metric(monkeypatch):
-    """With and without published bars; a task without all its metrics has no mean."""
-    values = {m: Interval(0.5, 0.4, 0.6) for m in published.TABLE["diagnosis"]}
-    vqa = {m: Interval(0.5 if m == "bleu" else math.nan, math.nan, math.nan) for m in published.TABLE["vqa"]}
-    lines = [
-        scoring.ScoreRow(model, task, "task", "", 9, 0, 9, of, {})
-        for model in ("a", "b") for task, of in (("diagnosis", values), ("vqa", vqa))
-    ]  # fmt: skip
-    drawn = []
-    monkeypatch.setattr(figures, "_save", lambda pyplot, figure, file: drawn.append(figure))
-    for comparable, bars in ((), 2), (("diagnosis",), 5):
-        figures.bars(lines, Path(), comparable)
-        panel = drawn[-1].axes[list(radbench.TASKS).index("diagnosis")]
-        centres = sorted(bar.get_x() + bar.get_width() / 2 for bar in panel.patches)
-        assert len(centres) == 2 * bars
-        assert np.mean(centres[:bars]) == pytest.approx(0) and np.mean(centres[bars:]) == pytest.approx(1)
-    assert figures.averages(lines, ()) == {"a": {"diagnosis": 0.5}, "b": {"diagnosis": 0.5}}
-
-
 def test_leaks_are_reported(root, data, tmp_path, capsys):
     fields = {k: v for k, v in sets(root)["vqa_rad"].items() if k not in ("study", "facts")}
     found = benchmark(root, sets={"vqa_rad": {**fields, "table": "train/vqa.csv"}}, index=data.index)
@@ -319,55 +225,6 @@ def test_recorded_answers_do_not_replace_questions_of_generated_ones(tmp_path):
     assert sorted(x.name for x in tmp_path.iterdir()) == ["answers", "questions.jsonl"]
 
 
-# --- files of answers -------------------------------------------------------------------------------------------------
-
-
-def test_an_answer_may_hold_line_separators(tmp_path):
-    file, questions = tmp_path / "a.jsonl", [Question("x/1", "vqa", "x", "Q?", ("a",))]
-    # With a byte order mark, as Windows programs write it.
-    file.write_text("\ufeff" + json.dumps({"id": "x/1", "answer": "a\u2028b\x85c"}, ensure_ascii=False) + "\n")
-    assert model_answers.read_answers(file, questions)["x/1"].text == "a\u2028b\x85c"
-
-
-@pytest.mark.parametrize(
-    "given, message",
-    [
-        ([{"id": "x/1", "answer": "a"}, {"id": "x/1", "answer": "b"}], "line 2: duplicate id 'x/1'"),
-        ([{"id": "x/9", "answer": "a"}], "'x/9' is not in this benchmark"),
-        ([{"id": "x/1"}], "`answer` must be a text"),
-        ([{"answer": "a"}], "expected an object with `id`"),
-        ([{"id": "x/1", "answer": "a", "p_yes": 1.2}], "p_yes must be a probability .got 1.2"),
-        ([{"id": "x/1", "answer": "a", "prompt": "Other?"}], "answers the prompt 'Other\\?', but it is 'Q\\?'"),
-        ([{"id": "x/1", "answer": "a", "context": "Pain."}], "answers the context 'Pain.', but it is ''"),
-        (
-            [{"id": "x/1", "answer": "a"}, {"id": "x/2", "answer": "a \ud83d"}],
-            "line 2: x/2: text is not valid Unicode",
-        ),
-    ],
-)
-def test_invalid_files_of_answers(given, message, tmp_path):
-    questions = [Question(f"x/{i}", "vqa", "x", "Q?", ("a",)) for i in (1, 2)]
-    with pytest.raises(ValueError, match=message):
-        model_answers.read_answers(write(tmp_path / "a.jsonl", given), questions)
-
-
-def test_lines_of_failures_are_reported_with_their_file(tmp_path):
-    questions = [Question(f"x/{i}", "vqa", "x", "Q?", ("a",)) for i in (1, 2)]
-    file = write(tmp_path / "a.jsonl", [{"id": "x/1", "answer": "a"}])
-    write(tmp_path / "a.failed.jsonl", [{"id": "x/2", "error": "no scan"}, {"id": "x/1", "error": "no scan"}])
-    with pytest.raises(ValueError, match="a.jsonl: a.failed.jsonl, line 2: duplicate id 'x/1'"):
-        model_answers.read_answers(file, questions)
-
-
-def test_reports_keep_their_lines():
-    lines_of = "FINDINGS: clear.\r\nNo <effusion>.\n\nIMPRESSION: normal.\x00\n"
-    question = Question("x/1", "report", "x", "Write.", ("one\ntwo",))
-    (scored,) = scoring.score([question], {"x/1": RecordedAnswer(lines_of)}, Terms(["mass"]))
-    shown = report_page.example(scored, "right")
-    assert "FINDINGS: clear.<br>No &lt;effusion&gt;.<br><br>IMPRESSION: normal.⟨U+0000⟩</b>" in shown
-    assert "<b>one<br>two</b>" in shown
-
-
 def test_first_tokens(data):
     """No token begins both answers, however the tokenizer splits capitals."""
     tokenizer = Tokenizer(data.tokenizer)
@@ -375,42 +232,6 @@ def test_first_tokens(data):
     assert yes[0] == tokenizer.encode("yes")[0] and no[0] == tokenizer.encode("no")[0] and not set(yes) & set(no)
     letters = types.SimpleNamespace(encode=lambda text: [0, *map(ord, text)], decode=lambda ids: "")
     assert model_answers.first_tokens(letters) == ((), ())
-
-
-def test_scores_of_one_answer_each():
-    terms = Terms(["mass", "nodule"])
-    closed = Question("x/1", "diagnosis", "x", "Q?", ("yes",), closed=("yes", "no"))
-    open_one = Question("x/2", "report", "x", "Q?", ("a mass and a nodule",))
-    scored = scoring.score([closed, open_one], {"x/1": RecordedAnswer("Yes."), "x/2": RecordedAnswer("a mass")}, terms)
-    assert scored[0].predicted == "yes" and scored[0].values == {"accuracy": 1.0, "named": 1.0}
-    assert scored[1].values["umls_precision"] == 1 and scored[1].values["umls_recall"] == 0.5
-    assert scored[1].values["bleu"] == pytest.approx(math.exp(1 - 5 / 2))
-    for answers in (
-        {},
-        {"x/1": RecordedAnswer("  "), "x/2": RecordedAnswer("")},
-        {"x/1": RecordedAnswer("yes", error="no scan")},
-    ):
-        failed = scoring.score([closed, open_one], answers, terms)
-        assert all(one.error for one in failed) and failed[0].predicted is None
-        assert not any(value for one in failed for value in one.values.values())
-
-
-def test_a_failed_yes_no_answer_is_neither():
-    """It counts as 0.5, so that failures give no advantage."""
-    ask = lambda i, r: Question(f"x/{i}", "diagnosis", "x", "Q?", (r,), closed=("yes", "no"))  # noqa: E731
-    questions = [ask(1, "yes"), ask(2, "no"), ask(3, "no")]
-    answers = {
-        "x/1": RecordedAnswer("yes", 0.4),
-        "x/2": RecordedAnswer("no", 0.1),
-        "x/3": RecordedAnswer("", error="broken"),
-    }
-    found = scoring.intervals(scoring.score(questions, answers, Terms(["mass"])), resamples=10, seed=0, by_study=False)
-    assert found["auc"].value == pytest.approx(1 / 2) and found["accuracy"].value == pytest.approx(2 / 3)
-    del answers["x/3"]
-    answers["x/2"] = RecordedAnswer("no")
-    assert "auc" not in scoring.intervals(
-        scoring.score(questions, answers, Terms(["mass"])), resamples=10, seed=0, by_study=False
-    )
 
 
 def test_an_unreadable_scan_is_a_failure(root, model, tmp_path):
@@ -506,40 +327,6 @@ def test_grades_are_summarised(ran, tmp_path, capsys):
     assert "of another sheet" in said and "the grade 6" in said and "rater '[/a]' is already in" in said
     with pytest.raises(ValueError, match="the files contain no grades"):
         ratings.read_ratings(out / "sheet.key.json", [write(tmp_path / "e.json", [{**one, "ratings": {}}])])
-
-
-# --- clinical metrics -------------------------------------------------------------------------------------------------
-
-
-class FakeRadEval:
-    """A stand-in with the signature of radeval 2.2."""
-
-    def __init__(self, metrics=None, show_progress=True):
-        (self.metric,) = metrics
-        assert not show_progress
-        if self.metric == "green":
-            raise ValueError("Unknown metric 'green'")
-
-    def __call__(self, refs, hyps):
-        if self.metric == "f1chexbert":
-            raise OSError("no network")
-        return {"radgraph_simple": np.mean([r == h for r, h in zip(refs, hyps, strict=True)]), "details": []}
-
-
-def test_clinical_metrics_by_a_fake(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "radeval", types.SimpleNamespace(RadEval=FakeRadEval))
-    assert clinical.clinical("radgraph", ["a", "b"], ["a", "c"]) == {"radgraph_simple": 0.5}
-    with pytest.raises(clinical.Unavailable, match="OSError: no network.*weights"):
-        clinical.clinical("chexbert", ["a"], ["a"])
-    with pytest.raises(clinical.Unavailable, match="Unknown metric 'green'"):
-        clinical.clinical("green", ["a"], ["a"])
-
-
-def test_clinical_metrics_without_the_package():
-    with pytest.raises(clinical.Unavailable, match="pip install radeval"):
-        clinical.clinical("radgraph", ["a"], ["a"])
-    with pytest.raises(ValueError, match="unknown clinical metrics radgrap"):
-        clinical.check(["radgrap"])
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
