@@ -1,4 +1,4 @@
-"""RadBench: the five tasks and thirteen data sets of the paper (section 5, Table 3); protocol in docs/evaluation.md.
+"""RadBench: the five tasks and thirteen data sets of the paper (section 5, Table 3); protocol in docs/evaluate.md.
 
     python -m radfm_jax.evaluate radbench --config=configs/radbench.py --checkpoint=radfm/ --out=scores
     python -m radfm_jax.evaluate radbench --config=configs/radbench.py:/data --export=for_others

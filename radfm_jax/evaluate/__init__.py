@@ -1,6 +1,6 @@
 """Evaluation: exact match on the test rows of a config, and RadBench, the benchmark of the paper.
 
-Running a model belongs in `inference`. docs/evaluation.md has the protocol, step by step.
+Running a model belongs in `inference`. docs/evaluate.md has the protocol, step by step.
 
 exact_match.py        exact match by teacher forcing, with exchanged scans as a control
 radbench.py           the five tasks, the thirteen data sets, a benchmark's config, a question
@@ -11,7 +11,9 @@ metrics.py            metrics of one answer and of many, confidence intervals
 scoring.py            questions and answers -> scores and tables
 clinical.py           RadGraph, CheXbert and others through RadEval
 published.py          Table 4 of the paper
-report.py, report_page.py, figures.py   the report
-export.py, ratings.py                   questions for other models; grades by human raters
+results.py            the results of all models, as tables and statements
+report.py             report.json, report.md, scores.csv; report.html is in report_page.py, figures in figures.py
+export.py             questions for other models
+ratings.py            grades by human raters
 radbench_command.py   python -m radfm_jax.evaluate radbench
 """

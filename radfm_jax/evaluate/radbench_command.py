@@ -31,7 +31,7 @@ from radfm_jax.inference.command import add_model_options, load
 
 DESCRIPTION = """\
 Score a checkpoint, and other models from files of their answers, on the questions of a benchmark, next to the published
-results of the paper. docs/evaluation.md has the protocol. Research only, not for clinical use.
+results of the paper. docs/evaluate.md has the protocol. Research only, not for clinical use.
 """
 EPILOG = """\
 examples:
