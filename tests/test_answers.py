@@ -134,7 +134,7 @@ def test_released_form(tokenizer, scans):
         ("Lesion?", [], {"place": "middle"}, "place is 'middle'; known: first, last"),
         ("Lesion \ud800?", [], {}, "not valid Unicode"),
         ("Lesion?", "film.png", {}, "scans are a str: pass a list"),
-        ("Lesion?", [np.zeros((3, 20, 20))], {}, "scan 1 .array.*channels seem to stand before rows"),
+        ("Lesion?", [np.zeros((3, 20, 20))], {}, "scan 1 .array.*channels seem to come before rows"),
         ("Lesion?", [np.zeros((20, 20, 5))], {}, "scan 1 .array.*constant"),
         ("Lesion?", [7], {}, "scan 1 is a int: pass a path"),
     ],

@@ -64,7 +64,7 @@ def _write_slice(scan: Scan, directory: Path) -> dict:
         (middle,) = slices(scan)
     except ValueError as error:
         return {"error": str(error)}
-    middle.picture.save(file, format="PNG")
+    middle.image.save(file, format="PNG")
     entry = {"path": f"slices/{name}.png", "slice": middle.number, "of": middle.count}
     entry_file.write_text(json.dumps(entry))
     return entry

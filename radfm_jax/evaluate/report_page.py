@@ -182,9 +182,9 @@ def scan_images(scan: Scan, count: int = 1, pixels: int = EXAMPLE_PIXELS) -> str
         return f'<span class="bad">{visible(str(error)[:200])}</span>'
     shown = []
     for s in scan_slices:
-        s.picture.thumbnail((pixels, pixels))
+        s.image.thumbnail((pixels, pixels))
         label = f"slice {s.number} of {s.count}" if s.count > 1 else "2D"
-        shown.append(f"<figure>{html_page.image(s.picture, label)}<figcaption>{label}</figcaption></figure>")
+        shown.append(f"<figure>{html_page.image(s.image, label)}<figcaption>{label}</figcaption></figure>")
     return "".join(shown)
 
 
