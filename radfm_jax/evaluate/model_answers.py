@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from input_pipeline.datasets.tables import text_lines
+from input_pipeline.datasets.json_tables import text_lines
 from input_pipeline.files import write_json_lines
 from input_pipeline.text.tokenizer import Tokenizer
 from radfm_jax.evaluate.radbench import Question

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from input_pipeline.datasets import open_dataset, sample_rng
+from input_pipeline.datasets.json_tables import text_lines
 from input_pipeline.datasets.modalities import modalities
-from input_pipeline.datasets.tables import text_lines
 from input_pipeline.files import write_json_lines
 from input_pipeline.images import scans
 from input_pipeline.index.summary import MODALITIES, kind
@@ -81,11 +81,11 @@ def questions_of_set(benchmark: Benchmark, name: str) -> tuple[list[Question], d
     family = fields.pop("family")
     plain = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items() if k != "fraction"}
     dataset = open_dataset(family, **plain | {"quarantine": True})
-    dataset.name_unreadable_stacks()  # keep them as questions: like other unreadable scans they fail for every model
+    dataset.defer_stack_errors()  # keep them as questions: like other unreadable scans they fail for every model
     root = Path(dataset.root)
     facts = _read_facts(root / own["facts"]) if own.get("facts") else {}
     defaults = {key: own.get(key) or (getattr(known, key) if known else "") for key in ("modality", "anatomy")}
-    skipped = collections.Counter({f"skipped by the reader: {why}": n for why, n in dataset.left_out.items()})
+    skipped = collections.Counter({f"skipped by the reader: {why}": n for why, n in dataset.skipped.items()})
     skipped.update(f"bad row: {kind(problem.reason)}" for problem in dataset.problems)
     questions = []
     for i in range(len(dataset)):
