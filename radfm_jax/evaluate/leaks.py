@@ -8,8 +8,8 @@ from pathlib import Path
 
 from pyarrow import parquet
 
-from input_pipeline.index.checks import file_hash
 from input_pipeline.index.index import Index
+from input_pipeline.index.scan_checks import scan_sha256
 from radfm_jax.evaluate.radbench import Question
 
 
@@ -33,7 +33,7 @@ def find_leaks(questions: Iterable[Question], directory: Path | str) -> list[dic
     hashes: dict[str, str] = {}
     for path in {scan.path for question in questions for scan in question.scans}:
         with contextlib.suppress(OSError, ValueError):  # scoring reports an unreadable scan
-            hashes[path] = file_hash(Path(path))
+            hashes[path] = scan_sha256(Path(path))
     test_hashes = set(hashes.values())
     training_files = {
         scan["sha256"]: f"{scan['source']}: {scan['path']}"

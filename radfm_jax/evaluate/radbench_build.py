@@ -22,7 +22,7 @@ from input_pipeline.datasets.json_tables import text_lines
 from input_pipeline.datasets.modalities import modalities
 from input_pipeline.files import write_json_lines
 from input_pipeline.images import scans
-from input_pipeline.index.summary import MODALITIES, kind
+from input_pipeline.index.categories import MODALITIES, reason_pattern
 from input_pipeline.samples import RowError, Sample, Scan, Text
 from radfm_jax.evaluate.radbench import CLOSED, DATASETS, MODALITY_CHOICES, SET_FIELDS, Benchmark, Question
 
@@ -86,7 +86,7 @@ def questions_of_set(benchmark: Benchmark, name: str) -> tuple[list[Question], d
     facts = _read_facts(root / own["facts"]) if own.get("facts") else {}
     defaults = {key: own.get(key) or (getattr(known, key) if known else "") for key in ("modality", "anatomy")}
     skipped = collections.Counter({f"skipped by the reader: {why}": n for why, n in dataset.skipped.items()})
-    skipped.update(f"bad row: {kind(problem.reason)}" for problem in dataset.problems)
+    skipped.update(f"bad row: {reason_pattern(problem.reason)}" for problem in dataset.problems)
     questions = []
     for i in range(len(dataset)):
         row_id = dataset.row_id(i)
@@ -94,7 +94,7 @@ def questions_of_set(benchmark: Benchmark, name: str) -> tuple[list[Question], d
             sample = dataset.sample(i, sample_rng(benchmark.seed, 0, name, row_id))
             question = question_of(sample, name, task, f"{name}/{row_id}", root)
         except RowError as error:
-            skipped[f"bad row: {kind(error.reason)}"] += 1
+            skipped[f"bad row: {reason_pattern(error.reason)}"] += 1
         except Skipped as reason:
             skipped[str(reason)] += 1
         else:
