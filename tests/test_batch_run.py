@@ -57,8 +57,8 @@ def test_a_batch_file(run, model, scans, tmp_path, capsys):
     assert main(command) == 1
     err = capsys.readouterr().err
     assert "3 answers in" in err and "5 failed" in err and "samples/s" in err
-    for words in ("c: ", "broken.png", "e: the prompt does not fit", "f: ", "leaves its folder with '..'", "g: the prompt has",
-                  "prompt is missing"):  # fmt: skip
+    for words in ("c: ", "broken.png", "e: the prompt does not fit", "f: ", "leaves its folder with '..'",
+                  "g: the prompt has", "prompt is missing"):  # fmt: skip
         assert words in err, words
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     film, ct = scans / "film.png", scans / "ct.nii.gz"
