@@ -19,6 +19,7 @@ from input_pipeline.text.tokenizer import Tokenizer
 from radfm_jax.checkpoints import checkpoint, run_directory
 from radfm_jax.checkpoints import int8 as quantised
 from radfm_jax.inference import Answer, EncodedScans, Generator, Request, Sampling, inputs, require_answers
+from radfm_jax.inference.plain_rows import plain_rows
 from radfm_jax.models import radfm
 from radfm_jax.runtime import sharding
 

@@ -1,6 +1,6 @@
 """Parts of the HTML pages: head, tables and images.
 
-Pages load nothing from outside and show every character of a text: see `input_pipeline.inspect.page.visible`.
+Pages load nothing from outside and show every character of a text: see `input_pipeline.inspect.escaping.visible`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from PIL import Image
 
-from input_pipeline.inspect.page import POLICY, visible
+from input_pipeline.inspect.escaping import POLICY, visible
 
 
 def head(title: str, style: str, policy: str = POLICY) -> Iterator[str]:

@@ -25,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from input_pipeline.files import write_json, write_text
-from input_pipeline.inspect.page import visible_lines
+from input_pipeline.inspect.escaping import visible_lines
 from radfm_jax import html_page, terminal
 from radfm_jax.evaluate import metrics
 from radfm_jax.evaluate.radbench import CLOSED, TASKS

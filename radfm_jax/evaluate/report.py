@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 
 from input_pipeline.files import write_json, write_text
-from input_pipeline.inspect.page import visible
+from input_pipeline.inspect.escaping import visible
 from radfm_jax.evaluate import figures, published, report_page
 from radfm_jax.evaluate.radbench import TASKS
 from radfm_jax.evaluate.results import Results, caveats, grouped_tables, method, not_scored, task_table

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from input_pipeline.images.slices import slices
-from input_pipeline.inspect.page import visible, visible_lines
+from input_pipeline.inspect.escaping import visible, visible_lines
 from input_pipeline.samples import Scan
 from radfm_jax import html_page
 from radfm_jax.evaluate import figures, scoring

@@ -6,6 +6,7 @@ engine.py        Generator: tokenizes, encodes scans, answers batches
 batch.py         one batch while its answers are generated
 decoding.py      the compiled functions and the decode state
 sampling.py      selection of the next token
+plain_rows.py    rows from arrays in the layout of the released model
 answer_text.py   tokens of an answer -> text, incrementally
 batch_files.py   the JSON Lines format of prompts and answers
 batch_run.py     batch file -> answers file, resumable

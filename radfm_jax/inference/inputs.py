@@ -5,7 +5,7 @@
     batch = one_row(encoded, volumes, num_latents)   # a training batch with this sample alone in its row
 
 Text and scans pass through the functions that training uses: `tokens.encode`, `scans.read`, `prepare_volume`,
-`packing.assemble`.
+`collate_row`.
 """
 
 from __future__ import annotations
@@ -232,17 +232,11 @@ def _read(scan: Scan, number: int):
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
-def as_planes(volume: Volume) -> packing.Planes:
-    """Cut a volume into the planes of a row."""
-    cut, index = planes(volume)
-    return packing.Planes(cut, index, patch_positions(patch_grid(volume.shape)), volume.scale, volume.offset)
-
-
 def one_row(encoded: Encoded, volumes: Sequence[Volume], num_latents: int) -> dict[str, np.ndarray]:
     """Return a batch of one row with this prompt and its scans (layout: radfm_jax/models/radfm.py)."""
     numbers = [int(scan.path) for scan in encoded.scans]
-    shown = {number: as_planes(volumes[number]) for number in numbers}
-    limits = packing.RowLimits(
+    shown = {number: ScanPlanes.of(volumes[number]) for number in numbers}
+    limits = RowLimits(
         text_length=len(encoded.ids),
         vision_rows=max(len(volumes), 1),
         patch_length=max((len(p.plane_index) for p in shown.values()), default=1),
@@ -262,7 +256,7 @@ def scan_rows(
 
     All volumes must have the same dtype and at most `patches` patches and `plane_count` planes.
     """
-    limits = packing.RowLimits(text_length=1, vision_rows=1, patch_length=patches, planes=plane_count, scans=1)
+    limits = RowLimits(text_length=1, vision_rows=1, patch_length=patches, planes=plane_count, scans=1)
     dtype = next(volume.voxels.dtype for volume in volumes if volume is not None)
     rows = []
     for volume in volumes:

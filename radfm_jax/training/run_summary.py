@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from input_pipeline.datasets.json_tables import text_lines
-from input_pipeline.inspect.page import visible
+from input_pipeline.inspect.escaping import visible
 from input_pipeline.samples import Scan
 from radfm_jax import html_page
 from radfm_jax.checkpoints import run_directory
