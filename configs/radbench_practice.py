@@ -1,10 +1,10 @@
-"""The five tasks of RadBench, asked about the practice data: to see the whole way of a benchmark on a laptop.
+"""The five tasks of RadBench on the practice data: a complete benchmark run on a laptop.
 
     python -m radfm_jax.evaluate radbench --config=configs/radbench_practice.py --config.limit=200 \\
         --checkpoint=runs/quickstart/finetune --out=runs/quickstart/radbench
 
-Questions are worded as in training (test/all.jsonl). `:ROOT` for another root than practice. Figures say nothing about
-RadBench itself.
+Questions have the wording of training (test/all.jsonl). `:ROOT` replaces `practice`. The scores are unrelated to those
+of RadBench itself.
 """
 
 from ml_collections import ConfigDict
@@ -13,7 +13,7 @@ from radfm_jax.evaluate.radbench import TASKS, Benchmark
 
 
 def get_config(root: str = "practice") -> ConfigDict:
-    # Open diagnoses have no place in the paper's disease diagnosis.
+    # Disease diagnosis in the paper has yes/no questions only.
     ids = {"diagnosis": ("*-has-*",)}
     sets = {
         f"practice_{task}": {

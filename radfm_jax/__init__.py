@@ -1,4 +1,7 @@
-"""RadFM in JAX: `load` a checkpoint directory, ask for `logits`, `save` it. Research only, not for clinical use."""
+"""RadFM in JAX: `load` a checkpoint, `Model.answer` questions about scans, `save` it.
+
+Research only, not for clinical use. Data loading belongs in `input_pipeline`, which never imports this package.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ __all__ = ["Model", "load", "save"]
 
 
 def __getattr__(name: str):
-    """Imports JAX only when it is wanted: the input pipeline's workers must start in a moment."""
+    """Import JAX on first use only: worker processes of the input pipeline must start fast."""
     if name in __all__:
         from radfm_jax import api
 

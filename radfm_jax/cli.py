@@ -1,12 +1,14 @@
-"""`radfm COMMAND ...`: the console script, one name for all `python -m` commands."""
+"""`radfm COMMAND ...`: the console script. Each command is also a `python -m` module, under which its help lists it."""
 
 import importlib
 import sys
 
+from input_pipeline.files import nearest
+
 COMMANDS = {
     "train": ("radfm_jax.train", "train a model, or resume a run"),
     "ask": ("radfm_jax.generate", "answer questions about scans"),
-    "evaluate": ("radfm_jax.evaluate.__main__", "score a checkpoint: held-out rows, RadBench, ratings"),
+    "evaluate": ("radfm_jax.evaluate.__main__", "score a checkpoint: test rows, RadBench, ratings"),
     "convert": ("radfm_jax.convert.__main__", "convert weights between PyTorch and Orbax"),
     "plan": ("radfm_jax.plan", "check whether a run fits on given hardware, and how long it takes"),
     "summary": ("radfm_jax.summary", "show a chain of training runs on one page"),
@@ -20,19 +22,19 @@ COMMANDS = {
 def usage() -> str:
     lines = (f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items())
     return "\n".join(
-        ["usage: radfm COMMAND ...", "", *lines, "", "radfm COMMAND --help explains a command.",
+        ["usage: radfm COMMAND ...", "", *lines, "", "radfm COMMAND --help lists the options of a command.",
          "Research only, not for clinical use."]
     )  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int | None:
-    """Run the command that the first argument names."""
+    """Run the command that the first argument names. Returns its exit code; 2 for an unknown command."""
     name, *rest = (sys.argv[1:] if argv is None else argv) or [""]
     if name in ("", "-h", "--help"):
         print(usage())
         return 0 if name else 2
     if name not in COMMANDS:
-        print(f"{usage()}\n\nradfm: unknown command {name!r}", file=sys.stderr)
+        print(f"{usage()}\n\nradfm: unknown command {name!r}{nearest(name, COMMANDS)}", file=sys.stderr)
         return 2
     return importlib.import_module(COMMANDS[name][0]).main(rest)
 

@@ -4,7 +4,7 @@ import sys
 
 
 def main(argv: list[str] | None = None) -> int | None:
-    # Imported here: spawned data workers import this module again, and they need none of it.
+    # Spawned data workers import this module again and must not import JAX.
     from radfm_jax.inference.command import main
 
     return main(argv)

@@ -1,4 +1,4 @@
-"""A benchmark of practice data under the names of RadBench's data sets, and a small model to ask."""
+"""A benchmark on practice data with the names of RadBench's data sets, and a small model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MODEL = RadFMConfig(
 
 
 def sets(root: Path | str) -> dict[str, dict]:
-    """All five tasks; one set that is not there."""
+    """Return sets for all five tasks; one of them is missing."""
     of = {"root": str(root), "study": STUDY, "facts": "test/labels.jsonl"}
     return {
         "rad3d_modality": {**of, "family": "rad3d_modality", "table": "test/modality.csv", "judgement": 0.0},
@@ -43,13 +43,13 @@ def benchmark(root: Path | str, **changes) -> Benchmark:
 
 
 def save_model(data: DataConfig, directory: Path) -> Path:
-    """A fresh model, as a training run leaves it: with its tokenizer, and with how its scans were prepared."""
+    """Save an untrained model like a training run, with its tokenizer and the preparation of its scans."""
     params = jax.jit(lambda key: init_params(MODEL, key))(jax.random.key(0))
     with checkpoint.new_directory(directory) as partial:
         checkpoint.save_params(partial, params)
         checkpoint.write_description(partial, "radfm", MODEL.to_dict(), source={"training": "run", "step": 1})
         (partial / "tokenizer.model").write_bytes(Path(data.tokenizer).read_bytes())
-        prepared = dataclasses.asdict(inputs.Preparation.of(data))
+        prepared = dataclasses.asdict(inputs.Preparation.from_config(data))
         (partial / "run.json").write_text(json.dumps({"step": 1, "config": {"data": prepared}}))
     return directory
 

@@ -1,4 +1,4 @@
-"""radfm_jax.load, Model.logits and what they refuse."""
+"""radfm_jax.load and Model.logits: results and errors."""
 
 import subprocess
 import sys
@@ -22,7 +22,7 @@ def model() -> radfm_jax.Model:
 
 @pytest.fixture(scope="module")
 def sample() -> tuple[np.ndarray, np.ndarray]:
-    """Two texts of ten tokens, each with one scan of 32 x 64 x 8 after the first token."""
+    """Return two texts of ten tokens, each with one scan of 32 x 64 x 8 after the first token."""
     scan = [V, *range(V + 2, V + 2 + LATENTS), V + 1]
     ids = np.array([[1, *scan, 11, 12, 13], [1, *scan, 21, 22, 23]], np.int32)
     return ids, np.random.default_rng(0).random((2, 1, 3, 32, 64, 8), dtype=np.float32)
@@ -69,13 +69,13 @@ def test_a_visual_token_needs_a_scan(model, sample):
             model.logits(ids, vision)
 
 
-def test_intensities_that_nobody_scaled(model, sample):
+def test_unscaled_intensities_warn(model, sample):
     ids, vision = sample
-    with pytest.warns(UserWarning, match=r"vision runs from -1000 to .*the model reads \[0, 1\]"):
+    with pytest.warns(UserWarning, match=r"vision runs from -1000 to .*the model expects \[0, 1\]"):
         model.logits(ids, np.where(vision < 0.01, -1000, vision))
 
 
-def test_names_that_do_not_exist(tmp_path):
+def test_unknown_dtype_and_mesh(tmp_path):
     with pytest.raises(ValueError, match="dtype 'bf16' is unknown: choose one of float32"):
         radfm_jax.load(tmp_path, dtype="bf16")
     mesh = jax.make_mesh((8,), ("x",))
@@ -111,6 +111,6 @@ def test_bad_input_is_refused_with_the_numbers(model, change, words):
 
 
 def test_importing_the_package_imports_no_jax():
-    """Workers of the input pipeline import it; they must start in a moment."""
+    """Workers of the input pipeline import it and must start fast."""
     code = "import sys, radfm_jax, input_pipeline; assert not {'jax', 'flax', 'torch'} & set(sys.modules), 'heavy'"
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=True)

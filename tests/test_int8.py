@@ -75,7 +75,7 @@ def test_logits_equal_those_of_the_widened_weights():
 def test_answers_equal_those_of_the_widened_weights(apart):
     prompts = [Prompt(row.astype(np.int32), np.full(len(row), -1, np.int32)) for row in IDS]
     ours, same = (
-        Generator(CONFIG, jax.tree.map(jnp.asarray, p), length=32, apart=apart).answers(
+        Generator(CONFIG, jax.tree.map(jnp.asarray, p), length=32, unstack=apart).answers(
             prompts, Sampling(8, stop_ids=())
         )
         for p in (INT8, widened(INT8))
@@ -87,7 +87,7 @@ def test_answers_equal_those_of_the_widened_weights(apart):
 def test_bfloat16_computes_with_int8_weights():
     config = CONFIG.with_compute(dtype="bfloat16")
     generator = Generator(config, INT8, length=32)
-    kinds = {x.dtype.name for x in jax.tree.leaves(generator._decoding["llama"]["blocks"][0]["query"])}
+    kinds = {x.dtype.name for x in jax.tree.leaves(generator.decode_params["llama"]["blocks"][0]["query"])}
     assert kinds == {"int8", "float32"}
     wide = api.Model(CONFIG, INT8).logits(IDS)
     np.testing.assert_allclose(api.Model(config, INT8).logits(IDS), wide, atol=0.1 * np.std(wide))

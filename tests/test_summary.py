@@ -48,7 +48,7 @@ def test_runs_without_their_first_speed(tmp_path, run):
     row = re.search(r"<tr><td>align</td>.*?</tr>", text).group()
     cells = re.findall(r"<td[^>]*>(.*?)</td>", row)
     assert cells == ["align", "20", "0.050", "0.125", "0.300", "100", "1.0%", "90.0%", "<code></code>"]
-    (picture,) = re.findall(r"base64,([^']+)'", text)
+    (picture,) = re.findall(r'base64,([^"]+)"', text)
     assert base64.b64decode(picture) == (run / "curves.png").read_bytes()
 
 

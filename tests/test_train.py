@@ -20,8 +20,8 @@ from slurm import compare
 from input_pipeline.sources import NoTerms
 from radfm_jax import api
 from radfm_jax.checkpoints import run_directory
-from radfm_jax.evaluate import radbench, scoring
-from radfm_jax.evaluate.model_answers import Given
+from radfm_jax.evaluate import radbench_build, scoring
+from radfm_jax.evaluate.model_answers import RecordedAnswer
 from radfm_jax.inference import Request
 from radfm_jax.models.decoder import DecoderConfig
 from radfm_jax.models.perceiver import PerceiverConfig
@@ -207,14 +207,16 @@ def test_files_of_a_run(config, whole):
 
 def test_held_out_questions_are_answered(config, whole):
     """Every evaluation has the same questions, and scores that `evaluate` computes from the saved step."""
-    asked = {step: radbench.read_questions(whole / "answers" / str(step) / "questions.jsonl") for step in (3, 6)}
+    asked = {step: radbench_build.read_questions(whole / "answers" / str(step) / "questions.jsonl") for step in (3, 6)}
     assert asked[3] == asked[6] and {q.task for q in asked[6]} == {"modality", "vqa", "rationale", "diagnosis"}
     assert [q.dataset for q in asked[6]] == [name for name in sorted(config.data.test) for _ in range(2)]
     step = run_directory.step_directory(whole, 6)
     given = api.load(step).generator.answers([Request(q.prompt, q.scans, q.context) for q in asked[6]])
     answers = [json.loads(line) for line in (whole / "answers/6/answers.jsonl").read_text().splitlines()]
     assert [line["answer"] for line in answers] == [answer.text for answer in given]
-    scored = scoring.score(asked[6], {q.row_id: Given(a.text) for q, a in zip(asked[6], given, strict=True)}, NoTerms())
+    scored = scoring.score(
+        asked[6], {q.row_id: RecordedAnswer(a.text) for q, a in zip(asked[6], given, strict=True)}, NoTerms()
+    )
     logged = next(line for line in display.read_metrics(whole) if line["step"] == 6 and "eval/all/loss" in line)
     for task, metric in (("modality", "accuracy"), ("diagnosis", "f1"), ("vqa", "bleu"), ("rationale", "rouge")):
         expected = scoring.intervals(

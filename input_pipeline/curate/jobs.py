@@ -172,7 +172,9 @@ def run(
     return listed
 
 
-def _map(team: ResilientPool, items: Sequence[str], function: RowFunction, options: dict) -> Iterator[tuple[list, list]]:
+def _map(
+    team: ResilientPool, items: Sequence[str], function: RowFunction, options: dict
+) -> Iterator[tuple[list, list]]:
     return team.map(make_results, items, chunk_files.CHUNK, function, options, label=str, failed=_died)
 
 

@@ -1,15 +1,19 @@
-"""How good a model is: held-out rows of a config to the letter, and RadBench, the paper's benchmark.
+"""Evaluation: exact match on the test rows of a config, and RadBench, the benchmark of the paper.
 
-exact.py       right to the letter, by teacher forcing, with exchanged scans as a control
-radbench.py    five tasks, thirteen data sets -> questions with fixed wording; test studies in the training data
-answering.py   questions -> answers of a checkpoint; answers of anybody, from a file
-metrics.py     what an answer is worth, what many come to, intervals
-scoring.py     questions and answers -> scores and tables
-clinical.py    RadGraph, CheXbert and others through RadEval
-published.py   the paper's Table 4
-pictures.py, report.py   the pages
-export.py, rating.py     the benchmark for other models; grades that people give
-__main__.py    python -m radfm_jax.evaluate
+Running a model belongs in `inference`. docs/evaluate.md has the protocol, step by step.
 
-docs/evaluation.md has the protocol, step by step.
+exact_match.py        exact match by teacher forcing, with exchanged scans as a control
+radbench.py           the five tasks, the thirteen data sets, a benchmark's config, a question
+radbench_build.py     data sets -> questions with fixed wording
+leaks.py              test studies in the training data
+model_answers.py      questions -> answers of a checkpoint; answers of other models, from a file
+metrics.py            metrics of one answer and of many, confidence intervals
+scoring.py            questions and answers -> scores and tables
+clinical.py           RadGraph, CheXbert and others through RadEval
+published.py          Table 4 of the paper
+results.py            the results of all models, as tables and statements
+report.py             report.json, report.md, scores.csv; report.html is in report_page.py, figures in figures.py
+export.py             questions for other models
+ratings.py            grades by human raters
+radbench_command.py   python -m radfm_jax.evaluate radbench
 """

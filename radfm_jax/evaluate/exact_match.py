@@ -1,19 +1,17 @@
-"""`python -m radfm_jax.evaluate --config=configs/x.py --checkpoint=DIR --out=DIR`: exact match on held-out rows.
+"""`python -m radfm_jax.evaluate --config=configs/x.py --checkpoint=DIR --out=DIR`: exact match on test rows.
 
-A sample is right if greedy decoding says its reference token by token. That is known without decoding: each token of
-the reference must be the most likely one after those before it.
+A sample is correct if greedy decoding gives its reference token by token. Teacher forcing decides that without
+decoding: each token of the reference must be the most likely one after the tokens before it.
 
-OUT/answers.jsonl     a line a sample: source, row_id, study, task, question, reference, exact, scans_of
+OUT/answers.jsonl     a sample per line: source, row_id, study, task, question, reference, exact, scans_of
 OUT/accuracy.json     the table
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import functools
-import json
 import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,39 +23,36 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from input_pipeline import command_line
+from input_pipeline import command_line, files
 from input_pipeline.batching.pipeline import Rows, batches, prefetch
 from input_pipeline.batching.report import RowInfo
 from input_pipeline.config import DataConfig
 from input_pipeline.datasets import sample_rng
 from input_pipeline.samples import Text
 from input_pipeline.sources import open_sources
-from radfm_jax import api
+from radfm_jax import api, terminal
 from radfm_jax.models.radfm import RadFM, segment_max
-from radfm_jax.runtime import console
 from radfm_jax.training import losses
 from radfm_jax.training.experiment import Experiment
 
 DESCRIPTION = """\
-Scores a checkpoint on the test sources of a config: how many answers are right to the letter, by source and question,
-with 95 % intervals; and the same with the scans exchanged between samples, where only what can be guessed without
-looking is left.
+Score a checkpoint on the test sources of a config: exact-match accuracy by source and question, with 95 % intervals. A
+second pass exchanges the scans between samples, as a control: its accuracy needs no scan.
 """
 EPILOG = """\
 examples:
   python -m radfm_jax.evaluate --config=configs/quickstart.py --checkpoint=runs/quickstart/finetune --out=scores
   python -m radfm_jax.evaluate --config=configs/x.py --checkpoint=runs/x/checkpoints/500 --out=scores --no-control
 """
-# Sources with few questions are told apart by question, answers of which there are few are balanced.
-FEW = 10
+FEW = 10  # up to so many questions of a source get a row each; up to so many references are balanced
 
 
 @dataclasses.dataclass(frozen=True)
 class ExactMatch:
-    """A sample and whether its reference is what the model says.
+    """A sample, and whether the model gives its reference.
 
     Attributes:
-      scans_of: `own`, or `another` sample's (the control).
+      scans_of: `own`, or `another` sample (the control).
     """
 
     source: str
@@ -72,11 +67,11 @@ class ExactMatch:
 
 @dataclasses.dataclass(frozen=True)
 class Accuracy:
-    """Shares of right answers to one kind of question.
+    """Exact-match accuracy on one kind of question.
 
     Attributes:
-      exact: of all. low, high: its 95 % interval (Wilson).
-      balanced: mean over the references, each counting once; None if there are more than `FEW`.
+      exact: accuracy. low, high: its 95 % interval (Wilson).
+      balanced: mean of the accuracies of each reference; None if there are more than `FEW` references.
     """
 
     kind: str
@@ -88,74 +83,70 @@ class Accuracy:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m radfm_jax.evaluate",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = terminal.parser("python -m radfm_jax.evaluate", DESCRIPTION, EPILOG)
     command_line.add_config(parser)
-    parser.add_argument("--checkpoint", required=True, type=Path, metavar="DIR", help="a run, or one of its steps")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where the results are written")
-    parser.add_argument("--no-control", action="store_true", help="leave out the pass with exchanged scans")
+    parser.add_argument("--checkpoint", required=True, type=Path, metavar="DIR", help="a run or a checkpoint")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="output directory")
+    parser.add_argument("--no-control", action="store_true", help="skip the pass with exchanged scans")
     args, config = command_line.parse(parser, sys.argv[1:] if argv is None else argv)
     try:
         experiment = Experiment.from_dict(config)
         if not experiment.data.test:
-            raise ValueError(f"{args.config}: data.test names no source")
+            raise ValueError(f"{args.config}: data.test is empty: add a source")
         model = api.load(args.checkpoint)
         if model.config != experiment.model:
-            raise ValueError(f"{args.checkpoint} has other sizes than the model of {args.config}")
+            raise ValueError(f"{args.checkpoint} and {args.config} have different model sizes: pass the run's config")
         scored = evaluate(experiment, model.params, control=not args.no_control)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        terminal.message(f"error: {error}", style="red")
         return 2
     write(scored, args.out)
-    console.log(table(scored))
+    terminal.message(table(scored))
     return 0
 
 
 def evaluate(config: Experiment, params: dict, *, control: bool = True, progress: bool = True) -> list[ExactMatch]:
-    """Every sample of the test sources; with `control` once more with the scans of another one.
+    """Score all samples of the test sources; with `control`, a second time with the scans of another sample.
 
-    Raises ValueError: mistakes in the data.
+    Raises:
+      ValueError: the data are invalid.
     """
     step = jax.jit(functools.partial(_exact, config.compute, config.train.step.weighting, config.train.chunk))
     scored = []
     for shuffled in (False, True)[: 1 + control]:
         data = dataclasses.replace(config.data, shuffle_scans=shuffled)
-        what = "another" if shuffled else "own"
+        scans_of = "another" if shuffled else "own"
         texts = _Texts(data)
         with contextlib.ExitStack() as opened:
             rows = opened.enter_context(Rows(data, "test", batch=config.train.batch, epochs=1))
             bar = opened.enter_context(Progress(console=Console(stderr=True), disable=not progress))
-            task = bar.add_task(f"scoring, scans of {'others' if shuffled else 'their own'}", total=len(rows.mixture))
+            task = bar.add_task(f"scoring with {scans_of} scans", total=len(rows.mixture))
             for infos, arrays in prefetch(batches(rows), lambda batch: (batch.rows, batch.arrays)):
                 exact = jax.device_get(step(params, arrays))
-                found = list(_of_rows(infos, exact, texts, what))
-                scored += found
-                bar.update(task, advance=len(found))
+                samples = list(_matches(infos, exact, texts, scans_of))
+                scored += samples
+                bar.update(task, advance=len(samples))
     return scored
 
 
 def _exact(model, weighting: str, chunk: int, params: dict, batch: dict) -> jax.Array:
-    """bool[B, T + 1]: whether every trained token of segment s is the most likely one."""
+    """Return bool[B, T + 1]: whether every trained token of segment s is the most likely one."""
     _, _, out = losses.radfm_loss(RadFM(model), params, batch, weighting=weighting, chunk=chunk)
     return ~segment_max(batch["segments"], (out["weights"] > 0) & ~out["correct"])
 
 
-def _of_rows(infos: Sequence[RowInfo | None], exact: np.ndarray, texts: _Texts, scans_of: str) -> Iterator[ExactMatch]:
-    for info, right in zip(infos, exact, strict=True):
+def _matches(infos: Sequence[RowInfo | None], exact: np.ndarray, texts: _Texts, scans_of: str) -> Iterator[ExactMatch]:
+    for info, exact_of_row in zip(infos, exact, strict=True):
         for segment, sample in enumerate(info.samples if info else (), 1):
             question, reference = texts[sample.source, sample.row_id]
             yield ExactMatch(
-                sample.source, sample.row_id, sample.study, sample.task, question, reference, bool(right[segment]),
-                scans_of,
+                sample.source, sample.row_id, sample.study, sample.task, question, reference,
+                bool(exact_of_row[segment]), scans_of,
             )  # fmt: skip
 
 
 class _Texts:
-    """(source, row id) -> question and reference, as the model is given them."""
+    """Map (source, row id) to the question and reference that the model reads."""
 
     def __init__(self, config: DataConfig):
         self.config, self.datasets = config, open_sources(config, "test")
@@ -165,66 +156,69 @@ class _Texts:
         source, row_id = key
         rng = sample_rng(self.config.seed, 0, source, row_id)
         sample = self.datasets[source].sample(self.rows[source][row_id], rng)
-        said = {
+        texts = {
             role: " ".join(p.text.strip() for p in sample.parts if isinstance(p, Text) and p.role == role)
             for role in ("instruction", "response", "interleaved")
         }
-        return said["instruction"], said["response"] or said["interleaved"]
+        return texts["instruction"], texts["response"] or texts["interleaved"]
 
 
-# --- what they add up to ----------------------------------------------------------------------------------------------
+# --- tables -----------------------------------------------------------------------------------------------------------
 
 
-def accuracies(scored: Iterable[ExactMatch]) -> list[Accuracy]:
-    """By source, and by question where a source has few of them."""
+def accuracies(matches: Iterable[ExactMatch]) -> list[Accuracy]:
+    """Return the accuracy by source, and by question if the source has few of them."""
     by_source: dict[str, dict[str, list[ExactMatch]]] = {}
-    for one in scored:
-        by_source.setdefault(one.source, {}).setdefault(one.question, []).append(one)
-    found = []
+    for match in matches:
+        by_source.setdefault(match.source, {}).setdefault(match.question, []).append(match)
+    rows = []
     for source, questions in sorted(by_source.items()):
         if 1 < len(questions) <= FEW:
-            found += [_accuracy(f"{source}: {question}", some) for question, some in sorted(questions.items())]
+            rows += [_accuracy(f"{source}: {question}", group) for question, group in sorted(questions.items())]
         else:
-            found.append(_accuracy(source, [one for some in questions.values() for one in some]))
-    return found
+            rows.append(_accuracy(source, [match for group in questions.values() for match in group]))
+    return rows
 
 
-def _accuracy(kind: str, some: Sequence[ExactMatch]) -> Accuracy:
+def _accuracy(kind: str, matches: Sequence[ExactMatch]) -> Accuracy:
     references: dict[str, list[bool]] = {}
-    for one in some:
-        references.setdefault(one.reference, []).append(one.exact)
-    right, n = sum(one.exact for one in some), len(some)
+    for match in matches:
+        references.setdefault(match.reference, []).append(match.exact)
+    correct, n = sum(match.exact for match in matches), len(matches)
     balanced = float(np.mean([np.mean(x) for x in references.values()])) if len(references) <= FEW else None
-    return Accuracy(kind, n, right / n, *wilson(right, n), balanced)
+    return Accuracy(kind, n, correct / n, *wilson(correct, n), balanced)
 
 
-def wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson 1927): inside [0, 1] also for few samples and shares near 0 or 1."""
-    p = right / n
+def wilson(correct: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """Return the 95 % interval of a proportion (Wilson 1927). It stays inside [0, 1] for small n and extreme values."""
+    p = correct / n
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
 
 
-def write(scored: Sequence[ExactMatch], out: Path) -> None:
-    """answers.jsonl and accuracy.json."""
+def _by_scans(matches: Sequence[ExactMatch]) -> dict[str, list[Accuracy]]:
+    """Return the accuracies by `scans_of`."""
+    kinds = dict.fromkeys(match.scans_of for match in matches)
+    return {kind: accuracies(match for match in matches if match.scans_of == kind) for kind in kinds}
+
+
+def write(matches: Sequence[ExactMatch], out: Path) -> None:
+    """Write answers.jsonl and accuracy.json."""
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / "answers.jsonl", "w") as file:
-        file.writelines(json.dumps(dataclasses.asdict(one)) + "\n" for one in scored)
-    found = {
-        scans_of: [dataclasses.asdict(a) for a in accuracies(one for one in scored if one.scans_of == scans_of)]
-        for scans_of in dict.fromkeys(one.scans_of for one in scored)
-    }
-    (out / "accuracy.json").write_text(json.dumps(found, indent=1) + "\n")
+    files.write_json_lines(out / "answers.jsonl", map(dataclasses.asdict, matches))
+    rows = {kind: [dataclasses.asdict(a) for a in accuracy] for kind, accuracy in _by_scans(matches).items()}
+    files.write_json(out / "accuracy.json", rows)
 
 
-def table(scored: Sequence[ExactMatch]) -> Table:
-    """Rows: kinds of questions. Columns: samples, exact match and its interval, balanced; the control."""
+def table(matches: Sequence[ExactMatch]) -> Table:
+    """Return the table of the terminal: a row per kind of question, with the control in the last column."""
     shown = Table("question", "samples", "right", "95 % interval", "balanced", "scans exchanged", title="exact match")
-    control = {a.kind: a for a in accuracies(one for one in scored if one.scans_of == "another")}
-    for a in accuracies(one for one in scored if one.scans_of == "own"):
-        guessed = control.get(a.kind)
+    by_scans = _by_scans(matches)
+    control = {a.kind: a for a in by_scans.get("another", ())}
+    for a in by_scans.get("own", ()):
+        exchanged = control.get(a.kind)
         shown.add_row(
             a.kind, f"{a.samples:,}", f"{a.exact:.1%}", f"{a.low:.1%} to {a.high:.1%}",
-            "" if a.balanced is None else f"{a.balanced:.1%}", f"{guessed.exact:.1%}" if guessed else "",
+            "" if a.balanced is None else f"{a.balanced:.1%}", f"{exchanged.exact:.1%}" if exchanged else "",
         )  # fmt: skip
     return shown

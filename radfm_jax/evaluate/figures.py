@@ -1,4 +1,4 @@
-"""The pictures of a report, as PNG files: radar and bars (Figure 1 of the paper), calibration, lengths of answers."""
+"""Figures of a report, as PNG files: radar and bars (Figure 1 of the paper), calibration, answer lengths."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import numpy as np
 
 from radfm_jax.evaluate import metrics, published, scoring
 from radfm_jax.evaluate.radbench import TASKS
-from radfm_jax.evaluate.scoring import Line, ScoredAnswer
+from radfm_jax.evaluate.scoring import ScoredAnswer, ScoreRow
 
-PAPER = ("accuracy", "f1", "bleu", "rouge", "umls_precision", "umls_recall")  # what Table 4 has
 COLOURS = (
     "#1f5fa8", "#c2571a", "#2e7d4f", "#7a3f98", "#9c2f2f", "#6b6b6b", "#17a0b4", "#d9a514", "#e377c2", "#6b4a2b",
     "#8fbf3f", "#1b1f5e",
@@ -29,55 +28,60 @@ def _pyplot():
     return pyplot
 
 
-def averages(lines: Sequence[Line], comparable: Collection[str]) -> dict[str, dict[str, float]]:
-    """model -> task -> mean of the metrics that Table 4 has for the task, published models included for the tasks that
-    are `comparable`. A model that lacks one of the metrics has no mean: it would be one of other things."""
-    found: dict[str, dict[str, float]] = {}
+def averages(rows: Sequence[ScoreRow], comparable: Collection[str]) -> dict[str, dict[str, float]]:
+    """Return model -> task -> mean of the task's metrics in Table 4.
+
+    Published models are included for the `comparable` tasks. A model that lacks a metric has no mean, because its mean
+    would be one of different metrics.
+    """
+    means: dict[str, dict[str, float]] = {}
     for name in published.MODELS:
         for task in (task for task in published.TABLE if task in comparable):
             values = [value for value, _, _ in published.values(name, task).values()]
-            found.setdefault(f"{name}, published", {})[task] = float(np.mean(values))
-    for line in lines:
-        if line.grouping == "task":
-            value = float(np.mean([line.metrics[m].value for m in published.TABLE[line.task]]))
+            means.setdefault(f"{name}, published", {})[task] = float(np.mean(values))
+    for row in rows:
+        if row.grouping == "task":
+            value = float(np.mean([row.metrics[m].value for m in published.TABLE[row.task]]))
             if np.isfinite(value):
-                found.setdefault(line.model, {})[line.task] = value
-    return found
+                means.setdefault(row.model, {})[row.task] = value
+    return means
 
 
-def radar(lines: Sequence[Line], file: Path, comparable: Collection[str] = tuple(TASKS)) -> None:
-    """A spoke for each task, logarithmic, from 1 to 100 per cent; what was not scored has no corner."""
+def radar(rows: Sequence[ScoreRow], file: Path, comparable: Collection[str] = tuple(TASKS)) -> None:
+    """Draw a spoke per task, logarithmic from 1 to 100 per cent; a task without a mean has no corner."""
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(figsize=(6.4, 5.2), subplot_kw={"polar": True}, layout="constrained")
     angles = {task: 2 * np.pi * k / len(TASKS) for k, task in enumerate(TASKS)}
     axes.set_theta_offset(np.pi / 2)
     axes.set_theta_direction(-1)
-    found = averages(lines, comparable)
-    own = list(dict.fromkeys(line.model for line in lines))
-    for model, of in found.items():
-        theirs = model.endswith(", published")
-        colour = GRAYS[published.MODELS.index(model.removesuffix(", published"))] if theirs else _colour(own, model)
-        # A task without a value breaks the line: what stands on both sides of it are no neighbours.
-        radii = [np.log10(max(100 * of[task], 1)) if task in of else np.nan for task in TASKS]
+    means = averages(rows, comparable)
+    own = list(dict.fromkeys(row.model for row in rows))
+    for model, tasks in means.items():
+        is_published = model.endswith(", published")
+        colour = (
+            GRAYS[published.MODELS.index(model.removesuffix(", published"))] if is_published else _colour(own, model)
+        )
+        # nan breaks the line at a task without a value.
+        radii = [np.log10(max(100 * tasks[task], 1)) if task in tasks else np.nan for task in TASKS]
         axes.plot(
-            [*angles.values(), 0.0], [*radii, radii[0]], "--" if theirs else "-", color=colour, label=model,
-            marker="o", markersize=4, linewidth=1.2 if theirs else 2,
+            [*angles.values(), 0.0], [*radii, radii[0]], "--" if is_published else "-", color=colour, label=model,
+            marker="o", markersize=4, linewidth=1.2 if is_published else 2,
         )  # fmt: skip
     axes.set_xticks(list(angles.values()), [name.replace(" ", "\n", 1) for name in TASKS.values()])
     axes.set_ylim(0, 2)
     axes.set_yticks(np.log10([2, 5, 10, 20, 50, 100]), ["2", "5", "10", "20", "50", "100 %"], color="#555", fontsize=7)
     axes.tick_params(axis="x", pad=14)
     axes.set_title("mean of a task's metrics, logarithmic", pad=18)
-    if found:
+    if means:
         axes.legend(loc="upper left", bbox_to_anchor=(1.12, 1.0), frameon=False, fontsize=8)
     _save(pyplot, figure, file)
 
 
-def bars(lines: Sequence[Line], file: Path, comparable: Collection[str] = tuple(TASKS)) -> None:
-    """A panel for each task: its metrics of Table 4, a bar for each model with its 95 % interval."""
+def bars(rows: Sequence[ScoreRow], file: Path, comparable: Collection[str] = tuple(TASKS)) -> None:
+    """Draw a panel per task with its metrics of Table 4: a bar per model with its 95 % interval."""
     pyplot = _pyplot()
-    whole = [line for line in lines if line.grouping == "task"]
-    own = list(dict.fromkeys(line.model for line in whole))
+    task_rows = {(row.model, row.task): row for row in rows if row.grouping == "task"}
+    own = list(dict.fromkeys(model for model, _ in task_rows))
     widths = [len(published.TABLE[task]) for task in TASKS]
     figure, panels = pyplot.subplots(
         1, len(TASKS), figsize=(14, 3.6), sharey=True, layout="constrained", gridspec_kw={"width_ratios": widths}
@@ -85,23 +89,25 @@ def bars(lines: Sequence[Line], file: Path, comparable: Collection[str] = tuple(
     names = [f"{name}, published" for name in published.MODELS] + own
     step = 0.84 / len(names)
     for panel, task in zip(panels, TASKS, strict=True):
-        of_metric = list(published.TABLE[task])
-        beside = names if task in comparable else own  # the bars of a metric stand around its name
-        for k, name in enumerate(beside):
+        task_metrics = list(published.TABLE[task])
+        shown = names if task in comparable else own  # centres the bars of a metric on its label
+        for k, name in enumerate(shown):
             if name in own:
-                line = next((one for one in whole if (one.model, one.task) == (name, task)), None)
-                found = {m: (i.value, i.low, i.high) for m, i in line.metrics.items()} if line else {}
+                row = task_rows.get((name, task))
+                values = {m: (i.value, i.low, i.high) for m, i in row.metrics.items()} if row else {}
                 colour = _colour(own, name)
             else:
-                found, colour = published.values(published.MODELS[k], task), GRAYS[k]
-            for x, metric in enumerate(of_metric):
-                value, low, high = (100 * v for v in found.get(metric, (np.nan,) * 3))
+                values, colour = published.values(published.MODELS[k], task), GRAYS[k]
+            for x, metric in enumerate(task_metrics):
+                value, low, high = (100 * v for v in values.get(metric, (np.nan,) * 3))
                 if np.isfinite(value):
                     error = [[max(value - low, 0)], [max(high - value, 0)]]
-                    at = x + step * (k - (len(beside) - 1) / 2)
-                    panel.bar(at, value, step, color=colour, label=name)
-                    panel.errorbar(at, value, error, color="#222", linewidth=0.8)
-        panel.set_xticks(range(len(of_metric)), [scoring.TITLES[m].replace("S-", "S\n") for m in of_metric], fontsize=8)
+                    position = x + step * (k - (len(shown) - 1) / 2)
+                    panel.bar(position, value, step, color=colour, label=name)
+                    panel.errorbar(position, value, error, color="#222", linewidth=0.8)
+        panel.set_xticks(
+            range(len(task_metrics)), [scoring.TITLES[m].replace("S-", "S\n") for m in task_metrics], fontsize=8
+        )
         panel.set_title(TASKS[task].replace(" ", "\n", 1), fontsize=10)
         panel.set_ylim(0, 100)
     panels[0].set_ylabel("%")
@@ -116,23 +122,23 @@ def _colour(own: Sequence[str], model: str) -> str:
 
 
 def calibration(scored: Mapping[str, Sequence[ScoredAnswer]], file: Path) -> bool:
-    """How often yes is right by the probability of yes, and the ROC curves; False if no model gave probabilities."""
-    found = {}
-    for model, all_of in scored.items():
-        some = [one for one in all_of if one.question.task == "diagnosis"]
-        if some and scoring.of_probabilities(some):
-            found[model] = scoring.probabilities(some)
-    if not found:
+    """Draw calibration, histogram and ROC curves of the probability of yes. Returns False if no model recorded it."""
+    curves = {}
+    for model, answers in scored.items():
+        answers = [a for a in answers if a.question.task == "diagnosis"]
+        if answers and scoring.probability_metrics(answers):
+            curves[model] = scoring.probabilities(answers)
+    if not curves:
         return False
     pyplot = _pyplot()
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
-    for model, (score, positive) in found.items():
-        colour = _colour(list(scored), model)  # the one it has in the other pictures
-        which = metrics.bin_of(score, 10)
-        counts = np.bincount(which, minlength=10)
-        held = counts > 0
-        means = np.bincount(which, score, 10)[held] / counts[held]
-        shares = np.bincount(which, positive, 10)[held] / counts[held]
+    for model, (score, positive) in curves.items():
+        colour = _colour(list(scored), model)  # as in the other figures
+        bins = metrics.bin_of(score, 10)
+        counts = np.bincount(bins, minlength=10)
+        filled = counts > 0
+        means = np.bincount(bins, score, 10)[filled] / counts[filled]
+        shares = np.bincount(bins, positive, 10)[filled] / counts[filled]
         left.plot(means, shares, marker="o", color=colour, label=model)
         middle.hist(score, np.linspace(0, 1, 21), histtype="step", color=colour, label=model)
         order = np.argsort(-score, kind="stable")
@@ -144,9 +150,9 @@ def calibration(scored: Mapping[str, Sequence[ScoredAnswer]], file: Path) -> boo
     for axes in (left, right):
         axes.plot([0, 1], [0, 1], ":", color="#888")
         axes.set_aspect("equal")
-    left.set(xlabel='probability of "yes"', ylabel="share that is yes", title="calibration, ten bins")
-    middle.set(xlabel='probability of "yes"', ylabel="questions", title="how sure it is")
-    right.set(xlabel="no, taken for yes", ylabel="yes, found", title="ROC")
+    left.set(xlabel='probability of "yes"', ylabel="share of yes", title="calibration, ten bins")
+    middle.set(xlabel='probability of "yes"', ylabel="questions", title="distribution")
+    right.set(xlabel="false positive rate", ylabel="true positive rate", title="ROC")
     for axes in (left, right):
         axes.legend(frameon=False, fontsize=8)
     _save(pyplot, figure, file)
@@ -154,17 +160,17 @@ def calibration(scored: Mapping[str, Sequence[ScoredAnswer]], file: Path) -> boo
 
 
 def lengths(scored: Mapping[str, Sequence[ScoredAnswer]], file: Path) -> None:
-    """Words of answers and references by task."""
+    """Draw the number of words of answers and references, by task."""
     pyplot = _pyplot()
     first = next(iter(scored.values()))
-    tasks = [task for task in TASKS if any(one.question.task == task for one in first)]
+    tasks = [task for task in TASKS if any(a.question.task == task for a in first)]
     figure, panels = pyplot.subplots(1, len(tasks), figsize=(2.9 * len(tasks), 3), layout="constrained", squeeze=False)
     for panel, task in zip(panels[0], tasks, strict=True):
-        rows = {"reference": [one.question.references[0] for one in first if one.question.task == task]}
-        rows |= {m: [one.given.text for one in of if one.question.task == task] for m, of in scored.items()}
-        counts = [[len(text.split()) for text in texts] for texts in rows.values()]
+        texts = {"reference": [a.question.references[0] for a in first if a.question.task == task]}
+        texts |= {m: [a.answer.text for a in answers if a.question.task == task] for m, answers in scored.items()}
+        counts = [[len(text.split()) for text in model_texts] for model_texts in texts.values()]
         panel.boxplot(
-            counts, orientation="horizontal", whis=(5, 95), showfliers=False, tick_labels=list(rows), widths=0.5
+            counts, orientation="horizontal", whis=(5, 95), showfliers=False, tick_labels=list(texts), widths=0.5
         )
         panel.invert_yaxis()
         panel.set(title=TASKS[task], xlabel="words (box: quartiles, whiskers: 5 and 95 %)")

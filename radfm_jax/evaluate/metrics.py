@@ -1,13 +1,14 @@
-"""What an answer is worth, and what many of them come to (paper, section 5.1). Numbers and text; no model, no files.
+"""Metrics of one answer, and statistics of many with confidence intervals (paper, section 5.1).
 
-Of one answer: `match` (closed lists), `bleu1`, `rouge1`, `medical_overlap`, `exact`. Of many: functions of weights
-w [n], one a sample, so that one bootstrap serves them all; a weight is how often a resample drew the sample.
+Functions of one answer: `closest_choice` and `named_choice` (closed questions), `bleu1`, `rouge1`, `medical_overlap`,
+`exact`. Statistics of many are functions of weights w [n], one per sample: the number of times that a bootstrap
+resample drew the sample.
 
     mean(x)              sum w x / sum w over the samples that have a value
-    accuracy             the mean of whether it is right
-    f1, macro_f1         of a class; of all classes that are references, each counting once
-    balanced_accuracy    mean over the classes of the share of them that is right
-    auc                  chance that a yes has a higher probability of "yes" than a no, ties counting half
+    f1, macro_f1         of one class; mean over the classes that are references
+    balanced_accuracy    mean of the accuracy over the reference classes
+    auc                  probability that a positive has a higher score than a negative; ties count half
+    calibration_error    expected calibration error
 """
 
 from __future__ import annotations
@@ -30,46 +31,50 @@ _WORD = re.compile(r"[^\W_]+")
 # --- one answer -------------------------------------------------------------------------------------------------------
 
 
-def match(answer: str, choices: Sequence[str]) -> str | None:
-    """The choice that is most like the answer by difflib.SequenceMatcher's ratio, case aside; the first of several that
-    are as like. None if the answer has nothing in common with any of them: a guess would then be the list's order."""
-    said = answer.strip().casefold()
-    ratios = [difflib.SequenceMatcher(None, said, choice.casefold()).ratio() for choice in choices]
+def closest_choice(answer: str, choices: Sequence[str]) -> str | None:
+    """Return the choice with the highest difflib ratio to the answer, ignoring case; the first one of a tie.
+
+    Returns None if no choice has a character in common with the answer, where the order of the list would decide.
+    """
+    answer = answer.strip().casefold()
+    ratios = [difflib.SequenceMatcher(None, answer, choice.casefold()).ratio() for choice in choices]
     best = int(np.argmax(ratios))
     return choices[best] if ratios[best] > 0 else None
 
 
-def named(answer: str, names: Mapping[str, Sequence[str]]) -> str | None:
-    """The choice of which a name stands first in the answer as whole words, case and plural aside; the longest of those
-    that begin at one place; None if it names none. Not the paper's: it finds CT in "This is a CT scan.", to which
-    `match` finds Ultrasound more alike.
+def named_choice(answer: str, names: Mapping[str, Sequence[str]]) -> str | None:
+    """Return the choice whose name comes first in the answer, or None.
+
+    Names match whole words, ignoring case and plural; the longest of several names at one position counts. This is not
+    the paper's metric: it finds CT in "This is a CT scan.", where `closest_choice` returns Ultrasound.
 
     Args:
-      names: choice -> what it may be called.
+      names: choice -> its names.
     """
-    answer, found = re.sub("[\u2010-\u2015\u2212]", "-", answer), []  # all hyphens and dashes
-    for choice, called in names.items():
-        for name in called:
-            if place := re.search(rf"(?<![^\W_]){re.escape(name)}s?(?![^\W_])", answer, re.IGNORECASE):
-                found.append((place.start(), -len(name), choice))
-    return min(found)[2] if found else None
+    answer, matches = re.sub("[\u2010-\u2015\u2212]", "-", answer), []  # all hyphens and dashes
+    for choice, choice_names in names.items():
+        for name in choice_names:
+            if match := re.search(rf"(?<![^\W_]){re.escape(name)}s?(?![^\W_])", answer, re.IGNORECASE):
+                matches.append((match.start(), -len(name), choice))
+    return min(matches)[2] if matches else None
 
 
 def exact(answer: str, references: Sequence[str]) -> float:
-    """1 if the answer is a reference word by word, case and punctuation aside; else 0."""
+    """Return 1 if the words of the answer are those of a reference, ignoring case and punctuation; else 0."""
     words = lambda text: _WORD.findall(text.casefold())  # noqa: E731
     return float(any(words(answer) == words(reference) for reference in references))
 
 
 def bleu1(answer: str, references: Sequence[str]) -> float:
-    """BLEU of single words in [0, 1]: the share of the answer's words that a reference has, each as often as it has it,
-    times exp(1 - reference length / answer length) where the answer is the shorter one. Tokens of sacrebleu's `13a`,
-    lower case, of this one sentence, not smoothed."""
+    """Return BLEU-1 in [0, 1], not smoothed: clipped word precision times the brevity penalty.
+
+    Words are lower-case tokens of sacrebleu's `13a` tokenizer.
+    """
     return _bleu().sentence_score(answer, list(references)).score / 100
 
 
 def rouge1(answer: str, references: Sequence[str]) -> float:
-    """F-measure of ROUGE-1 in [0, 1], lower-case words of a-z and 0-9, not stemmed; the best of the references."""
+    """Return the ROUGE-1 F-measure in [0, 1] of the best reference: lower-case words of a-z and 0-9, not stemmed."""
     return max(_rouge().score(reference, answer)["rouge1"].fmeasure for reference in references)
 
 
@@ -88,80 +93,78 @@ def _rouge():
 
 
 def medical_words(text: str, terms: TermFinder) -> collections.Counter[str]:
-    """Words inside the medical terms of a text, folded (case, plural, British spelling), and how often each comes."""
-    found: collections.Counter[str] = collections.Counter()
-    for begin, end in terms.find(text):
-        found.update(fold_word(word) for word in _WORD.findall(text[begin:end]))
-    return found
+    """Count the words inside the medical terms of a text, folded (case, plural, British spelling)."""
+    counts: collections.Counter[str] = collections.Counter()
+    for start, end in terms.find(text):
+        counts.update(fold_word(word) for word in _WORD.findall(text[start:end]))
+    return counts
 
 
 def medical_overlap(answer: str, references: Sequence[str], terms: TermFinder) -> tuple[float, float]:
-    """(UMLS-Precision, UMLS-Recall): words inside medical terms that answer and reference share, each as often as both
-    have it, over those of the answer, and over those of the reference.
+    """Return (UMLS-Precision, UMLS-Recall) for the reference with the highest sum.
 
-    Precision of an answer without any is 0 where the reference has some, and nan where neither has: such a pair says
-    nothing about medical words. Recall is nan where the reference has none. Of several references that with the best
-    sum.
+    The number of medical words that answer and reference share (clipped counts), relative to those of the answer and of
+    the reference. Recall is nan if the reference has no medical words. Precision of an answer without any is 0, or nan
+    if the reference has none either.
     """
-    said = medical_words(answer, terms)
-    found = []
+    answer_words, pairs = medical_words(answer, terms), []
     for reference in references:
-        wanted = medical_words(reference, terms)
-        shared = (said & wanted).total()
-        nothing = float("nan")
-        precision = shared / said.total() if said else 0.0 if wanted else nothing
-        recall = shared / wanted.total() if wanted else nothing
-        found.append((precision, recall))
-    return max(found, key=lambda pair: np.nansum(pair))
+        reference_words = medical_words(reference, terms)
+        shared = (answer_words & reference_words).total()
+        recall = shared / reference_words.total() if reference_words else float("nan")
+        precision = shared / answer_words.total() if answer_words else 0.0 if reference_words else float("nan")
+        pairs.append((precision, recall))
+    return max(pairs, key=lambda pair: np.nansum(pair))
 
 
 # --- many answers -----------------------------------------------------------------------------------------------------
 
 
 def mean(values: np.ndarray) -> Statistic:
-    """values: float[n]; samples whose value is nan do not count."""
+    """Mean of values float[n], without the samples whose value is nan."""
     counts = np.isfinite(values)
     filled = np.where(counts, values, 0.0)
-    return lambda w: _share(w @ filled, w @ counts)
+    return lambda w: _ratio(w @ filled, w @ counts)
 
 
 def f1(predicted: Sequence, reference: Sequence, positive) -> Statistic:
-    """F1 of one class: 2 TP / (2 TP + FP + FN). An answer that is None is of no class: it misses what it should be."""
+    """F1 of one class, 2 TP / (2 TP + FP + FN). A prediction of None belongs to no class."""
     p, r = (np.array([x == positive for x in side], bool) for side in (predicted, reference))
-    return lambda w: _share(2 * (w @ (p & r)), w @ p.astype(float) + w @ r)
+    return lambda w: _ratio(2 * (w @ (p & r)), w @ p.astype(float) + w @ r)
 
 
 def macro_f1(predicted: Sequence, reference: Sequence) -> Statistic:
-    """Mean of F1 over the classes that are the reference of some sample."""
+    """Mean of F1 over the classes that occur in the references."""
     classes = sorted(set(reference))
     return _over_classes([f1(predicted, reference, c) for c in classes], reference, classes)
 
 
 def balanced_accuracy(predicted: Sequence, reference: Sequence) -> Statistic:
-    """Mean over the references of the share of them that is right."""
-    right = np.array([p == r for p, r in zip(predicted, reference, strict=True)], float)
+    """Mean over the reference classes of the share of correct predictions."""
+    correct = np.array([p == r for p, r in zip(predicted, reference, strict=True)], float)
     classes = sorted(set(reference))
-    of = [mean(np.where(np.array([r == c for r in reference]), right, np.nan)) for c in classes]
-    return _over_classes(of, reference, classes)
+    recalls = [mean(np.where(np.array([r == c for r in reference]), correct, np.nan)) for c in classes]
+    return _over_classes(recalls, reference, classes)
 
 
-def _over_classes(of: list[Statistic], reference: Sequence, classes: list) -> Statistic:
-    """A resample need not hold every class: the mean is over those that it holds."""
-    present = np.array([[r == c for r in reference] for c in classes], float)
+def _over_classes(statistics: list[Statistic], reference: Sequence, classes: list) -> Statistic:
+    """Mean of per-class statistics over the classes that a resample contains; it need not contain all."""
+    members = np.array([[r == c for r in reference] for c in classes], float)
 
     def statistic(w: np.ndarray) -> float:
-        here = present @ w > 0
-        return float(np.mean([one(w) for one, held in zip(of, here, strict=True) if held])) if here.any() else np.nan
+        present = members @ w > 0
+        values = [class_statistic(w) for class_statistic, p in zip(statistics, present, strict=True) if p]
+        return float(np.mean(values)) if values else np.nan
 
     return statistic
 
 
 def auc(score: np.ndarray, positive: np.ndarray) -> Statistic:
-    """Area under the ROC curve of score float[n] for positive bool[n]; nan in a sample of one kind only."""
+    """Area under the ROC curve of score float[n] for positive bool[n]; nan if all are positive or none is."""
     score, positive = np.asarray(score, float), np.asarray(positive, bool)
     order = np.argsort(score, kind="stable")
     ranked, is_yes = score[order], positive[order]
-    first = np.r_[True, ranked[1:] > ranked[:-1]]  # of samples that tie
+    first = np.r_[True, ranked[1:] > ranked[:-1]]  # first of each group of ties
     group = np.cumsum(first) - 1
 
     def statistic(w: np.ndarray) -> float:
@@ -169,30 +172,29 @@ def auc(score: np.ndarray, positive: np.ndarray) -> Statistic:
         yes = np.bincount(group, w * is_yes)
         no = np.bincount(group, w * ~is_yes)
         below = np.cumsum(no) - no
-        return _share(yes @ (below + no / 2), yes.sum() * no.sum())
+        return _ratio(yes @ (below + no / 2), yes.sum() * no.sum())
 
     return statistic
 
 
 def calibration_error(score: np.ndarray, positive: np.ndarray, bins: int = 10) -> Statistic:
-    """Expected calibration error: over bins of equal width of the probability of "yes", the distance of its mean from
-    the share of yes, weighted by the samples in the bin."""
+    """Expected calibration error over bins of equal width: |mean score - share of positives|, weighted by bin size."""
     score, positive = np.asarray(score, float), np.asarray(positive, float)
-    which = bin_of(score, bins)
+    bin_index = bin_of(score, bins)
 
     def statistic(w: np.ndarray) -> float:
-        gap = np.bincount(which, w * (score - positive), bins)
-        return _share(np.abs(gap).sum(), w.sum())
+        gap = np.bincount(bin_index, w * (score - positive), bins)
+        return _ratio(np.abs(gap).sum(), w.sum())
 
     return statistic
 
 
 def bin_of(score: np.ndarray, bins: int) -> np.ndarray:
-    """int[n]: which of `bins` bins of [0, 1] each score lies in; 1 lies in the last."""
+    """Return int[n]: the bin of each score, of `bins` equal bins of [0, 1]; 1 is in the last bin."""
     return np.minimum((np.asarray(score) * bins).astype(int), bins - 1)
 
 
-def _share(part: float, whole: float) -> float:
+def _ratio(part: float, whole: float) -> float:
     return float(part / whole) if whole > 0 else float("nan")
 
 
@@ -201,7 +203,7 @@ def _share(part: float, whole: float) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    """A statistic and the interval that holds 95 % of its values over resamples; nan where it has no value."""
+    """A statistic with its 95 % confidence interval; nan where it has no value."""
 
     value: float
     low: float
@@ -214,37 +216,38 @@ def bootstrap(
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Interval]:
-    """Percentile intervals by resampling clusters with replacement (Efron 1979): all statistics see the same draws.
+    """Return percentile intervals by resampling clusters with replacement (Efron 1979).
 
-    scipy.stats.bootstrap draws samples one by one and has no clusters.
+    All statistics see the same resamples. scipy.stats.bootstrap cannot resample clusters.
 
     Args:
-      clusters: of each sample. All different: samples are drawn. The study: studies are drawn, with all their samples,
-        which are alike, so that intervals over samples would be too narrow.
+      clusters: cluster of each sample. Unique values resample single samples. With studies as clusters, the samples of
+        a study are drawn together, because they are correlated.
     """
-    names = {cluster: k for k, cluster in enumerate(dict.fromkeys(clusters))}
-    of = np.array([names[cluster] for cluster in clusters], int)
-    count, rng = len(names), np.random.default_rng(seed)
-    ones = np.ones(len(of))
-    values = {name: statistic(ones) for name, statistic in statistics.items()}
+    numbers = {cluster: k for k, cluster in enumerate(dict.fromkeys(clusters))}
+    cluster_of = np.array([numbers[cluster] for cluster in clusters], int)
+    count, rng = len(numbers), np.random.default_rng(seed)
+    ones = np.ones(len(cluster_of))
     drawn = {name: np.full(resamples, np.nan) for name in statistics}
     for k in range(resamples if count else 0):
-        weights = np.bincount(rng.integers(0, count, count), minlength=count)[of].astype(float)
+        weights = np.bincount(rng.integers(0, count, count), minlength=count)[cluster_of].astype(float)
         for name, statistic in statistics.items():
             drawn[name][k] = statistic(weights)
-    found = {}
-    for name, value in values.items():
-        kept = drawn[name][np.isfinite(drawn[name])]
-        low, high = np.percentile(kept, (2.5, 97.5)) if len(kept) else (np.nan, np.nan)
-        found[name] = Interval(value, float(low), float(high))
-    return found
+    intervals = {}
+    for name, statistic in statistics.items():
+        finite = drawn[name][np.isfinite(drawn[name])]
+        low, high = np.percentile(finite, (2.5, 97.5)) if len(finite) else (np.nan, np.nan)
+        intervals[name] = Interval(statistic(ones), float(low), float(high))
+    return intervals
 
 
 def weighted_kappa(a: Sequence[int], b: Sequence[int], classes: int) -> float:
-    """Cohen's kappa of two raters' grades 0 .. classes - 1, disagreement weighted by its square (Cohen 1968); nan where
-    both always gave one and the same grade, which leaves nothing to agree on beyond chance."""
-    seen = np.zeros((classes, classes))
-    np.add.at(seen, (np.asarray(a, int), np.asarray(b, int)), 1)
+    """Return Cohen's kappa of two raters' grades 0 .. classes - 1, with quadratic weights (Cohen 1968).
+
+    Returns nan if both raters gave one and the same grade only: chance explains all agreement.
+    """
+    counts = np.zeros((classes, classes))
+    np.add.at(counts, (np.asarray(a, int), np.asarray(b, int)), 1)
     cost = (np.arange(classes)[:, None] - np.arange(classes)) ** 2
-    expected = np.outer(seen.sum(1), seen.sum(0)) / max(seen.sum(), 1)
-    return 1 - (cost * seen).sum() / (cost * expected).sum() if (cost * expected).sum() else float("nan")
+    expected = (cost * np.outer(counts.sum(1), counts.sum(0))).sum() / max(counts.sum(), 1)
+    return 1 - (cost * counts).sum() / expected if expected else float("nan")

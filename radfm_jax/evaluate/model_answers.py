@@ -1,10 +1,10 @@
-"""Questions -> answers: of a checkpoint, or of anybody's file.
+"""Questions -> answers of a checkpoint; answers of any model from a file.
 
-    answers/NAME.jsonl          a line an answer: id, prompt, answer, p_yes (yes/no questions), tokens, made_with
-    answers/NAME.failed.jsonl   a line a question that got none: id, error
+    answers/NAME.jsonl          an answer per line: id, prompt, answer, p_yes (yes/no questions), tokens, made_with
+    answers/NAME.failed.jsonl   a question without an answer per line: id, error
 
-Anybody's file needs `id` and `answer`; `p_yes`, the probability of "yes" against "no", and `error`, why there is no
-answer, may stand there too.
+Files of other models need `id` and `answer`. `p_yes`, the probability of "yes" relative to "yes" and "no", and `error`,
+why there is no answer, are optional.
 """
 
 from __future__ import annotations
@@ -16,22 +16,25 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from input_pipeline.datasets.json_tables import text_lines
+from input_pipeline.files import write_json_lines
 from input_pipeline.text.tokenizer import Tokenizer
-from radfm_jax.evaluate.radbench import Question, write_lines, write_questions
+from radfm_jax.evaluate.radbench import Question
+from radfm_jax.evaluate.radbench_build import write_questions
 from radfm_jax.inference import Answer, Generator, Sampling
-from radfm_jax.inference.batch_files import Outcome, answer_file
+from radfm_jax.inference.batch_files import raise_problems
+from radfm_jax.inference.batch_run import BatchResult, answer_file
 
 SPELLINGS = {"yes": ("yes", "Yes", "YES"), "no": ("no", "No", "NO")}
 
 
 @dataclasses.dataclass(frozen=True)
-class Given:
-    """What a model said to a question.
+class RecordedAnswer:
+    """The answer of a model to a question, as its file records it.
 
     Attributes:
-      p_yes: probability of "yes", those of "yes" and "no" making 1; None if it was not asked for, or not given.
-      tokens: of the answer; None if the file does not say.
-      ended: how it ended (generate.Answer); "" if the file does not say.
+      p_yes: probability of "yes" relative to "yes" and "no"; None if not recorded.
+      tokens: length of the answer; None if not recorded.
+      ended: see inference.Answer; "" if not recorded.
       error: why there is no answer; "" if there is one.
     """
 
@@ -42,140 +45,139 @@ class Given:
     error: str = ""
 
 
-# --- a checkpoint -----------------------------------------------------------------------------------------------------
+# --- answers of a checkpoint ------------------------------------------------------------------------------------------
 
 
-def answer_all(
+def generate_answers(
     generator: Generator,
     questions: Sequence[Question],
-    file: Path,
-    asked: Path,
+    answers_file: Path,
+    questions_file: Path,
     *,
     model: str,
     checkpoint: str = "",
     sampling: Sampling = Sampling(),  # noqa: B008
     batch: int = 8,
-    progress: Callable[[int, int, int], None] = lambda done, failed, total: None,
-) -> Outcome:
-    """Answers what has no answer in `file` yet, and names in the `.failed` file beside it what got none.
+    progress: Callable[[int, int, int], None] = lambda answered, failed, total: None,
+) -> BatchResult:
+    """Answer the questions that have no answer in `answers_file`, and list failures in the `.failed` file next to it.
 
     Args:
-      asked: where the questions are written, once nothing is refused: until then those stand there that the answers in
-        `file` were given to.
-      model, checkpoint: what made the answers (generate.many.answer_file); those of another one are refused.
-    Raises ValueError: answers in `file` that were made otherwise.
+      questions_file: replaced by `questions` after all checks; until then it keeps the questions of earlier answers.
+      model, checkpoint: see batch_run.answer_file.
+    Raises:
+      ValueError: `answers_file` has answers that were made with other settings, or to other questions.
     """
     yes, no = first_tokens(generator.tokenizer)
     closed = {q.row_id for q in questions if q.task == "diagnosis"}
 
-    def more(row_id: str, answer: Answer) -> dict:
+    def probability_fields(row_id: str, answer: Answer) -> dict:
         if row_id not in closed or not (yes and no):
             return {}
-        masses = [sum(map(math.exp, part)) for part in (answer.watched[: len(yes)], answer.watched[len(yes) :])]
-        whole = sum(masses)
-        return {"p_yes": masses[0] / whole, "p_yes_or_no": whole} if whole > 0 else {}
+        p_yes, p_no = (sum(map(math.exp, part)) for part in (answer.watched[: len(yes)], answer.watched[len(yes) :]))
+        return {"p_yes": p_yes / (p_yes + p_no), "p_yes_or_no": p_yes + p_no} if p_yes + p_no > 0 else {}
 
-    fresh = asked.with_suffix(".new.jsonl")
-    write_questions(questions, fresh)
+    new_file = questions_file.with_suffix(".new.jsonl")
+    write_questions(questions, new_file)
     try:
-        # Every path was looked for below the root of its own data set when the question was made.
-        outcome = answer_file(
+        result = answer_file(
             generator,
-            fresh,
-            file,
+            new_file,
+            answers_file,
             sampling,
-            root=Path("/"),
+            root=Path("/"),  # all paths are absolute and were checked against the root of their data set
             batch=batch,
             model=model,
             checkpoint=checkpoint,
             progress=progress,
             watch=(*yes, *no),
-            more=more,
-            no_others=True,  # scoring would refuse them when everything is answered
-            accepted=lambda: fresh.replace(asked),
+            extra_fields=probability_fields,
+            reject_unknown_ids=True,  # scoring would reject them after hours of generation
+            on_start=lambda: new_file.replace(questions_file),
         )
     finally:
-        fresh.unlink(missing_ok=True)
-    write_lines(failures_of(file), ({"id": row_id, "error": why} for row_id, why in outcome.failed.items()))
-    return outcome
+        new_file.unlink(missing_ok=True)
+    write_json_lines(failures_file(answers_file), ({"id": row_id, "error": e} for row_id, e in result.failed.items()))
+    return result
 
 
-def failures_of(file: Path) -> Path:
-    return file.with_suffix(".failed.jsonl")
+def failures_file(answers_file: Path) -> Path:
+    return answers_file.with_suffix(".failed.jsonl")
 
 
 def first_tokens(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Tokens with which the answers yes and no begin; both empty if the tokenizer begins both alike.
+    """Return the first tokens of the answers yes and no; both empty if the two begin with the same token.
 
-    The data sets write them in lower case. Other spellings count too, unless their first token is one of the other
-    answer's, or the bare mark of a word's start, with which anything may begin that is spelled letter by letter.
+    Lower case, as in the data sets, always counts. Another spelling counts unless its first token also begins the other
+    answer, or is a bare word-start mark, which begins any word that is spelled letter by letter.
     """
     yes, no = ([tokenizer.encode(spelling)[0] for spelling in SPELLINGS[answer]] for answer in ("yes", "no"))
     if yes[0] == no[0]:
         return (), ()
 
-    def kept(own: list[int], other: list[int]) -> tuple[int, ...]:
-        more = (token for token in own[1:] if token not in other and tokenizer.decode([token]).strip())
-        return tuple(dict.fromkeys([own[0], *more]))
+    def distinct(own: list[int], other: list[int]) -> tuple[int, ...]:
+        spellings = (token for token in own[1:] if token not in other and tokenizer.decode([token]).strip())
+        return tuple(dict.fromkeys([own[0], *spellings]))
 
-    return kept(yes, no), kept(no, yes)
+    return distinct(yes, no), distinct(no, yes)
 
 
 # --- files of answers -------------------------------------------------------------------------------------------------
 
 
-def read_answers(file: Path, questions: Sequence[Question]) -> dict[str, Given]:
-    """id -> what was said; questions without a line have no entry.
+def read_answers(file: Path, questions: Sequence[Question]) -> dict[str, RecordedAnswer]:
+    """Return id -> answer; questions without a line have no entry.
 
     Raises:
-      ValueError: lines that are no answers, ids that stand twice or are no question's, answers to another wording,
-        probabilities or texts that are none; the first ten of them.
+      ValueError: invalid lines, duplicate or unknown ids, or answers to another wording; lists the first ten.
     """
     known = {q.row_id: q for q in questions}
+    failures = failures_file(file)
     try:
-        files = [file, *(one for one in [failures_of(file)] if one.exists())]
-        name = lambda one: "" if one == file else f"{one.name}, "  # noqa: E731
-        lines = [(f"{name(one)}line {n}", line) for one in files for n, line in enumerate(text_lines(one), 1)]
+        lines = [(f"line {n}", line) for n, line in enumerate(text_lines(file), 1)]
+        if failures.exists():
+            lines += [(f"{failures.name}, line {n}", line) for n, line in enumerate(text_lines(failures), 1)]
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} cannot be read ({error}): give JSON Lines in UTF-8, {{id, answer}} a line") from None
-    found: dict[str, Given] = {}
+        raise ValueError(
+            f"{file} cannot be read ({error}): pass JSON Lines in UTF-8 with {{id, answer}} per line"
+        ) from None
+    answers: dict[str, RecordedAnswer] = {}
     problems = []
-    for where, line in lines:
+    for position, line in lines:
         if not line.strip():
             continue
         try:
-            row_id, given = _given(json.loads(line), known)
-            if row_id in found:
-                raise ValueError(f"id {row_id!r} stands twice")
-            found[row_id] = given
+            row_id, answer = _recorded_answer(json.loads(line), known)
+            if row_id in answers:
+                raise ValueError(f"duplicate id {row_id!r}")
+            answers[row_id] = answer
         except ValueError as error:
-            problems.append(f"{where}: {error}")
-    if problems:
-        raise ValueError(f"{file}: {'; '.join(problems[:10])}" + (" ..." if len(problems) > 10 else ""))
-    return found
+            problems.append(f"{position}: {error}")
+    raise_problems(problems, f"{file}: ")
+    return answers
 
 
-def _given(line: object, known: dict[str, Question]) -> tuple[str, Given]:
+def _recorded_answer(line: object, known: dict[str, Question]) -> tuple[str, RecordedAnswer]:
     if not isinstance(line, dict) or not isinstance(line.get("id"), str):
-        raise ValueError("an object with `id` and `answer` is expected")
+        raise ValueError("expected an object with `id` and `answer`")
     row_id, text, error = line["id"], line.get("answer"), line.get("error") or ""
     if row_id not in known:
-        raise ValueError(f"id {row_id!r} is no question of this benchmark: was it another config's?")
+        raise ValueError(f"id {row_id!r} is not in this benchmark: was the file made with another config?")
     if not isinstance(text, str) and not error:
-        raise ValueError(f"{row_id}: `answer` must be a text, or `error` say why there is none")
+        raise ValueError(f"{row_id}: `answer` must be a text, unless there is an `error`")
     for key in ("prompt", "context"):
-        wording, asked = line.get(key), getattr(known[row_id], key)
-        if wording and wording != asked:
-            raise ValueError(f"{row_id}: it answers {str(wording)[:60]!r}, but the {key} is {asked[:60]!r}")
+        recorded, expected = line.get(key), getattr(known[row_id], key)
+        if recorded and recorded != expected:
+            raise ValueError(f"{row_id}: answers the {key} {str(recorded)[:60]!r}, but it is {expected[:60]!r}")
     try:
         f"{text}{error}".encode()
-    except UnicodeEncodeError as wrong:
-        raise ValueError(f"{row_id}: its text is no valid Unicode ({wrong.reason}, character {wrong.start})") from None
+    except UnicodeEncodeError as e:
+        raise ValueError(f"{row_id}: text is not valid Unicode ({e.reason}, character {e.start})") from None
     p_yes = line.get("p_yes")
     if p_yes is not None and (isinstance(p_yes, bool) or not isinstance(p_yes, int | float) or not 0 <= p_yes <= 1):
-        raise ValueError(f"{row_id}: p_yes is {p_yes!r}, a probability is expected")
+        raise ValueError(f"{row_id}: p_yes must be a probability (got {p_yes!r})")
     tokens = line.get("tokens")
-    return row_id, Given(
+    return row_id, RecordedAnswer(
         text if isinstance(text, str) else "", p_yes, tokens if type(tokens) is int else None,
         str(line.get("ended") or ""), str(error),
     )  # fmt: skip

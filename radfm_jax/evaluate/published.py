@@ -1,6 +1,6 @@
-"""What the paper published (arXiv 2308.02463, Table 4): per cent, with 95 % confidence intervals of unstated method.
+"""Published results (arXiv 2308.02463, Table 4), in per cent with 95 % confidence intervals of unstated method.
 
-Facts of others' runs on data that only their authors have whole; shown beside ours, marked as published, never mixed.
+Tables show them next to our results, marked as published.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 MODELS = ("OpenFlamingo", "MedVInT", "RadFM")
 CASES = {"modality": 17_896, "diagnosis": 129_985, "vqa": 154_540, "report": 6_552, "rationale": 1_392}
 
-# task -> metric -> of each model (value, low, high)
+# task -> metric -> (value, low, high) of each model
 TABLE = {
     "modality": {
         "accuracy": ((14.47, 12.67, 16.61), (86.19, 84.33, 87.62), (86.33, 85.55, 87.13)),
@@ -39,6 +39,6 @@ TABLE = {
 
 
 def values(model: str, task: str) -> dict[str, tuple[float, float, float]]:
-    """metric -> (value, low, high) as shares of 1; empty if the paper has none."""
+    """Return metric -> (value, low, high) as fractions of 1; empty if the paper has none."""
     k = MODELS.index(model)
-    return {metric: tuple(x / 100 for x in of[k]) for metric, of in TABLE.get(task, {}).items()}
+    return {metric: tuple(x / 100 for x in rows[k]) for metric, rows in TABLE.get(task, {}).items()}

@@ -1,4 +1,4 @@
-"""Questions and answers -> the scores of every answer, and their tables with intervals."""
+"""Questions and answers -> scores of each answer, and tables with confidence intervals."""
 
 from __future__ import annotations
 
@@ -10,85 +10,85 @@ import numpy as np
 from input_pipeline.text.terms import TermFinder
 from radfm_jax.evaluate import metrics
 from radfm_jax.evaluate.metrics import Interval
-from radfm_jax.evaluate.model_answers import Given
+from radfm_jax.evaluate.model_answers import RecordedAnswer
 from radfm_jax.evaluate.radbench import NAMES, Question
 
-# metric -> its name in tables. Those of the paper, then ours.
+# metric -> title; the paper's metrics come first.
 TITLES = {
     "accuracy": "ACC", "f1": "F1", "bleu": "BLEU-1", "rouge": "ROUGE-1", "umls_precision": "UMLS-Precision",
     "umls_recall": "UMLS-Recall", "balanced_accuracy": "balanced ACC", "named": "ACC by word",
     "auc": "AUC", "calibration_error": "ECE", "exact": "exact match",
 }  # fmt: skip
-OF_TEXT = ("bleu", "rouge", "umls_precision", "umls_recall", "exact")
+TEXT_METRICS = ("bleu", "rouge", "umls_precision", "umls_recall", "exact")
 GROUPINGS = {"task": lambda q: (), "data set": lambda q: (q.dataset,), "modality": lambda q: (q.modality,),
              "anatomy": lambda q: (q.anatomy,)}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class ScoredAnswer:
-    """A question, what a model said, and what that is worth.
+    """A question, the answer of a model, and its scores.
 
     Attributes:
-      predicted: the choice of a closed list that the answer was matched to; None for open answers and for no match.
-      values: metric -> share; nan where it has none (metrics.medical_overlap).
-        Closed answers have `accuracy` and `named`.
-      error: why it counts as wrong without being looked at.
+      predicted: the choice that a closed answer was matched to; None for open questions, or without a match.
+      values: metric -> value in [0, 1], or nan (metrics.medical_overlap). Closed questions have `accuracy` and `named`.
+      error: why there is no usable answer, which counts as wrong.
     """
 
     question: Question
-    given: Given
+    answer: RecordedAnswer
     predicted: str | None
     values: Mapping[str, float]
     error: str = ""
 
     @property
-    def right(self) -> float:
-        """How good it is, to choose examples by: right or not; for open answers the mean of BLEU-1 and ROUGE-1."""
+    def quality(self) -> float:
+        """Accuracy; for open questions the mean of BLEU-1 and ROUGE-1. Selects the examples of a report."""
         return self.values.get("accuracy", (self.values.get("bleu", 0.0) + self.values.get("rouge", 0.0)) / 2)
 
     def to_dict(self) -> dict:
-        """A line of scores/NAME.jsonl: enough to score again, or to score otherwise."""
-        q, g = self.question, self.given
-        found = {"id": q.row_id, "task": q.task, "dataset": q.dataset, "study": q.study, "modality": q.modality}
-        found |= {"anatomy": q.anatomy, "references": list(q.references), "answer": g.text, "predicted": self.predicted}
-        found |= {"p_yes": g.p_yes, "error": self.error}
-        return found | {name: None if np.isnan(value) else value for name, value in self.values.items()}
+        """Return a line of scores/NAME.jsonl, which suffices to compute other scores."""
+        q, a = self.question, self.answer
+        fields = {"id": q.row_id, "task": q.task, "dataset": q.dataset, "study": q.study, "modality": q.modality}
+        fields |= {"anatomy": q.anatomy, "references": list(q.references), "answer": a.text}
+        fields |= {"predicted": self.predicted, "p_yes": a.p_yes, "error": self.error}
+        return fields | {name: None if np.isnan(value) else value for name, value in self.values.items()}
 
 
-def score(questions: Sequence[Question], answers: Mapping[str, Given], terms: TermFinder) -> list[ScoredAnswer]:
-    """Every question, those without an answer counted as wrong in everything."""
-    return [_score(q, answers.get(q.row_id, Given("", error="no answer in the file")), terms) for q in questions]
+def score(
+    questions: Sequence[Question], answers: Mapping[str, RecordedAnswer], terms: TermFinder
+) -> list[ScoredAnswer]:
+    """Score all questions. Those without an answer count as wrong in every metric."""
+    missing = RecordedAnswer("", error="no answer in the file")
+    return [_score(q, answers.get(q.row_id, missing), terms) for q in questions]
 
 
-def _score(question: Question, given: Given, terms: TermFinder) -> ScoredAnswer:
-    error = given.error or ("" if given.text.strip() else "the answer is empty")
+def _score(question: Question, answer: RecordedAnswer, terms: TermFinder) -> ScoredAnswer:
+    error = answer.error or ("" if answer.text.strip() else "the answer is empty")
+    text, references = "" if error else answer.text, question.references
     if question.closed:
-        predicted = None if error else metrics.match(given.text, question.closed)
-        names = {choice: NAMES.get(choice, (choice,)) for choice in question.closed}
-        named = None if error else metrics.named(given.text, names)
-        right = {"accuracy": float(predicted in question.references), "named": float(named in question.references)}
-        return ScoredAnswer(question, given, predicted, right, error)
-    text, references = "" if error else given.text, question.references
+        predicted = metrics.closest_choice(text, question.closed)
+        named = metrics.named_choice(text, {choice: NAMES.get(choice, (choice,)) for choice in question.closed})
+        values = {"accuracy": float(predicted in references), "named": float(named in references)}
+        return ScoredAnswer(question, answer, predicted, values, error)
     overlap = metrics.medical_overlap(text, references, terms)
     values = (metrics.bleu1(text, references), metrics.rouge1(text, references), *overlap)
-    return ScoredAnswer(
-        question, given, None, dict(zip(OF_TEXT, (*values, metrics.exact(text, references)), strict=True)), error
-    )
+    values = dict(zip(TEXT_METRICS, (*values, metrics.exact(text, references)), strict=True))
+    return ScoredAnswer(question, answer, None, values, error)
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
-class Line:
-    """A line of the tables: one model on one task, or on a part of it.
+class ScoreRow:
+    """A row of the tables: one model on one task, or on a part of it.
 
     Attributes:
-      grouping, group: what kind of part (GROUPINGS), and which; "" for a whole task.
-      failed: questions without a usable answer, counted as wrong.
-      studies: how many different ones.
+      grouping, group: kind of part (GROUPINGS) and its name; "" for a whole task.
+      failed: number of questions without a usable answer, which count as wrong.
+      studies: number of different studies.
       metrics: name -> value and interval.
-      without: metric -> questions that it says nothing about.
+      without: metric -> number of questions without a value.
     """
 
     model: str
@@ -102,67 +102,70 @@ class Line:
     without: Mapping[str, int]
 
 
-def tables(model: str, scored: Sequence[ScoredAnswer], *, resamples: int, seed: int, by_study: bool) -> list[Line]:
-    """Lines for every task, then for its data sets, modalities and anatomies where they are known."""
-    lines = []
-    for grouping, of in GROUPINGS.items():
+def score_rows(
+    model: str, scored: Sequence[ScoredAnswer], *, resamples: int, seed: int, by_study: bool
+) -> list[ScoreRow]:
+    """Return the rows of all tasks, then of their data sets, modalities and anatomies where known."""
+    rows = []
+    for grouping, group_of in GROUPINGS.items():
         parts: dict[tuple, list[ScoredAnswer]] = {}
-        for one in scored:
-            parts.setdefault((one.question.task, *of(one.question)), []).append(one)
-        for (task, *group), some in parts.items():
+        for answer in scored:
+            parts.setdefault((answer.question.task, *group_of(answer.question)), []).append(answer)
+        for (task, *group), answers in parts.items():
             if group == [""]:
                 continue
-            found = intervals(some, resamples=resamples, seed=seed, by_study=by_study)
+            values = intervals(answers, resamples=resamples, seed=seed, by_study=by_study)
             without = {
-                name: count for name in found
-                if name in some[0].values and (count := sum(bool(np.isnan(one.values[name])) for one in some))
+                name: count for name in values
+                if name in answers[0].values and (count := sum(bool(np.isnan(a.values[name])) for a in answers))
             }  # fmt: skip
-            failed = sum(bool(one.error) for one in some)
+            failed, studies = sum(bool(a.error) for a in answers), len(set(_studies(answers)))
             name = group[0] if group else ""
-            lines.append(Line(model, task, grouping, name, len(some), failed, len(set(_studies(some))), found, without))
-    return lines
+            rows.append(ScoreRow(model, task, grouping, name, len(answers), failed, studies, values, without))
+    return rows
 
 
-def intervals(some: Sequence[ScoredAnswer], *, resamples: int, seed: int, by_study: bool) -> dict[str, Interval]:
-    """Every metric that this kind of question has, with its interval."""
-    values = {name: np.array([one.values[name] for one in some]) for name in some[0].values}
-    statistics = {name: metrics.mean(of) for name, of in values.items()}
-    if some[0].question.closed:
-        predicted = [one.predicted for one in some]
-        reference = [one.question.references[0] for one in some]
-        if some[0].question.task == "diagnosis":
+def intervals(answers: Sequence[ScoredAnswer], *, resamples: int, seed: int, by_study: bool) -> dict[str, Interval]:
+    """Return all metrics of one kind of question, with confidence intervals."""
+    names = answers[0].values
+    statistics = {name: metrics.mean(np.array([a.values[name] for a in answers])) for name in names}
+    if answers[0].question.closed:
+        predicted = [a.predicted for a in answers]
+        reference = [a.question.references[0] for a in answers]
+        if answers[0].question.task == "diagnosis":
             statistics["f1"] = metrics.f1(predicted, reference, "yes")
-            statistics |= of_probabilities(some)
+            statistics |= probability_metrics(answers)
         else:
             statistics["f1"] = metrics.macro_f1(predicted, reference)
         statistics["balanced_accuracy"] = metrics.balanced_accuracy(predicted, reference)
     statistics = {name: statistics[name] for name in TITLES if name in statistics}
-    clusters = _studies(some) if by_study else [one.question.row_id for one in some]
+    clusters = _studies(answers) if by_study else [a.question.row_id for a in answers]
     return metrics.bootstrap(statistics, clusters, resamples, seed)
 
 
-def of_probabilities(some: Sequence[ScoredAnswer]) -> dict[str, metrics.Statistic]:
-    """AUC and calibration error, where every question has a probability or failed. A failed one, which said neither,
-    counts as 0.5: leaving it out would reward failing."""
-    if without_probability(some) or all(one.given.p_yes is None for one in some):
+def probability_metrics(answers: Sequence[ScoredAnswer]) -> dict[str, metrics.Statistic]:
+    """Return AUC and calibration error, or nothing unless every answer has a probability or failed.
+
+    A failed answer counts as 0.5: dropping it would reward failures.
+    """
+    if without_probability(answers) or all(a.answer.p_yes is None for a in answers):
         return {}
-    score, positive = probabilities(some)
+    score, positive = probabilities(answers)
     return {"auc": metrics.auc(score, positive), "calibration_error": metrics.calibration_error(score, positive)}
 
 
-def without_probability(some: Sequence[ScoredAnswer]) -> int:
-    """How many answers came without a probability of yes."""
-    return sum(one.given.p_yes is None and not one.error for one in some)
+def without_probability(answers: Sequence[ScoredAnswer]) -> int:
+    """Return the number of usable answers without a probability of yes."""
+    return sum(a.answer.p_yes is None and not a.error for a in answers)
 
 
-def probabilities(some: Sequence[ScoredAnswer]) -> tuple[np.ndarray, np.ndarray]:
-    """float[n] probability of yes (0.5 where the answer failed), bool[n] whether yes is right."""
-    score = [0.5 if one.given.p_yes is None else one.given.p_yes for one in some]
-    return np.array(score, float), np.array([one.question.references[0] == "yes" for one in some])
+def probabilities(answers: Sequence[ScoredAnswer]) -> tuple[np.ndarray, np.ndarray]:
+    """Return float[n] probability of yes (0.5 for a failed answer) and bool[n] whether the reference is yes."""
+    score = [0.5 if a.answer.p_yes is None else a.answer.p_yes for a in answers]
+    return np.array(score, float), np.array([a.question.references[0] == "yes" for a in answers])
 
 
-def _studies(some: Sequence[ScoredAnswer]) -> list[str]:
-    """The study of each; a question without one is its own."""
-    return [
-        f"{one.question.dataset}/{one.question.study}" if one.question.study else one.question.row_id for one in some
-    ]
+def _studies(answers: Sequence[ScoredAnswer]) -> list[str]:
+    """Return the study of each answer; a question without one is a study of its own."""
+    questions = [a.question for a in answers]
+    return [f"{q.dataset}/{q.study}" if q.study else q.row_id for q in questions]

@@ -1,13 +1,20 @@
-"""Prefill and decode with an explicit cache: answers to prompts about scans.
+"""Generation: prompts about scans in, answers out. Scoring belongs in `evaluate`, network code in `models`.
 
-decoding.py     the compiled functions and the state between two tokens
-sampling.py     how the next token is chosen
-text.py         tokens of an answer -> text, piece by piece
-generator.py    batches, buckets, scans, prompts, answers
-__main__.py     python -m radfm_jax.generate
+requests.py      Request, Prompt, Answer: what goes in and what comes out
+inputs.py        text and scan files -> tokens and volumes
+engine.py        Generator: tokenizes, encodes scans, answers batches
+batch.py         one batch while its answers are generated
+decoding.py      the compiled functions and the decode state
+sampling.py      selection of the next token
+plain_rows.py    rows from arrays in the layout of the released model
+answer_text.py   tokens of an answer -> text, incrementally
+batch_files.py   the JSON Lines format of prompts and answers
+batch_run.py     batch file -> answers file, resumable
+command.py       python -m radfm_jax.generate
 """
 
-from radfm_jax.inference.engine import Answer, EncodedScans, GenerationError, Generator, Prompt, Request, checked
+from radfm_jax.inference.engine import Generator
+from radfm_jax.inference.requests import Answer, EncodedScans, GenerationError, Prompt, Request, require_answers
 from radfm_jax.inference.sampling import Sampling
 
 __all__ = [
@@ -18,5 +25,5 @@ __all__ = [
     "Prompt",
     "Request",
     "Sampling",
-    "checked",
+    "require_answers",
 ]

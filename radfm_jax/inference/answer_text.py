@@ -1,4 +1,4 @@
-"""Tokens of an answer -> text, piece by piece."""
+"""Tokens of an answer -> text, incrementally."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from collections.abc import Sequence
 
 from input_pipeline.text.tokenizer import Tokenizer
 
-# Of a character that is spelled in several tokens, the first ones alone decode to this.
-HALF_A_CHARACTER = "\ufffd"
+# The first tokens of a character that takes several tokens decode to this.
+INCOMPLETE_CHARACTER = "\ufffd"
 
 
 class AnswerText:
-    """The text of an answer while it grows: all pieces joined are `text`.
+    """The text of an answer while it is generated; the pieces concatenate to `text`.
 
-    A piece never takes back what an earlier one said: what may still change (half a character, white space that may be
-    the end, what may be the beginning of a stop text) is held back until it is decided.
+    Text is emitted only when later tokens cannot change it: an incomplete character, trailing white space and a
+    possible start of a stop text are kept back.
 
     Attributes:
-      ids: tokens of the answer; after a stop text, only as many as it took to write it.
-      text: what was given out.
-      stopped: whether a stop text came; it is no part of the text.
+      ids: tokens of the answer; after a stop text, only those needed to write it.
+      text: the text emitted so far.
+      stopped: whether a stop text occurred. The stop text is not part of `text`.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
@@ -29,41 +29,33 @@ class AnswerText:
         self.stopped = False
 
     def add(self, ids: Sequence[int]) -> str:
-        """The next piece; "" if nothing is certain yet."""
-        if self.stopped:
+        """Add tokens and return the next piece of text, which may be empty."""
+        if self.stopped or not len(ids):
             return ""
-        # Token by token, so that where an answer stops does not depend on how many came at a time.
-        for token in ids if self._stop else ():
-            self.ids.append(int(token))
-            whole = self._tokenizer.decode(self.ids).lstrip()
-            found = [at for at in map(whole.find, self._stop) if at >= 0]
-            if found:
+        # With stop texts, decode token by token: the end must not depend on the chunk size.
+        for chunk in ([token] for token in ids) if self._stop else (ids,):
+            self.ids += map(int, chunk)
+            decoded = self._tokenizer.decode(self.ids).lstrip()
+            starts = [start for start in map(decoded.find, self._stop) if start >= 0]
+            if starts:
                 self.stopped = True
-                return self._said(whole[: min(found)].rstrip())
-        if not self._stop:
-            self.ids += [int(token) for token in ids]
-            whole = self._tokenizer.decode(self.ids).lstrip()
-        elif not len(ids):
-            return ""
-        certain = whole.rstrip(HALF_A_CHARACTER)
-        certain = certain[: len(certain) - self._begun(certain)].rstrip()
-        return self._said(certain)
+                return self._emit(decoded[: min(starts)].rstrip())
+        final = decoded.rstrip(INCOMPLETE_CHARACTER)
+        return self._emit(final[: len(final) - self._partial_stop(final)].rstrip())
 
     def finish(self) -> str:
-        """The last piece, when no more tokens come."""
-        if self.stopped:
-            return ""
-        return self._said(self._tokenizer.decode(self.ids).strip())
+        """Return the last piece, when no more tokens follow."""
+        return "" if self.stopped else self._emit(self._tokenizer.decode(self.ids).strip())
 
-    def _said(self, text: str) -> str:
+    def _emit(self, text: str) -> str:
         piece = text[len(self.text) :]
         self.text += piece
         return piece
 
-    def _begun(self, text: str) -> int:
-        """How many characters at the end may be the beginning of a stop text."""
-        most = max((len(stop) - 1 for stop in self._stop), default=0)
-        for n in range(min(most, len(text)), 0, -1):
+    def _partial_stop(self, text: str) -> int:
+        """Return the number of characters at the end of `text` that may start a stop text."""
+        longest = max((len(stop) - 1 for stop in self._stop), default=0)
+        for n in range(min(longest, len(text)), 0, -1):
             if any(stop.startswith(text[-n:]) for stop in self._stop):
                 return n
         return 0

@@ -1,10 +1,11 @@
-"""A prompt and scans -> tokens and volumes, without a data set and without an index: what a user asks a trained model.
+"""A prompt and scans -> tokens and volumes, without a data set or an index.
 
-    question = encode_prompt("<image-1> Compare with <image-2>.", 2, tokenizer, preparation)
+    encoded = encode_prompt("<image-1> Compare with <image-2>.", 2, tokenizer, preparation)
     volumes = read_scans(["ct.nii.gz", "old_cxr.png"], preparation)
-    batch = one_row(question, volumes)               # as training sees it: one sample, alone in its row
+    batch = one_row(encoded, volumes, num_latents)   # a training batch with this sample alone in its row
 
-Text and scans go the way that training's go (`tokens.encode`, `scans.read`, `volumes`, `collate_row`).
+Text and scans pass through the functions that training uses: `tokens.encode`, `scans.read`, `prepare_volume`,
+`collate_row`.
 """
 
 from __future__ import annotations
@@ -36,18 +37,18 @@ from input_pipeline.text.tokenizer import Tokenizer
 from input_pipeline.text.tokens import Encoded, encode
 
 PLACES = ("first", "last")
-# What somebody wrote who meant a mark: `<image>`, `<image1>`, `<Image-1>`, `<image 1>`.
-_NEARLY_A_MARK = re.compile(r"<\s*image[\s_-]*[0-9]*\s*>", re.IGNORECASE)
+# Marks and misspelt marks: `<image>`, `<image1>`, `<Image-1>`, `<image 1>`.
+_MARK_LIKE = re.compile(r"<\s*image[\s_-]*[0-9]*\s*>", re.IGNORECASE)
 Scan = str | Path | ScanFile | np.ndarray
-"""A path, a path with the volume of a 4D file or a window (samples.Scan), or voxels: [H, W, D], [H, W, D, C]."""
+"""A path; a path with the volume of a 4D file or a window (samples.Scan); or voxels [H, W, D] or [H, W, D, C]."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Preparation:
-    """How scans and texts were prepared for a model: the fields of DataConfig that a question needs.
+    """How scans and texts are prepared for a model: the fields of DataConfig that a prompt needs.
 
-    In `released` mode pictures become 512 x 512 and volumes `size_3d` x `size_3d`: 256 as in the released training, or
-    512 as in its test program. size_2d, depth and storage have no meaning there.
+    In `released` mode 2D scans become 512 x 512 and volumes `size_3d` x `size_3d`: 256 as in the released training
+    program, or 512 as in its test program. It ignores size_2d, depth and storage.
     """
 
     preprocess: str = "paper"
@@ -64,7 +65,7 @@ class Preparation:
             if getattr(self, field) not in known:
                 problems.append(f"{field} is {getattr(self, field)!r}; known: {', '.join(known)}")
         if self.preprocess == "released" and self.size_3d not in (256, 512):
-            problems.append(f"size_3d is {self.size_3d}: released volumes have 256 or 512 pixels a side")
+            problems.append(f"size_3d is {self.size_3d}: released mode supports 256 and 512")
         if not problems:
             try:
                 _ = self.sizes
@@ -78,13 +79,13 @@ class Preparation:
         return Sizes(self.size_2d, self.size_3d, self.depth)
 
     @classmethod
-    def of(cls, config: DataConfig) -> Preparation:
-        """That of a training run."""
+    def from_config(cls, config: DataConfig) -> Preparation:
+        """Return the preparation of a training run."""
         return cls(**{f.name: getattr(config, f.name) for f in dataclasses.fields(cls)})
 
 
 RELEASED = Preparation(preprocess="released", storage="float32")
-"""What the released weights were trained with."""
+"""Preparation of the released weights."""
 
 
 # --- text -------------------------------------------------------------------------------------------------------------
@@ -92,61 +93,61 @@ RELEASED = Preparation(preprocess="released", storage="float32")
 
 def encode_prompt(
     prompt: str,
-    n_scans: int,
+    scan_count: int,
     tokenizer: Tokenizer,
     preparation: Preparation,
     *,
     context: str = "",
     place: str = "first",
 ) -> Encoded:
-    """Tokens of a prompt that a model is to continue; nothing is cut, however long it is.
+    """Return the tokens of a prompt, at full length.
 
     Args:
-      prompt: the question. `<image-1>` marks say where scans stand, in any order and as often as wanted, each at least
-        once, here or in `context`. Without any mark the scans stand where `place` says.
-      context: what is known of the patient, or was said before; it stands before the prompt.
-      place: `first`, before the context; or `last`, behind the prompt.
+      prompt: text in which `<image-1>` marks set the positions of scans, in any order. If there are marks, here or in
+        `context`, each scan needs at least one. Without marks, `place` sets the position of all scans.
+      context: known facts or earlier turns; inserted before the prompt.
+      place: `first`, before the context; or `last`, after the prompt.
     Returns:
-      Tokens whose `visual` numbers are those of the scans in `Encoded.scans`, which hold their number as path.
+      Tokens; `Encoded.scans` has each scan's number as its path, and `visual` refers to these scans.
     Raises:
-      ValueError: an empty prompt, a mark without scan, a scan without mark, what is nearly a mark, text that is not
-        valid Unicode.
+      ValueError: the prompt is empty, a mark has no scan or a scan no mark, a mark is misspelt, or text is not valid
+        Unicode.
     """
     if place not in PLACES:
         raise ValueError(f"place is {place!r}; known: {', '.join(PLACES)}")
     if not isinstance(prompt, str) or not isinstance(context, str):
-        raise ValueError(f"prompt and context are texts, got {type(prompt).__name__} and {type(context).__name__}")
+        raise ValueError(f"prompt and context must be str (got {type(prompt).__name__} and {type(context).__name__})")
     if not prompt.strip():
         raise ValueError("the prompt is empty: write a question")
-    found = _NEARLY_A_MARK.findall(f"{context} {prompt}")
-    nearly = [mark for mark in found if not re.fullmatch("<image-[0-9]+>", mark)]
-    if nearly:  # as text it would be asked with the scan in another place, or with none
-        where, said = "prompt" if nearly[-1] in prompt else "context", ", ".join(dict.fromkeys(nearly))
-        raise ValueError(f"the {where} holds {said}, which is no mark: write <image-1>")
+    marks = _MARK_LIKE.findall(f"{context} {prompt}")
+    misspelt = [mark for mark in marks if not re.fullmatch("<image-[0-9]+>", mark)]
+    if misspelt:  # read as plain text, the scan would be at another position or missing
+        field, listed = "prompt" if misspelt[-1] in prompt else "context", ", ".join(dict.fromkeys(misspelt))
+        raise ValueError(f"the {field} contains {listed}, which is not a valid mark: write <image-1>")
     texts = [("context", context), ("instruction", prompt)]
     try:
         parsed = parse_marks([text for _, text in texts], 0)
-    except ValueError:  # there are marks, so each scan needs one
+    except ValueError:  # there are marks, so every scan needs one
         try:
-            parsed = parse_marks([text for _, text in texts], n_scans)
+            parsed = parse_marks([text for _, text in texts], scan_count)
         except ValueError as error:
             raise ValueError(f"the prompt does not fit its scans: {error}") from None
         leading = trailing = ()
     else:
-        marks = tuple(range(n_scans))
-        leading, trailing = (marks, ()) if place == "first" else ((), marks)
+        unmarked = tuple(range(scan_count))
+        leading, trailing = (unmarked, ()) if place == "first" else ((), unmarked)
     parts = [ScanFile(str(i)) for i in leading]
     for (role, _), pieces in zip(texts, parsed, strict=True):
         parts += [Text(p, role) if isinstance(p, str) else ScanFile(str(p)) for p in pieces]
     parts += [ScanFile(str(i)) for i in trailing]
     if not any(isinstance(p, Text) and p.text.strip() for p in parts):
-        raise ValueError("the prompt has scans but no words: write a question")
+        raise ValueError("the prompt has scans but no text: write a question")
     sample = Sample("1", "prompt", "vqa", None, tuple(parts))
     return encode(
         sample,
         tokenizer,
         NoTerms(),
-        max_scans=max(n_scans, 1),
+        max_scans=max(scan_count, 1),
         num_latents=preparation.num_latents,
         max_tokens=2**31,
         mode=preparation.preprocess,
@@ -155,31 +156,32 @@ def encode_prompt(
 
 
 def without_marks(text: str) -> str:
-    """`<image-2>`, and what is nearly a mark, as words: `scan 2`."""
-    return _NEARLY_A_MARK.sub(lambda mark: " ".join(["scan", *re.findall("[0-9]+", mark[0])]), text)
+    """Replace marks and misspelt marks by words: `<image-2>` becomes `scan 2`."""
+    return _MARK_LIKE.sub(lambda mark: " ".join(["scan", *re.findall("[0-9]+", mark[0])]), text)
 
 
 def visual_index(encoded: Encoded, num_latents: int) -> np.ndarray:
-    """int32[t]: slot * L + latent of a visual token, -1 elsewhere; slot i is the i-th scan as it was given."""
-    numbers = np.array([int(scan.path) for scan in encoded.scans] or [0], np.int32)
-    which, latent = encoded.visual.T
-    return np.where(which >= 0, numbers[np.maximum(which, 0)] * num_latents + latent, -1).astype(np.int32)
+    """Return int32[t]: slot * L + latent at a visual token, -1 elsewhere; slot i is the i-th scan of the request."""
+    slots = np.array([int(scan.path) for scan in encoded.scans] or [0], np.int32)
+    scan, latent = encoded.visual.T
+    return np.where(scan >= 0, slots[np.maximum(scan, 0)] * num_latents + latent, -1).astype(np.int32)
 
 
 # --- scans ------------------------------------------------------------------------------------------------------------
 
 
-def read_scans(given: Sequence[Scan], preparation: Preparation) -> list[Volume]:
-    """Scans as a model of this preparation reads them, in the order given. In `released` mode the scans of one question
-    are brought to one depth, so they must be given together.
+def read_scans(files: Sequence[Scan], preparation: Preparation) -> list[Volume]:
+    """Read and prepare scans, in order.
+
+    In `released` mode all scans of one prompt get the same depth, so pass them together.
 
     Raises:
-      ValueError (scans.ScanError): a scan that cannot be used, by its name.
+      ValueError (scans.ScanError): a scan cannot be used; the message names it.
     """
-    read = [_read(scan, number) for number, scan in enumerate(given, 1)]
+    read = [_read(scan, number) for number, scan in enumerate(files, 1)]
     if preparation.preprocess == "released":
         if windowed := [name for name, _, _, window in read if window is not None]:
-            raise ValueError(f"{', '.join(windowed)}: released mode has no windows; leave the window out")
+            raise ValueError(f"{', '.join(windowed)}: released mode has no windows; remove the window")
         if not read:
             return []
         names = ", ".join(name for name, *_ in read)
@@ -204,14 +206,14 @@ def read_scans(given: Sequence[Scan], preparation: Preparation) -> list[Volume]:
 
 
 def scan_name(scan: Scan, number: int) -> str:
-    """What messages and pictures call a scan; numbers run from 1."""
+    """Return the name of a scan in messages and images; numbers start at 1."""
     if isinstance(scan, np.ndarray):
         return f"scan {number} (array)"
     return str(scan.path if isinstance(scan, ScanFile) else scan)
 
 
 def _read(scan: Scan, number: int):
-    """(name, voxels, header or None, window) of a scan."""
+    """Return (name, voxels, header or None, window) of a scan."""
     name, window, volume = scan_name(scan, number), None, None
     if isinstance(scan, np.ndarray):
         volumes, shape, axes = layout_of(name, scan.shape)
@@ -222,7 +224,7 @@ def _read(scan: Scan, number: int):
     if isinstance(scan, ScanFile):
         scan, volume, window = scan.path, scan.volume, scan.window
     elif not isinstance(scan, str | Path):
-        raise ValueError(f"scan {number} is a {type(scan).__name__}: give a path, a samples.Scan or an array")
+        raise ValueError(f"scan {number} is a {type(scan).__name__}: pass a path, a samples.Scan or an array")
     voxels, header = scans.read(scan, volume=volume)
     return name, one_channel_if_gray(voxels), header, window
 
@@ -231,7 +233,7 @@ def _read(scan: Scan, number: int):
 
 
 def one_row(encoded: Encoded, volumes: Sequence[Volume], num_latents: int) -> dict[str, np.ndarray]:
-    """The batch of one row that holds this prompt and its scans alone (drawn in radfm_jax/models/radfm.py)."""
+    """Return a batch of one row with this prompt and its scans (layout: radfm_jax/models/radfm.py)."""
     numbers = [int(scan.path) for scan in encoded.scans]
     shown = {number: ScanPlanes.of(volumes[number]) for number in numbers}
     limits = RowLimits(
@@ -250,8 +252,10 @@ def one_row(encoded: Encoded, volumes: Sequence[Volume], num_latents: int) -> di
 def scan_rows(
     volumes: Sequence[Volume | None], patches: int, plane_count: int, num_latents: int
 ) -> dict[str, np.ndarray]:
-    """A batch of rows without text, one scan in slot 0 of each, with room for so many patches and planes. None: an
-    empty row. All volumes have one dtype."""
+    """Return a batch of rows without text, with one scan in slot 0 of each row; None is an empty row.
+
+    All volumes must have the same dtype and at most `patches` patches and `plane_count` planes.
+    """
     limits = RowLimits(text_length=1, vision_rows=1, patch_length=patches, planes=plane_count, scans=1)
     dtype = next(volume.voxels.dtype for volume in volumes if volume is not None)
     rows = []
@@ -261,13 +265,13 @@ def scan_rows(
     return collate_batch(rows, plane_count).arrays
 
 
-# --- what the model saw -----------------------------------------------------------------------------------------------
+# --- preview ----------------------------------------------------------------------------------------------------------
 
 TILE, SLICES, CAPTION = 160, 8, 16
 
 
-def picture(volumes: Sequence[Volume], names: Sequence[str]) -> Image.Image:
-    """A row of slices for each scan as the model sees it, from the first to the last; 2D scans have one."""
+def preview_image(volumes: Sequence[Volume], names: Sequence[str]) -> Image.Image:
+    """Draw the prepared volumes: a row of evenly spaced slices per scan, one slice for a 2D scan."""
     page = Image.new("RGB", (SLICES * (TILE + 4), max(len(volumes), 1) * (TILE + CAPTION + 4)), "white")
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(11)
     for k, (volume, name) in enumerate(zip(volumes, names, strict=True)):

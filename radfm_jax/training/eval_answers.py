@@ -24,7 +24,7 @@ from input_pipeline.index.index import Index
 from input_pipeline.samples import RowError
 from input_pipeline.sources import open_sources, terms_of
 from input_pipeline.text.tokenizer import Tokenizer
-from radfm_jax.evaluate import model_answers, radbench, scoring
+from radfm_jax.evaluate import model_answers, radbench, radbench_build, scoring
 from radfm_jax.inference import Generator, inputs
 from radfm_jax.training.experiment import Experiment
 
@@ -74,9 +74,9 @@ class EvalAnswers:
         data = self.config.data
         generator = Generator(
             self.config.compute, params, mesh=self.mesh, tokenizer=self.tokenizer,
-            preparation=inputs.Preparation.of(data), length=data.text_length,
+            preparation=inputs.Preparation.from_config(data), length=data.text_length,
         )  # fmt: skip
-        model_answers.answer_all(
+        model_answers.generate_answers(
             generator, self.questions, directory / "answers.jsonl", directory / "questions.jsonl",
             model=f"step {step}", progress=lambda *_: alive(),
         )  # fmt: skip
@@ -112,9 +112,9 @@ def select_questions(config: DataConfig, count: int) -> tuple[list[radbench.Ques
             try:
                 sample = dataset.sample(row, sample_rng(config.seed, 0, name, row_id))
                 if sample.task not in radbench.TASKS:
-                    raise radbench.NotAsked(f"{sample.task} has no questions")
-                question = radbench.question_of(sample, name, sample.task, f"{name}/{row_id}", Path(dataset.root))
-            except (RowError, radbench.NotAsked) as error:
+                    raise radbench_build.Skipped(f"{sample.task} has no questions")
+                question = radbench_build.question_of(sample, name, sample.task, f"{name}/{row_id}", Path(dataset.root))
+            except (RowError, radbench_build.Skipped) as error:
                 skipped[error.reason if isinstance(error, RowError) else str(error)] += 1
                 continue
             selected.append(question)

@@ -6,9 +6,6 @@ Images are embedded, so the page is one file.
 from __future__ import annotations
 
 import argparse
-import base64
-import html
-import io
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -16,7 +13,9 @@ from pathlib import Path
 
 from input_pipeline import files
 from input_pipeline.datasets.json_tables import text_lines
+from input_pipeline.inspect.escaping import visible
 from input_pipeline.samples import Scan
+from radfm_jax import html_page
 from radfm_jax.checkpoints import run_directory
 from radfm_jax.inference import inputs
 from radfm_jax.training import display
@@ -66,24 +65,24 @@ def main(argv: list[str] | None = None) -> int:
 
 def _page(args: argparse.Namespace) -> Iterator[str]:
     title = f"Training of {args.runs[-1].name}"
-    yield f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{_text(title)}</title><style>{STYLE}</style>"
-    yield f"<h1>{_text(title)}</h1>"
+    yield from html_page.head(title, STYLE)
+    yield f"<h1>{visible(title)}</h1>"
     yield "<p class='warn'>For research only. Not for clinical use.</p>"
-    yield from (f"<p>{_text(note)}</p>" for note in args.note)
+    yield from (f"<p>{visible(note)}</p>" for note in args.note)
     yield "<h2>Training</h2>"
     yield from _stages(args.runs)
     for run in args.runs:
-        yield f"<h3>{_text(run.name)}</h3>"
-        yield _image((run / "curves.png").read_bytes(), f"curves of {run.name}")
+        yield f"<h3>{visible(run.name)}</h3>"
+        yield html_page.image((run / "curves.png").read_bytes(), f"curves of {run.name}")
     if args.scores:
         yield "<h2>Held-out answers</h2>"
-        yield from _scores(json.loads((args.scores / "accuracy.json").read_text()))
+        yield from _scores(json.loads((args.scores / "accuracy.json").readvisible()))
     if args.answers:
         yield "<h2>Answers</h2>"
         yield from _answers(args)
     yield "<h2>Files</h2>"
     paths = [["run " + run.name, str(run)] for run in args.runs] + [entry.split("=", 1) for entry in args.place]
-    yield _table(("item", "path"), [(_text(item), f"<code>{_text(path)}</code>") for item, path in paths])
+    yield html_page.table(("item", "path"), [(visible(item), f"<code>{visible(path)}</code>") for item, path in paths])
 
 
 def _stages(runs: Sequence[Path]) -> Iterator[str]:
@@ -97,13 +96,13 @@ def _stages(runs: Sequence[Path]) -> Iterator[str]:
         newest = run_directory.latest(run)
         rows.append(
             (
-                _text(run.name), f"{last['step']:,}", f"{last['train/loss']:.3f}",
+                visible(run.name), f"{last['step']:,}", f"{last['train/loss']:.3f}",
                 f"{last['eval/all/loss']:.3f}" if "eval/all/loss" in last else "",
                 f"{mean('speed/step_s'):.3f}", f"{mean('speed/samples_s'):.0f}", f"{mean('speed/data_wait'):.1%}",
-                f"{last['data/real_tokens']:.1%}", f"<code>{_text(newest or '')}</code>",
+                f"{last['data/real_tokens']:.1%}", f"<code>{visible(newest or '')}</code>",
             )
         )  # fmt: skip
-    yield _table(
+    yield html_page.table(
         ("run", "steps", "loss", "held-out loss", "s per step", "samples/s", "data wait", "real tokens", "checkpoint"),
         rows,
     )
@@ -113,7 +112,7 @@ def _scores(accuracy: dict[str, list[dict]]) -> Iterator[str]:
     control = {line["kind"]: line for line in accuracy.get("another", ())}
     rows = [
         (
-            _text(x["kind"]), f"{x['samples']:,}", f"{x['exact']:.1%}", f"{x['low']:.1%} to {x['high']:.1%}",
+            visible(x["kind"]), f"{x['samples']:,}", f"{x['exact']:.1%}", f"{x['low']:.1%} to {x['high']:.1%}",
             "" if x["balanced"] is None else f"{x['balanced']:.1%}",
             f"{control[x['kind']]['exact']:.1%}" if x["kind"] in control else "",
         )
@@ -121,7 +120,7 @@ def _scores(accuracy: dict[str, list[dict]]) -> Iterator[str]:
     ]  # fmt: skip
     yield "<p>Correct: greedy decoding gives every token of the reference. Scans exchanged: the same questions with "
     yield "another patient's scans; accuracy that remains does not come from the scan.</p>"
-    yield _table(("question", "samples", "correct", "95 % interval", "balanced", "scans exchanged"), rows)
+    yield html_page.table(("question", "samples", "correct", "95 % interval", "balanced", "scans exchanged"), rows)
 
 
 def _answers(args: argparse.Namespace) -> Iterator[str]:
@@ -131,11 +130,11 @@ def _answers(args: argparse.Namespace) -> Iterator[str]:
         answer_text = "no answer" if answer is None else answer["answer"]
         scans = [Scan(scan) if isinstance(scan, str) else Scan(**scan) for scan in question["scans"]]
         image = _scan_image(args.root, scans, answer)
-        reference = f"<br>reference: <b>{_text(question['response'])}</b>" if question.get("response") else ""
+        reference = f"<br>reference: <b>{visible(question['response'])}</b>" if question.get("response") else ""
         yield (
-            f"<div class='asked'>{image}<div><code>{_text(', '.join(scan.path for scan in scans))}</code>"
-            f"<br>{_text(question.get('prompt') or question.get('instruction'))}"
-            f"<br>answer: <b>{_text(answer_text)}</b>{reference}</div></div>"
+            f"<div class='asked'>{image}<div><code>{visible(', '.join(scan.path for scan in scans))}</code>"
+            f"<br>{visible(question.get('prompt') or question.get('instruction'))}"
+            f"<br>answer: <b>{visible(answer_text)}</b>{reference}</div></div>"
         )
 
 
@@ -146,28 +145,9 @@ def _scan_image(root: Path, scans: Sequence[Scan], answer: dict | None) -> str:
         return ""
     paths = [Scan(str(root / scan.path), scan.volume, scan.window) for scan in scans]
     volumes = inputs.read_scans(paths, inputs.Preparation(**prepared))
-    file = io.BytesIO()
-    inputs.picture(volumes, [Path(scan.path).name for scan in scans]).save(file, format="PNG")
-    return _image(file.getvalue(), "the scan as the model saw it")
+    image = inputs.preview_image(volumes, [Path(scan.path).name for scan in scans])
+    return html_page.image(image, "the scan as the model saw it")
 
 
 def _lines(file: Path) -> list[dict]:
     return [json.loads(line) for line in text_lines(file) if line.strip()]
-
-
-def _image(png: bytes, alt: str) -> str:
-    return f"<img alt='{_text(alt)}' src='data:image/png;base64,{base64.b64encode(png).decode()}'>"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return an HTML table; cells are HTML, the head is text."""
-    number = lambda cell: cell[:1].isdigit()  # noqa: E731
-    body = "".join(
-        "<tr>" + "".join(f"<td class='n'>{c}</td>" if number(c) else f"<td>{c}</td>" for c in row) + "</tr>"
-        for row in rows
-    )
-    return f"<table><tr>{''.join(f'<th>{_text(cell)}</th>' for cell in head)}</tr>{body}</table>"
-
-
-def _text(value: object) -> str:
-    return html.escape(str(value))

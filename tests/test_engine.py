@@ -1,4 +1,4 @@
-"""Prefill and decode: the released model's answers, token by token; the cache, batches, meshes and what fails."""
+"""Prefill and decode: parity with the released model, the cache, batches, meshes, sampling and failures."""
 
 import dataclasses
 import functools
@@ -13,19 +13,19 @@ import pytest
 from packed import CONFIG
 
 from input_pipeline.images.planes import Volume
-from radfm_jax.inference import GenerationError, Generator, Prompt, Sampling, checked, decoding
+from radfm_jax.inference import GenerationError, Generator, Prompt, Sampling, decoding, require_answers
 from radfm_jax.inference.sampling import draw, penalised, restricted
 from radfm_jax.models import decoder, radfm
 from radfm_jax.runtime.sharding import make_mesh, param_shardings
 
 V, L, E = CONFIG.llama.vocab_size, CONFIG.num_latents, CONFIG.llama.width
 PARAMS = parity.recipe_params(CONFIG)
-ATOL = 2e-5  # logarithms of probabilities, of order 1 to 10, in float32: sums in another order
+ATOL = 2e-5  # of float32 log probabilities of order 1 to 10, with sums in another order
 GREEDY = Sampling(max_new_tokens=12, stop_ids=())
 
 
 def prompt(seed: int, length: int, scans: int) -> Prompt:
-    """Random text with each scan of random visual tokens somewhere in it."""
+    """Return random text with the random visual tokens of each scan in it."""
     rng = np.random.default_rng(seed)
     ids, index = rng.integers(3, V, length).astype(np.int32), np.full(length, -1, np.int32)
     for s in range(scans):
@@ -38,14 +38,14 @@ PROMPTS = (prompt(1, 20, 2), prompt(2, 3, 0), prompt(3, 29, 3), prompt(4, 11, 1)
 
 
 @functools.cache
-def generator(apart: bool = True, mesh=None) -> Generator:
+def generator(unstack: bool = True, mesh=None) -> Generator:
     params = PARAMS if mesh is None else jax.device_put(PARAMS, param_shardings(radfm.abstract_params(CONFIG), mesh)[0])
-    return Generator(CONFIG, params, length=64, apart=apart, mesh=mesh)
+    return Generator(CONFIG, params, length=64, unstack=unstack, mesh=mesh)
 
 
 @functools.cache
 def plain(length: int):
-    """Logits [length, V] of ids and visual tokens by the forward pass of training, without any cache."""
+    """Return a function for the logits [length, V] by the forward pass of training, without a cache."""
 
     def forward(network, ids, index, visual):
         ones = jnp.ones((1, length), jnp.int32)
@@ -59,8 +59,10 @@ def plain(length: int):
 
 
 def recomputed(p: Prompt, answer: list[int]) -> np.ndarray:
-    """log P of every next token behind the prompt and each token of the answer, recomputed from nothing: the pass is
-    causal, so that of the whole text holds those of every shorter one."""
+    """Return log P of the next token after the prompt and after each token of the answer, without a cache.
+
+    The pass is causal, so one pass over the whole text gives the values of all its prefixes.
+    """
     ids = np.zeros((1, 48), np.int32)
     index = np.full((1, 48), -1, np.int32)
     n = len(p.ids)
@@ -82,13 +84,13 @@ def same(ours, theirs):
 
 @pytest.mark.parametrize("name", golden.CASES)
 def test_the_released_answers(name):
-    """Beside a longer prompt with three other scans, so that all cases of a size are one program."""
+    """The batch has a longer prompt with three scans as well, so that all cases of a size share a program."""
     case = golden.load(name)
     config = parity.config_of(golden.Sizes.of_golden(case))
     v, latents = config.llama.vocab_size, config.num_latents
     ids = case["gen_prompt"].astype(np.int32)
     index = np.where(ids >= v + 2, ids - v - 2, -1).astype(np.int32)
-    # The released model's own visual tokens: the next test is about making them.
+    # The released model's own visual tokens; the next test encodes scans.
     visual = case["visual_tokens"][0].reshape(-1, latents, config.llama.width)
     ours = Prompt(np.where(index >= 0, 0, ids), index, visual)
     stranger = Prompt(np.full(120, 5, np.int32), np.full(120, -1, np.int32), np.ones((3, *visual.shape[1:])))
@@ -110,17 +112,17 @@ def test_scans_become_the_released_visual_tokens():
     encoded, nothing = ours.encode_volumes([[volume], []])
     np.testing.assert_allclose(encoded.tokens[0], case["visual_tokens"][0], rtol=0, atol=1e-4)
     assert len(encoded) == 1 and len(nothing) == 0
-    with pytest.raises(ValueError, match="x.nii: values that are not finite"):
+    with pytest.raises(ValueError, match="x.nii: values are not finite"):
         ours.encode_volumes([[Volume(np.full_like(volume.voxels, np.nan))]], [["x.nii"]])
 
 
 # --- the cache --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("apart", [True, False])
-def test_cached_is_recomputed(apart):
-    """Every token is the likeliest of the plain forward pass, at its probability, in prompts of different lengths."""
-    for p, answer in zip(PROMPTS, generator(apart).answers(PROMPTS, GREEDY), strict=True):
+@pytest.mark.parametrize("unstack", [True, False])
+def test_cached_decoding_equals_recomputation(unstack):
+    """Each token is the most likely one of the plain forward pass, with its probability, at all prompt lengths."""
+    for p, answer in zip(PROMPTS, generator(unstack).answers(PROMPTS, GREEDY), strict=True):
         expected = recomputed(p, list(answer.ids))
         assert len(answer.ids) == 12 and answer.ended == "length"
         assert list(answer.ids) == expected.argmax(-1).tolist()
@@ -130,25 +132,25 @@ def test_cached_is_recomputed(apart):
 def test_a_tied_head():
     config = dataclasses.replace(CONFIG, llama=dataclasses.replace(CONFIG.llama, tied_head=True))
     params = PARAMS | {"llama": {name: x for name, x in PARAMS["llama"].items() if name != "head"}}
-    ours, theirs = (Generator(config, params, length=64, apart=apart) for apart in (True, False))
+    ours, theirs = (Generator(config, params, length=64, unstack=unstack) for unstack in (True, False))
     same(ours.answers(PROMPTS[:2], GREEDY), theirs.answers(PROMPTS[:2], GREEDY))
 
 
 @pytest.mark.parametrize("rows", [1, 2])
 def test_no_token_copies_the_cache(rows):
-    """What a CPU's program does for one more token: of one row, a copy would take a quarter of its time."""
+    """In the compiled step on a CPU. With one row, a copy would take a quarter of the time."""
     ours = generator()
     run = ours.stream(PROMPTS[:rows], GREEDY, chunk=1)
     next(run)
-    state, steps, stop = run.gi_frame.f_locals["run"].state, np.int32(1), np.zeros(rows, bool)
-    text = decoding.more_tokens.lower(CONFIG, False, False, ours._decoding, state, steps, stop).compile().as_text()
+    state, steps, stop = run.gi_frame.f_locals["batch"].state, np.int32(1), np.zeros(rows, bool)
+    text = decoding.more_tokens.lower(CONFIG, False, False, ours.decode_params, state, steps, stop).compile().as_text()
     shape = ",".join(map(str, state["cache"].key[0].shape))
     written = re.findall(rf"= f32\[{shape}\]\S* ([\w-]+)\(", text)
     assert "fusion" in written and "copy" not in written, written
 
 
 def test_prompts_are_read_as_in_training():
-    """Hidden states of every place of a prompt, read into a cache or not."""
+    """Hidden states at all positions of a prompt are equal with and without a cache."""
     x = np.random.default_rng(0).standard_normal((2, 16, E), np.float32)
     lengths = np.array([16, 9], np.int32)
 
@@ -173,7 +175,7 @@ def test_prompts_are_read_as_in_training():
 
 
 def test_batched_is_one_by_one():
-    """Whatever stands beside a prompt; and one program serves every batch of its bucket."""
+    """Answers do not depend on the other prompts, and one program serves all batches of a bucket."""
     together = generator().answers(PROMPTS, GREEDY)
     programs = decoding.first_token._cache_size(), decoding.more_tokens._cache_size()
     same(generator().answers(PROMPTS[::-1], GREEDY)[::-1], together)
@@ -184,27 +186,27 @@ def test_batched_is_one_by_one():
 
 
 def test_on_a_mesh():
-    """Rows over two devices, heads over two more; fewer prompts than devices."""
+    """Rows and heads are sharded over two devices each, with fewer prompts than devices."""
     mesh = make_mesh(fsdp=2, tensor=2, devices=jax.devices()[:4])
     found = []
     run = generator(False, mesh).stream(PROMPTS[:3], GREEDY, chunk=5)
     for _, answers in run:
         found = answers
-        cache = run.gi_frame.f_locals["run"].state["cache"].key
+        cache = run.gi_frame.f_locals["batch"].state["cache"].key
         assert cache.sharding.shard_shape(cache.shape) == (2, 2, 1, 64, 8), cache.sharding
     same(found, generator().answers(PROMPTS[:3], GREEDY))
-    with pytest.raises(ValueError, match="on one device only"):
+    with pytest.raises(ValueError, match="unstacked layers need one device"):
         generator(True, mesh)
 
 
 def test_bfloat16():
     config = CONFIG.with_compute(dtype="bfloat16")
     ours = Generator(config, PARAMS, length=64)
-    kinds = {x.dtype.name for x in jax.tree.leaves(ours._decoding["llama"]["blocks"][0]["query"])}
+    kinds = {x.dtype.name for x in jax.tree.leaves(ours.decode_params["llama"]["blocks"][0]["query"])}
     assert kinds == {"bfloat16"}
     (answer,) = ours.answers([PROMPTS[0]], GREEDY)
     expected = recomputed(PROMPTS[0], list(answer.ids))
-    # bfloat16 keeps 8 bits of each of the values that are added up.
+    # bfloat16 has a mantissa of 8 bits.
     np.testing.assert_allclose(answer.logprobs, np.take_along_axis(expected, np.array(answer.ids)[:, None], 1)[:, 0],
                                rtol=0, atol=0.4)  # fmt: skip
 
@@ -224,21 +226,21 @@ def test_stop_ids_and_lengths():
 
 
 def test_pieces_are_the_whole():
-    """Steps of any size, and after each one the answers so far."""
+    """A stream yields the answers so far after each chunk."""
     whole = generator().answers(PROMPTS, GREEDY)
     seen = [[a.ids for a in answers] for _, answers in generator().stream(PROMPTS, GREEDY, chunk=5)]
     assert seen == [[a.ids[:n] for a in whole] for n in (1, 6, 11, 12)]
 
 
 def test_a_row_that_is_not_finite_fails_alone():
-    """In the prompt, or later: a token whose embedding is not finite."""
+    """Either in the prompt, or later, at a token whose embedding is not finite."""
     broken = Prompt(PROMPTS[3].ids, PROMPTS[3].visual_index, np.full((1, L, E), np.nan, np.float32))
     whole = generator().answers(PROMPTS, GREEDY)
     found = generator().answers([PROMPTS[0], broken, PROMPTS[2], PROMPTS[1]], GREEDY)
     same([found[0], found[2], found[3]], [whole[0], whole[2], whole[1]])
     assert (found[1].ids, found[1].text, found[1].ended) == ((), "", "failed")
     with pytest.raises(GenerationError, match="the logits of token 1 of answer 2 are not finite: there is no answer"):
-        checked(found)
+        require_answers(found)
     third = whole[0].ids[2]
     params = {**PARAMS, "llama": {**PARAMS["llama"], "embedding": np.array(PARAMS["llama"]["embedding"])}}
     params["llama"]["embedding"][third] = np.inf
@@ -250,11 +252,11 @@ def test_a_row_that_is_not_finite_fails_alone():
 @pytest.mark.parametrize(
     "changes, sampling, words",
     [
-        ({}, {"max_new_tokens": 50}, "prompt 2 has 20 tokens, and 50 of an answer do not fit .* cache has 64 places"),
-        ({"ids": np.full(64, 5), "visual_index": np.full(64, -1)}, {}, "prompt 2 has 64 tokens, and 1 of an answer"),
-        ({"visual": None}, {}, "prompt 2 shows visual token 3, but has 0 scans"),
-        ({"ids": np.full(20, V + 2)}, {}, f"prompt 2: ids run from {V + 2} to {V + 2}, known are 0 to {V + 1}"),
-        ({"ids": np.zeros(0, np.int32), "visual_index": np.zeros(0, np.int32)}, {}, r"prompt 2: ids are \[0\]"),
+        ({}, {"max_new_tokens": 50}, "prompt 2 has 20 tokens: with an answer of 50 it exceeds the cache length of 64"),
+        ({"ids": np.full(64, 5), "visual_index": np.full(64, -1)}, {}, "prompt 2 has 64 tokens: with an answer of 1 "),
+        ({"visual": None}, {}, "prompt 2: visual_index refers to visual token 3, but there are 0 scans"),
+        ({"ids": np.full(20, V + 2)}, {}, f"prompt 2: ids run from {V + 2} to {V + 2}; valid are 0 to {V + 1}"),
+        ({"ids": np.zeros(0, np.int32), "visual_index": np.zeros(0, np.int32)}, {}, r"prompt 2: ids have shape \[0\]"),
         ({}, {"stop_ids": range(17)}, "17 stop ids, at most 16"),
     ],
 )
@@ -272,7 +274,7 @@ def test_without_a_limit_an_answer_ends_with_the_cache():
 
 
 def slow(logits, temperature, top_k, top_p):
-    """Probabilities to draw with, token by token."""
+    """Return the sampling probabilities, computed token by token."""
     scores = logits.astype(np.float64) / temperature
     order = sorted(range(len(scores)), key=lambda i: -scores[i])[: top_k or None]
     weights = {i: np.exp(scores[i] - scores[order[0]]) for i in order}
@@ -304,7 +306,7 @@ def test_draws_have_the_probabilities():
     keys = np.stack([np.zeros(n), np.arange(n)], 1).astype(np.uint32)
     drawn = draw(np.broadcast_to(scores, (n, 4)), keys, np.full(n, 3, np.int32))
     share = np.bincount(drawn, minlength=4) / n
-    # Four standard deviations of a share of one half.
+    # Four standard deviations of a proportion of one half.
     np.testing.assert_allclose(share, np.exp(scores), rtol=0, atol=0.032)
 
 
@@ -314,7 +316,7 @@ def test_seeds():
     same(generator().answers(PROMPTS, sampling), drawn)
     pieces = list(generator().stream(PROMPTS, sampling, chunk=3))
     same(pieces[-1][1], drawn)
-    # A prompt draws what its seed says, whatever stands beside it.
+    # The sample depends on the seed of the prompt, not on the other prompts.
     others = [PROMPTS[2], PROMPTS[2], PROMPTS[0]]
     same(generator().answers(others, dataclasses.replace(sampling, seed=7))[:1], [drawn[2]])
     same(generator().answers(others, sampling, seeds=[0, 7, 5])[1:], [drawn[2], drawn[0]])
@@ -342,21 +344,23 @@ def test_repetition_penalty():
 
 
 def test_options_are_checked_together():
-    with pytest.raises(ValueError, match="max_new_tokens is 0.*temperature is -1.*top_k is -1.*top_p is 0.*seed is -1"):
+    with pytest.raises(
+        ValueError, match="max_new_tokens .*got 0.*temperature .*got -1.*top_k .*got -1.*top_p .*got 0.*seed .*got -1"
+    ):
         Sampling(max_new_tokens=0, temperature=-1, top_k=-1, top_p=0, seed=-1)
     of_kind = {"max_new_tokens": 1.5, "top_k": True, "seed": None, "temperature": "0"}
     for name, wrong in of_kind.items():
-        with pytest.raises(ValueError, match=f"{name} is {wrong!r}: a (whole )?number"):
+        with pytest.raises(ValueError, match=f"{name} must be (an integer|a number) .got {wrong!r}"):
             Sampling(**{name: wrong})
-    with pytest.raises(ValueError, match="top_k is 2147483648"):
+    with pytest.raises(ValueError, match="top_k must be .* .got 2147483648"):
         Sampling(top_k=2**31)
     for wrong in ((3,), None, 3):
-        with pytest.raises(ValueError, match="a text or a list of texts"):
+        with pytest.raises(ValueError, match="stop must be a str or a list of str"):
             Sampling(stop=wrong)
     for wrong in (3, ["a"]):
-        with pytest.raises(ValueError, match="a list of whole numbers"):
+        with pytest.raises(ValueError, match="stop_ids must be a list of integers"):
             Sampling(stop_ids=wrong)
-    with pytest.raises(ValueError, match="stop_ids: 99999 is no token, they run from 0 to"):
+    with pytest.raises(ValueError, match="stop_ids contains 99999: token ids run from 0 to"):
         generator().answers(PROMPTS[:1], Sampling(2, stop_ids=(99999,)))
     assert repr(Sampling(np.int64(3), np.float32(0.5))) == repr(Sampling(3, 0.5))
     assert Sampling(stop="END").stop == ("END",)

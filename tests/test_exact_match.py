@@ -1,4 +1,4 @@
-"""Exact match on held-out rows, and the control in which scans are exchanged."""
+"""Exact match on test rows, and the control with exchanged scans."""
 
 import dataclasses
 import json
@@ -36,7 +36,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def params(config):
-    """The fresh head is scaled down but for a few tokens, so that answers are sometimes right."""
+    """Return initial parameters."""
     return jax.jit(lambda key: init_params(MODEL, key))(jax.random.key(0))
 
 
@@ -55,7 +55,7 @@ def test_every_row_is_scored_once_in_each_pass(config, scored):
 
 
 def test_exact_is_what_the_logits_say(config, params):
-    """Against the plain forward pass, with references that are what the model says for every other sample."""
+    """Compare with the plain forward pass; every other sample gets the model's own output as its reference."""
     with Rows(config.data, "test", batch=4, epochs=1) as rows:
         batch = next(iter(batches(rows)))
     arrays = {name: np.array(x) for name, x in batch.arrays.items()}
@@ -98,7 +98,7 @@ def _rows(data):
 
 
 def test_exchanged_scans_are_those_of_the_other_row(config):
-    """The planes of a sample are those that the row it is shown has in the table."""
+    """The planes of a sample are those of the row whose scans it gets."""
     data = dataclasses.replace(config.data, test={"modality_test": config.data.test["modality_test"]})
     dataset = open_sources(data, "test")["modality_test"]
     shown = rows_shown("modality_test", dataset, np.arange(len(dataset)), data.seed)
@@ -113,7 +113,7 @@ def test_exchanged_scans_are_those_of_the_other_row(config):
         np.testing.assert_array_equal(other[ids[row]], own[ids[another]])
 
 
-# --- what they add up to ----------------------------------------------------------------------------------------------
+# --- tables -----------------------------------------------------------------------------------------------------------
 
 
 def answers(source, question, reference, right, wrong):
@@ -160,4 +160,4 @@ def test_the_command(config, params, tmp_path, capsys):
     assert sum(a["samples"] for a in found["own"]) == len(lines) / 2
     assert "exchanged" in capsys.readouterr().err
     assert evaluate.main([*command, "--config.model.llama.width=64"]) == 2
-    assert "other sizes" in capsys.readouterr().err
+    assert "different model sizes" in capsys.readouterr().err

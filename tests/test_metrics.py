@@ -1,4 +1,4 @@
-"""Scores against values worked out by hand, against other implementations on random text, and their intervals."""
+"""Metrics against hand-computed values and other implementations, and their confidence intervals."""
 
 import collections
 import math
@@ -29,7 +29,7 @@ def random_texts(n: int, seed: int = 0, least: int = 1):
     [
         ("ct", SIX, "CT"),
         ("It is an x-ray.", SIX, "X-ray"),
-        ("ultrasonography", SIX, "angiography"),  # so says the protocol: "ography" is what they share
+        ("ultrasonography", SIX, "angiography"),  # they share "ography"
         ("Yes, it does", ("yes", "no"), "yes"),
         ("None", ("yes", "no"), "no"),
         ("", ("yes", "no"), None),
@@ -39,13 +39,13 @@ def random_texts(n: int, seed: int = 0, least: int = 1):
     ],
 )
 def test_matching_a_list(answer, choices, chosen):
-    assert metrics.match(answer, choices) == chosen
+    assert metrics.closest_choice(answer, choices) == chosen
 
 
 @pytest.mark.parametrize(
     "answer, chosen",
     [
-        ("This is a CT scan.", "CT"),  # `match` finds Ultrasound more alike
+        ("This is a CT scan.", "CT"),  # `closest_choice` returns Ultrasound
         ("Computed tomography of the chest", "CT"),
         ("A PET scan, not magnetic resonance", "PET"),
         ("mri", "MRI"),
@@ -62,22 +62,22 @@ def test_matching_a_list(answer, choices, chosen):
 )
 def test_a_choice_that_is_named(answer, chosen):
     names = {choice: radbench.NAMES[choice] for choice in SIX}
-    assert metrics.named(answer, names) == chosen
-    assert metrics.match("This is a CT scan.", SIX) == "Ultrasound"
+    assert metrics.named_choice(answer, names) == chosen
+    assert metrics.closest_choice("This is a CT scan.", SIX) == "Ultrasound"
 
 
 def test_yes_or_no_that_is_named():
     names = {choice: radbench.NAMES[choice] for choice in ("yes", "no")}
     said = {"No, there is none.": "no", "Yes: no doubt.": "yes", "I do not know.": None, "There is no mass.": "no"}
-    assert {answer: metrics.named(answer, names) for answer in said} == said
+    assert {answer: metrics.named_choice(answer, names) for answer in said} == said
 
 
 def test_a_tie_goes_to_the_first():
-    assert metrics.match("b", ("ab", "bc")) == "ab" and metrics.match("b", ("bc", "ab")) == "bc"
+    assert metrics.closest_choice("b", ("ab", "bc")) == "ab" and metrics.closest_choice("b", ("bc", "ab")) == "bc"
 
 
 def test_bleu_by_hand():
-    """Words are counted no more often than the reference has them; short answers are punished."""
+    """Counts are clipped to those of the reference, and short answers are penalised."""
     assert metrics.bleu1("the the the the", ["the cat the mat"]) == pytest.approx(2 / 4)
     assert metrics.bleu1("a mass", ["there is a mass"]) == pytest.approx(math.exp(1 - 4 / 2))
     assert metrics.bleu1("Left lung.", ["left lung"]) == pytest.approx(2 / 3)  # the full stop is a token of 13a
@@ -92,7 +92,7 @@ def test_rouge_by_hand():
 
 
 def test_bleu_and_rouge_are_those_of_others():
-    """nltk's sentence BLEU, and ROUGE-1 as F-measure of bags of words, on 400 pairs of random text."""
+    """Compare with nltk's sentence BLEU and the F-measure of word counts, on 400 pairs of random text."""
     from nltk.translate.bleu_score import sentence_bleu
 
     said, wanted = random_texts(400), random_texts(400, 1)
@@ -105,33 +105,33 @@ def test_bleu_and_rouge_are_those_of_others():
 
 
 def test_medical_words_by_hand():
-    """answer: nodule, mass, mass; reference: mass, pleural, effusion: one of three is shared, on both sides."""
+    """The answer has nodule, mass, mass; the reference mass, pleural, effusion; they share one of three words."""
     answer, reference = "Nodules and a mass; another mass.", "A mass with pleural effusion."
     assert metrics.medical_words(answer, TERMS) == {"nodule": 1, "mass": 2}
     assert metrics.medical_overlap(answer, [reference], TERMS) == pytest.approx((1 / 3, 1 / 3))
     assert metrics.medical_overlap("mass, nodule", ["Mass."], TERMS) == (0.5, 1.0)
-    assert metrics.medical_overlap("effusion", ["pleural effusion"], TERMS) == (0.0, 0.0)  # no term by itself here
+    assert metrics.medical_overlap("effusion", ["pleural effusion"], TERMS) == (0.0, 0.0)  # not a term by itself
 
 
 @pytest.mark.parametrize(
     "answer, reference, precision, recall",
     [("yes", "no", None, None), ("yes", "a mass", 0.0, 0.0), ("a mass", "yes", 0.0, None), ("", "yes", None, None)],
 )
-def test_shares_of_nothing(answer, reference, precision, recall):
+def test_overlap_without_medical_words(answer, reference, precision, recall):
     found = metrics.medical_overlap(answer, [reference], TERMS)
     for value, expected in zip(found, (precision, recall), strict=True):
         assert np.isnan(value) if expected is None else value == expected
 
 
-def test_exact_match_minds_words_only():
+def test_exact_match_ignores_case_and_punctuation():
     assert metrics.exact("  Left LUNG. ", ["left lung"]) == 1 and metrics.exact("left", ["left lung"]) == 0
 
 
 # --- many answers -----------------------------------------------------------------------------------------------------
 
 
-def test_of_many_by_hand():
-    """yes: 2 right, 1 missed, 1 too many; no: 1 right of 2."""
+def test_statistics_by_hand():
+    """yes: 2 true positives, 1 false negative, 1 false positive; no: 1 of 2 correct."""
     said, wanted, w = ["yes", "yes", None, "yes", "no"], ["yes", "yes", "yes", "no", "no"], np.ones(5)
     assert metrics.f1(said, wanted, "yes")(w) == pytest.approx(4 / 6)
     assert metrics.f1(said, wanted, "no")(w) == pytest.approx(2 / 3)
@@ -140,7 +140,7 @@ def test_of_many_by_hand():
     positive = np.array([True, True, False, False])
     assert metrics.auc(np.array([0.9, 0.4, 0.4, 0.1]), positive)(np.ones(4)) == pytest.approx(3.5 / 4)
     assert np.isnan(metrics.auc(np.array([0.9, 0.4]), np.array([True, True]))(np.ones(2)))
-    # Bin 0.9 to 1: mean 0.95, two of two are yes; bin 0 to 0.1: mean 0.05, one of two.
+    # Bin 0.9 to 1: mean 0.95, two of two positive. Bin 0 to 0.1: mean 0.05, one of two positive.
     score, yes = np.array([0.95, 0.95, 0.05, 0.05]), np.array([1, 1, 1, 0], bool)
     assert metrics.calibration_error(score, yes)(np.ones(4)) == pytest.approx((0.05 + 0.45) / 2)
     values = np.array([1.0, np.nan, 0.0])
@@ -148,8 +148,8 @@ def test_of_many_by_hand():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_of_many_as_sklearn_has_them(seed):
-    """With random weights, as resamples have them."""
+def test_statistics_agree_with_sklearn(seed):
+    """With random integer weights, like those of resamples."""
     rng = np.random.default_rng(seed)
     wanted, said = rng.choice(SIX[:4], 200), rng.choice(SIX, 200)
     w = rng.integers(0, 3, 200).astype(float)
@@ -174,12 +174,12 @@ def test_intervals_over_samples_as_scipy_has_them():
     ours = metrics.bootstrap({"mean": metrics.mean(values)}, range(300), resamples=2000)["mean"]
     theirs = scipy.stats.bootstrap((values,), np.mean, method="percentile", n_resamples=2000, rng=1).confidence_interval
     assert ours.value == pytest.approx(values.mean())
-    # Two sets of 2,000 draws: the ends scatter by about 0.0005.
+    # Over two sets of 2,000 resamples, the bounds vary by about 0.0005.
     assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.002)
 
 
 def test_intervals_over_studies():
-    """Ten alike samples a study: as wide as if there were one of each, sqrt(10) times wider than over samples."""
+    """Ten equal samples per study: as wide as with one each, and sqrt(10) times wider than over samples."""
     of_study = np.random.default_rng(0).random(60)
     values, studies = np.repeat(of_study, 10), np.repeat(np.arange(60), 10).tolist()
     width = lambda i: i.high - i.low  # noqa: E731
@@ -212,7 +212,7 @@ def test_published_intervals_hold_their_values():
 
 
 def test_published_f1_is_that_of_yes():
-    """OpenFlamingo: F1 23.08 with ACC 53.76, yes and no equally often. A macro F1 could not be so low."""
+    """OpenFlamingo has F1 23.08 and ACC 53.76 on balanced answers. A macro F1 could not be so low."""
     least = 1.0
     for yes_right in np.linspace(0, 1, 1001):
         no_right = 2 * 0.5376 - yes_right

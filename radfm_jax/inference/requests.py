@@ -1,0 +1,96 @@
+"""What goes into generation and what comes out of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from input_pipeline.images.planes import Volume
+from radfm_jax.inference import inputs
+
+
+class GenerationError(ValueError):
+    """A prompt has no answer."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class EncodedScans:
+    """Visual tokens of the scans of a prompt. They replace the scans in any number of requests.
+
+    Attributes:
+      tokens: float[S, L, E] on the device, zeros after the last scan.
+      names: names of the scans, for messages.
+      volumes: the prepared volumes.
+    """
+
+    tokens: jax.Array
+    names: tuple[str, ...] = ()
+    volumes: tuple[Volume, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Request:
+    """A prompt as text and scans.
+
+    Attributes:
+      prompt, context, place: see `inputs.encode_prompt`.
+      scans: paths, samples.Scan or arrays; or EncodedScans.
+    """
+
+    prompt: str
+    scans: Sequence[inputs.Scan] | EncodedScans = ()
+    context: str = ""
+    place: str = "first"
+
+    def __post_init__(self):
+        if not isinstance(self.scans, EncodedScans | list | tuple):
+            raise ValueError(f"scans are a {type(self.scans).__name__}: pass a list of paths or arrays")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prompt:
+    """A prompt as tokens.
+
+    Attributes:
+      ids: int32[t]; V and V + 1 are `<image>` and `</image>`.
+      visual_index: int32[t], slot * L + latent at a visual token, -1 elsewhere.
+      visual: float[S, L, E], the visual tokens of each slot; None without scans.
+    """
+
+    ids: np.ndarray
+    visual_index: np.ndarray
+    visual: jax.Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """The answer to one prompt.
+
+    Attributes:
+      text: stripped of white space; "" after a failure or without a tokenizer.
+      ids: tokens, including the stop token.
+      logprobs: natural log probability of each token, before temperature and the other sampling options.
+      ended: `stop id`, `stop text`, `length` or `failed`; "" while it is being generated.
+      error: why there is no answer; "" if there is one.
+      watched: natural log probability of each watched token at the first position.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    ended: str
+    error: str = ""
+    watched: tuple[float, ...] = ()
+
+
+def require_answers(answers: Sequence[Answer]) -> list[Answer]:
+    """Return the answers. Raises GenerationError that lists every failure."""
+    if errors := [answer.error for answer in answers if answer.error]:
+        raise GenerationError("; ".join(errors))
+    return list(answers)

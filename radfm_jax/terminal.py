@@ -1,0 +1,74 @@
+"""Parsers, exit codes, messages and progress bars of the commands."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+def parser(prog: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
+    """Return a parser that keeps the line breaks of its texts."""
+    return argparse.ArgumentParser(
+        prog=prog, description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def run(command: Callable[[], int]) -> int:
+    """Run a command and return its exit code: 2 after a ValueError or OSError, 130 after an interrupt."""
+    import absl.logging
+
+    absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax warns about merges that it rightly skips
+    try:
+        return command()
+    except KeyboardInterrupt:
+        message("interrupted", style="red")
+        return 130
+    except (ValueError, OSError) as error:
+        message(f"error: {error}", style="red")
+        return 2
+
+
+def message(content: RenderableType, style: str | None = None) -> None:
+    """Print a line or a table to standard error. Square brackets are not markup."""
+    Console(stderr=True).print(content, style=style, highlight=False, markup=False, soft_wrap=True)
+
+
+def progress_bar(title: str) -> Progress:
+    """Return a progress bar on standard error, disabled where that is not a terminal."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn(title),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+@contextlib.contextmanager
+def answer_progress(every: int = 1) -> Iterator[Callable[[int, int, int], None]]:
+    """Yield a callback (answered, failed, total) that updates a progress bar.
+
+    Args:
+      every: where standard error is not a terminal, print a line every so many calls instead.
+    """
+    calls, start_time = 0, time.perf_counter()
+    with progress_bar("answers") as bar:
+        task = bar.add_task("", total=None)
+
+        def update(answered: int, failed: int, total: int) -> None:
+            nonlocal calls
+            calls += 1
+            completed = answered + failed
+            status = f"{failed} failed, {answered / (time.perf_counter() - start_time):.2f} samples/s"
+            bar.update(task, completed=completed, total=total, description=status)
+            if bar.disable and (calls % every == 0 or completed == total):
+                message(f"{completed}/{total}, {status}")
+
+        yield update

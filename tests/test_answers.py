@@ -1,0 +1,183 @@
+"""Answers from Python: Model.answer, its variants and its errors."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from generation_parts import PREPARED, greedy, train_tokenizer, write_run, write_scans
+from PIL import Image
+
+import radfm_jax
+from input_pipeline.samples import Scan
+from input_pipeline.text.tokenizer import Tokenizer
+from radfm_jax.checkpoints import checkpoint
+from radfm_jax.inference import GenerationError, Request, Sampling, inputs
+from radfm_jax.models import radfm
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return train_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory):
+    return write_scans(tmp_path_factory.mktemp("scans"))
+
+
+@pytest.fixture(scope="module")
+def run(tokenizer, tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("run"), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def model(run):
+    return radfm_jax.load(run)
+
+
+def test_answers_are_those_of_the_plain_forward_pass(model, scans):
+    """Compare with the plain forward pass over prompt and scans in one training row."""
+    files = [scans / "ct.nii.gz", scans / "film.png"]
+    prompt = "Is there a lesion in <image-2> or <image-1>, none in <image-2>?"
+    (answer,) = model.generator.answers([Request(prompt, files)], Sampling(6, stop_ids=()))
+    encoded = inputs.encode_prompt(prompt, 2, model.tokenizer, model.preparation)
+    n = len(encoded.ids)
+    volumes = inputs.read_scans(files, model.preparation)
+    row = inputs.one_row(encoded, volumes, 4)
+    assert [v.shape for v in volumes] == [(32, 32, 8), (64, 64, 4)]
+    # Append the answer to the row; the pass is causal.
+    pad = lambda x, value: np.pad(x, ((0, 0), (0, 6)), constant_values=value)  # noqa: E731
+    row |= {k: pad(row[k], v) for k, v in (("visual_index", -1), ("segments", 1), ("key_ok", True))}
+    row["ids"] = np.concatenate([row["ids"], np.array(answer.ids)[None]], axis=1)
+    row["positions"] = np.arange(n + 6)[None]
+    logits, _ = jax.jit(lambda p, b: radfm.RadFM(model.config).apply({"params": p}, b))(model.params, row)
+    expected = np.asarray(jax.nn.log_softmax(logits[0, n - 1 : -1]))
+    assert list(answer.ids) == expected.argmax(-1).tolist()
+    np.testing.assert_allclose(answer.logprobs, expected.max(-1), rtol=0, atol=2e-5)
+    assert answer.text == model.tokenizer.decode(answer.ids).strip()
+
+
+def test_one_by_one_batched_streamed_and_with_kept_scans(model, scans):
+    film, ct = scans / "film.png", scans / "ct.nii.gz"
+    alone = [greedy(model, "Is there a lesion?", [film]), greedy(model, "Report the findings.")]
+    alone.append(greedy(model, "Compare <image-2> with <image-1>.", [film, ct]))
+    requests = [("Is there a lesion?", [film]), ("Report the findings.",)]
+    requests.append(Request("Compare <image-2> with <image-1>.", [film, ct]))
+    assert model.answers(requests, max_new_tokens=12) == alone and len(set(alone)) == 3
+    seen = model.encode_scans([film, ct])
+    assert greedy(model, "Compare <image-2> with <image-1>.", seen) == alone[2]
+    pieces = list(model.stream("Is there a lesion?", [film], max_new_tokens=12, chunk=4))
+    assert "".join(pieces) == alone[0] and len(pieces) == 4
+    pieces_seen = []
+    assert greedy(model, "Is there a lesion?", [film], on_text=pieces_seen.append) == alone[0]
+    assert "".join(pieces_seen) == alone[0] and len(pieces_seen) > 1
+    stop = alone[0][5:8]
+    assert greedy(model, "Is there a lesion?", [film], stop=stop) == alone[0][: alone[0].index(stop)].strip()
+    # The answer depends on the scans and on their positions.
+    assert greedy(model, "Is there a lesion?", [ct]) != alone[0]
+    assert greedy(model, "<image-1> Is there a lesion?", [film]) == alone[0]
+    last = greedy(model, "Is there a lesion?", [film], place="last")
+    assert last == greedy(model, "Is there a lesion? <image-1>", [film]) != alone[0]
+    told = greedy(model, "Is there a lesion?", [film], context="small lung")
+    assert told == greedy(model, "small lung Is there a lesion?", [film])
+
+
+def test_arrays_as_scans(model, scans):
+    pixels = np.asarray(Image.open(scans / "film.png"))[..., None, None]
+    assert greedy(model, "Is there a lesion?", [pixels]) == greedy(model, "Is there a lesion?", [scans / "film.png"])
+    windowed = inputs.read_scans([Scan(str(scans / "ct.nii.gz"), window=(-100.0, 100.0))], model.preparation)
+    plain = inputs.read_scans([str(scans / "ct.nii.gz")], model.preparation)
+    assert windowed[0].voxels.std() > 1.5 * plain[0].voxels.std()
+
+
+def test_released_form(tokenizer, scans):
+    """2D scans are 512 x 512, all scans have one depth, and an image at the end precedes the last character."""
+    t, released = Tokenizer(tokenizer), dataclasses.replace(inputs.RELEASED, num_latents=4)
+    volumes = inputs.read_scans([scans / "film.png", scans / "ct.nii.gz"], released)
+    assert [v.shape for v in volumes] == [(256, 256, 8)] * 2 and volumes[0].voxels.dtype == np.float32
+    tested = inputs.read_scans([scans / "ct.nii.gz"], dataclasses.replace(released, size_3d=512))
+    assert tested[0].shape == (512, 512, 8)
+    encoded = inputs.encode_prompt("Is there a lesion?", 1, t, released, place="last")
+    image = [t.image_id, 0, 0, 0, 0, t.image_end_id]
+    assert encoded.ids.tolist() == [1, *t.encode("Is there a lesion"), *image, *t.encode("?")]
+    assert inputs.visual_index(encoded, 4)[-6 - len(t.encode("?")) :][1:5].tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "prompt, files, options, words",
+    [
+        ("<image-2> Lesion?", ["film.png"], {}, "no scan for <image-2>.*no mark <image-1>"),
+        ("<image-1> Lesion?", ["film.png", "ct.nii.gz"], {}, "2 scans, but no mark <image-2>"),
+        ("  ", ["film.png"], {}, "the prompt is empty: write a question"),
+        (None, ["film.png"], {}, "prompt and context must be str .got NoneType and str"),
+        ("<image-1>", ["film.png"], {}, "has scans but no text"),
+        ("<image-1> Lesion?", [], {}, "no scan for <image-1> .no scans are given"),
+        (
+            "<image> or <Image-1>?",
+            ["film.png"],
+            {},
+            "contains <image>, <Image-1>, which is not a valid mark: write <image-1>",
+        ),
+        ("<image 1> Lesion?", [], {}, "contains <image 1>, which is not a valid mark"),
+        (
+            "Lesion?",
+            ["film.png"],
+            {"context": "was <Image-1>"},
+            "the context contains <Image-1>, which is not a valid mark",
+        ),
+        ("Lesion?", ["broken.png"], {}, "broken.png: "),
+        ("Lesion?", ["absent.png"], {}, "absent.png: there is no such file"),
+        ("Lesion? " * 60, [], {}, "prompt 1 has .* tokens: with an answer of 1 it exceeds the cache length of 128"),
+        ("Lesion?", [], {"max_new_tokens": 500}, "with an answer of 500 it exceeds"),
+        ("Lesion?", [], {"place": "middle"}, "place is 'middle'; known: first, last"),
+        ("Lesion \ud800?", [], {}, "not valid Unicode"),
+        ("Lesion?", "film.png", {}, "scans are a str: pass a list"),
+        ("Lesion?", [np.zeros((3, 20, 20))], {}, "scan 1 .array.*channels seem to come before rows"),
+        ("Lesion?", [np.zeros((20, 20, 5))], {}, "scan 1 .array.*constant"),
+        ("Lesion?", [7], {}, "scan 1 is a int: pass a path"),
+    ],
+)
+def test_invalid_prompts(model, scans, prompt, files, options, words):
+    files = files if isinstance(files, str) else [scans / f if isinstance(f, str) else f for f in files]
+    with pytest.raises(ValueError, match=words):
+        model.answer(prompt, files, **options)
+
+
+def test_a_prompt_that_fails_has_no_answer(model, scans):
+    seen = model.encode_scans([scans / "film.png"])
+    broken = dataclasses.replace(seen, tokens=seen.tokens * np.nan)
+    with pytest.raises(GenerationError, match="answer 2 are not finite"):
+        model.answers([("Lesion?", seen), ("Lesion?", broken)], max_new_tokens=4)
+
+
+def test_checkpoints_that_lack_something(model, run, tokenizer, scans, tmp_path):
+    directory = run / "checkpoints" / "5"
+    assert model.directory == directory and model.preparation == inputs.Preparation(**PREPARED, text_length=128)
+    with checkpoint.new_directory(tmp_path / "bare") as bare:
+        checkpoint.save_params(bare, model.params)
+        checkpoint.write_description(bare, "radfm", model.config.to_dict())
+    bare = radfm_jax.load(tmp_path / "bare")
+    with pytest.raises(ValueError, match="bare has no tokenizer.model: load it with tokenizer=FILE .*--tokenizer FILE"):
+        bare.answer("Lesion?")
+    bare = radfm_jax.load(tmp_path / "bare", tokenizer=tokenizer)
+    assert bare.answer("Lesion?", max_new_tokens=4) == model.answer("Lesion?", max_new_tokens=4)
+    with pytest.raises(
+        ValueError, match="bare has no run.json that records how scans were prepared.*--preprocess paper"
+    ):
+        bare.answer("Lesion?", [scans / "film.png"])
+    told = radfm_jax.load(tmp_path / "bare", tokenizer=tokenizer, prepared=model.preparation)
+    assert greedy(told, "Lesion?", [scans / "film.png"]) == greedy(model, "Lesion?", [scans / "film.png"])
+    # Converted weights have the released preparation; a saved model keeps its own.
+    description = json.loads((tmp_path / "bare" / "radfm.json").read_text()) | {"source": {"file": "pytorch_model.bin"}}
+    (tmp_path / "bare" / "radfm.json").write_text(json.dumps(description))
+    converted = radfm_jax.api.preparation_of(tmp_path / "bare", model.config)
+    assert converted == dataclasses.replace(inputs.RELEASED, num_latents=4)
+    radfm_jax.save(model, tmp_path / "again")
+    assert radfm_jax.load(tmp_path / "again").preparation == model.preparation
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ValueError, match="a training run without any saved step"):
+        radfm_jax.load(tmp_path / "empty")
+    with pytest.raises(ValueError, match="tokenizer nowhere does not exist"):
+        radfm_jax.load(run, tokenizer="nowhere")
