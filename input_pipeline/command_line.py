@@ -30,13 +30,13 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Na
         parser.error(f"{spaced[0]}: write --config.group.field=value, with an equals sign")
     overrides = [a for a in argv if a.startswith("--config.")]
     args = parser.parse_args([a for a in argv if not a.startswith("--config.")])
-    file = args.config if Path(args.config).is_file() else args.config.rpartition(":")[0]
-    if not Path(file).is_file():
+    config_file = _find(args.config)
+    if config_file is None:
         parser.error(f"{args.config}: no such file; the project's configs are in configs/")
     # ml_collections loads every config under this name, so names of an earlier one would remain in it.
     sys.modules.pop("config_config", None)
     values = flags.FlagValues()
-    flag_argv = [parser.prog, f"--config={args.config}", *overrides]
+    flag_argv = [parser.prog, f"--config={config_file}", *overrides]
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=flag_argv)
     try:
         # ml_collections prints its messages in addition to raising them.
@@ -49,6 +49,16 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Na
     if not isinstance(config, ConfigDict):
         parser.error(f"{args.config}: define a function get_config() that returns a ConfigDict")
     return args, config
+
+
+def _find(config: str) -> str | None:
+    """Return FILE or FILE:NAME with a file that exists, or None: as given, else configs/*.py as installed."""
+    for file, name in ((config, ""), config.rpartition(":")[::2]):
+        installed = [Path(__file__).parents[1] / file] if file.startswith("configs/") else []
+        for path in (Path(file), *installed):
+            if path.is_file():
+                return f"{path}:{name}" if name else str(path)
+    return None
 
 
 def _message(error: Exception) -> str:

@@ -8,5 +8,6 @@ cd "$(dirname "$0")/.."
 environment requirements.txt requirements-test.txt
 
 .venv/bin/ruff check --quiet .
+.venv/bin/mypy --no-error-summary
 # Most of the time goes into compiling, which uses one core per worker. The tests of a file share fixtures.
 exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@"

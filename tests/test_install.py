@@ -1,4 +1,4 @@
-"""An installed wheel works from another directory: every subpackage, the data files, the configs, the console script."""
+"""An installed wheel works from another directory: subpackages, data files, configs, the console script."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("radfm_jax", "input_pipeline", "configs")
-DATA = {".json", ".txt", ".css", ".js"}
+DATA = {".json", ".txt", ".css", ".js", ".html"}
 
 
 @pytest.fixture(scope="module")
