@@ -63,7 +63,7 @@ for package in (radfm_jax, input_pipeline, configs):
         if not module.name.endswith(("__main__", "isolated")):
             importlib.import_module(module.name)
 from input_pipeline.datasets import prompts
-from input_pipeline.text.terms import open_terms
+from input_pipeline.text.vocabularies import open_terms
 assert prompts.load()
 """
     done = run(installed, sys.executable, "-c", code, str(installed / "site"))
