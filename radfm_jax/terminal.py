@@ -7,8 +7,10 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 
-from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from radfm_jax.runtime import console
 
 
 def parser(prog: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
@@ -33,14 +35,13 @@ def run(command: Callable[[], int]) -> int:
         return 2
 
 
-def message(content: RenderableType, style: str | None = None) -> None:
-    """Print a line or a table to standard error. Square brackets are not markup."""
-    Console(stderr=True).print(content, style=style, highlight=False, markup=False, soft_wrap=True)
+def message(text: str, style: str = "") -> None:
+    """Print a line as it is, without markup."""
+    console.log(Text(text, style=style))
 
 
 def progress_bar(title: str) -> Progress:
     """Return a progress bar on standard error, disabled where that is not a terminal."""
-    console = Console(stderr=True)
     columns = (
         TextColumn(title),
         BarColumn(),
@@ -48,7 +49,7 @@ def progress_bar(title: str) -> Progress:
         TimeRemainingColumn(),
         TextColumn("{task.description}"),
     )
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    return Progress(*columns, console=console.stderr, transient=True, disable=not console.stderr.is_terminal)
 
 
 @contextlib.contextmanager

@@ -86,15 +86,15 @@ def test_unknown_dtype_and_mesh(tmp_path):
 @pytest.mark.parametrize(
     "change, words",
     [
-        (dict(ids=[[1, V + 2 + LATENTS]]), f"ids run from 1 to {V + 2 + LATENTS}.*1 scans of 4 visual tokens end at"),
-        (dict(ids=[[-1, 2]]), "ids run from -1"),
+        (dict(ids=[[1, V + 2 + LATENTS]]), f"ids range from 1 to {V + 2 + LATENTS}.*1 scans of 4 visual tokens"),
+        (dict(ids=[[-1, 2]]), "ids range from -1"),
         (dict(ids=[[1.0, 2.0]]), "must be integers"),
         (dict(ids=[1, 2]), r"integers \[B, L\]"),
         (dict(shape=(1, 1, 3, 544, 32, 4)), "height 544 is 17 patches, but there are 16 learned positions"),
         (dict(shape=(1, 1, 3, 32, 48, 4)), "width 48 is not a multiple of 32"),
         (dict(shape=(1, 1, 3, 32, 32, 6)), "depth 6 is not a multiple of 4"),
         (dict(shape=(1, 1, 3, 32, 32, 516)), "depth 516 is 129 patches, but there are 128"),
-        (dict(shape=(2, 1, 3, 32, 32, 4)), "1 rows of ids but 2 rows of scans"),
+        (dict(shape=(2, 1, 3, 32, 32, 4)), "ids has 1 rows but vision has 2"),
         (dict(shape=(1, 3, 32, 32, 4)), r"vision must be \[B, S, C, H, W, D\]"),
         (dict(shape=(1, 1, 1, 32, 32, 4)), "3 channels"),
         (dict(mask=[[1]]), r"attention_mask is \[1, 1\]"),

@@ -38,9 +38,9 @@ PROMPTS = (prompt(1, 20, 2), prompt(2, 3, 0), prompt(3, 29, 3), prompt(4, 11, 1)
 
 
 @functools.cache
-def generator(unstack: bool = True, mesh=None) -> Generator:
+def generator(split: bool = True, mesh=None) -> Generator:
     params = PARAMS if mesh is None else jax.device_put(PARAMS, param_shardings(radfm.abstract_params(CONFIG), mesh)[0])
-    return Generator(CONFIG, params, length=64, unstack=unstack, mesh=mesh)
+    return Generator(CONFIG, params, length=64, split=split, mesh=mesh)
 
 
 @functools.cache
@@ -119,10 +119,10 @@ def test_scans_become_the_released_visual_tokens():
 # --- the cache --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("unstack", [True, False])
-def test_cached_decoding_equals_recomputation(unstack):
+@pytest.mark.parametrize("split", [True, False])
+def test_cached_decoding_equals_recomputation(split):
     """Each token is the most likely one of the plain forward pass, with its probability, at all prompt lengths."""
-    for p, answer in zip(PROMPTS, generator(unstack).answers(PROMPTS, GREEDY), strict=True):
+    for p, answer in zip(PROMPTS, generator(split).answers(PROMPTS, GREEDY), strict=True):
         expected = recomputed(p, list(answer.ids))
         assert len(answer.ids) == 12 and answer.ended == "length"
         assert list(answer.ids) == expected.argmax(-1).tolist()
@@ -132,7 +132,7 @@ def test_cached_decoding_equals_recomputation(unstack):
 def test_a_tied_head():
     config = dataclasses.replace(CONFIG, llama=dataclasses.replace(CONFIG.llama, tied_head=True))
     params = PARAMS | {"llama": {name: x for name, x in PARAMS["llama"].items() if name != "head"}}
-    ours, theirs = (Generator(config, params, length=64, unstack=unstack) for unstack in (True, False))
+    ours, theirs = (Generator(config, params, length=64, split=split) for split in (True, False))
     same(ours.answers(PROMPTS[:2], GREEDY), theirs.answers(PROMPTS[:2], GREEDY))
 
 
@@ -195,7 +195,7 @@ def test_on_a_mesh():
         cache = run.gi_frame.f_locals["batch"].state["cache"].key
         assert cache.sharding.shard_shape(cache.shape) == (2, 2, 1, 64, 8), cache.sharding
     same(found, generator().answers(PROMPTS[:3], GREEDY))
-    with pytest.raises(ValueError, match="unstacked layers need one device"):
+    with pytest.raises(ValueError, match="split layers need one device"):
         generator(True, mesh)
 
 

@@ -75,7 +75,7 @@ def test_logits_equal_those_of_the_widened_weights():
 def test_answers_equal_those_of_the_widened_weights(apart):
     prompts = [Prompt(row.astype(np.int32), np.full(len(row), -1, np.int32)) for row in IDS]
     ours, same = (
-        Generator(CONFIG, jax.tree.map(jnp.asarray, p), length=32, unstack=apart).answers(
+        Generator(CONFIG, jax.tree.map(jnp.asarray, p), length=32, split=apart).answers(
             prompts, Sampling(8, stop_ids=())
         )
         for p in (INT8, widened(INT8))

@@ -214,9 +214,8 @@ def test_held_out_questions_are_answered(config, whole):
     given = api.load(step).generator.answers([Request(q.prompt, q.scans, q.context) for q in asked[6]])
     answers = [json.loads(line) for line in (whole / "answers/6/answers.jsonl").read_text().splitlines()]
     assert [line["answer"] for line in answers] == [answer.text for answer in given]
-    scored = scoring.score(
-        asked[6], {q.row_id: RecordedAnswer(a.text) for q, a in zip(asked[6], given, strict=True)}, NoTerms()
-    )
+    recorded = {q.row_id: RecordedAnswer(a.text) for q, a in zip(asked[6], given, strict=True)}
+    scored = scoring.score(asked[6], recorded, NoTerms())
     logged = next(line for line in display.read_metrics(whole) if line["step"] == 6 and "eval/all/loss" in line)
     for task, metric in (("modality", "accuracy"), ("diagnosis", "f1"), ("vqa", "bleu"), ("rationale", "rouge")):
         expected = scoring.intervals(

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
@@ -32,6 +31,7 @@ from input_pipeline.samples import Text
 from input_pipeline.sources import open_sources
 from radfm_jax import api, terminal
 from radfm_jax.models.radfm import RadFM, segment_max
+from radfm_jax.runtime import console
 from radfm_jax.training import losses
 from radfm_jax.training.experiment import Experiment
 
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
         terminal.message(f"error: {error}", style="red")
         return 2
     write(scored, args.out)
-    terminal.message(table(scored))
+    console.log(table(scored))
     return 0
 
 
@@ -119,7 +119,7 @@ def evaluate(config: Experiment, params: dict, *, control: bool = True, progress
         texts = _Texts(data)
         with contextlib.ExitStack() as opened:
             rows = opened.enter_context(Rows(data, "test", batch=config.train.batch, epochs=1))
-            bar = opened.enter_context(Progress(console=Console(stderr=True), disable=not progress))
+            bar = opened.enter_context(Progress(console=console.stderr, disable=not progress))
             task = bar.add_task(f"scoring with {scans_of} scans", total=len(rows.mixture))
             for infos, arrays in prefetch(batches(rows), lambda batch: (batch.rows, batch.arrays)):
                 exact = jax.device_get(step(params, arrays))

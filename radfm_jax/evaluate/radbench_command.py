@@ -28,6 +28,7 @@ from radfm_jax.evaluate.radbench_build import BuiltBenchmark, build, write_quest
 from radfm_jax.evaluate.results import Results, caveats, columns, percent
 from radfm_jax.inference import Sampling
 from radfm_jax.inference.command import add_model_options, load
+from radfm_jax.runtime import console
 
 DESCRIPTION = """\
 Score a checkpoint, and other models from files of their answers, on the questions of a benchmark, next to the published
@@ -239,7 +240,7 @@ def _clinical(answers: Sequence[scoring.ScoredAnswer], names: Sequence[str]) -> 
 def _report(args: argparse.Namespace, results: Results) -> None:
     """Write the report and the rating sheet, and print the scores and some failures."""
     report.write(results, args.out)
-    terminal.message(score_table(results))
+    console.log(score_table(results))
     for name, answers in results.scored.items():
         failed = [a for a in answers if a.error]
         for a in failed[:3]:

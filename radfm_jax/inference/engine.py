@@ -40,8 +40,8 @@ class Generator:
       tokenizer: without it, prompts and answers are tokens only.
       preparation: how scans are prepared; without it no scan can be read.
       length: length limit of the cache: prompt plus answer.
-      unstack: keep each layer as separate matrices, one row per output. This doubles the memory and decodes two to
-        three times as fast on CPUs. None: on one CPU device, if the decoder takes less than 8 GB.
+      split: decode with split layers (cpu_decode), which doubles the memory and is two to three times as fast on CPUs.
+        None: on one CPU device, if the decoder takes less than 8 GB.
     Raises:
       ValueError: the arguments do not fit together, or there are several processes.
     """
@@ -55,7 +55,7 @@ class Generator:
         tokenizer: Tokenizer | None = None,
         preparation: inputs.Preparation | None = None,
         length: int = 2048,
-        unstack: bool | None = None,
+        split: bool | None = None,
     ):
         if jax.process_count() > 1:
             raise ValueError("generation runs in one process: start it on one host, with all its devices")
@@ -74,13 +74,13 @@ class Generator:
         self.config, self.params, self.mesh, self.length = config, params, mesh, length
         self.tokenizer, self.preparation = tokenizer, preparation
         self.batch_shards = 1 if mesh is None else int(np.prod([mesh.shape[a] for a in sharding.BATCH]))
-        if unstack is None:
-            unstack = mesh is None and cpu_decode.is_worthwhile(params["llama"])
-        if unstack and mesh is not None:
-            raise ValueError("unstacked layers need one device: drop `unstack` or `mesh`")
+        if split is None:
+            split = mesh is None and cpu_decode.is_worthwhile(params["llama"])
+        if split and mesh is not None:
+            raise ValueError("split layers need one device: drop `split` or `mesh`")
         with self.on_mesh():
             llama = self._cast(dict(params["llama"]))
-            if unstack:
+            if split:
                 llama = cpu_decode.split_params(config.llama, llama)
         self.decode_params = {"llama": llama, "image_marks": params["image_marks"]}
 

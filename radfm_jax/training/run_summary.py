@@ -76,7 +76,7 @@ def _page(args: argparse.Namespace) -> Iterator[str]:
         yield html_page.image((run / "curves.png").read_bytes(), f"curves of {run.name}")
     if args.scores:
         yield "<h2>Held-out answers</h2>"
-        yield from _scores(json.loads((args.scores / "accuracy.json").readvisible()))
+        yield from _scores(json.loads((args.scores / "accuracy.json").read_text()))
     if args.answers:
         yield "<h2>Answers</h2>"
         yield from _answers(args)
@@ -145,8 +145,8 @@ def _scan_image(root: Path, scans: Sequence[Scan], answer: dict | None) -> str:
         return ""
     paths = [Scan(str(root / scan.path), scan.volume, scan.window) for scan in scans]
     volumes = inputs.read_scans(paths, inputs.Preparation(**prepared))
-    image = inputs.preview_image(volumes, [Path(scan.path).name for scan in scans])
-    return html_page.image(image, "the scan as the model saw it")
+    preview = inputs.preview_image(volumes, [Path(scan.path).name for scan in scans])
+    return html_page.image(preview, "the scan as the model saw it")
 
 
 def _lines(file: Path) -> list[dict]:
