@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import array
 import hashlib
 import heapq
@@ -51,39 +50,16 @@ def _add_options(parser) -> None:
     layouts.add_tables(parser)
     parser.add_argument("--captions", action="append", default=[], metavar="FILE", help="captions.jsonl of pmc-inline")
     parser.add_argument("--classifier", metavar="MODULE:FUNCTION", help="function: image path -> probability")
-    parser.add_argument("--threshold", type=_probability, default=0.5, help="of the classifier (%(default)s)")
-    parser.add_argument(
-        "--unknown",
-        choices=("keep", "drop"),
-        default="",
-        help="what to do with undecided images (default: drop for pmc_casereport, keep for other families)",
-    )
-    parser.add_argument(
-        "--cheating",
-        choices=("drop", "cut"),
-        default="drop",
-        help="drop a row whose context contains the answer, or cut those sentences (%(default)s)",
-    )
+    probability = console.number_that_is("between 0 and 1", lambda value: 0 <= value <= 1)
+    parser.add_argument("--threshold", type=probability, default=0.5, help="of the classifier (%(default)s)")
+    text = "what to do with undecided images (default: drop for pmc_casereport, keep for other families)"
+    parser.add_argument("--unknown", choices=("keep", "drop"), default="", help=text)
+    text = "drop a row whose context contains the answer, or cut those sentences (%(default)s)"
+    parser.add_argument("--cheating", choices=("drop", "cut"), default="drop", help=text)
     parser.add_argument("--without", action="append", default=[], metavar="RULE", help="skip a rule; repeatable")
-    parser.add_argument(
-        "--examples", type=console.at_least(0), default=20, metavar="N", help="per rule and outcome (%(default)s)"
-    )
+    count, text = console.at_least(0), "per rule and outcome (%(default)s)"
+    parser.add_argument("--examples", type=count, default=20, metavar="N", help=text)
     parser.add_argument("--seed", type=int, default=0, help="seed of the balance (%(default)s)")
-
-
-def _probability(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must be between 0 and 1 (got {text})")
-    return value
-
-
-def _run(tool: str, args, directory: Path, **running) -> dict:
-    options = {k: v for k, v in vars(args).items() if k not in ("out", "strict", "tables", "root")}
-    return curate(args.tables, args.root, directory, options, **running)
-
-
-TOOLS = {"radmd": console.Tool(DESCRIPTION, EPILOG, _add_options, _run)}
 
 
 def curate(specs: list[str], root, directory: Path, options: dict, progress=jobs.no_progress, log=jobs.no_log) -> dict:
@@ -265,3 +241,7 @@ class _Examples:
     def all(self):
         for heap in self.heaps.values():
             yield from (example for _, _, example in sorted(heap, key=lambda item: item[0]))
+
+
+_run = console.run_on_tables(curate, "captions classifier threshold unknown cheating without examples seed")
+TOOLS = {"radmd": console.Tool(DESCRIPTION, EPILOG, _add_options, _run)}

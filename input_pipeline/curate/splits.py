@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,16 +45,10 @@ examples:
 """
 
 
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"must be between 0 and 1 (got {text})")
-    return value
-
-
 def _add_options(parser) -> None:
     layouts.add_tables(parser)
-    parser.add_argument("--test", type=_share, default=0.1, metavar="SHARE", help="test share of groups (%(default)s)")
+    share = console.number_that_is("between 0 and 1", lambda value: 0 < value < 1)
+    parser.add_argument("--test", type=share, default=0.1, metavar="SHARE", help="test share of groups (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     parser.add_argument("--near", action="store_true", help="find near duplicates (needs imagehash and datasketch)")
     exclusive = parser.add_mutually_exclusive_group()
@@ -63,13 +56,7 @@ def _add_options(parser) -> None:
     exclusive.add_argument("--check", action="store_true", help="write no table, only list leaks")
 
 
-def _run(tool: str, args, directory: Path, **running) -> dict:
-    options = {name: getattr(args, name) for name in ("test", "seed", "near", "anew", "check")}
-    return curate(args.tables, args.root, directory, options, **running)
-
-
-TOOLS = {"splits": console.Tool(DESCRIPTION, EPILOG, _add_options, _run)}
-_KINDS = ("study", "scan", "row")
+_KINDS = ("study", "scan", "row")  # what names stand for, by precedence
 
 
 class _Groups:
@@ -224,3 +211,7 @@ def _write(tables, groups, rows, existing, directory, options, result: Result) -
                     split = ""
                 out.write(table.name, row | {"split": split})
                 result.count(f"{table.name}: {split or 'in no split, as it leaks'}")
+
+
+_run = console.run_on_tables(curate, "test seed near anew check")
+TOOLS = {"splits": console.Tool(DESCRIPTION, EPILOG, _add_options, _run)}

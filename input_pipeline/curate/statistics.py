@@ -45,14 +45,6 @@ def _add_options(parser) -> None:
     parser.add_argument("--licence", action="append", default=[], metavar="TABLE=TEXT", help="licence of a table")
 
 
-def _run(tool: str, args, directory: Path, **running) -> dict:
-    options = {"name": args.name, "report": args.report, "licence": args.licence}
-    return curate(args.tables, args.root, directory, options, **running)
-
-
-TOOLS = {"statistics": console.Tool(DESCRIPTION, EPILOG, _add_options, _run)}
-
-
 def curate(specs, root, directory, options: dict, progress=jobs.no_progress, log=jobs.no_log) -> dict:
     """Write the statistics, the figure and the card. Returns the report. Raises ValueError."""
     root, directory = Path(root).absolute(), Path(directory).absolute()
@@ -205,3 +197,7 @@ def card(name: str, statistics: dict, licences: dict[str, str], reports: list[di
         "",
     ]
     return "\n".join(lines)
+
+
+_run = console.run_on_tables(curate, "name report licence")
+TOOLS = {"statistics": console.Tool(DESCRIPTION, EPILOG, _add_options, _run)}
