@@ -21,27 +21,19 @@ from input_pipeline.curate.jats_text import Link
 
 @dataclasses.dataclass
 class Figure:
-    """A figure of a paper.
+    """A figure of a paper."""
 
-    Attributes:
-      key: its id in the XML, or "".
-      name: unique in the paper, safe as a file name.
-      label: as printed.
-      graphics: links to its images.
-      word, number, panel, supplement: parsed from the label.
-      row: line of the XML.
-    """
-
-    key: str
-    name: str
-    label: str
+    key: str  # its id in the XML, or ""
+    name: str  # unique in the paper, safe as a file name
+    label: str  # as printed
     caption: str
-    graphics: list[str]
+    graphics: list[str]  # links to its images
+    row: int  # line of the XML
+    # Parsed from the label:
     word: str = "figure"
     number: str = ""
     panel: str = ""
     supplement: bool = False
-    row: int = 0
 
     @property
     def names(self) -> list[str]:
@@ -67,16 +59,12 @@ def _among(figure: Figure, figures: list[Figure]) -> bool:
 class Ties:
     """The figures of a paper by id and by number, and the references to them.
 
-    Args:
-      groups: id of a group of figures -> ids of its figures.
-    Attributes:
-      problems: (line of the XML, reason).
-      counts: label -> number of references.
+    `groups` maps the id of a group of figures to the ids of its figures.
     """
 
     def __init__(self, figures: list[Figure], groups: dict[str, set[str]]):
-        self.problems: list[tuple[int, str]] = []
-        self.counts: dict[str, int] = {}
+        self.problems: list[tuple[int, str]] = []  # (line of the XML, reason)
+        self.counts: dict[str, int] = {}  # label -> number of references
         self._by_key: dict[str, list[Figure]] = {}
         self._by_number: dict[tuple[str, str], list[Figure]] = {}
         repeated = set()

@@ -46,40 +46,25 @@ class Captions:
 
 @dataclasses.dataclass
 class Settings:
-    """Settings of the filters.
+    """Settings of the filters."""
 
-    Attributes:
-      root: directory of the images.
-      captions: verdicts on the captions of figures.
-      classifier, threshold: used for images whose texts do not decide whether they are radiologic.
-      unknown: "keep" or "drop" images that remain undecided; "" uses the default of the family.
-      cheating: "drop" a row whose context contains the answer, or "cut" the sentences that do.
-    """
-
-    root: Path
-    captions: Captions = dataclasses.field(default_factory=lambda: Captions())
-    classifier: radiology.Classifier | None = None
-    threshold: float = 0.5
-    unknown: str = ""
-    cheating: str = "drop"
+    root: Path  # directory of the images
+    captions: Captions = dataclasses.field(default_factory=Captions)
+    classifier: radiology.Classifier | None = None  # for images whose texts do not decide whether they are radiologic
+    threshold: float = 0.5  # of the classifier
+    unknown: str = ""  # "keep" or "drop" images that remain undecided; "" uses the default of the family
+    cheating: str = "drop"  # "drop" a row whose context contains the answer, or "cut" the sentences that do
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """The result of a filter.
+    """The result of a filter."""
 
-    Attributes:
-      row: the row, perhaps changed; None if it is dropped.
-      reason: why the row is dropped or changed, else "".
-    """
-
-    row: dict | None
-    reason: str = ""
+    row: dict | None  # perhaps changed; None if it is dropped
+    reason: str = ""  # why the row is dropped or changed, else ""
 
 
 Filter = Callable[[dict, str, Settings], Verdict]
-
-# --- non-radiologic images --------------------------------------------------------------------------------------------
 
 # Columns of a family with modality labels, and with text about the image.
 _LABELS = {"rad3d_modality": ("answer",), "rad3d_caption": ("modality",), "rad3d_rationale": ("modality",)}
@@ -137,8 +122,6 @@ def _paths(row: dict, family: str) -> list[str]:
         return [f"figures/{paper}_{name}.jpg" for paper, name in figures(row, family)]
     return [row[c] for c in ("image_path", "npy_path", "Figure_path", "name") if isinstance(row.get(c), str)][:1]
 
-
-# --- sizes and ages ---------------------------------------------------------------------------------------------------
 
 _SIZE_QUESTION = re.compile(
     r"\b(?:how\s+(?:big|large|small|long|wide|thick|tall|deep|high)(?!\s+(?:has|have|had|did|does|do|"
@@ -201,8 +184,6 @@ def size_phrases(row: dict, family: str, settings: Settings) -> Verdict:
 def _column(row: dict, name: str) -> str:
     return str(row.get(name) or row.get(name.capitalize()) or "")
 
-
-# --- contexts that contain the answer ---------------------------------------------------------------------------------
 
 _STOP_WORDS = frozenset(
     "a an the of in on at to and or with for from by as is was are were be been being it its this that these those "

@@ -31,24 +31,17 @@ class Sentence:
 
 @dataclasses.dataclass
 class Paper:
-    """A paper.
+    """A paper, with its sentences and figures."""
 
-    Attributes:
-      key: PMC1234567, or "" if the article has none.
-      language: of the article, in lower case; "" if it is not declared.
-      problems: (line of the XML, reason).
-      counts: label -> number of references.
-    """
-
-    key: str
-    language: str
+    key: str  # PMC1234567, or "" if the article has none
+    language: str  # in lower case; "" if it is not declared
     kind: str
     title: str
     abstract: str
     sentences: list[Sentence]
     figures: list[Figure]
-    problems: list[tuple[int, str]]
-    counts: dict[str, int]
+    problems: list[tuple[int, str]]  # (line of the XML, reason)
+    counts: dict[str, int]  # label -> number of references
 
     @property
     def is_case_report(self) -> bool:
@@ -61,11 +54,7 @@ def read(data: bytes) -> Paper:
     for nested in article.findall("sub-article") + article.findall("response"):
         article.remove(nested)
     figures = _figures(article)
-    groups = {
-        group.get("id"): {fig.get("id") for fig in group.findall("fig")}
-        for group in article.iter("fig-group")
-        if group.get("id")
-    }
+    groups = {g.get("id"): {f.get("id") for f in g.findall("fig")} for g in article.iter("fig-group") if g.get("id")}
     ties = Ties(figures, groups)
     out: list[Sentence] = []
     for part in (article.find("body"), *article.findall("back/app-group"), *article.findall("back/app")):
@@ -118,9 +107,6 @@ def _key(front) -> str:
     return ""
 
 
-# --- figures ----------------------------------------------------------------------------------------------------------
-
-
 def _figures(article) -> list[Figure]:
     figures, names = [], set()
     for k, element in enumerate(article.iter("fig"), 1):
@@ -141,11 +127,8 @@ def _figures(article) -> list[Figure]:
         while name in names:
             name, repeat = f"{base}_{repeat}", repeat + 1
         names.add(name)
-        figure = Figure(key, name, label, caption, _graphics(element), row=element.sourceline or 0)
-        if parsed is not None:
-            figure.word, figure.number, figure.panel = parsed.word, parsed.number, parsed.panel
-            figure.supplement = parsed.supplement
-        figures.append(figure)
+        number = dataclasses.asdict(parsed) if parsed is not None else {}
+        figures.append(Figure(key, name, label, caption, _graphics(element), element.sourceline or 0, **number))
     return figures
 
 
@@ -182,9 +165,6 @@ def _graphics(element) -> list[str]:
         elif child.getparent().tag not in ("alternatives", "caption"):
             out.append(child.get(XLINK) or "")
     return list(dict.fromkeys(out))
-
-
-# --- text -------------------------------------------------------------------------------------------------------------
 
 
 def _add_section(element, section: str, ties: Ties, out: list[Sentence]) -> None:

@@ -19,23 +19,14 @@ UNCERTAIN = ("ignore", "positive", "negative")
 
 @dataclasses.dataclass(slots=True)
 class Image:
-    """An image with its findings.
+    """An image with its findings."""
 
-    Attributes:
-      path: relative to the member's folder.
-      study: what must not be divided between splits (a patient, if the set names one).
-      findings: disease -> True, False or None (uncertain).
-      complete: every finding of the set was looked for, so a finding that is not True is absent, and an image without
-        any is normal.
-      row, file: where the label is, for error messages.
-    """
-
-    path: str
-    study: str
-    findings: dict[str, bool | None]
+    path: str  # relative to the member's folder
+    study: str  # what must not be divided between splits (a patient, if the set names one)
+    findings: dict[str, bool | None]  # disease -> True, False or None (uncertain)
     split: str = ""
-    complete: bool = False
-    row: int = 0
+    complete: bool = False  # every finding of the set was looked for, so a finding that is not True is absent
+    row: int = 0  # of the label in `file`, for error messages
     file: str = ""
 
     @property
@@ -52,15 +43,10 @@ class Image:
 
 @dataclasses.dataclass
 class Policy:
-    """What CheXpert's uncertain label -1 counts as.
+    """What CheXpert's uncertain label -1 counts as."""
 
-    Attributes:
-      uncertain: ignore, positive or negative.
-      by_disease: exceptions, disease -> ignore, positive or negative.
-    """
-
-    uncertain: str = "ignore"
-    by_disease: dict[str, str] = dataclasses.field(default_factory=dict)
+    uncertain: str = "ignore"  # one of UNCERTAIN
+    by_disease: dict[str, str] = dataclasses.field(default_factory=dict)  # exceptions
 
     def choice(self, disease: str) -> str:
         return self.by_disease.get(disease, self.uncertain)

@@ -18,47 +18,32 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-FINAL = ("answered", "cut", "refused", "rejected", "empty")
 CHARACTERS_PER_TOKEN = 4.0  # roughly, for English; used for estimates only
 
 
 class Stop(ValueError):
-    """The run cannot continue: a wrong key, an unknown model, no credit, or the budget is spent.
+    """The run cannot continue: a wrong key, an unknown model, no credit, or the budget is spent."""
 
-    Attributes:
-      counts: the counts of the run so far.
-    """
-
-    counts: Counts
+    counts: Counts  # of the run so far
 
 
 @dataclasses.dataclass(frozen=True)
 class Endpoint:
-    """An endpoint, and the limits and prices of its use.
-
-    Attributes:
-      key_variable: the environment variable with the API key; "" for a server without one.
-      concurrency: maximum number of concurrent requests.
-      per_minute: maximum number of requests per minute; 0: no limit.
-      timeout: seconds for one request.
-      retries: further attempts of one request before it is left for the next run.
-      price_in, price_out: price of a million tokens, in any currency.
-      budget: stop after this cost; 0: no limit.
-    """
+    """An endpoint, and the limits and prices of its use."""
 
     base_url: str
     model: str
-    key_variable: str = "OPENAI_API_KEY"
-    concurrency: int = 8
-    per_minute: float = 0.0
-    timeout: float = 120.0
-    retries: int = 6
-    first_wait: float = 1.0
+    key_variable: str = "OPENAI_API_KEY"  # the environment variable with the API key; "" for a server without one
+    concurrency: int = 8  # maximum number of concurrent requests
+    per_minute: float = 0.0  # maximum number of requests per minute; 0: no limit
+    timeout: float = 120.0  # seconds for one request
+    retries: int = 6  # further attempts of one request before it is left for the next run
+    first_wait: float = 1.0  # seconds before the first retry; doubled for each further one
     temperature: float = 0.7
     max_tokens: int = 800
-    price_in: float = 0.0
-    price_out: float = 0.0
-    budget: float = 0.0
+    price_in: float = 0.0  # of a million tokens sent, in any currency
+    price_out: float = 0.0  # of a million tokens received
+    budget: float = 0.0  # stop after this cost; 0: no limit
 
     def key(self) -> str:
         """Return the API key, or "" if none is used. Raises ValueError if the variable is not set."""
@@ -66,10 +51,8 @@ class Endpoint:
             return ""
         key = os.environ.get(self.key_variable, "").strip()
         if not key:
-            raise ValueError(
-                f"the environment variable {self.key_variable} has no key: export it, or name another one with "
-                "--key-variable (--key-variable '' for a server without a key)"
-            )
+            remedy = "export it, or name another one with --key-variable (--key-variable '' for a server without a key)"
+            raise ValueError(f"the environment variable {self.key_variable} has no key: {remedy}")
         return key
 
     def cost(self, tokens_in: float, tokens_out: float) -> float:
@@ -129,7 +112,7 @@ class Answers:
 
 @dataclasses.dataclass
 class Counts:
-    """Counts of a run. Every request ends as known, as one of FINAL, or as left for the next run."""
+    """Counts of a run. Every request is known, ended or left for the next run."""
 
     requests: int = 0
     known: int = 0
@@ -137,8 +120,8 @@ class Counts:
     sent: int = 0
     tokens_in: int = 0
     tokens_out: int = 0
-    ended: dict[str, int] = dataclasses.field(default_factory=dict)
-    retried: dict[str, int] = dataclasses.field(default_factory=dict)
+    ended: dict[str, int] = dataclasses.field(default_factory=dict)  # by answered, cut, refused, rejected, empty
+    retried: dict[str, int] = dataclasses.field(default_factory=dict)  # by reason
 
     def to_dict(self, endpoint: Endpoint) -> dict:
         out = {
@@ -260,16 +243,12 @@ class _Client:
 
     async def _ask(self, client, key: str, messages: list[dict]) -> None:
         endpoint, wait = self.endpoint, self.endpoint.first_wait
+        settings = {name: getattr(endpoint, name) for name in ("model", "temperature", "max_tokens")}
         for attempt in range(endpoint.retries + 1):
             await self._wait_for_rate()
             self.counts.sent += 1
             try:
-                answer = await client.chat.completions.create(
-                    model=endpoint.model,
-                    messages=messages,
-                    temperature=endpoint.temperature,
-                    max_tokens=endpoint.max_tokens,
-                )
+                answer = await client.chat.completions.create(messages=messages, **settings)
                 self._keep(key, answer, attempt + 1)
                 return
             except Exception as error:  # _classify raises all errors that are not the endpoint's

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from typing import Protocol
+from collections.abc import Callable
 
 from input_pipeline.datasets.modalities import modalities
 
@@ -58,10 +58,8 @@ _PART = re.compile(r"(?<=[.;])\s+|(?=\([A-Za-z](?:\s*[-–,]\s*[A-Za-z])*\))")
 NOT_RADIOLOGIC = frozenset({"histopathology", "a photograph", "endoscopy"})
 
 
-class Classifier(Protocol):
-    """A function of an image path that returns the probability that the image is radiologic."""
-
-    def __call__(self, path: str) -> float: ...
+# Path of an image -> probability that it is radiologic.
+Classifier = Callable[[str], float]
 
 
 def by_caption(text: str) -> bool | None:

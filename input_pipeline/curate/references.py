@@ -47,38 +47,25 @@ _ELSEWHERE_BEFORE = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One figure that a mention names.
+    """One figure that a mention names, at a position of the text."""
 
-    Attributes:
-      number: normalized like labels (`fold`): "2", "S1", "IV"; "" for "the figure".
-      panels: letters in lower case; empty for the whole figure.
-      begin, end: its position in the text; for an inner figure of a range, the position of the range.
-      inner: it is inside a range and not written out.
-    """
-
-    number: str
-    panels: tuple[str, ...]
-    begin: int
+    number: str  # normalized like labels (`fold`): "2", "S1", "IV"
+    panels: tuple[str, ...]  # letters in lower case; empty for the whole figure
+    begin: int  # for an inner figure of a range, the position of the range
     end: int
-    inner: bool = False
+    inner: bool = False  # it is inside a range and not written out
 
 
 @dataclasses.dataclass(frozen=True)
 class Mention:
-    """One mention of one or several figures.
+    """One mention of one or several figures, at a position of the text that includes the keyword."""
 
-    Attributes:
-      word: "figure", "scheme", "chart", "plate" or "image".
-      begin, end: its position in the text, including the keyword.
-      supplement, elsewhere: the text refers to a supplement, or to another paper.
-    """
-
-    word: str
+    word: str  # "figure", "scheme", "chart", "plate" or "image"
     items: tuple[Item, ...]
     begin: int
     end: int
-    supplement: bool = False
-    elsewhere: bool = False
+    supplement: bool = False  # the text refers to a supplement
+    elsewhere: bool = False  # the text refers to another paper
 
 
 def fold(number: str) -> str:
@@ -90,9 +77,7 @@ def fold(number: str) -> str:
 def mentions(text: str, is_linked=lambda begin, end: False) -> list[Mention]:
     """Return every mention of numbered figures.
 
-    Args:
-      is_linked: is_linked(begin, end) returns whether the author linked this text to a figure. Linked numbers of a list
-        are always figures.
+    is_linked(begin, end) returns whether the author linked this text to a figure. Linked numbers are always figures.
     """
     out, position = [], 0
     while (match := _KEYWORD.search(text, position)) is not None:
