@@ -36,11 +36,23 @@ class Tool:
     check: Callable[[argparse.Namespace], str] = lambda args: ""  # what is wrong with a combination of options
 
 
+def _options(args: argparse.Namespace, names: str) -> dict:
+    return {name: getattr(args, name) for name in names.split()}
+
+
 def run_on_tables(curate: Callable[..., dict], names: str) -> Callable[..., dict]:
     """Return `Tool.run` for a tool with `tables` below a --root, and options with these names."""
     return lambda tool, args, directory, **running: curate(
-        args.tables, args.root, directory, {name: getattr(args, name) for name in names.split()}, **running
+        args.tables, args.root, directory, _options(args, names), **running
     )
+
+
+def run_on_source(curate: Callable[..., dict], names: str) -> Callable[..., dict]:
+    """Return `Tool.run` for a tool that works item by item, with options with these names."""
+    return lambda tool, args, directory, **running: curate(
+        tool, args.source, directory, _options(args, names),
+        workers=args.workers, restart=args.restart, **beam.runner_arguments(args), **running,
+    )  # fmt: skip
 
 
 def number_that_is(condition: str, is_met: Callable[[float], bool], kind: type = float) -> Callable[[str], float]:
@@ -66,11 +78,6 @@ def add_job_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=at_least(0), metavar="N", help=text)
     beam.add_options(parser)
     parser.add_argument("--restart", action="store_true", help="discard the results of an interrupted run")
-
-
-def job_options(args: argparse.Namespace) -> dict:
-    """Return the arguments of `jobs.run` for the options of `add_job_options`."""
-    return {"workers": args.workers, "restart": args.restart} | beam.runner_arguments(args)
 
 
 def main(tool: Tool, name: str, argv: list[str]) -> int:

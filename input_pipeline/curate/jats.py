@@ -60,20 +60,10 @@ def read(data: bytes) -> Paper:
     for part in (article.find("body"), *article.findall("back/app-group"), *article.findall("back/app")):
         if part is not None:
             _add_section(part, "", ties, out)
-    front = article.find("front/article-meta")
-    title = front.find("title-group/article-title") if front is not None else None
-    abstract = front.find("abstract") if front is not None else None
-    return Paper(
-        _key(front),
-        (article.get(LANG) or "").lower()[:2],
-        (article.get("article-type") or "").lower(),
-        text_of(title),
-        " ".join(text_of(p) for p in abstract.iter("p")) if abstract is not None else "",
-        out,
-        figures,
-        ties.problems,
-        ties.counts,
-    )
+    language, kind = (article.get(LANG) or "").lower()[:2], (article.get("article-type") or "").lower()
+    title = text_of(article.find("front/article-meta/title-group/article-title"))
+    abstract = " ".join(map(text_of, article.iterfind("front/article-meta/abstract[1]//p")))
+    return Paper(_key(article), language, kind, title, abstract, out, figures, ties.problems, ties.counts)
 
 
 def _parse(data: bytes) -> etree._Element:
@@ -98,11 +88,10 @@ def _parse(data: bytes) -> etree._Element:
     return root
 
 
-def _key(front) -> str:
+def _key(article) -> str:
     for kind in ("pmc", "pmcid"):
-        element = front.find(f"article-id[@pub-id-type='{kind}']") if front is not None else None
-        digits = re.sub(r"\D", "", (element.text or "").partition(".")[0]) if element is not None else ""
-        if digits:
+        text = article.findtext(f"front/article-meta/article-id[@pub-id-type='{kind}']") or ""
+        if digits := re.sub(r"\D", "", text.partition(".")[0]):
             return f"PMC{digits}"
     return ""
 
@@ -127,7 +116,7 @@ def _figures(article) -> list[Figure]:
         while name in names:
             name, repeat = f"{base}_{repeat}", repeat + 1
         names.add(name)
-        number = dataclasses.asdict(parsed) if parsed is not None else {}
+        number = vars(parsed) if parsed is not None else {}
         figures.append(Figure(key, name, label, caption, _graphics(element), element.sourceline or 0, **number))
     return figures
 

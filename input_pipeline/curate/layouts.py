@@ -113,9 +113,9 @@ def row_writer(file: Path, header: list[str] | None) -> Iterator[Callable[[dict]
         if file.suffix == ".jsonl":
             yield lambda row: out.write(json.dumps(row, ensure_ascii=False) + "\n")
             return
-        marks = itertools.chain(["[\n"], itertools.repeat(",\n"))
-        yield lambda row: out.write(next(marks) + json.dumps(row, ensure_ascii=False))
-        out.write("[]\n" if next(marks) == "[\n" else "\n]\n")
+        separators = itertools.chain(["[\n"], itertools.repeat(",\n"))
+        yield lambda row: out.write(next(separators) + json.dumps(row, ensure_ascii=False))
+        out.write("[]\n" if next(separators) == "[\n" else "\n]\n")
 
 
 class Tables:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -54,14 +55,10 @@ _OTHER_SECTION = re.compile(r"discussion|conclusion|introduction|background|meth
 
 
 class Request(NamedTuple):
-    """A request: the text that the model sees, and the cells of the row in addition to question and answer."""
+    """A request to the model, and the cells of the row in addition to question and answer."""
 
-    text: str
+    messages: list[dict[str, str]]
     cells: dict
-
-    @property
-    def messages(self) -> list[dict[str, str]]:
-        return qa_prompts.messages(self.text)
 
 
 def _base_url(text: str) -> str:
@@ -71,19 +68,11 @@ def _base_url(text: str) -> str:
     return text
 
 
-def _timeout(text: str) -> float:
-    seconds = float(text)
-    if not seconds > 0:
-        raise argparse.ArgumentTypeError(f"must be above 0 (got {text})")
-    return seconds
-
-
 def _add_options(parser) -> None:
     parser.add_argument("source", metavar="SOURCE", help="the input table")
     parser.add_argument("--model", required=True, help="name of the model at the endpoint")
-    parser.add_argument(
-        "--base-url", type=_base_url, default="https://api.openai.com/v1", metavar="URL", help="(%(default)s)"
-    )
+    url = "https://api.openai.com/v1"
+    parser.add_argument("--base-url", type=_base_url, default=url, metavar="URL", help="(%(default)s)")
     parser.add_argument("--key-variable", default="OPENAI_API_KEY", metavar="NAME", help="(%(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="print a request and the estimate; send nothing")
     parser.add_argument("--limit", type=console.at_least(1), metavar="N", help="only the first N requests")
@@ -91,7 +80,7 @@ def _add_options(parser) -> None:
     for name, kind, default, text in (
         ("concurrency", console.at_least(1), 8, "maximum number of concurrent requests"),
         ("per-minute", amount, 0, "maximum number of requests per minute; 0: no limit"),
-        ("timeout", _timeout, 120, "seconds for one request"),
+        ("timeout", console.number_that_is("above 0", lambda value: value > 0), 120, "seconds for one request"),
         ("retries", count, 6, "further attempts of a request"),
         ("temperature", float, 0.7, "of the model"),
         ("max-tokens", console.at_least(1), 800, "maximum length of an answer"),
@@ -114,10 +103,9 @@ def _check(args) -> str:
 
 
 def _run(tool: str, args, directory: Path, **running) -> dict:
-    names = "base_url model key_variable concurrency per_minute timeout retries temperature max_tokens"
-    names += " price_in price_out budget"
-    endpoint = llm.Endpoint(**{name: getattr(args, name) for name in names.split()})
-    all_figures = tool == "pmc-casereport" and args.all_figures
+    names = {field.name for field in dataclasses.fields(llm.Endpoint)}
+    endpoint = llm.Endpoint(**{name: value for name, value in vars(args).items() if name in names})
+    all_figures = getattr(args, "all_figures", False)
     options = {"dry_run": args.dry_run, "limit": args.limit, "all_figures": all_figures}
     report = curate(tool, args.source, directory, endpoint, options, **running)
     return report | {"incomplete": report["counts"].get("requests left for the next run") or report.get("stopped")}
@@ -193,12 +181,13 @@ def _write(tool: str, directory: Path, requests: Iterable[Request], answers, end
                 result.count("texts without an answer yet")
                 continue
             answer = answers[key]
-            if answer["kind"] in ("refused", "rejected", "empty"):
-                result.count(f"answers: {answer['kind']}")
-                result.problem(directory / "answers.jsonl", key, f"the endpoint's answer is {answer['kind']}",
-                               f"{answer['text'] or answer['finish']}"[:200])  # fmt: skip
+            kind, text = answer["kind"], answer["text"]
+            if kind in ("refused", "rejected", "empty"):
+                result.count(f"answers: {kind}")
+                reason = f"the endpoint's answer is {kind}"
+                result.problem(answers.file, key, reason, str(text or answer["finish"])[:200])
                 continue
-            for pair in qa_prompts.usable_pairs(answer["text"], answer["kind"] == "cut", result.count):
+            for pair in qa_prompts.usable_pairs(text, kind == "cut", result.count):
                 row = request.cells | {"question": pair.question, "answer": pair.answer}
                 if tool == "pmc-casereport":
                     row |= {"question": f"Q: {pair.question}", "answer": f"A: {pair.answer}"}
@@ -210,9 +199,6 @@ def _write(tool: str, directory: Path, requests: Iterable[Request], answers, end
                     out.write(name, row)
     result.count("rows written", out.rows[name])
     report.add(result)
-
-
-# --- requests ---------------------------------------------------------------------------------------------------------
 
 
 def _read(source: Path, result: Result) -> Iterator[tuple[int, dict]]:
@@ -247,7 +233,7 @@ def case_requests(source: Path, options: dict, result: Result) -> Iterator[Reque
             result.count("sentences with figures")
             lines = dict.fromkeys(f"Caption: {captions[f]}" for f in shown if captions.get(f))
             cells = {"PMC_id": paper, "img_ref": str(shown), "context": background(sentences[:k])}
-            yield Request("\n".join([f"Sentence: {text}", *lines]), cells)
+            yield Request(qa_prompts.messages("\n".join([f"Sentence: {text}", *lines])), cells)
 
 
 def _is_radiologic(caption: str, sentence: str) -> bool:
@@ -274,4 +260,4 @@ def caption_requests(source: Path, options: dict, result: Result) -> Iterator[Re
             result.problem(source, number, reason, "correct or remove the row")
             continue
         text = " ".join(f"{titles[name]}: {text.strip()}" for name, text in texts.items())
-        yield Request(text, {"image_path": row["npy_path"]})
+        yield Request(qa_prompts.messages(text), {"image_path": row["npy_path"]})
