@@ -17,10 +17,7 @@ from input_pipeline.text.sentences import sentences
 
 
 class Captions:
-    """Whether figures are radiologic according to their captions.
-
-    It stores a hash and the verdict of each figure that tables name, not the captions.
-    """
+    """Whether the figures of tables are radiologic. It stores a hash and the verdict of each, not the captions."""
 
     def __init__(self):
         self._verdicts: dict[int, bool | None] = {}
@@ -171,9 +168,8 @@ def size_phrases(row: dict, family: str, settings: Settings) -> Verdict:
         if isinstance(value, str) and measurements.has_size(value):
             changed[column] = measurements.without_sizes(value)
         elif isinstance(value, list):
-            changed[column] = [
-                t for t in (measurements.without_sizes(v) if measurements.has_size(v) else v for v in value) if t
-            ]
+            texts = [measurements.without_sizes(v) if measurements.has_size(v) else v for v in value]
+            changed[column] = [text for text in texts if text]
     if changed == row:
         return Verdict(row)
     if not _texts(changed, ("finding", "impression")):
@@ -230,14 +226,8 @@ def dropped_family(row: dict, family: str, settings: Settings) -> Verdict:
     return Verdict(None, f"{family} is not part of RadMD")
 
 
-FILTERS: dict[str, Filter] = {
-    "dropped_family": dropped_family,
-    "radiologic": radiologic,
-    "size_questions": size_questions,
-    "age_questions": age_questions,
-    "cheating_contexts": cheating_contexts,
-    "size_phrases": size_phrases,
-}
+_FILTERS = (dropped_family, radiologic, size_questions, age_questions, cheating_contexts, size_phrases)
+FILTERS: dict[str, Filter] = {function.__name__: function for function in _FILTERS}
 # Table 2. All rows of other families are kept; diagnosis tables are balanced (radmd.py).
 RULES: dict[str, tuple[str, ...]] = {
     "pmc_oa": ("dropped_family",),

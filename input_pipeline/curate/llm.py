@@ -151,8 +151,7 @@ def estimate(endpoint: Endpoint, answers: Answers, requests: Iterable[list[dict]
         seen.add(key)
         new += 1
         characters += sum(len(m["content"]) for m in messages)
-    tokens = round(characters / CHARACTERS_PER_TOKEN)
-    most = new * endpoint.max_tokens
+    tokens, most = round(characters / CHARACTERS_PER_TOKEN), new * endpoint.max_tokens
     return {
         "requests to send": new,
         "requests answered before, or equal to another": known,

@@ -134,7 +134,7 @@ def _open_archive(path: str, archive: tarfile.TarFile, read_images: bool) -> Pac
         total += member.size
         if number >= MAX_MEMBERS or total > MAX_PACKAGE:
             raise PackageError(f"more than {MAX_MEMBERS:,} members or {MAX_PACKAGE:,} bytes", "remove it")
-        name = member.name
+        name, base = member.name, os.path.basename(member.name)
         if not name.lower().endswith((*XML, *IMAGES)):
             continue
         if not member.isreg():
@@ -144,9 +144,8 @@ def _open_archive(path: str, archive: tarfile.TarFile, read_images: bool) -> Pac
         elif name.lower().endswith(XML):
             if member.size > MAX_XML:
                 raise PackageError(f"{name} has more than {MAX_XML:,} bytes", "remove it")
-            xml[os.path.basename(name)] = archive.extractfile(member).read()
+            xml[base] = archive.extractfile(member).read()
         else:
-            base = os.path.basename(name)
             kept += member.size if read_images else 0
             if kept > MAX_KEPT:
                 raise PackageError(f"its images have more than {MAX_KEPT:,} bytes", "unpack it into a folder")
