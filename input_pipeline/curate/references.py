@@ -40,8 +40,7 @@ _ELSEWHERE_AFTER = re.compile(
 )
 _ELSEWHERE_BEFORE = re.compile(
     r"(?:\bet\s+al\.?(?:,?\s*\(?(?:19|20)\d\d[a-z]?\)?|\s*\[\d+\])?|[A-Z][\w'’-]+,?\s+(?:19|20)\d\d[a-z]?|\[\d+|"
-    r"\brefs?\.?\s*\d+"
-    r"|\breferences?\s*\d+)\s*[,;:]?\s*(?:see\s+)?$"
+    r"\brefs?\.?\s*\d+|\breferences?\s*\d+)\s*[,;:]?\s*(?:see\s+)?$"
 )
 
 
