@@ -45,9 +45,7 @@ folder's name, lists are separated by '|', and `scans` is a list of paths.
 A scan is a file (NIfTI, DICOM, PNG, JPEG, TIFF, .npy) or the folder of a DICOM series.
 """
 RAD3D = "Convert case folders to Rad3D: captions, modality labels and rationales, with the scans as NIfTI."
-RAD3D_EPILOG = (
-    CASE_FORMAT
-    + """
+RAD3D_EPILOG = f"""{CASE_FORMAT}
 output in DIR:
   scans/CASE_K.nii.gz or .png   every scan in display order; of the header, only the spacing is kept
   caption.json     families rad3d_caption and, with title and features, rad3d_rationale; input of vqa
@@ -62,14 +60,11 @@ examples:
   python -m input_pipeline.curate rad3d cases --out rad3d
   python -m input_pipeline.curate vqa rad3d/caption.json --out rad3d --model gpt-4o-mini --dry-run
 """
-)
 MPX = """\
 Convert case folders with 2D images to MPx-Single (modality, plane, caption of an image) and MPx-Multi (findings,
 discussion, diagnosis ... of a case).
 """
-MPX_EPILOG = (
-    CASE_FORMAT
-    + """
+MPX_EPILOG = f"""{CASE_FORMAT}
 output in DIR:
   images/CASE_K.png   every image
   single.csv          family mpx_single
@@ -79,7 +74,6 @@ output in DIR:
 examples:
   python -m input_pipeline.curate mpx cases --out mpx
 """
-)
 _TABLES: dict[str, dict[str, list[str] | None]] = {
     "rad3d": {"caption.json": None, "rationale.json": None, "modality.csv": ["image_path", "answer"]},
     "mpx": {"single.csv": ["name", "type", "context"], "multi.csv": ["name", "type", "context", "history"]},

@@ -26,7 +26,7 @@ CASE_TITLE = re.compile(
 class Sentence:
     text: str
     figures: list[Figure]
-    section: str = ""
+    section: str
 
 
 @dataclasses.dataclass
@@ -177,8 +177,8 @@ def _add_paragraph(element, section: str, ties: Ties, out: list[Sentence]) -> No
         for sentence in sentences(text):
             begin = text.index(sentence, end)
             end = begin + len(sentence)
-            figures = {id(figure): figure for position, figure in tied if begin <= position < end}
-            out.append(Sentence(sentence, list(figures.values()), section))
+            figures = dict.fromkeys(figure for position, figure in tied if begin <= position < end)
+            out.append(Sentence(sentence, list(figures), section))
     for block in flat.blocks:
         if block.tag == "p":
             _add_paragraph(block, section, ties, out)

@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 CHARACTERS_PER_TOKEN = 4.0  # roughly, for English; used for estimates only
@@ -197,17 +197,21 @@ class _Client:
             base_url=self.endpoint.base_url, api_key=self.secret or "none", timeout=self.endpoint.timeout, max_retries=0
         )
         tasks: dict[asyncio.Task, str] = {}
-        in_flight: set[str] = set()
         async with client:
             try:
-                for key, messages in self._new(requests, in_flight):
+                for messages in requests:
+                    self.counts.requests += 1
+                    key = request_key(self.endpoint, messages)
+                    if key in self.answers or key in tasks.values():
+                        self.counts.known += 1
+                        self.done(1, 0)
+                        continue
                     if len(tasks) >= self.endpoint.concurrency:
-                        await self._wait(tasks, in_flight)
+                        await self._wait(tasks)
                     self._check_budget()
-                    in_flight.add(key)
                     tasks[asyncio.create_task(self._ask(client, key, messages))] = key
                 while tasks:
-                    await self._wait(tasks, in_flight)
+                    await self._wait(tasks)
             except Stop as stop:
                 stop.counts = self.counts
                 raise
@@ -218,26 +222,16 @@ class _Client:
                     await asyncio.gather(*tasks, return_exceptions=True)
         return self.counts
 
-    def _new(self, requests, in_flight) -> Iterator[tuple[str, list[dict]]]:
-        for messages in requests:
-            self.counts.requests += 1
-            key = request_key(self.endpoint, messages)
-            if key in self.answers or key in in_flight:
-                self.counts.known += 1
-                self.done(1, 0)
-                continue
-            yield key, messages
-
     def _check_budget(self) -> None:
         """Raise Stop if the budget is spent. Requests in flight may still exceed it."""
         spent = self.endpoint.cost(self.counts.tokens_in, self.counts.tokens_out)
         if self.endpoint.budget and spent >= self.endpoint.budget:
             raise Stop(f"the budget of {self.endpoint.budget:g} is spent ({spent:.4f}): increase --budget to continue")
 
-    async def _wait(self, tasks, in_flight) -> None:
+    async def _wait(self, tasks: dict[asyncio.Task, str]) -> None:
         ready, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in ready:
-            in_flight.discard(tasks.pop(task))
+            del tasks[task]
             task.result()  # raises Stop
 
     async def _ask(self, client, key: str, messages: list[dict]) -> None:

@@ -46,9 +46,7 @@ def paper_id(path: str) -> str | None:
 
 def find_packages(root: Path) -> Iterator[str]:
     """Yield the paths of all packages below a folder, sorted by name, folder by folder."""
-    with os.scandir(root) as entries:
-        listed = sorted(entries, key=lambda e: e.name)
-    for entry in listed:
+    for entry in sorted(os.scandir(root), key=lambda e: e.name):
         if entry.is_dir(follow_symlinks=False):
             if paper_id(entry.name):
                 yield entry.path
@@ -106,9 +104,7 @@ def open_package(path: str, images: bool = True) -> Package:
 def _open_folder(folder: Path) -> Package:
     images: dict[str, bytes | Path] = {}
     rejected, articles = [], []
-    with os.scandir(folder) as entries:
-        listed = sorted(entries, key=lambda e: e.name)
-    for entry in listed:
+    for entry in sorted(os.scandir(folder), key=lambda e: e.name):
         name = entry.name
         if name.lower().endswith((*XML, *IMAGES)):
             if entry.is_symlink() or not entry.is_file(follow_symlinks=False):

@@ -84,10 +84,9 @@ def curate(tool: str, source: str | Path, directory: Path, options: dict, **runn
         (directory / name).mkdir(parents=True, exist_ok=True)
     repeated = Result()
     paths = _unique(packages.find_packages(source), repeated)
-    options = options | {"out": str(directory)}
-    items = jobs.run(directory, tool, inline_paper if inline else oa_paper, options, paths, **running)
-    shown = {k: v for k, v in options.items() if k != "out"} | {"source": str(source)}
-    report = jobs.Report(directory, tool, shown)
+    function = inline_paper if inline else oa_paper
+    items = jobs.run(directory, tool, function, options | {"out": str(directory)}, paths, **running)
+    report = jobs.Report(directory, tool, options | {"source": str(source)})
     report.add(repeated)
     # Name in Result.tables -> file, header.
     files: dict[str, tuple[str, list[str] | None]] = {"pairs": ("oa.csv", _OA_HEADER)}
@@ -211,8 +210,8 @@ def inline_paper(options: dict, path: str) -> Result:
     if opened is None:
         return result
     package, paper, key = opened
-    figures = {id(f): f for s in paper.sentences for f in s.figures}
-    images = _write_images(options, path, package, key, figures.values(), result)
+    figures = dict.fromkeys(f for s in paper.sentences for f in s.figures)
+    images = _write_images(options, path, package, key, figures, result)
     sentences, tied = [], 0
     for sentence in paper.sentences:
         names = [name for figure in sentence.figures for name in figure.names if name in images]

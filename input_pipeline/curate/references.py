@@ -108,44 +108,37 @@ def _items(text: str, position: int, plural: bool, is_linked) -> tuple[list[Item
     if number is None:
         return [], position
     items: list[Item] = []
-    end = position
     ranged = False
-    while number is not None:
-        panels, stop = _panels(text, number.end())
+    while True:
+        panels, end = _panels(text, number.end())
         name = fold(number.group())
         if ranged:
             items += _between(items[-1], name, number.start())
-        items.append(Item(name, panels, number.start(), stop))
-        end, ranged, number = stop, False, None
+        items.append(Item(name, panels, number.start(), end))
+        ranged = False
         follow = _RANGE.match(text, end)
         if follow is not None:
             again = _AGAIN.match(text, follow.end())
             start = again.end() if again else follow.end()
             number = _NUMBER.match(text, start)
-            if number is not None and (
-                is_linked(number.start(), number.end()) or _plausible(text, number, plural, True)
-            ):
+            if number is not None and _plausible(text, number, plural, True, is_linked):
                 ranged = items[-1].number.isdigit() and number.group().isdigit()
                 continue
-            number = None
         follow = _SEPARATOR.match(text, end)
-        if follow is None:
-            break
         # "Scheme 1, Fig. 2": the next keyword starts another mention.
-        number = _NUMBER.match(text, follow.end())
-        if number is None or not (is_linked(number.start(), number.end()) or _plausible(text, number, plural, False)):
-            break
-    return items, end
+        number = _NUMBER.match(text, follow.end()) if follow is not None else None
+        if number is None or not _plausible(text, number, plural, False, is_linked):
+            return items, end
 
 
-def _plausible(text: str, number: re.Match, plural: bool, ranged: bool) -> bool:
-    """Return whether a further number of a list is a figure, judged by the text after it."""
+def _plausible(text: str, number: re.Match, plural: bool, ranged: bool, is_linked) -> bool:
+    """Return whether a further number of a list is a figure: it is linked, or the text after it suggests so."""
+    if is_linked(number.start(), number.end()):
+        return True
     _, stop = _panels(text, number.end())
     if re.fullmatch(r"[IVX]+", number.group()) and not plural:
         return False
-    if plural or ranged:
-        return _ENDS.match(text, stop) is not None or _COUNTED.match(text, stop) is None
-    return _ENDS.match(text, stop) is not None
+    return bool(_ENDS.match(text, stop)) or ((plural or ranged) and not _COUNTED.match(text, stop))
 
 
 def _panels(text: str, position: int) -> tuple[tuple[str, ...], int]:
