@@ -61,8 +61,6 @@ class Verdict:
     reason: str = ""  # why the row is dropped or changed, else ""
 
 
-Filter = Callable[[dict, str, Settings], Verdict]
-
 # Columns of a family with modality labels, and with text about the image.
 _LABELS = {"rad3d_modality": ("answer",), "rad3d_caption": ("modality",), "rad3d_rationale": ("modality",)}
 _TEXTS = {
@@ -227,7 +225,7 @@ def dropped_family(row: dict, family: str, settings: Settings) -> Verdict:
 
 
 _FILTERS = (dropped_family, radiologic, size_questions, age_questions, cheating_contexts, size_phrases)
-FILTERS: dict[str, Filter] = {function.__name__: function for function in _FILTERS}
+FILTERS: dict[str, Callable[[dict, str, Settings], Verdict]] = {function.__name__: function for function in _FILTERS}
 # Table 2. All rows of other families are kept; diagnosis tables are balanced (radmd.py).
 RULES: dict[str, tuple[str, ...]] = {
     "pmc_oa": ("dropped_family",),

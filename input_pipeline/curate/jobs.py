@@ -9,6 +9,7 @@ from __future__ import annotations
 import array
 import collections
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -133,7 +134,7 @@ def run(
     done = progress(tool, "items", len(listed))
     done(len(listed) - sum(min(chunk_files.CHUNK, len(listed) - k * chunk_files.CHUNK) for k in missing), 0)
     if runner != beam.LOCAL:
-        work = _Work(directory, listed.file, function, options)
+        work = functools.partial(_make_part, directory, listed, function, options)
         count = lambda more: done(more, 0)  # noqa: E731
         beam.make_parts(directory, listed, missing, work, TIMEOUT, runner, runner_options, count, log)
         return listed
@@ -153,21 +154,12 @@ def _map(team: ResilientPool, items: Iterable[str], function: RowFunction, optio
     return team.map(make_results, items, chunk_files.CHUNK, function, options, label=str, failed=_died)
 
 
-class _Work:
-    """A beam.Work that makes the part of a chunk of items."""
-
-    def __init__(self, directory: Path, items: Path, function: RowFunction, options: dict):
-        self.directory, self.file, self.function, self.options = directory, items, function, options
-        self._items: Items | None = None
-
-    def __getstate__(self):
-        return self.__dict__ | {"_items": None}
-
-    def __call__(self, team: ResilientPool, chunk: int) -> None:
-        if self._items is None:
-            self._items = Items(self.file)
-        for _, lines in _map(team, self._items.chunk(chunk), self.function, self.options):
-            chunk_files.write_part(self.directory, chunk, lines)
+def _make_part(
+    directory: Path, items: Items, function: RowFunction, options: dict, team: ResilientPool, chunk: int
+) -> None:
+    """Make the part of a chunk; with its first arguments bound, a beam.Work."""
+    for _, lines in _map(team, items.chunk(chunk), function, options):
+        chunk_files.write_part(directory, chunk, lines)
 
 
 def results(directory: Path, items: Items) -> Iterator[tuple[str, Result]]:

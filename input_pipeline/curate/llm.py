@@ -167,13 +167,9 @@ def ask_all(
     requests: Iterable[list[dict]],
     done: Callable[[int, int], None] = lambda more, bad: None,
 ) -> Counts:
-    """Send every request without an answer.
+    """Send every request without an answer, and report the progress to done(requests, failures).
 
-    Args:
-      done: done(requests, failures) is called for progress.
-    Raises:
-      Stop: the run cannot continue; answers so far are kept.
-      ValueError: no key, or the openai package is not installed.
+    Raises Stop if the run cannot continue, and ValueError if there is no key or the openai package is not installed.
     """
     try:
         import openai

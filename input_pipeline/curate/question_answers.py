@@ -138,9 +138,6 @@ def curate(
         """Read the source again each time, so that one request at a time is in memory."""
         return itertools.islice(make_requests(source, options, result), options.get("limit"))
 
-    def all_messages(result: Result) -> Iterator[list[dict]]:
-        return (request.messages for request in requests(result))
-
     first = next(requests(Result()), None)
     if first is None:
         for _ in requests(result):
@@ -151,7 +148,7 @@ def curate(
     answers = llm.Answers(directory / "answers.jsonl")
     if dry_run:
         log("a request:\n" + json.dumps(first.messages, indent=1, ensure_ascii=False))
-        estimate = llm.estimate(endpoint, answers, all_messages(result))
+        estimate = llm.estimate(endpoint, answers, (request.messages for request in requests(result)))
         report.add(result)
         report.counts |= estimate
         return report.write()
@@ -160,7 +157,7 @@ def curate(
     report.add(result)
     done = progress(tool, "requests", result.counts["texts to ask about"])
     try:
-        counts = llm.ask_all(endpoint, answers, all_messages(Result()), done)
+        counts = llm.ask_all(endpoint, answers, (request.messages for request in requests(Result())), done)
     except llm.Stop as stop:
         counts = stop.counts
         log(str(stop))

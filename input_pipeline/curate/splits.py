@@ -66,12 +66,9 @@ class _Groups:
         self.parent: dict[str, str] = {}
 
     def find(self, name: str) -> str:
-        root = name
-        while self.parent.setdefault(root, root) != root:
-            root = self.parent[root]
-        while self.parent[name] != root:
-            self.parent[name], name = root, self.parent[name]
-        return root
+        while (parent := self.parent.setdefault(name, name)) != name:
+            self.parent[name] = name = self.parent[parent]  # halves the path
+        return name
 
     def join(self, a: str, b: str) -> None:
         # Sorting makes the name independent of the order of rows and tables.

@@ -47,8 +47,6 @@ from input_pipeline.samples import RowError
 
 Reader = Callable[[Path, Policy, Result], Iterator[Image]]
 
-# --- members of CXR-Mix -----------------------------------------------------------------------------------------------
-
 CHESTXRAY14 = (
     "Atelectasis Cardiomegaly Effusion Infiltration Mass Nodule Pneumonia Pneumothorax Consolidation Edema Emphysema "
     "Fibrosis Pleural_Thickening Hernia"
@@ -258,9 +256,6 @@ def openi(folder: Path, policy: Policy, result: Result) -> Iterator[Image]:
                 yield Image(path, f"openi-{cells['uid'].strip()}", findings, "", False, number, str(reports))
 
 
-# --- the other VinDr sets ---------------------------------------------------------------------------------------------
-
-
 def _boxes(kind: str, names, column: str, folder: Path, policy: Policy, result: Result) -> Iterator[Image]:
     """Read one row per box of an image, of a set that looked for all its findings in every image."""
     index = index_images(folder, (".dicom", ".dcm", ".png"))
@@ -276,9 +271,8 @@ def _boxes(kind: str, names, column: str, folder: Path, policy: Policy, result: 
                 reject(result, file, row, f"{column} {text[:40]!r} names no finding")
                 continue
             name = cells["image_id"].strip()
-            split = {"training": "train", "test": "test"}.get(cells.get("split", ""), "") or (
-                "test" if "test" in file.name else "train"
-            )
+            split = {"training": "train", "test": "test"}.get(cells.get("split", ""))
+            split = split or ("test" if "test" in file.name else "train")
             study = cells.get("study_id", "").strip() or name
             images.setdefault(name, (set(), study, split, row, file))[0].update(label.strip() for label in labels)
     known = sorted({d for labels, *_ in images.values() for d in labels if not diseases.is_normal(d)})
@@ -291,17 +285,9 @@ def _boxes(kind: str, names, column: str, folder: Path, policy: Policy, result: 
         yield Image(path, f"{kind}-{study}", findings, split, True, row, str(file))
 
 
-CXR_MIX: dict[str, Reader] = {
-    "vindr_cxr": functools.partial(_voted, "vindr-cxr"),
-    "chestxray14": chestxray14,
-    "chexpert": chexpert,
-    "covid_cxr2": covid_cxr2,
-    "nlm_tb": nlm_tb,
-    "object_cxr": object_cxr,
-    "openi": openi,
-    "rsna": rsna,
-    "siim_acr": siim_acr,
-}
+_READERS = (chestxray14, chexpert, covid_cxr2, nlm_tb, object_cxr, openi, rsna, siim_acr)
+CXR_MIX: dict[str, Reader] = {"vindr_cxr": functools.partial(_voted, "vindr-cxr")}
+CXR_MIX |= {reader.__name__: reader for reader in _READERS}
 MEMBERS: dict[str, Reader] = CXR_MIX | {
     "vindr_pcxr": functools.partial(_voted, "vindr-pcxr"),
     "vindr_spinexr": functools.partial(_boxes, "vindr-spinexr", ("train.csv", "test.csv"), "lesion_type"),
@@ -312,8 +298,7 @@ MEMBERS: dict[str, Reader] = CXR_MIX | {
 def read(member: str, folder: Path, policy: Policy, result: Result) -> list[Image]:
     """Return all images of a set, each once. Contradictory and repeated images become problems and are dropped.
 
-    Raises:
-      ValueError: the label file of the set is missing or has another format.
+    Raises ValueError if the label file of the set is missing or has another format.
     """
     if not folder.is_dir():
         raise ValueError(f"{member}: {folder} is not a directory")
