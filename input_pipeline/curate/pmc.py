@@ -241,22 +241,14 @@ def inline_paper(options: dict, path: str) -> Result:
             result.add("captions", row | {"pictures": names})
     if options["cases"] and paper.is_case_report:
         result.count("case reports")
-        result.add("cases", _case(key, paper, sentences, images))
-    return result
-
-
-def _case(key: str, paper, sentences: list[dict], images: set[str]) -> dict:
-    """Return the input of pmc-casereport: sentences with sections and figures, and the captions."""
-    return {
-        "paper": key,
-        "title": paper.title,
-        "abstract": paper.abstract,
-        "sentences": [
+        with_section = [
             {"text": row["text"], "section": sentence.section, "img_ref": row["img_ref"]}
             for sentence, row in zip(paper.sentences, sentences, strict=True)
-        ],
-        "captions": {name: f.caption for f in paper.figures for name in f.names if name in images},
-    }
+        ]
+        captions = {name: f.caption for f in paper.figures for name in f.names if name in images}
+        case = {"paper": key, "title": paper.title, "abstract": paper.abstract, "sentences": with_section}
+        result.add("cases", case | {"captions": captions})
+    return result
 
 
 def oa_paper(options: dict, path: str) -> Result:

@@ -128,8 +128,8 @@ def curate(
 ) -> dict:
     """Send the unanswered requests and write the table of all answers. Returns the report. Raises ValueError."""
     source, directory = Path(source).absolute(), Path(directory).absolute()
-    shown = {"source": str(source), "base_url": endpoint.base_url, "model": endpoint.model,
-             "temperature": endpoint.temperature, "max_tokens": endpoint.max_tokens} | options  # fmt: skip
+    shown = {name: getattr(endpoint, name) for name in ("base_url", "model", "temperature", "max_tokens")}
+    shown = {"source": str(source)} | shown | options
     dry_run = bool(options.get("dry_run"))
     report, result = Report(directory, tool, shown, dry_run), Result()
     make_requests = case_requests if tool == "pmc-casereport" else caption_requests

@@ -130,8 +130,7 @@ def _draw(file: Path, statistics: dict) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4.2), layout="constrained")
-    axes = figure.subplots(1, 3)
-    for axis, kind in zip(axes, ("dimensions", "modalities", "tasks"), strict=True):
+    for axis, kind in zip(figure.subplots(1, 3), ("dimensions", "modalities", "tasks"), strict=True):
         counts = statistics[kind]
         total = sum(counts.values())
         shown = {k: v for k, v in counts.items() if v >= 0.02 * total}

@@ -161,20 +161,17 @@ def _voted(kind: str, folder: Path, policy: Policy, result: Result) -> Iterator[
     index = index_images(folder, (".dicom", ".dcm", ".png", ".jpg"))
     for file in first_files(folder, "image_labels_*.csv"):
         columns = [c for c in csv_header(file) if c and c.lower() not in ("image_id", "rad_id")]
-        votes: dict[str, list[dict[str, bool]]] = {}
-        first: dict[str, int] = {}
+        votes: dict[str, tuple[int, list[dict[str, bool]]]] = {}  # image -> its first row, labels by its readers
         for row, cells in read_rows(file, ("image_id", *columns), result):
             labels = {column: flag(cells[column]) for column in columns}
             bad = [column for column, label in labels.items() if label is None]
             if bad:
                 reject(result, file, row, f"{', '.join(bad[:3])}: neither 0 nor 1")
                 continue
-            name = cells["image_id"].strip()
-            votes.setdefault(name, []).append(labels)
-            first.setdefault(name, row)
+            votes.setdefault(cells["image_id"].strip(), (row, []))[1].append(labels)
         split = "test" if "test" in file.name else "train"
         normal_column = next((c for c in columns if diseases.is_normal(c)), None)
-        for name, of_readers in votes.items():
+        for name, (first_row, of_readers) in votes.items():
             findings: dict[str, bool | None] = {}
             for column in columns:
                 yes = sum(labels[column] for labels in of_readers)
@@ -183,12 +180,12 @@ def _voted(kind: str, folder: Path, policy: Policy, result: Result) -> Iterator[
                     result.count(f"{kind}: findings that too few of an image's readers saw (ignored)")
             normal = findings.pop(normal_column, None) if normal_column else None
             if normal and any(p and not diseases.is_vague(d) for d, p in findings.items()):
-                reject(result, file, first[name], f"'{normal_column}' together with a finding: {name}")
+                reject(result, file, first_row, f"'{normal_column}' together with a finding: {name}")
                 continue
             if normal and None not in findings.values():
                 findings[NORMAL] = True
             path = image_path(index, name, ".dicom")
-            yield Image(path, f"{kind}-{name}", findings, split, False, first[name], str(file))
+            yield Image(path, f"{kind}-{name}", findings, split, False, first_row, str(file))
 
 
 def covid_cxr2(folder: Path, policy: Policy, result: Result) -> Iterator[Image]:
