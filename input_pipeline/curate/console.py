@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from input_pipeline.console import RateColumn, add_bar, error_line
 from input_pipeline.files import locked_directory
@@ -119,9 +119,7 @@ def main(tool: Tool, name: str, argv: list[str]) -> int:
 
 def show(report: dict) -> None:
     """Print the counts of a report and the reasons of its problems."""
-    table = Table(title=report["tool"])
-    table.add_column("")
-    table.add_column("", justify="right")
+    table = Table("", Column(justify="right"), title=report["tool"])
     for label, count in report["counts"].items():
         table.add_row(escape(label), f"{count:,}" if isinstance(count, int) else str(count))
     table.add_section()

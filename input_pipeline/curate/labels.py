@@ -14,7 +14,7 @@ from input_pipeline.datasets.csv_tables import stream_csv
 from input_pipeline.datasets.rows import bad_cell
 
 NORMAL = "No finding"
-UNCERTAIN = ("ignore", "positive", "negative")
+UNCERTAIN = {"ignore": None, "positive": True, "negative": False}  # choice -> what a finding counts as
 
 
 @dataclasses.dataclass(slots=True)
@@ -51,24 +51,20 @@ class Policy:
     def choice(self, disease: str) -> str:
         return self.by_disease.get(disease, self.uncertain)
 
-    def decide(self, disease: str) -> bool | None:
-        return {"ignore": None, "positive": True, "negative": False}[self.choice(disease)]
-
 
 def read_rows(file: Path, required, result: Result, optional=()) -> Iterator[tuple[int, dict]]:
     """Yield number and cells of the rows of a CSV file; rows that cannot be read become problems."""
     for number, cells in good_rows(stream_csv(file, required, optional)[1], result):
         if bad := bad_cell(cells):
-            result.count("rows that cannot be used")
-            result.problem(file, number, bad, "write the table as UTF-8 text")
+            reject(result, file, number, bad, "write the table as UTF-8 text")
         else:
             yield number, cells
 
 
-def reject(result: Result, file: Path | str, row: int, reason: str) -> None:
+def reject(result: Result, file: Path | str, row: int, reason: str, remedy: str = "correct or remove the row") -> None:
     """Add a problem for a row that is not used."""
     result.count("rows that cannot be used")
-    result.problem(file, row, reason, "correct or remove the row")
+    result.problem(file, row, reason, remedy)
 
 
 def first_files(folder: Path, *patterns: str) -> list[Path]:

@@ -15,7 +15,7 @@ from input_pipeline.curate.jobs import Result
 from input_pipeline.datasets import FAMILIES
 from input_pipeline.datasets.base import TableDataset
 from input_pipeline.datasets.csv_tables import stream_csv
-from input_pipeline.datasets.json_tables import stream_json, stream_jsonl
+from input_pipeline.datasets.json_tables import stream_json
 from input_pipeline.datasets.rows import bad_path
 from input_pipeline.files import atomic_write
 from input_pipeline.samples import RowError
@@ -82,11 +82,6 @@ def read(family: str, file: Path, result: Result) -> tuple[list[str] | None, Ite
         return None, good_rows(stream_json(file, required), result)
     header, rows = stream_csv(file, required, None)
     return header, good_rows(rows, result)
-
-
-def read_json_lines(file: Path, result: Result) -> Iterator[tuple[int, dict]]:
-    """Yield number and object of each line of JSON Lines; bad lines become problems of the result."""
-    return good_rows(stream_jsonl(file), result)
 
 
 def good_rows(rows: Iterator[tuple[int, dict] | RowError], result: Result) -> Iterator[tuple[int, dict]]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import re
 from collections.abc import Callable
+from typing import NamedTuple
 
 from input_pipeline.curate.filters import AGE_QUESTION
 from input_pipeline.curate.language import is_english
@@ -54,8 +54,7 @@ def messages(text: str) -> list[dict[str, str]]:
     return [*out, {"role": "user", "content": text}]
 
 
-@dataclasses.dataclass(frozen=True)
-class Pair:
+class Pair(NamedTuple):
     question: str
     answer: str
 
@@ -145,8 +144,8 @@ _REJECTIONS: dict[str, Callable[[str, str, str], object]] = {
 
 def rejection(pair: Pair) -> str:
     """Return why a pair is not used, or ""."""
-    texts = pair.question, pair.answer, f"{pair.question} {pair.answer}"
-    return next((reason for reason, holds in _REJECTIONS.items() if holds(*texts)), "")
+    both = " ".join(pair)
+    return next((reason for reason, holds in _REJECTIONS.items() if holds(*pair, both)), "")
 
 
 def usable_pairs(text: str, truncated: bool, count: Callable[[str], None]) -> list[Pair]:

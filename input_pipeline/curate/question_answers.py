@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from input_pipeline.curate import console, jobs, layouts, llm, qa_prompts, radiology
 from input_pipeline.curate.jobs import Report, Result
+from input_pipeline.datasets.json_tables import stream_jsonl
 from input_pipeline.samples import RowError
 
 CASES = """\
@@ -202,7 +203,7 @@ def _read(source: Path, result: Result) -> Iterator[tuple[int, dict]]:
     if not source.is_file():
         raise RowError(source, 0, "table not found", "use cases.jsonl, or JSON of rad3d_caption")
     if source.suffix == ".jsonl":
-        return layouts.read_json_lines(source, result)
+        return layouts.good_rows(stream_jsonl(source), result)
     return layouts.read("rad3d_caption", source, result)[1]
 
 

@@ -15,6 +15,7 @@ from input_pipeline.curate import console, filters, jobs, layouts, radiology
 from input_pipeline.curate.filters import FILTERS, RULES, Settings
 from input_pipeline.curate.jobs import Report, Result
 from input_pipeline.datasets import FAMILIES, diagnosis, diseases
+from input_pipeline.datasets.json_tables import stream_jsonl
 from input_pipeline.files import write_json_lines
 
 DESCRIPTION = """\
@@ -100,7 +101,7 @@ def _captions(files, tables, result: Result) -> filters.Captions:
                 for paper, figure in filters.figures(row, table.family):
                     captions.register(paper, figure)
     for file in files:
-        for number, row in layouts.read_json_lines(Path(file), result):
+        for number, row in layouts.good_rows(stream_jsonl(Path(file)), result):
             try:
                 for figure in row["pictures"]:
                     captions.add(row["paper"], figure, row["caption"])

@@ -29,6 +29,7 @@ from pathlib import Path
 from input_pipeline.curate.jobs import Result
 from input_pipeline.curate.labels import (
     NORMAL,
+    UNCERTAIN,
     Image,
     Policy,
     all_files,
@@ -87,7 +88,7 @@ def chexpert(folder: Path, policy: Policy, result: Result) -> Iterator[Image]:
                 value = cells[disease].strip()
                 if value in ("-1", "-1.0"):
                     result.count(f"chexpert: uncertain labels counted as {policy.choice(disease)}")
-                    findings[disease] = policy.decide(disease)
+                    findings[disease] = UNCERTAIN[policy.choice(disease)]
                 elif flag(value) is not None:
                     findings[disease] = flag(value)
                 elif value:
