@@ -182,7 +182,7 @@ class _Client:
     def __init__(self, openai, endpoint: Endpoint, answers: Answers, done):
         self.openai, self.endpoint, self.answers, self.done = openai, endpoint, answers, done
         self.secret, self.counts, self.stopping = endpoint.key(), Counts(), False
-        self.next_start = self.paused_until = 0.0  # limits of the rate and of a 429, as times of the monotonic clock
+        self.next_start = self.paused_until = 0.0  # earliest start of a request, by the rate and after a 429
 
     async def run(self, requests: Iterable[list[dict]]) -> Counts:
         # max_retries=0: retries are done here, to count and limit them.
