@@ -44,12 +44,8 @@ folder's name, lists are separated by '|', and `scans` is a list of paths.
                  folder, with the modality of its DICOM header
 A scan is a file (NIfTI, DICOM, PNG, JPEG, TIFF, .npy) or the folder of a DICOM series.
 """
-RAD3D = """\
-Convert case folders to Rad3D: captions, modality labels and rationales, with the scans as NIfTI.
-"""
-RAD3D_EPILOG = (
-    CASE_FORMAT
-    + """
+RAD3D = "Convert case folders to Rad3D: captions, modality labels and rationales, with the scans as NIfTI."
+RAD3D_EPILOG = f"""{CASE_FORMAT}
 output in DIR:
   scans/CASE_K.nii.gz or .png   every scan in display order; of the header, only the spacing is kept
   caption.json     families rad3d_caption and, with title and features, rad3d_rationale; input of vqa
@@ -64,14 +60,11 @@ examples:
   python -m input_pipeline.curate rad3d cases --out rad3d
   python -m input_pipeline.curate vqa rad3d/caption.json --out rad3d --model gpt-4o-mini --dry-run
 """
-)
 MPX = """\
 Convert case folders with 2D images to MPx-Single (modality, plane, caption of an image) and MPx-Multi (findings,
 discussion, diagnosis ... of a case).
 """
-MPX_EPILOG = (
-    CASE_FORMAT
-    + """
+MPX_EPILOG = f"""{CASE_FORMAT}
 output in DIR:
   images/CASE_K.png   every image
   single.csv          family mpx_single
@@ -81,7 +74,6 @@ output in DIR:
 examples:
   python -m input_pipeline.curate mpx cases --out mpx
 """
-)
 _TABLES: dict[str, dict[str, list[str] | None]] = {
     "rad3d": {"caption.json": None, "rationale.json": None, "modality.csv": ["image_path", "answer"]},
     "mpx": {"single.csv": ["name", "type", "context"], "multi.csv": ["name", "type", "context", "history"]},
@@ -91,14 +83,9 @@ _TEXTS = (
 ).split()
 # Text of a case -> type of MPx-Multi.
 _MULTI = {
-    "findings": "findings",
-    "discussion": "discussion",
-    "title": "diagnosis",
-    "exam": "exam",
-    "ddx": "ddx",
-    "dxHow": "dxHow",
-    "followup": "txFollowup",
-}
+    "findings": "findings", "discussion": "discussion", "title": "diagnosis", "exam": "exam", "ddx": "ddx",
+    "dxHow": "dxHow", "followup": "txFollowup",
+}  # fmt: skip
 _EXTENSIONS = (".nii", ".nii.gz", ".dcm", ".npy", ".png", ".jpg", ".jpeg", ".tif", ".tiff")
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 # DICOM modality code -> label of the families.
@@ -109,6 +96,7 @@ DICOM_MODALITIES = {
 
 
 def _add_options(parser) -> None:
+    parser.set_defaults(first=False)
     parser.add_argument("source", metavar="SOURCE", help="directory of the case folders")
     console.add_job_options(parser)
 
@@ -116,17 +104,6 @@ def _add_options(parser) -> None:
 def _add_rad3d_options(parser) -> None:
     parser.add_argument("--first", action="store_true", help="use only the first scan of a case")
     _add_options(parser)
-
-
-def _run(tool: str, args, directory, **running) -> dict:
-    options = {"first": tool == "rad3d" and args.first}
-    return curate(tool, args.source, directory, options, **console.job_options(args), **running)
-
-
-TOOLS = {
-    "rad3d": console.Tool(RAD3D, RAD3D_EPILOG, _add_rad3d_options, _run),
-    "mpx": console.Tool(MPX, MPX_EPILOG, _add_options, _run),
-}
 
 
 def curate(tool: str, source, directory, options: dict, **running) -> dict:
@@ -239,9 +216,7 @@ def _checked(file: Path, number: int, case: dict) -> dict:
 
 def _write_scans(folder: Path, name: str, case: dict, options: dict, result: Result) -> list[dict]:
     """Write the scans that can be read. Returns {file, modality, plane, caption} of each."""
-    listed = case.get("scans")
-    if listed is None:
-        listed = [{"path": path} for path in _find_scans(folder)]
+    listed = case["scans"] if "scans" in case else [{"path": path} for path in _find_scans(folder)]
     if not listed:
         result.problem(folder, 0, "the case has no scan", "add its scans")
     mpx, out = options["tool"] == "mpx", []
@@ -253,7 +228,8 @@ def _write_scans(folder: Path, name: str, case: dict, options: dict, result: Res
             if mpx and not is_2d:
                 raise scans.ScanError(path, "a volume, but MPx has 2D images only", "use rad3d for volumes")
             if mpx and voxels.dtype != np.uint8:
-                voxels = _as_bytes(voxels, header.value_range)
+                low, high = header.value_range
+                voxels = np.round((voxels.astype(np.float64) - low) * (255.0 / (high - low))).astype(np.uint8)
             extension = "png" if is_2d and voxels.dtype == np.uint8 else "nii.gz"
             file = f"{'images' if mpx else 'scans'}/{_UNSAFE.sub('_', name)}_{k}.{extension}"
             _write_scan(Path(options["out"]) / file, voxels, header.spacing_mm)
@@ -262,12 +238,10 @@ def _write_scans(folder: Path, name: str, case: dict, options: dict, result: Res
             result.problem(folder / entry["path"], k, error.reason, error.remedy)
             continue
         result.count("scans")
-        out.append({
-            "file": file,
-            "modality": (entry.get("modality") or DICOM_MODALITIES.get(header.modality or "", "")).strip(),
-            "plane": (entry.get("plane") or "").strip(),
-            "caption": (entry.get("caption") or "").strip(),
-        })  # fmt: skip
+        texts = {name: (entry.get(name) or "").strip() for name in ("modality", "plane", "caption")}
+        if not entry.get("modality"):
+            texts["modality"] = DICOM_MODALITIES.get(header.modality or "", "")
+        out.append({"file": file} | texts)
     return out
 
 
@@ -284,11 +258,6 @@ def _find_scans(root: Path) -> list[str]:
             out += [(relative / n).as_posix() for n in dicom]
         out += [(relative / n).as_posix() for n in names if n.lower().endswith(_EXTENSIONS) and n not in dicom]
     return sorted(out)
-
-
-def _as_bytes(voxels: np.ndarray, value_range) -> np.ndarray:
-    low, high = value_range
-    return np.round((voxels.astype(np.float64) - low) * (255.0 / (high - low))).astype(np.uint8)
 
 
 def _write_scan(file: Path, voxels: np.ndarray, spacing) -> None:
@@ -356,3 +325,10 @@ def _known_modality(label: str, file, number, result: Result) -> bool:
         result.problem(file, number, f"the modality is unknown: {label}", "write CT, MRI, X-ray, ultrasound ...")
         return False
     return bool(label)
+
+
+_run = console.run_on_source(curate, "first")
+TOOLS = {
+    "rad3d": console.Tool(RAD3D, RAD3D_EPILOG, _add_rad3d_options, _run),
+    "mpx": console.Tool(MPX, MPX_EPILOG, _add_options, _run),
+}

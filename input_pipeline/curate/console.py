@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from input_pipeline.console import RateColumn, add_bar, error_line
 from input_pipeline.files import locked_directory
@@ -26,46 +27,57 @@ no result: a wrong option, a missing file, or a table that cannot be read; 130 i
 
 @dataclasses.dataclass(frozen=True)
 class Tool:
-    """A command of `python -m input_pipeline.curate`.
-
-    Attributes:
-      description, epilog: texts of --help.
-      add_options: adds the tool's options to a parser.
-      run: run(name, args, directory, progress=, log=) does the work and returns the report. Raises ValueError.
-      check: check(args) returns what is wrong with a combination of options, or "".
-    """
+    """A command of `python -m input_pipeline.curate`."""
 
     description: str
     epilog: str
     add_options: Callable[[argparse.ArgumentParser], None]
-    run: Callable[..., dict]
-    check: Callable[[argparse.Namespace], str] = lambda args: ""
+    run: Callable[..., dict]  # run(name, args, directory, progress=, log=) -> the report; raises ValueError
+    check: Callable[[argparse.Namespace], str] = lambda args: ""  # what is wrong with a combination of options
 
 
-def at_least(minimum: float, kind: type = int) -> Callable[[str], float]:
-    """Return an argparse type for numbers of at least `minimum`."""
+def _options(args: argparse.Namespace, names: str) -> dict:
+    return {name: getattr(args, name) for name in names.split()}
+
+
+def run_on_tables(curate: Callable[..., dict], names: str) -> Callable[..., dict]:
+    """Return `Tool.run` for a tool with `tables` below a --root, and options with these names."""
+    return lambda tool, args, directory, **running: curate(
+        args.tables, args.root, directory, _options(args, names), **running
+    )
+
+
+def run_on_source(curate: Callable[..., dict], names: str) -> Callable[..., dict]:
+    """Return `Tool.run` for a tool that works item by item, with options with these names."""
+    return lambda tool, args, directory, **running: curate(
+        tool, args.source, directory, _options(args, names),
+        workers=args.workers, restart=args.restart, **beam.runner_arguments(args), **running,
+    )  # fmt: skip
+
+
+def number_that_is(condition: str, is_met: Callable[[float], bool], kind: type = float) -> Callable[[str], float]:
+    """Return an argparse type for numbers that meet a condition, which the error message states."""
 
     def number(text: str):
         value = kind(text)
-        if not value >= minimum:
-            raise argparse.ArgumentTypeError(f"must be at least {minimum} (got {text})")
+        if not is_met(value):
+            raise argparse.ArgumentTypeError(f"must be {condition} (got {text})")
         return value
 
     return number
 
 
+def at_least(minimum: float, kind: type = int) -> Callable[[str], float]:
+    """Return an argparse type for numbers of at least `minimum`."""
+    return number_that_is(f"at least {minimum}", lambda value: value >= minimum, kind)
+
+
 def add_job_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of tools that work item by item (jobs.py)."""
-    parser.add_argument(
-        "--workers", type=at_least(0), metavar="N", help="worker processes (default: all cores; 0: none)"
-    )
+    text = "worker processes (default: all cores; 0: none)"
+    parser.add_argument("--workers", type=at_least(0), metavar="N", help=text)
     beam.add_options(parser)
     parser.add_argument("--restart", action="store_true", help="discard the results of an interrupted run")
-
-
-def job_options(args: argparse.Namespace) -> dict:
-    """Return the arguments of `jobs.run` for the options of `add_job_options`."""
-    return {"workers": args.workers, "restart": args.restart} | beam.runner_arguments(args)
 
 
 def main(tool: Tool, name: str, argv: list[str]) -> int:
@@ -91,13 +103,8 @@ def main(tool: Tool, name: str, argv: list[str]) -> int:
     directory = Path(args.out)
     try:
         with locked_directory(directory, "curate"), bars:
-            report = tool.run(
-                name,
-                args,
-                directory,
-                progress=lambda task, unit, total: add_bar(bars, task, unit, total),
-                log=lambda text: console.print(f"[yellow]note:[/yellow] {escape(text)}", soft_wrap=True),
-            )
+            log = lambda text: console.print(f"[yellow]note:[/yellow] {escape(text)}", soft_wrap=True)  # noqa: E731
+            report = tool.run(name, args, directory, progress=functools.partial(add_bar, bars), log=log)
     except KeyboardInterrupt:
         console.print("interrupted: run the same command again to resume")
         return 130
@@ -112,9 +119,7 @@ def main(tool: Tool, name: str, argv: list[str]) -> int:
 
 def show(report: dict) -> None:
     """Print the counts of a report and the reasons of its problems."""
-    table = Table(title=report["tool"])
-    table.add_column("")
-    table.add_column("", justify="right")
+    table = Table("", Column(justify="right"), title=report["tool"])
     for label, count in report["counts"].items():
         table.add_row(escape(label), f"{count:,}" if isinstance(count, int) else str(count))
     table.add_section()

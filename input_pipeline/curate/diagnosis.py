@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 import posixpath
-from collections.abc import Iterator
 from pathlib import Path
 
 from input_pipeline.curate import console, jobs, layouts, xray_sets
@@ -41,27 +40,13 @@ examples:
 
 
 def _add_options(parser) -> None:
-    parser.add_argument("members", nargs="+", metavar="MEMBER=FOLDER", help="a set and its folder below --root")
+    parser.add_argument("tables", nargs="+", metavar="MEMBER=FOLDER", help="a set and its folder below --root")
     parser.add_argument("--root", required=True, metavar="DIR", help="directory of all folders")
-    parser.add_argument(
-        "--uncertain",
-        action="append",
-        default=[],
-        metavar="POLICY",
-        help="meaning of CheXpert's -1: ignore (default), positive or negative; DISEASE=POLICY for one; repeatable",
-    )
+    text = "meaning of CheXpert's -1: ignore (default), positive or negative; DISEASE=POLICY for one; repeatable"
+    parser.add_argument("--uncertain", action="append", default=[], metavar="POLICY", help=text)
     parser.add_argument("--seed", type=int, default=0, help="seed of the choice of images (%(default)s)")
-    parser.add_argument(
-        "--per-disease", type=console.at_least(1), metavar="N", help="at most N questions per disease, member, answer"
-    )
-
-
-def _run(tool: str, args, directory: Path, **running) -> dict:
-    options = {"uncertain": args.uncertain, "seed": args.seed, "per_disease": args.per_disease}
-    return curate(args.members, args.root, directory, options, **running)
-
-
-TOOLS = {"diagnosis": console.Tool(DESCRIPTION, EPILOG, _add_options, _run)}
+    text = "at most N questions per disease, member, answer"
+    parser.add_argument("--per-disease", type=console.at_least(1), metavar="N", help=text)
 
 
 def parse_policy(values: list[str]) -> Policy:
@@ -117,22 +102,26 @@ def _member(spec: str) -> tuple[str, str]:
 
 
 def _write(images, member: str, folder: str, options: dict, out: layouts.Tables, result: Result) -> dict:
-    """Write the rows of a set. Returns the counts of each disease."""
+    """Write the rows of a set, with equally many yes and no per disease. Returns the counts of each disease."""
     result.count(f"{member}: images", len(images))
-    labelled = 0
+    unlabelled = 0
     for image in images:
         image.path = f"{folder}/{image.path}"
         label = _open_label(image)
-        if label is not None:
+        if label is None:
+            unlabelled += 1
+        else:
             out.write("open.csv", _row(image, member, label=label))
-            labelled += 1
-    result.count(f"{member}: images without a label for the open table", len(images) - labelled)
-    rows, counts = _questions(images, member, options["seed"], options["per_disease"])
-    questions = 0
-    for row in rows:
-        out.write("yes_no.csv", row)
-        questions += 1
-    result.count(f"{member}: yes/no questions", questions)
+    result.count(f"{member}: images without a label for the open table", unlabelled)
+    counts, most = {}, options["per_disease"]
+    for disease, (yes, no) in sorted(_sides(images).items()):
+        count = min(len(yes), len(no), len(yes) if most is None else most)
+        counts[disease] = {"present": len(yes), "absent": len(no), "asked": 2 * count}
+        key = lambda image, disease=disease: order(options["seed"], member, disease, image.path)  # noqa: E731
+        for side, label in ((yes, "1"), (no, "0")):
+            for image in sorted(heapq.nsmallest(count, side, key=key), key=lambda image: image.path):
+                out.write("yes_no.csv", _row(image, member, disease=disease, label=label))
+    result.count(f"{member}: yes/no questions", sum(count["asked"] for count in counts.values()))
     return counts
 
 
@@ -159,8 +148,8 @@ def _is_safe_no(disease: str, positives, findings: dict) -> bool:
     return not any(label is None and diseases.may_coexist(d, disease) for d, label in findings.items())
 
 
-def _questions(images, member: str, seed: int, most: int | None) -> tuple[Iterator[dict], dict]:
-    """Return balanced rows: for each disease as many images that have it as images that certainly lack it."""
+def _sides(images) -> dict[str, tuple[list, list]]:
+    """Return disease -> the images that have it, and those that certainly lack it."""
     sides: dict[str, tuple[list, list]] = {}
     for image in images:
         findings, normal, positives = dict(image.findings), image.is_normal, image.positives
@@ -171,17 +160,8 @@ def _questions(images, member: str, seed: int, most: int | None) -> tuple[Iterat
                 continue
             if present or _is_safe_no(disease, positives, findings):
                 sides.setdefault(disease, ([], []))[not present].append(image)
-    counts = {}
-    for disease, (yes, no) in sorted(sides.items()):
-        count = min(len(yes), len(no), len(yes) if most is None else most)
-        counts[disease] = {"present": len(yes), "absent": len(no), "asked": 2 * count}
+    return sides
 
-    def rows() -> Iterator[dict]:
-        for disease, (yes, no) in sorted(sides.items()):
-            for side, label in ((yes, "1"), (no, "0")):
-                key = lambda image, disease=disease: order(seed, member, disease, image.path)  # noqa: E731
-                chosen = heapq.nsmallest(counts[disease]["asked"] // 2, side, key=key)
-                for image in sorted(chosen, key=lambda image: image.path):
-                    yield _row(image, member, disease=disease, label=label)
 
-    return rows(), counts
+_run = console.run_on_tables(curate, "uncertain seed per_disease")
+TOOLS = {"diagnosis": console.Tool(DESCRIPTION, EPILOG, _add_options, _run)}

@@ -33,8 +33,7 @@ def image_hash(path) -> int:
     slice_ = voxels[:, :, voxels.shape[2] // 2].astype(np.float32).mean(axis=-1)
     low, high = float(slice_.min()), float(slice_.max())
     gray = np.round((slice_ - low) * (255.0 / (high - low or 1.0))).astype(np.uint8)
-    bits = imagehash.phash(Image.fromarray(gray)).hash.ravel()
-    return int("".join("1" if b else "0" for b in bits), 2)
+    return int(str(imagehash.phash(Image.fromarray(gray))), 16)
 
 
 def near_images(hashes: dict[str, int]) -> Iterator[tuple[str, str, int]]:
@@ -54,11 +53,7 @@ def near_images(hashes: dict[str, int]) -> Iterator[tuple[str, str, int]]:
 
 
 class Texts:
-    """An index that compares each new text with the earlier ones. It keeps 512 bytes of hashes per text.
-
-    Raises:
-      ValueError: datasketch is not installed.
-    """
+    """An index that compares each new text with the earlier ones. It keeps 512 bytes of hashes per text."""
 
     def __init__(self):
         try:

@@ -13,35 +13,28 @@ their line, and tie to no figure.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 
 from input_pipeline.curate import references
 from input_pipeline.curate.jats_text import Link
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Figure:
-    """A figure of a paper.
+    """A figure of a paper. Compared by identity."""
 
-    Attributes:
-      key: its id in the XML, or "".
-      name: unique in the paper, safe as a file name.
-      label: as printed.
-      graphics: links to its images.
-      word, number, panel, supplement: parsed from the label.
-      row: line of the XML.
-    """
-
-    key: str
-    name: str
-    label: str
+    key: str  # its id in the XML, or ""
+    name: str  # unique in the paper, safe as a file name
+    label: str  # as printed
     caption: str
-    graphics: list[str]
+    graphics: list[str]  # links to its images
+    row: int  # line of the XML
+    # Parsed from the label:
     word: str = "figure"
     number: str = ""
     panel: str = ""
     supplement: bool = False
-    row: int = 0
 
     @property
     def names(self) -> list[str]:
@@ -59,24 +52,15 @@ class Figure:
         return f"{self.label.rstrip('.')} ({self.key})"
 
 
-def _among(figure: Figure, figures: list[Figure]) -> bool:
-    """Return whether a figure is in a list, by identity."""
-    return any(figure is other for other in figures)
-
-
 class Ties:
     """The figures of a paper by id and by number, and the references to them.
 
-    Args:
-      groups: id of a group of figures -> ids of its figures.
-    Attributes:
-      problems: (line of the XML, reason).
-      counts: label -> number of references.
+    `groups` maps the id of a group of figures to the ids of its figures.
     """
 
     def __init__(self, figures: list[Figure], groups: dict[str, set[str]]):
-        self.problems: list[tuple[int, str]] = []
-        self.counts: dict[str, int] = {}
+        self.problems: list[tuple[int, str]] = []  # (line of the XML, reason)
+        self.counts: collections.Counter[str] = collections.Counter()  # label -> number of references
         self._by_key: dict[str, list[Figure]] = {}
         self._by_number: dict[tuple[str, str], list[Figure]] = {}
         repeated = set()
@@ -119,7 +103,7 @@ class Ties:
                 linked = overlapping(known, mention.begin, mention.end)
                 used |= {k for k in linked if not self._targets(known[k])}
                 if not linked:
-                    self._count("references to supplements")
+                    self.counts["references to supplements"] += 1
                     continue
             for item in mention.items:
                 over = [] if item.inner else [
@@ -140,16 +124,13 @@ class Ties:
                 tied += [(link.begin, figure) for figure in self._resolve_link(text, link)]
         return sorted(tied, key=lambda f: f[0])
 
-    def _count(self, label: str) -> None:
-        self.counts[label] = self.counts.get(label, 0) + 1
-
     def _problem(self, line: int, reason: str) -> None:
         if (line, reason) not in self.problems:
             self.problems.append((line, reason))
 
     def _contradiction(self, line: int, stated: str, linked: str) -> list[Figure]:
         self._problem(line, f"a reference contradicts its link: {stated} in the text, {linked} in the link")
-        self._count("references that contradict their link")
+        self.counts["references that contradict their link"] += 1
         return []
 
     def _targets(self, link: Link) -> list[Figure]:
@@ -168,9 +149,9 @@ class Ties:
         labelled = self._by_label(mention.word, item, bool(linked), mention.supplement)
         if not linked:
             return self._resolve_unlinked(mention, item, bool(links), labelled, line)
-        same = [f for f in linked if _among(f, labelled)]
+        same = [f for f in linked if f in labelled]
         if same:
-            self._count("references tied by their link")
+            self.counts["references tied by their link"] += 1
             return same
         if mention.supplement and not shared:
             # "Supplemental Material, Figure 1", which the publisher linked to Figure 1 of the body.
@@ -179,29 +160,29 @@ class Ties:
             # One link over several numbers, such as "Figs. 1-3" linked to F1.
             tied = labelled or [f for f in linked if not f.number]
             if tied:
-                self._count("references tied by their number" if labelled else "references tied by their link")
+                self.counts["references tied by their number" if labelled else "references tied by their link"] += 1
             return tied
         other = [f for f in linked if f.number and f.full_number != item.number]
         if other and (labelled or len(other) == len(linked)) and item.number not in ("", *(f.number for f in linked)):
             return self._contradiction(links[0].line, item.number, other[0].shown)
-        self._count("references tied by their link")
+        self.counts["references tied by their link"] += 1
         return linked
 
     def _resolve_unlinked(self, mention, item, has_dead_link: bool, labelled: list[Figure], line: int) -> list[Figure]:
         """Return the figures of an item without a link to a figure."""
         if mention.elsewhere and not has_dead_link:
-            self._count("figures of other papers")
+            self.counts["figures of other papers"] += 1
             return []
         if labelled:
-            self._count("references tied by their number")
+            self.counts["references tied by their number"] += 1
             return labelled
         if has_dead_link:
-            self._count("references to no figure")
+            self.counts["references to no figure"] += 1
         elif mention.supplement or not item.number[:1].isdigit():
-            self._count("references to supplements")
+            self.counts["references to supplements"] += 1
         elif mention.word == "figure":
             self._problem(line, f"no figure has the number: {item.number}")
-            self._count("references to no figure")
+            self.counts["references to no figure"] += 1
         return []
 
     def _by_label(self, word: str, item, linked: bool, supplement: bool) -> list[Figure]:
@@ -223,15 +204,15 @@ class Ties:
         """Return the figures of a link without a keyword: "(2A)", "arrow", "" or "see here"."""
         linked = self._targets(link)
         if not linked:
-            self._count("references to no figure")
+            self.counts["references to no figure"] += 1
             return []
         items = [item for item in references.bare_items(text[link.begin : link.end]) if item.number.isdigit()]
         if items:
             by_label = [f for item in items for f in self._by_label("figure", item, True, False)]
-            same = [f for f in linked if _among(f, by_label)]
+            same = [f for f in linked if f in by_label]
             if by_label and not same and all(f.number for f in linked):
                 return self._contradiction(link.line, text[link.begin : link.end], linked[0].shown)
             if same:
-                linked = same + [f for f in by_label if not _among(f, same) and len(items) > 1]
-        self._count("references tied by their link")
+                linked = same + [f for f in by_label if f not in same and len(items) > 1]
+        self.counts["references tied by their link"] += 1
         return linked

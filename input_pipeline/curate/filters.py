@@ -17,10 +17,7 @@ from input_pipeline.text.sentences import sentences
 
 
 class Captions:
-    """Whether figures are radiologic according to their captions.
-
-    It stores a hash and the verdict of each figure that tables name, not the captions.
-    """
+    """Whether the figures of tables are radiologic. It stores a hash and the verdict of each, not the captions."""
 
     def __init__(self):
         self._verdicts: dict[int, bool | None] = {}
@@ -46,40 +43,23 @@ class Captions:
 
 @dataclasses.dataclass
 class Settings:
-    """Settings of the filters.
+    """Settings of the filters."""
 
-    Attributes:
-      root: directory of the images.
-      captions: verdicts on the captions of figures.
-      classifier, threshold: used for images whose texts do not decide whether they are radiologic.
-      unknown: "keep" or "drop" images that remain undecided; "" uses the default of the family.
-      cheating: "drop" a row whose context contains the answer, or "cut" the sentences that do.
-    """
-
-    root: Path
-    captions: Captions = dataclasses.field(default_factory=lambda: Captions())
-    classifier: radiology.Classifier | None = None
-    threshold: float = 0.5
-    unknown: str = ""
-    cheating: str = "drop"
+    root: Path  # directory of the images
+    captions: Captions = dataclasses.field(default_factory=Captions)
+    classifier: radiology.Classifier | None = None  # for images whose texts do not decide whether they are radiologic
+    threshold: float = 0.5  # of the classifier
+    unknown: str = ""  # "keep" or "drop" images that remain undecided; "" uses the default of the family
+    cheating: str = "drop"  # "drop" a row whose context contains the answer, or "cut" the sentences that do
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """The result of a filter.
+    """The result of a filter."""
 
-    Attributes:
-      row: the row, perhaps changed; None if it is dropped.
-      reason: why the row is dropped or changed, else "".
-    """
+    row: dict | None  # perhaps changed; None if it is dropped
+    reason: str = ""  # why the row is dropped or changed, else ""
 
-    row: dict | None
-    reason: str = ""
-
-
-Filter = Callable[[dict, str, Settings], Verdict]
-
-# --- non-radiologic images --------------------------------------------------------------------------------------------
 
 # Columns of a family with modality labels, and with text about the image.
 _LABELS = {"rad3d_modality": ("answer",), "rad3d_caption": ("modality",), "rad3d_rationale": ("modality",)}
@@ -138,8 +118,6 @@ def _paths(row: dict, family: str) -> list[str]:
     return [row[c] for c in ("image_path", "npy_path", "Figure_path", "name") if isinstance(row.get(c), str)][:1]
 
 
-# --- sizes and ages ---------------------------------------------------------------------------------------------------
-
 _SIZE_QUESTION = re.compile(
     r"\b(?:how\s+(?:big|large|small|long|wide|thick|tall|deep|high)(?!\s+(?:has|have|had|did|does|do|"
     r"was\s+the\s+(?:patient|symptom|history|pain)|were\s+the\s+symptoms|after|ago|before|will|would|is\s+the\s+follow))|"
@@ -188,9 +166,8 @@ def size_phrases(row: dict, family: str, settings: Settings) -> Verdict:
         if isinstance(value, str) and measurements.has_size(value):
             changed[column] = measurements.without_sizes(value)
         elif isinstance(value, list):
-            changed[column] = [
-                t for t in (measurements.without_sizes(v) if measurements.has_size(v) else v for v in value) if t
-            ]
+            texts = [measurements.without_sizes(v) if measurements.has_size(v) else v for v in value]
+            changed[column] = [text for text in texts if text]
     if changed == row:
         return Verdict(row)
     if not _texts(changed, ("finding", "impression")):
@@ -201,8 +178,6 @@ def size_phrases(row: dict, family: str, settings: Settings) -> Verdict:
 def _column(row: dict, name: str) -> str:
     return str(row.get(name) or row.get(name.capitalize()) or "")
 
-
-# --- contexts that contain the answer ---------------------------------------------------------------------------------
 
 _STOP_WORDS = frozenset(
     "a an the of in on at to and or with for from by as is was are were be been being it its this that these those "
@@ -249,14 +224,8 @@ def dropped_family(row: dict, family: str, settings: Settings) -> Verdict:
     return Verdict(None, f"{family} is not part of RadMD")
 
 
-FILTERS: dict[str, Filter] = {
-    "dropped_family": dropped_family,
-    "radiologic": radiologic,
-    "size_questions": size_questions,
-    "age_questions": age_questions,
-    "cheating_contexts": cheating_contexts,
-    "size_phrases": size_phrases,
-}
+_FILTERS = (dropped_family, radiologic, size_questions, age_questions, cheating_contexts, size_phrases)
+FILTERS: dict[str, Callable[[dict, str, Settings], Verdict]] = {function.__name__: function for function in _FILTERS}
 # Table 2. All rows of other families are kept; diagnosis tables are balanced (radmd.py).
 RULES: dict[str, tuple[str, ...]] = {
     "pmc_oa": ("dropped_family",),

@@ -26,29 +26,22 @@ CASE_TITLE = re.compile(
 class Sentence:
     text: str
     figures: list[Figure]
-    section: str = ""
+    section: str
 
 
 @dataclasses.dataclass
 class Paper:
-    """A paper.
+    """A paper, with its sentences and figures."""
 
-    Attributes:
-      key: PMC1234567, or "" if the article has none.
-      language: of the article, in lower case; "" if it is not declared.
-      problems: (line of the XML, reason).
-      counts: label -> number of references.
-    """
-
-    key: str
-    language: str
+    key: str  # PMC1234567, or "" if the article has none
+    language: str  # in lower case; "" if it is not declared
     kind: str
     title: str
     abstract: str
     sentences: list[Sentence]
     figures: list[Figure]
-    problems: list[tuple[int, str]]
-    counts: dict[str, int]
+    problems: list[tuple[int, str]]  # (line of the XML, reason)
+    counts: dict[str, int]  # label -> number of references
 
     @property
     def is_case_report(self) -> bool:
@@ -61,30 +54,16 @@ def read(data: bytes) -> Paper:
     for nested in article.findall("sub-article") + article.findall("response"):
         article.remove(nested)
     figures = _figures(article)
-    groups = {
-        group.get("id"): {fig.get("id") for fig in group.findall("fig")}
-        for group in article.iter("fig-group")
-        if group.get("id")
-    }
+    groups = {g.get("id"): {f.get("id") for f in g.findall("fig")} for g in article.iter("fig-group") if g.get("id")}
     ties = Ties(figures, groups)
     out: list[Sentence] = []
     for part in (article.find("body"), *article.findall("back/app-group"), *article.findall("back/app")):
         if part is not None:
             _add_section(part, "", ties, out)
-    front = article.find("front/article-meta")
-    title = front.find("title-group/article-title") if front is not None else None
-    abstract = front.find("abstract") if front is not None else None
-    return Paper(
-        _key(front),
-        (article.get(LANG) or "").lower()[:2],
-        (article.get("article-type") or "").lower(),
-        text_of(title),
-        " ".join(text_of(p) for p in abstract.iter("p")) if abstract is not None else "",
-        out,
-        figures,
-        ties.problems,
-        ties.counts,
-    )
+    language, kind = (article.get(LANG) or "").lower()[:2], (article.get("article-type") or "").lower()
+    title = text_of(article.find("front/article-meta/title-group/article-title"))
+    abstract = " ".join(map(text_of, article.iterfind("front/article-meta/abstract[1]//p")))
+    return Paper(_key(article), language, kind, title, abstract, out, figures, ties.problems, ties.counts)
 
 
 def _parse(data: bytes) -> etree._Element:
@@ -109,16 +88,12 @@ def _parse(data: bytes) -> etree._Element:
     return root
 
 
-def _key(front) -> str:
+def _key(article) -> str:
     for kind in ("pmc", "pmcid"):
-        element = front.find(f"article-id[@pub-id-type='{kind}']") if front is not None else None
-        digits = re.sub(r"\D", "", (element.text or "").partition(".")[0]) if element is not None else ""
-        if digits:
+        text = article.findtext(f"front/article-meta/article-id[@pub-id-type='{kind}']") or ""
+        if digits := re.sub(r"\D", "", text.partition(".")[0]):
             return f"PMC{digits}"
     return ""
-
-
-# --- figures ----------------------------------------------------------------------------------------------------------
 
 
 def _figures(article) -> list[Figure]:
@@ -141,11 +116,8 @@ def _figures(article) -> list[Figure]:
         while name in names:
             name, repeat = f"{base}_{repeat}", repeat + 1
         names.add(name)
-        figure = Figure(key, name, label, caption, _graphics(element), row=element.sourceline or 0)
-        if parsed is not None:
-            figure.word, figure.number, figure.panel = parsed.word, parsed.number, parsed.panel
-            figure.supplement = parsed.supplement
-        figures.append(figure)
+        number = vars(parsed) if parsed is not None else {}
+        figures.append(Figure(key, name, label, caption, _graphics(element), element.sourceline or 0, **number))
     return figures
 
 
@@ -184,9 +156,6 @@ def _graphics(element) -> list[str]:
     return list(dict.fromkeys(out))
 
 
-# --- text -------------------------------------------------------------------------------------------------------------
-
-
 def _add_section(element, section: str, ties: Ties, out: list[Sentence]) -> None:
     title = element.find("title") if element.tag in ("sec", "app", "boxed-text") else None
     if title is not None:
@@ -208,8 +177,8 @@ def _add_paragraph(element, section: str, ties: Ties, out: list[Sentence]) -> No
         for sentence in sentences(text):
             begin = text.index(sentence, end)
             end = begin + len(sentence)
-            figures = {id(figure): figure for position, figure in tied if begin <= position < end}
-            out.append(Sentence(sentence, list(figures.values()), section))
+            figures = dict.fromkeys(figure for position, figure in tied if begin <= position < end)
+            out.append(Sentence(sentence, list(figures), section))
     for block in flat.blocks:
         if block.tag == "p":
             _add_paragraph(block, section, ties, out)

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 from lxml import etree
 
+from input_pipeline.curate.packages import PackageError
+
 # Never part of running text.
 _SKIPPED = frozenset(
     "fig fig-group table-wrap table-wrap-group table disp-formula disp-formula-group tex-math graphic inline-graphic "
@@ -22,42 +24,28 @@ _SUPERSCRIPTS = str.maketrans("0123456789+-−–()n", "⁰¹²³⁴⁵⁶⁷⁸
 _SPACE = re.compile(r"\s+")
 
 
-class JatsError(ValueError):
-    """An article that cannot be used: the reason, and what to do."""
+class JatsError(PackageError):
+    """An article that cannot be used."""
 
-    def __init__(self, reason: str, remedy: str = "remove it"):
-        self.reason, self.remedy = reason, remedy
-        super().__init__(f"{reason} ({remedy})")
+    default_remedy = "remove it"
 
 
 class Link(NamedTuple):
-    """An <xref> in running text.
-
-    Attributes:
-      begin, end: its position in the text.
-      kind: its ref-type.
-      targets: the ids it refers to.
-      line: its line in the XML.
-    """
+    """An <xref> at a position of running text."""
 
     begin: int
     end: int
-    kind: str
-    targets: tuple[str, ...]
-    line: int
+    kind: str  # its ref-type
+    targets: tuple[str, ...]  # the ids it refers to
+    line: int  # in the XML
 
 
 class FlatText:
-    """Running text of one or several elements.
-
-    Attributes:
-      links: the links in the text.
-      blocks: elements inside that are separate running text.
-    """
+    """Running text of one or several elements."""
 
     def __init__(self, split_blocks: bool = False):
         self.links: list[Link] = []
-        self.blocks: list[etree._Element] = []
+        self.blocks: list[etree._Element] = []  # elements inside that are separate running text
         self._split_blocks = split_blocks
         self._pieces: list[str] = []
         self._length = 0
@@ -106,10 +94,8 @@ class FlatText:
             if not (child.get("ref-type") == "bibr" and len(child) == 1 and child[0].tag == "sup"):
                 begin = self._length
                 self.add(child)
-                targets = tuple((child.get("rid") or "").split())
-                self.links.append(
-                    Link(begin, self._length, child.get("ref-type") or "", targets, child.sourceline or 0)
-                )
+                kind, targets = child.get("ref-type") or "", tuple((child.get("rid") or "").split())
+                self.links.append(Link(begin, self._length, kind, targets, child.sourceline or 0))
         elif tag == "sup":
             if child.find(".//xref[@ref-type='bibr']") is None:
                 inner = "".join(child.itertext()).strip()

@@ -9,6 +9,8 @@ from __future__ import annotations
 import array
 import collections
 import dataclasses
+import functools
+import itertools
 import json
 import os
 import re
@@ -26,17 +28,11 @@ TIMEOUT = 300.0  # seconds for one item, after which its worker counts as hung
 
 @dataclasses.dataclass
 class Result:
-    """The result of one item: plain values only, as it is sent between processes and stored as JSON.
+    """The result of one item: plain values only, as it is sent between processes and stored as JSON."""
 
-    Attributes:
-      tables: name of a table -> its rows.
-      problems: {file, row, reason, remedy} of input that cannot be used.
-      counts: label -> count.
-    """
-
-    tables: dict[str, list] = dataclasses.field(default_factory=dict)
-    problems: list[dict] = dataclasses.field(default_factory=list)
-    counts: dict[str, int] = dataclasses.field(default_factory=dict)
+    tables: dict[str, list] = dataclasses.field(default_factory=dict)  # name of a table -> its rows
+    problems: list[dict] = dataclasses.field(default_factory=list)  # {file, row, reason, remedy} of unusable input
+    counts: dict[str, int] = dataclasses.field(default_factory=dict)  # label -> count
 
     def add(self, table: str, row) -> None:
         self.tables.setdefault(table, []).append(row)
@@ -65,22 +61,6 @@ def no_progress(*_) -> Callable[[int, int], None]:
 
 def no_log(text: str) -> None:
     pass
-
-
-class _Missing(Sequence):
-    """The items of the chunks without a part file, as one sequence in which every CHUNK items are one chunk."""
-
-    def __init__(self, items: Items, chunks: Sequence[int]):
-        self.items, self.chunks = items, chunks
-        short = len(items) % chunk_files.CHUNK
-        last = bool(chunks) and short and chunks[-1] == items.chunks - 1
-        self._length = len(chunks) * chunk_files.CHUNK - (chunk_files.CHUNK - short if last else 0)
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, k: slice):
-        return self.items.chunk(self.chunks[k.start // chunk_files.CHUNK])
 
 
 def make_results(_, items: Sequence[str], function: RowFunction, options: dict) -> list[str]:
@@ -128,7 +108,7 @@ def run(
     Args:
       function: a function of a module, so that other processes can import it.
       options: plain values; together with the items they determine the results.
-      runner: `local`, or a runner of Apache Beam (`direct`, `dataflow`, `flink`, `spark`, or a Beam class name).
+      runner: `local`, or a runner of Apache Beam (beam.py).
       workers: processes of the local runner; None: one per available core; 0: run in this process.
       restart: delete the parts of an earlier run first.
     Raises:
@@ -146,24 +126,21 @@ def run(
         before = json.loads(file.read_text(encoding="utf-8"))
         if before != job:
             changed = [key for key in job if before.get(key) != job[key]]
-            raise ValueError(
-                f"{directory} has results of an interrupted run with other {', '.join(changed)}: add --restart to "
-                "discard them, or choose another --out"
-            )
+            reason = f"{directory} has results of an interrupted run with other {', '.join(changed)}"
+            raise ValueError(f"{reason}: add --restart to discard them, or choose another --out")
     write_json(file, job)
     chunk_files.remove_partial_files(directory, "*")
     missing = array.array("Q", (k for k in range(listed.chunks) if not chunk_files.part_file(directory, k).is_file()))
     done = progress(tool, "items", len(listed))
-    todo = _Missing(listed, missing)
-    done(len(listed) - len(todo), 0)
+    done(len(listed) - sum(min(chunk_files.CHUNK, len(listed) - k * chunk_files.CHUNK) for k in missing), 0)
     if runner != beam.LOCAL:
-        work = _Work(directory, listed.file, function, options)
-        beam.make_parts(
-            directory, listed, missing, work, TIMEOUT, runner, runner_options, lambda more: done(more, 0), log
-        )
+        work = functools.partial(_make_part, directory, listed, function, options)
+        count = lambda more: done(more, 0)  # noqa: E731
+        beam.make_parts(directory, listed, missing, work, TIMEOUT, runner, runner_options, count, log)
         return listed
     if workers is None:
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    todo = itertools.chain.from_iterable(map(listed.chunk, missing))
     with ResilientPool(no_state, workers, TIMEOUT, log) as team:
         results = _map(team, todo, function, options)
         for chunk, (_, lines) in zip(missing, results, strict=True):
@@ -172,27 +149,17 @@ def run(
     return listed
 
 
-def _map(
-    team: ResilientPool, items: Sequence[str], function: RowFunction, options: dict
-) -> Iterator[tuple[list, list]]:
+def _map(team: ResilientPool, items: Iterable[str], function: RowFunction, options: dict):
+    """Yield chunks of items and their results as lines of JSON, in order."""
     return team.map(make_results, items, chunk_files.CHUNK, function, options, label=str, failed=_died)
 
 
-class _Work:
-    """A beam.Work that makes the part of a chunk of items."""
-
-    def __init__(self, directory: Path, items: Path, function: RowFunction, options: dict):
-        self.directory, self.file, self.function, self.options = directory, items, function, options
-        self._items: Items | None = None
-
-    def __getstate__(self):
-        return self.__dict__ | {"_items": None}
-
-    def __call__(self, team: ResilientPool, chunk: int) -> None:
-        if self._items is None:
-            self._items = Items(self.file)
-        for _, lines in _map(team, self._items.chunk(chunk), self.function, self.options):
-            chunk_files.write_part(self.directory, chunk, lines)
+def _make_part(
+    directory: Path, items: Items, function: RowFunction, options: dict, team: ResilientPool, chunk: int
+) -> None:
+    """Make the part of a chunk; with its first arguments bound, a beam.Work."""
+    for _, lines in _map(team, items.chunk(chunk), function, options):
+        chunk_files.write_part(directory, chunk, lines)
 
 
 def results(directory: Path, items: Items) -> Iterator[tuple[str, Result]]:
@@ -207,14 +174,8 @@ class Report:
     """The final report of a tool: report.json and problems.jsonl.
 
     If report.json belongs to another tool that writes to the same folder, it is kept, and these files become
-    report-TOOL.json and problems-TOOL.jsonl.
-
-    Args:
-      dry_run: write report-TOOL-dry-run.json, so that the report of an actual run is kept.
-    Attributes:
-      counts: in the order in which they were first counted.
-      file, problems_file: the report and the list of problems.
-      more: further keys of the report.
+    report-TOOL.json and problems-TOOL.jsonl. `dry_run` writes report-TOOL-dry-run.json, so that the report of an actual
+    run is kept.
     """
 
     def __init__(self, directory: Path, tool: str, options: dict, dry_run: bool = False):
@@ -222,9 +183,9 @@ class Report:
         suffix = f"-{tool}" if dry_run or _of_other_tool(directory / "report.json", tool) else ""
         suffix += "-dry-run" if dry_run else ""
         self.file, self.problems_file = directory / f"report{suffix}.json", directory / f"problems{suffix}.jsonl"
-        self.counts: dict[str, int] = {}
+        self.counts: dict[str, int] = {}  # in the order in which they were first counted
         self.reasons: collections.Counter[str] = collections.Counter()
-        self.more: dict = {}
+        self.more: dict = {}  # further keys of the report
         directory.mkdir(parents=True, exist_ok=True)
         self._partial = self.problems_file.with_name(self.problems_file.name + PARTIAL)
         self._partial.write_text("", encoding="utf-8")
@@ -242,14 +203,8 @@ class Report:
     def write(self) -> dict:
         """Write both files. Returns the report, with their names as `files`."""
         os.replace(self._partial, self.problems_file)
-        report = {
-            "tool": self.tool,
-            "options": self.options,
-            "counts": self.counts,
-            "problems": self.problems,
-            "reasons": dict(self.reasons.most_common(50)),
-            **self.more,
-        }
+        report = {"tool": self.tool, "options": self.options, "counts": self.counts, "problems": self.problems}
+        report |= {"reasons": dict(self.reasons.most_common(50))} | self.more
         write_json(self.file, report)
         return report | {"files": [self.file.name, self.problems_file.name]}
 

@@ -14,28 +14,19 @@ from input_pipeline.datasets.csv_tables import stream_csv
 from input_pipeline.datasets.rows import bad_cell
 
 NORMAL = "No finding"
-UNCERTAIN = ("ignore", "positive", "negative")
+UNCERTAIN = {"ignore": None, "positive": True, "negative": False}  # choice -> what a finding counts as
 
 
 @dataclasses.dataclass(slots=True)
 class Image:
-    """An image with its findings.
+    """An image with its findings."""
 
-    Attributes:
-      path: relative to the member's folder.
-      study: what must not be divided between splits (a patient, if the set names one).
-      findings: disease -> True, False or None (uncertain).
-      complete: every finding of the set was looked for, so a finding that is not True is absent, and an image without
-        any is normal.
-      row, file: where the label is, for error messages.
-    """
-
-    path: str
-    study: str
-    findings: dict[str, bool | None]
+    path: str  # relative to the member's folder
+    study: str  # what must not be divided between splits (a patient, if the set names one)
+    findings: dict[str, bool | None]  # disease -> True, False or None (uncertain)
     split: str = ""
-    complete: bool = False
-    row: int = 0
+    complete: bool = False  # every finding of the set was looked for, so a finding that is not True is absent
+    row: int = 0  # of the label in `file`, for error messages
     file: str = ""
 
     @property
@@ -52,37 +43,28 @@ class Image:
 
 @dataclasses.dataclass
 class Policy:
-    """What CheXpert's uncertain label -1 counts as.
+    """What CheXpert's uncertain label -1 counts as."""
 
-    Attributes:
-      uncertain: ignore, positive or negative.
-      by_disease: exceptions, disease -> ignore, positive or negative.
-    """
-
-    uncertain: str = "ignore"
-    by_disease: dict[str, str] = dataclasses.field(default_factory=dict)
+    uncertain: str = "ignore"  # one of UNCERTAIN
+    by_disease: dict[str, str] = dataclasses.field(default_factory=dict)  # exceptions
 
     def choice(self, disease: str) -> str:
         return self.by_disease.get(disease, self.uncertain)
-
-    def decide(self, disease: str) -> bool | None:
-        return {"ignore": None, "positive": True, "negative": False}[self.choice(disease)]
 
 
 def read_rows(file: Path, required, result: Result, optional=()) -> Iterator[tuple[int, dict]]:
     """Yield number and cells of the rows of a CSV file; rows that cannot be read become problems."""
     for number, cells in good_rows(stream_csv(file, required, optional)[1], result):
         if bad := bad_cell(cells):
-            result.count("rows that cannot be used")
-            result.problem(file, number, bad, "write the table as UTF-8 text")
+            reject(result, file, number, bad, "write the table as UTF-8 text")
         else:
             yield number, cells
 
 
-def reject(result: Result, file: Path | str, row: int, reason: str) -> None:
+def reject(result: Result, file: Path | str, row: int, reason: str, remedy: str = "correct or remove the row") -> None:
     """Add a problem for a row that is not used."""
     result.count("rows that cannot be used")
-    result.problem(file, row, reason, "correct or remove the row")
+    result.problem(file, row, reason, remedy)
 
 
 def first_files(folder: Path, *patterns: str) -> list[Path]:

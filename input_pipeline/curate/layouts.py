@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,25 +15,19 @@ from input_pipeline.curate.jobs import Result
 from input_pipeline.datasets import FAMILIES
 from input_pipeline.datasets.base import TableDataset
 from input_pipeline.datasets.csv_tables import stream_csv
-from input_pipeline.datasets.json_tables import stream_json, stream_jsonl
+from input_pipeline.datasets.json_tables import stream_json
 from input_pipeline.datasets.rows import bad_path
 from input_pipeline.files import atomic_write
 from input_pipeline.samples import RowError
 
 
 class NamedTable(NamedTuple):
-    """A table named on the command line as `FAMILY=TABLE` or `FAMILY=FOLDER:TABLE`.
-
-    Attributes:
-      file: the table, below the folder.
-      root: the folder, which contains the table's scans.
-      folder: the folder relative to --root.
-    """
+    """A table named on the command line as `FAMILY=TABLE` or `FAMILY=FOLDER:TABLE`."""
 
     family: str
     file: Path
-    root: Path
-    folder: str
+    root: Path  # the folder, which contains the table's scans
+    folder: str  # relative to --root
 
     @property
     def name(self) -> str:
@@ -43,11 +38,10 @@ class NamedTable(NamedTuple):
         return f"{self.folder}/{path}" if self.folder else path
 
 
-HELP = "family and path of a table below --root; FOLDER:TABLE if the paths in the table start in a folder below --root"
-
-
 def add_tables(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("tables", nargs="+", metavar="FAMILY=[FOLDER:]TABLE", help=HELP)
+    text = "family and path of a table below --root; FOLDER:TABLE if the paths in the table start in a "
+    text += "folder below --root"
+    parser.add_argument("tables", nargs="+", metavar="FAMILY=[FOLDER:]TABLE", help=text)
     parser.add_argument("--root", required=True, metavar="DIR", help="directory of the tables and all scans")
 
 
@@ -79,23 +73,15 @@ def named_tables(specs: list[str], root: Path, directory: Path | None = None) ->
 
 
 def read(family: str, file: Path, result: Result) -> tuple[list[str] | None, Iterator[tuple[int, dict]]]:
-    """Read a table with all its columns; bad rows become problems of the result.
+    """Return the header of a table (None for JSON), and number and cells of each row; bad rows become problems.
 
-    Returns:
-      the header (None for JSON), and number and cells of each row.
-    Raises:
-      RowError: a required column is missing, or the file cannot be read further (during iteration).
+    Raises RowError if a required column is missing, or during iteration if the file cannot be read further.
     """
     required = FAMILIES[family].required
     if FAMILIES[family].layout == "json":
         return None, good_rows(stream_json(file, required), result)
     header, rows = stream_csv(file, required, None)
     return header, good_rows(rows, result)
-
-
-def read_json_lines(file: Path, result: Result) -> Iterator[tuple[int, dict]]:
-    """Yield number and object of each line of JSON Lines; bad lines become problems of the result."""
-    return good_rows(stream_jsonl(file), result)
 
 
 def good_rows(rows: Iterator[tuple[int, dict] | RowError], result: Result) -> Iterator[tuple[int, dict]]:
@@ -122,30 +108,21 @@ def row_writer(file: Path, header: list[str] | None) -> Iterator[Callable[[dict]
         if file.suffix == ".jsonl":
             yield lambda row: out.write(json.dumps(row, ensure_ascii=False) + "\n")
             return
-        before = "[\n"
-
-        def write(row: dict) -> None:
-            nonlocal before
-            out.write(before + json.dumps(row, ensure_ascii=False))
-            before = ",\n"
-
-        yield write
-        out.write("[]\n" if before == "[\n" else "\n]\n")
+        separators = itertools.chain(["[\n"], itertools.repeat(",\n"))
+        yield lambda row: out.write(next(separators) + json.dumps(row, ensure_ascii=False))
+        out.write("[]\n" if next(separators) == "[\n" else "\n]\n")
 
 
 class Tables:
     """Writers of tables that are created with their first row. Tables of an earlier run without rows are removed.
 
-        with Tables(directory, {"a.csv": ["x", "y"], "b.json": None}) as out:
-            out.write("a.csv", {"x": 1, "y": 2})
-
-    Attributes:
-      rows: name -> number of rows.
+    with Tables(directory, {"a.csv": ["x", "y"], "b.json": None}) as out:
+        out.write("a.csv", {"x": 1, "y": 2})
     """
 
     def __init__(self, directory: Path, headers: dict[str, list[str] | None]):
         self.directory, self.headers = directory, headers
-        self.rows = dict.fromkeys(headers, 0)
+        self.rows = dict.fromkeys(headers, 0)  # name -> number of rows
         self._open: dict[str, Callable[[dict], None]] = {}
         self._stack = contextlib.ExitStack()
 
@@ -161,6 +138,5 @@ class Tables:
     def __exit__(self, *error) -> None:
         self._stack.__exit__(*error)
         if error == (None, None, None):
-            for name in self.headers:
-                if name not in self._open:
-                    (self.directory / name).unlink(missing_ok=True)
+            for name in self.headers.keys() - self._open:
+                (self.directory / name).unlink(missing_ok=True)

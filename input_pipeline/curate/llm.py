@@ -15,50 +15,35 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-FINAL = ("answered", "cut", "refused", "rejected", "empty")
 CHARACTERS_PER_TOKEN = 4.0  # roughly, for English; used for estimates only
 
 
 class Stop(ValueError):
-    """The run cannot continue: a wrong key, an unknown model, no credit, or the budget is spent.
+    """The run cannot continue: a wrong key, an unknown model, no credit, or the budget is spent."""
 
-    Attributes:
-      counts: the counts of the run so far.
-    """
-
-    counts: Counts
+    counts: Counts  # of the run so far
 
 
 @dataclasses.dataclass(frozen=True)
 class Endpoint:
-    """An endpoint, and the limits and prices of its use.
-
-    Attributes:
-      key_variable: the environment variable with the API key; "" for a server without one.
-      concurrency: maximum number of concurrent requests.
-      per_minute: maximum number of requests per minute; 0: no limit.
-      timeout: seconds for one request.
-      retries: further attempts of one request before it is left for the next run.
-      price_in, price_out: price of a million tokens, in any currency.
-      budget: stop after this cost; 0: no limit.
-    """
+    """An endpoint, and the limits and prices of its use."""
 
     base_url: str
     model: str
-    key_variable: str = "OPENAI_API_KEY"
-    concurrency: int = 8
-    per_minute: float = 0.0
-    timeout: float = 120.0
-    retries: int = 6
-    first_wait: float = 1.0
+    key_variable: str = "OPENAI_API_KEY"  # the environment variable with the API key; "" for a server without one
+    concurrency: int = 8  # maximum number of concurrent requests
+    per_minute: float = 0.0  # maximum number of requests per minute; 0: no limit
+    timeout: float = 120.0  # seconds for one request
+    retries: int = 6  # further attempts of one request before it is left for the next run
+    first_wait: float = 1.0  # seconds before the first retry; doubled for each further one
     temperature: float = 0.7
     max_tokens: int = 800
-    price_in: float = 0.0
-    price_out: float = 0.0
-    budget: float = 0.0
+    price_in: float = 0.0  # of a million tokens sent, in any currency
+    price_out: float = 0.0  # of a million tokens received
+    budget: float = 0.0  # stop after this cost; 0: no limit
 
     def key(self) -> str:
         """Return the API key, or "" if none is used. Raises ValueError if the variable is not set."""
@@ -66,10 +51,8 @@ class Endpoint:
             return ""
         key = os.environ.get(self.key_variable, "").strip()
         if not key:
-            raise ValueError(
-                f"the environment variable {self.key_variable} has no key: export it, or name another one with "
-                "--key-variable (--key-variable '' for a server without a key)"
-            )
+            remedy = "export it, or name another one with --key-variable (--key-variable '' for a server without a key)"
+            raise ValueError(f"the environment variable {self.key_variable} has no key: {remedy}")
         return key
 
     def cost(self, tokens_in: float, tokens_out: float) -> float:
@@ -129,7 +112,7 @@ class Answers:
 
 @dataclasses.dataclass
 class Counts:
-    """Counts of a run. Every request ends as known, as one of FINAL, or as left for the next run."""
+    """Counts of a run. Every request is known, ended or left for the next run."""
 
     requests: int = 0
     known: int = 0
@@ -137,8 +120,8 @@ class Counts:
     sent: int = 0
     tokens_in: int = 0
     tokens_out: int = 0
-    ended: dict[str, int] = dataclasses.field(default_factory=dict)
-    retried: dict[str, int] = dataclasses.field(default_factory=dict)
+    ended: dict[str, int] = dataclasses.field(default_factory=dict)  # by answered, cut, refused, rejected, empty
+    retried: dict[str, int] = dataclasses.field(default_factory=dict)  # by reason
 
     def to_dict(self, endpoint: Endpoint) -> dict:
         out = {
@@ -168,8 +151,7 @@ def estimate(endpoint: Endpoint, answers: Answers, requests: Iterable[list[dict]
         seen.add(key)
         new += 1
         characters += sum(len(m["content"]) for m in messages)
-    tokens = round(characters / CHARACTERS_PER_TOKEN)
-    most = new * endpoint.max_tokens
+    tokens, most = round(characters / CHARACTERS_PER_TOKEN), new * endpoint.max_tokens
     return {
         "requests to send": new,
         "requests answered before, or equal to another": known,
@@ -185,13 +167,9 @@ def ask_all(
     requests: Iterable[list[dict]],
     done: Callable[[int, int], None] = lambda more, bad: None,
 ) -> Counts:
-    """Send every request without an answer.
+    """Send every request without an answer, and report the progress to done(requests, failures).
 
-    Args:
-      done: done(requests, failures) is called for progress.
-    Raises:
-      Stop: the run cannot continue; answers so far are kept.
-      ValueError: no key, or the openai package is not installed.
+    Raises Stop if the run cannot continue, and ValueError if there is no key or the openai package is not installed.
     """
     try:
         import openai
@@ -203,11 +181,8 @@ def ask_all(
 class _Client:
     def __init__(self, openai, endpoint: Endpoint, answers: Answers, done):
         self.openai, self.endpoint, self.answers, self.done = openai, endpoint, answers, done
-        self.secret = endpoint.key()
-        self.counts = Counts()
-        self.next_start = 0.0
-        self.paused_until = 0.0
-        self.stopping = False
+        self.secret, self.counts, self.stopping = endpoint.key(), Counts(), False
+        self.next_start = self.paused_until = 0.0  # earliest start of a request, by the rate and after a 429
 
     async def run(self, requests: Iterable[list[dict]]) -> Counts:
         # max_retries=0: retries are done here, to count and limit them.
@@ -215,17 +190,21 @@ class _Client:
             base_url=self.endpoint.base_url, api_key=self.secret or "none", timeout=self.endpoint.timeout, max_retries=0
         )
         tasks: dict[asyncio.Task, str] = {}
-        in_flight: set[str] = set()
         async with client:
             try:
-                for key, messages in self._new(requests, in_flight):
+                for messages in requests:
+                    self.counts.requests += 1
+                    key = request_key(self.endpoint, messages)
+                    if key in self.answers or key in tasks.values():
+                        self.counts.known += 1
+                        self.done(1, 0)
+                        continue
                     if len(tasks) >= self.endpoint.concurrency:
-                        await self._wait(tasks, in_flight)
+                        await self._wait(tasks)
                     self._check_budget()
-                    in_flight.add(key)
                     tasks[asyncio.create_task(self._ask(client, key, messages))] = key
                 while tasks:
-                    await self._wait(tasks, in_flight)
+                    await self._wait(tasks)
             except Stop as stop:
                 stop.counts = self.counts
                 raise
@@ -236,40 +215,26 @@ class _Client:
                     await asyncio.gather(*tasks, return_exceptions=True)
         return self.counts
 
-    def _new(self, requests, in_flight) -> Iterator[tuple[str, list[dict]]]:
-        for messages in requests:
-            self.counts.requests += 1
-            key = request_key(self.endpoint, messages)
-            if key in self.answers or key in in_flight:
-                self.counts.known += 1
-                self.done(1, 0)
-                continue
-            yield key, messages
-
     def _check_budget(self) -> None:
         """Raise Stop if the budget is spent. Requests in flight may still exceed it."""
         spent = self.endpoint.cost(self.counts.tokens_in, self.counts.tokens_out)
         if self.endpoint.budget and spent >= self.endpoint.budget:
             raise Stop(f"the budget of {self.endpoint.budget:g} is spent ({spent:.4f}): increase --budget to continue")
 
-    async def _wait(self, tasks, in_flight) -> None:
+    async def _wait(self, tasks: dict[asyncio.Task, str]) -> None:
         ready, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in ready:
-            in_flight.discard(tasks.pop(task))
+            del tasks[task]
             task.result()  # raises Stop
 
     async def _ask(self, client, key: str, messages: list[dict]) -> None:
         endpoint, wait = self.endpoint, self.endpoint.first_wait
+        settings = {name: getattr(endpoint, name) for name in ("model", "temperature", "max_tokens")}
         for attempt in range(endpoint.retries + 1):
             await self._wait_for_rate()
             self.counts.sent += 1
             try:
-                answer = await client.chat.completions.create(
-                    model=endpoint.model,
-                    messages=messages,
-                    temperature=endpoint.temperature,
-                    max_tokens=endpoint.max_tokens,
-                )
+                answer = await client.chat.completions.create(messages=messages, **settings)
                 self._keep(key, answer, attempt + 1)
                 return
             except Exception as error:  # _classify raises all errors that are not the endpoint's

@@ -31,22 +31,22 @@ MAX_MEMBERS = 20_000
 class PackageError(ValueError):
     """A package that cannot be used: the reason, and what to do."""
 
-    def __init__(self, reason: str, remedy: str = "download it again"):
-        self.reason, self.remedy = reason, remedy
-        super().__init__(f"{reason} ({remedy})")
+    default_remedy = "download it again"
+
+    def __init__(self, reason: str, remedy: str = ""):
+        self.reason, self.remedy = reason, remedy or self.default_remedy
+        super().__init__(f"{reason} ({self.remedy})")
 
 
 def paper_id(path: str) -> str | None:
     """Return PMC1234567 for a package with such a name, or None."""
     match = _NAME.fullmatch(os.path.basename(path))
-    return match.group(1) if match else None
+    return match[1] if match else None
 
 
 def find_packages(root: Path) -> Iterator[str]:
     """Yield the paths of all packages below a folder, sorted by name, folder by folder."""
-    with os.scandir(root) as entries:
-        listed = sorted(entries, key=lambda e: e.name)
-    for entry in listed:
+    for entry in sorted(os.scandir(root), key=lambda e: e.name):
         if entry.is_dir(follow_symlinks=False):
             if paper_id(entry.name):
                 yield entry.path
@@ -58,39 +58,28 @@ def find_packages(root: Path) -> Iterator[str]:
 
 @dataclasses.dataclass
 class Package:
-    """A paper with its images.
-
-    Attributes:
-      xml, xml_name: the article and the name of its file.
-      images: name -> content or path.
-      rejected: (name, reason) of members that were not read.
-    """
+    """A paper with its images."""
 
     path: str
-    xml: bytes
-    xml_name: str
-    images: dict[str, bytes | Path]
-    rejected: list[tuple[str, str]]
+    xml: bytes  # the article
+    xml_name: str  # the name of its file
+    images: dict[str, bytes | Path]  # name -> content or path
+    rejected: list[tuple[str, str]]  # (name, reason) of members that were not read
 
     def find_image(self, href: str) -> str | None:
-        """Return the name of the image that a link refers to, or None. JATS often omits the extension.
-
-        Raises:
-          ValueError: the link is a path.
-        """
+        """Return the name of the image that a link refers to, or None. Raises ValueError if the link is a path."""
         if "/" in href or "\\" in href or "\0" in href or href in ("", ".", ".."):
             raise ValueError(f"image name {href[:80]!r} is not a plain file name")
         stem, extension = os.path.splitext(href)
         if extension.lower() in IMAGES:
             # PMC converts images: a .tif in the XML is a .jpg in the package.
             candidates = [href, *(stem + e for e in IMAGES)]
-        else:
+        else:  # JATS often omits the extension
             candidates = [href + e for e in IMAGES]
-        for name in candidates:
-            if name in self.images:
-                return name
         folded = {name.lower(): name for name in reversed(self.images)}
-        return next((folded[name.lower()] for name in candidates if name.lower() in folded), None)
+        matches = [name for name in candidates if name in self.images]
+        matches += [folded[name.lower()] for name in candidates if name.lower() in folded]
+        return matches[0] if matches else None
 
     def data(self, name: str) -> bytes:
         value = self.images[name]
@@ -98,12 +87,9 @@ class Package:
 
 
 def open_package(path: str, images: bool = True) -> Package:
-    """Read the XML of a package and find its images.
+    """Read the XML of a package and its images, or only their names.
 
-    Args:
-      images: False reads only the names of images.
-    Raises:
-      PackageError: a broken archive, not exactly one article, or more bytes than the limits.
+    Raises PackageError for a broken archive, not exactly one article, or more bytes than the limits.
     """
     if os.path.isdir(path):
         return _open_folder(Path(path))
@@ -118,9 +104,7 @@ def open_package(path: str, images: bool = True) -> Package:
 def _open_folder(folder: Path) -> Package:
     images: dict[str, bytes | Path] = {}
     rejected, articles = [], []
-    with os.scandir(folder) as entries:
-        listed = sorted(entries, key=lambda e: e.name)
-    for entry in listed:
+    for entry in sorted(os.scandir(folder), key=lambda e: e.name):
         name = entry.name
         if name.lower().endswith((*XML, *IMAGES)):
             if entry.is_symlink() or not entry.is_file(follow_symlinks=False):
@@ -146,7 +130,7 @@ def _open_archive(path: str, archive: tarfile.TarFile, read_images: bool) -> Pac
         total += member.size
         if number >= MAX_MEMBERS or total > MAX_PACKAGE:
             raise PackageError(f"more than {MAX_MEMBERS:,} members or {MAX_PACKAGE:,} bytes", "remove it")
-        name = member.name
+        name, base = member.name, os.path.basename(member.name)
         if not name.lower().endswith((*XML, *IMAGES)):
             continue
         if not member.isreg():
@@ -156,9 +140,8 @@ def _open_archive(path: str, archive: tarfile.TarFile, read_images: bool) -> Pac
         elif name.lower().endswith(XML):
             if member.size > MAX_XML:
                 raise PackageError(f"{name} has more than {MAX_XML:,} bytes", "remove it")
-            xml[os.path.basename(name)] = archive.extractfile(member).read()
+            xml[base] = archive.extractfile(member).read()
         else:
-            base = os.path.basename(name)
             kept += member.size if read_images else 0
             if kept > MAX_KEPT:
                 raise PackageError(f"its images have more than {MAX_KEPT:,} bytes", "unpack it into a folder")

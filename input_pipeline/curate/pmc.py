@@ -17,7 +17,6 @@ from input_pipeline.curate.language import is_english
 from input_pipeline.files import atomic_write
 from input_pipeline.parallel import chunk_files
 
-LANGUAGES = ("en",)
 _REFERENCE_PROBLEMS = ("a reference ", "no figure has the number")  # start of the reasons that jats gives
 
 INLINE = """\
@@ -45,9 +44,7 @@ A reference that contradicts its link, or whose figure has no image, is a proble
 dead link is a problem, and gets the figure with its number if there is one. References to supplements and to figures of
 other papers are counted and get no figure.
 """  # noqa: E501
-OA = """\
-Extract the figures of papers with their captions: PMC-OA. Reads the same packages as pmc-inline.
-"""
+OA = "Extract the figures of papers with their captions: PMC-OA. Reads the same packages as pmc-inline."
 OA_EPILOG = """\
 output in DIR:
   oa.csv                    Figure_path, Caption (family pmc_oa), PMC_id, figure, label, part, panels
@@ -66,7 +63,8 @@ _OA_HEADER = ["Figure_path", "Caption", "PMC_id", "figure", "label", "part", "pa
 def _add_oa_options(parser) -> None:
     parser.add_argument("source", metavar="SOURCE", help="directory with packages at any depth")
     parser.add_argument("--any-language", action="store_true", help="include papers that are not in English")
-    parser.add_argument("--no-pictures", action="store_true", help="write no images; they must already exist in DIR")
+    text = "write no images; they must already exist in DIR"
+    parser.add_argument("--no-pictures", dest="pictures", action="store_false", help=text)
     console.add_job_options(parser)
 
 
@@ -74,19 +72,6 @@ def _add_inline_options(parser) -> None:
     _add_oa_options(parser)
     parser.add_argument("--cases", action="store_true", help="also write the case reports, for pmc-casereport")
     parser.add_argument("--keep-unillustrated", action="store_true", help="include papers without a tied figure")
-
-
-def _run(tool: str, args, directory: Path, **running) -> dict:
-    options = {"any_language": args.any_language, "pictures": not args.no_pictures}
-    if tool == "pmc-inline":
-        options |= {"cases": args.cases, "keep_unillustrated": args.keep_unillustrated}
-    return curate(tool, args.source, directory, options, **console.job_options(args), **running)
-
-
-TOOLS = {
-    "pmc-inline": console.Tool(INLINE, INLINE_EPILOG, _add_inline_options, _run),
-    "pmc-oa": console.Tool(OA, OA_EPILOG, _add_oa_options, _run),
-}
 
 
 def curate(tool: str, source: str | Path, directory: Path, options: dict, **running) -> dict:
@@ -99,17 +84,22 @@ def curate(tool: str, source: str | Path, directory: Path, options: dict, **runn
         (directory / name).mkdir(parents=True, exist_ok=True)
     repeated = Result()
     paths = _unique(packages.find_packages(source), repeated)
-    options = options | {"out": str(directory)}
-    items = jobs.run(directory, tool, inline_paper if inline else oa_paper, options, paths, **running)
-    shown = {k: v for k, v in options.items() if k != "out"} | {"source": str(source)}
-    report = jobs.Report(directory, tool, shown)
+    function = inline_paper if inline else oa_paper
+    items = jobs.run(directory, tool, function, options | {"out": str(directory)}, paths, **running)
+    report = jobs.Report(directory, tool, options | {"source": str(source)})
     report.add(repeated)
+    # Name in Result.tables -> file, header.
+    files: dict[str, tuple[str, list[str] | None]] = {"pairs": ("oa.csv", _OA_HEADER)}
     if inline:
         files = {"papers": ("inline.csv", ["PMC_path"]), "captions": ("captions.jsonl", None)}
         files |= {"cases": ("cases.jsonl", None)} if options["cases"] else {}
-    else:
-        files = {"pairs": ("oa.csv", _OA_HEADER)}
-    _merge(directory, items, report, files)
+    with contextlib.ExitStack() as stack:
+        writers = {k: stack.enter_context(layouts.row_writer(directory / v[0], v[1])) for k, v in files.items()}
+        for _, result in jobs.results(directory, items):
+            report.add(result)
+            for name, write in writers.items():
+                for row in result.tables.get(name, ()):
+                    write(row)
     written = report.write()
     chunk_files.remove_parts(directory)
     log = running.get("log")
@@ -132,9 +122,6 @@ def _unique(paths: Iterator[str], result: Result) -> Iterator[str]:
             yield path
 
 
-# --- one paper --------------------------------------------------------------------------------------------------------
-
-
 def _open(options: dict, path: str, result: Result):
     """Return (package, paper, key), or None with the reason in the result."""
     from input_pipeline.curate import jats  # imports lxml, which only these two tools need
@@ -146,7 +133,7 @@ def _open(options: dict, path: str, result: Result):
         paper = jats.read(package.xml)
         if paper.key and paper.key != key:
             raise packages.PackageError(f"the article belongs to another paper: {paper.key}", "rename the package")
-    except (packages.PackageError, jats.JatsError) as error:
+    except packages.PackageError as error:
         result.count("papers that cannot be used")
         result.problem(path, 0, error.reason, error.remedy)
         return None
@@ -166,7 +153,7 @@ def _open(options: dict, path: str, result: Result):
 
 
 def _is_english(paper) -> bool:
-    if paper.language and paper.language not in LANGUAGES:
+    if paper.language not in ("", "en"):
         return False
     return is_english(" ".join(s.text for s in paper.sentences[:40]) or " ".join(f.caption for f in paper.figures))
 
@@ -179,14 +166,12 @@ def _write_images(options: dict, path: str, package, key: str, figures, result: 
             name = figure.label or figure.name
             result.problem(path, figure.row, f"a figure has no image in the XML: {name}", remedy)
         for name, link in zip(figure.names, figure.graphics, strict=False):
-            reason = None
             try:
                 member = package.find_image(link)
-                if member is None:
-                    reason = f"an image is missing in the package: {link}"
+                reason = None if member else f"an image is missing in the package: {link}"
             except ValueError as error:
                 member, reason = None, str(error)
-            if member is not None and options["pictures"]:
+            if member and options["pictures"]:
                 reason = _write_image(package, member, Path(options["out"]) / "figures" / f"{key}_{name}.jpg")
             if reason:
                 result.count("pictures missing or broken")
@@ -225,8 +210,8 @@ def inline_paper(options: dict, path: str) -> Result:
     if opened is None:
         return result
     package, paper, key = opened
-    figures = {id(f): f for s in paper.sentences for f in s.figures}
-    images = _write_images(options, path, package, key, figures.values(), result)
+    figures = dict.fromkeys(f for s in paper.sentences for f in s.figures)
+    images = _write_images(options, path, package, key, figures, result)
     sentences, tied = [], 0
     for sentence in paper.sentences:
         names = [name for figure in sentence.figures for name in figure.names if name in images]
@@ -256,22 +241,14 @@ def inline_paper(options: dict, path: str) -> Result:
             result.add("captions", row | {"pictures": names})
     if options["cases"] and paper.is_case_report:
         result.count("case reports")
-        result.add("cases", _case(key, paper, sentences, images))
-    return result
-
-
-def _case(key: str, paper, sentences: list[dict], images: set[str]) -> dict:
-    """Return the input of pmc-casereport: sentences with sections and figures, and the captions."""
-    return {
-        "paper": key,
-        "title": paper.title,
-        "abstract": paper.abstract,
-        "sentences": [
+        with_section = [
             {"text": row["text"], "section": sentence.section, "img_ref": row["img_ref"]}
             for sentence, row in zip(paper.sentences, sentences, strict=True)
-        ],
-        "captions": {name: f.caption for f in paper.figures for name in f.names if name in images},
-    }
+        ]
+        captions = {name: f.caption for f in paper.figures for name in f.names if name in images}
+        case = {"paper": key, "title": paper.title, "abstract": paper.abstract, "sentences": with_section}
+        result.add("cases", case | {"captions": captions})
+    return result
 
 
 def oa_paper(options: dict, path: str) -> Result:
@@ -305,18 +282,9 @@ def oa_paper(options: dict, path: str) -> Result:
     return result
 
 
-# --- all papers -------------------------------------------------------------------------------------------------------
-
-
-def _merge(directory: Path, items, report, files: dict[str, tuple[str, list | None]]) -> None:
-    """Write the rows of all results. `files`: name in Result.tables -> (file, header)."""
-    with contextlib.ExitStack() as stack:
-        writers = {
-            name: stack.enter_context(layouts.row_writer(directory / file, header))
-            for name, (file, header) in files.items()
-        }
-        for _, result in jobs.results(directory, items):
-            report.add(result)
-            for name, write in writers.items():
-                for row in result.tables.get(name, ()):
-                    write(row)
+_run_oa = console.run_on_source(curate, "any_language pictures")
+_run_inline = console.run_on_source(curate, "any_language pictures cases keep_unillustrated")
+TOOLS = {
+    "pmc-inline": console.Tool(INLINE, INLINE_EPILOG, _add_inline_options, _run_inline),
+    "pmc-oa": console.Tool(OA, OA_EPILOG, _add_oa_options, _run_oa),
+}

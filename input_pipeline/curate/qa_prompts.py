@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import re
 from collections.abc import Callable
+from typing import NamedTuple
 
 from input_pipeline.curate.filters import AGE_QUESTION
 from input_pipeline.curate.language import is_english
@@ -54,8 +54,7 @@ def messages(text: str) -> list[dict[str, str]]:
     return [*out, {"role": "user", "content": text}]
 
 
-@dataclasses.dataclass(frozen=True)
-class Pair:
+class Pair(NamedTuple):
     question: str
     answer: str
 
@@ -126,35 +125,27 @@ _NO_ANSWER = re.compile(
 )
 
 
+# Why a pair is not used -> whether that holds for the question, the answer, and both as one text.
+_REJECTIONS: dict[str, Callable[[str, str, str], object]] = {
+    "a question or an answer is blank": lambda question, answer, both: not question or not answer,
+    "the question does not end with a question mark": lambda question, answer, both: not question.endswith("?"),
+    "too long": lambda question, answer, both: len(question) > 400 or len(answer) > 1500,
+    "not English": lambda question, answer, both: not is_english(both, min_words=8),
+    "image marks": lambda question, answer, both: "<image" in both.lower() or "\x00" in both,
+    "it refers to the text": lambda question, answer, both: _ABOUT_TEXT.search(both),
+    "it states a size": lambda question, answer, both: measurements.has_size(both),
+    "it is about an age": lambda question, answer, both: _AGE.search(both) or AGE_QUESTION.search(question),
+    "it states a date": lambda question, answer, both: _DATE.search(both),
+    "it names a person": lambda question, answer, both: _PERSON.search(both),
+    "the image cannot answer it": lambda question, answer, both: _NOT_VISIBLE.search(question),
+    "it is not answered": lambda question, answer, both: _NO_ANSWER.search(answer) or _REFUSAL.search(answer),
+}
+
+
 def rejection(pair: Pair) -> str:
     """Return why a pair is not used, or ""."""
-    question, answer = pair.question, pair.answer
-    both = f"{question} {answer}"
-    if not question or not answer:
-        return "a question or an answer is blank"
-    if not question.endswith("?"):
-        return "the question does not end with a question mark"
-    if len(question) > 400 or len(answer) > 1500:
-        return "too long"
-    if not is_english(both, min_words=8):
-        return "not English"
-    if "<image" in both.lower() or "\x00" in both:
-        return "image marks"
-    if _ABOUT_TEXT.search(both):
-        return "it refers to the text"
-    if measurements.has_size(both):
-        return "it states a size"
-    if _AGE.search(both) or AGE_QUESTION.search(question):
-        return "it is about an age"
-    if _DATE.search(both):
-        return "it states a date"
-    if _PERSON.search(both):
-        return "it names a person"
-    if _NOT_VISIBLE.search(question):
-        return "the image cannot answer it"
-    if _NO_ANSWER.search(answer) or _REFUSAL.search(answer):
-        return "it is not answered"
-    return ""
+    both = " ".join(pair)
+    return next((reason for reason, holds in _REJECTIONS.items() if holds(*pair, both)), "")
 
 
 def usable_pairs(text: str, truncated: bool, count: Callable[[str], None]) -> list[Pair]:

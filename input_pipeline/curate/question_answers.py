@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -14,6 +15,7 @@ from typing import NamedTuple
 
 from input_pipeline.curate import console, jobs, layouts, llm, qa_prompts, radiology
 from input_pipeline.curate.jobs import Report, Result
+from input_pipeline.datasets.json_tables import stream_jsonl
 from input_pipeline.samples import RowError
 
 CASES = """\
@@ -54,14 +56,10 @@ _OTHER_SECTION = re.compile(r"discussion|conclusion|introduction|background|meth
 
 
 class Request(NamedTuple):
-    """A request: the text that the model sees, and the cells of the row in addition to question and answer."""
+    """A request to the model, and the cells of the row in addition to question and answer."""
 
-    text: str
+    messages: list[dict[str, str]]
     cells: dict
-
-    @property
-    def messages(self) -> list[dict[str, str]]:
-        return qa_prompts.messages(self.text)
 
 
 def _base_url(text: str) -> str:
@@ -71,19 +69,11 @@ def _base_url(text: str) -> str:
     return text
 
 
-def _timeout(text: str) -> float:
-    seconds = float(text)
-    if not seconds > 0:
-        raise argparse.ArgumentTypeError(f"must be above 0 (got {text})")
-    return seconds
-
-
 def _add_options(parser) -> None:
     parser.add_argument("source", metavar="SOURCE", help="the input table")
     parser.add_argument("--model", required=True, help="name of the model at the endpoint")
-    parser.add_argument(
-        "--base-url", type=_base_url, default="https://api.openai.com/v1", metavar="URL", help="(%(default)s)"
-    )
+    url = "https://api.openai.com/v1"
+    parser.add_argument("--base-url", type=_base_url, default=url, metavar="URL", help="(%(default)s)")
     parser.add_argument("--key-variable", default="OPENAI_API_KEY", metavar="NAME", help="(%(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="print a request and the estimate; send nothing")
     parser.add_argument("--limit", type=console.at_least(1), metavar="N", help="only the first N requests")
@@ -91,7 +81,7 @@ def _add_options(parser) -> None:
     for name, kind, default, text in (
         ("concurrency", console.at_least(1), 8, "maximum number of concurrent requests"),
         ("per-minute", amount, 0, "maximum number of requests per minute; 0: no limit"),
-        ("timeout", _timeout, 120, "seconds for one request"),
+        ("timeout", console.number_that_is("above 0", lambda value: value > 0), 120, "seconds for one request"),
         ("retries", count, 6, "further attempts of a request"),
         ("temperature", float, 0.7, "of the model"),
         ("max-tokens", console.at_least(1), 800, "maximum length of an answer"),
@@ -114,10 +104,9 @@ def _check(args) -> str:
 
 
 def _run(tool: str, args, directory: Path, **running) -> dict:
-    names = "base_url model key_variable concurrency per_minute timeout retries temperature max_tokens"
-    names += " price_in price_out budget"
-    endpoint = llm.Endpoint(**{name: getattr(args, name) for name in names.split()})
-    all_figures = tool == "pmc-casereport" and args.all_figures
+    names = {field.name for field in dataclasses.fields(llm.Endpoint)}
+    endpoint = llm.Endpoint(**{name: value for name, value in vars(args).items() if name in names})
+    all_figures = getattr(args, "all_figures", False)
     options = {"dry_run": args.dry_run, "limit": args.limit, "all_figures": all_figures}
     report = curate(tool, args.source, directory, endpoint, options, **running)
     return report | {"incomplete": report["counts"].get("requests left for the next run") or report.get("stopped")}
@@ -140,8 +129,8 @@ def curate(
 ) -> dict:
     """Send the unanswered requests and write the table of all answers. Returns the report. Raises ValueError."""
     source, directory = Path(source).absolute(), Path(directory).absolute()
-    shown = {"source": str(source), "base_url": endpoint.base_url, "model": endpoint.model,
-             "temperature": endpoint.temperature, "max_tokens": endpoint.max_tokens} | options  # fmt: skip
+    shown = {name: getattr(endpoint, name) for name in ("base_url", "model", "temperature", "max_tokens")}
+    shown = {"source": str(source)} | shown | options
     dry_run = bool(options.get("dry_run"))
     report, result = Report(directory, tool, shown, dry_run), Result()
     make_requests = case_requests if tool == "pmc-casereport" else caption_requests
@@ -149,9 +138,6 @@ def curate(
     def requests(result: Result) -> Iterator[Request]:
         """Read the source again each time, so that one request at a time is in memory."""
         return itertools.islice(make_requests(source, options, result), options.get("limit"))
-
-    def all_messages(result: Result) -> Iterator[list[dict]]:
-        return (request.messages for request in requests(result))
 
     first = next(requests(Result()), None)
     if first is None:
@@ -163,7 +149,7 @@ def curate(
     answers = llm.Answers(directory / "answers.jsonl")
     if dry_run:
         log("a request:\n" + json.dumps(first.messages, indent=1, ensure_ascii=False))
-        estimate = llm.estimate(endpoint, answers, all_messages(result))
+        estimate = llm.estimate(endpoint, answers, (request.messages for request in requests(result)))
         report.add(result)
         report.counts |= estimate
         return report.write()
@@ -172,7 +158,7 @@ def curate(
     report.add(result)
     done = progress(tool, "requests", result.counts["texts to ask about"])
     try:
-        counts = llm.ask_all(endpoint, answers, all_messages(Result()), done)
+        counts = llm.ask_all(endpoint, answers, (request.messages for request in requests(Result())), done)
     except llm.Stop as stop:
         counts = stop.counts
         log(str(stop))
@@ -193,12 +179,13 @@ def _write(tool: str, directory: Path, requests: Iterable[Request], answers, end
                 result.count("texts without an answer yet")
                 continue
             answer = answers[key]
-            if answer["kind"] in ("refused", "rejected", "empty"):
-                result.count(f"answers: {answer['kind']}")
-                result.problem(directory / "answers.jsonl", key, f"the endpoint's answer is {answer['kind']}",
-                               f"{answer['text'] or answer['finish']}"[:200])  # fmt: skip
+            kind, text = answer["kind"], answer["text"]
+            if kind in ("refused", "rejected", "empty"):
+                result.count(f"answers: {kind}")
+                reason = f"the endpoint's answer is {kind}"
+                result.problem(answers.file, key, reason, str(text or answer["finish"])[:200])
                 continue
-            for pair in qa_prompts.usable_pairs(answer["text"], answer["kind"] == "cut", result.count):
+            for pair in qa_prompts.usable_pairs(text, kind == "cut", result.count):
                 row = request.cells | {"question": pair.question, "answer": pair.answer}
                 if tool == "pmc-casereport":
                     row |= {"question": f"Q: {pair.question}", "answer": f"A: {pair.answer}"}
@@ -212,14 +199,11 @@ def _write(tool: str, directory: Path, requests: Iterable[Request], answers, end
     report.add(result)
 
 
-# --- requests ---------------------------------------------------------------------------------------------------------
-
-
 def _read(source: Path, result: Result) -> Iterator[tuple[int, dict]]:
     if not source.is_file():
         raise RowError(source, 0, "table not found", "use cases.jsonl, or JSON of rad3d_caption")
     if source.suffix == ".jsonl":
-        return layouts.read_json_lines(source, result)
+        return layouts.good_rows(stream_jsonl(source), result)
     return layouts.read("rad3d_caption", source, result)[1]
 
 
@@ -247,7 +231,7 @@ def case_requests(source: Path, options: dict, result: Result) -> Iterator[Reque
             result.count("sentences with figures")
             lines = dict.fromkeys(f"Caption: {captions[f]}" for f in shown if captions.get(f))
             cells = {"PMC_id": paper, "img_ref": str(shown), "context": background(sentences[:k])}
-            yield Request("\n".join([f"Sentence: {text}", *lines]), cells)
+            yield Request(qa_prompts.messages("\n".join([f"Sentence: {text}", *lines])), cells)
 
 
 def _is_radiologic(caption: str, sentence: str) -> bool:
@@ -274,4 +258,4 @@ def caption_requests(source: Path, options: dict, result: Result) -> Iterator[Re
             result.problem(source, number, reason, "correct or remove the row")
             continue
         text = " ".join(f"{titles[name]}: {text.strip()}" for name, text in texts.items())
-        yield Request(text, {"image_path": row["npy_path"]})
+        yield Request(qa_prompts.messages(text), {"image_path": row["npy_path"]})

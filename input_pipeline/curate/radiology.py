@@ -9,39 +9,35 @@ from __future__ import annotations
 
 import importlib
 import re
-from typing import Protocol
+from collections.abc import Callable
 
 from input_pipeline.datasets.modalities import modalities
 
 _RADIOLOGIC = re.compile(
     r"\b(?:(?:[HMP]?D|HR|CB|CE|NC|micro-?|PET[-/ ]?|SPECT[-/ ]?|cone[- ]beam )?CTA?|CTPA|CTs|(?:f|cine[- ]?)?MRI|"
     r"MRIs|MRA|MRCP|MR (?:images?|imaging|angio\w+|scans?|venograph\w+|urograph\w+)|"
-    r"(?:T1|T2|proton[- ]density)[- ]?(?:weighted|WI|W)\b|"
-    r"(?:T1|T2|DW|PD)WI|FLAIR|STIR|ADC|(?:diffusion|susceptibility)[- ]weighted|PET|SPECT|FDG\S*|DSA|X[- ]?rays?|"
-    r"CXR|AXR|DEXA|DXA|IVU|IVP|HSG|VCUG|ERCP|TTE|TEE|OPG)\b"
-    r"|(?i:\b(?:computed|computeri[sz]ed|magnetic resonance|positron emission|single[- ]photon)\b|tomogra\w+|"
-    r"\b(?!autoradio)\w*radiogra\w+|roentgen\w*|ultraso\w+|\bsonogra\w+|echogra\w+|echocardiogra\w+|doppler|angiogra\w+|arteriogra\w+|venogra\w+|"
-    r"phlebogra\w+|aortogra\w+|cholangiogra\w+|pyelogra\w+|urogra\w+|cystogra\w+|fistulogra\w+|myelogra\w+|mammogra\w+|"
-    r"galactogra\w+|hysterosalpingogra\w+|lymphogra\w+|scintigra\w+|bone scans?|nuclear (?:medicine|scan)\w*|"
-    r"fluoroscop\w+|barium|esophagra\w+|oesophagra\w+|plain films?|chest films?|panoramic (?:film|view)|"
-    r"tractogra\w+|elastogra\w+|angio-?CT|orthopantomogra\w+)"
+    r"(?:T1|T2|proton[- ]density)[- ]?(?:weighted|WI|W)\b|(?:T1|T2|DW|PD)WI|FLAIR|STIR|ADC|"
+    r"(?:diffusion|susceptibility)[- ]weighted|PET|SPECT|FDG\S*|DSA|X[- ]?rays?|CXR|AXR|DEXA|DXA|IVU|IVP|HSG|VCUG|"
+    r"ERCP|TTE|TEE|OPG)\b|(?i:\b(?:computed|computeri[sz]ed|magnetic resonance|positron emission|single[- ]photon)\b|"
+    r"tomogra\w+|\b(?!autoradio)\w*radiogra\w+|roentgen\w*|ultraso\w+|\bsonogra\w+|echogra\w+|echocardiogra\w+|"
+    r"doppler|angiogra\w+|arteriogra\w+|venogra\w+|phlebogra\w+|aortogra\w+|cholangiogra\w+|pyelogra\w+|urogra\w+|"
+    r"cystogra\w+|fistulogra\w+|myelogra\w+|mammogra\w+|galactogra\w+|hysterosalpingogra\w+|lymphogra\w+|"
+    r"scintigra\w+|bone scans?|nuclear (?:medicine|scan)\w*|fluoroscop\w+|barium|esophagra\w+|oesophagra\w+|"
+    r"plain films?|chest films?|panoramic (?:film|view)|tractogra\w+|elastogra\w+|angio-?CT|orthopantomogra\w+)"
 )
 _OTHER = re.compile(
     r"\b(?:H&E|HE stain\w*|PAS|SEM|TEM|qPCR|RT-PCR|PCR|"
-    r"(?:ECG|EKG)(?! (?:leads?|electrodes?|wires?|gat\w+|trigger\w*))|EEG|EMG|OCT|ROC|Kaplan)\b"
-    r"|(?i:histo(?:log|patholog|chem)\w+|patholog\w+ (?:section|specimen|examination|finding|image)\w*|"
-    r"microscop\w+|photomicrogra\w+|micrograph\w*|h(?:a)?ematoxylin|\beosin\b|"
-    r"immuno(?:histochem|stain|fluoresc|blot)\w+|"
-    r"staining|original magnification|magnification|biops\w+|cytolog\w+|smear|gross (?:specimen|appearance|pathology)|"
+    r"(?:ECG|EKG)(?! (?:leads?|electrodes?|wires?|gat\w+|trigger\w*))|EEG|EMG|OCT|ROC|Kaplan)\b|"
+    r"(?i:histo(?:log|patholog|chem)\w+|patholog\w+ (?:section|specimen|examination|finding|image)\w*|microscop\w+|"
+    r"photomicrogra\w+|micrograph\w*|h(?:a)?ematoxylin|\beosin\b|immuno(?:histochem|stain|fluoresc|blot)\w+|staining|"
+    r"original magnification|magnification|biops\w+|cytolog\w+|smear|gross (?:specimen|appearance|pathology)|"
     r"macroscop\w+|intra-?operative (?:view|photo\w*|image|finding|picture)s?|photogra\w+|"
-    r"clinical (?:picture|appearance|photo)\w*|"
-    r"endoscop\w*\b(?!\s+ultraso)|colonoscop\w+|gastroscop\w+|bronchoscop\w+|laparoscop\w+|arthroscop\w+|cystoscop\w+|"
-    r"dermoscop\w+|fundus(?= (?:photo|exam|image|auto|fluor|of the (?:\w+ )?eye))|"
-    r"(?:ocular|optic|retinal) fundus|fundoscop\w+|slit[- ]lamp|"
-    r"optical coherence|electro(?:cardio|encephalo|myo)gra\w+|flow ?chart|flow diagram|diagram|"
+    r"clinical (?:picture|appearance|photo)\w*|endoscop\w*\b(?!\s+ultraso)|colonoscop\w+|gastroscop\w+|"
+    r"bronchoscop\w+|laparoscop\w+|arthroscop\w+|cystoscop\w+|dermoscop\w+|"
+    r"fundus(?= (?:photo|exam|image|auto|fluor|of the (?:\w+ )?eye))|(?:ocular|optic|retinal) fundus|fundoscop\w+|"
+    r"slit[- ]lamp|optical coherence|electro(?:cardio|encephalo|myo)gra\w+|flow ?chart|flow diagram|diagram|"
     r"schematic|scheme|drawing|illustration|pedigree|sequencing|chromatogra\w+|western blot|gel electrophoresis|"
-    r"electrophoresis|"
-    r"\bplots?\b|histogram|bar (?:chart|graph)|\bgraphs?\b|"
+    r"electrophoresis|\bplots?\b|histogram|bar (?:chart|graph)|\bgraphs?\b|"
     # Not the curve of a spine or a tube.
     r"(?<!lumbar )(?<!thoracic )(?<!scoliotic )(?<!spinal )\bcurves?\b(?! (?:(?:super|infer|poster|anter)iorly|"
     r"medially|laterally|up|down|back|around|over|into|to the)\b)|forest plot|box ?plot|time ?line|"
@@ -58,10 +54,8 @@ _PART = re.compile(r"(?<=[.;])\s+|(?=\([A-Za-z](?:\s*[-–,]\s*[A-Za-z])*\))")
 NOT_RADIOLOGIC = frozenset({"histopathology", "a photograph", "endoscopy"})
 
 
-class Classifier(Protocol):
-    """A function of an image path that returns the probability that the image is radiologic."""
-
-    def __call__(self, path: str) -> float: ...
+# Path of an image -> probability that it is radiologic.
+Classifier = Callable[[str], float]
 
 
 def by_caption(text: str) -> bool | None:

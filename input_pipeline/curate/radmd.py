@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import array
 import hashlib
 import heapq
@@ -16,6 +15,7 @@ from input_pipeline.curate import console, filters, jobs, layouts, radiology
 from input_pipeline.curate.filters import FILTERS, RULES, Settings
 from input_pipeline.curate.jobs import Report, Result
 from input_pipeline.datasets import FAMILIES, diagnosis, diseases
+from input_pipeline.datasets.json_tables import stream_jsonl
 from input_pipeline.files import write_json_lines
 
 DESCRIPTION = """\
@@ -51,39 +51,16 @@ def _add_options(parser) -> None:
     layouts.add_tables(parser)
     parser.add_argument("--captions", action="append", default=[], metavar="FILE", help="captions.jsonl of pmc-inline")
     parser.add_argument("--classifier", metavar="MODULE:FUNCTION", help="function: image path -> probability")
-    parser.add_argument("--threshold", type=_probability, default=0.5, help="of the classifier (%(default)s)")
-    parser.add_argument(
-        "--unknown",
-        choices=("keep", "drop"),
-        default="",
-        help="what to do with undecided images (default: drop for pmc_casereport, keep for other families)",
-    )
-    parser.add_argument(
-        "--cheating",
-        choices=("drop", "cut"),
-        default="drop",
-        help="drop a row whose context contains the answer, or cut those sentences (%(default)s)",
-    )
+    probability = console.number_that_is("between 0 and 1", lambda value: 0 <= value <= 1)
+    parser.add_argument("--threshold", type=probability, default=0.5, help="of the classifier (%(default)s)")
+    text = "what to do with undecided images (default: drop for pmc_casereport, keep for other families)"
+    parser.add_argument("--unknown", choices=("keep", "drop"), default="", help=text)
+    text = "drop a row whose context contains the answer, or cut those sentences (%(default)s)"
+    parser.add_argument("--cheating", choices=("drop", "cut"), default="drop", help=text)
     parser.add_argument("--without", action="append", default=[], metavar="RULE", help="skip a rule; repeatable")
-    parser.add_argument(
-        "--examples", type=console.at_least(0), default=20, metavar="N", help="per rule and outcome (%(default)s)"
-    )
+    count, text = console.at_least(0), "per rule and outcome (%(default)s)"
+    parser.add_argument("--examples", type=count, default=20, metavar="N", help=text)
     parser.add_argument("--seed", type=int, default=0, help="seed of the balance (%(default)s)")
-
-
-def _probability(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must be between 0 and 1 (got {text})")
-    return value
-
-
-def _run(tool: str, args, directory: Path, **running) -> dict:
-    options = {k: v for k, v in vars(args).items() if k not in ("out", "strict", "tables", "root")}
-    return curate(args.tables, args.root, directory, options, **running)
-
-
-TOOLS = {"radmd": console.Tool(DESCRIPTION, EPILOG, _add_options, _run)}
 
 
 def curate(specs: list[str], root, directory: Path, options: dict, progress=jobs.no_progress, log=jobs.no_log) -> dict:
@@ -94,14 +71,11 @@ def curate(specs: list[str], root, directory: Path, options: dict, progress=jobs
     if unknown:
         raise ValueError(f"rule {', '.join(unknown)} is unknown; known: {', '.join((*FILTERS, 'balance'))}")
     result = Result()
-    settings = Settings(
-        root,
-        _captions(options.get("captions", ()), tables, result),
-        radiology.open_classifier(options["classifier"]) if options.get("classifier") else None,
-        options.get("threshold", 0.5),
-        options.get("unknown", ""),
-        options.get("cheating", "drop"),
-    )
+    settings = Settings(root, _captions(options.get("captions", ()), tables, result))
+    for name in ("threshold", "unknown", "cheating"):
+        setattr(settings, name, options.get(name, getattr(settings, name)))
+    if options.get("classifier"):
+        settings.classifier = radiology.open_classifier(options["classifier"])
     report = Report(directory, "radmd", {"root": str(root), "tables": specs} | options)
     report.add(result)
     if not options.get("captions") and any(table.family == "pmc_casereport" for table in tables):
@@ -111,8 +85,7 @@ def curate(specs: list[str], root, directory: Path, options: dict, progress=jobs
     report.more["tables"] = {}
     for table in tables:
         result, settings.root = Result(), table.root
-        table_filter = _TableFilter(table.family, table.file, settings, options, examples, result)
-        report.more["tables"][table.name] = table_filter.run(directory)
+        report.more["tables"][table.name] = _filter_table(table, settings, options, examples, directory, result)
         report.add(result)
         done(1, bool(result.problems))
     write_json_lines(directory / "examples.jsonl", examples.all())
@@ -128,7 +101,7 @@ def _captions(files, tables, result: Result) -> filters.Captions:
                 for paper, figure in filters.figures(row, table.family):
                     captions.register(paper, figure)
     for file in files:
-        for number, row in layouts.read_json_lines(Path(file), result):
+        for number, row in layouts.good_rows(stream_jsonl(Path(file)), result):
             try:
                 for figure in row["pictures"]:
                     captions.add(row["paper"], figure, row["caption"])
@@ -137,70 +110,58 @@ def _captions(files, tables, result: Result) -> filters.Captions:
     return captions
 
 
-class _TableFilter:
-    """The filters of one table, with the counts of each rule."""
+def _filter_table(table, settings: Settings, options: dict, examples, directory: Path, result: Result) -> dict:
+    """Write the filtered table. Returns its counts, also of each rule."""
+    family, name, without = table.family, table.name, options.get("without", ())
+    rules = [rule for rule in RULES.get(family, ()) if rule not in without]
+    header, rows = layouts.read(family, table.file, result)
+    kept_rows = None
+    if issubclass(FAMILIES[family], diagnosis.Diagnosis) and "balance" not in without:
+        assert not rules, family
+        kept_rows = _balance(layouts.read(family, table.file, Result())[1], options.get("seed", 0), table.file, result)
+    counts = {rule: {"dropped": 0, "changed": 0} for rule in (rules if kept_rows is None else ["balance"])}
+    reasons: dict[str, int] = {}
 
-    def __init__(self, family: str, file: Path, settings: Settings, options: dict, examples, result: Result):
-        self.family, self.file, self.settings = family, file, settings
-        self.options, self.examples, self.result = options, examples, result
-        without = options.get("without", ())
-        self.rules = [rule for rule in RULES.get(family, ()) if rule not in without]
-        self.balance = issubclass(FAMILIES[family], diagnosis.Diagnosis) and "balance" not in without
-        assert not (self.balance and self.rules), family
-        names = ["balance"] if self.balance else self.rules
-        self.counts: dict[str, dict[str, int]] = {rule: {"dropped": 0, "changed": 0} for rule in names}
-        self.reasons: dict[str, int] = {}
-
-    def run(self, directory: Path) -> dict:
-        """Write the filtered table. Returns its counts."""
-        name, total, kept_rows = self.file.name, 0, None
-        header, rows = layouts.read(self.family, self.file, self.result)
-        if self.balance:
-            every = layouts.read(self.family, self.file, Result())[1]
-            kept_rows = _balance(every, self.options.get("seed", 0), self.file, self.result)
-        with layouts.Tables(directory, {name: header}) as out:
-            for number, before in rows:
-                total += 1
-                if kept_rows is not None and number not in kept_rows:
-                    if _side(before) is None:
-                        continue  # already listed as a problem
-                    self.counts["balance"]["dropped"] += 1
-                    reason = "more rows of this side than of the other"
-                    self.examples.add(name, "balance", "dropped", reason, before, None)
-                    continue
-                row = self._filtered(number, before)
-                if row is not None:
-                    out.write(name, row)
-                    for rule in self.counts:
-                        self.examples.add(name, rule, "kept", "", before, row if row != before else None)
-        kept = out.rows[name]
-        self.result.count(f"{name}: rows", total)
-        for rule, outcomes in self.counts.items():
-            for outcome, count in outcomes.items():
-                if count or outcome == "dropped":
-                    self.result.count(f"{name}: {outcome} by {rule}", count)
-        self.result.count(f"{name}: kept", kept)
-        counts = {"family": self.family, "rows": total, "kept": kept}
-        return counts | {"rules": self.counts, "reasons": self.reasons}
-
-    def _filtered(self, number: int, before: dict) -> dict | None:
+    def filtered(number: int, before: dict) -> dict | None:
+        if kept_rows is not None and number not in kept_rows:
+            if _side(before) is not None:  # else it is already listed as a problem
+                counts["balance"]["dropped"] += 1
+                examples.add(name, "balance", "dropped", "more rows of this side than of the other", before, None)
+            return None
         row = before
-        for rule in self.rules:
+        for rule in rules:
             try:
-                verdict = FILTERS[rule](row, self.family, self.settings)
+                verdict = FILTERS[rule](row, family, settings)
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 reason = f"the rule {rule} fails: {type(error).__name__}: {error}"
-                self.result.problem(self.file, number, reason, f"correct the row, or add --without {rule}")
+                result.problem(table.file, number, reason, f"correct the row, or add --without {rule}")
                 return None
             if verdict.row is None or verdict.reason:
                 outcome = "dropped" if verdict.row is None else "changed"
-                self.counts[rule][outcome] += 1
-                self.reasons[verdict.reason] = self.reasons.get(verdict.reason, 0) + 1
-                self.examples.add(self.file.name, rule, outcome, verdict.reason, before, verdict.row)
+                counts[rule][outcome] += 1
+                reasons[verdict.reason] = reasons.get(verdict.reason, 0) + 1
+                examples.add(name, rule, outcome, verdict.reason, before, verdict.row)
             row = verdict.row
             if row is None:
                 return None
         return row
+
+    total = 0
+    with layouts.Tables(directory, {name: header}) as out:
+        for number, before in rows:
+            total += 1
+            row = filtered(number, before)
+            if row is not None:
+                out.write(name, row)
+                for rule in counts:
+                    examples.add(name, rule, "kept", "", before, row if row != before else None)
+    result.count(f"{name}: rows", total)
+    for rule, outcomes in counts.items():
+        for outcome, count in outcomes.items():
+            if count or outcome == "dropped":
+                result.count(f"{name}: {outcome} by {rule}", count)
+    result.count(f"{name}: kept", out.rows[name])
+    return {"family": family, "rows": total, "kept": out.rows[name], "rules": counts, "reasons": reasons}
 
 
 def _side(row: dict) -> bool | None:
@@ -217,8 +178,8 @@ def _balance(rows: Iterator[tuple[int, dict]], seed: int, file: Path, result: Re
     Rows are balanced within each split, and in yes/no tables also within each disease and set (`source`), so that the
     look of a set does not predict the answer. Takes 16 bytes of memory per row, plus the result.
     """
-    # Hashes and row numbers of the one side, then of the other.
-    sides: dict[tuple[str, str, str], tuple[array.array, array.array, array.array, array.array]] = {}
+    # Split, set and disease -> hashes and row numbers of the one side, then of the other.
+    sides: dict[tuple[str, str, str], tuple[array.array, ...]] = {}
     for number, row in rows:
         side = _side(row)
         if side is None:
@@ -233,10 +194,10 @@ def _balance(rows: Iterator[tuple[int, dict]], seed: int, file: Path, result: Re
         both[2 * side + 1].append(number)
     kept: set[int] = set()
     for both in sides.values():
-        count = min(len(both[1]), len(both[3]))
-        for hashes, numbers in (both[:2], both[2:]):
-            first = np.lexsort((np.array(numbers, np.uint64), np.array(hashes, np.uint64)))[:count]
-            kept.update(np.array(numbers, np.uint64)[first].tolist())
+        arrays = [np.asarray(values) for values in both]
+        count = min(len(arrays[1]), len(arrays[3]))
+        for hashes, numbers in (arrays[:2], arrays[2:]):
+            kept.update(numbers[np.lexsort((numbers, hashes))[:count]].tolist())
     return kept
 
 
@@ -265,3 +226,7 @@ class _Examples:
     def all(self):
         for heap in self.heaps.values():
             yield from (example for _, _, example in sorted(heap, key=lambda item: item[0]))
+
+
+_run = console.run_on_tables(curate, "captions classifier threshold unknown cheating without examples seed")
+TOOLS = {"radmd": console.Tool(DESCRIPTION, EPILOG, _add_options, _run)}

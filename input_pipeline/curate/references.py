@@ -40,45 +40,31 @@ _ELSEWHERE_AFTER = re.compile(
 )
 _ELSEWHERE_BEFORE = re.compile(
     r"(?:\bet\s+al\.?(?:,?\s*\(?(?:19|20)\d\d[a-z]?\)?|\s*\[\d+\])?|[A-Z][\w'’-]+,?\s+(?:19|20)\d\d[a-z]?|\[\d+|"
-    r"\brefs?\.?\s*\d+"
-    r"|\breferences?\s*\d+)\s*[,;:]?\s*(?:see\s+)?$"
+    r"\brefs?\.?\s*\d+|\breferences?\s*\d+)\s*[,;:]?\s*(?:see\s+)?$"
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One figure that a mention names.
+    """One figure that a mention names, at a position of the text."""
 
-    Attributes:
-      number: normalized like labels (`fold`): "2", "S1", "IV"; "" for "the figure".
-      panels: letters in lower case; empty for the whole figure.
-      begin, end: its position in the text; for an inner figure of a range, the position of the range.
-      inner: it is inside a range and not written out.
-    """
-
-    number: str
-    panels: tuple[str, ...]
-    begin: int
+    number: str  # normalized like labels (`fold`): "2", "S1", "IV"
+    panels: tuple[str, ...]  # letters in lower case; empty for the whole figure
+    begin: int  # for an inner figure of a range, the position of the range
     end: int
-    inner: bool = False
+    inner: bool = False  # it is inside a range and not written out
 
 
 @dataclasses.dataclass(frozen=True)
 class Mention:
-    """One mention of one or several figures.
+    """One mention of one or several figures, at a position of the text that includes the keyword."""
 
-    Attributes:
-      word: "figure", "scheme", "chart", "plate" or "image".
-      begin, end: its position in the text, including the keyword.
-      supplement, elsewhere: the text refers to a supplement, or to another paper.
-    """
-
-    word: str
+    word: str  # "figure", "scheme", "chart", "plate" or "image"
     items: tuple[Item, ...]
     begin: int
     end: int
-    supplement: bool = False
-    elsewhere: bool = False
+    supplement: bool = False  # the text refers to a supplement
+    elsewhere: bool = False  # the text refers to another paper
 
 
 def fold(number: str) -> str:
@@ -90,9 +76,7 @@ def fold(number: str) -> str:
 def mentions(text: str, is_linked=lambda begin, end: False) -> list[Mention]:
     """Return every mention of numbered figures.
 
-    Args:
-      is_linked: is_linked(begin, end) returns whether the author linked this text to a figure. Linked numbers of a list
-        are always figures.
+    is_linked(begin, end) returns whether the author linked this text to a figure. Linked numbers are always figures.
     """
     out, position = [], 0
     while (match := _KEYWORD.search(text, position)) is not None:
@@ -124,44 +108,37 @@ def _items(text: str, position: int, plural: bool, is_linked) -> tuple[list[Item
     if number is None:
         return [], position
     items: list[Item] = []
-    end = position
     ranged = False
-    while number is not None:
-        panels, stop = _panels(text, number.end())
+    while True:
+        panels, end = _panels(text, number.end())
         name = fold(number.group())
         if ranged:
             items += _between(items[-1], name, number.start())
-        items.append(Item(name, panels, number.start(), stop))
-        end, ranged, number = stop, False, None
+        items.append(Item(name, panels, number.start(), end))
+        ranged = False
         follow = _RANGE.match(text, end)
         if follow is not None:
             again = _AGAIN.match(text, follow.end())
             start = again.end() if again else follow.end()
             number = _NUMBER.match(text, start)
-            if number is not None and (
-                is_linked(number.start(), number.end()) or _plausible(text, number, plural, True)
-            ):
+            if number is not None and _plausible(text, number, plural, True, is_linked):
                 ranged = items[-1].number.isdigit() and number.group().isdigit()
                 continue
-            number = None
         follow = _SEPARATOR.match(text, end)
-        if follow is None:
-            break
         # "Scheme 1, Fig. 2": the next keyword starts another mention.
-        number = _NUMBER.match(text, follow.end())
-        if number is None or not (is_linked(number.start(), number.end()) or _plausible(text, number, plural, False)):
-            break
-    return items, end
+        number = _NUMBER.match(text, follow.end()) if follow is not None else None
+        if number is None or not _plausible(text, number, plural, False, is_linked):
+            return items, end
 
 
-def _plausible(text: str, number: re.Match, plural: bool, ranged: bool) -> bool:
-    """Return whether a further number of a list is a figure, judged by the text after it."""
+def _plausible(text: str, number: re.Match, plural: bool, ranged: bool, is_linked) -> bool:
+    """Return whether a further number of a list is a figure: it is linked, or the text after it suggests so."""
+    if is_linked(number.start(), number.end()):
+        return True
     _, stop = _panels(text, number.end())
     if re.fullmatch(r"[IVX]+", number.group()) and not plural:
         return False
-    if plural or ranged:
-        return _ENDS.match(text, stop) is not None or _COUNTED.match(text, stop) is None
-    return _ENDS.match(text, stop) is not None
+    return bool(_ENDS.match(text, stop)) or ((plural or ranged) and not _COUNTED.match(text, stop))
 
 
 def _panels(text: str, position: int) -> tuple[tuple[str, ...], int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,16 +45,10 @@ examples:
 """
 
 
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"must be between 0 and 1 (got {text})")
-    return value
-
-
 def _add_options(parser) -> None:
     layouts.add_tables(parser)
-    parser.add_argument("--test", type=_share, default=0.1, metavar="SHARE", help="test share of groups (%(default)s)")
+    share = console.number_that_is("between 0 and 1", lambda value: 0 < value < 1)
+    parser.add_argument("--test", type=share, default=0.1, metavar="SHARE", help="test share of groups (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     parser.add_argument("--near", action="store_true", help="find near duplicates (needs imagehash and datasketch)")
     exclusive = parser.add_mutually_exclusive_group()
@@ -63,13 +56,7 @@ def _add_options(parser) -> None:
     exclusive.add_argument("--check", action="store_true", help="write no table, only list leaks")
 
 
-def _run(tool: str, args, directory: Path, **running) -> dict:
-    options = {name: getattr(args, name) for name in ("test", "seed", "near", "anew", "check")}
-    return curate(args.tables, args.root, directory, options, **running)
-
-
-TOOLS = {"splits": console.Tool(DESCRIPTION, EPILOG, _add_options, _run)}
-_KINDS = ("study", "scan", "row")
+_KINDS = ("study", "scan", "row")  # what names stand for, by precedence
 
 
 class _Groups:
@@ -79,12 +66,9 @@ class _Groups:
         self.parent: dict[str, str] = {}
 
     def find(self, name: str) -> str:
-        root = name
-        while self.parent.setdefault(root, root) != root:
-            root = self.parent[root]
-        while self.parent[name] != root:
-            self.parent[name], name = root, self.parent[name]
-        return root
+        while (parent := self.parent.setdefault(name, name)) != name:
+            self.parent[name] = name = self.parent[parent]  # halves the path
+        return name
 
     def join(self, a: str, b: str) -> None:
         # Sorting makes the name independent of the order of rows and tables.
@@ -121,9 +105,12 @@ def curate(specs, root, directory, options: dict, progress=jobs.no_progress, log
         _add_near_images(root, groups, images, near, result, progress)
         write_json_lines(directory / "near.jsonl", near)
     result.count("rows", len(rows))
-    result.count("groups", len({groups.find(f"row {name} {number}") for name, number in rows}))
+    result.count("groups", len({groups.find(row) for row in rows}))
     (directory / "leaks.jsonl").unlink(missing_ok=True)
-    existing = {} if options["anew"] else _existing_splits(groups, rows)
+    existing: dict[str, dict[str, list[str]]] = {}  # group -> split -> rows
+    for row, split in rows.items():
+        if split and not options["anew"]:
+            existing.setdefault(groups.find(row), {}).setdefault(split, []).append(row)
     leaks = [{"group": group, "rows": splits} for group, splits in sorted(existing.items()) if len(splits) > 1]
     if not options["anew"]:
         write_json_lines(directory / "leaks.jsonl", leaks)
@@ -162,7 +149,7 @@ def _add_rows(table, dataset, groups, rows, images, texts, near: list[dict], res
         for scan in shown:
             groups.join(key, f"scan {table.below(scan.path)}")
             images.setdefault(table.below(scan.path), None)
-        rows[table.name, number] = str(row.get("split") or "")
+        rows[key] = str(row.get("split") or "")
         if texts is not None:
             text = " ".join(p.text for p in sample.parts if isinstance(p, Text) and p.role == "response")
             for other, similarity in texts.add(key, text):
@@ -188,16 +175,6 @@ def _add_near_images(root, groups, images, near: list[dict], result: Result, pro
         result.count(f"near duplicates of {kind}", sum(p["kind"] == kind for p in near))
 
 
-def _existing_splits(groups, rows) -> dict[str, dict[str, list[str]]]:
-    """Return group -> split -> rows, of the rows that have a split."""
-    existing: dict[str, dict[str, list[str]]] = {}
-    for (name, number), split in rows.items():
-        if split:
-            key = f"row {name} {number}"
-            existing.setdefault(groups.find(key), {}).setdefault(split, []).append(key)
-    return existing
-
-
 def hash_split(seed: int, group: str, test: float) -> str:
     """Return train or test, decided by a hash alone."""
     digest = hashlib.blake2b(f"{seed}\x1f{group}".encode(), digest_size=8).digest()
@@ -211,16 +188,21 @@ def _write(tables, groups, rows, existing, directory, options, result: Result) -
             header = [*header, "split"]
         with layouts.Tables(directory, {table.name: header}) as out:
             for number, row in cells:
-                if (table.name, number) not in rows:
+                key = f"row {table.name} {number}"
+                if key not in rows:
                     continue
-                group = groups.find(f"row {table.name} {number}")
+                group = groups.find(key)
                 # A leaking group keeps its test rows, so that nothing leaks into the test set.
-                kept = min(existing.get(group, ()), key=lambda split: (split != "test", split == "train", split),
-                           default="")  # fmt: skip
+                order = lambda split: (split != "test", split == "train", split)  # noqa: E731
+                kept = min(existing.get(group, ()), key=order, default="")
                 split = kept or hash_split(options["seed"], group, options["test"])
-                if kept and rows[table.name, number] not in ("", split):
-                    reason = f"the row is in {rows[table.name, number]}, but its group is in {kept}"
+                if kept and rows[key] not in ("", split):
+                    reason = f"the row is in {rows[key]}, but its group is in {kept}"
                     result.problem(table.file, number, reason, f"it has no split now: see {directory}/leaks.jsonl")
                     split = ""
                 out.write(table.name, row | {"split": split})
                 result.count(f"{table.name}: {split or 'in no split, as it leaks'}")
+
+
+_run = console.run_on_tables(curate, "test seed near anew check")
+TOOLS = {"splits": console.Tool(DESCRIPTION, EPILOG, _add_options, _run)}

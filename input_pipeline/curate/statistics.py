@@ -33,8 +33,8 @@ examples:
   python -m input_pipeline.curate statistics --root data --out stats --name "RadMD, rebuilt" \\
       --report radmd/report.json --licence vqa.csv="CC BY-SA" pmc_vqa=vqa.csv
 """
-_FAMILY_MODALITIES = {"mimic_cxr": "X-ray", "cxr_mix": "X-ray", "vindr_pcxr": "X-ray", "vindr_spinexr": "X-ray",
-           "vindr_mammo": "mammography"}  # fmt: skip
+_FAMILY_MODALITIES = dict.fromkeys(("mimic_cxr", "cxr_mix", "vindr_pcxr", "vindr_spinexr"), "X-ray")
+_FAMILY_MODALITIES |= {"vindr_mammo": "mammography"}
 NOT_STATED = "not stated"
 
 
@@ -43,14 +43,6 @@ def _add_options(parser) -> None:
     parser.add_argument("--name", default="A data set for RadFM", help="title of the card")
     parser.add_argument("--report", action="append", default=[], metavar="FILE", help="report.json of a tool")
     parser.add_argument("--licence", action="append", default=[], metavar="TABLE=TEXT", help="licence of a table")
-
-
-def _run(tool: str, args, directory: Path, **running) -> dict:
-    options = {"name": args.name, "report": args.report, "licence": args.licence}
-    return curate(args.tables, args.root, directory, options, **running)
-
-
-TOOLS = {"statistics": console.Tool(DESCRIPTION, EPILOG, _add_options, _run)}
 
 
 def curate(specs, root, directory, options: dict, progress=jobs.no_progress, log=jobs.no_log) -> dict:
@@ -67,16 +59,12 @@ def curate(specs, root, directory, options: dict, progress=jobs.no_progress, log
         tables[table.name] = _count_table(table, dataset, labels, families, result, progress)
         tasks.update(tables[table.name]["tasks"])
     dimensions, found = _count_scans(root, families, labels, result, progress)
-    statistics = {
-        "dimensions": dict(dimensions.most_common()),
-        "modalities": dict(found.most_common()),
-        "tasks": dict(tasks.most_common()),
-        "tables": tables,
-    }
+    counters = {"dimensions": dimensions, "modalities": found, "tasks": tasks}
+    statistics = {kind: dict(counter.most_common()) for kind, counter in counters.items()} | {"tables": tables}
     write_json(directory / "statistics.json", statistics)
     _draw(directory / "figure4.png", statistics)
     write_text(directory / "card.md", card(options["name"], statistics, licences, reports))
-    for kind in ("dimensions", "modalities", "tasks"):
+    for kind in counters:
         result.counts |= {f"{kind}: {value}": count for value, count in statistics[kind].items()}
     report.add(result)
     return report.write()
@@ -104,14 +92,9 @@ def _count_table(table, dataset, labels: dict, families: dict, result: Result, p
         if label := _label(table.family, dataset._rows[i]):
             labels.update(dict.fromkeys(below, label))
         done(1, 0)
-    return {
-        "family": table.family,
-        "rows": len(dataset),
-        "scans": len(paths),
-        "studies": len(studies),
-        "tasks": dict(tasks.most_common()),
-        "words": {"mean": round(sum(lengths) / max(len(lengths), 1), 1), "most": max(lengths, default=0)},
-    }
+    words = {"mean": round(sum(lengths) / max(len(lengths), 1), 1), "most": max(lengths, default=0)}
+    counts = {"family": table.family, "rows": len(dataset), "scans": len(paths), "studies": len(studies)}
+    return counts | {"tasks": dict(tasks.most_common()), "words": words}
 
 
 def _label(family: str, value) -> str:
@@ -147,8 +130,7 @@ def _draw(file: Path, statistics: dict) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4.2), layout="constrained")
-    axes = figure.subplots(1, 3)
-    for axis, kind in zip(axes, ("dimensions", "modalities", "tasks"), strict=True):
+    for axis, kind in zip(figure.subplots(1, 3), ("dimensions", "modalities", "tasks"), strict=True):
         counts = statistics[kind]
         total = sum(counts.values())
         shown = {k: v for k, v in counts.items() if v >= 0.02 * total}
@@ -161,25 +143,32 @@ def _draw(file: Path, statistics: dict) -> None:
         figure.savefig(partial, format="png", dpi=110)
 
 
+_CARD_START = """\
+# {name}
+
+Research only. Built from the sources below; the terms of each source apply.
+Written on {today} by `python -m input_pipeline.curate statistics`.
+
+## Tables
+
+| table | family | rows | scans | studies | words per row | licence |
+|---|---|---|---|---|---|---|"""
+_CARD_END = """
+## Limits
+
+- Labels and reports are as good as their sources. Mined labels and answers of a language model have errors.
+- The shares above describe the sources, not a population.
+- Not for clinical use.
+"""
+
+
 def card(name: str, statistics: dict, licences: dict[str, str], reports: list[dict]) -> str:
     """Return a data card in Markdown: contents, sources, how the tables were made, and limits."""
-    lines = [
-        f"# {name}",
-        "",
-        "Research only. Built from the sources below; the terms of each source apply.",
-        f"Written on {datetime.date.today().isoformat()} by `python -m input_pipeline.curate statistics`.",
-        "",
-        "## Tables",
-        "",
-        "| table | family | rows | scans | studies | words per row | licence |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    lines = [_CARD_START.format(name=name, today=datetime.date.today().isoformat())]
     for table, counts in statistics["tables"].items():
         licence = licences.get(table, "not stated: ask the source")
-        lines.append(
-            f"| {table} | {counts['family']} | {counts['rows']:,} | {counts['scans']:,} | {counts['studies']:,} | "
-            f"{counts['words']['mean']} | {licence} |"
-        )
+        numbers = " | ".join(f"{counts[kind]:,}" for kind in ("rows", "scans", "studies"))
+        lines.append(f"| {table} | {counts['family']} | {numbers} | {counts['words']['mean']} | {licence} |")
     for kind in ("dimensions", "modalities", "tasks"):
         counts = statistics[kind]
         total = max(sum(counts.values()), 1)
@@ -195,13 +184,8 @@ def card(name: str, statistics: dict, licences: dict[str, str], reports: list[di
                   for label, count in report["counts"].items()]  # fmt: skip
         if report.get("problems"):
             lines.append(f"- problems: {report['problems']:,}")
-    lines += [
-        "",
-        "## Limits",
-        "",
-        "- Labels and reports are as good as their sources. Mined labels and answers of a language model have errors.",
-        "- The shares above describe the sources, not a population.",
-        "- Not for clinical use.",
-        "",
-    ]
-    return "\n".join(lines)
+    return "\n".join([*lines, _CARD_END])
+
+
+_run = console.run_on_tables(curate, "name report licence")
+TOOLS = {"statistics": console.Tool(DESCRIPTION, EPILOG, _add_options, _run)}

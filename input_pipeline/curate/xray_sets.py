@@ -29,6 +29,7 @@ from pathlib import Path
 from input_pipeline.curate.jobs import Result
 from input_pipeline.curate.labels import (
     NORMAL,
+    UNCERTAIN,
     Image,
     Policy,
     all_files,
@@ -46,8 +47,6 @@ from input_pipeline.datasets.table_text import read_text
 from input_pipeline.samples import RowError
 
 Reader = Callable[[Path, Policy, Result], Iterator[Image]]
-
-# --- members of CXR-Mix -----------------------------------------------------------------------------------------------
 
 CHESTXRAY14 = (
     "Atelectasis Cardiomegaly Effusion Infiltration Mass Nodule Pneumonia Pneumothorax Consolidation Edema Emphysema "
@@ -89,7 +88,7 @@ def chexpert(folder: Path, policy: Policy, result: Result) -> Iterator[Image]:
                 value = cells[disease].strip()
                 if value in ("-1", "-1.0"):
                     result.count(f"chexpert: uncertain labels counted as {policy.choice(disease)}")
-                    findings[disease] = policy.decide(disease)
+                    findings[disease] = UNCERTAIN[policy.choice(disease)]
                 elif flag(value) is not None:
                     findings[disease] = flag(value)
                 elif value:
@@ -163,20 +162,17 @@ def _voted(kind: str, folder: Path, policy: Policy, result: Result) -> Iterator[
     index = index_images(folder, (".dicom", ".dcm", ".png", ".jpg"))
     for file in first_files(folder, "image_labels_*.csv"):
         columns = [c for c in csv_header(file) if c and c.lower() not in ("image_id", "rad_id")]
-        votes: dict[str, list[dict[str, bool]]] = {}
-        first: dict[str, int] = {}
+        votes: dict[str, tuple[int, list[dict[str, bool]]]] = {}  # image -> its first row, labels by its readers
         for row, cells in read_rows(file, ("image_id", *columns), result):
             labels = {column: flag(cells[column]) for column in columns}
             bad = [column for column, label in labels.items() if label is None]
             if bad:
                 reject(result, file, row, f"{', '.join(bad[:3])}: neither 0 nor 1")
                 continue
-            name = cells["image_id"].strip()
-            votes.setdefault(name, []).append(labels)
-            first.setdefault(name, row)
+            votes.setdefault(cells["image_id"].strip(), (row, []))[1].append(labels)
         split = "test" if "test" in file.name else "train"
         normal_column = next((c for c in columns if diseases.is_normal(c)), None)
-        for name, of_readers in votes.items():
+        for name, (first_row, of_readers) in votes.items():
             findings: dict[str, bool | None] = {}
             for column in columns:
                 yes = sum(labels[column] for labels in of_readers)
@@ -185,12 +181,12 @@ def _voted(kind: str, folder: Path, policy: Policy, result: Result) -> Iterator[
                     result.count(f"{kind}: findings that too few of an image's readers saw (ignored)")
             normal = findings.pop(normal_column, None) if normal_column else None
             if normal and any(p and not diseases.is_vague(d) for d, p in findings.items()):
-                reject(result, file, first[name], f"'{normal_column}' together with a finding: {name}")
+                reject(result, file, first_row, f"'{normal_column}' together with a finding: {name}")
                 continue
             if normal and None not in findings.values():
                 findings[NORMAL] = True
             path = image_path(index, name, ".dicom")
-            yield Image(path, f"{kind}-{name}", findings, split, False, first[name], str(file))
+            yield Image(path, f"{kind}-{name}", findings, split, False, first_row, str(file))
 
 
 def covid_cxr2(folder: Path, policy: Policy, result: Result) -> Iterator[Image]:
@@ -258,9 +254,6 @@ def openi(folder: Path, policy: Policy, result: Result) -> Iterator[Image]:
                 yield Image(path, f"openi-{cells['uid'].strip()}", findings, "", False, number, str(reports))
 
 
-# --- the other VinDr sets ---------------------------------------------------------------------------------------------
-
-
 def _boxes(kind: str, names, column: str, folder: Path, policy: Policy, result: Result) -> Iterator[Image]:
     """Read one row per box of an image, of a set that looked for all its findings in every image."""
     index = index_images(folder, (".dicom", ".dcm", ".png"))
@@ -276,9 +269,8 @@ def _boxes(kind: str, names, column: str, folder: Path, policy: Policy, result: 
                 reject(result, file, row, f"{column} {text[:40]!r} names no finding")
                 continue
             name = cells["image_id"].strip()
-            split = {"training": "train", "test": "test"}.get(cells.get("split", ""), "") or (
-                "test" if "test" in file.name else "train"
-            )
+            split = {"training": "train", "test": "test"}.get(cells.get("split", ""))
+            split = split or ("test" if "test" in file.name else "train")
             study = cells.get("study_id", "").strip() or name
             images.setdefault(name, (set(), study, split, row, file))[0].update(label.strip() for label in labels)
     known = sorted({d for labels, *_ in images.values() for d in labels if not diseases.is_normal(d)})
@@ -291,17 +283,9 @@ def _boxes(kind: str, names, column: str, folder: Path, policy: Policy, result: 
         yield Image(path, f"{kind}-{study}", findings, split, True, row, str(file))
 
 
-CXR_MIX: dict[str, Reader] = {
-    "vindr_cxr": functools.partial(_voted, "vindr-cxr"),
-    "chestxray14": chestxray14,
-    "chexpert": chexpert,
-    "covid_cxr2": covid_cxr2,
-    "nlm_tb": nlm_tb,
-    "object_cxr": object_cxr,
-    "openi": openi,
-    "rsna": rsna,
-    "siim_acr": siim_acr,
-}
+_READERS = (chestxray14, chexpert, covid_cxr2, nlm_tb, object_cxr, openi, rsna, siim_acr)
+CXR_MIX: dict[str, Reader] = {"vindr_cxr": functools.partial(_voted, "vindr-cxr")}
+CXR_MIX |= {reader.__name__: reader for reader in _READERS}
 MEMBERS: dict[str, Reader] = CXR_MIX | {
     "vindr_pcxr": functools.partial(_voted, "vindr-pcxr"),
     "vindr_spinexr": functools.partial(_boxes, "vindr-spinexr", ("train.csv", "test.csv"), "lesion_type"),
@@ -312,8 +296,7 @@ MEMBERS: dict[str, Reader] = CXR_MIX | {
 def read(member: str, folder: Path, policy: Policy, result: Result) -> list[Image]:
     """Return all images of a set, each once. Contradictory and repeated images become problems and are dropped.
 
-    Raises:
-      ValueError: the label file of the set is missing or has another format.
+    Raises ValueError if the label file of the set is missing or has another format.
     """
     if not folder.is_dir():
         raise ValueError(f"{member}: {folder} is not a directory")
