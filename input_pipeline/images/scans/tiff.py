@@ -200,7 +200,6 @@ def to_slice(path, pixels: np.ndarray, page: tifffile.TiffPage, form: PageFormat
     if form.alpha:
         check_opaque(path, pixels[..., -1], np.iinfo(form.dtype).max if form.dtype.kind in "ui" else 1.0)
         pixels = pixels[..., :-1]
-        pixels = pixels[..., 0] if form.channels == 1 else pixels
     if form.photometric == MINISWHITE:
         if form.dtype.kind != "u":
             raise ScanError(path, f"is MINISWHITE with {form.dtype} pixels", SAVE, "unsupported")
