@@ -14,9 +14,7 @@ CROP_AREA = (0.8, 1.0)
 FLIPS = {"height": 2, "width": 3, "depth": 0}  # axes of slices [K, C, H, W]
 
 
-def crop_box(
-    height: int, width: int, rng: np.random.Generator, min_area: float = CROP_AREA[0]
-) -> tuple[int, int, int, int]:
+def crop_box(height: int, width: int, rng: np.random.Generator, min_area=CROP_AREA[0]) -> tuple[int, int, int, int]:
     """Draw (top, left, height, width) of a crop of `min_area` to 1.0 of the area; 1.0 is no crop.
 
     The aspect ratio is drawn relative to that of the image, within what fits. RandomResizedCrop draws it absolutely, so

@@ -34,10 +34,9 @@ def ct_window(window: str | tuple[float, float]) -> tuple[float, float]:
 
 
 def one_channel_if_gray(voxels: np.ndarray) -> np.ndarray:
-    """Return a view [H, W, D, 1] of voxels with three equal channels; any other voxels unchanged.
+    """Return a view [H, W, D, 1] of voxels with three equal channels (a gray image saved in colour), others unchanged.
 
-    Many gray images are saved in colour. Check scans with this before planning, so that planes are counted by the
-    actual channels instead of those of the header.
+    Check scans with this before planning, so that planes are counted by the actual channels, not by the header.
     """
     if voxels.shape[-1] == CHANNELS and all(np.array_equal(voxels[..., 0], voxels[..., c]) for c in (1, 2)):
         return voxels[..., :1]
@@ -90,15 +89,13 @@ def intensity_range(low: float, high: float, window: str | tuple[float, float] |
         raise ValueError(f"voxels range from {low:g} to {high:g}, which float32 cannot scale")
     if window is None:
         return low, high
-    ends = ct_window(window)
+    ends, found = ct_window(window), f"voxels range from {low:g} to {high:g}"
     if isinstance(window, str) and 0 <= low and high <= 255:
-        raise ValueError(
-            f"CT window {window!r} is in Hounsfield units, but voxels range from {low:g} to {high:g}, as in an "
-            "8-bit image: remove the window, or give (low, high)"
-        )
+        remedy = "remove the window, or give (low, high)"
+        raise ValueError(f"CT window {window!r} is in Hounsfield units, but {found}, as in an 8-bit image: {remedy}")
     if high <= ends[0] or low >= ends[1]:
+        colour = f"every voxel would be {'black' if high <= ends[0] else 'white'}"
         raise ValueError(
-            f"voxels range from {low:g} to {high:g}, all outside the window {ends[0]:g} to {ends[1]:g}: every voxel "
-            f"would be {'black' if high <= ends[0] else 'white'}; is the scan in Hounsfield units?"
+            f"{found}, all outside the window {ends[0]:g} to {ends[1]:g}: {colour}; is the scan in Hounsfield units?"
         )
     return ends

@@ -25,12 +25,9 @@ MAX_DEPTH = 64
 
 
 def patch_grid(shape, patch=PATCH, tables=POSITION_TABLES) -> tuple[int, int, int]:
-    """Return the number of patches along height, width and depth of a volume.
+    """Return the number of patches along height, width and depth of a volume of (H, W, D) voxels.
 
-    Args:
-      shape: (H, W, D) in voxels.
-    Raises:
-      ValueError: a side is not a multiple of the patch, or has more patches than learned positions.
+    Raises ValueError if a side is not a multiple of the patch, or has more patches than learned positions.
     """
     problems = []
     for axis, size, step, table in zip(("height", "width", "depth"), shape, patch, tables, strict=True):
@@ -108,10 +105,9 @@ def released_depth(depth: int, maximum: int = MAX_DEPTH) -> int:
 
 
 def released_shape(depths: Sequence[int], batch: int = 1, collate: bool = True) -> tuple[int, int, int]:
-    """Return the size (H', W', D') of every scan of a sample in the released code.
+    """Return the size (H', W', D') of every scan of a sample, from the slices [S] of each scan, in the released code.
 
     Args:
-      depths: slices of each scan of the sample, [S]; empty for a sample without scans, which gets one of zeros.
       batch: samples that the training collator joins. If more than one, `depths` are those of all of them.
       collate: False for the released test program, which has no collator and keeps volumes at 512 x 512.
     """
@@ -131,25 +127,18 @@ def _checked_shape(shape) -> tuple[int, int, int]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Volume:
-    """A scan at its final size; value in [0, 1] = voxel * scale + offset.
+    """A scan at its final size; value in [0, 1] = voxel * scale + offset."""
 
-    Attributes:
-      voxels: uint8, int16 or float32 [H, W, K, C], C 1 or 3. A 2D scan is stored as one slice (K = 1).
-      depth: D, the slices that the model sees: K, or for K = 1 the number of times the slice is repeated (None: 4).
-    """
-
-    voxels: np.ndarray
+    voxels: np.ndarray  # uint8, int16 or float32 [H, W, K, C], C 1 or 3; a 2D scan is stored as one slice (K = 1)
     scale: float = 1.0
     offset: float = 0.0
-    depth: int | None = None
+    depth: int | None = None  # D, slices that the model sees: K, or how often one slice is repeated (None: 4)
 
     def __post_init__(self):
         v = self.voxels
         if v.ndim != 4 or v.shape[3] not in (1, CHANNELS) or v.dtype.name not in STORAGE:
-            raise ValueError(
-                f"a volume must be {' or '.join(STORAGE)} [H, W, slices, 1 or {CHANNELS} channels], "
-                f"got {v.dtype}{list(v.shape)}"
-            )
+            expected = f"{' or '.join(STORAGE)} [H, W, slices, 1 or {CHANNELS} channels]"
+            raise ValueError(f"a volume must be {expected}, got {v.dtype}{list(v.shape)}")
         depth = self.depth or (PATCH[2] if v.shape[2] == 1 else v.shape[2])
         if v.shape[2] not in (1, depth):
             raise ValueError(f"{v.shape[2]} slices cannot fill a depth of {depth}")
@@ -163,10 +152,7 @@ class Volume:
 
     @property
     def slices(self) -> np.ndarray:
-        """[K, C, H, W], contiguous. `prepare_volume` stores voxels in this order, so there is usually no copy.
-
-        Records store these bytes, so that `from_slices` and `planes` read each voxel once.
-        """
+        """[K, C, H, W], contiguous as in records. `prepare_volume` stores voxels in this order: usually no copy."""
         return np.ascontiguousarray(self.voxels.transpose(2, 3, 0, 1))
 
     @classmethod
@@ -206,29 +192,20 @@ def planes(volume: Volume) -> tuple[np.ndarray, np.ndarray]:
 def _plane_index(grid: tuple[int, int, int], one_slice: bool, channels: int) -> np.ndarray:
     rows, columns, depths = grid
     i, j, k, p, c = np.ogrid[:rows, :columns, :depths, : PATCH[2], :CHANNELS]
-    slice_ = 0 * k if one_slice else k * PATCH[2] + p
+    slice_ = 0 * (k + p) if one_slice else k * PATCH[2] + p
     channel = c if channels == CHANNELS else 0 * c
     index = ((slice_ * channels + channel) * rows + i) * columns + j
-    full = np.broadcast_to(index, (rows, columns, depths, PATCH[2], CHANNELS))
-    out = full.reshape(-1, PATCH[2], CHANNELS).astype(np.int32)
+    out = index.reshape(-1, PATCH[2], CHANNELS).astype(np.int32)
     out.setflags(write=False)  # cached: all scans of this size share the array
     return out
 
 
-def patch_count(
-    shape, mode: str = "paper", final: tuple[int, int, int] | None = None, sizes: Sizes = PAPER_SIZES
-) -> int:
-    """Return n, the patches of a scan whose header states (H, W, D).
-
-    Args:
-      final: the target size, if it depends on the whole sample (`released_shape`).
-    """
+def patch_count(shape, mode: str = "paper", final=None, sizes: Sizes = PAPER_SIZES) -> int:
+    """Return n, the patches of a scan; `final` is the target size if it depends on the sample (`released_shape`)."""
     return math.prod(patch_grid(final or target_shape(shape, mode, sizes)))
 
 
-def plane_count(
-    shape, channels: int, mode: str = "paper", final: tuple[int, int, int] | None = None, sizes: Sizes = PAPER_SIZES
-) -> int:
+def plane_count(shape, channels: int, mode: str = "paper", final=None, sizes: Sizes = PAPER_SIZES) -> int:
     """Return m, the number of planes that `planes` returns for a header with (H, W, D) and 1 or 3 channels."""
     if channels not in (1, CHANNELS):
         raise ValueError(f"a scan must have 1 or {CHANNELS} channels, got {channels}")

@@ -69,11 +69,8 @@ def scale_intensities(scans: Sequence[np.ndarray], intensity: str, rng: np.rando
     is_image = [check_voxels(v).dtype == np.uint8 and v.shape[2] == 1 for v in scans]
     ranges = [finite_range(v) for v in scans]
     if intensity == "stack":
-        volume_ranges = [r for r, image in zip(ranges, is_image, strict=True) if not image]
-        common = (0.0, 1.0)
-        if volume_ranges:
-            common = (min(low for low, _ in volume_ranges), max(high for _, high in volume_ranges))
-        ranges = [common] * len(scans)
+        stacked = [r for r, image in zip(ranges, is_image, strict=True) if not image] or [(0.0, 1.0)]
+        ranges = [(min(low for low, _ in stacked), max(high for _, high in stacked))] * len(scans)
     out = []
     for voxels, image, (low, high) in zip(scans, is_image, ranges, strict=True):
         if image:
@@ -88,16 +85,13 @@ def scale_intensities(scans: Sequence[np.ndarray], intensity: str, rng: np.rando
 
 
 def released_volumes(
-    scans: Sequence[np.ndarray],
-    *,
-    intensity: str = "stack",
-    collate: bool = True,
-    rng: np.random.Generator | None = None,
+    scans: Sequence[np.ndarray], *, intensity="stack", collate=True, rng: np.random.Generator | None = None
 ) -> list[Volume]:
     """Return the scans of one sample as the released code feeds them, with equal depth, each as a float32 Volume.
 
     Gray scans keep one channel and 2D scans one slice. A sample without scans has no volumes here (the released code
-    adds one of zeros that no token refers to).
+    adds one of zeros that no token refers to). Raises ValueError for voxels that are not finite or all equal, which the
+    released code replaces by noise.
 
     Args:
       scans: voxels [H, W, D, C]. uint8 of depth 1 is a 2D image: cropped if there is an rng (the released test and demo
@@ -106,15 +100,12 @@ def released_volumes(
       intensity: how the others are scaled. "stack": the minimum and maximum of all of them become 0 and 1 (the .npy
         families); "scan": those of each scan (Rad3D-Modality); "as_is": not at all.
       collate: True as in training; False as in the released test program, where volumes stay at 512 x 512.
-    Raises:
-      ValueError: voxels that are not finite or all equal, which the released code replaces by noise.
     """
     depths = [v.shape[2] for v in scans]
     stacked, final = released_shape(depths, collate=False), released_shape(depths, collate=collate)
     volumes = []
     for voxels in scale_intensities(scans, intensity, rng):
-        depth = 1 if voxels.shape[2] == 1 else None
-        sizes = [(*size[:2], depth or size[2]) for size in (stacked, final)]
+        sizes = [(*size[:2], 1 if voxels.shape[2] == 1 else size[2]) for size in (stacked, final)]
         slices = np.ascontiguousarray(resize_nearest(voxels, *sizes).transpose(2, 3, 0, 1))
         volumes.append(Volume.from_slices(slices, 1.0, 0.0, final[2]))
     return volumes

@@ -6,6 +6,7 @@ Letters: H W D voxels of the scan, H' W' D' of the volume, C channels (1 or 3).
 from __future__ import annotations
 
 import functools
+from collections import defaultdict
 from collections.abc import Iterator
 
 import cv2
@@ -25,24 +26,20 @@ def resize_volume(
     """Yield (slice, channel, float32[H', W'] of voxel - low) of voxels [H, W, D, C] resized to `size`.
 
     Every source slice is read once, and an output slice is yielded as soon as its last source is added, so the
-    intermediate slices stay in the CPU cache. A yielded plane is valid until the next one.
-
-    Args:
-      clip: (low, high), or None if no voxel is outside.
+    intermediate slices stay in the CPU cache. A yielded plane is valid until the next one. `clip` is None if no voxel
+    is outside.
     """
     small_type = voxels.dtype.itemsize <= 2
     depth, out_depth = voxels.shape[2], size[2]
     weights = depth_weights(depth, out_depth)
     outputs = [np.flatnonzero(weight) for weight in weights.T]
     last_source = depth - 1 - np.argmax(weights[:, ::-1] > 0, axis=1)
-    sums: dict[tuple[int, int], np.ndarray] = {}
+    sums: dict[tuple[int, int], np.ndarray] = defaultdict(lambda: np.zeros(size[:2], np.float32))
     for k, c, plane in _resize_slices(voxels, size[:2], 0.0 if small_type else low, clip):
         if depth == out_depth:
             yield k, c, np.subtract(plane, np.float32(low), out=plane) if small_type else plane
             continue
         for j in outputs[k]:
-            if (j, c) not in sums:
-                sums[j, c] = np.zeros(size[:2], np.float32)
             cv2.scaleAdd(plane, float(weights[j, k]), sums[j, c], sums[j, c])
         for j in outputs[k]:
             if last_source[j] == k:

@@ -25,10 +25,7 @@ def slices(scan: Scan, max_slices: int = 1) -> list[Slice]:
     """Return up to `max_slices` evenly spaced slices, first and last included; a single slice is the middle one.
 
     The ends of the scan's window, or else the minimum and maximum of the whole scan, become black and white. Padding is
-    black. No header data is included.
-
-    Raises:
-      ValueError (scans.ScanError): a scan that cannot be used.
+    black. No header data is included. Raises ScanError, a ValueError, for a scan that cannot be used.
     """
     voxels, header = scans.read(scan.path, volume=scan.volume)
     try:

@@ -33,7 +33,7 @@ def prepare_volume(
     padding: tuple[float, float] | None = None,
     value_range: tuple[float, float] | None = None,
 ) -> Volume:
-    """Resize a scan to `target_shape` and scale its intensities to [0, 1].
+    """Resize a scan, voxels [H, W, D, C] in any memory order, and scale its intensities to [0, 1].
 
     `paper` mode, in this order:
       1. Padding (voxels outside the field of view, often far darker than air) is set to the minimum of the others.
@@ -43,20 +43,16 @@ def prepare_volume(
       4. Height and width, each independently: box average when shrinking, linear when growing.
       5. Depth: linear; when shrinking, the kernel widens with the ratio (antialiased), so every slice contributes.
       6. Flips, with an rng: each axis in `flips` with probability 0.5.
-      7. Quantization from float32 to `storage`.
-
-    Values in `uint8` and `int16` differ from `float32` by at most half of QUANTIZATION's scale. So an 8-bit scan that
-    keeps its size is recovered exactly, and Hounsfield units that span up to 65535 are exact to half a unit in int16.
+      7. Quantization from float32 to `storage`, with an error of at most half of QUANTIZATION's scale. So an 8-bit scan
+         that keeps its size is exact, and Hounsfield units that span up to 65535 are exact to half a unit in int16.
 
     Args:
-      voxels: any integer or float dtype [H, W, D, C], in any memory order; D = 1 is a 2D scan.
       window: a name in CT_WINDOWS or (low, high) in the unit of the voxels.
       storage: uint8 (default), int16 or float32; `released` mode supports float32 only.
       rng: for training only. The same generator state gives the same volume.
       flips: of "height", "width", "depth". Off by default, because left and right matter in a report.
       padding: inclusive (low, high) of padding values: pass `Header.padding`. `released` mode ignores it.
-      value_range: (minimum, maximum) of `voxels` including padding, if known: pass `Header.value_range`. It is not
-        verified, and saves `paper` mode one pass over the voxels.
+      value_range: (minimum, maximum) of `voxels` including padding: pass `Header.value_range`. Saves a pass over them.
     Raises:
       ValueError: voxels that are not finite, all equal, all padding, or all outside the window; invalid arguments.
     """
@@ -82,10 +78,8 @@ def prepare_volume(
     # If the first axis varies fastest, as in arrays from nibabel, slices are processed transposed.
     swapped = abs(voxels.strides[0]) < abs(voxels.strides[1])
     if swapped:
-        resized = resize_volume(voxels.swapaxes(0, 1), (width, height, depth), low, clip)
-    else:
-        resized = resize_volume(voxels, (height, width, depth), low, clip)
-    for k, c, plane in resized:
+        voxels, height, width = voxels.swapaxes(0, 1), width, height
+    for k, c, plane in resize_volume(voxels, (height, width, depth), low, clip):
         plane = _quantize(plane, high - low, storage)
         slices[k, c] = cv2.transpose(plane) if swapped else plane
     return Volume.from_slices(flip_slices(slices, flips, rng), *QUANTIZATION[storage])

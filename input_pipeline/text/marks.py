@@ -11,18 +11,13 @@ _MARK = re.compile(r"<image-([0-9]+)>")
 def parse_marks(text: str | Sequence[str], n_scans: int) -> list:
     """Split a template at its `<image-i>` marks into texts and scan numbers (from 0) in reading order.
 
-    Marks may occur in any order and more than once.
-
         "<image-2> Compare with <image-1>." -> [1, " Compare with ", 0, "."]
 
-    Args:
-      text: one template, or several that share their scans (context, instruction, response), which give a list each.
-    Raises:
-      ValueError: a mark without a scan, or a scan without a mark; all of them are named.
+    Several templates that share their scans (context, instruction, response) give a list each. Raises ValueError naming
+    all marks without a scan and all scans without a mark.
     """
-    templates = [text] if isinstance(text, str) else list(text)
     parsed, unknown, used = [], [], set()
-    for template in templates:
+    for template in [text] if isinstance(text, str) else text:
         parts: list[str | int] = []
         end = 0
         for match in _MARK.finditer(template):

@@ -22,28 +22,18 @@ from input_pipeline.text.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class ReleasedText:
-    """One sample without padding.
+    """One sample without padding."""
 
-    Attributes:
-      ids: numbered as in the module docstring.
-      weights: of each token as a label (not shifted); 0 where the original has the label -100.
-      question_length: tokens of the question, including BOS and images.
-      complete: False if the answer or the end-of-text token did not fit.
-    """
-
-    ids: list[int]
-    weights: list[float]
-    question_length: int
-    complete: bool
+    ids: list[int]  # numbered as in the module docstring
+    weights: list[float]  # of each token as a label (not shifted); 0 where the original has the label -100
+    question_length: int  # tokens of the question, including BOS and images
+    complete: bool  # False if the answer or the end-of-text token did not fit
 
 
 def insert_images(text: str, images: Iterable[tuple[int, int]]) -> list[str | int]:
     """Insert (position, scan) images into a text. Returns texts and scan numbers in reading order.
 
     "Is it?" with images (0, 0) and (6, 1) -> [0, "Is it", 1, "?"]
-
-    Raises:
-      ValueError: an image in an empty text, or a position outside the text.
     """
     images = list(images)
     if images and not text:
@@ -78,16 +68,12 @@ def released_text(
     tokenizer: Tokenizer,
     question: Sequence[str | int],
     answer: Sequence[str | int],
-    terms: Iterable[str],
+    terms: Iterable[str],  # the medical terms of the answer
     *,
     num_latents: int,
     max_tokens: int,
 ) -> ReleasedText:
-    """Encode question and answer (from `insert_images`), truncated to `max_tokens` as in the original.
-
-    Args:
-      terms: the medical terms of the answer, as strings.
-    """
+    """Encode question and answer (from `insert_images`), truncated to `max_tokens` as in the original."""
     answer = [s if isinstance(s, int) else s.replace("•", "") for s in answer]
     joined = [*question]
     for segment in (" ", *answer):

@@ -31,8 +31,7 @@ def shorten_blocks(
             if excess <= 0 or spare <= 0:
                 break
             count = tokenizer.word_after(block.ids, min(excess, spare, len(block.ids)))
-            if count > spare:
-                count = min(excess, spare)
+            count = count if count <= spare else min(excess, spare)
             del block.ids[:count]
             cut[role] += count
             excess -= count
@@ -64,10 +63,9 @@ def _shorten_answer(sample: Sample, blocks: list[Block], excess: int, tokenizer:
             i -= 1
             continue
         kept = len(block.ids) - excess
-        if kept > 0:
-            kept = tokenizer.word_before(block.ids, kept) or kept
         if kept <= 0 or i < first:
             raise too_long
+        kept = tokenizer.word_before(block.ids, kept) or kept
         cut += len(block.ids) - kept
         excess = 0
         del block.ids[kept:], block.weights[kept:]
@@ -80,16 +78,13 @@ def shorten_released(
     ids: list[int],
     weights: list[float],
     question_length: int,
-    contexts: int,
+    contexts: int,  # tokens of the question that are context
     max_tokens: int,
     prompt: bool,
 ) -> tuple[list[int], list[float], Counter[str]]:
     """Remove the beginning of the question, which holds the contexts, then the end of the answer. EOS is kept.
 
-    Args:
-      contexts: tokens of the question that are context.
-    Returns:
-      (ids, weights, number of tokens removed per role).
+    Returns ids, weights, and the number of tokens removed per role.
     """
     is_text = [i for i in range(1, question_length) if ids[i] < tokenizer.vocab_size]
     spare = max(min(contexts, len(is_text)), len(is_text) - INSTRUCTION_FLOOR)

@@ -14,6 +14,7 @@ separated by white space with at most one line break, or by a hyphen. Offsets re
 from __future__ import annotations
 
 import bisect
+import functools
 import re
 import unicodedata
 from collections.abc import Iterable
@@ -30,8 +31,6 @@ class TermFinder(Protocol):
     def find(self, text: str) -> list[tuple[int, int]]:
         """Return the character offsets [begin, end) of the medical terms of a text, sorted, without overlap."""
 
-
-# --- folding ----------------------------------------------------------------------------------------------------------
 
 _ASCII_WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
 # Combining accents, soft hyphens and zero-width characters may occur inside words.
@@ -87,36 +86,15 @@ def read_list(path: Path) -> list[str]:
     return [line for line in lines if line]
 
 
-def _read_pairs(path: Path) -> dict[str, str]:
-    pairs = {}
-    for number, line in enumerate(read_list(path), 1):
-        words = line.split()
-        if len(words) != 2:
-            raise ValueError(f"{path}, entry {number}: expected a variant and its standard word, got {line!r}")
-        pairs[_fold_by_rule(words[0])] = _fold_by_rule(words[1])
-    return pairs
+_pairs = map(str.split, read_list(HERE / "spelling_pairs.txt"))
+_PAIRS = {_fold_by_rule(variant): _fold_by_rule(standard) for variant, standard in _pairs}
 
 
-_PAIRS = _read_pairs(HERE / "spelling_pairs.txt")
-
-
+@functools.lru_cache(200_000)  # bounded, because a stream of numbers never repeats
 def fold_word(word: str) -> str:
     """Fold case, accents, possessive, plural and British spelling, so that words to match become equal."""
     folded = _fold_by_rule(word)
     return _PAIRS.get(folded, folded)
-
-
-class _FoldCache(dict):
-    """word -> folded word, filled on lookup. Cleared when full, because a stream of numbers never repeats."""
-
-    def __missing__(self, word: str) -> str:
-        if len(self) >= 200_000:
-            self.clear()
-        self[word] = folded = fold_word(word)
-        return folded
-
-
-_FOLDED = _FoldCache()
 
 
 def fold_phrase(text: str) -> str | None:
@@ -128,51 +106,35 @@ def fold_phrase(text: str) -> str | None:
     for match in _WORD.finditer(text):
         if end is not None and not _SEPARATOR.fullmatch(text, end, match.start()):
             return None
-        words.append(_FOLDED[match.group()])
+        words.append(fold_word(match.group()))
         end = match.end()
     return " ".join(words) if words else None
 
 
-# --- finding ----------------------------------------------------------------------------------------------------------
-
-
 class Terms:
-    """A compiled dictionary of phrases.
+    """A compiled dictionary of phrases; `name` is their origin, for logs and reports."""
 
-    Attributes:
-      name: the origin of the phrases, for logs and reports.
-      phrases: folded phrases (`fold_phrase`), sorted, each once.
-    """
+    def __init__(self, phrases: Iterable[str], name: str = "own list", folded: bool = False):
+        """Compile `phrases`; if they are `folded`, they must be sorted and unique.
 
-    def __init__(self, phrases: Iterable[str], name: str = "own list"):
-        """Raises ValueError naming all phrases that are empty or have punctuation between words."""
+        Raises ValueError naming all phrases that are empty or have punctuation between words.
+        """
         phrases = list(phrases)
-        folded = [fold_phrase(phrase) for phrase in phrases]
-        if bad := [phrase for phrase, fold in zip(phrases, folded, strict=True) if fold is None]:
-            raise ValueError(f"{name}: {len(bad)} terms are not words separated by spaces or hyphens: {bad[:10]}")
-        self._compile(tuple(sorted(set(folded))), name)
-
-    @classmethod
-    def from_folded(cls, phrases: Iterable[str], name: str) -> Terms:
-        """Compile phrases that are folded, sorted and unique."""
-        terms = cls.__new__(cls)
-        terms._compile(tuple(phrases), name)
-        return terms
-
-    def _compile(self, phrases: tuple[str, ...], name: str) -> None:
+        if not folded:
+            forms = [fold_phrase(phrase) for phrase in phrases]
+            if bad := [phrase for phrase, form in zip(phrases, forms, strict=True) if form is None]:
+                raise ValueError(f"{name}: {len(bad)} terms are not words separated by spaces or hyphens: {bad[:10]}")
+            phrases = sorted(set(forms))
         if not phrases:
             raise ValueError(f"{name}: no terms")
-        self.name, self.phrases = name, phrases
+        self.name, self.phrases = name, tuple(phrases)
         # Each word has a space on both sides, in phrases and text. So a match starts and ends at word boundaries, a
         # longer match that would end inside a word cannot hide a shorter one, and adjacent matches share no space.
         patterns = [" " + phrase.replace(" ", "  ") + " " for phrase in phrases]
         self._automaton = ahocorasick_rs.AhoCorasick(patterns, matchkind=ahocorasick_rs.MatchKind.LeftmostLongest)
 
-    def __len__(self) -> int:
-        return len(self.phrases)
-
     def __reduce__(self):
-        return Terms.from_folded, (self.phrases, self.name)  # the automaton cannot be pickled
+        return Terms, (self.phrases, self.name, True)  # the automaton cannot be pickled
 
     def find(self, text: str) -> list[tuple[int, int]]:
         """Return the character offsets [begin, end) of the terms of a text: longest first, sorted, without overlap."""
@@ -185,7 +147,7 @@ class Terms:
                 if not _SEPARATOR.fullmatch(text, previous_end, begin):
                     parts.append("\n")  # occurs in no phrase
                     length += 1
-            word = _FOLDED[text[begin:end]]
+            word = fold_word(text[begin:end])
             parts += (" ", word, " ")
             starts.append(length)
             length += len(word) + 2

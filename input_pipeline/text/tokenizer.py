@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,33 +15,17 @@ CACHED_WORDS = 100_000
 
 
 class Tokenizer:
-    """A SentencePiece model file, plus two image marks above its vocabulary.
-
-    Attributes:
-      vocab_size: V, the number of pieces of the model.
-      bos_id, eos_id: as in the model (1 and 2 for LLaMA); pad_id is 0.
-      image_id, image_end_id: V and V + 1, the marks before and after the latents of a scan.
-      fingerprint: SHA-256 of the model file, for indices and checkpoints.
-    """
+    """A SentencePiece model file, plus two image marks above its vocabulary."""
 
     pad_id = 0
 
-    def __init__(self, path: Path | str):
-        """Raises ValueError: the file is missing or not a SentencePiece model with BOS, EOS and a dummy prefix."""
+    def __init__(self, path: Path | str, model: bytes | None = None):
+        """Load the file, or its bytes `model`. Raises ValueError unless it has BOS, EOS and a dummy prefix."""
         try:
-            model = Path(path).read_bytes()
+            model = Path(path).read_bytes() if model is None else model
         except OSError as error:
             raise ValueError(f"tokenizer {path} cannot be read ({error.strerror})") from error
-        self._load(str(path), model)
-
-    @classmethod
-    def _from_bytes(cls, path: str, model: bytes) -> Tokenizer:
-        tokenizer = cls.__new__(cls)
-        tokenizer._load(path, model)
-        return tokenizer
-
-    def _load(self, path: str, model: bytes) -> None:
-        self.path = path
+        self.path, self._model = str(path), model
         spec = sentencepiece_model_pb2.ModelProto()
         try:
             spec.ParseFromString(model)
@@ -48,33 +33,28 @@ class Tokenizer:
         except Exception as error:  # protobuf and SentencePiece define their own exceptions
             raise ValueError(f"tokenizer {path} is not a SentencePiece model ({error})") from error
         if not spec.normalizer_spec.add_dummy_prefix:
-            raise ValueError(
-                f"tokenizer {path} has no dummy prefix, so the first word of a text would be encoded differently"
-            )
+            reason = "has no dummy prefix, so the first word of a text would be encoded differently"
+            raise ValueError(f"tokenizer {path} {reason}")
         # `_words` starts every text as a word. `_continued` is the same model for text that continues a word.
         spec.normalizer_spec.add_dummy_prefix = False
         self._continued = sentencepiece.SentencePieceProcessor(model_proto=spec.SerializeToString())
-        self._model = model
-        self.fingerprint = hashlib.sha256(model).hexdigest()
-        self.vocab_size: int = self._words.vocab_size()
+        self.fingerprint = hashlib.sha256(model).hexdigest()  # for indices and checkpoints
+        self.vocab_size: int = self._words.vocab_size()  # V, the number of pieces of the model
         self.bos_id: int = self._words.bos_id()
         self.eos_id: int = self._words.eos_id()
         if min(self.bos_id, self.eos_id) < 0:
             raise ValueError(f"tokenizer {path} has no begin-of-text or no end-of-text token")
-        self.image_id, self.image_end_id = self.vocab_size, self.vocab_size + 1
-        pieces = [p.piece for p in spec.pieces]
-        kinds = [p.type for p in spec.pieces]
-        byte = sentencepiece_model_pb2.ModelProto.SentencePiece.BYTE
-        control = sentencepiece_model_pb2.ModelProto.SentencePiece.CONTROL
-        self._is_byte = [kind == byte for kind in kinds]
-        self._is_control = [kind == control or i == self._words.unk_id() for i, kind in enumerate(kinds)]
+        self.image_id, self.image_end_id = self.vocab_size, self.vocab_size + 1  # before and after a scan's latents
+        pieces, kinds = [p.piece for p in spec.pieces], [p.type for p in spec.pieces]
+        types = sentencepiece_model_pb2.ModelProto.SentencePiece
+        self._is_byte = [kind == types.BYTE for kind in kinds]
+        self._is_control = [kind == types.CONTROL or i == self._words.unk_id() for i, kind in enumerate(kinds)]
         self._starts_word = [piece.startswith("▁") for piece in pieces]
-        user_defined = sentencepiece_model_pb2.ModelProto.SentencePiece.USER_DEFINED
         # If no piece spans a space, words can be encoded separately, and most of them come from the cache.
         self._by_word = (
             spec.normalizer_spec.name == "identity"
             and not spec.normalizer_spec.remove_extra_whitespaces
-            and user_defined not in kinds
+            and types.USER_DEFINED not in kinds
             and not any("▁" in piece.lstrip("▁") or (piece.startswith("▁▁") and piece.strip("▁")) for piece in pieces)
         )
         self._cache: dict[str, tuple[list[int], list[tuple[int, int]]]] = {}
@@ -82,15 +62,12 @@ class Tokenizer:
         self._continues = [b and 0x80 <= int(p[1:-1], 16) < 0xC0 for p, b in zip(pieces, self._is_byte, strict=True)]
 
     def __reduce__(self):
-        return Tokenizer._from_bytes, (self.path, self._model)  # worker processes do not read the file again
+        return Tokenizer, (self.path, self._model)  # worker processes do not read the file again
 
     def encode(self, text: str, *, starts_word: bool = True) -> list[int]:
         """Encode a text without BOS and EOS. Marks and control pieces in it ("<image-1>", "</s>") are text.
 
-        Args:
-          starts_word: whether the text starts a word, as if preceded by a space.
-        Raises:
-          ValueError: the text is not valid Unicode (a lone surrogate).
+        `starts_word`: as if preceded by a space. Raises ValueError if the text is not valid Unicode (a lone surrogate).
         """
         return self.encode_with_offsets(text, starts_word=starts_word)[0]
 
@@ -126,7 +103,11 @@ class Tokenizer:
         try:
             result = model.encode(text, return_type="offset_mapping")
         except (RuntimeError, TypeError, UnicodeError) as error:
-            raise _not_unicode(text) from error
+            reason = f"the tokenizer cannot encode this text: {text[:80]!r}"
+            if surrogate := re.search("[\ud800-\udfff]", text):
+                at = f"lone surrogate {surrogate[0]!r} at character {surrogate.start()}"
+                reason = f"the text is not valid Unicode: {at}"
+            raise ValueError(reason) from error
         ids, offsets = result["ids"], result["offsets"]
         for i, token in enumerate(ids):
             begin, end = offsets[i]
@@ -162,10 +143,3 @@ class Tokenizer:
         while position > 0 and self._continues[ids[position]]:
             position -= 1
         return position
-
-
-def _not_unicode(text: str) -> ValueError:
-    index = next((i for i, c in enumerate(text) if 0xD800 <= ord(c) < 0xE000), None)
-    if index is None:
-        return ValueError(f"the tokenizer cannot encode this text: {text[:80]!r}")
-    return ValueError(f"the text is not valid Unicode: lone surrogate {text[index]!r} at character {index}")

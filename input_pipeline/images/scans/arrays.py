@@ -12,7 +12,7 @@ import math
 import numpy as np
 
 from input_pipeline.images.scans.access import BoundedFile, as_scan_error, open_scan, read_exactly
-from input_pipeline.images.scans.base import Header, ScanError, ScanLimits
+from input_pipeline.images.scans.base import WRONG_SIZE, Header, ScanError, ScanLimits
 from input_pipeline.images.scans.checks import check_shape, check_volume, to_intensities
 
 MAGIC = b"\x93NUMPY"
@@ -27,20 +27,13 @@ def sniff(start: bytes) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class NpyLayout:
-    """Where an array is stored in its file, and how it becomes [H, W, D, C].
+    """Where an array is stored in its file, and how it becomes [H, W, D, C]."""
 
-    Attributes:
-      shape: of the whole array.
-      axes: order that transposes one stored volume to [H, W, D, C].
-      volumes: S of the released layout, else 1.
-    """
-
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # of the whole array
     fortran: bool
     dtype: np.dtype
     offset: int
-    volumes: int
-    axes: tuple[int, ...]
+    axes: tuple[int, ...]  # order that transposes one stored volume to [H, W, D, C]
 
 
 def layout_of(path, shape: tuple[int, ...]) -> tuple[int, tuple[int, int, int, int], tuple[int, ...]]:
@@ -87,12 +80,11 @@ def read_layout(path, file: BoundedFile, limits: ScanLimits) -> tuple[NpyLayout,
     offset = file.tell()
     expected = offset + math.prod(shape) * dtype.itemsize
     if expected != file.size:
-        reason = f"has {file.size:,} bytes, but its header requires {expected:,}"
-        raise ScanError(path, reason, "it is truncated or its header is damaged: copy it again")
+        raise ScanError(path, f"has {file.size:,} bytes, but its header requires {expected:,}", WRONG_SIZE)
     if volumes < 1:
         raise ScanError(path, "contains no scan", "leave it out")
     head = Header(format="npy", shape=hwdc, dtype=dtype.newbyteorder("=").name, volumes=volumes)
-    return NpyLayout(shape, fortran, dtype, offset, volumes, axes), head
+    return NpyLayout(shape, fortran, dtype, offset, axes), head
 
 
 def header(path, *, limits: ScanLimits) -> Header:
@@ -107,13 +99,13 @@ def read(path, *, volume: int | None, limits: ScanLimits) -> tuple[np.ndarray, H
     """
     with open_scan(path, limits) as file:
         layout, head = read_layout(path, file, limits)
-        chosen = check_volume(path, volume, layout.volumes, limits)
+        chosen = check_volume(path, volume, head.volumes, limits)
         stacked = len(layout.shape) == 5
         read_one = stacked and not layout.fortran
         shape = layout.shape[1:] if read_one else layout.shape
         count = math.prod(shape)
         if count * layout.dtype.itemsize > limits.max_bytes:
-            reason = f"{layout.volumes} scans in Fortran order exceed the limit of {limits.max_bytes:,} bytes"
+            reason = f"{head.volumes} scans in Fortran order exceed the limit of {limits.max_bytes:,} bytes"
             raise ScanError(path, reason, "save it in C order, or raise ScanLimits.max_bytes", "limit")
         file.seek(layout.offset + (chosen * count * layout.dtype.itemsize if read_one else 0))
         flat = np.empty(count, layout.dtype)

@@ -44,15 +44,10 @@ def check_volume(path, volume: int | None, volumes: int, limits: ScanLimits, *, 
 def to_intensities(
     path, frames: np.ndarray, slopes=1.0, intercepts=0.0, limits: ScanLimits | None = None
 ) -> np.ndarray:
-    """Return slope * stored + intercept, in the smallest of a few dtypes that holds it.
+    """Return slope * stored + intercept of frames [F, ...]; slopes and intercepts are one value, or one a frame.
 
     Without rescaling, uint8, uint16, int16, int32 and float32 keep their dtype. Integers with integer slopes and
-    intercepts stay exact: int16, or int32 where that is too small. All else is computed in float64 and rounded to
-    float32.
-
-    Args:
-      frames: [F, ...] stored values of any byte order.
-      slopes, intercepts: one value, or one a frame.
+    intercepts stay exact: int16, or int32 where that is too small. All else is computed in float64, rounded to float32.
     """
     count = len(frames)
     slopes, intercepts = (np.broadcast_to(np.asarray(x, np.float64), count) for x in (slopes, intercepts))
@@ -93,11 +88,7 @@ def check_opaque(path, alpha: np.ndarray, opaque: float) -> None:
 
 
 def check_values(path, voxels: np.ndarray) -> tuple[float, float]:
-    """Return (minimum, maximum) of voxels [H, W, D, C].
-
-    Raises:
-      ScanError: a voxel is NaN or infinite, or every channel is constant.
-    """
+    """Return (minimum, maximum) of voxels [H, W, D, C]. Raises ScanError if not finite or every channel is constant."""
     low, high = value_range(voxels)
     if not (math.isfinite(low) and math.isfinite(high)):
         bad = int(voxels.size - np.count_nonzero(np.isfinite(voxels)))

@@ -5,15 +5,14 @@ JPEG (ITU T.81), JPEG-LS (T.87), JPEG 2000 (T.800) and PackBits (DICOM PS3.5 ann
 
 from __future__ import annotations
 
-import dataclasses
 import struct
+from typing import NamedTuple
 
-MAX_TILES = 16384
+MAX_TILES = 16384  # more than any encoder writes
 MAX_SCANS = 200  # every scan of a progressive JPEG costs one pass over the image
 
 
-@dataclasses.dataclass(frozen=True)
-class Size:
+class Size(NamedTuple):
     """Size of an image as its codestream states it; `bits` is per sample."""
 
     rows: int
@@ -23,11 +22,7 @@ class Size:
 
 
 def jpeg(data: bytes) -> Size:
-    """Return the size in the frame header of a JPEG or JPEG-LS stream.
-
-    Raises:
-      ValueError: not JPEG, no frame header, no end marker, or more scans than any encoder writes.
-    """
+    """Return the size in the frame header of a JPEG or JPEG-LS stream. Raises ValueError if it is damaged."""
     if data[:2] != b"\xff\xd8":
         raise ValueError("does not start with a JPEG marker")
     scans = data.count(b"\xff\xda")
@@ -36,9 +31,7 @@ def jpeg(data: bytes) -> Size:
     if data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
         raise ValueError("has no JPEG end marker: it is truncated")
     offset = 2
-    while offset + 4 <= len(data):
-        if data[offset] != 0xFF:
-            break
+    while offset + 4 <= len(data) and data[offset] == 0xFF:
         marker = data[offset + 1]
         if marker == 0xFF:  # fill byte
             offset += 1
@@ -56,12 +49,8 @@ def jpeg(data: bytes) -> Size:
 
 
 def jpeg2000(data: bytes) -> Size:
-    """Return the size in the SIZ segment of a JPEG 2000 codestream, bare or in a JP2 box.
-
-    Raises:
-      ValueError: no such segment, components of different sizes, or more tiles than any encoder writes.
-    """
-    offset = data.find(b"\xff\x4f\xff\x51", 0, 4096)
+    """Return the size in the SIZ segment of a JPEG 2000 codestream. Raises ValueError if it is damaged."""
+    offset = data.find(b"\xff\x4f\xff\x51", 0, 4096)  # not at 0 in a JP2 box
     if offset < 0 or offset + 42 > len(data):
         raise ValueError("has no JPEG 2000 header")
     width, height, x0, y0, tile_w, tile_h, tx0, ty0, channels = struct.unpack_from(">8IH", data, offset + 8)
@@ -85,8 +74,7 @@ def jpeg2000(data: bytes) -> Size:
 def packbits_size(data: bytes, expected: int) -> int:
     """Return the unpacked size of a PackBits stream in bytes. Counting stops above `expected`."""
     offset = size = 0
-    end = len(data)
-    while offset < end and size <= expected:
+    while offset < len(data) and size <= expected:
         head = data[offset]
         if head < 128:
             size += head + 1
@@ -100,11 +88,7 @@ def packbits_size(data: bytes, expected: int) -> int:
 
 
 def check_rle(data: bytes, planes: int, plane_bytes: int) -> None:
-    """Check the header and segments of a DICOM RLE frame: one segment for each byte plane of the image.
-
-    Raises:
-      ValueError: another number of segments, or a segment that does not unpack to one plane (one pad byte is allowed).
-    """
+    """Raise ValueError unless a DICOM RLE frame has a segment of `plane_bytes` (or one more) for each byte plane."""
     if len(data) < 64:
         raise ValueError("has an RLE frame without a header")
     count, *offsets = struct.unpack_from("<16L", data)

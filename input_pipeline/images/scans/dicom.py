@@ -29,9 +29,6 @@ def sniff(start: bytes) -> bool:
     return start[128:132] == b"DICM"
 
 
-# --- pixels -----------------------------------------------------------------------------------------------------------
-
-
 def encoded_frames(path, dataset: pydicom.Dataset, instance: Instance) -> Iterator[bytes]:
     """Yield the bytes of each frame, encoded or native. Raises unless the header states their number."""
     fields = Fields(path, dataset)
@@ -40,7 +37,7 @@ def encoded_frames(path, dataset: pydicom.Dataset, instance: Instance) -> Iterat
         reason = f"has {present[0]} instead of integer pixels" if present else "has no pixel data"
         raise ScanError(path, reason, "leave it out", "unsupported")
     data = fields.raw("PixelData").value
-    if not uid.UID(instance.syntax).is_encapsulated:
+    if not instance.syntax.is_encapsulated:
         swapped = instance.syntax == uid.ExplicitVRBigEndian and instance.bits_allocated == 8
         if swapped and fields.raw("PixelData").VR == "OW" and data and len(data) % 2 == 0:
             data = np.frombuffer(data, np.uint16).byteswap().tobytes()
@@ -55,9 +52,8 @@ def encoded_frames(path, dataset: pydicom.Dataset, instance: Instance) -> Iterat
         return
     if not data or fields.raw("PixelData").length not in (0xFFFFFFFF, -1):
         raise ScanError(path, "has no encapsulated pixel data", DAMAGED)
-    offsets = None
-    if fields.raw("ExtendedOffsetTable") is not None and fields.raw("ExtendedOffsetTableLengths") is not None:
-        offsets = (fields.raw("ExtendedOffsetTable").value, fields.raw("ExtendedOffsetTableLengths").value)
+    tables = [fields.raw(keyword) for keyword in ("ExtendedOffsetTable", "ExtendedOffsetTableLengths")]
+    offsets = None if None in tables else tuple(table.value for table in tables)
     count = 0
     with as_scan_error(path, "splitting the pixel data into frames"):
         for frame in encaps.generate_frames(data, number_of_frames=instance.frames, extended_offsets=offsets):
@@ -71,11 +67,7 @@ def encoded_frames(path, dataset: pydicom.Dataset, instance: Instance) -> Iterat
 
 
 def check_frame(path, data: bytes, instance: Instance) -> int:
-    """Compare the size in an encoded frame with the header. Returns the bits per sample of the frame.
-
-    Raises:
-      ScanError: the sizes differ, or the frame cannot be parsed.
-    """
+    """Return the bits per sample of an encoded frame. Raises ScanError if its size is not that of the header."""
     syntax = instance.syntax
     try:
         if syntax == uid.RLELossless:
@@ -110,7 +102,7 @@ def decode_pixels(path, data: bytes, instance: Instance) -> np.ndarray:
         "planar_configuration": instance.planar,
     }
     buffer = data
-    if uid.UID(instance.syntax).is_encapsulated:
+    if instance.syntax.is_encapsulated:
         options["bits_stored"] = check_frame(path, data, instance)
         if instance.photometric in ("YBR_RCT", "YBR_ICT") and instance.syntax not in JPEG2000:
             raise ScanError(path, f"states {instance.photometric} but is not JPEG 2000", EXPORT)
@@ -122,7 +114,7 @@ def decode_pixels(path, data: bytes, instance: Instance) -> np.ndarray:
         if plugin == "gdcm":
             frame, info = isolated.decode(instance.syntax, data, options)
         else:
-            decoder = pixels.get_decoder(uid.UID(instance.syntax))
+            decoder = pixels.get_decoder(instance.syntax)
             frame, info = decoder.as_array(buffer, index=0, validate=False, decoding_plugin=plugin, **options)
     if instance.samples == 3 and info["photometric_interpretation"] != "RGB":
         reason = f"has colours as {info['photometric_interpretation']}, which could not be converted to RGB"
@@ -165,12 +157,7 @@ def stack_frames(count: int, frames: Iterable[tuple[int, np.ndarray]]) -> np.nda
 
 
 def to_voxels(path, frames: np.ndarray, instances: list[Instance], order, layout, limits: ScanLimits) -> np.ndarray:
-    """Rescale sorted frames [D, H, W, C] and return voxels [H, W, D, C] in display orientation.
-
-    Args:
-      instances: of the files, in any order.
-      order: indices of the frames of all instances, in the order of `frames`.
-    """
+    """Rescale frames [D, H, W, C], sorted by `order`, and return voxels [H, W, D, C] in display orientation."""
     slopes, intercepts = 1.0, 0.0
     if not instances[0].lut:
         slopes = np.concatenate([i.slopes for i in instances])[order]
@@ -179,18 +166,11 @@ def to_voxels(path, frames: np.ndarray, instances: list[Instance], order, layout
     return layout.apply(voxels) if layout else voxels
 
 
-# --- geometry ---------------------------------------------------------------------------------------------------------
-
-
 def stack_order(path, names, instance: Instance, positions) -> tuple[list[int], np.ndarray]:
     """Return the order of slices along their normal, and the mean step between slices in mm (patient coordinates).
 
-    Args:
-      names: of the slices, for messages.
-      positions: [n, 3], first voxel of each slice; n > 1.
-    Raises:
-      ScanError: slices at the same position, gaps, or slices shifted against the others. Positions cannot show a
-        missing first or last slice, or the missing middle one of three.
+    `positions` are those of the first voxel of each slice, [n > 1, 3]. They cannot show a missing first or last slice,
+    or the missing middle one of three.
     """
     positions = np.array(positions, np.float64)
     across, down = np.array(instance.orientation[:3]), np.array(instance.orientation[3:])
@@ -199,13 +179,11 @@ def stack_order(path, names, instance: Instance, positions) -> tuple[list[int], 
     distances = np.diff(along[order])
     usual = float(np.median(distances))
     steps = [(names[a], names[b], d) for a, b, d in zip(order, order[1:], distances, strict=False)]
-    same = [f"{a} and {b}" for a, b, d in steps if d < 1e-3]
-    if same:
+    if same := [f"{a} and {b}" for a, b, d in steps if d < 1e-3]:
         reason = f"has slices at the same position: {join_offenders(same)}"
         remedy = "it mixes several volumes (times, echoes, duplicates): give each its own directory"
         raise ScanError(path, reason, remedy, "series")
-    gaps = [f"{d:.3g} mm between {a} and {b}" for a, b, d in steps if abs(d - usual) > GAP * usual]
-    if gaps:
+    if gaps := [f"{d:.3g} mm between {a} and {b}" for a, b, d in steps if abs(d - usual) > GAP * usual]:
         reason = f"slices are {usual:.3g} mm apart, but {join_offenders(gaps)}"
         raise ScanError(path, reason, "a slice is missing or another series is mixed in", "series")
     sorted_positions = positions[order]
@@ -215,8 +193,7 @@ def stack_order(path, names, instance: Instance, positions) -> tuple[list[int], 
     line = sorted_positions[0] + share[:, None] * (sorted_positions[-1] - sorted_positions[0])
     off = sorted_positions - line
     shift = np.maximum(np.abs(off @ across) / instance.spacing[1], np.abs(off @ down) / instance.spacing[0])
-    shifted = [f"{names[i]} by {s:.1f} voxels" for i, s in zip(order, shift, strict=True) if s > 0.5]
-    if shifted:
+    if shifted := [f"{names[i]} by {s:.1f} voxels" for i, s in zip(order, shift, strict=True) if s > 0.5]:
         reason = f"has slices shifted against the others: {join_offenders(shifted)}"
         raise ScanError(path, reason, "it mixes several stacks: give each its own directory", "series")
     return order, step
@@ -230,10 +207,7 @@ def slice_layout(path, names, instance: Instance, positions) -> tuple[list[int],
     across, down = np.array(instance.orientation[:3]), np.array(instance.orientation[3:])
     if abs(np.linalg.norm(across) - 1) > 0.01 or abs(np.linalg.norm(down) - 1) > 0.01 or abs(across @ down) > 0.01:
         raise ScanError(path, "has an ImageOrientationPatient that is not a rotation", DAMAGED_HEADER)
-    if count > 1:
-        order, step = stack_order(path, names, instance, positions)
-    else:
-        order, step = [0], np.cross(across, down)
+    order, step = stack_order(path, names, instance, positions) if count > 1 else ([0], np.cross(across, down))
     # ImageOrientationPatient gives the column direction first, so the array's second axis steps along `across`.
     affine = np.stack([down * instance.spacing[0], across * instance.spacing[1], step], axis=1) * LPS_TO_RAS[:, None]
     try:
@@ -269,9 +243,6 @@ def to_header(instance: Instance, layout: orientation.DisplayLayout | None, coun
         oblique_degrees=layout.oblique_degrees if layout else None,
         padding=padding,
     )
-
-
-# --- files and series -------------------------------------------------------------------------------------------------
 
 
 def read_file(path, limits: ScanLimits, *, with_pixels: bool) -> tuple[np.ndarray | None, Header]:
@@ -380,10 +351,8 @@ def read_series(path, limits: ScanLimits, *, with_pixels: bool) -> tuple[np.ndar
     check_shape(path, shape, first.bits_allocated // 8, limits)
     order, layout = slice_layout(path, names, first, [i.positions[0] for i in instances])
     head = to_header(first, layout, len(files))
-    same_mapping = len({(i.slopes, i.intercepts, i.padding) for i in instances}) == 1
-    head = dataclasses.replace(
-        head, rescaled=any(i.rescaled for i in instances), padding=head.padding if same_mapping else None
-    )
+    padding = head.padding if len({(i.slopes, i.intercepts, i.padding) for i in instances}) == 1 else None
+    head = dataclasses.replace(head, rescaled=any(i.rescaled for i in instances), padding=padding)
     if not with_pixels:
         return None, head
 
@@ -398,16 +367,15 @@ def read_series(path, limits: ScanLimits, *, with_pixels: bool) -> tuple[np.ndar
 
 
 def header(path, *, limits: ScanLimits) -> Header:
-    """Return the header without reading pixels. All files of a directory are opened."""
+    """Return the header without reading pixels."""
     return (read_series if os.path.isdir(path) else read_file)(path, limits, with_pixels=False)[1]
 
 
 def read(path, *, volume: int | None, limits: ScanLimits) -> tuple[np.ndarray, Header]:
     """Read a file or the directory of a series.
 
-    Slices are sorted along their normal and oriented for display (`orientation`). Frames without positions (ultrasound)
-    keep their order, and projections (CR, MG) their stored orientation. Windows and VOI tables are not applied. Native
-    pixels have no checksum, so flipped bits in them, or in a number of the header, are not detected.
+    Frames without positions (ultrasound) keep their order, and projections (CR, MG) their stored orientation. Windows
+    and VOI tables are not applied.
     """
     check_volume(path, volume, 1, limits)
     return (read_series if os.path.isdir(path) else read_file)(path, limits, with_pixels=True)

@@ -71,10 +71,9 @@ DAMAGED_HEADER = "the DICOM header is damaged: " + EXPORT
 
 
 class Fields:
-    """Attributes of a data set or sequence item, parsed from their bytes.
+    """Attributes of a data set or sequence item, parsed from their bytes; None if absent or empty.
 
-    Raises:
-      ScanError: a value of the wrong type. The message names the attribute, never the value.
+    A value of the wrong type raises a ScanError that names the attribute, never the value.
     """
 
     def __init__(self, path, dataset: pydicom.Dataset):
@@ -88,16 +87,13 @@ class Fields:
         return ScanError(self.path, f"has an unreadable {keyword}", DAMAGED_HEADER)
 
     def text(self, keyword: str) -> str | None:
-        """Return text without its padding; None if absent or empty."""
+        """Return text without its padding."""
         element = self.raw(keyword)
         if element is None or element.value is None:
             return None
-        value = element.value
-        if not isinstance(value, bytes):
-            raise self.unreadable(keyword)
         try:
-            return value.decode("ascii").strip(" \0") or None
-        except UnicodeDecodeError:
+            return bytes.decode(element.value, "ascii").strip(" \0") or None
+        except (TypeError, UnicodeDecodeError):  # TypeError: not bytes
             raise self.unreadable(keyword) from None
 
     def code(self, keyword: str) -> str | None:
@@ -108,7 +104,7 @@ class Fields:
         return text
 
     def numbers(self, keyword: str, count: int | None = None) -> tuple[float, ...] | None:
-        """Return decimal or integer strings, `count` of them; None if absent or empty."""
+        """Return decimal or integer strings, `count` of them."""
         text = self.text(keyword)
         if text is None:
             return None
@@ -121,7 +117,7 @@ class Fields:
         return values
 
     def integer(self, keyword: str, *, signed: bool = False) -> int | None:
-        """Return a 16-bit binary integer; None if absent or empty."""
+        """Return a 16-bit binary integer."""
         element = self.raw(keyword)
         if element is None or not element.value:
             return None
@@ -150,18 +146,13 @@ class Fields:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PixelFormat:
-    """How the pixels of a DICOM file are stored.
-
-    Attributes:
-      samples: values per pixel.
-      planar: PlanarConfiguration.
-    """
+    """How the pixels of a DICOM file are stored."""
 
     rows: int
     columns: int
-    samples: int
+    samples: int  # values per pixel
     photometric: str
-    planar: int
+    planar: int  # PlanarConfiguration
     bits_allocated: int
     bits_stored: int
     signed: bool
@@ -177,31 +168,20 @@ class PixelFormat:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Instance(PixelFormat):
-    """One DICOM file without its pixels.
+    """One DICOM file without its pixels, in patient coordinates: mm to the patient's Left, Posterior and Superior."""
 
-    Attributes:
-      series, frame_of_reference: UIDs, compared within a directory and never shown.
-      spacing: (between rows, between columns) in mm, or None.
-      orientation: direction cosines of increasing column and row index (ImageOrientationPatient), or None.
-      positions: first voxel of each frame in mm, in patient coordinates (x to the Left, y to Posterior, z to Superior),
-        or None.
-      slopes, intercepts: one a frame.
-      lut: whether a modality lookup table replaces them.
-      padding: stored (low, high), or None.
-    """
-
-    syntax: str
+    syntax: uid.UID
     modality: str | None
-    series: str | None
+    series: str | None  # UID, as the next one; compared within a directory and never shown
     frame_of_reference: str | None
     frames: int
-    spacing: tuple[float, float] | None
-    orientation: tuple[float, ...] | None
-    positions: tuple[tuple[float, ...], ...] | None
-    slopes: tuple[float, ...]
-    intercepts: tuple[float, ...]
-    lut: bool
-    padding: tuple[int, int] | None
+    spacing: tuple[float, float] | None  # (between rows, between columns) in mm
+    orientation: tuple[float, ...] | None  # ImageOrientationPatient: directions of increasing column and row index
+    positions: tuple[tuple[float, ...], ...] | None  # of the first voxel of each frame
+    slopes: tuple[float, ...]  # one a frame
+    intercepts: tuple[float, ...]  # one a frame
+    lut: bool  # whether a modality lookup table replaces slopes and intercepts
+    padding: tuple[int, int] | None  # stored (low, high)
 
     @property
     def rescaled(self) -> bool:
@@ -212,10 +192,7 @@ class Instance(PixelFormat):
         return None not in (self.orientation, self.positions, self.spacing)
 
 
-# --- the data set -----------------------------------------------------------------------------------------------------
-
-
-def transfer_syntax(path, file: BoundedFile) -> tuple[str, int]:
+def transfer_syntax(path, file: BoundedFile) -> tuple[uid.UID, int]:
     """Return the transfer syntax of a DICOM file and the offset of its data set, from the meta information alone."""
     file.seek(0)
     if file.read(132)[128:] != b"DICM":
@@ -239,7 +216,7 @@ def transfer_syntax(path, file: BoundedFile) -> tuple[str, int]:
         raise ScanError(path, reason, "transcode it to Explicit VR Little Endian", "unsupported")
     if start is None and syntax == uid.DeflatedExplicitVRLittleEndian:
         raise ScanError(path, "does not state the length of its meta information", EXPORT)
-    return syntax, start or 0
+    return uid.UID(syntax), start or 0
 
 
 def check_deflated(path, file: BoundedFile, limits: ScanLimits) -> None:
@@ -279,11 +256,7 @@ def check_trailing(path, file: BoundedFile, dataset: pydicom.Dataset) -> None:
 
 
 def load(path, file: BoundedFile, limits: ScanLimits, *, pixels: bool) -> tuple[Instance, pydicom.Dataset]:
-    """Read a DICOM file. Returns its instance and a data set of KEYWORDS, plus the encoded pixels if requested.
-
-    Raises:
-      ScanError: not DICOM, not an image, or an attribute is missing, unreadable, contradictory or beyond the limits.
-    """
+    """Read a DICOM file. Returns its instance and a data set of KEYWORDS, plus the encoded pixels if requested."""
     syntax, start = transfer_syntax(path, file)
     if syntax == uid.DeflatedExplicitVRLittleEndian:
         file.seek(start)
@@ -292,7 +265,7 @@ def load(path, file: BoundedFile, limits: ScanLimits, *, pixels: bool) -> tuple[
     with as_scan_error(path, "reading the DICOM header", hide_message=True):
         tags = [tag_of(keyword) for keyword in (*KEYWORDS, *(PIXELS if pixels else ()))]
         dataset = pydicom.dcmread(file, stop_before_pixels=not pixels, specific_tags=tags)
-    if pixels and syntax != uid.DeflatedExplicitVRLittleEndian and not uid.UID(syntax).is_encapsulated:
+    if pixels and syntax != uid.DeflatedExplicitVRLittleEndian and not syntax.is_encapsulated:
         check_trailing(path, file, dataset)
     instance = interpret(path, Fields(path, dataset), syntax)
     size = (instance.rows, instance.columns, instance.frames, instance.channels)
@@ -300,17 +273,14 @@ def load(path, file: BoundedFile, limits: ScanLimits, *, pixels: bool) -> tuple[
     return instance, dataset
 
 
-# --- interpretation ---------------------------------------------------------------------------------------------------
-
-
-def interpret(path, fields: Fields, syntax: str) -> Instance:
+def interpret(path, fields: Fields, syntax: uid.UID) -> Instance:
     """Check the attributes of a data set and return its instance."""
     modality = fields.code("Modality")
     if modality in NOT_SCANS:
         raise ScanError(path, f"is {NOT_SCANS[modality]} ({modality}), not a scan", "leave it out", "unsupported")
     if fields.raw("Rows") is None and fields.raw("Columns") is None:
-        remedy = "leave it out, or copy it again"
-        raise ScanError(path, "contains no image, or is truncated before it", remedy, "unsupported")
+        reason = "contains no image, or is truncated before it"
+        raise ScanError(path, reason, "leave it out, or copy it again", "unsupported")
     pixel_format = read_pixel_format(path, fields)
     frames = FrameFields(path, fields)
     spacing, direction, positions = read_geometry(path, fields, frames)
@@ -371,8 +341,7 @@ class FrameFields:
         self.shared = (fields.items("SharedFunctionalGroupsSequence") or [None])[0]
         self.per_frame = fields.items("PerFrameFunctionalGroupsSequence")
         if self.per_frame and len(self.per_frame) != self.count:
-            reason = f"describes {len(self.per_frame)} frames but has {self.count}"
-            raise ScanError(path, reason, DAMAGED_HEADER)
+            raise ScanError(path, f"describes {len(self.per_frame)} frames but has {self.count}", DAMAGED_HEADER)
 
     def numbers(self, sequence: str, keyword: str, count: int) -> list[tuple[float, ...]] | None:
         """Return an attribute of every frame; None unless all frames have it."""
@@ -400,8 +369,8 @@ def read_geometry(path, fields: Fields, frames: FrameFields):
         if values and np.ptp(np.array(values), axis=0).max() > orientation.TOLERANCE:
             raise ScanError(path, f"has frames of different {name}", "split it into series", "series")
     spacing = positive(spacings[0]) if spacings else None
-    if spacing is None and frames.count == 1:
-        spacing = positive(fields.numbers("ImagerPixelSpacing", 2))
+    if frames.count == 1:
+        spacing = spacing or positive(fields.numbers("ImagerPixelSpacing", 2))
         spacing = spacing or positive(fields.numbers("NominalScannedPixelSpacing", 2))
     return spacing, orientations[0] if orientations else None, tuple(positions) if positions else None
 

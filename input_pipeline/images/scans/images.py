@@ -50,13 +50,9 @@ def apply_orientation(pixels: np.ndarray, tag: int) -> np.ndarray:
 
 
 def check_png(path, data: bytes) -> list[bytes]:
-    """Check the CRC of every chunk (Pillow skips those of image data) and the order IHDR, IDAT, IEND.
+    """Check the CRC of every chunk (Pillow skips those of image data) and return the names of the chunks.
 
-    Returns:
-      The names of the chunks.
-    Raises:
-      ScanError: the image is damaged, truncated or animated, or has 16 bits and several channels, which Pillow reduces
-        to 8 bits.
+    Raises ScanError if the image is damaged, animated, or has 16 bits and several channels (Pillow reduces it to 8).
     """
     offset, names = len(PNG), []
     while not names or names[-1] != b"IEND":
@@ -98,10 +94,9 @@ def open_image(path, limits: ScanLimits) -> tuple[Image.Image, int, Header]:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
         except Image.DecompressionBombError as error:
             raise ScanError(path, str(error), SHRINK, "limit") from None
-    width, height = image.size
-    if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
-        reason = f"{height} x {width} pixels are more than {Image.MAX_IMAGE_PIXELS:,}"
-        raise ScanError(path, reason, SHRINK, "limit")
+    (width, height), limit = image.size, Image.MAX_IMAGE_PIXELS
+    if limit is not None and width * height > limit:
+        raise ScanError(path, f"{height} x {width} pixels are more than {limit:,}", SHRINK, "limit")
     if image.mode not in GRAY_MODES and image.mode not in COLOUR_MODES:
         raise ScanError(path, f"has the pixel mode {image.mode}", "save it as gray or RGB", "unsupported")
     with as_scan_error(path, "reading the EXIF orientation", hide_message=True):
@@ -109,11 +104,10 @@ def open_image(path, limits: ScanLimits) -> tuple[Image.Image, int, Header]:
     if not 1 <= tag <= 8:
         raise ScanError(path, f"states the EXIF orientation {tag}", "remove or repair the EXIF data", "ambiguous")
     h, w = (width, height) if tag >= 5 else (height, width)
-    dtype = np.dtype(GRAY_MODES.get(image.mode, np.uint8))
-    channels = 1 if image.mode in GRAY_MODES else 3
+    gray, dtype = image.mode in GRAY_MODES, np.dtype(GRAY_MODES.get(image.mode, np.uint8))
+    channels = 1 if gray else 3
     check_shape(path, (h, w, 1, channels + 1), dtype.itemsize, limits)  # + 1 for alpha, which is decoded as well
-    names = {"1": "gray", "L": "gray", "LA": "gray", "P": "palette", "PA": "palette", "RGBA": "RGB"}
-    photometric = names.get(image.mode, "gray" if channels == 1 else image.mode)
+    photometric = "gray" if gray else {"P": "palette", "PA": "palette", "RGBA": "RGB"}.get(image.mode, image.mode)
     return image, tag, Header(format="image", shape=(h, w, 1, channels), dtype=dtype.name, photometric=photometric)
 
 
@@ -121,20 +115,17 @@ def decode(path, image: Image.Image) -> np.ndarray:
     """Return the stored pixels, [H, W] or [H, W, 3]."""
     with as_scan_error(path, "decoding the image"):
         image.load()
-        transparent = image.info.get("transparency")
+        transparent, mode = image.info.get("transparency"), "L" if image.mode in GRAY_MODES else "RGB"
         if image.mode.startswith("I;16"):
             pixels = np.asarray(image).astype(np.uint16)
             if transparent is not None:
                 check_opaque(path, pixels != transparent, True)
             return pixels
         if transparent is not None or image.mode in ("LA", "RGBA", "PA"):
-            gray = image.mode in GRAY_MODES
             # Convert through RGBA: "L" maps one bit to 0 and 255, but leaves the transparent value as it is.
             rgba = image.convert("RGBA")
             check_opaque(path, np.asarray(rgba.getchannel("A")), 255)
-            rgb = rgba.convert("RGB")
-            return np.asarray(rgb.getchannel(0) if gray else rgb)
-        mode = "L" if image.mode in GRAY_MODES else "RGB"
+            return np.asarray(rgba.getchannel(0) if mode == "L" else rgba.convert("RGB"))
         return np.asarray(image if image.mode == mode else image.convert(mode))  # convert always copies
 
 

@@ -47,8 +47,6 @@ def receive(stream) -> tuple[dict, bytes] | None:
 
 
 class Child:
-    """The decoding process."""
-
     def __init__(self):
         self.owner = os.getpid()
         command = [sys.executable, "-P", "-W", "ignore", __file__]
@@ -100,12 +98,9 @@ atexit.register(_stop)
 
 
 def decode(syntax: str, frame: bytes, options: dict):
-    """Decode one frame. Returns (pixels, pydicom's description of them), as pydicom's `Decoder.as_array`.
+    """Decode one frame. Takes options (JSON values) and returns (pixels, meta) of pydicom's `Decoder.as_array`.
 
-    Args:
-      options: of pydicom's decoder, JSON values.
-    Raises:
-      DecoderError: the decoder raised, printed a message, crashed, or exceeded its time or memory.
+    Raises DecoderError if the decoder raised, printed a message, crashed, or exceeded its time or memory.
     """
     import numpy as np
 

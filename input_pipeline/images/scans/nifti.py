@@ -19,15 +19,17 @@ from isal import igzip, igzip_lib
 
 from input_pipeline.images.scans import orientation
 from input_pipeline.images.scans.access import BoundedFile, as_scan_error, open_scan, read_exactly
-from input_pipeline.images.scans.base import Header, ScanError, ScanLimits, limit_error
+from input_pipeline.images.scans.base import WRONG_SIZE, Header, ScanError, ScanLimits, limit_error
 from input_pipeline.images.scans.checks import check_opaque, check_shape, check_volume, to_intensities
 
 GZIP = b"\x1f\x8b"
 CHUNK = 1 << 18  # bytes unpacked at a time; they are copied to their destination while in the CPU cache
-INTEGERS_AND_FLOATS = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8"} | {
-    1280: "u8"
+KINDS = {  # header size -> parser, and position and value of the magic
+    348: (nibabel.Nifti1Header, 344, b"n+1\0"),
+    540: (nibabel.Nifti2Header, 4, b"n+2\0\r\n\x1a\n"),
 }
-COLOURS = {128: 3, 2304: 4}
+VOXELS = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
+COLOURS = {128: 3, 2304: 4}  # channels of uint8
 OTHERS = {1: "1-bit", 32: "complex", 1536: "128-bit float", 1792: "complex", 2048: "complex"}
 MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # xyzt_units: unknown (read as mm by convention), m, mm, micron
 CONVERT = "convert it to a plain .nii.gz with nibabel or dcm2niix"
@@ -36,7 +38,7 @@ REPAIR = "the NIfTI header is damaged: copy the file again, or convert it again 
 
 def sniff(start: bytes) -> bool:
     """Return whether a file may be NIfTI: a gzip stream, or a NIfTI header size in either byte order."""
-    return start[:2] == GZIP or start[:4] in {struct.pack(e + "i", n) for e in "<>" for n in (348, 540)}
+    return start[:2] == GZIP or start[:4] in {struct.pack(e + "i", n) for e in "<>" for n in KINDS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,16 +56,12 @@ class NiftiLayout:
     header: Header
 
     @property
-    def volumes(self) -> int:
-        return self.header.volumes
-
-    @property
     def volume_bytes(self) -> int:
         return math.prod(self.shape) * self.channels * self.dtype.itemsize
 
     @property
     def stream_bytes(self) -> int:
-        return self.offset + self.volumes * self.volume_bytes
+        return self.offset + self.header.volumes * self.volume_bytes
 
 
 @contextlib.contextmanager
@@ -83,41 +81,34 @@ def unpacked(path, file: BoundedFile) -> Iterator[BoundedFile | igzip.IGzipFile]
 
 def skip(path, stream, count: int, content: str) -> None:
     buffer = memoryview(bytearray(CHUNK))
-    while count > 0:
-        step = min(count, CHUNK)
-        read_exactly(path, stream, buffer[:step], content)
-        count -= step
+    for start in range(0, count, CHUNK):
+        read_exactly(path, stream, buffer[: count - start], content)
 
 
-def read_layout(path, stream, limits: ScanLimits) -> NiftiLayout:
-    """Read and check the first 348 or 540 bytes of the stream, and nothing else.
-
-    Raises:
-      ScanError: the header is not NIfTI, contradicts itself, or exceeds the limits.
-    """
+def read_layout(path, file: BoundedFile, stream, limits: ScanLimits) -> NiftiLayout:
+    """Read and check the first 348 or 540 bytes of the stream, and the size of an uncompressed file."""
     block = bytearray(540)
     read_exactly(path, stream, memoryview(block)[:348], "header")
     if block[128:132] == b"DICM":
         raise ScanError(path, "contains DICOM in a gzip stream", "unpack it", "unsupported")
-    sizes = {struct.unpack(e + "i", block[:4])[0]: e for e in "<>"}
-    known = [(n, e) for n, e in sizes.items() if n in (348, 540)]
-    if not known:
+    endian = next((e for e in "<>" if struct.unpack(e + "i", block[:4])[0] in KINDS), None)
+    if endian is None:
         raise ScanError(path, "has no NIfTI header", "name a .nii or .nii.gz file", "unsupported")
-    size, endian = known[0]
-    if size == 540:
-        read_exactly(path, stream, memoryview(block)[348:], "header")
-        magic, expected = bytes(block[4:12]), b"n+2\0\r\n\x1a\n"
-        kind = nibabel.Nifti2Header
-    else:
-        magic, expected = bytes(block[344:348]), b"n+1\0"
-        kind = nibabel.Nifti1Header
+    size = struct.unpack(endian + "i", block[:4])[0]
+    kind, start, expected = KINDS[size]
+    read_exactly(path, stream, memoryview(block)[348:size], "header")
+    magic = bytes(block[start : start + len(expected)])
     if magic != expected:
         if magic[:3] in (b"ni1", b"ni2") or not any(magic):
             raise ScanError(path, "is half of a .hdr/.img pair", CONVERT, "unsupported")
         raise ScanError(path, f"has the NIfTI magic {magic!r} instead of {expected!r}", REPAIR)
     with as_scan_error(path, "reading the NIfTI header"):
         header = kind(bytes(block[:size]), endianness=endian, check=False)
-    return interpret(path, header, size, endian, limits)
+    layout = interpret(path, header, size, endian, limits)
+    if stream is file and file.size != layout.stream_bytes:
+        reason = f"has {file.size:,} bytes, but its header requires {layout.stream_bytes:,}"
+        raise ScanError(path, reason, WRONG_SIZE)
+    return layout
 
 
 def interpret(path, header, size: int, endian: str, limits: ScanLimits) -> NiftiLayout:
@@ -169,8 +160,8 @@ def dimensions(path, header) -> tuple[int, int, int, int]:
 def voxel_type(path, header, endian: str) -> tuple[np.dtype, int]:
     """Return the dtype and channels of a stored voxel."""
     code, bits = int(header["datatype"]), int(header["bitpix"])
-    if code in INTEGERS_AND_FLOATS:
-        dtype, channels = np.dtype(INTEGERS_AND_FLOATS[code]).newbyteorder(endian), 1
+    if code in VOXELS:
+        dtype, channels = np.dtype(VOXELS[code]).newbyteorder(endian), 1
     elif code in COLOURS:
         dtype, channels = np.dtype("u1"), COLOURS[code]
     elif code in OTHERS:
@@ -183,12 +174,9 @@ def voxel_type(path, header, endian: str) -> tuple[np.dtype, int]:
 
 
 def scaling(path, header) -> tuple[float, float]:
-    """Return (slope, intercept).
-
-    Slope 0 means no scaling (NIfTI-1 standard), and so does NaN in both fields, as nibabel writes it. Any other
-    non-finite value is an error.
-    """
+    """Return (slope, intercept)."""
     slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
+    # No scaling is slope 0 in the NIfTI-1 standard, and NaN in both fields as nibabel writes it.
     if slope == 0 or (math.isnan(slope) and math.isnan(intercept)):
         return 1.0, 0.0
     if not (math.isfinite(slope) and math.isfinite(intercept)):
@@ -221,33 +209,21 @@ def affine_of(path, header) -> tuple[np.ndarray, bool]:
 
 
 def header(path, *, limits: ScanLimits) -> Header:
-    """Return the header, and check the size of an uncompressed file against it.
-
-    A .nii.gz is unpacked only up to the end of its header, so its checksum is not verified.
-    """
+    """Return the header. A .nii.gz is unpacked only up to its end, so the checksum is not verified."""
     with open_scan(path, limits) as file, unpacked(path, file) as stream:
-        layout = read_layout(path, stream, limits)
-        check_size(path, file, stream, layout)
-        return layout.header
-
-
-def check_size(path, file: BoundedFile, stream, layout: NiftiLayout) -> None:
-    if stream is file and file.size != layout.stream_bytes:
-        reason = f"has {file.size:,} bytes, but its header requires {layout.stream_bytes:,}"
-        raise ScanError(path, reason, "it is truncated or its header is damaged: copy it again")
+        return read_layout(path, file, stream, limits).header
 
 
 def read(path, *, volume: int | None, limits: ScanLimits) -> tuple[np.ndarray, Header]:
     """Read one volume. The stream is read to its end, so the gzip checksum covers every voxel returned."""
     with open_scan(path, limits) as file, unpacked(path, file) as stream:
-        layout = read_layout(path, stream, limits)
-        check_size(path, file, stream, layout)
-        chosen = check_volume(path, volume, layout.volumes, limits)
+        layout = read_layout(path, file, stream, limits)
+        chosen = check_volume(path, volume, layout.header.volumes, limits)
         skip(path, stream, layout.offset - layout.header_bytes, "header extensions")
         skip(path, stream, chosen * layout.volume_bytes, "voxels")
         stored = np.empty(layout.volume_bytes, np.uint8)
         read_exactly(path, stream, memoryview(stored), "voxels", CHUNK)
-        skip(path, stream, (layout.volumes - 1 - chosen) * layout.volume_bytes, "voxels")
+        skip(path, stream, (layout.header.volumes - 1 - chosen) * layout.volume_bytes, "voxels")
         if stream.read(1):
             reason = f"has data after the {layout.stream_bytes:,} bytes that its header requires"
             raise ScanError(path, reason, "its header is damaged: copy it again, or write it again with nibabel")

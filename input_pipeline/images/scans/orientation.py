@@ -23,17 +23,11 @@ THICK = 1.5  # slice spacing over in-plane spacing from which the thick axis is 
 
 @dataclasses.dataclass(frozen=True)
 class DisplayLayout:
-    """The axis order and flips that turn an array [a, b, c, ...] into [rows, columns, slices, ...].
+    """The axis order and flips that turn an array [a, b, c, ...] into [rows, columns, slices, ...]."""
 
-    Attributes:
-      order: array axes that become rows, columns and slices.
-      flip: which of these are reversed.
-      codes: their directions after the flips.
-    """
-
-    order: tuple[int, int, int]
-    flip: tuple[bool, bool, bool]
-    codes: str
+    order: tuple[int, int, int]  # array axes that become rows, columns and slices
+    flip: tuple[bool, bool, bool]  # which of these are reversed
+    codes: str  # their directions after the flips
     spacing_mm: tuple[float, float, float]
     oblique_degrees: float
 
@@ -48,17 +42,14 @@ class DisplayLayout:
 
 
 def display_layout(affine: np.ndarray, shape, slice_axis: int | None = None) -> DisplayLayout:
-    """Return the display layout of voxels with an affine.
+    """Return the display layout of voxels (a, b, c). Raises ValueError if steps are not finite, zero, or coplanar.
 
     Args:
       affine: [3, 3 or more]; column a is the step in mm along array axis a, in RAS (x to the patient's Right, y to
         Anterior, z to Superior).
-      shape: (a, b, c).
       slice_axis: the array axis across the slices, if the format defines it. Otherwise it is the axis of one voxel;
         else the axis whose spacing exceeds both others by the factor THICK (a thick-slice sagittal spine stays
         sagittal); else the head-feet axis, so isotropic volumes are axial.
-    Raises:
-      ValueError: steps that are not finite, zero, or coplanar.
     """
     steps = np.asarray(affine, np.float64)[:3, :3]
     spacing = np.linalg.norm(steps, axis=0)

@@ -34,15 +34,11 @@ def sniff(start: bytes) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class PageFormat:
-    """The properties that all pages of a file must share.
-
-    Attributes:
-      samples: values per pixel, including alpha.
-    """
+    """The properties that all pages of a file must share."""
 
     rows: int
     columns: int
-    samples: int
+    samples: int  # values per pixel, including alpha
     dtype: np.dtype
     bits: int
     photometric: int
@@ -57,8 +53,7 @@ class PageFormat:
 
 def page_format(path, page: tifffile.TiffPage) -> PageFormat:
     """Return the format of a page. Raises ScanError if it is unsupported."""
-    tag = page.tags.get("Orientation")
-    extra = tuple(int(e) for e in page.extrasamples)
+    tag, extra = page.tags.get("Orientation"), len(page.extrasamples)
     form = PageFormat(
         rows=int(page.imagelength),
         columns=int(page.imagewidth),
@@ -70,21 +65,19 @@ def page_format(path, page: tifffile.TiffPage) -> PageFormat:
         orientation=1 if tag is None else int(tag.value),
         alpha=bool(extra),
     )
-    problem = None
-    if form.photometric not in NAMES:
-        problem = f"has the photometric interpretation {form.photometric}"
-    elif form.dtype.kind not in "uif" or form.bits != 8 * form.dtype.itemsize:
-        problem = f"has {form.bits}-bit pixels of {form.dtype}"
-    elif form.samples != form.channels + len(extra) and form.photometric != PALETTE or len(extra) > 1:
-        problem = f"has {form.samples} values a pixel"
-    elif form.photometric == PALETTE and (form.samples != 1 or form.dtype != np.uint8):
-        problem = "has a palette of other than 8 bits"
-    elif int(page.imagedepth) != 1:
-        problem = "has 3D tiles"
-    elif not 1 <= form.orientation <= 8:
-        problem = f"states the orientation {form.orientation}"
-    if problem:
-        raise ScanError(path, problem, SAVE, "unsupported")
+    palette = form.photometric == PALETTE
+    problems = {
+        f"has the photometric interpretation {form.photometric}": form.photometric not in NAMES,
+        f"has {form.bits}-bit pixels of {form.dtype}": form.dtype.kind not in "uif"
+        or form.bits != 8 * form.dtype.itemsize,
+        f"has {form.samples} values a pixel": form.samples != form.channels + extra and not palette or extra > 1,
+        "has a palette of other than 8 bits": palette and (form.samples != 1 or form.dtype != np.uint8),
+        "has 3D tiles": int(page.imagedepth) != 1,
+        f"states the orientation {form.orientation}": not 1 <= form.orientation <= 8,
+    }
+    for problem, found in problems.items():
+        if found:
+            raise ScanError(path, problem, SAVE, "unsupported")
     return form
 
 
@@ -110,8 +103,8 @@ def count_pages(path, data: bytes, limits: ScanLimits) -> int:
         position = offset + struct.calcsize(counter) + entry * struct.unpack_from(order + counter, data, offset)[0]
 
 
-def open_tiff(path, limits: ScanLimits) -> tuple[bytes, tifffile.TiffFile, list[tifffile.TiffPage], PageFormat, Header]:
-    """Read a file without decoding it. Returns its bytes, the TiffFile, its pages, their format, and the header."""
+def open_tiff(path, limits: ScanLimits) -> tuple[bytes, list[tifffile.TiffPage], PageFormat, Header]:
+    """Read a file without decoding it. Returns its bytes, its pages, their format, and the header."""
     with open_scan(path, limits) as file:
         data = file.read()
     linked = count_pages(path, data, limits)
@@ -136,10 +129,9 @@ def open_tiff(path, limits: ScanLimits) -> tuple[bytes, tifffile.TiffFile, list[
     form, count = forms[0], len(pages)
     h, w = (form.columns, form.rows) if form.orientation >= 5 else (form.rows, form.columns)
     check_shape(path, (h, w, count, max(form.samples, form.channels)), form.dtype.itemsize, limits)
-    dtype = form.dtype.newbyteorder("=").name
-    photometric = NAMES[form.photometric]
+    dtype, photometric = form.dtype.newbyteorder("=").name, NAMES[form.photometric]
     head = Header(format="image", shape=(h, w, count, form.channels), dtype=dtype, photometric=photometric)
-    return data, tif, pages, form, head
+    return data, pages, form, head
 
 
 def check_segments(path, data: bytes, page: tifffile.TiffPage, form: PageFormat) -> None:
@@ -147,9 +139,8 @@ def check_segments(path, data: bytes, page: tifffile.TiffPage, form: PageFormat)
 
     tifffile fills a missing strip with zeros, and unpacks a deflated one without a limit.
     """
-    chunk = int(np.prod(page.chunks)) * form.dtype.itemsize
+    chunk, needed = int(np.prod(page.chunks)) * form.dtype.itemsize, int(np.prod(page.chunked))
     offsets, counts = page.dataoffsets, page.databytecounts
-    needed = int(np.prod(page.chunked))
     if len(offsets) != needed or len(counts) != needed:
         raise ScanError(path, f"has {len(offsets)} strips, but its header requires {needed}", COPY_AGAIN)
     for i, (offset, count) in enumerate(zip(offsets, counts, strict=True)):
@@ -160,8 +151,7 @@ def check_segments(path, data: bytes, page: tifffile.TiffPage, form: PageFormat)
             expected = chunk // page.chunks[-3 if len(page.chunks) > 2 else 0] * rows
         if not (0 < offset and 0 < count and offset + count <= len(data)):
             raise ScanError(path, f"strip or tile {i + 1} is outside the file", COPY_AGAIN)
-        segment = memoryview(data)[offset : offset + count]
-        size = count
+        segment, size = memoryview(data)[offset : offset + count], count
         if form.compression in DEFLATE:
             with as_scan_error(path, "unpacking a strip"):
                 unpacker = zlib.decompressobj()
@@ -186,8 +176,7 @@ def decode_page(path, data: bytes, number: int, page: tifffile.TiffPage, form: P
             if form.samples > 1 and int(page.planarconfig) == 2:
                 pixels = np.moveaxis(pixels, 0, -1)
         return pixels.reshape(form.rows, form.columns, *([form.samples] if form.samples > 1 else []))
-    lossless = form.dtype == np.uint8 or form.dtype.newbyteorder("=") == np.uint16 and form.samples == 1
-    if not lossless:
+    if not (form.dtype == np.uint8 or form.dtype.newbyteorder("=") == np.uint16 and form.samples == 1):
         reason = f"has {form.dtype} pixels with {page.compression.name} compression"
         raise ScanError(path, reason, SAVE, "unsupported")
     with as_scan_error(path, f"decoding page {number + 1}"):
@@ -211,7 +200,6 @@ def to_slice(path, pixels: np.ndarray, page: tifffile.TiffPage, form: PageFormat
     if form.alpha:
         check_opaque(path, pixels[..., -1], np.iinfo(form.dtype).max if form.dtype.kind in "ui" else 1.0)
         pixels = pixels[..., :-1]
-        pixels = pixels[..., 0] if form.channels == 1 else pixels
     if form.photometric == MINISWHITE:
         if form.dtype.kind != "u":
             raise ScanError(path, f"is MINISWHITE with {form.dtype} pixels", SAVE, "unsupported")
@@ -224,12 +212,12 @@ def to_slice(path, pixels: np.ndarray, page: tifffile.TiffPage, form: PageFormat
 
 
 def header(path, *, limits: ScanLimits) -> Header:
-    return open_tiff(path, limits)[4]
+    return open_tiff(path, limits)[3]
 
 
 def read(path, *, volume: int | None, limits: ScanLimits) -> tuple[np.ndarray, Header]:
     check_volume(path, volume, 1, limits)
-    data, tif, pages, form, head = open_tiff(path, limits)
+    data, pages, form, head = open_tiff(path, limits)
     h, w, d, c = head.shape
     frames = None
     for number, page in enumerate(pages):
@@ -239,5 +227,4 @@ def read(path, *, volume: int | None, limits: ScanLimits) -> tuple[np.ndarray, H
         if pixels.shape != frames.shape[1:]:
             raise ScanError(path, f"page {number + 1} was decoded to the shape {pixels.shape}", SAVE)
         frames[number] = pixels
-    tif.close()
     return to_intensities(path, frames, limits=limits).transpose(1, 2, 0, 3), head
