@@ -28,25 +28,14 @@ CHUNK = 8  # tokens per piece of a streamed answer
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A RadFM model with its parameters.
+    """A RadFM model with its parameters."""
 
-    Attributes:
-      config: sizes and compute dtype (`config.with_compute(dtype="bfloat16")`).
-      params: a dict of arrays.
-      directory: the checkpoint it was loaded from; None for a model built in memory.
-      mesh: the mesh of the parameters; None for one device.
-      tokenizer_file: SentencePiece model, if the directory has none.
-      prepared: how its scans are prepared; None: as the checkpoint says.
-    """
-
-    config: radfm.RadFMConfig
+    config: radfm.RadFMConfig  # sizes and compute dtype (`config.with_compute(dtype="bfloat16")`)
     params: dict
-    directory: Path | None = None
-    mesh: jax.sharding.Mesh | None = None
-    tokenizer_file: Path | None = None
-    prepared: inputs.Preparation | None = None
-
-    # --- answers ------------------------------------------------------------------------------------------------------
+    directory: Path | None = None  # the checkpoint it was loaded from; None for a model built in memory
+    mesh: jax.sharding.Mesh | None = None  # the mesh of the parameters; None for one device
+    tokenizer_file: Path | None = None  # SentencePiece model, if the directory has none
+    prepared: inputs.Preparation | None = None  # how its scans are prepared; None: as the checkpoint says
 
     def answer(
         self,
@@ -87,12 +76,8 @@ class Model:
     def answers(self, requests: Sequence[Request | tuple], **options) -> list[str]:
         """Answer several questions in one batch, with the same results as `answer`.
 
-        Question i is sampled with seed + i.
-
-        Args:
-          requests: inference.Request, or (prompt, scans).
-        Raises:
-          ValueError: any of them has no answer.
+        A request is an inference.Request or (prompt, scans). Question i is sampled with seed + i. Raises ValueError if
+        any of them has no answer.
         """
         if invalid := [r for r in requests if not isinstance(r, Request | tuple)]:
             raise ValueError(f"{invalid[0]!r} is not a request: pass (prompt, scans) or a Request")
@@ -157,18 +142,13 @@ class Model:
 
     @functools.cached_property
     def generator(self) -> Generator:
-        """The generator of this model."""
         tokenizer = preparation = None
         with contextlib.suppress(ValueError):  # raised when a request needs it
             tokenizer = self.tokenizer
         with contextlib.suppress(ValueError):
             preparation = self.preparation
-        length = {} if preparation is None else {"length": preparation.text_length}
-        return Generator(
-            self.config, self.params, tokenizer=tokenizer, preparation=preparation, mesh=self.mesh, **length
-        )
-
-    # --- logits -------------------------------------------------------------------------------------------------------
+        options = {} if preparation is None else {"preparation": preparation, "length": preparation.text_length}
+        return Generator(self.config, self.params, tokenizer=tokenizer, mesh=self.mesh, **options)
 
     def logits(self, ids, vision=None, attention_mask=None) -> jax.Array:
         """Return the logits of every position, in the layout of the released model.
@@ -209,15 +189,9 @@ class Model:
                 f"vision runs from {vision.min():g} to {vision.max():g}, the model expects [0, 1]: scale each scan",
                 stacklevel=3,
             )
+        sizes = {"patch": c.vision.patch, "channels": c.vision.channels, "tables": c.vision.tables}
         batch = plain_rows(
-            ids,
-            vision,
-            attention_mask,
-            vocab_size=c.llama.vocab_size,
-            num_latents=c.num_latents,
-            patch=c.vision.patch,
-            channels=c.vision.channels,
-            tables=c.vision.tables,
+            ids, vision, attention_mask, vocab_size=c.llama.vocab_size, num_latents=c.num_latents, **sizes
         )
         with jax.set_mesh(self.mesh) if self.mesh is not None else contextlib.nullcontext():
             return _forward(c, self.params, batch)
@@ -266,15 +240,13 @@ def load(
     config = checkpoint.model_config(checkpoint.read_description(directory), directory)
     boxed = radfm.abstract_params(config)
     stored = checkpoint.ParamReader(directory).dtypes
-    abstract = checkpoint.unflatten(
-        {
-            path: jax.ShapeDtypeStruct(leaf.shape, param_dtype or stored.get(path, leaf.dtype))
-            for path, leaf in checkpoint.flatten(nn.unbox(boxed)).items()
-        }
-    )
+    abstract = {
+        path: jax.ShapeDtypeStruct(leaf.shape, param_dtype or stored.get(path, leaf.dtype))
+        for path, leaf in checkpoint.flatten(nn.unbox(boxed)).items()
+    }
     shardings = sharding.param_shardings(boxed, mesh)[0] if mesh is not None else None
     restore = quantised.restore_params if int8 else checkpoint.restore_params
-    params = restore(directory, abstract, shardings)
+    params = restore(directory, checkpoint.unflatten(abstract), shardings)
     tokenizer = None if tokenizer is None else Path(tokenizer)
     return Model(config.with_compute(dtype=dtype), params, directory, mesh, tokenizer, prepared)
 
@@ -282,8 +254,7 @@ def load(
 def preparation_of(directory, config: radfm.RadFMConfig) -> inputs.Preparation:
     """Return the preparation of scans for a checkpoint: that of its training run; for converted weights, `RELEASED`.
 
-    Raises:
-      ValueError: the checkpoint does not record it.
+    Raises ValueError if the checkpoint does not record it.
     """
     path = Path(directory) / run_directory.RUN
     try:
@@ -318,16 +289,14 @@ def save(model: Model, directory) -> None:
         raise ValueError("int8 weights cannot be saved: load the model without int8 and save that")
     if jax.process_count() > 1:
         raise ValueError("save needs a single process: gather the parameters in one process and save there")
-    extra_files = []
+    extra_files, source = [], {}
     if model.directory is not None:
         extra_files = [p for n in (*checkpoint.EXTRA_FILES, run_directory.RUN) if (p := model.directory / n).is_file()]
+        source = checkpoint.read_description(model.directory).get("source", {})
     size = sum(x.nbytes for x in jax.tree.leaves(model.params)) + sum(p.stat().st_size for p in extra_files)
     checkpoint.require_space(directory, size + size // 50, f"saving {directory}")
     with checkpoint.new_directory(directory) as partial:
         checkpoint.save_params(partial, model.params)
-        source = {}
-        if model.directory is not None:
-            source = checkpoint.read_description(model.directory).get("source", {})
         for path in extra_files:
             shutil.copyfile(path, partial / path.name)
         checkpoint.write_description(partial, "radfm", model.config.to_dict(), source=source)

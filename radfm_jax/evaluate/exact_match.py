@@ -49,11 +49,7 @@ FEW = 10  # up to so many questions of a source get a row each; up to so many re
 
 @dataclasses.dataclass(frozen=True)
 class ExactMatch:
-    """A sample, and whether the model gives its reference.
-
-    Attributes:
-      scans_of: `own`, or `another` sample (the control).
-    """
+    """A sample, and whether the model gives its reference."""
 
     source: str
     row_id: str
@@ -62,24 +58,19 @@ class ExactMatch:
     question: str
     reference: str
     exact: bool
-    scans_of: str = "own"
+    scans_of: str = "own"  # or `another` sample (the control)
 
 
 @dataclasses.dataclass(frozen=True)
 class Accuracy:
-    """Exact-match accuracy on one kind of question.
-
-    Attributes:
-      exact: accuracy. low, high: its 95 % interval (Wilson).
-      balanced: mean of the accuracies of each reference; None if there are more than `FEW` references.
-    """
+    """Exact-match accuracy on one kind of question."""
 
     kind: str
     samples: int
     exact: float
-    low: float
+    low: float  # of the 95 % interval of `exact` (Wilson)
     high: float
-    balanced: float | None
+    balanced: float | None  # mean of the accuracies of each reference; None if there are more than `FEW` references
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -161,9 +152,6 @@ class _Texts:
             for role in ("instruction", "response", "interleaved")
         }
         return texts["instruction"], texts["response"] or texts["interleaved"]
-
-
-# --- tables -----------------------------------------------------------------------------------------------------------
 
 
 def accuracies(matches: Iterable[ExactMatch]) -> list[Accuracy]:

@@ -29,23 +29,13 @@ SPELLINGS = {"yes": ("yes", "Yes", "YES"), "no": ("no", "No", "NO")}
 
 @dataclasses.dataclass(frozen=True)
 class RecordedAnswer:
-    """The answer of a model to a question, as its file records it.
-
-    Attributes:
-      p_yes: probability of "yes" relative to "yes" and "no"; None if not recorded.
-      tokens: length of the answer; None if not recorded.
-      ended: see inference.Answer; "" if not recorded.
-      error: why there is no answer; "" if there is one.
-    """
+    """The answer of a model to a question, as its file records it. A value that the file lacks is None or ""."""
 
     text: str
-    p_yes: float | None = None
-    tokens: int | None = None
-    ended: str = ""
-    error: str = ""
-
-
-# --- answers of a checkpoint ------------------------------------------------------------------------------------------
+    p_yes: float | None = None  # probability of "yes" relative to "yes" and "no"
+    tokens: int | None = None  # length of the answer
+    ended: str = ""  # see inference.Answer
+    error: str = ""  # why there is no answer
 
 
 def generate_answers(
@@ -120,9 +110,6 @@ def first_tokens(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]
         return tuple(dict.fromkeys([own[0], *spellings]))
 
     return distinct(yes, no), distinct(no, yes)
-
-
-# --- files of answers -------------------------------------------------------------------------------------------------
 
 
 def read_answers(file: Path, questions: Sequence[Question]) -> dict[str, RecordedAnswer]:

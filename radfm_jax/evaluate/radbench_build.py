@@ -29,16 +29,11 @@ from radfm_jax.evaluate.radbench import CLOSED, DATASETS, MODALITY_CHOICES, SET_
 
 @dataclasses.dataclass
 class BuiltBenchmark:
-    """The questions of a benchmark.
-
-    Attributes:
-      missing: data set -> why it has no questions.
-      skipped: data set -> reason -> number of rows.
-    """
+    """The questions of a benchmark."""
 
     questions: list[Question]
-    missing: dict[str, str]
-    skipped: dict[str, dict[str, int]]
+    missing: dict[str, str]  # data set -> why it has no questions
+    skipped: dict[str, dict[str, int]]  # data set -> reason -> number of rows
 
 
 class Skipped(ValueError):
@@ -170,9 +165,6 @@ def _read_facts(file: Path) -> dict[str, dict[str, str]]:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file}, line {number}: {error!r}; expected an object with `path`") from None
     return facts
-
-
-# --- files ------------------------------------------------------------------------------------------------------------
 
 
 def write_questions(questions: Iterable[Question], file: Path) -> None:

@@ -26,19 +26,13 @@ GROUPINGS = {"task": lambda q: (), "data set": lambda q: (q.dataset,), "modality
 
 @dataclasses.dataclass(frozen=True)
 class ScoredAnswer:
-    """A question, the answer of a model, and its scores.
-
-    Attributes:
-      predicted: the choice that a closed answer was matched to; None for open questions, or without a match.
-      values: metric -> value in [0, 1], or nan (metrics.medical_overlap). Closed questions have `accuracy` and `named`.
-      error: why there is no usable answer, which counts as wrong.
-    """
+    """A question, the answer of a model, and its scores."""
 
     question: Question
     answer: RecordedAnswer
-    predicted: str | None
-    values: Mapping[str, float]
-    error: str = ""
+    predicted: str | None  # the choice that a closed answer was matched to; None for open questions or without a match
+    values: Mapping[str, float]  # metric -> value in [0, 1], or nan (metrics.medical_overlap)
+    error: str = ""  # why there is no usable answer, which counts as wrong
 
     @property
     def quality(self) -> float:
@@ -76,30 +70,19 @@ def _score(question: Question, answer: RecordedAnswer, terms: TermFinder) -> Sco
     return ScoredAnswer(question, answer, None, values, error)
 
 
-# --- tables -----------------------------------------------------------------------------------------------------------
-
-
 @dataclasses.dataclass(frozen=True)
 class ScoreRow:
-    """A row of the tables: one model on one task, or on a part of it.
-
-    Attributes:
-      grouping, group: kind of part (GROUPINGS) and its name; "" for a whole task.
-      failed: number of questions without a usable answer, which count as wrong.
-      studies: number of different studies.
-      metrics: name -> value and interval.
-      without: metric -> number of questions without a value.
-    """
+    """A row of the tables: one model on one task, or on a part of it."""
 
     model: str
     task: str
-    grouping: str
-    group: str
+    grouping: str  # kind of part (GROUPINGS)
+    group: str  # name of the part; "" for a whole task
     questions: int
-    failed: int
-    studies: int
+    failed: int  # questions without a usable answer, which count as wrong
+    studies: int  # number of different studies
     metrics: Mapping[str, Interval]
-    without: Mapping[str, int]
+    without: Mapping[str, int]  # metric -> number of questions without a value
 
 
 def score_rows(

@@ -31,20 +31,14 @@ IGNORED = ("task", "response", "study", "dataset", "modality", "anatomy", "refer
 
 @dataclasses.dataclass(frozen=True)
 class BatchLine:
-    """One line of a batch file.
-
-    Attributes:
-      scans: with absolute paths.
-      listed_scans: as the line lists them.
-      error: why the line has no prompt; "" if it has one.
-    """
+    """One line of a batch file."""
 
     row_id: str
     prompt: str = ""
     context: str = ""
-    scans: tuple[Scan, ...] = ()
-    listed_scans: tuple[Scan, ...] = ()
-    error: str = ""
+    scans: tuple[Scan, ...] = ()  # with absolute paths
+    listed_scans: tuple[Scan, ...] = ()  # as the line lists them
+    error: str = ""  # why the line has no prompt; "" if it has one
 
     def echo(self) -> dict:
         """Return the fields that the line of its answer repeats."""
@@ -110,9 +104,6 @@ def _batch_line(row: Row, row_id: str, cells: dict) -> BatchLine:
         return BatchLine(row_id, prompt, context, tuple(resolved), listed)
     except ValueError as error:
         return BatchLine(row_id, error=str(error))
-
-
-# --- the answers file -------------------------------------------------------------------------------------------------
 
 
 def existing_answers(

@@ -25,19 +25,12 @@ CACHE_BYTES = 2**30  # of visual tokens: 1,600 scans in float32 at full size
 
 @dataclasses.dataclass(frozen=True)
 class BatchResult:
-    """Result of a batch run.
+    """Result of a batch run."""
 
-    Attributes:
-      answered: number of new answers.
-      existing: number of lines that already had an answer.
-      failed: id -> error.
-      seconds: wall time.
-    """
-
-    answered: int
-    existing: int
-    failed: dict[str, str]
-    seconds: float
+    answered: int  # new answers
+    existing: int  # lines that already had an answer
+    failed: dict[str, str]  # id -> error
+    seconds: float  # wall time
 
     def summary(self) -> str:
         rate = self.answered / max(self.seconds, 1e-9)
@@ -100,7 +93,11 @@ def answer_file(
             prompts: dict[str, Prompt] = {}
             for line, encoded in zip(members, _encode_batch(generator, members, loaded, cache), strict=True):
                 try:
-                    prompts[line.row_id] = _checked_prompt(generator, line, encoded, sampling, place)
+                    if isinstance(encoded, ValueError):
+                        raise encoded
+                    (prompt,) = generator.prompts([Request(line.prompt, encoded, line.context, place)])
+                    generator.token_limit(prompt, sampling)
+                    prompts[line.row_id] = prompt
                 except ValueError as error:
                     failed[line.row_id] = str(error)
             # The seed depends on the line alone, so that a resumed run gives the same answers.
@@ -139,17 +136,6 @@ def _answer_fields(line: BatchLine, answer: Answer) -> dict:
         "logprob": sum(answer.logprobs),
     }
 
-
-def _checked_prompt(generator: Generator, line: BatchLine, encoded, sampling: Sampling, place: str) -> Prompt:
-    """Return the prompt of a line. Raises ValueError if it or its scans cannot be used."""
-    if isinstance(encoded, ValueError):
-        raise encoded
-    (prompt,) = generator.prompts([Request(line.prompt, encoded, line.context, place)])
-    generator.token_limit(prompt, sampling)
-    return prompt
-
-
-# --- scans ------------------------------------------------------------------------------------------------------------
 
 ScanState = list[Volume] | EncodedScans | ValueError  # read, encoded or failed
 

@@ -111,13 +111,10 @@ class Generator:
         """Return the bucket of a batch size, with equally many rows on each batch shard."""
         return self.batch_shards * bucket(-(-count // self.batch_shards))
 
-    # --- scans --------------------------------------------------------------------------------------------------------
-
     def encode_scans(self, scans: Sequence[inputs.Scan] | EncodedScans) -> EncodedScans:
         """Read, prepare and encode the scans of one prompt.
 
-        Raises:
-          ValueError: a scan cannot be used (the message names it), or the preparation is unknown.
+        Raises ValueError if a scan cannot be used (the message names it), or the preparation is unknown.
         """
         return self._encode([Request("", scans)])[0]
 
@@ -126,8 +123,7 @@ class Generator:
     ) -> list[EncodedScans]:
         """Encode the volumes of several prompts. Volumes of one size bucket share a call.
 
-        Raises:
-          ValueError: visual tokens are not finite; the message names the scans.
+        Raises ValueError if visual tokens are not finite; the message names the scans.
         """
         names = names or [[f"scan {i + 1}" for i in range(len(volumes))] for volumes in prompts]
         groups: dict[tuple, list[tuple[int, int]]] = {}
@@ -172,13 +168,10 @@ class Generator:
         encoded = self.encode_volumes(volumes, names)
         return [r.scans if isinstance(r.scans, EncodedScans) else e for r, e in zip(requests, encoded, strict=True)]
 
-    # --- text ---------------------------------------------------------------------------------------------------------
-
     def encode_text(self, request: Request) -> Encoded:
         """Return the tokens of a request and the positions of its scans, without reading a scan.
 
-        Raises:
-          ValueError: see `prompts`.
+        Raises ValueError as `prompts` does.
         """
         if self.tokenizer is None:
             raise ValueError("this model has no tokenizer: pass its SentencePiece model")
@@ -203,8 +196,6 @@ class Generator:
             Prompt(text.ids, inputs.visual_index(text, latents), scans.tokens if len(scans) else None)
             for text, scans in zip(texts, encoded, strict=True)
         ]
-
-    # --- answers ------------------------------------------------------------------------------------------------------
 
     def answers(
         self,
