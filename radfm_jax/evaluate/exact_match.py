@@ -9,7 +9,6 @@ OUT/accuracy.json     the table
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -99,8 +98,7 @@ def main(argv: list[str] | None = None) -> int:
 def evaluate(config: Experiment, params: dict, *, control: bool = True, progress: bool = True) -> list[ExactMatch]:
     """Score all samples of the test sources; with `control`, a second time with the scans of another sample.
 
-    Raises:
-      ValueError: the data are invalid.
+    Raises ValueError if the data are invalid.
     """
     step = jax.jit(functools.partial(_exact, config.compute, config.train.step.weighting, config.train.chunk))
     scored = []
@@ -108,9 +106,10 @@ def evaluate(config: Experiment, params: dict, *, control: bool = True, progress
         data = dataclasses.replace(config.data, shuffle_scans=shuffled)
         scans_of = "another" if shuffled else "own"
         texts = _Texts(data)
-        with contextlib.ExitStack() as opened:
-            rows = opened.enter_context(Rows(data, "test", batch=config.train.batch, epochs=1))
-            bar = opened.enter_context(Progress(console=Console(stderr=True), disable=not progress))
+        with (
+            Rows(data, "test", batch=config.train.batch, epochs=1) as rows,
+            Progress(console=Console(stderr=True), disable=not progress) as bar,
+        ):
             task = bar.add_task(f"scoring with {scans_of} scans", total=len(rows.mixture))
             for infos, arrays in prefetch(batches(rows), lambda batch: (batch.rows, batch.arrays)):
                 exact = jax.device_get(step(params, arrays))

@@ -199,11 +199,8 @@ def bootstrap(
 ) -> dict[str, Interval]:
     """Return percentile intervals by resampling clusters with replacement (Efron 1979).
 
-    All statistics see the same resamples. scipy.stats.bootstrap cannot resample clusters.
-
-    Args:
-      clusters: cluster of each sample. Unique values resample single samples. With studies as clusters, the samples of
-        a study are drawn together, because they are correlated.
+    All statistics see the same resamples. scipy.stats.bootstrap cannot resample clusters. Unique clusters resample
+    single samples. With studies as clusters, the samples of a study are drawn together, because they are correlated.
     """
     numbers = {cluster: k for k, cluster in enumerate(dict.fromkeys(clusters))}
     cluster_of = np.array([numbers[cluster] for cluster in clusters], int)

@@ -70,21 +70,12 @@ def generate_answers(
     new_file = questions_file.with_suffix(".new.jsonl")
     write_questions(questions, new_file)
     try:
+        # All paths are absolute. Scoring would reject unknown ids after hours of generation.
         result = answer_file(
-            generator,
-            new_file,
-            answers_file,
-            sampling,
-            root=Path("/"),  # all paths are absolute and were checked against the root of their data set
-            batch=batch,
-            model=model,
-            checkpoint=checkpoint,
-            progress=progress,
-            watch=(*yes, *no),
-            extra_fields=probability_fields,
-            reject_unknown_ids=True,  # scoring would reject them after hours of generation
-            on_start=lambda: new_file.replace(questions_file),
-        )
+            generator, new_file, answers_file, sampling, root=Path("/"), batch=batch, model=model,
+            checkpoint=checkpoint, progress=progress, watch=(*yes, *no), extra_fields=probability_fields,
+            reject_unknown_ids=True, on_start=lambda: new_file.replace(questions_file),
+        )  # fmt: skip
     finally:
         new_file.unlink(missing_ok=True)
     write_json_lines(failures_file(answers_file), ({"id": row_id, "error": e} for row_id, e in result.failed.items()))
@@ -115,8 +106,7 @@ def first_tokens(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]
 def read_answers(file: Path, questions: Sequence[Question]) -> dict[str, RecordedAnswer]:
     """Return id -> answer; questions without a line have no entry.
 
-    Raises:
-      ValueError: invalid lines, duplicate or unknown ids, or answers to another wording; lists the first ten.
+    Raises ValueError for invalid lines, duplicate or unknown ids, and answers to another wording; lists the first ten.
     """
     known = {q.row_id: q for q in questions}
     failures = failures_file(file)

@@ -49,12 +49,11 @@ def build(benchmark: Benchmark) -> BuiltBenchmark:
     order = list(DATASETS)
     position = lambda name: (order.index(name) if name in order else len(order), name)  # noqa: E731
     for name in sorted(benchmark.sets, key=position):
-        fields = benchmark.sets[name]
         try:
             questions, skipped = questions_of_set(benchmark, name)
         except (ValueError, OSError) as error:
-            root = Path(fields["root"])
-            file = root if not root.exists() else root / fields["table"]
+            root = Path(benchmark.sets[name]["root"])
+            file = root if not root.exists() else root / benchmark.sets[name]["table"]
             built.missing[name] = f"{file} is missing" if not file.exists() else str(error)
             continue
         built.questions += questions
@@ -68,8 +67,7 @@ def build(benchmark: Benchmark) -> BuiltBenchmark:
 def questions_of_set(benchmark: Benchmark, name: str) -> tuple[list[Question], dict[str, int]]:
     """Return the questions of one data set in row order, and the number of skipped rows by reason.
 
-    Raises:
-      ValueError, RowError: a table or a file of facts cannot be read.
+    Raises ValueError or RowError if a table or a file of facts cannot be read.
     """
     fields, task, known = dict(benchmark.sets[name]), benchmark.task(name), DATASETS.get(name)
     own = {key: fields.pop(key) for key in SET_FIELDS if key in fields}
@@ -110,11 +108,8 @@ def question_of(sample: Sample, dataset: str, task: str, row_id: str, root: Path
     """Return the question of a sample.
 
     The text up to its last context is the context, the rest without the response is the prompt. Scans become marks,
-    and the response is the reference.
-
-    Raises:
-      Skipped: another task, a reference outside the closed list, text that contains a mark, or a scan path outside the
-        root.
+    and the response is the reference. Raises Skipped for another task, a reference outside the closed list, text that
+    contains a mark, and a scan path outside the root.
     """
     if sample.task != task:
         raise Skipped(f"task is {sample.task}")

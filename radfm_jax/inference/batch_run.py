@@ -107,7 +107,9 @@ def answer_file(
                 if answer.error:
                     failed[row_id] = answer.error
                     continue
-                fields = _answer_fields(lines[row_id], answer) | extra_fields(row_id, answer) | {"made_with": made_with}
+                echo = {key: value for key, value in lines[row_id].echo().items() if key != "context" or value}
+                fields = {"id": row_id, **echo, "answer": answer.text, "ended": answer.ended, "tokens": len(answer.ids)}
+                fields |= {"logprob": sum(answer.logprobs), **extra_fields(row_id, answer), "made_with": made_with}
                 output.write(json.dumps(fields, ensure_ascii=False) + "\n")
                 answered += 1
             output.flush()
@@ -117,24 +119,13 @@ def answer_file(
 
 def _settings(generator: Generator, sampling: Sampling, model: str, checkpoint: str, place: str) -> dict:
     """Return what an answer depends on besides its line, as it is read back from JSON."""
-    settings = {"model": model, "checkpoint": checkpoint, "dtype": generator.config.llama.dtype}
-    settings["weights"] = generator.weights
+    dtype, weights = generator.config.llama.dtype, generator.weights
+    settings = {"model": model, "checkpoint": checkpoint, "dtype": dtype, "weights": weights}
     if generator.tokenizer is not None:
         settings["tokenizer"] = files.sha256_of_file(generator.tokenizer.path)
     prepared = None if generator.preparation is None else dataclasses.asdict(generator.preparation)
     settings |= {"place": place, "prepared": prepared, **dataclasses.asdict(sampling)}
     return json.loads(json.dumps(settings))
-
-
-def _answer_fields(line: BatchLine, answer: Answer) -> dict:
-    return {
-        "id": line.row_id,
-        **{key: value for key, value in line.echo().items() if key != "context" or value},
-        "answer": answer.text,
-        "ended": answer.ended,
-        "tokens": len(answer.ids),
-        "logprob": sum(answer.logprobs),
-    }
 
 
 ScanState = list[Volume] | EncodedScans | ValueError  # read, encoded or failed
