@@ -151,15 +151,13 @@ class Model:
         return Generator(self.config, self.params, tokenizer=tokenizer, mesh=self.mesh, **options)
 
     def logits(self, ids, vision=None, attention_mask=None) -> jax.Array:
-        """Return the logits of every position, in the layout of the released model.
+        """Return the logits float32[B, L, V] of every position, in the layout of the released model.
 
         Args:
           ids: int[B, L]. Below V: text; V `<image>`, V + 1 `</image>`; V + 2 + 32 s + j: visual token j of scan s.
           vision: float[B, S, 3, H, W, D], values in [0, 1]; H and W multiples of 32, D of 4. None: no scans.
             Values far outside that range cause a warning: training used min-max scaled intensities.
           attention_mask: int or bool[B, L]; no token attends to one whose mask is 0.
-        Returns:
-          float32[B, L, V].
         Raises:
           ValueError: ids are out of range, sizes do not match, or voxels are not finite.
         """
@@ -171,10 +169,8 @@ class Model:
         These are vit float[B, S, P, D] (patch tokens), perceiver float[B, S, 32, D], visual_tokens
         float[B, S, 32, E] and embeddings float[B, L, E] (text and scans fused). A sharded model runs on its mesh.
         """
-        c = self.config
-        ids = np.asarray(ids)
-        text_only = vision is None or np.shape(vision)[1:2] == (0,)
-        if text_only:
+        c, ids = self.config, np.asarray(ids)
+        if vision is None or np.shape(vision)[1:2] == (0,):
             # The network needs at least one scan; no token may refer to this placeholder.
             if ids.size and ids.max() >= c.llama.vocab_size + 2:
                 raise ValueError(f"ids contain {ids.max()}, a visual token, but there is no scan: pass vision")
@@ -189,10 +185,10 @@ class Model:
                 f"vision runs from {vision.min():g} to {vision.max():g}, the model expects [0, 1]: scale each scan",
                 stacklevel=3,
             )
-        sizes = {"patch": c.vision.patch, "channels": c.vision.channels, "tables": c.vision.tables}
         batch = plain_rows(
-            ids, vision, attention_mask, vocab_size=c.llama.vocab_size, num_latents=c.num_latents, **sizes
-        )
+            ids, vision, attention_mask, vocab_size=c.llama.vocab_size, num_latents=c.num_latents,
+            patch=c.vision.patch, channels=c.vision.channels, tables=c.vision.tables,
+        )  # fmt: skip
         with jax.set_mesh(self.mesh) if self.mesh is not None else contextlib.nullcontext():
             return _forward(c, self.params, batch)
 
@@ -280,10 +276,8 @@ _PREPARED = (
 def save(model: Model, directory) -> None:
     """Write a checkpoint directory atomically, from one process that has all parameters.
 
-    The other files of the loaded checkpoint (tokenizer, unused tensors of a released file) are copied.
-
-    Raises:
-      ValueError: `directory` exists, the disk is too small, weights are int8, or there are several processes.
+    The other files of the loaded checkpoint (tokenizer, unused tensors of a released file) are copied. Raises
+    ValueError if `directory` exists, the disk is too small, weights are int8, or there are several processes.
     """
     if any(x.dtype == np.int8 for x in jax.tree.leaves(model.params)):
         raise ValueError("int8 weights cannot be saved: load the model without int8 and save that")

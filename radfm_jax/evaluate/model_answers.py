@@ -24,6 +24,7 @@ from radfm_jax.inference import Answer, Generator, Sampling
 from radfm_jax.inference.batch_files import raise_problems
 from radfm_jax.inference.batch_run import BatchResult, answer_file
 
+FAILED = ".failed.jsonl"
 SPELLINGS = {"yes": ("yes", "Yes", "YES"), "no": ("no", "No", "NO")}
 
 
@@ -78,12 +79,9 @@ def generate_answers(
         )  # fmt: skip
     finally:
         new_file.unlink(missing_ok=True)
-    write_json_lines(failures_file(answers_file), ({"id": row_id, "error": e} for row_id, e in result.failed.items()))
+    failures = ({"id": row_id, "error": error} for row_id, error in result.failed.items())
+    write_json_lines(answers_file.with_suffix(FAILED), failures)
     return result
-
-
-def failures_file(answers_file: Path) -> Path:
-    return answers_file.with_suffix(".failed.jsonl")
 
 
 def first_tokens(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -109,7 +107,7 @@ def read_answers(file: Path, questions: Sequence[Question]) -> dict[str, Recorde
     Raises ValueError for invalid lines, duplicate or unknown ids, and answers to another wording; lists the first ten.
     """
     known = {q.row_id: q for q in questions}
-    failures = failures_file(file)
+    failures = file.with_suffix(FAILED)
     try:
         lines = [(f"line {n}", line) for n, line in enumerate(text_lines(file), 1)]
         if failures.exists():

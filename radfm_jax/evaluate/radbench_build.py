@@ -46,9 +46,7 @@ def build(benchmark: Benchmark) -> BuiltBenchmark:
     Data sets of the paper that the config does not name are reported as missing.
     """
     built = BuiltBenchmark([], {}, {})
-    order = list(DATASETS)
-    position = lambda name: (order.index(name) if name in order else len(order), name)  # noqa: E731
-    for name in sorted(benchmark.sets, key=position):
+    for name in [*(n for n in DATASETS if n in benchmark.sets), *sorted(benchmark.sets.keys() - DATASETS.keys())]:
         try:
             questions, skipped = questions_of_set(benchmark, name)
         except (ValueError, OSError) as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -16,7 +16,6 @@ from input_pipeline import command_line
 from input_pipeline.files import write_json_lines
 from input_pipeline.index.index import Index
 from input_pipeline.sources import terms_of
-from input_pipeline.text.terms import TermFinder
 from radfm_jax import terminal
 from radfm_jax.checkpoints import checkpoint
 from radfm_jax.evaluate import clinical, model_answers, published, ratings, report, scoring
@@ -24,7 +23,7 @@ from radfm_jax.evaluate.export import export
 from radfm_jax.evaluate.leaks import find_leaks
 from radfm_jax.evaluate.metrics import Interval
 from radfm_jax.evaluate.radbench import TASKS, Benchmark, Question
-from radfm_jax.evaluate.radbench_build import BuiltBenchmark, build, write_questions
+from radfm_jax.evaluate.radbench_build import build, write_questions
 from radfm_jax.evaluate.results import Results, caveats, columns, percent
 from radfm_jax.inference import Sampling
 from radfm_jax.inference.command import add_model_options, load
@@ -120,11 +119,19 @@ def _main(args: argparse.Namespace, config: ConfigDict) -> int:
         answer_files = {args.name: file} | answer_files
     else:
         _replace_questions(built.questions, args.out)
-    leaks = _find_leaks(args, benchmark, built)
-    scored = _score(args, built, answer_files, terms)
-    rows, bootstrap = [], {key: getattr(benchmark, key) for key in ("resamples", "seed", "by_study")}
-    for name, answers in scored.items():
-        rows += scoring.score_rows(name, answers, **bootstrap)
+    leaks = None
+    if benchmark.index:
+        terminal.message(f"searching {benchmark.index} for test studies and scans; this reads all scans")
+        leaks = find_leaks(built.questions, benchmark.index)
+        write_json_lines(args.out / "leaks.jsonl", leaks)
+    scored, rows = {}, []
+    bootstrap = {key: getattr(benchmark, key) for key in ("resamples", "seed", "by_study")}
+    (args.out / "scores").mkdir(parents=True, exist_ok=True)
+    for name, file in answer_files.items():
+        terminal.message(f"scoring {name}")
+        scored[name] = scoring.score(built.questions, model_answers.read_answers(file, built.questions), terms)
+        write_json_lines(args.out / "scores" / f"{_stem(name)}.jsonl", (a.to_dict() for a in scored[name]))
+        rows += scoring.score_rows(name, scored[name], **bootstrap)
     by_model = {name: _clinical(answers, clinical_metrics) for name, answers in scored.items()}
     _report(args, Results(benchmark, built, scored, rows, leaks, by_model if clinical_metrics else {}, sources))
     failed = any(a.error for answers in scored.values() for a in answers)
@@ -185,30 +192,6 @@ def _generate(args: argparse.Namespace, file: Path, questions: Sequence[Question
     terminal.message(result.summary())
     weights, limit = model.generator.weights, args.max_new_tokens or 200
     return f"checkpoint {model.directory}, greedy, {args.dtype}, weights in {weights}, at most {limit} tokens"
-
-
-def _score(
-    args: argparse.Namespace, built: BuiltBenchmark, answer_files: Mapping[str, Path], terms: TermFinder
-) -> dict[str, list[scoring.ScoredAnswer]]:
-    """Score the answers of all models and write scores/."""
-    scored = {}
-    (args.out / "scores").mkdir(parents=True, exist_ok=True)
-    for name, file in answer_files.items():
-        answers = model_answers.read_answers(file, built.questions)
-        terminal.message(f"scoring {name}")
-        scored[name] = scoring.score(built.questions, answers, terms)
-        write_json_lines(args.out / "scores" / f"{_stem(name)}.jsonl", (a.to_dict() for a in scored[name]))
-    return scored
-
-
-def _find_leaks(args: argparse.Namespace, benchmark: Benchmark, built: BuiltBenchmark) -> list[dict] | None:
-    """Write leaks.jsonl; returns None without an index."""
-    if not benchmark.index:
-        return None
-    terminal.message(f"searching {benchmark.index} for test studies and scans; this reads all scans")
-    leaks = find_leaks(built.questions, benchmark.index)
-    write_json_lines(args.out / "leaks.jsonl", leaks)
-    return leaks
 
 
 def _clinical(answers: Sequence[scoring.ScoredAnswer], names: Sequence[str]) -> dict:

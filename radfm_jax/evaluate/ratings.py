@@ -47,7 +47,6 @@ def write_sheet(
     Args:
       scored: model -> its answers to all questions, in the same order.
       cases: number of questions, sampled evenly from the open tasks (from all tasks if none is open).
-      references: show the reference answers.
     Raises:
       ValueError: FILE.key.json is the key of another sheet.
     """

@@ -20,8 +20,8 @@ TITLES = {
     "auc": "AUC", "calibration_error": "ECE", "exact": "exact match",
 }  # fmt: skip
 TEXT_METRICS = ("bleu", "rouge", "umls_precision", "umls_recall", "exact")
-GROUPINGS = {"task": lambda q: (), "data set": lambda q: (q.dataset,), "modality": lambda q: (q.modality,),
-             "anatomy": lambda q: (q.anatomy,)}  # fmt: skip
+# kind of part -> the field of a question that names it
+GROUPINGS = {"task": None, "data set": "dataset", "modality": "modality", "anatomy": "anatomy"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,21 +90,20 @@ def score_rows(
 ) -> list[ScoreRow]:
     """Return the rows of all tasks, then of their data sets, modalities and anatomies where known."""
     rows = []
-    for grouping, group_of in GROUPINGS.items():
-        parts: dict[tuple, list[ScoredAnswer]] = {}
+    for grouping, field in GROUPINGS.items():
+        parts: dict[tuple[str, str], list[ScoredAnswer]] = {}
         for answer in scored:
-            parts.setdefault((answer.question.task, *group_of(answer.question)), []).append(answer)
-        for (task, *group), answers in parts.items():
-            if group == [""]:
-                continue
+            group = getattr(answer.question, field) if field else ""
+            if group or not field:
+                parts.setdefault((answer.question.task, group), []).append(answer)
+        for (task, group), answers in parts.items():
             values = intervals(answers, resamples=resamples, seed=seed, by_study=by_study)
             without = {
                 name: count for name in values
                 if name in answers[0].values and (count := sum(bool(np.isnan(a.values[name])) for a in answers))
             }  # fmt: skip
             failed, studies = sum(bool(a.error) for a in answers), len(set(_studies(answers)))
-            name = group[0] if group else ""
-            rows.append(ScoreRow(model, task, grouping, name, len(answers), failed, studies, values, without))
+            rows.append(ScoreRow(model, task, grouping, group, len(answers), failed, studies, values, without))
     return rows
 
 

@@ -50,7 +50,5 @@ class AnswerText:
     def _partial_stop(self, text: str) -> int:
         """Return the number of characters at the end of `text` that may start a stop text."""
         longest = max((len(stop) - 1 for stop in self._stop), default=0)
-        for n in range(min(longest, len(text)), 0, -1):
-            if any(stop.startswith(text[-n:]) for stop in self._stop):
-                return n
-        return 0
+        lengths = range(min(longest, len(text)), 0, -1)
+        return next((n for n in lengths if any(stop.startswith(text[-n:]) for stop in self._stop)), 0)

@@ -64,7 +64,6 @@ def answer_file(
 
     Args:
       root: directory of relative scan paths; None: the directory of `file`.
-      batch: number of prompts per batch.
       place: see `inputs.encode_prompt`.
       model: name of the model, recorded with each answer.
       checkpoint: digest of the weights (checkpoint.digest); "" if `model` identifies them.

@@ -42,10 +42,8 @@ HELP = "/scan FILE adds a scan, /scans lists them, /new clears scans and history
 
 def add_model_options(group, *, required: bool = False) -> None:
     """Add the options that select and load a model; `load` reads them."""
-    group.add_argument(
-        "--checkpoint", required=required, type=Path, metavar="DIR",
-        help="a checkpoint, or a training run (its best checkpoint, else its newest)",
-    )  # fmt: skip
+    group.add_argument("--checkpoint", required=required, type=Path, metavar="DIR", help="a checkpoint, or a training "
+                       "run (its best checkpoint, else its newest)")  # fmt: skip
     group.add_argument("--tokenizer", type=Path, metavar="FILE", help="SentencePiece model, if the checkpoint has none")
     group.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of the computation "
                        "and of the decoder's weights (default: float32)")  # fmt: skip
@@ -69,9 +67,8 @@ def parser() -> argparse.ArgumentParser:
     scans = top.add_argument_group("scans")
     scans.add_argument("--scan", action="append", default=[], metavar="PATH", help="NIfTI, DICOM file or series, PNG, "
                        "JPEG, TIFF or .npy; repeat for more")  # fmt: skip
-    scans.add_argument(
-        "--place", choices=inputs.PLACES, default="first", help="position of scans without marks (default: first)"
-    )
+    scans.add_argument("--place", choices=inputs.PLACES, default="first", help="position of scans without marks "
+                       "(default: first)")  # fmt: skip
     scans.add_argument("--volume", type=int, help="index of the volume in 4D files, from 0")
     scans.add_argument("--window", help="name of a CT window, or LOW,HIGH in the unit of the scan")
     scans.add_argument("--context", default="", help="clinical context, inserted before the question")
@@ -124,10 +121,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(args: argparse.Namespace) -> int:
-    sampling = Sampling(
-        args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.repetition_penalty, args.seed,
-        tuple(args.stop),
-    )  # fmt: skip
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "stop")
+    sampling = Sampling(**{name: getattr(args, name) for name in names})
     # Check all inputs before the slower steps: loading a model, then reading scans.
     scans = [_scan(args, path) for path in args.scan]
     if args.jsonl and args.jsonl.is_file():

@@ -34,7 +34,6 @@ class Generator:
     """Generates answers to batches of prompts; see the module docstring.
 
     Args:
-      config: model sizes and compute dtype.
       params: as stored in a checkpoint, on `mesh`.
       mesh: None: one device. Batch rows are sharded over `data` and `fsdp`, heads of the cache over `tensor`.
       tokenizer: without it, prompts and answers are tokens only.
@@ -184,11 +183,9 @@ class Generator:
     def prompts(self, requests: Sequence[Request]) -> list[Prompt]:
         """Return the tokens of several requests, whose scans are encoded together.
 
-        All texts are checked before any scan is read, because reading can take minutes.
-
-        Raises:
-          ValueError: a mark has no scan or a scan no mark, a scan cannot be used, or the prompt is empty; the tokenizer
-            or the preparation is missing.
+        All texts are checked before any scan is read, because reading can take minutes. Raises ValueError if a mark has
+        no scan or a scan no mark, a scan cannot be used, the prompt is empty, or the tokenizer or the preparation is
+        missing.
         """
         texts = [self.encode_text(r) for r in requests]
         encoded, latents = self._encode(requests), self.config.num_latents
@@ -237,8 +234,7 @@ class Generator:
         """
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk must be at least 1 token (got {chunk})")
-        requests = [p for p in prompts if isinstance(p, Request)]
-        tokenized = iter(self.prompts(requests) if requests else ())
+        tokenized = iter(self.prompts([p for p in prompts if isinstance(p, Request)]))
         prompts = [next(tokenized) if isinstance(p, Request) else p for p in prompts]
         if not prompts:
             return
@@ -250,13 +246,9 @@ class Generator:
             batch.decode(chunk)
 
     def token_limit(self, prompt: Prompt, sampling: Sampling, name: str = "the prompt") -> int:
-        """Return the maximum number of tokens of the answer.
+        """Return the maximum number of tokens of the answer. `name` is that of the prompt in messages.
 
-        Args:
-          name: of the prompt, for messages.
-        Raises:
-          ValueError: the prompt is invalid.
-          GenerationError: it is too long.
+        Raises ValueError if the prompt is invalid, GenerationError if it is too long.
         """
         ids, index = np.asarray(prompt.ids), np.asarray(prompt.visual_index)
         slots, last = 0 if prompt.visual is None else len(prompt.visual), self.config.image_id + 1

@@ -77,11 +77,7 @@ def restricted(logits: jax.Array, temperature: jax.Array, top_k: jax.Array, top_
     """Return scores float32[B, V] to sample from: logits over temperature, -inf for excluded tokens.
 
     A token tied with the last included one is included too, so the result does not depend on the order of ids.
-
-    Args:
-      temperature: float32[], above 0.
-      top_k: int32[], 0 for all.
-      top_p: float32[] in (0, 1].
+    temperature: float32[], above 0. top_k: int32[], 0 for all. top_p: float32[] in (0, 1].
     """
     v = logits.shape[-1]
     scores = logits / temperature
@@ -96,11 +92,9 @@ def restricted(logits: jax.Array, temperature: jax.Array, top_k: jax.Array, top_
 
 
 def draw(scores: jax.Array, keys: jax.Array, steps: jax.Array) -> jax.Array:
-    """Sample tokens int32[B] from float32[B, V] scores.
+    """Sample tokens int32[B] from scores float32[B, V].
 
-    Args:
-      keys: uint32[B, 2], key data of each row.
-      steps: int32[B], number of the token in each row's answer.
+    keys: uint32[B, 2], key data of each row. steps: int32[B], number of the token in each row's answer.
     """
 
     def sample(key, step, row):
