@@ -184,7 +184,6 @@ def wilson(correct: int, n: int, z: float = 1.959964) -> tuple[float, float]:
 
 
 def _by_scans(matches: Sequence[ExactMatch]) -> dict[str, list[Accuracy]]:
-    """Return the accuracies by `scans_of`."""
     kinds = dict.fromkeys(match.scans_of for match in matches)
     return {kind: accuracies(match for match in matches if match.scans_of == kind) for kind in kinds}
 

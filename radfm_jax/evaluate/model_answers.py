@@ -71,7 +71,7 @@ def generate_answers(
     new_file = questions_file.with_suffix(".new.jsonl")
     write_questions(questions, new_file)
     try:
-        # All paths are absolute. Scoring would reject unknown ids after hours of generation.
+        # All scan paths are absolute. Unknown ids are rejected now: scoring would do so after hours of generation.
         result = answer_file(
             generator, new_file, answers_file, sampling, root=Path("/"), batch=batch, model=model,
             checkpoint=checkpoint, progress=progress, watch=(*yes, *no), extra_fields=probability_fields,
