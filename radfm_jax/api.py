@@ -28,25 +28,14 @@ CHUNK = 8  # tokens per piece of a streamed answer
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A RadFM model with its parameters.
+    """A RadFM model with its parameters."""
 
-    Attributes:
-      config: sizes and compute dtype (`config.with_compute(dtype="bfloat16")`).
-      params: a dict of arrays.
-      directory: the checkpoint it was loaded from; None for a model built in memory.
-      mesh: the mesh of the parameters; None for one device.
-      tokenizer_file: SentencePiece model, if the directory has none.
-      prepared: how its scans are prepared; None: as the checkpoint says.
-    """
-
-    config: radfm.RadFMConfig
+    config: radfm.RadFMConfig  # sizes and compute dtype (`config.with_compute(dtype="bfloat16")`)
     params: dict
-    directory: Path | None = None
-    mesh: jax.sharding.Mesh | None = None
-    tokenizer_file: Path | None = None
-    prepared: inputs.Preparation | None = None
-
-    # --- answers ------------------------------------------------------------------------------------------------------
+    directory: Path | None = None  # the checkpoint it was loaded from; None for a model built in memory
+    mesh: jax.sharding.Mesh | None = None  # the mesh of the parameters; None for one device
+    tokenizer_file: Path | None = None  # SentencePiece model, if the directory has none
+    prepared: inputs.Preparation | None = None  # how its scans are prepared; None: as the checkpoint says
 
     def answer(
         self,
@@ -87,12 +76,8 @@ class Model:
     def answers(self, requests: Sequence[Request | tuple], **options) -> list[str]:
         """Answer several questions in one batch, with the same results as `answer`.
 
-        Question i is sampled with seed + i.
-
-        Args:
-          requests: inference.Request, or (prompt, scans).
-        Raises:
-          ValueError: any of them has no answer.
+        A request is an inference.Request or (prompt, scans). Question i is sampled with seed + i. Raises ValueError if
+        any of them has no answer.
         """
         if invalid := [r for r in requests if not isinstance(r, Request | tuple)]:
             raise ValueError(f"{invalid[0]!r} is not a request: pass (prompt, scans) or a Request")
@@ -157,29 +142,22 @@ class Model:
 
     @functools.cached_property
     def generator(self) -> Generator:
-        """The generator of this model."""
         tokenizer = preparation = None
         with contextlib.suppress(ValueError):  # raised when a request needs it
             tokenizer = self.tokenizer
         with contextlib.suppress(ValueError):
             preparation = self.preparation
-        length = {} if preparation is None else {"length": preparation.text_length}
-        return Generator(
-            self.config, self.params, tokenizer=tokenizer, preparation=preparation, mesh=self.mesh, **length
-        )
-
-    # --- logits -------------------------------------------------------------------------------------------------------
+        options = {} if preparation is None else {"preparation": preparation, "length": preparation.text_length}
+        return Generator(self.config, self.params, tokenizer=tokenizer, mesh=self.mesh, **options)
 
     def logits(self, ids, vision=None, attention_mask=None) -> jax.Array:
-        """Return the logits of every position, in the layout of the released model.
+        """Return the logits float32[B, L, V] of every position, in the layout of the released model.
 
         Args:
           ids: int[B, L]. Below V: text; V `<image>`, V + 1 `</image>`; V + 2 + 32 s + j: visual token j of scan s.
           vision: float[B, S, 3, H, W, D], values in [0, 1]; H and W multiples of 32, D of 4. None: no scans.
             Values far outside that range cause a warning: training used min-max scaled intensities.
           attention_mask: int or bool[B, L]; no token attends to one whose mask is 0.
-        Returns:
-          float32[B, L, V].
         Raises:
           ValueError: ids are out of range, sizes do not match, or voxels are not finite.
         """
@@ -191,10 +169,8 @@ class Model:
         These are vit float[B, S, P, D] (patch tokens), perceiver float[B, S, 32, D], visual_tokens
         float[B, S, 32, E] and embeddings float[B, L, E] (text and scans fused). A sharded model runs on its mesh.
         """
-        c = self.config
-        ids = np.asarray(ids)
-        text_only = vision is None or np.shape(vision)[1:2] == (0,)
-        if text_only:
+        c, ids = self.config, np.asarray(ids)
+        if vision is None or np.shape(vision)[1:2] == (0,):
             # The network needs at least one scan; no token may refer to this placeholder.
             if ids.size and ids.max() >= c.llama.vocab_size + 2:
                 raise ValueError(f"ids contain {ids.max()}, a visual token, but there is no scan: pass vision")
@@ -210,15 +186,9 @@ class Model:
                 stacklevel=3,
             )
         batch = plain_rows(
-            ids,
-            vision,
-            attention_mask,
-            vocab_size=c.llama.vocab_size,
-            num_latents=c.num_latents,
-            patch=c.vision.patch,
-            channels=c.vision.channels,
-            tables=c.vision.tables,
-        )
+            ids, vision, attention_mask, vocab_size=c.llama.vocab_size, num_latents=c.num_latents,
+            patch=c.vision.patch, channels=c.vision.channels, tables=c.vision.tables,
+        )  # fmt: skip
         with jax.set_mesh(self.mesh) if self.mesh is not None else contextlib.nullcontext():
             return _forward(c, self.params, batch)
 
@@ -266,15 +236,13 @@ def load(
     config = checkpoint.model_config(checkpoint.read_description(directory), directory)
     boxed = radfm.abstract_params(config)
     stored = checkpoint.ParamReader(directory).dtypes
-    abstract = checkpoint.unflatten(
-        {
-            path: jax.ShapeDtypeStruct(leaf.shape, param_dtype or stored.get(path, leaf.dtype))
-            for path, leaf in checkpoint.flatten(nn.unbox(boxed)).items()
-        }
-    )
+    abstract = {
+        path: jax.ShapeDtypeStruct(leaf.shape, param_dtype or stored.get(path, leaf.dtype))
+        for path, leaf in checkpoint.flatten(nn.unbox(boxed)).items()
+    }
     shardings = sharding.param_shardings(boxed, mesh)[0] if mesh is not None else None
     restore = quantised.restore_params if int8 else checkpoint.restore_params
-    params = restore(directory, abstract, shardings)
+    params = restore(directory, checkpoint.unflatten(abstract), shardings)
     tokenizer = None if tokenizer is None else Path(tokenizer)
     return Model(config.with_compute(dtype=dtype), params, directory, mesh, tokenizer, prepared)
 
@@ -282,8 +250,7 @@ def load(
 def preparation_of(directory, config: radfm.RadFMConfig) -> inputs.Preparation:
     """Return the preparation of scans for a checkpoint: that of its training run; for converted weights, `RELEASED`.
 
-    Raises:
-      ValueError: the checkpoint does not record it.
+    Raises ValueError if the checkpoint does not record it.
     """
     path = Path(directory) / run_directory.RUN
     try:
@@ -309,25 +276,21 @@ _PREPARED = (
 def save(model: Model, directory) -> None:
     """Write a checkpoint directory atomically, from one process that has all parameters.
 
-    The other files of the loaded checkpoint (tokenizer, unused tensors of a released file) are copied.
-
-    Raises:
-      ValueError: `directory` exists, the disk is too small, weights are int8, or there are several processes.
+    The other files of the loaded checkpoint (tokenizer, unused tensors of a released file) are copied. Raises
+    ValueError if `directory` exists, the disk is too small, weights are int8, or there are several processes.
     """
     if any(x.dtype == np.int8 for x in jax.tree.leaves(model.params)):
         raise ValueError("int8 weights cannot be saved: load the model without int8 and save that")
     if jax.process_count() > 1:
         raise ValueError("save needs a single process: gather the parameters in one process and save there")
-    extra_files = []
+    extra_files, source = [], {}
     if model.directory is not None:
         extra_files = [p for n in (*checkpoint.EXTRA_FILES, run_directory.RUN) if (p := model.directory / n).is_file()]
+        source = checkpoint.read_description(model.directory).get("source", {})
     size = sum(x.nbytes for x in jax.tree.leaves(model.params)) + sum(p.stat().st_size for p in extra_files)
     checkpoint.require_space(directory, size + size // 50, f"saving {directory}")
     with checkpoint.new_directory(directory) as partial:
         checkpoint.save_params(partial, model.params)
-        source = {}
-        if model.directory is not None:
-            source = checkpoint.read_description(model.directory).get("source", {})
         for path in extra_files:
             shutil.copyfile(path, partial / path.name)
         checkpoint.write_description(partial, "radfm", model.config.to_dict(), source=source)

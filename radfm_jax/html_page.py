@@ -15,11 +15,7 @@ from input_pipeline.inspect.escaping import POLICY, visible
 
 
 def head(title: str, style: str, policy: str = POLICY) -> Iterator[str]:
-    """Yield the head of a page and the start of its body.
-
-    Args:
-      policy: the Content-Security-Policy; the default forbids scripts.
-    """
+    """Yield the head of a page and the start of its body. The default Content-Security-Policy forbids scripts."""
     yield '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
     yield f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
     yield '<meta name="viewport" content="width=device-width, initial-scale=1">'

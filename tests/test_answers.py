@@ -10,6 +10,8 @@ from generation_parts import PREPARED, greedy, train_tokenizer, write_run, write
 from PIL import Image
 
 import radfm_jax
+from input_pipeline.batching.collate import LoadedRow, ScanPlanes, collate_batch, collate_row
+from input_pipeline.batching.plan import RowLimits
 from input_pipeline.samples import Scan
 from input_pipeline.text.tokenizer import Tokenizer
 from radfm_jax.checkpoints import checkpoint
@@ -37,6 +39,23 @@ def model(run):
     return radfm_jax.load(run)
 
 
+def one_row(encoded, volumes, num_latents: int) -> dict[str, np.ndarray]:
+    """Return a batch of one row with this prompt and its scans."""
+    numbers = [int(scan.path) for scan in encoded.scans]
+    shown = {number: ScanPlanes.of(volumes[number]) for number in numbers}
+    limits = RowLimits(
+        text_length=len(encoded.ids),
+        vision_rows=max(len(volumes), 1),
+        patch_length=max((len(p.plane_index) for p in shown.values()), default=1),
+        planes=max(sum(len(p.planes) for p in shown.values()), 1),
+        scans=max(len(volumes), 1),
+    )
+    row = LoadedRow([encoded], [numbers], {number: number for number in numbers}, shown)
+    dtype = volumes[0].voxels.dtype if volumes else np.dtype(np.uint8)
+    arrays = collate_row(row, limits, num_latents=num_latents, plane_dtype=dtype)
+    return collate_batch([(arrays, None)], limits.planes).arrays
+
+
 def test_answers_are_those_of_the_plain_forward_pass(model, scans):
     """Compare with the plain forward pass over prompt and scans in one training row."""
     files = [scans / "ct.nii.gz", scans / "film.png"]
@@ -45,7 +64,7 @@ def test_answers_are_those_of_the_plain_forward_pass(model, scans):
     encoded = inputs.encode_prompt(prompt, 2, model.tokenizer, model.preparation)
     n = len(encoded.ids)
     volumes = inputs.read_scans(files, model.preparation)
-    row = inputs.one_row(encoded, volumes, 4)
+    row = one_row(encoded, volumes, 4)
     assert [v.shape for v in volumes] == [(32, 32, 8), (64, 64, 4)]
     # Append the answer to the row; the pass is causal.
     pad = lambda x, value: np.pad(x, ((0, 0), (0, 6)), constant_values=value)  # noqa: E731

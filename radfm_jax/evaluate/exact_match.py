@@ -9,7 +9,6 @@ OUT/accuracy.json     the table
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -49,11 +48,7 @@ FEW = 10  # up to so many questions of a source get a row each; up to so many re
 
 @dataclasses.dataclass(frozen=True)
 class ExactMatch:
-    """A sample, and whether the model gives its reference.
-
-    Attributes:
-      scans_of: `own`, or `another` sample (the control).
-    """
+    """A sample, and whether the model gives its reference."""
 
     source: str
     row_id: str
@@ -62,24 +57,19 @@ class ExactMatch:
     question: str
     reference: str
     exact: bool
-    scans_of: str = "own"
+    scans_of: str = "own"  # or `another` sample (the control)
 
 
 @dataclasses.dataclass(frozen=True)
 class Accuracy:
-    """Exact-match accuracy on one kind of question.
-
-    Attributes:
-      exact: accuracy. low, high: its 95 % interval (Wilson).
-      balanced: mean of the accuracies of each reference; None if there are more than `FEW` references.
-    """
+    """Exact-match accuracy on one kind of question."""
 
     kind: str
     samples: int
     exact: float
-    low: float
+    low: float  # of the 95 % interval of `exact` (Wilson)
     high: float
-    balanced: float | None
+    balanced: float | None  # mean of the accuracies of each reference; None if there are more than `FEW` references
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -108,8 +98,7 @@ def main(argv: list[str] | None = None) -> int:
 def evaluate(config: Experiment, params: dict, *, control: bool = True, progress: bool = True) -> list[ExactMatch]:
     """Score all samples of the test sources; with `control`, a second time with the scans of another sample.
 
-    Raises:
-      ValueError: the data are invalid.
+    Raises ValueError if the data are invalid.
     """
     step = jax.jit(functools.partial(_exact, config.compute, config.train.step.weighting, config.train.chunk))
     scored = []
@@ -117,9 +106,10 @@ def evaluate(config: Experiment, params: dict, *, control: bool = True, progress
         data = dataclasses.replace(config.data, shuffle_scans=shuffled)
         scans_of = "another" if shuffled else "own"
         texts = _Texts(data)
-        with contextlib.ExitStack() as opened:
-            rows = opened.enter_context(Rows(data, "test", batch=config.train.batch, epochs=1))
-            bar = opened.enter_context(Progress(console=console.stderr, disable=not progress))
+        with (
+            Rows(data, "test", batch=config.train.batch, epochs=1) as rows,
+            Progress(console=console.stderr, disable=not progress) as bar,
+        ):
             task = bar.add_task(f"scoring with {scans_of} scans", total=len(rows.mixture))
             for infos, arrays in prefetch(batches(rows), lambda batch: (batch.rows, batch.arrays)):
                 exact = jax.device_get(step(params, arrays))
@@ -163,9 +153,6 @@ class _Texts:
         return texts["instruction"], texts["response"] or texts["interleaved"]
 
 
-# --- tables -----------------------------------------------------------------------------------------------------------
-
-
 def accuracies(matches: Iterable[ExactMatch]) -> list[Accuracy]:
     """Return the accuracy by source, and by question if the source has few of them."""
     by_source: dict[str, dict[str, list[ExactMatch]]] = {}
@@ -197,7 +184,6 @@ def wilson(correct: int, n: int, z: float = 1.959964) -> tuple[float, float]:
 
 
 def _by_scans(matches: Sequence[ExactMatch]) -> dict[str, list[Accuracy]]:
-    """Return the accuracies by `scans_of`."""
     kinds = dict.fromkeys(match.scans_of for match in matches)
     return {kind: accuracies(match for match in matches if match.scans_of == kind) for kind in kinds}
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import itertools
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ COLOURS = (
     "#8fbf3f", "#1b1f5e",
 )  # fmt: skip
 GRAYS = ("#c9ced4", "#9aa1a9", "#5f666e")
+PUBLISHED = {f"{name}, published": gray for name, gray in zip(published.MODELS, GRAYS, strict=True)}
 
 
 def _pyplot():
@@ -55,17 +57,14 @@ def radar(rows: Sequence[ScoreRow], file: Path, comparable: Collection[str] = tu
     axes.set_theta_offset(np.pi / 2)
     axes.set_theta_direction(-1)
     means = averages(rows, comparable)
-    own = list(dict.fromkeys(row.model for row in rows))
+    colours = PUBLISHED | _colours(row.model for row in rows)
     for model, tasks in means.items():
-        is_published = model.endswith(", published")
-        colour = (
-            GRAYS[published.MODELS.index(model.removesuffix(", published"))] if is_published else _colour(own, model)
-        )
+        is_published = model in PUBLISHED
         # nan breaks the line at a task without a value.
         radii = [np.log10(max(100 * tasks[task], 1)) if task in tasks else np.nan for task in TASKS]
         axes.plot(
-            [*angles.values(), 0.0], [*radii, radii[0]], "--" if is_published else "-", color=colour, label=model,
-            marker="o", markersize=4, linewidth=1.2 if is_published else 2,
+            [*angles.values(), 0.0], [*radii, radii[0]], "--" if is_published else "-", color=colours[model],
+            label=model, marker="o", markersize=4, linewidth=1.2 if is_published else 2,
         )  # fmt: skip
     axes.set_xticks(list(angles.values()), [name.replace(" ", "\n", 1) for name in TASKS.values()])
     axes.set_ylim(0, 2)
@@ -86,7 +85,8 @@ def bars(rows: Sequence[ScoreRow], file: Path, comparable: Collection[str] = tup
     figure, panels = pyplot.subplots(
         1, len(TASKS), figsize=(14, 3.6), sharey=True, layout="constrained", gridspec_kw={"width_ratios": widths}
     )
-    names = [f"{name}, published" for name in published.MODELS] + own
+    colours = PUBLISHED | _colours(own)
+    names = [*PUBLISHED, *own]
     step = 0.84 / len(names)
     for panel, task in zip(panels, TASKS, strict=True):
         task_metrics = list(published.TABLE[task])
@@ -95,19 +95,17 @@ def bars(rows: Sequence[ScoreRow], file: Path, comparable: Collection[str] = tup
             if name in own:
                 row = task_rows.get((name, task))
                 values = {m: (i.value, i.low, i.high) for m, i in row.metrics.items()} if row else {}
-                colour = _colour(own, name)
             else:
-                values, colour = published.values(published.MODELS[k], task), GRAYS[k]
+                values = published.values(published.MODELS[k], task)
             for x, metric in enumerate(task_metrics):
                 value, low, high = (100 * v for v in values.get(metric, (np.nan,) * 3))
                 if np.isfinite(value):
                     error = [[max(value - low, 0)], [max(high - value, 0)]]
                     position = x + step * (k - (len(shown) - 1) / 2)
-                    panel.bar(position, value, step, color=colour, label=name)
+                    panel.bar(position, value, step, color=colours[name], label=name)
                     panel.errorbar(position, value, error, color="#222", linewidth=0.8)
-        panel.set_xticks(
-            range(len(task_metrics)), [scoring.TITLES[m].replace("S-", "S\n") for m in task_metrics], fontsize=8
-        )
+        labels = [scoring.TITLES[m].replace("S-", "S\n") for m in task_metrics]
+        panel.set_xticks(range(len(labels)), labels, fontsize=8)
         panel.set_title(TASKS[task].replace(" ", "\n", 1), fontsize=10)
         panel.set_ylim(0, 100)
     panels[0].set_ylabel("%")
@@ -117,23 +115,23 @@ def bars(rows: Sequence[ScoreRow], file: Path, comparable: Collection[str] = tup
     _save(pyplot, figure, file)
 
 
-def _colour(own: Sequence[str], model: str) -> str:
-    return COLOURS[list(own).index(model) % len(COLOURS)]
+def _colours(models: Iterable[str]) -> dict[str, str]:
+    """Return model -> colour, the same in all figures."""
+    return dict(zip(dict.fromkeys(models), itertools.cycle(COLOURS), strict=False))
 
 
 def calibration(scored: Mapping[str, Sequence[ScoredAnswer]], file: Path) -> bool:
     """Draw calibration, histogram and ROC curves of the probability of yes. Returns False if no model recorded it."""
-    curves = {}
-    for model, answers in scored.items():
-        answers = [a for a in answers if a.question.task == "diagnosis"]
-        if answers and scoring.probability_metrics(answers):
-            curves[model] = scoring.probabilities(answers)
+    diagnoses = {m: [a for a in answers if a.question.task == "diagnosis"] for m, answers in scored.items()}
+    curves = {
+        m: scoring.probabilities(answers) for m, answers in diagnoses.items() if scoring.probability_metrics(answers)
+    }
     if not curves:
         return False
     pyplot = _pyplot()
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
     for model, (score, positive) in curves.items():
-        colour = _colour(list(scored), model)  # as in the other figures
+        colour = _colours(scored)[model]
         bins = metrics.bin_of(score, 10)
         counts = np.bincount(bins, minlength=10)
         filled = counts > 0
@@ -150,11 +148,10 @@ def calibration(scored: Mapping[str, Sequence[ScoredAnswer]], file: Path) -> boo
     for axes in (left, right):
         axes.plot([0, 1], [0, 1], ":", color="#888")
         axes.set_aspect("equal")
+        axes.legend(frameon=False, fontsize=8)
     left.set(xlabel='probability of "yes"', ylabel="share of yes", title="calibration, ten bins")
     middle.set(xlabel='probability of "yes"', ylabel="questions", title="distribution")
     right.set(xlabel="false positive rate", ylabel="true positive rate", title="ROC")
-    for axes in (left, right):
-        axes.legend(frameon=False, fontsize=8)
     _save(pyplot, figure, file)
     return True
 
@@ -169,9 +166,8 @@ def lengths(scored: Mapping[str, Sequence[ScoredAnswer]], file: Path) -> None:
         texts = {"reference": [a.question.references[0] for a in first if a.question.task == task]}
         texts |= {m: [a.answer.text for a in answers if a.question.task == task] for m, answers in scored.items()}
         counts = [[len(text.split()) for text in model_texts] for model_texts in texts.values()]
-        panel.boxplot(
-            counts, orientation="horizontal", whis=(5, 95), showfliers=False, tick_labels=list(texts), widths=0.5
-        )
+        options = {"orientation": "horizontal", "whis": (5, 95), "showfliers": False, "widths": 0.5}
+        panel.boxplot(counts, tick_labels=list(texts), **options)
         panel.invert_yaxis()
         panel.set(title=TASKS[task], xlabel="words (box: quartiles, whiskers: 5 and 95 %)")
         panel.xaxis.label.set_fontsize(7)

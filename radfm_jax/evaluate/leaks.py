@@ -16,12 +16,9 @@ from radfm_jax.evaluate.radbench import Question
 def find_leaks(questions: Iterable[Question], directory: Path | str) -> list[dict]:
     """Return the questions whose study, or the file of whose scan, is in the training data.
 
-    Studies are compared by name and files by SHA-256, so renamed copies are detected, but edited images are not.
-
-    Args:
-      directory: an index written by `prepare`. All rows of its training sources count, including skipped ones.
-    Raises:
-      ValueError: the directory has no index.
+    Studies are compared by name and files by SHA-256, so renamed copies are detected, but edited images are not. All
+    rows of the training sources of the index (written by `prepare`) count, including skipped ones. Raises ValueError if
+    the directory has no index.
     """
     index, questions = Index(directory), list(questions)
     training = {name for name, source in index.tables.items() if source["split"] == "train"}

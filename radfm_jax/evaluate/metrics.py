@@ -1,14 +1,7 @@
 """Metrics of one answer, and statistics of many with confidence intervals (paper, section 5.1).
 
-Functions of one answer: `closest_choice` and `named_choice` (closed questions), `bleu1`, `rouge1`, `medical_overlap`,
-`exact`. Statistics of many are functions of weights w [n], one per sample: the number of times that a bootstrap
+A statistic of many answers is a function of weights w [n], one per sample: the number of times that a bootstrap
 resample drew the sample.
-
-    mean(x)              sum w x / sum w over the samples that have a value
-    f1, macro_f1         of one class; mean over the classes that are references
-    balanced_accuracy    mean of the accuracy over the reference classes
-    auc                  probability that a positive has a higher score than a negative; ties count half
-    calibration_error    expected calibration error
 """
 
 from __future__ import annotations
@@ -28,9 +21,6 @@ Statistic = Callable[[np.ndarray], float]
 _WORD = re.compile(r"[^\W_]+")
 
 
-# --- one answer -------------------------------------------------------------------------------------------------------
-
-
 def closest_choice(answer: str, choices: Sequence[str]) -> str | None:
     """Return the choice with the highest difflib ratio to the answer, ignoring case; the first one of a tie.
 
@@ -47,9 +37,6 @@ def named_choice(answer: str, names: Mapping[str, Sequence[str]]) -> str | None:
 
     Names match whole words, ignoring case and plural; the longest of several names at one position counts. This is not
     the paper's metric: it finds CT in "This is a CT scan.", where `closest_choice` returns Ultrasound.
-
-    Args:
-      names: choice -> its names.
     """
     answer, matches = re.sub("[\u2010-\u2015\u2212]", "-", answer), []  # all hyphens and dashes
     for choice, choice_names in names.items():
@@ -117,9 +104,6 @@ def medical_overlap(answer: str, references: Sequence[str], terms: TermFinder) -
     return max(pairs, key=lambda pair: np.nansum(pair))
 
 
-# --- many answers -----------------------------------------------------------------------------------------------------
-
-
 def mean(values: np.ndarray) -> Statistic:
     """Mean of values float[n], without the samples whose value is nan."""
     counts = np.isfinite(values)
@@ -160,7 +144,10 @@ def _over_classes(statistics: list[Statistic], reference: Sequence, classes: lis
 
 
 def auc(score: np.ndarray, positive: np.ndarray) -> Statistic:
-    """Area under the ROC curve of score float[n] for positive bool[n]; nan if all are positive or none is."""
+    """Area under the ROC curve of score float[n] for positive bool[n]; nan if all are positive or none is.
+
+    This is the probability that a positive has a higher score than a negative; ties count half.
+    """
     score, positive = np.asarray(score, float), np.asarray(positive, bool)
     order = np.argsort(score, kind="stable")
     ranked, is_yes = score[order], positive[order]
@@ -198,9 +185,6 @@ def _ratio(part: float, whole: float) -> float:
     return float(part / whole) if whole > 0 else float("nan")
 
 
-# --- intervals --------------------------------------------------------------------------------------------------------
-
-
 @dataclasses.dataclass(frozen=True)
 class Interval:
     """A statistic with its 95 % confidence interval; nan where it has no value."""
@@ -211,18 +195,12 @@ class Interval:
 
 
 def bootstrap(
-    statistics: Mapping[str, Statistic],
-    clusters: Sequence[Hashable],
-    resamples: int = 1000,
-    seed: int = 0,
+    statistics: Mapping[str, Statistic], clusters: Sequence[Hashable], resamples: int = 1000, seed: int = 0
 ) -> dict[str, Interval]:
     """Return percentile intervals by resampling clusters with replacement (Efron 1979).
 
-    All statistics see the same resamples. scipy.stats.bootstrap cannot resample clusters.
-
-    Args:
-      clusters: cluster of each sample. Unique values resample single samples. With studies as clusters, the samples of
-        a study are drawn together, because they are correlated.
+    All statistics see the same resamples. scipy.stats.bootstrap cannot resample clusters. Unique clusters resample
+    single samples. With studies as clusters, the samples of a study are drawn together, because they are correlated.
     """
     numbers = {cluster: k for k, cluster in enumerate(dict.fromkeys(clusters))}
     cluster_of = np.array([numbers[cluster] for cluster in clusters], int)

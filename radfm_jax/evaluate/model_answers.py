@@ -24,28 +24,19 @@ from radfm_jax.inference import Answer, Generator, Sampling
 from radfm_jax.inference.batch_files import raise_problems
 from radfm_jax.inference.batch_run import BatchResult, answer_file
 
+FAILED = ".failed.jsonl"
 SPELLINGS = {"yes": ("yes", "Yes", "YES"), "no": ("no", "No", "NO")}
 
 
 @dataclasses.dataclass(frozen=True)
 class RecordedAnswer:
-    """The answer of a model to a question, as its file records it.
-
-    Attributes:
-      p_yes: probability of "yes" relative to "yes" and "no"; None if not recorded.
-      tokens: length of the answer; None if not recorded.
-      ended: see inference.Answer; "" if not recorded.
-      error: why there is no answer; "" if there is one.
-    """
+    """The answer of a model to a question, as its file records it. A value that the file lacks is None or ""."""
 
     text: str
-    p_yes: float | None = None
-    tokens: int | None = None
-    ended: str = ""
-    error: str = ""
-
-
-# --- answers of a checkpoint ------------------------------------------------------------------------------------------
+    p_yes: float | None = None  # probability of "yes" relative to "yes" and "no"
+    tokens: int | None = None  # length of the answer
+    ended: str = ""  # see inference.Answer
+    error: str = ""  # why there is no answer
 
 
 def generate_answers(
@@ -80,29 +71,17 @@ def generate_answers(
     new_file = questions_file.with_suffix(".new.jsonl")
     write_questions(questions, new_file)
     try:
+        # All scan paths are absolute. Unknown ids are rejected now: scoring would do so after hours of generation.
         result = answer_file(
-            generator,
-            new_file,
-            answers_file,
-            sampling,
-            root=Path("/"),  # all paths are absolute and were checked against the root of their data set
-            batch=batch,
-            model=model,
-            checkpoint=checkpoint,
-            progress=progress,
-            watch=(*yes, *no),
-            extra_fields=probability_fields,
-            reject_unknown_ids=True,  # scoring would reject them after hours of generation
-            on_start=lambda: new_file.replace(questions_file),
-        )
+            generator, new_file, answers_file, sampling, root=Path("/"), batch=batch, model=model,
+            checkpoint=checkpoint, progress=progress, watch=(*yes, *no), extra_fields=probability_fields,
+            reject_unknown_ids=True, on_start=lambda: new_file.replace(questions_file),
+        )  # fmt: skip
     finally:
         new_file.unlink(missing_ok=True)
-    write_json_lines(failures_file(answers_file), ({"id": row_id, "error": e} for row_id, e in result.failed.items()))
+    failures = ({"id": row_id, "error": error} for row_id, error in result.failed.items())
+    write_json_lines(answers_file.with_suffix(FAILED), failures)
     return result
-
-
-def failures_file(answers_file: Path) -> Path:
-    return answers_file.with_suffix(".failed.jsonl")
 
 
 def first_tokens(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -122,17 +101,13 @@ def first_tokens(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]
     return distinct(yes, no), distinct(no, yes)
 
 
-# --- files of answers -------------------------------------------------------------------------------------------------
-
-
 def read_answers(file: Path, questions: Sequence[Question]) -> dict[str, RecordedAnswer]:
     """Return id -> answer; questions without a line have no entry.
 
-    Raises:
-      ValueError: invalid lines, duplicate or unknown ids, or answers to another wording; lists the first ten.
+    Raises ValueError for invalid lines, duplicate or unknown ids, and answers to another wording; lists the first ten.
     """
     known = {q.row_id: q for q in questions}
-    failures = failures_file(file)
+    failures = file.with_suffix(FAILED)
     try:
         lines = [(f"line {n}", line) for n, line in enumerate(text_lines(file), 1)]
         if failures.exists():

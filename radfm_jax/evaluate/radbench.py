@@ -69,27 +69,20 @@ SET_FIELDS = ("task", "modality", "anatomy", "facts", "limit", "title")  # field
 class Benchmark:
     """Configuration of a benchmark: its data sets, questions and scoring.
 
-    Attributes:
-      sets: name -> `family`, the fields of the family (`table`, `root`, ...), and
-        task: one of TASKS; optional for the thirteen data sets.
-        title, modality, anatomy: name in the report, and what all scans share.
-        facts: a JSON Lines file below the root, {"path", "modality", "anatomy"} per line, for scans that differ.
-        limit: maximum number of questions, sampled by the seed; 0: no limit.
-      seed: of the wording, the limits and the bootstrap.
-      limit: for sets without a limit of their own.
-      index: index of the training data (from `prepare`), to search for test studies; "": no search.
-      terms: source of medical terms (DataConfig.terms). UMLS, as in the paper, needs a licence.
-      resamples: of the bootstrap.
-      by_study: resample studies instead of samples.
+    An entry of `sets` has the `family`, the fields of the family (`table`, `root`, ...), and
+      task: one of TASKS; optional for the thirteen data sets.
+      title, modality, anatomy: name in the report, and what all scans share.
+      facts: a JSON Lines file below the root, {"path", "modality", "anatomy"} per line, for scans that differ.
+      limit: maximum number of questions, sampled by the seed; 0: no limit.
     """
 
     sets: Mapping[str, Mapping] = dataclasses.field(default_factory=dict)
-    seed: int = 0
-    limit: int = 0
-    index: str = ""
-    terms: str = "open"
-    resamples: int = 1000
-    by_study: bool = False
+    seed: int = 0  # of the wording, the limits and the bootstrap
+    limit: int = 0  # for sets without a limit of their own
+    index: str = ""  # index of the training data (from `prepare`), to search for test studies; "": no search
+    terms: str = "open"  # source of medical terms (DataConfig.terms). UMLS, as in the paper, needs a licence.
+    resamples: int = 1000  # of the bootstrap
+    by_study: bool = False  # resample studies instead of samples
 
     def __post_init__(self):
         problems = []
@@ -138,28 +131,19 @@ class Benchmark:
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A question with its reference answers.
+    """A question with its reference answers."""
 
-    Attributes:
-      row_id: `data set/row`, unique.
-      study: None if the source does not record it.
-      modality, anatomy: of its scans; "" if unknown.
-      prompt: `<image-1>` marks set the positions of scans; `context` comes before it.
-      scans: with absolute paths.
-      closed: choices that the answer is matched to; () for open questions.
-    """
-
-    row_id: str
+    row_id: str  # `data set/row`, unique
     task: str
     dataset: str
-    prompt: str
+    prompt: str  # `<image-1>` marks set the positions of scans
     references: tuple[str, ...]
-    context: str = ""
-    scans: tuple[Scan, ...] = ()
-    study: str | None = None
-    modality: str = ""
+    context: str = ""  # comes before the prompt
+    scans: tuple[Scan, ...] = ()  # with absolute paths
+    study: str | None = None  # None if the source does not record it
+    modality: str = ""  # of its scans; "" if unknown
     anatomy: str = ""
-    closed: tuple[str, ...] = ()
+    closed: tuple[str, ...] = ()  # choices that the answer is matched to; () for open questions
 
     def to_dict(self) -> dict:
         """Return a line of questions.jsonl."""

@@ -29,16 +29,11 @@ from radfm_jax.evaluate.radbench import CLOSED, DATASETS, MODALITY_CHOICES, SET_
 
 @dataclasses.dataclass
 class BuiltBenchmark:
-    """The questions of a benchmark.
-
-    Attributes:
-      missing: data set -> why it has no questions.
-      skipped: data set -> reason -> number of rows.
-    """
+    """The questions of a benchmark."""
 
     questions: list[Question]
-    missing: dict[str, str]
-    skipped: dict[str, dict[str, int]]
+    missing: dict[str, str]  # data set -> why it has no questions
+    skipped: dict[str, dict[str, int]]  # data set -> reason -> number of rows
 
 
 class Skipped(ValueError):
@@ -51,15 +46,12 @@ def build(benchmark: Benchmark) -> BuiltBenchmark:
     Data sets of the paper that the config does not name are reported as missing.
     """
     built = BuiltBenchmark([], {}, {})
-    order = list(DATASETS)
-    position = lambda name: (order.index(name) if name in order else len(order), name)  # noqa: E731
-    for name in sorted(benchmark.sets, key=position):
-        fields = benchmark.sets[name]
+    for name in [*(n for n in DATASETS if n in benchmark.sets), *sorted(benchmark.sets.keys() - DATASETS.keys())]:
         try:
             questions, skipped = questions_of_set(benchmark, name)
         except (ValueError, OSError) as error:
-            root = Path(fields["root"])
-            file = root if not root.exists() else root / fields["table"]
+            root = Path(benchmark.sets[name]["root"])
+            file = root if not root.exists() else root / benchmark.sets[name]["table"]
             built.missing[name] = f"{file} is missing" if not file.exists() else str(error)
             continue
         built.questions += questions
@@ -73,8 +65,7 @@ def build(benchmark: Benchmark) -> BuiltBenchmark:
 def questions_of_set(benchmark: Benchmark, name: str) -> tuple[list[Question], dict[str, int]]:
     """Return the questions of one data set in row order, and the number of skipped rows by reason.
 
-    Raises:
-      ValueError, RowError: a table or a file of facts cannot be read.
+    Raises ValueError or RowError if a table or a file of facts cannot be read.
     """
     fields, task, known = dict(benchmark.sets[name]), benchmark.task(name), DATASETS.get(name)
     own = {key: fields.pop(key) for key in SET_FIELDS if key in fields}
@@ -115,11 +106,8 @@ def question_of(sample: Sample, dataset: str, task: str, row_id: str, root: Path
     """Return the question of a sample.
 
     The text up to its last context is the context, the rest without the response is the prompt. Scans become marks,
-    and the response is the reference.
-
-    Raises:
-      Skipped: another task, a reference outside the closed list, text that contains a mark, or a scan path outside the
-        root.
+    and the response is the reference. Raises Skipped for another task, a reference outside the closed list, text that
+    contains a mark, and a scan path outside the root.
     """
     if sample.task != task:
         raise Skipped(f"task is {sample.task}")
@@ -170,9 +158,6 @@ def _read_facts(file: Path) -> dict[str, dict[str, str]]:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file}, line {number}: {error!r}; expected an object with `path`") from None
     return facts
-
-
-# --- files ------------------------------------------------------------------------------------------------------------
 
 
 def write_questions(questions: Iterable[Question], file: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -16,7 +16,6 @@ from input_pipeline import command_line
 from input_pipeline.files import write_json_lines
 from input_pipeline.index.index import Index
 from input_pipeline.sources import terms_of
-from input_pipeline.text.terms import TermFinder
 from radfm_jax import terminal
 from radfm_jax.checkpoints import checkpoint
 from radfm_jax.evaluate import clinical, model_answers, published, ratings, report, scoring
@@ -24,7 +23,7 @@ from radfm_jax.evaluate.export import export
 from radfm_jax.evaluate.leaks import find_leaks
 from radfm_jax.evaluate.metrics import Interval
 from radfm_jax.evaluate.radbench import TASKS, Benchmark, Question
-from radfm_jax.evaluate.radbench_build import BuiltBenchmark, build, write_questions
+from radfm_jax.evaluate.radbench_build import build, write_questions
 from radfm_jax.evaluate.results import Results, caveats, columns, percent
 from radfm_jax.inference import Sampling
 from radfm_jax.inference.command import add_model_options, load
@@ -80,6 +79,8 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, ConfigDict]:
         parser.error("--rating-sheet needs --checkpoint or --answers")
     if args.batch < 1 or args.rating_cases < 1:
         parser.error(f"--batch (got {args.batch}) and --rating-cases (got {args.rating_cases}) must be at least 1")
+    if args.checkpoint:
+        args.name = args.name or args.checkpoint.resolve().name
     return args, config
 
 
@@ -114,34 +115,34 @@ def _main(args: argparse.Namespace, config: ConfigDict) -> int:
         model_answers.read_answers(file, built.questions)
     sources = {name: f"from {file}" for name, file in answer_files.items()}
     if args.checkpoint:
-        name = _checkpoint_name(args)
-        sources = {name: _generate(args, name, built.questions)} | sources
-        answer_files = {name: _generated_file(args.out, name)} | answer_files
+        file = args.out / "answers" / f"{_stem(args.name)}.jsonl"
+        sources = {args.name: _generate(args, file, built.questions)} | sources
+        answer_files = {args.name: file} | answer_files
     else:
         _replace_questions(built.questions, args.out)
-    leaks = _find_leaks(args, benchmark, built)
-    scored = _score(args, built, answer_files, terms)
-    rows = [
-        row
-        for name, answers in scored.items()
-        for row in scoring.score_rows(
-            name, answers, resamples=benchmark.resamples, seed=benchmark.seed, by_study=benchmark.by_study
-        )
-    ]
+    leaks = None
+    if benchmark.index:
+        terminal.message(f"searching {benchmark.index} for test studies and scans; this reads all scans")
+        leaks = find_leaks(built.questions, benchmark.index)
+        write_json_lines(args.out / "leaks.jsonl", leaks)
+    scored, rows = {}, []
+    bootstrap = {key: getattr(benchmark, key) for key in ("resamples", "seed", "by_study")}
+    (args.out / "scores").mkdir(parents=True, exist_ok=True)
+    for name, file in answer_files.items():
+        terminal.message(f"scoring {name}")
+        scored[name] = scoring.score(built.questions, model_answers.read_answers(file, built.questions), terms)
+        write_json_lines(args.out / "scores" / f"{_stem(name)}.jsonl", (a.to_dict() for a in scored[name]))
+        rows += scoring.score_rows(name, scored[name], **bootstrap)
     by_model = {name: _clinical(answers, clinical_metrics) for name, answers in scored.items()}
     _report(args, Results(benchmark, built, scored, rows, leaks, by_model if clinical_metrics else {}, sources))
     failed = any(a.error for answers in scored.values() for a in answers)
     return 1 if failed or (leaks and not args.allow_leaks) else 0
 
 
-def _checkpoint_name(args: argparse.Namespace) -> str:
-    return args.name or args.checkpoint.resolve().name
-
-
 def _answer_files(args: argparse.Namespace) -> dict[str, Path]:
     """Return name -> file of --answers. Raises ValueError if two models share a name or a file of scores."""
     answer_files: dict[str, Path] = {}
-    names = [_checkpoint_name(args)] if args.checkpoint else []
+    names = [args.name] if args.checkpoint else []
     for option in args.answers:
         name, _, file = option.partition("=")
         if not name or not file:
@@ -158,10 +159,6 @@ def _answer_files(args: argparse.Namespace) -> dict[str, Path]:
 def _stem(name: str) -> str:
     """Return the stem of a model's file names."""
     return re.sub(r"[^\w.-]+", "_", name)
-
-
-def _generated_file(out: Path, name: str) -> Path:
-    return out / "answers" / f"{_stem(name)}.jsonl"
 
 
 def _replace_questions(questions: Sequence[Question], out: Path) -> None:
@@ -184,42 +181,18 @@ def _export(questions: Sequence[Question], directory: Path) -> None:
         terminal.message(f"  {path}: {error}", style="red")
 
 
-def _generate(args: argparse.Namespace, name: str, questions: Sequence[Question]) -> str:
+def _generate(args: argparse.Namespace, file: Path, questions: Sequence[Question]) -> str:
     """Generate missing answers. Returns the source of the answers, for the report."""
     model = load(args)
     with terminal.answer_progress(every=50) as progress:
         result = model_answers.generate_answers(
-            model.generator, questions, _generated_file(args.out, name), args.out / "questions.jsonl",
+            model.generator, questions, file, args.out / "questions.jsonl",
             model=str(model.directory.resolve()), checkpoint=checkpoint.digest(model.directory),
             sampling=Sampling(args.max_new_tokens), batch=args.batch, progress=progress,
         )  # fmt: skip
     terminal.message(result.summary())
     weights, limit = model.generator.weights, args.max_new_tokens or 200
     return f"checkpoint {model.directory}, greedy, {args.dtype}, weights in {weights}, at most {limit} tokens"
-
-
-def _score(
-    args: argparse.Namespace, built: BuiltBenchmark, answer_files: Mapping[str, Path], terms: TermFinder
-) -> dict[str, list[scoring.ScoredAnswer]]:
-    """Score the answers of all models and write scores/."""
-    recorded = {name: model_answers.read_answers(file, built.questions) for name, file in answer_files.items()}
-    scored = {}
-    (args.out / "scores").mkdir(parents=True, exist_ok=True)
-    for name, answers in recorded.items():
-        terminal.message(f"scoring {name}")
-        scored[name] = scoring.score(built.questions, answers, terms)
-        write_json_lines(args.out / "scores" / f"{_stem(name)}.jsonl", (a.to_dict() for a in scored[name]))
-    return scored
-
-
-def _find_leaks(args: argparse.Namespace, benchmark: Benchmark, built: BuiltBenchmark) -> list[dict] | None:
-    """Write leaks.jsonl; returns None without an index."""
-    if not benchmark.index:
-        return None
-    terminal.message(f"searching {benchmark.index} for test studies and scans; this reads all scans")
-    leaks = find_leaks(built.questions, benchmark.index)
-    write_json_lines(args.out / "leaks.jsonl", leaks)
-    return leaks
 
 
 def _clinical(answers: Sequence[scoring.ScoredAnswer], names: Sequence[str]) -> dict:
@@ -271,8 +244,7 @@ def score_table(results: Results) -> Table:
             values = [(row.model, row.metrics[name]) for row in rows if name in row.metrics]
             values += [("RadFM, published", Interval(*radfm[name]))] if name in radfm else []
             for k, (model, value) in enumerate(values):
+                title = "" if k else f"  {scoring.TITLES[name]}"
                 per_cent, _, interval = percent(value).partition(" ")
-                table.add_row(
-                    "" if k else f"  {scoring.TITLES[name]}", Text(model, overflow="fold"), per_cent, interval
-                )
+                table.add_row(title, Text(model, overflow="fold"), per_cent, interval)
     return table

@@ -39,9 +39,6 @@ SLICES, PIXELS = 8, 384
 SCRIPT = Path(__file__).with_name("rating.js")
 
 
-# --- the sheet --------------------------------------------------------------------------------------------------------
-
-
 def write_sheet(
     scored: Mapping[str, Sequence[ScoredAnswer]], file: Path, *, cases: int = 40, seed: int = 0, references: bool = True
 ) -> Path:
@@ -50,7 +47,6 @@ def write_sheet(
     Args:
       scored: model -> its answers to all questions, in the same order.
       cases: number of questions, sampled evenly from the open tasks (from all tasks if none is open).
-      references: show the reference answers.
     Raises:
       ValueError: FILE.key.json is the key of another sheet.
     """
@@ -116,9 +112,6 @@ def _page(scored, chosen: Sequence[int], key: dict, references: bool) -> Iterato
     yield f"</form><script>\n{script}</script></body></html>"
 
 
-# --- the grades -------------------------------------------------------------------------------------------------------
-
-
 @dataclasses.dataclass(frozen=True)
 class Rating:
     """One grade of one rater."""
@@ -133,9 +126,8 @@ class Rating:
 def read_ratings(key_file: Path, files: Sequence[Path]) -> list[Rating]:
     """Return the grades of all raters.
 
-    Raises:
-      ValueError: invalid files or grades, files of another sheet, answers that are not on the sheet, or a rater with
-        two files; lists the first ten.
+    Raises ValueError for invalid files or grades, files of another sheet, answers that are not on the sheet, and a
+    rater with two files; lists the first ten.
     """
     key = _read_json(key_file)
     try:
@@ -201,11 +193,8 @@ def summary(ratings: Sequence[Rating], *, resamples: int = 1000, seed: int = 0) 
         grades = ([by_rater[rater][answer] for answer in both] for rater in (a, b))
         kappa = metrics.weighted_kappa(*grades, GRADES) if both else math.nan
         agreement.append({"raters": [a, b], "both": len(both), "kappa": None if math.isnan(kappa) else kappa})
-    return {
-        "raters": {rater: len(grades) for rater, grades in by_rater.items()},
-        "means": means,
-        "agreement": agreement,
-    }
+    counts = {rater: len(grades) for rater, grades in by_rater.items()}
+    return {"raters": counts, "means": means, "agreement": agreement}
 
 
 def tables(result: dict) -> list[Table]:

@@ -41,8 +41,7 @@ def as_json(results: Results) -> dict:
         "benchmark": results.benchmark.to_dict(),
         "models": dict(results.sources),
         "scores": [
-            dataclasses.asdict(row)
-            | {"metrics": {name: finite(i) for name, i in row.metrics.items()}, "without": dict(row.without)}
+            dataclasses.asdict(row) | {"metrics": {name: finite(i) for name, i in row.metrics.items()}}
             for row in results.rows
         ],
         "published": {

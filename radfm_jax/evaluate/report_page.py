@@ -84,11 +84,7 @@ def _tasks(results: Results) -> Iterator[str]:
 
 
 def _without(rows: Sequence[ScoreRow]) -> Iterator[str]:
-    counts = [
-        f"{row.model}, {TITLES[name]}: {count:,} of {row.questions:,}"
-        for row in rows
-        for name, count in row.without.items()
-    ]
+    counts = [f"{r.model}, {TITLES[m]}: {n:,} of {r.questions:,}" for r in rows for m, n in r.without.items()]
     if counts:
         yield f'<p class="faint">Without medical terms to compare: {visible("; ".join(counts))}.</p>'
 
@@ -112,46 +108,45 @@ def _calibration(results: Results, folder: Path, calibrated: bool) -> Iterator[s
     else:
         yield "<p>No model has probabilities for all its yes/no answers.</p>"
     for model, answers in results.scored.items():
-        answers = _of_task(answers, "diagnosis")
+        answers = [a for a in answers if a.question.task == "diagnosis"]
         if missing := scoring.without_probability(answers):
             why = f"no AUC, as {missing:,} of {len(answers):,} answers have no p_yes"
             yield f'<p class="faint">{visible(model)}: {why}.</p>'
 
 
-def _of_task(answers: Sequence[ScoredAnswer], task: str) -> list[ScoredAnswer]:
-    return [a for a in answers if a.question.task == task]
+def _by_task(results: Results) -> Iterator[tuple[str, str, list[ScoredAnswer]]]:
+    """Yield (model, title of the task, its answers) where there are answers."""
+    for model, answers in results.scored.items():
+        for task, title in TASKS.items():
+            if task_answers := [a for a in answers if a.question.task == task]:
+                yield model, title, task_answers
 
 
 def _lengths(results: Results) -> Iterator[str]:
     mean = lambda texts: f"{sum(len(t.split()) for t in texts) / len(texts):.1f}"  # noqa: E731
     rows = []
-    for model, all_answers in results.scored.items():
-        for task, title in TASKS.items():
-            if answers := _of_task(all_answers, task):
-                words = mean([a.answer.text for a in answers]), mean([a.question.references[0] for a in answers])
-                truncated = sum(a.answer.ended == "length" for a in answers) / len(answers)
-                recorded = any(a.answer.ended for a in answers)
-                rows.append((visible(model), title, *words, f"{truncated:.1%}" if recorded else ""))
+    for model, title, answers in _by_task(results):
+        words = mean([a.answer.text for a in answers]), mean([a.question.references[0] for a in answers])
+        truncated = sum(a.answer.ended == "length" for a in answers) / len(answers)
+        recorded = any(a.answer.ended for a in answers)
+        rows.append((visible(model), title, *words, f"{truncated:.1%}" if recorded else ""))
     yield html_page.table(("model", "task", "words per answer", "words per reference", "cut at the length limit"), rows)
 
 
 def _examples(results: Results) -> Iterator[str]:
-    for model, all_answers in results.scored.items():
-        for task, title in TASKS.items():
-            if not (answers := _of_task(all_answers, task)):
-                continue
-            rng = np.random.default_rng(results.benchmark.seed)
-            shuffled = [answers[i] for i in rng.permutation(len(answers))]
-            if answers[0].question.closed:
-                good, bad = ([a for a in shuffled if a.quality == value] for value in (1.0, 0.0))
-            else:
-                ranked = sorted(shuffled, key=lambda a: -a.quality)
-                third = max(len(ranked) // 3, 1)
-                best, worst = ({id(a) for a in part} for part in (ranked[:third], ranked[third:][-third:]))
-                good, bad = ([a for a in shuffled if id(a) in part] for part in (best, worst))
-            yield f"<h3>{visible(model)}: {title}</h3>"
-            for css_class, part in (("right", good), ("wrong", bad)):
-                yield from (example(answer, css_class) for answer in part[:EXAMPLES])
+    for model, title, answers in _by_task(results):
+        rng = np.random.default_rng(results.benchmark.seed)
+        shuffled = [answers[i] for i in rng.permutation(len(answers))]
+        if answers[0].question.closed:
+            good, bad = ([a for a in shuffled if a.quality == value] for value in (1.0, 0.0))
+        else:
+            ranked = sorted(shuffled, key=lambda a: -a.quality)
+            third = max(len(ranked) // 3, 1)
+            best, worst = ({id(a) for a in part} for part in (ranked[:third], ranked[third:][-third:]))
+            good, bad = ([a for a in shuffled if id(a) in part] for part in (best, worst))
+        yield f"<h3>{visible(model)}: {title}</h3>"
+        for css_class, part in (("right", good), ("wrong", bad)):
+            yield from (example(answer, css_class) for answer in part[:EXAMPLES])
 
 
 def example(scored: ScoredAnswer, css_class: str) -> str:
@@ -207,6 +202,4 @@ def _leaks(results: Results) -> Iterator[str]:
     else:
         leaked = len({leak["id"] for leak in results.leaks})
         yield f'<p class="warn">{leaked:,} questions are about training data. All: leaks.jsonl.</p>'
-        yield _list(
-            [f"{leak['id']}: {leak['kind']} {leak['what']}, in {leak['in']}" for leak in results.leaks[:LISTED]]
-        )
+        yield _list([f"{x['id']}: {x['kind']} {x['what']}, in {x['in']}" for x in results.leaks[:LISTED]])

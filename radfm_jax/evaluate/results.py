@@ -18,23 +18,16 @@ Table = tuple[list[str], list[list[str]]]
 
 @dataclasses.dataclass
 class Results:
-    """Questions, scores and what else a report shows.
-
-    Attributes:
-      scored: model -> its answers to all questions.
-      rows: of the tables, all models.
-      leaks: test questions in the training data (leaks.find_leaks); None if not searched.
-      clinical: model -> task -> metric -> value, or why it has none.
-      sources: model -> where its answers come from.
-    """
+    """Questions, scores and what else a report shows."""
 
     benchmark: Benchmark
     built: BuiltBenchmark
-    scored: Mapping[str, Sequence[ScoredAnswer]]
-    rows: Sequence[ScoreRow]
-    leaks: list[dict] | None = None
+    scored: Mapping[str, Sequence[ScoredAnswer]]  # model -> its answers to all questions
+    rows: Sequence[ScoreRow]  # of the tables, all models
+    leaks: list[dict] | None = None  # leaks.find_leaks; None if the training data were not searched
+    # model -> task -> metric -> value, or why it has none
     clinical: Mapping[str, Mapping[str, Mapping[str, float | str]]] = dataclasses.field(default_factory=dict)
-    sources: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    sources: Mapping[str, str] = dataclasses.field(default_factory=dict)  # model -> where its answers come from
 
     @property
     def comparable(self) -> set[str]:

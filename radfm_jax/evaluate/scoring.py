@@ -20,25 +20,19 @@ TITLES = {
     "auc": "AUC", "calibration_error": "ECE", "exact": "exact match",
 }  # fmt: skip
 TEXT_METRICS = ("bleu", "rouge", "umls_precision", "umls_recall", "exact")
-GROUPINGS = {"task": lambda q: (), "data set": lambda q: (q.dataset,), "modality": lambda q: (q.modality,),
-             "anatomy": lambda q: (q.anatomy,)}  # fmt: skip
+# kind of part -> the field of a question that names it
+GROUPINGS = {"task": None, "data set": "dataset", "modality": "modality", "anatomy": "anatomy"}
 
 
 @dataclasses.dataclass(frozen=True)
 class ScoredAnswer:
-    """A question, the answer of a model, and its scores.
-
-    Attributes:
-      predicted: the choice that a closed answer was matched to; None for open questions, or without a match.
-      values: metric -> value in [0, 1], or nan (metrics.medical_overlap). Closed questions have `accuracy` and `named`.
-      error: why there is no usable answer, which counts as wrong.
-    """
+    """A question, the answer of a model, and its scores."""
 
     question: Question
     answer: RecordedAnswer
-    predicted: str | None
-    values: Mapping[str, float]
-    error: str = ""
+    predicted: str | None  # the choice that a closed answer was matched to; None for open questions or without a match
+    values: Mapping[str, float]  # metric -> value in [0, 1], or nan (metrics.medical_overlap)
+    error: str = ""  # why there is no usable answer, which counts as wrong
 
     @property
     def quality(self) -> float:
@@ -76,30 +70,19 @@ def _score(question: Question, answer: RecordedAnswer, terms: TermFinder) -> Sco
     return ScoredAnswer(question, answer, None, values, error)
 
 
-# --- tables -----------------------------------------------------------------------------------------------------------
-
-
 @dataclasses.dataclass(frozen=True)
 class ScoreRow:
-    """A row of the tables: one model on one task, or on a part of it.
-
-    Attributes:
-      grouping, group: kind of part (GROUPINGS) and its name; "" for a whole task.
-      failed: number of questions without a usable answer, which count as wrong.
-      studies: number of different studies.
-      metrics: name -> value and interval.
-      without: metric -> number of questions without a value.
-    """
+    """A row of the tables: one model on one task, or on a part of it."""
 
     model: str
     task: str
-    grouping: str
-    group: str
+    grouping: str  # kind of part (GROUPINGS)
+    group: str  # name of the part; "" for a whole task
     questions: int
-    failed: int
-    studies: int
+    failed: int  # questions without a usable answer, which count as wrong
+    studies: int  # number of different studies
     metrics: Mapping[str, Interval]
-    without: Mapping[str, int]
+    without: Mapping[str, int]  # metric -> number of questions without a value
 
 
 def score_rows(
@@ -107,21 +90,20 @@ def score_rows(
 ) -> list[ScoreRow]:
     """Return the rows of all tasks, then of their data sets, modalities and anatomies where known."""
     rows = []
-    for grouping, group_of in GROUPINGS.items():
-        parts: dict[tuple, list[ScoredAnswer]] = {}
+    for grouping, field in GROUPINGS.items():
+        parts: dict[tuple[str, str], list[ScoredAnswer]] = {}
         for answer in scored:
-            parts.setdefault((answer.question.task, *group_of(answer.question)), []).append(answer)
-        for (task, *group), answers in parts.items():
-            if group == [""]:
-                continue
+            group = getattr(answer.question, field) if field else ""
+            if group or not field:
+                parts.setdefault((answer.question.task, group), []).append(answer)
+        for (task, group), answers in parts.items():
             values = intervals(answers, resamples=resamples, seed=seed, by_study=by_study)
             without = {
                 name: count for name in values
                 if name in answers[0].values and (count := sum(bool(np.isnan(a.values[name])) for a in answers))
             }  # fmt: skip
             failed, studies = sum(bool(a.error) for a in answers), len(set(_studies(answers)))
-            name = group[0] if group else ""
-            rows.append(ScoreRow(model, task, grouping, name, len(answers), failed, studies, values, without))
+            rows.append(ScoreRow(model, task, grouping, group, len(answers), failed, studies, values, without))
     return rows
 
 

@@ -17,13 +17,4 @@ from radfm_jax.inference.engine import Generator
 from radfm_jax.inference.requests import Answer, EncodedScans, GenerationError, Prompt, Request, require_answers
 from radfm_jax.inference.sampling import Sampling
 
-__all__ = [
-    "Answer",
-    "EncodedScans",
-    "GenerationError",
-    "Generator",
-    "Prompt",
-    "Request",
-    "Sampling",
-    "require_answers",
-]
+__all__ = ["Answer", "EncodedScans", "GenerationError", "Generator", "Prompt", "Request", "Sampling", "require_answers"]

@@ -15,18 +15,13 @@ class AnswerText:
 
     Text is emitted only when later tokens cannot change it: an incomplete character, trailing white space and a
     possible start of a stop text are kept back.
-
-    Attributes:
-      ids: tokens of the answer; after a stop text, only those needed to write it.
-      text: the text emitted so far.
-      stopped: whether a stop text occurred. The stop text is not part of `text`.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
         self._tokenizer, self._stop = tokenizer, tuple(stop)
-        self.ids: list[int] = []
-        self.text = ""
-        self.stopped = False
+        self.ids: list[int] = []  # tokens of the answer; after a stop text, only those needed to write it
+        self.text = ""  # emitted so far
+        self.stopped = False  # whether a stop text occurred, which is not part of `text`
 
     def add(self, ids: Sequence[int]) -> str:
         """Add tokens and return the next piece of text, which may be empty."""
@@ -55,7 +50,5 @@ class AnswerText:
     def _partial_stop(self, text: str) -> int:
         """Return the number of characters at the end of `text` that may start a stop text."""
         longest = max((len(stop) - 1 for stop in self._stop), default=0)
-        for n in range(min(longest, len(text)), 0, -1):
-            if any(stop.startswith(text[-n:]) for stop in self._stop):
-                return n
-        return 0
+        lengths = range(min(longest, len(text)), 0, -1)
+        return next((n for n in lengths if any(stop.startswith(text[-n:]) for stop in self._stop)), 0)

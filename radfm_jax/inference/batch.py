@@ -34,8 +34,7 @@ def bucket(size: int, minimum: int = 1) -> int:
 class Batch:
     """Prefill on construction, then `decode` and `answers` in turn until `finished`.
 
-    Raises:
-      ValueError: a prompt or a stop id is invalid.
+    Raises ValueError if a prompt or a stop id is invalid.
     """
 
     def __init__(
@@ -51,32 +50,22 @@ class Batch:
         limits = [generator.token_limit(p, sampling, f"prompt {i}") for i, p in enumerate(prompts, 1)]
         longest = max(map(operator.add, lengths, limits))
         self.cache_length = min(bucket(longest, CACHE_LENGTH), generator.length)
-        self.stop_ids = self._stop_ids(generator, sampling)
+        self.stop_ids = _stop_ids(generator, sampling)
         self.generator = generator
         sample, penalise = sampling.temperature > 0, sampling.repetition_penalty != 1
         choice = decoding.sampling_arrays(sampling, self.stop_ids, watch)
         arrays = self._arrays(prompts, lengths, limits)
-        for i in range(len(prompts)):
-            # The key data of jax.random.key(seed).
-            arrays["keys"][i] = 0, sampling.seed + i if seeds is None else seeds[i]
+        # The key data of jax.random.key(seed).
+        arrays["keys"][: len(prompts), 1] = sampling.seed + np.arange(len(prompts)) if seeds is None else seeds
         with generator.on_mesh():
             prompt = generator.device_put(arrays) | {"visual": self._visual(prompts, len(arrays["ids"]))}
-            self.state = decoding.first_token(
-                config, self.cache_length, sample, penalise, generator.decode_params, prompt, choice
-            )
-        self._decode = functools.partial(decoding.more_tokens, config, sample, penalise, generator.decode_params)
+            params = generator.decode_params
+            self.state = decoding.first_token(config, self.cache_length, sample, penalise, params, prompt, choice)
+        self._decode = functools.partial(decoding.more_tokens, config, sample, penalise, params)
         tokenizer = generator.tokenizer
         self.texts = [AnswerText(tokenizer, sampling.stop) if tokenizer else None for _ in prompts]
         self.tokens_read = [0] * len(prompts)
         self.row_finished = [False] * len(prompts)
-
-    def _stop_ids(self, generator: Generator, sampling: Sampling) -> tuple[int, ...]:
-        ids, vocabulary = sampling.stop_ids, generator.config.llama.vocab_size
-        if ids is None:
-            return () if generator.tokenizer is None else (generator.tokenizer.eos_id,)
-        if invalid := [i for i in ids if not 0 <= i < vocabulary]:
-            raise ValueError(f"stop_ids contains {invalid[0]}: token ids run from 0 to {vocabulary - 1}")
-        return ids
 
     def _arrays(self, prompts: Sequence[Prompt], lengths: list[int], limits: list[int]) -> dict[str, np.ndarray]:
         rows = self.generator.row_bucket(len(prompts))
@@ -126,7 +115,7 @@ class Batch:
                     piece += text.finish()
             self.tokens_read[i] = count
             stopped = text is not None and text.stopped
-            self.row_finished[i] = self.row_finished[i] or done or stopped
+            self.row_finished[i] |= done or stopped
             pieces.append("" if failed else piece)
             written, error = "" if text is None else text.text, ""
             if failed:
@@ -140,6 +129,15 @@ class Batch:
             answers.append(Answer(written, tuple(ids), tuple(logprobs), ended, error, tuple(watched)))
         self.finished = all(self.row_finished)
         return pieces, answers
+
+
+def _stop_ids(generator: Generator, sampling: Sampling) -> tuple[int, ...]:
+    ids, vocabulary = sampling.stop_ids, generator.config.llama.vocab_size
+    if ids is None:
+        return () if generator.tokenizer is None else (generator.tokenizer.eos_id,)
+    if invalid := [i for i in ids if not 0 <= i < vocabulary]:
+        raise ValueError(f"stop_ids contains {invalid[0]}: token ids run from 0 to {vocabulary - 1}")
+    return ids
 
 
 def _padded(tokens: jax.Array | np.ndarray, slots: int) -> jax.Array | np.ndarray:

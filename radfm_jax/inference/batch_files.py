@@ -31,20 +31,14 @@ IGNORED = ("task", "response", "study", "dataset", "modality", "anatomy", "refer
 
 @dataclasses.dataclass(frozen=True)
 class BatchLine:
-    """One line of a batch file.
-
-    Attributes:
-      scans: with absolute paths.
-      listed_scans: as the line lists them.
-      error: why the line has no prompt; "" if it has one.
-    """
+    """One line of a batch file."""
 
     row_id: str
     prompt: str = ""
     context: str = ""
-    scans: tuple[Scan, ...] = ()
-    listed_scans: tuple[Scan, ...] = ()
-    error: str = ""
+    scans: tuple[Scan, ...] = ()  # with absolute paths
+    listed_scans: tuple[Scan, ...] = ()  # as the line lists them
+    error: str = ""  # why the line has no prompt; "" if it has one
 
     def echo(self) -> dict:
         """Return the fields that the line of its answer repeats."""
@@ -52,8 +46,8 @@ class BatchLine:
 
 
 def _scan_cell(scan: Scan) -> str | dict:
-    options = {"volume": scan.volume, "window": list(scan.window) if isinstance(scan.window, tuple) else scan.window}
-    options = {key: value for key, value in options.items() if value is not None}
+    window = list(scan.window) if isinstance(scan.window, tuple) else scan.window
+    options = {key: value for key, value in (("volume", scan.volume), ("window", window)) if value is not None}
     return {"path": scan.path, **options} if options else scan.path
 
 
@@ -66,9 +60,8 @@ def raise_problems(problems: list[str], prefix: str = "") -> None:
 def read_batch_file(file: Path, root: Path) -> list[BatchLine]:
     """Read all lines; relative scan paths are below `root`.
 
-    Raises:
-      ValueError: the file cannot be read, or a line has no id or one that is used before. Answers are matched to lines
-        by id when a run resumes.
+    Raises ValueError if the file cannot be read, or a line has no id or one that is used before: a resumed run matches
+    answers to lines by id.
     """
     try:
         text = text_lines(file)
@@ -112,17 +105,13 @@ def _batch_line(row: Row, row_id: str, cells: dict) -> BatchLine:
         return BatchLine(row_id, error=str(error))
 
 
-# --- the answers file -------------------------------------------------------------------------------------------------
-
-
 def existing_answers(
     out: Path, made_with: dict, lines: Mapping[str, BatchLine], reject_unknown_ids: bool = False
 ) -> set[str]:
     """Return the ids that have an answer in `out`. An incomplete last line is removed from the file.
 
-    Raises:
-      ValueError: a complete line is damaged or has a duplicate id, was made with other settings, or answers another
-        prompt than its id has now; with `reject_unknown_ids`, an id is not in `lines`.
+    Raises ValueError if a complete line is damaged or has a duplicate id, was made with other settings, or answers
+    another prompt than its id has now; with `reject_unknown_ids`, also if an id is not in `lines`.
     """
     content = out.read_bytes()
     complete = content[: content.rfind(b"\n") + 1]
@@ -176,10 +165,8 @@ def _check_settings(where: str, made: dict, made_with: dict) -> None:
 def locked_output(out: Path) -> Iterator[TextIO]:
     """Open a file to append to, locked against other processes.
 
-    A file that this call creates is removed if the block fails before anything is written.
-
-    Raises:
-      ValueError: another process writes to the file, or it is not a regular file.
+    A file that this call creates is removed if the block fails before anything is written. Raises ValueError if another
+    process writes to the file, or it is not a regular file.
     """
     existed = out.exists()
     if existed and not out.is_file():

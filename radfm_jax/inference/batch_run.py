@@ -25,19 +25,12 @@ CACHE_BYTES = 2**30  # of visual tokens: 1,600 scans in float32 at full size
 
 @dataclasses.dataclass(frozen=True)
 class BatchResult:
-    """Result of a batch run.
+    """Result of a batch run."""
 
-    Attributes:
-      answered: number of new answers.
-      existing: number of lines that already had an answer.
-      failed: id -> error.
-      seconds: wall time.
-    """
-
-    answered: int
-    existing: int
-    failed: dict[str, str]
-    seconds: float
+    answered: int  # new answers
+    existing: int  # lines that already had an answer
+    failed: dict[str, str]  # id -> error
+    seconds: float  # wall time
 
     def summary(self) -> str:
         rate = self.answered / max(self.seconds, 1e-9)
@@ -71,7 +64,6 @@ def answer_file(
 
     Args:
       root: directory of relative scan paths; None: the directory of `file`.
-      batch: number of prompts per batch.
       place: see `inputs.encode_prompt`.
       model: name of the model, recorded with each answer.
       checkpoint: digest of the weights (checkpoint.digest); "" if `model` identifies them.
@@ -100,7 +92,11 @@ def answer_file(
             prompts: dict[str, Prompt] = {}
             for line, encoded in zip(members, _encode_batch(generator, members, loaded, cache), strict=True):
                 try:
-                    prompts[line.row_id] = _checked_prompt(generator, line, encoded, sampling, place)
+                    if isinstance(encoded, ValueError):
+                        raise encoded
+                    (prompt,) = generator.prompts([Request(line.prompt, encoded, line.context, place)])
+                    generator.token_limit(prompt, sampling)
+                    prompts[line.row_id] = prompt
                 except ValueError as error:
                     failed[line.row_id] = str(error)
             # The seed depends on the line alone, so that a resumed run gives the same answers.
@@ -110,7 +106,9 @@ def answer_file(
                 if answer.error:
                     failed[row_id] = answer.error
                     continue
-                fields = _answer_fields(lines[row_id], answer) | extra_fields(row_id, answer) | {"made_with": made_with}
+                echo = {key: value for key, value in lines[row_id].echo().items() if key != "context" or value}
+                fields = {"id": row_id, **echo, "answer": answer.text, "ended": answer.ended, "tokens": len(answer.ids)}
+                fields |= {"logprob": sum(answer.logprobs), **extra_fields(row_id, answer), "made_with": made_with}
                 output.write(json.dumps(fields, ensure_ascii=False) + "\n")
                 answered += 1
             output.flush()
@@ -120,36 +118,14 @@ def answer_file(
 
 def _settings(generator: Generator, sampling: Sampling, model: str, checkpoint: str, place: str) -> dict:
     """Return what an answer depends on besides its line, as it is read back from JSON."""
-    settings = {"model": model, "checkpoint": checkpoint, "dtype": generator.config.llama.dtype}
-    settings["weights"] = generator.weights
+    dtype, weights = generator.config.llama.dtype, generator.weights
+    settings = {"model": model, "checkpoint": checkpoint, "dtype": dtype, "weights": weights}
     if generator.tokenizer is not None:
         settings["tokenizer"] = files.sha256_of_file(generator.tokenizer.path)
     prepared = None if generator.preparation is None else dataclasses.asdict(generator.preparation)
     settings |= {"place": place, "prepared": prepared, **dataclasses.asdict(sampling)}
     return json.loads(json.dumps(settings))
 
-
-def _answer_fields(line: BatchLine, answer: Answer) -> dict:
-    return {
-        "id": line.row_id,
-        **{key: value for key, value in line.echo().items() if key != "context" or value},
-        "answer": answer.text,
-        "ended": answer.ended,
-        "tokens": len(answer.ids),
-        "logprob": sum(answer.logprobs),
-    }
-
-
-def _checked_prompt(generator: Generator, line: BatchLine, encoded, sampling: Sampling, place: str) -> Prompt:
-    """Return the prompt of a line. Raises ValueError if it or its scans cannot be used."""
-    if isinstance(encoded, ValueError):
-        raise encoded
-    (prompt,) = generator.prompts([Request(line.prompt, encoded, line.context, place)])
-    generator.token_limit(prompt, sampling)
-    return prompt
-
-
-# --- scans ------------------------------------------------------------------------------------------------------------
 
 ScanState = list[Volume] | EncodedScans | ValueError  # read, encoded or failed
 

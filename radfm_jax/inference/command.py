@@ -42,10 +42,8 @@ HELP = "/scan FILE adds a scan, /scans lists them, /new clears scans and history
 
 def add_model_options(group, *, required: bool = False) -> None:
     """Add the options that select and load a model; `load` reads them."""
-    group.add_argument(
-        "--checkpoint", required=required, type=Path, metavar="DIR",
-        help="a checkpoint, or a training run (its best checkpoint, else its newest)",
-    )  # fmt: skip
+    group.add_argument("--checkpoint", required=required, type=Path, metavar="DIR", help="a checkpoint, or a training "
+                       "run (its best checkpoint, else its newest)")  # fmt: skip
     group.add_argument("--tokenizer", type=Path, metavar="FILE", help="SentencePiece model, if the checkpoint has none")
     group.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of the computation "
                        "and of the decoder's weights (default: float32)")  # fmt: skip
@@ -69,9 +67,8 @@ def parser() -> argparse.ArgumentParser:
     scans = top.add_argument_group("scans")
     scans.add_argument("--scan", action="append", default=[], metavar="PATH", help="NIfTI, DICOM file or series, PNG, "
                        "JPEG, TIFF or .npy; repeat for more")  # fmt: skip
-    scans.add_argument(
-        "--place", choices=inputs.PLACES, default="first", help="position of scans without marks (default: first)"
-    )
+    scans.add_argument("--place", choices=inputs.PLACES, default="first", help="position of scans without marks "
+                       "(default: first)")  # fmt: skip
     scans.add_argument("--volume", type=int, help="index of the volume in 4D files, from 0")
     scans.add_argument("--window", help="name of a CT window, or LOW,HIGH in the unit of the scan")
     scans.add_argument("--context", default="", help="clinical context, inserted before the question")
@@ -124,10 +121,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(args: argparse.Namespace) -> int:
-    sampling = Sampling(
-        args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.repetition_penalty, args.seed,
-        tuple(args.stop),
-    )  # fmt: skip
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "stop")
+    sampling = Sampling(**{name: getattr(args, name) for name in names})
     # Check all inputs before the slower steps: loading a model, then reading scans.
     scans = [_scan(args, path) for path in args.scan]
     if args.jsonl and args.jsonl.is_file():
@@ -139,7 +134,11 @@ def _main(args: argparse.Namespace) -> int:
         model.generator.encode_text(Request(args.prompt, scans, args.context, args.place))
     encoded = model.encode_scans(scans) if scans else None
     if args.show:
-        save_preview(encoded, args.show)
+        if encoded is None:
+            raise ValueError("--show needs a --scan")
+        args.show.parent.mkdir(parents=True, exist_ok=True)
+        inputs.preview_image(encoded.volumes, encoded.names).save(args.show, format="PNG")
+        terminal.message(f"saved the prepared scans: {args.show}")
     if args.chat:
         return Chat(args, model, sampling, scans, encoded).run()
     print_answer(model, Request(args.prompt, encoded or (), args.context, args.place), sampling)
@@ -153,16 +152,11 @@ def load(args: argparse.Namespace) -> api.Model:
     checkpoint.verify(directory, hashes=not getattr(args, "no_verify", False), allow_missing=allow_missing)
     config = checkpoint.model_config(checkpoint.read_description(directory), directory)
     overrides = {name: getattr(args, name, None) for name in ("preprocess", "size_2d", "size_3d", "depth")}
+    prepared = _preparation(directory, config, {k: v for k, v in overrides.items() if v is not None})
     model = api.load(
-        directory,
-        dtype=args.dtype,
-        param_dtype=None if args.dtype == "float32" else args.dtype,
-        int8=args.int8,
-        mesh=mesh_of(config, args.devices),
-        verify=False,
-        tokenizer=args.tokenizer,
-        prepared=_preparation(directory, config, {k: v for k, v in overrides.items() if v is not None}),
-    )
+        directory, dtype=args.dtype, param_dtype=None if args.dtype == "float32" else args.dtype, int8=args.int8,
+        mesh=mesh_of(config, args.devices), verify=False, tokenizer=args.tokenizer, prepared=prepared,
+    )  # fmt: skip
     _ = model.tokenizer
     return model
 
@@ -208,14 +202,6 @@ def _scan(args: argparse.Namespace, path: str) -> Scan:
     return Scan(path, args.volume, window)
 
 
-def save_preview(encoded: EncodedScans | None, file: Path) -> None:
-    if encoded is None:
-        raise ValueError("--show needs a --scan")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    inputs.preview_image(encoded.volumes, encoded.names).save(file, format="PNG")
-    terminal.message(f"saved the prepared scans: {file}")
-
-
 def print_answer(model: api.Model, request: Request, sampling: Sampling) -> str:
     """Print an answer to standard output while it is generated, and return it."""
     answer = model.answer(
@@ -227,8 +213,6 @@ def print_answer(model: api.Model, request: Request, sampling: Sampling) -> str:
 
 
 class Chat:
-    """An interactive chat."""
-
     def __init__(self, args, model: api.Model, sampling: Sampling, scans: list[Scan], encoded: EncodedScans | None):
         self.args, self.model, self.sampling = args, model, sampling
         self.scans, self.encoded = list(scans), encoded
@@ -273,9 +257,8 @@ class Chat:
         else:
             turns = [f"{question} {answer}" for question, answer in self.history] if self.args.history else []
             context = "\n".join([self.args.context, *turns]).strip()
-            answer = print_answer(
-                self.model, Request(line, self.encoded or (), context, self.args.place), self.sampling
-            )
+            request = Request(line, self.encoded or (), context, self.args.place)
+            answer = print_answer(self.model, request, self.sampling)
             # A mark in the history would insert its scan once more.
             self.history.append((inputs.without_marks(line), inputs.without_marks(answer)))
 

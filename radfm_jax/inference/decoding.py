@@ -101,14 +101,9 @@ def more_tokens(
 ) -> dict:
     """Add up to `steps` tokens to every answer; return earlier when all are done.
 
-    Args:
-      steps: int32[]; not static, so one program serves any number.
-      stop: bool[B], rows to end for a reason that only their text shows.
+    `steps` int32[] is not static, so one program serves any number. `stop` bool[B] marks rows to end for a reason that
+    only their text shows.
     """
-
-    def unfinished(carry):
-        step, state = carry
-        return (step < steps) & ~state["done"].all()
 
     def decode(carry):
         step, state = carry
@@ -121,6 +116,7 @@ def more_tokens(
         return step + 1, _with_token(state, _logits(config, params, hidden[:, 0]), sample, penalise)
 
     state = {**state, "done": state["done"] | stop}
+    unfinished = lambda carry: (carry[0] < steps) & ~carry[1]["done"].all()  # noqa: E731
     return jax.lax.while_loop(unfinished, decode, (jnp.int32(0), state))[1]
 
 
@@ -168,9 +164,7 @@ def _with_token(state: dict, logits: jax.Array, sample: bool, penalise: bool) ->
     }
 
 
-def sampling_arrays(
-    sampling: Sampling, stop_ids: tuple[int, ...], watch: tuple[int, ...] = ()
-) -> dict[str, np.ndarray]:
+def sampling_arrays(sampling: Sampling, stop_ids: tuple[int, ...], watch: tuple[int, ...]) -> dict[str, np.ndarray]:
     """Return the entry `choice` of a state. Raises ValueError for more than 16 stop ids."""
     if len(stop_ids) > STOP_IDS:
         raise ValueError(f"{len(stop_ids)} stop ids, at most {STOP_IDS} are supported")

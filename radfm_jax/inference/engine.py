@@ -34,7 +34,6 @@ class Generator:
     """Generates answers to batches of prompts; see the module docstring.
 
     Args:
-      config: model sizes and compute dtype.
       params: as stored in a checkpoint, on `mesh`.
       mesh: None: one device. Batch rows are sharded over `data` and `fsdp`, heads of the cache over `tensor`.
       tokenizer: without it, prompts and answers are tokens only.
@@ -111,13 +110,10 @@ class Generator:
         """Return the bucket of a batch size, with equally many rows on each batch shard."""
         return self.batch_shards * bucket(-(-count // self.batch_shards))
 
-    # --- scans --------------------------------------------------------------------------------------------------------
-
     def encode_scans(self, scans: Sequence[inputs.Scan] | EncodedScans) -> EncodedScans:
         """Read, prepare and encode the scans of one prompt.
 
-        Raises:
-          ValueError: a scan cannot be used (the message names it), or the preparation is unknown.
+        Raises ValueError if a scan cannot be used (the message names it), or the preparation is unknown.
         """
         return self._encode([Request("", scans)])[0]
 
@@ -126,8 +122,7 @@ class Generator:
     ) -> list[EncodedScans]:
         """Encode the volumes of several prompts. Volumes of one size bucket share a call.
 
-        Raises:
-          ValueError: visual tokens are not finite; the message names the scans.
+        Raises ValueError if visual tokens are not finite; the message names the scans.
         """
         names = names or [[f"scan {i + 1}" for i in range(len(volumes))] for volumes in prompts]
         groups: dict[tuple, list[tuple[int, int]]] = {}
@@ -172,13 +167,10 @@ class Generator:
         encoded = self.encode_volumes(volumes, names)
         return [r.scans if isinstance(r.scans, EncodedScans) else e for r, e in zip(requests, encoded, strict=True)]
 
-    # --- text ---------------------------------------------------------------------------------------------------------
-
     def encode_text(self, request: Request) -> Encoded:
         """Return the tokens of a request and the positions of its scans, without reading a scan.
 
-        Raises:
-          ValueError: see `prompts`.
+        Raises ValueError as `prompts` does.
         """
         if self.tokenizer is None:
             raise ValueError("this model has no tokenizer: pass its SentencePiece model")
@@ -191,11 +183,9 @@ class Generator:
     def prompts(self, requests: Sequence[Request]) -> list[Prompt]:
         """Return the tokens of several requests, whose scans are encoded together.
 
-        All texts are checked before any scan is read, because reading can take minutes.
-
-        Raises:
-          ValueError: a mark has no scan or a scan no mark, a scan cannot be used, or the prompt is empty; the tokenizer
-            or the preparation is missing.
+        All texts are checked before any scan is read, because reading can take minutes. Raises ValueError if a mark has
+        no scan or a scan no mark, a scan cannot be used, the prompt is empty, or the tokenizer or the preparation is
+        missing.
         """
         texts = [self.encode_text(r) for r in requests]
         encoded, latents = self._encode(requests), self.config.num_latents
@@ -203,8 +193,6 @@ class Generator:
             Prompt(text.ids, inputs.visual_index(text, latents), scans.tokens if len(scans) else None)
             for text, scans in zip(texts, encoded, strict=True)
         ]
-
-    # --- answers ------------------------------------------------------------------------------------------------------
 
     def answers(
         self,
@@ -246,8 +234,7 @@ class Generator:
         """
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk must be at least 1 token (got {chunk})")
-        requests = [p for p in prompts if isinstance(p, Request)]
-        tokenized = iter(self.prompts(requests) if requests else ())
+        tokenized = iter(self.prompts([p for p in prompts if isinstance(p, Request)]))
         prompts = [next(tokenized) if isinstance(p, Request) else p for p in prompts]
         if not prompts:
             return
@@ -259,13 +246,9 @@ class Generator:
             batch.decode(chunk)
 
     def token_limit(self, prompt: Prompt, sampling: Sampling, name: str = "the prompt") -> int:
-        """Return the maximum number of tokens of the answer.
+        """Return the maximum number of tokens of the answer. `name` is that of the prompt in messages.
 
-        Args:
-          name: of the prompt, for messages.
-        Raises:
-          ValueError: the prompt is invalid.
-          GenerationError: it is too long.
+        Raises ValueError if the prompt is invalid, GenerationError if it is too long.
         """
         ids, index = np.asarray(prompt.ids), np.asarray(prompt.visual_index)
         slots, last = 0 if prompt.visual is None else len(prompt.visual), self.config.image_id + 1

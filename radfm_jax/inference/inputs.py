@@ -2,7 +2,6 @@
 
     encoded = encode_prompt("<image-1> Compare with <image-2>.", 2, tokenizer, preparation)
     volumes = read_scans(["ct.nii.gz", "old_cxr.png"], preparation)
-    batch = one_row(encoded, volumes, num_latents)   # a training batch with this sample alone in its row
 
 Text and scans pass through the functions that training uses: `tokens.encode`, `scans.read`, `prepare_volume`,
 `collate_row`.
@@ -60,10 +59,11 @@ class Preparation:
     text_length: int = 2048
 
     def __post_init__(self):
-        problems = []
-        for field, known in (("preprocess", MODES), ("storage", STORAGE)):
-            if getattr(self, field) not in known:
-                problems.append(f"{field} is {getattr(self, field)!r}; known: {', '.join(known)}")
+        problems = [
+            f"{field} is {getattr(self, field)!r}; known: {', '.join(known)}"
+            for field, known in (("preprocess", MODES), ("storage", STORAGE))
+            if getattr(self, field) not in known
+        ]
         if self.preprocess == "released" and self.size_3d not in (256, 512):
             problems.append(f"size_3d is {self.size_3d}: released mode supports 256 and 512")
         if not problems:
@@ -86,9 +86,6 @@ class Preparation:
 
 RELEASED = Preparation(preprocess="released", storage="float32")
 """Preparation of the released weights."""
-
-
-# --- text -------------------------------------------------------------------------------------------------------------
 
 
 def encode_prompt(
@@ -124,35 +121,26 @@ def encode_prompt(
     if misspelt:  # read as plain text, the scan would be at another position or missing
         field, listed = "prompt" if misspelt[-1] in prompt else "context", ", ".join(dict.fromkeys(misspelt))
         raise ValueError(f"the {field} contains {listed}, which is not a valid mark: write <image-1>")
-    texts = [("context", context), ("instruction", prompt)]
+    unmarked = [ScanFile(str(i)) for i in range(scan_count)]
     try:
-        parsed = parse_marks([text for _, text in texts], 0)
+        parsed = parse_marks([context, prompt], 0)
     except ValueError:  # there are marks, so every scan needs one
         try:
-            parsed = parse_marks([text for _, text in texts], scan_count)
+            parsed = parse_marks([context, prompt], scan_count)
         except ValueError as error:
             raise ValueError(f"the prompt does not fit its scans: {error}") from None
-        leading = trailing = ()
-    else:
-        unmarked = tuple(range(scan_count))
-        leading, trailing = (unmarked, ()) if place == "first" else ((), unmarked)
-    parts = [ScanFile(str(i)) for i in leading]
-    for (role, _), pieces in zip(texts, parsed, strict=True):
+        unmarked = []
+    parts = []
+    for role, pieces in zip(("context", "instruction"), parsed, strict=True):
         parts += [Text(p, role) if isinstance(p, str) else ScanFile(str(p)) for p in pieces]
-    parts += [ScanFile(str(i)) for i in trailing]
+    parts = unmarked + parts if place == "first" else parts + unmarked
     if not any(isinstance(p, Text) and p.text.strip() for p in parts):
         raise ValueError("the prompt has scans but no text: write a question")
     sample = Sample("1", "prompt", "vqa", None, tuple(parts))
     return encode(
-        sample,
-        tokenizer,
-        NoTerms(),
-        max_scans=max(scan_count, 1),
-        num_latents=preparation.num_latents,
-        max_tokens=2**31,
-        mode=preparation.preprocess,
-        prompt=True,
-    )
+        sample, tokenizer, NoTerms(), max_scans=max(scan_count, 1), num_latents=preparation.num_latents,
+        max_tokens=2**31, mode=preparation.preprocess, prompt=True,
+    )  # fmt: skip
 
 
 def without_marks(text: str) -> str:
@@ -167,16 +155,11 @@ def visual_index(encoded: Encoded, num_latents: int) -> np.ndarray:
     return np.where(scan >= 0, slots[np.maximum(scan, 0)] * num_latents + latent, -1).astype(np.int32)
 
 
-# --- scans ------------------------------------------------------------------------------------------------------------
-
-
 def read_scans(files: Sequence[Scan], preparation: Preparation) -> list[Volume]:
     """Read and prepare scans, in order.
 
-    In `released` mode all scans of one prompt get the same depth, so pass them together.
-
-    Raises:
-      ValueError (scans.ScanError): a scan cannot be used; the message names it.
+    In `released` mode all scans of one prompt get the same depth, so pass them together. Raises ValueError (a
+    scans.ScanError) if a scan cannot be used; the message names it.
     """
     read = [_read(scan, number) for number, scan in enumerate(files, 1)]
     if preparation.preprocess == "released":
@@ -184,21 +167,14 @@ def read_scans(files: Sequence[Scan], preparation: Preparation) -> list[Volume]:
             raise ValueError(f"{', '.join(windowed)}: released mode has no windows; remove the window")
         if not read:
             return []
-        names = ", ".join(name for name, *_ in read)
-        with as_scan_error(names, "preparing it"):
+        with as_scan_error(", ".join(name for name, *_ in read), "preparing it"):
             return released_volumes([voxels for _, voxels, _, _ in read], collate=preparation.size_3d == 256)
     volumes = []
     for name, voxels, header, window in read:
         try:
+            stored = {} if header is None else {"padding": header.padding, "value_range": header.value_range}
             volumes.append(
-                prepare_volume(
-                    voxels,
-                    window=window,
-                    storage=preparation.storage,
-                    sizes=preparation.sizes,
-                    padding=None if header is None else header.padding,
-                    value_range=None if header is None else header.value_range,
-                )
+                prepare_volume(voxels, window=window, storage=preparation.storage, sizes=preparation.sizes, **stored)
             )
         except ValueError as error:
             raise scans.ScanError(name, str(error), fault="unsupported") from error
@@ -229,26 +205,6 @@ def _read(scan: Scan, number: int):
     return name, one_channel_if_gray(voxels), header, window
 
 
-# --- rows -------------------------------------------------------------------------------------------------------------
-
-
-def one_row(encoded: Encoded, volumes: Sequence[Volume], num_latents: int) -> dict[str, np.ndarray]:
-    """Return a batch of one row with this prompt and its scans (layout: radfm_jax/models/radfm.py)."""
-    numbers = [int(scan.path) for scan in encoded.scans]
-    shown = {number: ScanPlanes.of(volumes[number]) for number in numbers}
-    limits = RowLimits(
-        text_length=len(encoded.ids),
-        vision_rows=max(len(volumes), 1),
-        patch_length=max((len(p.plane_index) for p in shown.values()), default=1),
-        planes=max(sum(len(p.planes) for p in shown.values()), 1),
-        scans=max(len(volumes), 1),
-    )
-    row = LoadedRow([encoded], [numbers], {number: number for number in numbers}, shown)
-    dtype = volumes[0].voxels.dtype if volumes else np.dtype(np.uint8)
-    arrays = collate_row(row, limits, num_latents=num_latents, plane_dtype=dtype)
-    return collate_batch([(arrays, None)], limits.planes).arrays
-
-
 def scan_rows(
     volumes: Sequence[Volume | None], patches: int, plane_count: int, num_latents: int
 ) -> dict[str, np.ndarray]:
@@ -264,8 +220,6 @@ def scan_rows(
         rows.append((collate_row(row, limits, num_latents=num_latents, plane_dtype=dtype), None))
     return collate_batch(rows, plane_count).arrays
 
-
-# --- preview ----------------------------------------------------------------------------------------------------------
 
 TILE, SLICES, CAPTION = 160, 8, 16
 

@@ -18,17 +18,11 @@ class GenerationError(ValueError):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EncodedScans:
-    """Visual tokens of the scans of a prompt. They replace the scans in any number of requests.
+    """Visual tokens of the scans of a prompt. They replace the scans in any number of requests."""
 
-    Attributes:
-      tokens: float[S, L, E] on the device, zeros after the last scan.
-      names: names of the scans, for messages.
-      volumes: the prepared volumes.
-    """
-
-    tokens: jax.Array
-    names: tuple[str, ...] = ()
-    volumes: tuple[Volume, ...] = ()
+    tokens: jax.Array  # float[S, L, E] on the device, zeros after the last scan
+    names: tuple[str, ...] = ()  # names of the scans, for messages
+    volumes: tuple[Volume, ...] = ()  # the prepared volumes
 
     def __len__(self) -> int:
         return len(self.names)
@@ -36,12 +30,7 @@ class EncodedScans:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Request:
-    """A prompt as text and scans.
-
-    Attributes:
-      prompt, context, place: see `inputs.encode_prompt`.
-      scans: paths, samples.Scan or arrays; or EncodedScans.
-    """
+    """A prompt as text and scans; see `inputs.encode_prompt`."""
 
     prompt: str
     scans: Sequence[inputs.Scan] | EncodedScans = ()
@@ -55,38 +44,23 @@ class Request:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prompt:
-    """A prompt as tokens.
+    """A prompt as tokens."""
 
-    Attributes:
-      ids: int32[t]; V and V + 1 are `<image>` and `</image>`.
-      visual_index: int32[t], slot * L + latent at a visual token, -1 elsewhere.
-      visual: float[S, L, E], the visual tokens of each slot; None without scans.
-    """
-
-    ids: np.ndarray
-    visual_index: np.ndarray
-    visual: jax.Array | None = None
+    ids: np.ndarray  # int32[t]; V and V + 1 are `<image>` and `</image>`
+    visual_index: np.ndarray  # int32[t], slot * L + latent at a visual token, -1 elsewhere
+    visual: jax.Array | None = None  # float[S, L, E], the visual tokens of each slot; None without scans
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """The answer to one prompt.
+    """The answer to one prompt; log probabilities are natural, before temperature and the other sampling options."""
 
-    Attributes:
-      text: stripped of white space; "" after a failure or without a tokenizer.
-      ids: tokens, including the stop token.
-      logprobs: natural log probability of each token, before temperature and the other sampling options.
-      ended: `stop id`, `stop text`, `length` or `failed`; "" while it is being generated.
-      error: why there is no answer; "" if there is one.
-      watched: natural log probability of each watched token at the first position.
-    """
-
-    text: str
-    ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    ended: str
-    error: str = ""
-    watched: tuple[float, ...] = ()
+    text: str  # stripped of white space; "" after a failure or without a tokenizer
+    ids: tuple[int, ...]  # tokens, including the stop token
+    logprobs: tuple[float, ...]  # log probability of each token
+    ended: str  # `stop id`, `stop text`, `length` or `failed`; "" while it is being generated
+    error: str = ""  # why there is no answer; "" if there is one
+    watched: tuple[float, ...] = ()  # log probability of each watched token at the first position
 
 
 def require_answers(answers: Sequence[Answer]) -> list[Answer]:

@@ -1,7 +1,4 @@
-"""Selection of the next token from its logits.
-
-Letters: B rows, V vocabulary.
-"""
+"""Selection of the next token from its logits. Letters: B rows, V vocabulary."""
 
 from __future__ import annotations
 
@@ -14,28 +11,18 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """Decoding options. The defaults are those of the released model: greedy, at most 200 tokens.
+    """Decoding options. The defaults are those of the released model: greedy, at most 200 tokens."""
 
-    Attributes:
-      max_new_tokens: length limit of an answer, including the stop token. None: 200, or fewer if the cache ends.
-      temperature: 0: greedy decoding; otherwise logits are divided by it and a token is sampled.
-      top_k: sample from the k most likely tokens, and those tied with the k-th; 0: all.
-      top_p: of those, sample from the most likely ones that together reach probability p; 1: all.
-      repetition_penalty: divides a positive logit, and multiplies a negative one, of each token that is already in the
-        answer; 1: none. The prompt does not count, as in the released model.
-      seed: prompt i of a batch is sampled with seed + i, so its answer does not depend on the other prompts.
-      stop: texts that end an answer; the answer excludes them.
-      stop_ids: tokens that end an answer; None: the tokenizer's end-of-text token.
-    """
-
-    max_new_tokens: int | None = None
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
+    max_new_tokens: int | None = None  # length limit, including the stop token; None: 200, or fewer if the cache ends
+    temperature: float = 0.0  # 0: greedy decoding; otherwise logits are divided by it and a token is sampled
+    top_k: int = 0  # sample from the k most likely tokens, and those tied with the k-th; 0: all
+    top_p: float = 1.0  # of those, sample from the most likely ones that together reach probability p; 1: all
+    # Divides a positive logit, and multiplies a negative one, of each token that is already in the answer; 1: none.
+    # The prompt does not count, as in the released model.
     repetition_penalty: float = 1.0
-    seed: int = 0
-    stop: tuple[str, ...] = ()
-    stop_ids: tuple[int, ...] | None = None
+    seed: int = 0  # prompt i is sampled with seed + i, so its answer does not depend on the other prompts
+    stop: tuple[str, ...] = ()  # texts that end an answer; the answer excludes them
+    stop_ids: tuple[int, ...] | None = None  # tokens that end an answer; None: the tokenizer's end-of-text token
 
     def __post_init__(self):
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
@@ -47,7 +34,7 @@ class Sampling:
                 object.__setattr__(self, "stop_ids", tuple(map(operator.index, self.stop_ids)))
             except TypeError:
                 raise ValueError(f"stop_ids must be a list of integers (got {self.stop_ids!r})") from None
-        for name, convert in _CONVERTERS.items():
+        for name, (convert, _, _) in _RULES.items():
             value = getattr(self, name)
             if name == "max_new_tokens" and value is None:
                 continue
@@ -58,16 +45,10 @@ class Sampling:
             except (TypeError, ValueError, OverflowError):
                 kind = "a number" if convert is float else "an integer"
                 raise ValueError(f"{name} must be {kind} (got {value!r})") from None
-        checks = {
-            "max_new_tokens": (self.max_new_tokens is None or self.max_new_tokens >= 1, "at least 1"),
-            "temperature": (0 <= self.temperature < float("inf"), "0 (greedy) or a positive number"),
-            "top_k": (0 <= self.top_k < 2**31, "0 (all tokens) or a positive integer"),
-            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
-            "repetition_penalty": (0 < self.repetition_penalty < float("inf"), "a positive number (1 for none)"),
-            "seed": (0 <= self.seed < 2**31, "an integer from 0 to 2^31 - 1"),
-        }
         problems = [
-            f"{name} must be {rule} (got {getattr(self, name)})" for name, (valid, rule) in checks.items() if not valid
+            f"{name} must be {rule} (got {getattr(self, name)})"
+            for name, (_, valid, rule) in _RULES.items()
+            if not valid(getattr(self, name))
         ]
         if not all(self.stop):
             problems.append("stop contains an empty text")
@@ -75,9 +56,14 @@ class Sampling:
             raise ValueError("; ".join(problems))
 
 
-_CONVERTERS = {
-    **dict.fromkeys(("max_new_tokens", "top_k", "seed"), operator.index),
-    **dict.fromkeys(("temperature", "top_p", "repetition_penalty"), float),
+# field -> converter, whether a value is valid, the rule
+_RULES = {
+    "max_new_tokens": (operator.index, lambda n: n is None or n >= 1, "at least 1"),
+    "temperature": (float, lambda x: 0 <= x < float("inf"), "0 (greedy) or a positive number"),
+    "top_k": (operator.index, lambda k: 0 <= k < 2**31, "0 (all tokens) or a positive integer"),
+    "top_p": (float, lambda p: 0 < p <= 1, "above 0 and at most 1"),
+    "repetition_penalty": (float, lambda x: 0 < x < float("inf"), "a positive number (1 for none)"),
+    "seed": (operator.index, lambda seed: 0 <= seed < 2**31, "an integer from 0 to 2^31 - 1"),
 }
 
 
@@ -91,11 +77,7 @@ def restricted(logits: jax.Array, temperature: jax.Array, top_k: jax.Array, top_
     """Return scores float32[B, V] to sample from: logits over temperature, -inf for excluded tokens.
 
     A token tied with the last included one is included too, so the result does not depend on the order of ids.
-
-    Args:
-      temperature: float32[], above 0.
-      top_k: int32[], 0 for all.
-      top_p: float32[] in (0, 1].
+    temperature: float32[], above 0. top_k: int32[], 0 for all. top_p: float32[] in (0, 1].
     """
     v = logits.shape[-1]
     scores = logits / temperature
@@ -110,11 +92,9 @@ def restricted(logits: jax.Array, temperature: jax.Array, top_k: jax.Array, top_
 
 
 def draw(scores: jax.Array, keys: jax.Array, steps: jax.Array) -> jax.Array:
-    """Sample tokens int32[B] from float32[B, V] scores.
+    """Sample tokens int32[B] from scores float32[B, V].
 
-    Args:
-      keys: uint32[B, 2], key data of each row.
-      steps: int32[B], number of the token in each row's answer.
+    keys: uint32[B, 2], key data of each row. steps: int32[B], number of the token in each row's answer.
     """
 
     def sample(key, step, row):
