@@ -9,6 +9,7 @@ machine. Until the run ends, the disk holds the records twice.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,20 +27,13 @@ RECORDS = ".records"
 Checked = tuple[ScanCheck | None, bytes | None]
 
 
-class BeamScanPool:
-    """Runs `check_scans` on Beam, with the interface of ResilientPool.
-
-    Attributes:
-      deaths: a message for each scan that killed or hung its worker.
-    """
+class BeamScanPool(contextlib.AbstractContextManager):
+    """Runs `check_scans` on Beam, with the interface of ResilientPool."""
 
     def __init__(self, directory: Path, timeout: float, runner: str, options: Sequence[str], log):
         self.directory, self.timeout, self.runner, self.options = directory, timeout, runner, options
         self.log: Callable[[str], None] = log
-        self.deaths: list[str] = []
-
-    def __enter__(self) -> BeamScanPool:
-        return self
+        self.deaths: list[str] = []  # a message for each scan that killed or hung its worker
 
     def __exit__(self, *_) -> None:
         """Nothing to stop: the Beam job ends inside `map`."""

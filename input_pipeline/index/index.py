@@ -17,7 +17,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -79,17 +79,11 @@ ROWS = pa.schema(
 
 @dataclasses.dataclass(frozen=True)
 class IndexedScan:
-    """What planning and loading need to know of a scan.
+    """What planning and loading need to know of a scan."""
 
-    Attributes:
-      shape: (H, W, D, C) as read; C is 1 if three channels are equal.
-      bytes: size of its file, or of all files of its series.
-      record: record number, or -1.
-    """
-
-    shape: tuple[int, int, int, int]
-    bytes: int = -1
-    record: int = -1
+    shape: tuple[int, int, int, int]  # (H, W, D, C) as read; C is 1 if three channels are equal
+    bytes: int = -1  # size of its file, or of all files of its series
+    record: int = -1  # record number, or -1
 
 
 def scan_key(root, scan: Scan) -> tuple[str, str, int, str]:
@@ -158,14 +152,7 @@ def table_checksum(file: Path) -> str:
 
 
 class Index:
-    """An opened index directory.
-
-    Attributes:
-      tables: source -> {"family", "table", "sha256", "rows", ...}, as written by `prepare`.
-      identity: SHA-256 of everything that decides what training reads.
-    Raises:
-      ValueError: the directory has no index, or one of another version.
-    """
+    """An opened index directory. Raises ValueError if it has no index, or one of another version."""
 
     def __init__(self, directory: Path | str):
         self.directory = Path(directory)
@@ -178,8 +165,8 @@ class Index:
         self.description = json.loads(file.read_text())
         if self.description.get("version") != VERSION:
             raise ValueError(f"{file} has version {self.description.get('version')}, not {VERSION}: run prepare again")
-        self.tables: dict[str, dict] = self.description["sources"]
-        self.identity: str = self.description["identity"]
+        self.tables: dict[str, dict] = self.description["sources"]  # source -> {"family", "table", "sha256", ...}
+        self.identity: str = self.description["identity"]  # SHA-256 of everything that decides what training reads
 
     def check(self, sources: Mapping[str, Mapping]) -> None:
         """Check that the index was made from these sources. Raises ValueError with every difference."""
@@ -225,12 +212,6 @@ class Index:
                 parts.append((key ^ root_hash, size, record, np.stack(shape, -1)))
         return Scans(*map(np.concatenate, zip(*parts, strict=True)))
 
-    def first_colour_scan(self, channels: int, roots: Iterable[str]) -> str:
-        """Return the path of a good scan with more channels than this, or "". `roots` are those of `prepare`."""
-        filters = [("channels", ">", channels), ("fault", "=", ""), ("root", "in", set(roots))]
-        scans = pq.read_table(self.directory / "scans.parquet", columns=["path"], filters=filters, use_threads=False)
-        return scans["path"][0].as_py() if len(scans) else ""
-
     def check_records(self, settings: Mapping[str, object]) -> None:
         """Check that the records exist and have these settings. Raises ValueError with every difference."""
         records = self.description.get("records")
@@ -245,12 +226,8 @@ class Index:
 
     def bad_rows(self, source: str) -> np.ndarray:
         """Return bool[rows of the opened data set]: the rows that cannot be used."""
-        table = pq.read_table(
-            self.directory / "rows.parquet",
-            columns=["row", "state"],
-            filters=[("source", "=", source)],
-            use_threads=False,
-        )
+        file, filters = self.directory / "rows.parquet", [("source", "=", source)]
+        table = pq.read_table(file, columns=["row", "state"], filters=filters, use_threads=False)
         bad = np.zeros(self.tables[source]["rows"], bool)
         bad[table["row"].to_numpy()] = pc.not_equal(table["state"], "good").to_numpy()
         return bad

@@ -70,8 +70,6 @@ class ScanReader:
     Args:
       settings: of the records; None writes no records.
       pool: a pool of `scan_checks` workers, or beam_scans.BeamScanPool.
-    Attributes:
-      read: number of scans that were read; the others had not changed.
     """
 
     def __init__(
@@ -79,7 +77,7 @@ class ScanReader:
     ):
         self.results, self.state, self.pool = results, state, pool
         self.conversion = Conversion(results.config.sizes, results.config.storage, settings is not None)
-        self.read = 0
+        self.read = 0  # scans that were read; the others had not changed
         self.unsaved: list[ScanCheck] = []
         self.writer = None
         if settings is not None:

@@ -34,28 +34,21 @@ class SliceImage:
 
 @dataclasses.dataclass(frozen=True)
 class ScanView:
-    """The scan in a slot.
-
-    Attributes:
-      shape: (H, W, D) as the network sees it.
-      slices, channels: stored slices and channels; one slice may be repeated D times, one channel 3 times.
-      low, high, mean: of the values that the network gets.
-      samples: the numbers of the samples that show it.
-    """
+    """The scan in a slot."""
 
     slot: int
     vision_row: int
     patches: int
-    shape: tuple[int, int, int]
-    slices: int
-    channels: int
+    shape: tuple[int, int, int]  # (H, W, D) as the network sees it
+    slices: int  # stored; one may be repeated D times
+    channels: int  # stored; one may be repeated 3 times
     dtype: str
     scale: float
     offset: float
-    low: float
+    low: float  # low, high, mean: of the values that the network gets
     high: float
     mean: float
-    samples: tuple[int, ...]
+    samples: tuple[int, ...]  # the numbers of the samples that show it
     images: tuple[SliceImage, ...]
     thumbnail: SliceImage | None
 

@@ -16,42 +16,30 @@ SETTINGS = ("preprocess", "storage", "terms", "mixture", "seed", "share_scans", 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A table of the split.
-
-    Attributes:
-      rows: number of good rows. quarantined: of rows that the table or `prepare` left out.
-      samples: that an epoch draws from it. share: of all samples of the epoch.
-    """
+    """A table of the split."""
 
     name: str
     family: str
-    rows: int
-    quarantined: int
-    samples: int
-    share: float
+    rows: int  # good ones
+    quarantined: int  # rows that the table or `prepare` left out
+    samples: int  # that an epoch draws from it
+    share: float  # of all samples of the epoch
 
 
 @dataclasses.dataclass(frozen=True)
 class Overview:
-    """The head of the page.
-
-    Attributes:
-      asked: number of rows requested; the epoch may have fewer.
-      settings: the fields of `data` that decide what a row contains.
-      packing: PackingReport.as_dict of the rows shown.
-      trained, terms: shares of the real tokens that are targets with a weight, and with the weight of a term.
-    """
+    """The head of the page."""
 
     config: str
     split: str
     epoch: int
     training: bool
-    asked: int
-    settings: dict[str, str]
+    asked: int  # rows requested; the epoch may have fewer
+    settings: dict[str, str]  # the fields of `data` that decide what a row contains
     sources: tuple[Source, ...]
-    packing: dict[str, float]
-    trained: float
-    terms: float
+    packing: dict[str, float]  # PackingReport.as_dict of the rows shown
+    trained: float  # share of the real tokens that are targets with a weight
+    terms: float  # share of the real tokens that are targets with the weight of a term
 
 
 def first_rows(config: DataConfig, split: str, count: int, epoch: int, name: str) -> tuple[Overview, list[RowView]]:
