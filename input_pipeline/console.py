@@ -24,9 +24,8 @@ class RateColumn(ProgressColumn):
 
     def render(self, task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text(
-            "" if speed is None or task.total is None else f"{speed:,.0f} {task.fields['unit']}/s", style="cyan"
-        )
+        known = speed is not None and task.total is not None
+        return Text(f"{speed:,.0f} {task.fields['unit']}/s" if known else "", style="cyan")
 
 
 def progress_bars(console: Console) -> Progress:

@@ -20,8 +20,6 @@ from typing import IO, Any
 
 PARTIAL = ".partial"  # suffix of a file that is not complete yet
 
-# --- locks ------------------------------------------------------------------------------------------------------------
-
 
 def try_lock(file: IO | int) -> bool:
     """Lock an open file for this process with flock, without waiting.
@@ -66,9 +64,6 @@ def locked_directory(directory: Path, command: str) -> Iterator[None]:
         if not try_lock(file):
             raise ValueError(f"another {command} is writing {directory}: wait for it, or stop it first")
         yield
-
-
-# --- atomic writes ----------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -124,9 +119,6 @@ def write_json_lines(file: Path, lines: Iterable[dict]) -> int:
     return count
 
 
-# --- digests ----------------------------------------------------------------------------------------------------------
-
-
 def sha256_of_file(*paths: Path) -> str:
     """Return the SHA-256 of a file's bytes, hexadecimal; of several files, of their bytes in this order."""
     digest = hashlib.sha256()
@@ -140,9 +132,6 @@ def sha256_of_file(*paths: Path) -> str:
 def fingerprint(value: Any) -> str:
     """Return the SHA-256 of a JSON value, hexadecimal; the order of keys does not matter."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=list).encode()).hexdigest()
-
-
-# --- names ------------------------------------------------------------------------------------------------------------
 
 
 def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:

@@ -10,7 +10,9 @@ machine. Until the run ends, the disk holds the records twice.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -51,7 +53,7 @@ class BeamScanPool(contextlib.AbstractContextManager):
         assert functions == (scan_checks.check_scans, scan_checks.task_label, scan_checks.failed_check)
         items = chunk_files.Items.write(self.directory, map(json.dumps, tasks))
         chunk_files.remove_partial_files(self.directory)
-        work = _WritePart(self.directory, items, conversion)
+        work = functools.partial(_write_part, self.directory, items, conversion)
         # All chunks are submitted: only the worker can see whether files changed after an earlier run wrote a part.
         beam.make_parts(
             self.directory, items, range(items.chunks), work, self.timeout, self.runner, self.options, log=self.log
@@ -84,29 +86,25 @@ class BeamScanPool(contextlib.AbstractContextManager):
                 yield (None, None) if unchanged else (check, record)
 
 
-class _WritePart:
-    """beam.Work: writes the part of a chunk, unless an earlier run wrote it from the same files."""
-
-    def __init__(self, directory: Path, items: chunk_files.Items, conversion: Conversion):
-        self.directory, self.items, self.conversion = directory, items, conversion
-
-    def __call__(self, pool: ResilientPool, chunk: int) -> None:
-        tasks, conversion = _tasks(self.items, chunk), self.conversion
-        if _is_current(self.directory, chunk, tasks, conversion):
-            return
-        lines, earlier_deaths = [], len(pool.deaths)
-        file = chunk_files.part_file(self.directory, chunk, RECORDS)
-        with atomic_write(file, unique=True) as partial, open(partial, "wb") as records:
-            chunks = pool.map(
-                scan_checks.check_scans, tasks, conversion.chunk, conversion,
-                label=scan_checks.task_label, failed=scan_checks.failed_check,
-            )  # fmt: skip
-            for _, results in chunks:
-                for check, record in results:
-                    lines.append({"facts": check, "bytes": -1 if record is None else len(record)})
-                    records.write(record or b"")
-        head = {"of": _identity(tasks, conversion), "deaths": pool.deaths[earlier_deaths:]}
-        chunk_files.write_part(self.directory, chunk, map(json.dumps, [head, *lines]))
+def _write_part(
+    directory: Path, items: chunk_files.Items, conversion: Conversion, pool: ResilientPool, chunk: int
+) -> None:
+    """Write the part of a chunk, unless an earlier run wrote it from the same files."""
+    tasks = _tasks(items, chunk)
+    if _is_current(directory, chunk, tasks, conversion):
+        return
+    lines, earlier_deaths = [], len(pool.deaths)
+    file = chunk_files.part_file(directory, chunk, RECORDS)
+    with atomic_write(file, unique=True) as partial, open(partial, "wb") as records:
+        chunks = pool.map(
+            scan_checks.check_scans, tasks, conversion.chunk, conversion,
+            label=scan_checks.task_label, failed=scan_checks.failed_check,
+        )  # fmt: skip
+        for check, record in itertools.chain.from_iterable(results for _, results in chunks):
+            lines.append({"facts": check, "bytes": -1 if record is None else len(record)})
+            records.write(record or b"")
+    head = {"of": _identity(tasks, conversion), "deaths": pool.deaths[earlier_deaths:]}
+    chunk_files.write_part(directory, chunk, map(json.dumps, [head, *lines]))
 
 
 def _tasks(items: chunk_files.Items, chunk: int) -> list[ScanTask]:

@@ -89,7 +89,9 @@ def prepare(
             chunk_files.remove_parts(directory)
         new_pool = functools.partial(ResilientPool, workers=workers, timeout=config.worker_timeout, log=log)
         with new_pool(functools.partial(row_checks.Tables, config.to_dict())) as table_pool:
-            results = _open_tables(config, table_pool, checksums, db, progress)
+            advance = progress("opening the tables", "tables", None)
+            results = Results(config, table_pool.call("the tables", row_checks.check_sources), checksums, db)
+            advance(len(results.tables), 0)
             _list_scans(results, table_pool, progress)
             if runner == beam.LOCAL:
                 scan_pool = new_pool(scan_checks.preload)
@@ -122,9 +124,6 @@ def locked_index(directory: Path) -> Iterator[None]:
         yield
 
 
-# --- tables -----------------------------------------------------------------------------------------------------------
-
-
 def table_checksums(config: DataConfig) -> dict[str, str]:
     """Return source -> checksum of its table. Raises ValueError if one cannot be read."""
     if not config.sources():
@@ -142,18 +141,8 @@ def table_checksums(config: DataConfig) -> dict[str, str]:
     return checksums
 
 
-def _open_tables(config: DataConfig, pool: ResilientPool, checksums: dict[str, str], db, progress: Progress) -> Results:
-    advance = progress("opening the tables", "tables", None)
-    results = Results(config, pool.call("the tables", row_checks.check_sources), checksums, db)
-    advance(len(results.tables), 0)
-    return results
-
-
 def _all_rows(results: Results) -> Iterator[Row]:
     return ((name, row) for name, table in results.tables.items() for row in range(table.rows))
-
-
-# --- scans ------------------------------------------------------------------------------------------------------------
 
 
 def _list_scans(results: Results, pool: ResilientPool, progress: Progress) -> None:
@@ -182,9 +171,6 @@ def _read_scans(results, state: ResumeState, directory: Path, settings, pool, pr
     return reader
 
 
-# --- rows -------------------------------------------------------------------------------------------------------------
-
-
 def _encode_rows(results: Results, pool: ResilientPool, progress: Progress) -> None:
     advance = progress("encoding the rows", "rows", results.row_count)
 
@@ -200,29 +186,18 @@ def _encode_rows(results: Results, pool: ResilientPool, progress: Progress) -> N
         advance(len(chunk), sum(check.problem is not None for check in checks))
 
 
-# --- reports and index ------------------------------------------------------------------------------------------------
-
-
 def _write_index(
-    results: Results,
-    state: ResumeState,
-    directory: Path,
-    tokenizer: str,
-    reading: dict,
-    strict: bool,
-    allow_leaks: bool,
+    results: Results, state: ResumeState, directory: Path, tokenizer: str, report: dict, strict: bool, allow_leaks: bool
 ) -> dict:
     """Write all files. index.json is deleted first and written last, because it vouches for the others."""
     (directory / "index.json").unlink(missing_ok=True)
     scans = index_writer.write_scans(directory / "scans.parquet", results, state.metadata())
     state.file.unlink(missing_ok=True)
     rows = index_writer.write_rows(directory / "rows.parquet", results)
-    report = _write_reports(results, state, directory, reading, strict, allow_leaks)
+    _write_reports(results, state, directory, report, strict, allow_leaks)
     if report["refused"]:
         raise Refused(report["refused"], report)
-    counts = {key: report[key] for key in ("rows", "scans", "quarantine", "leaks")}
-    good = {name: source["good"] for name, source in report["sources"].items()}
-    description = index_writer.index_description(results, state, scans, rows, good, tokenizer, counts)
+    description = index_writer.index_description(results, state, scans, rows, tokenizer, report)
     text = json.dumps(description, indent=1, ensure_ascii=False, default=list) + "\n"
     write_text(directory / "index.json", text)
     return report

@@ -155,11 +155,7 @@ class Records:
 
 
 class Writer:
-    """Appends records in new shards. Committed shards are never modified.
-
-    Args:
-      lengths: number of records in each existing shard.
-    """
+    """Appends records in new shards to those of `lengths` records. Committed shards are never modified."""
 
     def __init__(self, directory: Path, lengths: Sequence[int]):
         self.directory, self.lengths = directory, list(lengths)

@@ -118,19 +118,10 @@ def _check_scan(key: Key, known_stamp: str, conversion: Conversion) -> tuple[Sca
         facts["sha256"] = scan_sha256(path)
         voxels, header = scans.read(path, volume=scan.volume)
         voxels = one_channel_if_gray(voxels)
-        height, width, depth, channels = voxels.shape
-        facts |= {
-            "format": header.format,
-            "modality": header.modality or "",
-            "height": height,
-            "width": width,
-            "depth": depth,
-            "channels": channels,
-            "spacing": header.spacing_mm or (),
-            "dtype": header.dtype,
-            "low": float(header.value_range[0]),
-            "high": float(header.value_range[1]),
-        }
+        low, high = map(float, header.value_range)
+        facts |= dict(zip(("height", "width", "depth", "channels"), voxels.shape, strict=True))
+        facts |= {"format": header.format, "modality": header.modality or "", "spacing": header.spacing_mm or ()}
+        facts |= {"dtype": header.dtype, "low": low, "high": high}
         volume = _convert(voxels, header, scan, path, conversion)
         if stamp_of(path)[0] != stamp:
             facts["stamp"] = ""
@@ -142,9 +133,8 @@ def _check_scan(key: Key, known_stamp: str, conversion: Conversion) -> tuple[Sca
 
         return ScanCheck(*key, **facts), serialize(volume, facts["sha256"])
     except scans.ScanError as error:
-        problem = {"fault": error.fault, "reason": error.reason, "remedy": error.remedy}
         kept = {name: facts[name] for name in ("bytes", "sha256", "stamp") if name in facts}
-        return ScanCheck(*key, **problem, **kept), None
+        return ScanCheck(*key, error.fault, error.reason, error.remedy, **kept), None
 
 
 def _convert(voxels, header, scan: Scan, path, conversion: Conversion):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from input_pipeline.config import DataConfig
 from input_pipeline.index import database, scan_checks
+from input_pipeline.index.index import changed_settings
 from input_pipeline.index.results import Results
 from input_pipeline.index.resume_state import ResumeState
 from input_pipeline.index.scan_checks import Conversion, ScanCheck, ScanTask
@@ -33,19 +34,15 @@ def check_records(directory: Path, state: ResumeState, settings: dict | None, re
 
     missing = [name for name in map(shard_name, range(len(state.shards))) if not (records / name).is_file()]
     if missing:
-        raise ValueError(
-            f"{records} lacks {', '.join(missing[:5])}: restore the files, or rewrite all records with --recheck"
-        )
+        lost = ", ".join(missing[:5])
+        raise ValueError(f"{records} lacks {lost}: restore the files, or rewrite all records with --recheck")
     if settings is None:
         raise ValueError(
             f"{records} holds records, which would no longer match the index: add --records, or --recheck to start "
             "again without them"
         )
-    changed = [
-        f"data.{k} is {v}, was {state.settings.get(k)}" for k, v in settings.items() if state.settings.get(k) != v
-    ]
-    if changed:
-        raise ValueError(f"{records} has other settings ({'; '.join(changed)}): add --recheck, or change --out")
+    if changed := changed_settings(state.settings, settings):
+        raise ValueError(f"{records} has other settings ({changed}): add --recheck, or change --out")
 
 
 def scan_tasks(results: Results, need_records: bool) -> Iterator[ScanTask]:
@@ -137,9 +134,7 @@ class ScanReader:
         return number
 
     def _save(self) -> None:
-        lengths = ()
         if self.writer is not None:
             self.writer.commit()
-            lengths = self.writer.lengths
-        self.state.append(self.unsaved, lengths)
+        self.state.append(self.unsaved, () if self.writer is None else self.writer.lengths)
         self.unsaved = []

@@ -46,15 +46,13 @@ def summarize(results: Results) -> dict:
 
 
 def _sources(results: Results) -> dict:
-    rows = results.db.execute(
-        "SELECT source, COUNT(*), SUM(tokens), SUM(trained), SUM(terms) FROM good GROUP BY source"
-    )
-    good = {source: counts for source, *counts in rows}
-    scans = results.db.execute(
-        "SELECT source, COUNT(*), SUM(fault = '' AND depth = 1), SUM(fault = '' AND depth > 1) "
-        "FROM (SELECT DISTINCT source, scan FROM mentions) JOIN facts USING (scan) GROUP BY source"
-    )
-    scan_counts = {source: counts for source, *counts in scans}
+    def by_source(columns: str, lines: str) -> dict[int, list]:
+        found = results.db.execute(f"SELECT source, COUNT(*), {columns} FROM {lines} GROUP BY source")
+        return {source: counts for source, *counts in found}
+
+    good = by_source("SUM(tokens), SUM(trained), SUM(terms)", "good")
+    used = "(SELECT DISTINCT source, scan FROM mentions) JOIN facts USING (scan)"
+    scan_counts = by_source("SUM(fault = '' AND depth = 1), SUM(fault = '' AND depth > 1)", used)
     summaries = {}
     for source, (name, table) in enumerate(results.tables.items()):
         count, tokens, trained, terms = good.get(source, (0, 0, 0, 0))
@@ -137,9 +135,6 @@ def edges(count: int) -> list[str]:
     return [str(2**i // 2) for i in range(count)]
 
 
-# --- as text ----------------------------------------------------------------------------------------------------------
-
-
 def render(report: dict) -> Group:
     """Return the summary as tables for a terminal."""
     parts = [_sources_table(report), _contents_table(report)]
@@ -194,10 +189,7 @@ def _contents_table(report: dict) -> Table:
     group("", lambda s: s["modalities"])
     group("slices", lambda s: _ranges(s["depths"]))
     for part in ("instruction", "response"):
-        group(
-            f"{part} tokens",
-            lambda s, part=part: {"median": s[part]["median"], "mean": s[part]["mean"], "most": s[part]["most"]},
-        )
+        group(f"{part} tokens", lambda s, part=part: {k: s[part][k] for k in ("median", "mean", "most")})
     group("tokens", lambda s: s["tokens"])
     group("cut tokens", lambda s: {k: v for k, v in s["cut"].items() if k != "scans"} | {"rows": s["cut_rows"]})
     group("dropped scans", lambda s: {"scans": s["cut"]["scans"], "rows": s["rows_without_some_scans"]})
@@ -222,10 +214,8 @@ def _reasons_table(title: str, reasons: dict[str, int]) -> Table:
     table.add_column("", overflow="fold")
     for reason, count in list(reasons.items())[:MAX_REASONS]:
         table.add_row(f"{count:,}", escape(reason))
-    if len(reasons) > MAX_REASONS:
-        table.add_row(
-            f"{sum(list(reasons.values())[MAX_REASONS:]):,}", f"with {len(reasons) - MAX_REASONS} other reasons"
-        )
+    if (more := len(reasons) - MAX_REASONS) > 0:
+        table.add_row(f"{sum(list(reasons.values())[MAX_REASONS:]):,}", f"with {more} other reasons")
     return table
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 from input_pipeline.batching.load import RowLoader
 from input_pipeline.batching.pipeline import Rows, batches
@@ -55,27 +56,15 @@ def first_rows(config: DataConfig, split: str, count: int, epoch: int, name: str
         bad_lines = rows.pool.submit("counting rows", _bad_lines).result()
         stream = iter(batches(rows))
         stream.set_state(stream.get_state() | {"epoch": epoch})
-        for _ in range(count):
-            batch = next(stream, None)
-            if batch is None:
-                break
+        for batch in itertools.islice(stream, count):
             report.add(batch.rows)
             arrays = {key: value[0] for key, value in batch.arrays.items()}
             views.append(row_view(arrays, batch.rows[0], tokenizer, config.num_latents))
-    fields = config.sources(split)
-    sources = tuple(
-        Source(
-            name=source,
-            family=fields[source]["family"],
-            rows=description["rows"],
-            quarantined=description["left_out"] + bad_lines[source],
-            samples=samples,
-            share=samples / len(rows.mixture),
-        )
-        for (source, description), samples in zip(
-            rows.description["sources"].items(), rows.mixture.counts.tolist(), strict=True
-        )
-    )
+    fields, sources = config.sources(split), []
+    described = zip(rows.description["sources"].items(), rows.mixture.counts.tolist(), strict=True)
+    for (source, table), samples in described:
+        counts = table["rows"], table["left_out"] + bad_lines[source], samples, samples / len(rows.mixture)
+        sources.append(Source(source, fields[source]["family"], *counts))
     tokens = max(sum(row.tokens for row in views), 1)
     samples = [sample for row in views for sample in row.samples]
     overview = Overview(
@@ -85,7 +74,7 @@ def first_rows(config: DataConfig, split: str, count: int, epoch: int, name: str
         training=rows.identity["training"],
         asked=count,
         settings={setting: str(getattr(config, setting)) for setting in SETTINGS},
-        sources=sources,
+        sources=tuple(sources),
         packing=report.as_dict(),
         trained=sum(sample.trained for sample in samples) / tokens,
         terms=sum(sample.terms for sample in samples) / tokens,
