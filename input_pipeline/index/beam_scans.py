@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -43,12 +42,7 @@ class BeamScanPool(contextlib.AbstractContextManager):
     def map(
         self, function, tasks: Iterable[ScanTask], size: int, conversion: Conversion, *, label, failed
     ) -> Iterator[tuple[list[ScanTask], list[Checked]]]:
-        """Yield chunks of tasks and their results, in order.
-
-        Raises:
-          WorkerError: as `beam.make_parts`.
-          ValueError: Beam is not installed.
-        """
+        """Yield chunks of tasks and their results, in order. Errors are those of `beam.make_parts`."""
         functions = function, label, failed
         assert functions == (scan_checks.check_scans, scan_checks.task_label, scan_checks.failed_check)
         items = chunk_files.Items.write(self.directory, map(json.dumps, tasks))
@@ -96,13 +90,10 @@ def _write_part(
     lines, earlier_deaths = [], len(pool.deaths)
     file = chunk_files.part_file(directory, chunk, RECORDS)
     with atomic_write(file, unique=True) as partial, open(partial, "wb") as records:
-        chunks = pool.map(
-            scan_checks.check_scans, tasks, conversion.chunk, conversion,
-            label=scan_checks.task_label, failed=scan_checks.failed_check,
-        )  # fmt: skip
-        for check, record in itertools.chain.from_iterable(results for _, results in chunks):
-            lines.append({"facts": check, "bytes": -1 if record is None else len(record)})
-            records.write(record or b"")
+        for _, results in scan_checks.map_checks(pool, tasks, conversion):
+            for check, record in results:
+                lines.append({"facts": check, "bytes": -1 if record is None else len(record)})
+                records.write(record or b"")
     head = {"of": _identity(tasks, conversion), "deaths": pool.deaths[earlier_deaths:]}
     chunk_files.write_part(directory, chunk, map(json.dumps, [head, *lines]))
 
@@ -136,9 +127,7 @@ def _is_current(directory: Path, chunk: int, tasks: list[ScanTask], conversion: 
 
 
 def _has_stamp(key: Key, stamp: str) -> bool:
-    if not stamp:
-        return False
     try:
-        return scan_checks.stamp_of(scans.resolve(key[0], key[1]))[0] == stamp
+        return bool(stamp) and scan_checks.stamp_of(scans.resolve(key[0], key[1]))[0] == stamp
     except (scans.ScanError, OSError):
         return False

@@ -14,7 +14,7 @@ from rich.markup import escape
 
 from input_pipeline import command_line
 from input_pipeline.config import DataConfig
-from input_pipeline.console import add_bar, print_error, progress_bars, stdout_console
+from input_pipeline.console import add_bar, argument_parser, print_error, progress_bars, stdout_console
 from input_pipeline.index import summary
 from input_pipeline.index.prepare import Refused, prepare
 from input_pipeline.parallel import beam
@@ -54,13 +54,8 @@ their reader; 130 interrupted.
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m input_pipeline.prepare",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,  # command_line.parse handles --config.x by its prefix
-    )
+    # No abbreviations, because command_line.parse handles --config.x by its prefix.
+    parser = argument_parser("prepare", DESCRIPTION, EPILOG, allow_abbrev=False)
     command_line.add_config(parser)
     add = parser.add_argument
     add("--out", metavar="DIR", help="directory of the index (default: data.index of the config)")

@@ -3,12 +3,9 @@
     index.json         version, tables and their checksums, counts; written last
     scans.parquet      one line per scan: source, path, volume, window, shape, record number
     rows.parquet       one line per row of every table: study, task, token count at epoch 0, state
-    quarantine.jsonl   one line per bad row or scan: file, row, reason, remedy
-    cut.jsonl          one line per row whose text or scans are cut
-    summary.txt, summary.json, summary.png
     records/           with --records: the volumes at their final size, as a TFDS data set
 
-`Index.check` verifies that the tables have not changed since `prepare`.
+`prepare` also writes reports (command.EPILOG). `Index.check` verifies that the tables have not changed since `prepare`.
 """
 
 from __future__ import annotations
@@ -106,12 +103,8 @@ class Scans:
         number = scans.number(scan_key(root, scan))
         scans[number].shape
 
-    Args:
-      keys: uint64[n]. A repeated key must have the same values.
-      sizes, records: int64[n].
-      shapes: int32[n, 4].
-    Raises:
-      ValueError: two different scans have one key.
+    The columns are keys uint64[n], sizes and records int64[n], and shapes int32[n, 4]. A repeated key must have the same
+    values: ValueError is raised if two different scans have one key.
     """
 
     def __init__(self, keys: np.ndarray, sizes: np.ndarray, records: np.ndarray, shapes: np.ndarray):

@@ -77,10 +77,8 @@ def index_description(
 ) -> dict:
     """Return the content of index.json.
 
-    Args:
-      scans, rows: checksums from `write_scans` and `write_rows`.
-      tokenizer: fingerprint of the tokenizer.
-      report: the content of summary.json.
+    `scans` and `rows` are the checksums from `write_scans` and `write_rows`, `tokenizer` is the tokenizer's fingerprint,
+    and `report` is the content of summary.json.
     """
     sources = {}
     for name, table in results.tables.items():

@@ -63,7 +63,6 @@ def prepare(
       records: also write the volumes at their final size.
       workers: number of processes; None: all cores; 0: no other process.
       runner, runner_options: how scans are read: `local`, or a Beam runner (beam.py). Tables are always read locally.
-      recheck: read everything again.
       strict: refuse to write the index if anything is in quarantine.
       allow_leaks: write the index although train and test share studies or scans.
       progress: see `Progress`. log: called with each warning.
@@ -109,7 +108,8 @@ def prepare(
             "scans_unchanged": results.count("facts") - reader.read,
             "workers_ended": len(scan_pool.deaths) + len(table_pool.deaths),
         }
-        return _write_index(results, state, directory, tokenizer.fingerprint, reading, strict, allow_leaks)
+        report = summary.summarize(results) | {"reading": reading}
+        return _write_index(results, state, directory, tokenizer.fingerprint, report, strict, allow_leaks)
 
 
 @contextlib.contextmanager
@@ -204,10 +204,9 @@ def _write_index(
 
 
 def _write_reports(
-    results: Results, state: ResumeState, directory: Path, reading: dict, strict: bool, allow_leaks: bool
-) -> dict:
-    """Write the reports and the summary. `refused` of the summary lists what prevents the index."""
-    report = summary.summarize(results) | {"reading": reading}
+    results: Results, state: ResumeState, directory: Path, report: dict, strict: bool, allow_leaks: bool
+) -> None:
+    """Write the reports, and add their counts to the summary. Its `refused` lists what prevents the index."""
     report["quarantine"] = write_json_lines(directory / "quarantine.jsonl", reports.quarantine(results))
     write_json_lines(directory / "cut.jsonl", reports.cut(results))
     write_json_lines(directory / "duplicates.jsonl", reports.duplicates(results))
@@ -238,7 +237,6 @@ def _write_reports(
         from input_pipeline.index import summary_figure
 
         summary_figure.draw(report, partial)
-    return report
 
 
 def _count_kinds(lines: Iterable[dict], counts: collections.Counter) -> Iterator[dict]:

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -107,6 +107,13 @@ def check_scans(
     return results
 
 
+def map_checks(
+    pool, tasks: Iterable[ScanTask], conversion: Conversion
+) -> Iterator[tuple[list[ScanTask], list[tuple[ScanCheck | None, bytes | None]]]]:
+    """Yield chunks of scans and their results from `check_scans` in a ResilientPool, in order."""
+    return pool.map(check_scans, tasks, conversion.chunk, conversion, label=task_label, failed=failed_check)
+
+
 def _check_scan(key: Key, known_stamp: str, conversion: Conversion) -> tuple[ScanCheck | None, bytes | None]:
     scan, facts = scan_from_key(key), {}
     try:
@@ -140,14 +147,8 @@ def _check_scan(key: Key, known_stamp: str, conversion: Conversion) -> tuple[Sca
 def _convert(voxels, header, scan: Scan, path, conversion: Conversion):
     """Return the scan's volume. Raises ScanError for every failure, including a bad window."""
     try:
-        return prepare_volume(
-            voxels,
-            window=scan.window,
-            storage=conversion.storage,
-            sizes=conversion.sizes,
-            padding=header.padding,
-            value_range=header.value_range,
-        )
+        stated = {"padding": header.padding, "value_range": header.value_range}
+        return prepare_volume(voxels, window=scan.window, storage=conversion.storage, sizes=conversion.sizes, **stated)
     except MemoryError as error:
         raise scans.ScanError(path, "not enough memory to convert it", "use fewer --workers", "limit") from error
     except ValueError as error:

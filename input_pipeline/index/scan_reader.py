@@ -48,8 +48,7 @@ def check_records(directory: Path, state: ResumeState, settings: dict | None, re
 def scan_tasks(results: Results, need_records: bool) -> Iterator[ScanTask]:
     """Yield (key, stamp) of every scan, in order. The stamp is "" for a scan that must be read.
 
-    Args:
-      need_records: good scans without a record must be read too.
+    With `need_records`, good scans without a record must be read too.
     """
     columns = ", ".join(database.KEY)
     usable = "(fault != '' OR record >= 0)" if need_records else "TRUE"
@@ -89,16 +88,9 @@ class ScanReader:
     def run(self, progress) -> None:
         """Read all scans. `progress` is a `prepare.Progress`."""
         advance = progress("reading the scans", "scans", self.results.count("keys"))
-        chunks = self.pool.map(
-            scan_checks.check_scans,
-            scan_tasks(self.results, need_records=self.writer is not None),
-            self.conversion.chunk,
-            self.conversion,
-            label=scan_checks.task_label,
-            failed=scan_checks.failed_check,
-        )
+        tasks = scan_tasks(self.results, need_records=self.writer is not None)
         try:
-            for chunk, returned in chunks:
+            for chunk, returned in scan_checks.map_checks(self.pool, tasks, self.conversion):
                 checks = [self._accept(task, *result) for task, result in zip(chunk, returned, strict=True)]
                 self.results.add_scans(checks)
                 if self.writer is None or self.writer.size >= self.shard_bytes:

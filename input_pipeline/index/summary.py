@@ -46,9 +46,9 @@ def summarize(results: Results) -> dict:
 
 
 def _sources(results: Results) -> dict:
-    def by_source(columns: str, lines: str) -> dict[int, list]:
-        found = results.db.execute(f"SELECT source, COUNT(*), {columns} FROM {lines} GROUP BY source")
-        return {source: counts for source, *counts in found}
+    def by_source(columns: str, table: str) -> dict[int, list]:
+        lines = results.db.execute(f"SELECT source, COUNT(*), {columns} FROM {table} GROUP BY source")
+        return {source: counts for source, *counts in lines}
 
     good = by_source("SUM(tokens), SUM(trained), SUM(terms)", "good")
     used = "(SELECT DISTINCT source, scan FROM mentions) JOIN facts USING (scan)"
@@ -113,8 +113,7 @@ def _split(results: Results, split: str) -> dict:
 def _lengths(rows: dict[int, int]) -> dict:
     """Return a histogram of row lengths with the bins 0, 1, 2 to 3, 4 to 7, 8 to 15, ... tokens, and statistics.
 
-    Args:
-      rows: tokens -> number of rows, in ascending order.
+    `rows` is tokens -> number of rows, in ascending order.
     """
     if not rows:
         return {"counts": [], "median": 0, "mean": 0.0, "most": 0}

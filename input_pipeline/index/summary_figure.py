@@ -127,7 +127,7 @@ def _depths(axes, splits: dict) -> None:
         return _empty(axes)
     width = max(most // 24, 1)
     bins = np.arange(0, most + 2 * width, width)
-    values, weights = ([list(part(counts)) for counts in depths.values()] for part in (dict.keys, dict.values))
+    values, weights = [list(counts) for counts in depths.values()], [list(n.values()) for n in depths.values()]
     colours = [COLOURS[split] for split in depths]
     axes.hist(values, bins, weights=weights, color=colours, label=list(depths), stacked=True)
     axes.margins(y=0.25)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import sys
@@ -12,7 +11,7 @@ from rich.console import Console
 
 from input_pipeline import command_line
 from input_pipeline.config import SPLITS, DataConfig
-from input_pipeline.console import print_error
+from input_pipeline.console import argument_parser, print_error
 from input_pipeline.files import make_directory, write_text
 from input_pipeline.inspect.page import GENERATOR, page
 from input_pipeline.inspect.sampling import first_rows
@@ -41,18 +40,13 @@ The config's index must exist: python -m input_pipeline.prepare --config=FILE --
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m input_pipeline.inspect",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argument_parser("inspect", DESCRIPTION, EPILOG)
     command_line.add_config(parser)
     add = parser.add_argument
     add("--out", required=True, metavar="DIR", type=Path, help="directory for index.html and rows.json")
     add("--split", choices=SPLITS, default="train", help="the split to show (%(default)s)")
     add("--rows", type=int, default=8, metavar="N", help="show the first N rows of the epoch (%(default)s)")
-    add("--epoch", type=int, default=0, metavar="E", help="decides order, prompts and crops (%(default)s)")
+    add("--epoch", type=int, default=0, metavar="E", help="epoch, which decides order, prompts and crops (%(default)s)")
     add("--seed", type=int, metavar="S", help="overrides data.seed")
     add("--workers", type=int, metavar="N", help="overrides data.workers; 0 uses no workers")
     args, config = command_line.parse(parser, sys.argv[1:] if argv is None else argv)

@@ -57,12 +57,9 @@ def volume_of_slot(arrays: Mapping[str, np.ndarray], slot: int) -> Volume:
     """Rebuild the volume in a slot from its planes and the positions of its patches.
 
     The inverse of `planes.planes` and `collate_row`, for patches in any order. Repeated slices and channels are kept
-    once.
+    once. The arrays are those of one row, without the batch axis.
 
-    Args:
-      arrays: of one row, without the batch axis.
-    Raises:
-      ValueError: the slot is empty, or its patches do not cover a volume exactly once.
+    Raises ValueError if the slot is empty, or its patches do not cover a volume exactly once.
     """
     vision_row = int(arrays["scan_rows"][slot])
     mask = arrays["patch_segments"][vision_row] == slot + 1
@@ -127,11 +124,7 @@ def scan_view(arrays, slot: int, volume: Volume, samples: tuple[int, ...]) -> tu
 
 
 def slice_image(pixels: np.ndarray, number: int, side: int | None = None) -> SliceImage:
-    """Encode uint8[H, W, 1 or 3] as PNG, or as JPEG if the PNG is large.
-
-    Args:
-      side: shrink the image to this many pixels.
-    """
+    """Encode uint8[H, W, 1 or 3], shrunk to `side` pixels, as PNG, or as JPEG if the PNG is large."""
     image = Image.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels))
     if side is not None:
         image.thumbnail((side, side))

@@ -44,12 +44,9 @@ class Overview:
 
 
 def first_rows(config: DataConfig, split: str, count: int, epoch: int, name: str) -> tuple[Overview, list[RowView]]:
-    """Return the first `count` rows of an epoch, from the pipeline that training uses.
+    """Return the first `count` rows of an epoch, from the pipeline that training uses. `name` is that of the config.
 
-    Args:
-      name: of the config, for the head of the page.
-    Raises:
-      ValueError, WorkerError: as pipeline.Rows.
+    Raises ValueError and WorkerError as pipeline.Rows does.
     """
     tokenizer, report, views = tokenizer_of(config), PackingReport(config.text_length), []
     with Rows(config, split, batch=1, epochs=epoch + 1) as rows:

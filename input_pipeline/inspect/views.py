@@ -86,19 +86,16 @@ def row_view(arrays: Mapping[str, np.ndarray], info: RowInfo, tokenizer: Tokeniz
         scan, scan_warnings = scan_view(arrays, slot, volume, tuple(s.number for s in samples if slot in s.slots))
         scans.append(scan)
         warnings += scan_warnings
+    same = {name: getattr(info, name) for name in ("epoch", "window", "row", "padding", "left_out")}
     return RowView(
-        epoch=info.epoch,
-        window=info.window,
-        row=info.row,
+        **same,
         length=len(segments),
         tokens=int((segments > 0).sum()),
-        padding=info.padding,
         latents=_runs(arrays["visual_index"] >= 0),
         vision=tuple(_scan_runs(row) for row in arrays["patch_segments"]),
         vision_length=arrays["patch_segments"].shape[1],
         samples=samples,
         scans=tuple(scans),
-        left_out=info.left_out,
         warnings=tuple(warnings),
     )
 
@@ -113,19 +110,16 @@ def _sample_view(arrays, number: int, info: SampleInfo, decoder: TokenDecoder, n
         warnings.append(f"it has {len(positions)} positions, {info.tokens} were planned")
     if not weights.any():
         warnings.append("no token is trained on: every weight is zero")
+    same = {name: getattr(info, name) for name in ("source", "row_id", "task", "cut", "dropped_scans")}
     return SampleView(
+        **same,
         number=number,
-        source=info.source,
-        row_id=info.row_id,
-        task=info.task,
         study_known=info.study is not None,
         place=first,
         places=end - first,
         visual=int((arrays["visual_index"][span] >= 0).sum()),
         trained=int((weights > 0).sum()),
         terms=int((weights == TERM_WEIGHT).sum()),
-        cut=info.cut,
-        dropped_scans=info.dropped_scans,
         slots=slots,
         tokens=tuple(tokens),
         warnings=tuple(warnings),

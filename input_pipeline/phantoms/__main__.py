@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 
@@ -10,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from input_pipeline.console import print_error
+from input_pipeline.console import argument_parser, print_error
 from input_pipeline.phantoms.writing import write
 
 DESCRIPTION = """\
@@ -32,12 +31,7 @@ docs/phantoms.md has images, statistics, and the tests against shortcuts.
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m input_pipeline.phantoms",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argument_parser("phantoms", DESCRIPTION, EPILOG)
     add = parser.add_argument
     add("--out", required=True, metavar="DIR", help="directory to create")
     add("--train", type=int, default=3000, metavar="N", help="training scans (%(default)s)")

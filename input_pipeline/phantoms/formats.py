@@ -26,11 +26,7 @@ CT_INTERCEPT = -1024
 
 
 def encode(study: Study, voxels: np.ndarray) -> dict[str, bytes]:
-    """Return relative path -> content: one entry per slice for a DICOM volume, else one entry.
-
-    Args:
-      voxels: [H, W, D, 1] from `drawing.to_stored`.
-    """
+    """Return relative path -> content of voxels[H, W, D, 1]: one entry per slice for a DICOM volume, else one entry."""
     if study.file_format == "dicom":
         return _dicom(study, voxels[..., 0])
     if study.file_format == "nifti":

@@ -136,7 +136,6 @@ def describe(seed: int, split: str, index: int, size: int = 128, volumes: float 
       index: 0 or more; a phantom does not depend on the size of the data set.
       size: rows and columns, 64 to 1024.
       volumes: share of volumes among all phantoms, 0 to 0.5 (X-ray and ultrasound are always 2D).
-
     Raises:
       ValueError: with every argument that is out of range.
     """
