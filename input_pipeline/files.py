@@ -63,8 +63,8 @@ def locked_directory(directory: Path, command: str) -> Iterator[None]:
 def atomic_write(file: Path, *, unique: bool = False) -> Iterator[Path]:
     """Yield a temporary path next to `file`; when the block ends well, sync it and rename it to `file`.
 
-    With `unique`, the temporary name is new each time, for writers that may run twice at once. OSErrors, for instance on
-    a full disk, have the name of `file`.
+    With `unique`, the temporary name is new each time, for writers that may run twice at once. An OSError, for instance
+    on a full disk, has the name of `file`.
     """
     middle = f".{uuid.uuid4().hex}" if unique else ""
     partial = file.with_name(f"{file.name}{middle}{PARTIAL}")

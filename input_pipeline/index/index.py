@@ -103,8 +103,8 @@ class Scans:
         number = scans.number(scan_key(root, scan))
         scans[number].shape
 
-    The columns are keys uint64[n], sizes and records int64[n], and shapes int32[n, 4]. A repeated key must have the same
-    values: ValueError is raised if two different scans have one key.
+    The columns are keys uint64[n], sizes and records int64[n], and shapes int32[n, 4]. A repeated key must have the
+    same values: ValueError is raised if two different scans have one key.
     """
 
     def __init__(self, keys: np.ndarray, sizes: np.ndarray, records: np.ndarray, shapes: np.ndarray):
@@ -210,11 +210,10 @@ class Index:
         records = self.description.get("records")
         if not records:
             raise ValueError(f"the index {self.directory} has no records: run prepare with --records")
-        differences = [f"data.{k} is {v}, was {records.get(k)}" for k, v in settings.items() if records.get(k) != v]
-        if differences:
+        if changed := changed_settings(records, settings):
             raise ValueError(
-                f"the records of {self.directory} have other settings: {'; '.join(differences)}; run prepare with "
-                "--records --recheck, or read the scans' files (data.records=False)"
+                f"the records of {self.directory} have other settings: {changed}; run prepare with --records --recheck, "
+                "or read the scans' files (data.records=False)"
             )
 
     def bad_rows(self, source: str) -> np.ndarray:
@@ -224,6 +223,11 @@ class Index:
         bad = np.zeros(self.tables[source]["rows"], bool)
         bad[table["row"].to_numpy()] = pc.not_equal(table["state"], "good").to_numpy()
         return bad
+
+
+def changed_settings(old: Mapping[str, object], new: Mapping[str, object]) -> str:
+    """Return "data.storage is int16, was uint8; ..." for the settings of records that differ, or ""."""
+    return "; ".join(f"data.{k} is {v}, was {old.get(k)}" for k, v in new.items() if old.get(k) != v)
 
 
 def _plain(value):

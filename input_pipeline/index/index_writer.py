@@ -77,8 +77,8 @@ def index_description(
 ) -> dict:
     """Return the content of index.json.
 
-    `scans` and `rows` are the checksums from `write_scans` and `write_rows`, `tokenizer` is the tokenizer's fingerprint,
-    and `report` is the content of summary.json.
+    `scans` and `rows` are the checksums from `write_scans` and `write_rows`, `tokenizer` is a fingerprint, and `report`
+    the content of summary.json.
     """
     sources = {}
     for name, table in results.tables.items():
