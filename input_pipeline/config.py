@@ -23,71 +23,49 @@ def unknown_fields(names: Iterable[str], cls: type, prefix: str = "") -> str:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """The data of an experiment.
+    """The data of an experiment."""
 
-    Attributes:
-      train, test: source name -> its `family` (datasets.FAMILIES), the family's fields (`table`, `root`, `split`,
-        `fraction`, ...) and, for `mixture="weights"`, its `weight`. No study may be in both.
-      index: the directory that `prepare` wrote.
-      tokenizer: a SentencePiece model file.
-      terms: the source of medical terms: `open` (HPO, ICD-10-CM and a radiology list), `umls:DIR` (a directory with
-        MRCONSO.RRF and MRSTY.RRF), `scispacy:MODEL` or `none`.
-      preprocess: `paper`, or `released`: the volumes and texts of the released code, for released weights.
-      storage: dtype of the planes: uint8, int16 or float32.
-      size_2d, size_3d, depth: final side of 2D scans and of volumes, and maximum slices of a volume, in `paper` mode;
-        multiples of the patch (32, 32, 4).
-      channels: 3, or 1 if every scan is gray: the network then computes one channel instead of three equal ones.
-      records: read volumes from the records that `prepare --records` wrote, not from the scan files.
-      mixture: `epoch`: an epoch takes `fraction` of the rows of each source; `weights`: shares of `epoch_samples`.
-      epoch_samples: samples of an epoch under `weights`; 0: the number of rows of all sources.
-      window: samples that are packed together.
-      text_length, vision_rows, patch_length, planes, scans: sizes of a row (batching.plan.RowLimits).
-      share_scans: samples of a row about the same scan share its slot; a training crop is then drawn once per scan.
-      shuffle_scans: a control experiment: each sample shows the scans of another row of its source, which measures the
-        accuracy that the text alone gives.
-      max_scans: maximum distinct scans of a sample; the sample's random generator chooses among more.
-      num_latents: visual tokens of a scan; must equal the model's.
-      crop: minimum share of a slice's area that a random crop keeps in training; 1 disables crops.
-      flips: axes to flip at random in training: height, width, depth.
-      allowed_loss: how many scans of a run may fail to load (each counts once per row that shows it). Their samples get
-        no weight and are logged. One more stops the run with the scan's name; 0 stops at the first.
-      seed: of order, prompts and crops.
-      workers: processes that load rows; 0 loads in the calling process.
-      worker_timeout: seconds that a worker may spend on one scan or one chunk of texts before it counts as hung.
-      read_ahead: rows to load ahead of the training step.
-    """
-
+    # Source name -> its `family` (datasets.FAMILIES), the family's fields (`table`, `root`, `split`, `fraction`, ...)
+    # and, for `mixture="weights"`, its `weight`. No study may be in both.
     train: Mapping[str, Mapping] = dataclasses.field(default_factory=dict)
     test: Mapping[str, Mapping] = dataclasses.field(default_factory=dict)
-    index: str = ""
-    tokenizer: str = ""
+    index: str = ""  # the directory that `prepare` wrote
+    tokenizer: str = ""  # a SentencePiece model file
+    # The source of medical terms: `open` (HPO, ICD-10-CM and a radiology list), `umls:DIR` (a directory with
+    # MRCONSO.RRF and MRSTY.RRF), `scispacy:MODEL` or `none`.
     terms: str = "open"
-    preprocess: str = "paper"
-    storage: str = "uint8"
+    preprocess: str = "paper"  # or `released`: the volumes and texts of the released code, for released weights
+    storage: str = "uint8"  # dtype of the planes: uint8, int16 or float32
+    # Final side of 2D scans and of volumes, and maximum slices, in `paper` mode: multiples of the patch (32, 32, 4).
     size_2d: int = 512
     size_3d: int = 256
     depth: int = 64
-    channels: int = 3
-    records: bool = False
-    mixture: str = "epoch"
-    epoch_samples: int = 0
-    window: int = 16384
+    channels: int = 3  # 1 if every scan is gray: the network then computes one channel instead of three equal ones
+    records: bool = False  # read volumes from the records that `prepare --records` wrote, not from the scan files
+    mixture: str = "epoch"  # `epoch`: `fraction` of the rows of each source; `weights`: shares of `epoch_samples`
+    epoch_samples: int = 0  # samples of an epoch under `weights`; 0: the number of rows of all sources
+    window: int = 16384  # samples that are packed together
+    # Sizes of a row (batching.plan.RowLimits).
     text_length: int = 2048
     vision_rows: int = 14
     patch_length: int = 1024
     planes: int = 57344
     scans: int = 56
-    share_scans: bool = True
+    share_scans: bool = True  # samples about the same scan share its slot; a crop is then drawn once per scan
+    # A control experiment: each sample shows the scans of another row of its source, which measures the accuracy that
+    # the text alone gives.
     shuffle_scans: bool = False
-    max_scans: int = 12
-    num_latents: int = 32
-    crop: float = 0.8
-    flips: tuple[str, ...] = ()
+    max_scans: int = 12  # maximum distinct scans of a sample; its random generator chooses among more
+    num_latents: int = 32  # visual tokens of a scan; must equal the model's
+    crop: float = 0.8  # minimum share of a slice's area that a random crop keeps in training; 1 disables crops
+    flips: tuple[str, ...] = ()  # axes to flip at random in training: height, width, depth
+    # How many scans of a run may fail to load (each counts once per row that shows it). Their samples get no weight and
+    # are logged. One more stops the run with the scan's name; 0 stops at the first.
     allowed_loss: int = 0
-    seed: int = 0
-    workers: int = 2
-    worker_timeout: float = 30.0
-    read_ahead: int = 8
+    seed: int = 0  # of order, prompts and crops
+    workers: int = 2  # processes that load rows; 0 loads in the calling process
+    worker_timeout: float = 30.0  # seconds for one scan or one chunk of texts before a worker counts as hung
+    read_ahead: int = 8  # rows to load ahead of the training step
 
     def __post_init__(self):
         """Check every field. Raises ValueError with all problems."""

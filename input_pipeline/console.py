@@ -1,49 +1,40 @@
-"""Console output shared by the commands: progress bars, one-line errors, and tables on standard output."""
+"""What the commands share: parsers, progress bars, one-line errors, and tables on standard output."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable
 
+from rich import progress
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    SpinnerColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.text import Text
 
 
-class RateColumn(ProgressColumn):
+class RateColumn(progress.ProgressColumn):
     """Speed in units of the task, such as scans/s."""
 
     def render(self, task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text(
-            "" if speed is None or task.total is None else f"{speed:,.0f} {task.fields['unit']}/s", style="cyan"
-        )
+        known = speed is not None and task.total is not None
+        return Text(f"{speed:,.0f} {task.fields['unit']}/s" if known else "", style="cyan")
 
 
-def progress_bars(console: Console) -> Progress:
+def argument_parser(module: str, description: str, epilog: str, **options) -> argparse.ArgumentParser:
+    """Return the parser of `python -m input_pipeline.MODULE`, whose help keeps the line breaks of these texts."""
+    options |= {"description": description, "epilog": epilog, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    return argparse.ArgumentParser(f"python -m input_pipeline.{module}", **options)
+
+
+def progress_bars(console: Console) -> progress.Progress:
     """Return an empty set of progress bars for `add_bar`."""
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description:<24}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        RateColumn(),
-        TimeRemainingColumn(),
-        TextColumn("[red]{task.fields[bad]}"),
-        console=console,
-    )
+    counts = progress.BarColumn(), progress.MofNCompleteColumn(), RateColumn(), progress.TimeRemainingColumn()
+    name, bad = (progress.TextColumn(text) for text in ("{task.description:<24}", "[red]{task.fields[bad]}"))
+    return progress.Progress(progress.SpinnerColumn(), name, *counts, bad, console=console)
 
 
-def add_bar(bars: Progress, description: str, unit: str, total: int | None) -> Callable[[int, int], None]:
+def add_bar(bars: progress.Progress, description: str, unit: str, total: int | None) -> Callable[[int, int], None]:
     """Add a bar. Returns advance(count, bad), which adds to the finished and to the bad items."""
     task = bars.add_task(description, total=total, unit=unit, bad="")
     bad_total = 0

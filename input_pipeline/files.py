@@ -20,18 +20,12 @@ from typing import IO, Any
 
 PARTIAL = ".partial"  # suffix of a file that is not complete yet
 
-# --- locks ------------------------------------------------------------------------------------------------------------
-
 
 def try_lock(file: IO | int) -> bool:
-    """Lock an open file for this process with flock, without waiting.
+    """Lock an open file for this process with flock, without waiting. Returns False if another process has the lock.
 
-    The kernel releases the lock when the process ends, so a killed process leaves no stale lock.
-
-    Returns:
-      False if another process has the lock.
-    Raises:
-      OSError: the file system has no locks.
+    The kernel releases the lock when the process ends, so a killed process leaves no stale lock. Raises OSError if the
+    file system has no locks.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -54,12 +48,9 @@ def make_directory(directory: Path) -> None:
 
 @contextlib.contextmanager
 def locked_directory(directory: Path, command: str) -> Iterator[None]:
-    """Create a directory and keep other writers out of it.
+    """Create a directory and keep other writers out of it. `command` is what writes there, for the error message.
 
-    Args:
-      command: what writes there, for the error message.
-    Raises:
-      ValueError: another process writes to it, or it cannot be created.
+    Raises ValueError if another process writes to it, or it cannot be created.
     """
     make_directory(directory)
     with open(directory / ".lock", "w") as file:
@@ -68,24 +59,18 @@ def locked_directory(directory: Path, command: str) -> Iterator[None]:
         yield
 
 
-# --- atomic writes ----------------------------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def atomic_write(file: Path, *, unique: bool = False) -> Iterator[Path]:
     """Yield a temporary path next to `file`; when the block ends well, sync it and rename it to `file`.
 
-    Args:
-      unique: use a new temporary name each time, for writers that may run twice at once.
-    Raises:
-      OSError: with the name of `file`, for instance when the disk is full.
+    With `unique`, the temporary name is new each time, for writers that may run twice at once. An OSError, for instance
+    on a full disk, has the name of `file`.
     """
     middle = f".{uuid.uuid4().hex}" if unique else ""
     partial = file.with_name(f"{file.name}{middle}{PARTIAL}")
     try:
         yield partial
-        with open(partial, "rb") as written:
-            os.fsync(written.fileno())
+        fsync(partial)
         os.replace(partial, file)
     except BaseException as error:
         partial.unlink(missing_ok=True)
@@ -124,9 +109,6 @@ def write_json_lines(file: Path, lines: Iterable[dict]) -> int:
     return count
 
 
-# --- digests ----------------------------------------------------------------------------------------------------------
-
-
 def sha256_of_file(*paths: Path) -> str:
     """Return the SHA-256 of a file's bytes, hexadecimal; of several files, of their bytes in this order."""
     digest = hashlib.sha256()
@@ -140,9 +122,6 @@ def sha256_of_file(*paths: Path) -> str:
 def fingerprint(value: Any) -> str:
     """Return the SHA-256 of a JSON value, hexadecimal; the order of keys does not matter."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=list).encode()).hexdigest()
-
-
-# --- names ------------------------------------------------------------------------------------------------------------
 
 
 def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:

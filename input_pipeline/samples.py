@@ -15,9 +15,8 @@ TASKS: tuple[str, ...] = get_args(Task)
 class Text:
     """A piece of text.
 
-    Attributes:
-      role: `context` is shortened first if a sample is too long; `instruction` is the user's question; `response` is
-        the target of training; `interleaved` text is a target throughout (paper, equations 3 and 4).
+    `context` is shortened first if a sample is too long; `instruction` is the user's question; `response` is the target
+    of training; `interleaved` text is a target throughout (paper, equations 3 and 4).
     """
 
     text: str
@@ -30,17 +29,11 @@ class Text:
 
 @dataclasses.dataclass(frozen=True)
 class Scan:
-    """One volume of a scan file or of a DICOM series directory.
+    """One volume of a scan file or of a DICOM series directory."""
 
-    Attributes:
-      path: relative to the data set's root, as in its table.
-      volume: index of the volume in a 4D file; None if the file has only one.
-      window: (low, high) intensities to clip to before scaling, a name in `intensity.CT_WINDOWS`, or None.
-    """
-
-    path: str
-    volume: int | None = None
-    window: str | tuple[float, float] | None = None
+    path: str  # relative to the data set's root, as in its table
+    volume: int | None = None  # index of the volume in a 4D file; None if the file has only one
+    window: str | tuple[float, float] | None = None  # (low, high) to clip to, or a name in `intensity.CT_WINDOWS`
 
     def __reduce__(self):
         """Pickle like Text."""
@@ -49,19 +42,13 @@ class Scan:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One training or test case. The same scan may occur in `parts` more than once.
+    """One training or test case."""
 
-    Attributes:
-      row_id: unique within the data set and stable across runs; it seeds the sample's random choices.
-      dataset: name of the family, e.g. `pmc_vqa`.
-      study_id: the study or paper, which must not be split between training and test; None if unknown.
-    """
-
-    row_id: str
-    dataset: str
+    row_id: str  # unique within the data set and stable across runs; it seeds the sample's random choices
+    dataset: str  # name of the family, e.g. `pmc_vqa`
     task: Task
-    study_id: str | None
-    parts: tuple[Text | Scan, ...]
+    study_id: str | None  # the study or paper, which must not be split between training and test; None if unknown
+    parts: tuple[Text | Scan, ...]  # the same scan may occur more than once
 
     @property
     def scans(self) -> tuple[Scan, ...]:

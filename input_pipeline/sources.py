@@ -74,17 +74,8 @@ def encode_row(
         scans = dict(zip(dict.fromkeys(dataset.scans(row)), dict.fromkeys(dataset.scans(shown)), strict=True))
         parts = tuple(scans[part] if isinstance(part, Scan) else part for part in sample.parts)
         sample = dataclasses.replace(sample, parts=parts)
-    encoded = encode(
-        sample,
-        tokenizer,
-        terms,
-        max_scans=config.max_scans,
-        num_latents=config.num_latents,
-        max_tokens=config.text_length,
-        mode=cast(Mode, config.preprocess),
-        rng=rng,
-    )
-    return sample, encoded
+    limits = {"max_scans": config.max_scans, "num_latents": config.num_latents, "max_tokens": config.text_length}
+    return sample, encode(sample, tokenizer, terms, **limits, mode=cast(Mode, config.preprocess), rng=rng)
 
 
 def rows_shown(name: str, dataset: Dataset, rows: np.ndarray, seed: int) -> dict[int, int]:

@@ -9,6 +9,8 @@ machine. Until the run ends, the disk holds the records twice.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,20 +28,13 @@ RECORDS = ".records"
 Checked = tuple[ScanCheck | None, bytes | None]
 
 
-class BeamScanPool:
-    """Runs `check_scans` on Beam, with the interface of ResilientPool.
-
-    Attributes:
-      deaths: a message for each scan that killed or hung its worker.
-    """
+class BeamScanPool(contextlib.AbstractContextManager):
+    """Runs `check_scans` on Beam, with the interface of ResilientPool."""
 
     def __init__(self, directory: Path, timeout: float, runner: str, options: Sequence[str], log):
         self.directory, self.timeout, self.runner, self.options = directory, timeout, runner, options
         self.log: Callable[[str], None] = log
-        self.deaths: list[str] = []
-
-    def __enter__(self) -> BeamScanPool:
-        return self
+        self.deaths: list[str] = []  # a message for each scan that killed or hung its worker
 
     def __exit__(self, *_) -> None:
         """Nothing to stop: the Beam job ends inside `map`."""
@@ -47,17 +42,12 @@ class BeamScanPool:
     def map(
         self, function, tasks: Iterable[ScanTask], size: int, conversion: Conversion, *, label, failed
     ) -> Iterator[tuple[list[ScanTask], list[Checked]]]:
-        """Yield chunks of tasks and their results, in order.
-
-        Raises:
-          WorkerError: as `beam.make_parts`.
-          ValueError: Beam is not installed.
-        """
+        """Yield chunks of tasks and their results, in order. Errors are those of `beam.make_parts`."""
         functions = function, label, failed
         assert functions == (scan_checks.check_scans, scan_checks.task_label, scan_checks.failed_check)
         items = chunk_files.Items.write(self.directory, map(json.dumps, tasks))
         chunk_files.remove_partial_files(self.directory)
-        work = _WritePart(self.directory, items, conversion)
+        work = functools.partial(_write_part, self.directory, items, conversion)
         # All chunks are submitted: only the worker can see whether files changed after an earlier run wrote a part.
         beam.make_parts(
             self.directory, items, range(items.chunks), work, self.timeout, self.runner, self.options, log=self.log
@@ -90,29 +80,22 @@ class BeamScanPool:
                 yield (None, None) if unchanged else (check, record)
 
 
-class _WritePart:
-    """beam.Work: writes the part of a chunk, unless an earlier run wrote it from the same files."""
-
-    def __init__(self, directory: Path, items: chunk_files.Items, conversion: Conversion):
-        self.directory, self.items, self.conversion = directory, items, conversion
-
-    def __call__(self, pool: ResilientPool, chunk: int) -> None:
-        tasks, conversion = _tasks(self.items, chunk), self.conversion
-        if _is_current(self.directory, chunk, tasks, conversion):
-            return
-        lines, earlier_deaths = [], len(pool.deaths)
-        file = chunk_files.part_file(self.directory, chunk, RECORDS)
-        with atomic_write(file, unique=True) as partial, open(partial, "wb") as records:
-            chunks = pool.map(
-                scan_checks.check_scans, tasks, conversion.chunk, conversion,
-                label=scan_checks.task_label, failed=scan_checks.failed_check,
-            )  # fmt: skip
-            for _, results in chunks:
-                for check, record in results:
-                    lines.append({"facts": check, "bytes": -1 if record is None else len(record)})
-                    records.write(record or b"")
-        head = {"of": _identity(tasks, conversion), "deaths": pool.deaths[earlier_deaths:]}
-        chunk_files.write_part(self.directory, chunk, map(json.dumps, [head, *lines]))
+def _write_part(
+    directory: Path, items: chunk_files.Items, conversion: Conversion, pool: ResilientPool, chunk: int
+) -> None:
+    """Write the part of a chunk, unless an earlier run wrote it from the same files."""
+    tasks = _tasks(items, chunk)
+    if _is_current(directory, chunk, tasks, conversion):
+        return
+    lines, earlier_deaths = [], len(pool.deaths)
+    file = chunk_files.part_file(directory, chunk, RECORDS)
+    with atomic_write(file, unique=True) as partial, open(partial, "wb") as records:
+        for _, results in scan_checks.map_checks(pool, tasks, conversion):
+            for check, record in results:
+                lines.append({"facts": check, "bytes": -1 if record is None else len(record)})
+                records.write(record or b"")
+    head = {"of": _identity(tasks, conversion), "deaths": pool.deaths[earlier_deaths:]}
+    chunk_files.write_part(directory, chunk, map(json.dumps, [head, *lines]))
 
 
 def _tasks(items: chunk_files.Items, chunk: int) -> list[ScanTask]:
@@ -144,9 +127,7 @@ def _is_current(directory: Path, chunk: int, tasks: list[ScanTask], conversion: 
 
 
 def _has_stamp(key: Key, stamp: str) -> bool:
-    if not stamp:
-        return False
     try:
-        return scan_checks.stamp_of(scans.resolve(key[0], key[1]))[0] == stamp
+        return bool(stamp) and scan_checks.stamp_of(scans.resolve(key[0], key[1]))[0] == stamp
     except (scans.ScanError, OSError):
         return False

@@ -6,6 +6,7 @@ import argparse
 import importlib
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -13,7 +14,7 @@ from rich.markup import escape
 
 from input_pipeline import command_line
 from input_pipeline.config import DataConfig
-from input_pipeline.console import add_bar, print_error, progress_bars, stdout_console
+from input_pipeline.console import add_bar, argument_parser, print_error, progress_bars, stdout_console
 from input_pipeline.index import summary
 from input_pipeline.index.prepare import Refused, prepare
 from input_pipeline.parallel import beam
@@ -53,27 +54,17 @@ their reader; 130 interrupted.
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m input_pipeline.prepare",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,  # command_line.parse handles --config.x by its prefix
-    )
+    # No abbreviations, because command_line.parse handles --config.x by its prefix.
+    parser = argument_parser("prepare", DESCRIPTION, EPILOG, allow_abbrev=False)
     command_line.add_config(parser)
-    parser.add_argument("--out", metavar="DIR", help="directory of the index (default: data.index of the config)")
-    parser.add_argument(
-        "--records", action="store_true", help="also write the scans at their final size, for data.records"
-    )
-    parser.add_argument(
-        "--workers", type=int, metavar="N", help="processes (default: all cores; 0: run in this process)"
-    )
+    add = parser.add_argument
+    add("--out", metavar="DIR", help="directory of the index (default: data.index of the config)")
+    add("--records", action="store_true", help="also write the scans at their final size, for data.records")
+    add("--workers", type=int, metavar="N", help="processes (default: all cores; 0: run in this process)")
     beam.add_options(parser)
-    parser.add_argument("--strict", action="store_true", help="exit 1 if anything is in quarantine")
-    parser.add_argument(
-        "--allow-leaks", action="store_true", help="write the index although train and test share studies or scans"
-    )
-    parser.add_argument("--recheck", action="store_true", help="read every file again, as if DIR were empty")
+    add("--strict", action="store_true", help="exit 1 if anything is in quarantine")
+    add("--allow-leaks", action="store_true", help="write the index although train and test share studies or scans")
+    add("--recheck", action="store_true", help="read every file again, as if DIR were empty")
     return parser
 
 
@@ -95,18 +86,11 @@ def main(argv: list[str] | None = None) -> int:
         if args.records:
             # Import TFDS before the bars start: during its import it replaces `__import__`, which ends their thread.
             importlib.import_module("input_pipeline.index.records")
+        options = {name: getattr(args, name) for name in ("records", "workers", "recheck", "strict", "allow_leaks")}
+        warn = lambda message: console.print(f"[yellow]warning:[/yellow] {escape(message)}", soft_wrap=True)  # noqa: E731
         with bars:
             report = prepare(
-                data,
-                out,
-                records=args.records,
-                workers=args.workers,
-                **beam.runner_arguments(args),
-                recheck=args.recheck,
-                strict=args.strict,
-                allow_leaks=args.allow_leaks,
-                progress=lambda description, unit, total: add_bar(bars, description, unit, total),
-                log=lambda message: console.print(f"[yellow]warning:[/yellow] {escape(message)}", soft_wrap=True),
+                data, out, **options, **beam.runner_arguments(args), progress=partial(add_bar, bars), log=warn
             )
     except Refused as error:
         refused, report = error.reasons, error.report

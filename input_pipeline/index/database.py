@@ -31,6 +31,10 @@ KEY = ScanCheck._fields[: len(Key.__args__)]
 FACTS = ScanCheck._fields[len(KEY) :]
 SCAN = ", ".join(ScanCheck._fields)
 SAME_KEY = " AND ".join(f"{column} = ?" for column in KEY)
+ROW = (
+    "source row row_id number task study tokens trained terms instruction cut_context cut_instruction cut_response "
+    "cut_scans scans state file remedy"
+).split()
 
 _SCHEMA = f"""
 CREATE TABLE known ({SCAN}, PRIMARY KEY ({", ".join(KEY)})) WITHOUT ROWID;
@@ -40,10 +44,7 @@ CREATE TABLE keys (scan INTEGER PRIMARY KEY, source, {", ".join(KEY)}, UNIQUE ({
 CREATE TABLE facts (scan INTEGER PRIMARY KEY, {", ".join(FACTS)});
 CREATE VIEW scans AS SELECT scan, source, {SCAN} FROM keys JOIN facts USING (scan);
 CREATE TABLE mentions (source, row, position, scan, PRIMARY KEY (source, row, position)) WITHOUT ROWID;
-CREATE TABLE rows (
-    source, row, row_id, number, task, study, tokens, trained, terms, instruction,
-    cut_context, cut_instruction, cut_response, cut_scans, scans, state, file, remedy, PRIMARY KEY (source, row)
-) WITHOUT ROWID;
+CREATE TABLE rows ({", ".join(ROW)}, PRIMARY KEY (source, row)) WITHOUT ROWID;
 CREATE TABLE studies (position INTEGER PRIMARY KEY, source, row, study);
 CREATE VIEW good AS SELECT * FROM rows JOIN sources USING (source) WHERE state = 'good';
 """

@@ -3,12 +3,9 @@
     index.json         version, tables and their checksums, counts; written last
     scans.parquet      one line per scan: source, path, volume, window, shape, record number
     rows.parquet       one line per row of every table: study, task, token count at epoch 0, state
-    quarantine.jsonl   one line per bad row or scan: file, row, reason, remedy
-    cut.jsonl          one line per row whose text or scans are cut
-    summary.txt, summary.json, summary.png
     records/           with --records: the volumes at their final size, as a TFDS data set
 
-`Index.check` verifies that the tables have not changed since `prepare`.
+`prepare` also writes reports (command.EPILOG). `Index.check` verifies that the tables have not changed since `prepare`.
 """
 
 from __future__ import annotations
@@ -17,7 +14,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -79,17 +76,11 @@ ROWS = pa.schema(
 
 @dataclasses.dataclass(frozen=True)
 class IndexedScan:
-    """What planning and loading need to know of a scan.
+    """What planning and loading need to know of a scan."""
 
-    Attributes:
-      shape: (H, W, D, C) as read; C is 1 if three channels are equal.
-      bytes: size of its file, or of all files of its series.
-      record: record number, or -1.
-    """
-
-    shape: tuple[int, int, int, int]
-    bytes: int = -1
-    record: int = -1
+    shape: tuple[int, int, int, int]  # (H, W, D, C) as read; C is 1 if three channels are equal
+    bytes: int = -1  # size of its file, or of all files of its series
+    record: int = -1  # record number, or -1
 
 
 def scan_key(root, scan: Scan) -> tuple[str, str, int, str]:
@@ -112,12 +103,8 @@ class Scans:
         number = scans.number(scan_key(root, scan))
         scans[number].shape
 
-    Args:
-      keys: uint64[n]. A repeated key must have the same values.
-      sizes, records: int64[n].
-      shapes: int32[n, 4].
-    Raises:
-      ValueError: two different scans have one key.
+    The columns are keys uint64[n], sizes and records int64[n], and shapes int32[n, 4]. A repeated key must have the
+    same values: ValueError is raised if two different scans have one key.
     """
 
     def __init__(self, keys: np.ndarray, sizes: np.ndarray, records: np.ndarray, shapes: np.ndarray):
@@ -158,14 +145,7 @@ def table_checksum(file: Path) -> str:
 
 
 class Index:
-    """An opened index directory.
-
-    Attributes:
-      tables: source -> {"family", "table", "sha256", "rows", ...}, as written by `prepare`.
-      identity: SHA-256 of everything that decides what training reads.
-    Raises:
-      ValueError: the directory has no index, or one of another version.
-    """
+    """An opened index directory. Raises ValueError if it has no index, or one of another version."""
 
     def __init__(self, directory: Path | str):
         self.directory = Path(directory)
@@ -178,8 +158,8 @@ class Index:
         self.description = json.loads(file.read_text())
         if self.description.get("version") != VERSION:
             raise ValueError(f"{file} has version {self.description.get('version')}, not {VERSION}: run prepare again")
-        self.tables: dict[str, dict] = self.description["sources"]
-        self.identity: str = self.description["identity"]
+        self.tables: dict[str, dict] = self.description["sources"]  # source -> {"family", "table", "sha256", ...}
+        self.identity: str = self.description["identity"]  # SHA-256 of everything that decides what training reads
 
     def check(self, sources: Mapping[str, Mapping]) -> None:
         """Check that the index was made from these sources. Raises ValueError with every difference."""
@@ -225,35 +205,29 @@ class Index:
                 parts.append((key ^ root_hash, size, record, np.stack(shape, -1)))
         return Scans(*map(np.concatenate, zip(*parts, strict=True)))
 
-    def first_colour_scan(self, channels: int, roots: Iterable[str]) -> str:
-        """Return the path of a good scan with more channels than this, or "". `roots` are those of `prepare`."""
-        filters = [("channels", ">", channels), ("fault", "=", ""), ("root", "in", set(roots))]
-        scans = pq.read_table(self.directory / "scans.parquet", columns=["path"], filters=filters, use_threads=False)
-        return scans["path"][0].as_py() if len(scans) else ""
-
     def check_records(self, settings: Mapping[str, object]) -> None:
         """Check that the records exist and have these settings. Raises ValueError with every difference."""
         records = self.description.get("records")
         if not records:
             raise ValueError(f"the index {self.directory} has no records: run prepare with --records")
-        differences = [f"data.{k} is {v}, was {records.get(k)}" for k, v in settings.items() if records.get(k) != v]
-        if differences:
+        if changed := changed_settings(records, settings):
             raise ValueError(
-                f"the records of {self.directory} have other settings: {'; '.join(differences)}; run prepare with "
-                "--records --recheck, or read the scans' files (data.records=False)"
+                f"the records of {self.directory} have other settings: {changed}; run prepare with --records --recheck, "
+                "or read the scans' files (data.records=False)"
             )
 
     def bad_rows(self, source: str) -> np.ndarray:
         """Return bool[rows of the opened data set]: the rows that cannot be used."""
-        table = pq.read_table(
-            self.directory / "rows.parquet",
-            columns=["row", "state"],
-            filters=[("source", "=", source)],
-            use_threads=False,
-        )
+        file, filters = self.directory / "rows.parquet", [("source", "=", source)]
+        table = pq.read_table(file, columns=["row", "state"], filters=filters, use_threads=False)
         bad = np.zeros(self.tables[source]["rows"], bool)
         bad[table["row"].to_numpy()] = pc.not_equal(table["state"], "good").to_numpy()
         return bad
+
+
+def changed_settings(old: Mapping[str, object], new: Mapping[str, object]) -> str:
+    """Return "data.storage is int16, was uint8; ..." for the settings of records that differ, or ""."""
+    return "; ".join(f"data.{k} is {v}, was {old.get(k)}" for k, v in new.items() if old.get(k) != v)
 
 
 def _plain(value):

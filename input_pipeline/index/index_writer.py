@@ -40,7 +40,8 @@ def write_scans(file: Path, results: Results, metadata: dict[bytes, bytes]) -> s
             names = {"source": source, "key": index.key_hash(*scan.key[1:])}
             yield scan._asdict() | names | {"patches": patches, "planes": planes}
             shape = scan.height, scan.width, scan.depth, scan.channels
-            _update(digest, source, *scan.key[1:], scan.fault, scan.sha256, *shape, scan.record)
+            values = source, *scan.key[1:], scan.fault, scan.sha256, *shape, scan.record
+            digest.update(json.dumps(values).encode())
 
     _write_table(file, schema, lines())
     return digest.hexdigest()
@@ -53,14 +54,10 @@ def write_rows(file: Path, results: Results) -> str:
     def lines():
         for name, row in results.rows():
             yield {field: row[field] for field in index.ROWS.names} | {"source": name}
-            _update(digest, name, row["row_id"], row["state"] == GOOD)
+            digest.update(json.dumps([name, row["row_id"], row["state"] == GOOD]).encode())
 
     _write_table(file, index.ROWS, lines())
     return digest.hexdigest()
-
-
-def _update(digest, *values) -> None:
-    digest.update(json.dumps(values).encode())
 
 
 def _write_table(file: Path, schema: pa.Schema, lines: Iterable[dict]) -> None:
@@ -76,14 +73,12 @@ def _write_table(file: Path, schema: pa.Schema, lines: Iterable[dict]) -> None:
 
 
 def index_description(
-    results: Results, state: ResumeState, scans: str, rows: str, good: dict[str, int], tokenizer: str, counts: dict
+    results: Results, state: ResumeState, scans: str, rows: str, tokenizer: str, report: dict
 ) -> dict:
     """Return the content of index.json.
 
-    Args:
-      scans, rows: checksums from `write_scans` and `write_rows`.
-      good: source -> number of its good rows.
-      tokenizer: fingerprint of the tokenizer.
+    `scans` and `rows` are the checksums from `write_scans` and `write_rows`, `tokenizer` is a fingerprint, and `report`
+    the content of summary.json.
     """
     sources = {}
     for name, table in results.tables.items():
@@ -96,7 +91,7 @@ def index_description(
             "sha256": results.checksums[name],
             "split": results.split[name],
             "rows": table.rows,
-            "good_rows": good[name],
+            "good_rows": report["sources"][name]["good"],
         }
     identities = {
         name: {k: v for k, v in source["fields"].items() if k not in index.NOT_IDENTITY} | {"sha256": source["sha256"]}
@@ -116,7 +111,7 @@ def index_description(
         "sources": sources,
         "data": {name: data[name] for name in FIELDS},
         "tokenizer": tokenizer,
-        "counts": counts,
+        "counts": {key: report[key] for key in ("rows", "scans", "quarantine", "leaks")},
         "records": records,
         "identity": fingerprint({"tables": identities, "scans": scans, "rows": rows}),
     }

@@ -63,7 +63,6 @@ def prepare(
       records: also write the volumes at their final size.
       workers: number of processes; None: all cores; 0: no other process.
       runner, runner_options: how scans are read: `local`, or a Beam runner (beam.py). Tables are always read locally.
-      recheck: read everything again.
       strict: refuse to write the index if anything is in quarantine.
       allow_leaks: write the index although train and test share studies or scans.
       progress: see `Progress`. log: called with each warning.
@@ -89,7 +88,9 @@ def prepare(
             chunk_files.remove_parts(directory)
         new_pool = functools.partial(ResilientPool, workers=workers, timeout=config.worker_timeout, log=log)
         with new_pool(functools.partial(row_checks.Tables, config.to_dict())) as table_pool:
-            results = _open_tables(config, table_pool, checksums, db, progress)
+            advance = progress("opening the tables", "tables", None)
+            results = Results(config, table_pool.call("the tables", row_checks.check_sources), checksums, db)
+            advance(len(results.tables), 0)
             _list_scans(results, table_pool, progress)
             if runner == beam.LOCAL:
                 scan_pool = new_pool(scan_checks.preload)
@@ -107,7 +108,8 @@ def prepare(
             "scans_unchanged": results.count("facts") - reader.read,
             "workers_ended": len(scan_pool.deaths) + len(table_pool.deaths),
         }
-        return _write_index(results, state, directory, tokenizer.fingerprint, reading, strict, allow_leaks)
+        report = summary.summarize(results) | {"reading": reading}
+        return _write_index(results, state, directory, tokenizer.fingerprint, report, strict, allow_leaks)
 
 
 @contextlib.contextmanager
@@ -120,9 +122,6 @@ def locked_index(directory: Path) -> Iterator[None]:
             raise ValueError(f"{directory} has unrelated files ({names}): choose an empty directory for --out")
     with locked_directory(directory, "prepare"):
         yield
-
-
-# --- tables -----------------------------------------------------------------------------------------------------------
 
 
 def table_checksums(config: DataConfig) -> dict[str, str]:
@@ -142,18 +141,8 @@ def table_checksums(config: DataConfig) -> dict[str, str]:
     return checksums
 
 
-def _open_tables(config: DataConfig, pool: ResilientPool, checksums: dict[str, str], db, progress: Progress) -> Results:
-    advance = progress("opening the tables", "tables", None)
-    results = Results(config, pool.call("the tables", row_checks.check_sources), checksums, db)
-    advance(len(results.tables), 0)
-    return results
-
-
 def _all_rows(results: Results) -> Iterator[Row]:
     return ((name, row) for name, table in results.tables.items() for row in range(table.rows))
-
-
-# --- scans ------------------------------------------------------------------------------------------------------------
 
 
 def _list_scans(results: Results, pool: ResilientPool, progress: Progress) -> None:
@@ -182,9 +171,6 @@ def _read_scans(results, state: ResumeState, directory: Path, settings, pool, pr
     return reader
 
 
-# --- rows -------------------------------------------------------------------------------------------------------------
-
-
 def _encode_rows(results: Results, pool: ResilientPool, progress: Progress) -> None:
     advance = progress("encoding the rows", "rows", results.row_count)
 
@@ -200,39 +186,27 @@ def _encode_rows(results: Results, pool: ResilientPool, progress: Progress) -> N
         advance(len(chunk), sum(check.problem is not None for check in checks))
 
 
-# --- reports and index ------------------------------------------------------------------------------------------------
-
-
 def _write_index(
-    results: Results,
-    state: ResumeState,
-    directory: Path,
-    tokenizer: str,
-    reading: dict,
-    strict: bool,
-    allow_leaks: bool,
+    results: Results, state: ResumeState, directory: Path, tokenizer: str, report: dict, strict: bool, allow_leaks: bool
 ) -> dict:
     """Write all files. index.json is deleted first and written last, because it vouches for the others."""
     (directory / "index.json").unlink(missing_ok=True)
     scans = index_writer.write_scans(directory / "scans.parquet", results, state.metadata())
     state.file.unlink(missing_ok=True)
     rows = index_writer.write_rows(directory / "rows.parquet", results)
-    report = _write_reports(results, state, directory, reading, strict, allow_leaks)
+    _write_reports(results, state, directory, report, strict, allow_leaks)
     if report["refused"]:
         raise Refused(report["refused"], report)
-    counts = {key: report[key] for key in ("rows", "scans", "quarantine", "leaks")}
-    good = {name: source["good"] for name, source in report["sources"].items()}
-    description = index_writer.index_description(results, state, scans, rows, good, tokenizer, counts)
+    description = index_writer.index_description(results, state, scans, rows, tokenizer, report)
     text = json.dumps(description, indent=1, ensure_ascii=False, default=list) + "\n"
     write_text(directory / "index.json", text)
     return report
 
 
 def _write_reports(
-    results: Results, state: ResumeState, directory: Path, reading: dict, strict: bool, allow_leaks: bool
-) -> dict:
-    """Write the reports and the summary. `refused` of the summary lists what prevents the index."""
-    report = summary.summarize(results) | {"reading": reading}
+    results: Results, state: ResumeState, directory: Path, report: dict, strict: bool, allow_leaks: bool
+) -> None:
+    """Write the reports, and add their counts to the summary. Its `refused` lists what prevents the index."""
     report["quarantine"] = write_json_lines(directory / "quarantine.jsonl", reports.quarantine(results))
     write_json_lines(directory / "cut.jsonl", reports.cut(results))
     write_json_lines(directory / "duplicates.jsonl", reports.duplicates(results))
@@ -263,7 +237,6 @@ def _write_reports(
         from input_pipeline.index import summary_figure
 
         summary_figure.draw(report, partial)
-    return report
 
 
 def _count_kinds(lines: Iterable[dict], counts: collections.Counter) -> Iterator[dict]:

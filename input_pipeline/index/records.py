@@ -27,7 +27,7 @@ from array_record.python import array_record_module
 from tensorflow_datasets.core import dataset_info, example_serializer, file_adapters, naming, splits
 from tensorflow_datasets.proto import tf_example_pb2
 
-from input_pipeline.files import PARTIAL
+from input_pipeline.files import PARTIAL, fsync
 from input_pipeline.images.planes import Volume
 
 NAME, SPLIT, VERSION = "volumes", "scans", "1.0.0"
@@ -125,11 +125,9 @@ class Records:
         try:
             record = self._reader(shard).read([position])[0]
             return tf_example_pb2.Example.FromString(record).features.feature
-        except ValueError as error:
-            if str(self.directory) in str(error):
-                raise
-            raise self._damaged(shard, f"record {position} cannot be read: {error}") from error
         except Exception as error:  # ArrayRecord and protobuf define their own exception classes
+            if isinstance(error, ValueError) and str(self.directory) in str(error):
+                raise
             raise self._damaged(shard, f"record {position} cannot be read: {type(error).__name__}: {error}") from error
 
     def _reader(self, shard: int):
@@ -155,11 +153,7 @@ class Records:
 
 
 class Writer:
-    """Appends records in new shards. Committed shards are never modified.
-
-    Args:
-      lengths: number of records in each existing shard.
-    """
+    """Appends records in new shards to those of `lengths` records. Committed shards are never modified."""
 
     def __init__(self, directory: Path, lengths: Sequence[int]):
         self.directory, self.lengths = directory, list(lengths)
@@ -193,8 +187,7 @@ class Writer:
             self._writer.close()
         except RuntimeError as error:
             raise self._write_error(error) from error
-        with open(self._file, "rb") as written:
-            os.fsync(written.fileno())
+        fsync(self._file)
         reader = array_record_module.ArrayRecordReader(os.fspath(self._file), options=_OPTIONS)
         if not reader.ok() or reader.num_records() != self._count:
             raise OSError(f"{self._file} is incomplete: check the free disk space")

@@ -15,28 +15,16 @@ from input_pipeline.index.row_checks import Row, RowCheck, SourceCheck
 from input_pipeline.index.scan_checks import Key, ScanCheck
 
 GOOD = "good"
-_ROWS = (
-    "source row row_id number task study tokens trained terms instruction cut_context cut_instruction cut_response "
-    "cut_scans scans state file remedy".split()
-)
 
 
 class Results:
-    """The checked scans and rows of all sources, stored in the database.
-
-    Attributes:
-      tables: source -> summary of its table.
-      checksums: source -> index.table_checksum.
-      names: the sources, by their number in the database.
-      split: source -> its split.
-      row_count: number of rows of all sources.
-    """
+    """The checked scans and rows of all sources, stored in the database. `checksums` are of index.table_checksum."""
 
     def __init__(
         self, config: DataConfig, tables: dict[str, SourceCheck], checksums: dict[str, str], db: sqlite3.Connection
     ):
         self.config, self.tables, self.checksums, self.db = config, tables, checksums, db
-        self.names = list(tables)
+        self.names = list(tables)  # by their number in the database
         self.row_count = sum(table.rows for table in tables.values())
         self.split = {name: split for split in SPLITS for name in config.sources(split)}
         db.executemany(
@@ -49,14 +37,13 @@ class Results:
         """Count the lines of a table, optionally with a condition: `count("facts WHERE fault != ''")`."""
         return self.db.execute(f"SELECT COUNT(*) FROM {table}", values).fetchone()[0]
 
-    # --- adding results ---
-
     def add_mentions(self, rows: Sequence[Row], keys: Sequence[tuple[Key, ...]]) -> None:
         """Add the scans that these rows can use."""
-        mentions = []
-        for (name, row), row_keys in zip(rows, keys, strict=True):
-            for position, key in enumerate(row_keys):
-                mentions.append((self._numbers[name], row, position, *key))
+        mentions = [
+            (self._numbers[name], row, position, *key)
+            for (name, row), row_keys in zip(rows, keys, strict=True)
+            for position, key in enumerate(row_keys)
+        ]
         self.db.executemany(
             f"INSERT OR IGNORE INTO keys VALUES (NULL, ?, {database.placeholders(len(database.KEY))})",
             [(source, *key) for source, _, _, *key in mentions],
@@ -65,11 +52,8 @@ class Results:
 
     def add_scans(self, checks: Iterable[ScanCheck]) -> None:
         """Add the checks of the next scans, in the order of their numbers."""
-        key_columns = len(database.KEY)
-        self.db.executemany(
-            f"INSERT INTO facts VALUES (NULL, {database.placeholders(len(database.FACTS))})",
-            [database.to_columns(check)[key_columns:] for check in checks],
-        )
+        facts = [database.to_columns(check)[len(database.KEY) :] for check in checks]
+        self.db.executemany(f"INSERT INTO facts VALUES (NULL, {database.placeholders(len(database.FACTS))})", facts)
 
     def add_rows(self, rows: Sequence[Row], checks: Sequence[RowCheck]) -> None:
         """Add the checks of consecutive rows. Their scans must have been added."""
@@ -82,7 +66,7 @@ class Results:
                 + (row.instruction, *row.cut, len(row_scans), state, file, remedy)
             )
             studies += [(source, number, study) for study in row.studies]
-        self.db.executemany(f"INSERT INTO rows VALUES ({database.placeholders(len(_ROWS))})", lines)
+        self.db.executemany(f"INSERT INTO rows VALUES ({database.placeholders(len(database.ROW))})", lines)
         self.db.executemany("INSERT INTO studies VALUES (NULL, ?, ?, ?)", studies)
 
     def _scans_of(self, rows: Sequence[Row]) -> dict[Row, list[ScanCheck]]:
@@ -117,25 +101,16 @@ class Results:
         return GOOD, "", ""
 
     def _overflow(self, tokens: int, used: list[ScanCheck]) -> str | None:
-        config = self.config
-        if config.preprocess == "released":
-            final = released_shape([scan.depth for scan in used]) if used else None
-            sizes = [
-                (
-                    patch_count((s.height, s.width, s.depth), "released", final),
-                    plane_count((s.height, s.width, s.depth), s.channels, "released", final),
-                )
-                for s in used
-            ]
-        else:
-            sizes = [self.sizes(scan) for scan in used]
-        return config.limits.overflow(tokens, [n for n, _ in sizes], sum(m for _, m in sizes))
+        sizes = [self.sizes(scan) for scan in used]
+        if used and self.config.preprocess == "released":
+            final = released_shape([scan.depth for scan in used])
+            shapes = [((s.height, s.width, s.depth), s.channels) for s in used]
+            sizes = [(patch_count(s, "released", final), plane_count(s, c, "released", final)) for s, c in shapes]
+        return self.config.limits.overflow(tokens, [n for n, _ in sizes], sum(m for _, m in sizes))
 
     def sizes(self, scan: ScanCheck) -> tuple[int, int]:
         """Return the patches and planes of a good scan in `paper` mode."""
         return _sizes((scan.height, scan.width, scan.depth), scan.channels, self.config.sizes)
-
-    # --- reading results ---
 
     def scans(self, condition: str = "TRUE") -> Iterator[tuple[str, ScanCheck]]:
         """Yield (the source that names it first, check) for each scan, in the order of their numbers."""
@@ -146,7 +121,7 @@ class Results:
     def rows(self, condition: str = "TRUE") -> Iterator[tuple[str, dict]]:
         """Yield (source, columns) for each row, in order."""
         for values in self.db.execute(f"SELECT * FROM rows WHERE {condition} ORDER BY source, row"):
-            yield self.names[values[0]], dict(zip(_ROWS, values, strict=True))
+            yield self.names[values[0]], dict(zip(database.ROW, values, strict=True))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -27,17 +27,12 @@ METADATA = b"prepare"
 
 
 class ResumeState:
-    """Checks of scans from earlier runs (table `known` of the database), and the shards of the records.
-
-    Attributes:
-      shards: number of records in each complete shard.
-      settings: `data.storage` and the sizes of the records, or None without records.
-    """
+    """Checks of scans from earlier runs (table `known` of the database), and the shards of the records."""
 
     def __init__(self, directory: Path, db: sqlite3.Connection):
         self.file, self.db = directory / ".progress", db
-        self.shards: list[int] = []
-        self.settings: dict | None = None
+        self.shards: list[int] = []  # number of records in each complete shard
+        self.settings: dict | None = None  # `data.storage` and the sizes of the records; None without records
         self._read_last_index(directory / "scans.parquet")
         self._read_progress()
         self._opened = None

@@ -29,48 +29,31 @@ class Problem(NamedTuple):
 
 @dataclasses.dataclass
 class SourceCheck:
-    """Summary of a source's opened table.
-
-    Attributes:
-      rows: number of rows in the opened data set.
-      problems: rows of the table that could not be opened.
-      left_out: reason -> number of good rows that the family does not use.
-      duplicates: (row, earlier row with equal content), as numbers in the table.
-    """
+    """Summary of a source's opened table."""
 
     root: str
     file: str
-    rows: int
-    problems: list[Problem]
-    left_out: dict[str, int]
-    duplicates: list[tuple[int, int]]
+    rows: int  # in the opened data set
+    problems: list[Problem]  # rows of the table that could not be opened
+    left_out: dict[str, int]  # reason -> number of good rows that the family does not use
+    duplicates: list[tuple[int, int]]  # (row, earlier row with equal content), as numbers in the table
 
 
 class RowCheck(NamedTuple):
-    """A row as encoded at epoch 0.
-
-    Attributes:
-      trained: tokens with a weight. terms: those with the weight of a medical term.
-      instruction: text tokens without a weight (contexts and instructions), BOS not counted.
-      used: indices of the row's scans that are used.
-      studies: the studies that must not be in both splits, the sample's own first.
-      cut: tokens cut from context, instruction and response, and the number of dropped scans.
-      problem: why the row cannot be used, or None. With a problem the other fields may be empty.
-      number: row number in the table, or -1 if the row combines several.
-    """
+    """A row as encoded at epoch 0."""
 
     row_id: str
     task: str = ""
     study: str = ""
     tokens: int = 0
-    trained: int = 0
-    terms: int = 0
-    instruction: int = 0
-    used: tuple[int, ...] = ()
-    studies: tuple[str, ...] = ()
-    cut: tuple[int, int, int, int] = (0, 0, 0, 0)
-    problem: Problem | None = None
-    number: int = -1
+    trained: int = 0  # tokens with a weight
+    terms: int = 0  # tokens with the weight of a medical term
+    instruction: int = 0  # text tokens without a weight (contexts and instructions), BOS not counted
+    used: tuple[int, ...] = ()  # indices of the row's scans that are used
+    studies: tuple[str, ...] = ()  # the studies that must not be in both splits, the sample's own first
+    cut: tuple[int, int, int, int] = (0, 0, 0, 0)  # tokens of context, instruction and response; dropped scans
+    problem: Problem | None = None  # why the row cannot be used; the other fields may then be empty
+    number: int = -1  # row number in the table, or -1 if the row combines several
 
 
 class Tables:

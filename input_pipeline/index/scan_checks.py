@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -107,6 +107,13 @@ def check_scans(
     return results
 
 
+def map_checks(
+    pool, tasks: Iterable[ScanTask], conversion: Conversion
+) -> Iterator[tuple[list[ScanTask], list[tuple[ScanCheck | None, bytes | None]]]]:
+    """Yield chunks of scans and their results from `check_scans` in a ResilientPool, in order."""
+    return pool.map(check_scans, tasks, conversion.chunk, conversion, label=task_label, failed=failed_check)
+
+
 def _check_scan(key: Key, known_stamp: str, conversion: Conversion) -> tuple[ScanCheck | None, bytes | None]:
     scan, facts = scan_from_key(key), {}
     try:
@@ -118,19 +125,10 @@ def _check_scan(key: Key, known_stamp: str, conversion: Conversion) -> tuple[Sca
         facts["sha256"] = scan_sha256(path)
         voxels, header = scans.read(path, volume=scan.volume)
         voxels = one_channel_if_gray(voxels)
-        height, width, depth, channels = voxels.shape
-        facts |= {
-            "format": header.format,
-            "modality": header.modality or "",
-            "height": height,
-            "width": width,
-            "depth": depth,
-            "channels": channels,
-            "spacing": header.spacing_mm or (),
-            "dtype": header.dtype,
-            "low": float(header.value_range[0]),
-            "high": float(header.value_range[1]),
-        }
+        low, high = map(float, header.value_range)
+        facts |= dict(zip(("height", "width", "depth", "channels"), voxels.shape, strict=True))
+        facts |= {"format": header.format, "modality": header.modality or "", "spacing": header.spacing_mm or ()}
+        facts |= {"dtype": header.dtype, "low": low, "high": high}
         volume = _convert(voxels, header, scan, path, conversion)
         if stamp_of(path)[0] != stamp:
             facts["stamp"] = ""
@@ -142,22 +140,15 @@ def _check_scan(key: Key, known_stamp: str, conversion: Conversion) -> tuple[Sca
 
         return ScanCheck(*key, **facts), serialize(volume, facts["sha256"])
     except scans.ScanError as error:
-        problem = {"fault": error.fault, "reason": error.reason, "remedy": error.remedy}
         kept = {name: facts[name] for name in ("bytes", "sha256", "stamp") if name in facts}
-        return ScanCheck(*key, **problem, **kept), None
+        return ScanCheck(*key, error.fault, error.reason, error.remedy, **kept), None
 
 
 def _convert(voxels, header, scan: Scan, path, conversion: Conversion):
     """Return the scan's volume. Raises ScanError for every failure, including a bad window."""
     try:
-        return prepare_volume(
-            voxels,
-            window=scan.window,
-            storage=conversion.storage,
-            sizes=conversion.sizes,
-            padding=header.padding,
-            value_range=header.value_range,
-        )
+        stated = {"padding": header.padding, "value_range": header.value_range}
+        return prepare_volume(voxels, window=scan.window, storage=conversion.storage, sizes=conversion.sizes, **stated)
     except MemoryError as error:
         raise scans.ScanError(path, "not enough memory to convert it", "use fewer --workers", "limit") from error
     except ValueError as error:

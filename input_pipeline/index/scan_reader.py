@@ -8,6 +8,7 @@ from pathlib import Path
 
 from input_pipeline.config import DataConfig
 from input_pipeline.index import database, scan_checks
+from input_pipeline.index.index import changed_settings
 from input_pipeline.index.results import Results
 from input_pipeline.index.resume_state import ResumeState
 from input_pipeline.index.scan_checks import Conversion, ScanCheck, ScanTask
@@ -33,26 +34,21 @@ def check_records(directory: Path, state: ResumeState, settings: dict | None, re
 
     missing = [name for name in map(shard_name, range(len(state.shards))) if not (records / name).is_file()]
     if missing:
-        raise ValueError(
-            f"{records} lacks {', '.join(missing[:5])}: restore the files, or rewrite all records with --recheck"
-        )
+        lost = ", ".join(missing[:5])
+        raise ValueError(f"{records} lacks {lost}: restore the files, or rewrite all records with --recheck")
     if settings is None:
         raise ValueError(
             f"{records} holds records, which would no longer match the index: add --records, or --recheck to start "
             "again without them"
         )
-    changed = [
-        f"data.{k} is {v}, was {state.settings.get(k)}" for k, v in settings.items() if state.settings.get(k) != v
-    ]
-    if changed:
-        raise ValueError(f"{records} has other settings ({'; '.join(changed)}): add --recheck, or change --out")
+    if changed := changed_settings(state.settings, settings):
+        raise ValueError(f"{records} has other settings ({changed}): add --recheck, or change --out")
 
 
 def scan_tasks(results: Results, need_records: bool) -> Iterator[ScanTask]:
     """Yield (key, stamp) of every scan, in order. The stamp is "" for a scan that must be read.
 
-    Args:
-      need_records: good scans without a record must be read too.
+    With `need_records`, good scans without a record must be read too.
     """
     columns = ", ".join(database.KEY)
     usable = "(fault != '' OR record >= 0)" if need_records else "TRUE"
@@ -70,8 +66,6 @@ class ScanReader:
     Args:
       settings: of the records; None writes no records.
       pool: a pool of `scan_checks` workers, or beam_scans.BeamScanPool.
-    Attributes:
-      read: number of scans that were read; the others had not changed.
     """
 
     def __init__(
@@ -79,7 +73,7 @@ class ScanReader:
     ):
         self.results, self.state, self.pool = results, state, pool
         self.conversion = Conversion(results.config.sizes, results.config.storage, settings is not None)
-        self.read = 0
+        self.read = 0  # scans that were read; the others had not changed
         self.unsaved: list[ScanCheck] = []
         self.writer = None
         if settings is not None:
@@ -94,16 +88,9 @@ class ScanReader:
     def run(self, progress) -> None:
         """Read all scans. `progress` is a `prepare.Progress`."""
         advance = progress("reading the scans", "scans", self.results.count("keys"))
-        chunks = self.pool.map(
-            scan_checks.check_scans,
-            scan_tasks(self.results, need_records=self.writer is not None),
-            self.conversion.chunk,
-            self.conversion,
-            label=scan_checks.task_label,
-            failed=scan_checks.failed_check,
-        )
+        tasks = scan_tasks(self.results, need_records=self.writer is not None)
         try:
-            for chunk, returned in chunks:
+            for chunk, returned in scan_checks.map_checks(self.pool, tasks, self.conversion):
                 checks = [self._accept(task, *result) for task, result in zip(chunk, returned, strict=True)]
                 self.results.add_scans(checks)
                 if self.writer is None or self.writer.size >= self.shard_bytes:
@@ -139,9 +126,7 @@ class ScanReader:
         return number
 
     def _save(self) -> None:
-        lengths = ()
         if self.writer is not None:
             self.writer.commit()
-            lengths = self.writer.lengths
-        self.state.append(self.unsaved, lengths)
+        self.state.append(self.unsaved, () if self.writer is None else self.writer.lengths)
         self.unsaved = []

@@ -46,15 +46,13 @@ def summarize(results: Results) -> dict:
 
 
 def _sources(results: Results) -> dict:
-    rows = results.db.execute(
-        "SELECT source, COUNT(*), SUM(tokens), SUM(trained), SUM(terms) FROM good GROUP BY source"
-    )
-    good = {source: counts for source, *counts in rows}
-    scans = results.db.execute(
-        "SELECT source, COUNT(*), SUM(fault = '' AND depth = 1), SUM(fault = '' AND depth > 1) "
-        "FROM (SELECT DISTINCT source, scan FROM mentions) JOIN facts USING (scan) GROUP BY source"
-    )
-    scan_counts = {source: counts for source, *counts in scans}
+    def by_source(columns: str, table: str) -> dict[int, list]:
+        lines = results.db.execute(f"SELECT source, COUNT(*), {columns} FROM {table} GROUP BY source")
+        return {source: counts for source, *counts in lines}
+
+    good = by_source("SUM(tokens), SUM(trained), SUM(terms)", "good")
+    used = "(SELECT DISTINCT source, scan FROM mentions) JOIN facts USING (scan)"
+    scan_counts = by_source("SUM(fault = '' AND depth = 1), SUM(fault = '' AND depth > 1)", used)
     summaries = {}
     for source, (name, table) in enumerate(results.tables.items()):
         count, tokens, trained, terms = good.get(source, (0, 0, 0, 0))
@@ -115,8 +113,7 @@ def _split(results: Results, split: str) -> dict:
 def _lengths(rows: dict[int, int]) -> dict:
     """Return a histogram of row lengths with the bins 0, 1, 2 to 3, 4 to 7, 8 to 15, ... tokens, and statistics.
 
-    Args:
-      rows: tokens -> number of rows, in ascending order.
+    `rows` is tokens -> number of rows, in ascending order.
     """
     if not rows:
         return {"counts": [], "median": 0, "mean": 0.0, "most": 0}
@@ -135,9 +132,6 @@ def _lengths(rows: dict[int, int]) -> dict:
 def edges(count: int) -> list[str]:
     """Return the lower edges of the bins of `_lengths`."""
     return [str(2**i // 2) for i in range(count)]
-
-
-# --- as text ----------------------------------------------------------------------------------------------------------
 
 
 def render(report: dict) -> Group:
@@ -194,10 +188,7 @@ def _contents_table(report: dict) -> Table:
     group("", lambda s: s["modalities"])
     group("slices", lambda s: _ranges(s["depths"]))
     for part in ("instruction", "response"):
-        group(
-            f"{part} tokens",
-            lambda s, part=part: {"median": s[part]["median"], "mean": s[part]["mean"], "most": s[part]["most"]},
-        )
+        group(f"{part} tokens", lambda s, part=part: {k: s[part][k] for k in ("median", "mean", "most")})
     group("tokens", lambda s: s["tokens"])
     group("cut tokens", lambda s: {k: v for k, v in s["cut"].items() if k != "scans"} | {"rows": s["cut_rows"]})
     group("dropped scans", lambda s: {"scans": s["cut"]["scans"], "rows": s["rows_without_some_scans"]})
@@ -222,10 +213,8 @@ def _reasons_table(title: str, reasons: dict[str, int]) -> Table:
     table.add_column("", overflow="fold")
     for reason, count in list(reasons.items())[:MAX_REASONS]:
         table.add_row(f"{count:,}", escape(reason))
-    if len(reasons) > MAX_REASONS:
-        table.add_row(
-            f"{sum(list(reasons.values())[MAX_REASONS:]):,}", f"with {len(reasons) - MAX_REASONS} other reasons"
-        )
+    if (more := len(reasons) - MAX_REASONS) > 0:
+        table.add_row(f"{sum(list(reasons.values())[MAX_REASONS:]):,}", f"with {more} other reasons")
     return table
 
 

@@ -12,7 +12,6 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from input_pipeline.index.summary import edges
 
 COLOURS = {"train": "#2b6a99", "test": "#e08e2b"}
-GRAY = "#b8bcc2"
 BAD = "#c0392b"
 MAX_SOURCES = 40  # data sets with the most rows
 MAX_GROUPS = 8  # bars of a panel; the last one combines all others
@@ -39,12 +38,9 @@ def draw(report: dict, file: Path) -> None:
     _rows(figure.add_subplot(grid[2, :2]), sources)
     _terms(figure.add_subplot(grid[2, 2]), sources)
     rows, scans = report["rows"], report["scans"]
-    figure.suptitle(
-        f"{rows['good']:,} good rows and {scans['good']:,} good scans; skipped: "
-        f"rows {rows['bad'] + rows['not_opened']:,}, scans {scans['bad']:,}",
-        fontsize=14,
-        y=1 - 0.35 / height,
-    )
+    skipped = f"rows {rows['bad'] + rows['not_opened']:,}, scans {scans['bad']:,}"
+    title = f"{rows['good']:,} good rows and {scans['good']:,} good scans; skipped: {skipped}"
+    figure.suptitle(title, fontsize=14, y=1 - 0.35 / height)
     figure.savefig(file, format="png")
 
 
@@ -131,14 +127,9 @@ def _depths(axes, splits: dict) -> None:
         return _empty(axes)
     width = max(most // 24, 1)
     bins = np.arange(0, most + 2 * width, width)
-    axes.hist(
-        [list(counts) for counts in depths.values()],
-        bins,
-        weights=[list(counts.values()) for counts in depths.values()],
-        color=[COLOURS[split] for split in depths],
-        label=list(depths),
-        stacked=True,
-    )
+    values, weights = [list(counts) for counts in depths.values()], [list(n.values()) for n in depths.values()]
+    colours = [COLOURS[split] for split in depths]
+    axes.hist(values, bins, weights=weights, color=colours, label=list(depths), stacked=True)
     axes.margins(y=0.25)
     axes.set_xlabel("slices")
     axes.set_ylabel("scans")
@@ -164,10 +155,6 @@ def _lengths(axes, title: str, splits: dict, field: str) -> None:
     axes.legend(loc="upper left", frameon=False, fontsize=9)
 
 
-def _names(sources: dict) -> list[str]:
-    return [name if len(name) < 28 else name[:25] + "..." for name in sources]
-
-
 def _rows(axes, sources: dict) -> None:
     positions = np.arange(len(sources))
     good = np.array([s["good"] for s in sources.values()])
@@ -177,7 +164,7 @@ def _rows(axes, sources: dict) -> None:
     for y, (g, b) in enumerate(zip(good, bad, strict=True)):
         axes.annotate(f"{g:,}" + (f" and {b:,} skipped" if b else ""), (g + b, y), (4, 0),
                       textcoords="offset points", va="center", fontsize=9)  # fmt: skip
-    axes.set_yticks(positions, _names(sources))
+    axes.set_yticks(positions, [name if len(name) < 28 else name[:25] + "..." for name in sources])
     axes.set_xlim(0, 1.25 * max((good + bad).max(), 1))
     _count_axis(axes.xaxis)
     _tidy(axes, "Rows of the data sets")

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import sys
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 
 from input_pipeline import command_line
 from input_pipeline.config import SPLITS, DataConfig
+from input_pipeline.console import argument_parser, print_error
 from input_pipeline.files import make_directory, write_text
 from input_pipeline.inspect.page import GENERATOR, page
-from input_pipeline.inspect.sampling import Overview, first_rows
-from input_pipeline.inspect.views import RowView
+from input_pipeline.inspect.sampling import first_rows
 from input_pipeline.parallel.workers import WorkerError
 
 DESCRIPTION = """\
@@ -42,27 +40,15 @@ The config's index must exist: python -m input_pipeline.prepare --config=FILE --
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m input_pipeline.inspect",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argument_parser("inspect", DESCRIPTION, EPILOG)
     command_line.add_config(parser)
-    parser.add_argument("--out", required=True, metavar="DIR", type=Path, help="directory for index.html and rows.json")
-    parser.add_argument("--split", choices=SPLITS, default="train", help="the split to show (%(default)s)")
-    parser.add_argument(
-        "--rows", type=int, default=8, metavar="N", help="show the first N rows of the epoch (%(default)s)"
-    )
-    parser.add_argument(
-        "--epoch",
-        type=int,
-        default=0,
-        metavar="E",
-        help="the epoch, which decides order, prompts and crops (%(default)s)",
-    )
-    parser.add_argument("--seed", type=int, metavar="S", help="overrides data.seed")
-    parser.add_argument("--workers", type=int, metavar="N", help="overrides data.workers; 0 uses no workers")
+    add = parser.add_argument
+    add("--out", required=True, metavar="DIR", type=Path, help="directory for index.html and rows.json")
+    add("--split", choices=SPLITS, default="train", help="the split to show (%(default)s)")
+    add("--rows", type=int, default=8, metavar="N", help="show the first N rows of the epoch (%(default)s)")
+    add("--epoch", type=int, default=0, metavar="E", help="epoch, which decides order, prompts and crops (%(default)s)")
+    add("--seed", type=int, metavar="S", help="overrides data.seed")
+    add("--workers", type=int, metavar="N", help="overrides data.workers; 0 uses no workers")
     args, config = command_line.parse(parser, sys.argv[1:] if argv is None else argv)
     for name, least in (("rows", 1), ("epoch", 0), ("seed", 0), ("workers", 0)):
         value = getattr(args, name)
@@ -78,9 +64,12 @@ def main(argv: list[str] | None = None) -> int:
         _check_output(args.out)
         with console.status("planning the first window"):
             head, rows = first_rows(data, args.split, args.rows, args.epoch, args.config)
-        _write(args.out, head, rows)
+        make_directory(args.out)
+        content = {"head": dataclasses.asdict(head), "rows": [row.as_dict() for row in rows]}
+        write_text(args.out / "rows.json", json.dumps(content, indent=1))
+        write_text(args.out / "index.html", page(head, rows))
     except (ValueError, OSError, WorkerError) as error:
-        console.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True, highlight=False)
+        print_error(console, error)
         return 2
     warnings = sum(len(row.warnings) + sum(len(s.warnings) for s in row.samples) for row in rows)
     samples, scans = sum(len(row.samples) for row in rows), sum(len(row.scans) for row in rows)
@@ -97,17 +86,8 @@ def _check_output(out: Path) -> None:
         raise ValueError(f"{out} is not a directory: choose another --out")
     generator = f'<meta name="generator" content="{GENERATOR}">'
     existing = [out / name for name in ("index.html", "rows.json") if (out / name).exists()]
-    if existing:
-        file = existing[0]
-        if file.name != "index.html" or generator not in file.read_text(errors="replace")[:400]:
-            raise ValueError(f"{file} was not written by this command: choose another --out")
-
-
-def _write(out: Path, head: Overview, rows: list[RowView]) -> None:
-    make_directory(out)
-    content = {"head": dataclasses.asdict(head), "rows": [row.as_dict() for row in rows]}
-    write_text(out / "rows.json", json.dumps(content, indent=1))
-    write_text(out / "index.html", page(head, rows))
+    if existing and (existing[0].suffix != ".html" or generator not in existing[0].read_text(errors="replace")[:400]):
+        raise ValueError(f"{existing[0]} was not written by this command: choose another --out")
 
 
 if __name__ == "__main__":

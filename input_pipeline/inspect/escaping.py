@@ -11,7 +11,7 @@ import unicodedata
 
 # No page may run or load anything, whatever its text says.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-_INVISIBLE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+_INVISIBLE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Zs"}
 
 
 def visible(text: object) -> str:
@@ -26,17 +26,9 @@ def visible_lines(text: str) -> str:
 
 def spaced(text: str) -> str:
     """Return `visible` text with a dot in each space and a sign before each line break."""
-    parts = []
-    for c in text:
-        if c == " ":
-            parts.append('<span class="space"> </span>')
-        elif c == "\n":
-            parts.append('<span class="sign">↵</span>\n')
-        else:
-            parts.append(visible(c))
-    return "".join(parts)
+    signs = {" ": '<span class="space"> </span>', "\n": '<span class="sign">↵</span>\n'}
+    return "".join(signs.get(c) or visible(c) for c in text)
 
 
 def _is_invisible(c: str) -> bool:
-    category = unicodedata.category(c)
-    return category in _INVISIBLE or (category == "Zs" and c != " ")
+    return c != " " and unicodedata.category(c) in _INVISIBLE

@@ -34,28 +34,21 @@ class SliceImage:
 
 @dataclasses.dataclass(frozen=True)
 class ScanView:
-    """The scan in a slot.
-
-    Attributes:
-      shape: (H, W, D) as the network sees it.
-      slices, channels: stored slices and channels; one slice may be repeated D times, one channel 3 times.
-      low, high, mean: of the values that the network gets.
-      samples: the numbers of the samples that show it.
-    """
+    """The scan in a slot."""
 
     slot: int
     vision_row: int
     patches: int
-    shape: tuple[int, int, int]
-    slices: int
-    channels: int
+    shape: tuple[int, int, int]  # (H, W, D) as the network sees it
+    slices: int  # stored; one may be repeated D times
+    channels: int  # stored; one may be repeated 3 times
     dtype: str
     scale: float
     offset: float
-    low: float
+    low: float  # low, high, mean: of the values that the network gets
     high: float
     mean: float
-    samples: tuple[int, ...]
+    samples: tuple[int, ...]  # the numbers of the samples that show it
     images: tuple[SliceImage, ...]
     thumbnail: SliceImage | None
 
@@ -64,12 +57,9 @@ def volume_of_slot(arrays: Mapping[str, np.ndarray], slot: int) -> Volume:
     """Rebuild the volume in a slot from its planes and the positions of its patches.
 
     The inverse of `planes.planes` and `collate_row`, for patches in any order. Repeated slices and channels are kept
-    once.
+    once. The arrays are those of one row, without the batch axis.
 
-    Args:
-      arrays: of one row, without the batch axis.
-    Raises:
-      ValueError: the slot is empty, or its patches do not cover a volume exactly once.
+    Raises ValueError if the slot is empty, or its patches do not cover a volume exactly once.
     """
     vision_row = int(arrays["scan_rows"][slot])
     mask = arrays["patch_segments"][vision_row] == slot + 1
@@ -134,11 +124,7 @@ def scan_view(arrays, slot: int, volume: Volume, samples: tuple[int, ...]) -> tu
 
 
 def slice_image(pixels: np.ndarray, number: int, side: int | None = None) -> SliceImage:
-    """Encode uint8[H, W, 1 or 3] as PNG, or as JPEG if the PNG is large.
-
-    Args:
-      side: shrink the image to this many pixels.
-    """
+    """Encode uint8[H, W, 1 or 3], shrunk to `side` pixels, as PNG, or as JPEG if the PNG is large."""
     image = Image.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels))
     if side is not None:
         image.thumbnail((side, side))

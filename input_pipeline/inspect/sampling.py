@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 from input_pipeline.batching.load import RowLoader
 from input_pipeline.batching.pipeline import Rows, batches
@@ -16,78 +17,51 @@ SETTINGS = ("preprocess", "storage", "terms", "mixture", "seed", "share_scans", 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A table of the split.
-
-    Attributes:
-      rows: number of good rows. quarantined: of rows that the table or `prepare` left out.
-      samples: that an epoch draws from it. share: of all samples of the epoch.
-    """
+    """A table of the split."""
 
     name: str
     family: str
-    rows: int
-    quarantined: int
-    samples: int
-    share: float
+    rows: int  # good ones
+    quarantined: int  # rows that the table or `prepare` left out
+    samples: int  # that an epoch draws from it
+    share: float  # of all samples of the epoch
 
 
 @dataclasses.dataclass(frozen=True)
 class Overview:
-    """The head of the page.
-
-    Attributes:
-      asked: number of rows requested; the epoch may have fewer.
-      settings: the fields of `data` that decide what a row contains.
-      packing: PackingReport.as_dict of the rows shown.
-      trained, terms: shares of the real tokens that are targets with a weight, and with the weight of a term.
-    """
+    """The head of the page."""
 
     config: str
     split: str
     epoch: int
     training: bool
-    asked: int
-    settings: dict[str, str]
+    asked: int  # rows requested; the epoch may have fewer
+    settings: dict[str, str]  # the fields of `data` that decide what a row contains
     sources: tuple[Source, ...]
-    packing: dict[str, float]
-    trained: float
-    terms: float
+    packing: dict[str, float]  # PackingReport.as_dict of the rows shown
+    trained: float  # share of the real tokens that are targets with a weight
+    terms: float  # share of the real tokens that are targets with the weight of a term
 
 
 def first_rows(config: DataConfig, split: str, count: int, epoch: int, name: str) -> tuple[Overview, list[RowView]]:
-    """Return the first `count` rows of an epoch, from the pipeline that training uses.
+    """Return the first `count` rows of an epoch, from the pipeline that training uses. `name` is that of the config.
 
-    Args:
-      name: of the config, for the head of the page.
-    Raises:
-      ValueError, WorkerError: as pipeline.Rows.
+    Raises ValueError and WorkerError as pipeline.Rows does.
     """
     tokenizer, report, views = tokenizer_of(config), PackingReport(config.text_length), []
     with Rows(config, split, batch=1, epochs=epoch + 1) as rows:
         bad_lines = rows.pool.submit("counting rows", _bad_lines).result()
         stream = iter(batches(rows))
         stream.set_state(stream.get_state() | {"epoch": epoch})
-        for _ in range(count):
-            batch = next(stream, None)
-            if batch is None:
-                break
+        for batch in itertools.islice(stream, count):
             report.add(batch.rows)
             arrays = {key: value[0] for key, value in batch.arrays.items()}
             views.append(row_view(arrays, batch.rows[0], tokenizer, config.num_latents))
-    fields = config.sources(split)
-    sources = tuple(
-        Source(
-            name=source,
-            family=fields[source]["family"],
-            rows=description["rows"],
-            quarantined=description["left_out"] + bad_lines[source],
-            samples=samples,
-            share=samples / len(rows.mixture),
-        )
-        for (source, description), samples in zip(
-            rows.description["sources"].items(), rows.mixture.counts.tolist(), strict=True
-        )
-    )
+    fields, sources = config.sources(split), []
+    described = zip(rows.description["sources"].items(), rows.mixture.counts.tolist(), strict=True)
+    for (source, table), samples in described:
+        counts = table["rows"], table["left_out"] + bad_lines[source], samples, samples / len(rows.mixture)
+        sources.append(Source(source, fields[source]["family"], *counts))
     tokens = max(sum(row.tokens for row in views), 1)
     samples = [sample for row in views for sample in row.samples]
     overview = Overview(
@@ -97,7 +71,7 @@ def first_rows(config: DataConfig, split: str, count: int, epoch: int, name: str
         training=rows.identity["training"],
         asked=count,
         settings={setting: str(getattr(config, setting)) for setting in SETTINGS},
-        sources=sources,
+        sources=tuple(sources),
         packing=report.as_dict(),
         trained=sum(sample.trained for sample in samples) / tokens,
         terms=sum(sample.terms for sample in samples) / tokens,

@@ -28,24 +28,18 @@ TEXT = ("ids", "targets", "weights", "visual_index", "key_ok")
 class Token:
     """One token, or all tokens of a scan.
 
-    Attributes:
-      kind: text; byte (another byte of the previous character); bos; eos; image; lost (an image that could not be
-        loaded); mark (an image mark without its latents); unknown (no text).
-      text: as decoded, with its space.
-      place, places: its first position in the row, and its number of positions.
-      weight: with which it is predicted.
-      image: number of the image in the sample, from 1; 0 for other kinds.
-      seen: whether later tokens may attend to it.
+    Its kind is text; byte (another byte of the previous character); bos; eos; image; lost (an image that could not be
+    loaded); mark (an image mark without its latents); or unknown (no text).
     """
 
     kind: str
-    text: str
+    text: str  # as decoded, with its space
     id: int
-    place: int
-    places: int = 1
-    weight: float = 0.0
-    image: int = 0
-    seen: bool = True
+    place: int  # first position in the row
+    places: int = 1  # number of positions
+    weight: float = 0.0  # with which it is predicted
+    image: int = 0  # number of the image in the sample, from 1; 0 for other kinds
+    seen: bool = True  # whether later tokens may attend to it
 
 
 class TokenDecoder:

@@ -19,58 +19,42 @@ from input_pipeline.text.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class SampleView:
-    """A sample of a row.
+    """A sample of a row."""
 
-    Attributes:
-      number: its segment.
-      study_known: whether its source names its study; the page does not show the name.
-      place, places: its first position in the row, and its number of positions.
-      visual, trained, terms: numbers of latents, of targets with a weight, and of targets with the weight of a term.
-      cut, dropped_scans: tokens and scans that were left out because the sample was too long.
-      slots: of image 1, 2, ...
-    """
-
-    number: int
+    number: int  # its segment
     source: str
     row_id: str
     task: str
-    study_known: bool
-    place: int
-    places: int
-    visual: int
-    trained: int
-    terms: int
-    cut: int
+    study_known: bool  # whether its source names its study; the page does not show the name
+    place: int  # first position in the row
+    places: int  # number of positions
+    visual: int  # number of latents
+    trained: int  # number of targets with a weight
+    terms: int  # number of targets with the weight of a term
+    cut: int  # tokens that were left out because the sample was too long
     dropped_scans: int
-    slots: tuple[int, ...]
+    slots: tuple[int, ...]  # of image 1, 2, ...
     tokens: tuple[Token, ...]
     warnings: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class RowView:
-    """A row.
-
-    Attributes:
-      length: T. tokens: positions in use. padding: why the others are empty.
-      latents: (first position, length) of each run of latents.
-      vision: for each vision row the (slot, first patch, patches) in it. vision_length: P.
-      warnings: about the row and its scans; samples have their own.
-    """
+    """A row."""
 
     epoch: int
     window: int
     row: int
-    length: int
-    tokens: int
-    padding: str
-    latents: tuple[tuple[int, int], ...]
-    vision: tuple[tuple[tuple[int, int, int], ...], ...]
-    vision_length: int
+    length: int  # T
+    tokens: int  # positions in use
+    padding: str  # why the others are empty
+    latents: tuple[tuple[int, int], ...]  # (first position, length) of each run of latents
+    vision: tuple[tuple[tuple[int, int, int], ...], ...]  # for each vision row the (slot, first patch, patches) in it
+    vision_length: int  # P
     samples: tuple[SampleView, ...]
     scans: tuple[ScanView, ...]
     left_out: tuple[str, ...]
-    warnings: tuple[str, ...]
+    warnings: tuple[str, ...]  # about the row and its scans; samples have their own
 
     def as_dict(self) -> dict:
         """Return plain values, without images and with tokens as columns."""
@@ -84,11 +68,7 @@ class RowView:
 
 
 def row_view(arrays: Mapping[str, np.ndarray], info: RowInfo, tokenizer: Tokenizer, num_latents: int) -> RowView:
-    """Return the view of one row.
-
-    Args:
-      arrays: of the row, without the batch axis.
-    """
+    """Return the view of one row. Its arrays have no batch axis."""
     segments, decoder = arrays["segments"], TokenDecoder(tokenizer)
     samples = tuple(
         _sample_view(arrays, number, sample, decoder, num_latents) for number, sample in enumerate(info.samples, 1)
@@ -106,19 +86,16 @@ def row_view(arrays: Mapping[str, np.ndarray], info: RowInfo, tokenizer: Tokeniz
         scan, scan_warnings = scan_view(arrays, slot, volume, tuple(s.number for s in samples if slot in s.slots))
         scans.append(scan)
         warnings += scan_warnings
+    same = {name: getattr(info, name) for name in ("epoch", "window", "row", "padding", "left_out")}
     return RowView(
-        epoch=info.epoch,
-        window=info.window,
-        row=info.row,
+        **same,
         length=len(segments),
         tokens=int((segments > 0).sum()),
-        padding=info.padding,
         latents=_runs(arrays["visual_index"] >= 0),
         vision=tuple(_scan_runs(row) for row in arrays["patch_segments"]),
         vision_length=arrays["patch_segments"].shape[1],
         samples=samples,
         scans=tuple(scans),
-        left_out=info.left_out,
         warnings=tuple(warnings),
     )
 
@@ -133,19 +110,16 @@ def _sample_view(arrays, number: int, info: SampleInfo, decoder: TokenDecoder, n
         warnings.append(f"it has {len(positions)} positions, {info.tokens} were planned")
     if not weights.any():
         warnings.append("no token is trained on: every weight is zero")
+    same = {name: getattr(info, name) for name in ("source", "row_id", "task", "cut", "dropped_scans")}
     return SampleView(
+        **same,
         number=number,
-        source=info.source,
-        row_id=info.row_id,
-        task=info.task,
         study_known=info.study is not None,
         place=first,
         places=end - first,
         visual=int((arrays["visual_index"][span] >= 0).sum()),
         trained=int((weights > 0).sum()),
         terms=int((weights == TERM_WEIGHT).sum()),
-        cut=info.cut,
-        dropped_scans=info.dropped_scans,
         slots=slots,
         tokens=tuple(tokens),
         warnings=tuple(warnings),

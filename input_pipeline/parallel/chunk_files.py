@@ -23,11 +23,7 @@ CHUNK = 64
 
 
 class Items(Sequence):
-    """The items of a job, one per line of a file. A slice is read from disk; pickling keeps only the path.
-
-    Attributes:
-      checksum: SHA-256 of the file.
-    """
+    """The items of a job, one per line of a file. A slice is read from disk; pickling keeps only the path."""
 
     def __init__(self, file: Path):
         self.file = file
@@ -53,14 +49,12 @@ class Items(Sequence):
         """Write the items to parts/items.txt of a directory. The iterable may be larger than memory."""
         file = directory / "parts" / "items.txt"
         file.parent.mkdir(exist_ok=True)
-        with (
-            atomic_write(file, unique=True) as partial,
-            open(partial, "w", encoding="utf-8", errors="surrogateescape") as out,
-        ):
-            for item in items:
-                if "\n" in item:
-                    raise ValueError(f"{item!r}: a name must not contain a line break; rename the file")
-                out.write(item + "\n")
+        with atomic_write(file, unique=True) as partial:
+            with open(partial, "w", encoding="utf-8", errors="surrogateescape") as out:
+                for item in items:
+                    if "\n" in item:
+                        raise ValueError(f"{item!r}: a name must not contain a line break; rename the file")
+                    out.write(item + "\n")
         return cls(file)
 
     @property

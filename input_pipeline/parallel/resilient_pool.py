@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,23 +27,18 @@ class _Chunk:
         return [item for i, item in enumerate(self.items) if i not in self.failed]
 
 
-class ResilientPool:
+class ResilientPool(contextlib.AbstractContextManager):
     """A pool that starts again when a worker dies or hangs.
 
     Args:
       make, workers, timeout: as for `workers.Pool`.
-      log: called with a message for each worker that died or hung.
-    Attributes:
-      deaths: these messages.
+      log: called with a message for each worker that died or hung; `deaths` has these messages.
     """
 
     def __init__(self, make: Callable, workers: int, timeout: float, log: Callable[[str], None] = lambda _: None):
         self._arguments, self._log = (make, workers, timeout), log
         self.workers, self.deaths = workers, []
         self.pool = Pool(*self._arguments)
-
-    def __enter__(self) -> ResilientPool:
-        return self
 
     def __exit__(self, *_) -> None:
         self.pool.close()
@@ -90,13 +86,8 @@ class ResilientPool:
                         self._submit(unfinished, function, args)
                 continue
             waiting.popleft()
-            yield (
-                chunk.items,
-                [
-                    failed(item, chunk.failed[i]) if i in chunk.failed else next(results)
-                    for i, item in enumerate(chunk.items)
-                ],
-            )
+            faults = ((item, chunk.failed.get(i)) for i, item in enumerate(chunk.items))
+            yield chunk.items, [next(results) if why is None else failed(item, why) for item, why in faults]
 
     def _submit(self, chunk: _Chunk, function: Callable, args: tuple) -> None:
         if chunk.remaining:

@@ -52,20 +52,16 @@ def available_cpus() -> int:
 
 
 class WorkerError(RuntimeError):
-    """A worker process died or hung.
-
-    Attributes:
-      task: name of its task, or "" if it had none. Tasks that had not started get the same error.
-      item: the last item the worker reported with `heartbeat`, or "".
-      hung: whether the worker was killed because it sent no heartbeat.
-    """
+    """A worker process died or hung. Tasks that had not started get the same error."""
 
     def __init__(self, message: str, task: str = "", item: str = "", hung: bool = False):
-        self.task, self.item, self.hung = task, item, hung
+        self.task = task  # name of its task, or ""
+        self.item = item  # the last item the worker reported with `heartbeat`, or ""
+        self.hung = hung  # whether the worker was killed because it sent no heartbeat
         super().__init__(message)
 
 
-class Pool:
+class Pool(contextlib.AbstractContextManager):
     """A pool of worker processes over one shared state (see the module docstring).
 
     Args:
@@ -173,10 +169,9 @@ class Pool:
 
     def close(self) -> None:
         """Stop the keeper and the workers. Tasks that have not started are cancelled."""
-        if self._closed or self.workers == 0:
-            self._closed = True
+        already_closed, self._closed = self._closed, True
+        if already_closed or self.workers == 0:
             return
-        self._closed = True
         with contextlib.suppress(queue.Empty):
             while True:
                 self._tasks.get_nowait()[2].cancel()
@@ -186,16 +181,11 @@ class Pool:
         for thread in self._threads:
             thread.join()
 
-    def __enter__(self) -> Pool:
-        return self
-
     def __exit__(self, *_) -> None:
         self.close()
 
 
-def _stop_processes(
-    control: connection.Connection, keeper: multiprocessing.process.BaseProcess, pids: list[int]
-) -> None:
+def _stop_processes(control: connection.Connection, keeper, pids: list[int]) -> None:
     control.close()  # the keeper kills its workers when this pipe closes
     keeper.join(5)
     if keeper.is_alive():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 
@@ -10,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from input_pipeline.console import print_error
+from input_pipeline.console import argument_parser, print_error
 from input_pipeline.phantoms.writing import write
 
 DESCRIPTION = """\
@@ -32,21 +31,15 @@ docs/phantoms.md has images, statistics, and the tests against shortcuts.
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m input_pipeline.phantoms",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--out", required=True, metavar="DIR", help="directory to create")
-    parser.add_argument("--train", type=int, default=3000, metavar="N", help="training scans (%(default)s)")
-    parser.add_argument("--test", type=int, default=800, metavar="N", help="test scans (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="random seed of the data set (%(default)s)")
-    parser.add_argument("--size", type=int, default=128, help="rows and columns of a scan (%(default)s)")
-    parser.add_argument(
-        "--volumes", type=float, default=0.12, metavar="SHARE", help="share of 3D scans, 0 to 0.5 (%(default)s)"
-    )
-    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: all cores)")
+    parser = argument_parser("phantoms", DESCRIPTION, EPILOG)
+    add = parser.add_argument
+    add("--out", required=True, metavar="DIR", help="directory to create")
+    add("--train", type=int, default=3000, metavar="N", help="training scans (%(default)s)")
+    add("--test", type=int, default=800, metavar="N", help="test scans (%(default)s)")
+    add("--seed", type=int, default=0, help="random seed of the data set (%(default)s)")
+    add("--size", type=int, default=128, help="rows and columns of a scan (%(default)s)")
+    add("--volumes", type=float, default=0.12, metavar="SHARE", help="share of 3D scans, 0 to 0.5 (%(default)s)")
+    add("--workers", type=int, metavar="N", help="processes (default: all cores)")
     args = parser.parse_args(argv)
 
     console = Console(stderr=True)

@@ -11,32 +11,22 @@ import nibabel
 import numpy as np
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 from PIL import Image
+from pydicom import uid
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import (
-    ComputedRadiographyImageStorage,
-    CTImageStorage,
-    ExplicitVRLittleEndian,
-    MRImageStorage,
-    UltrasoundImageStorage,
-)
 
 from input_pipeline.phantoms.plan import Study, random_generator
 
 DICOM_KINDS = {
-    "X-ray": ("CR", ComputedRadiographyImageStorage),
-    "CT": ("CT", CTImageStorage),
-    "MRI": ("MR", MRImageStorage),
-    "ultrasound": ("US", UltrasoundImageStorage),
+    "X-ray": ("CR", uid.ComputedRadiographyImageStorage),
+    "CT": ("CT", uid.CTImageStorage),
+    "MRI": ("MR", uid.MRImageStorage),
+    "ultrasound": ("US", uid.UltrasoundImageStorage),
 }
 CT_INTERCEPT = -1024
 
 
 def encode(study: Study, voxels: np.ndarray) -> dict[str, bytes]:
-    """Return relative path -> content: one entry per slice for a DICOM volume, else one entry.
-
-    Args:
-      voxels: [H, W, D, 1] from `drawing.to_stored`.
-    """
+    """Return relative path -> content of voxels[H, W, D, 1]: one entry per slice for a DICOM volume, else one entry."""
     if study.file_format == "dicom":
         return _dicom(study, voxels[..., 0])
     if study.file_format == "nifti":
@@ -77,10 +67,9 @@ def _dicom(study: Study, voxels: np.ndarray) -> dict[str, bytes]:
     head = _dicom_head(study)
     if study.depth == 1:
         return {study.path: _dicom_file(study, head, voxels[:, :, 0], 0)}
-    if random_generator((study.seed, study.split, study.index), stream=3).random() < 0.5:
-        numbers = range(1, study.depth + 1)
-    else:
-        numbers = range(study.depth, 0, -1)
+    numbers = range(1, study.depth + 1)
+    if random_generator((study.seed, study.split, study.index), stream=3).random() >= 0.5:
+        numbers = reversed(numbers)
     contents = {}
     for k, number in enumerate(numbers):
         head.InstanceNumber = number
@@ -136,7 +125,7 @@ def _dicom_file(study: Study, head: Dataset, pixels: np.ndarray, k: int) -> byte
     head.PixelData = np.ascontiguousarray(pixels, "u1" if head.BitsAllocated == 8 else "<u2").tobytes()
     head["PixelData"].VR = "OB" if head.BitsAllocated == 8 else "OW"
     head.file_meta = FileMetaDataset()
-    head.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    head.file_meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
     stream = io.BytesIO()
     head.save_as(stream, enforce_file_format=True)
     return stream.getvalue()

@@ -29,18 +29,10 @@ DIAGNOSES = ("normal", "nodule", "mass", "multiple lesions")
 COUNT_SHARES = (0.5, 0.3, 0.2)  # scans with 0, 1, 2 lesions
 RADII = {"small": (0.14, 0.19), "big": (0.26, 0.33)}  # in half-widths of the image
 AMPLITUDE = (0.32, 0.38)  # contrast of a lesion, as a share of the intensity range
-SIGNS = {
-    "X-ray": 1,
-    "CT": 1,
-    "MRI": 1,
-    "ultrasound": -1,
-}  # brighter or darker than the tissue, as most lesions of the modality
-NOISE = {
-    "X-ray": 0.03,
-    "CT": 0.05,
-    "MRI": 0.05,
-    "ultrasound": 0.25,
-}  # standard deviation; ultrasound: relative to the brightness
+# Lesions are brighter or darker than the tissue, as most lesions of the modality.
+SIGNS = {"X-ray": 1, "CT": 1, "MRI": 1, "ultrasound": -1}
+# Standard deviation; in ultrasound relative to the brightness.
+NOISE = {"X-ray": 0.03, "CT": 0.05, "MRI": 0.05, "ultrasound": 0.25}
 NOISE_SPREAD = (0.75, 1.33)
 DEPTHS = (8, 32)
 # Every modality has the same shares, so that the format does not reveal the modality.
@@ -80,59 +72,37 @@ class Lesion:
 
 @dataclasses.dataclass(frozen=True)
 class Body:
-    """Random properties of a phantom that no question is about.
+    """Random properties of a phantom that no question is about."""
 
-    Attributes:
-      axes: half-axes of the body ellipse (x, y). In ultrasound, which has a fan instead, they only limit the lesions.
-      centre: centre of the ellipse (x, y).
-      level: intensity of the tissue, from 0 to 1.
-      air: intensity outside the body (0 outside an ultrasound fan).
-      frame: intensity of the brightest structure (spine, skull, fat, skin line).
-      frame_width: width of that structure, relative to its usual width.
-      noise: standard deviation; in ultrasound of the speckle, relative to the brightness.
-      tilt: (x, y) slope of the shading, intensity per half-width.
-      phase: phase of ribs and layers, in turns.
-      fan: half-angle of the ultrasound fan, radians.
-    """
-
-    axes: tuple[float, float]
-    centre: tuple[float, float]
-    level: float
-    air: float
-    frame: float
-    frame_width: float
-    noise: float
-    tilt: tuple[float, float]
-    phase: float
-    fan: float
+    axes: tuple[float, float]  # half-axes of the body ellipse (x, y); in ultrasound (a fan) they only limit the lesions
+    centre: tuple[float, float]  # of the ellipse (x, y)
+    level: float  # intensity of the tissue, from 0 to 1
+    air: float  # intensity outside the body (0 outside an ultrasound fan)
+    frame: float  # intensity of the brightest structure (spine, skull, fat, skin line)
+    frame_width: float  # width of that structure, relative to its usual width
+    noise: float  # standard deviation; in ultrasound of the speckle, relative to the brightness
+    tilt: tuple[float, float]  # (x, y) slope of the shading, intensity per half-width
+    phase: float  # of ribs and layers, in turns
+    fan: float  # half-angle of the ultrasound fan, radians
 
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """The complete plan of a phantom, from which `drawing.paint` draws its voxels.
-
-    Attributes:
-      size, depth: rows and columns, and slices (1 for a 2D image).
-      file_format: png8, png16, jpeg, dicom (a file, or a directory for a volume) or nifti.
-      inverted: stored as MONOCHROME1 (X-ray as DICOM only).
-      stored_as: axes of the NIfTI array on disk, such as LPS, as its affine states.
-      spacing: mm (row, column, slice).
-      value_range: stored values (HU for CT) of the intensities 0 and 1.
-    """
+    """The complete plan of a phantom, from which `drawing.paint` draws its voxels."""
 
     seed: int
     split: str
     index: int
-    size: int
-    depth: int
+    size: int  # rows and columns
+    depth: int  # slices; 1 for a 2D image
     labels: Labels
     lesions: tuple[Lesion, ...]
     body: Body
-    file_format: str
-    inverted: bool
-    stored_as: str
-    spacing: tuple[float, float, float]
-    value_range: tuple[int, int]
+    file_format: str  # png8, png16, jpeg, dicom (a file, or a directory for a volume) or nifti
+    inverted: bool  # stored as MONOCHROME1 (X-ray as DICOM only)
+    stored_as: str  # axes of the NIfTI array on disk, such as LPS, as its affine states
+    spacing: tuple[float, float, float]  # mm (row, column, slice)
+    value_range: tuple[int, int]  # stored values (HU for CT) of the intensities 0 and 1
 
     @property
     def study_id(self) -> str:
@@ -166,7 +136,6 @@ def describe(seed: int, split: str, index: int, size: int = 128, volumes: float 
       index: 0 or more; a phantom does not depend on the size of the data set.
       size: rows and columns, 64 to 1024.
       volumes: share of volumes among all phantoms, 0 to 0.5 (X-ray and ultrasound are always 2D).
-
     Raises:
       ValueError: with every argument that is out of range.
     """

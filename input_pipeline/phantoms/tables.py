@@ -15,17 +15,8 @@ from __future__ import annotations
 
 import re
 
-from input_pipeline.phantoms.plan import (
-    DIAGNOSES,
-    LEVELS,
-    MODALITIES,
-    SIDES,
-    SIGNS,
-    SIZES,
-    Labels,
-    Study,
-    random_generator,
-)
+from input_pipeline.phantoms import plan
+from input_pipeline.phantoms.plan import Labels, Study
 
 NUMBERS = ("zero", "one", "two")
 FEATURES = {
@@ -67,7 +58,7 @@ def impression(labels: Labels) -> str:
 
 def features(labels: Labels) -> str:
     """Return the visible evidence for the diagnosis, such as "One small round area is brighter than ..."."""
-    return FEATURES[labels.diagnosis].format(than="brighter than" if SIGNS[labels.modality] > 0 else "darker than")
+    return FEATURES[labels.diagnosis].format(than="brighter than" if plan.SIGNS[labels.modality] > 0 else "darker than")
 
 
 def report(labels: Labels) -> str:
@@ -76,10 +67,10 @@ def report(labels: Labels) -> str:
 
 
 _REPORT = re.compile(
-    rf"findings: (?P<modality>{'|'.join(MODALITIES)})\. "
-    rf"(?:(?P<none>no lesion)|(?P<two>two lesions)|one (?P<size>{'|'.join(SIZES)}) lesion "
-    rf"on the (?P<side>{'|'.join(SIDES)}), in the (?P<level>{'|'.join(LEVELS)}) half)\. "
-    rf"impression: (?P<diagnosis>{'|'.join(DIAGNOSES)})\.",
+    rf"findings: (?P<modality>{'|'.join(plan.MODALITIES)})\. "
+    rf"(?:(?P<none>no lesion)|(?P<two>two lesions)|one (?P<size>{'|'.join(plan.SIZES)}) lesion "
+    rf"on the (?P<side>{'|'.join(plan.SIDES)}), in the (?P<level>{'|'.join(plan.LEVELS)}) half)\. "
+    rf"impression: (?P<diagnosis>{'|'.join(plan.DIAGNOSES)})\.",
     re.IGNORECASE,
 )
 
@@ -93,7 +84,7 @@ def parse_report(text: str) -> Labels:
     match = _REPORT.fullmatch(" ".join(text.split()))
     if not match:
         raise ValueError(f"not a report of a phantom: {text!r} (expected e.g. {report(Labels('CT', 0))!r})")
-    modality = next(m for m in MODALITIES if m.lower() == match["modality"].lower())
+    modality = next(m for m in plan.MODALITIES if m.lower() == match["modality"].lower())
     if match["size"]:
         labels = Labels(modality, 1, *(match[k].lower() for k in ("side", "level", "size")))
     else:
@@ -116,7 +107,9 @@ def disease_labels(study: Study) -> dict[str, int]:
     """Return disease -> 0 or 1. The answers are balanced: half of the scans have a lesion."""
     present = {"lesion": int(study.labels.count > 0)}
     if study.labels.count == 1:
-        disease = ("nodule", "mass")[random_generator((study.seed, study.split, study.index), stream=2).integers(2)]
+        disease = ("nodule", "mass")[
+            plan.random_generator((study.seed, study.split, study.index), stream=2).integers(2)
+        ]
         present[disease] = int(study.labels.diagnosis == disease)
     return present
 

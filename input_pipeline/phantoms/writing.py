@@ -66,10 +66,8 @@ def write(
       workers: number of processes; None: all cores. With more than one, a calling script needs the
         `if __name__ == "__main__":` guard, because multiprocessing starts new interpreters.
       progress: called with the number of scans finished since the last call.
-
     Returns:
       The content of phantoms.json, and `written`: False if the data set existed and all checksums agree.
-
     Raises:
       ValueError: an argument is invalid; `out` has unrelated, different or damaged files; another run is writing it.
       OSError: a file cannot be written.
@@ -117,11 +115,7 @@ def _check_existing(out: Path, arguments: dict, progress) -> dict:
         checksums = [line.split("  ", 1) for line in (out / "SHA256SUMS").read_text().splitlines()]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{out} is not a complete phantom data set ({error}): choose another --out") from error
-    differences = [
-        f"{name} is {existing.get(name)}, not {value}"
-        for name, value in arguments.items()
-        if existing.get(name) != value
-    ]
+    differences = [f"{k} is {existing.get(k)}, not {v}" for k, v in arguments.items() if existing.get(k) != v]
     if differences:
         raise ValueError(f"{out} has another phantom data set ({', '.join(differences)}): choose another --out")
     bad = []
@@ -268,15 +262,10 @@ def _counts(studies: list[Study]) -> dict[str, dict[str, int]]:
     row_counts = collections.Counter()
     for study in studies:
         row_counts.update({table: len(entries) for table, entries in tables.rows(study).items()})
-    solitary = collections.Counter(
-        f"{s.labels.side} {s.labels.level} {s.labels.size}" for s in studies if s.labels.count == 1
-    )
+    flat, one_lesion = sum(s.depth == 1 for s in studies), [s.labels for s in studies if s.labels.count == 1]
+    solitary = collections.Counter(f"{labels.side} {labels.level} {labels.size}" for labels in one_lesion)
     return {
-        "scans": {
-            "all": len(studies),
-            "2D": sum(s.depth == 1 for s in studies),
-            "3D": sum(s.depth > 1 for s in studies),
-        },
+        "scans": {"all": len(studies), "2D": flat, "3D": len(studies) - flat},
         "modality": count(lambda s: s.labels.modality),
         "file": count(lambda s: f"{s.file_format} {'2D' if s.depth == 1 else '3D'}"),
         "lesions": count(lambda s: str(s.labels.count)),
