@@ -30,7 +30,7 @@ DTYPES = {
 }
 
 Index = tuple[slice, ...]
-Progress = Callable[[int], object]
+Progress = Callable[[int], object]  # called with a number of bytes just processed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,33 +49,21 @@ class TensorInfo:
 Contents = tuple[dict[str, TensorInfo], dict[str, str], dict[str, Callable[[Index], np.ndarray]]]
 
 
+@dataclasses.dataclass(eq=False)
 class TensorReader(contextlib.AbstractContextManager["TensorReader"]):
-    """The tensors of a file or folder, read one at a time. Not thread-safe.
+    """The tensors of a file or folder, read one at a time. Not thread-safe."""
 
-    Attributes:
-      path: the opened file; for a sharded folder, its index.
-      infos: every tensor by name, in file order, tied ones included.
-      ties: name -> first name with the same storage, offset and shape. Only torch's format has ties.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        infos: dict[str, TensorInfo],
-        ties: dict[str, str],
-        readers: dict[str, Callable[[Index], np.ndarray]],
-        resources: contextlib.ExitStack,
-    ):
-        self.path, self.infos, self.ties = path, infos, ties
-        self._readers, self._resources = readers, resources
+    path: Path  # the opened file; for a sharded folder, its index
+    infos: dict[str, TensorInfo]  # every tensor by name, in file order, tied ones included
+    ties: dict[str, str]  # name -> first name with the same storage, offset and shape, in torch's format
+    _readers: dict[str, Callable[[Index], np.ndarray]]
+    _resources: contextlib.ExitStack
 
     def read(self, name: str, index: Index | None = None) -> np.ndarray:
         """Return a tensor, or the part selected by `index`, as a contiguous array with its own memory.
 
         Args:
-          name: a key of `infos`.
           index: slices of step 1 for the leading axes, as `jax.make_array_from_callback` passes them; None for all.
-
         Raises:
           ValueError: no such tensor, or an unsupported index.
         """
@@ -93,9 +81,6 @@ class TensorReader(contextlib.AbstractContextManager["TensorReader"]):
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-# --- reading and writing ----------------------------------------------------------------------------------------------
 
 
 def read_strided(
