@@ -87,8 +87,7 @@ def _llama_logits(config: DecoderConfig, params: dict, ids: jax.Array) -> jax.Ar
 def compare(a, b, *, config: dict | None = None, seed: int = 0, dtype: str = "float32") -> Comparison:
     """Compare two checkpoints on the same inputs, with one model in memory at a time.
 
-    Raises:
-      ValueError: one of them cannot be read, or they differ in part or inputs.
+    Raises ValueError if one of them cannot be read, or if they differ in part or inputs.
     """
     part, sizes, params = load_any(a, config=config)
     ids, vision = random_inputs(part, sizes, seed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -51,9 +52,7 @@ def to_torch(
     override = np.dtype(checkpoint.DTYPES[dtype]) if dtype else None
     infos = {n: TensorInfo(e.torch_shape, override or np.dtype(reader.dtypes[e.path])) for n, e in entries.items()}
     dtypes = tuple(sorted({info.dtype.name for info in infos.values()}))
-    extras: dict[str, Callable[[], np.ndarray]] = {}
-    ties: dict[str, str] = {}
-    lines: list[str] = []
+    extras, ties, lines = {}, {}, []
 
     def read(name: str) -> np.ndarray:
         if name in extras:
@@ -75,7 +74,7 @@ def to_torch(
         # safetensors cannot share one tensor between two names.
         as_bin = dst.suffix in (".bin", ".pt", ".pth")
         size = sum(info.nbytes for name, info in infos.items() if not (as_bin and name in ties))
-        report = Report(sum(int(np.prod(s, dtype=np.int64)) for s in shapes.values()), size, dtypes, lines)
+        report = Report(sum(map(math.prod, shapes.values())), size, dtypes, lines)
         checkpoint.require_space(dst, size + size // 50, f"writing {dst}")
         progress.stage("converting", size)
         if as_bin:
