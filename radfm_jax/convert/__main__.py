@@ -12,6 +12,12 @@ import absl.logging
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from radfm_jax import terminal
+
+DESCRIPTION = """\
+Convert weights between PyTorch and Orbax, in either direction, and check them. Peak memory does not depend on the size
+of the model.
+"""
 EXAMPLES = """\
 examples:
   # the released checkpoint (the .bin, or the zip around it) -> a checkpoint directory
@@ -32,13 +38,7 @@ A checkpoint directory contains its sizes and tokenizer. To use it:
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
-        prog="python -m radfm_jax.convert",
-        description="Convert weights between PyTorch and Orbax, in either direction, and check them. Peak memory does "
-        "not depend on the size of the model.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    top = terminal.parser("python -m radfm_jax.convert", DESCRIPTION, EXAMPLES)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, help: str, src: str, dst: str, *, reads_torch: bool = False) -> argparse.ArgumentParser:
@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
         console.print("interrupted, nothing was written", style="red")
         return 130
     except (ValueError, ImportError, OSError) as e:
-        console.print(f"error: {e}", style="red", markup=False, highlight=False, soft_wrap=True)
+        terminal.message(f"error: {e}", style="red")
         return 2
 
 
@@ -164,19 +164,11 @@ def _check(args: argparse.Namespace, console: Console) -> int:
 
     config = model_config.read_config(args.config) if args.config else None
     with console.status("comparing"):
-        c = compare(args.a, args.b, config=config, seed=args.seed, dtype=args.dtype)
-    passed = c.max_difference <= args.tolerance  # False for NaN
-    for name, value in (
-        ("positions", f"{c.positions}"),
-        ("largest logit of A", f"{c.largest_logit:.3f}"),
-        ("max difference", f"{c.max_difference:.3e}"),
-        ("mean difference", f"{c.mean_difference:.3e}"),
-        ("top-1 agreement", f"{c.top1_agreement:.2%}"),
-        ("top-10 agreement", f"{c.top10_agreement:.2%}"),
-        ("KL(A || B), mean", f"{c.mean_kl:.3e}"),
-        ("KL(A || B), max", f"{c.max_kl:.3e}"),
-    ):
-        print(f"{name:20s} {value}")
+        results = compare(args.a, args.b, config=config, seed=args.seed, dtype=args.dtype)
+    passed = results["max difference"] <= args.tolerance  # False for NaN
+    formats = {"positions": "d", "largest logit of A": ".3f", "top-1 agreement": ".2%", "top-10 agreement": ".2%"}
+    for name, value in results.items():
+        print(f"{name:20s} {value:{formats.get(name, '.3e')}}")
     print(f"{'PASS' if passed else 'FAIL'}: tolerance {args.tolerance:g}")
     return 0 if passed else 1
 

@@ -18,25 +18,17 @@ def from_torch(
     src,
     dst,
     *,
-    part: str = "radfm",
-    config: dict | None = None,
-    tokenizer=None,
-    unused: str = "drop",
-    dtype: str | None = None,
-    verify: bool = True,
+    part: str = "radfm",  # what `src` must be: `radfm`, or `llama` for a Hugging Face LLaMA folder
+    config: dict | None = None,  # of model_config.read_config, for sizes that tensor shapes do not give
+    tokenizer=None,  # SentencePiece model; default: `tokenizer.model` next to `src`
+    unused: str = "drop",  # `keep` stores tensors that the model never reads, `drop` only their names and shapes
+    dtype: str | None = None,  # float32, bfloat16 or float16; None keeps the dtype of the file
+    verify: bool = True,  # check the CRC-32 of every record first
     progress: Progress = NO_PROGRESS,
 ) -> Report:
     """Convert PyTorch weights (`.bin`, the published zip, safetensors or a folder) to a checkpoint directory.
 
-    Args:
-      part: what `src` must be: `radfm`, or `llama` for a Hugging Face LLaMA folder.
-      config: the result of `model_config.read_config`, for sizes that tensor shapes do not give.
-      tokenizer: SentencePiece model; default: `tokenizer.model` next to `src`.
-      unused: `keep` stores tensors that the model never reads, `drop` only their names and shapes.
-      dtype: float32, bfloat16 or float16; None keeps the dtype of the file.
-      verify: check the CRC-32 of every record first.
-    Raises:
-      ValueError: every problem of the input, in one message; `dst` does not exist then.
+    Raises one ValueError with every problem of the input; `dst` does not exist then.
     """
     if Path(dst).exists():
         raise ValueError(f"{dst} exists: choose another name or remove it first")

@@ -24,8 +24,8 @@ def to_torch(
     src,
     dst,
     *,
-    part: str = "radfm",
-    layout: str = "4.28",
+    part: str = "radfm",  # `radfm` for the released names, `llama` for the language model with Hugging Face names
+    layout: str = "4.28",  # `4.28` adds the 41 buffers that the released code's strict load needs; or `plain`
     dtype: str | None = None,
     max_shard_bytes: int = 5 * 10**9,
     progress: Progress = NO_PROGRESS,
@@ -37,7 +37,6 @@ def to_torch(
         and model card.
       part: `radfm` for the released names, `llama` for the language model alone with Hugging Face names.
       layout: `4.28` adds the 41 buffers that the released code's strict load needs, `plain` omits them.
-      dtype, progress: as in `from_torch`.
     Raises:
       ValueError: `src` is damaged or not a checkpoint, `dst` exists, or the disk is too small.
     """

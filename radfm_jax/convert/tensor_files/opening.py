@@ -17,19 +17,15 @@ MAX_INDEX_BYTES = 2**26
 def open_tensors(
     path: str | os.PathLike[str],
     *,
-    verify: bool = True,
-    scratch: str | os.PathLike[str] | None = None,
-    progress: Progress = lambda done: None,
+    verify: bool = True,  # read a torch file once and compare the CRC-32 of every record; safetensors have none
+    scratch: str | os.PathLike[str] | None = None,  # default: the file's folder or, if its disk is too small, $TMPDIR
+    progress: Progress = lambda done: None,  # called for bytes that are unpacked or verified
 ) -> TensorReader:
     """Open a weight file, a zip around `pytorch_model.bin`, a folder in Hugging Face layout, or its index.
 
     A zipped `pytorch_model.bin` is unpacked to an unnamed temporary file, which the kernel deletes when the reader is
     closed or the process is killed.
 
-    Args:
-      verify: read a torch file once and compare the CRC-32 of every record. safetensors have no checksums.
-      scratch: folder to unpack in; default: that of the file or, if its disk is too small, the system's.
-      progress: called for bytes that are unpacked or verified.
     Raises:
       ValueError: the file is missing, damaged, hostile or of an unsupported kind; the message has the remedy.
       ImportError: a torch file, and torch >= 2.10 is not installed.

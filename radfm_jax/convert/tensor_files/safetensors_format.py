@@ -46,12 +46,12 @@ def open_safetensors(path: Path, file: BinaryIO) -> Contents:
 
 
 def write_safetensors(
-    directory: str | os.PathLike[str],
-    infos: Mapping[str, TensorInfo],
-    read: Callable[[str], np.ndarray],
+    directory: str | os.PathLike[str],  # created if missing
+    infos: Mapping[str, TensorInfo],  # shards are filled in this order
+    read: Callable[[str], np.ndarray],  # called once per name
     *,
-    max_shard_bytes: int = 2**31,
-    metadata: Mapping[str, str] | None = None,
+    max_shard_bytes: int = 2**31,  # of the tensors in a shard; a larger tensor gets a shard of its own
+    metadata: Mapping[str, str] | None = None,  # in addition to {"format": "pt"}, which transformers requires
     basename: str = "model",
     progress: Progress = lambda done: None,
 ) -> None:
@@ -59,12 +59,6 @@ def write_safetensors(
 
     All files are temporary until the last one is written, then they are synced and renamed.
 
-    Args:
-      directory: created if missing.
-      infos: shards are filled in this order.
-      read: returns the values of a name; called once per name.
-      max_shard_bytes: maximum size of the tensors in a shard; a larger tensor gets a shard of its own.
-      metadata: header entries in addition to {"format": "pt"}, which transformers requires.
     Raises:
       ValueError: files of this basename exist, the disk is too small, safetensors does not support a dtype, or `read`
         returns another shape or dtype than `infos`.

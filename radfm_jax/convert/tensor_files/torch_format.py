@@ -236,21 +236,16 @@ def _unsupported(name: Any, tensor: Any, records: dict[int, int], torch: Any) ->
 
 def write_torch_bin(
     path: str | os.PathLike[str],
-    infos: Mapping[str, TensorInfo],
-    read: Callable[[str], np.ndarray],
+    infos: Mapping[str, TensorInfo],  # in the order of the state dict, tied names included
+    read: Callable[[str], np.ndarray],  # called once per name, in order, except for tied names
     *,
-    ties: Mapping[str, str] | None = None,
+    ties: Mapping[str, str] | None = None,  # name -> name whose storage it shares
     progress: Progress = lambda done: None,
 ) -> None:
     """Write a state dict (an OrderedDict of tensors) as `torch.save` would, with one tensor in memory at a time.
 
-    The write is atomic.
+    The write is atomic. The folder of `path` must exist.
 
-    Args:
-      path: its folder exists.
-      infos: in the order of the state dict, tied names included.
-      read: returns the values of a name; called once per name, in order, except for tied names.
-      ties: name -> name whose storage it shares.
     Raises:
       ValueError: the file exists, the disk is too small, torch does not support a dtype, ties are inconsistent, or
         `read` returns another shape or dtype than `infos`.
