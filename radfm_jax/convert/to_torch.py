@@ -32,13 +32,8 @@ def to_torch(
 ) -> Report:
     """Convert a checkpoint directory to PyTorch weights.
 
-    Args:
-      dst: `x.bin` writes one file in torch's format; any other name a folder of safetensors, config.json, tokenizer
-        and model card.
-      part: `radfm` for the released names, `llama` for the language model alone with Hugging Face names.
-      layout: `4.28` adds the 41 buffers that the released code's strict load needs, `plain` omits them.
-    Raises:
-      ValueError: `src` is damaged or not a checkpoint, `dst` exists, or the disk is too small.
+    `dst` is one file in torch's format if its name ends in .bin, else a folder of safetensors, config.json, tokenizer
+    and model card. Raises ValueError if `src` is damaged, `dst` exists, or the disk is too small.
     """
     dst = Path(dst)
     if dst.suffix == ".safetensors":
