@@ -19,17 +19,13 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 # Hugging Face's keys -> fields of DecoderConfig, and those of the llama3 RoPE scaling -> fields of RopeScaling.
 LLAMA_KEYS = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "width",
-    "intermediate_size": "mlp_width",
+    "vocab_size": "vocab_size", "hidden_size": "width", "intermediate_size": "mlp_width",
     "num_hidden_layers": "num_layers",
-}
+}  # fmt: skip
 ROPE_KEYS = {
-    "factor": "factor",
-    "low_freq_factor": "low_freq_factor",
-    "high_freq_factor": "high_freq_factor",
+    "factor": "factor", "low_freq_factor": "low_freq_factor", "high_freq_factor": "high_freq_factor",
     "original_max_position_embeddings": "original_context",
-}
+}  # fmt: skip
 
 
 def read_config(path) -> dict:

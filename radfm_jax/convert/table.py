@@ -175,27 +175,24 @@ def unused_shapes(config: radfm.RadFMConfig) -> dict[str, tuple[tuple[int, ...],
     def put(prefix, dtype="float32", **leaves):
         shapes.update({f"embedding_layer.{prefix}.{k}": (shape, dtype) for k, shape in leaves.items()})
 
-    def linear(prefix, out, inner):
-        put(prefix, weight=(out, inner), bias=(out,))
-
-    def norm(prefix, width):
-        put(prefix, weight=(width,), bias=(width,))
+    def affine(prefix, out, *inner):  # a linear layer, or a norm without `inner`
+        put(prefix, weight=(out, *inner), bias=(out,))
 
     for name, rows in (("word", 30522), ("position", 512), ("token_type", 2)):
         put(f"bert_model.embeddings.{name}_embeddings", weight=(rows, bert))
-    norm("bert_model.embeddings.LayerNorm", bert)
+    affine("bert_model.embeddings.LayerNorm", bert)
     for i in range(12):
         layer = f"bert_model.encoder.layer.{i}"
         for name in ("self.query", "self.key", "self.value", "output.dense"):
-            linear(f"{layer}.attention.{name}", bert, bert)
-        norm(f"{layer}.attention.output.LayerNorm", bert)
-        linear(f"{layer}.intermediate.dense", mlp, bert)
-        linear(f"{layer}.output.dense", bert, mlp)
-        norm(f"{layer}.output.LayerNorm", bert)
-    linear("bert_model.pooler.dense", bert, bert)
-    linear("bert_projection_fc", d, bert)
+            affine(f"{layer}.attention.{name}", bert, bert)
+        affine(f"{layer}.attention.output.LayerNorm", bert)
+        affine(f"{layer}.intermediate.dense", mlp, bert)
+        affine(f"{layer}.output.dense", bert, mlp)
+        affine(f"{layer}.output.LayerNorm", bert)
+    affine("bert_model.pooler.dense", bert, bert)
+    affine("bert_projection_fc", d, bert)
     put("output_upscaling.0", weight=(d, d // 4, 2, 2, 2), bias=(d // 4,))
-    norm("output_upscaling.1", d // 4)
+    affine("output_upscaling.1", d // 4)
     put("output_upscaling.1", running_mean=(d // 4,), running_var=(d // 4,))
     put("output_upscaling.1", "int64", num_batches_tracked=())
     put("output_upscaling.3", weight=(d // 4, d // 8, 2, 2, 2), bias=(d // 8,))
@@ -203,15 +200,15 @@ def unused_shapes(config: radfm.RadFMConfig) -> dict[str, tuple[tuple[int, ...],
         layer = f"transformer_decoder.layers.{i}"
         for name in ("self_attn", "multihead_attn"):
             put(f"{layer}.{name}", in_proj_weight=(3 * d, d), in_proj_bias=(3 * d,))
-            linear(f"{layer}.{name}.out_proj", d, d)
-        linear(f"{layer}.linear1", 2048, d)
-        linear(f"{layer}.linear2", d, 2048)
+            affine(f"{layer}.{name}.out_proj", d, d)
+        affine(f"{layer}.linear1", 2048, d)
+        affine(f"{layer}.linear2", d, 2048)
         for name in ("norm1", "norm2", "norm3"):
-            norm(f"{layer}.{name}", d)
-    norm("transformer_decoder.norm", d)
-    linear("transformer_decoder_mlp.0", d // 4, d)
-    linear("transformer_decoder_mlp.2", d // 8, d // 4)
-    linear("cls_head", 1, d // 8)
+            affine(f"{layer}.{name}", d)
+    affine("transformer_decoder.norm", d)
+    affine("transformer_decoder_mlp.0", d // 4, d)
+    affine("transformer_decoder_mlp.2", d // 8, d // 4)
+    affine("cls_head", 1, d // 8)
     return shapes
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from radfm_jax.models.radfm import RadFMConfig
 BLOCK_BYTES = 256 * 2**20
 
 
-class TorchModel:
+class TorchModel(contextlib.AbstractContextManager):
     """A file or folder of PyTorch weights, matched against the table. Use as a context manager.
 
     `check` raises one ValueError that lists every problem; `slices` yields the parameters.
@@ -44,9 +45,6 @@ class TorchModel:
         except BaseException:
             self.reader.close()
             raise
-
-    def __enter__(self) -> TorchModel:
-        return self
 
     def __exit__(self, *exception) -> None:
         self.reader.close()

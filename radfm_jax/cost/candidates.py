@@ -115,13 +115,10 @@ def executed_flops(config: Experiment, remat: str | None = None) -> float:
     keys = 2 * limits.text_length * c.width * (c.num_heads + 2 * c.num_kv_heads) * c.head_dim * c.num_layers
     # What a policy saves is counted for the language model only, which has 99 % of it.
     recomputed = {
-        "full": stacks,
-        "attention": stacks - attention,
-        "projections": stacks - attention - keys,
-        "dots": attention,
+        "full": stacks, "attention": stacks - attention, "projections": stacks - attention - keys, "dots": attention,
         "none": 0.0,
-    }[remat or config.train.remat]
-    return estimate.row_flops(config) + recomputed
+    }  # fmt: skip
+    return estimate.row_flops(config) + recomputed[remat or config.train.remat]
 
 
 def _row_shards(config: Experiment, topology: Topology) -> int:

@@ -29,8 +29,7 @@ from radfm_jax.cost.topology import Topology, parse
 from radfm_jax.training.experiment import Experiment
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax")
-# Environment variables that change the program.
-VARIABLES = ("LIBTPU_INIT_ARGS", "XLA_FLAGS")
+VARIABLES = ("LIBTPU_INIT_ARGS", "XLA_FLAGS")  # environment variables that change the program
 # Fields of the `train` group that change the program.
 TRAIN_FIELDS = ("batch", "accumulation", "dtype", "remat", "weighting", "normalise", "chunk", "dropout")
 # Code that determines the program, relative to the package.
@@ -66,9 +65,7 @@ class Program:
 def compiled(config: Experiment, topology: Topology, *, again: bool = False) -> Program:
     """Compile one step of `config` on `topology`, or return the cached result unless `again` is set.
 
-    Raises:
-      CompileError: the compiler failed.
-      ValueError: libtpu is missing, or rows do not divide.
+    Raises CompileError if the compiler failed, and ValueError if libtpu is missing.
     """
     cache_file = _cache_file(config, topology)
     if cache_file.is_file() and not again:

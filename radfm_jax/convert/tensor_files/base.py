@@ -14,20 +14,12 @@ import numpy as np
 
 # dtype in numpy and torch -> (code in safetensors, storage class in torch).
 DTYPES = {
-    "bool": ("BOOL", "BoolStorage"),
-    "uint8": ("U8", "ByteStorage"),
-    "int8": ("I8", "CharStorage"),
-    "int16": ("I16", "ShortStorage"),
-    "int32": ("I32", "IntStorage"),
-    "int64": ("I64", "LongStorage"),
-    "uint16": ("U16", None),
-    "uint32": ("U32", None),
-    "uint64": ("U64", None),
-    "float16": ("F16", "HalfStorage"),
-    "bfloat16": ("BF16", "BFloat16Storage"),
-    "float32": ("F32", "FloatStorage"),
-    "float64": ("F64", "DoubleStorage"),
-}
+    "bool": ("BOOL", "BoolStorage"), "uint8": ("U8", "ByteStorage"), "int8": ("I8", "CharStorage"),
+    "int16": ("I16", "ShortStorage"), "int32": ("I32", "IntStorage"), "int64": ("I64", "LongStorage"),
+    "uint16": ("U16", None), "uint32": ("U32", None), "uint64": ("U64", None),
+    "float16": ("F16", "HalfStorage"), "bfloat16": ("BF16", "BFloat16Storage"),
+    "float32": ("F32", "FloatStorage"), "float64": ("F64", "DoubleStorage"),
+}  # fmt: skip
 
 Index = tuple[slice, ...]
 Progress = Callable[[int], object]  # called with a number of bytes just processed
@@ -130,6 +122,5 @@ def check_room(folder: Path, needed: int) -> None:
 
 def refuse_existing(paths: Sequence[Path]) -> None:
     """Raise ValueError if any of the paths exists."""
-    existing = [str(path) for path in paths if os.path.lexists(path)]
-    if existing:
+    if existing := [str(path) for path in paths if os.path.lexists(path)]:
         raise ValueError(f"{', '.join(existing)} already exist(s): remove what is there or write elsewhere")
