@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
 import string
 import sys
@@ -22,13 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from radfm_jax.cost.topology import Topology, parse  # noqa: E402
 
-# Generation -> (GKE's accelerator, chips per machine of a multi-machine slice).
-TPU = {
-    "v4": ("tpu-v4-podslice", 4),
-    "v5e": ("tpu-v5-lite-podslice", 4),
-    "v5p": ("tpu-v5p-slice", 4),
-    "v6e": ("tpu-v6e-slice", 4),
-}
+# Generation -> GKE's accelerator.
+TPU = {"v4": "tpu-v4-podslice", "v5e": "tpu-v5-lite-podslice", "v5p": "tpu-v5p-slice", "v6e": "tpu-v6e-slice"}
+TPU_CHIPS = 4  # per machine of a multi-machine slice
 # Kind -> (GKE's accelerator, file in launch/flags).
 GPU = {
     "A100-40GB": ("nvidia-tesla-a100", "a100"),
@@ -72,25 +67,24 @@ def render(args: argparse.Namespace, topology: Topology) -> str:
         if number < 0:
             raise ValueError(f"{flag} {number}: must be at least 0")
     if topology.kind == "tpu":
-        kind = topology.text.partition(":")[0]
-        accelerator, chips = TPU[kind]
-        selector = {"cloud.google.com/gke-tpu-accelerator": accelerator}
-        selector["cloud.google.com/gke-tpu-topology"] = topology.text.partition(":")[2]
-        resource, flags = "google.com/tpu", "tpu"
+        kind, _, shape = topology.text.partition(":")
+        selector = {"cloud.google.com/gke-tpu-accelerator": TPU[kind], "cloud.google.com/gke-tpu-topology": shape}
+        resource, flags, chips = "google.com/tpu", "tpu", TPU_CHIPS
     elif topology.kind == "gpu":
         name = topology.text.rpartition("x")[2]
         accelerator, flags = next(value for key, value in GPU.items() if key.lower() == name.lower())
-        chips = topology.chip.node
         selector = {"cloud.google.com/gke-accelerator": accelerator}
-        resource = "nvidia.com/gpu"
+        resource, chips = "nvidia.com/gpu", topology.chip.node
     else:
         raise ValueError(f"{topology.text}: must be a TPU slice or GPUs")
     chips = min(chips, topology.count)
     if topology.count % chips:
         raise ValueError(f"{topology.text}: {topology.count} is not a multiple of the {chips} devices per machine")
-    machines = math.ceil(topology.count / chips)
+    machines = topology.count // chips
+    tolerations = [{"key": resource, "operator": "Exists", "effect": "NoSchedule"}]
     if args.spot:
         selector["cloud.google.com/gke-spot"] = "true"
+        tolerations.append({"key": "cloud.google.com/gke-spot", "operator": "Exists", "effect": "NoSchedule"})
     environment = [{"name": "PYTHONUNBUFFERED", "value": "1"}]
     if topology.kind == "gpu" and machines > 1:  # JAX finds the machines of a TPU slice by itself
         index = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
@@ -99,9 +93,6 @@ def render(args: argparse.Namespace, topology: Topology) -> str:
             {"name": "RADFM_PROCESSES", "value": str(machines)},
             {"name": "RADFM_PROCESS", "valueFrom": {"fieldRef": {"fieldPath": index}}},
         ]
-    tolerations = [{"key": resource, "operator": "Exists", "effect": "NoSchedule"}]
-    if args.spot:
-        tolerations.append({"key": "cloud.google.com/gke-spot", "operator": "Exists", "effect": "NoSchedule"})
     arguments = list(args.arguments)
     if machines > 1 and not any(argument.startswith("--start-timeout") for argument in arguments):
         arguments.append(f"--start-timeout={START_TIMEOUT}")

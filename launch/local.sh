@@ -1,29 +1,22 @@
 #!/usr/bin/env bash
 # Run a multi-process job on one machine, to try a config or to debug.
+# usage: bash launch/local.sh N [--devices D] -- ARGUMENTS OF radfm_jax.train
+#
+# Start N processes of `python -m radfm_jax.train` on this machine, each with D simulated CPU devices (default 1).
+# Process 0 writes to this console, the others to WORKDIR/logs/PROCESS.log.
+#
+#   bash launch/local.sh 4 -- --config=configs/quickstart.py --workdir=runs/four
+#   bash launch/local.sh 2 --devices 2 -- --config=configs/quickstart.py --workdir=runs/two --config.train.steps=20
+#
+# Ctrl-C and SIGTERM are forwarded: all processes save and exit with 75, and the same command resumes. A second signal
+# ends them at once. After one process exits, the others are killed after GRACE seconds (default 60).
+#
+# exit code: 0 if all exit with 0; 75 if all exit with 75 (start again); otherwise the highest other code.
+# environment: PYTHON (default: .venv/bin/python of this repository, else python3), GRACE, PORT (default: a free port).
 set -uo pipefail
 
-usage() {
-  cat <<'EOF'
-usage: bash launch/local.sh N [--devices D] -- ARGUMENTS OF radfm_jax.train
-
-Start N processes of `python -m radfm_jax.train` on this machine, each with D simulated CPU devices (default 1).
-Process 0 writes to this console, the others to WORKDIR/logs/PROCESS.log.
-
-  bash launch/local.sh 4 -- --config=configs/quickstart.py --workdir=runs/four
-  bash launch/local.sh 2 --devices 2 -- --config=configs/quickstart.py --workdir=runs/two --config.train.steps=20
-
-Ctrl-C and SIGTERM are forwarded: all processes save and exit with 75, and the same command resumes. A second signal
-ends them at once. After one process exits, the others are killed after GRACE seconds (default 60).
-
-exit code: 0 if all exit with 0; 75 if all exit with 75 (start again); otherwise the highest other code.
-environment: PYTHON (default: .venv/bin/python of this repository, else python3), GRACE, PORT (default: a free port).
-EOF
-}
-
-mistake() {
-  echo "launch/local.sh: $1 (see --help)" >&2
-  exit 2
-}
+usage() { sed -n '2,15s/^# \{0,1\}//p' "$0"; }
+mistake() { echo "launch/local.sh: $1 (see --help)" >&2; exit 2; }
 
 case "${1:-}" in
   -h | --help) usage; exit 0 ;;

@@ -12,6 +12,12 @@ import absl.logging
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from radfm_jax import terminal
+
+DESCRIPTION = """\
+Convert weights between PyTorch and Orbax, in either direction, and check them. Peak memory does not depend on the size
+of the model.
+"""
 EXAMPLES = """\
 examples:
   # the released checkpoint (the .bin, or the zip around it) -> a checkpoint directory
@@ -32,13 +38,7 @@ A checkpoint directory contains its sizes and tokenizer. To use it:
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
-        prog="python -m radfm_jax.convert",
-        description="Convert weights between PyTorch and Orbax, in either direction, and check them. Peak memory does "
-        "not depend on the size of the model.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    top = terminal.parser("python -m radfm_jax.convert", DESCRIPTION, EXAMPLES)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, help: str, src: str, dst: str, *, reads_torch: bool = False) -> argparse.ArgumentParser:
@@ -50,52 +50,37 @@ def parser() -> argparse.ArgumentParser:
         if reads_torch:
             sub.add_argument("--tokenizer", metavar="FILE", help="SentencePiece model (default: next to SRC)")
             sub.add_argument(
-                "--config",
-                metavar="FILE",
-                help="config.json or configs/*.py, for sizes that tensor shapes do not give: the number of attention "
-                "heads (default: config.json next to SRC)",
-            )
+                "--config", metavar="FILE", help="config.json or configs/*.py, for sizes that tensor shapes do not "
+                "give: the number of attention heads (default: config.json next to SRC)",
+            )  # fmt: skip
             sub.add_argument("--no-verify", action="store_true", help="skip the checksums of SRC")
         return sub
 
     sub = command(
-        "from-torch",
-        "released RadFM weights -> checkpoint directory",
+        "from-torch", "released RadFM weights -> checkpoint directory",
         "pytorch_model.bin, the zip it is published in, a .safetensors file or a folder of them",
-        "checkpoint directory to create",
-        reads_torch=True,
-    )
+        "checkpoint directory to create", reads_torch=True,
+    )  # fmt: skip
     sub.add_argument(
-        "--unused",
-        choices=("keep", "drop"),
-        default="drop",
+        "--unused", choices=("keep", "drop"), default="drop",
         help="keep or drop the 143M parameters that RadFM never uses (default: %(default)s)",
-    )
+    )  # fmt: skip
     sub = command(
-        "to-torch",
-        "checkpoint directory -> released names",
-        "checkpoint directory",
+        "to-torch", "checkpoint directory -> released names", "checkpoint directory",
         "a file x.bin, or a folder to create (safetensors, config.json, tokenizer, model card)",
-    )
+    )  # fmt: skip
     sub.add_argument(
-        "--layout",
-        choices=("4.28", "plain"),
-        default="4.28",
+        "--layout", choices=("4.28", "plain"), default="4.28",
         help="4.28 adds the 41 buffers that the released code's strict load needs (default: %(default)s)",
-    )
+    )  # fmt: skip
     command(
-        "from-llama",
-        "Hugging Face LLaMA folder -> checkpoint directory of the language model",
-        "folder with config.json and weights",
-        "checkpoint directory to create",
-        reads_torch=True,
-    )
+        "from-llama", "Hugging Face LLaMA folder -> checkpoint directory of the language model",
+        "folder with config.json and weights", "checkpoint directory to create", reads_torch=True,
+    )  # fmt: skip
     command(
-        "to-llama",
-        "language model of a checkpoint directory -> Hugging Face LLaMA folder",
-        "checkpoint directory of a RadFM or of a language model",
-        "folder to create",
-    )
+        "to-llama", "language model of a checkpoint directory -> Hugging Face LLaMA folder",
+        "checkpoint directory of a RadFM or of a language model", "folder to create",
+    )  # fmt: skip
     sub = commands.add_parser(
         "check",
         help="compare the logits of two checkpoints on the same random inputs",
@@ -141,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
         console.print("interrupted, nothing was written", style="red")
         return 130
     except (ValueError, ImportError, OSError) as e:
-        console.print(f"error: {e}", style="red", markup=False, highlight=False, soft_wrap=True)
+        terminal.message(f"error: {e}", style="red")
         return 2
 
 
@@ -155,28 +140,21 @@ def _convert(args: argparse.Namespace, console: Console) -> int:
     with bar.rich:
         common = {"part": part, "dtype": args.dtype, "progress": bar}
         if args.command.startswith("from"):
-            report = from_torch.from_torch(
-                args.src,
-                args.dst,
-                config=model_config.read_config(args.config) if args.config else None,
-                tokenizer=args.tokenizer,
-                unused=getattr(args, "unused", "drop"),
-                verify=not args.no_verify,
-                **common,
-            )
+            config = model_config.read_config(args.config) if args.config else None
+            options = {"config": config, "tokenizer": args.tokenizer, "unused": getattr(args, "unused", "drop")}
+            report = from_torch.from_torch(args.src, args.dst, verify=not args.no_verify, **options, **common)
         else:
             src = run_directory.select_checkpoint(args.src)
             report = to_torch.to_torch(src, args.dst, layout=getattr(args, "layout", "plain"), **common)
     seconds = time.monotonic() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    out = Console()
-    for line in (
-        f"{args.src} -> {args.dst}",
+    print(f"{args.src} -> {args.dst}")
+    print(
         f"{report.parameters:,} parameters, {', '.join(report.dtypes)}, {report.bytes / 1e9:.2f} GB in {seconds:.1f} s "
-        f"({report.bytes / 1e6 / seconds:.0f} MB/s), peak memory {peak:.2f} GB",
-        *(f"- {line}" for line in report.lines),
-    ):
-        out.print(line, highlight=False, markup=False, soft_wrap=True)
+        f"({report.bytes / 1e6 / seconds:.0f} MB/s), peak memory {peak:.2f} GB"
+    )
+    for line in report.lines:
+        print(f"- {line}")
     return 0
 
 
@@ -186,19 +164,11 @@ def _check(args: argparse.Namespace, console: Console) -> int:
 
     config = model_config.read_config(args.config) if args.config else None
     with console.status("comparing"):
-        c = compare(args.a, args.b, config=config, seed=args.seed, dtype=args.dtype)
-    passed = c.max_difference <= args.tolerance  # False for NaN
-    for name, value in (
-        ("positions", f"{c.positions}"),
-        ("largest logit of A", f"{c.largest_logit:.3f}"),
-        ("max difference", f"{c.max_difference:.3e}"),
-        ("mean difference", f"{c.mean_difference:.3e}"),
-        ("top-1 agreement", f"{c.top1_agreement:.2%}"),
-        ("top-10 agreement", f"{c.top10_agreement:.2%}"),
-        ("KL(A || B), mean", f"{c.mean_kl:.3e}"),
-        ("KL(A || B), max", f"{c.max_kl:.3e}"),
-    ):
-        print(f"{name:20s} {value}")
+        results = compare(args.a, args.b, config=config, seed=args.seed, dtype=args.dtype)
+    passed = results["max difference"] <= args.tolerance  # False for NaN
+    formats = {"positions": "d", "largest logit of A": ".3f", "top-1 agreement": ".2%", "top-10 agreement": ".2%"}
+    for name, value in results.items():
+        print(f"{name:20s} {value:{formats.get(name, '.3e')}}")
     print(f"{'PASS' if passed else 'FAIL'}: tolerance {args.tolerance:g}")
     return 0 if passed else 1
 

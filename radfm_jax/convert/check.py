@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from pathlib import Path
 
@@ -15,20 +14,6 @@ from radfm_jax.checkpoints import checkpoint, run_directory
 from radfm_jax.convert.torch_source import TorchModel
 from radfm_jax.models.decoder import Decoder, DecoderConfig
 from radfm_jax.models.radfm import RadFMConfig
-
-
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """Differences between the logits of B and A over a number of positions."""
-
-    positions: int
-    max_difference: float
-    mean_difference: float
-    top1_agreement: float
-    top10_agreement: float  # mean share of A's ten most likely tokens that are in B's ten
-    mean_kl: float  # KL(A || B) in nats
-    max_kl: float
-    largest_logit: float
 
 
 def load_any(path, *, config: dict | None = None) -> tuple[str, RadFMConfig, dict]:
@@ -84,11 +69,10 @@ def _llama_logits(config: DecoderConfig, params: dict, ids: jax.Array) -> jax.Ar
     return llama.logits(llama(llama.embed(ids), positions, ones, ones > 0))
 
 
-def compare(a, b, *, config: dict | None = None, seed: int = 0, dtype: str = "float32") -> Comparison:
-    """Compare two checkpoints on the same inputs, with one model in memory at a time.
+def compare(a, b, *, config: dict | None = None, seed: int = 0, dtype: str = "float32") -> dict[str, float]:
+    """Return `compare_logits` of two checkpoints on the same inputs, with one model in memory at a time.
 
-    Raises:
-      ValueError: one of them cannot be read, or they differ in part or inputs.
+    Raises ValueError if one of them cannot be read, or if they differ in part or inputs.
     """
     part, sizes, params = load_any(a, config=config)
     ids, vision = random_inputs(part, sizes, seed)
@@ -105,21 +89,24 @@ def compare(a, b, *, config: dict | None = None, seed: int = 0, dtype: str = "fl
     return compare_logits(first, logits_of(part, sizes_b, params, ids, vision, dtype))
 
 
-def compare_logits(a: np.ndarray, b: np.ndarray) -> Comparison:
-    """Compare logits float[..., V] in float64. A NaN in either gives NaN differences."""
+def compare_logits(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
+    """Compare logits float[..., V] in float64. A NaN in either gives NaN differences.
+
+    Top-10 agreement is the mean share of A's ten most likely tokens that are in B's ten. KL is in nats.
+    """
     a, b = (x.reshape(-1, x.shape[-1]).astype(np.float64) for x in (a, b))
     log_a, log_b = (x - np.logaddexp.reduce(x, axis=-1, keepdims=True) for x in (a, b))
     kl = np.sum(np.exp(log_a) * (log_a - log_b), axis=-1)
     k = min(10, a.shape[-1])
     top = [np.argsort(-x, axis=-1, kind="stable")[:, :k] for x in (a, b)]
     shared = [len(np.intersect1d(x, y)) / k for x, y in zip(*top, strict=True)]
-    return Comparison(
-        positions=len(a),
-        max_difference=float(np.abs(a - b).max()),
-        mean_difference=float(np.abs(a - b).mean()),
-        top1_agreement=float((top[0][:, 0] == top[1][:, 0]).mean()),
-        top10_agreement=float(np.mean(shared)),
-        mean_kl=float(kl.mean()),
-        max_kl=float(kl.max()),
-        largest_logit=float(np.abs(a).max()),
-    )
+    return {
+        "positions": len(a),
+        "largest logit of A": np.abs(a).max(),
+        "max difference": np.abs(a - b).max(),
+        "mean difference": np.abs(a - b).mean(),
+        "top-1 agreement": (top[0][:, 0] == top[1][:, 0]).mean(),
+        "top-10 agreement": np.mean(shared),
+        "KL(A || B), mean": kl.mean(),
+        "KL(A || B), max": kl.max(),
+    }

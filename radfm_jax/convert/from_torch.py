@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import shutil
+import sys
 from pathlib import Path
-
-import numpy as np
 
 from radfm_jax.checkpoints import checkpoint
 from radfm_jax.convert import table
@@ -18,27 +18,17 @@ def from_torch(
     src,
     dst,
     *,
-    part: str = "radfm",
-    config: dict | None = None,
-    tokenizer=None,
-    unused: str = "drop",
-    dtype: str | None = None,
-    verify: bool = True,
+    part: str = "radfm",  # what `src` must be: `radfm`, or `llama` for a Hugging Face LLaMA folder
+    config: dict | None = None,  # of model_config.read_config, for sizes that tensor shapes do not give
+    tokenizer=None,  # SentencePiece model; default: `tokenizer.model` next to `src`
+    unused: str = "drop",  # `keep` stores tensors that the model never reads, `drop` only their names and shapes
+    dtype: str | None = None,  # float32, bfloat16 or float16; None keeps the dtype of the file
+    verify: bool = True,  # check the CRC-32 of every record first
     progress: Progress = NO_PROGRESS,
 ) -> Report:
-    """Convert PyTorch weights to a checkpoint directory.
+    """Convert PyTorch weights (`.bin`, the published zip, safetensors or a folder) to a checkpoint directory.
 
-    Args:
-      src: `.bin`, the published zip, safetensors, or a folder.
-      dst: the directory to create.
-      part: what `src` must be: `radfm`, or `llama` for a Hugging Face LLaMA folder.
-      config: the result of `model_config.read_config`, for sizes that tensor shapes do not give.
-      tokenizer: SentencePiece model; default: `tokenizer.model` next to `src`.
-      unused: `keep` stores tensors that the model never reads, `drop` only their names and shapes.
-      dtype: float32, bfloat16 or float16; None keeps the dtype of the file.
-      verify: check the CRC-32 of every record first.
-    Raises:
-      ValueError: every problem of the input, in one message; `dst` does not exist then.
+    Raises one ValueError with every problem of the input; `dst` does not exist then.
     """
     if Path(dst).exists():
         raise ValueError(f"{dst} exists: choose another name or remove it first")
@@ -71,8 +61,7 @@ def _write(model: TorchModel, dst: Path, kept: dict[str, TensorInfo], vocabulary
         for path, index, value in model.slices(progress):
             writer.write(path, value, index)
         if kept:
-            size = sum(info.nbytes for info in kept.values()) + 1  # one shard
-            options = {"max_shard_bytes": size, "basename": "unused", "progress": progress.advance}
+            options = {"max_shard_bytes": sys.maxsize, "basename": "unused", "progress": progress.advance}
             write_safetensors(directory, kept, model.reader.read, **options)
         for name in checkpoint.TOKENIZERS if part == "llama" else ():
             if (model.folder / name).is_file():
@@ -82,12 +71,9 @@ def _write(model: TorchModel, dst: Path, kept: dict[str, TensorInfo], vocabulary
         sizes = model.config.to_dict()
         dropped = {} if kept else {n: [list(infos[n].shape), infos[n].dtype.name] for n in model.unused}
         hf_config = model.user_config if part == "llama" and "model" not in model.user_config else None
-        checkpoint.write_description(
-            directory,
-            part,
-            sizes if part == "radfm" else {"llama": sizes["llama"]},
-            source={"file": model.src.name, "unused": dropped, "config": hf_config},
-        )
+        source = {"file": model.src.name, "unused": dropped, "config": hf_config}
+        sizes = sizes if part == "radfm" else {"llama": sizes["llama"]}
+        checkpoint.write_description(directory, part, sizes, source=source)
         progress.stage("hashing", None)
 
 
@@ -110,7 +96,7 @@ def _report(model: TorchModel, kept: dict, vocabulary: Path) -> Report:
     buffers = [n for n in model.unused if table.is_buffer(n)]
     unused = [n for n in model.unused if not table.is_buffer(n)]
     if unused:
-        count = sum(int(np.prod(infos[n].shape, dtype=np.int64)) for n in unused)
+        count = sum(math.prod(infos[n].shape) for n in unused)
         modules = ", ".join(sorted({table.UNUSED.fullmatch(n)[1] for n in unused}))
         action = "kept next to the parameters" if kept else "dropped (--unused keep stores them)"
         lines.append(f"{len(unused)} tensors ({count:,} numbers) that RadFM never uses were {action}: {modules}")
@@ -124,8 +110,8 @@ def _report(model: TorchModel, kept: dict, vocabulary: Path) -> Report:
             f"{checkpoint.TOKENIZER} or pass --tokenizer"
         )
     return Report(
-        parameters=sum(int(np.prod(shape, dtype=np.int64)) for shape, _ in model.shapes.values()),
+        parameters=sum(math.prod(shape) for shape, _ in model.shapes.values()),
         bytes=checkpoint.bytes_of(model.shapes),
-        dtypes=tuple(sorted({np.dtype(d).name for _, d in model.shapes.values()})),
+        dtypes=tuple(sorted({dtype.name for _, dtype in model.shapes.values()})),
         lines=lines,
     )

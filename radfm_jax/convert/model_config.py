@@ -19,47 +19,35 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 # Hugging Face's keys -> fields of DecoderConfig, and those of the llama3 RoPE scaling -> fields of RopeScaling.
 LLAMA_KEYS = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "width",
-    "intermediate_size": "mlp_width",
+    "vocab_size": "vocab_size", "hidden_size": "width", "intermediate_size": "mlp_width",
     "num_hidden_layers": "num_layers",
-}
+}  # fmt: skip
 ROPE_KEYS = {
-    "factor": "factor",
-    "low_freq_factor": "low_freq_factor",
-    "high_freq_factor": "high_freq_factor",
+    "factor": "factor", "low_freq_factor": "low_freq_factor", "high_freq_factor": "high_freq_factor",
     "original_max_position_embeddings": "original_context",
-}
+}  # fmt: skip
 
 
 def read_config(path) -> dict:
-    """Read the file of a `--config` option.
+    """Return {"model": sizes} of a configs/*.py or a checkpoint's radfm.json, or a Hugging Face config.json unchanged.
 
-    Returns:
-      {"model": sizes} for a configs/*.py or a checkpoint's radfm.json; a Hugging Face config.json unchanged.
-    Raises:
-      ValueError: the file is missing or of another kind.
+    Raises ValueError for a file that is missing or of another kind.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"config {path} does not exist")
     if path.suffix == ".py":
-        module = runpy.run_path(str(path))
-        if "get_config" not in module:
+        get_config = runpy.run_path(str(path)).get("get_config")
+        if get_config is None:
             raise ValueError(f"config {path} has no get_config()")
-        return {"model": module["get_config"]().model.to_dict()}
+        return {"model": get_config().model.to_dict()}
     try:
         config = json.loads(path.read_text())
     except ValueError as e:
         raise ValueError(f"config {path} is not JSON: {e}") from None
     if not isinstance(config, dict) or not ({"model", "num_attention_heads", "num_key_value_heads"} & config.keys()):
-        raise ValueError(
-            f"config {path} has neither `model` (sizes of radfm_jax) nor `num_attention_heads` (Hugging Face)"
-        )
+        raise ValueError(f"config {path} has neither `model` (radfm_jax) nor `num_attention_heads` (Hugging Face)")
     return config
-
-
-# --- Hugging Face's LLaMA config --------------------------------------------------------------------------------------
 
 
 def llama_from_hf(config: dict, path) -> DecoderConfig:
@@ -102,9 +90,7 @@ def _attention_from_hf(config: dict, width: int, path) -> dict:
 def llama_to_hf(config: DecoderConfig, dtype: str, source: dict | None = None) -> dict:
     """Return a config.json that old and new versions of transformers read.
 
-    Args:
-      source: the config.json that the model was converted from. Values that the network does not use (special tokens,
-        context length) are taken from it.
+    Values that the network does not use (special tokens, context length) are from `source`, the original config.json.
     """
     scaling, rope = config.rope_scaling, None
     if scaling is not None:
@@ -131,17 +117,12 @@ def llama_to_hf(config: DecoderConfig, dtype: str, source: dict | None = None) -
     }
 
 
-# --- a released RadFM file --------------------------------------------------------------------------------------------
-
-
 def radfm_from_shapes(shapes: Shapes, config: dict | None, path) -> RadFMConfig:
     """Return the sizes of a RadFM from the shapes of its tensors.
 
     No shape gives the number of attention heads. It is read from `config` (of this project or of Hugging Face), from
     the rotary buffers, or from the released model if all other sizes are equal.
-
-    Raises:
-      ValueError: nothing gives the heads, sources disagree, or no tensor gives a size.
+    Raises ValueError if nothing gives the heads, sources disagree, or no tensor gives a size.
     """
     if config and "model" in config:
         sizes = RadFMConfig.from_dict(config["model"])
@@ -163,12 +144,9 @@ def radfm_from_shapes(shapes: Shapes, config: dict | None, path) -> RadFMConfig:
     llm, vit = r"lang_model\.model\.", r"embedding_layer\.vision_encoder\."
     perceiver, block = r"embedding_layer\.perceiver\.", r"layers\.\d+\."
     embedding = r"(lang_model\.model\.embed_tokens|embedding_layer)\.weight"
-    width = size(rf"{llm}({block}input_layernorm|norm)\.weight", 0)
-    query_width = size(rf"{llm}{block}self_attn\.q_proj\.weight", 0)
-    kv_width = size(rf"{llm}{block}self_attn\.k_proj\.weight", 0)
     sizes = {
         "vocab_size": size(embedding, 0),
-        "width": width,
+        "width": size(rf"{llm}({block}input_layernorm|norm)\.weight", 0),
         "mlp_width": size(rf"{llm}{block}mlp\.gate_proj\.weight", 0),
         "num_layers": layers(rf"{llm}layers\.(\d+)\."),
         "tied_head": bool((config or {}).get("tie_word_embeddings", False)),  # a missing head is an error, not a tie
@@ -189,10 +167,25 @@ def radfm_from_shapes(shapes: Shapes, config: dict | None, path) -> RadFMConfig:
         num_heads=size(rf"{perceiver}{block}0\.to_q\.weight", 0) // head,
         mlp_factor=size(rf"{perceiver}{block}1\.1\.weight", 0) // vision_width,
     )
+    query_width, kv_width = (size(rf"{llm}{block}self_attn\.{x}_proj\.weight", 0) for x in "qk")
     if missing:
         raise ValueError(f"{path} is not a RadFM checkpoint: no tensor named {', '.join(missing)}")
-    attention = _attention(shapes, config, sizes, query_width, kv_width, path)
-    return RadFMConfig(vision, resampler, DecoderConfig(**sizes, **attention))
+    if config:
+        attention = _attention_from_hf(config, sizes["width"], path)
+        _check_rotary(shapes, attention["num_heads"], attention["head_dim"], path)
+        return RadFMConfig(vision, resampler, DecoderConfig(**sizes, **attention))
+    rotary = _check_rotary(shapes, 0, 0, path)
+    if len(rotary) == 1:
+        head_dim = rotary.pop()
+    elif all(getattr(radfm_14b().llama, k) == v for k, v in sizes.items()):
+        head_dim = radfm_14b().llama.head_dim
+    else:
+        raise ValueError(
+            f"{path}: tensor shapes do not give the number of attention heads. Put the language model's config.json "
+            "next to the file, or pass --config with a config.json (num_attention_heads) or a configs/*.py"
+        )
+    heads = {"num_heads": query_width // head_dim, "num_kv_heads": kv_width // head_dim, "head_dim": head_dim}
+    return RadFMConfig(vision, resampler, DecoderConfig(**sizes, **heads))
 
 
 def _check_rotary(shapes: Shapes, heads: int, head_dim: int, path) -> set[int]:
@@ -204,21 +197,3 @@ def _check_rotary(shapes: Shapes, heads: int, head_dim: int, path) -> set[int]:
             f"{head_dim}"
         )
     return rotary
-
-
-def _attention(shapes: Shapes, config: dict | None, sizes: dict, query_width: int, kv_width: int, path) -> dict:
-    if config:
-        attention = _attention_from_hf(config, sizes["width"], path)
-        _check_rotary(shapes, attention["num_heads"], attention["head_dim"], path)
-        return attention
-    rotary = _check_rotary(shapes, 0, 0, path)
-    if len(rotary) == 1:
-        head_dim = rotary.pop()
-    elif all(getattr(radfm_14b().llama, k) == v for k, v in sizes.items()):
-        head_dim = radfm_14b().llama.head_dim
-    else:
-        raise ValueError(
-            f"{path}: tensor shapes do not give the number of attention heads. Put the language model's config.json "
-            "next to the file, or pass --config with a config.json (num_attention_heads) or a configs/*.py"
-        )
-    return {"num_heads": query_width // head_dim, "num_kv_heads": kv_width // head_dim, "head_dim": head_dim}

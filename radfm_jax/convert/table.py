@@ -18,8 +18,6 @@ import numpy as np
 from radfm_jax.checkpoints.checkpoint import flatten
 from radfm_jax.models import radfm
 
-# --- the table --------------------------------------------------------------------------------------------------------
-
 LLAMA = {
     "model.embed_tokens.weight": ("embedding", "v e -> v e"),
     "model.layers.*.self_attn.q_proj.weight": ("blocks/query/kernel", "(h k) e -> e h k"),
@@ -102,17 +100,14 @@ def is_buffer(name: str) -> bool:
     return name == POSITION_IDS or ROTARY.fullmatch(name) is not None
 
 
-# --- rules for a given model ------------------------------------------------------------------------------------------
-
-
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One tensor of a file: its name and shape, the parameter it belongs to, its layer in a stack, and the layout."""
+    """One tensor of a file."""
 
     name: str
     torch_shape: tuple[int, ...]
-    path: str
-    layer: int | None
+    path: str  # the parameter it belongs to
+    layer: int | None  # index in a stack
     layout: str
     axes: dict[str, int] = dataclasses.field(hash=False)
 
@@ -141,9 +136,8 @@ class Entry:
 def entries(config: radfm.RadFMConfig, part: str = "radfm") -> list[Entry]:
     """Return every tensor of a model's PyTorch form, in the order of the table.
 
-    Args:
-      part: `radfm` for the released names, or `llama` for those of a Hugging Face folder. Parameter names are the same
-        in both (`llama/...`), so that one can initialise the other.
+    Part `radfm` has the released names, `llama` those of a Hugging Face folder. Parameter names are the same in both
+    (`llama/...`), so that one can initialise the other.
     """
     shapes = param_shapes(config, part)
     rules = RADFM if part == "radfm" else {k: (f"llama/{v}", layout) for k, (v, layout) in LLAMA.items()}
@@ -170,9 +164,6 @@ def param_shapes(config: radfm.RadFMConfig, part: str = "radfm") -> dict[str, tu
     return shapes if part == "radfm" else {k: v for k, v in shapes.items() if k.startswith("llama/")}
 
 
-# --- tensors that the model does not use, and buffers -----------------------------------------------------------------
-
-
 def unused_shapes(config: radfm.RadFMConfig) -> dict[str, tuple[tuple[int, ...], str]]:
     """Return shapes and dtypes of the 143,079,969 unused parameters (at released sizes) and their counters.
 
@@ -184,29 +175,24 @@ def unused_shapes(config: radfm.RadFMConfig) -> dict[str, tuple[tuple[int, ...],
     def put(prefix, dtype="float32", **leaves):
         shapes.update({f"embedding_layer.{prefix}.{k}": (shape, dtype) for k, shape in leaves.items()})
 
-    def linear(prefix, out, inner):
-        put(prefix, weight=(out, inner), bias=(out,))
+    def affine(prefix, out, *inner):  # a linear layer, or a norm without `inner`
+        put(prefix, weight=(out, *inner), bias=(out,))
 
-    def norm(prefix, width):
-        put(prefix, weight=(width,), bias=(width,))
-
-    put("bert_model.embeddings.word_embeddings", weight=(30522, bert))
-    put("bert_model.embeddings.position_embeddings", weight=(512, bert))
-    put("bert_model.embeddings.token_type_embeddings", weight=(2, bert))
-    norm("bert_model.embeddings.LayerNorm", bert)
+    for name, rows in (("word", 30522), ("position", 512), ("token_type", 2)):
+        put(f"bert_model.embeddings.{name}_embeddings", weight=(rows, bert))
+    affine("bert_model.embeddings.LayerNorm", bert)
     for i in range(12):
         layer = f"bert_model.encoder.layer.{i}"
-        for name in ("query", "key", "value"):
-            linear(f"{layer}.attention.self.{name}", bert, bert)
-        linear(f"{layer}.attention.output.dense", bert, bert)
-        norm(f"{layer}.attention.output.LayerNorm", bert)
-        linear(f"{layer}.intermediate.dense", mlp, bert)
-        linear(f"{layer}.output.dense", bert, mlp)
-        norm(f"{layer}.output.LayerNorm", bert)
-    linear("bert_model.pooler.dense", bert, bert)
-    linear("bert_projection_fc", d, bert)
+        for name in ("self.query", "self.key", "self.value", "output.dense"):
+            affine(f"{layer}.attention.{name}", bert, bert)
+        affine(f"{layer}.attention.output.LayerNorm", bert)
+        affine(f"{layer}.intermediate.dense", mlp, bert)
+        affine(f"{layer}.output.dense", bert, mlp)
+        affine(f"{layer}.output.LayerNorm", bert)
+    affine("bert_model.pooler.dense", bert, bert)
+    affine("bert_projection_fc", d, bert)
     put("output_upscaling.0", weight=(d, d // 4, 2, 2, 2), bias=(d // 4,))
-    norm("output_upscaling.1", d // 4)
+    affine("output_upscaling.1", d // 4)
     put("output_upscaling.1", running_mean=(d // 4,), running_var=(d // 4,))
     put("output_upscaling.1", "int64", num_batches_tracked=())
     put("output_upscaling.3", weight=(d // 4, d // 8, 2, 2, 2), bias=(d // 8,))
@@ -214,15 +200,15 @@ def unused_shapes(config: radfm.RadFMConfig) -> dict[str, tuple[tuple[int, ...],
         layer = f"transformer_decoder.layers.{i}"
         for name in ("self_attn", "multihead_attn"):
             put(f"{layer}.{name}", in_proj_weight=(3 * d, d), in_proj_bias=(3 * d,))
-            linear(f"{layer}.{name}.out_proj", d, d)
-        linear(f"{layer}.linear1", 2048, d)
-        linear(f"{layer}.linear2", d, 2048)
+            affine(f"{layer}.{name}.out_proj", d, d)
+        affine(f"{layer}.linear1", 2048, d)
+        affine(f"{layer}.linear2", d, 2048)
         for name in ("norm1", "norm2", "norm3"):
-            norm(f"{layer}.{name}", d)
-    norm("transformer_decoder.norm", d)
-    linear("transformer_decoder_mlp.0", d // 4, d)
-    linear("transformer_decoder_mlp.2", d // 8, d // 4)
-    linear("cls_head", 1, d // 8)
+            affine(f"{layer}.{name}", d)
+    affine("transformer_decoder.norm", d)
+    affine("transformer_decoder_mlp.0", d // 4, d)
+    affine("transformer_decoder_mlp.2", d // 8, d // 4)
+    affine("cls_head", 1, d // 8)
     return shapes
 
 
@@ -233,7 +219,6 @@ def buffers(config: radfm.RadFMConfig, position_ids: int = 512) -> dict[str, np.
     """
     exponents = np.arange(0, config.llama.head_dim, 2, dtype=np.float32) / np.float32(config.llama.head_dim)
     inv_freq = np.float32(1.0) / np.power(np.float32(config.llama.rope_theta), exponents, dtype=np.float32)
-    rotary = {
-        f"lang_model.model.layers.{i}.self_attn.rotary_emb.inv_freq": inv_freq for i in range(config.llama.num_layers)
-    }
+    name = "lang_model.model.layers.{}.self_attn.rotary_emb.inv_freq"
+    rotary = {name.format(layer): inv_freq for layer in range(config.llama.num_layers)}
     return {**rotary, POSITION_IDS: np.arange(position_ids, dtype=np.int64)[None]}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -23,22 +24,16 @@ def to_torch(
     src,
     dst,
     *,
-    part: str = "radfm",
-    layout: str = "4.28",
+    part: str = "radfm",  # `radfm` for the released names, `llama` for the language model with Hugging Face names
+    layout: str = "4.28",  # `4.28` adds the 41 buffers that the released code's strict load needs; or `plain`
     dtype: str | None = None,
     max_shard_bytes: int = 5 * 10**9,
     progress: Progress = NO_PROGRESS,
 ) -> Report:
     """Convert a checkpoint directory to PyTorch weights.
 
-    Args:
-      dst: `x.bin` writes one file in torch's format; any other name a folder of safetensors, config.json, tokenizer
-        and model card.
-      part: `radfm` for the released names, `llama` for the language model alone with Hugging Face names.
-      layout: `4.28` adds the 41 buffers that the released code's strict load needs, `plain` omits them.
-      dtype, progress: as in `from_torch`.
-    Raises:
-      ValueError: `src` is damaged or not a checkpoint, `dst` exists, or the disk is too small.
+    `dst` is one file in torch's format if its name ends in .bin, else a folder of safetensors, config.json, tokenizer
+    and model card. Raises ValueError if `src` is damaged, `dst` exists, or the disk is too small.
     """
     dst = Path(dst)
     if dst.suffix == ".safetensors":
@@ -51,9 +46,7 @@ def to_torch(
     override = np.dtype(checkpoint.DTYPES[dtype]) if dtype else None
     infos = {n: TensorInfo(e.torch_shape, override or np.dtype(reader.dtypes[e.path])) for n, e in entries.items()}
     dtypes = tuple(sorted({info.dtype.name for info in infos.values()}))
-    extras: dict[str, Callable[[], np.ndarray]] = {}
-    ties: dict[str, str] = {}
-    lines: list[str] = []
+    extras, ties, lines = {}, {}, []
 
     def read(name: str) -> np.ndarray:
         if name in extras:
@@ -75,7 +68,7 @@ def to_torch(
         # safetensors cannot share one tensor between two names.
         as_bin = dst.suffix in (".bin", ".pt", ".pth")
         size = sum(info.nbytes for name, info in infos.items() if not (as_bin and name in ties))
-        report = Report(sum(int(np.prod(s, dtype=np.int64)) for s in shapes.values()), size, dtypes, lines)
+        report = Report(sum(map(math.prod, shapes.values())), size, dtypes, lines)
         checkpoint.require_space(dst, size + size // 50, f"writing {dst}")
         progress.stage("converting", size)
         if as_bin:

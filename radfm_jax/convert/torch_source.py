@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,25 +17,23 @@ from radfm_jax.models.radfm import RadFMConfig
 BLOCK_BYTES = 256 * 2**20
 
 
-class TorchModel:
+class TorchModel(contextlib.AbstractContextManager):
     """A file or folder of PyTorch weights, matched against the table. Use as a context manager.
 
     `check` raises one ValueError that lists every problem; `slices` yields the parameters.
-
-    Attributes:
-      part: `radfm` (released names) or `llama` (a Hugging Face folder).
-      config: the model sizes; for part `llama` only `config.llama` is meaningful.
-      shapes: parameter path -> (shape, dtype).
-      unused: names of tensors that the model does not read, including the buffers of transformers 4.28.
-      notes: lines for the report.
     """
+
+    part: str  # `radfm` (released names) or `llama` (a Hugging Face folder)
+    config: RadFMConfig  # for part `llama` only `config.llama` is meaningful
+    shapes: dict[str, tuple[tuple[int, ...], np.dtype]]  # by parameter path
+    unused: list[str]  # names of tensors that the model does not read, including the buffers of transformers 4.28
+    notes: list[str]  # lines for the report
 
     def __init__(self, src, *, config: dict | None = None, dtype=None, verify=True, progress: Progress = NO_PROGRESS):
         self.src = Path(src)
         self.folder = self.src if self.src.is_dir() else self.src.parent
         self.reader: TensorReader = open_tensors(self.src, verify=verify, progress=progress.advance)
-        self.notes: list[str] = []
-        self.problems: list[str] = []
+        self.notes, self.problems = [], []
         try:
             path = self.folder / "config.json"
             self.user_config = model_config.read_config(path) if config is None and path.is_file() else config
@@ -46,9 +45,6 @@ class TorchModel:
         except BaseException:
             self.reader.close()
             raise
-
-    def __enter__(self) -> TorchModel:
-        return self
 
     def __exit__(self, *exception) -> None:
         self.reader.close()
@@ -84,12 +80,12 @@ class TorchModel:
         unexpected = [name for name in others if name not in set(self.unused)]
         self.problems += [f"unexpected: {name} {infos[name].shape}" for name in unexpected]
         self.problems += [f"missing: {e.name} {e.torch_shape}" for e in self.entries if self.source(e) not in infos]
-        for e in self.entries:
-            info = infos.get(self.source(e))
-            if info is not None and info.shape != e.torch_shape:
-                self.problems.append(f"shape of {self.source(e)}: {info.shape}, expected {e.torch_shape}")
-            elif info is not None and info.dtype.name not in checkpoint.DTYPES:
-                self.problems.append(f"dtype of {self.source(e)}: {info.dtype} is not a 16 or 32 bit float")
+        for name, e in ((self.source(e), e) for e in self.entries if self.source(e) in infos):
+            info = infos[name]
+            if info.shape != e.torch_shape:
+                self.problems.append(f"shape of {name}: {info.shape}, expected {e.torch_shape}")
+            elif info.dtype.name not in checkpoint.DTYPES:
+                self.problems.append(f"dtype of {name}: {info.dtype} is not a 16 or 32 bit float")
 
     def source(self, entry: table.Entry) -> str:
         """Return the name under which the file has a table entry."""
@@ -98,8 +94,7 @@ class TorchModel:
     def _param_shapes(self, dtype: np.dtype | None) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         stored: dict[str, set] = {}
         for e in self.entries:
-            info = self.reader.infos.get(self.source(e))
-            if info is not None:
+            if info := self.reader.infos.get(self.source(e)):
                 stored.setdefault(e.path, set()).add(info.dtype)
         for path, dtypes in stored.items():
             if len(dtypes) > 1 and dtype is None:

@@ -8,6 +8,7 @@ row per device and micro-batch, as in the paper; its traffic is the maximum.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 
@@ -25,26 +26,16 @@ ASSUMED_REMAT = "full"
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """One setting, estimated by arithmetic and optionally compiled.
+    """One setting, estimated by arithmetic and optionally compiled."""
 
-    Attributes:
-      config: the experiment with this candidate's `train.batch`, `accumulation` and `remat`.
-      rows: rows of a micro-batch on one device.
-      memory: bytes per device by part (estimate.memory).
-      estimated_traffic: bytes that FSDP sends into a device per step (estimate.traffic).
-      compute: seconds of a step's arithmetic at the assumed MFU, with recomputation; None without a known device.
-      program: the compiled train step, or None.
-      compile_error: the compiler's message if it failed, or "".
-    """
-
-    config: Experiment
+    config: Experiment  # with this candidate's `train.batch`, `accumulation` and `remat`
     topology: Topology
-    rows: int
-    memory: dict[str, int]
-    estimated_traffic: float
-    compute: float | None
-    program: Program | None = None
-    compile_error: str = ""
+    rows: int  # of a micro-batch on one device
+    memory: dict[str, int]  # bytes per device by part (estimate.memory)
+    estimated_traffic: float  # bytes that FSDP sends into a device per step (estimate.traffic)
+    compute: float | None  # seconds of a step at the assumed MFU, with recomputation; None without a known device
+    program: Program | None = None  # the compiled train step
+    compile_error: str = ""  # the compiler's message if it failed
 
     @property
     def total(self) -> int:
@@ -101,8 +92,7 @@ def evaluate(
 ) -> Candidate:
     """Estimate one setting by arithmetic.
 
-    Raises:
-      ValueError: rows do not divide, or the mesh does not match the topology.
+    Raises ValueError if rows do not divide, or if the mesh does not match the topology.
     """
     train = dataclasses.replace(config.train, batch=batch, accumulation=accumulation, remat=remat)
     config = dataclasses.replace(config, train=train)
@@ -125,13 +115,10 @@ def executed_flops(config: Experiment, remat: str | None = None) -> float:
     keys = 2 * limits.text_length * c.width * (c.num_heads + 2 * c.num_kv_heads) * c.head_dim * c.num_layers
     # What a policy saves is counted for the language model only, which has 99 % of it.
     recomputed = {
-        "full": stacks,
-        "attention": stacks - attention,
-        "projections": stacks - attention - keys,
-        "dots": attention,
+        "full": stacks, "attention": stacks - attention, "projections": stacks - attention - keys, "dots": attention,
         "none": 0.0,
-    }[remat or config.train.remat]
-    return estimate.row_flops(config) + recomputed
+    }  # fmt: skip
+    return estimate.row_flops(config) + recomputed[remat or config.train.remat]
 
 
 def _row_shards(config: Experiment, topology: Topology) -> int:
@@ -158,10 +145,9 @@ def candidates(config: Experiment, topology: Topology, batches: list[int], mfu: 
                 f"a batch of {batch} rows does not divide over {shards} devices of mesh.data and mesh.fsdp"
             )
         per_device = batch // shards
-        for accumulation in (a for a in range(1, per_device + 1) if per_device % a == 0):
-            for remat in REMAT_POLICIES:
-                setting = {"batch": batch, "accumulation": accumulation, "remat": remat}
-                result.append(evaluate(config, topology, mfu, **setting))
+        divisors = [a for a in range(1, per_device + 1) if per_device % a == 0]
+        for accumulation, remat in itertools.product(divisors, REMAT_POLICIES):
+            result.append(evaluate(config, topology, mfu, batch=batch, accumulation=accumulation, remat=remat))
     return sorted(result, key=rank)
 
 
@@ -183,8 +169,7 @@ def compile_best(
 ) -> tuple[list[Candidate], Candidate | None]:
     """Compile the best candidate until one is confirmed to fit, at most `tries` times.
 
-    Returns:
-      the candidates, ranked again, and the best confirmed one, or None.
+    Returns the candidates, ranked again, and the best confirmed one, or None.
     """
     ranked = list(ranked)
     for _ in range(tries):

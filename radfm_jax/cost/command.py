@@ -7,12 +7,13 @@ import math
 import runpy
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
 
 from input_pipeline import command_line
+from radfm_jax import terminal
 from radfm_jax.cost import candidates, estimate, flops, program, report
 from radfm_jax.cost.topology import KNOWN, Topology, parse
 from radfm_jax.runtime import faults
@@ -41,12 +42,7 @@ exit codes: 0 a plan; 1 nothing fits, or every compilation failed; 2 an error in
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m radfm_jax.plan",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = terminal.parser("python -m radfm_jax.plan", DESCRIPTION, EPILOG)
     command_line.add_config(parser)
     parser.add_argument("--topology", required=True, metavar="T", help="devices, for example v5p:4x4x2")
     parser.add_argument(
@@ -86,11 +82,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def plan(config: Experiment, topology: Topology, args: argparse.Namespace) -> report.Plan:
-    """Rank the candidates of a config on a topology, and compile those that `--compile` selects.
-
-    Raises:
-      ValueError: an error in the arguments.
-    """
+    """Rank the candidates of a config on a topology, and compile those that `--compile` selects."""
     mfu, mfu_source = args.mfu, "the MFU of --mfu"
     if topology.chip is not None:
         mfu = args.mfu or flops.REACHED[topology.chip.name]
@@ -111,7 +103,9 @@ def plan(config: Experiment, topology: Topology, args: argparse.Namespace) -> re
     # The report shows the plain candidate once, if it is one of those ranked.
     same = [c for c in ranked if c.config.train == plain.config.train]
     plain = same[0] if same and (same[0].program or not plain.program) else plain
-    return report.Plan(args.config, topology, mfu, mfu_source, ranked, best, plain, sizes(args.config), args.price)
+    path = args.config if Path(args.config).is_file() else args.config.rpartition(":")[0]  # FILE or FILE:NAME
+    sizes = runpy.run_path(path).get("SIZES")
+    return report.Plan(args.config, topology, mfu, mfu_source, ranked, best, plain, sizes, args.price)
 
 
 def make_compiler(again: bool) -> Callable[[candidates.Candidate], program.Program]:
@@ -133,8 +127,3 @@ def make_compiler(again: bool) -> Callable[[candidates.Candidate], program.Progr
         return result
 
     return compiler
-
-
-def sizes(config: str) -> Mapping[str, estimate.Source] | None:
-    """Return SIZES of a config file (FILE or FILE:NAME), or None if it has none."""
-    return runpy.run_path(config if Path(config).is_file() else config.rpartition(":")[0]).get("SIZES")

@@ -33,20 +33,13 @@ FULL_ROWS = 0.95
 SHARE_OF_PRODUCT = {"cpu": 0.12, "other": 0.4}
 
 
-# --- devices ----------------------------------------------------------------------------------------------------------
-
-
 @dataclasses.dataclass(frozen=True)
 class Hardware:
-    """Devices of one kind.
-
-    Attributes:
-      count: number of devices. rate: expected FLOP/s of a training step on each. basis: description of the rate.
-    """
+    """Devices of one kind."""
 
     count: int
-    rate: float
-    basis: str
+    rate: float  # expected FLOP/s of a training step on each
+    basis: str  # description of the rate
 
 
 def published(kind: str, count: int) -> Hardware:
@@ -88,9 +81,6 @@ def product_rate(device: jax.Device, dtype: str, seconds: float = 0.2) -> float:
     return 2 * m * k * n / quickest
 
 
-# --- time -------------------------------------------------------------------------------------------------------------
-
-
 def row_flops(config: Experiment) -> float:
     """Return the FLOPs of one row of a training step (flops.training)."""
     return flops.training(config.model, config.data.limits, config.optimizer.frozen, config.data.channels)
@@ -113,12 +103,9 @@ def time_line(config: Experiment, steps: int, devices: Hardware) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Sizes of a data source that are known before `prepare` has read it.
+    """Sizes of a data source that are known before `prepare` has read it; tokens and patches are averages per sample.
 
-    Attributes:
-      rows: rows of its table.
-      tokens, patches: averages per sample. At the paper's sizes each scan has 34 tokens, and 256 patches if it is 2D or
-        16 per slice of a volume.
+    At the paper's sizes each scan has 34 tokens, and 256 patches if it is 2D or 16 per slice of a volume.
     """
 
     rows: int
@@ -136,12 +123,9 @@ class Epoch:
 
 
 def epoch(config: Experiment, sources: Mapping[str, Source]) -> Epoch:
-    """Return the size of an epoch of `data.train`.
+    """Return the size of an epoch of `data.train`. Raises ValueError for a source without a size.
 
     The number of rows follows from tokens at FULL_ROWS or from patches, whichever needs more.
-
-    Raises:
-      ValueError: a source of `data.train` has no size.
     """
     data = config.data
     named = data.sources("train")
@@ -204,11 +188,12 @@ def memory(config: Experiment, mesh: Mesh | AbstractMesh) -> dict[str, int]:
     # A CPU has no fused attention: it stores the scores of all pairs of tokens, except where attention is tiled.
     fused = not isinstance(mesh, Mesh) or mesh.devices.flat[0].platform != "cpu"
     blocks = _stacks(config, rows, tensor, fused)
+    row_bytes = sum(math.prod(x.shape[2:]) * x.dtype.itemsize for x in abstract_batch(config).values())
     return {
         "parameters": trained + _bytes(state["frozen"]),
         "optimizer": _bytes(state["opt"]),
         "gradients": in_float32 * (2 if train.accumulation > 1 else 1),
-        "batch": 2 * train.accumulation * rows * _row_bytes(config),
+        "batch": 2 * train.accumulation * rows * row_bytes,
         "activations": sum(stack.layers * stack.saved(train.remat) for stack in blocks.values()),
         "working set": max(
             *(2 * stack.live + weights for stack, weights in zip(blocks.values(), _gathered(config), strict=True)),
@@ -230,9 +215,8 @@ def traffic(config: Experiment, mesh: Mesh | AbstractMesh) -> float:
     state, ways, replicas = _state(config, mesh), mesh.shape["fsdp"], mesh.shape["data"]
     all_reduce = lambda n: 2 * (n - 1) / n  # noqa: E731
     numbers = 0.0
-    for name, passes in (("params", 3), ("frozen", 2)):
+    for name, passes, trained in (("params", 3, True), ("frozen", 2, False)):
         for x in jax.tree.leaves(state[name]):
-            trained = name == "params"
             sharded = any("fsdp" in ((axis,) if isinstance(axis, str) else axis or ()) for axis in x.sharding.spec)
             numbers += _shard(x) * (passes * (ways - 1) if sharded else trained * all_reduce(ways))
             numbers += _shard(x) * trained * all_reduce(replicas)
@@ -246,20 +230,14 @@ def _state(config: Experiment, mesh: Mesh | AbstractMesh) -> dict:
 
 @dataclasses.dataclass(frozen=True)
 class _Stack:
-    """A stack of equal blocks: bytes of one block's activations for a device's micro-batch.
-
-    Attributes:
-      inputs: the residual stream, T E n.
-      attention: outputs of attention, T H n. projections: also queries, keys and values, T (2 H + 2 G) n.
-      dots: outputs of attention and of every product with weights. live: all intermediate values.
-    """
+    """A stack of equal blocks: bytes of one block's activations for a device's micro-batch."""
 
     layers: int
-    inputs: int
-    attention: int
-    projections: int
-    dots: int
-    live: int
+    inputs: int  # the residual stream, T E n
+    attention: int  # outputs of attention, T H n
+    projections: int  # also queries, keys and values, T (2 H + 2 G) n
+    dots: int  # outputs of attention and of every product with weights
+    live: int  # all intermediate values
 
     def saved(self, remat: str) -> int:
         """Return the bytes that a policy of layers.REMAT_POLICIES saves for the backward pass of one block."""
@@ -283,14 +261,8 @@ def _stacks(config: Experiment, rows: int, tensor: int, fused: bool) -> dict[str
         products = query + 2 * key + width + hidden + width
         # Two norms, each also in float32, two sums, and the activated hidden layer.
         live = n * tokens * (products + query + 4 * width + hidden) + 2 * 4 * tokens * width + scores
-        return _Stack(
-            layers,
-            n * tokens * width,
-            n * tokens * query,
-            n * tokens * (2 * query + 2 * key),
-            n * tokens * (products + query),
-            live + n * more_keys * 2 * key,
-        )
+        saved = [n * tokens * size for size in (width, query, 2 * query + 2 * key, products + query)]
+        return _Stack(layers, *saved, live + n * more_keys * 2 * key)
 
     return {
         "llama": stack(
@@ -334,14 +306,9 @@ def abstract_batch(config: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
     """Return the arrays of a step [A, B, ...] as the pipeline produces them, without shardings."""
     limits = config.data.limits
     row = radfm.abstract_batch(
-        config.model,
-        text=limits.text_length,
-        scans=limits.scans,
-        vision_rows=limits.vision_rows,
-        patches=limits.patch_length,
-        planes=limits.planes,
-        plane_dtype=jnp.dtype(config.data.storage),
-    )
+        config.model, text=limits.text_length, scans=limits.scans, vision_rows=limits.vision_rows,
+        patches=limits.patch_length, planes=limits.planes, plane_dtype=jnp.dtype(config.data.storage),
+    )  # fmt: skip
     index = row["plane_index"]
     row["plane_index"] = jax.ShapeDtypeStruct((*index.shape[:-1], config.data.channels), index.dtype)
     text = (1, limits.text_length)
@@ -349,11 +316,6 @@ def abstract_batch(config: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
     row["weights"] = jax.ShapeDtypeStruct(text, jnp.float32)
     micro = (config.train.accumulation, config.train.batch // config.train.accumulation)
     return {name: jax.ShapeDtypeStruct((*micro, *x.shape[1:]), x.dtype) for name, x in row.items()}
-
-
-def _row_bytes(config: Experiment) -> int:
-    """Return the bytes of one row of a batch."""
-    return sum(math.prod(x.shape[2:]) * x.dtype.itemsize for x in abstract_batch(config).values())
 
 
 def _shard(x: jax.ShapeDtypeStruct) -> int:
@@ -368,9 +330,6 @@ def capacity(mesh: Mesh) -> int | None:
     """Return the bytes that JAX may use on a device of this process, or None if unknown (a CPU)."""
     device = next(device for device in mesh.devices.flat if device.process_index == jax.process_index())
     return (device.memory_stats() or {}).get("bytes_limit")
-
-
-# --- text -------------------------------------------------------------------------------------------------------------
 
 
 def amount(value: float, unit: str) -> str:

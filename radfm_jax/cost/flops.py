@@ -42,10 +42,8 @@ def peak(device: jax.Device) -> float | None:
 def forward(config: RadFMConfig, limits: RowLimits, channels: int | None = None) -> dict[str, float]:
     """Return the FLOPs of one row's forward pass by part, including padding.
 
-    A product of [m, k] and [k, n] has 2 m k n. Causal attention counts half of its square.
-
-    Args:
-      channels: channels of the embedded patches (`data.channels`); default: the model's.
+    A product of [m, k] and [k, n] has 2 m k n. Causal attention counts half of its square. `channels` are those of the
+    embedded patches (`data.channels`); default: the model's.
     """
     t, p = limits.text_length, limits.vision_rows * limits.patch_length
     v, q, c = config.vision, config.perceiver, config.llama
@@ -72,11 +70,8 @@ def training(
 ) -> float:
     """Return the FLOPs of one row of a training step, without recomputation, as usual for MFU.
 
-    They are the forward pass, the gradients of trained weights, and the gradients of inputs that depend on them.
-
-    Args:
-      frozen: `optimizer.frozen`. Only whole parts count as frozen: `llama/blocks` alone does not.
-      channels: as for `forward`.
+    They are the forward pass, the gradients of trained weights, and the gradients of inputs that depend on them. Only
+    whole parts of `frozen` (`optimizer.frozen`) count as such: `llama/blocks` alone does not.
     """
     parts = forward(config, limits, channels)
     trained = {name: name not in frozen for name in ("vit", "perceiver", "llama", "projection", "image_marks")}

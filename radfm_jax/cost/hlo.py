@@ -28,16 +28,11 @@ _NAME = re.compile(r"%([\w.\-]+)")
 
 @dataclasses.dataclass
 class Traffic:
-    """Traffic into one device in one run of the program.
+    """Traffic into one device in one run of the program."""
 
-    Attributes:
-      bytes: bytes by kind of collective. counts: executions by kind.
-      unknown: collectives in loops whose length is not in the text; counted once.
-    """
-
-    bytes: dict[str, float]
-    counts: dict[str, int]
-    unknown: list[str]
+    bytes: dict[str, float]  # by kind of collective
+    counts: dict[str, int]  # executions by kind
+    unknown: list[str]  # collectives in loops whose length is not in the text; counted once
 
 
 def traffic(text: str) -> Traffic:
@@ -73,9 +68,7 @@ def _computations(text: str) -> tuple[dict[str, dict[str, str]], str]:
 def _walk(name: str, times: int, known: bool, computations: dict, result: Traffic, channels: set[str]) -> None:
     """Add the collectives of a computation that runs `times` times.
 
-    Args:
-      known: whether all enclosing loops have a known length.
-      channels: channels that were already counted in the enclosing loop body.
+    `known` tells whether all enclosing loops have a known length; `channels` were counted in the enclosing loop body.
     """
     for instruction, text in computations[name].items():
         if instruction == "ROOT":

@@ -29,8 +29,7 @@ from radfm_jax.cost.topology import Topology, parse
 from radfm_jax.training.experiment import Experiment
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax")
-# Environment variables that change the program.
-VARIABLES = ("LIBTPU_INIT_ARGS", "XLA_FLAGS")
+VARIABLES = ("LIBTPU_INIT_ARGS", "XLA_FLAGS")  # environment variables that change the program
 # Fields of the `train` group that change the program.
 TRAIN_FIELDS = ("batch", "accumulation", "dtype", "remat", "weighting", "normalise", "chunk", "dropout")
 # Code that determines the program, relative to the package.
@@ -47,25 +46,15 @@ class CompileError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Memory and traffic of a compiled program, in bytes per device.
+    """Memory and traffic of a compiled program, in bytes per device."""
 
-    Attributes:
-      arguments: state and batch.
-      temporary: gradients, activations and all other intermediate values.
-      beside: outputs that do not alias an argument, and the code.
-      received: bytes that collectives send into a device per step, by kind.
-      collectives: number of executions of each kind.
-      loops_unknown: number of collectives in loops of unknown length, counted once.
-      seconds, cpu_seconds: wall time and CPU time of tracing and compiling.
-    """
-
-    arguments: int
-    temporary: int
-    beside: int
-    received: dict[str, float]
-    collectives: dict[str, int]
-    loops_unknown: int
-    seconds: float
+    arguments: int  # state and batch
+    temporary: int  # gradients, activations and all other intermediate values
+    beside: int  # outputs that do not alias an argument, and the code
+    received: dict[str, float]  # bytes that collectives send into a device per step, by kind
+    collectives: dict[str, int]  # number of executions of each kind
+    loops_unknown: int  # number of collectives in loops of unknown length, counted once
+    seconds: float  # wall time of tracing and compiling
     cpu_seconds: float
 
     @property
@@ -76,9 +65,7 @@ class Program:
 def compiled(config: Experiment, topology: Topology, *, again: bool = False) -> Program:
     """Compile one step of `config` on `topology`, or return the cached result unless `again` is set.
 
-    Raises:
-      CompileError: the compiler failed.
-      ValueError: libtpu is missing, or rows do not divide.
+    Raises CompileError if the compiler failed, and ValueError if libtpu is missing.
     """
     cache_file = _cache_file(config, topology)
     if cache_file.is_file() and not again:
@@ -134,18 +121,13 @@ def _version(package: str) -> str:
         return "missing"
 
 
-# --- the child process ------------------------------------------------------------------------------------------------
-
-
 def compile_step(config: Experiment, topology: Topology):
     """Return the jax.stages.Compiled train step for the batches of `config.data`."""
     import jax
-    import numpy as np
-    from jax.sharding import NamedSharding, PartitionSpec
 
     from radfm_jax.cost import estimate
     from radfm_jax.runtime import sharding
-    from radfm_jax.training import train_step
+    from radfm_jax.training import programs, train_step
 
     if topology.kind == "tpu":
         import libtpu  # noqa: F401  JAX's own error does not name libtpu
@@ -159,20 +141,13 @@ def compile_step(config: Experiment, topology: Topology):
         config.mesh.data, config.mesh.fsdp, config.mesh.tensor, slices=config.mesh.slices, devices=devices
     )
     abstract, transform, _ = train_step.abstract_state(config.compute, config.optimizer, mesh)
-    rate = jax.ShapeDtypeStruct((), np.float32, sharding=NamedSharding(mesh, PartitionSpec()))
-    batch = {
-        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=train_step.batch_sharding(mesh))
-        for name, x in estimate.abstract_batch(config).items()
-    }
+    sharding_of_batch = train_step.batch_sharding(mesh)
+    batch = {name: x.update(sharding=sharding_of_batch) for name, x in estimate.abstract_batch(config).items()}
     model = with_kernels(config, "tpu" if topology.kind == "tpu" else "cpu")
+    options = {"exec_time_optimization_effort": EFFORT} if topology.kind == "tpu" else None
     with jax.set_mesh(mesh):
-        step = jax.jit(
-            train_step.make_train_step(model, transform, config.train.step),
-            donate_argnums=0,
-            out_shardings=(train_step.shardings_of(abstract), None),
-        )
-        options = {"exec_time_optimization_effort": EFFORT} if topology.kind == "tpu" else None
-        return step.lower(abstract, batch, rate).compile(compiler_options=options)
+        lowered = programs.lower_step(model, config.train.step, abstract, transform, batch, mesh)
+        return lowered.compile(compiler_options=options)
 
 
 def with_kernels(config: Experiment, platform: str):

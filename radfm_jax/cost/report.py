@@ -18,24 +18,17 @@ from radfm_jax.training.experiment import MeshConfig
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The ranked candidates of a config on a topology.
+    """The ranked candidates of a config on a topology."""
 
-    Attributes:
-      name: the config. mfu: assumed share of the peak. mfu_source: description of where `mfu` comes from.
-      ranked: candidates, best first. best: the recommended one, or None if none fits.
-      plain: the candidate that gathers the weights for every row.
-      sources: sizes of the config's data (its SIZES), or None. price: price of a device-hour, or None.
-    """
-
-    name: str
+    name: str  # the config
     topology: Topology
-    mfu: float | None
-    mfu_source: str
-    ranked: list[Candidate]
-    best: Candidate | None
-    plain: Candidate
-    sources: Mapping[str, estimate.Source] | None
-    price: float | None
+    mfu: float | None  # assumed share of the peak
+    mfu_source: str  # description of where `mfu` comes from
+    ranked: list[Candidate]  # best first
+    best: Candidate | None  # the recommended one, or None if none fits
+    plain: Candidate  # gathers the weights for every row
+    sources: Mapping[str, estimate.Source] | None  # sizes of the config's data (its SIZES)
+    price: float | None  # of a device-hour
 
 
 def table(plan: Plan, limit: int = 12) -> Table:
@@ -186,9 +179,7 @@ def show(plan: Plan, console: Console) -> None:
 def write_json(plan: Plan, path: Path) -> None:
     """Write everything, in bytes, seconds and FLOPs."""
 
-    def fields(candidate: Candidate | None) -> dict | None:
-        if candidate is None:
-            return None
+    def fields(candidate: Candidate) -> dict:
         train, seconds = candidate.config.train, candidate.step_seconds
         return {
             "batch": train.batch, "accumulation": train.accumulation, "rows": candidate.rows, "remat": train.remat,
@@ -207,7 +198,7 @@ def write_json(plan: Plan, path: Path) -> None:
         "config": plan.name, "topology": topology.text, "devices": topology.count,
         "memory_of_a_device": topology.memory, "peak": topology.peak, "bandwidth": topology.bandwidth,
         "mfu": plan.mfu, "mfu_from": plan.mfu_source, "price": plan.price,
-        "take": fields(plan.best), "plain": fields(plan.plain),
+        "take": plan.best and fields(plan.best), "plain": fields(plan.plain),
         "ladder": [fields(candidate) for candidate in plan.ranked], "lines": lines(plan),
     }  # fmt: skip
     files.write_json(path, result)

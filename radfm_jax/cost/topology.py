@@ -19,21 +19,14 @@ KNOWN = "v4:2x4x4, v5e:8x8, v5p:4x4x2, v6e:4x8, gpu:32xA100-80GB, gpu:8xA100-40G
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One kind of device.
+    """One kind of device."""
 
-    Attributes:
-      name: key in flops.PEAK. memory: bytes.
-      link: bytes/s in one direction of one TPU link to a neighbour, or of a GPU's share of NVLink.
-      network: bytes/s of a GPU's adapter between nodes. node: GPUs per node.
-      torus: minimum length of a TPU slice's axis that is closed to a ring.
-    """
-
-    name: str
-    memory: float
-    link: float
-    network: float = 0.0
-    node: int = 8
-    torus: int = 0
+    name: str  # key in flops.PEAK
+    memory: float  # bytes
+    link: float  # bytes/s in one direction of one TPU link to a neighbour, or of a GPU's share of NVLink
+    network: float = 0.0  # bytes/s of a GPU's adapter between nodes
+    node: int = 8  # GPUs per node
+    torus: int = 0  # minimum length of a TPU slice's axis that is closed to a ring
 
 
 # TPU: cloud.google.com/tpu/docs (memory, interconnect per chip), divided by the chip's links: four of v5e and v6e in
@@ -54,18 +47,13 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A number of devices of one kind.
+    """A number of devices of one kind."""
 
-    Attributes:
-      text: the command-line argument. kind: tpu, gpu or cpu.
-      shape: shape of a TPU slice. chip: None for simulated CPU devices.
-    """
-
-    text: str
-    kind: str
+    text: str  # the command-line argument
+    kind: str  # tpu, gpu or cpu
     count: int
-    shape: tuple[int, ...] = ()
-    chip: Chip | None = None
+    shape: tuple[int, ...] = ()  # of a TPU slice
+    chip: Chip | None = None  # None for simulated CPU devices
 
     @property
     def memory(self) -> float | None:
@@ -88,12 +76,10 @@ class Topology:
         if self.chip is None or self.count == 1:
             return None
         if self.kind == "tpu":
-            closed = min(self.shape) >= 4 if len(self.shape) == 3 else False
-            links = sum(
-                0 if size == 1 else 2 if (closed if len(self.shape) == 3 else size >= self.chip.torus) else 1
-                for size in self.shape
-            )
-            return links * self.chip.link
+            # The axes of a cube are closed together, those of a flat slice one by one.
+            lengths = [min(self.shape)] * 3 if len(self.shape) == 3 else self.shape
+            closed = [length >= self.chip.torus for length in lengths]
+            return sum(1 + ring for size, ring in zip(self.shape, closed, strict=True) if size > 1) * self.chip.link
         if self.count <= self.chip.node:
             return self.chip.link
         return min(self.chip.link, self.chip.node * self.chip.network)
@@ -118,7 +104,8 @@ def parse(text: str) -> Topology:
         shape = tuple(int(size) for size in rest.split("x"))
         dimensions = 3 if kind in ("v4", "v5p") else 2
         if len(shape) != dimensions or min(shape) < 1:
-            raise ValueError(f"{text}: a slice of {kind} has {dimensions} dimensions, for example {_example(kind)}")
+            example = next(name for name in KNOWN.split(", ") if name.startswith(kind))
+            raise ValueError(f"{text}: a slice of {kind} has {dimensions} dimensions, for example {example}")
         return Topology(text, "tpu", math.prod(shape), shape, CHIPS[kind])
     if kind == "gpu" and (match := re.fullmatch(r"(\d+)x([\w-]+)", rest)) and int(match[1]) > 0:
         names = [name for name in CHIPS if not name.startswith("v") and name.lower() == match[2].lower()]
@@ -129,7 +116,3 @@ def parse(text: str) -> Topology:
     if kind == "cpu" and rest.isdigit() and int(rest) > 0:
         return Topology(text, "cpu", int(rest))
     raise ValueError(f"{text!r} is not a topology; examples: {KNOWN}")
-
-
-def _example(kind: str) -> str:
-    return next(name for name in KNOWN.split(", ") if name.startswith(kind))

@@ -46,13 +46,7 @@ class Programs:
         start = time.perf_counter()
         batch, step_config = _abstract_batch(config, rows, mesh), config.train.step
         with jax.set_mesh(mesh):
-            rate = jax.ShapeDtypeStruct((), np.float32, sharding=NamedSharding(mesh, PartitionSpec()))
-            step = jax.jit(
-                train_step.make_train_step(config.compute, transform, step_config),
-                donate_argnums=0,
-                out_shardings=(train_step.shardings_of(abstract), None),
-            )
-            compiled = step.lower(abstract, batch, rate).compile()
+            compiled = lower_step(config.compute, step_config, abstract, transform, batch, mesh).compile()
             evaluate = None
             if config.data.test:
                 eval_step = jax.jit(train_step.make_eval_step(config.compute, step_config))
@@ -68,6 +62,14 @@ class Programs:
             f"{mesh.devices.size} {mesh.devices.flat[0].device_kind} devices, {jax.process_count()} processes"
         )
         return cls(compiled, evaluate)
+
+
+def lower_step(model, config: train_step.StepConfig, abstract, transform, batch, mesh) -> jax.stages.Lowered:
+    """Lower the train step for one shape of batches, in the context of `mesh`."""
+    shardings = (train_step.shardings_of(abstract), None)
+    step = jax.jit(train_step.make_train_step(model, transform, config), donate_argnums=0, out_shardings=shardings)
+    rate = jax.ShapeDtypeStruct((), np.float32, sharding=NamedSharding(mesh, PartitionSpec()))
+    return step.lower(abstract, batch, rate)
 
 
 def _abstract_batch(config: Experiment, rows: Rows, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:

@@ -14,23 +14,15 @@ import numpy as np
 
 # dtype in numpy and torch -> (code in safetensors, storage class in torch).
 DTYPES = {
-    "bool": ("BOOL", "BoolStorage"),
-    "uint8": ("U8", "ByteStorage"),
-    "int8": ("I8", "CharStorage"),
-    "int16": ("I16", "ShortStorage"),
-    "int32": ("I32", "IntStorage"),
-    "int64": ("I64", "LongStorage"),
-    "uint16": ("U16", None),
-    "uint32": ("U32", None),
-    "uint64": ("U64", None),
-    "float16": ("F16", "HalfStorage"),
-    "bfloat16": ("BF16", "BFloat16Storage"),
-    "float32": ("F32", "FloatStorage"),
-    "float64": ("F64", "DoubleStorage"),
-}
+    "bool": ("BOOL", "BoolStorage"), "uint8": ("U8", "ByteStorage"), "int8": ("I8", "CharStorage"),
+    "int16": ("I16", "ShortStorage"), "int32": ("I32", "IntStorage"), "int64": ("I64", "LongStorage"),
+    "uint16": ("U16", None), "uint32": ("U32", None), "uint64": ("U64", None),
+    "float16": ("F16", "HalfStorage"), "bfloat16": ("BF16", "BFloat16Storage"),
+    "float32": ("F32", "FloatStorage"), "float64": ("F64", "DoubleStorage"),
+}  # fmt: skip
 
 Index = tuple[slice, ...]
-Progress = Callable[[int], object]
+Progress = Callable[[int], object]  # called with a number of bytes just processed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,33 +41,21 @@ class TensorInfo:
 Contents = tuple[dict[str, TensorInfo], dict[str, str], dict[str, Callable[[Index], np.ndarray]]]
 
 
+@dataclasses.dataclass(eq=False)
 class TensorReader(contextlib.AbstractContextManager["TensorReader"]):
-    """The tensors of a file or folder, read one at a time. Not thread-safe.
+    """The tensors of a file or folder, read one at a time. Not thread-safe."""
 
-    Attributes:
-      path: the opened file; for a sharded folder, its index.
-      infos: every tensor by name, in file order, tied ones included.
-      ties: name -> first name with the same storage, offset and shape. Only torch's format has ties.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        infos: dict[str, TensorInfo],
-        ties: dict[str, str],
-        readers: dict[str, Callable[[Index], np.ndarray]],
-        resources: contextlib.ExitStack,
-    ):
-        self.path, self.infos, self.ties = path, infos, ties
-        self._readers, self._resources = readers, resources
+    path: Path  # the opened file; for a sharded folder, its index
+    infos: dict[str, TensorInfo]  # every tensor by name, in file order, tied ones included
+    ties: dict[str, str]  # name -> first name with the same storage, offset and shape, in torch's format
+    _readers: dict[str, Callable[[Index], np.ndarray]]
+    _resources: contextlib.ExitStack
 
     def read(self, name: str, index: Index | None = None) -> np.ndarray:
         """Return a tensor, or the part selected by `index`, as a contiguous array with its own memory.
 
         Args:
-          name: a key of `infos`.
           index: slices of step 1 for the leading axes, as `jax.make_array_from_callback` passes them; None for all.
-
         Raises:
           ValueError: no such tensor, or an unsupported index.
         """
@@ -93,9 +73,6 @@ class TensorReader(contextlib.AbstractContextManager["TensorReader"]):
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-# --- reading and writing ----------------------------------------------------------------------------------------------
 
 
 def read_strided(
@@ -145,6 +122,5 @@ def check_room(folder: Path, needed: int) -> None:
 
 def refuse_existing(paths: Sequence[Path]) -> None:
     """Raise ValueError if any of the paths exists."""
-    existing = [str(path) for path in paths if os.path.lexists(path)]
-    if existing:
+    if existing := [str(path) for path in paths if os.path.lexists(path)]:
         raise ValueError(f"{', '.join(existing)} already exist(s): remove what is there or write elsewhere")

@@ -17,20 +17,14 @@ MAX_INDEX_BYTES = 2**26
 def open_tensors(
     path: str | os.PathLike[str],
     *,
-    verify: bool = True,
-    scratch: str | os.PathLike[str] | None = None,
-    progress: Progress | None = None,
+    verify: bool = True,  # read a torch file once and compare the CRC-32 of every record; safetensors have none
+    scratch: str | os.PathLike[str] | None = None,  # default: the file's folder or, if its disk is too small, $TMPDIR
+    progress: Progress = lambda done: None,  # called for bytes that are unpacked or verified
 ) -> TensorReader:
     """Open a weight file, a zip around `pytorch_model.bin`, a folder in Hugging Face layout, or its index.
 
     A zipped `pytorch_model.bin` is unpacked to an unnamed temporary file, which the kernel deletes when the reader is
     closed or the process is killed.
-
-    Args:
-      path: the file or folder.
-      verify: read a torch file once and compare the CRC-32 of every record. safetensors have no checksums.
-      scratch: folder to unpack in; default: that of the file or, if its disk is too small, the system's.
-      progress: called with the number of bytes just unpacked or verified.
 
     Raises:
       ValueError: the file is missing, damaged, hostile or of an unsupported kind; the message has the remedy.
@@ -39,9 +33,7 @@ def open_tensors(
     path = Path(path)
     if path.is_dir():
         path = _find_in_folder(path)
-    if path.suffix == ".json":
-        return _open_index(path, verify, scratch, progress)
-    return _open_file(path, verify, scratch, progress)
+    return (_open_index if path.suffix == ".json" else _open_file)(path, verify, scratch, progress)
 
 
 def _find_in_folder(folder: Path) -> Path:
@@ -59,7 +51,7 @@ def _find_in_folder(folder: Path) -> Path:
     )
 
 
-def _open_file(path: Path, verify: bool, scratch: Any, progress: Progress | None) -> TensorReader:
+def _open_file(path: Path, verify: bool, scratch: Any, progress: Progress) -> TensorReader:
     if not path.is_file():
         raise ValueError(f"{path} is not a file: check the path")
     with contextlib.ExitStack() as resources:
@@ -87,11 +79,12 @@ def _open_file(path: Path, verify: bool, scratch: Any, progress: Progress | None
     )
 
 
-def _open_index(path: Path, verify: bool, scratch: Any, progress: Progress | None) -> TensorReader:
+def _open_index(path: Path, verify: bool, scratch: Any, progress: Progress) -> TensorReader:
     """Open all shards of a Hugging Face index. Shards and index must agree on every tensor."""
     weight_map, root = _read_weight_map(path), path.parent
     shards = list(dict.fromkeys(weight_map.values()))
-    outside = [f"{shard!r}" for shard in shards if not _is_inside(root, shard)]
+    inside = {s for s in shards if "\0" not in s and (root / s).resolve().is_relative_to(root.resolve())}
+    outside = [f"{shard!r}" for shard in shards if shard not in inside]
     reject(path, f"names shards outside its folder {root}", outside, "put the files into that folder")
     missing = [f"{shard!r}" for shard in shards if not (root / shard).is_file()]
     reject(path, "names shards that do not exist", missing, "download them")
@@ -110,9 +103,8 @@ def _open_index(path: Path, verify: bool, scratch: Any, progress: Progress | Non
             infos |= reader.infos
             ties |= reader.ties
             readers |= reader._readers
-        reject(
-            path, "does not agree with its shards", problems, "download the shards and the index of the same version"
-        )
+        remedy = "download the shards and the index of the same version"
+        reject(path, "does not agree with its shards", problems, remedy)
         return TensorReader(path, infos, ties, readers, resources.pop_all())
 
 
@@ -130,7 +122,3 @@ def _read_weight_map(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise ValueError(f"{path} has no weight_map from tensor to file names: pass the index of the shards")
     return weight_map
-
-
-def _is_inside(root: Path, name: str) -> bool:
-    return "\0" not in name and (root / name).resolve().is_relative_to(root.resolve())

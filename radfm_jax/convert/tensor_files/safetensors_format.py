@@ -7,24 +7,14 @@ import os
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import safetensors
 
 from input_pipeline.files import atomic_write
-from radfm_jax.convert.tensor_files.base import (
-    DTYPES,
-    Contents,
-    Progress,
-    TensorInfo,
-    check_room,
-    read_strided,
-    refuse_existing,
-    reject,
-    row_major,
-    values,
-)
+from radfm_jax.convert.tensor_files import base
+from radfm_jax.convert.tensor_files.base import DTYPES, Contents, Progress, TensorInfo, reject, row_major
 
 
 def open_safetensors(path: Path, file: BinaryIO) -> Contents:
@@ -46,7 +36,7 @@ def open_safetensors(path: Path, file: BinaryIO) -> Contents:
                     continue
                 infos[name] = info = TensorInfo(tuple(part.get_shape()), codes[part.get_dtype()])
                 strides = tuple(step * info.dtype.itemsize for step in row_major(info.shape))
-                readers[name] = functools.partial(read_strided, path, file, position, info.dtype, strides)
+                readers[name] = functools.partial(base.read_strided, path, file, position, info.dtype, strides)
                 position += info.nbytes
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is not a complete safetensors file ({error}): download or copy it again") from error
@@ -56,27 +46,18 @@ def open_safetensors(path: Path, file: BinaryIO) -> Contents:
 
 
 def write_safetensors(
-    directory: str | os.PathLike[str],
-    infos: Mapping[str, TensorInfo],
-    read: Callable[[str], np.ndarray],
+    directory: str | os.PathLike[str],  # created if missing
+    infos: Mapping[str, TensorInfo],  # shards are filled in this order
+    read: Callable[[str], np.ndarray],  # called once per name
     *,
-    max_shard_bytes: int = 2**31,
-    metadata: Mapping[str, str] | None = None,
+    max_shard_bytes: int = 2**31,  # of the tensors in a shard; a larger tensor gets a shard of its own
+    metadata: Mapping[str, str] | None = None,  # in addition to {"format": "pt"}, which transformers requires
     basename: str = "model",
-    progress: Progress | None = None,
+    progress: Progress = lambda done: None,
 ) -> None:
     """Write `model.safetensors`, or numbered shards and their index, with one tensor in memory at a time.
 
     All files are temporary until the last one is written, then they are synced and renamed.
-
-    Args:
-      directory: the folder, created if missing.
-      infos: name -> shape and dtype; shards are filled in this order.
-      read: returns the values of a name; called once per name.
-      max_shard_bytes: maximum size of the tensors in a shard; a larger tensor gets a shard of its own.
-      metadata: header entries in addition to {"format": "pt"}, which transformers requires.
-      basename: "model" in `model-00001-of-00002.safetensors`.
-      progress: called with the number of bytes just written.
 
     Raises:
       ValueError: files of this basename exist, the disk is too small, safetensors does not support a dtype, or `read`
@@ -91,48 +72,31 @@ def write_safetensors(
         if shards[-1] and sum(i.nbytes for i in shards[-1].values()) + info.nbytes > max_shard_bytes:
             shards.append({})
         shards[-1][name] = info
-    index_path = directory / f"{basename}.safetensors.index.json"
-    if len(shards) == 1:
-        paths = [directory / f"{basename}.safetensors"]
-    else:
-        paths = [directory / f"{basename}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    index_path, single = (directory / f"{basename}.safetensors{suffix}" for suffix in (".index.json", ""))
+    numbered = [directory / f"{basename}-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    paths = numbered if len(shards) > 1 else [single]
     # A folder with both a single file and shards would have two sets of weights.
-    sharded = directory.glob(f"{basename}-?????-of-*.safetensors")
-    refuse_existing([index_path, directory / f"{basename}.safetensors", *sharded])
+    base.refuse_existing([index_path, single, *directory.glob(f"{basename}-?????-of-*.safetensors")])
     total = sum(info.nbytes for info in infos.values())
-    check_room(directory, total + sum(512 + 2 * len(name) for name in infos) + 4096 * len(shards))
+    base.check_room(directory, total + sum(512 + 2 * len(name) for name in infos) + 4096 * len(shards))
     with contextlib.ExitStack() as stack:
         for path, shard in zip(paths, shards, strict=True):
-            partial = stack.enter_context(atomic_write(path))
-            _write_shard(path, partial, shard, read, {"format": "pt", **(metadata or {})}, progress)
+            # Stream the tensors: the library would need all of them in memory. This order keeps all values aligned.
+            ordered = dict(sorted(shard.items(), key=lambda item: -item[1].dtype.itemsize))
+            with open(stack.enter_context(atomic_write(path)), "wb") as file:
+                file.write(_header(ordered, {"format": "pt", **(metadata or {})}))
+                for name, info in ordered.items():
+                    file.write(base.values(path, name, info, read))
+                    progress(info.nbytes)
         if len(shards) > 1:
             weight_map = {name: path.name for path, shard in zip(paths, shards, strict=True) for name in shard}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             stack.enter_context(atomic_write(index_path)).write_text(json.dumps(index, indent=2))
 
 
-def _write_shard(
-    path: Path,
-    partial: Path,
-    infos: Mapping[str, TensorInfo],
-    read: Callable[[str], np.ndarray],
-    metadata: Mapping[str, str],
-    progress: Progress | None,
-) -> None:
-    """Stream tensors to a file; the library would need all of them in memory."""
-    infos = dict(sorted(infos.items(), key=lambda item: -item[1].dtype.itemsize))  # keeps all values aligned
-    with open(partial, "wb") as file:
-        file.write(_header(infos, metadata))
-        for name, info in infos.items():
-            file.write(values(path, name, info, read))
-            if progress:
-                progress(info.nbytes)
-
-
 def _header(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> bytes:
     """Return the length of the header (uint64, little-endian) and the header: JSON, padded to a multiple of 8 bytes."""
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    end = 0
+    header, end = {"__metadata__": dict(metadata)}, 0
     for name, info in infos.items():
         start, end = end, end + info.nbytes
         header[name] = {"dtype": DTYPES[info.dtype.name][0], "shape": list(info.shape), "data_offsets": [start, end]}

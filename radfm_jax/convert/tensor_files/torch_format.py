@@ -22,18 +22,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from input_pipeline.files import atomic_write
-from radfm_jax.convert.tensor_files.base import (
-    DTYPES,
-    Contents,
-    Progress,
-    TensorInfo,
-    check_room,
-    read_strided,
-    refuse_existing,
-    reject,
-    row_major,
-    values,
-)
+from radfm_jax.convert.tensor_files import base
+from radfm_jax.convert.tensor_files.base import DTYPES, Contents, Progress, TensorInfo, reject
 
 CHUNK_BYTES = 2**22
 MAX_PICKLE_BYTES = 2**26  # the structure of 100,000 tensors is about 20 MB
@@ -78,7 +68,7 @@ def torch_roots(archive: zipfile.ZipFile) -> list[str]:
     return [name.removesuffix("data.pkl") for name in archive.namelist() if re.fullmatch("[^/]+/data.pkl", name)]
 
 
-def unpack(path: Path, archive: zipfile.ZipFile, scratch: Any, progress: Progress | None) -> BinaryIO:
+def unpack(path: Path, archive: zipfile.ZipFile, scratch: Any, progress: Progress) -> BinaryIO:
     """Unpack the only pytorch_model.bin of an archive into an unnamed temporary file, up to its declared size."""
     entries = [entry for entry in archive.infolist() if entry.filename.rsplit("/", 1)[-1] == "pytorch_model.bin"]
     if len(entries) != 1:
@@ -105,8 +95,7 @@ def unpack(path: Path, archive: zipfile.ZipFile, scratch: Any, progress: Progres
             source = guard.enter_context(archive.open(entry))
         for chunk in _chunks(path, source, size):
             file.write(chunk)
-            if progress:
-                progress(len(chunk))
+            progress(len(chunk))
         guard.pop_all()
     return file
 
@@ -125,7 +114,7 @@ def _chunks(path: Path, record: Any, size: int) -> Iterator[bytes]:
         yield chunk
 
 
-def open_torch(path: Path, file: BinaryIO, verify: bool, progress: Progress | None) -> Contents:
+def open_torch(path: Path, file: BinaryIO, verify: bool, progress: Progress) -> Contents:
     """Read the structure of a state dict; values are read later, by position.
 
     The documented `torch.load(mmap=True)` maps the whole file privately and writably. Linux refuses that for a file
@@ -182,7 +171,7 @@ def _check_layout(path: Path, file: BinaryIO, archive: zipfile.ZipFile) -> None:
     reject(path, "is not laid out as by torch.save", problems, "save it again with torch.save")
 
 
-def _check_sums(path: Path, archive: zipfile.ZipFile, progress: Progress | None) -> None:
+def _check_sums(path: Path, archive: zipfile.ZipFile, progress: Progress) -> None:
     if not any(entry.CRC for entry in archive.infolist()):
         raise ValueError(
             f"{path} was saved without checksums, so damage cannot be detected: save it again with "
@@ -193,8 +182,7 @@ def _check_sums(path: Path, archive: zipfile.ZipFile, progress: Progress | None)
             record = archive.open(entry)
         with record:
             for chunk in _chunks(path, record, entry.file_size):
-                if progress:
-                    progress(len(chunk))
+                progress(len(chunk))
 
 
 def _tensors_of_state(path: Path, file: BinaryIO, state: Any, records: dict[int, int], torch: Any) -> Contents:
@@ -215,7 +203,7 @@ def _tensors_of_state(path: Path, file: BinaryIO, state: Any, records: dict[int,
             owner = first.setdefault((position, info, strides), name)
             if owner != name:
                 ties[name] = owner
-        readers[name] = functools.partial(read_strided, path, file, position, info.dtype, strides)
+        readers[name] = functools.partial(base.read_strided, path, file, position, info.dtype, strides)
     reject(path, "has values that are not plain tensors", problems, "save only the model's state_dict()")
     return infos, ties, readers
 
@@ -248,22 +236,15 @@ def _unsupported(name: Any, tensor: Any, records: dict[int, int], torch: Any) ->
 
 def write_torch_bin(
     path: str | os.PathLike[str],
-    infos: Mapping[str, TensorInfo],
-    read: Callable[[str], np.ndarray],
+    infos: Mapping[str, TensorInfo],  # in the order of the state dict, tied names included
+    read: Callable[[str], np.ndarray],  # called once per name, in order, except for tied names
     *,
-    ties: Mapping[str, str] | None = None,
-    progress: Progress | None = None,
+    ties: Mapping[str, str] | None = None,  # name -> name whose storage it shares
+    progress: Progress = lambda done: None,
 ) -> None:
     """Write a state dict (an OrderedDict of tensors) as `torch.save` would, with one tensor in memory at a time.
 
-    The write is atomic.
-
-    Args:
-      path: the file to write; its folder exists.
-      infos: name -> shape and dtype, in the order of the state dict, tied names included.
-      read: returns the values of a name; called once per name, in order, except for tied names.
-      ties: name -> name whose storage it shares.
-      progress: called with the number of bytes just written.
+    The write is atomic. The folder of `path` must exist.
 
     Raises:
       ValueError: the file exists, the disk is too small, torch does not support a dtype, ties are inconsistent, or
@@ -280,17 +261,16 @@ def write_torch_bin(
     reject(path, "cannot hold these tensors", problems, "convert or untie them first")
     owners = [name for name in infos if name not in ties]
     pickled = _pickle_state(torch, infos, owners, ties)
-    check_room(path.parent, sum(infos[name].nbytes for name in owners) + len(pickled) + 512 * (len(owners) + 4))
-    refuse_existing([path])
+    base.check_room(path.parent, sum(infos[name].nbytes for name in owners) + len(pickled) + 512 * (len(owners) + 4))
+    base.refuse_existing([path])
     # torch.serialization.skip_data is a prototype and would leave every CRC-32 to be patched into the zip afterwards.
     # The format has been stable since torch 1.6: these records, stored and aligned.
     with atomic_write(path) as partial, open(partial, "wb") as file, zipfile.ZipFile(file, "w") as archive:
         for name, data in (("data.pkl", pickled), ("byteorder", b"little"), ("version", b"3\n")):
             _add_record(file, archive, name, data)
         for key, name in enumerate(owners):
-            _add_record(file, archive, f"data/{key}", values(path, name, infos[name], read))
-            if progress:
-                progress(infos[name].nbytes)
+            _add_record(file, archive, f"data/{key}", base.values(path, name, infos[name], read))
+            progress(infos[name].nbytes)
 
 
 def _storage_class(info: TensorInfo) -> str | None:
@@ -311,8 +291,8 @@ def _pickle_state(torch: Any, infos: Mapping[str, TensorInfo], owners: Sequence[
 
         def __reduce__(self) -> tuple[Any, ...]:
             shape = self.storage.info.shape
-            layout = (0, shape, row_major(shape))
-            return torch._utils._rebuild_tensor_v2, (self.storage, *layout, False, collections.OrderedDict())
+            state = (self.storage, 0, shape, base.row_major(shape), False, collections.OrderedDict())
+            return torch._utils._rebuild_tensor_v2, state
 
     class Pickler(pickle.Pickler):
         def persistent_id(self, obj: Any) -> tuple[Any, ...] | None:
