@@ -23,7 +23,7 @@ def coordination_client():
 
 
 def connect(coordinator: str, process: int, processes: int, *, timeout: float, heartbeat: int) -> None:
-    """Connect this process to a coordination service that is already running.
+    """Connect this process to a running coordination service.
 
     Waits for an option of `jax.distributed.initialize` that does not start the service inside process 0.
     """

@@ -40,7 +40,6 @@ def start(args: argparse.Namespace, workdir: Path, config: Mapping, stop: faults
       args: the options of `cluster.add_arguments`.
       workdir: gets logs/PROCESS.log if there are several processes.
       config: of the run; it must be equal in all processes.
-      stop: set by signals.
     Raises:
       StartError: processes are missing. ValueError: invalid options, or processes that do not run the same.
       InterruptedError: a signal arrived before all processes had connected.

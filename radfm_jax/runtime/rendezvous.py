@@ -74,11 +74,10 @@ def rendezvous(info: ProcessInfo, properties: dict, timeout: float, stop=()) -> 
     Args:
       properties: of `run_properties`.
       timeout: seconds from now.
-      stop: true after a signal to end the process.
     Raises:
       StartError: processes are missing, or have a wrong number or count. Every process that connected raises it.
       ValueError: properties differ; every process raises it.
-      InterruptedError: `stop` became true.
+      InterruptedError: `stop` became true, after a signal.
     """
     meeting = _Rendezvous(info, properties, timeout, stop)
     answer = asyncio.run(meeting.join() if info.process else meeting.lead())
@@ -100,8 +99,6 @@ class _Rendezvous:
         self.hellos: dict[int, dict] = {0: self.hello}
         self.readers: dict[int, asyncio.StreamReader] = {}
 
-    # --- process 0 ----------------------------------------------------------------------------------------------------
-
     async def lead(self) -> dict:
         """Collect the hellos of all processes and send every one the same answer."""
         answer, writers = asyncio.get_running_loop().create_future(), []
@@ -112,8 +109,7 @@ class _Rendezvous:
                 writer.close()  # not a process of this project
                 return
             writers.append(writer)
-            result = self._add(hello, reader)
-            if result:
+            if result := self._add(hello, reader):
                 answer.set_result(result)
 
         server = await self._listen(on_connection)
@@ -170,8 +166,6 @@ class _Rendezvous:
         if lines := differences({p: hello.get("properties", {}) for p, hello in hellos.items()}):
             return {"same": "the processes do not run the same:\n  " + "\n  ".join(lines)}
         return {"ok": True}
-
-    # --- the other processes ------------------------------------------------------------------------------------------
 
     async def join(self) -> dict:
         """Send this process's hello to process 0 and return its answer."""
