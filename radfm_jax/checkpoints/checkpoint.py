@@ -125,11 +125,7 @@ def read_manifest(directory: Path) -> dict[str, dict]:
 
 
 def find_damage(
-    directory,
-    *,
-    hashes: bool = True,
-    allow_missing: Collection[str] = (),
-    select: Callable[[dict], Iterable[str]] = iter,
+    directory, *, hashes: bool = True, allow_missing: Collection[str] = (), select: Callable = iter
 ) -> list[str]:
     """Return one line per file that differs from the manifest, with a remedy if the file also exists elsewhere.
 
@@ -137,8 +133,6 @@ def find_damage(
       hashes: also compare contents, which reads every file; otherwise names and sizes only.
       allow_missing: names of files that may be missing.
       select: takes {name: bytes} and returns the names of the files to hash; default: all.
-    Raises:
-      ValueError: there is no manifest, or it is damaged.
     """
     directory = Path(directory)
     listed, existing = read_manifest(directory), list_files(directory)
@@ -191,9 +185,6 @@ def _remedies(directory: Path, listed: dict[str, dict]) -> dict[str, str]:
     return {TOKENIZER: tokenizer, DESCRIPTION: description}
 
 
-# --- description ------------------------------------------------------------------------------------------------------
-
-
 def write_description(directory: Path, part: str, model: dict, **fields) -> None:
     """Write radfm.json, with the sizes of the part `radfm`, or `llama` for a language model alone.
 
@@ -244,13 +235,9 @@ def save_params(directory: Path, params: dict) -> None:
 
 
 def restore_params(directory, abstract: dict, shardings: dict | None = None) -> dict:
-    """Read parameters onto any mesh.
+    """Read parameters onto any mesh, or without shardings onto the default device; cast to the dtypes of `abstract`.
 
-    Args:
-      abstract: tree of jax.ShapeDtypeStruct; the arrays are cast to its dtypes.
-      shardings: tree of shardings, or None for the default device.
-    Raises:
-      ValueError: parameters are missing, unexpected or of another shape; lists all of them.
+    Raises ValueError that lists every parameter that is missing, unexpected or of another shape.
     """
     leaves, path = with_shardings(abstract, shardings), Path(directory) / PARAMS
     check_shapes(leaves, stored_arrays(path), directory)

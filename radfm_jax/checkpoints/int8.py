@@ -35,10 +35,8 @@ def scale_paths(paths) -> dict[str, str]:
 def quantise(kernel: np.ndarray, inputs: int) -> tuple[np.ndarray, np.ndarray]:
     """Return (int8 of the kernel's shape, float32 scales of the shape of its output axes).
 
-    An output whose weights are all zero gets the scale 0. Raises ValueError if weights are not finite.
-
-    Args:
-      inputs: number of leading axes that a product sums over.
+    A product sums over the first `inputs` axes. An output whose weights are all zero gets the scale 0. Raises
+    ValueError if weights are not finite.
     """
     kernel = np.asarray(kernel, np.float32)
     largest = np.abs(kernel).max(axis=tuple(range(inputs)))

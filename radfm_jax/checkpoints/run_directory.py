@@ -43,10 +43,8 @@ def lock(workdir) -> TextIO:
     """Lock a run directory exclusively until the returned file is closed or this process ends.
 
     The kernel releases the lock, so a killed process leaves no stale one. Several machines need a file system that
-    shares locks, as NFSv4 and Lustre (mounted with flock) do.
-
-    Raises:
-      ValueError: another process has the lock, named by its pid and host; or the file system has no locks.
+    shares locks, as NFSv4 and Lustre (mounted with flock) do. Raises ValueError if there are no locks, or if another
+    process has the lock; names its pid and host.
     """
     path = Path(workdir) / LOCK
     file = open(path, "a+")  # "w" would empty the file of the process that has the lock

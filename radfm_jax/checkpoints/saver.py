@@ -67,10 +67,9 @@ class Saver:
     warn: Warn = run_directory.warning  # called with lines for the user
 
     def __post_init__(self):
-        if self.keep_last < 1 or self.keep_every < 0:
-            raise ValueError(
-                f"checkpoint.keep_last is {self.keep_last} (at least 1), keep_every {self.keep_every} (at least 0)"
-            )
+        for name, minimum in (("keep_last", 1), ("keep_every", 0)):
+            if (value := getattr(self, name)) < minimum:
+                raise ValueError(f"checkpoint.{name} is {value}, but must be at least {minimum}")
         if self.tokenizer is not None and not Path(self.tokenizer).is_file():
             raise ValueError(f"tokenizer {self.tokenizer} does not exist")
         self.workdir, self.config = Path(self.workdir), json.loads(json.dumps(dict(self.config)))
@@ -99,9 +98,11 @@ class Saver:
     def save(self, state: dict, data_state: dict, *, metrics: Mapping | None = None, wait: bool = False) -> None:
         """Wait for the previous save, and start to save a state.
 
+        An existing step with the number state["step"] is replaced. Later steps, which this run does not descend from,
+        are renamed and kept.
+
         Args:
-          state: of a training step; it may be donated when this returns. state["step"] names the directory. An existing
-            step of that name is replaced. Later steps, which this run does not descend from, are renamed and kept.
+          state: of a training step; it may be donated when this returns.
           data_state: of the row iterator at this step.
           wait: return when the step is on disk.
         Raises:

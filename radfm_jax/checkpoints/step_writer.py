@@ -103,13 +103,10 @@ class StepWriter:
         source = {"training": self.workdir.absolute().name, "step": self.step}
         checkpoint.write_description(partial, "radfm", self._model.to_dict(), source=source)
         run = {
-            "step": self.step,
-            "metrics": metrics,
-            "processes": jax.process_count(),
-            "mesh": self._mesh and dict(self._mesh.shape),
-            "versions": {p: importlib.metadata.version(p) for p in PACKAGES},
-            "config": config,
-        }
+            "step": self.step, "metrics": metrics,
+            "processes": jax.process_count(), "mesh": self._mesh and dict(self._mesh.shape),
+            "versions": {p: importlib.metadata.version(p) for p in PACKAGES}, "config": config,
+        }  # fmt: skip
         write_json(partial / RUN, run)
         return partial.name
 

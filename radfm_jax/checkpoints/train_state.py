@@ -36,11 +36,9 @@ def split_state(state: dict) -> dict[str, dict]:
 def restore(directory, abstract: dict, *, verified: bool = False) -> dict:
     """Restore the state of a step bit-exactly onto any mesh and number of processes.
 
-    Args:
-      abstract: train_step.abstract_state's; every device reads the parts of arrays that its sharding assigns to it.
-      verified: skip the verification, because `run_directory.latest` just did it.
-    Raises:
-      ValueError: the directory is damaged, or arrays are missing, unexpected or different; lists all of them.
+    `abstract` is of train_step.abstract_state: every device reads the parts of arrays that its sharding assigns to it.
+    With `verified` the files are not verified, because `run_directory.latest` just did it. Raises ValueError if the
+    directory is damaged, or lists all arrays that are missing, unexpected or different.
     """
     directory = Path(directory)
     if not verified:
@@ -60,7 +58,7 @@ def restore(directory, abstract: dict, *, verified: bool = False) -> dict:
 
 @dataclasses.dataclass(frozen=True)
 class Initialised:
-    """What `init_from` did. The keys are parameter paths."""
+    """What `init_from` did, by parameter path."""
 
     directory: Path
     loaded: tuple[str, ...]
@@ -80,9 +78,7 @@ class Initialised:
         return "\n".join([*lines, *(f"  DIFFERS: {size}" for size in self.sizes)])
 
 
-def init_from(
-    directory, state: dict, model: radfm.RadFMConfig | None = None
-) -> tuple[dict[str, jax.Array], Initialised]:
+def init_from(directory, state: dict, model: radfm.RadFMConfig | None = None) -> tuple[dict, Initialised]:
     """Read parameters from a run (its best or newest step), a step, a converted RadFM, or a language model alone.
 
     Args:

@@ -21,9 +21,8 @@ def barrier(key: str, work: Callable[[], T] = lambda: None, timeout: float = 180
     that is full on one machine would leave the others with a step they believe saved.
 
     Args:
-      key: name of this barrier, the same in every process; it must be unique.
+      key: unique name of this barrier, the same in every process.
       work: returns a JSON value.
-      timeout: seconds.
     Raises:
       Exception: what `work` raised in this process.
       ValueError, OSError: `work` failed only in other processes; names each process and its error. ValueError if all

@@ -56,9 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def process_info(args: argparse.Namespace, environ: Mapping[str, str] = os.environ) -> ProcessInfo | None:
     """Return which process this is; None if it is the only one.
 
-    Raises:
-      ValueError: flags or variables are incomplete or invalid.
-      StartError: a cluster was detected, but not its coordinator.
+    Raises ValueError if flags or variables are incomplete or invalid, StartError if a cluster has no coordinator.
     """
     values = {name: getattr(args, name) for name in VARIABLES}
     sources = {name: "flags" for name, value in values.items() if value is not None}

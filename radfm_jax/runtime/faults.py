@@ -72,7 +72,6 @@ class Watchdog:
     def __post_init__(self):
         self._last, self._task = time.monotonic(), "starting"
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
 
     def alive(self, task: str) -> None:
         """Reset the timer; `task` is what the process does next."""
@@ -91,7 +90,7 @@ class Watchdog:
                 return
 
     def __enter__(self) -> Watchdog:
-        self._thread.start()
+        threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
         return self
 
     def __exit__(self, *_) -> None:

@@ -6,9 +6,8 @@ Two threads in every process talk to the others through the coordination service
     news/stop           a process got SIGTERM or Ctrl-C              -> all agree on the step after which they stop
     news/failed/P       process P ends with an exception             -> all exit with its code
 
-The service knows which processes live from heartbeats that JAX sends from C++. A library that holds the interpreter
-lock for a while (loading a large extension, initialising accelerators) does not silence them, so the check is not done
-with heartbeats from Python.
+JAX sends the heartbeats from C++. A Python thread would miss them while a library holds the interpreter lock (loading
+a large extension, initialising accelerators).
 
 A collective waits forever for a process that is gone, and so does clean-up: a failing process exits with os._exit.
 JAX alone reports a lost process only through a failing collective, and never a signal or an exception of another one.
@@ -181,8 +180,6 @@ class Peers:
             if stream is not None:
                 stream.flush()
         os._exit(code)
-
-    # --- threads ------------------------------------------------------------------------------------------------------
 
     def _watch_liveness(self) -> None:
         everyone, last_reached = list(range(self.processes)), time.monotonic()

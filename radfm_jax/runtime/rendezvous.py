@@ -1,4 +1,4 @@
-"""The rendezvous of all processes before JAX connects them: is every process there, and do all run the same?
+"""The rendezvous before JAX connects the processes: all of them have started, and all run the same.
 
 Each process sends its number and the properties of its run to process 0 as one line of JSON, and gets the same answer.
 They use a plain socket on the port that the coordination service takes over afterwards. JAX alone cannot report which
@@ -69,11 +69,8 @@ def _list(processes: list[int]) -> str:
 
 
 def rendezvous(info: ProcessInfo, properties: dict, timeout: float, stop=()) -> None:
-    """Return when all processes have connected and run the same.
+    """Return when all processes have connected and run the same, according to their `run_properties`.
 
-    Args:
-      properties: of `run_properties`.
-      timeout: seconds from now.
     Raises:
       StartError: processes are missing, or have a wrong number or count. Every process that connected raises it.
       ValueError: properties differ; every process raises it.

@@ -17,16 +17,10 @@ BATCH = ("data", "fsdp")
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": BATCH,
-    "embed": "fsdp",
-    "patch": "fsdp",
-    "bias": "fsdp",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "mlp": "tensor",
-    "vocab": "tensor",
-    "head_dim": None,
-    "layers": None,
-}
+    "embed": "fsdp", "patch": "fsdp", "bias": "fsdp",
+    "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor", "vocab": "tensor",
+    "head_dim": None, "layers": None,
+}  # fmt: skip
 
 
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, slices: int = 1, devices=None) -> Mesh:
@@ -36,8 +30,6 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, slices: int = 1
       data, fsdp, tensor: axis sizes; at most one may be -1, which takes the remaining devices.
       slices: number of TPU slices (or groups of GPU nodes) joined by a slow network. It must divide `data`.
         `data=2, fsdp=256, slices=2` is two slices of 256 chips.
-    Raises:
-      ValueError: the sizes do not multiply to the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = [data, fsdp, tensor]
@@ -71,9 +63,7 @@ def spec(names: tuple[str | None, ...], what: str = "array") -> PartitionSpec:
     """
     unknown = [n for n in names if n is not None and n not in RULES]
     if unknown:
-        raise ValueError(
-            f"{what}: logical axis {unknown} is not in radfm_jax.runtime.sharding.RULES ({', '.join(RULES)})"
-        )
+        raise ValueError(f"{what}: logical axis {unknown} is not in runtime.sharding.RULES ({', '.join(RULES)})")
     axes = [RULES[n] if n is not None else None for n in names]
     used = [a for axis in axes if axis is not None for a in ((axis,) if isinstance(axis, str) else axis)]
     if twice := {a for a in used if used.count(a) > 1}:
