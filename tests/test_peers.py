@@ -168,7 +168,7 @@ def test_the_service_ends_after_the_others_have_disconnected(make_peers, monkeyp
     monkeypatch.setattr(jax.distributed, "shutdown", lambda: done.append("left"))
     monkeypatch.setattr(peers, "SHUTDOWN_TIMEOUT", 1.0)
     first, second = make_peers(2)
-    first._service = Program(done)
+    first.service = Program(done)
 
     def live_nodes(processes):
         if threading.current_thread().name != "disconnects":

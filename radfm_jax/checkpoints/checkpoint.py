@@ -21,6 +21,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import absl.logging
+import flax.traverse_util
 import jax
 import ml_dtypes
 import numpy as np
@@ -41,18 +42,12 @@ CHUNK_BYTES = 32 * 2**20
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
-# --- directory and manifest -------------------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def new_directory(path, *, manifest: bool = True) -> Iterator[Path]:
     """Create a directory that is complete or absent, even if the process is killed.
 
     Yields a hidden directory next to `path` to fill. At the end it gets a manifest (unless it is an export for other
-    programs) and is renamed.
-
-    Raises:
-      ValueError: `path` exists or cannot be created.
+    programs) and is renamed. Raises ValueError if `path` exists or cannot be created.
     """
     path = Path(path)
     if path.exists() or path.is_symlink():
@@ -81,8 +76,7 @@ def require_space(path, required: int, task: str) -> None:
     """Raise ValueError if the disk of `path` has fewer than `required` bytes free."""
     path = Path(path).absolute()
     existing = next(p for p in (path, *path.parents) if p.exists())
-    free = shutil.disk_usage(existing).free
-    if free < required:
+    if (free := shutil.disk_usage(existing).free) < required:
         raise ValueError(
             f"{task} needs {required / 1e9:.2f} GB, but the disk of {existing} has {free / 1e9:.2f} GB free"
         )
@@ -125,30 +119,20 @@ def read_manifest(directory: Path) -> dict[str, dict]:
         files = json.loads((directory / MANIFEST).read_text())["files"]
         return {name: {"bytes": entry["bytes"], "sha256": entry["sha256"]} for name, entry in files.items()}
     except FileNotFoundError:
-        raise ValueError(
-            f"{directory} has no {MANIFEST}: it is not a checkpoint of radfm_jax, or writing it was interrupted"
-        ) from None
+        raise ValueError(f"{directory} has no {MANIFEST}: it is not a checkpoint, or it is incomplete") from None
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{directory / MANIFEST} is damaged: {e!r}") from None
 
 
 def find_damage(
-    directory,
-    *,
-    hashes: bool = True,
-    allow_missing: Collection[str] = (),
-    select: Callable[[dict[str, int]], Iterable[str]] = iter,
+    directory, *, hashes: bool = True, allow_missing: Collection[str] = (), select: Callable = iter
 ) -> list[str]:
-    """Compare a directory with its manifest.
+    """Return one line per file that differs from the manifest, with a remedy if the file also exists elsewhere.
 
     Args:
       hashes: also compare contents, which reads every file; otherwise names and sizes only.
       allow_missing: names of files that may be missing.
       select: takes {name: bytes} and returns the names of the files to hash; default: all.
-    Returns:
-      One line per file that is missing, added or changed, with a remedy if the file also exists elsewhere.
-    Raises:
-      ValueError: there is no manifest, or it is damaged.
     """
     directory = Path(directory)
     listed, existing = read_manifest(directory), list_files(directory)
@@ -186,17 +170,13 @@ def digest(directory) -> str:
 
 def _remedies(directory: Path, listed: dict[str, dict]) -> dict[str, str]:
     """Return how to recover each file that may also exist elsewhere."""
+    use = "pass it as --tokenizer FILE, in Python load(..., tokenizer=FILE)"
+    tokenizer = f": the checkpoint was made without a tokenizer. Keep the file elsewhere and {use}"
     if entry := listed.get(TOKENIZER):
         tokenizer = (
             f": copy the SentencePiece model of {entry['bytes']:,} bytes, SHA-256 {entry['sha256']}, to "
-            f"{directory / TOKENIZER}, or pass it as --tokenizer FILE, in Python load(..., tokenizer=FILE). All steps "
-            "of a run have the same one: training read it from data.tokenizer, conversion from --tokenizer or from the "
-            "folder of the weights"
-        )
-    else:
-        tokenizer = (
-            ": the checkpoint was made without a tokenizer. Keep the file elsewhere and pass it as --tokenizer FILE, "
-            "in Python load(..., tokenizer=FILE)"
+            f"{directory / TOKENIZER}, or {use}. All steps of a run have the same one: training read it from "
+            "data.tokenizer, conversion from --tokenizer or from the folder of the weights"
         )
     description = (
         f": copy it to {directory / DESCRIPTION} from the source of this directory. No other file has the model sizes; "
@@ -205,15 +185,10 @@ def _remedies(directory: Path, listed: dict[str, dict]) -> dict[str, str]:
     return {TOKENIZER: tokenizer, DESCRIPTION: description}
 
 
-# --- description ------------------------------------------------------------------------------------------------------
-
-
 def write_description(directory: Path, part: str, model: dict, **fields) -> None:
-    """Write radfm.json.
+    """Write radfm.json, with the sizes of the part `radfm`, or `llama` for a language model alone.
 
-    Args:
-      part: `radfm`, or `llama` for a language model alone.
-      model: sizes of that part. Settings of the computation (dtype, remat, ...) are not written.
+    Settings of the computation (dtype, remat, ...) are not written.
     """
     computation = ("dtype", "param_dtype", "remat", "attention")
     model = {name: {k: v for k, v in sizes.items() if k not in computation} for name, sizes in model.items()}
@@ -239,10 +214,8 @@ def read_description(directory) -> dict:
 
 def model_config(description: dict, directory) -> radfm.RadFMConfig:
     """Return the sizes of a complete RadFM. Raises ValueError for a checkpoint of the language model alone."""
-    if description["part"] != "radfm":
-        raise ValueError(
-            f"{directory} holds only the part {description['part']!r}: it can initialise a RadFM, but is not one"
-        )
+    if (part := description["part"]) != "radfm":
+        raise ValueError(f"{directory} holds only the part {part!r}: it can initialise a RadFM, but is not one")
     return radfm.RadFMConfig.from_dict(description["model"])
 
 
@@ -251,11 +224,7 @@ def model_config(description: dict, directory) -> radfm.RadFMConfig:
 
 def save_params(directory: Path, params: dict) -> None:
     """Write a tree of arrays with Orbax; each process writes the shards that it has."""
-    args = jax.tree.map(lambda x: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), params)
-    _orbax_save(directory, params, args)
-
-
-def _orbax_save(directory: Path, params: dict, save_args: dict | None = None) -> None:
+    save_args = jax.tree.map(lambda x: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), params)
     verbosity = absl.logging.get_verbosity()
     absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax warns about a merge that is not needed here
     try:
@@ -266,13 +235,9 @@ def _orbax_save(directory: Path, params: dict, save_args: dict | None = None) ->
 
 
 def restore_params(directory, abstract: dict, shardings: dict | None = None) -> dict:
-    """Read parameters onto any mesh.
+    """Read parameters onto any mesh, or without shardings onto the default device; cast to the dtypes of `abstract`.
 
-    Args:
-      abstract: tree of jax.ShapeDtypeStruct; the arrays are cast to its dtypes.
-      shardings: tree of shardings, or None for the default device.
-    Raises:
-      ValueError: lists every parameter that is missing, unexpected or of another shape.
+    Raises ValueError that lists every parameter that is missing, unexpected or of another shape.
     """
     leaves, path = with_shardings(abstract, shardings), Path(directory) / PARAMS
     check_shapes(leaves, stored_arrays(path), directory)
@@ -328,14 +293,7 @@ def flatten(tree: dict) -> dict:
 
 def unflatten(leaves: dict) -> dict:
     """Return the nested dict of {'llama/blocks/query/kernel': leaf}."""
-    tree: dict = {}
-    for path, leaf in leaves.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return tree
+    return flax.traverse_util.unflatten_dict(leaves, sep="/")
 
 
 def bytes_of(shapes: dict[str, tuple[tuple[int, ...], np.dtype]]) -> int:
@@ -354,32 +312,27 @@ class ParamWriter:
     """
 
     def __init__(self, directory: Path, shapes: dict[str, tuple[tuple[int, ...], np.dtype]], stacked: set[str]):
-        path = absolute(directory) / PARAMS
-        placeholders = unflatten({k: np.zeros((1,) * len(shape), dtype) for k, (shape, dtype) in shapes.items()})
-        _orbax_save(directory, placeholders)
+        placeholders = {k: np.zeros((1,) * len(shape), dtype) for k, (shape, dtype) in shapes.items()}
+        save_params(directory, unflatten(placeholders))
         self._stores = {}
         for name, (shape, dtype) in shapes.items():
+            chunks = {"chunk_shape": _chunk_shape(shape, dtype, name in stacked)}
             spec = {
                 "driver": "zarr3",
-                "kvstore": {"driver": "file", "path": f"{path / name.replace('/', '.')}/"},
+                "kvstore": {"driver": "file", "path": f"{absolute(directory) / PARAMS / name.replace('/', '.')}/"},
                 "metadata": {
                     "shape": shape,
                     "data_type": np.dtype(dtype).name,
-                    "chunk_grid": {
-                        "name": "regular",
-                        "configuration": {"chunk_shape": _chunk_shape(shape, dtype, name in stacked)},
-                    },
+                    "chunk_grid": {"name": "regular", "configuration": chunks},
                     "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
                 },
+                "store_data_equal_to_fill_value": True,  # Orbax treats an absent chunk as lost
             }
-            # Also write zeros: Orbax treats an absent chunk as lost.
-            spec["store_data_equal_to_fill_value"] = True
             self._stores[name] = ts.open(spec, create=True, delete_existing=True).result()
 
     def write(self, name: str, value: np.ndarray, index: tuple = ()) -> None:
         """Write `value` to parameter[index]; the index is a layer, a slice of rows, or () for the complete array."""
-        store = self._stores[name]
-        store[index or ...].write(value).result()
+        self._stores[name][index or ...].write(value).result()
 
 
 def _chunk_shape(shape, dtype, stacked: bool) -> list[int]:
@@ -402,13 +355,15 @@ class ParamReader:
         self._stores = {}
         for entry in metadata["tree_metadata"].values():
             keys = [k["key"] for k in entry["key_metadata"]]
-            file = {"driver": "file", "path": f"{path}/"}
+            kvstore = {"driver": "file", "path": f"{path / '.'.join(keys)}/"}
             if metadata["use_ocdbt"]:
-                kvstore = {"driver": "ocdbt", "base": file, "path": f"{'.'.join(keys)}/"}
-            else:
-                kvstore = {**file, "path": f"{path / '.'.join(keys)}/"}
-            spec = {"driver": "zarr3" if metadata["use_zarr3"] else "zarr", "kvstore": kvstore}
-            spec["fill_missing_data_reads"] = False  # a lost chunk is an error, not zeros
+                base = {"driver": "file", "path": f"{path}/"}
+                kvstore = {"driver": "ocdbt", "base": base, "path": f"{'.'.join(keys)}/"}
+            spec = {
+                "driver": "zarr3" if metadata["use_zarr3"] else "zarr",
+                "kvstore": kvstore,
+                "fill_missing_data_reads": False,  # a lost chunk is an error, not zeros
+            }
             self._stores["/".join(keys)] = ts.open(spec, open=True, read=True).result()
         self.shapes = {k: tuple(v.shape) for k, v in self._stores.items()}
         self.dtypes = {k: v.dtype.numpy_dtype for k, v in self._stores.items()}

@@ -22,6 +22,7 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
 import jax
 
@@ -38,37 +39,31 @@ warning: Warn = logging.getLogger(__name__).warning
 _barriers = itertools.count()
 
 
-class Lock:
-    """An exclusive lock on a run directory, until `release` or the end of this process.
+def lock(workdir) -> TextIO:
+    """Lock a run directory exclusively until the returned file is closed or this process ends.
 
-    The kernel releases it, so a killed process leaves no stale lock. Several machines need a file system that shares
-    locks, as NFSv4 and Lustre (mounted with flock) do.
-
-    Raises:
-      ValueError: another process has the lock, named by its pid and host; or the file system has no locks.
+    The kernel releases the lock, so a killed process leaves no stale one. Several machines need a file system that
+    shares locks, as NFSv4 and Lustre (mounted with flock) do. Raises ValueError if there are no locks, or if another
+    process has the lock; names its pid and host.
     """
-
-    def __init__(self, workdir):
-        path = Path(workdir) / LOCK
-        self._file = open(path, "a+")  # "w" would empty the file of the process that has the lock
-        try:
-            locked = try_lock(self._file)
-        except OSError as e:
-            self._file.close()
-            raise ValueError(f"{path} cannot be locked ({e.strerror}): use a file system with locks") from e
-        if not locked:
-            self._file.seek(0)
-            owner = self._file.read().strip() or "a process that has just started"
-            self._file.close()
-            raise ValueError(f"{workdir} is being written by {owner}: end that run first, or use another directory")
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
-        self._file.flush()
-        # A forked child shares the lock, and would keep it after this process was killed.
-        os.register_at_fork(after_in_child=self._file.close)
-
-    def release(self) -> None:
-        self._file.close()
+    path = Path(workdir) / LOCK
+    file = open(path, "a+")  # "w" would empty the file of the process that has the lock
+    try:
+        locked = try_lock(file)
+    except OSError as e:
+        file.close()
+        raise ValueError(f"{path} cannot be locked ({e.strerror}): use a file system with locks") from e
+    if not locked:
+        file.seek(0)
+        owner = file.read().strip() or "a process that has just started"
+        file.close()
+        raise ValueError(f"{workdir} is being written by {owner}: end that run first, or use another directory")
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+    file.flush()
+    # A forked child shares the lock, and would keep it after this process was killed.
+    os.register_at_fork(after_in_child=file.close)
+    return file
 
 
 def last_config(workdir) -> dict:
@@ -100,8 +95,7 @@ def own_share(sizes: dict[str, int]) -> list[str]:
 def verify(directory) -> None:
     """Verify a checkpoint directory; each process reads its share of the files. All processes must call this.
 
-    Raises:
-      ValueError: names every file that is missing, added or changed, in all processes.
+    Raises ValueError in all processes, with the name of every file that is missing, added or changed.
     """
     damage = lambda: checkpoint.find_damage(directory, select=own_share)  # noqa: E731
     problems = dict.fromkeys(itertools.chain(*barrier(f"verify/{next(_barriers)}", damage)))
@@ -111,10 +105,8 @@ def verify(directory) -> None:
 def latest(workdir, *, allow_older: bool = False, warn: Warn = warning) -> Path | None:
     """Return the directory of the newest step, verified; None if there is no step. All processes must call this.
 
-    Args:
-      allow_older: if the newest step is damaged, use the newest one that is not, and report this through `warn`.
-    Raises:
-      ValueError: the newest step is damaged, or with `allow_older` all are; names every damaged file.
+    With `allow_older`, a damaged step is reported through `warn`, and the newest one that is not damaged is used.
+    Raises ValueError, with the name of every damaged file, if the newest step is damaged, or with `allow_older` all.
     """
     existing, *_ = barrier(f"latest/{next(_barriers)}", lambda: steps(workdir))
     problems = []
@@ -149,17 +141,14 @@ def best(workdir) -> Path | None:
         raise ValueError(f"{path} is damaged ({e}): remove it, or pass the directory of a step") from None
     directory = step_directory(workdir, step)
     if not directory.is_dir():
-        raise ValueError(
-            f"{path} names step {step}, but {directory} does not exist: pass the directory of another step"
-        )
+        raise ValueError(f"{path} names step {step}, but {directory} does not exist: pass another step's directory")
     return directory
 
 
 def select_checkpoint(directory) -> Path:
     """Return `directory` if it is a checkpoint; if it is a run, its best step, or its newest without best.json.
 
-    Raises:
-      ValueError: the run has no step.
+    Raises ValueError if the run has no step.
     """
     directory = Path(directory)
     if (directory / checkpoint.DESCRIPTION).is_file() or not (directory / CHECKPOINTS).is_dir():

@@ -11,6 +11,7 @@ a full disk only if the program waits for it.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -20,6 +21,7 @@ import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TextIO
 
 import jax
 
@@ -36,6 +38,7 @@ SET_ASIDE = ".set-aside"
 _starts, _saves = itertools.count(), itertools.count()
 
 
+@dataclasses.dataclass(eq=False)
 class Saver:
     """Write the steps of a run directory. Every process of the run has a Saver and calls it in the same order.
 
@@ -49,53 +52,40 @@ class Saver:
     Frozen parameters are written with every step, so that a step needs no other. In the first stage of the paper, where
     the language model is frozen, they are 52.1 of 53.4 GB (float32).
 
-    Args:
-      workdir: created if it does not exist; locked (run_directory.Lock) until `close`.
-      config: of the run, JSON values; written to config.json now and to every step.
-      model: model sizes.
-      tokenizer: path of the SentencePiece model, which is copied to every step.
-      keep_last: number of newest steps to keep, at least 1.
-      keep_every: also keep steps that are divisible by this; 0 for none.
-      best: also keep the step with the lowest value of this metric; None for none.
-      timeout: seconds that processes wait for each other.
-      warn: called with lines for the user.
-    Raises:
-      ValueError: another process writes to the directory, or it cannot be written.
+    Raises ValueError if another process writes to the directory, or it cannot be written.
     """
 
-    def __init__(
-        self,
-        workdir,
-        *,
-        config: Mapping,
-        model: radfm.RadFMConfig,
-        tokenizer=None,
-        keep_last: int = 2,
-        keep_every: int = 0,
-        best: str | None = None,
-        timeout: float = 1800,
-        warn: Warn = run_directory.warning,
-    ):
-        if keep_last < 1 or keep_every < 0:
-            raise ValueError(f"checkpoint.keep_last is {keep_last} (at least 1), keep_every {keep_every} (at least 0)")
-        if tokenizer is not None and not Path(tokenizer).is_file():
-            raise ValueError(f"tokenizer {tokenizer} does not exist")
-        self.workdir, self.model, self.tokenizer = Path(workdir), model, tokenizer
-        self.config = json.loads(json.dumps(dict(config)))
-        self.keep_last, self.keep_every, self.best = keep_last, keep_every, best
-        self.timeout, self.warn = timeout, warn
-        self._lock: run_directory.Lock | None = None
+    workdir: Path  # created if it does not exist; locked (run_directory.lock) until `close`
+    _: dataclasses.KW_ONLY
+    config: Mapping  # of the run, JSON values; written to config.json now and to every step
+    model: radfm.RadFMConfig
+    tokenizer: str | Path | None = None  # SentencePiece model, which is copied to every step
+    keep_last: int = 2  # number of newest steps to keep, at least 1
+    keep_every: int = 0  # also keep steps that are divisible by this; 0 for none
+    best: str | None = None  # also keep the step with the lowest value of this metric
+    timeout: float = 1800  # seconds that processes wait for each other
+    warn: Warn = run_directory.warning  # called with lines for the user
+
+    def __post_init__(self):
+        for name, minimum in (("keep_last", 1), ("keep_every", 0)):
+            if (value := getattr(self, name)) < minimum:
+                raise ValueError(f"checkpoint.{name} is {value}, but must be at least {minimum}")
+        if self.tokenizer is not None and not Path(self.tokenizer).is_file():
+            raise ValueError(f"tokenizer {self.tokenizer} does not exist")
+        self.workdir, self.config = Path(self.workdir), json.loads(json.dumps(dict(self.config)))
+        self._directory = self.workdir / CHECKPOINTS
+        self._lock: TextIO | None = None
         self._thread: threading.Thread | None = None
         self._failure: SaveError | None = None
         self._closed = False
-        barrier(f"start/{next(_starts)}", self._start, timeout)
+        barrier(f"start/{next(_starts)}", self._start, self.timeout)
 
     def _start(self) -> None:
         if jax.process_index():
             return
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
-            self._lock = run_directory.Lock(self.workdir)
+            self._lock = run_directory.lock(self.workdir)
             write_json(self.workdir / CONFIG, self.config)
             fsync(self.workdir)
             remove_partial(self.workdir)
@@ -105,20 +95,15 @@ class Saver:
             self._release()
             raise ValueError(f"{e.filename or self.workdir} cannot be written: {e.strerror or e}") from e
 
-    @property
-    def _directory(self) -> Path:
-        return self.workdir / CHECKPOINTS
-
-    # --- saving -------------------------------------------------------------------------------------------------------
-
     def save(self, state: dict, data_state: dict, *, metrics: Mapping | None = None, wait: bool = False) -> None:
         """Wait for the previous save, and start to save a state.
 
+        An existing step with the number state["step"] is replaced. Later steps, which this run does not descend from,
+        are renamed and kept.
+
         Args:
-          state: of a training step; it may be donated when this returns. state["step"] names the directory. An existing
-            step of that name is replaced. Later steps, which this run does not descend from, are renamed and kept.
+          state: of a training step; it may be donated when this returns.
           data_state: of the row iterator at this step.
-          metrics: {name: number}.
           wait: return when the step is on disk.
         Raises:
           SaveError: the previous save failed, or this one could not start. ValueError: after `close`.
@@ -128,16 +113,13 @@ class Saver:
             raise ValueError(f"{self.workdir}: this Saver is closed")
         with jax.transfer_guard("allow"):
             metrics = {name: float(value) for name, value in (metrics or {}).items()}
-        writer = StepWriter(
-            self.workdir, state, next(_saves), model=self.model, tokenizer=self.tokenizer, timeout=self.timeout
-        )
+        writer = StepWriter(self.workdir, state, next(_saves), self.model, self.tokenizer, self.timeout)
         try:
             writer.start(data_state, metrics, self.config)
         except Exception as e:
             raise writer.failed(e) from e
-        self._thread = threading.Thread(
-            target=self._finish, args=(writer,), name=f"saving step {writer.step}", daemon=True
-        )
+        name = f"saving step {writer.step}"
+        self._thread = threading.Thread(target=self._finish, args=(writer,), name=name, daemon=True)
         _unfinished.add(self)
         self._thread.start()
         if wait:
@@ -163,8 +145,7 @@ class Saver:
 
     def _release(self) -> None:
         if self._lock is not None:
-            self._lock.release()
-            self._lock = None
+            self._lock.close()
 
     def __enter__(self) -> Saver:
         return self
@@ -190,8 +171,6 @@ class Saver:
                 f"step {writer.step} is saved at {writer.directory}, but cleaning up failed: {describe(e)}"
             )
             self._failure.__cause__ = e
-
-    # --- retention ----------------------------------------------------------------------------------------------------
 
     def _clean_up(self, step: int) -> None:
         """Set later steps aside, update best.json, and delete steps that need not be kept."""

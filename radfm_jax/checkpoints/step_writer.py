@@ -56,12 +56,10 @@ def recover_replaced(workdir: Path) -> None:
 class StepWriter:
     """Write one step; every process calls `start`, and then `finish` from a background thread.
 
-    Args:
-      number: counts the saves of this process; it makes the barrier keys unique.
-      timeout: seconds that processes wait for each other.
+    `number` counts the saves of this process and makes the barrier keys unique.
     """
 
-    def __init__(self, workdir: Path, state: dict, number: int, *, model: radfm.RadFMConfig, tokenizer, timeout: float):
+    def __init__(self, workdir: Path, state: dict, number: int, model: radfm.RadFMConfig, tokenizer, timeout: float):
         with jax.transfer_guard("allow"):
             self.step = int(state["step"])
         self.workdir, self.number, self.timeout = workdir, number, timeout
@@ -105,13 +103,10 @@ class StepWriter:
         source = {"training": self.workdir.absolute().name, "step": self.step}
         checkpoint.write_description(partial, "radfm", self._model.to_dict(), source=source)
         run = {
-            "step": self.step,
-            "metrics": metrics,
-            "processes": jax.process_count(),
-            "mesh": self._mesh and dict(self._mesh.shape),
-            "versions": {p: importlib.metadata.version(p) for p in PACKAGES},
-            "config": config,
-        }
+            "step": self.step, "metrics": metrics,
+            "processes": jax.process_count(), "mesh": self._mesh and dict(self._mesh.shape),
+            "versions": {p: importlib.metadata.version(p) for p in PACKAGES}, "config": config,
+        }  # fmt: skip
         write_json(partial / RUN, run)
         return partial.name
 
@@ -120,9 +115,8 @@ class StepWriter:
         for part, leaves in self._parts.items():
             tree = checkpoint.unflatten(leaves)
             # Uncompressed: compression makes float32 weights 7 % smaller and takes six times longer.
-            handler = ocp.PyTreeCheckpointHandler(
-                use_ocdbt=False, use_zarr3=True, use_compression=False, type_handler_registry=ARRAYS
-            )
+            options = {"use_ocdbt": False, "use_zarr3": True, "use_compression": False}
+            handler = ocp.PyTreeCheckpointHandler(**options, type_handler_registry=ARRAYS)
             self._handlers.append(handler)
             save_args = jax.tree.map(lambda x: ocp.SaveArgs(chunk_byte_size=checkpoint.CHUNK_BYTES), tree)
             args = ocp.args.PyTreeSave(tree, save_args=save_args)
@@ -145,11 +139,9 @@ class StepWriter:
         self._close()
 
     def _list(self) -> dict[str, int]:
-        """Return {name: bytes} of all files.
+        """Return {name: bytes} of all files. Raises FileNotFoundError if a chunk or another file is missing.
 
-        Raises:
-          FileNotFoundError: a chunk or another file is missing. tensorstore reports no error for
-            directories that are deleted during a save: it creates them again.
+        tensorstore reports no error for directories that are deleted during a save: it creates them again.
         """
         sizes = {name: p.stat().st_size for name, p in checkpoint.list_files(self._partial).items()}
         expected = [checkpoint.DESCRIPTION, RUN, *(f"{DATA}/{p}.json" for p in range(jax.process_count()))]

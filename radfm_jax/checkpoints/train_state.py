@@ -36,13 +36,9 @@ def split_state(state: dict) -> dict[str, dict]:
 def restore(directory, abstract: dict, *, verified: bool = False) -> dict:
     """Restore the state of a step bit-exactly onto any mesh and number of processes.
 
-    Args:
-      directory: of the step.
-      abstract: train_step.abstract_state's; every device reads the parts of arrays that its sharding assigns to it.
-      verified: skip the verification, because `run_directory.latest` just did it.
-    Raises:
-      ValueError: the directory is damaged; or lists every array that is missing, unexpected, or of another shape or
-        dtype.
+    `abstract` is of train_step.abstract_state: every device reads the parts of arrays that its sharding assigns to it.
+    With `verified` the files are not verified, because `run_directory.latest` just did it. Raises ValueError if the
+    directory is damaged, or lists all arrays that are missing, unexpected or different.
     """
     directory = Path(directory)
     if not verified:
@@ -56,28 +52,20 @@ def restore(directory, abstract: dict, *, verified: bool = False) -> dict:
             "these parameters, use init_from"
         )
     arrays = {part: read_arrays(directory / part, leaves) for part, leaves in parts.items()}
-    return jax.tree.unflatten(
-        jax.tree.structure(abstract), [arrays[part][name] for part, name, _ in _locations(abstract)]
-    )
+    leaves = [arrays[part][name] for part, name, _ in _locations(abstract)]
+    return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
 
 
 @dataclasses.dataclass(frozen=True)
 class Initialised:
-    """What `init_from` did.
-
-    Attributes:
-      loaded, new: paths of parameters that were read, and that the checkpoint does not have.
-      unused: paths in the checkpoint that the model does not have.
-      cast: path -> "bfloat16 -> float32".
-      sizes: settings that differ but change no shape: "llama.rope_theta is 1e4, was 5e5 in the checkpoint".
-    """
+    """What `init_from` did, by parameter path."""
 
     directory: Path
     loaded: tuple[str, ...]
-    new: tuple[str, ...]
-    unused: tuple[str, ...]
-    cast: dict[str, str]
-    sizes: tuple[str, ...]
+    new: tuple[str, ...]  # not in the checkpoint
+    unused: tuple[str, ...]  # in the checkpoint, but not in the model
+    cast: dict[str, str]  # path -> "bfloat16 -> float32"
+    sizes: tuple[str, ...]  # differ but change no shape: "llama.rope_theta is 1e4, was 5e5 in the checkpoint"
 
     def __str__(self) -> str:
         lines = [f"initialised from {self.directory}: {len(self.loaded)} arrays loaded, {len(self.new)} new"]
@@ -90,18 +78,16 @@ class Initialised:
         return "\n".join([*lines, *(f"  DIFFERS: {size}" for size in self.sizes)])
 
 
-def init_from(
-    directory, state: dict, model: radfm.RadFMConfig | None = None
-) -> tuple[dict[str, jax.Array], Initialised]:
+def init_from(directory, state: dict, model: radfm.RadFMConfig | None = None) -> tuple[dict, Initialised]:
     """Read parameters from a run (its best or newest step), a step, a converted RadFM, or a language model alone.
 
     Args:
       state: arrays or shapes (train_step.abstract_state); their dtypes and shardings apply to what is read.
-      model: model sizes to compare with those of the checkpoint.
+      model: sizes to compare with those of the checkpoint.
     Returns:
       ({path: array} for `train_step.init_state`, a report). No parameter ever exists unsharded.
     Raises:
-      ValueError: the directory is damaged; lists every shape that differs; or no parameter matches.
+      ValueError: the directory is damaged, shapes differ (lists all of them), or no parameter matches.
     """
     directory = run_directory.select_checkpoint(directory)
     run_directory.verify(directory)
@@ -120,35 +106,28 @@ def init_from(
                 for name, value in stored_sizes.items()
                 if name not in COMPUTATION and expected.get(part, {}).get(name) != value
             ]
-    report = Initialised(
-        directory,
-        tuple(loaded),
-        tuple(k for k in params if k not in stored),
-        tuple(k for k in stored if k not in params),
-        {k: f"{stored[k].dtype} -> {v.dtype}" for k, v in loaded.items() if stored[k].dtype != v.dtype},
-        tuple(sizes),
-    )
+    new, unused = (tuple(k for k in a if k not in b) for a, b in ((params, stored), (stored, params)))
+    cast = {k: f"{stored[k].dtype} -> {v.dtype}" for k, v in loaded.items() if stored[k].dtype != v.dtype}
+    report = Initialised(directory, tuple(loaded), new, unused, cast, tuple(sizes))
     return read_arrays(directory / PARAMS, loaded), report
 
 
-def data_state(directory, process: int | None = None) -> dict:
-    """Return the position of a process (default: this one) in its data.
+def data_state(directory) -> dict:
+    """Return the position of this process in its data.
 
     Between batches the position is equal in all processes, so a run with another number of processes can resume from
     it. Each process counts `lost` itself; such a run gets the maximum.
 
-    Raises:
-      ValueError: the directory has no such file, or the positions differ.
+    Raises ValueError if the directory has no such file, or the positions differ.
     """
     directory = Path(directory)
-    process = jax.process_index() if process is None else process
     try:
         count = json.loads((directory / RUN).read_text())["processes"]
         states = [json.loads((directory / DATA / f"{p}.json").read_text()) for p in range(count)]
     except FileNotFoundError as e:
         raise ValueError(f"{e.filename} does not exist: {directory} is not a step of a training run") from None
-    if count == jax.process_count() and process < count:
-        return states[process]
+    if count == jax.process_count():
+        return states[jax.process_index()]
     lost = max(s.get("lost", 0) for s in states)
     states = [{**s, "lost": lost} if "lost" in s else s for s in states]
     for other in states[1:]:

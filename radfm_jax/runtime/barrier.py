@@ -21,9 +21,8 @@ def barrier(key: str, work: Callable[[], T] = lambda: None, timeout: float = 180
     that is full on one machine would leave the others with a step they believe saved.
 
     Args:
-      key: name of this barrier, the same in every process; it must be unique.
+      key: unique name of this barrier, the same in every process.
       work: returns a JSON value.
-      timeout: seconds to wait for the other processes.
     Raises:
       Exception: what `work` raised in this process.
       ValueError, OSError: `work` failed only in other processes; names each process and its error. ValueError if all
@@ -36,7 +35,7 @@ def barrier(key: str, work: Callable[[], T] = lambda: None, timeout: float = 180
         result = {"value": work()}
     except Exception as e:
         result, failure = {"error": describe(e), "mistake": isinstance(e, ValueError)}, e
-    prefix = _prefix(key)
+    prefix = f"radfm_jax/{key}/"
     client.key_value_set(f"{prefix}{jax.process_index()}", json.dumps(result))
     client.wait_at_barrier(prefix[:-1], int(timeout * 1000))
     if failure is not None:
@@ -51,11 +50,7 @@ def barrier(key: str, work: Callable[[], T] = lambda: None, timeout: float = 180
 def forget(key: str) -> None:
     """Delete the results of finished barriers whose keys start with `key/` from the coordination service."""
     if jax.process_count() > 1:
-        compat.coordination_client().key_value_delete(_prefix(key))
-
-
-def _prefix(key: str) -> str:
-    return f"radfm_jax/{key}/"
+        compat.coordination_client().key_value_delete(f"radfm_jax/{key}/")
 
 
 def describe(e: BaseException) -> str:

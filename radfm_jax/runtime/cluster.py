@@ -18,19 +18,13 @@ class StartError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class ProcessInfo:
-    """One of several processes.
+    """One of several processes."""
 
-    Attributes:
-      coordinator: host:port on which process 0 listens.
-      source: what set these values: flags, the environment, or a kind of cluster.
-      devices: numbers of the local accelerators that this process uses; None for all.
-    """
-
-    coordinator: str
+    coordinator: str  # host:port on which process 0 listens
     processes: int
     process: int
-    source: str
-    devices: tuple[int, ...] | None = None
+    source: str  # what set these values: flags, the environment, or a kind of cluster
+    devices: tuple[int, ...] | None = None  # numbers of the local accelerators that this process uses; None for all
 
     @property
     def address(self) -> tuple[str, int]:
@@ -52,22 +46,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--coordinator", metavar="HOST:PORT", help="a free port on the machine of process 0")
     group.add_argument("--processes", type=int, metavar="N", help="number of processes; 1 disables cluster detection")
     group.add_argument("--process", type=int, metavar="I", help="number of this process, from 0")
-    group.add_argument(
-        "--start-timeout", type=float, default=120, metavar="S",
-        help="seconds to wait until all processes have started (default %(default)s)",
-    )  # fmt: skip
-    group.add_argument(
-        "--peer-timeout", type=float, default=15, metavar="S",
-        help="seconds without a heartbeat after which a process is considered lost (default %(default)s)",
-    )  # fmt: skip
+    for name, seconds, text in (
+        ("--start-timeout", 120, "seconds to wait until all processes have started"),
+        ("--peer-timeout", 15, "seconds without a heartbeat after which a process is considered lost"),
+    ):
+        group.add_argument(name, type=float, default=seconds, metavar="S", help=f"{text} (default %(default)s)")
 
 
 def process_info(args: argparse.Namespace, environ: Mapping[str, str] = os.environ) -> ProcessInfo | None:
     """Return which process this is; None if it is the only one.
 
-    Raises:
-      ValueError: flags or variables are incomplete or invalid.
-      StartError: a cluster was detected, but not its coordinator.
+    Raises ValueError if flags or variables are incomplete or invalid, StartError if a cluster has no coordinator.
     """
     values = {name: getattr(args, name) for name in VARIABLES}
     sources = {name: "flags" for name, value in values.items() if value is not None}
@@ -97,7 +86,7 @@ def process_info(args: argparse.Namespace, environ: Mapping[str, str] = os.envir
 def _detect(environ: Mapping[str, str], timeout: float) -> ProcessInfo | None:
     """Return what JAX detects if the environment announces several processes, otherwise None.
 
-    Otherwise JAX is not called: its detection may wait for a metadata server that a laptop does not have.
+    Without a sign of them JAX is not called: it may wait for a metadata server that a laptop does not have.
     """
     announced = {
         "Open MPI": environ.get("OMPI_COMM_WORLD_SIZE", "1") != "1" or "OMPI_MCA_orte_hnp_uri" in environ,

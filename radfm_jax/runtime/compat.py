@@ -23,10 +23,7 @@ def coordination_client():
 
 
 def connect(coordinator: str, process: int, processes: int, *, timeout: float, heartbeat: int) -> None:
-    """Connect this process to a coordination service that is already running.
-
-    Waits for an option of `jax.distributed.initialize` that does not start the service inside process 0.
-    """
+    """Connect to a running coordination service. Waits for a `jax.distributed.initialize` that does not start one."""
     from jax._src import distributed
     from jax._src.lib import _jax
 
@@ -42,27 +39,17 @@ def connect(coordinator: str, process: int, processes: int, *, timeout: float, h
 
 
 def start_coordination_service(address: str, processes: int, *, timeout: int, heartbeat: int):
-    """Start the coordination service in this process and return it; it stops when it is garbage collected.
-
-    Waits for a public way to start the service outside process 0.
-    """
+    """Return a running coordination service; it ends with the object. Waits for a public way outside process 0."""
     from jaxlib import _jax
 
     return _jax.get_distributed_runtime_service(
-        address,
-        processes,
-        heartbeat_timeout=heartbeat,
-        cluster_register_timeout=timeout,
-        shutdown_timeout=30,
+        address, processes, heartbeat_timeout=heartbeat, cluster_register_timeout=timeout, shutdown_timeout=30,
         recoverable=True,  # otherwise JAX aborts all processes when one is lost
-    )
+    )  # fmt: skip
 
 
 def detect_cluster(devices: Sequence[int] | None, timeout: float) -> tuple:
-    """Return (coordinator, processes, process, devices) as JAX detects them from the cluster's environment.
-
-    Waits for a public function that detects a cluster without connecting to it.
-    """
+    """Return (coordinator, processes, process, devices) as JAX detects them. Waits for a public way to do so."""
     from jax._src import clusters
 
     return clusters.ClusterEnv.auto_detect_unset_distributed_params(None, None, None, devices, None, int(timeout))

@@ -10,10 +10,9 @@ log_file: Console | None = None  # set when a run has several processes; gets th
 
 
 def log(*items, bar: bool = False) -> None:
-    """Print strings or rich tables. Square brackets in strings are printed as they are, not read as markup.
+    """Print strings or rich tables; with `bar`, not to a terminal, where a progress bar shows the same.
 
-    Args:
-      bar: a progress bar shows the same, so a terminal gets nothing.
+    Square brackets in strings are printed as they are, not read as markup.
     """
     for console in (stderr, log_file):
         if console is not None and not (bar and console.is_terminal):

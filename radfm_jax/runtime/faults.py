@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import faulthandler
 import os
 import signal
@@ -56,27 +57,21 @@ class Stop:
         return self.signal is not None
 
 
+@dataclasses.dataclass(eq=False)
 class Watchdog:
     """End the process and dump the stacks of all threads when `alive` was not called for `seconds`.
 
     This catches a peer that is alive but stuck, for which a collective waits forever. The process ends without
     clean-up, which would wait as well.
-
-    Args:
-      files: receive the stacks; default: standard error.
-      leave: called with an exit code and the reason; must end the process.
     """
 
-    def __init__(
-        self,
-        seconds: float,
-        files: Sequence[TextIO] = (),
-        leave: Callable[[int, str], None] = lambda code, _: os._exit(code),
-    ):
-        self.seconds, self._files, self._leave = seconds, files, leave
+    seconds: float
+    files: Sequence[TextIO] = ()  # receive the stacks; default: standard error
+    leave: Callable[[int, str], None] = lambda code, _: os._exit(code)  # gets the reason too; must end the process
+
+    def __post_init__(self):
         self._last, self._task = time.monotonic(), "starting"
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
 
     def alive(self, task: str) -> None:
         """Reset the timer; `task` is what the process does next."""
@@ -87,15 +82,15 @@ class Watchdog:
             silent = time.monotonic() - self._last
             if silent > self.seconds:
                 reason = f"stuck: {self._task} has taken {silent:.0f} s (train.step_timeout is {self.seconds:g})"
-                files = self._files or [sys.stderr]
+                files = self.files or [sys.stderr]
                 for file in files:
                     print(f"{reason}; stacks:", file=file, flush=True)
                 dump_stacks(*files)
-                self._leave(STUCK, reason)
+                self.leave(STUCK, reason)
                 return
 
     def __enter__(self) -> Watchdog:
-        self._thread.start()
+        threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
         return self
 
     def __exit__(self, *_) -> None:

@@ -6,9 +6,8 @@ Two threads in every process talk to the others through the coordination service
     news/stop           a process got SIGTERM or Ctrl-C              -> all agree on the step after which they stop
     news/failed/P       process P ends with an exception             -> all exit with its code
 
-The service knows which processes live from heartbeats that JAX sends from C++. A library that holds the interpreter
-lock for a while (loading a large extension, initialising accelerators) does not silence them, so the check is not done
-with heartbeats from Python.
+JAX sends the heartbeats from C++. A Python thread would miss them while a library holds the interpreter lock (loading
+a large extension, initialising accelerators).
 
 A collective waits forever for a process that is gone, and so does clean-up: a failing process exits with os._exit.
 JAX alone reports a lost process only through a failing collective, and never a signal or an exception of another one.
@@ -17,6 +16,7 @@ JAX alone reports a lost process only through a failing collective, and never a 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import subprocess
@@ -36,33 +36,24 @@ SHUTDOWN_TIMEOUT = 30.0  # seconds that process 0 waits for the others to discon
 ROOT = "radfm_jax/peers"
 
 
+@dataclasses.dataclass(eq=False)
 class Peers:
     """The other processes of a run. Without any, this class starts no thread and never waits.
 
     with peers:
         with peers.abort_on_error():      # innermost, so that an exception ends all before clean-up waits for them
             ... if peers.stopping(): ...
-
-    Args:
-      stop: set by signals.
-      timeout: seconds without a heartbeat after which a process is considered lost; the service uses the same.
-      service: the coordination service, in process 0.
-      log: of this process; the reason for an early end is written there too.
     """
 
-    def __init__(
-        self,
-        stop: faults.Stop,
-        process: int = 0,
-        processes: int = 1,
-        timeout: float = 15.0,
-        *,
-        service: subprocess.Popen | None = None,
-        log: TextIO | None = None,
-    ):
-        self.stop, self.process, self.processes, self.timeout = stop, process, processes, timeout
+    stop: faults.Stop  # set by signals
+    process: int = 0
+    processes: int = 1
+    timeout: float = 15.0  # seconds without a heartbeat until a process is considered lost; the service uses the same
+    service: subprocess.Popen | None = None  # the coordination service, in process 0
+    log: TextIO | None = None  # of this process; the reason for an early end is written there too
+
+    def __post_init__(self):
         self.stopped_by = ""
-        self._service, self._log = service, log
         self._count_lock = threading.Lock()  # held while the processes agree on the step after which they stop
         self._agreeing, self._count, self._stop_after = False, 0, None
         # None; "unclear": a collective failed, probably because of another process; "published".
@@ -73,10 +64,8 @@ class Peers:
             threading.Thread(target=target, daemon=True, name=name)
             for target, name in ((self._watch_news, "news of peers"), (self._watch_liveness, "liveness of peers"))
         ]
-        for thread in self._threads if processes > 1 else ():
+        for thread in self._threads if self.processes > 1 else ():
             thread.start()
-
-    # --- for the training loop ----------------------------------------------------------------------------------------
 
     def stopping(self) -> bool:
         """Return whether any process got a signal to stop. All processes must call this the same number of times.
@@ -114,9 +103,7 @@ class Peers:
     @property
     def files(self) -> list[TextIO]:
         """The files that get the reason for an early end: the console, and in process 0 also its log."""
-        return [sys.stderr, *([self._log] if self._log is not None and self.process == 0 else [])]
-
-    # --- shutdown -----------------------------------------------------------------------------------------------------
+        return [sys.stderr, *([self.log] if self.log is not None and self.process == 0 else [])]
 
     def __enter__(self) -> Peers:
         return self
@@ -138,14 +125,14 @@ class Peers:
         self._done.set()  # only after the barrier: until then another process may wait for this one's count
         self._threads[0].join(5)
         alone = threading.Event()
-        if self._service is not None:
+        if self.service is not None:
             threading.Thread(target=self._await_disconnects, args=(alone,), daemon=True, name="disconnects").start()
             alone.wait(SHUTDOWN_TIMEOUT)
         jax.distributed.shutdown()
         # JAX would abort processes that are still connected when the service ends; then it ends by itself later.
         if alone.is_set():
-            self._service.kill()
-            self._service.communicate()
+            self.service.kill()
+            self.service.communicate()
 
     def _await_disconnects(self, alone: threading.Event) -> None:
         """Set `alone` when this is the only connected process."""
@@ -156,8 +143,6 @@ class Peers:
                     alone.set()
                     return
             time.sleep(0.05)
-
-    # --- a failure of this process ------------------------------------------------------------------------------------
 
     def _abort_unless_common(self, e: BaseException) -> None:
         code, trace = faults.exit_code(e), "".join(traceback.format_exception(e))
@@ -191,12 +176,10 @@ class Peers:
             print((show_cursor if file is sys.stderr else "") + text.rstrip(), file=file, flush=True)
 
     def _exit(self, code: int) -> None:
-        for stream in (sys.stdout, sys.stderr, self._log):
+        for stream in (sys.stdout, sys.stderr, self.log):
             if stream is not None:
                 stream.flush()
         os._exit(code)
-
-    # --- threads ------------------------------------------------------------------------------------------------------
 
     def _watch_liveness(self) -> None:
         everyone, last_reached = list(range(self.processes)), time.monotonic()

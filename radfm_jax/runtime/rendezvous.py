@@ -1,4 +1,4 @@
-"""The rendezvous of all processes before JAX connects them: is every process there, and do all run the same?
+"""The rendezvous before JAX connects the processes: all of them have started, and all run the same.
 
 Each process sends its number and the properties of its run to process 0 as one line of JSON, and gets the same answer.
 They use a plain socket on the port that the coordination service takes over afterwards. JAX alone cannot report which
@@ -69,16 +69,12 @@ def _list(processes: list[int]) -> str:
 
 
 def rendezvous(info: ProcessInfo, properties: dict, timeout: float, stop=()) -> None:
-    """Return when all processes have connected and run the same.
+    """Return when all processes have connected and run the same, according to their `run_properties`.
 
-    Args:
-      properties: of `run_properties`.
-      timeout: seconds from now.
-      stop: true after a signal to end the process.
     Raises:
       StartError: processes are missing, or have a wrong number or count. Every process that connected raises it.
       ValueError: properties differ; every process raises it.
-      InterruptedError: `stop` became true.
+      InterruptedError: `stop` became true, after a signal.
     """
     meeting = _Rendezvous(info, properties, timeout, stop)
     answer = asyncio.run(meeting.join() if info.process else meeting.lead())
@@ -100,8 +96,6 @@ class _Rendezvous:
         self.hellos: dict[int, dict] = {0: self.hello}
         self.readers: dict[int, asyncio.StreamReader] = {}
 
-    # --- process 0 ----------------------------------------------------------------------------------------------------
-
     async def lead(self) -> dict:
         """Collect the hellos of all processes and send every one the same answer."""
         answer, writers = asyncio.get_running_loop().create_future(), []
@@ -112,8 +106,7 @@ class _Rendezvous:
                 writer.close()  # not a process of this project
                 return
             writers.append(writer)
-            result = self._add(hello, reader)
-            if result:
+            if result := self._add(hello, reader):
                 answer.set_result(result)
 
         server = await self._listen(on_connection)
@@ -170,8 +163,6 @@ class _Rendezvous:
         if lines := differences({p: hello.get("properties", {}) for p, hello in hellos.items()}):
             return {"same": "the processes do not run the same:\n  " + "\n  ".join(lines)}
         return {"ok": True}
-
-    # --- the other processes ------------------------------------------------------------------------------------------
 
     async def join(self) -> dict:
         """Send this process's hello to process 0 and return its answer."""

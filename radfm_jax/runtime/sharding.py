@@ -17,16 +17,10 @@ BATCH = ("data", "fsdp")
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": BATCH,
-    "embed": "fsdp",
-    "patch": "fsdp",
-    "bias": "fsdp",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "mlp": "tensor",
-    "vocab": "tensor",
-    "head_dim": None,
-    "layers": None,
-}
+    "embed": "fsdp", "patch": "fsdp", "bias": "fsdp",
+    "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor", "vocab": "tensor",
+    "head_dim": None, "layers": None,
+}  # fmt: skip
 
 
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, slices: int = 1, devices=None) -> Mesh:
@@ -36,8 +30,6 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, slices: int = 1
       data, fsdp, tensor: axis sizes; at most one may be -1, which takes the remaining devices.
       slices: number of TPU slices (or groups of GPU nodes) joined by a slow network. It must divide `data`.
         `data=2, fsdp=256, slices=2` is two slices of 256 chips.
-    Raises:
-      ValueError: the sizes do not multiply to the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = [data, fsdp, tensor]
@@ -48,9 +40,7 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, slices: int = 1
     if -1 in sizes and len(devices) % known == 0:
         sizes[sizes.index(-1)] = len(devices) // known
     if int(np.prod(sizes)) != len(devices):
-        raise ValueError(
-            f"mesh {requested} does not fit {len(devices)} devices: the product of the sizes must equal their number"
-        )
+        raise ValueError(f"mesh {requested} does not fit {len(devices)} devices: their number must be its product")
     if slices < 1 or sizes[0] % slices:
         raise ValueError(f"mesh {requested}: data must be a multiple of the {slices} slices")
     if slices == 1:
@@ -65,25 +55,18 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, slices: int = 1
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-# --- parameters -------------------------------------------------------------------------------------------------------
-
-
 def spec(names: tuple[str | None, ...], what: str = "array") -> PartitionSpec:
     """Return the PartitionSpec of logical axis names.
 
-    Raises:
-      ValueError: an unknown name, or one mesh axis for two dimensions; names `what`. Linen would silently leave the
-        first unsharded and drop the second.
+    Raises ValueError, with `what` in it, for an unknown name or one mesh axis for two dimensions. Linen would silently
+    leave the first unsharded and drop the second.
     """
     unknown = [n for n in names if n is not None and n not in RULES]
     if unknown:
-        raise ValueError(
-            f"{what}: logical axis {unknown} is not in radfm_jax.runtime.sharding.RULES ({', '.join(RULES)})"
-        )
+        raise ValueError(f"{what}: logical axis {unknown} is not in runtime.sharding.RULES ({', '.join(RULES)})")
     axes = [RULES[n] if n is not None else None for n in names]
     used = [a for axis in axes if axis is not None for a in ((axis,) if isinstance(axis, str) else axis)]
-    twice = {a for a in used if used.count(a) > 1}
-    if twice:
+    if twice := {a for a in used if used.count(a) > 1}:
         raise ValueError(f"{what}: axes {names} map two dimensions of one array to mesh axis {sorted(twice)}")
     return PartitionSpec(*axes)
 
@@ -93,11 +76,11 @@ def param_specs(boxed) -> dict:
 
     def spec_of(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if not isinstance(leaf, nn.Partitioned):
+        if not _is_box(leaf):
             raise ValueError(f"parameter {name} has no logical axes: create it with nn.with_logical_partitioning")
         return spec(leaf.names, name)
 
-    return jax.tree_util.tree_map_with_path(spec_of, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+    return jax.tree_util.tree_map_with_path(spec_of, boxed, is_leaf=_is_box)
 
 
 def param_shardings(boxed, mesh: Mesh | AbstractMesh) -> tuple[dict, dict[str, str]]:
@@ -122,12 +105,11 @@ def param_shardings(boxed, mesh: Mesh | AbstractMesh) -> tuple[dict, dict[str, s
             notes[name] = "; ".join(reasons)
         return NamedSharding(mesh, PartitionSpec(*axes))
 
-    is_box = lambda x: isinstance(x, nn.Partitioned)  # noqa: E731
-    shardings = jax.tree_util.tree_map_with_path(sharding_of, boxed, param_specs(boxed), is_leaf=is_box)
-    return shardings, notes
+    return jax.tree_util.tree_map_with_path(sharding_of, boxed, param_specs(boxed), is_leaf=_is_box), notes
 
 
-# --- activations and batches ------------------------------------------------------------------------------------------
+def _is_box(x) -> bool:
+    return isinstance(x, nn.Partitioned)
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
