@@ -31,18 +31,13 @@ _REMEDY = "see docs/data_layouts.md"
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class JSONL(TableDataset):
-    """JSON Lines in the schema at the top of this module.
-
-    Attributes:
-      tasks: use rows of these tasks only; () for all. This gives parts of one file different weights.
-      ids: use rows whose id matches one of these glob patterns only (`*-side`); () for all.
-    """
+    """JSON Lines in the schema at the top of this module."""
 
     name = "jsonl"
     layout = "jsonl"
 
-    tasks: tuple[str, ...] = ()
-    ids: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()  # use rows of these tasks only; () for all. So parts of one file have own weights
+    ids: tuple[str, ...] = ()  # use rows whose id matches one of these glob patterns only (`*-side`); () for all
 
     def __post_init__(self):
         if unknown := [task for task in self.tasks if task not in TASKS]:

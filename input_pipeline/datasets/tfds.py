@@ -14,18 +14,15 @@ from input_pipeline.samples import RowError
 class TFDS(JSONL):
     """Rows of `tfds.builder_from_directory(root / table)`; scans are paths below the root.
 
-    Only the features of the schema are decoded; voxels in the records are not.
-
-    Attributes:
-      table: the directory of the version, with dataset_info.json and features.json.
-      split: a split of the data set, with slices as in TFDS: `train[:60%]`. Required.
-      columns: key of the schema -> feature of the data set, e.g. {"instruction": "question"}.
-      constants: key of the schema -> a value for every row, e.g. {"task": "vqa"}. The default id is the row number.
+    `table` is the directory of the version, with dataset_info.json and features.json. `split` is required and may have
+    slices as in TFDS, `train[:60%]`. Only the features of the schema are decoded; voxels in the records are not.
     """
 
     name = "tfds"
 
+    # key of the schema -> feature of the data set, e.g. {"instruction": "question"}
     columns: dict[str, str] = dataclasses.field(default_factory=dict)
+    # key of the schema -> a value for every row, e.g. {"task": "vqa"}; the default id is the row number
     constants: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def _stream(self):
