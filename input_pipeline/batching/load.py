@@ -40,11 +40,6 @@ class RowLoader:
     """The opened data of one split: measures samples, plans windows and loads rows.
 
     Each method is a pure function of the config, the epoch and the samples, so any worker of any host can run it.
-
-    Attributes:
-      names: of the sources, in the order of the mixture.
-      good: for each source the rows that are not in quarantine.
-      starts: for each source the number of its first sample in the mixture.
     """
 
     def __init__(self, config: DataConfig, split: str, training: bool):
@@ -63,8 +58,9 @@ class RowLoader:
         self.index = Index(config.index)
         self.index.check(sources)
         self.datasets = open_sources(config, split)
-        self.names = list(self.datasets)
-        self.good = [self._good_rows(name) for name in self.names]
+        self.names = list(self.datasets)  # in the order of the mixture
+        self.good = [self._good_rows(name) for name in self.names]  # the rows of each source that are not in quarantine
+        # The number of each source's first sample in the mixture.
         self.starts = np.concatenate([[0], np.cumsum([len(good) for good in self.good])])
         self.shown = {}
         if config.shuffle_scans:
@@ -126,8 +122,6 @@ class RowLoader:
             },
         }
 
-    # --- samples and windows ---
-
     def _sample(self, number: int, epoch: int) -> tuple[str, Sample, Encoded]:
         """Return source, sample and tokens of a number in the mixture. Raises RowError."""
         source = int(np.searchsorted(self.starts, number, side="right")) - 1
@@ -179,8 +173,6 @@ class RowLoader:
         return plan_window(
             samples, sizes, config.limits, rng_key, share_scans=config.share_scans, mode=config.preprocess
         )
-
-    # --- rows ---
 
     def load(self, planned: PlannedRow, epoch: int, window: int, row: int) -> tuple[dict[str, np.ndarray], RowInfo]:
         """Load and collate a row.
