@@ -64,10 +64,8 @@ class RowLoader:
         self.starts = np.concatenate([[0], np.cumsum([len(good) for good in self.good])])
         self.shown = {}
         if config.shuffle_scans:
-            self.shown = {
-                name: rows_shown(name, self.datasets[name], good, config.seed)
-                for name, good in zip(self.names, self.good, strict=True)
-            }
+            for name, good in zip(self.names, self.good, strict=True):
+                self.shown[name] = rows_shown(name, self.datasets[name], good, config.seed)
         self.scans = self.index.scans(sources)
         self._check_channels()
         self.tokenizer = tokenizer_of(config)
@@ -139,10 +137,8 @@ class RowLoader:
             counts.append(len(encoded.scans))
             sizes += self._sizes_of_scans(name, sample, encoded)
         scan_numbers, patches, planes = np.array(sizes, np.int64).reshape(-1, 3).T
-        token_counts, scan_counts, patches, planes = (
-            np.array(numbers, np.int32) for numbers in (tokens, counts, patches, planes)
-        )
-        return SampleSizes(token_counts, scan_counts, scan_numbers, patches, planes)
+        tokens, counts, patches, planes = (np.array(numbers, np.int32) for numbers in (tokens, counts, patches, planes))
+        return SampleSizes(tokens, counts, scan_numbers, patches, planes)
 
     def _sizes_of_scans(self, name: str, sample: Sample, encoded: Encoded) -> list[tuple[int, int, int]]:
         """Return (number, patches, planes) of each scan of a sample."""

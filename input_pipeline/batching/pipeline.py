@@ -110,7 +110,6 @@ class Rows(grain.IterDataset):
         self._shuffled: tuple[int, np.ndarray] | None = None  # the latest epoch and its samples
 
     def __iter__(self) -> RowIterator:
-        """Return an iterator at the first row."""
         return RowIterator(self)
 
     def prefetch_plan(self, state: dict[str, Any] | None = None) -> None:

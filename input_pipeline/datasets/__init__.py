@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from input_pipeline.datasets.base import Dataset, sample_rng
+from input_pipeline.datasets.base import TableDataset as Dataset
+from input_pipeline.datasets.base import sample_rng
 from input_pipeline.datasets.diagnosis import AnyDiagnosis, CXRMix, VinDrMammo, VinDrPCXR, VinDrSpineXR
 from input_pipeline.datasets.jsonl import JSONL
 from input_pipeline.datasets.mpx import MPxMulti, MPxQuestions, MPxSingle

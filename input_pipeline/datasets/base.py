@@ -11,7 +11,7 @@ import pathlib
 import re
 from array import array
 from collections.abc import Iterator
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import numpy as np
 
@@ -25,21 +25,6 @@ from input_pipeline.samples import RowError, Sample, Scan, Task, Text
 _STUDY = re.compile(
     r"(PMC\d+)|(?:^|/)(p\d{8})(?:/|$)|(patient\d+)|(MPX\d+)|(?:^|/)(\d{8})_\d{3}\.(?:png|jpe?g)$", re.IGNORECASE
 )
-
-
-class Dataset(Protocol):
-    """What the pipeline needs of a data set. Row i is a pure function of the table, i and the generator passed in."""
-
-    name: str
-    root: pathlib.Path
-    fraction: float
-
-    def __len__(self) -> int: ...
-    def row_id(self, i: int) -> str: ...
-
-    def number(self, i: int) -> int | None: ...
-    def sample(self, i: int, rng: np.random.Generator) -> Sample: ...
-    def scans(self, i: int) -> tuple[Scan, ...]: ...
 
 
 def sample_rng(seed: int, epoch: int, dataset: str, row_id: str) -> np.random.Generator:
@@ -114,7 +99,8 @@ class TableDataset(abc.ABC):
     """A data set whose rows are in one CSV or JSON file.
 
     A family names the columns that it needs. `parse` turns a row into a compact value, once, when the table is read.
-    `parts` turns the value into the parts of a sample, in each epoch. The values are on disk (store.py).
+    `parts` turns the value into the parts of a sample, in each epoch. The values are on disk (store.py). Sample i is a
+    pure function of the table, i and the generator passed in.
 
     Raises:
       RowError, TableError: see `quarantine`; a table without a single good row always raises.

@@ -32,22 +32,18 @@ def _records(text: Iterable[str]) -> Iterator[tuple[int, list[str], str]]:
     first, reader = 1, csv.reader(lines())
     while True:
         # The end of a record must not depend on the length of its cells: `Row` checks the length later.
-        limit = csv.field_size_limit(sys.maxsize)
+        limit, problem = csv.field_size_limit(sys.maxsize), ""
         try:
             cells = next(reader, None)
+            if any('"' in line for line in raw):
+                try:
+                    next(csv.reader(raw, strict=True))
+                except csv.Error as error:
+                    problem = str(error)
         finally:
             csv.field_size_limit(limit)
         if cells is None:
             return
-        problem = ""
-        if any('"' in line for line in raw):
-            limit = csv.field_size_limit(sys.maxsize)
-            try:
-                next(csv.reader(raw, strict=True))
-            except csv.Error as error:
-                problem = str(error)
-            finally:
-                csv.field_size_limit(limit)
         yield first, cells, problem
         first += len(raw)
         raw.clear()

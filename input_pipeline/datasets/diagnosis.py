@@ -9,6 +9,7 @@ that is not among the image's labels and cannot be implied by one of them (disea
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import re
 from typing import ClassVar, Literal
@@ -165,14 +166,12 @@ class Diagnosis(TableDataset):
         question whose answer is no. To compensate, images with diseases are answered yes more often, or the others
         are asked yes/no questions less often.
         """
-        counts: dict[str, float] = {}
-        names: dict[str, str] = {}
+        counts, names = collections.Counter(), {}
         for _, labels in self._rows:
             for label in self._positives(labels):
-                key = diseases.canonical(label)
-                counts[key] = counts.get(key, 0.0) + 1.0
-                names.setdefault(key, label)
-        self._names, self._counts = [names[k] for k in counts], np.array(list(counts.values()))
+                counts[diseases.canonical(label)] += 1
+                names.setdefault(diseases.canonical(label), label)
+        self._names, self._counts = list(names.values()), np.array(list(counts.values()), float)
         self._pools: dict[tuple[str, ...], tuple[tuple[str, ...], np.ndarray]] = {}
         # Images that allow both answers, only yes (the table has no safe "no"), or only no.
         both = yes = no = 0

@@ -100,8 +100,7 @@ def modalities(label: str) -> frozenset[str]:
     "CT - noncontrast" -> {CT}; "MR - T2W FLAIR" -> {MRI}; "Angiography (DSA)" -> {angiography}; "PET-CT" -> {PET-CT}
     """
     words = re.sub(r"[^a-z0-9]+", " ", label.lower()).split()
-    exact = _LOOKUP.get(" ".join(words))
-    if exact:
+    if exact := _LOOKUP.get(" ".join(words)):
         return frozenset({exact})
     # Short forms like "an", "be" or "en" are also English words: they count alone or as a prefix, "AN - aortogram".
     prefix = re.match(r"\s*([A-Za-z]{2})\s*[-:(/,]", label)

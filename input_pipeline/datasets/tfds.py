@@ -28,8 +28,7 @@ class TFDS(JSONL):
     def _stream(self):
         if not self.split:
             raise ValueError("tfds: split is required, e.g. split='train'")
-        unknown = sorted((self.columns.keys() | self.constants.keys()) - set(KEYS))
-        if unknown:
+        if unknown := sorted((self.columns.keys() | self.constants.keys()) - set(KEYS)):
             raise ValueError(f"tfds: unknown keys {', '.join(unknown)}; known: {', '.join(KEYS)}")
         # The import takes seconds, and no other family needs it.
         import tensorflow_datasets as tfds
@@ -46,9 +45,7 @@ class TFDS(JSONL):
                 reason = f"features {', '.join(missing or ['scans'])} are missing; it has {', '.join(sorted(features))}"
                 raise RowError(self.file, 0, reason, "map them with `columns`")
             # Data sources do not accept a PartialDecoding: read raw records and decode only these features.
-            selected = tfds.features.FeaturesDict(
-                {feature: builder.info.features[feature] for feature in names.values()}
-            )
+            selected = tfds.features.FeaturesDict({name: builder.info.features[name] for name in names.values()})
             source = builder.as_data_source(self.split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
         except RowError:
             raise
