@@ -43,10 +43,8 @@ class RowLoader:
     """
 
     def __init__(self, config: DataConfig, split: str, training: bool):
-        """Open the tables, the index, the tokenizer and the medical terms.
+        """Open the tables, the index, the tokenizer and the medical terms. `training` crops and flips at random.
 
-        Args:
-          training: apply random crops and flips.
         Raises:
           ValueError: the split has no source, the index does not match the tables or the records, or the config
             promises gray scans and the data have colour.

@@ -68,10 +68,9 @@ def stream_csv(file: pathlib.Path, required, optional=()) -> tuple[list[str], It
       RowError: row 0 for the header, at once; later the row whose quote stays open until the end of the file.
     """
     records = _records(read_lines(file))
-    try:
-        _, cells, problem = next(records)
-    except StopIteration:
-        raise RowError(file, 0, "the table is empty", f"required columns: {', '.join(required)}") from None
+    _, cells, problem = next(records, (0, None, ""))
+    if cells is None:
+        raise RowError(file, 0, "the table is empty", f"required columns: {', '.join(required)}")
     if problem:
         raise RowError(file, 0, f"the header cannot be read: {problem}", "correct the quotes of the first line")
     header = [name.strip() for name in cells]

@@ -145,11 +145,8 @@ def scans_of_row(row: Row) -> tuple[Scan, ...]:
 def _scan(row: Row, value) -> Scan:
     if isinstance(value, str):
         value = {"path": value}
-    if (
-        not isinstance(value, dict)
-        or not isinstance(value.get("path"), str)
-        or value.keys() - {"path", "volume", "window"}
-    ):
+    has_path = isinstance(value, dict) and isinstance(value.get("path"), str)
+    if not has_path or value.keys() - {"path", "volume", "window"}:
         raise row.error(f"scan {str(value)[:60]!r} must be a path or {{path, volume, window}}", _REMEDY)
     volume, window = value.get("volume"), value.get("window")
     if volume is not None and (type(volume) is not int or volume < 0):
