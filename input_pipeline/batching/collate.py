@@ -19,54 +19,35 @@ from input_pipeline.text.tokens import Encoded
 
 @dataclasses.dataclass(frozen=True)
 class ScanPlanes:
-    """A scan cut into planes. A voxel is plane * scale + offset.
+    """A scan cut into planes. A voxel is plane * scale + offset."""
 
-    Attributes:
-      planes: [m, h, w], distinct planes.
-      plane_index: int32[n, slices, channels], the planes of each patch.
-      positions: int32[n, 3].
-    """
-
-    planes: np.ndarray
-    plane_index: np.ndarray
-    positions: np.ndarray
+    planes: np.ndarray  # [m, h, w], distinct planes
+    plane_index: np.ndarray  # int32[n, slices, channels], the planes of each patch
+    positions: np.ndarray  # int32[n, 3]
     scale: float = 1.0
     offset: float = 0.0
 
     @classmethod
     def of(cls, volume: Volume) -> ScanPlanes:
-        """Cut a volume into planes."""
         return cls(*planes(volume), patch_positions(patch_grid(volume.shape)), volume.scale, volume.offset)
 
 
 @dataclasses.dataclass(frozen=True)
 class LoadedRow:
-    """The samples and scans of a row.
+    """The samples and scans of a row. A planned slot without a scan stays empty; its samples lose their weights."""
 
-    Attributes:
-      samples: in the order of their segments.
-      slots: for each sample the slots of its `scans`.
-      vision_rows: slot -> vision row.
-      scans: slot -> scan. A planned slot without a scan stays empty; samples that show it lose their weights.
-    """
-
-    samples: Sequence[Encoded] = ()
-    slots: Sequence[Sequence[int]] = ()
-    vision_rows: Mapping[int, int] = dataclasses.field(default_factory=dict)
-    scans: Mapping[int, ScanPlanes] = dataclasses.field(default_factory=dict)
+    samples: Sequence[Encoded] = ()  # in the order of their segments
+    slots: Sequence[Sequence[int]] = ()  # for each sample the slots of its `scans`
+    vision_rows: Mapping[int, int] = dataclasses.field(default_factory=dict)  # slot -> vision row
+    scans: Mapping[int, ScanPlanes] = dataclasses.field(default_factory=dict)  # slot -> scan
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """This host's rows of a global batch.
+    """This host's rows of a global batch."""
 
-    Attributes:
-      arrays: the input of the model, with targets and tasks int32[B, T] and weights float32[B, T].
-      rows: the contents of each row; None for an empty row after the end of the data.
-    """
-
-    arrays: dict[str, np.ndarray]
-    rows: tuple[RowInfo | None, ...]
+    arrays: dict[str, np.ndarray]  # the input of the model, with targets and tasks int32[B, T], weights float32[B, T]
+    rows: tuple[RowInfo | None, ...]  # the contents of each row; None for an empty row after the end of the data
 
 
 def collate_row(

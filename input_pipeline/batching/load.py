@@ -40,18 +40,11 @@ class RowLoader:
     """The opened data of one split: measures samples, plans windows and loads rows.
 
     Each method is a pure function of the config, the epoch and the samples, so any worker of any host can run it.
-
-    Attributes:
-      names: of the sources, in the order of the mixture.
-      good: for each source the rows that are not in quarantine.
-      starts: for each source the number of its first sample in the mixture.
     """
 
     def __init__(self, config: DataConfig, split: str, training: bool):
-        """Open the tables, the index, the tokenizer and the medical terms.
+        """Open the tables, the index, the tokenizer and the medical terms. `training` crops and flips at random.
 
-        Args:
-          training: apply random crops and flips.
         Raises:
           ValueError: the split has no source, the index does not match the tables or the records, or the config
             promises gray scans and the data have colour.
@@ -63,15 +56,14 @@ class RowLoader:
         self.index = Index(config.index)
         self.index.check(sources)
         self.datasets = open_sources(config, split)
-        self.names = list(self.datasets)
-        self.good = [self._good_rows(name) for name in self.names]
+        self.names = list(self.datasets)  # in the order of the mixture
+        self.good = [self._good_rows(name) for name in self.names]  # the rows of each source that are not in quarantine
+        # The number of each source's first sample in the mixture.
         self.starts = np.concatenate([[0], np.cumsum([len(good) for good in self.good])])
         self.shown = {}
         if config.shuffle_scans:
-            self.shown = {
-                name: rows_shown(name, self.datasets[name], good, config.seed)
-                for name, good in zip(self.names, self.good, strict=True)
-            }
+            for name, good in zip(self.names, self.good, strict=True):
+                self.shown[name] = rows_shown(name, self.datasets[name], good, config.seed)
         self.scans = self.index.scans(sources)
         self._check_channels()
         self.tokenizer = tokenizer_of(config)
@@ -126,8 +118,6 @@ class RowLoader:
             },
         }
 
-    # --- samples and windows ---
-
     def _sample(self, number: int, epoch: int) -> tuple[str, Sample, Encoded]:
         """Return source, sample and tokens of a number in the mixture. Raises RowError."""
         source = int(np.searchsorted(self.starts, number, side="right")) - 1
@@ -145,10 +135,8 @@ class RowLoader:
             counts.append(len(encoded.scans))
             sizes += self._sizes_of_scans(name, sample, encoded)
         scan_numbers, patches, planes = np.array(sizes, np.int64).reshape(-1, 3).T
-        token_counts, scan_counts, patches, planes = (
-            np.array(numbers, np.int32) for numbers in (tokens, counts, patches, planes)
-        )
-        return SampleSizes(token_counts, scan_counts, scan_numbers, patches, planes)
+        tokens, counts, patches, planes = (np.array(numbers, np.int32) for numbers in (tokens, counts, patches, planes))
+        return SampleSizes(tokens, counts, scan_numbers, patches, planes)
 
     def _sizes_of_scans(self, name: str, sample: Sample, encoded: Encoded) -> list[tuple[int, int, int]]:
         """Return (number, patches, planes) of each scan of a sample."""
@@ -179,8 +167,6 @@ class RowLoader:
         return plan_window(
             samples, sizes, config.limits, rng_key, share_scans=config.share_scans, mode=config.preprocess
         )
-
-    # --- rows ---
 
     def load(self, planned: PlannedRow, epoch: int, window: int, row: int) -> tuple[dict[str, np.ndarray], RowInfo]:
         """Load and collate a row.

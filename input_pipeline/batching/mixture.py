@@ -11,15 +11,10 @@ import numpy as np
 
 
 class Mixture:
-    """The samples of each epoch, as numbers that count through all sources.
-
-    Attributes:
-      starts: int64[sources + 1], the number of each source's first sample.
-      counts: int64[sources], samples that an epoch takes from each source.
-    """
+    """The samples of each epoch, as numbers that count through all sources."""
 
     def __init__(self, sources: dict[str, dict], *, seed: int, weights: bool, samples: int = 0):
-        """Compute how many samples an epoch takes from each source.
+        """Compute `counts`, int64[sources], the samples that an epoch takes from each source.
 
         Args:
           sources: name -> `rows`, `fraction` and `weight`, as RowLoader.describe returns them.
@@ -27,7 +22,7 @@ class Mixture:
         """
         self.seed = seed
         self.sizes = np.array([s["rows"] for s in sources.values()], np.int64)
-        self.starts = np.concatenate([[0], np.cumsum(self.sizes)])
+        self.starts = np.concatenate([[0], np.cumsum(self.sizes)])  # the number of each source's first sample
         if weights:
             shares = np.array([s["weight"] for s in sources.values()])
             exact = shares / shares.sum() * (samples or int(self.sizes.sum()))

@@ -110,7 +110,6 @@ class Rows(grain.IterDataset):
         self._shuffled: tuple[int, np.ndarray] | None = None  # the latest epoch and its samples
 
     def __iter__(self) -> RowIterator:
-        """Return an iterator at the first row."""
         return RowIterator(self)
 
     def prefetch_plan(self, state: dict[str, Any] | None = None) -> None:
@@ -154,11 +153,6 @@ class Rows(grain.IterDataset):
         rng_key = (self.config.seed, 2, epoch, window)
         return self.pool.submit(f"plan of {name}", RowLoader.plan, samples, parts, rng_key).result()
 
-    def load(self, planned: PlannedRow, position: Position) -> Future:
-        """Load a row in a worker."""
-        name = "epoch {}, window {}, row {}".format(*position)
-        return self.pool.submit(name, RowLoader.load, planned, *position)
-
     @functools.cached_property
     def empty_row(self) -> dict[str, np.ndarray]:
         """The arrays of a row without samples."""
@@ -173,28 +167,20 @@ class Rows(grain.IterDataset):
             self._planner.shutdown(cancel_futures=True)
 
     def __enter__(self) -> Rows:
-        """Return self."""
         return self
 
     def __exit__(self, *_) -> None:
-        """Stop the workers."""
         self.close()
 
 
 @dataclasses.dataclass(frozen=True)
 class _ScheduledRow:
-    """A row of this host.
-
-    Attributes:
-      position: of the row. batch: of the first row of its global batch.
-      index: among this host's rows of the batch.
-      planned: None for an empty row after the end of the data.
-    """
+    """A row of this host."""
 
     position: Position
-    batch: Position
-    index: int
-    planned: PlannedRow | None
+    batch: Position  # of the first row of its global batch
+    index: int  # among this host's rows of the batch
+    planned: PlannedRow | None  # None for an empty row after the end of the data
 
 
 class RowIterator(grain.DatasetIterator):
@@ -244,7 +230,11 @@ class RowIterator(grain.DatasetIterator):
         rows = self._rows
         count = 1 + (rows.config.read_ahead if rows.config.workers else 0)
         while len(self._ahead) < count and (row := next(self._schedule, None)) is not None:
-            self._ahead.append((row, None if row.planned is None else rows.load(row.planned, row.position)))
+            future = None
+            if row.planned is not None:
+                name = "epoch {}, window {}, row {}".format(*row.position)
+                future = rows.pool.submit(name, RowLoader.load, row.planned, *row.position)
+            self._ahead.append((row, future))
         if not self._ahead:
             raise StopIteration
         row, future = self._ahead[0]
@@ -265,14 +255,8 @@ class RowIterator(grain.DatasetIterator):
     def get_state(self) -> dict[str, Any]:
         """Return the state as JSON values; between batches it is the same on every host."""
         epoch, window, row = self._batch
-        return {
-            "epoch": epoch,
-            "window": window,
-            "row": row,
-            "delivered": self._delivered,
-            "lost": self._lost,
-            "data": self._rows.identity,
-        }
+        state = {"epoch": epoch, "window": window, "row": row, "delivered": self._delivered, "lost": self._lost}
+        return state | {"data": self._rows.identity}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Resume from a state. Raises ValueError with every difference if it is of other data or settings."""
@@ -295,9 +279,6 @@ class RowIterator(grain.DatasetIterator):
 def _short(value) -> str:
     text = repr(value)
     return text if len(text) <= 40 else text[:13] + "..." + text[-4:]
-
-
-# --- batches ----------------------------------------------------------------------------------------------------------
 
 
 def batches(rows: Rows) -> grain.IterDataset:

@@ -46,19 +46,13 @@ class RowLimits:
 
 @dataclasses.dataclass(frozen=True)
 class SampleSizes:
-    """Sizes of n samples with m scans in total.
+    """Sizes of n samples with m scans in total."""
 
-    Attributes:
-      tokens: int32[n]. counts: int32[n], scans of each sample.
-      scans: int64[m], the scan's number in the index.
-      patches, planes: int32[m].
-    """
-
-    tokens: np.ndarray
-    counts: np.ndarray
-    scans: np.ndarray
-    patches: np.ndarray
-    planes: np.ndarray
+    tokens: np.ndarray  # int32[n]
+    counts: np.ndarray  # int32[n], scans of each sample
+    scans: np.ndarray  # int64[m], the scan's number in the index
+    patches: np.ndarray  # int32[m]
+    planes: np.ndarray  # int32[m]
 
     @classmethod
     def concatenate(cls, parts: Sequence[SampleSizes]) -> SampleSizes:
@@ -70,20 +64,15 @@ class SampleSizes:
 class PlannedRow:
     """A row before anything is loaded.
 
-    Attributes:
-      samples: the samples in the order of their segments: their indices in the window (`plan_rows`) or their numbers
-        in the mixture (`plan_window`).
-      slots: for each sample the slots of its scans; a scan of several samples has one slot.
-      vision_rows: the vision row of each slot.
-      tokens: number of real tokens.
-      padding: one of PADDING, or "" for a full row.
+    Samples, in the order of their segments, are indices in the window (`plan_rows`) or numbers in the mixture
+    (`plan_window`).
     """
 
     samples: tuple[int, ...]
-    slots: tuple[tuple[int, ...], ...]
-    vision_rows: tuple[int, ...]
-    tokens: int
-    padding: str
+    slots: tuple[tuple[int, ...], ...]  # for each sample the slots of its scans; a scan of several samples has one slot
+    vision_rows: tuple[int, ...]  # the vision row of each slot
+    tokens: int  # number of real tokens
+    padding: str  # one of PADDING, or "" for a full row
 
 
 def plan_window(
@@ -186,16 +175,7 @@ class _Row:
 
 
 class _Packer:
-    """Rows that are being filled.
-
-    Open rows are columns of `free`, so one comparison finds all rows with room.
-
-    Attributes:
-      rows: every row, in the order in which they were opened.
-      open: indices of the rows that can take more; `free` and `room` have a column for each.
-      free: int64[5, n]: text, patches, planes, slots, and the patches of the emptiest vision row.
-      room: how empty a row is, the free shares of its text and its patches added.
-    """
+    """Rows that are being filled. Open rows are columns of `free`, so one comparison finds all rows with room."""
 
     def __init__(self, limits: RowLimits, patches: list[int], planes: list[int], needs: np.ndarray):
         self.limits, self.patches, self.planes = limits, patches, planes
@@ -204,10 +184,11 @@ class _Packer:
             [limits.text_length, all_patches, limits.planes, limits.scans, limits.patch_length], np.int64
         )
         self.minimum = needs.min(axis=0, initial=limits.text_length)
-        self.rows: list[_Row] = []
-        self.open: list[int] = []
+        self.rows: list[_Row] = []  # every row, in the order in which they were opened
+        self.open: list[int] = []  # indices of the rows that can take more; `free` and `room` have a column for each
+        # Text, patches, planes, slots, and the patches of the emptiest vision row.
         self.free = np.zeros((len(self.capacity), len(needs)), np.int64)
-        self.room = np.zeros(len(needs))
+        self.room = np.zeros(len(needs))  # how empty a row is: the free shares of its text and its patches, added
 
     def add(self, samples: list[int], scans: tuple[int, ...], need: np.ndarray) -> None:
         """Add a group of samples to the fullest row with room, or to a new one."""
@@ -262,12 +243,7 @@ class _Packer:
 
 
 def _vision_rows(sizes: list[int], free: list[int]) -> list[int] | None:
-    """Assign each scan to a vision row by best-fit decreasing. Returns None if they do not fit.
-
-    Args:
-      sizes: patches of each scan.
-      free: free patches of each vision row.
-    """
+    """Assign scans of these sizes, in patches, to vision rows: best-fit decreasing. Returns None if they do not fit."""
     free, assigned = list(free), [0] * len(sizes)
     for i in sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True):
         best, size = -1, sizes[i]
@@ -282,10 +258,7 @@ def _vision_rows(sizes: list[int], free: list[int]) -> list[int] | None:
 
 
 def _planned(row: _Row, scans, limits: RowLimits, minimum: list[int]) -> PlannedRow:
-    """Freeze a filled row, with the cause of its padding.
-
-    minimum: of the window's samples: text, patches, planes, scans.
-    """
+    """Freeze a filled row. `minimum`: text, patches, planes and scans of the window's smallest samples."""
     free_text = row.free[0]
     if not free_text:
         padding = ""

@@ -10,41 +10,29 @@ from input_pipeline.batching.plan import PADDING
 
 @dataclasses.dataclass(frozen=True)
 class SampleInfo:
-    """A sample of a row.
-
-    Attributes:
-      study: its study_id.
-      cut, dropped_scans: text tokens and scans that were left out because the sample was too long.
-    """
+    """A sample of a row."""
 
     source: str
     row_id: str
     task: str
     study: str | None
     tokens: int
-    cut: int
-    dropped_scans: int
+    cut: int  # text tokens that were left out because the sample was too long
+    dropped_scans: int  # likewise scans
 
 
 @dataclasses.dataclass(frozen=True)
 class RowInfo:
-    """A row.
-
-    Attributes:
-      epoch, window, row: its position in the data.
-      samples: in the order of their segments, segment 1 first.
-      tokens, padding: as planned. scans: number of slots in use.
-      left_out: an error for each scan that could not be loaded, within `data.allowed_loss`.
-    """
+    """A row: its position in the data, and its contents as planned and loaded."""
 
     epoch: int
     window: int
     row: int
-    samples: tuple[SampleInfo, ...]
+    samples: tuple[SampleInfo, ...]  # in the order of their segments, segment 1 first
     tokens: int
-    padding: str
-    scans: int
-    left_out: tuple[str, ...] = ()
+    padding: str  # as in PlannedRow
+    scans: int  # number of slots in use
+    left_out: tuple[str, ...] = ()  # an error for each scan that could not be loaded, within `data.allowed_loss`
 
 
 @dataclasses.dataclass

@@ -7,19 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 
-from input_pipeline.datasets.base import Dataset, sample_rng
+from input_pipeline.datasets.base import TableDataset as Dataset
+from input_pipeline.datasets.base import sample_rng
 from input_pipeline.datasets.diagnosis import AnyDiagnosis, CXRMix, VinDrMammo, VinDrPCXR, VinDrSpineXR
 from input_pipeline.datasets.jsonl import JSONL
-from input_pipeline.datasets.mimic_cxr import MimicCXR
-from input_pipeline.datasets.mpx_multi import MPxMulti, MPxQuestions
-from input_pipeline.datasets.mpx_single import MPxSingle
-from input_pipeline.datasets.pmc_casereport import PMCCaseReport
-from input_pipeline.datasets.pmc_inline import PMCInline
-from input_pipeline.datasets.pmc_oa import PMCOA
-from input_pipeline.datasets.rad3d_caption import Rad3DCaption
-from input_pipeline.datasets.rad3d_modality import Rad3DModality
-from input_pipeline.datasets.rad3d_rationale import Rad3DRationale
-from input_pipeline.datasets.rad3d_vqa import Rad3DVQA
+from input_pipeline.datasets.mpx import MPxMulti, MPxQuestions, MPxSingle
+from input_pipeline.datasets.pmc import PMCCaseReport, PMCInline
+from input_pipeline.datasets.rad3d import Rad3DCaption, Rad3DModality, Rad3DRationale, Rad3DVQA
+from input_pipeline.datasets.reports import PMCOA, MimicCXR
 from input_pipeline.datasets.rows import TableError
 from input_pipeline.datasets.tfds import TFDS
 from input_pipeline.datasets.vqa import PMCVQA, VQARAD, Slake

@@ -11,7 +11,7 @@ import pathlib
 import re
 from array import array
 from collections.abc import Iterator
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import numpy as np
 
@@ -27,21 +27,6 @@ _STUDY = re.compile(
 )
 
 
-class Dataset(Protocol):
-    """What the pipeline needs of a data set. Row i is a pure function of the table, i and the generator passed in."""
-
-    name: str
-    root: pathlib.Path
-    fraction: float
-
-    def __len__(self) -> int: ...
-    def row_id(self, i: int) -> str: ...
-
-    def number(self, i: int) -> int | None: ...
-    def sample(self, i: int, rng: np.random.Generator) -> Sample: ...
-    def scans(self, i: int) -> tuple[Scan, ...]: ...
-
-
 def sample_rng(seed: int, epoch: int, dataset: str, row_id: str) -> np.random.Generator:
     """Return the generator of all random choices of one sample: the same on every machine, run and host."""
     key = f"{int(seed)}\x1f{int(epoch)}\x1f{dataset}\x1f{row_id}".encode()
@@ -51,6 +36,11 @@ def sample_rng(seed: int, epoch: int, dataset: str, row_id: str) -> np.random.Ge
 def pick(rng: np.random.Generator, items):
     """Return one item, uniformly."""
     return items[int(rng.random() * len(items))]
+
+
+def pick_weighted(rng: np.random.Generator, items, edges: np.ndarray):
+    """Return one item, by its weight. `edges` are the cumulative weights."""
+    return items[int(np.searchsorted(edges, rng.random() * edges[-1], side="right"))]
 
 
 def choose(rng: np.random.Generator, count: int, most: int) -> list[int]:
@@ -109,19 +99,9 @@ class TableDataset(abc.ABC):
     """A data set whose rows are in one CSV or JSON file.
 
     A family names the columns that it needs. `parse` turns a row into a compact value, once, when the table is read.
-    `parts` turns the value into the parts of a sample, in each epoch. The values are on disk (store.py).
+    `parts` turns the value into the parts of a sample, in each epoch. The values are on disk (store.py). Sample i is a
+    pure function of the table, i and the generator passed in.
 
-    Attributes:
-      table: the file; a relative path is below the root.
-      root: the directory of all scans.
-      split: the split of this data set. If the table has a column `split`, only its rows of this split are used.
-      strip: a prefix to remove from the paths of the table (published tables have their authors' absolute paths).
-      study: regular expression with one group that finds the study in a path; default: patterns of the public sets.
-      fraction: share of the rows to use in an epoch (RadFM: 0.2 for MPx-Single and Rad3D-Modality).
-      quarantine: continue without the bad rows, which are in `problems`. If False, they raise TableError.
-      problems: a RowError for each bad row.
-      skipped: reason -> number of good rows that are not used (another split, another language).
-      duplicates: (row, earlier row with the same content); duplicates are kept.
     Raises:
       RowError, TableError: see `quarantine`; a table without a single good row always raises.
     """
@@ -132,13 +112,13 @@ class TableDataset(abc.ABC):
     extra: ClassVar[tuple[str, ...]] = ()
     layout: ClassVar[str] = "csv"
 
-    table: str | pathlib.Path
-    root: str | pathlib.Path
-    split: str | None = None
-    strip: str = ""
-    study: str | None = None
-    fraction: float = 1.0
-    quarantine: bool = False
+    table: str | pathlib.Path  # a relative path is below the root
+    root: str | pathlib.Path  # the directory of all scans
+    split: str | None = None  # if the table has a column `split`, only its rows of this split are used
+    strip: str = ""  # a prefix to remove from the table's paths: published tables have their authors' absolute paths
+    study: str | None = None  # a regex with one group, the study in a path; default: patterns of the public sets
+    fraction: float = 1.0  # share of the rows to use in an epoch (RadFM: 0.2 for MPx-Single and Rad3D-Modality)
+    quarantine: bool = False  # continue without the bad rows, which are in `problems`; if False, raise TableError
 
     def __post_init__(self):
         self.root = pathlib.Path(self.root).absolute()
@@ -148,9 +128,9 @@ class TableDataset(abc.ABC):
         self._study = re.compile(self.study) if self.study else _STUDY
         if self.study and self._study.groups != 1:
             raise ValueError(f"{self.name}: study {self.study!r} must have exactly one group")
-        self.skipped: dict[str, int] = {}
-        self.duplicates: list[tuple[int, int]] = []
-        self.problems: list[RowError] = []
+        self.skipped: dict[str, int] = {}  # reason -> number of good rows that are not used (another split, language)
+        self.duplicates: list[tuple[int, int]] = []  # (row, earlier row with the same content); duplicates are kept
+        self.problems: list[RowError] = []  # one for each bad row
         # The same header is needed several times in a row, then rarely again.
         self.npy_scans = functools.lru_cache(1 << 12)(functools.partial(npy_scans, self.root))
         self._numbers = array("q")
@@ -227,8 +207,6 @@ class TableDataset(abc.ABC):
             return SkippedRow(f"split {row.optional('split')!r}")
         return self.parse(row)
 
-    # --- defined by a family ---
-
     @abc.abstractmethod
     def parse(self, row: Row):
         """Return the compact value of a row, or SkippedRow(reason). Raises RowError."""
@@ -245,11 +223,9 @@ class TableDataset(abc.ABC):
         """Return the part of a value that makes two rows duplicates."""
         return value
 
-    @abc.abstractmethod
     def scans_of(self, value) -> tuple[Scan, ...]:
-        """Return all scans that a value can use."""
-
-    # --- called by the pipeline ---
+        """Return all scans that a value can use. By default its first item has them: scans, or the path of a file."""
+        return value[0] if isinstance(value[0], tuple) else self.npy_scans(value[0])
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -285,4 +261,4 @@ class TableDataset(abc.ABC):
     def study_of(self, path: str) -> str:
         """Return what must not be divided between splits: the study named in the path, or the path itself."""
         match = self._study.search(path)
-        return next((g for g in match.groups() if g), path) if match else path
+        return next(filter(None, match.groups()), path) if match else path

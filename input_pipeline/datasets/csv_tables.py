@@ -32,22 +32,18 @@ def _records(text: Iterable[str]) -> Iterator[tuple[int, list[str], str]]:
     first, reader = 1, csv.reader(lines())
     while True:
         # The end of a record must not depend on the length of its cells: `Row` checks the length later.
-        limit = csv.field_size_limit(sys.maxsize)
+        limit, problem = csv.field_size_limit(sys.maxsize), ""
         try:
             cells = next(reader, None)
+            if any('"' in line for line in raw):
+                try:
+                    next(csv.reader(raw, strict=True))
+                except csv.Error as error:
+                    problem = str(error)
         finally:
             csv.field_size_limit(limit)
         if cells is None:
             return
-        problem = ""
-        if any('"' in line for line in raw):
-            limit = csv.field_size_limit(sys.maxsize)
-            try:
-                next(csv.reader(raw, strict=True))
-            except csv.Error as error:
-                problem = str(error)
-            finally:
-                csv.field_size_limit(limit)
         yield first, cells, problem
         first += len(raw)
         raw.clear()
@@ -72,10 +68,9 @@ def stream_csv(file: pathlib.Path, required, optional=()) -> tuple[list[str], It
       RowError: row 0 for the header, at once; later the row whose quote stays open until the end of the file.
     """
     records = _records(read_lines(file))
-    try:
-        _, cells, problem = next(records)
-    except StopIteration:
-        raise RowError(file, 0, "the table is empty", f"required columns: {', '.join(required)}") from None
+    _, cells, problem = next(records, (0, None, ""))
+    if cells is None:
+        raise RowError(file, 0, "the table is empty", f"required columns: {', '.join(required)}")
     if problem:
         raise RowError(file, 0, f"the header cannot be read: {problem}", "correct the quotes of the first line")
     header = [name.strip() for name in cells]

@@ -9,6 +9,7 @@ that is not among the image's labels and cannot be implied by one of them (disea
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import re
 from typing import ClassVar, Literal
@@ -16,9 +17,9 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from input_pipeline.datasets import diseases, prompts
-from input_pipeline.datasets.base import TableDataset, instruction_parts
+from input_pipeline.datasets.base import TableDataset, instruction_parts, pick, pick_weighted
 from input_pipeline.datasets.store import digest, first_equal
-from input_pipeline.samples import RowError, Sample, Scan
+from input_pipeline.samples import RowError, Sample
 
 # Labels of a yes/no table.
 FLAGS = {"1": True, "1.0": True, "0": False, "0.0": False}
@@ -33,13 +34,6 @@ class Diagnosis(TableDataset):
     So every image is used, none is used twice in an epoch, and neither the disease nor the epoch predicts the answer.
 
         5 images without edema: a b c d e, 2 with: x y    ->    (x | a c e)  (y | b d)
-
-    Attributes:
-      form: `open` and `yes_no` name the kind of table (default: whether it has a column `disease`). `both` reads an
-        open table and makes every second question a yes/no question. It requires that every label of the table was
-        looked for in every image, as in the VinDr sets.
-      balance: False keeps every row of a yes/no table (for test tables).
-      vocabulary: the labels that may occur; others are errors. Default: any.
     """
 
     region: ClassVar[str]
@@ -47,9 +41,12 @@ class Diagnosis(TableDataset):
     required = ("image_path", "label")
     extra = ("disease",)
 
+    # `open` and `yes_no` name the kind of table (default: whether it has a column `disease`). `both` reads an open
+    # table and makes every second question a yes/no question. It requires that every label of the table was looked for
+    # in every image, as in the VinDr sets.
     form: Literal["open", "yes_no", "both"] | None = None
-    balance: bool = True
-    vocabulary: tuple[str, ...] | None = None
+    balance: bool = True  # False keeps every row of a yes/no table (for test tables)
+    vocabulary: tuple[str, ...] | None = None  # the labels that may occur; others are errors. Default: any
 
     def __post_init__(self):
         if self.form not in (None, "open", "yes_no", "both"):
@@ -66,13 +63,13 @@ class Diagnosis(TableDataset):
             raise RowError(self.file, 0, f"form={self.form!r} {need}", "choose the form that fits the table")
 
     def parse(self, row):
-        scan = row.scan("image_path")
+        scans = (row.scan("image_path"),)
         if "disease" in row.cells:
             disease = self._label(row, row.text("disease"))
             flag = row.text("label")
             if flag not in FLAGS:
                 raise row.error(f"label {flag!r} is unknown", "use 1 (present) or 0 (absent)")
-            return scan, disease, FLAGS[flag]
+            return scans, disease, FLAGS[flag]
         labels = row.texts("label")
         if len(labels) == 1:
             labels = [part for part in re.split(r"\s*[,;|]\s*", labels[0]) if part]
@@ -81,7 +78,7 @@ class Diagnosis(TableDataset):
             raise row.error("label is blank", "write a disease, or 'No finding'")
         if len(labels) > 1 and any(diseases.is_normal(label) for label in labels):
             raise row.error(f"label has both {' and '.join(map(repr, labels))}", "write normal, or diseases")
-        return scan, labels
+        return scans, labels
 
     def _label(self, row, label: str) -> str:
         label = label.strip().rstrip(".").strip()
@@ -101,11 +98,9 @@ class Diagnosis(TableDataset):
             self._set_rates()
         return []
 
-    # --- yes/no tables ---
-
     def _remove_contradictions(self) -> list[RowError]:
         digests, present = bytearray(), bytearray()
-        for scan, disease, flag in self._rows:
+        for (scan,), disease, flag in self._rows:
             digests += digest(repr((scan.path, diseases.canonical(disease))))
             present.append(flag)
         first, flags = first_equal(digests), np.frombuffer(present, bool)
@@ -114,7 +109,7 @@ class Diagnosis(TableDataset):
         bad = np.isin(first, first[denies])
         problems = []
         for k in np.flatnonzero(bad).tolist():
-            scan, disease, flag = self._rows[k]
+            (scan,), disease, flag = self._rows[k]
             other = f"{int(flags[first[k]])} in row {self._numbers[first[k]]}" if denies[k] else "not in a later row"
             reason = f"{disease!r} is {int(flag)} for {scan.path}, but {other}"
             problems.append(RowError(self.file, self._numbers[k], reason, "keep one of the two rows"))
@@ -157,14 +152,12 @@ class Diagnosis(TableDataset):
         if self._pairs is None:
             return super().sample(i, rng)
         share = self._pairs[i][3]
-        return Sample(self.row_id(i), self.name, *self.parts(self._rows[share[int(rng.random() * len(share))]], rng))
+        return Sample(self.row_id(i), self.name, *self.parts(self._rows[pick(rng, share)], rng))
 
     def scans(self, i):
         if self._pairs is None:
             return super().scans(i)
-        return tuple(dict.fromkeys(self._rows[k][0] for k in self._pairs[i][3]))
-
-    # --- open tables ---
+        return tuple(dict.fromkeys(self._rows[k][0][0] for k in self._pairs[i][3]))
 
     def _set_rates(self):
         """Set how often to ask what, so that yes and no are equally frequent over the table.
@@ -173,14 +166,12 @@ class Diagnosis(TableDataset):
         question whose answer is no. To compensate, images with diseases are answered yes more often, or the others
         are asked yes/no questions less often.
         """
-        counts: dict[str, float] = {}
-        names: dict[str, str] = {}
+        counts, names = collections.Counter(), {}
         for _, labels in self._rows:
             for label in self._positives(labels):
-                key = diseases.canonical(label)
-                counts[key] = counts.get(key, 0.0) + 1.0
-                names.setdefault(key, label)
-        self._names, self._counts = [names[k] for k in counts], np.array(list(counts.values()))
+                counts[diseases.canonical(label)] += 1
+                names.setdefault(diseases.canonical(label), label)
+        self._names, self._counts = list(names.values()), np.array(list(counts.values()), float)
         self._pools: dict[tuple[str, ...], tuple[tuple[str, ...], np.ndarray]] = {}
         # Images that allow both answers, only yes (the table has no safe "no"), or only no.
         both = yes = no = 0
@@ -222,14 +213,10 @@ class Diagnosis(TableDataset):
                 return None
         else:
             return None
-        if present:
-            return positives[int(rng.random() * len(positives))], True
-        return negatives[int(np.searchsorted(edges, rng.random() * edges[-1], side="right"))], False
-
-    # --- both kinds of table ---
+        return (pick(rng, positives) if present else pick_weighted(rng, negatives, edges)), present
 
     def parts(self, value, rng):
-        scan, labels, *flag = value
+        scans, labels, *flag = value
         judged = (labels, flag[0]) if flag else self._judge(labels, rng) if self.form == "both" else None
         if judged is None:
             question = prompts.draw(f"diagnosis_open_{self.region}", rng)
@@ -242,13 +229,9 @@ class Diagnosis(TableDataset):
                 disease, present = diseases.ANYTHING, not present
             question = prompts.draw(f"diagnosis_judge_{self.region}", rng, disease=diseases.spoken(disease))
             answer = "yes" if present else "no"
-        return self.task, self.study_of(scan.path), instruction_parts(rng, (scan,), question, answer)
-
-    def scans_of(self, value) -> tuple[Scan, ...]:
-        return value[:1]
+        return self.task, self.study_of(scans[0].path), instruction_parts(rng, scans, question, answer)
 
 
-@dataclasses.dataclass(kw_only=True, eq=False)
 class CXRMix(Diagnosis):
     """VinDr-CXR, ChestXray14, CheXpert, Covid-CXR2, NLM-TB, Object-CXR, OpenI, RSNA and SIIM-ACR in one table."""
 
@@ -256,25 +239,21 @@ class CXRMix(Diagnosis):
     region = "cxr"
 
 
-@dataclasses.dataclass(kw_only=True, eq=False)
 class VinDrPCXR(Diagnosis):
     name = "vindr_pcxr"
     region = "pcxr"
 
 
-@dataclasses.dataclass(kw_only=True, eq=False)
 class VinDrMammo(Diagnosis):
     name = "vindr_mammo"
     region = "mammo"
 
 
-@dataclasses.dataclass(kw_only=True, eq=False)
 class VinDrSpineXR(Diagnosis):
     name = "vindr_spinexr"
     region = "spine"
 
 
-@dataclasses.dataclass(kw_only=True, eq=False)
 class AnyDiagnosis(Diagnosis):
     """The user's own tables of either kind, for any modality and region."""
 

@@ -66,11 +66,7 @@ def load_json(file: pathlib.Path):
 
 
 def stream_json(file: pathlib.Path, required) -> Iterator[tuple[int, dict] | RowError]:
-    """Read a JSON file that is a list of objects row by row. Yields (number, object), or a problem.
-
-    Raises:
-      RowError: the file is not JSON from this row on.
-    """
+    """Yield (number, object) or a problem for each row of a JSON list. Raises RowError where the file is not JSON."""
     return _ListReader(file, required).rows()
 
 
@@ -93,8 +89,7 @@ class _ListReader:
             self.number += 1
             self._peek()
             value, end = self._value()
-            bad = _bad_byte(self.text[self.at : end])
-            if bad:
+            if bad := _bad_byte(self.text[self.at : end]):
                 reason = f"line {self._line(self.at + bad[0])} is not UTF-8 ({bad[1]})"
                 yield RowError(self.file, self.number, reason, "save it as UTF-8")
             else:
@@ -193,10 +188,7 @@ def _json_rows(file) -> Iterator[tuple[int, dict] | RowError]:
         if not line.endswith("\n") and not line.strip():
             return  # white space after the last line
         line = line.removesuffix("\n")
-        reason = bad_text(line)
-        if not reason and not line.strip():
-            reason = "is blank"
-        if reason:
+        if reason := bad_text(line) or ("" if line.strip() else "is blank"):
             yield RowError(file, number, f"the line {reason}", "write one JSON object a line, as UTF-8")
             continue
         try:
@@ -211,8 +203,7 @@ def _object(file, number: int, value, required=()) -> tuple[int, dict] | RowErro
     if not isinstance(value, dict):
         reason = f"the row must be an object, got {type(value).__name__}"
         return RowError(file, number, reason, "see docs/data_layouts.md")
-    missing = [key for key in required if key not in value]
-    if missing:
+    if missing := [key for key in required if key not in value]:
         return RowError(file, number, f"{', '.join(missing)} missing", f"required keys: {', '.join(required)}")
     return number, value
 

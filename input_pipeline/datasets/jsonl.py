@@ -31,18 +31,13 @@ _REMEDY = "see docs/data_layouts.md"
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class JSONL(TableDataset):
-    """JSON Lines in the schema at the top of this module.
-
-    Attributes:
-      tasks: use rows of these tasks only; () for all. This gives parts of one file different weights.
-      ids: use rows whose id matches one of these glob patterns only (`*-side`); () for all.
-    """
+    """JSON Lines in the schema at the top of this module."""
 
     name = "jsonl"
     layout = "jsonl"
 
-    tasks: tuple[str, ...] = ()
-    ids: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()  # use rows of these tasks only; () for all. So parts of one file have own weights
+    ids: tuple[str, ...] = ()  # use rows whose id matches one of these glob patterns only (`*-side`); () for all
 
     def __post_init__(self):
         if unknown := [task for task in self.tasks if task not in TASKS]:
@@ -98,17 +93,16 @@ class JSONL(TableDataset):
 def parse_object(row: Row) -> tuple[str, str, str | None, tuple[Text | Scan, ...]]:
     """Return id, task, study and parts of one object of the schema. Raises RowError."""
     cells = row.cells
-    unknown = [str(key)[:40] for key in cells if key not in KEYS]
-    if unknown:
+    if unknown := [str(key)[:40] for key in cells if key not in KEYS]:
         names = ", ".join(map(repr, unknown[:10]))
         raise row.error(f"unknown keys: {names}{nearest(unknown[0], KEYS)}", f"known: {', '.join(KEYS)}")
     row_id, task = row.text("id", literal=True), row.choice("task", TASKS)
     if min(row_id) < " ":
         raise row.error(f"id {row_id!r} has a control character")
     scans = scans_of_row(row)
-    required, forbidden = (("text",), ("context", "instruction", "response"))
-    if task != "interleaved":
-        required, forbidden = ("instruction", "response"), ("text",)
+    required, forbidden = ("instruction", "response"), ("text",)
+    if task == "interleaved":
+        required, forbidden = ("text",), ("context", "instruction", "response")
     problems = [f"{key} is required" for key in required if cells.get(key) is None]
     problems += [f"{key} is not allowed" for key in forbidden if cells.get(key) is not None]
     if problems:
@@ -133,9 +127,8 @@ def parse_object(row: Row) -> tuple[str, str, str | None, tuple[Text | Scan, ...
         (role, [p if isinstance(p, int) else p.strip() for p in pieces if isinstance(p, int) or p.strip()])
         for role, pieces in zip(templates, parsed, strict=True)
     ]
-    for role, pieces in fields[-1:]:
-        if not any(isinstance(p, str) for p in pieces):
-            raise row.error(f"{role if role != 'interleaved' else 'text'} has image marks but no words", _REMEDY)
+    if not any(isinstance(p, str) for p in fields[-1][1]):
+        raise row.error(f"{required[0]} has image marks but no words", _REMEDY)
     parts = tuple(scans[p] if isinstance(p, int) else Text(p, role) for role, pieces in fields for p in pieces)
     if task != "interleaved":
         parts += (Text(texts["response"], "response"),)
@@ -152,11 +145,8 @@ def scans_of_row(row: Row) -> tuple[Scan, ...]:
 def _scan(row: Row, value) -> Scan:
     if isinstance(value, str):
         value = {"path": value}
-    if (
-        not isinstance(value, dict)
-        or not isinstance(value.get("path"), str)
-        or value.keys() - {"path", "volume", "window"}
-    ):
+    has_path = isinstance(value, dict) and isinstance(value.get("path"), str)
+    if not has_path or value.keys() - {"path", "volume", "window"}:
         raise row.error(f"scan {str(value)[:60]!r} must be a path or {{path, volume, window}}", _REMEDY)
     volume, window = value.get("volume"), value.get("window")
     if volume is not None and (type(volume) is not int or volume < 0):

@@ -6,9 +6,14 @@ answer is "no" only if two modalities cannot apply at the same time.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import numpy as np
+
+from input_pipeline.datasets import prompts
+from input_pipeline.datasets.base import TableDataset, pick, pick_weighted
+from input_pipeline.datasets.rows import Row
 
 # Name in questions -> words that mean it in labels (whole words, lower case).
 WORDS: dict[str, tuple[str, ...]] = {
@@ -95,8 +100,7 @@ def modalities(label: str) -> frozenset[str]:
     "CT - noncontrast" -> {CT}; "MR - T2W FLAIR" -> {MRI}; "Angiography (DSA)" -> {angiography}; "PET-CT" -> {PET-CT}
     """
     words = re.sub(r"[^a-z0-9]+", " ", label.lower()).split()
-    exact = _LOOKUP.get(" ".join(words))
-    if exact:
+    if exact := _LOOKUP.get(" ".join(words)):
         return frozenset({exact})
     # Short forms like "an", "be" or "en" are also English words: they count alone or as a prefix, "AN - aortogram".
     prefix = re.match(r"\s*([A-Za-z]{2})\s*[-:(/,]", label)
@@ -127,28 +131,42 @@ def falsehoods(names: frozenset[str]) -> tuple[str, ...]:
     return tuple(name for name in WORDS if name not in excluded)
 
 
-class ModalityQuestions:
-    """Draw modality questions: yes and no equally often, wrong modalities by their frequency in the table plus one.
+@dataclasses.dataclass(kw_only=True, eq=False)
+class ModalityDataset(TableDataset):
+    """Questions about the modality, open or yes/no. The last item of a row's value is its modalities, if any.
 
-    Drawing by frequency keeps the name of a modality from giving the answer away.
+    Yes and no are equally frequent. Wrong modalities are drawn by their frequency in the table plus one, so that the
+    name of a modality does not give the answer away.
     """
 
-    def __init__(self, labels):
-        counts = dict.fromkeys(WORDS, 1.0)
-        for names in labels:
-            for name in names:
-                counts[name] += 1
-        self._counts = counts
-        self._pools: dict[frozenset[str], tuple[tuple[str, ...], tuple[str, ...], np.ndarray]] = {}
+    modalities: dict[str, str] = dataclasses.field(default_factory=dict)  # label that WORDS do not cover -> a modality
+    judgement: float = 0.5  # share of yes/no questions
 
-    def draw(self, names: frozenset[str], rng: np.random.Generator) -> tuple[str, str] | None:
-        """Return (modality to ask about, "yes" or "no") for a scan of these modalities; None if no "no" is safe."""
-        if names not in self._pools:
-            no = falsehoods(names)
-            self._pools[names] = truths(names), no, np.cumsum([self._counts[n] for n in no])
-        yes, no, edges = self._pools[names]
-        if not no:
-            return None
-        if rng.random() < 0.5:
-            return yes[int(rng.random() * len(yes))], "yes"
-        return no[int(np.searchsorted(edges, rng.random() * edges[-1], side="right"))], "no"
+    def names(self, row: Row, label: str) -> frozenset[str]:
+        """Return the modalities that a label names. Raises RowError if it names none."""
+        names = modalities(self.modalities.get(label, label))
+        if not names:
+            remedy = f"use one of {', '.join(WORDS)}, or map it with `modalities`"
+            raise row.error(f"modality {label[:60]!r} is unknown", remedy)
+        return names
+
+    def finish(self):
+        self._counts = dict.fromkeys(WORDS, 1.0)
+        for *_, names in self._rows:
+            for name in names or ():
+                self._counts[name] += 1
+        self._pools: dict[frozenset[str], tuple[tuple[str, ...], tuple[str, ...], np.ndarray]] = {}
+        return []
+
+    def ask(self, names: frozenset[str], label: str, rng: np.random.Generator) -> tuple[str, str]:
+        """Draw a question and its answer: yes/no about one modality, or which modality it is."""
+        if rng.random() < self.judgement:
+            if names not in self._pools:
+                no = falsehoods(names)
+                self._pools[names] = truths(names), no, np.cumsum([self._counts[n] for n in no])
+            yes, no, edges = self._pools[names]
+            if no:  # else no "no" is safe, and "yes" alone would give the answer away
+                answer = "yes" if rng.random() < 0.5 else "no"
+                modality = pick(rng, yes) if answer == "yes" else pick_weighted(rng, no, edges)
+                return prompts.draw("modality_judge", rng, modality=modality), answer
+        return prompts.draw("modality_open", rng), label

@@ -36,11 +36,9 @@ def check_prompts(groups: dict, source="prompts") -> dict[str, tuple[str, ...]]:
       ValueError: lists all problems: a missing or unknown group, fewer than ten sentences, a repeated or blank
         sentence, an image mark, a missing, misspelt or wrong placeholder.
     """
-    problems = []
     if not isinstance(groups, dict):
         raise ValueError(f"{source}: expected an object of lists of sentences, got {type(groups).__name__}")
-    for name in sorted(GROUPS.keys() - groups.keys()):
-        problems.append(f"group {name} is missing")
+    problems = [f"group {name} is missing" for name in sorted(GROUPS.keys() - groups.keys())]
     for name, sentences in groups.items():
         if name not in GROUPS:
             problems.append(f"group {name} is unknown (known: {', '.join(GROUPS)})")

@@ -71,19 +71,13 @@ def bad_path(value: str) -> str | None:
 
 @dataclasses.dataclass
 class Row:
-    """One row of a table while it is read.
-
-    Attributes:
-      cells: column -> value as read (str from CSV, any JSON value from JSON).
-      root: the directory that paths are relative to.
-      strip: a prefix to remove from paths first.
-    """
+    """One row of a table while it is read."""
 
     file: pathlib.Path
     number: int
-    cells: dict
-    root: pathlib.Path
-    strip: str = ""
+    cells: dict  # column -> value as read: str from CSV, any JSON value from JSON
+    root: pathlib.Path  # the directory that paths are relative to
+    strip: str = ""  # a prefix to remove from paths first
 
     def error(self, reason: str, remedy: str = "correct or remove the row") -> RowError:
         return RowError(self.file, self.number, reason, remedy)
@@ -107,8 +101,7 @@ class Row:
             return ""
         if not isinstance(value, str):
             raise self.error(f"{column} must be text, got {type(value).__name__} {str(value)[:40]!r}")
-        reason = bad_text(value)
-        if reason:
+        if reason := bad_text(value):
             raise self.error(f"{column} {reason}", "write the table as UTF-8 text")
         value = value.replace("\r\n", "\n").strip()
         empty = _EMPTY_LITERALS if literal else EMPTY_WORDS
@@ -121,14 +114,10 @@ class Row:
         return value
 
     def texts(self, column: str, literal: bool = True) -> list[str]:
-        """Return a field as a list of texts. The field is a JSON list, a Python list literal, or one text.
-
-        literal: parse list literals.
-        """
+        """Return a field as a list of texts: a JSON list, with `literal` a Python list literal, or one text."""
         value = self.cells.get(column)
         if literal and isinstance(value, str) and value.lstrip().startswith("["):
-            reason = bad_text(value)
-            if reason:
+            if reason := bad_text(value):
                 raise self.error(f"{column} {reason}")
             try:
                 value = ast.literal_eval(value.strip())
@@ -154,8 +143,7 @@ class Row:
             raise self.error(reason, "set `root`, or `strip`, the prefix to remove") from None
         if folder:
             value = f"{folder.rstrip('/')}/{value}"
-        reason = bad_path(value)
-        if reason:
+        if reason := bad_path(value):
             raise self.error(f"{reason}; the root is {self.root}", "use a path below the root")
         return value
 

@@ -14,25 +14,21 @@ from input_pipeline.samples import RowError
 class TFDS(JSONL):
     """Rows of `tfds.builder_from_directory(root / table)`; scans are paths below the root.
 
-    Only the features of the schema are decoded; voxels in the records are not.
-
-    Attributes:
-      table: the directory of the version, with dataset_info.json and features.json.
-      split: a split of the data set, with slices as in TFDS: `train[:60%]`. Required.
-      columns: key of the schema -> feature of the data set, e.g. {"instruction": "question"}.
-      constants: key of the schema -> a value for every row, e.g. {"task": "vqa"}. The default id is the row number.
+    `table` is the directory of the version, with dataset_info.json and features.json. `split` is required and may have
+    slices as in TFDS, `train[:60%]`. Only the features of the schema are decoded; voxels in the records are not.
     """
 
     name = "tfds"
 
+    # key of the schema -> feature of the data set, e.g. {"instruction": "question"}
     columns: dict[str, str] = dataclasses.field(default_factory=dict)
+    # key of the schema -> a value for every row, e.g. {"task": "vqa"}; the default id is the row number
     constants: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def _stream(self):
         if not self.split:
             raise ValueError("tfds: split is required, e.g. split='train'")
-        unknown = sorted((self.columns.keys() | self.constants.keys()) - set(KEYS))
-        if unknown:
+        if unknown := sorted((self.columns.keys() | self.constants.keys()) - set(KEYS)):
             raise ValueError(f"tfds: unknown keys {', '.join(unknown)}; known: {', '.join(KEYS)}")
         # The import takes seconds, and no other family needs it.
         import tensorflow_datasets as tfds
@@ -49,9 +45,7 @@ class TFDS(JSONL):
                 reason = f"features {', '.join(missing or ['scans'])} are missing; it has {', '.join(sorted(features))}"
                 raise RowError(self.file, 0, reason, "map them with `columns`")
             # Data sources do not accept a PartialDecoding: read raw records and decode only these features.
-            selected = tfds.features.FeaturesDict(
-                {feature: builder.info.features[feature] for feature in names.values()}
-            )
+            selected = tfds.features.FeaturesDict({name: builder.info.features[name] for name in names.values()})
             source = builder.as_data_source(self.split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
         except RowError:
             raise

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import unicodedata
 
 from input_pipeline.datasets.base import SkippedRow, TableDataset
 from input_pipeline.samples import Scan, Text
 
 
-@dataclasses.dataclass(kw_only=True, eq=False)
 class VQA(TableDataset):
     task = "vqa"
     required = ("img_root_dir", "Figure_path", "Question", "Answer")
@@ -23,31 +21,24 @@ class VQA(TableDataset):
 
     def value(self, path, question, answer):
         """Return the value of a row. Everything constant is made here once, as a mixture draws millions of samples."""
-        scans = None if path.lower().endswith(".npy") else (Scan(path),)
-        return path, self.study_of(path), scans, Text(question, "instruction"), Text(answer, "response")
+        scans = path if path.lower().endswith(".npy") else (Scan(path),)
+        return scans, self.study_of(path), Text(question, "instruction"), Text(answer, "response")
 
     def parts(self, value, rng):
-        path, study, scans, question, answer = value
-        if scans is None:
-            scans = self.npy_scans(path)
+        _, study, question, answer = value
+        scans = self.scans_of(value)
         parts = (*scans, question, answer) if rng.random() < 0.5 else (question, *scans, answer)
         return self.task, study, parts
 
-    def scans_of(self, value):
-        return value[2] or self.npy_scans(value[0])
 
-
-@dataclasses.dataclass(kw_only=True, eq=False)
 class PMCVQA(VQA):
     name = "pmc_vqa"
 
 
-@dataclasses.dataclass(kw_only=True, eq=False)
 class VQARAD(VQA):
     name = "vqa_rad"
 
 
-@dataclasses.dataclass(kw_only=True, eq=False)
 class Slake(VQA):
     """The English part of SLAKE. Rows whose `q_lang` is not `en` are skipped and counted.
 

@@ -1,4 +1,4 @@
-"""PMC-Inline: csv `PMC_path`; one JSON per paper, a list of {text, img_ref: [..]}. All text is a target."""
+"""PMC-Inline and PMC-CaseReport: papers with figures `figures/PMCID_imgref.jpg`."""
 
 from __future__ import annotations
 
@@ -6,35 +6,65 @@ import dataclasses
 import pathlib
 import re
 
-from input_pipeline.datasets.base import TableDataset, choose, pick
+from input_pipeline.datasets.base import TableDataset, choose, instruction_parts, pick
 from input_pipeline.datasets.json_tables import load_json
 from input_pipeline.datasets.rows import bad_path, bad_text
 from input_pipeline.samples import RowError, Scan, Text
+from input_pipeline.text.sentences import shorten
 
+_TAG = re.compile(r"^[QA]\s*:\s*", re.IGNORECASE)
+_ID = re.compile(r"[A-Za-z0-9._-]+")
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+
+
+@dataclasses.dataclass(kw_only=True, eq=False)
+class PMCCaseReport(TableDataset):
+    """VQA with the patient's history as context, csv `PMC_id, img_ref, context, question, answer`."""
+
+    name = "pmc_casereport"
+    task = "vqa"
+    required = ("PMC_id", "img_ref", "context", "question", "answer")
+
+    figures: str = "figures"  # folder of the figures below the root
+
+    def parse(self, row):
+        paper = row.text("PMC_id")
+        figures = row.texts("img_ref")
+        if not figures:
+            raise row.error("img_ref names no figure")
+        for name in (paper, *figures):
+            if not _ID.fullmatch(name) or name.strip(".") == "":
+                raise row.error(f"{name[:60]!r} is not a paper or figure name", "use letters, digits, '.', '_', '-'")
+        scans = tuple(Scan(row.path(f"{paper}_{name}.jpg", self.figures)) for name in figures)
+        texts = []
+        for column in ("question", "answer"):
+            text = _TAG.sub("", row.text(column), count=1).strip()
+            if not text:
+                raise row.error(f"{column} has no text after its 'Q:' or 'A:'")
+            texts.append(text)
+        return scans, paper, row.optional("context"), *texts
+
+    def parts(self, value, rng):
+        scans, paper, context, question, answer = value
+        return self.task, paper, instruction_parts(rng, scans, question, answer, context and shorten(context))
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class PMCInline(TableDataset):
     """A window of a paper's sentences, each figure before the first sentence of the window that refers to it.
 
-    Papers are read and checked when a sample is made; errors name the paper's file.
-
-    Attributes:
-      figures: folder below the root with the images PMCID_imgref.jpg.
-      window: maximum sentences in a sample.
-      max_scans: maximum figures in a sample; the sample's generator chooses among more.
-      around_figure: share of the samples whose window contains a figure; the other windows are anywhere.
+    The csv has the column `PMC_path`: one JSON per paper, a list of {text, img_ref: [..]}. Papers are read and checked
+    when a sample is made; errors name the paper's file. All text is a target.
     """
 
     name = "pmc_inline"
     task = "interleaved"
     required = ("PMC_path",)
 
-    figures: str = "figures"
-    window: int = 50
-    max_scans: int = 3
-    around_figure: float = 0.5
+    figures: str = "figures"  # folder of the figures below the root
+    window: int = 50  # maximum sentences in a sample
+    max_scans: int = 3  # maximum figures in a sample; the sample's generator chooses among more
+    around_figure: float = 0.5  # share of the samples whose window contains a figure; other windows are anywhere
 
     def parse(self, row):
         return row.path(row.text("PMC_path"))
@@ -47,11 +77,8 @@ class PMCInline(TableDataset):
             raise RowError(file, 0, "a paper must be a list of {text, img_ref}", "convert the paper again")
         sentences = []
         for number, item in enumerate(paper, 1):
-            reason = None
-            if not isinstance(item, dict) or not isinstance(item.get("text"), str):
-                reason = "a sentence needs the key text"
-            else:
-                reason = bad_text(item["text"])
+            is_sentence = isinstance(item, dict) and isinstance(item.get("text"), str)
+            reason = bad_text(item["text"]) if is_sentence else "a sentence needs the key text"
             figures = (item.get("img_ref") or []) if reason is None else []
             if isinstance(figures, str):
                 figures = [figures]
@@ -104,7 +131,6 @@ class PMCInline(TableDataset):
 
     def _scan(self, value: str, figure: str) -> Scan:
         path = f"{self.figures}/{pathlib.PurePosixPath(value).stem}_{figure}.jpg"
-        reason = bad_path(path)
-        if reason:
+        if reason := bad_path(path):
             raise ValueError(reason)
         return Scan(path)
