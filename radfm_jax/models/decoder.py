@@ -21,14 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from radfm_jax.models.attention import attention
 from radfm_jax.models.kernels.xla import attention_mask, plain_attention
-from radfm_jax.models.layers import (
-    RESIDUAL,
-    dense,
-    matmul_precision,
-    partitioned,
-    rms_norm,
-    scan_blocks,
-)
+from radfm_jax.models.layers import RESIDUAL, dense, matmul_precision, partitioned, rms_norm, scan_blocks
 from radfm_jax.runtime.sharding import constrain
 
 
@@ -189,15 +182,10 @@ class Decoder(nn.Module):
 def head_logits(hidden: jax.Array, kernel: jax.Array, dtype: str, scale: jax.Array | None = None) -> jax.Array:
     """float[..., E] x [E, V] -> float32[..., V], multiplied in `dtype` and summed in float32.
 
-    Args:
-      scale: float32[V], factors of an int8 kernel's columns; None for other kernels.
+    `scale` has the factors of an int8 kernel's columns, float32[V]; it is None for other kernels.
     """
-    logits = jnp.matmul(
-        hidden.astype(dtype),
-        kernel.astype(dtype),
-        precision=matmul_precision(dtype),
-        preferred_element_type=jnp.float32,
-    )
+    hidden, kernel = hidden.astype(dtype), kernel.astype(dtype)
+    logits = jnp.matmul(hidden, kernel, precision=matmul_precision(dtype), preferred_element_type=jnp.float32)
     return logits if scale is None else logits * scale
 
 
@@ -259,14 +247,12 @@ def empty_cache(config: DecoderConfig, batch: int, length: int) -> KVCache:
 def prefill(
     config: DecoderConfig, params: dict, x: jax.Array, lengths: jax.Array, cache: KVCache
 ) -> tuple[jax.Array, KVCache]:
-    """Run the prompts and write their keys and values to an empty cache.
+    """Run the prompts and write their keys and values to an empty cache, which has room for T tokens or more.
 
     Args:
-      params: parameters of the decoder.
-      x: float[B, T, E] embeddings; the first lengths[b] are those of row b. T is at most the cache's length.
-      lengths: int32[B].
+      x: float[B, T, E] embeddings; the first lengths[b] of row b are its prompt.
     Returns:
-      Hidden states float[B, T, E] after the final norm, as `Decoder` returns them, and the cache.
+      Hidden states float[B, T, E] after the final norm, and the cache.
     """
     positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
     segments = (positions < lengths[:, None]).astype(jnp.int32)

@@ -34,21 +34,15 @@ def was_evaluated(workdir: Path, step: int) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Computes and logs metrics on the held-out rows, and scores of generated answers.
-
-    Attributes:
-      steps: number of steps of the run; the last one is always evaluated.
-      rows, program: held-out rows and Programs.evaluate; None without test sources.
-      answers: None without `train.eval_answers`.
-    """
+    """Computes and logs metrics on the held-out rows, and scores of generated answers."""
 
     config: Experiment
     mesh: jax.sharding.Mesh
-    steps: int
+    steps: int  # number of steps of the run; the last one is always evaluated
     peers: Peers
-    rows: Rows | None
-    program: jax.stages.Compiled | None
-    answers: eval_answers.EvalAnswers | None
+    rows: Rows | None  # held-out rows; None without test sources
+    program: jax.stages.Compiled | None  # Programs.evaluate
+    answers: eval_answers.EvalAnswers | None  # None without `train.eval_answers`
 
     def due(self, step: int) -> bool:
         """Whether an evaluation follows a step."""

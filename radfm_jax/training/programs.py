@@ -19,15 +19,10 @@ from radfm_jax.training.experiment import Experiment
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-    """Programs for the one shape that all batches have, compiled before the first step; a step never compiles.
+    """Programs for the one shape that all batches have, compiled before the first step; a step never compiles."""
 
-    Attributes:
-      step: (state, batch, learning rate) -> (state, metrics).
-      evaluate: (parameters, batch) -> sums; None without test sources.
-    """
-
-    step: jax.stages.Compiled
-    evaluate: jax.stages.Compiled | None
+    step: jax.stages.Compiled  # (state, batch, learning rate) -> (state, metrics)
+    evaluate: jax.stages.Compiled | None  # (parameters, batch) -> sums; None without test sources
 
     @classmethod
     def compile(

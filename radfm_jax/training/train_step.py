@@ -34,18 +34,11 @@ NONFINITE = ("skip", "stop")
 
 @dataclasses.dataclass(frozen=True)
 class StepConfig:
-    """Options of the loss of a step.
+    """Options of the loss of a step."""
 
-    Attributes:
-      weighting, normalise: losses.radfm_loss; `normalise="micro_batch"` divides each micro-batch by its own weight, as
-        the original does.
-      chunk: number of positions per device whose logits exist at the same time.
-      dropout: whether to train with dropout.
-    """
-
-    weighting: str = "weighted"
-    normalise: str = "token"
-    chunk: int = 256
+    weighting: str = "weighted"  # losses.WEIGHTINGS
+    normalise: str = "token"  # losses.NORMALISATIONS; "micro_batch" divides by each one's weight, as the original does
+    chunk: int = 256  # positions per device whose logits exist at the same time
     dropout: bool = True
 
     def __post_init__(self):
@@ -78,15 +71,9 @@ def abstract_state(
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=parameter.sharding if parameter else replicated)
 
     moments = jax.tree_util.tree_map_with_path(moment, jax.eval_shape(transform.init, trainable))
-    state = {
-        "step": small((), jnp.int32),
-        "params": trainable,
-        "frozen": frozen,
-        "opt": moments,
-        "key": small((2,), jnp.uint32),
-        "skipped": small((), jnp.int32),
-    }
-    return state, transform, notes
+    parts = {"params": trainable, "frozen": frozen, "opt": moments}
+    counts = {"step": small((), jnp.int32), "skipped": small((), jnp.int32)}
+    return {**parts, **counts, "key": small((2,), jnp.uint32)}, transform, notes
 
 
 def init_state(
