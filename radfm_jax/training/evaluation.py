@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import operator
 from pathlib import Path
 
 import jax
@@ -70,11 +71,10 @@ class Evaluation:
         assert self.rows is not None and self.program is not None
         watchdog.alive(f"the evaluation after step {step}")
         totals = None
-        data = device_batches(self.rows, self.mesh, self.config.train.accumulation)
-        with contextlib.closing(data):
+        with contextlib.closing(device_batches(self.rows, self.mesh, self.config.train.accumulation)) as data:
             for number, (arrays, _) in enumerate(itertools.islice(data, self.config.train.eval_batches or None)):
                 counts = self.program(params, arrays)
-                totals = counts if totals is None else jax.tree.map(lambda a, b: a + b, totals, counts)
+                totals = counts if totals is None else jax.tree.map(operator.add, totals, counts)
                 self.check_stop(f"batch {number} of the evaluation after step {step}", watchdog)
         return {
             f"eval/{task}/{name}": value

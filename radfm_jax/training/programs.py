@@ -7,8 +7,7 @@ import time
 
 import jax
 import numpy as np
-import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from input_pipeline.batching.collate import collate_batch
 from input_pipeline.batching.pipeline import Rows
@@ -25,29 +24,15 @@ class Programs:
     evaluate: jax.stages.Compiled | None  # (parameters, batch) -> sums; None without test sources
 
     @classmethod
-    def compile(
-        cls,
-        config: Experiment,
-        abstract: dict,
-        transform: optax.GradientTransformation,
-        rows: Rows,
-        mesh: jax.sharding.Mesh,
-    ) -> Programs:
-        """Compile the programs and log how long it took and the memory they need.
-
-        Args:
-          abstract, transform: train_step.abstract_state.
-        """
+    def compile(cls, config: Experiment, abstract: dict, transform, rows: Rows, mesh: Mesh) -> Programs:
+        """Compile for a state (train_step.abstract_state). Log how long it took and the memory that a step needs."""
         start = time.perf_counter()
         batch, step_config = _abstract_batch(config, rows, mesh), config.train.step
         with jax.set_mesh(mesh):
             rate = jax.ShapeDtypeStruct((), np.float32, sharding=NamedSharding(mesh, PartitionSpec()))
-            step = jax.jit(
-                train_step.make_train_step(config.compute, transform, step_config),
-                donate_argnums=0,
-                out_shardings=(train_step.shardings_of(abstract), None),
-            )
-            compiled = step.lower(abstract, batch, rate).compile()
+            step = train_step.make_train_step(config.compute, transform, step_config)
+            jitted = jax.jit(step, donate_argnums=0, out_shardings=(train_step.shardings_of(abstract), None))
+            compiled = jitted.lower(abstract, batch, rate).compile()
             evaluate = None
             if config.data.test:
                 eval_step = jax.jit(train_step.make_eval_step(config.compute, step_config))
@@ -65,7 +50,7 @@ class Programs:
         return cls(compiled, evaluate)
 
 
-def _abstract_batch(config: Experiment, rows: Rows, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def _abstract_batch(config: Experiment, rows: Rows, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """Return the shapes of a batch, [A, B, ...]."""
     accumulation, sharding = config.train.accumulation, train_step.batch_sharding(mesh)
     micro_batch = config.train.batch // accumulation
