@@ -64,9 +64,6 @@ class DecoderConfig:
             raise ValueError(f"llama.head_dim must be even for RoPE (got {self.head_dim})")
 
 
-# --- rotary position embedding ----------------------------------------------------------------------------------------
-
-
 def rope_frequencies(config: DecoderConfig) -> np.ndarray:
     """Return float32[K / 2]: radians per position for each channel pair (RoFormer; Llama-3.1 scaling)."""
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
@@ -94,8 +91,6 @@ def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
-
-# --- the network ------------------------------------------------------------------------------------------------------
 
 # Linear maps of a block -> the number of input axes of their kernels, not counting the axis `layers`.
 INPUT_AXES = {"query": 1, "key": 1, "value": 1, "out": 2, "gate": 1, "up": 1, "down": 1}
@@ -263,8 +258,7 @@ def extend(
     config: DecoderConfig, params: dict, x: jax.Array, positions: jax.Array, cache: KVCache
 ) -> tuple[jax.Array, KVCache]:
     """Run one more token of each row: x float[B, 1, E] at positions int32[B] -> (hidden [B, 1, E], cache)."""
-    visible = jnp.arange(cache.length) <= positions[:, None]
-    k_segments = jnp.where(visible, 1, -1)
+    k_segments = jnp.where(jnp.arange(cache.length) <= positions[:, None], 1, -1)
     q_segments = jnp.ones_like(positions)[:, None]
     return _run_blocks(config, params, x, positions[:, None], q_segments, k_segments, cache, positions)
 

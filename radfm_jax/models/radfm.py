@@ -203,9 +203,6 @@ def segment_max(segments: jax.Array, values: jax.Array, count: int | None = None
     return jax.vmap(lambda segment, x: jnp.zeros(size, x.dtype).at[segment].max(x))(segments, values)
 
 
-# --- shapes before arrays ---------------------------------------------------------------------------------------------
-
-
 def abstract_batch(
     config: RadFMConfig, *, rows=1, text=8, scans=1, vision_rows=1, patches=8, planes=8, plane_dtype=jnp.uint8
 ) -> dict[str, jax.ShapeDtypeStruct]:

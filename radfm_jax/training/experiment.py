@@ -152,5 +152,5 @@ def changes(before: Mapping, now: Mapping) -> list[str]:
 
 
 def _plain(group) -> dict:
-    plain = {f.name: getattr(group, f.name) for f in dataclasses.fields(group)}
-    return {k: dict(v) if isinstance(v, Mapping) else v for k, v in plain.items()}
+    values = ((f.name, getattr(group, f.name)) for f in dataclasses.fields(group))
+    return {name: dict(x) if isinstance(x, Mapping) else x for name, x in values}

@@ -106,9 +106,8 @@ def _saver(config: Experiment, workdir: Path) -> Saver:
 
 def _is_complete(config: Experiment, workdir: Path, newest: Path | None, steps: int) -> bool:
     """Whether the last step is saved and, with test sources, evaluated; log that."""
-    if newest != run_directory.step_directory(workdir, steps):
-        return False
-    if config.data.test and not was_evaluated(workdir, steps):
+    is_saved = newest == run_directory.step_directory(workdir, steps)
+    if not is_saved or (config.data.test and not was_evaluated(workdir, steps)):
         return False
     console.log(f"{newest}: all {steps:,} steps are done")
     return True
@@ -152,20 +151,16 @@ def _run(
     config: Experiment, workdir: Path, mesh: Mesh, rates: np.ndarray, rows: Rows, programs: Programs, saver: Saver,
     peers: Peers, evaluation: Evaluation, state: dict, data_state: dict | None,
 ) -> int:  # fmt: skip
-    """Run the steps from state["step"] on. Return 0 when all are done, faults.REQUEUE if told to stop.
-
-    `rates` has the learning rate of each step of the run.
-    """
+    """Run the steps from state["step"] on. Return 0 when all are done, faults.REQUEUE if told to stop."""
     train, save_every = config.train, config.checkpoint.save_every
     first, steps = int(state["step"]), len(rates)
     data = device_batches(rows, mesh, train.accumulation)
     if data_state is not None:
         data.set_state(data_state)
     watchdog = faults.Watchdog(train.step_timeout, peers.files, peers.abort)
-    active = jax.process_index() == 0
     with (
         contextlib.closing(data),
-        contextlib.closing(display.Display(workdir, first, steps, active)) as screen,
+        contextlib.closing(display.Display(workdir, first, steps, active=jax.process_index() == 0)) as screen,
         contextlib.closing(RowLog(workdir, first)) as row_log,
         contextlib.closing(Profile(train.profile, workdir / "profile")) as profile,
         watchdog,

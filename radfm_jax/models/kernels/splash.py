@@ -17,19 +17,12 @@ def splash_attention(q, k, v, q_segments, k_segments, *, causal: bool, interpret
         t, h, width = q.shape[1:]
         u, g = k.shape[1:3]
         mask = (splash_lib.CausalMask if causal else splash_lib.FullMask)((t, u))
-        run = splash_lib.make_splash_mha(
-            splash_lib.MultiHeadMask([mask] * h),
-            block_sizes=splash_lib.BlockSizes(
-                **dict.fromkeys(("block_q", "block_q_dkv", "block_q_dq"), _block_size(t)),
-                **dict.fromkeys(
-                    ("block_kv", "block_kv_compute", "block_kv_dkv", "block_kv_dkv_compute"), _block_size(u)
-                ),
-                block_kv_dq=_block_size(u),
-            ),
-            head_shards=1,
-            q_seq_shards=1,
-            interpret=interpret,
-        )
+        kv_blocks = ("block_kv", "block_kv_compute", "block_kv_dkv", "block_kv_dkv_compute", "block_kv_dq")
+        sizes = dict.fromkeys(("block_q", "block_q_dkv", "block_q_dq"), _block_size(t))
+        blocks = splash_lib.BlockSizes(**sizes, **dict.fromkeys(kv_blocks, _block_size(u)))
+        heads = splash_lib.MultiHeadMask([mask] * h)
+        shards = {"head_shards": 1, "q_seq_shards": 1}
+        run = splash_lib.make_splash_mha(heads, block_sizes=blocks, **shards, interpret=interpret)
         heads_first = lambda x: jnp.moveaxis(x, 2, 1)  # noqa: E731
         k, v = (jnp.repeat(x, h // g, axis=2) for x in (k, v))
         ids = splash_lib.SegmentIds(q_segments, k_segments)
