@@ -4,8 +4,7 @@ import sys
 
 
 def main(argv: list[str] | None = None) -> int | None:
-    # Spawned data workers import this module again and must not import JAX.
-    from radfm_jax.inference.command import main
+    from radfm_jax.inference.command import main  # spawned data workers import this module again and need no JAX
 
     return main(argv)
 

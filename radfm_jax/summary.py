@@ -4,8 +4,7 @@ import sys
 
 
 def main(argv: list[str] | None = None) -> int | None:
-    # Imported here: spawned data workers import this module again, and they need none of it.
-    from radfm_jax.training.run_summary import main
+    from radfm_jax.training.run_summary import main  # spawned data workers import this module again and need no JAX
 
     return main(argv)
 

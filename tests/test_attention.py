@@ -200,7 +200,7 @@ def test_saved_attention_is_not_recomputed(policy, walks):
 
 @pytest.mark.parametrize("length", range(128, 4097, 128))
 def test_splash_blocks_divide_every_length(length):
-    block = splash._divisor(length, 512)
+    block = splash._block_size(length)
     assert length % block == 0 and block % 128 == 0 and block <= 512
     assert block == {128: 128, 384: 384, 1024: 512, 2048: 512}.get(length, block)
 

@@ -18,44 +18,37 @@ from radfm_jax.models.kernels.xla import attention_mask, plain_attention
 
 # "blocks" is the name of tile attention in configs.
 KERNELS = {"blocks": tiled_attention, "cudnn": cudnn_attention, "splash": splash_attention}
-NAMES = ("auto", "xla", "blocks", "cudnn", "splash")
+NAMES = ("auto", "xla", *KERNELS)
 MIN_TILED_LENGTH = 512  # plain XLA is faster for shorter rows
 
 
 def choose(kernel: str, q: jax.Array, k: jax.Array, platform: str | None = None) -> str:
-    """Return the kernel to run: `xla`, `blocks`, `cudnn` or `splash`. Only `auto` falls back to another kernel.
+    """Return the kernel to run for q [B, T, H, K] and k [B, U, G, K]. Only `auto` falls back to another kernel.
 
-    Args:
-      q: [B, T, H, K]; k: [B, U, G, K].
     Raises:
       ValueError: an unknown name, or shapes or a dtype that the named kernel does not support.
     """
     if kernel not in NAMES:
         raise ValueError(f"attention kernel {kernel!r} is unknown: choose one of {', '.join(NAMES)}")
     t, u, width = q.shape[1], k.shape[1], q.shape[3]
-    refusals = {
-        "xla": [],
-        "blocks": [f"lengths {t} and {u} are not multiples of 128"] if t % 128 or u % 128 else [],
-        "splash": [  # it would multiply float32 operands in bfloat16
-            *([f"dtype {q.dtype} is not bfloat16"] if q.dtype != jnp.bfloat16 else []),
-            *([f"head width {width} is not a multiple of 64"] if width % 64 else []),
-            *([f"lengths {t} and {u} are not multiples of 128"] if t % 128 or u % 128 else []),
-        ],
-        "cudnn": [
-            *([f"dtype {q.dtype} is not bfloat16 or float16"] if q.dtype not in (jnp.bfloat16, jnp.float16) else []),
-            *([f"head width {width} is not a multiple of 8 up to 128"] if width % 8 or width > 128 else []),
-            # Its backward pass with a bias needs even lengths.
-            *([f"lengths {t} and {u} are not even"] if t % 2 or u % 2 else []),
-        ],
-    }
-    if kernel != "auto":
-        if refusals[kernel]:
-            raise ValueError(f"attention kernel {kernel!r}: {'; '.join(refusals[kernel])}")
-        return kernel
-    best = {"tpu": "splash", "cuda": "cudnn", "cpu": "blocks"}.get(platform or _platform(), "xla")
-    if best == "blocks" and min(t, u) < MIN_TILED_LENGTH:
-        return "xla"
-    return best if not refusals[best] else "xla"
+    unsupported = (  # kernel, condition, reason
+        ("blocks", t % 128 or u % 128, f"lengths {t} and {u} are not multiples of 128"),
+        ("splash", q.dtype != jnp.bfloat16, f"dtype {q.dtype} is not bfloat16"),  # would round float32 to bfloat16
+        ("splash", width % 64, f"head width {width} is not a multiple of 64"),
+        ("splash", t % 128 or u % 128, f"lengths {t} and {u} are not multiples of 128"),
+        ("cudnn", q.dtype not in (jnp.bfloat16, jnp.float16), f"dtype {q.dtype} is not bfloat16 or float16"),
+        ("cudnn", width % 8 or width > 128, f"head width {width} is not a multiple of 8 up to 128"),
+        ("cudnn", t % 2 or u % 2, f"lengths {t} and {u} are not even"),  # needed by its backward pass with a bias
+    )
+    chosen = kernel
+    if kernel == "auto":
+        chosen = {"tpu": "splash", "cuda": "cudnn", "cpu": "blocks"}.get(platform or _platform(), "xla")
+    reasons = [reason for name, condition, reason in unsupported if name == chosen and condition]
+    if kernel == "auto":
+        return "xla" if reasons or (chosen == "blocks" and min(t, u) < MIN_TILED_LENGTH) else chosen
+    if reasons:
+        raise ValueError(f"attention kernel {kernel!r}: {'; '.join(reasons)}")
+    return kernel
 
 
 def _platform() -> str:
@@ -69,16 +62,7 @@ def _platform() -> str:
 
 
 @functools.partial(jax.named_call, name="attention")
-def attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    q_segments: jax.Array,
-    k_segments: jax.Array,
-    *,
-    causal: bool,
-    kernel: str = "auto",
-) -> jax.Array:
+def attention(q, k, v, q_segments, k_segments, *, causal: bool, kernel: str = "auto") -> jax.Array:
     """Compute scaled dot-product attention within segments.
 
     Query i sees key j if their segments are equal and, when causal, j <= i.
@@ -91,10 +75,8 @@ def attention(
                                                . . . . . 0     padding sees padding, so no softmax is empty
 
     Args:
-      q: float[B, T, H, K].
-      k, v: float[B, U, G, K], H a multiple of G.
-      q_segments: int32[B, T].
-      k_segments: int32[B, U]; -1 hides a key from every query.
+      q: float[B, T, H, K]; k, v: float[B, U, G, K], H a multiple of G.
+      q_segments: int32[B, T]; k_segments: int32[B, U], -1 hides a key from every query.
       kernel: `auto` selects the fastest kernel that supports the platform, dtype and shapes; a name selects that one.
     Returns:
       float[B, T, H, K] in v's dtype. The output of a query that sees no key is finite but depends on the kernel: the

@@ -98,12 +98,9 @@ def empty_cache(config: DecoderConfig, batch: int, length: int) -> SplitCache:
 
 def next_logits(config: DecoderConfig, params: dict, hidden: jax.Array) -> jax.Array:
     """float[B, E] after the final norm -> float32[B, V]."""
-    logits = product_with_rows(
-        hidden.astype(config.dtype),
-        params["head_rows"].astype(config.dtype),
-        precision=matmul_precision(config.dtype),
-        preferred_element_type=jnp.float32,
-    )
+    hidden, rows = (x.astype(config.dtype) for x in (hidden, params["head_rows"]))
+    precision = matmul_precision(config.dtype)
+    logits = product_with_rows(hidden, rows, precision=precision, preferred_element_type=jnp.float32)
     return logits * params["head_scale"] if "head_scale" in params else logits
 
 

@@ -21,14 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from radfm_jax.models.attention import attention
 from radfm_jax.models.kernels.xla import attention_mask, plain_attention
-from radfm_jax.models.layers import (
-    RESIDUAL,
-    dense,
-    matmul_precision,
-    partitioned,
-    rms_norm,
-    scan_blocks,
-)
+from radfm_jax.models.layers import RESIDUAL, dense, matmul_precision, partitioned, rms_norm, scan_blocks
 from radfm_jax.runtime.sharding import constrain
 
 
@@ -71,9 +64,6 @@ class DecoderConfig:
             raise ValueError(f"llama.head_dim must be even for RoPE (got {self.head_dim})")
 
 
-# --- rotary position embedding ----------------------------------------------------------------------------------------
-
-
 def rope_frequencies(config: DecoderConfig) -> np.ndarray:
     """Return float32[K / 2]: radians per position for each channel pair (RoFormer; Llama-3.1 scaling)."""
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
@@ -101,8 +91,6 @@ def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
-
-# --- the network ------------------------------------------------------------------------------------------------------
 
 # Linear maps of a block -> the number of input axes of their kernels, not counting the axis `layers`.
 INPUT_AXES = {"query": 1, "key": 1, "value": 1, "out": 2, "gate": 1, "up": 1, "down": 1}
@@ -189,15 +177,10 @@ class Decoder(nn.Module):
 def head_logits(hidden: jax.Array, kernel: jax.Array, dtype: str, scale: jax.Array | None = None) -> jax.Array:
     """float[..., E] x [E, V] -> float32[..., V], multiplied in `dtype` and summed in float32.
 
-    Args:
-      scale: float32[V], factors of an int8 kernel's columns; None for other kernels.
+    `scale` has the factors of an int8 kernel's columns, float32[V]; it is None for other kernels.
     """
-    logits = jnp.matmul(
-        hidden.astype(dtype),
-        kernel.astype(dtype),
-        precision=matmul_precision(dtype),
-        preferred_element_type=jnp.float32,
-    )
+    hidden, kernel = hidden.astype(dtype), kernel.astype(dtype)
+    logits = jnp.matmul(hidden, kernel, precision=matmul_precision(dtype), preferred_element_type=jnp.float32)
     return logits if scale is None else logits * scale
 
 
@@ -259,14 +242,12 @@ def empty_cache(config: DecoderConfig, batch: int, length: int) -> KVCache:
 def prefill(
     config: DecoderConfig, params: dict, x: jax.Array, lengths: jax.Array, cache: KVCache
 ) -> tuple[jax.Array, KVCache]:
-    """Run the prompts and write their keys and values to an empty cache.
+    """Run the prompts and write their keys and values to an empty cache, which has room for T tokens or more.
 
     Args:
-      params: parameters of the decoder.
-      x: float[B, T, E] embeddings; the first lengths[b] are those of row b. T is at most the cache's length.
-      lengths: int32[B].
+      x: float[B, T, E] embeddings; the first lengths[b] of row b are its prompt.
     Returns:
-      Hidden states float[B, T, E] after the final norm, as `Decoder` returns them, and the cache.
+      Hidden states float[B, T, E] after the final norm, and the cache.
     """
     positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
     segments = (positions < lengths[:, None]).astype(jnp.int32)
@@ -277,8 +258,7 @@ def extend(
     config: DecoderConfig, params: dict, x: jax.Array, positions: jax.Array, cache: KVCache
 ) -> tuple[jax.Array, KVCache]:
     """Run one more token of each row: x float[B, 1, E] at positions int32[B] -> (hidden [B, 1, E], cache)."""
-    visible = jnp.arange(cache.length) <= positions[:, None]
-    k_segments = jnp.where(visible, 1, -1)
+    k_segments = jnp.where(jnp.arange(cache.length) <= positions[:, None], 1, -1)
     q_segments = jnp.ones_like(positions)[:, None]
     return _run_blocks(config, params, x, positions[:, None], q_segments, k_segments, cache, positions)
 

@@ -10,8 +10,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-# --- precision and rematerialisation ----------------------------------------------------------------------------------
-
 # What a transformer block saves for the backward pass, from least to most memory. The names are those that the blocks
 # pass to `checkpoint_name`.
 REMAT_POLICIES = {
@@ -54,15 +52,11 @@ def scan_blocks(block: type[nn.Module], length: int, remat: str):
     )
 
 
-# --- layers -----------------------------------------------------------------------------------------------------------
-
-
 RESIDUAL = 0.5  # gain of a fresh kernel whose outputs are added to the residual stream
+NORM_EPS = 1e-5  # PyTorch's
 
-
-def partitioned(init: Callable, names: tuple[str | None, ...]) -> Callable[..., Any]:
-    """Return an initialiser whose parameter has these logical axis names (see radfm_jax.runtime.sharding)."""
-    return nn.with_logical_partitioning(init, names)
+# (initialiser, logical axis names of its parameter) -> initialiser; runtime/sharding.py maps the names to mesh axes.
+partitioned: Callable[..., Callable[..., Any]] = nn.with_logical_partitioning
 
 
 class Dense(nn.DenseGeneral):
@@ -77,10 +71,7 @@ class Dense(nn.DenseGeneral):
 
 
 def dense(features, names, config, *, axis=-1, bias=False, gain=1.0, name=None) -> Dense:
-    """Return a linear map whose kernel has logical axis names.
-
-    A fresh kernel has standard deviation gain / sqrt(fan in).
-    """
+    """Return a linear map whose kernel has logical axis names and starts with deviation gain / sqrt(fan in)."""
     init = nn.initializers.variance_scaling(gain**2, "fan_in", "truncated_normal")
     return Dense(
         features=features,
@@ -108,30 +99,19 @@ def matrix_product(x: jax.Array, kernel: jax.Array, dimensions, **options) -> ja
     return jax.lax.dot_general(x, kernel, (((1,), (0,)), ((), ())), **options).reshape(*outer, *inner)
 
 
-NORM_EPS = 1e-5  # PyTorch's
-
-
-def layer_norm(config, name: str, axis_name: str = "embed") -> nn.LayerNorm:
+def layer_norm(config, name: str) -> nn.LayerNorm:
     """Return PyTorch's LayerNorm: float32 statistics and two-pass variance (E[x^2] - E[x]^2 loses digits)."""
-    return nn.LayerNorm(
-        epsilon=NORM_EPS,
-        use_fast_variance=False,
-        dtype=config.dtype,
-        param_dtype=config.param_dtype,
-        scale_init=partitioned(nn.initializers.ones, (axis_name,)),
-        bias_init=partitioned(nn.initializers.zeros, (axis_name,)),
-        name=name,
-    )
+    zeros = partitioned(nn.initializers.zeros, ("embed",))
+    return _norm(nn.LayerNorm, config, NORM_EPS, name, use_fast_variance=False, bias_init=zeros)
 
 
 def rms_norm(config, eps: float, name: str | None) -> nn.RMSNorm:
-    return nn.RMSNorm(
-        epsilon=eps,
-        dtype=config.dtype,
-        param_dtype=config.param_dtype,
-        scale_init=partitioned(nn.initializers.ones, ("embed",)),
-        name=name,
-    )
+    return _norm(nn.RMSNorm, config, eps, name)
+
+
+def _norm(kind, config, eps: float, name: str | None, **options):
+    ones = partitioned(nn.initializers.ones, ("embed",))
+    return kind(epsilon=eps, dtype=config.dtype, param_dtype=config.param_dtype, scale_init=ones, name=name, **options)
 
 
 class GeluMlp(nn.Module):

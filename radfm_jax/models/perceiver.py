@@ -52,11 +52,7 @@ class ResamplerBlock(nn.Module):
         q_segments = jnp.broadcast_to(jnp.arange(1, s + 1)[None, :, None], (b, s, n))
         k_segments = jnp.concatenate([gather_rows(patch_segments, scan_rows), q_segments], axis=2)
         arrays = (q, kv[..., 0, :, :], kv[..., 1, :, :], q_segments, k_segments)
-        x = attention(
-            *(a.reshape(b * s, *a.shape[2:]) for a in arrays),
-            causal=False,
-            kernel=c.attention,
-        )
+        x = attention(*(a.reshape(b * s, *a.shape[2:]) for a in arrays), causal=False, kernel=c.attention)
         x = checkpoint_name(x.reshape(q.shape), "attention")
         x = dense(c.width, ("heads", "head_dim", "embed"), c, axis=(-2, -1), gain=RESIDUAL, name="out")(x)
         latents = constrain(latents + x, "batch", None, None, None)

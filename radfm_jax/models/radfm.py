@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -77,20 +78,19 @@ class RadFMConfig:
         kinds: dict[str, Any] = {"vision": ViTConfig, "perceiver": PerceiverConfig, "llama": DecoderConfig}
         unknown = [part for part in fields if part not in kinds]
         for part, kind in kinds.items():
-            unknown += [
-                f"{part}.{k}" for k in fields.get(part, {}) if k not in {f.name for f in dataclasses.fields(kind)}
-            ]
+            known = [f.name for f in dataclasses.fields(kind)]
+            unknown += [f"{part}.{name}" for name in fields.get(part, {}) if name not in known]
         if unknown:
             raise ValueError(f"unknown model fields: {', '.join(unknown)}")
-        parts = {}
-        for part, kind in kinds.items():
-            values: dict[str, Any] = {
-                k: tuple(v) if isinstance(v, list) else v for k, v in fields.get(part, {}).items()
-            }
-            if isinstance(values.get("rope_scaling"), dict):
-                values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
-            parts[part] = kind(**values)
-        return cls(**parts)
+        parts = {part: tuples(fields.get(part, {})) for part in kinds}
+        if isinstance(scaling := parts["llama"].get("rope_scaling"), dict):
+            parts["llama"]["rope_scaling"] = RopeScaling(**scaling)
+        return cls(**{part: kind(**parts[part]) for part, kind in kinds.items()})
+
+
+def tuples(fields: Mapping) -> dict:
+    """Return a copy with lists as tuples: the values of a frozen config are hashable."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
 
 
 def radfm_14b() -> RadFMConfig:
@@ -105,9 +105,6 @@ def tiny() -> RadFMConfig:
         PerceiverConfig(width=24, num_layers=2, num_heads=2, head_dim=8, num_latents=4),
         DecoderConfig(vocab_size=96, width=32, mlp_width=64, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=8),
     )
-
-
-PRESETS = {"radfm_14b": radfm_14b, "tiny": tiny}
 
 
 class RadFM(nn.Module):
@@ -206,9 +203,6 @@ def segment_max(segments: jax.Array, values: jax.Array, count: int | None = None
     return jax.vmap(lambda segment, x: jnp.zeros(size, x.dtype).at[segment].max(x))(segments, values)
 
 
-# --- shapes before arrays ---------------------------------------------------------------------------------------------
-
-
 def abstract_batch(
     config: RadFMConfig, *, rows=1, text=8, scans=1, vision_rows=1, patches=8, planes=8, plane_dtype=jnp.uint8
 ) -> dict[str, jax.ShapeDtypeStruct]:
@@ -232,16 +226,15 @@ def abstract_batch(
 @functools.lru_cache(maxsize=8)
 def abstract_params(config: RadFMConfig) -> dict:
     """Return the boxed tree of parameter shapes and logical axis names. `nn.unbox` gives the plain shapes."""
-    init = functools.partial(_initialiser(config).init, deterministic=True)
-    return jax.eval_shape(init, jax.random.key(0), abstract_batch(config))["params"]
-
-
-def _initialiser(config: RadFMConfig) -> RadFM:
-    """Return the network with plain XLA attention: the only kernel for the few tokens of `abstract_batch`."""
-    return RadFM(config.with_compute(attention="xla"))
+    return jax.eval_shape(functools.partial(_init, config), jax.random.key(0), abstract_batch(config))
 
 
 def init_params(config: RadFMConfig, rng: jax.Array) -> dict:
     """Return fresh parameters as a plain dict. Jit it with out_shardings so that none ever exists unsharded."""
     batch = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), abstract_batch(config))
-    return nn.unbox(_initialiser(config).init(rng, batch)["params"])
+    return nn.unbox(_init(config, rng, batch))
+
+
+def _init(config: RadFMConfig, rng: jax.Array, batch: dict) -> dict:
+    # Plain XLA attention is the only kernel for the few tokens of `abstract_batch`.
+    return RadFM(config.with_compute(attention="xla")).init(rng, batch)["params"]

@@ -36,11 +36,9 @@ With several processes, all exit with the code of the process that failed.
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m radfm_jax.train",
-        description=DESCRIPTION,
-        epilog=EPILOG,
+        "python -m radfm_jax.train", description=DESCRIPTION, epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    )  # fmt: skip
     command_line.add_config(parser)
     cluster.add_arguments(parser)
     parser.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="directory of the run")

@@ -18,10 +18,7 @@ from radfm_jax.training.experiment import Experiment
 class OpenSplits:
     """Opens the training and test rows in background threads; `splits("train")` waits for one of them.
 
-    A call raises what opening the split raised. Leaving the context closes what was opened.
-
-    Args:
-      shard: keyword arguments of Rows: batch, host and hosts.
+    A call raises what opening the split raised. `shard` has keyword arguments of Rows: batch, host and hosts.
     """
 
     def __init__(self, config: DataConfig, shard: dict):
@@ -37,10 +34,7 @@ class OpenSplits:
     def __call__(self, split: str) -> Rows:
         return self._futures[split].result()
 
-    def __enter__(self) -> OpenSplits:
-        return self
-
-    def __exit__(self, *_) -> None:
+    def close(self) -> None:
         self._threads.shutdown()
         for future in self._futures.values():
             if future.exception() is None:

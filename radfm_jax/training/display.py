@@ -6,6 +6,7 @@ resumed run first removes the lines of steps that it repeats, then appends.
 
 from __future__ import annotations
 
+import collections
 import json
 import math
 from pathlib import Path
@@ -25,7 +26,6 @@ class Display:
     """Progress bar and metrics of a run.
 
     Args:
-      workdir: metrics.jsonl, tensorboard/ and curves.png are written here.
       first, steps: the first step of this start, and the number of steps of the run.
       active: false in other processes than 0, which write no files and show no bar.
     """
@@ -61,10 +61,12 @@ class Display:
                 self._bar.update(self._task, completed=step, line=line)
             console.log(f"step {step}/{self.steps}  {line}", bar=self.active)
         if self.active:
-            self._file.write(json.dumps({"step": step, **{k: _json_value(v) for k, v in values.items()}}) + "\n")
-            for name, value in values.items():
-                if isinstance(value, int | float) and math.isfinite(value):
-                    self._board.add_scalar(name, value, step)
+            # JSON has no NaN and no infinities.
+            line_values = {name: x if math.isfinite(x) else str(x) for name, x in values.items()}
+            self._file.write(json.dumps({"step": step, **line_values}) + "\n")
+            for name, x in values.items():
+                if math.isfinite(x):
+                    self._board.add_scalar(name, x, step)
 
     def close(self) -> None:
         if self.active:
@@ -72,11 +74,6 @@ class Display:
             self._file.close()
             self._board.close()
             draw_curves(self.workdir)
-
-
-def _json_value(value):
-    """Return a string for NaN and infinities, which JSON does not have."""
-    return value if not isinstance(value, float) or math.isfinite(value) else str(value)
 
 
 def truncate(file: Path, step: int) -> None:
@@ -107,7 +104,6 @@ def draw_curves(workdir: Path) -> None:
     from matplotlib import pyplot
 
     lines = read_metrics(workdir)
-    series = lambda name: [(x["step"], x[name]) for x in lines if isinstance(x.get(name), int | float)]  # noqa: E731
     exact = sorted({k for x in lines for k in x if k.startswith("eval/") and k.endswith("/exact_match")})
     figure, (losses, matches, rates) = pyplot.subplots(1, 3, figsize=(15, 4), layout="constrained")
     for axes, names in (
@@ -116,7 +112,7 @@ def draw_curves(workdir: Path) -> None:
         (rates, {"speed/samples_s": "samples/s", "speed/data_wait": "share of time spent waiting for data"}),
     ):
         for name, label in names.items():
-            if points := series(name):
+            if points := [(x["step"], x[name]) for x in lines if isinstance(x.get(name), int | float)]:
                 axes.plot(*np.array(points).T, label=label, marker="." if len(points) < 40 else None)
         axes.set_xlabel("step")
         if axes.get_legend_handles_labels()[0]:
@@ -129,26 +125,19 @@ def draw_curves(workdir: Path) -> None:
     pyplot.close(figure)
 
 
-# --- tables and lines -------------------------------------------------------------------------------------------------
-
-
 def parameter_table(state: dict) -> Table:
     """Tabulate the parameters of each part, the trainable ones, and their bytes per device. `state` may be abstract."""
     table = Table("part", "parameters", "trainable", "bytes per device", title="parameters")
-    parts: dict[str, list[int]] = {}
+    parts: dict[str, np.ndarray] = collections.defaultdict(lambda: np.zeros(3, np.int64))
     for name, trainable in (("params", True), ("frozen", False)):
         for path, x in flatten(state[name]).items():
-            entry = parts.setdefault(path.partition("/")[0], [0, 0, 0])
-            entry[0] += x.size
-            entry[1] += x.size * trainable
-            entry[2] += device_bytes(x)
+            parts[path.partition("/")[0]] += (x.size, x.size * trainable, device_bytes(x))
     for part, (size, trainable_size, bytes_) in sorted(parts.items()):
         trainable_text = "all" if trainable_size == size else f"{trainable_size:,}" if trainable_size else "frozen"
         table.add_row(part, f"{size:,}", trainable_text, mb(bytes_))
-    sums = [sum(entry[i] for entry in parts.values()) for i in range(3)]
-    table.add_row("all", f"{sums[0]:,}", f"{sums[1]:,}", mb(sums[2]), style="bold")
-    moments = sum(device_bytes(x) for x in jax.tree.leaves(state["opt"]))
-    table.add_row("optimizer", "", "", mb(moments))
+    size, trainable_size, bytes_ = np.sum([*parts.values()], axis=0)
+    table.add_row("all", f"{size:,}", f"{trainable_size:,}", mb(bytes_), style="bold")
+    table.add_row("optimizer", "", "", mb(sum(device_bytes(x) for x in jax.tree.leaves(state["opt"]))))
     return table
 
 
@@ -164,11 +153,7 @@ def mb(count: float) -> str:
 
 
 def memory_table(parts: dict[str, int], limit: int | None = None) -> Table:
-    """Tabulate the estimated bytes per device of each part, and their sum.
-
-    Args:
-      parts: estimate.memory. limit: estimate.capacity; None if it is unknown.
-    """
+    """Tabulate bytes per device of each part (estimate.memory), and their sum next to `limit` (estimate.capacity)."""
     table = Table("part", "bytes per device", title="estimated memory")
     for part, size in parts.items():
         table.add_row(part, mb(size))
@@ -190,9 +175,8 @@ def data_table(description: dict, samples: int, windows: int) -> Table:
 def packing_line(report: PackingReport) -> str:
     """Describe how full the rows were in one line."""
     shares = report.as_dict()
-    causes = ", ".join(
-        f"{k.removeprefix('padding: ')} {v:.1%}" for k, v in shares.items() if k.startswith("padding: ") and v >= 0.0005
-    )
+    padding = {k.removeprefix("padding: "): v for k, v in shares.items() if k.startswith("padding: ")}
+    causes = ", ".join(f"{cause} {share:.1%}" for cause, share in padding.items() if share >= 0.0005)
     cut = f"; {report.cut_tokens:,} tokens and {report.dropped_scans} scans cut from long samples"
     return (
         f"{shares['real tokens']:.1%} real tokens, {shares['samples a row']:.1f} samples per row, "

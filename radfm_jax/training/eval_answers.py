@@ -32,15 +32,10 @@ ROWS_PER_QUESTION = 50  # rows tried for each question
 
 
 class EvalAnswers:
-    """Answers the same questions at each call and returns their scores.
+    """Answers the same questions at each call and returns their scores. `description` is a line for the log.
 
-    Args:
-      config: `train.eval_answers` is the number of questions from each source of `data.test`.
     Raises:
       ValueError: no source has a question, or the run has several processes: none of them has all parameters.
-
-    Attributes:
-      description: the number of questions, and the sources that have fewer than requested.
     """
 
     def __init__(self, config: Experiment, workdir: Path, mesh: jax.sharding.Mesh):
@@ -60,12 +55,10 @@ class EvalAnswers:
         self.description += f" ({fewer})" if fewer else ""
         self.tokenizer, self.terms = Tokenizer(config.data.tokenizer), terms_of(config.data.terms)
 
-    def __call__(self, params: dict, step: int, alive: Callable[[], None] = lambda: None) -> dict[str, float]:
+    def __call__(self, params: dict, step: int, alive: Callable[[], None]) -> dict[str, float]:
         """Return task/metric (scoring.TITLES) -> value, and task/failed, the share of questions without an answer.
 
-        Args:
-          params: on the run's mesh.
-          alive: called after every few answers; an exception it raises ends the generation.
+        `alive` is called after every few answers; an exception that it raises ends the generation.
         """
         directory = self.directory / str(step)
         if directory.exists():  # left by a start that was interrupted or that this run does not descend from
@@ -93,12 +86,9 @@ class EvalAnswers:
 
 
 def select_questions(config: DataConfig, count: int) -> tuple[list[radbench.Question], dict[str, str]]:
-    """Draw `count` questions from each test source, from rows that `prepare` accepted, with the data's seed.
+    """Draw `count` questions from each test source, worded as for the held-out loss, from rows that `prepare` accepted.
 
-    Their wording is the one that the held-out loss uses.
-
-    Returns:
-      The questions; and source -> reason for each source that has fewer.
+    Return the questions, and source -> reason for each source that has fewer.
     """
     index = Index(config.index)
     questions, shortages = [], {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import operator
 from pathlib import Path
 
 import jax
@@ -34,21 +35,15 @@ def was_evaluated(workdir: Path, step: int) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Computes and logs metrics on the held-out rows, and scores of generated answers.
-
-    Attributes:
-      steps: number of steps of the run; the last one is always evaluated.
-      rows, program: held-out rows and Programs.evaluate; None without test sources.
-      answers: None without `train.eval_answers`.
-    """
+    """Computes and logs metrics on the held-out rows, and scores of generated answers."""
 
     config: Experiment
     mesh: jax.sharding.Mesh
-    steps: int
+    steps: int  # number of steps of the run; the last one is always evaluated
     peers: Peers
-    rows: Rows | None
-    program: jax.stages.Compiled | None
-    answers: eval_answers.EvalAnswers | None
+    rows: Rows | None  # held-out rows; None without test sources
+    program: jax.stages.Compiled | None  # Programs.evaluate
+    answers: eval_answers.EvalAnswers | None  # None without `train.eval_answers`
 
     def due(self, step: int) -> bool:
         """Whether an evaluation follows a step."""
@@ -76,11 +71,10 @@ class Evaluation:
         assert self.rows is not None and self.program is not None
         watchdog.alive(f"the evaluation after step {step}")
         totals = None
-        data = device_batches(self.rows, self.mesh, self.config.train.accumulation)
-        with contextlib.closing(data):
+        with contextlib.closing(device_batches(self.rows, self.mesh, self.config.train.accumulation)) as data:
             for number, (arrays, _) in enumerate(itertools.islice(data, self.config.train.eval_batches or None)):
                 counts = self.program(params, arrays)
-                totals = counts if totals is None else jax.tree.map(lambda a, b: a + b, totals, counts)
+                totals = counts if totals is None else jax.tree.map(operator.add, totals, counts)
                 self.check_stop(f"batch {number} of the evaluation after step {step}", watchdog)
         return {
             f"eval/{task}/{name}": value

@@ -9,49 +9,36 @@ from typing import Any
 
 from input_pipeline.config import DataConfig
 from input_pipeline.files import nearest
-from radfm_jax.models.radfm import RadFMConfig
+from radfm_jax.models.radfm import RadFMConfig, tuples
 from radfm_jax.training.optimizer import OptimizerConfig
 from radfm_jax.training.train_step import NONFINITE, StepConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """The `train` group.
+    """The `train` group; train_step.StepConfig explains `weighting`, `normalise`, `chunk` and `dropout`."""
 
-    Attributes:
-      steps: optimizer steps of the run; 0 uses `epochs` instead.
-      batch: rows of a global batch, over all devices and micro-batches. accumulation: micro-batches per step.
-      dtype: dtype of matrix products. remat: what the backward pass recomputes (layers.REMAT_POLICIES).
-      weighting, normalise, chunk, dropout: train_step.StepConfig.
-      seed: seed of fresh parameters and dropout; `data.seed` is separate.
-      log_every, eval_every: intervals in steps; eval_every=0 evaluates only at the end.
-      eval_batches: batches per evaluation; 0 for all of the test sources.
-      eval_answers: questions per test source whose answers each evaluation generates and scores as RadBench does
-        (eval_answers.py); 0 for none. Needs a single process. Estimates of memory and time do not include it.
-      nonfinite: `skip` steps whose loss or gradient is not finite, at most `max_skipped` in a row; or `stop`.
-      step_timeout: seconds without a finished step after which the run ends with a dump of all stacks.
-      profile: (first, last) steps to trace to WORKDIR/profile, both included; () for none.
-    """
-
-    steps: int = 0
+    steps: int = 0  # optimizer steps of the run; 0: use `epochs`
     epochs: float = 1.0
-    batch: int = 8
-    accumulation: int = 1
-    dtype: str = "float32"
-    remat: str = "full"
+    batch: int = 8  # rows of a global batch, over all devices and micro-batches
+    accumulation: int = 1  # micro-batches per step
+    dtype: str = "float32"  # of matrix products
+    remat: str = "full"  # what the backward pass recomputes (layers.REMAT_POLICIES)
     weighting: str = "weighted"
     normalise: str = "token"
     chunk: int = 256
     dropout: bool = True
-    seed: int = 0
-    log_every: int = 10
-    eval_every: int = 0
-    eval_batches: int = 0
+    seed: int = 0  # of fresh parameters and dropout; `data.seed` is separate
+    log_every: int = 10  # steps
+    eval_every: int = 0  # steps; 0: evaluate only at the end
+    eval_batches: int = 0  # batches per evaluation; 0: all of the test sources
+    # Questions per test source whose answers each evaluation generates and scores (eval_answers.py); 0: none. Needs a
+    # single process. Estimates of memory and time do not include it.
     eval_answers: int = 0
-    nonfinite: str = "skip"
-    max_skipped: int = 3
-    step_timeout: float = 1800.0
-    profile: tuple[int, ...] = ()
+    nonfinite: str = "skip"  # "skip" steps whose loss or gradient is not finite, or "stop" the run
+    max_skipped: int = 3  # in a row
+    step_timeout: float = 1800.0  # seconds without a finished step after which the run ends with a dump of all stacks
+    profile: tuple[int, ...] = ()  # (first, last) steps to trace to WORKDIR/profile, both included; (): none
 
     def __post_init__(self):
         problems = []
@@ -87,22 +74,14 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """The `checkpoint` group.
+    """The `checkpoint` group."""
 
-    Attributes:
-      init_from: checkpoint directory with the initial parameters of a new run; "" for fresh parameters.
-      save_every: interval in steps. keep_last: number of newest steps to keep.
-      keep_every: also keep steps that are multiples of it; 0 for none.
-      best: also keep the step with the lowest held-out loss.
-      allow_older: if the newest checkpoint is damaged, resume from an older one, with a warning.
-    """
-
-    init_from: str = ""
-    save_every: int = 500
-    keep_last: int = 2
-    keep_every: int = 0
-    best: bool = True
-    allow_older: bool = False
+    init_from: str = ""  # checkpoint directory with the initial parameters of a new run; "": fresh parameters
+    save_every: int = 500  # steps
+    keep_last: int = 2  # number of newest steps to keep
+    keep_every: int = 0  # also keep steps that are multiples of it; 0: none
+    best: bool = True  # also keep the step with the lowest held-out loss
+    allow_older: bool = False  # if the newest checkpoint is damaged, resume from an older one, with a warning
 
 
 GROUPS: dict[str, Any] = {
@@ -139,15 +118,14 @@ class Experiment:
         unknown = [name + nearest(name, groups) for name in fields if name not in groups]
         for name, kind in GROUPS.items():
             known = [f.name for f in dataclasses.fields(kind)]
-            unknown += [
-                f"{name}.{key}{nearest(key, known, f'{name}.')}" for key in fields.get(name, {}) if key not in known
-            ]
+            unfamiliar = [key for key in fields.get(name, {}) if key not in known]
+            unknown += [f"{name}.{key}{nearest(key, known, f'{name}.')}" for key in unfamiliar]
         if unknown:
             raise ValueError(f"unknown fields: {', '.join(unknown)}")
         if "model" not in fields:
             raise ValueError("the config has no group `model`: add one, for instance radfm_14b().to_dict()")
         values: dict[str, Any] = {
-            name: kind.from_dict(fields[name]) if kind is DataConfig else kind(**_tuples(fields[name]))
+            name: kind.from_dict(fields[name]) if kind is DataConfig else kind(**tuples(fields[name]))
             for name, kind in GROUPS.items()
             if name in fields
         }
@@ -174,9 +152,5 @@ def changes(before: Mapping, now: Mapping) -> list[str]:
 
 
 def _plain(group) -> dict:
-    plain = {f.name: getattr(group, f.name) for f in dataclasses.fields(group)}
-    return {k: dict(v) if isinstance(v, Mapping) else v for k, v in plain.items()}
-
-
-def _tuples(fields: Mapping) -> dict:
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    values = ((f.name, getattr(group, f.name)) for f in dataclasses.fields(group))
+    return {name: dict(x) if isinstance(x, Mapping) else x for name, x in values}

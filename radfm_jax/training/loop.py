@@ -14,7 +14,6 @@ WORKDIR/logs/PROCESS.log                            messages of each process, if
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +21,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from input_pipeline.batching.pipeline import Rows
 from radfm_jax.checkpoints import checkpoint, run_directory, train_state
@@ -67,7 +67,7 @@ def _train(config: Experiment, workdir: Path, peers: Peers, stack: contextlib.Ex
         return 0
     answers = EvalAnswers(config, workdir, mesh) if config.train.eval_answers else None
     shard = {"batch": config.train.batch, "host": jax.process_index(), "hosts": jax.process_count()}
-    splits = stack.enter_context(OpenSplits(config.data, shard))
+    splits = stack.enter_context(contextlib.closing(OpenSplits(config.data, shard)))
     data_state = None if newest is None else train_state.data_state(newest)
     rows = splits("train")
     check_model(config, rows)
@@ -92,26 +92,22 @@ def _train(config: Experiment, workdir: Path, peers: Peers, stack: contextlib.Ex
     # Compile times differ between hosts, and a collective waits for its peers only for a limited time.
     barrier("ready")
     evaluation = Evaluation(config, mesh, steps, peers, held_out, programs.evaluate, answers)
-    return Run(config, workdir, mesh, rates, rows, programs, saver, peers, evaluation)(state, data_state)
+    return _run(config, workdir, mesh, rates, rows, programs, saver, peers, evaluation, state, data_state)
 
 
 def _saver(config: Experiment, workdir: Path) -> Saver:
+    policy = config.checkpoint
+    best = "eval/all/loss" if policy.best and config.data.test else None
     return Saver(
-        workdir,
-        config=config.to_dict(),
-        model=config.model,
-        tokenizer=config.data.tokenizer,
-        keep_last=config.checkpoint.keep_last,
-        keep_every=config.checkpoint.keep_every,
-        best="eval/all/loss" if config.checkpoint.best and config.data.test else None,
-    )
+        workdir, config=config.to_dict(), model=config.model, tokenizer=config.data.tokenizer,
+        keep_last=policy.keep_last, keep_every=policy.keep_every, best=best,
+    )  # fmt: skip
 
 
 def _is_complete(config: Experiment, workdir: Path, newest: Path | None, steps: int) -> bool:
     """Whether the last step is saved and, with test sources, evaluated; log that."""
-    if newest != run_directory.step_directory(workdir, steps):
-        return False
-    if config.data.test and not was_evaluated(workdir, steps):
+    is_saved = newest == run_directory.step_directory(workdir, steps)
+    if not is_saved or (config.data.test and not was_evaluated(workdir, steps)):
         return False
     console.log(f"{newest}: all {steps:,} steps are done")
     return True
@@ -131,24 +127,18 @@ def _start_first_state(
 def first_state(
     config: Experiment, newest: Path | None, abstract: dict, transform: optax.GradientTransformation
 ) -> tuple[dict, list[str]]:
-    """Return the state to start from, and messages about it.
-
-    Args:
-      newest: the run's newest step, verified; None for a new run.
-    """
+    """Return the state to start from, and messages about it. `newest` is the run's newest step, verified, or None."""
     if newest is not None:
         return train_state.restore(newest, abstract, verified=True), [f"resuming from {newest}"]
-    loaded: dict[str, jax.Array] = {}
-    messages = []
+    loaded, messages = None, []
     if config.checkpoint.init_from:
         loaded, report = train_state.init_from(config.checkpoint.init_from, abstract, config.model)
         messages = [str(report)]
-    return train_step.init_state(
-        abstract, config.model, config.optimizer, transform, config.train.seed, loaded
-    ), messages
+    state = train_step.init_state(abstract, config.model, config.optimizer, transform, config.train.seed, loaded)
+    return state, messages
 
 
-def _log_plan(config: Experiment, abstract: dict, mesh: jax.sharding.Mesh, rows: Rows, steps_left: int) -> None:
+def _log_plan(config: Experiment, abstract: dict, mesh: Mesh, rows: Rows, steps_left: int) -> None:
     """Log parameters, estimated memory and time, and the data sources."""
     console.log(display.parameter_table(abstract))
     console.log(display.memory_table(estimate.memory(config, mesh), estimate.capacity(mesh)))
@@ -157,77 +147,59 @@ def _log_plan(config: Experiment, abstract: dict, mesh: jax.sharding.Mesh, rows:
     console.log(estimate.time_line(config, steps_left, hardware))
 
 
-# --- the loop ---------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """The steps of one start. `rates` has the learning rate of each step of the run."""
-
-    config: Experiment
-    workdir: Path
-    mesh: jax.sharding.Mesh
-    rates: np.ndarray
-    rows: Rows
-    programs: Programs
-    saver: Saver
-    peers: Peers
-    evaluation: Evaluation
-
-    def __call__(self, state: dict, data_state: dict | None) -> int:
-        """Run the steps from state["step"] on. Return 0 when all are done, faults.REQUEUE if told to stop."""
-        train, first = self.config.train, int(state["step"])
-        data = device_batches(self.rows, self.mesh, train.accumulation)
-        if data_state is not None:
-            data.set_state(data_state)
-        watchdog = faults.Watchdog(train.step_timeout, self.peers.files, self.peers.abort)
-        active = jax.process_index() == 0
-        with (
-            contextlib.closing(data),
-            contextlib.closing(display.Display(self.workdir, first, len(self.rates), active)) as screen,
-            contextlib.closing(RowLog(self.workdir, first)) as row_log,
-            contextlib.closing(Profile(train.profile, self.workdir / "profile")) as profile,
-            watchdog,
-            jax.set_mesh(self.mesh),
-        ):
-            metrics = StepMetrics(self.config, self.mesh, self.rates, screen)
-            return self._steps(first, state, data, screen, metrics, row_log, profile, watchdog)
-
-    def _steps(self, first, state, data, screen, metrics, row_log, profile, watchdog) -> int:
-        steps, save_every = len(self.rates), self.config.checkpoint.save_every
+def _run(
+    config: Experiment, workdir: Path, mesh: Mesh, rates: np.ndarray, rows: Rows, programs: Programs, saver: Saver,
+    peers: Peers, evaluation: Evaluation, state: dict, data_state: dict | None,
+) -> int:  # fmt: skip
+    """Run the steps from state["step"] on. Return 0 when all are done, faults.REQUEUE if told to stop."""
+    train, save_every = config.train, config.checkpoint.save_every
+    first, steps = int(state["step"]), len(rates)
+    data = device_batches(rows, mesh, train.accumulation)
+    if data_state is not None:
+        data.set_state(data_state)
+    watchdog = faults.Watchdog(train.step_timeout, peers.files, peers.abort)
+    with (
+        contextlib.closing(data),
+        contextlib.closing(display.Display(workdir, first, steps, active=jax.process_index() == 0)) as screen,
+        contextlib.closing(RowLog(workdir, first)) as row_log,
+        contextlib.closing(Profile(train.profile, workdir / "profile")) as profile,
+        watchdog,
+        jax.set_mesh(mesh),
+    ):
+        metrics = StepMetrics(config, mesh, rates, screen)
         # The last start may have ended between saving a step and evaluating it.
-        if first and self.evaluation.due(first) and not was_evaluated(self.workdir, first):
-            if not (scores := self.evaluation(state, first, screen, watchdog)):
+        if first and evaluation.due(first) and not was_evaluated(workdir, first):
+            if not (scores := evaluation(state, first, screen, watchdog)):
                 return faults.REQUEUE
-            self.saver.save(state, data.get_state(), metrics=scores)
+            saver.save(state, data.get_state(), metrics=scores)
         for step in range(first, steps):
             watchdog.alive(f"step {step}")
             profile.before(step, state)
             with metrics.waiting_for_data():
-                arrays, rows = next(data)
-            row_log.add(step, rows)
-            rate = train_step.put_rate(self.rates[step], self.mesh)
+                arrays, infos = next(data)
+            row_log.add(step, infos)
+            rate = train_step.put_rate(rates[step], mesh)
             with jax.transfer_guard("disallow"):
-                state, step_metrics = self.programs.step(state, arrays, rate)
-            metrics.add(step, step_metrics, rows)
+                state, step_metrics = programs.step(state, arrays, rate)
+            metrics.add(step, step_metrics, infos)
             number = step + 1
-            stopping = self.peers.stopping()
-            evaluating = self.evaluation.due(number) and not stopping
+            stopping = peers.stopping()
+            evaluating = evaluation.due(number) and not stopping
             saving = number == steps or stopping or number % save_every == 0
             if not evaluating and not saving:
                 continue
             metrics.flush()
-            scores = self.evaluation(state, number, screen, watchdog) if evaluating else {}
-            stopping = stopping or self.peers.stopping()
-            if saving or stopping or (scores and self.config.checkpoint.best):
+            scores = evaluation(state, number, screen, watchdog) if evaluating else {}
+            stopping = stopping or peers.stopping()
+            if saving or stopping or (scores and config.checkpoint.best):
                 watchdog.alive(f"saving step {number}")
-                self.saver.save(state, data.get_state(), metrics=scores)
+                saver.save(state, data.get_state(), metrics=scores)
             metrics.start_interval()
-            if stopping and (number < steps or (self.evaluation.due(number) and not scores)):
-                self.saver.wait()
-                console.log(f"{self.peers.stopped_by}: saved step {number}")
+            if stopping and (number < steps or (evaluation.due(number) and not scores)):
+                saver.wait()
+                console.log(f"{peers.stopped_by}: saved step {number}")
                 return faults.REQUEUE
         if first < steps:
             console.log(display.packing_line(metrics.packing))
-        self.saver.wait()
+        saver.wait()
         return 0

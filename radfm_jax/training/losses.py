@@ -37,13 +37,11 @@ def radfm_loss(
         float32[B, T] as used.
     """
     hidden, out = model.apply({"params": params}, batch, deterministic=rngs is None, rngs=rngs, method=RadFM.hidden)
-    llama = params["llama"]
+    llama, dtype = params["llama"], model.config.llama.dtype
     kernel = llama["embedding"].T if model.config.llama.tied_head else llama["head"]
     weights = token_weights(batch["weights"], batch["segments"], weighting=weighting, normalise=normalise)
     with jax.named_scope("loss"):
-        losses, correct = token_losses(
-            hidden, kernel, batch["targets"], weights > 0, dtype=model.config.llama.dtype, chunk=chunk
-        )
+        losses, correct = token_losses(hidden, kernel, batch["targets"], weights > 0, dtype=dtype, chunk=chunk)
         # The loss of a sample with a voxel that is not finite becomes NaN, and of no other sample (models/radfm.py).
         losses = jnp.where(out["nonfinite_tokens"] & (weights > 0), jnp.nan, losses)
     total = jnp.sum(jnp.where(weights > 0, weights * losses, 0.0))
@@ -52,10 +50,9 @@ def radfm_loss(
 
 def token_weights(weights: jax.Array, segments: jax.Array, *, weighting: str, normalise: str) -> jax.Array:
     """Convert term weights of the data, [B, T], to weights of the loss. Raises ValueError for an unknown name."""
-    if weighting not in WEIGHTINGS:
-        raise ValueError(f"weighting {weighting!r} is unknown: choose one of {', '.join(WEIGHTINGS)}")
-    if normalise not in NORMALISATIONS:
-        raise ValueError(f"normalisation {normalise!r} is unknown: choose one of {', '.join(NORMALISATIONS)}")
+    for kind, name, known in (("weighting", weighting, WEIGHTINGS), ("normalisation", normalise, NORMALISATIONS)):
+        if name not in known:
+            raise ValueError(f"{kind} {name!r} is unknown: choose one of {', '.join(known)}")
     weights = weights.astype(jnp.float32)
     if weighting == "unweighted":
         weights = (weights > 0).astype(jnp.float32)
@@ -78,14 +75,13 @@ def token_losses(
       hidden: float[B, T, E]; kernel: [E, V]; targets: int32[B, T]; active: bool[B, T].
       chunk: number of positions per device whose logits exist at the same time.
     Returns:
-      float32[B, T], 0 where inactive; bool[B, T], false where inactive.
+      float32[B, T] and bool[B, T], 0 and false where inactive.
     """
 
     def local(hidden, kernel, targets, active):
         b, t, e = hidden.shape
-        size = min(chunk, b * t)
         flat = (hidden.reshape(b * t, e), kernel, targets.reshape(-1), active.reshape(-1))
-        losses, correct = _chunked(size, dtype, *flat)
+        losses, correct = _chunked(min(chunk, b * t), dtype, *flat)
         return losses.reshape(b, t), correct.reshape(b, t)
 
     mesh = jax.sharding.get_abstract_mesh()

@@ -24,15 +24,10 @@ METHODS = ("adamw", "muon")
 # Name of a block's kernel -> its input axes and output axes, for Muon. Other axes are batches of matrices: the layers
 # (axis 0), and q, k and v in one kernel.
 MATRICES = {
-    "query": ((1,), (2, 3)),
-    "key": ((1,), (2, 3)),
-    "value": ((1,), (2, 3)),
-    "qkv": ((1,), (3, 4)),
-    "key_value": ((1,), (3, 4)),
+    **dict.fromkeys(("query", "key", "value"), ((1,), (2, 3))),
+    **dict.fromkeys(("qkv", "key_value"), ((1,), (3, 4))),
     "out": ((1, 2), (3,)),
-    "gate": ((1,), (2,)),
-    "up": ((1,), (2,)),
-    "down": ((1,), (2,)),
+    **dict.fromkeys(("gate", "up", "down"), ((1,), (2,))),
 }
 
 
@@ -40,48 +35,34 @@ MATRICES = {
 class OptimizerConfig:
     """The `optimizer` group of a config.
 
-    Attributes:
-      method: adamw or muon. muon updates the matrices of the blocks by orthogonalised momentum (one moment instead of
-        two), scaled to suit AdamW learning rates, and the rest by Adam; both with Nesterov momentum.
-      learning_rate: rate after the warm-up. final: fraction of it at the last step.
-      warmup_steps: linear warm-up from 0; a cosine to `final` follows.
-      rates: path of a parameter or part -> factor of its learning rate; the longest matching path applies.
-        {"vit": 1.0, "vit/embedding": 0.2, "llama": 0.1}
-      frozen: parts without gradients and optimizer memory; ("llama",) in the first epoch of the paper.
-      weight_decay: applies to kernels and embeddings, not to norms, biases, positions, latents and marks.
-      clip: maximum global norm of the gradient; 0 disables clipping.
-      mu_dtype: dtype of the first moment, float32 or bfloat16.
+    `method` is adamw or muon. muon updates the matrices of the blocks by orthogonalised momentum (one moment instead of
+    two), scaled to suit AdamW learning rates, and the rest by Adam; both with Nesterov momentum.
     """
 
     method: str = "adamw"
-    learning_rate: float = 2e-5
-    final: float = 0.1
-    warmup_steps: int = 1000
+    learning_rate: float = 2e-5  # after the warm-up
+    final: float = 0.1  # fraction of the learning rate at the last step
+    warmup_steps: int = 1000  # linear from 0; a cosine to `final` follows
+    # Path of a parameter or part -> factor of its learning rate, {"vit": 1.0, "vit/embedding": 0.2, "llama": 0.1}; the
+    # longest matching path applies.
     rates: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    frozen: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()  # parts without gradients and optimizer memory; ("llama",) in the paper's first epoch
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    mu_dtype: str = "float32"
+    weight_decay: float = 0.01  # of kernels and embeddings, not of norms, biases, positions, latents and marks
+    clip: float = 1.0  # maximum global norm of the gradient; 0 disables clipping
+    mu_dtype: str = "float32"  # of the first moment: float32 or bfloat16
 
     def __post_init__(self):
         object.__setattr__(self, "rates", types.MappingProxyType(dict(self.rates)))
-        problems = [
-            f"optimizer.{name} must be above 0 (got {getattr(self, name)})"
-            for name in ("learning_rate", "eps")
-            if not getattr(self, name) > 0
-        ]
-        problems += [
-            f"optimizer.{name} must be at least 0 (got {getattr(self, name)})"
-            for name in ("warmup_steps", "weight_decay", "clip", "final")
-            if getattr(self, name) < 0
-        ]
+        not_negative = ("warmup_steps", "weight_decay", "clip", "final")
+        rules = [(name, getattr(self, name) > 0, "above 0") for name in ("learning_rate", "eps")]
+        rules += [(name, not getattr(self, name) < 0, "at least 0") for name in not_negative]
         for name, known in (("method", METHODS), ("mu_dtype", ("float32", "bfloat16"))):
-            if getattr(self, name) not in known:
-                problems.append(f"optimizer.{name} must be one of {', '.join(known)} (got {getattr(self, name)!r})")
-        if problems:
+            rules.append((name, getattr(self, name) in known, f"one of {', '.join(known)}"))
+        if broken := [(name, rule) for name, holds, rule in rules if not holds]:
+            problems = (f"optimizer.{name} must be {rule} (got {getattr(self, name)!r})" for name, rule in broken)
             raise ValueError("; ".join(problems))
 
 
@@ -93,10 +74,8 @@ def split(params: dict, frozen: tuple[str, ...]) -> tuple[dict, dict]:
     is_frozen = {path: any(_within(path, name) for name in frozen) for path in leaves}
     if all(is_frozen.values()):
         raise ValueError(f"optimizer.frozen ({', '.join(frozen)}) freezes all parameters: leave a part trainable")
-    return (
-        unflatten({p: x for p, x in leaves.items() if not is_frozen[p]}),
-        unflatten({p: x for p, x in leaves.items() if is_frozen[p]}),
-    )
+    trainable, fixed = ({p: x for p, x in leaves.items() if is_frozen[p] is kept} for kept in (False, True))
+    return unflatten(trainable), unflatten(fixed)
 
 
 def merge(trainable: dict, frozen: dict) -> dict:
@@ -119,10 +98,9 @@ def learning_rates(config: OptimizerConfig, steps: int) -> np.ndarray:
 def optimizer(config: OptimizerConfig, trainable: dict) -> optax.GradientTransformation:
     """Return the transformation of gradients to parameter updates at learning rate 1, to be subtracted.
 
-    The learning rate is an argument of the train step, so one compiled program serves every schedule.
+    The learning rate is an argument of the train step, so one compiled program serves every schedule. `trainable` is a
+    tree of arrays or shapes (`split`).
 
-    Args:
-      trainable: tree of arrays or shapes (`split`).
     Raises:
       ValueError: a path in `rates` that matches no parameter, or a kernel without an entry in MATRICES.
     """

@@ -7,8 +7,7 @@ import time
 
 import jax
 import numpy as np
-import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from input_pipeline.batching.collate import collate_batch
 from input_pipeline.batching.pipeline import Rows
@@ -19,30 +18,14 @@ from radfm_jax.training.experiment import Experiment
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-    """Programs for the one shape that all batches have, compiled before the first step; a step never compiles.
+    """Programs for the one shape that all batches have, compiled before the first step; a step never compiles."""
 
-    Attributes:
-      step: (state, batch, learning rate) -> (state, metrics).
-      evaluate: (parameters, batch) -> sums; None without test sources.
-    """
-
-    step: jax.stages.Compiled
-    evaluate: jax.stages.Compiled | None
+    step: jax.stages.Compiled  # (state, batch, learning rate) -> (state, metrics)
+    evaluate: jax.stages.Compiled | None  # (parameters, batch) -> sums; None without test sources
 
     @classmethod
-    def compile(
-        cls,
-        config: Experiment,
-        abstract: dict,
-        transform: optax.GradientTransformation,
-        rows: Rows,
-        mesh: jax.sharding.Mesh,
-    ) -> Programs:
-        """Compile the programs and log how long it took and the memory they need.
-
-        Args:
-          abstract, transform: train_step.abstract_state.
-        """
+    def compile(cls, config: Experiment, abstract: dict, transform, rows: Rows, mesh: Mesh) -> Programs:
+        """Compile for a state (train_step.abstract_state). Log how long it took and the memory that a step needs."""
         start = time.perf_counter()
         batch, step_config = _abstract_batch(config, rows, mesh), config.train.step
         with jax.set_mesh(mesh):
@@ -72,7 +55,7 @@ def lower_step(model, config: train_step.StepConfig, abstract, transform, batch,
     return step.lower(abstract, batch, rate)
 
 
-def _abstract_batch(config: Experiment, rows: Rows, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def _abstract_batch(config: Experiment, rows: Rows, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """Return the shapes of a batch, [A, B, ...]."""
     accumulation, sharding = config.train.accumulation, train_step.batch_sharding(mesh)
     micro_batch = config.train.batch // accumulation

@@ -26,10 +26,7 @@ class StepMetrics:
     """Records the metrics of finished steps, and stops the run on values that are not finite.
 
     Reading metrics waits for their step. So `add` keeps the newest step pending, and reads the one before while the
-    newest computes.
-
-    Args:
-      rates: learning rate of each step.
+    newest computes. `rates` has the learning rate of each step.
     """
 
     def __init__(self, config: Experiment, mesh: jax.sharding.Mesh, rates: np.ndarray, screen: display.Display):
@@ -54,9 +51,8 @@ class StepMetrics:
     def add(self, step: int, metrics: dict, rows: RowInfos) -> None:
         """Take a started step and record the one before it. Raises ValueError by the policy of train.nonfinite."""
         self.packing.add(rows)
-        previous, self._pending = self._pending, (step, metrics, rows)
-        if previous:
-            self._record(*previous)
+        self.flush()
+        self._pending = (step, metrics, rows)
 
     def flush(self) -> None:
         """Wait for the pending step and record it."""
@@ -70,13 +66,9 @@ class StepMetrics:
         self.steps += 1
         self.samples += sum(len(info.samples) for info in infos) * jax.process_count()
         self.tokens += sum(info.tokens for info in infos) * jax.process_count()
-        recorded = {
-            "train/loss": float(values["loss"]),
-            "train/weight": float(values["weight"]),
-            "train/token_accuracy": float(values["correct"]),
-            "train/grad_norm": float(values["grad_norm"]),
-            "train/learning_rate": float(self.rates[step]),
-        }
+        names = {"loss": "loss", "weight": "weight", "token_accuracy": "correct", "grad_norm": "grad_norm"}
+        recorded = {f"train/{name}": float(values[key]) for name, key in names.items()}
+        recorded["train/learning_rate"] = float(self.rates[step])
         recorded |= {
             f"train/{task}/loss": float(loss)
             for task, loss, weight in zip(TASKS, values["task_loss"], values["task_weight"], strict=True)
@@ -138,9 +130,8 @@ class RowLog:
         self._file = open(file, "a", buffering=1)
 
     def add(self, step: int, rows: RowInfos) -> None:
-        listed = [
-            None if r is None else [r.epoch, r.window, r.row, [[s.source, s.row_id] for s in r.samples]] for r in rows
-        ]
+        samples = lambda row: [[s.source, s.row_id] for s in row.samples]  # noqa: E731
+        listed = [None if r is None else [r.epoch, r.window, r.row, samples(r)] for r in rows]
         left_out = [line for r in rows if r is not None for line in r.left_out]
         line = {"step": step, "rows": listed} | ({"left_out": left_out} if left_out else {})
         self._file.write(json.dumps(line) + "\n")

@@ -34,22 +34,17 @@ td.n{text-align:right;font-variant-numeric:tabular-nums}img{max-width:100%}code{
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m radfm_jax.summary",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m radfm_jax.summary", description=DESCRIPTION, formatter_class=layout)
     parser.add_argument("--runs", nargs="+", required=True, type=Path, metavar="DIR", help="run directories in order")
     parser.add_argument("--scores", type=Path, metavar="DIR", help="output directory of `radfm_jax.evaluate`")
     parser.add_argument("--questions", type=Path, metavar="FILE", help="JSON Lines file of questions")
     parser.add_argument("--answers", type=Path, metavar="FILE", help="their answers from `radfm_jax.generate --jsonl`")
-    parser.add_argument(
-        "--root", type=Path, default=Path(), metavar="DIR", help="directory of the scan paths in the questions"
-    )
+    scans = "directory of the scan paths in the questions"
+    parser.add_argument("--root", type=Path, default=Path(), metavar="DIR", help=scans)
     parser.add_argument("--note", action="append", default=[], metavar="TEXT", help="line at the top of the page")
-    parser.add_argument(
-        "--place", action="append", default=[], metavar="WHAT=PATH", help="additional line of the table of paths"
-    )
+    paths = "additional line of the table of paths"
+    parser.add_argument("--place", action="append", default=[], metavar="WHAT=PATH", help=paths)
     parser.add_argument("--out", required=True, type=Path, metavar="FILE")
     args = parser.parse_args(argv)
     try:

@@ -34,18 +34,11 @@ NONFINITE = ("skip", "stop")
 
 @dataclasses.dataclass(frozen=True)
 class StepConfig:
-    """Options of the loss of a step.
+    """Options of the loss of a step."""
 
-    Attributes:
-      weighting, normalise: losses.radfm_loss; `normalise="micro_batch"` divides each micro-batch by its own weight, as
-        the original does.
-      chunk: number of positions per device whose logits exist at the same time.
-      dropout: whether to train with dropout.
-    """
-
-    weighting: str = "weighted"
-    normalise: str = "token"
-    chunk: int = 256
+    weighting: str = "weighted"  # losses.WEIGHTINGS
+    normalise: str = "token"  # losses.NORMALISATIONS; "micro_batch" divides by each one's weight, as the original does
+    chunk: int = 256  # positions per device whose logits exist at the same time
     dropout: bool = True
 
     def __post_init__(self):
@@ -78,15 +71,8 @@ def abstract_state(
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=parameter.sharding if parameter else replicated)
 
     moments = jax.tree_util.tree_map_with_path(moment, jax.eval_shape(transform.init, trainable))
-    state = {
-        "step": small((), jnp.int32),
-        "params": trainable,
-        "frozen": frozen,
-        "opt": moments,
-        "key": small((2,), jnp.uint32),
-        "skipped": small((), jnp.int32),
-    }
-    return state, transform, notes
+    state = {"step": small((), jnp.int32), "params": trainable, "frozen": frozen, "opt": moments}
+    return {**state, "key": small((2,), jnp.uint32), "skipped": small((), jnp.int32)}, transform, notes
 
 
 def init_state(
@@ -99,9 +85,7 @@ def init_state(
 ) -> dict:
     """Return a state with fresh moments and parameters, each created with its sharding.
 
-    Args:
-      abstract, transform: `abstract_state`.
-      loaded: path -> array of parameters that are not initialised (train_state.init_from).
+    `loaded` has the parameters that are not initialised, path -> array (train_state.init_from).
     """
     loaded = loaded or {}
     paths = flatten(params_of(abstract))
@@ -143,11 +127,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def put_batch(arrays: dict[str, np.ndarray], mesh: Mesh, accumulation: int) -> dict[str, jax.Array]:
-    """Put this process's rows of a global batch [A * B, ...] on the devices as global arrays [A, B, ...].
-
-    Raises:
-      ValueError: A does not divide the rows, or the devices do not divide B.
-    """
+    """Put this process's rows of a global batch [A * B, ...] on the devices as global arrays [A, B, ...]."""
     rows = len(next(iter(arrays.values())))
     ways = int(np.prod([mesh.shape[a] for a in sharding.BATCH])) // jax.process_count()
     if rows % accumulation or (rows // accumulation) % max(ways, 1):
@@ -155,11 +135,8 @@ def put_batch(arrays: dict[str, np.ndarray], mesh: Mesh, accumulation: int) -> d
             f"{rows} rows per process do not divide into {accumulation} micro-batches over {ways} devices: make "
             "train.batch a multiple of train.accumulation times the devices of `data` and `fsdp`"
         )
-    rows_sharding = batch_sharding(mesh)
-    return {
-        name: jax.make_array_from_process_local_data(rows_sharding, x.reshape(accumulation, -1, *x.shape[1:]))
-        for name, x in arrays.items()
-    }
+    put = functools.partial(jax.make_array_from_process_local_data, batch_sharding(mesh))
+    return {name: put(x.reshape(accumulation, -1, *x.shape[1:])) for name, x in arrays.items()}
 
 
 def put_rate(rate: np.float32, mesh: Mesh) -> jax.Array:
@@ -179,15 +156,14 @@ def make_train_step(
     a row. The metrics are loss (the minimised value), weight, correct (share of the trained tokens that were the most
     likely ones), grad_norm before clipping, finite bool, skipped, and task_loss and task_weight float32[tasks].
     """
-    network = radfm.RadFM(model)
     normalise = "token" if config.normalise == "micro_batch" else config.normalise
+    loss_of = functools.partial(
+        radfm_loss, radfm.RadFM(model), weighting=config.weighting, normalise=normalise, chunk=config.chunk
+    )
 
     def loss(trainable, frozen, batch, key):
         rngs = {"dropout": key} if config.dropout else None
-        total, weight, out = radfm_loss(
-            network, opt.merge(trainable, frozen), batch, weighting=config.weighting, normalise=normalise,
-            chunk=config.chunk, rngs=rngs,
-        )  # fmt: skip
+        total, weight, out = loss_of(opt.merge(trainable, frozen), batch, rngs=rngs)
         return total, (weight, _counts(batch, out))
 
     def step(state: dict, batch: dict, rate: jax.Array) -> tuple[dict, dict]:
@@ -196,10 +172,8 @@ def make_train_step(
 
         def add_micro_batch(carry, numbered):
             number, micro = numbered
-            gradient = jax.value_and_grad(loss, has_aux=True)
-            (total, (weight, counts)), grads = gradient(
-                state["params"], state["frozen"], micro, jax.random.fold_in(key, number)
-            )
+            arguments = (state["params"], state["frozen"], micro, jax.random.fold_in(key, number))
+            (total, (weight, counts)), grads = jax.value_and_grad(loss, has_aux=True)(*arguments)
             if config.normalise == "micro_batch":
                 share = 1.0 / jnp.maximum(weight, 1e-8)
                 grads, total, weight = jax.tree.map(lambda g: g * share, grads), total * share, jnp.float32(1)
@@ -228,8 +202,7 @@ def make_train_step(
             "skipped": jnp.where(finite, 0, state["skipped"] + 1),
         }
         metrics = {"loss": total * share, "weight": weight, "grad_norm": norm, "finite": finite, **_shares(counts)}
-        metrics["skipped"] = after["skipped"]
-        return after, metrics
+        return after, {**metrics, "skipped": after["skipped"]}
 
     return step
 

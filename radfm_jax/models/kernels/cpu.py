@@ -80,15 +80,8 @@ def _backward(causal, saved, gradient):
         )
 
     zeros = (jnp.zeros(x.shape, jnp.float32) for x in (queries, keys, values))
-    d_queries, d_keys, d_values = tiles.loop(step, tuple(zeros))
-    d_keys, d_values = (tiles.to_rows(x, k.shape) for x in (d_keys, d_values))
-    return (
-        tiles.to_rows(d_queries, q.shape).astype(q.dtype),
-        d_keys.astype(k.dtype),
-        d_values.astype(v.dtype),
-        None,
-        None,
-    )
+    sums = zip(tiles.loop(step, tuple(zeros)), (q, k, v), strict=True)
+    return *(tiles.to_rows(total, x.shape).astype(x.dtype) for total, x in sums), None, None
 
 
 attend_in_tiles.defvjp(_forward, _backward)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
@@ -19,18 +17,12 @@ def splash_attention(q, k, v, q_segments, k_segments, *, causal: bool, interpret
         t, h, width = q.shape[1:]
         u, g = k.shape[1:3]
         mask = (splash_lib.CausalMask if causal else splash_lib.FullMask)((t, u))
-        block = functools.partial(_divisor, limit=512)
-        run = splash_lib.make_splash_mha(
-            splash_lib.MultiHeadMask([mask] * h),
-            block_sizes=splash_lib.BlockSizes(
-                **dict.fromkeys(("block_q", "block_q_dkv", "block_q_dq"), block(t)),
-                **dict.fromkeys(("block_kv", "block_kv_compute", "block_kv_dkv", "block_kv_dkv_compute"), block(u)),
-                block_kv_dq=block(u),
-            ),
-            head_shards=1,
-            q_seq_shards=1,
-            interpret=interpret,
-        )
+        kv_blocks = ("block_kv", "block_kv_compute", "block_kv_dkv", "block_kv_dkv_compute", "block_kv_dq")
+        sizes = dict.fromkeys(("block_q", "block_q_dkv", "block_q_dq"), _block_size(t))
+        blocks = splash_lib.BlockSizes(**sizes, **dict.fromkeys(kv_blocks, _block_size(u)))
+        heads = splash_lib.MultiHeadMask([mask] * h)
+        shards = {"head_shards": 1, "q_seq_shards": 1}
+        run = splash_lib.make_splash_mha(heads, block_sizes=blocks, **shards, interpret=interpret)
         heads_first = lambda x: jnp.moveaxis(x, 2, 1)  # noqa: E731
         k, v = (jnp.repeat(x, h // g, axis=2) for x in (k, v))
         ids = splash_lib.SegmentIds(q_segments, k_segments)
@@ -40,6 +32,6 @@ def splash_attention(q, k, v, q_segments, k_segments, *, causal: bool, interpret
     return run_per_device(local, q, k, v, q_segments, k_segments)
 
 
-def _divisor(length: int, limit: int) -> int:
-    """Return the largest multiple of 128 up to `limit` that divides `length`, itself a multiple of 128."""
-    return max(size for size in range(128, limit + 1, 128) if length % size == 0)
+def _block_size(length: int) -> int:
+    """Return the largest multiple of 128 up to 512 that divides `length`, itself a multiple of 128."""
+    return next(size for size in (512, 384, 256, 128) if length % size == 0)
