@@ -212,8 +212,8 @@ class Index:
             raise ValueError(f"the index {self.directory} has no records: run prepare with --records")
         if changed := changed_settings(records, settings):
             raise ValueError(
-                f"the records of {self.directory} have other settings: {changed}; run prepare with --records --recheck, "
-                "or read the scans' files (data.records=False)"
+                f"the records of {self.directory} have other settings: {changed}; run prepare with --records "
+                "--recheck, or read the scans' files (data.records=False)"
             )
 
     def bad_rows(self, source: str) -> np.ndarray:
