@@ -33,7 +33,8 @@ def open_tensors(
     path = Path(path)
     if path.is_dir():
         path = _find_in_folder(path)
-    return (_open_index if path.suffix == ".json" else _open_file)(path, verify, scratch, progress)
+    open_path = _open_index if path.suffix == ".json" else _open_file
+    return open_path(path, verify, scratch, progress)
 
 
 def _find_in_folder(folder: Path) -> Path:
