@@ -88,7 +88,7 @@ def test_a_disk_that_becomes_read_only(tries, small_disk):
     for _ in range(tries):
         remount("rw")
         s = saver(small_disk)
-        s._lock.release()
+        s._lock.close()
         remount("ro")
         with pytest.raises(SaveError, match="step 2 was not saved at .*small/checkpoints/2 .*Read-only file system"):
             s.save(state(2, mesh()), data_state(2))

@@ -33,10 +33,14 @@ def scale_paths(paths) -> dict[str, str]:
 
 
 def quantise(kernel: np.ndarray, inputs: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return (int8 of the kernel's shape, float32 scales of the shape of its output axes).
+    """Return (int8 of the kernel's shape, float32 scales).
 
-    A product sums over the first `inputs` axes. An output whose weights are all zero gets the scale 0. Raises
-    ValueError if weights are not finite.
+    An output whose weights are all zero gets the scale 0.
+
+    Args:
+      inputs: number of leading axes that a product sums over; the scales have the shape of the other axes.
+    Raises:
+      ValueError: weights are not finite.
     """
     kernel = np.asarray(kernel, np.float32)
     largest = np.abs(kernel).max(axis=tuple(range(inputs)))
@@ -59,7 +63,8 @@ def quantise_params(params: dict) -> dict:
 def restore_params(directory, abstract: dict, shardings: dict | None = None) -> dict:
     """Read parameters like `checkpoint.restore_params`, and quantise each layer of a matrix as it is read.
 
-    Also raises ValueError if weights are not finite.
+    Raises:
+      ValueError: as there; or names a parameter whose weights are not finite.
     """
     leaves, reader = checkpoint.with_shardings(abstract, shardings), checkpoint.ParamReader(directory)
     checkpoint.check_shapes(leaves, reader.shapes, directory)
@@ -90,7 +95,9 @@ def _input_axes(path: str) -> range:
     return range(1) if path == HEAD else range(1, 1 + INPUT_AXES[path.split("/")[-2]])
 
 
-def _quantise_stack(path: str, shape: tuple[int, ...], read: Callable) -> tuple[np.ndarray, np.ndarray]:
+def _quantise_stack(
+    path: str, shape: tuple[int, ...], read: Callable[[tuple[int, ...]], np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
     """Return int8 and scales of a stored matrix or stack of matrices; `read` returns the weights at an index."""
     inputs = _input_axes(path)
     if path == HEAD:

@@ -112,8 +112,8 @@ def init_from(directory, state: dict, model: radfm.RadFMConfig | None = None) ->
     return read_arrays(directory / PARAMS, loaded), report
 
 
-def data_state(directory) -> dict:
-    """Return the position of this process in its data.
+def data_state(directory, process: int | None = None) -> dict:
+    """Return the position of a process (default: this one) in its data.
 
     Between batches the position is equal in all processes, so a run with another number of processes can resume from
     it. Each process counts `lost` itself; such a run gets the maximum.
@@ -121,13 +121,14 @@ def data_state(directory) -> dict:
     Raises ValueError if the directory has no such file, or the positions differ.
     """
     directory = Path(directory)
+    process = jax.process_index() if process is None else process
     try:
         count = json.loads((directory / RUN).read_text())["processes"]
         states = [json.loads((directory / DATA / f"{p}.json").read_text()) for p in range(count)]
     except FileNotFoundError as e:
         raise ValueError(f"{e.filename} does not exist: {directory} is not a step of a training run") from None
-    if count == jax.process_count():
-        return states[jax.process_index()]
+    if count == jax.process_count() and process < count:
+        return states[process]
     lost = max(s.get("lost", 0) for s in states)
     states = [{**s, "lost": lost} if "lost" in s else s for s in states]
     for other in states[1:]:

@@ -5,7 +5,9 @@
 
 1. `cluster.process_info` finds out which process this is.
 2. `rendezvous` waits for all processes and compares what they run.
-3. Process 0 starts `coordination.py`, all processes connect to it, and `peers.Peers` watches the others.
+3. Process 0 lets `coordination.py` serve, all processes connect to it, and `peers.Peers` watches the others.
+
+`jax.distributed.initialize` is not used because it runs the coordination service inside process 0 (coordination.py).
 """
 
 from __future__ import annotations
@@ -34,8 +36,11 @@ from radfm_jax.runtime.rendezvous import LOOPBACK, rendezvous, run_properties
 def start(args: argparse.Namespace, workdir: Path, config: Mapping, stop: faults.Stop) -> Peers:
     """Connect this process to the others of its run. A single process starts nothing.
 
-    If there are several processes, `workdir` gets logs/PROCESS.log, and `config` must be equal in all of them.
-
+    Args:
+      args: the options of `cluster.add_arguments`.
+      workdir: gets logs/PROCESS.log if there are several processes.
+      config: of the run; it must be equal in all processes.
+      stop: set by signals.
     Raises:
       StartError: processes are missing. ValueError: invalid options, or processes that do not run the same.
       InterruptedError: a signal arrived before all processes had connected.
@@ -75,10 +80,12 @@ def _launch_service(info: ProcessInfo, heartbeat: int, grace: float) -> subproce
     path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
     return subprocess.Popen(
         [sys.executable, "-P", "-m", coordination.__name__, *map(str, arguments)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,  # a reader of process 0's stderr would otherwise wait for this program as well
+        text=True,
         env={"TF_CPP_MIN_LOG_LEVEL": "3", **os.environ, "PYTHONPATH": path},
-    )  # fmt: skip
+    )
 
 
 def _connect(info: ProcessInfo, timeout: float, heartbeat: int) -> None:
