@@ -270,7 +270,7 @@ class RowLoader:
         return self.scans[number]
 
     def _read_scan(self, root, scan: Scan):
-        workers.at(scan.path)
+        workers.heartbeat(scan.path)
         path = scans.resolve(root, scan.path)
         size = sum(f.stat().st_size for f in path.iterdir() if f.is_file()) if path.is_dir() else path.stat().st_size
         indexed = self._indexed(root, scan).bytes
