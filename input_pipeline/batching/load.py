@@ -81,7 +81,8 @@ class RowLoader:
 
     def _check_channels(self) -> None:
         if colour := int((self.scans.shapes[:, -1] > self.config.channels).sum()):
-            path = self.index.colour(self.config.channels, {self.index.tables[name]["root"] for name in self.names})
+            roots = {self.index.tables[name]["root"] for name in self.names}
+            path = self.index.first_colour_scan(self.config.channels, roots)
             raise ValueError(
                 f"data.channels is {self.config.channels}, but {colour:,} scans have colour, such as {path}: make it 3"
             )
