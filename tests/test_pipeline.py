@@ -377,7 +377,7 @@ def test_records_of_other_sizes_are_refused(config):
         Rows(dataclasses.replace(config, records=True), batch=2)
     loader = RowLoader(config, "train", training=True)
     loader.index.description["records"] = {"storage": "uint8", "size_2d": 64}
-    with pytest.raises(ValueError, match="data.size_2d is 32, theirs 64; run prepare"):
+    with pytest.raises(ValueError, match="data.size_2d is 32, was 64; run prepare"):
         loader.index.check_records({"storage": "uint8", "size_2d": 32})
 
 
