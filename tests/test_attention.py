@@ -37,7 +37,6 @@ def arrays(length=256, keys=None, width=64, dtype="bfloat16"):
         ("tpu", {"length": 32, "keys": 1056}, "xla"),  # the perceiver
         ("tpu", {"dtype": "float32"}, "xla"),
         ("cuda", {}, "cudnn"),
-        ("cuda", {}, "cudnn"),
         ("cuda", {"dtype": "float16", "width": 8, "length": 34}, "cudnn"),
         ("cuda", {"length": 33}, "xla"),  # cuDNN's backward pass with a bias needs even lengths
         ("cuda", {"dtype": "float32"}, "xla"),

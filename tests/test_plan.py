@@ -307,7 +307,7 @@ def test_exit_codes(capsys):
         (("--price=-2",), "--price -2.0: must be at least 0"),
         (("--price=nan",), "--price nan: must be at least 0"),
         (("--batch=0",), "a batch of 0 rows: must be at least 1"),
-        (("--config.train.accumulation=0",), "train.accumulation is 0: at least 1 is needed"),
+        (("--config.train.accumulation=0",), "train.accumulation must be at least 1 (got 0)"),
         (("--json={folder}/none/plan.json",), "cannot be written"),
         (("--picture={folder}",), "cannot be written"),
     ],

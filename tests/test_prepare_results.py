@@ -67,7 +67,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path, monkeypatch):
     assert peaks[2] - peaks[1] < 200 * 3600
 
 
-def test_a_full_disk_names_TMPDIR(monkeypatch):
+def test_a_full_disk_names_tmpdir(monkeypatch):
     monkeypatch.setattr(database, "CACHE", 1)
     with pytest.raises(OSError, match="TMPDIR") as caught, database.open_database() as db:
         db.execute("PRAGMA max_page_count = 50")

@@ -44,7 +44,7 @@ class LoadedRow:
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """This host's rows of a global batch."""
+    """The rows of a global batch on one host."""
 
     arrays: dict[str, np.ndarray]  # the input of the model, with targets and tasks int32[B, T], weights float32[B, T]
     rows: tuple[RowInfo | None, ...]  # the contents of each row; None for an empty row after the end of the data

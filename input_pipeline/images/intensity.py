@@ -90,7 +90,7 @@ def intensity_range(low: float, high: float, window: str | tuple[float, float] |
     if window is None:
         return low, high
     ends, found = ct_window(window), f"voxels range from {low:g} to {high:g}"
-    if isinstance(window, str) and 0 <= low and high <= 255:
+    if isinstance(window, str) and low >= 0 and high <= 255:
         remedy = "remove the window, or give (low, high)"
         raise ValueError(f"CT window {window!r} is in Hounsfield units, but {found}, as in an 8-bit image: {remedy}")
     if high <= ends[0] or low >= ends[1]:

@@ -69,7 +69,8 @@ def _dimensions(axes, splits: dict) -> None:
     """Draw two rings: train outside, test inside."""
     axes.set_title("2D and 3D scans", loc="left", fontsize=12, fontweight="bold")
     if not any(sum(values["scans"].values()) for values in splits.values()):
-        return _empty(axes)
+        _empty(axes)
+        return
     names, shades = ("2D", "3D"), ("#7fb2d9", "#1f4e79")
     lines, radius = [], 1.0
     for split, values in splits.items():
@@ -92,7 +93,8 @@ def _grouped(axes, title: str, splits: dict, field: str) -> None:
     names = dict.fromkeys(name for values in splits.values() for name in values[field])
     names = sorted(names, key=lambda n: -sum(values[field].get(n, 0) for values in splits.values()))
     if not names:
-        return _empty(axes)
+        _empty(axes)
+        return
     first, rest = (names, []) if len(names) <= MAX_GROUPS else (names[: MAX_GROUPS - 1], names[MAX_GROUPS - 1 :])
     labels = first + ([f"{len(rest)} others"] if rest else [])
     positions, height = np.arange(len(labels)), 0.8 / max(len(splits), 1)
@@ -124,7 +126,8 @@ def _depths(axes, splits: dict) -> None:
     depths = {split: {int(d): n for d, n in values["depths"].items()} for split, values in splits.items()}
     most = max((d for counts in depths.values() for d in counts), default=0)
     if not most:
-        return _empty(axes)
+        _empty(axes)
+        return
     width = max(most // 24, 1)
     bins = np.arange(0, most + 2 * width, width)
     values, weights = [list(counts) for counts in depths.values()], [list(n.values()) for n in depths.values()]
@@ -142,7 +145,8 @@ def _lengths(axes, title: str, splits: dict, field: str) -> None:
     _tidy(axes, f"{title}: tokens per row", "y")
     longest = max((len(values[field]["counts"]) for values in splits.values()), default=0)
     if not longest:
-        return _empty(axes)
+        _empty(axes)
+        return
     positions, width = np.arange(longest), 0.8 / max(len(splits), 1)
     for i, (split, values) in enumerate(splits.items()):
         counts = np.array(values[field]["counts"] + [0] * (longest - len(values[field]["counts"])), float)

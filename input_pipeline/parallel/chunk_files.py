@@ -49,12 +49,14 @@ class Items(Sequence):
         """Write the items to parts/items.txt of a directory. The iterable may be larger than memory."""
         file = directory / "parts" / "items.txt"
         file.parent.mkdir(exist_ok=True)
-        with atomic_write(file, unique=True) as partial:
-            with open(partial, "w", encoding="utf-8", errors="surrogateescape") as out:
-                for item in items:
-                    if "\n" in item:
-                        raise ValueError(f"{item!r}: a name must not contain a line break; rename the file")
-                    out.write(item + "\n")
+        with (
+            atomic_write(file, unique=True) as partial,
+            open(partial, "w", encoding="utf-8", errors="surrogateescape") as out,
+        ):
+            for item in items:
+                if "\n" in item:
+                    raise ValueError(f"{item!r}: a name must not contain a line break; rename the file")
+                out.write(item + "\n")
         return cls(file)
 
     @property

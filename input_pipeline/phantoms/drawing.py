@@ -193,13 +193,13 @@ def _mri(study: Study, x, y, z) -> tuple[np.ndarray, np.ndarray]:
 def _fan(study: Study, x, y, z) -> tuple[np.ndarray, np.ndarray]:
     """Draw ultrasound through a curved probe at the top: a fan, a bright skin line, faint layers. `paint` adds speckle.
 
-              apex (0, -2.2)
-                 / \\
+       apex (0, -2.2)
+          / \\
             __---   ---__        radius 1.3, the skin
-           /             \\
+    /             \\
           /               \\
           --___       ___--
-               -------           radius 3.1
+        -------           radius 3.1
     """
     body = study.body
     down = y + np.float32(2.2)

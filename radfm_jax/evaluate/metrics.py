@@ -165,7 +165,7 @@ def auc(score: np.ndarray, positive: np.ndarray) -> Statistic:
 
 
 def calibration_error(score: np.ndarray, positive: np.ndarray, bins: int = 10) -> Statistic:
-    """Expected calibration error over bins of equal width: |mean score - share of positives|, weighted by bin size."""
+    """Return the expected calibration error: mean |mean score - share of positives| over bins of equal width."""
     score, positive = np.asarray(score, float), np.asarray(positive, float)
     bin_index = bin_of(score, bins)
 

@@ -70,7 +70,7 @@ def _check(ids, vision, mask, vocab_size: int, num_latents: int, channels: int) 
         raise ValueError(f"ids has {len(ids)} rows but vision has {len(vision)}")
     scans = vision.shape[1]
     end = vocab_size + 2 + num_latents * scans
-    if ids.size and not (0 <= ids.min() and ids.max() < end):
+    if ids.size and not (ids.min() >= 0 and ids.max() < end):
         raise ValueError(
             f"ids range from {ids.min()} to {ids.max()}, but the maximum is {end - 1} for a vocabulary of "
             f"{vocab_size}, 2 image marks and {scans} scans of {num_latents} visual tokens"

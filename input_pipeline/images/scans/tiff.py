@@ -149,7 +149,7 @@ def check_segments(path, data: bytes, page: tifffile.TiffPage, form: PageFormat)
             per_plane = -(-form.rows // page.rowsperstrip)
             rows = min(page.rowsperstrip, form.rows - (i % per_plane) * page.rowsperstrip)
             expected = chunk // page.chunks[-3 if len(page.chunks) > 2 else 0] * rows
-        if not (0 < offset and 0 < count and offset + count <= len(data)):
+        if not (offset > 0 and count > 0 and offset + count <= len(data)):
             raise ScanError(path, f"strip or tile {i + 1} is outside the file", COPY_AGAIN)
         segment, size = memoryview(data)[offset : offset + count], count
         if form.compression in DEFLATE:
