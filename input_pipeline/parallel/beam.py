@@ -133,17 +133,19 @@ def _count_parts(
     stop, counted = threading.Event(), set()
 
     def count() -> None:
-        running = True
-        while running:
-            running = not stop.wait(POLL_SECONDS)  # the last parts are counted after `stop`
-            new = {k for k in chunks if k not in counted and chunk_files.part_file(directory, k).is_file()}
-            counted.update(new)
-            progress(sum(min(chunk_files.CHUNK, len(items) - k * chunk_files.CHUNK) for k in new))
+        new = {k for k in chunks if k not in counted and chunk_files.part_file(directory, k).is_file()}
+        counted.update(new)
+        progress(sum(min(chunk_files.CHUNK, len(items) - k * chunk_files.CHUNK) for k in new))
 
-    thread = threading.Thread(target=count, daemon=True)
+    def poll() -> None:
+        while not stop.wait(POLL_SECONDS):
+            count()
+
+    thread = threading.Thread(target=poll, daemon=True)
     thread.start()
     try:
         yield
     finally:
         stop.set()
         thread.join()
+        count()
