@@ -10,7 +10,10 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("input_pipeline", "radfm_jax")
 # Only the tools that prepare, show or build data need these.
 NOT_IN_TRAINING = (
-    *(f"input_pipeline.index.{name}" for name in ("prepare", "checks", "findings", "command", "summary")),
+    *(
+        f"input_pipeline.index.{name}"
+        for name in ("prepare", "scan_checks", "row_checks", "results", "reports", "command", "summary")
+    ),
     "input_pipeline.inspect",
     "input_pipeline.curate",
     "apache_beam",

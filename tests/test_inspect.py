@@ -316,7 +316,7 @@ def test_errors_are_one_line_with_exit_code_2(config, tmp_path, capsys):
     none = config_file(tmp_path, dataclasses.replace(config, index=str(tmp_path / "nowhere")))
     assert command.main([f"--config={none}", "--out", str(tmp_path / "a")]) == 2
     said = capsys.readouterr().err
-    assert said.startswith(f"error: {tmp_path / 'nowhere'} is no index") and "input_pipeline.prepare" in said
+    assert said.startswith(f"error: {tmp_path / 'nowhere'} is not an index") and "input_pipeline.prepare" in said
     assert said.count("\n") == 1 and not (tmp_path / "a").exists()
     good = f"--config={config_file(tmp_path, config)}"
     foreign = tmp_path / "site"

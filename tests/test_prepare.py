@@ -241,7 +241,7 @@ def test_every_kind_of_bad_input_is_in_quarantine_and_all_else_is_good(mine, tmp
         "one of two": ("missing", "no such file", "below the root"),
         "many": ("", "5 scans, a row has 4", "data.scans"),
         "nothing fits": ("", "do not fit into", "data.text_length"),
-        "climbing": ("", "climbs with '..'", "below the root"),
+        "climbing": ("", "leaves its folder with '..'", "below the root"),
         "blank": ("", "response is blank", "remove the row"),
         "no mark": ("", "no mark <image-1>", "mark"),
         "not JSON": ("", "not valid JSON", "JSON"),
