@@ -209,7 +209,7 @@ def test_case_reports(tmp_path, capsys):
     assert report["counts"]["requests answered before, or equal to another"] == 2
     dataset = open_dataset("pmc_casereport", table="casereport.csv", root=tmp_path / "pmc")
     assert len(dataset) == report["counts"]["rows written"]
-    contexts = {v[2] for v in dataset._rows if v[0] == "PMC9000003"}
+    contexts = {v[2] for v in dataset._rows if v[1] == "PMC9000003"}
     assert "A 61-year-old woman presented with pelvic pain." in contexts
     assert any(c.endswith("She was discharged on day 12.") for c in contexts) is False, (
         "the discussion is not asked about"

@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -204,6 +204,12 @@ class Index:
                 key, size, record, *shape = (batch[name].to_numpy()[line] for name in columns)
                 parts.append((key ^ root_hash, size, record, np.stack(shape, -1)))
         return Scans(*map(np.concatenate, zip(*parts, strict=True)))
+
+    def first_colour_scan(self, channels: int, roots: Iterable[str]) -> str:
+        """Return the path of a good scan with more channels than this, or "". `roots` are those of `prepare`."""
+        filters = [("channels", ">", channels), ("fault", "=", ""), ("root", "in", set(roots))]
+        scans = pq.read_table(self.directory / "scans.parquet", columns=["path"], filters=filters, use_threads=False)
+        return scans["path"][0].as_py() if len(scans) else ""
 
     def check_records(self, settings: Mapping[str, object]) -> None:
         """Check that the records exist and have these settings. Raises ValueError with every difference."""
