@@ -18,7 +18,7 @@ class SampleInfo:
     study: str | None
     tokens: int
     cut: int  # text tokens that were left out because the sample was too long
-    dropped_scans: int  # likewise scans
+    dropped_scans: int  # the same for scans
 
 
 @dataclasses.dataclass(frozen=True)

@@ -263,7 +263,7 @@ class _Client:
             await asyncio.sleep(start - now)
 
     def _classify(self, error: Exception, wait: float) -> tuple[str, float | str]:
-        """Return (reason for a retry, seconds to wait), or ("rejected", reason). Raises Stop, or the error."""
+        """Return (reason for a retry, seconds to wait), or ("rejected", reason). Raise Stop, or `error` itself if fatal."""
         openai = self.openai
         if isinstance(error, openai.APITimeoutError):
             return "no answer in time", wait

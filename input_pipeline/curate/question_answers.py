@@ -56,7 +56,7 @@ _OTHER_SECTION = re.compile(r"discussion|conclusion|introduction|background|meth
 
 
 class Request(NamedTuple):
-    """A request to the model, and the cells of the row in addition to question and answer."""
+    """A chat request, and the output row's cells other than the question and answer."""
 
     messages: list[dict[str, str]]
     cells: dict
@@ -136,7 +136,7 @@ def curate(
     make_requests = case_requests if tool == "pmc-casereport" else caption_requests
 
     def requests(result: Result) -> Iterator[Request]:
-        """Read the source again each time, so that one request at a time is in memory."""
+        """Stream the source again on each pass, so that only one request is in memory."""
         return itertools.islice(make_requests(source, options, result), options.get("limit"))
 
     first = next(requests(Result()), None)
@@ -240,7 +240,7 @@ def _is_radiologic(caption: str, sentence: str) -> bool:
 
 
 def background(before: list[tuple[str, str, list[str]]]) -> str:
-    """Return the text about the patient before a sentence, without sentences about figures, which may give answers."""
+    """Return the case text before a sentence. Sentences about figures are dropped: they may contain the answer."""
     texts = [
         text for text, section, figures in before
         if not figures and not re.search(r"\bfig(?:ure)?s?\b", text, re.I) and _is_case_section(section)

@@ -220,7 +220,7 @@ class TableDataset(abc.ABC):
         """Return task, study and parts of the sample of a value."""
 
     def content(self, value):
-        """Return the part of a value that makes two rows duplicates."""
+        """Return the part of a value that is compared to detect duplicate rows."""
         return value
 
     def scans_of(self, value) -> tuple[Scan, ...]:

@@ -4,7 +4,7 @@
     parts/00000000.records    with --records: the records of these scans, concatenated
 
 Workers write the parts. This process reads them in order and numbers the records, so the result equals that of one
-machine. Until the run ends, the disk holds the records twice.
+machine. Until the run ends, the records are on disk twice.
 """
 
 from __future__ import annotations

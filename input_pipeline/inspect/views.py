@@ -1,4 +1,4 @@
-"""Views of a row: everything that the page shows, taken from the arrays alone.
+"""Views of a row: everything that the page shows, computed only from the arrays.
 
 Letters: T text tokens, R vision rows of P patches, S scan slots, L latents of a scan.
 """

@@ -102,8 +102,8 @@ class Saver:
         are renamed and kept.
 
         Args:
-          state: of a training step; it may be donated when this returns.
-          data_state: of the row iterator at this step.
+          state: state of a training step; the caller may donate it after this returns.
+          data_state: state of the row iterator at this step.
           wait: return when the step is on disk.
         Raises:
           SaveError: the previous save failed, or this one could not start. ValueError: after `close`.
@@ -232,7 +232,7 @@ def _finish_saves() -> None:
     if failed:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(1)  # at this point nothing else changes the exit code
+        os._exit(1)  # too late for any other way to set the exit code
 
 
 compat.before_thread_pools_shut_down(_finish_saves)  # Orbax writes with thread pools

@@ -61,14 +61,14 @@ def _computations(text: str) -> tuple[dict[str, dict[str, str]], str]:
             if line.lstrip().startswith("ROOT "):
                 current["ROOT"] = instruction[2]
     if entry is None:
-        raise ValueError("not the text of an HLO module: it has no entry")
+        raise ValueError("not the text of an HLO module: it has no ENTRY computation")
     return computations, entry
 
 
 def _walk(name: str, times: int, known: bool, computations: dict, result: Traffic, channels: set[str]) -> None:
     """Add the collectives of a computation that runs `times` times.
 
-    `known` tells whether all enclosing loops have a known length; `channels` were counted in the enclosing loop body.
+    `known` is True if all enclosing loops have a known length; `channels` were counted in the enclosing loop body.
     """
     for instruction, text in computations[name].items():
         if instruction == "ROOT":

@@ -48,7 +48,7 @@ FEW = 10  # up to so many questions of a source get a row each; up to so many re
 
 @dataclasses.dataclass(frozen=True)
 class ExactMatch:
-    """A sample, and whether the model gives its reference."""
+    """A sample, and whether the model generates its reference."""
 
     source: str
     row_id: str

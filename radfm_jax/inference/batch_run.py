@@ -117,7 +117,7 @@ def answer_file(
 
 
 def _settings(generator: Generator, sampling: Sampling, model: str, checkpoint: str, place: str) -> dict:
-    """Return what an answer depends on besides its line, as it is read back from JSON."""
+    """Return the settings that an answer depends on in addition to its line, as JSON restores them."""
     dtype, weights = generator.config.llama.dtype, generator.weights
     settings = {"model": model, "checkpoint": checkpoint, "dtype": dtype, "weights": weights}
     if generator.tokenizer is not None:

@@ -94,7 +94,7 @@ class Peers:
     def abort(self, code: int, reason: str) -> None:
         """Exit all processes with this code, this one without clean-up."""
         if self.processes > 1:
-            # In a thread, because the service may be what is stuck.
+            # In a thread, because the service itself may be stuck.
             thread = threading.Thread(target=self._publish_failure, args=(code, reason), daemon=True)
             thread.start()
             thread.join(3)
@@ -109,7 +109,7 @@ class Peers:
         return self
 
     def __exit__(self, _, exception: BaseException | None, __) -> None:
-        """Wait for all processes and disconnect; exit at once if the others do not come."""
+        """Wait for all processes and disconnect; exit immediately if the others do not arrive."""
         if self.processes == 1:
             return
         if exception is not None:

@@ -151,7 +151,7 @@ def _run(
     config: Experiment, workdir: Path, mesh: Mesh, rates: np.ndarray, rows: Rows, programs: Programs, saver: Saver,
     peers: Peers, evaluation: Evaluation, state: dict, data_state: dict | None,
 ) -> int:  # fmt: skip
-    """Run the steps from state["step"] on. Return 0 when all are done, faults.REQUEUE if told to stop."""
+    """Run the steps from state["step"] on. Return 0 when all are done, faults.REQUEUE if a stop was requested."""
     train, save_every = config.train, config.checkpoint.save_every
     first, steps = int(state["step"]), len(rates)
     data = device_batches(rows, mesh, train.accumulation)
