@@ -113,7 +113,7 @@ def plan_rows(
     """Pack the samples of a window into as few rows as possible; a pure function of its arguments.
 
     Best-fit decreasing over text, patches, planes and slots at once. Each sample (with `share_scans`, each group of
-    samples about the same scans) goes into the fullest row that has room for it, the largest first.
+    samples about the same scans) goes into the fullest row that has room for it. The largest go first.
 
         limits 10 tokens        tokens 7 3 6 4 2     ->  rows [0 1] [2 3] [4]
 

@@ -43,7 +43,7 @@ class Image:
 
 @dataclasses.dataclass
 class Policy:
-    """What CheXpert's uncertain label -1 counts as."""
+    """The value that CheXpert's uncertain label -1 is mapped to."""
 
     uncertain: str = "ignore"  # one of UNCERTAIN
     by_disease: dict[str, str] = dataclasses.field(default_factory=dict)  # exceptions

@@ -68,7 +68,7 @@ def new_directory(path, *, manifest: bool = True) -> Iterator[Path]:
 
 
 def absolute(path) -> Path:
-    """Return an absolute path without `..`, which tensorstore refuses."""
+    """Return an absolute path without `..`, which tensorstore rejects."""
     return Path(os.path.abspath(path))
 
 

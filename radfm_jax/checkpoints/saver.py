@@ -191,7 +191,7 @@ class Saver:
             shutil.rmtree(deleted)
 
     def _update_best(self) -> int | None:
-        """Write best.json and return the best step. It is the best of all times, because the best step is kept."""
+        """Write best.json and return the best step. It is the best of the whole run, because the best step is kept."""
         values = {}
         for step in run_directory.steps(self.workdir) if self.best else ():
             path = step_directory(self.workdir, step) / RUN

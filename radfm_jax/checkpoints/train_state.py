@@ -58,7 +58,7 @@ def restore(directory, abstract: dict, *, verified: bool = False) -> dict:
 
 @dataclasses.dataclass(frozen=True)
 class Initialised:
-    """What `init_from` did, by parameter path."""
+    """The effect of `init_from`, by parameter path."""
 
     directory: Path
     loaded: tuple[str, ...]

@@ -67,7 +67,7 @@ class Watchdog:
 
     seconds: float
     files: Sequence[TextIO] = ()  # receive the stacks; default: standard error
-    leave: Callable[[int, str], None] = lambda code, _: os._exit(code)  # gets the reason too; must end the process
+    leave: Callable[[int, str], None] = lambda code, _: os._exit(code)  # called with the reason; must end the process
 
     def __post_init__(self):
         self._last, self._task = time.monotonic(), "starting"

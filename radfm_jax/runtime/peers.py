@@ -102,7 +102,7 @@ class Peers:
 
     @property
     def files(self) -> list[TextIO]:
-        """The files that get the reason for an early end: the console, and in process 0 also its log."""
+        """Files that the reason for an early exit is written to: the console, and in process 0 also its log."""
         return [sys.stderr, *([self.log] if self.log is not None and self.process == 0 else [])]
 
     def __enter__(self) -> Peers:
@@ -129,7 +129,7 @@ class Peers:
             threading.Thread(target=self._await_disconnects, args=(alone,), daemon=True, name="disconnects").start()
             alone.wait(SHUTDOWN_TIMEOUT)
         jax.distributed.shutdown()
-        # JAX would abort processes that are still connected when the service ends; then it ends by itself later.
+        # JAX would abort processes that are still connected when the service ends. It then exits by itself later.
         if alone.is_set():
             self.service.kill()
             self.service.communicate()

@@ -29,7 +29,7 @@ def stat_scan(path) -> os.stat_result:
 
 
 class BoundedFile:
-    """A file whose `read(n)` never allocates more than the rest of the file, even if a malicious header declares more."""
+    """A file whose `read(n)` never allocates more than the rest of the file, even if a malicious header asks."""
 
     def __init__(self, file: BinaryIO, size: int):
         self.file, self.size = file, size
