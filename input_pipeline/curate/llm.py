@@ -38,7 +38,7 @@ class Endpoint:
     per_minute: float = 0.0  # maximum number of requests per minute; 0: no limit
     timeout: float = 120.0  # seconds for one request
     retries: int = 6  # retries of one request before it is deferred to the next run
-    first_wait: float = 1.0  # seconds before the first retry; doubled for each further one
+    first_wait: float = 1.0  # seconds before the first retry; doubled for each later one
     temperature: float = 0.7
     max_tokens: int = 800
     price_in: float = 0.0  # of a million tokens sent, in any currency

@@ -17,7 +17,7 @@ from input_pipeline.curate.language import is_english
 from input_pipeline.files import atomic_write
 from input_pipeline.parallel import chunk_files
 
-_REFERENCE_PROBLEMS = ("a reference ", "no figure has the number")  # start of the reasons that jats gives
+_REFERENCE_PROBLEMS = ("a reference ", "no figure has the number")  # prefix of the reasons that jats reports
 
 INLINE = """\
 Tie sentences of papers to the figures that they refer to: PMC-Inline. Reads packages of the PubMed Central open-access

@@ -75,14 +75,14 @@ def _add_options(parser) -> None:
     url = "https://api.openai.com/v1"
     parser.add_argument("--base-url", type=_base_url, default=url, metavar="URL", help="(%(default)s)")
     parser.add_argument("--key-variable", default="OPENAI_API_KEY", metavar="NAME", help="(%(default)s)")
-    parser.add_argument("--dry-run", action="store_true", help="print a request and the estimate; send nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print one request and the estimate; do not send it")
     parser.add_argument("--limit", type=console.at_least(1), metavar="N", help="only the first N requests")
     count, amount = console.at_least(0), console.at_least(0, float)
     for name, kind, default, text in (
         ("concurrency", console.at_least(1), 8, "maximum number of concurrent requests"),
         ("per-minute", amount, 0, "maximum number of requests per minute; 0: no limit"),
         ("timeout", console.number_that_is("above 0", lambda value: value > 0), 120, "seconds for one request"),
-        ("retries", count, 6, "further attempts of a request"),
+        ("retries", count, 6, "retries of a request"),
         ("temperature", float, 0.7, "of the model"),
         ("max-tokens", console.at_least(1), 800, "maximum length of an answer"),
         ("price-in", amount, 0, "of a million tokens sent"),

@@ -212,7 +212,7 @@ class TableDataset(abc.ABC):
         """Return the compact value of a row, or SkippedRow(reason). Raises RowError."""
 
     def finish(self) -> list[RowError]:
-        """Do what needs the whole table, after all rows are read. Returns further problems."""
+        """Run the checks that need the whole table, after all rows are read. Return additional problems."""
         return []
 
     @abc.abstractmethod

@@ -37,7 +37,7 @@ class BeamScanPool(contextlib.AbstractContextManager):
         self.deaths: list[str] = []  # a message for each scan that killed or hung its worker
 
     def __exit__(self, *_) -> None:
-        """Nothing to stop: the Beam job ends inside `map`."""
+        """No-op: the Beam job ends inside `map`."""
 
     def map(
         self, function, tasks: Iterable[ScanTask], size: int, conversion: Conversion, *, label, failed

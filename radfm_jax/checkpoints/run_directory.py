@@ -1,4 +1,4 @@
-"""The directory of a training run: which steps it has, which of them to use, and who may write it.
+"""The directory of a training run: its steps, the selection of one of them, and its write lock.
 
 WORKDIR/config.json              the config of the latest start
 WORKDIR/lock                     locked by the process that writes here; contains its pid and host

@@ -210,7 +210,7 @@ class Saver:
             unchanged = json.loads(file.read_text()) == best
         except (OSError, ValueError):
             unchanged = False
-        if not unchanged:  # a start that changes nothing must not change the time of the file
+        if not unchanged:  # a resume without changes must not change the file's modification time
             write_json(file, best)
             fsync(self._directory)
         return step

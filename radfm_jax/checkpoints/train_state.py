@@ -1,4 +1,4 @@
-"""The training state in a step directory: its layout, and how it is restored or initialises another training."""
+"""The training state in a step directory: its layout, and how to restore it or initialise another run from it."""
 
 from __future__ import annotations
 

@@ -163,4 +163,4 @@ def _group(text: str) -> int:
     if mesh := re.search(r"replica_groups=\w*mesh\[(.*?)\]\s*\{(.*?)\}", text):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh[2]))
-    raise ValueError(f"unknown notation of a collective's groups: {text[:300]}")
+    raise ValueError(f"cannot parse the replica groups of a collective: {text[:300]}")

@@ -69,7 +69,7 @@ def answer_file(
       checkpoint: digest of the weights (checkpoint.digest); "" if `model` identifies them.
       progress: called with the numbers of answered, failed and all lines of this run.
       watch: see `Generator.answers`.
-      extra_fields: returns further fields for the line of an answer.
+      extra_fields: function that returns additional fields for the line of an answer.
       reject_unknown_ids: raise if `out` has answers to ids that are not in `file`.
       on_start: called after all checks, before the first prompt.
     Raises:

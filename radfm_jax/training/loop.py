@@ -1,6 +1,6 @@
-"""The training loop, and what a start does before the first step.
+"""The training loop, and the setup before its first step.
 
-A start takes its state from the newest step in WORKDIR, else its parameters from `checkpoint.init_from`, else it
+A run resumes from the newest step in WORKDIR. Without one, it loads parameters from `checkpoint.init_from`, or
 initialises them.
 
 WORKDIR/config.json, checkpoints/                   run_directory.py

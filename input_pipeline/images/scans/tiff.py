@@ -1,4 +1,4 @@
-"""TIFF: one slice a page, in the order of the file.
+"""TIFF: one slice per page, in the order of the file.
 
 tifffile parses the file and decodes uncompressed, deflated and PackBits pages of any depth. Pillow (libtiff) decodes
 the other compressions where that is lossless: 8-bit gray and RGB, 16-bit gray. TIFF has no checksum, so a flipped bit
