@@ -129,7 +129,7 @@ class Peers:
             threading.Thread(target=self._await_disconnects, args=(alone,), daemon=True, name="disconnects").start()
             alone.wait(SHUTDOWN_TIMEOUT)
         jax.distributed.shutdown()
-        # JAX would abort processes that are still connected when the service ends. It then exits by itself later.
+        # If other processes are still connected, ending the service would abort them. It exits by itself later.
         if alone.is_set():
             self.service.kill()
             self.service.communicate()
