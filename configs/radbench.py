@@ -6,7 +6,7 @@
 Reads data/NAME/test.csv and similar files; `:ROOT` replaces `data`. --config.sets.vqa_rad.table=... selects another
 table, --config.sets.vqa_rad.strip=... removes a prefix of its scan paths. The report lists missing data sets.
 Table layouts: docs/data_layouts.md. Splits: official for VinDr, CXR-Mix, PMC-VQA, VQA-RAD and SLAKE; the authors'
-random splits, as far as published, for PMC-CaseReport, MIMIC-CXR and Rad3D.
+random splits, where published, for PMC-CaseReport, MIMIC-CXR and Rad3D.
 
 Not run yet: the data sets require data use agreements. The paper counts 310,375 test cases.
 """

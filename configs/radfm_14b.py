@@ -115,7 +115,7 @@ def get_config(root: str = "data") -> ConfigDict:
         # Paper: 4 micro-batches of 1 volume or 4 images on each of 32 devices: 128 to 512 samples per step.
         # Here: one row of 2,048 tokens for each, so 128 rows per step, about 400 samples of MedMD.
         TrainConfig(batch=4 * 32, accumulation=4, dtype="bfloat16", remat="full", chunk=256, eval_every=1000),
-        # The paper gives no learning rates. Here the trained language model has a fifth of the rate of new modules.
+        # The paper reports no learning rates. Here the language model's rate is a fifth of the new modules' rate.
         OptimizerConfig(learning_rate=1e-4, warmup_steps=500, rates={"llama": 0.2}),
         checkpoint=CheckpointConfig(save_every=500),
     )

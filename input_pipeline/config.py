@@ -16,7 +16,7 @@ MIXTURES = ("epoch", "weights")
 
 
 def unknown_fields(names: Iterable[str], cls: type, prefix: str = "") -> str:
-    """Return the names that are no field of a dataclass, each with the nearest field; "" if there are none."""
+    """Return the names that are not fields of a dataclass, each with the nearest field; "" if there are none."""
     known = [field.name for field in dataclasses.fields(cls)]
     return ", ".join(f"{prefix}{name}{nearest(name, known)}" for name in names if name not in known)
 

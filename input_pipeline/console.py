@@ -1,4 +1,4 @@
-"""What the commands share: parsers, progress bars, one-line errors, and tables on standard output."""
+"""Shared code of the commands: parsers, progress bars, one-line errors, and tables on standard output."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@
 # environment:
 #   TRAIN    the training command (default: python -m radfm_jax.train)
 #   STAGES   "CONFIG ..." (default: configs/pretrain_align.py configs/pretrain.py configs/finetune.py); a run is named
-#            after the file, or after the variant behind its colon (configs/quickstart.py:align)
+#            after the file, or after the variant that follows its colon (configs/quickstart.py:align)
 #   FIRST    initial checkpoint of the first stage (default: that of its config)
 #   RETRIES  maximum restarts of a stage that exits with 75 (default 100); a scheduler restarts by itself
 # exit codes: 0 all stages are done; otherwise the code of the stage that failed.

@@ -35,7 +35,7 @@ class Model:
     directory: Path | None = None  # the checkpoint it was loaded from; None for a model built in memory
     mesh: jax.sharding.Mesh | None = None  # the mesh of the parameters; None for one device
     tokenizer_file: Path | None = None  # SentencePiece model, if the directory has none
-    prepared: inputs.Preparation | None = None  # how its scans are prepared; None: as the checkpoint says
+    prepared: inputs.Preparation | None = None  # scan preparation; None: as stored in the checkpoint
 
     def answer(
         self,
@@ -212,7 +212,7 @@ def load(
     """Load a checkpoint (from `python -m radfm_jax.convert`, training or `save`).
 
     Args:
-      directory: a checkpoint; or a training run, of which the best checkpoint is loaded, or the newest if none was
+      directory: a checkpoint or a training run. Of a run, the best checkpoint is loaded, or the newest if none was
         evaluated.
       dtype: compute dtype of matrix products: float32 or bfloat16.
       param_dtype: dtype of the parameters; None: as stored.
@@ -220,7 +220,7 @@ def load(
       mesh: from `sharding.make_mesh`, to shard the parameters over; None: the first device.
       verify: check the SHA-256 of every file; False checks sizes only.
       tokenizer: SentencePiece model, for a checkpoint without one.
-      prepared: how scans are prepared, if not as the checkpoint says.
+      prepared: overrides the scan preparation stored in the checkpoint.
     Raises:
       ValueError: not a checkpoint, a damaged one, or not a complete RadFM.
     """

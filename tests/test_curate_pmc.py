@@ -78,7 +78,7 @@ def test_missing_picture_ties_nothing(built):
     out, report = built
     paper = json.loads((out / "papers" / "PMC9000008.json").read_text())
     assert next(s for s in paper if s["text"].startswith("MRI T2"))["img_ref"] == ["F3", "F5"]
-    assert "IJO-1-g004" in problems(out) and report["counts"]["references to figures without a picture"] == 1
+    assert "IJO-1-g004" in problems(out) and report["counts"]["references to figures without an image"] == 1
 
 
 def test_figure_of_two_pictures(built):

@@ -245,7 +245,7 @@ class RowLoader:
             with self._row_errors(errors, name, sample, scan):
                 voxels.append(self._read(self.datasets[name].root, scan)[0])
         if len(voxels) < len(todo):
-            return  # all scans of a sample get one depth, which is unknown without one of them
+            return  # all scans of a sample get one depth, so a missing scan makes it unknown
         alone = config.sources(self.split)[name]["family"] in SCALED_ALONE
         with self._row_errors(errors, name, sample, next(iter(todo.values()))):
             volumes: list[Volume] = released_volumes(voxels, intensity="scan" if alone else "stack", rng=rng)
@@ -253,7 +253,7 @@ class RowLoader:
 
     @contextlib.contextmanager
     def _row_errors(self, errors: list[str], name: str, sample: Sample, scan: Scan) -> Iterator[None]:
-        """Raise what goes wrong with a scan as RowError, or with `data.allowed_loss` append it to `errors`."""
+        """Raise scan errors as RowError, or with `data.allowed_loss` append it to `errors`."""
         try:
             yield
         except (ValueError, OSError, MemoryError) as error:

@@ -14,7 +14,7 @@ class Mixture:
     """The samples of each epoch, as numbers that count through all sources."""
 
     def __init__(self, sources: dict[str, dict], *, seed: int, weights: bool, samples: int = 0):
-        """Compute `counts`, int64[sources], the samples that an epoch takes from each source.
+        """Compute `counts`, int64[sources]: the number of samples per epoch from each source.
 
         Args:
           sources: name -> `rows`, `fraction` and `weight`, as RowLoader.describe returns them.

@@ -74,7 +74,7 @@ class Rows(grain.IterDataset):
         Args:
           split: "train" or "test".
           batch: rows of the global batch. host, hosts: the share of it that this process loads.
-          epochs: None never ends.
+          epochs: number of epochs; None repeats forever.
           training: apply random crops and flips; default: whether the split is "train".
         Raises:
           ValueError: as RowLoader, and if the hosts cannot share a batch evenly.

@@ -3,7 +3,7 @@
     SampleSizes of a window -> plan_window -> [PlannedRow]
 
 Not `grain.experimental.BestFitPackIterDataset`: it packs samples that are already loaded, in the order of one stream.
-Rows here also share scans, and place each scan in one of several vision rows.
+Rows here also share scans, and assign each scan to one of several vision rows.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def plan_rows(
     """Pack the samples of a window into as few rows as possible; a pure function of its arguments.
 
     Best-fit decreasing over text, patches, planes and slots at once. Each sample (with `share_scans`, each group of
-    samples about the same scans) goes into the fullest row that has room for it, the largest first.
+    samples about the same scans) goes into the fullest row that has room for it. The largest go first.
 
         limits 10 tokens        tokens 7 3 6 4 2     ->  rows [0 1] [2 3] [4]
 
@@ -227,14 +227,14 @@ class _Packer:
     def _open_row(self, scans) -> tuple[int, list[int], list[int]]:
         column, row = len(self.open), _Row([self.limits.patch_length] * self.limits.vision_rows)
         vision_rows = _vision_rows([self.patches[s] for s in scans], row.free_patches)
-        assert vision_rows is not None, "RowLimits.overflow accepted a sample that has no place"
+        assert vision_rows is not None, "RowLimits.overflow accepted a sample that does not fit"
         self.open.append(len(self.rows))
         self.rows.append(row)
         self.free[:, column] = self.capacity
         return column, list(scans), vision_rows
 
     def _close(self, column: int) -> None:
-        """Remove a row that can take nothing more: the last open row moves to its column."""
+        """Remove a full row: the last open row moves to its column."""
         last = len(self.open) - 1
         for table in (self.free, self.room):
             table[..., column] = table[..., last]

@@ -1,4 +1,4 @@
-"""What rows contain: for logs and reports, and to find a row again."""
+"""Contents of rows: statistics for logs and reports, and ids to locate a row."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class SampleInfo:
     task: str
     study: str | None
     tokens: int
-    cut: int  # text tokens that were left out because the sample was too long
-    dropped_scans: int  # likewise scans
+    cut: int  # text tokens that were dropped because the sample was too long
+    dropped_scans: int  # the same for scans
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ class RowInfo:
 
 @dataclasses.dataclass
 class PackingReport:
-    """How full rows are. Call `add` with the rows of each batch."""
+    """Fill statistics of rows. Call `add` with the rows of each batch."""
 
     text_length: int
     rows: int = 0
@@ -66,7 +66,7 @@ class PackingReport:
                 self.padding[info.padding] += self.text_length - info.tokens
 
     def as_dict(self) -> dict[str, float]:
-        """Return shares of all text positions, samples and scans per row, and counts of what was left out."""
+        """Return shares of all text positions, samples and scans per row, and counts of dropped tokens and scans."""
         positions, rows = max(self.rows * self.text_length, 1), max(self.rows, 1)
         return {
             "real tokens": self.tokens / positions,

@@ -102,7 +102,7 @@ def radiologic(row: dict, family: str, settings: Settings) -> Verdict:
             kept = max(scores) >= settings.threshold
             return Verdict(row) if kept else Verdict(None, "not radiologic according to the classifier")
     keep = (settings.unknown or _UNKNOWN.get(family, "keep")) == "keep"
-    return Verdict(row) if keep else Verdict(None, "nothing indicates that the image is radiologic")
+    return Verdict(row) if keep else Verdict(None, "no evidence that the image is radiologic")
 
 
 def figures(row: dict, family: str) -> list[tuple[str, str]]:

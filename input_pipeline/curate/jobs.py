@@ -22,7 +22,7 @@ from input_pipeline.parallel import beam, chunk_files, workers
 from input_pipeline.parallel.chunk_files import Items
 from input_pipeline.parallel.resilient_pool import ResilientPool, no_state
 
-VERSION = 2  # increase it when a row function returns something else for the same item
+VERSION = 2  # increase it when a row function's result for the same item changes
 TIMEOUT = 300.0  # seconds for one item, after which its worker counts as hung
 
 
@@ -106,7 +106,7 @@ def run(
     """Make every part that is missing. `results` then reads them all.
 
     Args:
-      function: a function of a module, so that other processes can import it.
+      function: a module-level function, so that other processes can import it.
       options: plain values; together with the items they determine the results.
       runner: `local`, or a runner of Apache Beam (beam.py).
       workers: processes of the local runner; None: one per available core; 0: run in this process.
@@ -185,7 +185,7 @@ class Report:
         self.file, self.problems_file = directory / f"report{suffix}.json", directory / f"problems{suffix}.jsonl"
         self.counts: dict[str, int] = {}  # in the order in which they were first counted
         self.reasons: collections.Counter[str] = collections.Counter()
-        self.more: dict = {}  # further keys of the report
+        self.more: dict = {}  # additional keys of the report
         directory.mkdir(parents=True, exist_ok=True)
         self._partial = self.problems_file.with_name(self.problems_file.name + PARTIAL)
         self._partial.write_text("", encoding="utf-8")

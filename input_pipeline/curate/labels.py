@@ -43,7 +43,7 @@ class Image:
 
 @dataclasses.dataclass
 class Policy:
-    """What CheXpert's uncertain label -1 counts as."""
+    """The value that CheXpert's uncertain label -1 is mapped to."""
 
     uncertain: str = "ignore"  # one of UNCERTAIN
     by_disease: dict[str, str] = dataclasses.field(default_factory=dict)  # exceptions
@@ -73,7 +73,7 @@ def first_files(folder: Path, *patterns: str) -> list[Path]:
         files = sorted(f for f in folder.rglob(pattern) if f.is_file())
         if files:
             return files
-    raise ValueError(f"{folder} has no {' or '.join(patterns)}: use the folder of the set as published")
+    raise ValueError(f"{folder} has no {' or '.join(patterns)}: use the folder with the files of the set as published")
 
 
 def all_files(folder: Path, *names: str) -> list[Path]:

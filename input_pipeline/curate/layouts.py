@@ -75,7 +75,7 @@ def named_tables(specs: list[str], root: Path, directory: Path | None = None) ->
 def read(family: str, file: Path, result: Result) -> tuple[list[str] | None, Iterator[tuple[int, dict]]]:
     """Return the header of a table (None for JSON), and number and cells of each row; bad rows become problems.
 
-    Raises RowError if a required column is missing, or during iteration if the file cannot be read further.
+    Raises RowError if a required column is missing, or during iteration if the rest of the file cannot be read.
     """
     required = FAMILIES[family].required
     if FAMILIES[family].layout == "json":

@@ -37,8 +37,8 @@ class Endpoint:
     concurrency: int = 8  # maximum number of concurrent requests
     per_minute: float = 0.0  # maximum number of requests per minute; 0: no limit
     timeout: float = 120.0  # seconds for one request
-    retries: int = 6  # further attempts of one request before it is left for the next run
-    first_wait: float = 1.0  # seconds before the first retry; doubled for each further one
+    retries: int = 6  # retries of one request before it is deferred to the next run
+    first_wait: float = 1.0  # seconds before the first retry; doubled for each later one
     temperature: float = 0.7
     max_tokens: int = 800
     price_in: float = 0.0  # of a million tokens sent, in any currency
@@ -263,7 +263,7 @@ class _Client:
             await asyncio.sleep(start - now)
 
     def _classify(self, error: Exception, wait: float) -> tuple[str, float | str]:
-        """Return (reason for a retry, seconds to wait), or ("rejected", reason). Raises Stop, or the error."""
+        """Return (reason for a retry, seconds to wait), or ("rejected", reason). Raise Stop or re-raise if fatal."""
         openai = self.openai
         if isinstance(error, openai.APITimeoutError):
             return "no answer in time", wait

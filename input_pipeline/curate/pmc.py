@@ -17,7 +17,7 @@ from input_pipeline.curate.language import is_english
 from input_pipeline.files import atomic_write
 from input_pipeline.parallel import chunk_files
 
-_REFERENCE_PROBLEMS = ("a reference ", "no figure has the number")  # start of the reasons that jats gives
+_REFERENCE_PROBLEMS = ("a reference ", "no figure has the number")  # prefix of the reasons that jats reports
 
 INLINE = """\
 Tie sentences of papers to the figures that they refer to: PMC-Inline. Reads packages of the PubMed Central open-access
@@ -174,7 +174,7 @@ def _write_images(options: dict, path: str, package, key: str, figures, result: 
             if member and options["pictures"]:
                 reason = _write_image(package, member, Path(options["out"]) / "figures" / f"{key}_{name}.jpg")
             if reason:
-                result.count("pictures missing or broken")
+                result.count("images missing or broken")
                 result.problem(path, figure.row, reason, remedy)
             else:
                 written.add(name)
@@ -217,7 +217,7 @@ def inline_paper(options: dict, path: str) -> Result:
         names = [name for figure in sentence.figures for name in figure.names if name in images]
         missing = sum(images.isdisjoint(figure.names) for figure in sentence.figures)
         if missing:
-            result.count("references to figures without a picture", missing)
+            result.count("references to figures without an image", missing)
         tied += len(sentence.figures) - missing
         sentences.append({"text": sentence.text, "img_ref": names})
     result.count("sentences", len(sentences))
@@ -226,10 +226,10 @@ def inline_paper(options: dict, path: str) -> Result:
         result.problem(path, 0, "the paper has no text in its body", "remove it")
         return result
     if not tied and not options["keep_unillustrated"]:
-        result.count("papers without a reference to a picture")
+        result.count("papers without a reference to an image")
         return result
     result.count("papers written")
-    result.count("references to pictures", tied)
+    result.count("references to images", tied)
     result.count("sentences with a figure", sum(bool(s["img_ref"]) for s in sentences))
     with atomic_write(Path(options["out"]) / "papers" / f"{key}.json", unique=True) as partial:
         partial.write_text(json.dumps(sentences, ensure_ascii=False, indent=0), encoding="utf-8")

@@ -37,7 +37,7 @@ output in DIR:
 The API key comes from the environment variable OPENAI_API_KEY (--key-variable) and is never written. Start with
 --dry-run, which prints a request, the number of requests and their maximum cost. An interrupted run resumes with the
 same command. An answered request is never sent again, also after --limit is increased or rows are added. Requests that
-fail after all retries are left for the next run (exit code 1).
+fail after all retries are deferred to the next run (exit code 1).
 
 examples:
   python -m input_pipeline.curate {tool} {source} --out {out} --model gpt-4o-mini --dry-run --price-in 0.15 --price-out 0.6
@@ -56,7 +56,7 @@ _OTHER_SECTION = re.compile(r"discussion|conclusion|introduction|background|meth
 
 
 class Request(NamedTuple):
-    """A request to the model, and the cells of the row in addition to question and answer."""
+    """A chat request, and the output row's cells other than the question and answer."""
 
     messages: list[dict[str, str]]
     cells: dict
@@ -75,14 +75,14 @@ def _add_options(parser) -> None:
     url = "https://api.openai.com/v1"
     parser.add_argument("--base-url", type=_base_url, default=url, metavar="URL", help="(%(default)s)")
     parser.add_argument("--key-variable", default="OPENAI_API_KEY", metavar="NAME", help="(%(default)s)")
-    parser.add_argument("--dry-run", action="store_true", help="print a request and the estimate; send nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print one request and the estimate; do not send it")
     parser.add_argument("--limit", type=console.at_least(1), metavar="N", help="only the first N requests")
     count, amount = console.at_least(0), console.at_least(0, float)
     for name, kind, default, text in (
         ("concurrency", console.at_least(1), 8, "maximum number of concurrent requests"),
         ("per-minute", amount, 0, "maximum number of requests per minute; 0: no limit"),
         ("timeout", console.number_that_is("above 0", lambda value: value > 0), 120, "seconds for one request"),
-        ("retries", count, 6, "further attempts of a request"),
+        ("retries", count, 6, "retries of a request"),
         ("temperature", float, 0.7, "of the model"),
         ("max-tokens", console.at_least(1), 800, "maximum length of an answer"),
         ("price-in", amount, 0, "of a million tokens sent"),
@@ -136,7 +136,7 @@ def curate(
     make_requests = case_requests if tool == "pmc-casereport" else caption_requests
 
     def requests(result: Result) -> Iterator[Request]:
-        """Read the source again each time, so that one request at a time is in memory."""
+        """Stream the source again on each pass, so that only one request is in memory."""
         return itertools.islice(make_requests(source, options, result), options.get("limit"))
 
     first = next(requests(Result()), None)
@@ -240,7 +240,7 @@ def _is_radiologic(caption: str, sentence: str) -> bool:
 
 
 def background(before: list[tuple[str, str, list[str]]]) -> str:
-    """Return the text about the patient before a sentence, without sentences about figures, which may give answers."""
+    """Return the case text before a sentence. Sentences about figures are dropped: they may contain the answer."""
     texts = [
         text for text, section, figures in before
         if not figures and not re.search(r"\bfig(?:ure)?s?\b", text, re.I) and _is_case_section(section)

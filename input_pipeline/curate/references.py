@@ -27,7 +27,7 @@ _PANELS = re.compile(
 _RANGE = re.compile(rf"{_DASH}|\s+(?:to|through)\s+", re.IGNORECASE)
 _SEPARATOR = re.compile(r"\s*(?:,|;|/|&|\+)\s*(?:and\s+|&\s*)?|\s+(?:and|or)\s+", re.IGNORECASE)
 _AGAIN = re.compile(r"(?:figures?|figs?)\b\.?\s*", re.IGNORECASE)
-# Text after a number of a list that shows that it counts something else.
+# Text after a number in a list that shows that the number does not refer to a figure.
 _COUNTED = re.compile(
     r"\s*(?:%|°|×|=|<|>)|\s+(?:mm|cm|m|ml|mg|g|kg|s|h|hours?|days?|weeks?|months?|years?|patients?|cases?|"
     r"subjects?|patients|of\s+\d)\b|\s+[a-z]+(?:s|ed)\b(?<!shows)(?<!demonstrates)(?<!depicts)(?<!illustrates)"
@@ -97,7 +97,7 @@ def mentions(text: str, is_linked=lambda begin, end: False) -> list[Mention]:
 
 
 def bare_items(text: str) -> list[Item]:
-    """Return the figures of a link without a keyword: "2", "1-3", "4b, c"; empty if it is something else."""
+    """Return the figures of a link without a keyword: "2", "1-3", "4b, c"; empty if the link is not of this form."""
     items, end = _items(text, len(text) - len(text.lstrip(" (")), True, lambda b, e: True)
     return items if items and not text[end:].strip(" ).,;") else []
 
@@ -132,7 +132,7 @@ def _items(text: str, position: int, plural: bool, is_linked) -> tuple[list[Item
 
 
 def _plausible(text: str, number: re.Match, plural: bool, ranged: bool, is_linked) -> bool:
-    """Return whether a further number of a list is a figure: it is linked, or the text after it suggests so."""
+    """Return whether a later number in a list is a figure: it is linked, or the text after it suggests so."""
     if is_linked(number.start(), number.end()):
         return True
     _, stop = _panels(text, number.end())

@@ -56,7 +56,7 @@ def _add_options(parser) -> None:
     exclusive.add_argument("--check", action="store_true", help="write no table, only list leaks")
 
 
-_KINDS = ("study", "scan", "row")  # what names stand for, by precedence
+_KINDS = ("study", "scan", "row")  # what names refer to, by precedence
 
 
 class _Groups:
@@ -160,7 +160,7 @@ def _add_rows(table, dataset, groups, rows, images, texts, near: list[dict], res
 def _add_near_images(root, groups, images, near: list[dict], result: Result, progress) -> None:
     """Join the groups of near-duplicate images, and add the pairs."""
     hashes = {}
-    done = progress("hashing pictures", "pictures", len(images))
+    done = progress("hashing images", "images", len(images))
     for path in images:
         try:
             hashes[path] = duplicates.image_hash(scans.resolve(root, path))

@@ -212,7 +212,7 @@ class TableDataset(abc.ABC):
         """Return the compact value of a row, or SkippedRow(reason). Raises RowError."""
 
     def finish(self) -> list[RowError]:
-        """Do what needs the whole table, after all rows are read. Returns further problems."""
+        """Run the checks that need the whole table, after all rows are read. Return additional problems."""
         return []
 
     @abc.abstractmethod
@@ -220,7 +220,7 @@ class TableDataset(abc.ABC):
         """Return task, study and parts of the sample of a value."""
 
     def content(self, value):
-        """Return the part of a value that makes two rows duplicates."""
+        """Return the part of a value that is compared to detect duplicate rows."""
         return value
 
     def scans_of(self, value) -> tuple[Scan, ...]:

@@ -65,7 +65,7 @@ def stream_csv(file: pathlib.Path, required, optional=()) -> tuple[list[str], It
       header: all column names; if `optional` is None, those that rows have, in their order.
       rows: (number, {column: cell}) with the required and optional columns only, or a problem.
     Raises:
-      RowError: row 0 for the header, at once; later the row whose quote stays open until the end of the file.
+      RowError: raised immediately with row 0 for a bad header, or while reading, for a row with an unclosed quote.
     """
     records = _records(read_lines(file))
     _, cells, problem = next(records, (0, None, ""))

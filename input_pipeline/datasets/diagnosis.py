@@ -160,7 +160,7 @@ class Diagnosis(TableDataset):
         return tuple(dict.fromkeys(self._rows[k][0][0] for k in self._pairs[i][3]))
 
     def _set_rates(self):
-        """Set how often to ask what, so that yes and no are equally frequent over the table.
+        """Set the question probabilities, so that yes and no are equally frequent over the table.
 
         An image with diseases gets a yes/no question half of the time. An image without any can only be asked a
         question whose answer is no. To compensate, images with diseases are answered yes more often, or the others

@@ -46,7 +46,7 @@ class JSONL(TableDataset):
         super().__post_init__()
 
     def parse(self, row):
-        # First of all, because many sources may read the same table.
+        # Checked first, because many sources may read the same table.
         task, row_id = row.cells.get("task"), row.cells.get("id")
         if self.tasks and task in TASKS and task not in self.tasks:
             return SkippedRow("another task")

@@ -56,7 +56,7 @@ WORDS: dict[str, tuple[str, ...]] = {
     "endoscopy": ("endoscopy", "en", "endoscopic", "colonoscopy", "bronchoscopy"),
 }  # fmt: skip
 
-# What each of them always is as well: may be asked about with the answer yes.
+# Modalities implied by each one: may be asked about with the answer yes.
 ALSO: dict[str, tuple[str, ...]] = {
     "CT angiography": ("CT", "angiography"),
     "MR angiography": ("MRI", "angiography"),
@@ -64,7 +64,7 @@ ALSO: dict[str, tuple[str, ...]] = {
     "mammography": ("X-ray",),
     "fluoroscopy": ("X-ray",),
 }
-# What each may also be: never asked about with the answer no. Symmetric.
+# Modalities compatible with each one: never asked about with the answer no. Symmetric.
 MAYBE: dict[str, tuple[str, ...]] = {
     "angiography": ("X-ray", "fluoroscopy", "CT", "MRI", "CT angiography", "MR angiography"),
     "CT angiography": ("CT", "angiography", "PET-CT"),

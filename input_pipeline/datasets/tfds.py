@@ -50,7 +50,7 @@ class TFDS(JSONL):
         except RowError:
             raise
         except Exception as error:
-            # TFDS raises anything from KeyError to bare Exception for a wrong split or a missing shard.
+            # TFDS raises various exceptions, from KeyError to bare Exception, for a wrong split or a missing shard.
             reason = f"the data set cannot be opened: {type(error).__name__}: {str(error)[:200]}"
             raise RowError(self.file, 0, reason, "prepare it again with file_format='array_record'") from error
         for number in range(1, len(source) + 1):

@@ -60,7 +60,7 @@ def finite_range(voxels: np.ndarray) -> tuple[float, float]:
         nan, inf = int(np.isnan(voxels).sum()), int(np.isinf(voxels).sum())
         raise ValueError(f"{nan + inf} of {voxels.size} voxels are not finite ({nan} NaN, {inf} infinite)")
     if low == high:
-        raise ValueError(f"all {voxels.size} voxels are {low:g}: the scan shows nothing")
+        raise ValueError(f"all {voxels.size} voxels are {low:g}: the scan is constant")
     return low, high
 
 
@@ -92,7 +92,7 @@ def intensity_range(low: float, high: float, window: str | tuple[float, float] |
     ends, found = ct_window(window), f"voxels range from {low:g} to {high:g}"
     if isinstance(window, str) and low >= 0 and high <= 255:
         remedy = "remove the window, or give (low, high)"
-        raise ValueError(f"CT window {window!r} is in Hounsfield units, but {found}, as in an 8-bit image: {remedy}")
+        raise ValueError(f"CT window {window!r} needs Hounsfield units, but {found} (8-bit image?): {remedy}")
     if high <= ends[0] or low >= ends[1]:
         colour = f"every voxel would be {'black' if high <= ends[0] else 'white'}"
         raise ValueError(

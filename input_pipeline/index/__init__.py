@@ -2,5 +2,5 @@
 
     tables -> scans -> rows as tokens -> reports -> index files
 
-What a sample is belongs to datasets/, how a scan is decoded to images/, and building data sets to curate/.
+Samples are defined in datasets/, scans are decoded in images/, and data sets are built in curate/.
 """

@@ -4,7 +4,7 @@
     parts/00000000.records    with --records: the records of these scans, concatenated
 
 Workers write the parts. This process reads them in order and numbers the records, so the result equals that of one
-machine. Until the run ends, the disk holds the records twice.
+machine. Until the run ends, the records are on disk twice.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class BeamScanPool(contextlib.AbstractContextManager):
         self.deaths: list[str] = []  # a message for each scan that killed or hung its worker
 
     def __exit__(self, *_) -> None:
-        """Nothing to stop: the Beam job ends inside `map`."""
+        """No-op: the Beam job ends inside `map`."""
 
     def map(
         self, function, tasks: Iterable[ScanTask], size: int, conversion: Conversion, *, label, failed

@@ -1,4 +1,4 @@
-"""The index directory: what training needs to know of every scan and row.
+"""The index directory: the facts about every scan and row that training needs.
 
     index.json         version, tables and their checksums, counts; written last
     scans.parquet      one line per scan: source, path, volume, window, shape, record number
@@ -76,7 +76,7 @@ ROWS = pa.schema(
 
 @dataclasses.dataclass(frozen=True)
 class IndexedScan:
-    """What planning and loading need to know of a scan."""
+    """Facts about a scan that planning and loading need."""
 
     shape: tuple[int, int, int, int]  # (H, W, D, C) as read; C is 1 if three channels are equal
     bytes: int = -1  # size of its file, or of all files of its series

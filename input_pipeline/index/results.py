@@ -18,7 +18,7 @@ GOOD = "good"
 
 
 class Results:
-    """The checked scans and rows of all sources, stored in the database. `checksums` are of index.table_checksum."""
+    """The checked scans and rows of all sources, stored in the database. `checksums` are from index.table_checksum."""
 
     def __init__(
         self, config: DataConfig, tables: dict[str, SourceCheck], checksums: dict[str, str], db: sqlite3.Connection

@@ -1,4 +1,4 @@
-"""What earlier runs of `prepare` left: the checks of scans, and the finished shards of the records.
+"""State saved by earlier runs of `prepare`: the checks of scans, and the finished shards of the records.
 
 scans.parquet   from the last complete run; its metadata describes the records
 .progress       JSON Lines, appended while scans are read:

@@ -154,7 +154,7 @@ def _convert(voxels, header, scan: Scan, path, conversion: Conversion):
     except ValueError as error:
         remedy = "correct its window in the table, or leave the scan out"
         raise scans.ScanError(path, str(error), remedy, "unsupported") from error
-    except Exception as error:  # a library may raise anything on unusual voxels; it concerns this scan only
+    except Exception as error:  # a library may raise any exception on unusual voxels; only this scan is affected
         text = f"conversion failed ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
         raise scans.ScanError(path, text, "leave the scan out", "unsupported") from error
 

@@ -22,7 +22,7 @@ def record_settings(config: DataConfig) -> dict:
 
 
 def check_records(directory: Path, state: ResumeState, settings: dict | None, recheck: bool) -> None:
-    """Refuse to mix records with different settings. Deletes records that are to be replaced."""
+    """Refuse to mix records with different settings. Delete records that will be replaced."""
     records = directory / "records"
     if recheck or not state.shards:
         if records.exists() and (recheck or settings is not None):
@@ -38,7 +38,7 @@ def check_records(directory: Path, state: ResumeState, settings: dict | None, re
         raise ValueError(f"{records} lacks {lost}: restore the files, or rewrite all records with --recheck")
     if settings is None:
         raise ValueError(
-            f"{records} holds records, which would no longer match the index: add --records, or --recheck to start "
+            f"{records} contains records, which would no longer match the index: add --records, or --recheck to start "
             "again without them"
         )
     if changed := changed_settings(state.settings, settings):
@@ -64,7 +64,7 @@ class ScanReader:
     """Reads new and changed scans, and saves the checks and the records as it proceeds.
 
     Args:
-      settings: of the records; None writes no records.
+      settings: settings of the records; None writes no records.
       pool: a pool of `scan_checks` workers, or beam_scans.BeamScanPool.
     """
 

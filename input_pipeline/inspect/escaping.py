@@ -9,7 +9,7 @@ from __future__ import annotations
 import html
 import unicodedata
 
-# No page may run or load anything, whatever its text says.
+# A page must never run or load anything, regardless of its text.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _INVISIBLE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Zs"}
 

@@ -45,7 +45,7 @@ class ScanView:
     dtype: str
     scale: float
     offset: float
-    low: float  # low, high, mean: of the values that the network gets
+    low: float  # low, high, mean of the values that the network gets
     high: float
     mean: float
     samples: tuple[int, ...]  # the numbers of the samples that show it

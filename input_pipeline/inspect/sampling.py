@@ -22,7 +22,7 @@ class Source:
     name: str
     family: str
     rows: int  # good ones
-    quarantined: int  # rows that the table or `prepare` left out
+    quarantined: int  # rows that the table or `prepare` dropped
     samples: int  # that an epoch draws from it
     share: float  # of all samples of the epoch
 
@@ -80,5 +80,5 @@ def first_rows(config: DataConfig, split: str, count: int, epoch: int, name: str
 
 
 def _bad_lines(loader: RowLoader) -> dict[str, int]:
-    """Count the lines of each table that are no samples, and so not in the opened data set."""
+    """Count the lines of each table that are not samples, and so not in the opened data set."""
     return {name: len(dataset.problems) for name, dataset in loader.datasets.items()}

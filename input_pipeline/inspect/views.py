@@ -1,4 +1,4 @@
-"""Views of a row: everything that the page shows, taken from the arrays alone.
+"""Views of a row: everything that the page shows, computed only from the arrays.
 
 Letters: T text tokens, R vision rows of P patches, S scan slots, L latents of a scan.
 """
@@ -31,7 +31,7 @@ class SampleView:
     visual: int  # number of latents
     trained: int  # number of targets with a weight
     terms: int  # number of targets with the weight of a term
-    cut: int  # tokens that were left out because the sample was too long
+    cut: int  # tokens that were dropped because the sample was too long
     dropped_scans: int
     slots: tuple[int, ...]  # of image 1, 2, ...
     tokens: tuple[Token, ...]

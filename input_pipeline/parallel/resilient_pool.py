@@ -64,7 +64,7 @@ class ResilientPool(contextlib.AbstractContextManager):
           failed: failed(item, reason) -> the result of an item that killed or hung its worker.
         Raises:
           WorkerError: more than MAX_DEATHS workers died or hung, or one did so outside any item.
-          Exception: whatever `function` raised.
+          Exception: the exception that `function` raised.
         """
         waiting: collections.deque[_Chunk] = collections.deque()
         items, submitted, window = iter(items), 0, 2 * max(self.workers, 1)

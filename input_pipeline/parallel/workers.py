@@ -69,7 +69,7 @@ class Pool(contextlib.AbstractContextManager):
       workers: 0 runs each task in the calling thread, inside `result()`.
       timeout: seconds that a busy worker may go without a heartbeat.
     Raises:
-      Exception: whatever `make` raised.
+      Exception: the exception that `make` raised.
     """
 
     def __init__(self, make: Callable[[], Any], workers: int, timeout: float = 30.0):

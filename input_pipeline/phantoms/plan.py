@@ -212,7 +212,7 @@ def _lesions(rng: np.random.Generator, body: Body, count: int, depth: int, sign:
     lesions = []
     for (side, level), size, (x, y), radius in zip(quadrants, sizes, centres, radii, strict=True):
         stretch = rng.uniform(0.93, 1.07)
-        # An ellipsoid spans at least three slices of the thinnest volume, whatever its radius in the plane.
+        # An ellipsoid spans at least three slices of the thinnest volume, regardless of its radius in the plane.
         z, half_depth = (0.0, 1.0) if depth == 1 else (rng.uniform(-0.3, 0.3), rng.uniform(0.45, 0.65))
         amplitude = sign * rng.uniform(*AMPLITUDE)
         lesions.append(

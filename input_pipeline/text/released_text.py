@@ -5,7 +5,7 @@ It differs from the layout of the paper (tokens.py) in the position of images an
 - question, a space and answer are tokenised as one string, which is split at each image without the white space around;
 - an image at character p of a text is inserted before character p - 1, so "at the end" is before the last character;
 - the end-of-text token cannot be attended to; a text that fills the row has none (`tokens.encode` shortens instead);
-- terms are tokenised alone and matched as id sequences, so they match inside other words and not after a bracket.
+- terms are tokenised separately and matched as ids, so they match inside other words and not after a bracket.
 
 Ids from V on: V `<image>`, V + 1 `</image>`, V + 2 + L s + j latent j of scan s (V vocabulary, L latents of a scan).
 Source: the data loader of the released code; reference encodings in tests/data/tokenizer_golden.json.
@@ -82,7 +82,7 @@ def released_text(
         else:
             joined.append(segment)
     ids = encode_segments(tokenizer, joined, num_latents=num_latents)
-    # Counted on the question alone, as in the original: after an empty question the space belongs to the answer.
+    # Counted without the answer, as in the original: after an empty question the space belongs to the answer.
     question_length = min(len(encode_segments(tokenizer, question, num_latents=num_latents)), max_tokens)
     complete = len(ids) < max_tokens
     ids = [*ids, tokenizer.eos_id] if complete else ids[:max_tokens]

@@ -82,7 +82,7 @@ def shorten_released(
     max_tokens: int,
     prompt: bool,
 ) -> tuple[list[int], list[float], Counter[str]]:
-    """Remove the beginning of the question, which holds the contexts, then the end of the answer. EOS is kept.
+    """Remove the beginning of the question, which contains the contexts, then the end of the answer. EOS is kept.
 
     Returns ids, weights, and the number of tokens removed per role.
     """

@@ -117,7 +117,7 @@ def umls_terms(
     """English strings of a UMLS release that are not suppressed, without the stop list.
 
     Without `mrsty` (MRSTY.RRF), strings of every semantic type are taken. For the types in `PHRASES_ONLY` single words
-    are dropped. Raises ValueError if a file is not such a table (file and line are named), or no term is left.
+    are dropped. Raises ValueError if a file is malformed (the message names file and line), or all terms were dropped.
     """
     mrconso, mrsty = Path(mrconso), None if mrsty is None else Path(mrsty)
     types = sorted(set(semantic_types))
@@ -234,7 +234,7 @@ def _select(titles: Iterable[str]) -> set[str]:
 def _cached(name: str, options: dict, files: list[Path], build: Callable[[], set[str]], folder) -> list[str]:
     """Return the folded list from the cache, or build (seconds to minutes) and cache it.
 
-    The file holds one line of JSON (key, count, SHA-256 of the rest) and one phrase a line. The key covers the options
+    The file has one line of JSON (key, count, SHA-256 of the rest), then one phrase per line. The key covers options
     and the content of every source, of this program and of its word lists.
     """
     folder = Path(folder or os.environ.get(CACHE_VARIABLE) or platformdirs.user_cache_dir("radfm_jax"))

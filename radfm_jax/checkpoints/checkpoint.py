@@ -68,7 +68,7 @@ def new_directory(path, *, manifest: bool = True) -> Iterator[Path]:
 
 
 def absolute(path) -> Path:
-    """Return an absolute path without `..`, which tensorstore refuses."""
+    """Return an absolute path without `..`, which tensorstore rejects."""
     return Path(os.path.abspath(path))
 
 
@@ -136,7 +136,7 @@ def find_damage(
     """
     directory = Path(directory)
     listed, existing = read_manifest(directory), list_files(directory)
-    # File browsers leave hidden files behind, which nothing here reads.
+    # File browsers create hidden files; ignore them.
     added = [n for n in existing if n not in listed and n != MANIFEST and not Path(n).name.startswith(".")]
     problems = [f"missing: {n}" for n in sorted(listed) if n not in existing and n not in allow_missing]
     problems += [f"not in the manifest: {n}" for n in added]
@@ -186,7 +186,7 @@ def _remedies(directory: Path, listed: dict[str, dict]) -> dict[str, str]:
 
 
 def write_description(directory: Path, part: str, model: dict, **fields) -> None:
-    """Write radfm.json, with the sizes of the part `radfm`, or `llama` for a language model alone.
+    """Write radfm.json, with the sizes of the part `radfm`, or `llama` for only a language model.
 
     Settings of the computation (dtype, remat, ...) are not written.
     """
@@ -198,7 +198,7 @@ def write_description(directory: Path, part: str, model: dict, **fields) -> None
 
 
 def read_description(directory) -> dict:
-    """Return the contents of radfm.json. Raises ValueError if it is absent, damaged or of a newer format."""
+    """Return the contents of radfm.json. Raises ValueError if it is missing, damaged or in another format."""
     path = Path(directory) / DESCRIPTION
     try:
         description = json.loads(path.read_text())

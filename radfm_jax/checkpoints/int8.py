@@ -91,7 +91,7 @@ def _scale_sharding(path: str, leaf: jax.ShapeDtypeStruct) -> jax.sharding.Shard
 
 
 def _input_axes(path: str) -> range:
-    """Return the axes of the stored matrix that a product sums over."""
+    """Return the contraction axes of a stored matrix."""
     return range(1) if path == HEAD else range(1, 1 + INPUT_AXES[path.split("/")[-2]])
 
 

@@ -1,4 +1,4 @@
-"""The directory of a training run: which steps it has, which of them to use, and who may write it.
+"""The directory of a training run: its steps, the selection of one of them, and its write lock.
 
 WORKDIR/config.json              the config of the latest start
 WORKDIR/lock                     locked by the process that writes here; contains its pid and host
@@ -9,7 +9,7 @@ WORKDIR/checkpoints/STEP/        a checkpoint directory (checkpoint.py), with th
 WORKDIR/checkpoints/best.json    the best step, its metric and value
 
 Only a directory whose name is a number is a step. It has another name while it is written, replaced or deleted, so a
-step is complete as long as it is visible.
+step is complete whenever it is visible.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def last_config(workdir) -> dict:
     """Return the config of the latest start; {} if there was none."""
     try:
         return json.loads((Path(workdir) / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # a damaged file is no reason to stop: this start writes it again
+    except (OSError, ValueError):  # a damaged file is not fatal: this start rewrites it
         return {}
 
 
@@ -103,7 +103,7 @@ def verify(directory) -> None:
 
 
 def latest(workdir, *, allow_older: bool = False, warn: Warn = warning) -> Path | None:
-    """Return the directory of the newest step, verified; None if there is no step. All processes must call this.
+    """Return the directory of the newest verified step, or None if there is no step. All processes must call this.
 
     With `allow_older`, a damaged step is reported through `warn`, and the newest one that is not damaged is used.
     Raises ValueError, with the name of every damaged file, if the newest step is damaged, or with `allow_older` all.

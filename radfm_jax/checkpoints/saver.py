@@ -102,8 +102,8 @@ class Saver:
         are renamed and kept.
 
         Args:
-          state: of a training step; it may be donated when this returns.
-          data_state: of the row iterator at this step.
+          state: state of a training step; the caller may donate it after this returns.
+          data_state: state of the row iterator at this step.
           wait: return when the step is on disk.
         Raises:
           SaveError: the previous save failed, or this one could not start. ValueError: after `close`.
@@ -191,7 +191,7 @@ class Saver:
             shutil.rmtree(deleted)
 
     def _update_best(self) -> int | None:
-        """Write best.json and return the best step. It is the best of all times, because the best step is kept."""
+        """Write best.json and return the best step. It is the best of the whole run, because the best step is kept."""
         values = {}
         for step in run_directory.steps(self.workdir) if self.best else ():
             path = step_directory(self.workdir, step) / RUN
@@ -210,7 +210,7 @@ class Saver:
             unchanged = json.loads(file.read_text()) == best
         except (OSError, ValueError):
             unchanged = False
-        if not unchanged:  # a start that changes nothing must not change the time of the file
+        if not unchanged:  # a resume without changes must not change the file's modification time
             write_json(file, best)
             fsync(self._directory)
         return step
@@ -232,7 +232,7 @@ def _finish_saves() -> None:
     if failed:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(1)  # at this point nothing else changes the exit code
+        os._exit(1)  # too late for any other way to set the exit code
 
 
 compat.before_thread_pools_shut_down(_finish_saves)  # Orbax writes with thread pools

@@ -175,7 +175,7 @@ class StepWriter:
 
     def failed(self, e: Exception) -> SaveError:
         """Delete what was written and return the error to raise."""
-        for future in self._futures:  # wait until nothing writes there any more
+        for future in self._futures:  # wait until all writes to it have finished
             with contextlib.suppress(Exception):
                 future.result(timeout=self.timeout)
         self._close()

@@ -1,4 +1,4 @@
-"""The training state in a step directory: its layout, and how it is restored or initialises another training."""
+"""The training state in a step directory: its layout, and how to restore it or initialise another run from it."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def restore(directory, abstract: dict, *, verified: bool = False) -> dict:
 
 @dataclasses.dataclass(frozen=True)
 class Initialised:
-    """What `init_from` did, by parameter path."""
+    """The effect of `init_from`, by parameter path."""
 
     directory: Path
     loaded: tuple[str, ...]

@@ -57,7 +57,7 @@ def llama_from_hf(config: dict, path) -> DecoderConfig:
     if config.get("model_type", "llama") != "llama":
         raise ValueError(f"{path} describes a {config['model_type']!r}, not a llama")
     if config.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"{path}: activation {config['hidden_act']!r} is not LLaMA's silu")
+        raise ValueError(f"{path}: activation {config['hidden_act']!r} is not supported (silu is)")
     return DecoderConfig(
         **{field: config[key] for key, field in LLAMA_KEYS.items()},
         tied_head=config.get("tie_word_embeddings", False),

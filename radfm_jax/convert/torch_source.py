@@ -106,7 +106,7 @@ class TorchModel(contextlib.AbstractContextManager):
     def check(self) -> None:
         """Raise ValueError listing every tensor that is missing, unexpected, misshapen or not finite.
 
-        Reads values only if there is another problem: otherwise `slices` finds non-finite values as it goes.
+        Reads values only if there is another problem: otherwise `slices` finds non-finite values while it reads.
         """
         if self.problems:
             for e in self.entries:

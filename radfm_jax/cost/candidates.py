@@ -1,7 +1,7 @@
 """Candidates of a plan: combinations of batch size, micro-batches and remat policy, each with memory and time.
 
 A step of B rows over W devices (`data` x `fsdp`) has A micro-batches of B / (A W) rows per device. FSDP gathers the
-weights for each micro-batch, so A = 1 has the least traffic and needs the most memory. The *plain* candidate has one
+weights for each micro-batch, so A = 1 minimizes traffic and maximizes memory. The *plain* candidate has one
 row per device and micro-batch, as in the paper; its traffic is the maximum.
 """
 
@@ -74,7 +74,7 @@ class Candidate:
 
     @property
     def step_seconds(self) -> tuple[float, float] | None:
-        """Seconds of a step if communication fully overlaps with arithmetic, and if none of it does."""
+        """Seconds per step with full overlap of communication and arithmetic, and without any overlap."""
         if self.compute is None:
             return None
         return max(self.compute, self.communication), self.compute + self.communication

@@ -61,14 +61,14 @@ def _computations(text: str) -> tuple[dict[str, dict[str, str]], str]:
             if line.lstrip().startswith("ROOT "):
                 current["ROOT"] = instruction[2]
     if entry is None:
-        raise ValueError("not the text of an HLO module: it has no entry")
+        raise ValueError("not the text of an HLO module: it has no ENTRY computation")
     return computations, entry
 
 
 def _walk(name: str, times: int, known: bool, computations: dict, result: Traffic, channels: set[str]) -> None:
     """Add the collectives of a computation that runs `times` times.
 
-    `known` tells whether all enclosing loops have a known length; `channels` were counted in the enclosing loop body.
+    `known` is True if all enclosing loops have a known length; `channels` were counted in the enclosing loop body.
     """
     for instruction, text in computations[name].items():
         if instruction == "ROOT":
@@ -163,4 +163,4 @@ def _group(text: str) -> int:
     if mesh := re.search(r"replica_groups=\w*mesh\[(.*?)\]\s*\{(.*?)\}", text):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh[2]))
-    raise ValueError(f"unknown notation of a collective's groups: {text[:300]}")
+    raise ValueError(f"cannot parse the replica groups of a collective: {text[:300]}")

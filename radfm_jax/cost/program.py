@@ -106,7 +106,7 @@ def _cache_file(config: Experiment, topology: Topology) -> Path:
     groups = config.to_dict()
     limits = dataclasses.asdict(config.data.limits) | {"channels": config.data.channels, "storage": config.data.storage}
     train = {k: v for k, v in groups["train"].items() if k in TRAIN_FIELDS}
-    # GPUs are compiled for as many simulated devices, whatever their kind.
+    # GPUs are compiled for as many simulated devices, regardless of their kind.
     devices = topology.text if topology.kind == "tpu" else f"cpu:{topology.count}"
     packages = (*PACKAGES, "libtpu") if topology.kind == "tpu" else PACKAGES
     key = [groups["model"], limits, train, groups["optimizer"], groups["mesh"], devices, source.hexdigest()]

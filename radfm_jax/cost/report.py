@@ -126,7 +126,7 @@ def _time(plan: Plan) -> list[str]:
         return []
     fast, slow = best.step_seconds
     hidden = best.can_hide
-    sending = "" if hidden is None else f", sending {slow - best.compute:.3g} s, of which {hidden:.0%} can be hidden"
+    sending = "" if hidden is None else f", sending {slow - best.compute:.3g} s ({hidden:.0%} of it can be hidden)"
     result = [f"time: arithmetic {best.compute:.3g} s per step at {plan.mfu_source}{sending}"]
     bound = roofline(best)
     epoch = estimate.epoch(best.config, plan.sources) if plan.sources is not None else None

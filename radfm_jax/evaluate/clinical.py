@@ -34,7 +34,7 @@ def check(names: Sequence[str]) -> None:
 def clinical(name: str, answers: Sequence[str], references: Sequence[str]) -> dict[str, float]:
     """Return the values of one RadEval metric over all pairs, by RadEval's names. A failed answer is "".
 
-    Raises Unavailable if RadEval, the metric or its weights are missing; the message says what to do.
+    Raises Unavailable if RadEval, the metric or its weights are missing; the message contains the remedy.
     """
     try:
         RadEval = importlib.import_module("radeval").RadEval

@@ -43,12 +43,12 @@ examples:
   python -m radfm_jax.evaluate --config=configs/quickstart.py --checkpoint=runs/quickstart/finetune --out=scores
   python -m radfm_jax.evaluate --config=configs/x.py --checkpoint=runs/x/checkpoints/500 --out=scores --no-control
 """
-FEW = 10  # up to so many questions of a source get a row each; up to so many references are balanced
+FEW = 10  # sources with at most this many questions get one row per question; at most this many references are balanced
 
 
 @dataclasses.dataclass(frozen=True)
 class ExactMatch:
-    """A sample, and whether the model gives its reference."""
+    """A sample, and whether the model generates its reference."""
 
     source: str
     row_id: str

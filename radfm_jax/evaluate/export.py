@@ -1,9 +1,9 @@
 """`--export DIR`: the benchmark for other models.
 
 DIR/questions.jsonl   a question per line: id, task, dataset, prompt, references, closed, scans, slices
-DIR/slices/*.png      one slice of each scan, for models that read 2D images: a 2D scan itself, the middle slice of a
-                      volume (number n // 2 + 1 of n along the third axis), 8 bits, the scan's minimum black and its
-                      maximum white (or its window), at full resolution
+DIR/slices/*.png      one 8-bit slice of each scan at full resolution, for models that read 2D images. A volume is
+                      exported as its middle slice (number n // 2 + 1 of n along the third axis). The scan's
+                      minimum is black and its maximum white, or the ends of its window are.
 DIR/README.txt        how to answer
 
 `slices` has an entry per scan of the question, in order: {"path" below DIR, "slice", "of"}, or {"error"}.

@@ -62,7 +62,7 @@ DATASETS = {
     "rad3d_caption": DataSet("Rad3D-Caption", "report", "random"),
     "rad3d_rationale": DataSet("Rad3D-Rationale", "rationale", "random"),
 }
-SET_FIELDS = ("task", "modality", "anatomy", "facts", "limit", "title")  # fields of a set besides its family's
+SET_FIELDS = ("task", "modality", "anatomy", "facts", "limit", "title")  # fields of a set in addition to its family's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +77,8 @@ class Benchmark:
     """
 
     sets: Mapping[str, Mapping] = dataclasses.field(default_factory=dict)
-    seed: int = 0  # of the wording, the limits and the bootstrap
-    limit: int = 0  # for sets without a limit of their own
+    seed: int = 0  # seeds the wording, the limits and the bootstrap
+    limit: int = 0  # default for sets without a `limit`
     index: str = ""  # index of the training data (from `prepare`), to search for test studies; "": no search
     terms: str = "open"  # source of medical terms (DataConfig.terms). UMLS, as in the paper, needs a licence.
     resamples: int = 1000  # of the bootstrap

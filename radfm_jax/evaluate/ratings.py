@@ -70,7 +70,7 @@ def write_sheet(
 
 
 def _sample_cases(answers: Sequence[ScoredAnswer], cases: int, rng: np.random.Generator) -> list[int]:
-    """Return question indices, from each task in turn."""
+    """Return question indices, drawn round-robin over the tasks."""
     by_task: dict[str, list[int]] = {}
     for i in rng.permutation(len(answers)):
         by_task.setdefault(answers[i].question.task, []).append(int(i))

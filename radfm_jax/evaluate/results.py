@@ -31,7 +31,7 @@ class Results:
 
     @property
     def comparable(self) -> set[str]:
-        """Tasks with questions from the paper's own data sets: only these get published rows."""
+        """Return the tasks with questions from the paper's data sets. Only these get rows of published results."""
         return {q.task for q in self.built.questions if q.dataset in DATASETS}
 
     def rows_of(self, grouping: str, task: str) -> list[ScoreRow]:
@@ -45,7 +45,7 @@ def caveats(results: Results) -> list[str]:
     if other := sorted(scored_sets - DATASETS.keys()):
         lines.append(f"other data sets were scored: {', '.join(map(results.benchmark.title, other))}")
     if unpublished := [title for task, title in TASKS.items() if task not in results.comparable]:
-        lines.append(f"no published results for {', '.join(unpublished)}: none of the paper's data were scored")
+        lines.append(f"no published results for {', '.join(unpublished)}: no data set of the paper was scored")
     if any(reason.startswith("more than limit") for reasons in results.built.skipped.values() for reason in reasons):
         lines.append("some data sets were reduced by `limit`")
     if not results.benchmark.terms.startswith("umls:"):

@@ -148,6 +148,6 @@ def probabilities(answers: Sequence[ScoredAnswer]) -> tuple[np.ndarray, np.ndarr
 
 
 def _studies(answers: Sequence[ScoredAnswer]) -> list[str]:
-    """Return the study of each answer; a question without one is a study of its own."""
+    """Return the study of each answer; a question without one counts as a separate study."""
     questions = [a.question for a in answers]
     return [f"{q.dataset}/{q.study}" if q.study else q.row_id for q in questions]

@@ -1,6 +1,6 @@
 """Generation: prompts about scans in, answers out. Scoring belongs in `evaluate`, network code in `models`.
 
-requests.py      Request, Prompt, Answer: what goes in and what comes out
+requests.py      Request, Prompt, Answer: inputs and outputs of generation
 inputs.py        text and scan files -> tokens and volumes
 engine.py        Generator: tokenizes, encodes scans, answers batches
 batch.py         one batch while its answers are generated

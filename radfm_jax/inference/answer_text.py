@@ -39,7 +39,7 @@ class AnswerText:
         return self._emit(final[: len(final) - self._partial_stop(final)].rstrip())
 
     def finish(self) -> str:
-        """Return the last piece, when no more tokens follow."""
+        """Return the remaining text after the last token."""
         return "" if self.stopped else self._emit(self._tokenizer.decode(self.ids).strip())
 
     def _emit(self, text: str) -> str:

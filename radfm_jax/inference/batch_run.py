@@ -69,7 +69,7 @@ def answer_file(
       checkpoint: digest of the weights (checkpoint.digest); "" if `model` identifies them.
       progress: called with the numbers of answered, failed and all lines of this run.
       watch: see `Generator.answers`.
-      extra_fields: returns further fields for the line of an answer.
+      extra_fields: function that returns additional fields for the line of an answer.
       reject_unknown_ids: raise if `out` has answers to ids that are not in `file`.
       on_start: called after all checks, before the first prompt.
     Raises:
@@ -117,7 +117,7 @@ def answer_file(
 
 
 def _settings(generator: Generator, sampling: Sampling, model: str, checkpoint: str, place: str) -> dict:
-    """Return what an answer depends on besides its line, as it is read back from JSON."""
+    """Return the settings that an answer depends on in addition to its line, as JSON restores them."""
     dtype, weights = generator.config.llama.dtype, generator.weights
     settings = {"model": model, "checkpoint": checkpoint, "dtype": dtype, "weights": weights}
     if generator.tokenizer is not None:

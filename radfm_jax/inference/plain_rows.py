@@ -26,7 +26,7 @@ def plain_rows(
       vision: float[B, S, C, H, W, D], all scans of one size.
       attention_mask: bool or int[B, L]; no token attends to one whose mask is 0. Default: all ones.
     Returns:
-      A batch with float32 planes; each scan has a vision row of its own.
+      A batch with float32 planes; each scan has a separate vision row.
     Raises:
       ValueError: shapes do not match, ids are out of range, or volumes do not fit the patch or the position tables.
     """

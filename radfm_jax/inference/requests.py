@@ -1,4 +1,4 @@
-"""What goes into generation and what comes out of it."""
+"""Inputs and outputs of generation."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from radfm_jax.models.decoder import INPUT_AXES, DecoderConfig, KVCache
 from radfm_jax.models.layers import Dense, matmul_precision
 
 MAX_BYTES = 8 * 2**30  # split parameters take twice their memory
-MAX_LEFT_ROWS = 32  # with more rows, XLA's packing of the weights pays off
+MAX_LEFT_ROWS = 32  # with more rows, XLA's repacking of the weights is faster
 
 
 def is_split(params: dict) -> bool:

@@ -188,7 +188,7 @@ def drop_nonfinite(batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, ja
         b, slots = bad.shape
         bad |= segment_max(batch["patch_segments"].reshape(b, -1), patch_bad.reshape(b, -1), slots)[:, 1:]
         planes = jnp.where(finite(planes), planes, 0.0)
-    # Zero scale and offset make every voxel of a bad scan zero, whatever its planes contain.
+    # Zero scale and offset make every voxel of a bad scan zero, regardless of its planes.
     zeroed = {"scan_scale": jnp.where(bad, 0.0, scale), "scan_offset": jnp.where(bad, 0.0, offset), "planes": planes}
     return bad, {**batch, **zeroed}
 

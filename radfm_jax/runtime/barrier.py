@@ -18,7 +18,7 @@ def barrier(key: str, work: Callable[[], T] = lambda: None, timeout: float = 180
 
     The processes wait through the coordination service, not through a device collective: a background thread that
     starts a collective would interleave with those of training. Orbax's process barriers exchange no error, so a disk
-    that is full on one machine would leave the others with a step they believe saved.
+    that is full on one machine would go unnoticed, and the others would treat the step as saved.
 
     Args:
       key: unique name of this barrier, the same in every process.

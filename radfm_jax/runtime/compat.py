@@ -49,7 +49,7 @@ def start_coordination_service(address: str, processes: int, *, timeout: int, he
 
 
 def detect_cluster(devices: Sequence[int] | None, timeout: float) -> tuple:
-    """Return (coordinator, processes, process, devices) as JAX detects them. Waits for a public way to do so."""
+    """Return (coordinator, processes, process, devices) as JAX detects them. No public API does this yet."""
     from jax._src import clusters
 
     return clusters.ClusterEnv.auto_detect_unset_distributed_params(None, None, None, devices, None, int(timeout))

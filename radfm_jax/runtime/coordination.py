@@ -1,4 +1,4 @@
-"""The coordination service of a run, as a program of its own that process 0 starts (distributed.py).
+"""The coordination service of a run, as a separate program that process 0 starts (distributed.py).
 
 `jax.distributed.initialize` runs the service inside process 0. Then JAX aborts all other processes as soon as process 0
 dies, before they can log why. This program outlives process 0 long enough for the others to notice, and then exits.

@@ -39,7 +39,7 @@ def start(args: argparse.Namespace, workdir: Path, config: Mapping, stop: faults
     Args:
       args: the options of `cluster.add_arguments`.
       workdir: gets logs/PROCESS.log if there are several processes.
-      config: of the run; it must be equal in all processes.
+      config: config of the run; it must be equal in all processes.
       stop: set by signals.
     Raises:
       StartError: processes are missing. ValueError: invalid options, or processes that do not run the same.

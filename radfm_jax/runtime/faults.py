@@ -33,7 +33,7 @@ def dump_stacks(*files: TextIO) -> None:
 
 
 class Stop:
-    """A flag that SIGTERM and SIGINT set and the training loop polls; a second signal ends the process at once."""
+    """A flag that SIGTERM and SIGINT set and the training loop polls; a second signal exits immediately."""
 
     def __init__(self):
         self.signal: signal.Signals | None = None
@@ -61,13 +61,13 @@ class Stop:
 class Watchdog:
     """End the process and dump the stacks of all threads when `alive` was not called for `seconds`.
 
-    This catches a peer that is alive but stuck, for which a collective waits forever. The process ends without
-    clean-up, which would wait as well.
+    This catches a peer that is alive but stuck: a collective would wait for it forever. The process exits without
+    clean-up, which would also block.
     """
 
     seconds: float
     files: Sequence[TextIO] = ()  # receive the stacks; default: standard error
-    leave: Callable[[int, str], None] = lambda code, _: os._exit(code)  # gets the reason too; must end the process
+    leave: Callable[[int, str], None] = lambda code, _: os._exit(code)  # called with the reason; must end the process
 
     def __post_init__(self):
         self._last, self._task = time.monotonic(), "starting"

@@ -94,7 +94,7 @@ class Peers:
     def abort(self, code: int, reason: str) -> None:
         """Exit all processes with this code, this one without clean-up."""
         if self.processes > 1:
-            # In a thread, because the service may be what is stuck.
+            # In a thread, because the service itself may be stuck.
             thread = threading.Thread(target=self._publish_failure, args=(code, reason), daemon=True)
             thread.start()
             thread.join(3)
@@ -102,14 +102,14 @@ class Peers:
 
     @property
     def files(self) -> list[TextIO]:
-        """The files that get the reason for an early end: the console, and in process 0 also its log."""
+        """Files that the reason for an early exit is written to: the console, and in process 0 also its log."""
         return [sys.stderr, *([self.log] if self.log is not None and self.process == 0 else [])]
 
     def __enter__(self) -> Peers:
         return self
 
     def __exit__(self, _, exception: BaseException | None, __) -> None:
-        """Wait for all processes and disconnect; exit at once if the others do not come."""
+        """Wait for all processes and disconnect; exit immediately if the others do not arrive."""
         if self.processes == 1:
             return
         if exception is not None:
@@ -129,7 +129,7 @@ class Peers:
             threading.Thread(target=self._await_disconnects, args=(alone,), daemon=True, name="disconnects").start()
             alone.wait(SHUTDOWN_TIMEOUT)
         jax.distributed.shutdown()
-        # JAX would abort processes that are still connected when the service ends; then it ends by itself later.
+        # If other processes are still connected, ending the service would abort them. It exits by itself later.
         if alone.is_set():
             self.service.kill()
             self.service.communicate()

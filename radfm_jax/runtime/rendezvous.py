@@ -97,7 +97,7 @@ class _Rendezvous:
         self.readers: dict[int, asyncio.StreamReader] = {}
 
     async def lead(self) -> dict:
-        """Collect the hellos of all processes and send every one the same answer."""
+        """Collect the hello messages of all processes and send each the same answer."""
         answer, writers = asyncio.get_running_loop().create_future(), []
 
         async def on_connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -24,7 +24,7 @@ class OpenSplits:
     def __init__(self, config: DataConfig, shard: dict):
         families = {fields.get("family") for fields in config.sources().values()}
         if not config.workers and (config.records or "tfds" in families):
-            # Imported before the threads start: during its import, other threads get lazy modules for their imports.
+            # Imported before the threads start: while it is imported, imports in other threads return lazy modules.
             import tensorflow_datasets  # noqa: F401
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="opening")
         self._futures = {"train": self._threads.submit(Rows, config, "train", **shard)}

@@ -26,7 +26,7 @@ class Display:
     """Progress bar and metrics of a run.
 
     Args:
-      first, steps: the first step of this start, and the number of steps of the run.
+      first, steps: the first step after this (re)start, and the total number of steps of the run.
       active: false in other processes than 0, which write no files and show no bar.
     """
 

@@ -61,7 +61,7 @@ class EvalAnswers:
         `alive` is called after every few answers; an exception that it raises ends the generation.
         """
         directory = self.directory / str(step)
-        if directory.exists():  # left by a start that was interrupted or that this run does not descend from
+        if directory.exists():  # written by an interrupted attempt, or by one that this run does not descend from
             shutil.rmtree(directory)
         directory.mkdir(parents=True)
         data = self.config.data

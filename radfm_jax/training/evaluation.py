@@ -83,7 +83,7 @@ class Evaluation:
         }
 
     def check_stop(self, activity: str, watchdog: faults.Watchdog) -> None:
-        """Reset the watchdog; raise _Stopped if the run was told to stop."""
+        """Reset the watchdog; raise _Stopped if a stop was requested."""
         watchdog.alive(activity)
         if self.peers.stopping():
             raise _Stopped

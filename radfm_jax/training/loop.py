@@ -1,6 +1,6 @@
-"""The training loop, and what a start does before the first step.
+"""The training loop, and the setup before its first step.
 
-A start takes its state from the newest step in WORKDIR, else its parameters from `checkpoint.init_from`, else it
+A run resumes from the newest step in WORKDIR. Without one, it loads parameters from `checkpoint.init_from`, or
 initialises them.
 
 WORKDIR/config.json, checkpoints/                   run_directory.py
@@ -151,7 +151,7 @@ def _run(
     config: Experiment, workdir: Path, mesh: Mesh, rates: np.ndarray, rows: Rows, programs: Programs, saver: Saver,
     peers: Peers, evaluation: Evaluation, state: dict, data_state: dict | None,
 ) -> int:  # fmt: skip
-    """Run the steps from state["step"] on. Return 0 when all are done, faults.REQUEUE if told to stop."""
+    """Run the steps from state["step"] on. Return 0 when all are done, faults.REQUEUE if a stop was requested."""
     train, save_every = config.train, config.checkpoint.save_every
     first, steps = int(state["step"]), len(rates)
     data = device_batches(rows, mesh, train.accumulation)

@@ -73,7 +73,7 @@ def token_losses(
 
     Args:
       hidden: float[B, T, E]; kernel: [E, V]; targets: int32[B, T]; active: bool[B, T].
-      chunk: number of positions per device whose logits exist at the same time.
+      chunk: number of positions per device whose logits are materialized at once.
     Returns:
       float32[B, T] and bool[B, T], 0 and false where inactive.
     """

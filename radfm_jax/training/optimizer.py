@@ -1,6 +1,6 @@
 """AdamW or Muon with warm-up and cosine decay, clipping, learning rate factors per part, and frozen parts.
 
-The paper gives no settings; the defaults are this project's.
+The paper reports no settings; the defaults were chosen for this project.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ class StepMetrics:
         self.start_interval()
 
     def start_interval(self) -> None:
-        """Start to measure speed anew, after a log line or a pause."""
+        """Restart the speed measurement, after a log line or a pause."""
         self.start_time, self.wait, self.samples, self.tokens, self.steps = time.perf_counter(), 0.0, 0, 0, 0
 
     @contextlib.contextmanager

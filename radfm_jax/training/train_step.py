@@ -38,7 +38,7 @@ class StepConfig:
 
     weighting: str = "weighted"  # losses.WEIGHTINGS
     normalise: str = "token"  # losses.NORMALISATIONS; "micro_batch" divides by each one's weight, as the original does
-    chunk: int = 256  # positions per device whose logits exist at the same time
+    chunk: int = 256  # positions per device whose logits are materialized at once
     dropout: bool = True
 
     def __post_init__(self):

@@ -10,7 +10,7 @@
 | DICOM file, frames, series | slices sorted by position, in display order; rescaled; MONOCHROME1 inverted; RGB | flipped bits in pixels and numbers; a missing first or last slice |
 | PNG | gray or colour, EXIF orientation applied | none (CRC of every chunk) |
 | JPEG | the same | flipped bits in the image data |
-| TIFF | one slice a page | flipped bits in uncompressed pixels |
+| TIFF | one slice per page | flipped bits in uncompressed pixels |
 | .npy | [H, W, D], [H, W, D, C], released [S, 3, H, W, D] | flipped bits in voxels |
 
 The first bytes of a file decide its format. A file name that promises another format is an error, except among image
@@ -34,7 +34,7 @@ from input_pipeline.images.scans.checks import check_values
 
 __all__ = ["FAULTS", "Header", "ScanLimits", "ScanError", "header", "read", "resolve"]
 
-READERS = {  # DICOM first: its preamble may hold anything, its mark is at byte 128
+READERS = {  # DICOM first: its preamble may contain any bytes, its mark is at byte 128
     dicom: ("DICOM", (".dcm", ".dicom")),
     nifti: ("NIfTI or gzip", (".nii", ".nii.gz")),
     images: ("a 2D image", (".png", ".jpg", ".jpeg")),
@@ -93,7 +93,7 @@ def read(path, *, volume: int | None = None, limits: ScanLimits = ScanLimits()) 
 
 
 def header(path, *, limits: ScanLimits = ScanLimits()) -> Header:  # noqa: B008
-    """Return the header as `read` does, and its errors that the header alone shows; read as little as possible."""
+    """Return the header as `read` does, with those errors that the header reveals; read as little as possible."""
     path = os.fspath(path)
     with as_scan_error(path, "reading the header"):
         return find_reader(path, limits).header(path, limits=limits)

@@ -29,7 +29,7 @@ def stat_scan(path) -> os.stat_result:
 
 
 class BoundedFile:
-    """A file whose `read(n)` never allocates more than the rest of the file, even if a hostile header asks for it."""
+    """A file whose `read(n)` never allocates more than the rest of the file, even if a malicious header asks."""
 
     def __init__(self, file: BinaryIO, size: int):
         self.file, self.size = file, size
@@ -96,8 +96,8 @@ def as_scan_error(path, action: str, *, hide_message: bool = False) -> Iterator[
 def resolve(root, path) -> Path:
     """Return the real path of a table entry, relative to the root of the data set or absolute and below it.
 
-    Raises ScanError if the path contains `..` or NUL, does not exist, or leads out of the root (as an absolute path,
-    through a link, or through a link within a series directory). The message states the root.
+    Raises ScanError if the path contains `..` or NUL, does not exist, or resolves outside the root (as an
+    absolute path, through a link, or through a link within a series directory). The message names the root.
     """
     remedy = f"paths must be below the root {printable(root)}"
     if not isinstance(path, str | os.PathLike) or not os.fspath(path):
@@ -125,6 +125,6 @@ def resolve(root, path) -> Path:
         with os.scandir(resolved) as entries:
             links = [Path(e.path) for e in entries if e.is_symlink()]
         if outside := [printable(link.name) for link in sorted(links) if not real(link).is_relative_to(base)]:
-            reason = f"contains links that lead out of the root: {join_offenders(outside)}"
+            reason = f"contains links to targets outside the root: {join_offenders(outside)}"
             raise ScanError(text, reason, remedy, "refused")
     return resolved

@@ -70,7 +70,7 @@ def read_layout(path, file: BoundedFile, limits: ScanLimits) -> tuple[NpyLayout,
             raise ScanError(path, f"is .npy version {version}", "save it again with numpy.save", "unsupported")
         shape, fortran, dtype = readers[version[0]](file, max_header_size=MAX_HEADER)
     if dtype.kind not in "uif" or dtype.itemsize > 8:
-        reason = f"holds {'Python objects' if dtype.hasobject else dtype.name} instead of numbers"
+        reason = f"contains {'Python objects' if dtype.hasobject else dtype.name} instead of numbers"
         raise ScanError(path, reason, "save uint8, int16, uint16, int32 or float32", "unsupported")
     if any(isinstance(n, bool) or n < 0 for n in shape):
         raise ScanError(path, f"states the shape {shape}", "the header is damaged: copy the file again")

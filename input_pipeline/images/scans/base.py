@@ -24,7 +24,7 @@ class ScanError(ValueError):
         self.path, self.reason, self.remedy, self.fault = printable(path), reason, remedy, fault
         super().__init__(f"{self.path}: {reason}" + (f" ({remedy})" if remedy else ""))
 
-    def __reduce__(self):  # BaseException would call the constructor with the message alone, which fails
+    def __reduce__(self):  # BaseException would call the constructor with only the message, which fails
         return type(self), (self.path, self.reason, self.remedy, self.fault)
 
 
@@ -46,7 +46,7 @@ class ScanLimits:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Header:
-    """What a file states about its scan; None where it does not. It never holds names, dates, UIDs or institutions."""
+    """What a file states about its scan; None where it does not. It never has names, dates, UIDs or institutions."""
 
     format: Format
     shape: tuple[int, int, int, int]  # (H, W, D, C) of the voxels that `read` returns

@@ -98,5 +98,5 @@ def check_values(path, voxels: np.ndarray) -> tuple[float, float]:
     sample = voxels[tuple(slice(None, None, max(n // 16, 1)) for n in voxels.shape[:3])]
     if (sample == first).all() and (low == high or (voxels == first).all()):
         value = first[0].item() if len(first) == 1 else tuple(first.tolist())
-        raise ScanError(path, f"constant: every voxel is {value}", "the scan shows nothing: leave it out", "constant")
+        raise ScanError(path, f"constant: every voxel is {value}", "the scan is blank: leave it out", "constant")
     return low, high

@@ -277,7 +277,7 @@ def series_files(path, limits: ScanLimits) -> list[Path]:
         raise ScanError(path, f"cannot be listed: {error.strerror}", "check its permissions", "missing") from None
     if others:
         reason = f"contains more than the files of one series: {join_offenders(sorted(others))}"
-        raise ScanError(path, reason, "name the directory of one series, with nothing else in it", "series")
+        raise ScanError(path, reason, "pass a directory with the files of one series only", "series")
     if not files:
         raise ScanError(path, "is an empty directory", "name a file, or the directory of a DICOM series", "missing")
     if size > limits.max_file_bytes:

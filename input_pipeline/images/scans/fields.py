@@ -129,12 +129,12 @@ class Fields:
         """Return a 16-bit binary integer that must be present."""
         value = self.integer(keyword)
         if value is None:
-            remedy = "it holds no image, or its header is damaged: leave it out, or export it again"
+            remedy = "the file has no image, or its header is damaged: leave it out, or export it again"
             raise ScanError(self.path, f"has no {keyword}", remedy)
         return value
 
     def items(self, keyword: str) -> list[Fields]:
-        """Return the items of a sequence; none if absent."""
+        """Return the items of a sequence, or an empty list if it is absent."""
         with as_scan_error(self.path, f"reading {keyword}", hide_message=True):
             if tag_of(keyword) not in self.dataset:
                 return []

@@ -72,7 +72,7 @@ def check_png(path, data: bytes) -> list[bytes]:
         raise ScanError(path, "is an animated PNG", "save the frame you need as PNG", "unsupported")
     bits, colour = data[24], data[25]
     if bits == 16 and colour != 0:
-        reason = "has 16 bits and several channels, of which only 8 bits could be read"
+        reason = "has 16 bits and several channels, which would be read as 8 bits"
         raise ScanError(path, reason, "save it as 8-bit colour or 16-bit gray", "unsupported")
     return names
 

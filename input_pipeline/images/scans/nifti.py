@@ -1,7 +1,7 @@
 """NIfTI-1 and NIfTI-2 in one file (.nii, .nii.gz).
 
 nibabel parses the header. The voxels are read here, because nibabel does not verify the checksum of a gzip stream,
-allocates whatever a header asks for, and reads extensions, which can hold a patient's DICOM header.
+allocates any size that a header declares, and reads extensions, which can contain a patient's DICOM header.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def voxel_type(path, header, endian: str) -> tuple[np.dtype, int]:
     elif code in COLOURS:
         dtype, channels = np.dtype("u1"), COLOURS[code]
     elif code in OTHERS:
-        raise ScanError(path, f"holds {OTHERS[code]} voxels", CONVERT, "unsupported")
+        raise ScanError(path, f"has {OTHERS[code]} voxels", CONVERT, "unsupported")
     else:
         raise ScanError(path, f"states the data type {code}", CONVERT)
     if bits != dtype.itemsize * channels * 8:

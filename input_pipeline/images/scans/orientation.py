@@ -54,7 +54,7 @@ def display_layout(affine: np.ndarray, shape, slice_axis: int | None = None) -> 
     steps = np.asarray(affine, np.float64)[:3, :3]
     spacing = np.linalg.norm(steps, axis=0)
     if not np.isfinite(steps).all() or not (spacing > 1e-6).all() or not (spacing < 1e6).all():
-        raise ValueError(f"voxel steps of {[float(f'{s:.3g}') for s in spacing]} mm")
+        raise ValueError(f"zero, huge or non-finite voxel spacing: {[float(f'{s:.3g}') for s in spacing]} mm")
     unit = steps / spacing
     if abs(np.linalg.det(unit)) < 0.1:
         raise ValueError("coplanar voxel axes")

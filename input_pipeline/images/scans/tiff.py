@@ -1,4 +1,4 @@
-"""TIFF: one slice a page, in the order of the file.
+"""TIFF: one slice per page, in the order of the file.
 
 tifffile parses the file and decodes uncompressed, deflated and PackBits pages of any depth. Pillow (libtiff) decodes
 the other compressions where that is lossless: 8-bit gray and RGB, 16-bit gray. TIFF has no checksum, so a flipped bit
@@ -115,17 +115,17 @@ def open_tiff(path, limits: ScanLimits) -> tuple[bytes, list[tifffile.TiffPage],
         stated = int((tif.imagej_metadata or {}).get("images", len(pages))) if tif.is_imagej else len(pages)
         folded = any(series.get("truncated") for series in tif.shaped_metadata or ())
     if not pages or len(pages) != linked:
-        raise ScanError(path, f"has {linked} pages, of which {len(pages)} are readable", COPY_AGAIN)
+        raise ScanError(path, f"has {linked} pages, but only {len(pages)} are readable", COPY_AGAIN)
     if folded:
-        raise ScanError(path, "holds several slices in one page", "write one page a slice", "ambiguous")
+        raise ScanError(path, "has several slices in one page", "write one page per slice", "ambiguous")
     if stated != len(pages):
         reason = f"states {stated} images but has {len(pages)} pages"
-        raise ScanError(path, reason, "export it from ImageJ with one page a slice", "ambiguous")
+        raise ScanError(path, reason, "export it from ImageJ with one page per slice", "ambiguous")
     texts = [f"page {i + 1} is {f.rows} x {f.columns} {f.dtype}" for i, f in enumerate(forms)]
     different = [text for text, form in zip(texts, forms, strict=True) if form != forms[0]]
     if different:
         reason = f"{texts[0]}, but {join_offenders(different)}, or differs in its encoding"
-        raise ScanError(path, reason, "save each image as a file of its own", "ambiguous")
+        raise ScanError(path, reason, "save each image as a separate file", "ambiguous")
     form, count = forms[0], len(pages)
     h, w = (form.columns, form.rows) if form.orientation >= 5 else (form.rows, form.columns)
     check_shape(path, (h, w, count, max(form.samples, form.channels)), form.dtype.itemsize, limits)

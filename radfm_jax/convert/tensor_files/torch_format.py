@@ -131,7 +131,7 @@ def open_torch(path: Path, file: BinaryIO, verify: bool, progress: Progress) -> 
     file.seek(0)
     try:
         state = torch.load(file, map_location="meta", weights_only=True)
-    except Exception as error:  # a hostile pickle can make the loader raise anything
+    except Exception as error:  # a malicious pickle can make the loader raise any exception
         # torch's message advises to load the file unsafely, so quote only the refused object.
         match = re.search(r"Unsupported (?:global|operand|class)[^.\n]*|GLOBAL [\w.]+", str(error))
         reason = match[0] if match else "the pickle has more than plain tensors"
