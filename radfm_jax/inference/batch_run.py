@@ -46,13 +46,13 @@ def answer_file(
     out: Path,
     sampling: Sampling,
     *,
-    root: Path | None = None,
+    root: Path | None = None,  # directory of relative scan paths; None: that of `file`
     batch: int = 8,
-    place: str = "first",
-    model: str = "",
+    place: str = "first",  # see inputs.encode_prompt
+    model: str = "",  # name of the model, recorded with each answer
     checkpoint: str = "",
     progress: Callable[[int, int, int], None] = lambda answered, failed, total: None,
-    watch: Sequence[int] = (),
+    watch: Sequence[int] = (),  # see Generator.answers
     extra_fields: Callable[[str, Answer], dict] = lambda row_id, answer: {},
     reject_unknown_ids: bool = False,
     on_start: Callable[[], None] = lambda: None,
@@ -63,12 +63,8 @@ def answer_file(
     written to `out`, so the next run tries them again.
 
     Args:
-      root: directory of relative scan paths; None: the directory of `file`.
-      place: see `inputs.encode_prompt`.
-      model: name of the model, recorded with each answer.
       checkpoint: digest of the weights (checkpoint.digest); "" if `model` identifies them.
       progress: called with the numbers of answered, failed and all lines of this run.
-      watch: see `Generator.answers`.
       extra_fields: function that returns additional fields for the line of an answer.
       reject_unknown_ids: raise if `out` has answers to ids that are not in `file`.
       on_start: called after all checks, before the first prompt.
