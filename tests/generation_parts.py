@@ -54,7 +54,7 @@ def write_scans(folder):
 
 
 def write_run(workdir, tokenizer):
-    """Write a training run with two checkpoints, of which the first is the best."""
+    """Write a training run with two checkpoints; the first is the best."""
     config = dataclasses.replace(CONFIG, llama=dataclasses.replace(CONFIG.llama, vocab_size=size_of(tokenizer)))
     params = parity.recipe_params(config)
     for step in (5, 10):
