@@ -40,7 +40,7 @@ NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.ste
 BENCHMARKS = [name for name in NAMES if name.startswith("radbench")]
 FILES = [name for name in NAMES if name not in BENCHMARKS]
 STAGES = ("pretrain_align", "pretrain", "finetune")
-ADAPTATIONS = [name for name in FILES if name.startswith("adapt")]
+ADAPTATIONS = [name for name in FILES if name.startswith("adapt") and name != "adapt_small"]
 # The hardware of the numbers in the docstrings.
 HARDWARE = dict.fromkeys(STAGES, estimate.published("A100", 32)) | dict.fromkeys(
     ADAPTATIONS, estimate.published("H200", 1)
@@ -281,6 +281,25 @@ def test_adaptations_freeze_the_language_model(name):
     assert config.optimizer.frozen == ("llama",) and config.checkpoint.init_from == "radfm"
     assert config.model == radfm.radfm_14b()
     assert config.data.test and len((ROOT / "configs" / f"{name}.py").read_text().splitlines()) < 60
+
+
+@pytest.mark.parametrize("name", [*ADAPTATIONS, "adapt_small"])
+def test_adaptations_follow_the_checkpoint(name, tmp_path):
+    """Model, tokenizer and preparation are those of `init_from`, but for what an option sets."""
+    quickstart = experiment("quickstart")
+    model = dataclasses.replace(quickstart.model, llama=dataclasses.replace(quickstart.model.llama, rope_theta=5e5))
+    checkpoint.write_description(tmp_path, "radfm", model.to_dict())
+    (tmp_path / "tokenizer.model").write_bytes(b"pieces")
+    (tmp_path / "run.json").write_text(json.dumps({"config": plain(quickstart.to_dict())}))
+    config = experiment(name, f"--config.checkpoint.init_from={tmp_path}", "--config.data.depth=16")
+    assert config.model == model and config.data.tokenizer == str(tmp_path / "tokenizer.model")
+    followed = ("size_2d", "size_3d", "storage", "num_latents", "text_length", "vision_rows", "patch_length", "scans")
+    assert [getattr(config.data, f) for f in followed] == [getattr(quickstart.data, f) for f in followed]
+    assert config.data.depth == 16 and config.data.channels == 3
+    assert experiment(name, "--config.checkpoint.init_from=nowhere").model == radfm.radfm_14b()
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        parsed(name, f"--config.checkpoint.init_from={tmp_path}")
 
 
 def test_memory_of_adapt_when_the_language_model_learns():
