@@ -11,7 +11,7 @@ import numpy as np
 
 
 class Mixture:
-    """The samples of each epoch, as numbers that count through all sources."""
+    """The samples of each epoch. A sample's number is its row number, counted through all sources."""
 
     def __init__(self, sources: dict[str, dict], *, seed: int, weights: bool, samples: int = 0):
         """Compute `counts`, int64[sources]: the number of samples per epoch from each source.

@@ -35,7 +35,7 @@ class Image:
 
     @property
     def is_normal(self) -> bool:
-        """Whether the set labels the image normal, or looked for every finding and found none."""
+        """Whether the image is labeled normal, or every disease of its data set is labeled absent."""
         if self.positives or None in self.findings.values():
             return False
         return any(p and diseases.is_normal(d) for d, p in self.findings.items()) or self.complete

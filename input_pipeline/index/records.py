@@ -90,7 +90,7 @@ class Records:
             lengths = [int(n) for n in description["splits"][0]["shardLengths"]]
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise ValueError(
-                f"{self.directory} holds no records ({type(error).__name__}: {error}); create them with "
+                f"{self.directory} contains no records ({type(error).__name__}: {error}); create them with "
                 "`python -m input_pipeline.prepare ... --records`"
             ) from error
         self.lengths: list[int] = lengths

@@ -81,7 +81,7 @@ def to_intensities(
 
 
 def check_opaque(path, alpha: np.ndarray, opaque: float) -> None:
-    """Raise ScanError unless every alpha value is `opaque`: the intended background is unknown."""
+    """Raise ScanError unless every alpha value is `opaque`. A transparent pixel has no defined gray value."""
     if (alpha != opaque).any():
         remedy = "blend it with the intended background and save it without alpha"
         raise ScanError(path, "has transparent pixels", remedy, "ambiguous")
