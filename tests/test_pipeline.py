@@ -221,7 +221,7 @@ def test_report_counts_every_position():
         "padding: no room for another scan": 0.0,
         "padding: end of the window": 0.0,
         "padding: empty row": 100 / 300,
-        "samples a row": 4 / 3,
+        "samples per row": 4 / 3,
         "scans per row": 4 / 3,
         "cut tokens": 12,
         "dropped scans": 4,

@@ -365,7 +365,7 @@ def test_strict(mine, tmp_path):
     "change, message",
     [
         ({"tokenizer": "none.model"}, "none.model cannot be read"),
-        ({"train": {}}, "name no source"),
+        ({"train": {}}, "have no sources"),
         ({"train": {"x": {"family": "jsonl", "table": "none.jsonl", "root": "."}}}, "source x: .*none.jsonl"),
         ({"train": {"x": {"family": "jsonl", "root": "."}}}, "source x needs table"),
         ({"terms": "closed"}, "data.terms is 'closed'"),

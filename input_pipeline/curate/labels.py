@@ -93,7 +93,7 @@ def index_images(folder: Path, extensions: tuple[str, ...]) -> dict[str, str]:
 
 
 def image_path(index: dict[str, str], name: str, extension: str) -> str:
-    """Return the relative path of an image. For a missing image it is the file name; `prepare` reports that."""
+    """Return the relative path of an image. If it is missing, return its file name; `prepare` reports it later."""
     return index.get(Path(name).stem, name if name.endswith(extension) else name + extension)
 
 

@@ -83,7 +83,7 @@ class Diagnosis(TableDataset):
     def _label(self, row, label: str) -> str:
         label = label.strip().rstrip(".").strip()
         if not diseases.canonical(label):
-            raise row.error(f"label {label!r} names no disease")
+            raise row.error(f"label {label!r} does not name a disease")
         if self._known and diseases.canonical(label) not in self._known:
             raise row.error(f"label {label!r} is unknown", f"use one of {', '.join(self.vocabulary)}")
         return label

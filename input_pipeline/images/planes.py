@@ -202,7 +202,7 @@ def _plane_index(grid: tuple[int, int, int], one_slice: bool, channels: int) -> 
 
 
 def patch_count(shape, mode: str = "paper", final=None, sizes: Sizes = PAPER_SIZES) -> int:
-    """Return n, the patches of a scan; `final` is the target size if it depends on the sample (`released_shape`)."""
+    """Return n, the patches of a scan. Pass `final` if the target size depends on the sample (`released_shape`)."""
     return math.prod(patch_grid(final or target_shape(shape, mode, sizes)))
 
 
