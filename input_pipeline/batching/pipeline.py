@@ -224,7 +224,7 @@ class RowIterator(grain.DatasetIterator):
         """Return the next row.
 
         Raises:
-          RowError, ValueError: a scan cannot be loaded, or more than `data.allowed_loss` of them.
+          RowError: a scan cannot be loaded. ValueError: more scans than `data.allowed_loss` cannot be loaded.
           WorkerError: a worker died or hung.
         """
         rows = self._rows

@@ -141,7 +141,7 @@ def _open_label(image) -> str | None:
 
 
 def _is_safe_no(disease: str, positives, findings: dict) -> bool:
-    """Return whether the label "absent" is certain: no finding of the image implies or resembles the disease."""
+    """Return whether the label "absent" is certain: no finding is a kind, part or synonym of the disease."""
     # A vague finding ("Other lesion") may be any disease.
     if disease != NORMAL and any(diseases.is_vague(p) or diseases.may_coexist(p, disease) for p in positives):
         return False

@@ -127,7 +127,7 @@ class TableDataset(abc.ABC):
             raise ValueError(f"{self.name}: fraction must be above 0 and at most 1, got {self.fraction}")
         self._study = re.compile(self.study) if self.study else _STUDY
         if self.study and self._study.groups != 1:
-            raise ValueError(f"{self.name}: study {self.study!r} must have exactly one group")
+            raise ValueError(f"{self.name}: the pattern study={self.study!r} must have exactly one group")
         self.skipped: dict[str, int] = {}  # reason -> number of good rows that are not used (another split, language)
         self.duplicates: list[tuple[int, int]] = []  # (row, earlier row with the same content); duplicates are kept
         self.problems: list[RowError] = []  # one for each bad row

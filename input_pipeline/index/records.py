@@ -118,7 +118,8 @@ class Records:
     def _record(self, number: int):
         if not 0 <= number < len(self):
             raise ValueError(
-                f"{self.directory} has {len(self)} records, so no record {number}: run prepare with --records again"
+                f"{self.directory} has {len(self)} records, but record {number} was requested: "
+                "run prepare with --records again"
             )
         shard = bisect.bisect_right(self._ends, number)
         position = number - (self._ends[shard - 1] if shard else 0)

@@ -23,7 +23,7 @@ def coordination_client():
 
 
 def connect(coordinator: str, process: int, processes: int, *, timeout: float, heartbeat: int) -> None:
-    """Connect to a running coordination service. `jax.distributed.initialize` always starts one."""
+    """Connect to a running coordination service. `jax.distributed.initialize` would start another one."""
     from jax._src import distributed
     from jax._src.lib import _jax
 
@@ -39,7 +39,7 @@ def connect(coordinator: str, process: int, processes: int, *, timeout: float, h
 
 
 def start_coordination_service(address: str, processes: int, *, timeout: int, heartbeat: int):
-    """Return a running coordination service; it ends with the object. The public API starts it only in process 0."""
+    """Return a running coordination service; it ends with the object. The public API starts it in process 0 only."""
     from jaxlib import _jax
 
     return _jax.get_distributed_runtime_service(

@@ -169,8 +169,8 @@ def to_voxels(path, frames: np.ndarray, instances: list[Instance], order, layout
 def stack_order(path, names, instance: Instance, positions) -> tuple[list[int], np.ndarray]:
     """Return the order of slices along their normal, and the mean step between slices in mm (patient coordinates).
 
-    `positions` are those of the first voxel of each slice, [n > 1, 3]. They cannot show a missing first or last slice,
-    or the missing middle one of three.
+    `positions` are those of the first voxel of each slice, [n > 1, 3]. A missing first or last slice, or the missing
+    middle one of three, cannot be detected from them.
     """
     positions = np.array(positions, np.float64)
     across, down = np.array(instance.orientation[:3]), np.array(instance.orientation[3:])
