@@ -25,6 +25,7 @@ from rich.console import Console
 from input_pipeline import command_line
 from input_pipeline.batching.plan import RowLimits
 from input_pipeline.datasets import FAMILIES
+from radfm_jax.checkpoints import checkpoint
 from radfm_jax.checkpoints.checkpoint import flatten
 from radfm_jax.cost import estimate, flops
 from radfm_jax.cost.estimate import Source
@@ -280,7 +281,7 @@ def test_adaptations_freeze_the_language_model(name):
     config = experiment(name)
     assert config.optimizer.frozen == ("llama",) and config.checkpoint.init_from == "radfm"
     assert config.model == radfm.radfm_14b()
-    assert config.data.test and len((ROOT / "configs" / f"{name}.py").read_text().splitlines()) < 60
+    assert config.data.test and len((ROOT / "configs" / f"{name}.py").read_text().splitlines()) < 70
 
 
 @pytest.mark.parametrize("name", [*ADAPTATIONS, "adapt_small"])
