@@ -495,6 +495,6 @@ def test_the_memory_table():
         console.print(display.memory_table({"parameters": 1_640_000_000, "working set": 500_000_000}, limit))
         return console.export_text(styles=True)
 
-    assert "1.6 GB" in shown(None) and "500.0 MB" in shown(None) and "2.14 GB" in shown(None)
-    assert "2.14 GB of 80.00 GB" in shown(80_000_000_000)
+    assert "1.6 GB" in shown(None) and "500.0 MB" in shown(None) and "2.1 GB" in shown(None)
+    assert "2.1 GB of 80.0 GB" in shown(80_000_000_000)
     assert "\x1b[1;31m" in shown(2_000_000_000) and "\x1b[1;31m" not in shown(80_000_000_000)
