@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -254,7 +253,7 @@ def preparation_of(directory, config: radfm.RadFMConfig) -> inputs.Preparation:
     """
     path = Path(directory) / run_directory.RUN
     try:
-        data = json.loads(path.read_text())["config"]["data"]
+        data = run_directory.read_run(directory)["config"]["data"]
     except FileNotFoundError:
         data = None
     except (ValueError, KeyError, TypeError) as e:

@@ -18,6 +18,8 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from input_pipeline.files import parse_json
+
 CHARACTERS_PER_TOKEN = 4.0  # roughly, for English; used for estimates only
 
 
@@ -77,7 +79,7 @@ class Answers:
             with open(file, "rb") as lines:
                 for line in lines:
                     try:
-                        value = json.loads(line) if line.endswith(b"\n") else None
+                        value = parse_json(line) if line.endswith(b"\n") else None
                     except ValueError as error:
                         raise ValueError(f"{file}: a line is not JSON ({error}): correct or move the file") from None
                     if value is None:
@@ -96,7 +98,7 @@ class Answers:
     def __getitem__(self, key: str) -> dict:
         with open(self.file, "rb") as lines:
             lines.seek(self._offsets[key])
-            return json.loads(lines.readline())
+            return parse_json(lines.readline())
 
     def append(self, answer: dict) -> None:
         if answer["key"] in self._offsets:

@@ -24,6 +24,7 @@ import os
 import sqlite3
 from collections.abc import Iterator
 
+from input_pipeline.files import parse_json
 from input_pipeline.index.scan_checks import Key, ScanCheck
 
 CACHE = 64 << 10  # KiB
@@ -78,7 +79,7 @@ def to_columns(check: ScanCheck) -> tuple:
 def from_columns(row: tuple) -> ScanCheck:
     """Return the scan check of the columns SCAN (the inverse of `to_columns`)."""
     check = ScanCheck(*row)
-    return check._replace(spacing=json.loads(check.spacing))
+    return check._replace(spacing=parse_json(check.spacing))
 
 
 def placeholders(count: int) -> str:

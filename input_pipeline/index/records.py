@@ -15,7 +15,6 @@ from __future__ import annotations
 import bisect
 import collections
 import itertools
-import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -27,7 +26,7 @@ from array_record.python import array_record_module
 from tensorflow_datasets.core import dataset_info, example_serializer, file_adapters, naming, splits
 from tensorflow_datasets.proto import tf_example_pb2
 
-from input_pipeline.files import PARTIAL, fsync
+from input_pipeline.files import PARTIAL, fsync, read_json
 from input_pipeline.images.planes import Volume
 
 NAME, SPLIT, VERSION = "volumes", "scans", "1.0.0"
@@ -86,7 +85,7 @@ class Records:
     def __init__(self, directory: Path | str):
         self.directory = Path(directory)
         try:
-            description = json.loads((self.directory / "dataset_info.json").read_text())
+            description = read_json(self.directory / "dataset_info.json", kind=dict)
             lengths = [int(n) for n in description["splits"][0]["shardLengths"]]
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise ValueError(

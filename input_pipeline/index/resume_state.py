@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
+from input_pipeline.files import parse_json
 from input_pipeline.index import database
 from input_pipeline.index.scan_checks import Key, ScanCheck
 
@@ -41,7 +42,7 @@ class ResumeState:
         if not file.is_file():
             return
         with pq.ParquetFile(file) as table:
-            last = json.loads((table.schema_arrow.metadata or {}).get(METADATA, b"{}"))
+            last = parse_json((table.schema_arrow.metadata or {}).get(METADATA, b"{}"))
             if last.get("version") != VERSION:
                 return
             self.shards, self.settings = list(last["shards"]), last["records"]
@@ -57,7 +58,7 @@ class ResumeState:
         with open(self.file, "rb") as lines:
             for number, line in enumerate(lines):
                 try:
-                    value = json.loads(line) if line.endswith(b"\n") else None
+                    value = parse_json(line) if line.endswith(b"\n") else None
                     if value is None or (number == 0 and value["version"] != VERSION):
                         break
                     if isinstance(value, dict) and "shard" in value:

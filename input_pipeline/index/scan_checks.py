@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from input_pipeline.files import sha256_of_file
+from input_pipeline.files import parse_json, sha256_of_file
 from input_pipeline.images import scans
 from input_pipeline.images.intensity import one_channel_if_gray
 from input_pipeline.images.planes import Sizes
@@ -74,7 +73,7 @@ def preload() -> None:
 def scan_from_key(key: Key) -> Scan:
     """Return the scan of a key (the inverse of `index.scan_key`)."""
     _, path, volume, window = key
-    window = json.loads(window) if window else None
+    window = parse_json(window) if window else None
     return Scan(path, None if volume < 0 else volume, tuple(window) if isinstance(window, list) else window)
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import collections
-import json
 import re
 import runpy
 from collections.abc import Mapping
 from pathlib import Path
 
+from input_pipeline.files import read_json
 from radfm_jax.convert.table import ROTARY
 from radfm_jax.models.decoder import DecoderConfig, RopeScaling
 from radfm_jax.models.perceiver import PerceiverConfig
@@ -41,10 +41,7 @@ def read_config(path) -> dict:
         if get_config is None:
             raise ValueError(f"config {path} has no get_config()")
         return {"model": get_config().model.to_dict()}
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as e:
-        raise ValueError(f"config {path} is not JSON: {e}") from None
+    config = read_json(path)
     if not isinstance(config, dict) or not ({"model", "num_attention_heads", "num_key_value_heads"} & config.keys()):
         raise ValueError(f"config {path} has neither `model` (radfm_jax) nor `num_attention_heads` (Hugging Face)")
     return config

@@ -16,7 +16,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from input_pipeline.files import write_json_lines, write_text
+from input_pipeline.files import read_json, write_json_lines, write_text
 from input_pipeline.images.slices import slices
 from input_pipeline.samples import Scan
 from radfm_jax.evaluate.radbench import Question
@@ -59,7 +59,7 @@ def _write_slice(scan: Scan, directory: Path) -> dict:
     name = hashlib.blake2b(key, digest_size=10).hexdigest()
     file, entry_file = directory / "slices" / f"{name}.png", directory / "slices" / f"{name}.json"
     if file.exists() and entry_file.exists():
-        return json.loads(entry_file.read_text())
+        return read_json(entry_file, kind=dict)
     try:
         (middle,) = slices(scan)
     except ValueError as error:

@@ -83,7 +83,7 @@ def truncate(file: Path, step: int) -> None:
     lines = []
     for line in file.read_text().splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            if files.parse_json(line, nan=True)["step"] <= step:
                 lines.append(line + "\n")
         except ValueError:
             break
@@ -93,7 +93,7 @@ def truncate(file: Path, step: int) -> None:
 def read_metrics(workdir: Path) -> list[dict]:
     """Return the lines of metrics.jsonl; none if the file does not exist."""
     file = workdir / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return files.read_json_lines(file, nan=True) if file.exists() else []
 
 
 def draw_curves(workdir: Path) -> None:

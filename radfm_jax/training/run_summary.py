@@ -6,13 +6,11 @@ Images are embedded, so the page is one file.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from input_pipeline import files
-from input_pipeline.datasets.json_tables import text_lines
 from input_pipeline.inspect.escaping import visible
 from input_pipeline.samples import Scan
 from radfm_jax import html_page
@@ -71,7 +69,7 @@ def _page(args: argparse.Namespace) -> Iterator[str]:
         yield html_page.image((run / "curves.png").read_bytes(), f"curves of {run.name}")
     if args.scores:
         yield "<h2>Held-out answers</h2>"
-        yield from _scores(json.loads((args.scores / "accuracy.json").read_text()))
+        yield from _scores(files.read_json(args.scores / "accuracy.json", kind=dict))
     if args.answers:
         yield "<h2>Answers</h2>"
         yield from _answers(args)
@@ -145,4 +143,4 @@ def _scan_image(root: Path, scans: Sequence[Scan], answer: dict | None) -> str:
 
 
 def _lines(file: Path) -> list[dict]:
-    return [json.loads(line) for line in text_lines(file) if line.strip()]
+    return files.read_json_lines(file)
