@@ -47,8 +47,6 @@ def written(tmp_path) -> tuple[Path, dict]:
         }
         for (name, f), rows in zip(fields.items(), (4, 2), strict=True)
     }
-    description = {"version": index.VERSION, "sources": sources, "identity": "abc"}
-    (directory / "index.json").write_text(json.dumps(description))
     lines = [
         {"source": "vqa", "root": str(root), "path": path, "volume": volume, "window": window, "fault": fault,
          "key": key_hash(path, volume, window), "record": record, "bytes": 7,
@@ -61,6 +59,8 @@ def written(tmp_path) -> tuple[Path, dict]:
     rows += [{"source": "more", "row": i, "row_id": str(i), "state": "good"} for i in range(2)]
     pq.write_table(pa.Table.from_pylist(lines, index.SCANS), directory / "scans.parquet")
     pq.write_table(pa.Table.from_pylist(rows, index.ROWS), directory / "rows.parquet")
+    description = {"version": index.VERSION, "sources": sources, "identity": "abc"}
+    (directory / "index.json").write_text(json.dumps(index.sealed(directory, description)))
     return directory, fields
 
 
