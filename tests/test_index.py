@@ -117,7 +117,8 @@ def test_a_root_may_become_two(written, tmp_path):
 
 def test_two_scans_with_one_key():
     """Equal values are one scan; different values are an error, because one scan would replace the other."""
-    columns = (np.array([5, 9, 5], np.uint64), np.array([7, 8, 7]), np.array([0, 1, 0]), np.ones((3, 4), np.int32))
+    keys, sizes, records = np.array([5, 9, 5], np.uint64), np.array([7, 8, 7]), np.array([0, 1, 0])
+    columns = (keys, sizes, records, np.array([3, 4, 3]), np.ones((3, 4), np.int32))
     assert len(Scans(*columns)) == 2
     columns[2][2] = 3
     with pytest.raises(ValueError, match="two scans with one key"):

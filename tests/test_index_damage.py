@@ -52,14 +52,8 @@ def everything(config: DataConfig) -> list:
     arrays = [x.tobytes() for x in columns] + [v.voxels.tobytes() for v in volumes]
     levels = [(v.scale, v.offset, v.depth, v.voxels.shape, str(v.voxels.dtype)) for v in volumes]
     bad = [opened.bad_rows(name).tolist() for name in sources]
-    return [
-        opened.identity,
-        opened.tables,
-        arrays,
-        levels,
-        bad,
-        opened.first_colour_scan(0, [opened.tables[name]["root"] for name in sources]),
-    ]
+    colour = opened.first_colour_scan(0, {opened.tables[name]["root"] for name in sources})
+    return [opened.identity, opened.tables, arrays, levels, bad, colour]
 
 
 def damaged(directory: Path, name: str, case: int) -> tuple[str, bytes | None]:
@@ -94,7 +88,7 @@ def damaged(directory: Path, name: str, case: int) -> tuple[str, bytes | None]:
 
 
 def run(config: DataConfig, directory: Path, name: str, cases) -> Counter:
-    """Count the outcomes: `refused`, `exact`, or `silent KIND`. Fails on other exceptions, or without the file's name."""
+    """Count the outcomes: `refused`, `exact`, `silent KIND`. Fails on other exceptions and unnamed files."""
     expected, file, counts = everything(config), directory / name, Counter()
     content = file.read_bytes()
     for case in cases:

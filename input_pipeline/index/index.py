@@ -5,8 +5,8 @@
     rows.parquet       one line per row of every table: study, task, token count at epoch 0, state
     records/           with --records: the volumes at their final size, as a TFDS data set
 
-`prepare` also writes reports (command.EPILOG). Opening an index verifies the SHA-256 of index.json's own content, of the
-two tables and of the description of the records. Records are verified when they are read, by the digests in
+`prepare` also writes reports (command.EPILOG). Opening an index verifies the SHA-256 of the content of index.json, of
+the two tables and of the description of the records. Records are verified when they are read, by the digests in
 scans.parquet, so that opening does not read all voxels. `Index.check` verifies that the tables of the sources have not
 changed since `prepare`.
 """
@@ -32,9 +32,7 @@ from input_pipeline.samples import Scan
 
 VERSION = 3
 UNVERIFIED = 2  # the version before this one, without digests; it can still be opened
-KEYS = frozenset(
-    "version created sources data tokenizer counts records identity".split()
-)  # of index.json without digests
+KEYS = frozenset("version created sources data tokenizer counts records identity".split())  # of UNVERIFIED
 PARTS = ("scans.parquet", "rows.parquet", "records/dataset_info.json")  # verified when an index is opened
 # Fields of a source that do not change what its rows are: sampling shares, and locations.
 NOT_IDENTITY = ("weight", "fraction", "root", "table", "quarantine")
@@ -226,8 +224,8 @@ class Index:
         verify(self.directory, self.description)
         if self.description["version"] == UNVERIFIED:
             warnings.warn(
-                f"{self.directory / 'index.json'} is of an older version without digests, so damage to the index is not "
-                "detected: run prepare again (unchanged scans are not read again)",
+                f"{self.directory / 'index.json'} is of an older version without digests, so damage to the index is "
+                "not detected: run prepare again (unchanged scans are not read again)",
                 stacklevel=2,
             )
         self.tables: dict[str, dict] = self.description["sources"]  # source -> {"family", "table", "sha256", ...}
