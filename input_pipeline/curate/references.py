@@ -170,7 +170,7 @@ def _between(first: Item, last: str, end: int) -> list[Item]:
 
 
 _LABEL = re.compile(
-    r"^\W*(?:(?P<before>supplementa(?:ry|l)|suppl?\.?|supporting|online|additional|extended data|appendix)\s+)?"
+    r"^\W*+(?:(?P<before>supplementa(?:ry|l)|suppl?\.?|supporting|online|additional|extended data|appendix)\s+)?"
     r"(?:(?P<word>figures?|figs?|schemes?|charts?|plates?|images?|abb(?:ildung)?)\b[.:]?\s*)?"
     r"(?P<number>(?:[A-Z][\s.–-]?)?\d+(?:\.\d+)*|[IVX]+\b)?\s*[-–(]?\s*(?P<panel>[A-Za-z])?\W*$",
     re.IGNORECASE,
