@@ -12,6 +12,8 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from input_pipeline.messages import printable
+
 
 def add_config(parser: argparse.ArgumentParser) -> None:
     """Add the option --config, which `parse` reads."""
@@ -45,7 +47,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Na
             values(flag_argv)
             config = values.config
     except (flags.Error, OSError, AttributeError, KeyError, TypeError, ValueError, SyntaxError, ImportError) as error:
-        parser.error(f"{args.config}: {_message(error)}")
+        parser.error(printable(f"{args.config}: {_message(error)}"))
     if not isinstance(config, ConfigDict):
         parser.error(f"{args.config}: define a function get_config() that returns a ConfigDict")
     return args, config

@@ -36,6 +36,13 @@ class Model:
     tokenizer_file: Path | None = None  # SentencePiece model, if the directory has none
     prepared: inputs.Preparation | None = None  # scan preparation; None: as stored in the checkpoint
 
+    def __repr__(self) -> str:
+        """Return the sizes and the origin, not the weights."""
+        count = sum(x.size for x in jax.tree.leaves(self.params))
+        dtypes = ", ".join(sorted({str(x.dtype) for x in jax.tree.leaves(self.params)}))
+        origin = "built in memory" if self.directory is None else f"from {str(self.directory)!r}"
+        return f"Model({count:,} parameters in {dtypes}, {origin})"
+
     def answer(
         self,
         prompt: str,

@@ -257,8 +257,8 @@ FUNCTIONS = {
     "reason_pattern": (reason_pattern, 2),
 }
 TEXTS = (
-    *GENERIC, "1-1-", "3 cm ", "no 3 cm, ", "3 cm, ", "(3 cm) ", "1, 2 cm ", "about ", "with 3 cm ", "no ", "Fig. 1 ", "a.",
-    "A b. ", "1. a\n", "A:\n", "x\n\n", "'", "'a", "a-", "Q: a\n", "and ", "of ", "in ", "/a ", '"',
+    *GENERIC, "1-1-", "3 cm ", "no 3 cm, ", "3 cm, ", "(3 cm) ", "1, 2 cm ", "about ", "with 3 cm ", "no ", "Fig. 1 ",
+    "a.", "A b. ", "1. a\n", "A:\n", "x\n\n", "'", "'a", "a-", "Q: a\n", "and ", "of ", "in ", "/a ", '"',
 )  # fmt: skip
 
 

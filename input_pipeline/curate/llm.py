@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from input_pipeline.files import parse_json
+from input_pipeline.messages import redacted
 
 CHARACTERS_PER_TOKEN = 4.0  # roughly, for English; used for estimates only
 
@@ -319,7 +320,7 @@ class _Client:
         return " ".join(self._without_key(str(error)).split())[:200]
 
     def _without_key(self, text: str) -> str:
-        return text.replace(self.secret, "...") if self.secret else text
+        return redacted(text, self.secret)
 
 
 def _seconds(text: str | None) -> float:

@@ -26,6 +26,7 @@ from typing import TextIO
 import jax
 
 from input_pipeline.files import fsync, read_json, write_json
+from input_pipeline.messages import printable
 from radfm_jax.checkpoints import run_directory
 from radfm_jax.checkpoints.run_directory import BEST, CHECKPOINTS, CONFIG, RUN, Warn, step_directory
 from radfm_jax.checkpoints.step_writer import PARTIAL, SaveError, StepWriter, recover_replaced, remove_partial
@@ -227,7 +228,7 @@ def _finish_saves() -> None:
         try:
             saver.wait()
         except BaseException as e:
-            print(f"{type(e).__name__}: {e}", file=sys.stderr)
+            print(printable(f"{type(e).__name__}: {e}", keep="\n"), file=sys.stderr)
             failed = True
     if failed:
         sys.stdout.flush()

@@ -20,10 +20,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from input_pipeline.console import SafeConsole
 from input_pipeline.files import read_json, write_json, write_text
 from input_pipeline.inspect.escaping import visible_lines
 from radfm_jax import html_page, terminal
@@ -226,7 +226,7 @@ def main(argv: list[str]) -> int:
 def _main(args: argparse.Namespace) -> int:
     result = summary(read_ratings(args.key, args.files))
     for table in tables(result):
-        Console().print(table)
+        SafeConsole().print(table)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         write_json(args.out / "ratings.json", result)

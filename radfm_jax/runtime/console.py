@@ -5,7 +5,9 @@ from __future__ import annotations
 from rich.console import Console
 from rich.text import Text
 
-stderr = Console(stderr=True)
+from input_pipeline.console import SafeConsole
+
+stderr = SafeConsole(stderr=True)
 log_file: Console | None = None  # set when a run has several processes; gets the messages, but no progress bar
 
 

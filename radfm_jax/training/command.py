@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from input_pipeline import command_line
+from input_pipeline.messages import printable
 from radfm_jax.runtime import cluster, distributed, faults
 from radfm_jax.training.experiment import Experiment
 from radfm_jax.training.loop import train
@@ -51,5 +52,6 @@ def main(argv: list[str] | None = None) -> int:
         print("stopped before all processes had connected", file=sys.stderr)
         return faults.REQUEUE
     except (ValueError, distributed.StartError) as error:
-        print(f"error: {error}", *getattr(error, "__notes__", []), sep="\n", file=sys.stderr)
+        text = "\n".join([f"error: {error}", *getattr(error, "__notes__", [])])
+        print(printable(text, keep="\n"), file=sys.stderr)
         return faults.exit_code(error)

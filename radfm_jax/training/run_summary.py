@@ -6,12 +6,16 @@ Images are embedded, so the page is one file.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from input_pipeline import files
+from input_pipeline.field_rules import from_mapping
+from input_pipeline.images.scans import resolve
 from input_pipeline.inspect.escaping import visible
+from input_pipeline.messages import printable
 from input_pipeline.samples import Scan
 from radfm_jax import html_page
 from radfm_jax.checkpoints import run_directory
@@ -48,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         page = "\n".join(_page(args))
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return 2
     args.out.parent.mkdir(parents=True, exist_ok=True)
     files.write_text(args.out, page)
@@ -136,8 +140,8 @@ def _scan_image(root: Path, scans: Sequence[Scan], answer: dict | None) -> str:
     prepared = (answer or {}).get("made_with", {}).get("prepared")
     if not prepared:
         return ""
-    paths = [Scan(str(root / scan.path), scan.volume, scan.window) for scan in scans]
-    volumes = inputs.read_scans(paths, inputs.Preparation(**prepared))
+    paths = [dataclasses.replace(scan, path=str(resolve(root, scan.path))) for scan in scans]
+    volumes = inputs.read_scans(paths, from_mapping(inputs.Preparation, prepared, "prepared"))
     preview = inputs.preview_image(volumes, [Path(scan.path).name for scan in scans])
     return html_page.image(preview, "the scan as the model saw it")
 
