@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
+from input_pipeline.field_rules import errors_of, plain_mapping
 from input_pipeline.text.tokenizer import Tokenizer
 from radfm_jax.checkpoints import checkpoint, run_directory
 from radfm_jax.checkpoints import int8 as quantised
@@ -267,7 +268,9 @@ def preparation_of(directory, config: radfm.RadFMConfig) -> inputs.Preparation:
         raise ValueError(f"{path} does not record how scans were prepared ({e!r}): {_PREPARED}") from None
     if data is not None:
         known = {f.name for f in dataclasses.fields(inputs.Preparation)}
-        return inputs.Preparation(**{name: value for name, value in data.items() if name in known})
+        with errors_of(path):
+            data = plain_mapping(data, "config.data")
+            return inputs.Preparation(**{name: value for name, value in data.items() if name in known})
     if "file" in checkpoint.read_description(directory).get("source", {}):
         return dataclasses.replace(inputs.RELEASED, num_latents=config.num_latents)
     raise ValueError(f"{directory} has no {run_directory.RUN} that records how scans were prepared: {_PREPARED}")

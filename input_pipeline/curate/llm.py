@@ -17,7 +17,9 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Annotated
 
+from input_pipeline.field_rules import Count, Size, above, at_least, check_fields
 from input_pipeline.files import parse_json
 from input_pipeline.messages import redacted
 
@@ -37,16 +39,19 @@ class Endpoint:
     base_url: str
     model: str
     key_variable: str = "OPENAI_API_KEY"  # the environment variable with the API key; "" for a server without one
-    concurrency: int = 8  # maximum number of concurrent requests
-    per_minute: float = 0.0  # maximum number of requests per minute; 0: no limit
-    timeout: float = 120.0  # seconds for one request
-    retries: int = 6  # retries of one request before it is deferred to the next run
-    first_wait: float = 1.0  # seconds before the first retry; doubled for each later one
-    temperature: float = 0.7
-    max_tokens: int = 800
-    price_in: float = 0.0  # of a million tokens sent, in any currency
-    price_out: float = 0.0  # of a million tokens received
-    budget: float = 0.0  # stop after this cost; 0: no limit
+    concurrency: Size = 8  # maximum number of concurrent requests
+    per_minute: Annotated[float, at_least(0)] = 0.0  # maximum number of requests per minute; 0: no limit
+    timeout: Annotated[float, above(0)] = 120.0  # seconds for one request
+    retries: Count = 6  # retries of one request before it is deferred to the next run
+    first_wait: Annotated[float, at_least(0)] = 1.0  # seconds before the first retry; doubled for each later one
+    temperature: Annotated[float, at_least(0)] = 0.7
+    max_tokens: Size = 800
+    price_in: Annotated[float, at_least(0)] = 0.0  # of a million tokens sent, in any currency
+    price_out: Annotated[float, at_least(0)] = 0.0  # of a million tokens received
+    budget: Annotated[float, at_least(0)] = 0.0  # stop after this cost; 0: no limit
+
+    def __post_init__(self):
+        check_fields(self, "endpoint")
 
     def key(self) -> str:
         """Return the API key, or "" if none is used. Raises ValueError if the variable is not set."""

@@ -29,6 +29,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
+from input_pipeline.field_rules import errors_of
 from input_pipeline.files import fsync, read_json, sha256_of_file, write_json
 from radfm_jax.models import radfm
 
@@ -216,10 +217,8 @@ def model_config(description: dict, directory) -> radfm.RadFMConfig:
     """Return the sizes of a complete RadFM. Raises ValueError for a checkpoint of the language model alone."""
     if (part := description["part"]) != "radfm":
         raise ValueError(f"{directory} holds only the part {part!r}: it can initialise a RadFM, but is not one")
-    try:
+    with errors_of(Path(directory) / DESCRIPTION):
         return radfm.RadFMConfig.from_dict(description["model"])
-    except ValueError as e:
-        raise ValueError(f"{Path(directory) / DESCRIPTION}: {e}") from None
 
 
 # --- parameters as a tree ---------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 
+from input_pipeline.field_rules import Size, field_problems, raise_problems
 from input_pipeline.files import read_json
 from radfm_jax.checkpoints import checkpoint, run_directory
 from radfm_jax.checkpoints.checkpoint import PARAMS, check_shapes, flatten, mismatches, read_arrays, stored_arrays
@@ -125,6 +126,7 @@ def data_state(directory, process: int | None = None) -> dict:
     process = jax.process_index() if process is None else process
     try:
         count = run_directory.read_run(directory)["processes"]
+        raise_problems(f"{directory / RUN}: {problem}" for problem in field_problems(count, Size, "processes"))
         states = [read_json(directory / DATA / f"{p}.json", kind=dict) for p in range(count)]
     except FileNotFoundError as e:
         raise ValueError(f"{e.filename} does not exist: {directory} is not a step of a training run") from None

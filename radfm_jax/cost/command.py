@@ -10,8 +10,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
 from input_pipeline import command_line
 from input_pipeline.console import SafeConsole
+from input_pipeline.field_rules import errors_of
 from input_pipeline.messages import printable
 from radfm_jax import terminal
 from radfm_jax.cost import candidates, estimate, flops, program, report
@@ -69,7 +72,9 @@ def main(argv: list[str] | None = None) -> int:
         for path in filter(None, (args.json, args.picture)):  # fail before minutes of compilation
             if not path.parent.is_dir() or path.is_dir():
                 raise ValueError(f"{path} cannot be written: it is a directory, or {path.parent} is not one")
-        result = plan(Experiment.from_dict(config), parse(args.topology), args)
+        with errors_of(args.config):
+            experiment = Experiment.from_dict(config)
+        result = plan(experiment, parse(args.topology), args)
     except ValueError as error:
         print(printable(f"error: {error}"), file=sys.stderr)
         return faults.MISTAKE
@@ -116,8 +121,12 @@ def make_compiler(again: bool) -> Callable[[candidates.Candidate], program.Progr
         config, topology = candidate.config, candidate.topology
         if not again and program.is_cached(config, topology):
             return program.compiled(config, topology)
-        start = time.perf_counter()
-        with console.status(f"compiling {candidate.name} for {topology.text} (one or more minutes)"):
+        start, title = time.perf_counter(), f"compiling {candidate.name} for {topology.text} (one or more minutes)"
+        if not console.is_terminal:  # where no bar is shown
+            console.print(f"{title} ...", highlight=False, soft_wrap=True)
+        columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+        with Progress(*columns, console=console, transient=True) as bar:
+            bar.add_task(title)
             result = program.compiled(config, topology, again=again)
         console.print(
             f"compiled {candidate.name} for {topology.text} in {time.perf_counter() - start:.0f} s "

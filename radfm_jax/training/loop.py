@@ -51,7 +51,10 @@ def train(config: Experiment, workdir: Path, peers: Peers | None = None) -> int:
     with contextlib.ExitStack() as stack:
         peers = peers or Peers(stack.enter_context(faults.Stop()))
         with peers.abort_on_error():
-            return _train(config, workdir, peers, stack)
+            code = _train(config, workdir, peers, stack)
+            if code == 0 and jax.process_index() == 0:
+                console.log(*display.result_lines(workdir), sep="\n")
+            return code
 
 
 def _train(config: Experiment, workdir: Path, peers: Peers, stack: contextlib.ExitStack) -> int:
