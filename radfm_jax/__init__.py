@@ -12,15 +12,12 @@ if TYPE_CHECKING:
     from radfm_jax.api import load as load
     from radfm_jax.api import save as save
 
-__all__ = ["Model", "__version__", "load", "save"]
+__version__ = "0.2.0"
+__all__ = ["Model", "load", "save"]
 
 
 def __getattr__(name: str):
     """Import JAX on first use only: worker processes of the input pipeline must start fast."""
-    if name == "__version__":
-        import importlib.metadata
-
-        return importlib.metadata.version("radfm_jax")
     if name in __all__:
         from radfm_jax import api
 

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from input_pipeline import files
+from input_pipeline.datasets import jsonl
+from input_pipeline.datasets.rows import Row
 from input_pipeline.field_rules import from_mapping
 from input_pipeline.images.scans import resolve
 from input_pipeline.inspect.escaping import visible
@@ -121,11 +123,11 @@ def _scores(accuracy: dict[str, list[dict]]) -> Iterator[str]:
 
 
 def _answers(args: argparse.Namespace) -> Iterator[str]:
-    answers = {line["id"]: line for line in _lines(args.answers)}
+    answers = {_field(line, "id", args.answers): line for line in _lines(args.answers)}
     for question in _lines(args.questions):
-        answer = answers.get(question["id"])
-        answer_text = "no answer" if answer is None else answer["answer"]
-        scans = [Scan(scan) if isinstance(scan, str) else Scan(**scan) for scan in question["scans"]]
+        answer = answers.get(_field(question, "id", args.questions))
+        answer_text = "no answer" if answer is None else _field(answer, "answer", args.answers)
+        scans = jsonl.scans_of_row(Row(args.questions, 0, question, args.root.absolute()))
         image = _scan_image(args.root, scans, answer)
         reference = f"<br>reference: <b>{visible(question['response'])}</b>" if question.get("response") else ""
         yield (
@@ -144,6 +146,12 @@ def _scan_image(root: Path, scans: Sequence[Scan], answer: dict | None) -> str:
     volumes = inputs.read_scans(paths, from_mapping(inputs.Preparation, prepared, "prepared"))
     preview = inputs.preview_image(volumes, [Path(scan.path).name for scan in scans])
     return html_page.image(preview, "the scan as the model saw it")
+
+
+def _field(line: dict, name: str, file: Path) -> str:
+    if not isinstance(line.get(name), str):
+        raise ValueError(f"{file}: a line has no text `{name}`: {str(line)[:80]}")
+    return line[name]
 
 
 def _lines(file: Path) -> list[dict]:
