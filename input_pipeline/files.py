@@ -127,7 +127,7 @@ def _finite(text: str) -> float:
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict:
     out = dict(pairs)
     if len(out) != len(pairs):
-        (key, _), *_ = (collections.Counter(key for key, _ in pairs) - collections.Counter(out)).items()
+        (key, _), *_ = (collections.Counter(key for key, _ in pairs) - collections.Counter(out.keys())).items()
         raise ValueError(f"key {key[:80]!r} is repeated")
     return out
 

@@ -90,7 +90,7 @@ def test_weights_are_checked_only_where_they_are_used():
 
 
 def test_unknown_fields_with_the_nearest_known_one():
-    with pytest.raises(ValueError, match=r"data.text_lenght \(did you mean text_length\?\), data.qqq$"):
+    with pytest.raises(ValueError, match=r"data.text_lenght \(did you mean data.text_length\?\), data.qqq$"):
         DataConfig.from_dict({"text_lenght": 3, "qqq": 1})
 
 
