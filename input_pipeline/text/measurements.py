@@ -36,7 +36,7 @@ _SIZE = (
     rf"(?:{_HYPHEN}(?:thick|wide|long|deep|high)\b)?" + _ALONG + "?"
 )
 _ABOUT = (
-    r"(?:(?:approximately|about|around|roughly|up\s+to|at\s+least|at\s+most|(?:(?:no|not)\s+)?(?:less|more|[a-z]{3,}er)"
+    r"(?:(?:approximately|about|around|roughly|up\s+to|at\s+least|at\s+most|(?:(?:no|not)\s+)?(?:less|more|\b[a-z]{3,}er)"
     r"\s+than|over|nearly|almost)\s+|(?:ca\.|~|≈|<|>|≤|≥)\s*)"
 )
 _MEASURE = rf"(?:{_ABOUT}){{0,4}}{_SIZE}"
