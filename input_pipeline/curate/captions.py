@@ -14,7 +14,7 @@ _MARK = re.compile(
 )
 # White space is matched from its first character only; otherwise a long run takes quadratic time.
 _BETWEEN = re.compile(r"(?:(?<!\s)\s+)?[,/&]\s*(?:and\s+)?|(?<!\s)\s+and\s+")
-_RANGE = re.compile(r"(?:(?<!\s)\s+)?[-–]\s*")
+_ENDS_OF_RANGE = re.compile(r"(?:(?<!\s)\s+)?[-–]\s*")
 
 
 def panels(caption: str) -> list[str]:
@@ -26,7 +26,7 @@ def panels(caption: str) -> list[str]:
     for match in _MARK.finditer(caption):
         mark = match["bracketed"] or match["plain"] or match["half"]
         for piece in _BETWEEN.split(mark):
-            ends = _RANGE.split(piece.lower())
+            ends = _ENDS_OF_RANGE.split(piece.lower())
             marked |= {chr(c) for c in range(ord(ends[0]), ord(ends[-1]) + 1)}
     letters = list(itertools.takewhile(marked.__contains__, string.ascii_lowercase))
     return letters if len(letters) > 1 else []

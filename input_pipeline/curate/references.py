@@ -28,7 +28,7 @@ _RANGE = re.compile(rf"{_DASH}|\s+(?:to|through)\s+", re.IGNORECASE)
 _SEPARATOR = re.compile(r"\s*(?:,|;|/|&|\+)\s*(?:and\s+|&\s*)?|\s+(?:and|or)\s+", re.IGNORECASE)
 # For `split`: white space is matched from its first character only; otherwise a long run takes quadratic time.
 _BETWEEN = re.compile(r"(?:(?<!\s)\s+)?[,/&+]\s*(?:and\s+)?|(?<!\s)\s+and\s+")
-_LETTER_RANGE = re.compile(r"(?:(?<!\s)\s+)?[-–—−‒]\s*|(?<!\s)\s+to\s+")
+_ENDS_OF_RANGE = re.compile(r"(?:(?<!\s)\s+)?[-–—−‒]\s*|(?<!\s)\s+to\s+")
 _AGAIN = re.compile(r"(?:figures?|figs?)\b\.?\s*", re.IGNORECASE)
 # Text after a number in a list that shows that the number does not refer to a figure.
 _COUNTED = re.compile(
@@ -156,7 +156,7 @@ def _panels(text: str, position: int) -> tuple[tuple[str, ...], int]:
         return (), position
     names: list[str] = []
     for piece in _BETWEEN.split(letters):
-        ends = [e.strip(" '’′*").lower() for e in _LETTER_RANGE.split(piece)]
+        ends = [e.strip(" '’′*").lower() for e in _ENDS_OF_RANGE.split(piece)]
         if len(ends) == 2 and all(len(e) == 1 for e in ends) and ends[0] < ends[1]:
             names += [chr(c) for c in range(ord(ends[0]), ord(ends[1]) + 1)]
         else:
