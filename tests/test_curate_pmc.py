@@ -236,14 +236,15 @@ LONG_FIELD = b"%d comment=%s\n" % (3 << 20, b"a" * ((3 << 20) - 17))
         [(tarfile.XGLTYPE, LONG_FIELD, len(LONG_FIELD))],
         [(tarfile.GNUTYPE_LONGNAME, bytes(2 << 20), 2 << 20)],
         [(tarfile.GNUTYPE_LONGLINK, bytes(2 << 20), 2 << 20)],
-        [(tarfile.GNUTYPE_LONGNAME, b"a" * 1000, 1000)] * 20_000,
+        [(tarfile.GNUTYPE_LONGNAME, b"a" * 1000, 1000)] * 2_000,
         [(tarfile.XGLTYPE, b"20 comment=%s\n" % (b"a" * 8), 20)] * 3_000,
         [(tarfile.XHDTYPE, b"20 comment=%s\n" % (b"a" * 8), 20)] * 3_000,
     ],
     ids=["pax", "global pax", "long name", "long link", "many names", "many global", "many pax"],
 )
-def test_headers_are_within_the_limits(tmp_path, headers):
+def test_headers_are_within_the_limits(tmp_path, monkeypatch, headers):
     """Headers of tar files are read into memory before any member is seen."""
+    monkeypatch.setattr(packages, "MAX_HEADERS", 2 << 20)
     path = package_of(tmp_path, *headers)
     tracemalloc.start()
     try:
@@ -258,9 +259,9 @@ def test_headers_are_within_the_limits(tmp_path, headers):
 
 
 def test_pax_headers_of_normal_size(tmp_path):
-    field = b"22 path=x/Mueller.jpg\n"
+    field = b"20 path=x/other.xml\n"
     package = packages.open_package(package_of(tmp_path, (tarfile.XHDTYPE, field, len(field))))
-    assert package.xml_name == "a.nxml" or package.images is not None
+    assert package.xml_name == "other.xml" and package.xml == jats_papers.xml("PMC9000001")
 
 
 def test_other_formats_become_png(tmp_path):
