@@ -33,7 +33,7 @@ class SafeConsole(Console):
 
 
 def argument_parser(module: str, description: str, epilog: str, **options) -> argparse.ArgumentParser:
-    """Return the parser of `python -m input_pipeline.MODULE`, whose help keeps the line breaks of these texts."""
+    """Return the argparse parser of `python -m input_pipeline.MODULE`. Its help keeps line breaks."""
     options |= {"description": description, "epilog": epilog, "formatter_class": argparse.RawDescriptionHelpFormatter}
     return argparse.ArgumentParser(f"python -m input_pipeline.{module}", **options)
 
