@@ -182,14 +182,23 @@ def from_mapping(cls: type, fields: Any, group: str) -> Any:
       ValueError: lists all unknown fields with the nearest known one, or all invalid values.
     """
     fields = plain_mapping(fields, group)
-    if unknown := unknown_fields(fields, cls, _path(group, "")):
-        raise ValueError(f"unknown fields: {unknown}")
+    if unknown := list(_all_unknown(fields, cls, group)):
+        raise ValueError(f"unknown fields: {', '.join(unknown)}")
     values = {}
     for name, value in fields.items():
         kind = _nested(_hints(cls)[name])
         nested = kind is not None and value is not None and not isinstance(value, kind)
         values[name] = from_mapping(kind, value, _path(group, name)) if nested else as_tuple(value)
     return cls(**values)
+
+
+def _all_unknown(fields: Mapping, cls: type, group: str) -> Iterator[str]:
+    """Yield `unknown_fields` of a dataclass and of the dataclasses in it."""
+    if unknown := unknown_fields(fields, cls, _path(group, "")):
+        yield unknown
+    for name, hint in _hints(cls).items():
+        if (kind := _nested(hint)) and isinstance(fields.get(name), Mapping):
+            yield from _all_unknown(fields[name], kind, _path(group, name))
 
 
 def plain_mapping(fields: Any, group: str) -> dict:
