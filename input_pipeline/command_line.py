@@ -12,6 +12,8 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from input_pipeline.messages import printable
+
 
 def add_config(parser: argparse.ArgumentParser) -> None:
     """Add the option --config, which `parse` reads."""
@@ -52,7 +54,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Na
             if resolve is not None:
                 config = resolve(config, {a.partition("=")[0].removeprefix("--config.") for a in overrides})
     except (flags.Error, OSError, AttributeError, KeyError, TypeError, ValueError, SyntaxError, ImportError) as error:
-        parser.error(f"{args.config}: {_message(error)}")
+        parser.error(printable(f"{args.config}: {_message(error)}"))
     if not isinstance(config, ConfigDict):
         parser.error(f"{args.config}: define a function get_config() that returns a ConfigDict")
     return args, config

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
+from typing import Annotated, Any
 
 from input_pipeline.batching.plan import RowLimits
 from input_pipeline.datasets import FAMILIES
+from input_pipeline.field_rules import (
+    Count,
+    Size,
+    above,
+    as_tuple,
+    field_problems,
+    from_mapping,
+    one_of,
+    problems_of,
+    raise_problems,
+    share,
+)
 from input_pipeline.files import nearest
 from input_pipeline.images.augment import FLIPS
 from input_pipeline.images.planes import CHANNELS, MODES, STORAGE, Sizes
 
 SPLITS = ("train", "test")
 MIXTURES = ("epoch", "weights")
-
-
-def unknown_fields(names: Iterable[str], cls: type, prefix: str = "") -> str:
-    """Return the names that are not fields of a dataclass, each with the nearest field; "" if there are none."""
-    known = [field.name for field in dataclasses.fields(cls)]
-    return ", ".join(f"{prefix}{name}{nearest(name, known)}" for name in names if name not in known)
+Weight = Annotated[float, above(0)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,93 +35,84 @@ class DataConfig:
 
     # Source name -> its `family` (datasets.FAMILIES), the family's fields (`table`, `root`, `split`, `fraction`, ...)
     # and, for `mixture="weights"`, its `weight`. No study may be in both.
-    train: Mapping[str, Mapping] = dataclasses.field(default_factory=dict)
-    test: Mapping[str, Mapping] = dataclasses.field(default_factory=dict)
+    train: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    test: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     index: str = ""  # the directory that `prepare` wrote
     tokenizer: str = ""  # a SentencePiece model file
     # The source of medical terms: `open` (HPO, ICD-10-CM and a radiology list), `umls:DIR` (a directory with
     # MRCONSO.RRF and MRSTY.RRF), `scispacy:MODEL` or `none`.
     terms: str = "open"
-    preprocess: str = "paper"  # or `released`: the volumes and texts of the released code, for released weights
-    storage: str = "uint8"  # dtype of the planes: uint8, int16 or float32
+    preprocess: Annotated[str, one_of(MODES)] = (
+        "paper"  # or `released`: the volumes and texts of the released code, for released weights
+    )
+    storage: Annotated[str, one_of(STORAGE)] = "uint8"  # dtype of the planes: uint8, int16 or float32
     # Final side of 2D scans and of volumes, and maximum slices, in `paper` mode: multiples of the patch (32, 32, 4).
-    size_2d: int = 512
-    size_3d: int = 256
-    depth: int = 64
-    channels: int = 3  # 1 if every scan is gray: the network then computes one channel instead of three equal ones
+    size_2d: Size = 512
+    size_3d: Size = 256
+    depth: Size = 64
+    channels: Annotated[int, one_of((1, CHANNELS))] = (
+        3  # 1 if every scan is gray: the network then computes one channel instead of three equal ones
+    )
     records: bool = False  # read volumes from the records that `prepare --records` wrote, not from the scan files
-    mixture: str = "epoch"  # `epoch`: `fraction` of the rows of each source; `weights`: shares of `epoch_samples`
-    epoch_samples: int = 0  # samples of an epoch under `weights`; 0: the number of rows of all sources
-    window: int = 16384  # samples that are packed together
+    mixture: Annotated[str, one_of(MIXTURES)] = (
+        "epoch"  # `epoch`: `fraction` of the rows of each source; `weights`: shares of `epoch_samples`
+    )
+    epoch_samples: Count = 0  # samples of an epoch under `weights`; 0: the number of rows of all sources
+    window: Size = 16384  # samples that are packed together
     # Sizes of a row (batching.plan.RowLimits).
-    text_length: int = 2048
-    vision_rows: int = 14
-    patch_length: int = 1024
-    planes: int = 57344
-    scans: int = 56
+    text_length: Size = 2048
+    vision_rows: Size = 14
+    patch_length: Size = 1024
+    planes: Size = 57344
+    scans: Size = 56
     share_scans: bool = True  # samples about the same scan share its slot; a crop is then drawn once per scan
     # A control experiment: each sample shows the scans of another row of its source, which measures the accuracy that
     # the text alone gives.
     shuffle_scans: bool = False
-    max_scans: int = 12  # maximum distinct scans of a sample; its random generator chooses among more
-    num_latents: int = 32  # visual tokens of a scan; must equal the model's
-    crop: float = 0.8  # minimum share of a slice's area that a random crop keeps in training; 1 disables crops
-    flips: tuple[str, ...] = ()  # axes to flip at random in training: height, width, depth
+    max_scans: Size = 12  # maximum distinct scans of a sample; its random generator chooses among more
+    num_latents: Size = 32  # visual tokens of a scan; must equal the model's
+    crop: Annotated[float, share(zero=False, one=True)] = (
+        0.8  # minimum share of a slice's area that a random crop keeps in training; 1 disables crops
+    )
+    flips: tuple[Annotated[str, one_of(FLIPS)], ...] = ()  # axes to flip at random in training: height, width, depth
     # How many scans of a run may fail to load (each counts once per row that shows it). Their samples get no weight and
     # are logged. One more stops the run with the scan's name; 0 stops at the first.
-    allowed_loss: int = 0
-    seed: int = 0  # of order, prompts and crops
-    workers: int = 2  # processes that load rows; 0 loads in the calling process
-    worker_timeout: float = 30.0  # seconds for one scan or one chunk of texts before a worker counts as hung
-    read_ahead: int = 8  # rows to load ahead of the training step
+    allowed_loss: Count = 0
+    seed: Count = 0  # of order, prompts and crops
+    workers: Count = 2  # processes that load rows; 0 loads in the calling process
+    worker_timeout: Annotated[float, above(0)] = (
+        30.0  # seconds for one scan or one chunk of texts before a worker counts as hung
+    )
+    read_ahead: Size = 8  # rows to load ahead of the training step
 
     def __post_init__(self):
         """Check every field. Raises ValueError with all problems."""
-        problems = [*self._number_problems(), *self._choice_problems(), *self._source_problems()]
-        if not problems:
-            try:
-                _ = self.sizes
-            except ValueError as error:
-                problems.append(f"data.size_2d, data.size_3d, data.depth: {error}")
-        if problems:
-            raise ValueError("; ".join(problems))
+        raise_problems([*problems_of(self, "data"), *self._source_problems()] or self._conflicts())
 
-    def _choice_problems(self) -> Iterable[str]:
-        for field, known in (("preprocess", MODES), ("storage", STORAGE), ("mixture", MIXTURES)):
-            if getattr(self, field) not in known:
-                yield f"data.{field} is {getattr(self, field)!r}; known: {', '.join(known)}"
-        for axis in self.flips:
-            if axis not in FLIPS:
-                yield f"data.flips has {axis!r}; known: {', '.join(FLIPS)}"
-        if self.channels not in (1, CHANNELS):
-            yield f"data.channels must be 1 or {CHANNELS} (got {self.channels})"
+    def _conflicts(self) -> Iterable[str]:
+        try:
+            _ = self.sizes
+        except ValueError as error:
+            yield f"data.size_2d, data.size_3d, data.depth: {error}"
         if self.preprocess == "released":
             if self.storage != "float32":
                 yield "data.preprocess='released' needs data.storage='float32'"
             if self.records or self.flips:
                 yield "data.preprocess='released' cannot be combined with data.records or data.flips"
 
-    def _number_problems(self) -> Iterable[str]:
-        minimum = {"epoch_samples": 0, "allowed_loss": 0, "workers": 0, "seed": 0}
-        for field in dataclasses.fields(self):
-            if field.type != "int":
-                continue
-            value, least = getattr(self, field.name), minimum.get(field.name, 1)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                yield f"data.{field.name} must be an integer of at least {least} (got {value!r})"
-        if not 0 < self.crop <= 1:
-            yield f"data.crop must be above 0 and at most 1 (got {self.crop})"
-        if self.worker_timeout <= 0:
-            yield f"data.worker_timeout must be above 0 seconds (got {self.worker_timeout})"
-
     def _source_problems(self) -> Iterable[str]:
-        for split in SPLITS:
-            for name, source in getattr(self, split).items():
-                if "family" not in source:
-                    yield f"data.{split}.{name} has no `family`; known: {', '.join(FAMILIES)}"
-                if self.mixture == "weights" and split == "train" and not source.get("weight", 1.0) > 0:
-                    yield f"data.{split}.{name}.weight must be above 0 (got {source['weight']})"
-        for name in self.train.keys() & self.test.keys():
+        splits = {split: getattr(self, split) for split in SPLITS if isinstance(getattr(self, split), Mapping)}
+        for split, sources in splits.items():
+            for name, source in sources.items():
+                if not isinstance(source, Mapping):
+                    continue  # `problems_of` reports it
+                if source.get("family") not in FAMILIES:
+                    family = source.get("family")
+                    what = "no `family`" if family is None else f"the family {family!r}{nearest(family, FAMILIES)}"
+                    yield f"data.{split}.{name} has {what}; known: {', '.join(FAMILIES)}"
+                if self.mixture == "weights" and split == "train":
+                    yield from field_problems(source.get("weight", 1.0), Weight, f"data.{split}.{name}.weight")
+        for name in self.train.keys() & self.test.keys() if len(splits) == len(SPLITS) else ():
             yield f"data.train.{name} and data.test.{name} have the same name: rename one to {name}_test"
 
     @property
@@ -139,16 +138,9 @@ class DataConfig:
     @classmethod
     def from_dict(cls, fields: Mapping) -> DataConfig:
         """Invert `to_dict`, for a dict or a ConfigDict. Raises ValueError with all unknown fields."""
-        fields = fields.to_dict() if hasattr(fields, "to_dict") else dict(fields)
-        if unknown := unknown_fields(fields, cls, "data."):
-            raise ValueError(f"unknown fields: {unknown}")
-        return cls(**_tuples(fields))
+        return from_mapping(cls, fields, "data")
 
 
 def open_fields(source: Mapping) -> dict:
     """Return the fields of a source that its family takes: all but `family` and `weight`."""
-    return _tuples({k: v for k, v in source.items() if k not in ("family", "weight")})
-
-
-def _tuples(fields: Mapping) -> dict:
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    return {k: as_tuple(v) for k, v in source.items() if k not in ("family", "weight")}

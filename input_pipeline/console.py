@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from rich import progress
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
+from rich.segment import Segment
 from rich.text import Text
+
+from input_pipeline.messages import printable
 
 
 class RateColumn(progress.ProgressColumn):
@@ -19,6 +22,14 @@ class RateColumn(progress.ProgressColumn):
         speed = task.finished_speed or task.speed
         known = speed is not None and task.total is not None
         return Text(f"{speed:,.0f} {task.fields['unit']}/s" if known else "", style="cyan")
+
+
+class SafeConsole(Console):
+    """A console that escapes control characters, so that a name in a file cannot send commands to a terminal."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=printable(segment.text, keep="\n"))
 
 
 def argument_parser(module: str, description: str, epilog: str, **options) -> argparse.ArgumentParser:
@@ -69,4 +80,4 @@ def print_error(console: Console, message: str | BaseException) -> None:
 
 def stdout_console() -> Console:
     """Return a console for tables on standard output, 120 characters wide unless that is a terminal."""
-    return Console(width=None if sys.stdout.isatty() else 120)
+    return SafeConsole(width=None if sys.stdout.isatty() else 120)

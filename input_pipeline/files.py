@@ -1,4 +1,4 @@
-"""Files: exclusive locks, atomic writes, digests, and the nearest name to a misspelt one.
+"""Files: exclusive locks, atomic writes, digests, JSON, and the nearest name to a misspelt one.
 
 Standard library only. `radfm_jax` uses this module as well; it is in this package because `input_pipeline` never
 imports `radfm_jax`.
@@ -6,19 +6,24 @@ imports `radfm_jax`.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import difflib
 import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
+import re
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 PARTIAL = ".partial"  # suffix of a file that is not complete yet
+MAX_JSON = 256 << 20  # bytes of a JSON file that is read as a whole
+MAX_DEPTH = 64  # nested lists and objects in JSON; deeper values exhaust the stack of recursive code
 
 
 def try_lock(file: IO | int) -> bool:
@@ -107,6 +112,115 @@ def write_json_lines(file: Path, lines: Iterable[dict]) -> int:
             opened.write(json.dumps(line, ensure_ascii=False) + "\n")
             count += 1
     return count
+
+
+def _refuse_constant(name: str):
+    raise ValueError(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    if math.isinf(value := float(text)):
+        raise ValueError(f"the number {text[:20]} is too large")
+    return value
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict:
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        (key, _), *_ = (collections.Counter(key for key, _ in pairs) - collections.Counter(out.keys())).items()
+        raise ValueError(f"key {key[:80]!r} is repeated")
+    return out
+
+
+JSON_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_unique_keys)
+_NAN_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys)
+
+
+def parse_json(text: str | bytes, *, nan: bool = False) -> Any:
+    """Return the value of a JSON text. All JSON of files is read by this function or `read_json`.
+
+    Raises ValueError for text that is not UTF-8, repeated keys, lone surrogates, more than MAX_DEPTH levels and, unless
+    `nan`, for NaN and infinities. Logs of this project may have these.
+    """
+    if isinstance(text, bytes):
+        text = _decoded(text)
+    try:
+        value = (_NAN_DECODER if nan else JSON_DECODER).decode(text.removeprefix("\ufeff"))
+    except RecursionError:
+        raise ValueError(f"more than {MAX_DEPTH} nested lists and objects") from None
+    check_json(value, text)
+    return value
+
+
+class LoneSurrogate(ValueError):
+    """A JSON string has half of a surrogate pair. `value` is the JSON value with "?" in its place."""
+
+    def __init__(self, value: Any):
+        self.value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
+        super().__init__("a string has a lone surrogate (\\ud800 to \\udfff), which is not a character")
+
+
+def check_json(value: Any, text: str) -> None:
+    """Raise ValueError for a value that is nested too deep or has a lone surrogate. `text` is its JSON."""
+    level, depth = [value] if text.count("[") + text.count("{") > MAX_DEPTH else [], 0
+    while level := [x for x in level if isinstance(x, dict | list)]:
+        if (depth := depth + 1) > MAX_DEPTH:
+            raise ValueError(f"more than {MAX_DEPTH} nested lists and objects")
+        level = [y for x in level for y in (x.values() if isinstance(x, dict) else x)]
+    if "\\u" in text and re.search(r"\\u[dD][89a-fA-F]", text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise LoneSurrogate(value) from None
+
+
+def _decoded(data: bytes) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"line {line} is not UTF-8 (byte 0x{data[error.start]:02x})") from None
+
+
+def read_json(file: Path | str, *, nan: bool = False, kind: type | None = None, limit: int = MAX_JSON) -> Any:
+    """Return the value of a JSON file (`parse_json`).
+
+    Args:
+      kind: dict or list, if the value must be one.
+      limit: maximum size in bytes.
+    Raises:
+      OSError: the file cannot be read.
+      ValueError: it is not JSON, or not of this kind or size. The message names the file.
+    """
+    # Non-blocking, because opening a FIFO would wait for its writer.
+    with open(file, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as opened:
+        data = opened.read(limit + 1)
+    if len(data) > limit:
+        raise ValueError(f"{file} has more than {limit:,} bytes, too many for this JSON file")
+    try:
+        value = parse_json(data, nan=nan)
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from None
+    if kind is not None and not isinstance(value, kind):
+        expected = {dict: "an object", list: "a list"}[kind]
+        raise ValueError(f"{file} has JSON of type {type(value).__name__} where {expected} is expected")
+    return value
+
+
+def read_json_lines(file: Path, *, nan: bool = False) -> list[dict]:
+    """Return the objects of a small JSON Lines file, without blank lines. ValueError names the file and the line."""
+    out = []
+    with open(file, encoding="utf-8-sig", newline="\n") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                value = parse_json(line, nan=nan) if line.strip() else None
+            except ValueError as error:
+                raise ValueError(f"{file}, line {number} is not valid JSON: {error}") from None
+            if isinstance(value, dict):
+                out.append(value)
+            elif line.strip():
+                raise ValueError(f"{file}, line {number} has {type(value).__name__} where an object is expected")
+    return out
 
 
 def sha256_of_file(*paths: Path) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +14,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
+from input_pipeline.field_rules import errors_of, plain_mapping
 from input_pipeline.text.tokenizer import Tokenizer
 from radfm_jax.checkpoints import checkpoint, run_directory
 from radfm_jax.checkpoints import int8 as quantised
@@ -36,6 +36,13 @@ class Model:
     mesh: jax.sharding.Mesh | None = None  # the mesh of the parameters; None for one device
     tokenizer_file: Path | None = None  # SentencePiece model, if the directory has none
     prepared: inputs.Preparation | None = None  # scan preparation; None: as stored in the checkpoint
+
+    def __repr__(self) -> str:
+        """Return the sizes and the origin, not the weights."""
+        count = sum(x.size for x in jax.tree.leaves(self.params))
+        dtypes = ", ".join(sorted({str(x.dtype) for x in jax.tree.leaves(self.params)}))
+        origin = "built in memory" if self.directory is None else f"from {str(self.directory)!r}"
+        return f"Model({count:,} parameters in {dtypes}, {origin})"
 
     def answer(
         self,
@@ -254,14 +261,16 @@ def preparation_of(directory, config: radfm.RadFMConfig) -> inputs.Preparation:
     """
     path = Path(directory) / run_directory.RUN
     try:
-        data = json.loads(path.read_text())["config"]["data"]
+        data = run_directory.read_run(directory)["config"]["data"]
     except FileNotFoundError:
         data = None
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{path} does not record how scans were prepared ({e!r}): {_PREPARED}") from None
     if data is not None:
         known = {f.name for f in dataclasses.fields(inputs.Preparation)}
-        return inputs.Preparation(**{name: value for name, value in data.items() if name in known})
+        with errors_of(path):
+            data = plain_mapping(data, "config.data")
+            return inputs.Preparation(**{name: value for name, value in data.items() if name in known})
     if "file" in checkpoint.read_description(directory).get("source", {}):
         return dataclasses.replace(inputs.RELEASED, num_latents=config.num_latents)
     raise ValueError(f"{directory} has no {run_directory.RUN} that records how scans were prepared: {_PREPARED}")

@@ -55,6 +55,21 @@ def test_the_answer_depends_on_the_scan_and_on_the_mask(model, sample):
     assert np.abs(masked - logits)[:, 8:].max() > 1e-4
 
 
+def test_the_repr_is_short(model):
+    count = sum(x.size for x in jax.tree.leaves(model.params))
+    assert repr(model) == f"Model({count:,} parameters in float32, built in memory)"
+
+
+def test_version():
+    import importlib.metadata
+
+    assert radfm_jax.__version__.count(".") == 2
+    try:
+        assert radfm_jax.__version__ == importlib.metadata.version("radfm_jax")
+    except importlib.metadata.PackageNotFoundError:
+        return  # run from the source tree
+
+
 def test_text_alone(model):
     ids = np.array([[1, 5, 6, 7]])
     logits = model.logits(ids)

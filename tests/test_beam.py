@@ -85,6 +85,7 @@ def tree(directory: Path) -> dict[str, bytes]:
         if name in files:
             value = json.loads(files[name])
             del value[timed]
+            value.pop("sha256", None)  # of the content with the time
             files[name] = json.dumps(value).encode()
     return files
 

@@ -192,7 +192,7 @@ def test_unreadable_descriptions(directory):
     description = json.loads(path.read_text())
     for text, words in (
         (json.dumps({**description, "format": 99}), "format 99.*update"),
-        ("{", "is damaged"),
+        ("{", "radfm.json is not valid JSON"),
         (json.dumps({"format": 1}), "is damaged"),
     ):
         path.write_text(text)

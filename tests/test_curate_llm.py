@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import dataclasses
 import io
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.parse
 from pathlib import Path
 
 import pytest
@@ -256,6 +258,20 @@ def test_a_key_in_an_answer_is_removed(tmp_path, capsys):
     for name, text in (written | {"stdout": shown.out, "stderr": shown.err}).items():
         assert KEY not in text, name
     assert "It is none, or none." in (tmp_path / "keyless" / "vqa.csv").read_text()
+
+
+@pytest.mark.parametrize("form", ["base64", "percent", "part"])
+def test_a_key_in_another_form_is_removed(tmp_path, form):
+    """The server of the endpoint repeats the key encoded, in an error or in an answer."""
+    secret = "sk-test/Ab3dE5fG7hI9jK1lM2nO"
+    shown = {
+        "base64": base64.b64encode(f"Bearer {secret}".encode()).decode(),
+        "percent": urllib.parse.quote(secret, safe=""),
+        "part": secret[:20],
+    }[form]
+    client = llm._Client.__new__(llm._Client)
+    client.secret = secret
+    assert shown not in client._message(f"wrong key {shown}") and secret[:12] not in client._without_key(shown)
 
 
 def test_another_request_is_another_key():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
 import os
 import shutil
 import sys
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -206,6 +208,60 @@ def test_budget(tmp_path, monkeypatch):
     monkeypatch.setattr(packages, "MAX_PACKAGE", 1000)
     with pytest.raises(packages.PackageError, match="1,000 bytes"):
         packages.open_package(str(tmp_path / "PMC9000001.tar.gz"))
+
+
+def package_of(tmp_path, *headers: tuple[bytes, bytes, int]) -> str:
+    """Write a package whose article comes after tar headers of (type, content, size)."""
+    blocks = io.BytesIO()
+    for kind, data, size in headers:
+        info = tarfile.TarInfo("header")
+        info.type, info.size = kind, size
+        blocks.write(info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % 512))
+    article = jats_papers.xml("PMC9000001")
+    info = tarfile.TarInfo("x/a.nxml")
+    info.size = len(article)
+    blocks.write(info.tobuf() + article + bytes(-len(article) % 512) + bytes(1024))
+    path = tmp_path / "PMC9000001.tar.gz"
+    path.write_bytes(gzip.compress(blocks.getvalue(), 1))
+    return str(path)
+
+
+LONG_FIELD = b"%d comment=%s\n" % (3 << 20, b"a" * ((3 << 20) - 17))
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [(tarfile.XHDTYPE, LONG_FIELD, len(LONG_FIELD))],
+        [(tarfile.XGLTYPE, LONG_FIELD, len(LONG_FIELD))],
+        [(tarfile.GNUTYPE_LONGNAME, bytes(2 << 20), 2 << 20)],
+        [(tarfile.GNUTYPE_LONGLINK, bytes(2 << 20), 2 << 20)],
+        [(tarfile.GNUTYPE_LONGNAME, b"a" * 1000, 1000)] * 2_000,
+        [(tarfile.XGLTYPE, b"20 comment=%s\n" % (b"a" * 8), 20)] * 3_000,
+        [(tarfile.XHDTYPE, b"20 comment=%s\n" % (b"a" * 8), 20)] * 3_000,
+    ],
+    ids=["pax", "global pax", "long name", "long link", "many names", "many global", "many pax"],
+)
+def test_headers_are_within_the_limits(tmp_path, monkeypatch, headers):
+    """Headers of tar files are read into memory before any member is seen."""
+    monkeypatch.setattr(packages, "MAX_HEADERS", 2 << 20)
+    path = package_of(tmp_path, *headers)
+    tracemalloc.start()
+    try:
+        packages.open_package(path)  # many small headers of all members are harmless
+        assert headers[0][0] == tarfile.XGLTYPE
+    except packages.PackageError as error:
+        assert "header" in str(error)
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < 12 << 20, peak
+
+
+def test_pax_headers_of_normal_size(tmp_path):
+    field = b"20 path=x/other.xml\n"
+    package = packages.open_package(package_of(tmp_path, (tarfile.XHDTYPE, field, len(field))))
+    assert package.xml_name == "other.xml" and package.xml == jats_papers.xml("PMC9000001")
 
 
 def test_other_formats_become_png(tmp_path):

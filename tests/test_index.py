@@ -47,8 +47,6 @@ def written(tmp_path) -> tuple[Path, dict]:
         }
         for (name, f), rows in zip(fields.items(), (4, 2), strict=True)
     }
-    description = {"version": index.VERSION, "sources": sources, "identity": "abc"}
-    (directory / "index.json").write_text(json.dumps(description))
     lines = [
         {"source": "vqa", "root": str(root), "path": path, "volume": volume, "window": window, "fault": fault,
          "key": key_hash(path, volume, window), "record": record, "bytes": 7,
@@ -61,6 +59,8 @@ def written(tmp_path) -> tuple[Path, dict]:
     rows += [{"source": "more", "row": i, "row_id": str(i), "state": "good"} for i in range(2)]
     pq.write_table(pa.Table.from_pylist(lines, index.SCANS), directory / "scans.parquet")
     pq.write_table(pa.Table.from_pylist(rows, index.ROWS), directory / "rows.parquet")
+    description = {"version": index.VERSION, "sources": sources, "identity": "abc"}
+    (directory / "index.json").write_text(json.dumps(index.sealed(directory, description)))
     return directory, fields
 
 
@@ -117,7 +117,8 @@ def test_a_root_may_become_two(written, tmp_path):
 
 def test_two_scans_with_one_key():
     """Equal values are one scan; different values are an error, because one scan would replace the other."""
-    columns = (np.array([5, 9, 5], np.uint64), np.array([7, 8, 7]), np.array([0, 1, 0]), np.ones((3, 4), np.int32))
+    keys, sizes, records = np.array([5, 9, 5], np.uint64), np.array([7, 8, 7]), np.array([0, 1, 0])
+    columns = (keys, sizes, records, np.array([3, 4, 3]), np.ones((3, 4), np.int32))
     assert len(Scans(*columns)) == 2
     columns[2][2] = 3
     with pytest.raises(ValueError, match="two scans with one key"):

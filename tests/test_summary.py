@@ -77,6 +77,47 @@ def test_answers_with_scans_as_the_model_saw_them(tmp_path, run):
     assert len(re.findall("data:image/png", text)) == 2  # the curves, and the scan of the answered question
 
 
+@pytest.mark.parametrize("path", ["../../secret.png", "{outside}", "link.png"])
+def test_scans_outside_the_root_are_refused(tmp_path, run, capsys, path):
+    """A page is made to be sent, so it must not show any image of the disk."""
+    Image.fromarray(np.zeros((64, 64), np.uint8)).save(tmp_path / "secret.png")
+    root = tmp_path / "data" / "scans"
+    root.mkdir(parents=True)
+    (root / "link.png").symlink_to(tmp_path / "secret.png")
+    prepared = {"preprocess": "paper", "size_2d": 64, "size_3d": 32, "depth": 8, "num_latents": 4, "text_length": 64}
+    question = {"id": "a", "scans": [path.format(outside=tmp_path / "secret.png")], "instruction": "Side?"}
+    (tmp_path / "q.jsonl").write_text(json.dumps(question))
+    (tmp_path / "a.jsonl").write_text(json.dumps({"id": "a", "answer": "x", "made_with": {"prepared": prepared}}))
+    argv = ["--runs", run, "--questions", tmp_path / "q.jsonl", "--answers", tmp_path / "a.jsonl", "--root", root]
+    assert run_summary.main([*map(str, argv), "--out", str(tmp_path / "page.html")]) == 2
+    assert str(root) in capsys.readouterr().err and not (tmp_path / "page.html").exists()
+
+
+@pytest.mark.parametrize(
+    "question, answer",
+    [
+        ({"scans": []}, {"id": "a"}),
+        ({"id": "a", "scans": [3]}, {"id": "a"}),
+        ({"id": "a", "scans": []}, {"answer": "x"}),
+    ],
+)
+def test_questions_and_answers_of_another_form(tmp_path, run, capsys, question, answer):
+    (tmp_path / "q.jsonl").write_text(json.dumps(question))
+    (tmp_path / "a.jsonl").write_text(json.dumps(answer))
+    argv = ["--runs", run, "--questions", tmp_path / "q.jsonl", "--answers", tmp_path / "a.jsonl"]
+    assert run_summary.main([*map(str, argv), "--out", str(tmp_path / "page.html")]) == 2
+    assert ".jsonl" in capsys.readouterr().err
+
+
+def test_results_of_a_run_and_what_to_do_next(run):
+    (run / "checkpoints" / "20").mkdir(parents=True)
+    (run / "checkpoints" / "10").mkdir()
+    (run / "checkpoints" / "best.json").write_text('{"step": 10}')
+    lines = display.result_lines(run)
+    assert "checkpoints/20 (last step), checkpoints/10 (lowest held-out loss), metrics.jsonl" in lines[0]
+    assert f"radfm_jax.generate --checkpoint {run}" in lines[1] and "radfm_jax.evaluate" in lines[2]
+
+
 def test_a_directory_without_a_run(tmp_path, capsys):
     assert run_summary.main(["--runs", str(tmp_path / "none"), "--out", str(tmp_path / "page.html")]) == 2
     assert "none" in capsys.readouterr().err and not (tmp_path / "page.html").exists()

@@ -295,7 +295,7 @@ def test_invalid_indices(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     for text in ("", "[" * 100_000, "[]", "{}", '{"weight_map": {"a": 1}}', '{"weight_map": []}'):
         index.write_text(text)
-        with pytest.raises(ValueError, match="index.json has no weight_map|index.json is not JSON"):
+        with pytest.raises(ValueError, match="index.json has no weight_map|index.json is not valid JSON"):
             open_tensors(tmp_path)
     (tmp_path / "other.safetensors.index.json").write_text("{}")
     with pytest.raises(ValueError, match="several sets of weights"):

@@ -217,7 +217,8 @@ class RowLoader:
             rng = sample_rng(config.seed, epoch, *owner)
         with self._row_errors(errors, name, sample, scan):
             if self.records is not None:
-                volume = self.records[self._indexed(root, scan).record]
+                indexed = self._indexed(root, scan)
+                volume = self.records.read(indexed.record, indexed.record_digest)
                 if rng is not None:
                     volume = augment(volume, rng, config.flips, config.crop)
             else:

@@ -12,6 +12,9 @@ _MARK = re.compile(
     r"|(?:(?<=[.;:]\s)|^)(?P<plain>[A-Z])(?=[:.,)]\s)"
     r"|(?:(?<=[\s.;])|^)(?P<half>[a-zA-Z])\)(?=\s)"
 )
+# White space is matched from its first character only; otherwise a long run takes quadratic time.
+_BETWEEN = re.compile(r"(?:(?<!\s)\s+)?[,/&]\s*(?:and\s+)?|(?<!\s)\s+and\s+")
+_ENDS_OF_RANGE = re.compile(r"(?:(?<!\s)\s+)?[-–]\s*")
 
 
 def panels(caption: str) -> list[str]:
@@ -22,8 +25,8 @@ def panels(caption: str) -> list[str]:
     marked: set[str] = set()
     for match in _MARK.finditer(caption):
         mark = match["bracketed"] or match["plain"] or match["half"]
-        for piece in re.split(r"\s*[,/&]\s*(?:and\s+)?|\s+and\s+", mark):
-            ends = re.split(r"\s*[-–]\s*", piece.lower())
+        for piece in _BETWEEN.split(mark):
+            ends = _ENDS_OF_RANGE.split(piece.lower())
             marked |= {chr(c) for c in range(ord(ends[0]), ord(ends[-1]) + 1)}
     letters = list(itertools.takewhile(marked.__contains__, string.ascii_lowercase))
     return letters if len(letters) > 1 else []

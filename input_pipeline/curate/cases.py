@@ -28,7 +28,7 @@ from input_pipeline.datasets import diseases, modalities
 from input_pipeline.datasets.csv_tables import stream_csv
 from input_pipeline.datasets.json_tables import load_json
 from input_pipeline.datasets.rows import Row, bad_path
-from input_pipeline.files import atomic_write
+from input_pipeline.files import atomic_write, parse_json
 from input_pipeline.images import scans
 from input_pipeline.parallel import chunk_files
 from input_pipeline.samples import RowError
@@ -153,7 +153,7 @@ def _items(source: Path) -> Iterator[str]:
 
 def one_case(options: dict, item: str) -> Result:
     """Return the rows of a case, and write its scans."""
-    root, name, number, cells, problem = json.loads(item)
+    root, name, number, cells, problem = parse_json(item)
     result, folder = Result(), Path(root) / name
     result.count("cases read")
     file = Path(root) / "cases.csv" if number else folder / "case.json"

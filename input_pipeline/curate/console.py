@@ -5,16 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from input_pipeline.console import RateColumn, add_bar, error_line
+from input_pipeline.console import RateColumn, SafeConsole, add_bar, error_line, stdout_console
 from input_pipeline.files import locked_directory
 from input_pipeline.parallel import beam
 from input_pipeline.parallel.workers import WorkerError
@@ -95,7 +93,7 @@ def main(tool: Tool, name: str, argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if problem := tool.check(args):
         parser.error(problem)
-    console = Console(stderr=True)
+    console = SafeConsole(stderr=True)
     bars = Progress(
         SpinnerColumn(), TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), RateColumn(),
         TimeRemainingColumn(), TextColumn("[red]{task.fields[bad]}"), console=console,
@@ -125,4 +123,4 @@ def show(report: dict) -> None:
     table.add_section()
     for reason, count in report.get("reasons", {}).items():
         table.add_row(f"[red]{escape(reason)}", f"{count:,}")
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    stdout_console().print(table)

@@ -13,8 +13,10 @@ their line, and tie to no figure.
 
 from __future__ import annotations
 
+import bisect
 import collections
 import dataclasses
+import itertools
 
 from input_pipeline.curate import references
 from input_pipeline.curate.jats_text import Link
@@ -52,6 +54,25 @@ class Figure:
         return f"{self.label.rstrip('.')} ({self.key})"
 
 
+class _Links:
+    """Links in the order of their positions, to find those that overlap a range of the text."""
+
+    def __init__(self, links: list[Link]):
+        self.links = sorted(links, key=lambda link: link.begin)
+        self._begins = [link.begin for link in self.links]
+        self._last_end = list(itertools.accumulate((link.end for link in self.links), max))
+
+    def overlapping(self, begin: int, end: int, empty: bool = False) -> list[int]:
+        """Return the numbers of the links that overlap [begin, end); with `empty`, also of empty links in it."""
+        numbers, k = [], bisect.bisect_left(self._begins, end) - 1
+        while k >= 0 and self._last_end[k] >= begin:
+            link = self.links[k]
+            if link.end > begin or (empty and link.begin == link.end == begin):
+                numbers.append(k)
+            k -= 1
+        return numbers[::-1]
+
+
 class Ties:
     """The figures of a paper by id and by number, and the references to them.
 
@@ -60,6 +81,7 @@ class Ties:
 
     def __init__(self, figures: list[Figure], groups: dict[str, set[str]]):
         self.problems: list[tuple[int, str]] = []  # (line of the XML, reason)
+        self._reported: set[tuple[int, str]] = set()
         self.counts: collections.Counter[str] = collections.Counter()  # label -> number of references
         self._by_key: dict[str, list[Figure]] = {}
         self._by_number: dict[tuple[str, str], list[Figure]] = {}
@@ -85,47 +107,47 @@ class Ties:
 
     def tie(self, text: str, links: list[Link], line: int) -> list[tuple[int, Figure]]:
         """Return (position in the text, figure) of every reference, sorted by position."""
-        known, foreign = [], []
-        for link in links:
-            if link.kind == "fig" or any(target in self._by_key for target in link.targets):
-                known.append(link)
-            elif link.end > link.begin and link.kind != "bibr":
-                foreign.append(link)
-
-        def overlapping(links: list[Link], begin: int, end: int) -> list[int]:
-            return [k for k, link in enumerate(links) if link.begin < end and begin < link.end]
-
+        to_figures = [x.kind == "fig" or any(target in self._by_key for target in x.targets) for x in links]
+        known = _Links(list(itertools.compress(links, to_figures)))
+        foreign = _Links(
+            [
+                x
+                for x, known in zip(links, to_figures, strict=True)
+                if not known and x.end > x.begin and x.kind != "bibr"
+            ]
+        )
         tied: list[tuple[int, Figure]] = []
         used: set[int] = set()
-        for mention in references.mentions(text, lambda begin, end: bool(overlapping(known, begin, end))):
-            if overlapping(foreign, mention.begin, mention.end):
+        for mention in references.mentions(text, lambda begin, end: bool(known.overlapping(begin, end))):
+            if foreign.overlapping(mention.begin, mention.end):
                 # "Figure S1" linked to a supplementary file.
-                linked = overlapping(known, mention.begin, mention.end)
-                used |= {k for k in linked if not self._targets(known[k])}
+                linked = known.overlapping(mention.begin, mention.end)
+                used |= {k for k in linked if not self._targets(known.links[k])}
                 if not linked:
                     self.counts["references to supplements"] += 1
                     continue
+            begins, ends = zip(*((item.begin, item.end) for item in mention.items if not item.inner), strict=True)
             for item in mention.items:
-                over = [] if item.inner else [
-                    k for k, x in enumerate(known) if x.begin < item.end and item.begin < max(x.end, x.begin + 1)
-                ]  # fmt: skip
+                over = [] if item.inner else known.overlapping(item.begin, item.end, empty=True)
                 if not over and not item.inner and len(mention.items) == 1:
                     # The link is on the keyword alone: "<xref>Fig.</xref> 2".
-                    over = [k for k, x in enumerate(known) if mention.begin <= x.begin < mention.end]
+                    over = [k for k in known.overlapping(mention.begin, mention.end, empty=True)
+                            if mention.begin <= known.links[k].begin]  # fmt: skip
                 used |= set(over)
-                covered = sum(
-                    any(known[k].begin < other.end and other.begin < known[k].end for k in over)
-                    for other in mention.items if not other.inner
-                )  # fmt: skip
-                figures = self._resolve(mention, item, [known[k] for k in over], covered > 1, line)
-                tied += [(mention.begin, figure) for figure in figures]
-        for k, link in enumerate(known):
+                over_links = [known.links[k] for k in over]
+                # Several items overlap one link. Items are in the order of the text.
+                shared = any(
+                    bisect.bisect_left(begins, x.end) - bisect.bisect_right(ends, x.begin) > 1 for x in over_links
+                )
+                tied += [(mention.begin, figure) for figure in self._resolve(mention, item, over_links, shared, line)]
+        for k, link in enumerate(known.links):
             if k not in used:
                 tied += [(link.begin, figure) for figure in self._resolve_link(text, link)]
         return sorted(tied, key=lambda f: f[0])
 
     def _problem(self, line: int, reason: str) -> None:
-        if (line, reason) not in self.problems:
+        if (line, reason) not in self._reported:
+            self._reported.add((line, reason))
             self.problems.append((line, reason))
 
     def _contradiction(self, line: int, stated: str, linked: str) -> list[Figure]:

@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from input_pipeline.files import PARTIAL, write_json
+from input_pipeline.files import PARTIAL, parse_json, read_json, write_json
 from input_pipeline.parallel import beam, chunk_files, workers
 from input_pipeline.parallel.chunk_files import Items
 from input_pipeline.parallel.resilient_pool import ResilientPool, no_state
@@ -123,7 +123,7 @@ def run(
     job = {"version": VERSION, "tool": tool, "options": options, "items": listed.checksum, "chunk": chunk_files.CHUNK}
     file = directory / "parts" / "job.json"
     if file.is_file() and any(file.parent.glob("*.jsonl")):
-        before = json.loads(file.read_text(encoding="utf-8"))
+        before = read_json(file, kind=dict)
         if before != job:
             changed = [key for key in job if before.get(key) != job[key]]
             reason = f"{directory} has results of an interrupted run with other {', '.join(changed)}"
@@ -167,7 +167,7 @@ def results(directory: Path, items: Items) -> Iterator[tuple[str, Result]]:
     for chunk in range(items.chunks):
         with open(chunk_files.part_file(directory, chunk), encoding="utf-8") as lines:
             for name, line in zip(items.chunk(chunk), lines, strict=True):
-                yield name, Result(**json.loads(line))
+                yield name, Result(**parse_json(line))
 
 
 class Report:
@@ -211,7 +211,7 @@ class Report:
 
 def _of_other_tool(file: Path, tool: str) -> bool:
     try:
-        report = json.loads(file.read_text(encoding="utf-8"))
+        report = read_json(file)
     except (OSError, ValueError):
         return False
     return isinstance(report, dict) and report.get("tool") not in (None, tool)

@@ -17,6 +17,11 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Annotated
+
+from input_pipeline.field_rules import Count, Size, above, at_least, check_fields
+from input_pipeline.files import parse_json
+from input_pipeline.messages import redacted
 
 CHARACTERS_PER_TOKEN = 4.0  # roughly, for English; used for estimates only
 
@@ -34,16 +39,19 @@ class Endpoint:
     base_url: str
     model: str
     key_variable: str = "OPENAI_API_KEY"  # the environment variable with the API key; "" for a server without one
-    concurrency: int = 8  # maximum number of concurrent requests
-    per_minute: float = 0.0  # maximum number of requests per minute; 0: no limit
-    timeout: float = 120.0  # seconds for one request
-    retries: int = 6  # retries of one request before it is deferred to the next run
-    first_wait: float = 1.0  # seconds before the first retry; doubled for each later one
-    temperature: float = 0.7
-    max_tokens: int = 800
-    price_in: float = 0.0  # of a million tokens sent, in any currency
-    price_out: float = 0.0  # of a million tokens received
-    budget: float = 0.0  # stop after this cost; 0: no limit
+    concurrency: Size = 8  # maximum number of concurrent requests
+    per_minute: Annotated[float, at_least(0)] = 0.0  # maximum number of requests per minute; 0: no limit
+    timeout: Annotated[float, above(0)] = 120.0  # seconds for one request
+    retries: Count = 6  # retries of one request before it is deferred to the next run
+    first_wait: Annotated[float, at_least(0)] = 1.0  # seconds before the first retry; doubled for each later one
+    temperature: Annotated[float, at_least(0)] = 0.7
+    max_tokens: Size = 800
+    price_in: Annotated[float, at_least(0)] = 0.0  # of a million tokens sent, in any currency
+    price_out: Annotated[float, at_least(0)] = 0.0  # of a million tokens received
+    budget: Annotated[float, at_least(0)] = 0.0  # stop after this cost; 0: no limit
+
+    def __post_init__(self):
+        check_fields(self, "endpoint")
 
     def key(self) -> str:
         """Return the API key, or "" if none is used. Raises ValueError if the variable is not set."""
@@ -77,7 +85,7 @@ class Answers:
             with open(file, "rb") as lines:
                 for line in lines:
                     try:
-                        value = json.loads(line) if line.endswith(b"\n") else None
+                        value = parse_json(line) if line.endswith(b"\n") else None
                     except ValueError as error:
                         raise ValueError(f"{file}: a line is not JSON ({error}): correct or move the file") from None
                     if value is None:
@@ -96,7 +104,7 @@ class Answers:
     def __getitem__(self, key: str) -> dict:
         with open(self.file, "rb") as lines:
             lines.seek(self._offsets[key])
-            return json.loads(lines.readline())
+            return parse_json(lines.readline())
 
     def append(self, answer: dict) -> None:
         if answer["key"] in self._offsets:
@@ -317,7 +325,7 @@ class _Client:
         return " ".join(self._without_key(str(error)).split())[:200]
 
     def _without_key(self, text: str) -> str:
-        return text.replace(self.secret, "...") if self.secret else text
+        return redacted(text, self.secret)
 
 
 def _seconds(text: str | None) -> float:

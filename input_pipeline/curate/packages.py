@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gzip
 import os
 import re
 import tarfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 _NAME = re.compile(r"(PMC\d{1,10})(?:\.\d+)?(?:\.tar\.gz|\.tgz)?")
 XML = (".nxml", ".xml")
@@ -26,6 +28,8 @@ MAX_XML = 64 << 20
 MAX_PACKAGE = 1 << 30  # bytes of all members, unpacked
 MAX_KEPT = 256 << 20  # bytes of the images of one paper in memory
 MAX_MEMBERS = 20_000
+MAX_HEADER = 1 << 20  # bytes of one header of a member: a long name, or the fields of a pax header
+MAX_HEADERS = 16 << 20  # bytes of all headers
 
 
 class PackageError(ValueError):
@@ -94,11 +98,38 @@ def open_package(path: str, images: bool = True) -> Package:
     if os.path.isdir(path):
         return _open_folder(Path(path))
     try:
-        with tarfile.open(path, "r:gz") as archive:
-            return _open_archive(path, archive, images)
+        with gzip.open(path) as file, tarfile.open(fileobj=(limited := _LimitedFile(file)), mode="r:") as archive:
+            return _open_archive(path, archive, limited, images)
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise PackageError(f"the archive cannot be read: {reason}") from None
+    except RecursionError:  # tarfile reads consecutive headers of one member recursively
+        raise PackageError("a member of the archive has too many headers") from None
+
+
+class _LimitedFile:
+    """A file for tarfile, which reads headers of any size into memory. Raises PackageError above the limits."""
+
+    def __init__(self, file: IO[bytes]):
+        self.file, self.headers, self.is_content = file, 0, False
+        self.seek, self.tell, self.close = file.seek, file.tell, file.close
+
+    def read(self, size: int) -> bytes:
+        if not self.is_content:
+            self.headers += size
+            if size > MAX_HEADER or self.headers > MAX_HEADERS:
+                raise PackageError(
+                    f"headers with more than {MAX_HEADER:,} or together {MAX_HEADERS:,} bytes", "remove it"
+                )
+        return self.file.read(size)
+
+    def content(self, archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+        """Return the bytes of a member, whose size was checked."""
+        self.is_content = True
+        try:
+            return archive.extractfile(member).read()
+        finally:
+            self.is_content = False
 
 
 def _open_folder(folder: Path) -> Package:
@@ -121,14 +152,14 @@ def _open_folder(folder: Path) -> Package:
     raise PackageError(f"{name} cannot be read")
 
 
-def _open_archive(path: str, archive: tarfile.TarFile, read_images: bool) -> Package:
+def _open_archive(path: str, archive: tarfile.TarFile, file: _LimitedFile, read_images: bool) -> Package:
     images: dict[str, bytes | Path] = {}
     xml: dict[str, bytes] = {}
     rejected: list[tuple[str, str]] = []
     total = kept = 0
     for number, member in enumerate(archive):
         total += member.size
-        if number >= MAX_MEMBERS or total > MAX_PACKAGE:
+        if number >= MAX_MEMBERS or total > MAX_PACKAGE or member.size < 0:
             raise PackageError(f"more than {MAX_MEMBERS:,} members or {MAX_PACKAGE:,} bytes", "remove it")
         name, base = member.name, os.path.basename(member.name)
         if not name.lower().endswith((*XML, *IMAGES)):
@@ -140,7 +171,7 @@ def _open_archive(path: str, archive: tarfile.TarFile, read_images: bool) -> Pac
         elif name.lower().endswith(XML):
             if member.size > MAX_XML:
                 raise PackageError(f"{name} has more than {MAX_XML:,} bytes", "remove it")
-            xml[base] = archive.extractfile(member).read()
+            xml[base] = file.content(archive, member)
         else:
             kept += member.size if read_images else 0
             if kept > MAX_KEPT:
@@ -148,7 +179,7 @@ def _open_archive(path: str, archive: tarfile.TarFile, read_images: bool) -> Pac
             if base in images:
                 rejected.append((name, "another member has the same name"))
             else:
-                images[base] = archive.extractfile(member).read() if read_images else b""
+                images[base] = file.content(archive, member) if read_images else b""
     name = _only_article(sorted(xml))
     return Package(path, xml[name], name, images, rejected)
 

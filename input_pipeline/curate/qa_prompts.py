@@ -59,7 +59,9 @@ class Pair(NamedTuple):
     answer: str
 
 
-_TURN = re.compile(r"^[\s*_#>-]*(?:\d+[.)]\s*)?(User|Human|Question|Q|Assistant|Answer|A)[\s*_]*:[\s*_]*", re.I | re.M)
+_TURN = re.compile(
+    r"^(?:[^\S\n]|[*_#>-])*(?:\d+[.)]\s*)?(User|Human|Question|Q|Assistant|Answer|A)[\s*_]*:[\s*_]*", re.I | re.M
+)
 _QUESTIONER = frozenset({"user", "human", "question", "q"})
 _REFUSAL = re.compile(
     r"^\W*(?:I['’]?m\s+(?:very\s+)?sorry|sorry\b|I\s+(?:can(?:not|['’]t)|am\s+(?:not\s+able|unable))|"

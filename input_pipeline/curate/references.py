@@ -26,6 +26,9 @@ _PANELS = re.compile(
 )
 _RANGE = re.compile(rf"{_DASH}|\s+(?:to|through)\s+", re.IGNORECASE)
 _SEPARATOR = re.compile(r"\s*(?:,|;|/|&|\+)\s*(?:and\s+|&\s*)?|\s+(?:and|or)\s+", re.IGNORECASE)
+# For `split`: white space is matched from its first character only; otherwise a long run takes quadratic time.
+_BETWEEN = re.compile(r"(?:(?<!\s)\s+)?[,/&+]\s*(?:and\s+)?|(?<!\s)\s+and\s+")
+_ENDS_OF_RANGE = re.compile(r"(?:(?<!\s)\s+)?[-–—−‒]\s*|(?<!\s)\s+to\s+")
 _AGAIN = re.compile(r"(?:figures?|figs?)\b\.?\s*", re.IGNORECASE)
 # Text after a number in a list that shows that the number does not refer to a figure.
 _COUNTED = re.compile(
@@ -35,7 +38,7 @@ _COUNTED = re.compile(
 _ENDS = re.compile(r"\s*(?:[).,;:\]–—-]|$)|\s+(?:show|illustrate|demonstrate|depict|present|reveal|and\b|are\b)")
 # Text after and before a mention that refers to another paper.
 _ELSEWHERE_AFTER = re.compile(
-    r"[A-Za-z)]{0,2}\s*,?\s*(?:of|in|from)\s+(?:refs?\b|references?\b|\[|\(?[A-Z][\w'’-]+(?:\s+and\s+[A-Z][\w'’-]+|"
+    r"[A-Za-z)]{0,2}\s*(?:,\s*)?(?:of|in|from)\s+(?:refs?\b|references?\b|\[|\(?[A-Z][\w'’-]+(?:\s+and\s+[A-Z][\w'’-]+|"
     r"\s+et\s+al)|the\s+(?:original\s+)?(?:paper|article|study|work|report)\s+(?:of|by)\b)|\s+therein\b"
 )
 _ELSEWHERE_BEFORE = re.compile(
@@ -152,8 +155,8 @@ def _panels(text: str, position: int) -> tuple[tuple[str, ...], int]:
     if match["apart"] and letters in ("a", "A", "I", "i") and following not in (")", ",", "]"):
         return (), position
     names: list[str] = []
-    for piece in re.split(r"\s*[,/&+]\s*(?:and\s+)?|\s+and\s+", letters):
-        ends = [e.strip(" '’′*").lower() for e in re.split(rf"{_DASH}|\s+to\s+", piece)]
+    for piece in _BETWEEN.split(letters):
+        ends = [e.strip(" '’′*").lower() for e in _ENDS_OF_RANGE.split(piece)]
         if len(ends) == 2 and all(len(e) == 1 for e in ends) and ends[0] < ends[1]:
             names += [chr(c) for c in range(ord(ends[0]), ord(ends[1]) + 1)]
         else:
@@ -170,7 +173,7 @@ def _between(first: Item, last: str, end: int) -> list[Item]:
 
 
 _LABEL = re.compile(
-    r"^\W*(?:(?P<before>supplementa(?:ry|l)|suppl?\.?|supporting|online|additional|extended data|appendix)\s+)?"
+    r"^\W*+(?:(?P<before>supplementa(?:ry|l)|suppl?\.?|supporting|online|additional|extended data|appendix)\s+)?"
     r"(?:(?P<word>figures?|figs?|schemes?|charts?|plates?|images?|abb(?:ildung)?)\b[.:]?\s*)?"
     r"(?P<number>(?:[A-Z][\s.–-]?)?\d+(?:\.\d+)*|[IVX]+\b)?\s*[-–(]?\s*(?P<panel>[A-Za-z])?\W*$",
     re.IGNORECASE,

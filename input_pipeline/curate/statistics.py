@@ -12,7 +12,7 @@ from input_pipeline.curate.cases import DICOM_MODALITIES
 from input_pipeline.curate.jobs import Report, Result
 from input_pipeline.curate.splits import opened
 from input_pipeline.datasets import modalities, sample_rng
-from input_pipeline.files import atomic_write, write_json, write_text
+from input_pipeline.files import atomic_write, read_json, write_json, write_text
 from input_pipeline.images import scans
 from input_pipeline.samples import RowError, Text
 
@@ -50,7 +50,7 @@ def curate(specs, root, directory, options: dict, progress=jobs.no_progress, log
     root, directory = Path(root).absolute(), Path(directory).absolute()
     result, report = Result(), Report(directory, "statistics", {"root": str(root), "tables": specs} | options)
     licences = dict(text.partition("=")[::2] for text in options["licence"])
-    reports = [json.loads(Path(file).read_text(encoding="utf-8")) for file in options["report"]]
+    reports = [read_json(file, kind=dict) for file in options["report"]]
     labels: dict[str, str] = {}  # path -> label of its modality
     families: dict[str, str] = {}  # path -> family
     tables: dict[str, dict] = {}

@@ -72,7 +72,7 @@ class Diagnosis(TableDataset):
             return scans, disease, FLAGS[flag]
         labels = row.texts("label")
         if len(labels) == 1:
-            labels = [part for part in re.split(r"\s*[,;|]\s*", labels[0]) if part]
+            labels = [part for part in re.split(r"(?:(?<!\s)\s+)?[,;|]\s*", labels[0]) if part]
         labels = tuple(dict.fromkeys(self._label(row, label) for label in labels))
         if not labels:
             raise row.error("label is blank", "write a disease, or 'No finding'")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import itertools
-import json
 import pathlib
 import re
 from collections.abc import Iterator
@@ -17,30 +16,11 @@ from collections.abc import Iterator
 from input_pipeline.datasets.rows import MAX_CELL, bad_text
 from input_pipeline.datasets.store import Store
 from input_pipeline.datasets.table_text import open_text, read_lines, read_text
+from input_pipeline.files import JSON_DECODER, check_json, parse_json
 from input_pipeline.samples import RowError
 
 _SPACE = re.compile(r"[ \t\n\r]*")
 _MAX_ROW = 64 * MAX_CELL  # characters; without a limit an open quote or brace would read the whole file into memory
-
-
-def parse_json(text: str):
-    """Parse JSON without NaN, infinities and repeated keys. Raises ValueError."""
-    return _DECODER.decode(text)
-
-
-def _refuse_constant(name):
-    raise ValueError(f"{name} is not JSON")
-
-
-def _unique_keys(pairs):
-    out = dict(pairs)
-    if len(out) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(k for k in keys if keys.count(k) > 1)!r} is repeated")
-    return out
-
-
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
 
 
 def _bad_byte(text: str) -> tuple[int, str] | None:
@@ -60,7 +40,7 @@ def load_json(file: pathlib.Path):
         raise RowError(file, 0, f"line {line} is not UTF-8 ({bad[1]})", "save it as UTF-8")
     try:
         return parse_json(text)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         reason = f"the file is not valid JSON: {_short(error)}"
         raise RowError(file, 0, reason, "write it again as UTF-8 JSON") from None
 
@@ -93,7 +73,7 @@ class _ListReader:
                 reason = f"line {self._line(self.at + bad[0])} is not UTF-8 ({bad[1]})"
                 yield RowError(self.file, self.number, reason, "save it as UTF-8")
             else:
-                yield _object(self.file, self.number, value, self.required)
+                yield self._row(value, self.text[self.at : end])
             self.at = end
             mark = self._peek()
             if mark == ",":
@@ -103,6 +83,13 @@ class _ListReader:
         self.at += 1
         if self._peek():
             raise self._broken("text after the list", self.at)
+
+    def _row(self, value, text: str) -> tuple[int, dict] | RowError:
+        try:
+            check_json(value, text)
+        except ValueError as error:
+            return RowError(self.file, self.number, f"not valid JSON: {_short(error)}", "correct or remove the row")
+        return _object(self.file, self.number, value, self.required)
 
     def _more(self) -> None:
         block = next(self.blocks, "")
@@ -122,7 +109,7 @@ class _ListReader:
         """Parse the value at the current position. Returns it and its end."""
         while True:
             try:
-                value, end = _DECODER.raw_decode(self.text, self.at)
+                value, end = JSON_DECODER.raw_decode(self.text, self.at)
                 if end < len(self.text) or self.at_end:  # else a number may continue in the next block
                     return value, end
             except (ValueError, RecursionError) as error:
@@ -193,7 +180,7 @@ def _json_rows(file) -> Iterator[tuple[int, dict] | RowError]:
             continue
         try:
             value = parse_json(line)
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             yield RowError(file, number, f"not valid JSON: {_short(error)}", "write one JSON object a line")
             continue
         yield _object(file, number, value)

@@ -8,11 +8,12 @@ before or after the sentence.
 from __future__ import annotations
 
 import functools
-import json
 import pathlib
 import string
 
 import numpy as np
+
+from input_pipeline.files import read_json
 
 FILE = pathlib.Path(__file__).with_name("prompts.json")
 MIN_SENTENCES = 10
@@ -70,7 +71,7 @@ def check_prompts(groups: dict, source="prompts") -> dict[str, tuple[str, ...]]:
 @functools.cache
 def load() -> dict[str, tuple[str, ...]]:
     """Return all groups, read and checked once per process."""
-    return check_prompts(json.loads(FILE.read_text(encoding="utf-8")), FILE.name)
+    return check_prompts(read_json(FILE), FILE.name)
 
 
 def draw(group: str, rng: np.random.Generator, **values: str) -> str:

@@ -16,7 +16,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from input_pipeline.files import atomic_write
+from input_pipeline.files import atomic_write, parse_json
 from input_pipeline.images import scans
 from input_pipeline.index import scan_checks
 from input_pipeline.index.scan_checks import Conversion, Key, ScanCheck, ScanTask
@@ -99,7 +99,7 @@ def _write_part(
 
 
 def _tasks(items: chunk_files.Items, chunk: int) -> list[ScanTask]:
-    return [(tuple(key), stamp) for key, stamp in map(json.loads, items.chunk(chunk))]
+    return [(tuple(key), stamp) for key, stamp in map(parse_json, items.chunk(chunk))]
 
 
 def _identity(tasks: Sequence[ScanTask], conversion: Conversion) -> str:
@@ -109,7 +109,7 @@ def _identity(tasks: Sequence[ScanTask], conversion: Conversion) -> str:
 
 def _read_part(directory: Path, chunk: int) -> tuple[dict, list[tuple[ScanCheck | None, int]]]:
     with open(chunk_files.part_file(directory, chunk), encoding="utf-8") as lines:
-        head, *rest = map(json.loads, lines)
+        head, *rest = map(parse_json, lines)
     return head, [(ScanCheck(*line["facts"]) if line["facts"] else None, line["bytes"]) for line in rest]
 
 

@@ -26,5 +26,5 @@ def modality_name(code: str, family: str) -> str:
 def reason_pattern(reason: str) -> str:
     """Return a reason with its names, numbers and paths replaced, so that equal reasons can be counted."""
     reason = re.sub(r"""(["'])(?:(?!\1).)*\1""", "...", reason)
-    reason = re.sub(r"(?:\S*/\S*)+", "...", reason)
+    reason = re.sub(r"(?<!\S)[^\s/]*/\S*", "...", reason)
     return textwrap.shorten(re.sub(r"-?\d[\d,.]*", "N", reason), 160, placeholder=" ...")

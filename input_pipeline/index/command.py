@@ -9,12 +9,12 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from rich.console import Console
 from rich.markup import escape
 
 from input_pipeline import command_line
 from input_pipeline.config import DataConfig
-from input_pipeline.console import add_bar, argument_parser, print_error, progress_bars, stdout_console
+from input_pipeline.console import SafeConsole, add_bar, argument_parser, print_error, progress_bars, stdout_console
+from input_pipeline.field_rules import errors_of
 from input_pipeline.index import summary
 from input_pipeline.index.prepare import Refused, prepare
 from input_pipeline.parallel import beam
@@ -75,11 +75,12 @@ def main(argv: list[str] | None = None) -> int:
     if args.workers is not None and args.workers < 0:
         parser.error(f"--workers must be 0 or more (got {args.workers})")
 
-    console = Console(stderr=True)
+    console = SafeConsole(stderr=True)
     bars = progress_bars(console)
     refused: list[str] = []
     try:
-        data = DataConfig.from_dict(config.data if "data" in config else {})
+        with errors_of(args.config):
+            data = DataConfig.from_dict(config.data if "data" in config else {})
         out = args.out or data.index
         if not out:
             raise ValueError("name the directory of the index: --out DIR")

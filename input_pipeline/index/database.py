@@ -1,7 +1,7 @@
 """The temporary SQLite database of a `prepare` run, which keeps memory use independent of the number of rows.
 
     known      checks of scans from earlier runs (resume_state.py)
-    records    content of a record -> its number
+    records    content of a record -> its number and digest
     sources    sources of the config
     keys       distinct scans, numbered in the order in which rows name them; `source` names it first
     facts      the check of each scan
@@ -24,6 +24,7 @@ import os
 import sqlite3
 from collections.abc import Iterator
 
+from input_pipeline.files import parse_json
 from input_pipeline.index.scan_checks import Key, ScanCheck
 
 CACHE = 64 << 10  # KiB
@@ -38,7 +39,7 @@ ROW = (
 
 _SCHEMA = f"""
 CREATE TABLE known ({SCAN}, PRIMARY KEY ({", ".join(KEY)})) WITHOUT ROWID;
-CREATE TABLE records (sha256, volume, window, record, PRIMARY KEY (sha256, volume, window)) WITHOUT ROWID;
+CREATE TABLE records (sha256, volume, window, record, digest, PRIMARY KEY (sha256, volume, window)) WITHOUT ROWID;
 CREATE TABLE sources (source INTEGER PRIMARY KEY, name, split, root);
 CREATE TABLE keys (scan INTEGER PRIMARY KEY, source, {", ".join(KEY)}, UNIQUE ({", ".join(KEY)}));
 CREATE TABLE facts (scan INTEGER PRIMARY KEY, {", ".join(FACTS)});
@@ -78,7 +79,7 @@ def to_columns(check: ScanCheck) -> tuple:
 def from_columns(row: tuple) -> ScanCheck:
     """Return the scan check of the columns SCAN (the inverse of `to_columns`)."""
     check = ScanCheck(*row)
-    return check._replace(spacing=json.loads(check.spacing))
+    return check._replace(spacing=parse_json(check.spacing))
 
 
 def placeholders(count: int) -> str:

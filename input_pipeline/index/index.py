@@ -1,11 +1,14 @@
 """The index directory: the facts about every scan and row that training needs.
 
-    index.json         version, tables and their checksums, counts; written last
+    index.json         version, tables and their checksums, counts, digests of all files below; written last
     scans.parquet      one line per scan: source, path, volume, window, shape, record number
     rows.parquet       one line per row of every table: study, task, token count at epoch 0, state
     records/           with --records: the volumes at their final size, as a TFDS data set
 
-`prepare` also writes reports (command.EPILOG). `Index.check` verifies that the tables have not changed since `prepare`.
+`prepare` also writes reports (command.EPILOG). Opening an index verifies the SHA-256 of the content of index.json, of
+the two tables and of the description of the records. Records are verified when they are read, by the digests in
+scans.parquet, so that opening does not read all voxels. `Index.check` verifies that the tables of the sources have not
+changed since `prepare`.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -22,10 +27,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from input_pipeline.files import nearest, sha256_of_file
+from input_pipeline.files import fingerprint, nearest, parse_json, read_json, sha256_of_file
 from input_pipeline.samples import Scan
 
-VERSION = 2
+VERSION = 3
+UNVERIFIED = 2  # the version before this one, without digests; it can still be opened
+KEYS = frozenset("version created sources data tokenizer counts records identity".split())  # of UNVERIFIED
+PARTS = ("scans.parquet", "rows.parquet", "records/dataset_info.json")  # verified when an index is opened
 # Fields of a source that do not change what its rows are: sampling shares, and locations.
 NOT_IDENTITY = ("weight", "fraction", "root", "table", "quarantine")
 
@@ -57,6 +65,7 @@ SCANS = pa.schema(
         ("planes", pa.int32()),
         ("record", pa.int64()),  # record number, or -1
         ("stamp", pa.string()),  # sizes and times of its files; `prepare` reads a scan again if they change
+        ("record_digest", pa.int64()),  # records.digest of its record; 0 if there is none
     ]
 )
 ROWS = pa.schema(
@@ -81,6 +90,7 @@ class IndexedScan:
     shape: tuple[int, int, int, int]  # (H, W, D, C) as read; C is 1 if three channels are equal
     bytes: int = -1  # size of its file, or of all files of its series
     record: int = -1  # record number, or -1
+    record_digest: int = 0  # records.digest of the record; 0 if unknown
 
 
 def scan_key(root, scan: Scan) -> tuple[str, str, int, str]:
@@ -97,21 +107,23 @@ def key_hash(*values) -> int:
 
 
 class Scans:
-    """The good scans, 48 bytes each, because a dict of all scans of MedMD would take 16 GB per process.
+    """The good scans, 56 bytes each, because a dict of all scans of MedMD would take 16 GB per process.
 
         scans = index.scans(sources)
         number = scans.number(scan_key(root, scan))
         scans[number].shape
 
-    The columns are keys uint64[n], sizes and records int64[n], and shapes int32[n, 4]. A repeated key must have the
-    same values: ValueError is raised if two different scans have one key.
+    The columns are keys uint64[n], sizes, records and digests int64[n], and shapes int32[n, 4]. A repeated key must
+    have the same values: ValueError is raised if two different scans have one key.
     """
 
-    def __init__(self, keys: np.ndarray, sizes: np.ndarray, records: np.ndarray, shapes: np.ndarray):
-        self.sizes, self.records, self.shapes = sizes, records, shapes
+    def __init__(
+        self, keys: np.ndarray, sizes: np.ndarray, records: np.ndarray, digests: np.ndarray, shapes: np.ndarray
+    ):
+        self.sizes, self.records, self.digests, self.shapes = sizes, records, digests, shapes
         order = np.argsort(keys, kind="stable")
         repeated = np.flatnonzero(keys[order[1:]] == keys[order[:-1]])
-        for column in (sizes, records, shapes):
+        for column in (sizes, records, digests, shapes):
             if (column[order[repeated]] != column[order[repeated + 1]]).any():
                 raise ValueError("the index has two scans with one key: rename a file, or use different roots")
         self.first = np.delete(order, repeated + 1)
@@ -129,7 +141,7 @@ class Scans:
 
     def __getitem__(self, number: int) -> IndexedScan:
         shape = tuple(self.shapes[number].tolist())
-        return IndexedScan(shape, int(self.sizes[number]), int(self.records[number]))
+        return IndexedScan(shape, int(self.sizes[number]), int(self.records[number]), int(self.digests[number]))
 
 
 def table_checksum(file: Path) -> str:
@@ -144,20 +156,78 @@ def table_checksum(file: Path) -> str:
     return digest.hexdigest()
 
 
+def sealed(directory: Path, description: dict) -> dict:
+    """Return the content of index.json: a description with the digests of the directory's other files and its own."""
+    plain = parse_json(json.dumps(description, default=list))
+    plain["files"] = {name: sha256_of_file(directory / name) for name in PARTS if (directory / name).is_file()}
+    return plain | {"sha256": fingerprint(plain)}
+
+
+def read_description(directory: Path) -> dict:
+    """Return the content of index.json. Raises ValueError if it is missing, damaged or of another version."""
+    file = directory / "index.json"
+    if not file.is_file():
+        raise ValueError(
+            f"{directory} is not an index: index.json is missing; create it with "
+            f"`python -m input_pipeline.prepare --config=... --out {directory}`"
+        )
+    try:
+        description = read_json(file, kind=dict)
+    except ValueError as error:
+        raise ValueError(f"{error}; {RESTORE}") from None
+    if description.get("version") == UNVERIFIED and description.keys() <= KEYS:
+        return description
+    if description.get("version") not in (VERSION, UNVERIFIED):
+        raise ValueError(f"{file} has version {description.get('version')}, not {VERSION}: run prepare again")
+    content = {name: value for name, value in description.items() if name != "sha256"}
+    if description.get("sha256") != fingerprint(content):
+        raise ValueError(f"{file} is damaged: its content does not match its digest; {RESTORE}")
+    return description
+
+
+def verify(directory: Path, description: dict, names: Iterable[str] = PARTS) -> None:
+    """Compare files of an index with their digests. Raises ValueError that names every damaged file."""
+    digests = description.get("files", {})
+    problems = []
+    for name in names:
+        file = directory / name
+        if name in digests and not file.is_file():
+            problems.append(f"{file} is missing")
+        elif name in digests and _sha256(file, os.stat(file)) != digests[name]:
+            problems.append(f"{file} is damaged")
+    if problems:
+        raise ValueError(f"{'; '.join(problems)}; {RESTORE}")
+
+
+def _sha256(file: Path, status: os.stat_result) -> str:
+    return _cached_sha256(file, status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+@functools.lru_cache(maxsize=16)  # the training and the test data of a process share an index
+def _cached_sha256(file: Path, *_) -> str:
+    return sha256_of_file(file)
+
+
+RESTORE = "restore it from a copy, or run prepare again"
+
+
 class Index:
-    """An opened index directory. Raises ValueError if it has no index, or one of another version."""
+    """An opened and verified index directory.
+
+    Raises ValueError if it has no index, a damaged one, or one of another version. An index of the version before,
+    without digests, causes a warning.
+    """
 
     def __init__(self, directory: Path | str):
         self.directory = Path(directory)
-        file = self.directory / "index.json"
-        if not file.is_file():
-            raise ValueError(
-                f"{self.directory} is not an index: index.json is missing; create it with "
-                f"`python -m input_pipeline.prepare --config=... --out {self.directory}`"
+        self.description = read_description(self.directory)
+        verify(self.directory, self.description)
+        if self.description["version"] == UNVERIFIED:
+            warnings.warn(
+                f"{self.directory / 'index.json'} is of an older version without digests, so damage to the index is "
+                "not detected: run prepare again (unchanged scans are not read again)",
+                stacklevel=2,
             )
-        self.description = json.loads(file.read_text())
-        if self.description.get("version") != VERSION:
-            raise ValueError(f"{file} has version {self.description.get('version')}, not {VERSION}: run prepare again")
         self.tables: dict[str, dict] = self.description["sources"]  # source -> {"family", "table", "sha256", ...}
         self.identity: str = self.description["identity"]  # SHA-256 of everything that decides what training reads
 
@@ -189,11 +259,12 @@ class Index:
         for name, fields in sources.items():
             moved.setdefault(self.tables[name]["root"], set()).add(str(Path(fields["root"]).absolute()))
         current = {root: [key_hash(r) for r in sorted(roots)] for root, roots in moved.items()}
-        columns = ("key", "bytes", "record", "height", "width", "depth", "channels")
-        parts = [(np.empty(0, np.uint64), *np.empty((2, 0), np.int64), np.empty((0, 4), np.int32))]
+        columns = ("key", "bytes", "record", "record_digest", "height", "width", "depth", "channels")
+        parts = [(np.empty(0, np.uint64), *np.empty((3, 0), np.int64), np.empty((0, 4), np.int32))]
         # Arrow's threads would not survive the fork of a worker pool.
-        with pq.ParquetFile(self.directory / "scans.parquet") as table:
-            for batch in table.iter_batches(columns=["root", "fault", *columns], use_threads=False):
+        with pq.ParquetFile(self.directory / "scans.parquet", page_checksum_verification=True) as table:
+            stored = [name for name in columns if name in table.schema_arrow.names]  # older tables have no digests
+            for batch in table.iter_batches(columns=["root", "fault", *stored], use_threads=False):
                 batch = batch.filter(pc.equal(batch["fault"], ""))
                 root = batch["root"].dictionary_encode()
                 hashes = [current.get(name, []) for name in root.dictionary.to_pylist()]
@@ -201,8 +272,10 @@ class Index:
                 root_index = root.indices.to_numpy()
                 line = np.repeat(np.arange(len(batch)), np.array([*map(len, hashes), 0])[root_index])
                 root_hash = np.array([value for k in root_index.tolist() for value in hashes[k]], np.uint64)
-                key, size, record, *shape = (batch[name].to_numpy()[line] for name in columns)
-                parts.append((key ^ root_hash, size, record, np.stack(shape, -1)))
+                zeros = pa.nulls(len(batch), pa.int64())
+                values = (batch[name] if name in stored else zeros for name in columns)
+                key, size, record, digest, *shape = (pc.fill_null(x, 0).to_numpy()[line] for x in values)
+                parts.append((key ^ root_hash, size, record, digest, np.stack(shape, -1)))
         return Scans(*map(np.concatenate, zip(*parts, strict=True)))
 
     def first_colour_scan(self, channels: int, roots: Iterable[str]) -> str:

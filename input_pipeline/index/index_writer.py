@@ -62,7 +62,10 @@ def write_rows(file: Path, results: Results) -> str:
 
 def _write_table(file: Path, schema: pa.Schema, lines: Iterable[dict]) -> None:
     """Write a table in batches, so that only one batch is in memory."""
-    with atomic_write(file) as partial, pq.ParquetWriter(partial, schema, compression="zstd") as writer:
+    with (
+        atomic_write(file) as partial,
+        pq.ParquetWriter(partial, schema, compression="zstd", write_page_checksum=True) as writer,
+    ):
         batch = []
         for line in lines:
             batch.append(line)

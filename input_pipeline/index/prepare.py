@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -80,7 +79,7 @@ def prepare(
     checksums = table_checksums(config)
     tokenizer = tokenizer_of(config)
     with locked_index(directory), database.open_database() as db:
-        state = ResumeState(directory, db)
+        state = ResumeState(directory, db, read=not recheck)
         settings = record_settings(config) if records else None
         check_records(directory, state, settings, recheck)
         if recheck:
@@ -198,8 +197,7 @@ def _write_index(
     if report["refused"]:
         raise Refused(report["refused"], report)
     description = index_writer.index_description(results, state, scans, rows, tokenizer, report)
-    text = json.dumps(description, indent=1, ensure_ascii=False, default=list) + "\n"
-    write_text(directory / "index.json", text)
+    write_json(directory / "index.json", index.sealed(directory, description))
     return report
 
 

@@ -4,7 +4,8 @@
     records/volumes-scans.array_record-00000 ...    shards of about 256 MB, uncompressed, with a checksum per record
 
 A record has the slices that `prepare_volume` returned for a scan, and the SHA-256 of the scan's file. Records are
-numbered across all shards.
+numbered across all shards. The index has a digest of each record: the checksums of ArrayRecord detect changed bytes,
+but not a shard in the place of another one.
 
 `Records` replaces Grain's ArrayRecordDataSource and TFDS's data source, which keep every shard open, share open
 readers with forked workers, and do not name a damaged shard; TFDS also copies every volume.
@@ -14,8 +15,8 @@ from __future__ import annotations
 
 import bisect
 import collections
+import hashlib
 import itertools
-import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ from array_record.python import array_record_module
 from tensorflow_datasets.core import dataset_info, example_serializer, file_adapters, naming, splits
 from tensorflow_datasets.proto import tf_example_pb2
 
-from input_pipeline.files import PARTIAL, fsync
+from input_pipeline.files import PARTIAL, fsync, read_json
 from input_pipeline.images.planes import Volume
 
 NAME, SPLIT, VERSION = "volumes", "scans", "1.0.0"
@@ -71,6 +72,11 @@ def serialize(volume: Volume, sha256: str) -> bytes:
     return serializer.get_tf_example(example).SerializeToString(deterministic=True)
 
 
+def digest(record: bytes) -> int:
+    """Return 64 bits of the SHA-256 of a record's bytes, as a signed integer; never 0."""
+    return int.from_bytes(hashlib.sha256(record).digest()[:8], "little", signed=True) or 1
+
+
 def shard_name(number: int) -> str:
     return f"{NAME}-{SPLIT}.array_record-{number:05d}"
 
@@ -78,32 +84,44 @@ def shard_name(number: int) -> str:
 class Records:
     """The records of a directory: `Records(directory)[number]` is a Volume. Each process opens shards on first use.
 
+    Args:
+      lengths: number of records in each shard; None: as in the description of the data set.
     Raises:
       ValueError: the directory has no records. On access: the number does not exist, or its shard is missing, truncated
-        or damaged; the message names the file.
+        or damaged, or has another record; the message names the file.
     """
 
-    def __init__(self, directory: Path | str):
+    def __init__(self, directory: Path | str, lengths: Sequence[int] | None = None):
         self.directory = Path(directory)
+        self.lengths: list[int] = self._described_lengths() if lengths is None else list(lengths)
+        self._ends = list(itertools.accumulate(self.lengths))
+        self._readers: collections.OrderedDict[int, array_record_module.ArrayRecordReader] = collections.OrderedDict()
+        self._owner = os.getpid()
+
+    def _described_lengths(self) -> list[int]:
         try:
-            description = json.loads((self.directory / "dataset_info.json").read_text())
-            lengths = [int(n) for n in description["splits"][0]["shardLengths"]]
+            description = read_json(self.directory / "dataset_info.json", kind=dict)
+            return [int(n) for n in description["splits"][0]["shardLengths"]]
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise ValueError(
                 f"{self.directory} contains no records ({type(error).__name__}: {error}); create them with "
                 "`python -m input_pipeline.prepare ... --records`"
             ) from error
-        self.lengths: list[int] = lengths
-        self._ends = list(itertools.accumulate(lengths))
-        self._readers: collections.OrderedDict[int, array_record_module.ArrayRecordReader] = collections.OrderedDict()
-        self._owner = os.getpid()
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, number: int) -> Volume:
-        """Return a volume. Its voxels are a read-only view of the record."""
-        values = self._record(number)
+        """Return a volume, without comparing its digest."""
+        return self.read(number)
+
+    def read(self, number: int, expected: int = 0) -> Volume:
+        """Return a volume. Its voxels are a read-only view of the record.
+
+        Args:
+          expected: the record's digest in the index; 0 if unknown.
+        """
+        values = self._record(number, expected)
         as_bytes = lambda name: values[name].bytes_list.value[0]  # noqa: E731
         as_float = lambda name: float(np.frombuffer(as_bytes(name), np.float64)[0])  # noqa: E731
         slices = np.frombuffer(as_bytes("slices"), as_bytes("dtype").decode())
@@ -115,7 +133,22 @@ class Records:
         """Return the SHA-256 of the file from which the record was made."""
         return self._record(number)["sha256"].bytes_list.value[0].decode()
 
-    def _record(self, number: int):
+    def digest(self, number: int) -> int:
+        """Return the digest of a record."""
+        return digest(self._bytes(number)[2])
+
+    def _record(self, number: int, expected: int = 0):
+        """Return the features of a record."""
+        shard, position, record = self._bytes(number)
+        if expected and digest(record) != expected:
+            raise self._damaged(shard, f"record {position} is not the one in the index: its digest differs")
+        try:
+            return tf_example_pb2.Example.FromString(record).features.feature
+        except Exception as error:  # protobuf defines its own exception classes
+            raise self._unreadable(shard, position, error) from error
+
+    def _bytes(self, number: int) -> tuple[int, int, bytes]:
+        """Return the shard of a record, its position in it, and its bytes."""
         if not 0 <= number < len(self):
             raise ValueError(
                 f"{self.directory} has {len(self)} records, but record {number} was requested: "
@@ -123,13 +156,14 @@ class Records:
             )
         shard = bisect.bisect_right(self._ends, number)
         position = number - (self._ends[shard - 1] if shard else 0)
+        reader = self._reader(shard)
         try:
-            record = self._reader(shard).read([position])[0]
-            return tf_example_pb2.Example.FromString(record).features.feature
-        except Exception as error:  # ArrayRecord and protobuf define their own exception classes
-            if isinstance(error, ValueError) and str(self.directory) in str(error):
-                raise
-            raise self._damaged(shard, f"record {position} cannot be read: {type(error).__name__}: {error}") from error
+            return shard, position, reader.read([position])[0]
+        except Exception as error:  # ArrayRecord defines its own exception classes
+            raise self._unreadable(shard, position, error) from error
+
+    def _unreadable(self, shard: int, position: int, error: Exception) -> ValueError:
+        return self._damaged(shard, f"record {position} cannot be read: {type(error).__name__}: {error}")
 
     def _reader(self, shard: int):
         if self._owner != os.getpid():

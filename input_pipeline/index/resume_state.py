@@ -19,7 +19,8 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from input_pipeline.index import database
+from input_pipeline.files import parse_json
+from input_pipeline.index import database, index
 from input_pipeline.index.scan_checks import Key, ScanCheck
 
 VERSION = 1  # increase it when scans are read or converted differently
@@ -27,26 +28,44 @@ METADATA = b"prepare"
 
 
 class ResumeState:
-    """Checks of scans from earlier runs (table `known` of the database), and the shards of the records."""
+    """Checks of scans from earlier runs (table `known` of the database), and the shards of the records.
 
-    def __init__(self, directory: Path, db: sqlite3.Connection):
+    Without `read`, earlier runs are ignored. Raises ValueError if scans.parquet is damaged.
+    """
+
+    def __init__(self, directory: Path, db: sqlite3.Connection, *, read: bool = True):
         self.file, self.db = directory / ".progress", db
         self.shards: list[int] = []  # number of records in each complete shard
         self.settings: dict | None = None  # `data.storage` and the sizes of the records; None without records
-        self._read_last_index(directory / "scans.parquet")
-        self._read_progress()
         self._opened = None
+        if read:
+            self._read_last_index(directory / "scans.parquet")
+            self._read_progress()
 
     def _read_last_index(self, file: Path) -> None:
         if not file.is_file():
             return
-        with pq.ParquetFile(file) as table:
-            last = json.loads((table.schema_arrow.metadata or {}).get(METADATA, b"{}"))
+        try:
+            description = index.read_description(file.parent)
+        except ValueError:  # missing, or damaged: this run replaces it, and the table has checksums of its own
+            description = {}
+        try:
+            index.verify(file.parent, description, [file.name])
+            self._read_checks(file)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{error}; to read all scans again, add --recheck") from None
+
+    def _read_checks(self, file: Path) -> None:
+        with pq.ParquetFile(file, page_checksum_verification=True) as table:
+            last = parse_json((table.schema_arrow.metadata or {}).get(METADATA, b"{}"))
             if last.get("version") != VERSION:
                 return
             self.shards, self.settings = list(last["shards"]), last["records"]
-            for batch in table.iter_batches(4096, columns=list(ScanCheck._fields), use_threads=False):
-                columns = [batch[name].to_pylist() for name in ScanCheck._fields]
+            fields = [
+                name for name in ScanCheck._fields if name in table.schema_arrow.names
+            ]  # older tables lack the last
+            for batch in table.iter_batches(4096, columns=fields, use_threads=False):
+                columns = [batch[name].to_pylist() for name in fields]
                 # Bad scans are read again: a new decoder may be the reason for this run.
                 self._add(c for c in itertools.starmap(ScanCheck, zip(*columns, strict=True)) if not c.fault)
 
@@ -57,7 +76,7 @@ class ResumeState:
         with open(self.file, "rb") as lines:
             for number, line in enumerate(lines):
                 try:
-                    value = json.loads(line) if line.endswith(b"\n") else None
+                    value = parse_json(line) if line.endswith(b"\n") else None
                     if value is None or (number == 0 and value["version"] != VERSION):
                         break
                     if isinstance(value, dict) and "shard" in value:

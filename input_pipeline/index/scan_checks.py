@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from input_pipeline.files import sha256_of_file
+from input_pipeline.files import parse_json, sha256_of_file
 from input_pipeline.images import scans
 from input_pipeline.images.intensity import one_channel_if_gray
 from input_pipeline.images.planes import Sizes
@@ -47,6 +46,7 @@ class ScanCheck(NamedTuple):
     sha256: str = ""
     record: int = -1
     stamp: str = ""  # "" if the next run must read the file again
+    record_digest: int = 0  # records.digest of the record; 0 if there is none. Older progress files end before it.
 
     @property
     def key(self) -> Key:
@@ -74,7 +74,7 @@ def preload() -> None:
 def scan_from_key(key: Key) -> Scan:
     """Return the scan of a key (the inverse of `index.scan_key`)."""
     _, path, volume, window = key
-    window = json.loads(window) if window else None
+    window = parse_json(window) if window else None
     return Scan(path, None if volume < 0 else volume, tuple(window) if isinstance(window, list) else window)
 
 
@@ -136,9 +136,10 @@ def _check_scan(key: Key, known_stamp: str, conversion: Conversion) -> tuple[Sca
         if not conversion.records:
             return ScanCheck(*key, **facts), None
         # Imported late: TFDS takes half a second to import, and most runs write no records.
-        from input_pipeline.index.records import serialize
+        from input_pipeline.index.records import digest, serialize
 
-        return ScanCheck(*key, **facts), serialize(volume, facts["sha256"])
+        record = serialize(volume, facts["sha256"])
+        return ScanCheck(*key, **facts, record_digest=digest(record)), record
     except scans.ScanError as error:
         kept = {name: facts[name] for name in ("bytes", "sha256", "stamp") if name in facts}
         return ScanCheck(*key, error.fault, error.reason, error.remedy, **kept), None

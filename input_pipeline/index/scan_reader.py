@@ -81,9 +81,28 @@ class ScanReader:
 
             self.shard_bytes = records.SHARD_BYTES
             self.writer = records.Writer(directory / "records", state.shards)
+            self._add_missing_digests()
             results.db.execute(
-                "INSERT OR REPLACE INTO records SELECT sha256, volume, window, record FROM known WHERE record >= 0"
+                "INSERT OR REPLACE INTO records SELECT sha256, volume, window, record, record_digest FROM known "
+                "WHERE record >= 0"
             )
+
+    def _add_missing_digests(self) -> None:
+        """Compute the digests of records that an older version wrote without them."""
+        db = self.results.db
+        missing = "FROM known WHERE record >= 0 AND record_digest = 0"
+        if not self.results.count(missing.removeprefix("FROM ")):
+            return
+        from input_pipeline.index import records
+
+        stored = records.Records(self.writer.directory, self.writer.lengths)
+        numbers = db.execute(f"SELECT DISTINCT record {missing} ORDER BY record").fetchall()
+        db.execute("CREATE TABLE digests (record INTEGER PRIMARY KEY, digest)")
+        db.executemany("INSERT INTO digests VALUES (?, ?)", ((n, stored.digest(n)) for (n,) in numbers))
+        db.execute(
+            "UPDATE known SET record_digest = (SELECT digest FROM digests WHERE digests.record = known.record) "
+            "WHERE record >= 0 AND record_digest = 0"
+        )
 
     def run(self, progress) -> None:
         """Read all scans. `progress` is a `prepare.Progress`."""
@@ -111,18 +130,21 @@ class ScanReader:
             return self.state.known(task[0])
         self.read += 1
         if record is not None:
-            check = check._replace(record=self._record_number(check, record))
+            number, digest = self._record_number(check, record)
+            check = check._replace(record=number, record_digest=digest)
         self.unsaved.append(check)
         return check
 
-    def _record_number(self, check: ScanCheck, record: bytes) -> int:
-        """Return the record's number. Equal bytes with the same volume and window share one record."""
+    def _record_number(self, check: ScanCheck, record: bytes) -> tuple[int, int]:
+        """Return the record's number and digest. Equal bytes with the same volume and window share one record."""
         db, content = self.results.db, (check.sha256, check.volume, check.window)
-        existing = db.execute("SELECT record FROM records WHERE sha256 = ? AND volume = ? AND window = ?", content)
+        existing = db.execute(
+            "SELECT record, digest FROM records WHERE sha256 = ? AND volume = ? AND window = ?", content
+        )
         if (number := existing.fetchone()) is not None:
-            return number[0]
-        number = self.writer.add(record)
-        db.execute("INSERT INTO records VALUES (?, ?, ?, ?)", (*content, number))
+            return number
+        number = self.writer.add(record), check.record_digest
+        db.execute("INSERT INTO records VALUES (?, ?, ?, ?, ?)", (*content, *number))
         return number
 
     def _save(self) -> None:

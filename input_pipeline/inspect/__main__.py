@@ -7,11 +7,10 @@ import json
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
 from input_pipeline import command_line
 from input_pipeline.config import SPLITS, DataConfig
-from input_pipeline.console import argument_parser, print_error
+from input_pipeline.console import SafeConsole, argument_parser, print_error
+from input_pipeline.field_rules import errors_of
 from input_pipeline.files import make_directory, write_text
 from input_pipeline.inspect.page import GENERATOR, page
 from input_pipeline.inspect.sampling import first_rows
@@ -57,10 +56,11 @@ def main(argv: list[str] | None = None) -> int:
     if "data" not in config:
         parser.error(f"{args.config}: the config has no `data` group")
 
-    console = Console(stderr=True)
+    console = SafeConsole(stderr=True)
     try:
         overrides = {name: getattr(args, name) for name in ("seed", "workers") if getattr(args, name) is not None}
-        data = dataclasses.replace(DataConfig.from_dict(config.data), **overrides)
+        with errors_of(args.config):
+            data = dataclasses.replace(DataConfig.from_dict(config.data), **overrides)
         _check_output(args.out)
         with console.status("planning the first window"):
             head, rows = first_rows(data, args.split, args.rows, args.epoch, args.config)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import sys
 import time
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from input_pipeline.console import argument_parser, print_error
+from input_pipeline.console import SafeConsole, argument_parser, print_error
 from input_pipeline.phantoms.writing import write
 
 DESCRIPTION = """\
@@ -42,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--workers", type=int, metavar="N", help="processes (default: all cores)")
     args = parser.parse_args(argv)
 
-    console = Console(stderr=True)
+    console = SafeConsole(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     start = time.perf_counter()
     try:
@@ -52,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print_error(console, error)
         return 2
-    Console().print(summary_table(summary))
+    SafeConsole().print(summary_table(summary))
     state = "written" if summary["written"] else "already complete, all checksums agree"
     print(f"{args.out}: {summary['files']} files, {state} ({time.perf_counter() - start:.0f} s)")
     return 0

@@ -27,7 +27,7 @@ from pathlib import Path
 import sentencepiece
 
 from input_pipeline.datasets import prompts
-from input_pipeline.files import PARTIAL, sha256_of_file, try_lock
+from input_pipeline.files import PARTIAL, parse_json, read_json, sha256_of_file, try_lock
 from input_pipeline.parallel.resilient_pool import ResilientPool, no_state
 from input_pipeline.parallel.workers import available_cpus, heartbeat
 from input_pipeline.phantoms import drawing, formats, sheet, tables
@@ -110,7 +110,7 @@ def _locked(directory: Path) -> Iterator[None]:
 def _check_existing(out: Path, arguments: dict, progress) -> dict:
     """Verify that a directory has the data set of these arguments, undamaged. Returns its summary."""
     try:
-        summary = json.loads((out / "phantoms.json").read_text())
+        summary = read_json(out / "phantoms.json", kind=dict)
         existing = summary["arguments"]
         checksums = [line.split("  ", 1) for line in (out / "SHA256SUMS").read_text().splitlines()]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -173,7 +173,7 @@ def _tokenizer(directory: Path) -> bytes:
     """Train a SentencePiece model in LLaMA's layout: `<unk>`, `<s>`, `</s>`, 256 bytes, then pieces."""
     texts = {sentence for group in prompts.load().values() for sentence in group}
     for line in (directory / "train" / "all.jsonl").read_text().splitlines():
-        row = json.loads(line)
+        row = parse_json(line)
         texts |= {row[key].replace("<image-1>", "").strip() for key in ("instruction", "response")}
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(

@@ -14,12 +14,14 @@ size ("It measures 3 cm.", "The tip is 3 cm from the vein.", "No node over 1 cm.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from input_pipeline.text.sentences import spans
 
 _NUMBER = r"(?:\d+(?:[.,]\d+)?|\.\d+)"
 _UNIT = r"(?:mm|cm|millimet(?:er|re)s?|centimet(?:er|re)s?)(?:[³²]|\^?[23]\b)?(?![A-Za-z])"
-# Each blank here and in _SIZE must match in one way only; otherwise "1 x 1 x 1 x ..." backtracks exponentially.
+# Each blank here and in _SIZE must match in one way only; otherwise "1 x 1 x 1 x ..." backtracks exponentially. Repeats
+# have a limit that no real text reaches; otherwise a text of only such repeats takes quadratic time.
 _HYPHEN = r"\s*(?:-\s*)?"
 _DIRECTION = r"\b(?:AP|TR|TV|TRV|CC|ML|SI|LL|transverse|craniocaudal|anteroposterior)\b"
 _AXIS = rf"(?:\s*\(?{_DIRECTION}\)?)"
@@ -29,15 +31,15 @@ _EXTENT = r"(?:(?:short|long)(?:[- ]axis)?|maxim\w+|AP|transverse|greatest|large
 # "3 x 2.5 cm", "3.5 cm (AP) x 2 cm (TR)", "12-mm": the last number must have a unit, so that no "3 x" remains.
 _ALONG = rf"(?:\s+in\s+(?:\w+\s+){{0,2}}{_NOUN}\b|\s+(?:{_EXTENT}\s+)?{_NOUN}\b(?!\s+of\b))"
 _SIZE = (
-    rf"(?<![\w.])(?:{_NUMBER}(?:{_HYPHEN}{_UNIT})?{_AXIS}?{_TIMES})*{_NUMBER}{_HYPHEN}{_UNIT}{_AXIS}?"
-    rf"(?:\s*\({_DIRECTION}(?:\s*(?:x|×|,|by)\s*{_DIRECTION})+\))?"
-    r"(?:\s*-?\s*(?:thick|wide|long|deep|high)\b)?" + _ALONG + "?"
+    rf"(?<![\w.])(?:{_NUMBER}(?:{_HYPHEN}{_UNIT})?{_AXIS}?{_TIMES}){{0,11}}{_NUMBER}{_HYPHEN}{_UNIT}{_AXIS}?"
+    rf"(?:\s*\({_DIRECTION}(?:\s*(?:x|×|,|by)\s*{_DIRECTION}){{1,5}}\))?"
+    rf"(?:{_HYPHEN}(?:thick|wide|long|deep|high)\b)?" + _ALONG + "?"
 )
 _ABOUT = (
-    r"(?:(?:approximately|about|around|roughly|up\s+to|at\s+least|at\s+most|(?:(?:no|not)\s+)?(?:less|more|[a-z]{3,}er)"
+    r"(?:(?:approximately|about|around|roughly|up\s+to|at\s+least|at\s+most|(?:(?:no|not)\s+)?(?:less|more|\b[a-z]{3,}er)"
     r"\s+than|over|nearly|almost)\s+|(?:ca\.|~|≈|<|>|≤|≥)\s*)"
 )
-_MEASURE = rf"(?:{_ABOUT})*{_SIZE}"
+_MEASURE = rf"(?:{_ABOUT}){{0,4}}{_SIZE}"
 _SEVERAL = rf"{_MEASURE}(?:(?:\s*,\s*(?:and\s+)?|\s+and\s+){_MEASURE})*"
 _NOW = r"(?:now|currently|today|presently|again|still)"
 _HAS_SIZE = re.compile(_SIZE, re.IGNORECASE)
@@ -50,14 +52,14 @@ def _compile(*patterns: str) -> tuple[re.Pattern, ...]:
 # "previously 2 cm when measured similarly", "compared to 3 mm before", "increased from 6 mm to 9 mm".
 _BEFORE = _compile(
     rf"(?<=[cm]m)\s*,?\s*(?:increased|decreased|enlarged|reduced|grown|up|down)\s+from\s+{_MEASURE}(?:\s+previously)?",
-    rf"\s*[,;]?\s*\b(?:and\s+|was\s+|were\s+)?(?:previously|formerly)\s+(?:(?:measuring|measured|sized|was|were|of|at)\s+)*"
+    rf"\s*[,;]?\s*\b(?:and\s+|was\s+|were\s+)?(?:previously|formerly)\s+(?:(?:measuring|measured|sized|was|were|of|at)\s+){{0,6}}"
     rf"{_MEASURE}(?:\s+when\s+measured\s+\w+)?",
     rf"\s*[,;]?\s*\b(?:as\s+)?(?:compared\s+(?:to|with)|versus|vs\.?)\s+{_MEASURE}(?:\s+(?:previously|before|earlier))?",
     rf"\s*[,;]?\s*\b(?:(?:ranging|varying)\s+(?:in\s+{_NOUN}\s+)?)?(?<!ranges )(?<!range )(?<!ranged )"
     rf"(?:from|between)\s+{_MEASURE}(?:\s+previously)?(?:\s+to\s+{_MEASURE})?(?:\s+previously)?",
 )
 _LISTED = _compile(
-    rf"(?:\s*\bof\s+)?(?:\b\d+(?:\.\d+)?\s*,\s*)+(?:(?:and|or)\s+)?{_MEASURE}",
+    rf"(?:\s*\bof\s+)?(?:\b\d+(?:\.\d+)?\s*,\s*){{1,12}}(?:(?:and|or)\s+)?{_MEASURE}",
     rf",?\s*\b(?<!was )(?<!were )(?<!is )measured\s+(?:at\s+)?{_SEVERAL}",
     rf",?\s*\b(?:with|and|over|along|at|to)\s+(?:an?\s+|the\s+|its\s+)?(?:\w+\s+)?{_NOUN}\s*"
     rf"(?:(?:of|measuring)\s+|[=:]\s*)?{_SEVERAL}",
@@ -92,10 +94,13 @@ _STATEMENTS = _compile(
 # Statements that _PHRASES would cut into fragments.
 _HAS = re.compile(
     rf"\b(?:has|have|had|shows?|showed|demonstrates?)\s+(?:an?\s+|the\s+)?(?:\w+\s+)?{_NOUN}\s+(?:of|measuring)\s+"
-    rf"{_MEASURE}|\b(?:ranges?|ranged)\s+(?:in\s+{_NOUN}\s+)?(?:from|between)\s+{_MEASURE}"
-    # "No node over 1 cm" is not "No node".
-    r"|\b(?:no|not|without)\b(?!\s+(?:less|more|[a-z]{3,}er)\s+than)[^,.;]*\b(?:(?:less|more|[a-z]{3,}er)\s+than|over|"
-    rf"exceeding)\s+{_MEASURE}",
+    rf"{_MEASURE}|\b(?:ranges?|ranged)\s+(?:in\s+{_NOUN}\s+)?(?:from|between)\s+{_MEASURE}",
+    re.IGNORECASE,
+)
+# "No node over 1 cm" is not "No node": a `no`, then a limit in the same clause. The marks between clauses reset it.
+_NO_OVER = re.compile(
+    r"(?P<mark>[,.;])|(?P<no>\b(?:no|not|without)\b(?!\s+(?:less|more|[a-z]{3,}er)\s+than))"
+    rf"|\b(?:(?:less|more|[a-z]{{3,}}er)\s+than|over|exceeding)\s+{_MEASURE}",
     re.IGNORECASE,
 )
 _APART = re.compile(
@@ -106,10 +111,10 @@ _APART = re.compile(
 _REST = re.compile(_SEVERAL, re.IGNORECASE)
 _PIECE = re.compile(rf"(?:^|[,;]\s*){_MEASURE}\s+of\b", re.IGNORECASE)
 # "5 mM", "25 mm Hg" and "3 cm/s" are not sizes: a mark between number and unit hides them from the patterns.
-_NOT_A_SIZE = re.compile(r"(?<=\d)(?=\s*-?\s*(?:mM\b|[cm]m\s*-?\s*(?:Hg|H2O|H₂O|[-−]1|⁻¹|/|per\b)))")
+_NOT_A_SIZE = re.compile(r"(?<=\d)(?=\s*(?:-\s*)?(?:mM\b|[cm]m\s*(?:-\s*)?(?:Hg|H2O|H₂O|[-−]1|⁻¹|/|per\b)))")
 _MARK = "\ue000"
+_BLANKS = re.compile(r"\s{2,}|[\n\r]")
 _CLEAN = (
-    (re.compile(r"[ \t]{2,}"), " "),
     (re.compile(r"([(\[])\s*[,;]\s*"), r"\1"),
     (re.compile(r"\s*(?:\(\s*\)|\[\s*\])"), ""),
     (
@@ -135,30 +140,45 @@ def without_sizes(text: str) -> str:
     if not has_size(text):
         return text
     text = _NOT_A_SIZE.sub(_MARK, text)
-    out, gap, previous_end = "", "", 0
+    out, gap, previous_end = [""], "", 0
     for begin, end in spans(text):
         gap, previous_end = max(gap, "\n" * text.count("\n", previous_end, begin), key=len), end
         piece = text[begin:end]
         if _HAS_SIZE.search(piece):
-            piece = _remove_sizes(re.sub(r"\s*\n\s*", " ", piece))
+            piece = _remove_sizes(piece)
         if piece.strip(" .,;:-–•*"):
-            out, gap = out + ((gap or " ") if out else "") + piece, ""
-    return out.replace(_MARK, "")
+            out += [(gap or " ") if len(out) > 1 else "", piece]
+            gap = ""
+    return "".join(out).replace(_MARK, "")
+
+
+def _without(patterns: Iterable[re.Pattern], text: str) -> str:
+    """Remove what the patterns match, and reduce each run of white space to one space."""
+    text = _BLANKS.sub(" ", text)  # a run would be tried from each of its characters
+    for pattern in patterns:
+        text = _BLANKS.sub(" ", pattern.sub("", text))
+    return text
+
+
+def _denies_a_size(sentence: str) -> bool:
+    denied = False
+    for match in _NO_OVER.finditer(sentence):
+        if denied and not (match["mark"] or match["no"]):
+            return True
+        denied = not match["mark"] and bool(denied or match["no"])
+    return False
 
 
 def _remove_sizes(sentence: str) -> str:
+    sentence = _without((), sentence)
     if _PIECE.search(sentence):
         return ""
-    for phrase in _BEFORE:
-        sentence = phrase.sub("", sentence)
-    if _HAS.search(sentence):
+    sentence = _without(_BEFORE, sentence)
+    if _HAS.search(sentence) or _denies_a_size(sentence):
         return ""
-    for phrase in _LISTED:
-        sentence = phrase.sub("", sentence)
+    sentence = _without(_LISTED, sentence)
     sentence = _ARTICLE.sub(_article, sentence)
-    for phrase in _PHRASES:
-        sentence = phrase.sub("", sentence)
-    sentence = _AND_MORE.sub("", sentence)
+    sentence = _without((*_PHRASES, _AND_MORE), sentence)
     if any(statement.search(sentence) for statement in _STATEMENTS):
         return ""
     apart = _APART.search(sentence)
@@ -166,7 +186,7 @@ def _remove_sizes(sentence: str) -> str:
         if not apart["phrase"]:
             return ""
         sentence = sentence[: apart.start()] + sentence[apart.start("end") :]
-    sentence = _REST.sub("", sentence)
+    sentence = _without((_REST,), sentence)
     for pattern, replacement in _CLEAN:
         sentence = pattern.sub(replacement, sentence)
     sentence = sentence.strip(" ,")

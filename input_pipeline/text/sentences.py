@@ -16,8 +16,10 @@ _LETTERED = frozenset(
     "vitamin hepatitis type grade stage class group figure fig panel factor protein category lesion arm cohort patient "
     "case part section and or influenza".split()
 )
-_END = re.compile(r"""[.!?]+["'”’)\]]*(?=\s+["'“‘(\[]*[A-Z0-9<≥>≤~])|\n\s*\n""")
+_END = re.compile(r"""(?<![.!?])[.!?]+["'”’)\]]*(?=\s+["'“‘(\[]*[A-Z0-9<≥>≤~])|\n\s*\n""")
 _LAST_WORD = re.compile(r"([^\s(\[\"'“‘]+)$")
+_LOOK_BACK = 100  # characters before a full stop that are searched for its word and the word before it
+_NEXT = re.compile(r"\s*(\S?)")
 # Lines of a list: they start with a bullet, the next number, or a capital after a line without a full stop.
 _LINE = re.compile(r"(?<=\S)[ \t]*\n(?=[ \t]*(?:(?P<mark>[-–•*][ \t])|(?P<number>\d{1,2})[.)][ \t]|[A-Z]))")
 _NUMBERED = re.compile(r"\s*(\d{1,2})[.)]\s")
@@ -42,7 +44,7 @@ def sentences(text: str) -> list[str]:
 
 def spans(text: str) -> list[tuple[int, int]]:
     """Return the character offsets [begin, end) of `sentences`."""
-    out, start = [], 0
+    out, start = [], _NEXT.match(text).start(1)
     for match in sorted([*_END.finditer(text), *_LINE.finditer(text)], key=re.Match.start):
         if match.re is _LINE:
             if not _line_ends_sentence(text, start, match):
@@ -50,9 +52,9 @@ def spans(text: str) -> list[tuple[int, int]]:
         elif match.group().startswith(".") and not _stop_ends_sentence(text, start, match):
             continue
         out.append((start, match.end()))
-        start = match.end()
+        start = _NEXT.match(text, match.end()).start(1)
     out.append((start, len(text)))
-    stripped = ((a + len(text[a:b]) - len(text[a:b].lstrip()), a + len(text[a:b].rstrip())) for a, b in out)
+    stripped = ((a, a + len(text[a:b].rstrip())) for a, b in out)
     return [(a, b) for a, b in stripped if a < b]
 
 
@@ -70,16 +72,15 @@ def _line_ends_sentence(text: str, start: int, match: re.Match) -> bool:
 
 
 def _stop_ends_sentence(text: str, start: int, match: re.Match) -> bool:
-    before = text[start : match.start()]
+    before = text[max(start, match.start() - _LOOK_BACK) : match.start()]
     last = _LAST_WORD.search(before)
     if last is None or len(match.group()) > 1:
         # ")." and '."' end a sentence; an abbreviation inside quotes is too rare to handle.
         return True
     word = last.group(1)
     plain = word.lower().strip(".")
-    following = text[match.end() :].lstrip()
     if plain in _BEFORE_NUMBER:
-        return not following[:1].isdigit()
+        return not _NEXT.match(text, match.end())[1].isdigit()
     if plain in _ABBREVIATIONS:
         return False
     if len(word) == 1 and word.isalpha() and word.isupper():

@@ -37,7 +37,7 @@ _ASCII_WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
 _INSIDE = "\u0300-\u036f\u00ad\u200b-\u200d\u2060\ufeff"
 _WORD = re.compile(rf"[^\W_](?:[^\W_]|[{_INSIDE}])*(?:['\u2019\u02bc][^\W_](?:[^\W_]|[{_INSIDE}])*)*")
 # The separators allowed between two words of one phrase.
-_SEPARATOR = re.compile(r"[^\S\n\r\v\f]*(?:\r?\n)?[^\S\n\r\v\f]*|[-\u2010\u2011\u2013]")
+_SEPARATOR = re.compile(r"[^\S\n\r\v\f]*+(?:\r?\n[^\S\n\r\v\f]*+)?|[-\u2010\u2011\u2013]")
 
 # British to American spelling, for words of five or more letters. A rule may produce non-words ("contour" -> "contor"):
 # both sides of a comparison are folded, so words of different meaning must stay different, and nothing else matters.

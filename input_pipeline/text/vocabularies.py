@@ -180,11 +180,11 @@ def scispacy_terms(model: str = "en_core_sci_lg") -> TermFinder:
     return _SpacyTerms(pipeline, model)
 
 
-_PARENTHESES = re.compile(r"\s*(\([^()]*\)|\[[^\[\]]*\])\s*")
+_PARENTHESES = re.compile(r"(?:(?<!\s)\s+)?(\([^()]*\)|\[[^\[\]]*\])\s*")
 # Words of classifications that reports do not contain.
 _FILLER = re.compile(
     r"^(?:other and unspecified|other specified|unspecified|other|certain|abnormality of(?: the)?|abnormal)\s+"
-    r"|,?\s*(?:NOS|NEC|unspecified|not elsewhere classified|not otherwise specified)$"
+    r"|(?:,\s*|(?<!\s)\s*)(?:NOS|NEC|unspecified|not elsewhere classified|not otherwise specified)$"
     r"|,\s+(?:unspecified|initial|subsequent|sequela|not)\b.*$",
     re.IGNORECASE,
 )

@@ -30,7 +30,8 @@ import tensorstore as ts
 from etils import epath
 from rich import filesize
 
-from input_pipeline.files import fsync, sha256_of_file, write_json
+from input_pipeline.field_rules import errors_of
+from input_pipeline.files import fsync, read_json, sha256_of_file, write_json
 from radfm_jax.models import radfm
 
 DESCRIPTION, MANIFEST, PARAMS, TOKENIZER = "radfm.json", "manifest.json", "params", "tokenizer.model"
@@ -117,11 +118,11 @@ def read_manifest(directory: Path) -> dict[str, dict]:
     if not directory.is_dir():
         raise ValueError(f"{directory} is not a directory: expected a checkpoint directory of radfm_jax")
     try:
-        files = json.loads((directory / MANIFEST).read_text())["files"]
+        files = read_json(directory / MANIFEST, kind=dict)["files"]
         return {name: {"bytes": entry["bytes"], "sha256": entry["sha256"]} for name, entry in files.items()}
     except FileNotFoundError:
         raise ValueError(f"{directory} has no {MANIFEST}: it is not a checkpoint, or it is incomplete") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+    except (KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{directory / MANIFEST} is damaged: {e!r}") from None
 
 
@@ -202,12 +203,12 @@ def read_description(directory) -> dict:
     """Return the contents of radfm.json. Raises ValueError if it is missing, damaged or in another format."""
     path = Path(directory) / DESCRIPTION
     try:
-        description = json.loads(path.read_text())
+        description = read_json(path, kind=dict)
         file_format, *_ = description["format"], description["part"], description["model"]
     except FileNotFoundError:
         raise ValueError(f"{directory} has no {DESCRIPTION}: it is not a checkpoint directory of radfm_jax") from None
-    except (ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{path} is damaged: {e}") from None
+    except (KeyError, TypeError) as e:
+        raise ValueError(f"{path} is damaged: {e!r}") from None
     if file_format != FORMAT:
         raise ValueError(f"{path} has format {file_format}, this version reads format {FORMAT}: update radfm_jax")
     return description
@@ -217,7 +218,8 @@ def model_config(description: dict, directory) -> radfm.RadFMConfig:
     """Return the sizes of a complete RadFM. Raises ValueError for a checkpoint of the language model alone."""
     if (part := description["part"]) != "radfm":
         raise ValueError(f"{directory} holds only the part {part!r}: it can initialise a RadFM, but is not one")
-    return radfm.RadFMConfig.from_dict(description["model"])
+    with errors_of(Path(directory) / DESCRIPTION):
+        return radfm.RadFMConfig.from_dict(description["model"])
 
 
 # --- parameters as a tree ---------------------------------------------------------------------------------------------
@@ -350,7 +352,7 @@ class ParamReader:
     def __init__(self, directory):
         path = absolute(directory) / PARAMS
         try:
-            metadata = json.loads((path / "_METADATA").read_text())
+            metadata = read_json(path / "_METADATA", kind=dict)
         except FileNotFoundError:
             raise ValueError(f"{path} contains no Orbax parameters") from None
         self._stores = {}

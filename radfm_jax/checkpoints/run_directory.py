@@ -15,7 +15,6 @@ step is complete whenever it is visible.
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import os
 import socket
@@ -26,7 +25,7 @@ from typing import TextIO
 
 import jax
 
-from input_pipeline.files import try_lock
+from input_pipeline.files import read_json, try_lock
 from radfm_jax.checkpoints import checkpoint
 from radfm_jax.runtime.barrier import barrier
 
@@ -69,9 +68,14 @@ def lock(workdir) -> TextIO:
 def last_config(workdir) -> dict:
     """Return the config of the latest start; {} if there was none."""
     try:
-        return json.loads((Path(workdir) / CONFIG).read_text(encoding="utf-8"))
+        return read_json(Path(workdir) / CONFIG, kind=dict)
     except (OSError, ValueError):  # a damaged file is not fatal: this start rewrites it
         return {}
+
+
+def read_run(directory) -> dict:
+    """Return the contents of a step's run.json. Raises FileNotFoundError, or ValueError if it is damaged."""
+    return read_json(Path(directory) / RUN, nan=True, kind=dict)  # a metric may be NaN
 
 
 def step_directory(workdir, step: int) -> Path:
@@ -134,10 +138,10 @@ def best(workdir) -> Path | None:
     """Return the directory of the best step, not verified; None if best.json does not exist."""
     path = Path(workdir) / CHECKPOINTS / BEST
     try:
-        step = json.loads(path.read_text())["step"]
+        step = read_json(path, kind=dict)["step"]
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as e:
+    except (ValueError, KeyError) as e:
         raise ValueError(f"{path} is damaged ({e}): remove it, or pass the directory of a step") from None
     directory = step_directory(workdir, step)
     if not directory.is_dir():

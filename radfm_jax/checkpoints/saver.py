@@ -25,7 +25,8 @@ from typing import TextIO
 
 import jax
 
-from input_pipeline.files import fsync, write_json
+from input_pipeline.files import fsync, read_json, write_json
+from input_pipeline.messages import printable
 from radfm_jax.checkpoints import run_directory
 from radfm_jax.checkpoints.run_directory import BEST, CHECKPOINTS, CONFIG, RUN, Warn, step_directory
 from radfm_jax.checkpoints.step_writer import PARTIAL, SaveError, StepWriter, recover_replaced, remove_partial
@@ -208,7 +209,7 @@ class Saver:
         for step in run_directory.steps(self.workdir) if self.best else ():
             path = step_directory(self.workdir, step) / RUN
             try:
-                value = json.loads(path.read_text())["metrics"].get(self.best, math.nan)
+                value = run_directory.read_run(path.parent)["metrics"].get(self.best, math.nan)
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
                 self.warn(f"{path} cannot be read, so step {step} is not considered for best.json: {e}")
                 continue
@@ -219,7 +220,7 @@ class Saver:
         step = min(values, key=values.get)
         best, file = {"step": step, "metric": self.best, "value": values[step]}, self._directory / BEST
         try:
-            unchanged = json.loads(file.read_text()) == best
+            unchanged = read_json(file) == best
         except (OSError, ValueError):
             unchanged = False
         if not unchanged:  # a resume without changes must not change the file's modification time
@@ -239,7 +240,7 @@ def _finish_saves() -> None:
         try:
             saver.wait()
         except BaseException as e:
-            print(f"{type(e).__name__}: {e}", file=sys.stderr)
+            print(printable(f"{type(e).__name__}: {e}", keep="\n"), file=sys.stderr)
             failed = True
     if failed:
         sys.stdout.flush()

@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from rich import filesize
 
-from input_pipeline.files import PARTIAL, fsync, write_json
+from input_pipeline.files import PARTIAL, fsync, read_json, write_json
 from radfm_jax.checkpoints import checkpoint
 from radfm_jax.checkpoints.checkpoint import MANIFEST
 from radfm_jax.checkpoints.run_directory import CHECKPOINTS, DATA, RUN, own_share, step_directory
@@ -155,7 +155,7 @@ class StepWriter:
                 array = f"{part}/{path.replace('/', '.')}"
                 expected.append(f"{array}/zarr.json")
                 if expected[-1] in sizes:
-                    grid = json.loads((self._partial / expected[-1]).read_text())["chunk_grid"]["configuration"]
+                    grid = read_json(self._partial / expected[-1])["chunk_grid"]["configuration"]
                     counts = [range(math.ceil(n / c)) for n, c in zip(shape, grid["chunk_shape"], strict=True)]
                     expected += ["/".join([array, "c", *map(str, index)]) for index in itertools.product(*counts)]
         if missing := [name for name in expected if not sizes.get(name)]:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import jax
 
+from input_pipeline.field_rules import Size, field_problems, raise_problems
+from input_pipeline.files import read_json
 from radfm_jax.checkpoints import checkpoint, run_directory
 from radfm_jax.checkpoints.checkpoint import PARAMS, check_shapes, flatten, mismatches, read_arrays, stored_arrays
 from radfm_jax.checkpoints.run_directory import DATA, RUN, TRAINING
@@ -142,10 +144,13 @@ def data_state(directory, process: int | None = None) -> dict:
     directory = Path(directory)
     process = jax.process_index() if process is None else process
     try:
-        count = json.loads((directory / RUN).read_text())["processes"]
-        states = [json.loads((directory / DATA / f"{p}.json").read_text()) for p in range(count)]
+        count = run_directory.read_run(directory)["processes"]
+        raise_problems(f"{directory / RUN}: {problem}" for problem in field_problems(count, Size, "processes"))
+        states = [read_json(directory / DATA / f"{p}.json", kind=dict) for p in range(count)]
     except FileNotFoundError as e:
         raise ValueError(f"{e.filename} does not exist: {directory} is not a step of a training run") from None
+    except KeyError as e:
+        raise ValueError(f"{directory / RUN} has no {e}: it is damaged") from None
     if count == jax.process_count() and process < count:
         return states[process]
     lost = max(s.get("lost", 0) for s in states)

@@ -12,6 +12,8 @@ import absl.logging
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from input_pipeline.console import SafeConsole
+from input_pipeline.messages import printable
 from radfm_jax import terminal
 
 DESCRIPTION = """\
@@ -119,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.command != "check":
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax warns about merges that it skips
-    console = Console(stderr=True)  # progress and errors; results go to standard output
+    console = SafeConsole(stderr=True)  # progress and errors; results go to standard output
     try:
         return _check(args, console) if args.command == "check" else _convert(args, console)
     except KeyboardInterrupt:
@@ -154,7 +156,7 @@ def _convert(args: argparse.Namespace, console: Console) -> int:
         f"({report.bytes / 1e6 / seconds:.0f} MB/s), peak memory {peak:.2f} GB"
     )
     for line in report.lines:
-        print(f"- {line}")
+        print(printable(f"- {line}"))
     return 0
 
 

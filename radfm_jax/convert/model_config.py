@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import collections
-import json
 import re
 import runpy
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated, Any
 
+from input_pipeline.field_rules import Size, above, field_problems, raise_problems
+from input_pipeline.files import read_json
 from radfm_jax.convert.table import ROTARY
 from radfm_jax.models.decoder import DecoderConfig, RopeScaling
 from radfm_jax.models.perceiver import PerceiverConfig
@@ -26,6 +28,13 @@ ROPE_KEYS = {
     "factor": "factor", "low_freq_factor": "low_freq_factor", "high_freq_factor": "high_freq_factor",
     "original_max_position_embeddings": "original_context",
 }  # fmt: skip
+# Types and limits of Hugging Face's keys; a key may be missing or null.
+HF_RULES = {
+    **dict.fromkeys((*LLAMA_KEYS, "num_attention_heads", "num_key_value_heads", "head_dim"), Size),
+    **dict.fromkeys(("rms_norm_eps", "rope_theta"), Annotated[float, above(0)]),
+    **dict.fromkeys(("rope_scaling", "rope_parameters"), Mapping[str, Any]),
+    "tie_word_embeddings": bool,
+}
 
 
 def read_config(path) -> dict:
@@ -41,12 +50,11 @@ def read_config(path) -> dict:
         if get_config is None:
             raise ValueError(f"config {path} has no get_config()")
         return {"model": get_config().model.to_dict()}
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as e:
-        raise ValueError(f"config {path} is not JSON: {e}") from None
+    config = read_json(path)
     if not isinstance(config, dict) or not ({"model", "num_attention_heads", "num_key_value_heads"} & config.keys()):
         raise ValueError(f"config {path} has neither `model` (radfm_jax) nor `num_attention_heads` (Hugging Face)")
+    stated = {key: config[key] for key in HF_RULES if config.get(key) is not None and "model" not in config}
+    raise_problems(f"{path}: {p}" for key, value in stated.items() for p in field_problems(value, HF_RULES[key], key))
     return config
 
 

@@ -10,9 +10,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from input_pipeline import command_line
+from input_pipeline.console import SafeConsole
+from input_pipeline.field_rules import errors_of
+from input_pipeline.messages import printable
 from radfm_jax import terminal
 from radfm_jax.cost import candidates, estimate, flops, program, report
 from radfm_jax.cost.topology import KNOWN, Topology, parse
@@ -60,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan as JSON")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="plot memory and time of the candidates, as PNG")
     args, config = command_line.parse(parser, sys.argv[1:] if argv is None else argv)
-    console = Console(width=None if sys.stdout.isatty() else 140)  # rich assumes 80 columns for a file
+    console = SafeConsole(width=None if sys.stdout.isatty() else 140)  # rich assumes 80 columns for a file
     try:
         if args.mfu is not None and not 0 < args.mfu <= 1:
             raise ValueError(f"--mfu {args.mfu}: must be above 0 and at most 1")
@@ -69,9 +72,11 @@ def main(argv: list[str] | None = None) -> int:
         for path in filter(None, (args.json, args.picture)):  # fail before minutes of compilation
             if not path.parent.is_dir() or path.is_dir():
                 raise ValueError(f"{path} cannot be written: it is a directory, or {path.parent} is not one")
-        result = plan(Experiment.from_dict(config), parse(args.topology), args)
+        with errors_of(args.config):
+            experiment = Experiment.from_dict(config)
+        result = plan(experiment, parse(args.topology), args)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return faults.MISTAKE
     report.show(result, console)
     for path, write in ((args.json, report.write_json), (args.picture, report.plot)):
@@ -110,14 +115,18 @@ def plan(config: Experiment, topology: Topology, args: argparse.Namespace) -> re
 
 def make_compiler(again: bool) -> Callable[[candidates.Candidate], program.Program]:
     """Return a function that compiles a candidate and logs the time to standard error."""
-    console = Console(stderr=True)
+    console = SafeConsole(stderr=True)
 
     def compiler(candidate: candidates.Candidate) -> program.Program:
         config, topology = candidate.config, candidate.topology
         if not again and program.is_cached(config, topology):
             return program.compiled(config, topology)
-        start = time.perf_counter()
-        with console.status(f"compiling {candidate.name} for {topology.text} (one or more minutes)"):
+        start, title = time.perf_counter(), f"compiling {candidate.name} for {topology.text} (one or more minutes)"
+        if not console.is_terminal:  # where no bar is shown
+            console.print(f"{title} ...", highlight=False, soft_wrap=True)
+        columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+        with Progress(*columns, console=console, transient=True) as bar:
+            bar.add_task(title)
             result = program.compiled(config, topology, again=again)
         console.print(
             f"compiled {candidate.name} for {topology.text} in {time.perf_counter() - start:.0f} s "

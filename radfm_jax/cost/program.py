@@ -23,7 +23,7 @@ from pathlib import Path
 
 import platformdirs
 
-from input_pipeline.files import atomic_write, fingerprint
+from input_pipeline.files import atomic_write, fingerprint, parse_json, read_json
 from radfm_jax.cost import hlo
 from radfm_jax.cost.topology import Topology, parse
 from radfm_jax.training.experiment import Experiment
@@ -69,7 +69,7 @@ def compiled(config: Experiment, topology: Topology, *, again: bool = False) -> 
     """
     cache_file = _cache_file(config, topology)
     if cache_file.is_file() and not again:
-        return Program(**json.loads(cache_file.read_text()))
+        return Program(**read_json(cache_file, kind=dict))
     job = json.dumps({"config": config.to_dict(), "topology": topology.text}, default=list)
     # The compiler does not use the TPU, so it must neither query its metadata nor wait for libtpu's lock file.
     compile_only = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_PLATFORMS": "cpu"}
@@ -85,7 +85,7 @@ def compiled(config: Experiment, topology: Topology, *, again: bool = False) -> 
         if any("ModuleNotFoundError" in line and "libtpu" in line for line in errors) or "no libtpu" in child.stderr:
             raise ValueError(f'{topology.text} needs libtpu: pip install "jax[tpu]" for the installed jax')
         raise CompileError(errors[-1] if errors else f"the compiler exited with code {child.returncode}")
-    result = json.loads(lines[-1])
+    result = parse_json(lines[-1])
     if "error" in result:
         raise CompileError(result["error"])
     cache_file.parent.mkdir(parents=True, exist_ok=True)
@@ -172,7 +172,7 @@ def with_kernels(config: Experiment, platform: str):
 
 def main() -> int:
     """Compile the job on standard input and print the Program, or the error, as JSON."""
-    job = json.loads(sys.stdin.read())
+    job = parse_json(sys.stdin.read())
     start = time.perf_counter()
     try:
         program = compile_step(Experiment.from_dict(job["config"]), parse(job["topology"]))

@@ -26,6 +26,7 @@ from input_pipeline.batching.pipeline import Rows, batches, prefetch
 from input_pipeline.batching.report import RowInfo
 from input_pipeline.config import DataConfig
 from input_pipeline.datasets import sample_rng
+from input_pipeline.field_rules import errors_of
 from input_pipeline.samples import Text
 from input_pipeline.sources import open_sources
 from radfm_jax import api, terminal
@@ -80,7 +81,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--no-control", action="store_true", help="skip the pass with exchanged scans")
     args, config = command_line.parse(parser, sys.argv[1:] if argv is None else argv)
     try:
-        experiment = Experiment.from_dict(config)
+        with errors_of(args.config):
+            experiment = Experiment.from_dict(config)
         if not experiment.data.test:
             raise ValueError(f"{args.config}: data.test is empty: add a source")
         model = api.load(args.checkpoint)

@@ -16,7 +16,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from input_pipeline.files import atomic_write, write_json, write_json_lines, write_text
+from input_pipeline.files import atomic_write, read_json, write_json, write_json_lines, write_text
 from input_pipeline.images.slices import slices
 from input_pipeline.samples import Scan
 from radfm_jax.evaluate.radbench import Question
@@ -60,7 +60,7 @@ def _write_slice(scan: Scan, directory: Path) -> dict:
     file, entry_file = directory / "slices" / f"{name}.png", directory / "slices" / f"{name}.json"
     if file.exists() and entry_file.exists():
         try:
-            return json.loads(entry_file.read_text())
+            return read_json(entry_file, kind=dict)
         except ValueError:  # a full disk or a power failure left it incomplete: write both again
             entry_file.unlink()
     try:

@@ -10,13 +10,12 @@ why there is no answer, are optional.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from input_pipeline.datasets.json_tables import text_lines
-from input_pipeline.files import write_json_lines
+from input_pipeline.files import parse_json, write_json_lines
 from input_pipeline.text.tokenizer import Tokenizer
 from radfm_jax.evaluate.radbench import Question
 from radfm_jax.evaluate.radbench_build import write_questions
@@ -122,7 +121,7 @@ def read_answers(file: Path, questions: Sequence[Question]) -> dict[str, Recorde
         if not line.strip():
             continue
         try:
-            row_id, answer = _recorded_answer(json.loads(line), known)
+            row_id, answer = _recorded_answer(parse_json(line), known)
             if row_id in answers:
                 raise ValueError(f"duplicate id {row_id!r}")
             answers[row_id] = answer

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
-from input_pipeline.config import unknown_fields
 from input_pipeline.datasets import FAMILIES
+from input_pipeline.field_rules import Count, Size, check_fields, plain_mapping, unknown_fields
 from input_pipeline.files import nearest
 from input_pipeline.samples import Scan
 
@@ -76,15 +77,16 @@ class Benchmark:
       limit: maximum number of questions, sampled by the seed; 0: no limit.
     """
 
-    sets: Mapping[str, Mapping] = dataclasses.field(default_factory=dict)
-    seed: int = 0  # seeds the wording, the limits and the bootstrap
-    limit: int = 0  # default for sets without a `limit`
+    sets: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    seed: Count = 0  # seeds the wording, the limits and the bootstrap
+    limit: Count = 0  # default for sets without a `limit`
     index: str = ""  # index of the training data (from `prepare`), to search for test studies; "": no search
     terms: str = "open"  # source of medical terms (DataConfig.terms). UMLS, as in the paper, needs a licence.
-    resamples: int = 1000  # of the bootstrap
+    resamples: Size = 1000  # of the bootstrap
     by_study: bool = False  # resample studies instead of samples
 
     def __post_init__(self):
+        check_fields(self, "")
         problems = []
         for name, fields in self.sets.items():
             known = DATASETS.get(name)
@@ -102,8 +104,6 @@ class Benchmark:
                 problems.append(f"sets.{name}.task is {task!r}, but {known.task!r} in RadBench: rename the set")
             if "/" in name or not name.strip():
                 problems.append(f"invalid name {name!r} in sets: use letters, digits, _ and -")
-        if self.resamples < 1 or self.limit < 0:
-            problems.append(f"resamples must be at least 1 (got {self.resamples}), limit at least 0 (got {self.limit})")
         if not self.sets:
             problems.append("sets is empty: add a data set")
         if problems:
@@ -122,7 +122,7 @@ class Benchmark:
     @classmethod
     def from_dict(cls, fields: Mapping) -> Benchmark:
         """Build from a dict or a ConfigDict. Raises ValueError that names unknown fields."""
-        fields = fields.to_dict() if hasattr(fields, "to_dict") else dict(fields)
+        fields = plain_mapping(fields, "the config")
         if unknown := unknown_fields(fields, cls):
             known = ", ".join(f.name for f in dataclasses.fields(cls))
             raise ValueError(f"unknown fields: {unknown}; known: {known}")

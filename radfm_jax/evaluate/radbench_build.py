@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import numpy as np
 from input_pipeline.datasets import open_dataset, sample_rng
 from input_pipeline.datasets.json_tables import text_lines
 from input_pipeline.datasets.modalities import modalities
-from input_pipeline.files import write_json_lines
+from input_pipeline.files import parse_json, write_json_lines
 from input_pipeline.images import scans
 from input_pipeline.index.categories import MODALITIES, reason_pattern
 from input_pipeline.samples import RowError, Sample, Scan, Text
@@ -150,7 +149,7 @@ def _read_facts(file: Path) -> dict[str, dict[str, str]]:
     facts = {}
     for number, line in enumerate(text_lines(file), 1):
         try:
-            cells = json.loads(line)
+            cells = parse_json(line)
             labels = {key: str(cells[key]) for key in ("modality", "anatomy") if cells.get(key)}
             if "modality" in labels:
                 labels["modality"] = MODALITIES.get(labels["modality"], labels["modality"])
@@ -170,7 +169,7 @@ def read_questions(file: Path) -> list[Question]:
     questions: dict[str, Question] = {}
     for number, line in enumerate(text_lines(file), 1):
         try:
-            question = Question.from_dict(json.loads(line))
+            question = Question.from_dict(parse_json(line))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file}, line {number} is not a question of a benchmark: {error!r}") from None
         if question.row_id in questions:

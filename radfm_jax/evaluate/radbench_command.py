@@ -13,6 +13,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from input_pipeline import command_line
+from input_pipeline.field_rules import errors_of
 from input_pipeline.files import write_json_lines
 from input_pipeline.index.index import Index
 from input_pipeline.sources import terms_of
@@ -93,7 +94,8 @@ def _main(args: argparse.Namespace, config: ConfigDict) -> int:
     clinical_metrics = [name for name in args.clinical.split(",") if name]
     clinical.check(clinical_metrics)
     answer_files = _answer_files(args)
-    benchmark = Benchmark.from_dict(config)
+    with errors_of(args.config):
+        benchmark = Benchmark.from_dict(config)
     built = build(benchmark)
     for name, why in built.missing.items():
         terminal.message(f"not scored: {benchmark.title(name)}: {why}")

@@ -20,11 +20,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from input_pipeline.files import write_json, write_text
+from input_pipeline.console import SafeConsole
+from input_pipeline.files import read_json, write_json, write_text
 from input_pipeline.inspect.escaping import visible_lines
 from radfm_jax import html_page, terminal
 from radfm_jax.evaluate import metrics
@@ -61,7 +61,7 @@ def write_sheet(
     texts = [[scored[model][i].answer.text for model in models] for i in chosen]
     key["sheet"] = hashlib.sha256(json.dumps([key, texts]).encode()).hexdigest()[:16]
     key_file = file.with_suffix(".key.json")
-    if key_file.exists() and json.loads(key_file.read_text()).get("sheet") != key["sheet"]:
+    if key_file.exists() and read_json(key_file, kind=dict).get("sheet") != key["sheet"]:
         raise ValueError(f"{key_file} is the key of another sheet, and needed for its grades: use another file name")
     file.parent.mkdir(parents=True, exist_ok=True)
     write_text(file, "".join(f"{line}\n" for line in _page(scored, chosen, key, references)))
@@ -165,8 +165,8 @@ def read_ratings(key_file: Path, files: Sequence[Path]) -> list[Rating]:
 
 def _read_json(file: Path):
     try:
-        return json.loads(file.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+        return read_json(file)
+    except OSError as error:
         raise ValueError(f"{file} cannot be read: {error}") from None
 
 
@@ -226,7 +226,7 @@ def main(argv: list[str]) -> int:
 def _main(args: argparse.Namespace) -> int:
     result = summary(read_ratings(args.key, args.files))
     for table in tables(result):
-        Console().print(table)
+        SafeConsole().print(table)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         write_json(args.out / "ratings.json", result)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from input_pipeline.files import write_json, write_text
 from input_pipeline.inspect.escaping import visible
+from input_pipeline.messages import spreadsheet_cell
 from radfm_jax.evaluate import figures, published, report_page
 from radfm_jax.evaluate.radbench import TASKS
 from radfm_jax.evaluate.results import Results, caveats, grouped_tables, method, not_scored, task_table
@@ -68,7 +69,8 @@ def as_csv(results: Results) -> str:
         for name, i in row.metrics.items():
             values = map(number, (i.value, i.low, i.high))
             counts = row.questions, row.failed, row.studies
-            writer.writerow((row.model, "ours", row.task, row.grouping, row.group, name, *values, *counts))
+            names = row.model, "ours", row.task, row.grouping, row.group, name
+            writer.writerow((*map(spreadsheet_cell, names), *values, *counts))
     for model in published.MODELS:
         for task in published.TABLE:
             for name, values in published.values(model, task).items():

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -72,8 +71,11 @@ def read_batch_file(file: Path, root: Path) -> list[BatchLine]:
     for number, line in enumerate(text, 1):
         if not line.strip():
             continue
+        surrogate = None
         try:
-            cells = json.loads(line)
+            cells = files.parse_json(line)
+        except files.LoneSurrogate as error:
+            cells, surrogate = error.value, error
         except ValueError as error:
             problems.append(f"line {number} is not JSON ({error})")
             continue
@@ -82,6 +84,8 @@ def read_batch_file(file: Path, root: Path) -> list[BatchLine]:
             problems.append(f"line {number} has no `id`")
         elif row_id in lines:
             problems.append(f"line {number}: duplicate id {row_id!r}")
+        elif surrogate is not None:  # only this line fails
+            lines[row_id] = BatchLine(row_id, error=f"line {number}: {surrogate}")
         else:
             lines[row_id] = _batch_line(Row(file, number, {"scans": []} | cells, root), row_id, cells)
     raise_problems(problems, f"{file}: ")
@@ -119,7 +123,7 @@ def existing_answers(
     for number, line in enumerate(complete.splitlines(), 1):
         where = f"{out}, line {number}"
         try:
-            answer = json.loads(line)
+            answer = files.parse_json(line)
             row_id, made = answer["id"], answer["made_with"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{where} is not an answer ({error!r}): use another --out") from None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import functools
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import jax
 
 from input_pipeline.images.intensity import ct_window
 from input_pipeline.images.planes import MODES
+from input_pipeline.messages import printable
 from input_pipeline.samples import Scan
 from radfm_jax import api, terminal
 from radfm_jax.checkpoints import checkpoint, run_directory
@@ -206,7 +206,7 @@ def print_answer(model: api.Model, request: Request, sampling: Sampling) -> str:
     """Print an answer to standard output while it is generated, and return it."""
     answer = model.answer(
         request.prompt, request.scans, context=request.context, place=request.place,
-        on_text=functools.partial(print, end="", flush=True), **dataclasses.asdict(sampling),
+        on_text=lambda text: print(printable(text, keep="\n\t"), end="", flush=True), **dataclasses.asdict(sampling),
     )  # fmt: skip
     print(flush=True)
     return answer

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -20,6 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from input_pipeline.batching.collate import LoadedRow, ScanPlanes, collate_batch, collate_row
 from input_pipeline.batching.plan import RowLimits
 from input_pipeline.config import DataConfig
+from input_pipeline.field_rules import Size, check_fields, one_of
 from input_pipeline.images import scans
 from input_pipeline.images.intensity import one_channel_if_gray
 from input_pipeline.images.planes import MODES, STORAGE, Sizes, Volume
@@ -50,29 +52,24 @@ class Preparation:
     program, or 512 as in its test program. It ignores size_2d, depth and storage.
     """
 
-    preprocess: str = "paper"
-    storage: str = "uint8"
-    size_2d: int = 512
-    size_3d: int = 256
-    depth: int = 64
-    num_latents: int = 32
-    text_length: int = 2048
+    preprocess: Annotated[str, one_of(MODES)] = "paper"
+    storage: Annotated[str, one_of(STORAGE)] = "uint8"
+    size_2d: Size = 512
+    size_3d: Size = 256
+    depth: Size = 64
+    num_latents: Size = 32
+    text_length: Size = 2048
 
     def __post_init__(self):
-        problems = [
-            f"{field} is {getattr(self, field)!r}; known: {', '.join(known)}"
-            for field, known in (("preprocess", MODES), ("storage", STORAGE))
-            if getattr(self, field) not in known
-        ]
+        check_fields(self, "", self._conflicts())
+
+    def _conflicts(self) -> Iterator[str]:
         if self.preprocess == "released" and self.size_3d not in (256, 512):
-            problems.append(f"size_3d is {self.size_3d}: released mode supports 256 and 512")
-        if not problems:
-            try:
-                _ = self.sizes
-            except ValueError as error:
-                problems.append(f"size_2d, size_3d, depth: {error}")
-        if problems:
-            raise ValueError("; ".join(problems))
+            yield f"size_3d is {self.size_3d}: released mode supports 256 and 512"
+        try:
+            _ = self.sizes
+        except ValueError as error:
+            yield f"size_2d, size_3d, depth: {error}"
 
     @property
     def sizes(self) -> Sizes:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any
 
 import flax.linen as nn
 import flax.struct
@@ -19,9 +19,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from radfm_jax.models.attention import attention
+from input_pipeline.field_rules import Size, above, at_least, check_fields, one_of
+from radfm_jax.models.attention import NAMES, attention
 from radfm_jax.models.kernels.xla import attention_mask, plain_attention
-from radfm_jax.models.layers import RESIDUAL, dense, matmul_precision, partitioned, rms_norm, scan_blocks
+from radfm_jax.models.layers import (
+    DTYPES,
+    REMAT_POLICIES,
+    RESIDUAL,
+    dense,
+    matmul_precision,
+    partitioned,
+    rms_norm,
+    scan_blocks,
+)
 from radfm_jax.runtime.sharding import constrain
 
 
@@ -29,39 +39,50 @@ from radfm_jax.runtime.sharding import constrain
 class RopeScaling:
     """Llama-3.1 RoPE scaling: low frequencies are stretched for contexts `factor` times as long."""
 
-    factor: float = 8.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_context: int = 8192
+    factor: Annotated[float, at_least(1)] = 8.0
+    low_freq_factor: Annotated[float, above(0)] = 1.0
+    high_freq_factor: Annotated[float, above(0)] = 4.0
+    original_context: Size = 8192
+
+    def __post_init__(self):
+        check_fields(self, "model.llama.rope_scaling", self._conflicts())
+
+    def _conflicts(self) -> Iterator[str]:
+        if self.high_freq_factor <= self.low_freq_factor:
+            yield (
+                f"model.llama.rope_scaling.high_freq_factor ({self.high_freq_factor}) must be above low_freq_factor "
+                f"({self.low_freq_factor})"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """Sizes of the language model; the defaults are those of LLaMA-13B, which RadFM uses."""
 
-    vocab_size: int = 32000
-    width: int = 5120
-    mlp_width: int = 13824
-    num_layers: int = 40
-    num_heads: int = 40
-    num_kv_heads: int = 40
-    head_dim: int = 128
-    rope_theta: float = 10000.0
+    vocab_size: Size = 32000
+    width: Size = 5120
+    mlp_width: Size = 13824
+    num_layers: Size = 40
+    num_heads: Size = 40
+    num_kv_heads: Size = 40
+    head_dim: Size = 128
+    rope_theta: Annotated[float, above(1)] = 10000.0
     rope_scaling: RopeScaling | None = None
-    norm_eps: float = 1e-6
+    norm_eps: Annotated[float, above(0)] = 1e-6
     tied_head: bool = False
-    dtype: str = "float32"
-    param_dtype: str = "float32"
-    remat: str = "full"
-    attention: str = "auto"
+    dtype: Annotated[str, one_of(DTYPES)] = "float32"
+    param_dtype: Annotated[str, one_of(DTYPES)] = "float32"
+    remat: Annotated[str, one_of(REMAT_POLICIES)] = "full"
+    attention: Annotated[str, one_of(NAMES)] = "auto"
 
     def __post_init__(self):
+        check_fields(self, "model.llama", self._conflicts())
+
+    def _conflicts(self) -> Iterator[str]:
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"llama.num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})"
-            )
+            yield f"llama.num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})"
         if self.head_dim % 2:
-            raise ValueError(f"llama.head_dim must be even for RoPE (got {self.head_dim})")
+            yield f"llama.head_dim must be even for RoPE (got {self.head_dim})"
 
 
 def rope_frequencies(config: DecoderConfig) -> np.ndarray:

@@ -24,6 +24,9 @@ REMAT_POLICIES = {
 }
 
 
+DTYPES = ("float32", "bfloat16", "float16")  # of parameters and of matrix products
+
+
 def matmul_precision(dtype: jax.typing.DTypeLike) -> jax.lax.Precision:
     """Return the precision that keeps float32 products exact; TPUs and Ampere GPUs use fewer bits by default."""
     return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else jax.lax.Precision.DEFAULT

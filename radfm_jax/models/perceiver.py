@@ -6,14 +6,25 @@ Letters: B rows, R vision rows, P patch tokens per vision row, S scan slots, L l
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from radfm_jax.models.attention import attention
-from radfm_jax.models.layers import RESIDUAL, GeluMlp, dense, layer_norm, partitioned, scan_blocks
+from input_pipeline.field_rules import Size, check_fields, one_of
+from radfm_jax.models.attention import NAMES, attention
+from radfm_jax.models.layers import (
+    DTYPES,
+    REMAT_POLICIES,
+    RESIDUAL,
+    GeluMlp,
+    dense,
+    layer_norm,
+    partitioned,
+    scan_blocks,
+)
 from radfm_jax.models.vit3d import gather_rows
 from radfm_jax.runtime.sharding import constrain
 
@@ -22,16 +33,19 @@ from radfm_jax.runtime.sharding import constrain
 class PerceiverConfig:
     """Sizes of the resampler; the defaults are RadFM's. The width equals the vision encoder's."""
 
-    width: int = 768
-    num_latents: int = 32
-    num_layers: int = 6
-    num_heads: int = 8
-    head_dim: int = 64
-    mlp_factor: int = 4
-    dtype: str = "float32"
-    param_dtype: str = "float32"
-    remat: str = "full"
-    attention: str = "auto"
+    width: Size = 768
+    num_latents: Size = 32
+    num_layers: Size = 6
+    num_heads: Size = 8
+    head_dim: Size = 64
+    mlp_factor: Size = 4
+    dtype: Annotated[str, one_of(DTYPES)] = "float32"
+    param_dtype: Annotated[str, one_of(DTYPES)] = "float32"
+    remat: Annotated[str, one_of(REMAT_POLICIES)] = "full"
+    attention: Annotated[str, one_of(NAMES)] = "auto"
+
+    def __post_init__(self):
+        check_fields(self, "model.perceiver")
 
 
 class ResamplerBlock(nn.Module):

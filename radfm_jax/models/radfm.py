@@ -29,14 +29,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from radfm_jax.models.decoder import Decoder, DecoderConfig, RopeScaling
+from input_pipeline.field_rules import check_fields, from_mapping
+from radfm_jax.models.decoder import Decoder, DecoderConfig
 from radfm_jax.models.layers import dense, partitioned
 from radfm_jax.models.perceiver import Perceiver, PerceiverConfig
 from radfm_jax.models.vit3d import ViT3D, ViTConfig, gather_rows
@@ -52,6 +51,7 @@ class RadFMConfig:
     llama: DecoderConfig = DecoderConfig()
 
     def __post_init__(self):
+        check_fields(self, "model")
         if self.vision.width != self.perceiver.width:
             raise ValueError(f"vision width {self.vision.width} and perceiver width {self.perceiver.width} differ")
 
@@ -74,23 +74,8 @@ class RadFMConfig:
 
     @classmethod
     def from_dict(cls, fields: dict) -> RadFMConfig:
-        """Invert `to_dict`. ValueError lists every unknown field."""
-        kinds: dict[str, Any] = {"vision": ViTConfig, "perceiver": PerceiverConfig, "llama": DecoderConfig}
-        unknown = [part for part in fields if part not in kinds]
-        for part, kind in kinds.items():
-            known = [f.name for f in dataclasses.fields(kind)]
-            unknown += [f"{part}.{name}" for name in fields.get(part, {}) if name not in known]
-        if unknown:
-            raise ValueError(f"unknown model fields: {', '.join(unknown)}")
-        parts = {part: tuples(fields.get(part, {})) for part in kinds}
-        if isinstance(scaling := parts["llama"].get("rope_scaling"), dict):
-            parts["llama"]["rope_scaling"] = RopeScaling(**scaling)
-        return cls(**{part: kind(**parts[part]) for part, kind in kinds.items()})
-
-
-def tuples(fields: Mapping) -> dict:
-    """Return a copy with lists as tuples: the values of a frozen config are hashable."""
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+        """Invert `to_dict`. ValueError lists every unknown field, or every invalid one."""
+        return from_mapping(cls, fields, "model")
 
 
 def radfm_14b() -> RadFMConfig:

@@ -7,7 +7,8 @@ D vision width. A patch is 32 x 32 pixels of 4 slices in 3 channels; a plane is 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Annotated
 
 import einops
 import flax.linen as nn
@@ -15,9 +16,12 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from radfm_jax.models.attention import attention
+from input_pipeline.field_rules import Size, check_fields, one_of, share
+from radfm_jax.models.attention import NAMES, attention
 from radfm_jax.models.layers import (
+    DTYPES,
     NORM_EPS,
+    REMAT_POLICIES,
     RESIDUAL,
     GeluMlp,
     dense,
@@ -37,23 +41,26 @@ class ViTConfig:
     side and 128 * 4 = 512 slices.
     """
 
-    width: int = 768
-    num_layers: int = 12
-    num_heads: int = 8
-    head_dim: int = 64
-    mlp_width: int = 2048
-    patch: tuple[int, int, int] = (32, 32, 4)
-    channels: int = 3
-    tables: tuple[int, int, int] = (16, 16, 128)
-    dropout: float = 0.1
-    dtype: str = "float32"
-    param_dtype: str = "float32"
-    remat: str = "full"
-    attention: str = "auto"
+    width: Size = 768
+    num_layers: Size = 12
+    num_heads: Size = 8
+    head_dim: Size = 64
+    mlp_width: Size = 2048
+    patch: tuple[Size, Size, Size] = (32, 32, 4)
+    channels: Size = 3
+    tables: tuple[Size, Size, Size] = (16, 16, 128)
+    dropout: Annotated[float, share(zero=True, one=False)] = 0.1
+    dtype: Annotated[str, one_of(DTYPES)] = "float32"
+    param_dtype: Annotated[str, one_of(DTYPES)] = "float32"
+    remat: Annotated[str, one_of(REMAT_POLICIES)] = "full"
+    attention: Annotated[str, one_of(NAMES)] = "auto"
 
     def __post_init__(self):
+        check_fields(self, "model.vision", self._conflicts())
+
+    def _conflicts(self) -> Iterator[str]:
         if self.width % 3:
-            raise ValueError(
+            yield (
                 f"vision width {self.width} is not a multiple of 3: row, column and depth positions take a third each"
             )
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from rich.console import Console
 from rich.text import Text
 
-stderr = Console(stderr=True)
+from input_pipeline.console import SafeConsole
+
+stderr = SafeConsole(stderr=True)
 log_file: Console | None = None  # set when a run has several processes; gets the messages, but no progress bar
 
 
-def log(*items, bar: bool = False) -> None:
+def log(*items, sep: str = " ", bar: bool = False) -> None:
     """Print strings or rich tables. `bar`: skip terminals, because a progress bar shows the same there.
 
     Square brackets in strings are printed as they are, not read as markup.
@@ -17,4 +19,4 @@ def log(*items, bar: bool = False) -> None:
     for console in (stderr, log_file):
         if console is not None and not (bar and console.is_terminal):
             texts = [Text(item) if isinstance(item, str) else item for item in items]
-            console.print(*texts, highlight=False, soft_wrap=True)
+            console.print(*texts, sep=sep, highlight=False, soft_wrap=True)

@@ -25,8 +25,8 @@ from pathlib import Path
 
 import jax
 from jax.experimental import multihost_utils
-from rich.console import Console
 
+from input_pipeline.console import SafeConsole
 from radfm_jax.runtime import cluster, compat, console, coordination, faults
 from radfm_jax.runtime.cluster import ProcessInfo, StartError
 from radfm_jax.runtime.peers import Peers
@@ -118,7 +118,7 @@ def _open_log(workdir: Path, info: ProcessInfo):
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
         return log
-    console.log_file = Console(file=log, width=120)
+    console.log_file = SafeConsole(file=log, width=120)
     logging.captureWarnings(True)
     root = logging.getLogger()
     for stream in (sys.stderr, log):  # with any handler installed, warnings no longer reach the console by default

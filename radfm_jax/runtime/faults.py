@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TextIO
 
+from input_pipeline.messages import printable
+
 # Exit codes. Schedulers start the same command again after 75 (EX_TEMPFAIL); all other codes are final.
 REQUEUE = 75
 STUCK = 70
@@ -126,7 +128,7 @@ class Watchdog:
                 reason = f"stuck: {self._task} has taken {silent:.0f} s (train.step_timeout is {self.seconds:g})"
                 files = self.files or [sys.stderr]
                 for file in files:
-                    print(f"{reason}; stacks:", file=file, flush=True)
+                    print(printable(f"{reason}; stacks:"), file=file, flush=True)
                 dump_stacks(*files)
                 self.leave(STUCK, reason)
                 return

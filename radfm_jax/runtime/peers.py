@@ -29,6 +29,7 @@ from typing import TextIO
 
 import jax
 
+from input_pipeline.messages import printable
 from radfm_jax.runtime import compat, faults
 
 POLL = 1.0  # seconds between checks
@@ -185,8 +186,9 @@ class Peers:
 
     def _write(self, text: str, console: bool = True) -> None:
         show_cursor = "\x1b[?25h\n" if sys.stderr.isatty() else ""  # the progress bar hides it
+        text = printable(text.rstrip(), keep="\n\t")
         for file in self.files if console else self.files[-1:]:
-            print((show_cursor if file is sys.stderr else "") + text.rstrip(), file=file, flush=True)
+            print((show_cursor if file is sys.stderr else "") + text, file=file, flush=True)
 
     def _exit(self, code: int) -> None:
         for stream in (sys.stdout, sys.stderr, self.log):

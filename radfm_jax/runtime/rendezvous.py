@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
-from input_pipeline.files import sha256_of_file
+from input_pipeline.files import parse_json, sha256_of_file
 from radfm_jax.runtime.cluster import ProcessInfo, StartError
 from radfm_jax.training.experiment import flat
 
@@ -223,7 +223,7 @@ async def _send(writer: asyncio.StreamWriter, value: dict) -> None:
 async def _receive(reader: asyncio.StreamReader, timeout: float | None = None) -> dict | None:
     """Return one line of JSON; None if the peer disconnects, is too slow, or sends anything but a JSON object."""
     try:
-        value = json.loads(await asyncio.wait_for(reader.readline(), timeout))
+        value = parse_json(await asyncio.wait_for(reader.readline(), timeout))
     except (OSError, ValueError):
         return None
     return value if isinstance(value, dict) else None

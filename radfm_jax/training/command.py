@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 from input_pipeline import command_line
+from input_pipeline.field_rules import errors_of
+from input_pipeline.messages import printable
 from radfm_jax.runtime import cluster, distributed, faults
 from radfm_jax.training.experiment import Experiment
 from radfm_jax.training.loop import train
@@ -44,7 +46,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="directory of the run")
     args, config = command_line.parse(parser, sys.argv[1:] if argv is None else argv)
     try:
-        experiment = Experiment.from_dict(config)
+        with errors_of(args.config):
+            experiment = Experiment.from_dict(config)
         with faults.Stop() as stop, distributed.start(args, args.workdir, experiment.to_dict(), stop) as peers:
             return train(experiment, args.workdir, peers)
     except InterruptedError:
@@ -53,5 +56,5 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if (message := faults.message(error)) is None:
             raise
-        print(f"error: {message}", file=sys.stderr)
+        print(printable(f"error: {message}", keep="\n"), file=sys.stderr)
         return faults.exit_code(error)

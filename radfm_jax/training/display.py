@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import json
 import math
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from rich.table import Column, Table
 
 from input_pipeline import files
 from input_pipeline.batching.report import PackingReport
+from radfm_jax.checkpoints import run_directory
 from radfm_jax.checkpoints.checkpoint import flatten
 from radfm_jax.runtime import console
 
@@ -96,7 +98,7 @@ def _complete_lines(file: Path) -> Iterator[dict]:
     with open(file, encoding="utf-8", errors="replace") as lines:
         for text in lines:
             try:
-                line = json.loads(text)
+                line = files.parse_json(text, nan=True)
             except ValueError:
                 return
             if not isinstance(line, dict) or "step" not in line:
@@ -174,6 +176,19 @@ def data_table(description: dict, samples: int, windows: int) -> Table:
     for name, s in description["sources"].items():
         table.add_row(name, f"{s['rows']:,}", f"{s['left_out']:,}", f"{s['fraction']:g}")
     return table
+
+
+def result_lines(workdir: Path) -> list[str]:
+    """Return where the results of a finished run are, and the commands that use them."""
+    best, steps = run_directory.best(workdir), run_directory.steps(workdir)
+    checkpoints = [f"checkpoints/{steps[-1]} (last step)"] if steps else []
+    checkpoints += [f"checkpoints/{best.name} (lowest held-out loss)"] if best else []
+    directory = shlex.quote(str(workdir))
+    return [
+        f"results in {workdir}: {', '.join([*checkpoints, 'metrics.jsonl', 'curves.png'])}",
+        f"ask it:   python -m radfm_jax.generate --checkpoint {directory} --scan FILE --prompt QUESTION",
+        f"score it: python -m radfm_jax.evaluate --config FILE --checkpoint {directory} --out DIR",
+    ]
 
 
 def packing_line(report: PackingReport) -> str:

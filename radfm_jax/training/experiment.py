@@ -4,12 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
 
 from input_pipeline.config import DataConfig
+from input_pipeline.field_rules import (
+    Count,
+    Rule,
+    Size,
+    above,
+    at_least,
+    check_fields,
+    from_mapping,
+    one_of,
+    plain_mapping,
+    raise_problems,
+    unknown_fields,
+)
 from input_pipeline.files import nearest
-from radfm_jax.models.radfm import RadFMConfig, tuples
+from radfm_jax.models.layers import DTYPES, REMAT_POLICIES
+from radfm_jax.models.radfm import RadFMConfig
+from radfm_jax.training.losses import NORMALISATIONS, WEIGHTINGS
 from radfm_jax.training.optimizer import OptimizerConfig
 from radfm_jax.training.train_step import NONFINITE, StepConfig
 
@@ -18,58 +33,62 @@ from radfm_jax.training.train_step import NONFINITE, StepConfig
 class TrainConfig:
     """The `train` group; train_step.StepConfig explains `weighting`, `normalise`, `chunk` and `dropout`."""
 
-    steps: int = 0  # optimizer steps of the run; 0: use `epochs`
-    epochs: float = 1.0
-    batch: int = 8  # rows of a global batch, over all devices and micro-batches
-    accumulation: int = 1  # micro-batches per step
-    dtype: str = "float32"  # of matrix products
-    remat: str = "full"  # what the backward pass recomputes (layers.REMAT_POLICIES)
-    weighting: str = "weighted"
-    normalise: str = "token"
-    chunk: int = 256
+    steps: Count = 0  # optimizer steps of the run; 0: use `epochs`
+    epochs: Annotated[float, at_least(0)] = 1.0
+    batch: Size = 8  # rows of a global batch, over all devices and micro-batches
+    accumulation: Size = 1  # micro-batches per step
+    dtype: Annotated[str, one_of(DTYPES)] = "float32"  # of matrix products
+    remat: Annotated[str, one_of(REMAT_POLICIES)] = "full"  # what the backward pass recomputes (layers.REMAT_POLICIES)
+    weighting: Annotated[str, one_of(WEIGHTINGS)] = "weighted"
+    normalise: Annotated[str, one_of((*NORMALISATIONS, "micro_batch"))] = "token"
+    chunk: Size = 256
     dropout: bool = True
-    seed: int = 0  # of fresh parameters and dropout; `data.seed` is separate
-    log_every: int = 10  # steps
-    eval_every: int = 0  # steps; 0: evaluate only at the end
-    eval_batches: int = 0  # batches per evaluation; 0: all of the test sources
+    seed: Count = 0  # of fresh parameters and dropout; `data.seed` is separate
+    log_every: Size = 10  # steps
+    eval_every: Count = 0  # steps; 0: evaluate only at the end
+    eval_batches: Count = 0  # batches per evaluation; 0: all of the test sources
     # Questions per test source whose answers each evaluation generates and scores (eval_answers.py); 0: none. Needs a
     # single process. Estimates of memory and time do not include it.
-    eval_answers: int = 0
-    nonfinite: str = "skip"  # "skip" steps whose loss or gradient is not finite, or "stop" the run
-    max_skipped: int = 3  # in a row
-    step_timeout: float = 1800.0  # seconds without a finished step after which the run ends with a dump of all stacks
-    profile: tuple[int, ...] = ()  # (first, last) steps to trace to WORKDIR/profile, both included; (): none
+    eval_answers: Count = 0
+    nonfinite: Annotated[str, one_of(NONFINITE)] = (
+        "skip"  # "skip" steps whose loss or gradient is not finite, or "stop" the run
+    )
+    max_skipped: Count = 3  # in a row
+    step_timeout: Annotated[float, above(0)] = (
+        1800.0  # seconds without a finished step after which the run ends with a dump of all stacks
+    )
+    profile: tuple[Count, ...] = ()  # (first, last) steps to trace to WORKDIR/profile, both included; (): none
 
     def __post_init__(self):
-        problems = []
-        for name, minimum in (("steps", 0), ("batch", 1), ("accumulation", 1), ("log_every", 1), ("eval_every", 0),
-                            ("eval_batches", 0), ("eval_answers", 0)):  # fmt: skip
-            if getattr(self, name) < minimum:
-                problems.append(f"train.{name} must be at least {minimum} (got {getattr(self, name)})")
-        if self.accumulation > 0 and self.batch % self.accumulation:
-            problems.append(f"train.batch {self.batch} must be a multiple of train.accumulation {self.accumulation}")
-        if self.nonfinite not in NONFINITE:
-            problems.append(f"train.nonfinite must be one of {', '.join(NONFINITE)} (got {self.nonfinite!r})")
+        check_fields(self, "train", self._conflicts())
+
+    def _conflicts(self) -> Iterator[str]:
+        if self.batch % self.accumulation:
+            yield f"train.batch {self.batch} must be a multiple of train.accumulation {self.accumulation}"
         if not self.steps and not self.epochs > 0:
-            problems.append("set train.steps or train.epochs: both are 0 or negative")
-        if self.profile and (len(self.profile) != 2 or not 0 <= self.profile[0] <= self.profile[1]):
-            problems.append(f"train.profile must be (first, last) steps (got {self.profile})")
-        if problems:
-            raise ValueError("; ".join(problems))
+            yield "set train.steps or train.epochs: both are 0 or negative"
+        if self.profile and (len(self.profile) != 2 or self.profile[0] > self.profile[1]):
+            yield f"train.profile must be (first, last) steps (got {self.profile})"
 
     @property
     def step(self) -> StepConfig:
         return StepConfig(self.weighting, self.normalise, self.chunk, self.dropout)
 
 
+Axis = Annotated[int, Rule("at least 1, or -1 for the remaining devices", lambda size: size == -1 or size >= 1)]
+
+
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """The `mesh` group: arguments of sharding.make_mesh."""
 
-    data: int = 1
-    fsdp: int = -1
-    tensor: int = 1
-    slices: int = 1
+    data: Axis = 1
+    fsdp: Axis = -1
+    tensor: Axis = 1
+    slices: Size = 1
+
+    def __post_init__(self):
+        check_fields(self, "mesh")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,11 +96,14 @@ class CheckpointConfig:
     """The `checkpoint` group."""
 
     init_from: str = ""  # checkpoint directory with the initial parameters of a new run; "": fresh parameters
-    save_every: int = 500  # steps
-    keep_last: int = 2  # number of newest steps to keep
-    keep_every: int = 0  # also keep steps that are multiples of it; 0: none
+    save_every: Size = 500  # steps
+    keep_last: Size = 2  # number of newest steps to keep
+    keep_every: Count = 0  # also keep steps that are multiples of it; 0: none
     best: bool = True  # also keep the step with the lowest held-out loss
     allow_older: bool = False  # if the newest checkpoint is damaged, resume from an older one, with a warning
+
+    def __post_init__(self):
+        check_fields(self, "checkpoint")
 
 
 GROUPS: dict[str, Any] = {
@@ -113,23 +135,25 @@ class Experiment:
     @classmethod
     def from_dict(cls, fields: Mapping) -> Experiment:
         """Convert a dict or ConfigDict. ValueError lists every unknown field and the nearest known one."""
-        fields = fields.to_dict() if hasattr(fields, "to_dict") else dict(fields)
+        fields = plain_mapping(fields, "the config")
         groups = ["model", *GROUPS]
         unknown = [name + nearest(name, groups) for name in fields if name not in groups]
-        for name, kind in GROUPS.items():
-            known = [f.name for f in dataclasses.fields(kind)]
-            unfamiliar = [key for key in fields.get(name, {}) if key not in known]
-            unknown += [f"{name}.{key}{nearest(key, known, f'{name}.')}" for key in unfamiliar]
+        parts = {name: plain_mapping(fields[name], name) for name in groups if name in fields}
+        unknown += [
+            u for name in parts if name in GROUPS if (u := unknown_fields(parts[name], GROUPS[name], f"{name}."))
+        ]
         if unknown:
             raise ValueError(f"unknown fields: {', '.join(unknown)}")
-        if "model" not in fields:
+        if "model" not in parts:
             raise ValueError("the config has no group `model`: add one, for instance radfm_14b().to_dict()")
-        values: dict[str, Any] = {
-            name: kind.from_dict(fields[name]) if kind is DataConfig else kind(**tuples(fields[name]))
-            for name, kind in GROUPS.items()
-            if name in fields
-        }
-        return cls(RadFMConfig.from_dict(fields["model"]), **values)
+        made, problems = {}, []
+        for name, kind in {"model": RadFMConfig, **GROUPS}.items():
+            try:
+                made[name] = from_mapping(kind, parts.get(name, {}), name)
+            except ValueError as error:  # the other groups may have problems too
+                problems.append(str(error))
+        raise_problems(problems)
+        return cls(**made)
 
     @property
     def compute(self) -> RadFMConfig:

@@ -54,7 +54,10 @@ def train(config: Experiment, workdir: Path, peers: Peers | None = None) -> int:
         with peers.abort_on_error():
             with peers.leaving_on_signal():
                 run = _prepare(config, workdir, peers, stack)
-            return run()
+            code = run()
+            if code == 0 and jax.process_index() == 0:
+                console.log(*display.result_lines(workdir), sep="\n")
+            return code
 
 
 def _prepare(config: Experiment, workdir: Path, peers: Peers, stack: contextlib.ExitStack) -> Callable[[], int]:

@@ -9,7 +9,7 @@ import dataclasses
 import re
 import types
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,12 @@ import numpy as np
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
+from input_pipeline.field_rules import Count, above, at_least, check_fields, one_of, share
 from input_pipeline.files import nearest
 from radfm_jax.checkpoints.checkpoint import flatten, unflatten
 
 METHODS = ("adamw", "muon")
+MU_DTYPES = ("float32", "bfloat16")
 # Name of a block's kernel -> its input axes and output axes, for Muon. Other axes are batches of matrices: the layers
 # (axis 0), and q, k and v in one kernel.
 MATRICES = {
@@ -39,31 +41,27 @@ class OptimizerConfig:
     two), scaled to suit AdamW learning rates, and the rest by Adam; both with Nesterov momentum.
     """
 
-    method: str = "adamw"
-    learning_rate: float = 2e-5  # after the warm-up
-    final: float = 0.1  # fraction of the learning rate at the last step
-    warmup_steps: int = 1000  # linear from 0; a cosine to `final` follows
+    method: Annotated[str, one_of(METHODS)] = "adamw"
+    learning_rate: Annotated[float, above(0)] = 2e-5  # after the warm-up
+    final: Annotated[float, at_least(0)] = 0.1  # fraction of the learning rate at the last step
+    warmup_steps: Count = 1000  # linear from 0; a cosine to `final` follows
     # Path of a parameter or part -> factor of its learning rate, {"vit": 1.0, "vit/embedding": 0.2, "llama": 0.1}; the
     # longest matching path applies.
-    rates: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    rates: Mapping[str, Annotated[float, at_least(0)]] = dataclasses.field(default_factory=dict)
     frozen: tuple[str, ...] = ()  # parts without gradients and optimizer memory; ("llama",) in the paper's first epoch
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.01  # of kernels and embeddings, not of norms, biases, positions, latents and marks
-    clip: float = 1.0  # maximum global norm of the gradient; 0 disables clipping
-    mu_dtype: str = "float32"  # of the first moment: float32 or bfloat16
+    b1: Annotated[float, share(zero=True, one=False)] = 0.9
+    b2: Annotated[float, share(zero=True, one=False)] = 0.95
+    eps: Annotated[float, above(0)] = 1e-8
+    weight_decay: Annotated[float, at_least(0)] = (
+        0.01  # of kernels and embeddings, not of norms, biases, positions, latents and marks
+    )
+    clip: Annotated[float, at_least(0)] = 1.0  # maximum global norm of the gradient; 0 disables clipping
+    mu_dtype: Annotated[str, one_of(MU_DTYPES)] = "float32"  # of the first moment: float32 or bfloat16
 
     def __post_init__(self):
-        object.__setattr__(self, "rates", types.MappingProxyType(dict(self.rates)))
-        not_negative = ("warmup_steps", "weight_decay", "clip", "final")
-        rules = [(name, getattr(self, name) > 0, "above 0") for name in ("learning_rate", "eps")]
-        rules += [(name, not getattr(self, name) < 0, "at least 0") for name in not_negative]
-        for name, known in (("method", METHODS), ("mu_dtype", ("float32", "bfloat16"))):
-            rules.append((name, getattr(self, name) in known, f"one of {', '.join(known)}"))
-        if broken := [(name, rule) for name, holds, rule in rules if not holds]:
-            problems = (f"optimizer.{name} must be {rule} (got {getattr(self, name)!r})" for name, rule in broken)
-            raise ValueError("; ".join(problems))
+        if isinstance(self.rates, Mapping):
+            object.__setattr__(self, "rates", types.MappingProxyType(dict(self.rates)))
+        check_fields(self, "optimizer")
 
 
 def split(params: dict, frozen: tuple[str, ...]) -> tuple[dict, dict]:

@@ -6,7 +6,7 @@ Images are embedded, so the page is one file.
 from __future__ import annotations
 
 import argparse
-import json
+import dataclasses
 import math
 import statistics
 import sys
@@ -14,8 +14,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from input_pipeline import files
-from input_pipeline.datasets.json_tables import text_lines
+from input_pipeline.datasets import jsonl
+from input_pipeline.datasets.rows import Row
+from input_pipeline.field_rules import from_mapping
+from input_pipeline.images.scans import resolve
 from input_pipeline.inspect.escaping import visible
+from input_pipeline.messages import printable
 from input_pipeline.samples import Scan
 from radfm_jax import html_page
 from radfm_jax.checkpoints import run_directory
@@ -52,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         page = "\n".join(_page(args))
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return 2
     args.out.parent.mkdir(parents=True, exist_ok=True)
     files.write_text(args.out, page)
@@ -73,7 +77,7 @@ def _page(args: argparse.Namespace) -> Iterator[str]:
         yield html_page.image((run / "curves.png").read_bytes(), f"curves of {run.name}")
     if args.scores:
         yield "<h2>Held-out answers</h2>"
-        yield from _scores(json.loads((args.scores / "accuracy.json").read_text()))
+        yield from _scores(files.read_json(args.scores / "accuracy.json", kind=dict))
     if args.answers:
         yield "<h2>Answers</h2>"
         yield from _answers(args)
@@ -122,11 +126,11 @@ def _scores(accuracy: dict[str, list[dict]]) -> Iterator[str]:
 
 
 def _answers(args: argparse.Namespace) -> Iterator[str]:
-    answers = {line["id"]: line for line in _lines(args.answers)}
+    answers = {_field(line, "id", args.answers): line for line in _lines(args.answers)}
     for question in _lines(args.questions):
-        answer = answers.get(question["id"])
-        answer_text = "no answer" if answer is None else answer["answer"]
-        scans = [Scan(scan) if isinstance(scan, str) else Scan(**scan) for scan in question["scans"]]
+        answer = answers.get(_field(question, "id", args.questions))
+        answer_text = "no answer" if answer is None else _field(answer, "answer", args.answers)
+        scans = jsonl.scans_of_row(Row(args.questions, 0, question, args.root.absolute()))
         image = _scan_image(args.root, scans, answer)
         reference = f"<br>reference: <b>{visible(question['response'])}</b>" if question.get("response") else ""
         yield (
@@ -141,11 +145,17 @@ def _scan_image(root: Path, scans: Sequence[Scan], answer: dict | None) -> str:
     prepared = (answer or {}).get("made_with", {}).get("prepared")
     if not prepared:
         return ""
-    paths = [Scan(str(root / scan.path), scan.volume, scan.window) for scan in scans]
-    volumes = inputs.read_scans(paths, inputs.Preparation(**prepared))
+    paths = [dataclasses.replace(scan, path=str(resolve(root, scan.path))) for scan in scans]
+    volumes = inputs.read_scans(paths, from_mapping(inputs.Preparation, prepared, "prepared"))
     preview = inputs.preview_image(volumes, [Path(scan.path).name for scan in scans])
     return html_page.image(preview, "the scan as the model saw it")
 
 
+def _field(line: dict, name: str, file: Path) -> str:
+    if not isinstance(line.get(name), str):
+        raise ValueError(f"{file}: a line has no text `{name}`: {str(line)[:80]}")
+    return line[name]
+
+
 def _lines(file: Path) -> list[dict]:
-    return [json.loads(line) for line in text_lines(file) if line.strip()]
+    return files.read_json_lines(file)

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
+from typing import Annotated
 
 import flax.linen as nn
 import jax
@@ -21,6 +22,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from input_pipeline.field_rules import Size, check_fields, one_of
 from input_pipeline.samples import TASKS
 from radfm_jax.checkpoints.checkpoint import flatten, unflatten
 from radfm_jax.models import radfm
@@ -36,16 +38,14 @@ NONFINITE = ("skip", "stop")
 class StepConfig:
     """Options of the loss of a step."""
 
-    weighting: str = "weighted"  # losses.WEIGHTINGS
-    normalise: str = "token"  # losses.NORMALISATIONS; "micro_batch" divides by each one's weight, as the original does
-    chunk: int = 256  # positions per device whose logits are materialized at once
+    weighting: Annotated[str, one_of(WEIGHTINGS)] = "weighted"  # losses.WEIGHTINGS
+    # losses.NORMALISATIONS; "micro_batch" divides by each one's weight, as the original does.
+    normalise: Annotated[str, one_of((*NORMALISATIONS, "micro_batch"))] = "token"
+    chunk: Size = 256  # positions per device whose logits are materialized at once
     dropout: bool = True
 
     def __post_init__(self):
-        if self.weighting not in WEIGHTINGS:
-            raise ValueError(f"train.weighting must be one of {', '.join(WEIGHTINGS)} (got {self.weighting!r})")
-        if self.normalise not in (known := (*NORMALISATIONS, "micro_batch")):
-            raise ValueError(f"train.normalise must be one of {', '.join(known)} (got {self.normalise!r})")
+        check_fields(self, "train")
 
 
 # --- the state --------------------------------------------------------------------------------------------------------

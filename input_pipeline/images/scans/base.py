@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterable
 from typing import Literal
+
+from input_pipeline.messages import printable
 
 Format = Literal["nifti", "dicom", "image", "npy"]
 Fault = Literal[
@@ -67,12 +68,6 @@ class Header:
     def kind(self) -> Literal["2d", "3d"]:
         """2d if the scan has one slice."""
         return "2d" if self.shape[2] == 1 else "3d"
-
-
-def printable(path) -> str:
-    """Return a path as printable text, with undecodable bytes and control characters escaped."""
-    text = os.fsdecode(path) if isinstance(path, bytes | os.PathLike) else str(path)
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 def join_offenders(offenders: Iterable[str]) -> str:

@@ -1,12 +1,12 @@
 """Opening of weight files and folders of any format."""
 
 import contextlib
-import json
 import os
 import zipfile
 from pathlib import Path
 from typing import Any
 
+from input_pipeline.files import read_json
 from radfm_jax.convert.tensor_files.base import Progress, TensorReader, reject
 from radfm_jax.convert.tensor_files.safetensors_format import open_safetensors
 from radfm_jax.convert.tensor_files.torch_format import import_torch, open_torch, torch_roots, unpack, zip_errors
@@ -111,14 +111,12 @@ def _open_index(path: Path, verify: bool, scratch: Any, progress: Progress) -> T
 
 def _read_weight_map(path: Path) -> dict[str, str]:
     """Return tensor name -> shard name."""
-    if not path.is_file() or path.stat().st_size > MAX_INDEX_BYTES:
-        raise ValueError(
-            f"{path} is not a file or has more than {MAX_INDEX_BYTES:,} bytes: pass the index of the shards"
-        )
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file: pass the index of the shards")
     try:
-        index = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}): download it again") from error
+        index = read_json(path, limit=MAX_INDEX_BYTES)
+    except ValueError as error:
+        raise ValueError(f"{error}: download it again") from None
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise ValueError(f"{path} has no weight_map from tensor to file names: pass the index of the shards")
