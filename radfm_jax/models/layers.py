@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +23,15 @@ REMAT_POLICIES = {
     ),
     "none": None,
 }
+
+
+def check_sizes(part: str, config) -> None:
+    """Raise ValueError unless all sizes of a part's config are at least 1."""
+    fields = [f.name for f in dataclasses.fields(config) if f.type == "int" or f.type.startswith("tuple[int")]
+    sizes = {name: value if isinstance(value := getattr(config, name), tuple) else (value,) for name in fields}
+    small = [f"{part}.{name} must be at least 1 (got {min(value)})" for name, value in sizes.items() if min(value) < 1]
+    if small:
+        raise ValueError("; ".join(small))
 
 
 def matmul_precision(dtype: jax.typing.DTypeLike) -> jax.lax.Precision:
