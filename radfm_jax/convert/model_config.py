@@ -62,8 +62,10 @@ def read_config(path) -> dict:
 def config_next_to(path) -> Path | None:
     """Return the config of a weight file or folder: x.config.json next to x.bin, else config.json; None without one."""
     path = Path(path)
-    folder = path if path.is_dir() else path.parent
-    candidates = [path.with_suffix(".config.json"), folder / "config.json"]
+    if path.is_dir():
+        candidates = [path / "config.json"]
+    else:
+        candidates = [path.with_suffix(".config.json"), path.with_name("config.json")]
     return next((p for p in candidates if p.is_file()), None)
 
 
