@@ -29,7 +29,8 @@ def config_json(src: Path, part: str, config: RadFMConfig, description: dict, re
     """
     dtype = report.dtypes[0]
     if part == "llama":
-        return llama_config.llama_to_hf(config.llama, dtype, description.get("source", {}).get("config"))
+        original = description.get("source", {}).get("config") or _special_ids(src)
+        return llama_config.llama_to_hf(config.llama, dtype, original)
     hf = {"architectures": ["RadFM"], "model_type": MODEL_TYPE, "torch_dtype": dtype, "model": config.to_dict()}
     if origin := stored.origin_of(src):
         hf[stored.ORIGIN] = origin
@@ -38,6 +39,14 @@ def config_json(src: Path, part: str, config: RadFMConfig, description: dict, re
     except ValueError as e:
         report.lines.append(f"the export does not say how scans are prepared: {e}")
     return hf
+
+
+def _special_ids(src: Path) -> dict[str, int]:
+    """Return the special tokens of a checkpoint's SentencePiece model as keys of config.json; {} without one."""
+    if not (src / checkpoint.TOKENIZER).is_file():
+        return {}
+    tokenizer = Tokenizer(src / checkpoint.TOKENIZER)
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
 
 
 @contextlib.contextmanager

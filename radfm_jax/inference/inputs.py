@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -88,7 +88,13 @@ class Preparation:
     @classmethod
     def from_config(cls, config: DataConfig) -> Preparation:
         """Return the preparation of a training run."""
-        return cls(**{f.name: getattr(config, f.name) for f in dataclasses.fields(cls)})
+        return cls.from_data(config.to_dict())
+
+    @classmethod
+    def from_data(cls, data: Mapping) -> Preparation:
+        """Return the preparation of a training run from its `data` group, which may be of another version."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in data.items() if name in known})
 
 
 RELEASED = Preparation(preprocess="released", storage="float32")

@@ -60,8 +60,7 @@ def preparation_of(directory, config: radfm.RadFMConfig) -> Preparation:
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{path} does not record how scans were prepared ({e!r}): {REMEDY}") from None
     if data is not None:
-        known = {f.name for f in dataclasses.fields(Preparation)}
-        return Preparation(**radfm.tuples({name: value for name, value in data.items() if name in known}))
+        return Preparation.from_data(data)
     released = released_preparation(config)
     if "file" in description.get("source", {}) and released is not None:
         return released
