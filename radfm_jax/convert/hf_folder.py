@@ -45,7 +45,10 @@ def _special_ids(src: Path) -> dict[str, int]:
     """Return the special tokens of a checkpoint's SentencePiece model as keys of config.json; {} without one."""
     if not (src / checkpoint.TOKENIZER).is_file():
         return {}
-    tokenizer = Tokenizer(src / checkpoint.TOKENIZER)
+    try:
+        tokenizer = Tokenizer(src / checkpoint.TOKENIZER)
+    except ValueError:  # a model without BOS or EOS, which a language model alone may have
+        return {}
     return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
 
 
@@ -70,7 +73,10 @@ def write_folder(folder: Path, src: Path, part: str, config: RadFMConfig, hf: di
     if not tokenizers:
         report.lines.append("the checkpoint has no tokenizer, so the folder has none")
     elif [path.name for path in tokenizers] == [checkpoint.TOKENIZER]:
-        write_json(folder / TOKENIZER_CONFIG, tokenizer_config(tokenizers[0]))
+        try:
+            write_json(folder / TOKENIZER_CONFIG, tokenizer_config(tokenizers[0]))
+        except ValueError as e:
+            report.lines.append(f"no {TOKENIZER_CONFIG}: {e}")
 
 
 def tokenizer_config(path: Path) -> dict:

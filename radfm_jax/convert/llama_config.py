@@ -35,7 +35,9 @@ def attention_from_hf(config: dict, width: int, path) -> dict:
         raise ValueError(f"{path} describes a {config['model_type']!r}, not a llama")
     if config.get("hidden_act", "silu") != "silu":
         raise ValueError(f"{path}: activation {config['hidden_act']!r} is not supported (silu is)")
-    heads = config["num_attention_heads"]
+    heads = config.get("num_attention_heads")
+    if not isinstance(heads, int) or heads < 1:
+        raise ValueError(f"{path}: num_attention_heads must be at least 1 (got {heads!r})")
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     kind = rope.get("rope_type", rope.get("type", "default"))
     scaling = None

@@ -71,6 +71,8 @@ def config_next_to(path) -> Path | None:
 
 def radfm_from_model(model: Mapping, path, parts: tuple[str, ...] = tuple(HIDDEN_SIZES)) -> RadFMConfig:
     """Return the sizes in the `model` of a config. Raises ValueError if it lacks one that no tensor shape gives."""
+    if not isinstance(model, Mapping) or not all(isinstance(fields, Mapping) for fields in model.values()):
+        raise ValueError(f"the config of {path}: `model` must have the parts {', '.join(parts)} with their sizes")
     if missing := [f"{p}.{n}" for p in parts for n in HIDDEN_SIZES[p] if n not in model.get(p, {})]:
         raise ValueError(f"the config of {path} lacks {', '.join(missing)}, which tensor shapes do not give")
     return RadFMConfig.from_dict(model)

@@ -118,7 +118,7 @@ class TorchModel(contextlib.AbstractContextManager):
         for name in filter(table.ROTARY.fullmatch, self.reader.infos):
             values = self.reader.read(name).astype(np.float64)
             # Buffers may be stored in 16 bits; another base changes the slowest frequency by far more.
-            if not any(x.shape == values.shape and np.allclose(values, x, rtol=1e-2, atol=0) for x in allowed):
+            if not any(x.shape == values.shape and np.allclose(values, x, rtol=1e-2, atol=1e-7) for x in allowed):
                 self.problems.append(f"{name} does not fit rope_theta {llama.rope_theta:g} of the config")
                 return  # all layers have the same
 

@@ -26,12 +26,17 @@ REMAT_POLICIES = {
 
 
 def check_sizes(part: str, config) -> None:
-    """Raise ValueError unless all sizes of a part's config are at least 1."""
+    """Raise ValueError unless all sizes of a part's config are integers of at least 1."""
     fields = [f.name for f in dataclasses.fields(config) if f.type == "int" or f.type.startswith("tuple[int")]
-    sizes = {name: value if isinstance(value := getattr(config, name), tuple) else (value,) for name in fields}
-    small = [f"{part}.{name} must be at least 1 (got {min(value)})" for name, value in sizes.items() if min(value) < 1]
-    if small:
-        raise ValueError("; ".join(small))
+    values = {name: value if isinstance(value := getattr(config, name), tuple) else (value,) for name in fields}
+    problems = [
+        f"{part}.{name} must be at least 1 (got {value!r})"
+        for name in fields
+        for value in values[name]
+        if not isinstance(value, int) or value < 1
+    ]
+    if problems:
+        raise ValueError("; ".join(problems))
 
 
 def matmul_precision(dtype: jax.typing.DTypeLike) -> jax.lax.Precision:
