@@ -192,7 +192,7 @@ def test_released_form(tokenizer, scans):
     ],
 )
 def test_invalid_prompts(model, scans, prompt, files, options, words):
-    files = files if isinstance(files, str) else [scans / f if isinstance(f, str) else f for f in files]
+    files = files if isinstance(files, str | Image.Image) else [scans / f if isinstance(f, str) else f for f in files]
     with pytest.raises(ValueError, match=words):
         model.answer(prompt, files, **options)
 
