@@ -129,7 +129,7 @@ def _sizes_of_tensors(shapes: Shapes, path) -> dict[str, dict]:
     missing = []
 
     def size(pattern: str, axis: int) -> int:
-        """Return the most common size among the layers, so that one misshapen tensor is reported as such."""
+        """Return the most common size among the layers. A layer that differs is later reported as misshapen."""
         sizes = [shape[axis] for name, shape in shapes.items() if re.fullmatch(pattern, name) and len(shape) > axis]
         if not sizes:
             missing.append(pattern.replace("\\", "").replace("d+", "*"))
