@@ -152,16 +152,12 @@ def test_trimming_needs_a_smaller_tokenizer(tmp_path):
 
 
 def test_an_empty_vocabulary(tmp_path):
+    """DeepSpeed's ZeRO-3 saves empty tensors in place of those that it shards."""
     state = state_of()
     for name in (table.EMBEDDING, "lang_model.lm_head.weight"):
         state[name] = state[name][:0]
-    sizes = SMALL.to_dict()
-    sizes["llama"]["vocab_size"] = 0
-    path = save_bin(tmp_path / "x.bin", state)
-    with pytest.raises(ValueError, match="llama.vocab_size must be at least 1 .got 0"):
-        from_torch(path, tmp_path / "checkpoint", config={"model": sizes})
-    with pytest.raises(ValueError, match=r"shape of lang_model.lm_head.weight: \(0, 16\), expected \(40, 16\)"):
-        from_torch(path, tmp_path / "checkpoint")
+    with pytest.raises(ValueError, match="has 3 tensors without values .*lang_model.lm_head.weight.*ZeRO-3"):
+        from_torch(save_bin(tmp_path / "x.bin", state), tmp_path / "checkpoint")
     (tmp_path / "tokenizer.model").write_bytes(b"")
     with pytest.raises(ValueError, match="tokenizer.model"):
-        from_torch(path, tmp_path / "checkpoint")
+        from_torch(save_bin(tmp_path / "x.bin", state_of()), tmp_path / "checkpoint")

@@ -76,6 +76,12 @@ class TorchModel(contextlib.AbstractContextManager):
         """Remove the prefixes of wrappers from the names of the tensors."""
         if not self.reader.infos:
             raise ValueError(f"{self.src} has no tensors: save model.state_dict()")
+        if empty := [name for name, info in self.reader.infos.items() if 0 in info.shape]:
+            listed = ", ".join(empty[:3]) + (", ..." if len(empty) > 3 else "")
+            raise ValueError(
+                f"{self.src} has {len(empty)} tensors without values ({listed}): it was saved without its weights, "
+                "as by DeepSpeed's ZeRO-3, or is damaged"
+            )
         try:
             names = diagnosis.plain_names(self.reader.infos)
         except ValueError as e:

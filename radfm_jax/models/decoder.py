@@ -21,7 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from radfm_jax.models.attention import attention
 from radfm_jax.models.kernels.xla import attention_mask, plain_attention
-from radfm_jax.models.layers import RESIDUAL, check_sizes, dense, matmul_precision, partitioned, rms_norm, scan_blocks
+from radfm_jax.models.layers import RESIDUAL, dense, matmul_precision, partitioned, rms_norm, scan_blocks
 from radfm_jax.runtime.sharding import constrain
 
 
@@ -56,7 +56,6 @@ class DecoderConfig:
     attention: str = "auto"
 
     def __post_init__(self):
-        check_sizes("llama", self)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"llama.num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})"

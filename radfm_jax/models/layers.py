@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -23,20 +22,6 @@ REMAT_POLICIES = {
     ),
     "none": None,
 }
-
-
-def check_sizes(part: str, config) -> None:
-    """Raise ValueError unless all sizes of a part's config are integers of at least 1."""
-    fields = [f.name for f in dataclasses.fields(config) if f.type == "int" or f.type.startswith("tuple[int")]
-    values = {name: value if isinstance(value := getattr(config, name), tuple) else (value,) for name in fields}
-    problems = [
-        f"{part}.{name} must be at least 1 (got {value!r})"
-        for name in fields
-        for value in values[name]
-        if not isinstance(value, int) or value < 1
-    ]
-    if problems:
-        raise ValueError("; ".join(problems))
 
 
 def matmul_precision(dtype: jax.typing.DTypeLike) -> jax.lax.Precision:

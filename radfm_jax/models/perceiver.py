@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from radfm_jax.models.attention import attention
-from radfm_jax.models.layers import RESIDUAL, GeluMlp, check_sizes, dense, layer_norm, partitioned, scan_blocks
+from radfm_jax.models.layers import RESIDUAL, GeluMlp, dense, layer_norm, partitioned, scan_blocks
 from radfm_jax.models.vit3d import gather_rows
 from radfm_jax.runtime.sharding import constrain
 
@@ -32,9 +32,6 @@ class PerceiverConfig:
     param_dtype: str = "float32"
     remat: str = "full"
     attention: str = "auto"
-
-    def __post_init__(self):
-        check_sizes("perceiver", self)
 
 
 class ResamplerBlock(nn.Module):

@@ -20,7 +20,6 @@ from radfm_jax.models.layers import (
     NORM_EPS,
     RESIDUAL,
     GeluMlp,
-    check_sizes,
     dense,
     layer_norm,
     matmul_precision,
@@ -53,7 +52,6 @@ class ViTConfig:
     attention: str = "auto"
 
     def __post_init__(self):
-        check_sizes("vision", self)
         if self.width % 3:
             raise ValueError(
                 f"vision width {self.width} is not a multiple of 3: row, column and depth positions take a third each"
