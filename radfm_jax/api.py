@@ -14,12 +14,12 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from input_pipeline.field_rules import errors_of, plain_mapping
 from input_pipeline.text.tokenizer import Tokenizer
 from radfm_jax.checkpoints import checkpoint, run_directory
 from radfm_jax.checkpoints import int8 as quantised
-from radfm_jax.inference import Answer, EncodedScans, Generator, Request, Sampling, inputs, require_answers
+from radfm_jax.inference import Answer, EncodedScans, Generator, Request, Sampling, inputs, require_answers, stored
 from radfm_jax.inference.plain_rows import plain_rows
+from radfm_jax.inference.stored import preparation_of
 from radfm_jax.models import radfm
 from radfm_jax.runtime import sharding
 
@@ -60,8 +60,9 @@ class Model:
 
         Args:
           prompt: the question. `<image-1>` marks set the positions of scans; without marks all scans are at `place`.
-          scans: paths (all formats of the pipeline), samples.Scan (a volume of a 4D file, a window), or voxels
-            [H, W, D] or [H, W, D, C]; or the result of `encode_scans`, for several questions about the same scans.
+          scans: paths (all formats of the pipeline), samples.Scan (a volume of a 4D file, a window), PIL images, or
+            arrays (gray image [H, W], volume [H, W, D] or [H, W, D, C]; inputs.Scan describes the axes); or the result
+            of `encode_scans`, for several questions about the same scans.
           context: clinical context, inserted before the prompt.
           place: position of scans without marks: `first` or `last`.
           on_text: called with each new piece of the answer while it is generated.
@@ -242,9 +243,9 @@ def load(
     checkpoint.verify(directory, hashes=verify, allow_missing=() if tokenizer is None else (checkpoint.TOKENIZER,))
     config = checkpoint.model_config(checkpoint.read_description(directory), directory)
     boxed = radfm.abstract_params(config)
-    stored = checkpoint.ParamReader(directory).dtypes
+    dtypes = checkpoint.ParamReader(directory).dtypes
     abstract = {
-        path: jax.ShapeDtypeStruct(leaf.shape, param_dtype or stored.get(path, leaf.dtype))
+        path: jax.ShapeDtypeStruct(leaf.shape, param_dtype or dtypes.get(path, leaf.dtype))
         for path, leaf in checkpoint.flatten(nn.unbox(boxed)).items()
     }
     shardings = sharding.param_shardings(boxed, mesh)[0] if mesh is not None else None
@@ -254,52 +255,30 @@ def load(
     return Model(config.with_compute(dtype=dtype), params, directory, mesh, tokenizer, prepared)
 
 
-def preparation_of(directory, config: radfm.RadFMConfig) -> inputs.Preparation:
-    """Return the preparation of scans for a checkpoint: that of its training run; for converted weights, `RELEASED`.
-
-    Raises ValueError if the checkpoint does not record it.
-    """
-    path = Path(directory) / run_directory.RUN
-    try:
-        data = run_directory.read_run(directory)["config"]["data"]
-    except FileNotFoundError:
-        data = None
-    except (ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{path} does not record how scans were prepared ({e!r}): {_PREPARED}") from None
-    if data is not None:
-        known = {f.name for f in dataclasses.fields(inputs.Preparation)}
-        with errors_of(path):
-            data = plain_mapping(data, "config.data")
-            return inputs.Preparation(**{name: value for name, value in data.items() if name in known})
-    if "file" in checkpoint.read_description(directory).get("source", {}):
-        return dataclasses.replace(inputs.RELEASED, num_latents=config.num_latents)
-    raise ValueError(f"{directory} has no {run_directory.RUN} that records how scans were prepared: {_PREPARED}")
-
-
-_PREPARED = (
-    "load it with prepared=Preparation(preprocess=..., size_2d=..., ...) (command line: --preprocess paper "
-    "--size-2d ... --size-3d ... --depth ...)"
-)
-
-
 def save(model: Model, directory) -> None:
     """Write a checkpoint directory atomically, from one process that has all parameters.
 
-    The other files of the loaded checkpoint (tokenizer, unused tensors of a released file) are copied. Raises
-    ValueError if `directory` exists, the disk is too small, weights are int8, or there are several processes.
+    The other files of the loaded checkpoint (tokenizer, unused tensors of a released file) are copied. The preparation
+    and the tokenizer that the model was loaded with replace those of the checkpoint. Raises ValueError if `directory`
+    exists, the disk is too small, weights are int8, or there are several processes.
     """
     if any(x.dtype == np.int8 for x in jax.tree.leaves(model.params)):
         raise ValueError("int8 weights cannot be saved: load the model without int8 and save that")
     if jax.process_count() > 1:
         raise ValueError("save needs a single process: gather the parameters in one process and save there")
-    extra_files, source = [], {}
+    extra_files, fields = [], {"source": {}}
     if model.directory is not None:
         extra_files = [p for n in (*checkpoint.EXTRA_FILES, run_directory.RUN) if (p := model.directory / n).is_file()]
-        source = checkpoint.read_description(model.directory).get("source", {})
+        description = checkpoint.read_description(model.directory)
+        fields |= {k: description[k] for k in ("source", stored.KEY) if k in description}
+    if model.prepared is not None:
+        fields[stored.KEY] = stored.to_record(model.prepared)
     size = sum(x.nbytes for x in jax.tree.leaves(model.params)) + sum(p.stat().st_size for p in extra_files)
     checkpoint.require_space(directory, size + size // 50, f"saving {directory}")
     with checkpoint.new_directory(directory) as partial:
         checkpoint.save_params(partial, model.params)
         for path in extra_files:
             shutil.copyfile(path, partial / path.name)
-        checkpoint.write_description(partial, "radfm", model.config.to_dict(), source=source)
+        if model.tokenizer_file is not None:
+            shutil.copyfile(model.tokenizer_file, partial / checkpoint.TOKENIZER)
+        checkpoint.write_description(partial, "radfm", model.config.to_dict(), **fields)

@@ -1,7 +1,6 @@
 """Answers from Python: Model.answer, its variants and its errors."""
 
 import dataclasses
-import json
 
 import jax
 import numpy as np
@@ -111,6 +110,36 @@ def test_arrays_as_scans(model, scans):
     assert windowed[0].voxels.std() > 1.5 * plain[0].voxels.std()
 
 
+def test_images_and_2d_arrays_as_scans(model, scans):
+    """The same pixels give the same volume, whether from a file, a PIL image or an array."""
+    (file,) = inputs.read_scans([scans / "film.png"], model.preparation)
+    image = Image.open(scans / "film.png")
+    pixels = np.asarray(image)
+    rgb, palette = image.convert("RGB"), image.convert("P")
+    opaque = image.convert("RGBA")
+    sixteen, floats = Image.fromarray(pixels.astype(np.uint16)), Image.fromarray(pixels.astype(np.float32))
+    arrays = [pixels, pixels[..., None], pixels[..., None, None], np.stack([pixels] * 3, -1)[:, :, None]]
+    same = [image, rgb, palette, opaque, sixteen, floats, image.convert("I"), *arrays]
+    for volume in inputs.read_scans(same, model.preparation):
+        np.testing.assert_array_equal(volume.voxels, file.voxels)
+    turned = image.copy()
+    turned.getexif()[0x0112] = 6  # the display is a quarter turn clockwise
+    (volume,) = inputs.read_scans([turned], model.preparation)
+    (expected,) = inputs.read_scans([np.rot90(pixels, -1)], model.preparation)
+    np.testing.assert_array_equal(volume.voxels, expected.voxels)
+    colour = Image.merge("RGB", [image, image.rotate(180), image])
+    (volume,) = inputs.read_scans([colour], model.preparation)
+    assert volume.voxels.shape[-1] == 3
+    assert greedy(model, "Is there a lesion?", [image]) == greedy(model, "Is there a lesion?", [scans / "film.png"])
+
+
+def test_white_space_around_a_prompt_has_no_meaning(model):
+    for preparation in (model.preparation, dataclasses.replace(inputs.RELEASED, num_latents=4)):
+        plain = inputs.encode_prompt("Lesion?", 0, model.tokenizer, preparation, context="left\nlung")
+        spaced = inputs.encode_prompt(" Lesion?\r\n", 0, model.tokenizer, preparation, context="\n left\r\nlung\n")
+        assert plain.ids.tolist() == spaced.ids.tolist()
+
+
 def test_released_form(tokenizer, scans):
     """2D scans are 512 x 512, all scans have one depth, and an image at the end precedes the last character."""
     t, released = Tokenizer(tokenizer), dataclasses.replace(inputs.RELEASED, num_latents=4)
@@ -156,10 +185,14 @@ def test_released_form(tokenizer, scans):
         ("Lesion?", [np.zeros((3, 20, 20))], {}, "scan 1 .array.*channels seem to come before rows"),
         ("Lesion?", [np.zeros((20, 20, 5))], {}, "scan 1 .array.*constant"),
         ("Lesion?", [7], {}, "scan 1 is a int: pass a path"),
+        ("Lesion?", [Image.new("RGBA", (20, 20))], {}, "scan 1 .image.*transparent"),
+        ("Lesion?", [Image.new("HSV", (20, 20))], {}, "scan 1 .image.*pixel mode HSV"),
+        ("Lesion?", [Image.new("L", (20, 20))], {}, "scan 1 .image.*constant"),
+        ("Lesion?", Image.new("L", (20, 20)), {}, "scans are a Image: pass a list"),
     ],
 )
 def test_invalid_prompts(model, scans, prompt, files, options, words):
-    files = files if isinstance(files, str) else [scans / f if isinstance(f, str) else f for f in files]
+    files = files if isinstance(files, str | Image.Image) else [scans / f if isinstance(f, str) else f for f in files]
     with pytest.raises(ValueError, match=words):
         model.answer(prompt, files, **options)
 
@@ -188,11 +221,7 @@ def test_checkpoints_that_lack_something(model, run, tokenizer, scans, tmp_path)
         bare.answer("Lesion?", [scans / "film.png"])
     told = radfm_jax.load(tmp_path / "bare", tokenizer=tokenizer, prepared=model.preparation)
     assert greedy(told, "Lesion?", [scans / "film.png"]) == greedy(model, "Lesion?", [scans / "film.png"])
-    # Converted weights have the released preparation; a saved model keeps its own.
-    description = json.loads((tmp_path / "bare" / "radfm.json").read_text()) | {"source": {"file": "pytorch_model.bin"}}
-    (tmp_path / "bare" / "radfm.json").write_text(json.dumps(description))
-    converted = radfm_jax.api.preparation_of(tmp_path / "bare", model.config)
-    assert converted == dataclasses.replace(inputs.RELEASED, num_latents=4)
+    # A saved model keeps its preparation.
     radfm_jax.save(model, tmp_path / "again")
     assert radfm_jax.load(tmp_path / "again").preparation == model.preparation
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)

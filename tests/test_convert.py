@@ -15,8 +15,10 @@ from pathlib import Path
 import golden
 import llama_oracle
 import numpy as np
+import parity
 import pytest
 import torch
+from convert_parts import SMALL, only_source, save_bin, state_of, write_sizes
 
 import radfm_jax
 from radfm_jax.checkpoints import checkpoint
@@ -31,14 +33,6 @@ CASE = "p1_2d_s1"
 ROOT = Path(__file__).parents[1]
 
 
-def save_bin(path: Path, state: dict[str, np.ndarray], tie: bool = True) -> Path:
-    tensors = {k: torch.from_numpy(np.array(v)) for k, v in state.items()}
-    if tie and table.EMBEDDING_ALIAS in tensors:
-        tensors[table.EMBEDDING_ALIAS] = tensors[table.EMBEDDING]
-    torch.save(tensors, path)
-    return path
-
-
 def load_bin(path: Path) -> dict[str, torch.Tensor]:
     return torch.load(path, weights_only=True)
 
@@ -48,33 +42,10 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(*bits)
 
 
-def small_config() -> radfm.RadFMConfig:
-    """Return a small model with the vision head width of 64 that released files imply."""
-    return radfm.RadFMConfig(
-        radfm.ViTConfig(width=12, num_layers=2, num_heads=2, head_dim=64, mlp_width=16),
-        radfm.PerceiverConfig(width=12, num_layers=2, num_heads=2, head_dim=64, num_latents=4),
-        radfm.DecoderConfig(
-            vocab_size=40, width=16, mlp_width=24, num_layers=3, num_heads=2, num_kv_heads=2, head_dim=8
-        ),
-    )
-
-
-def small_state(seed: int = 0, dtype=np.float32) -> dict[str, np.ndarray]:
-    """Return every used tensor of `small_config` under its released name, with both names of the embedding.
-
-    The rotary buffers are included, because they give the number of heads.
-    """
-    rng = np.random.default_rng(seed)
-    config = small_config()
-    state = {e.name: rng.standard_normal(e.torch_shape).astype(dtype) for e in table.entries(config)}
-    state[table.EMBEDDING_ALIAS] = state[table.EMBEDDING]
-    rotary = {k: v for k, v in table.buffers(config).items() if table.ROTARY.fullmatch(k)}
-    return {**state, **rotary}
-
-
 @pytest.fixture(scope="module")
 def golden_bin(tmp_path_factory) -> Path:
-    return save_bin(tmp_path_factory.mktemp("golden") / "pytorch_model.bin", golden.state_dict(CASE))
+    config = parity.config_of(golden.Sizes.of_golden(golden.load(CASE)))
+    return save_bin(tmp_path_factory.mktemp("golden") / "pytorch_model.bin", golden.state_dict(CASE), config=config)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +58,7 @@ def golden_checkpoint(golden_bin) -> Path:
 @pytest.fixture(scope="module")
 def small_checkpoint(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("small")
-    from_torch(save_bin(folder / "small.bin", small_state()), folder / "checkpoint")
+    from_torch(save_bin(folder / "small.bin", state_of()), folder / "checkpoint")
     return folder / "checkpoint"
 
 
@@ -117,9 +88,10 @@ def test_safetensors_folder_round_trip(golden_checkpoint, tmp_path):
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 def test_the_published_zip(compression, small_checkpoint, tmp_path):
-    save_bin(tmp_path / "pytorch_model.bin", small_state())
+    save_bin(tmp_path / "pytorch_model.bin", state_of())
     with zipfile.ZipFile(tmp_path / "published.zip", "w", compression) as z:
         z.write(tmp_path / "pytorch_model.bin", "RadFM/pytorch_model.bin")
+    write_sizes(tmp_path / "published.zip", SMALL)
     from_torch(tmp_path / "published.zip", tmp_path / "checkpoint")
     first, second = (checkpoint.ParamReader(d) for d in (small_checkpoint, tmp_path / "checkpoint"))
     assert all(np.array_equal(first.read(k), second.read(k)) for k in first.shapes)
@@ -127,7 +99,7 @@ def test_the_published_zip(compression, small_checkpoint, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_dtype_option_and_unchanged_dtype(dtype, small_checkpoint, tmp_path):
-    state = {k: torch.from_numpy(v) for k, v in small_state().items()}
+    state = {k: torch.from_numpy(v) for k, v in state_of().items()}
     to_torch(small_checkpoint, tmp_path / "narrow.bin", dtype=dtype)
     narrow = load_bin(tmp_path / "narrow.bin")
     name = "lang_model.model.layers.1.mlp.up_proj.weight"
@@ -178,14 +150,14 @@ def test_unused_tensors_at_released_size():
 
 def test_large_tensors_are_read_in_blocks_of_rows(small_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(torch_source, "BLOCK_BYTES", 100)
-    from_torch(save_bin(tmp_path / "small.bin", small_state()), tmp_path / "checkpoint")
+    from_torch(save_bin(tmp_path / "small.bin", state_of()), tmp_path / "checkpoint")
     first, second = (checkpoint.ParamReader(d) for d in (small_checkpoint, tmp_path / "checkpoint"))
     assert all(np.array_equal(first.read(k), second.read(k)) for k in first.shapes)
 
 
 def test_embeddings_that_differ(tmp_path):
     """The second name is used, as when the released code loads the file."""
-    state = small_state()
+    state = state_of()
     state[table.EMBEDDING_ALIAS] = state[table.EMBEDDING] + 1
     report = from_torch(save_bin(tmp_path / "x.bin", state, tie=False), tmp_path / "checkpoint")
     assert any("differ" in line for line in report.lines)
@@ -195,7 +167,7 @@ def test_embeddings_that_differ(tmp_path):
 
 @pytest.mark.parametrize("absent", [table.EMBEDDING, table.EMBEDDING_ALIAS])
 def test_one_name_of_the_embedding_is_enough(absent, tmp_path):
-    state = small_state()
+    state = state_of()
     del state[absent]
     report = from_torch(save_bin(tmp_path / "x.bin", state, tie=False), tmp_path / "checkpoint")
     assert any(absent in line and "absent" in line for line in report.lines)
@@ -204,8 +176,8 @@ def test_one_name_of_the_embedding_is_enough(absent, tmp_path):
 # --- sizes ------------------------------------------------------------------------------------------------------------
 
 
-def test_sizes_come_from_tensor_shapes(golden_checkpoint, small_checkpoint):
-    assert radfm_jax.load(small_checkpoint).config == small_config()
+def test_sizes_are_those_of_the_config(golden_checkpoint, small_checkpoint):
+    assert radfm_jax.load(small_checkpoint).config == SMALL
     config, case = radfm_jax.load(golden_checkpoint).config, golden.load(CASE).meta["llama"]
     assert (config.llama.vocab_size, config.llama.num_heads, config.vision.width) == (160, 4, 24)
     assert (config.llama.width, config.llama.mlp_width) == (case["hidden"], case["inter"])
@@ -218,46 +190,28 @@ def test_released_sizes_need_no_config():
     assert model_config.radfm_from_shapes(shapes, None, "x") == radfm.radfm_14b()
 
 
-def test_heads_need_a_config_without_buffers(tmp_path):
-    state = {k: v for k, v in small_state().items() if not table.is_buffer(k)}
-    path = save_bin(tmp_path / "x.bin", state)
-    with pytest.raises(ValueError, match="number of attention heads.*--config"):
-        from_torch(path, tmp_path / "checkpoint")
-    (tmp_path / "config.json").write_text('{"num_attention_heads": 4, "rms_norm_eps": 1e-5}')
-    from_torch(path, tmp_path / "checkpoint")  # from the config.json next to the file
-    llama = radfm_jax.load(tmp_path / "checkpoint").config.llama
-    assert (llama.num_heads, llama.head_dim, llama.norm_eps) == (4, 4, 1e-5)
-
-
-def test_a_config_must_not_contradict_the_buffers(tmp_path):
-    (tmp_path / "config.json").write_text('{"num_attention_heads": 4}')
-    with pytest.raises(ValueError, match="heads of \\[8\\], but the config says 4 heads of 4"):
-        from_torch(save_bin(tmp_path / "x.bin", small_state()), tmp_path / "checkpoint")
-
-
 def test_a_config_of_sizes_must_not_contradict_the_buffers(tmp_path):
     """Four heads of 4 and two of 8 have the same shapes; only the rotary buffers show the difference."""
-    config = small_config().to_dict()
+    config = SMALL.to_dict()
     config["llama"] |= {"num_heads": 4, "num_kv_heads": 4, "head_dim": 4}
     with pytest.raises(ValueError, match="heads of \\[8\\], but the config says 4 heads of 4"):
-        from_torch(save_bin(tmp_path / "x.bin", small_state()), tmp_path / "checkpoint", config={"model": config})
+        from_torch(save_bin(tmp_path / "x.bin", state_of()), tmp_path / "checkpoint", config={"model": config})
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
 def test_all_problems_are_in_one_error_and_nothing_is_written(tmp_path):
-    state = small_state()
+    state = state_of()
     del state["lang_model.model.norm.weight"], state["embedding_layer.perceiver.layers.1.0.to_q.weight"]
     state["embedding_layer.extra.weight"] = np.zeros(3, np.float32)
     state["embedding_layer.fc.bias"] = np.zeros(17, np.float32)
     state["lang_model.model.layers.1.mlp.up_proj.weight"][3, 4] = np.nan
     state["embedding_layer.perceiver.latents"][0, 0] = np.inf
-    (tmp_path / "config.json").write_text('{"num_attention_heads": 2}')
     path = save_bin(tmp_path / "x.bin", state)
     with pytest.raises(ValueError) as e:
         # the width comes from norm.weight, which is missing here, so pass a config
-        from_torch(path, tmp_path / "checkpoint", config={"model": small_config().to_dict()})
+        from_torch(path, tmp_path / "checkpoint", config={"model": SMALL.to_dict()})
     for line in (
         "missing: lang_model.model.norm.weight (16,)",
         "missing: embedding_layer.perceiver.layers.1.0.to_q.weight (128, 12)",
@@ -267,27 +221,27 @@ def test_all_problems_are_in_one_error_and_nothing_is_written(tmp_path):
         "not finite: embedding_layer.perceiver.latents",
     ):
         assert line in str(e.value)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "x.bin"]
+    assert only_source(tmp_path)
 
 
 def test_all_non_finite_tensors_are_listed(tmp_path):
-    state = small_state()
+    state = state_of()
     state["lang_model.model.layers.0.mlp.up_proj.weight"][0, 0] = np.nan
     state["lang_model.lm_head.weight"][1, 1] = -np.inf
     with pytest.raises(ValueError, match="(?s)not finite: .*layers.0.mlp.up_proj.*not finite: lang_model.lm_head"):
         from_torch(save_bin(tmp_path / "x.bin", state), tmp_path / "checkpoint")
-    assert [p.name for p in tmp_path.iterdir()] == ["x.bin"]
+    assert only_source(tmp_path)
 
 
 def test_a_narrow_dtype_that_overflows(tmp_path):
-    state = small_state()
+    state = state_of()
     state["embedding_layer.fc.weight"][0, 0] = 1e6
     with pytest.raises(ValueError, match="not finite as float16: embedding_layer.fc.weight"):
         from_torch(save_bin(tmp_path / "x.bin", state), tmp_path / "checkpoint", dtype="float16")
 
 
 def test_layers_of_different_dtypes(tmp_path):
-    state = small_state()
+    state = state_of()
     name = "lang_model.model.layers.1.mlp.up_proj.weight"
     state[name] = state[name].astype(np.float16)
     path = save_bin(tmp_path / "x.bin", state)
@@ -306,26 +260,26 @@ class Payload:
 
 def test_a_payload_never_runs(tmp_path):
     torch.save(
-        {"x": Payload(tmp_path / "ran"), **{k: torch.from_numpy(v) for k, v in small_state().items()}},
+        {"x": Payload(tmp_path / "ran"), **{k: torch.from_numpy(v) for k, v in state_of().items()}},
         tmp_path / "x.bin",
     )
     with pytest.raises(ValueError, match="refused by torch's safe loader"):
         from_torch(tmp_path / "x.bin", tmp_path / "checkpoint")
-    assert [p.name for p in tmp_path.iterdir()] == ["x.bin"]
+    assert only_source(tmp_path)
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.01, 0.5, 0.999])
 def test_truncated_files(keep, tmp_path):
-    path = save_bin(tmp_path / "x.bin", small_state())
+    path = save_bin(tmp_path / "x.bin", state_of())
     data = path.read_bytes()
     path.write_bytes(data[: int(keep * len(data))])
     with pytest.raises(ValueError, match=re.escape(str(path))):
         from_torch(path, tmp_path / "checkpoint")
-    assert [p.name for p in tmp_path.iterdir()] == ["x.bin"]
+    assert only_source(tmp_path)
 
 
 def test_a_destination_that_exists(small_checkpoint, tmp_path):
-    path = save_bin(tmp_path / "x.bin", small_state())
+    path = save_bin(tmp_path / "x.bin", state_of())
     (tmp_path / "existing").mkdir()
     for convert in (lambda: from_torch(path, tmp_path / "existing"), lambda: to_torch(small_checkpoint, path)):
         with pytest.raises(ValueError, match="exists: choose another name"):
@@ -333,18 +287,18 @@ def test_a_destination_that_exists(small_checkpoint, tmp_path):
 
 
 def test_too_little_disk_space_is_reported_first(small_checkpoint, tmp_path, monkeypatch):
-    path = save_bin(tmp_path / "x.bin", small_state())
+    path = save_bin(tmp_path / "x.bin", state_of())
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(ValueError, match=r"needs 0\.00 GB, but the disk of .* has 0\.00 GB free"):
         from_torch(path, tmp_path / "checkpoint")
     with pytest.raises(ValueError, match="GB free"):
         to_torch(small_checkpoint, tmp_path / "out")
-    assert [p.name for p in tmp_path.iterdir()] == ["x.bin"]
+    assert only_source(tmp_path)
 
 
 def test_an_interrupt_leaves_no_files(tmp_path, monkeypatch):
-    path = save_bin(tmp_path / "x.bin", small_state())
+    path = save_bin(tmp_path / "x.bin", state_of())
     written = []
 
     def interrupted(self, name, value, index=()):
@@ -355,12 +309,12 @@ def test_an_interrupt_leaves_no_files(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint.ParamWriter, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         from_torch(path, tmp_path / "checkpoint")
-    assert [p.name for p in tmp_path.iterdir()] == ["x.bin"]
+    assert only_source(tmp_path)
 
 
 def test_sigkill_leaves_only_a_hidden_partial_directory(tmp_path):
     """Kill the process while it waits after its tenth write, so that the kill happens mid-conversion."""
-    save_bin(tmp_path / "x.bin", small_state())
+    save_bin(tmp_path / "x.bin", state_of())
     code = f"""
         import time
         from radfm_jax.checkpoints import checkpoint
@@ -405,7 +359,7 @@ def test_tokenizer_is_copied_and_must_match_the_vocabulary(tmp_path):
             model_type="bpe",
             minloglevel=2,
         )
-    path = save_bin(tmp_path / "x.bin", small_state())
+    path = save_bin(tmp_path / "x.bin", state_of())
     with pytest.raises(ValueError, match="39.model is 39, but the embedding has 40 rows"):
         from_torch(path, tmp_path / "a", tokenizer=tmp_path / "39.model")
     with pytest.raises(ValueError, match="corpus.txt is not a SentencePiece model"):
@@ -438,7 +392,7 @@ def test_llama_folder_and_back(variant, tmp_path):
         np.testing.assert_array_equal(again(torch.from_numpy(ids)).logits.numpy(), logits(ids))
     with pytest.raises(ValueError, match="holds only the part 'llama'"):
         radfm_jax.load(tmp_path / "checkpoint")
-    with pytest.raises(ValueError, match="use `from-llama`"):
+    with pytest.raises(ValueError, match="language model alone.: use `from-llama`"):
         from_torch(tmp_path / "hf", tmp_path / "other")
 
 
@@ -463,9 +417,10 @@ def test_a_tied_head_in_a_state_dict(tmp_path):
     save(tmp_path / "hf")
     (tmp_path / "hf" / "model.safetensors").unlink()
     both = {**state, "lm_head.weight": state["model.embed_tokens.weight"]}
-    save_bin(tmp_path / "hf" / "pytorch_model.bin", both)
+    save_bin(tmp_path / "hf" / "pytorch_model.bin", both, config=None)
     from_torch(tmp_path / "hf", tmp_path / "checkpoint", part="llama")
-    save_bin(tmp_path / "hf" / "pytorch_model.bin", {**both, "lm_head.weight": both["lm_head.weight"] + 1})
+    different = {**both, "lm_head.weight": both["lm_head.weight"] + 1}
+    save_bin(tmp_path / "hf" / "pytorch_model.bin", different, config=None)
     with pytest.raises(ValueError, match="lm_head.weight differs from model.embed_tokens.weight"):
         from_torch(tmp_path / "hf", tmp_path / "again", part="llama")
 
@@ -473,7 +428,7 @@ def test_a_tied_head_in_a_state_dict(tmp_path):
 def test_language_model_of_a_radfm(small_checkpoint, tmp_path):
     to_torch(small_checkpoint, tmp_path / "llm", part="llama")
     with open_tensors(tmp_path / "llm") as reader:
-        state = small_state()
+        state = state_of()
         assert all(np.array_equal(reader.read(k), state[f"lang_model.{k}"]) for k in reader.infos)
 
 
@@ -481,7 +436,7 @@ def test_language_model_of_a_radfm(small_checkpoint, tmp_path):
 
 
 def test_check_passes_fails_and_refuses(small_checkpoint, tmp_path, capsys):
-    state = small_state()
+    state = state_of()
     write = lambda name: save_bin(tmp_path / name, state)  # noqa: E731
     assert main(["check", str(small_checkpoint), str(write("same.bin"))]) == 0
     state["lang_model.model.norm.weight"][0] += 0.5
@@ -498,7 +453,7 @@ def test_check_passes_fails_and_refuses(small_checkpoint, tmp_path, capsys):
 
 def test_commands_run_in_sequence(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    save_bin(tmp_path / "x.bin", small_state())
+    save_bin(tmp_path / "x.bin", state_of())
     for command in (
         "from-torch x.bin ck --unused keep",
         "to-torch ck y.bin --layout plain",
@@ -524,8 +479,8 @@ def test_errors_exit_with_2_and_no_traceback(tmp_path):
 def test_memory_does_not_grow_with_the_model(tmp_path):
     """290 MB of parameters in 40 layers convert both ways in less than a third of that memory."""
     config = radfm.RadFMConfig(
-        small_config().vision,
-        small_config().perceiver,
+        SMALL.vision,
+        SMALL.perceiver,
         radfm.DecoderConfig(
             vocab_size=40, width=256, mlp_width=2000, num_layers=40, num_heads=4, num_kv_heads=4, head_dim=64
         ),
@@ -552,7 +507,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model": config.to_dict()}))
     small = tmp_path / "sub"
     small.mkdir()
-    save_bin(small / "small.bin", small_state())
+    save_bin(small / "small.bin", state_of())
     code = code.replace('"small.bin"', repr(str(small / "small.bin")))
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
@@ -569,8 +524,9 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
 
 
 def test_a_single_safetensors_file_converts(tmp_path):
-    state = small_state()
+    state = state_of()
     infos = {k: TensorInfo(v.shape, v.dtype) for k, v in state.items()}
     write_safetensors(tmp_path, infos, state.__getitem__)
+    write_sizes(tmp_path / "model.safetensors", SMALL)
     from_torch(tmp_path / "model.safetensors", tmp_path / "checkpoint")
-    assert radfm_jax.load(tmp_path / "checkpoint").config == small_config()
+    assert radfm_jax.load(tmp_path / "checkpoint").config == SMALL

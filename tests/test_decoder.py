@@ -1,6 +1,7 @@
 """The decoder against transformers, in every variant of published checkpoints."""
 
 import dataclasses
+import decimal
 import functools
 
 import jax
@@ -9,6 +10,7 @@ import llama_oracle
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from radfm_jax.checkpoints.checkpoint import flatten, unflatten
@@ -141,9 +143,35 @@ def test_gradients_match_transformers(variant):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_frequencies_match_transformers(variant):
     theirs = llama_oracle.variants()[variant]
-    np.testing.assert_allclose(
-        rope_frequencies(config_of(theirs)), LlamaRotaryEmbedding(theirs).inv_freq.numpy(), rtol=3e-7
-    )  # measured 1.2e-7, the last bit
+    ours = rope_frequencies(config_of(theirs))
+    np.testing.assert_array_max_ulp(ours, LlamaRotaryEmbedding(theirs).inv_freq.numpy(), maxulp=1)
+
+
+@pytest.mark.parametrize("theta", [1e4, 5e5])
+def test_frequencies_equal_torch_at_the_head_width_of_llama(theta):
+    ours = rope_frequencies(DecoderConfig(rope_theta=theta))
+    theirs = 1.0 / (theta ** (torch.arange(0, 128, 2).float() / 128))
+    np.testing.assert_array_equal(ours, theirs.numpy())
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_scaled_frequencies_equal_transformers(head_dim):
+    scaling = llama_oracle.LLAMA31_ROPE
+    theirs = LlamaConfig(head_dim=head_dim, rope_parameters=scaling)
+    np.testing.assert_array_equal(rope_frequencies(config_of(theirs)), LlamaRotaryEmbedding(theirs).inv_freq.numpy())
+
+
+@pytest.mark.parametrize("theta", [1e4, 5e5, 1e6])
+@pytest.mark.parametrize("head_dim", [32, 48, 64, 96, 112, 128, 192, 256])
+def test_frequencies_are_the_nearest_float32_on_every_cpu(head_dim, theta):
+    """The float32 power of numpy is the nearest at some widths on some CPUs; torch's is off by at most one unit."""
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    with decimal.localcontext(prec=40):
+        powers = [np.float32(decimal.Decimal(theta) ** decimal.Decimal(float(x))) for x in exponents]
+    ours = rope_frequencies(DecoderConfig(head_dim=head_dim, rope_theta=theta))
+    np.testing.assert_array_equal(ours, np.float32(1) / np.array(powers))
+    theirs = 1.0 / (theta ** (torch.arange(0, head_dim, 2).float() / head_dim))
+    np.testing.assert_array_max_ulp(ours, theirs.numpy(), maxulp=2)
 
 
 def test_llama31_scales_low_frequencies():

@@ -1,16 +1,21 @@
 """`python -m radfm_jax.generate`: single questions, chats and invalid options."""
 
 import io
+import json
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from generation_parts import SHORT, greedy, train_tokenizer, write_run, write_scans
 from PIL import Image
 
 import radfm_jax
-from radfm_jax.inference import inputs
+from radfm_jax.checkpoints import checkpoint
+from radfm_jax.inference import inputs, stored
 from radfm_jax.inference.command import main, mesh_of
+from radfm_jax.inference.requests import Answer, suspicious
+from radfm_jax.models import radfm
 
 
 @pytest.fixture(scope="module")
@@ -156,3 +161,55 @@ def test_mesh_of(model):
     """There are eight devices and four heads."""
     assert mesh_of(model.config, None).shape == {"data": 1, "fsdp": 1, "tensor": 4}
     assert mesh_of(model.config, 1) is None
+
+
+@pytest.mark.parametrize(
+    "source, run_config, words",
+    [
+        ({"training": "run", "step": 0}, {}, "the weights of step 0, before any training"),
+        ({"training": "run", "step": 0}, {"checkpoint": {"init_from": "runs/align"}}, None),
+        ({"training": "run", "step": 5}, {}, None),
+        ({"file": "x.bin"}, None, None),
+        ({"file": "x.bin", "origin": {"training": "run", "step": 0, "init_from": ""}}, None, "step 0"),
+        ({}, None, "does not record a training run or a weight file"),
+    ],
+)
+def test_untrained_weights(source, run_config, words, tmp_path):
+    checkpoint.write_description(tmp_path, "radfm", radfm.tiny().to_dict(), source=source)
+    if run_config is not None:
+        (tmp_path / "run.json").write_text(json.dumps({"config": run_config}))
+    reason = stored.untrained(tmp_path)
+    assert reason is None if words is None else words in reason
+
+
+@pytest.mark.parametrize(
+    "ids, ended, words",
+    [
+        ((2,), "stop id", "the answer is empty"),
+        ((), "stop text", "the answer is empty"),
+        ((9, 9, 9, 9), "length", "one token 4 times"),
+        ((9, 9, 9, 2), "stop id", "one token 3 times"),
+        ((9, 2), "stop id", None),
+        ((9,), "length", None),
+        ((9, 8, 9, 2), "stop id", None),
+    ],
+)
+def test_answers_that_look_wrong(ids, ended, words):
+    reason = suspicious(Answer("", ids, (0.0,) * len(ids), ended))
+    assert reason is None if words is None else words in reason
+
+
+def test_warnings_are_on_standard_error(model, tokenizer, tmp_path, capsys):
+    """A model of zeros repeats one token."""
+    with checkpoint.new_directory(tmp_path / "zeros") as directory:
+        checkpoint.save_params(directory, jax.tree.map(lambda x: x * 0, model.params))
+        checkpoint.write_description(directory, "radfm", model.config.to_dict(), source={"training": "x", "step": 0})
+        (directory / "tokenizer.model").write_bytes(tokenizer.read_bytes())
+    command = ["--checkpoint", str(tmp_path / "zeros"), "--preprocess", "paper", *SHORT]
+    assert main([*command, "--prompt", "Lesion?"]) == 0
+    error = capsys.readouterr().err
+    assert "warning: " in error and "step 0, before any training" in error and "one token 12 times" in error
+    questions, answers = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
+    questions.write_text("".join(json.dumps({"id": i, "prompt": "Lesion?"}) + "\n" for i in "ab"))
+    assert main([*command, "--jsonl", str(questions), "--out", str(answers)]) == 0
+    assert "warning: 2 answers look wrong (a, b): the answer is one token 12 times" in capsys.readouterr().err

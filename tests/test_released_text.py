@@ -11,11 +11,25 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from token_parts import A, B, V, check, context, instruction, long_text, response, run, tokenizer  # noqa: F401
+from token_parts import (  # noqa: F401
+    A,
+    B,
+    V,
+    check,
+    context,
+    instruction,
+    interleaved,
+    long_text,
+    read_back,
+    response,
+    run,
+    tokenizer,
+)
 
 from input_pipeline.text.released_text import encode_segments, insert_images, released_text
 from input_pipeline.text.terms import Terms
 from input_pipeline.text.tokenizer import Tokenizer
+from radfm_jax.inference.inputs import Preparation, encode_prompt
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "tokenizer_golden.json").read_text())
 LITERAL = re.compile(r"\{IMG(\d+)\}")
@@ -204,3 +218,29 @@ def test_released_cuts_the_end_of_a_long_answer(tokenizer):
         assert (short.ids == V).sum() == (short.ids == V + 1).sum() == len(short.scans) == 2 - short.dropped_scans
         text = lambda e: int((e.ids < V).sum() - (e.visual[:, 0] >= 0).sum())  # noqa: E731
         assert short.cut_response == text(whole) - text(short)
+
+
+def test_a_scan_in_the_middle_of_a_text_is_exactly_at_its_mark(tokenizer):
+    """The released demo inserts exactly; the loader's rule for ends would tear the word: `Descri <image> e in`."""
+    encoded = run(tokenizer, instruction("Describe"), A, instruction("in detail."), response("Clear."), mode="released")
+    assert read_back(tokenizer, encoded) == "Describe [a] in detail. Clear.|"
+    # Several scans, at the start, in the middle and before punctuation.
+    parts = A, instruction("Compare"), B, A, instruction(", then"), B, instruction("?"), response("Same.")
+    assert read_back(tokenizer, run(tokenizer, *parts, mode="released")) == "[a] Compare [b] [a] , then [b] ? Same.|"
+
+
+def test_the_loader_inserts_before_the_last_character_of_a_context_or_an_answer(tokenizer):
+    """Case reports have their images after the context, PMC-Inline has them between the sentences of the answer."""
+    case = context("Pain in the hip."), A, instruction("Why?"), response("A cyst.")
+    assert read_back(tokenizer, run(tokenizer, *case, mode="released")) == "Pain in the hip [a] . Why? A cyst.|"
+    inline = interleaved("No edema."), A, interleaved("A mass.")
+    assert read_back(tokenizer, run(tokenizer, *inline, mode="released")).strip() == "No edema [a] . A mass.|"
+
+
+def test_marks_of_a_released_prompt(tokenizer):
+    preparation = Preparation(preprocess="released", storage="float32", num_latents=2)
+    image = [V, 0, 0, V + 1]
+    encoded = encode_prompt(" Describe <image-1> in detail.\r\n", 1, tokenizer, preparation)
+    assert encoded.ids.tolist() == [1, *tokenizer.encode("Describe"), *image, *tokenizer.encode("in detail.")]
+    encoded = encode_prompt("Any edema? <image-1>", 1, tokenizer, preparation)
+    assert encoded.ids.tolist() == [1, *tokenizer.encode("Any edema"), *image, *tokenizer.encode("?")]

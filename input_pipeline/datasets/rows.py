@@ -50,6 +50,11 @@ def bad_text(value: str) -> str | None:
     return None
 
 
+def clean_text(value: str) -> str:
+    """Return a text without white space around it and with Unix line ends: the one rule for tables and prompts."""
+    return value.replace("\r\n", "\n").strip()
+
+
 def bad_cell(cells: dict[str, str]) -> str | None:
     """Return the first column whose text cannot be used, with the reason, or None."""
     return next((f"{name} {reason}" for name, text in cells.items() if (reason := bad_text(text))), None)
@@ -103,7 +108,7 @@ class Row:
             raise self.error(f"{column} must be text, got {type(value).__name__} {str(value)[:40]!r}")
         if reason := bad_text(value):
             raise self.error(f"{column} {reason}", "write the table as UTF-8 text")
-        value = value.replace("\r\n", "\n").strip()
+        value = clean_text(value)
         empty = _EMPTY_LITERALS if literal else EMPTY_WORDS
         return "" if len(value) <= _LONGEST and value.casefold() in empty else value
 

@@ -3,7 +3,8 @@
 It differs from the layout of the paper (tokens.py) in the position of images and in what is trained:
 
 - question, a space and answer are tokenised as one string, which is split at each image without the white space around;
-- an image at character p of a text is inserted before character p - 1, so "at the end" is before the last character;
+- the data loader inserts an image at character p of a text before character p - 1, so "at the end" is before the last
+  character; in the middle of a text of the user, an image is inserted exactly where its mark is, as in the demo;
 - the end-of-text token cannot be attended to; a text that fills the row has none (`tokens.encode` shortens instead);
 - terms are tokenised separately and matched as ids, so they match inside other words and not after a bracket.
 
@@ -30,8 +31,15 @@ class ReleasedText:
     complete: bool  # False if the answer or the end-of-text token did not fit
 
 
+def exact_position(position: int) -> int:
+    """Return the position for which `insert_images` inserts an image exactly before character `position`."""
+    return position + 1
+
+
 def insert_images(text: str, images: Iterable[tuple[int, int]]) -> list[str | int]:
-    """Insert (position, scan) images into a text. Returns texts and scan numbers in reading order.
+    """Insert (position, scan) images into a text as the data loader does: before character position - 1.
+
+    Returns texts and scan numbers in reading order:
 
     "Is it?" with images (0, 0) and (6, 1) -> [0, "Is it", 1, "?"]
     """

@@ -42,13 +42,14 @@ class Tokenizer:
         self.vocab_size: int = self._words.vocab_size()  # V, the number of pieces of the model
         self.bos_id: int = self._words.bos_id()
         self.eos_id: int = self._words.eos_id()
+        self.unk_id: int = self._words.unk_id()
         if min(self.bos_id, self.eos_id) < 0:
             raise ValueError(f"tokenizer {path} has no begin-of-text or no end-of-text token")
         self.image_id, self.image_end_id = self.vocab_size, self.vocab_size + 1  # before and after a scan's latents
         pieces, kinds = [p.piece for p in spec.pieces], [p.type for p in spec.pieces]
         types = sentencepiece_model_pb2.ModelProto.SentencePiece
         self._is_byte = [kind == types.BYTE for kind in kinds]
-        self._is_control = [kind == types.CONTROL or i == self._words.unk_id() for i, kind in enumerate(kinds)]
+        self._is_control = [kind == types.CONTROL or i == self.unk_id for i, kind in enumerate(kinds)]
         self._starts_word = [piece.startswith("▁") for piece in pieces]
         # If no piece spans a space, words can be encoded separately, and most of them come from the cache.
         self._by_word = (
@@ -119,6 +120,10 @@ class Tokenizer:
         """Decode ids. BOS, EOS, unknown pieces and ids from V on give no text."""
         kept = [int(i) for i in ids if 0 <= i < self.vocab_size]
         return self._words.decode([i for i in kept if not self._is_control[i]])
+
+    def piece(self, token: int) -> str:
+        """Return the piece of an id, such as "<s>"."""
+        return self._words.id_to_piece(token)
 
     def continues_character(self, token: int) -> bool:
         """Return whether a piece is a byte, but not the first, of a character."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -132,10 +133,13 @@ def _paper(sample, parts, dropped, tokenizer, terms, num_latents, max_tokens, pr
 def _released(sample, parts, dropped, tokenizer, terms, num_latents, max_tokens, prompt) -> Encoded:
     texts, images, scans = ["", ""], ([], []), {}  # of question and answer
     side = contexts = 0
-    for part in parts:
+    for i, part in enumerate(parts):
         if isinstance(part, Scan):
             texts[side] = texts[side].rstrip()
-            images[side].append((len(texts[side]), scans.setdefault(part, len(scans))))
+            position = len(texts[side])
+            if _inside_text(parts, i):
+                position = released_text.exact_position(position)
+            images[side].append((position, scans.setdefault(part, len(scans))))
             continue
         if part.role in TRAINED:
             side = 1
@@ -168,6 +172,13 @@ def _released(sample, parts, dropped, tokenizer, terms, num_latents, max_tokens,
     encoded = _to_arrays(tokenizer, ids, weights, visual, num_latents, kept, cut, dropped + len(scans) - len(kept))
     encoded.key_ok[-1] = prompt
     return encoded
+
+
+def _inside_text(parts: Sequence[Text | Scan], i: int) -> bool:
+    """Return whether a scan is in the middle of a context or an instruction, where the loader never inserts one."""
+    before = next((p.role for p in reversed(parts[:i]) if isinstance(p, Text)), None)
+    after = next((p.role for p in parts[i + 1 :] if isinstance(p, Text)), None)
+    return before == after and before not in (None, *TRAINED)
 
 
 def _to_arrays(tokenizer, ids, weights, visual, num_latents, scans, cut: Counter[str], dropped: int) -> Encoded:

@@ -192,8 +192,7 @@ def write_description(directory: Path, part: str, model: dict, **fields) -> None
 
     Settings of the computation (dtype, remat, ...) are not written.
     """
-    computation = ("dtype", "param_dtype", "remat", "attention")
-    model = {name: {k: v for k, v in sizes.items() if k not in computation} for name, sizes in model.items()}
+    model = {name: {k: v for k, v in sizes.items() if k not in radfm.COMPUTE} for name, sizes in model.items()}
     versions = {p: importlib.metadata.version(p) for p in ("jax", "flax", "orbax-checkpoint", "numpy")}
     description = {"format": FORMAT, "part": part, "model": model, **fields, "versions": versions}
     (directory / DESCRIPTION).write_text(json.dumps(description, indent=1))

@@ -53,8 +53,11 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("--tokenizer", metavar="FILE", help="SentencePiece model (default: next to SRC)")
             sub.add_argument(
                 "--config", metavar="FILE", help="config.json or configs/*.py, for sizes that tensor shapes do not "
-                "give: the number of attention heads (default: config.json next to SRC)",
+                "give, such as attention heads, and for the preparation of scans (default: SRC's x.config.json or "
+                "config.json next to it)",
             )  # fmt: skip
+            sub.add_argument("--trim-vocabulary", action="store_true", help="drop the rows of the vocabulary that the "
+                             "tokenizer lacks, which are padding")  # fmt: skip
             sub.add_argument("--no-verify", action="store_true", help="skip the checksums of SRC")
         return sub
 
@@ -144,6 +147,7 @@ def _convert(args: argparse.Namespace, console: Console) -> int:
         if args.command.startswith("from"):
             config = model_config.read_config(args.config) if args.config else None
             options = {"config": config, "tokenizer": args.tokenizer, "unused": getattr(args, "unused", "drop")}
+            options["trim_vocabulary"] = args.trim_vocabulary
             report = from_torch.from_torch(args.src, args.dst, verify=not args.no_verify, **options, **common)
         else:
             src = run_directory.select_checkpoint(args.src)

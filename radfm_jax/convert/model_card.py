@@ -7,8 +7,11 @@ from radfm_jax.models.radfm import RadFMConfig
 WARNING = "**Research only, not for clinical use.**"
 
 
-def model_card(config: RadFMConfig, part: str, parameters: int) -> str:
-    """Return Markdown that describes the weights, their use and their limits."""
+def model_card(config: RadFMConfig, part: str, parameters: int, preparation: dict | None = None) -> str:
+    """Return Markdown that describes the weights, their use and their limits.
+
+    preparation: the record of config.json (inference.stored).
+    """
     llm = config.llama
     text = f"LLaMA: {llm.num_layers} layers, width {llm.width}, {llm.num_heads} heads, vocabulary {llm.vocab_size}"
     if part == "llama":
@@ -23,9 +26,13 @@ def model_card(config: RadFMConfig, part: str, parameters: int) -> str:
             f"Perceiver resampler: {config.perceiver.num_layers} layers, {config.num_latents} visual tokens per scan",
             text,
         ]
+        if preparation is not None:
+            values = ", ".join(f"{name} {value}" for name, value in preparation.items())
+            sizes.append(f"Preparation of scans and texts (`preparation` in config.json): {values}")
         use = (
             "`python -m radfm_jax.convert from-torch folder DIR`, then `radfm_jax.load(DIR)`. The tensors have the "
-            "names of the released PyTorch RadFM."
+            "names of the released PyTorch RadFM. `transformers` cannot load the model; its AutoTokenizer can load the "
+            "tokenizer."
         )
     lines = "\n".join(f"- {line}" for line in sizes)
     return f"""---

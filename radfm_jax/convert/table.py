@@ -17,6 +17,7 @@ import numpy as np
 
 from radfm_jax.checkpoints.checkpoint import flatten
 from radfm_jax.models import radfm
+from radfm_jax.models.decoder import rope_frequencies
 
 LLAMA = {
     "model.embed_tokens.weight": ("embedding", "v e -> v e"),
@@ -217,8 +218,7 @@ def buffers(config: radfm.RadFMConfig, position_ids: int = 512) -> dict[str, np.
 
     They are 40 x inv_freq float32[K / 2] and BERT's position_ids int64[1, 512].
     """
-    exponents = np.arange(0, config.llama.head_dim, 2, dtype=np.float32) / np.float32(config.llama.head_dim)
-    inv_freq = np.float32(1.0) / np.power(np.float32(config.llama.rope_theta), exponents, dtype=np.float32)
+    inv_freq = rope_frequencies(dataclasses.replace(config.llama, rope_scaling=None))
     name = "lang_model.model.layers.{}.self_attn.rotary_emb.inv_freq"
     rotary = {name.format(layer): inv_freq for layer in range(config.llama.num_layers)}
     return {**rotary, POSITION_IDS: np.arange(position_ids, dtype=np.int64)[None]}

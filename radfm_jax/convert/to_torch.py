@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from radfm_jax.checkpoints import checkpoint
-from radfm_jax.convert import model_config, table
-from radfm_jax.convert.model_card import model_card
+from radfm_jax.convert import hf_folder, table
 from radfm_jax.convert.report import NO_PROGRESS, Progress, Report
 from radfm_jax.convert.tensor_files import TensorInfo, open_tensors, write_safetensors, write_torch_bin
 from radfm_jax.models.radfm import RadFMConfig
@@ -33,13 +30,17 @@ def to_torch(
     """Convert a checkpoint directory to PyTorch weights.
 
     `dst` is one file in torch's format if its name ends in .bin, else a folder of safetensors, config.json, tokenizer
-    and model card. Raises ValueError if `src` is damaged, `dst` exists, or the disk is too small.
+    and model card. Next to x.bin, x.config.json has the sizes and the preparation of scans. Equal checkpoints give
+    equal bytes. Raises ValueError if `src` is damaged, `dst` exists, or the disk is too small.
     """
     dst = Path(dst)
     if dst.suffix == ".safetensors":
         raise ValueError(f"{dst}: safetensors are written as a folder; use a name without .safetensors")
-    if dst.exists():
-        raise ValueError(f"{dst} exists: choose another name or remove it first")
+    as_bin = dst.suffix in (".bin", ".pt", ".pth")
+    sidecar = dst.with_suffix(".config.json")
+    for path in (dst, sidecar) if as_bin else (dst,):
+        if path.exists():
+            raise ValueError(f"{path} exists: choose another name or remove it first")
     progress.stage("verifying", None)
     description, config, reader, shapes = _open(src, part)
     entries = {e.name: e for e in table.entries(config, part)}
@@ -66,18 +67,19 @@ def to_torch(
             extra_infos, extras, lines = released_extras(Path(src), description, config, layout, resources)
             infos |= extra_infos
         # safetensors cannot share one tensor between two names.
-        as_bin = dst.suffix in (".bin", ".pt", ".pth")
         size = sum(info.nbytes for name, info in infos.items() if not (as_bin and name in ties))
         report = Report(sum(map(math.prod, shapes.values())), size, dtypes, lines)
         checkpoint.require_space(dst, size + size // 50, f"writing {dst}")
+        hf = hf_folder.config_json(Path(src), part, config, description, report)
         progress.stage("converting", size)
         if as_bin:
             dst.parent.mkdir(parents=True, exist_ok=True)
-            write_torch_bin(dst, infos, read, ties=ties, progress=progress.advance)
+            with hf_folder.config_next_to(sidecar, hf):
+                write_torch_bin(dst, infos, read, ties=ties, progress=progress.advance)
             return report
         with checkpoint.new_directory(dst, manifest=False) as folder:
             write_safetensors(folder, infos, read, max_shard_bytes=max_shard_bytes, progress=progress.advance)
-            _write_metadata(folder, Path(src), part, config, description, report)
+            hf_folder.write_folder(folder, Path(src), part, config, hf, report)
     return report
 
 
@@ -93,20 +95,6 @@ def _open(src, part: str) -> tuple[dict, RadFMConfig, checkpoint.ParamReader, di
     shapes = {k: v for k, v in reader.shapes.items() if part == "radfm" or k.startswith("llama/")}
     checkpoint.check_shapes(table.param_shapes(config, part), shapes, src)
     return description, config, reader, shapes
-
-
-def _write_metadata(folder: Path, src: Path, part: str, config: RadFMConfig, description: dict, report: Report) -> None:
-    """Write config.json, the model card and the tokenizer of an exported folder."""
-    hf = model_config.llama_to_hf(config.llama, report.dtypes[0], description.get("source", {}).get("config"))
-    if part == "radfm":
-        hf |= {"architectures": ["MultiLLaMAForCausalLM"], "model": config.to_dict()}
-    (folder / "config.json").write_text(json.dumps(hf, indent=2))
-    (folder / "README.md").write_text(model_card(config, part, report.parameters))
-    tokenizers = [path for name in checkpoint.TOKENIZERS if (path := src / name).is_file()]
-    for path in tokenizers:
-        shutil.copyfile(path, folder / path.name)
-    if not tokenizers:
-        report.lines.append("the checkpoint has no tokenizer, so the folder has none")
 
 
 def released_extras(
@@ -134,7 +122,7 @@ def released_extras(
     stored = {n for n in infos if table.is_buffer(n)} if path.is_file() else set()
     for name in [n for n in infos if table.is_buffer(n) and (n not in stored or n not in buffers)]:
         del infos[name], readers[name]
-    for name in buffers.keys() - stored:
+    for name in (n for n in buffers if n not in stored):
         infos[name] = TensorInfo(buffers[name].shape, buffers[name].dtype)
         readers[name] = functools.partial(buffers.__getitem__, name)
     return infos, readers, notes

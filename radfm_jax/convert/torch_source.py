@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from radfm_jax.checkpoints import checkpoint
-from radfm_jax.convert import model_config, table
+from radfm_jax.convert import diagnosis, llama_config, model_config, table
 from radfm_jax.convert.report import NO_PROGRESS, Progress
 from radfm_jax.convert.tensor_files import TensorReader, open_tensors
+from radfm_jax.models.decoder import rope_frequencies
 from radfm_jax.models.radfm import RadFMConfig
 
 BLOCK_BYTES = 256 * 2**20
+COMMANDS = {"radfm": "from-torch", "llama": "from-llama"}
+EMBEDDINGS = (table.EMBEDDING_ALIAS, table.EMBEDDING, "model.embed_tokens.weight")  # names of the embedding
+VOCABULARY = ("llama/embedding", "llama/head")  # parameters with a row or column per token
 
 
 class TorchModel(contextlib.AbstractContextManager):
@@ -29,18 +34,36 @@ class TorchModel(contextlib.AbstractContextManager):
     unused: list[str]  # names of tensors that the model does not read, including the buffers of transformers 4.28
     notes: list[str]  # lines for the report
 
-    def __init__(self, src, *, config: dict | None = None, dtype=None, verify=True, progress: Progress = NO_PROGRESS):
+    def __init__(
+        self,
+        src,
+        *,
+        part: str | None = None,  # what the tensors must be; None: either
+        config: dict | None = None,  # of model_config.read_config; None: that of the file next to `src`
+        vocabulary: int | None = None,  # rows of the vocabulary to keep; None: all
+        dtype=None,
+        verify=True,
+        progress: Progress = NO_PROGRESS,
+    ):
         self.src = Path(src)
         self.folder = self.src if self.src.is_dir() else self.src.parent
         self.reader: TensorReader = open_tensors(self.src, verify=verify, progress=progress.advance)
         self.notes, self.problems = [], []
         try:
-            path = self.folder / "config.json"
-            self.user_config = model_config.read_config(path) if config is None and path.is_file() else config
-            self.part = "llama" if "model.embed_tokens.weight" in self.reader.infos else "radfm"
+            self._rename()
+            self.part = diagnosis.part_of(self.reader.infos)
+            if part not in (None, self.part):
+                alone = " (a language model alone)" if self.part == "llama" else ""
+                raise ValueError(f"{src} has the tensors of a {self.part}{alone}: use `{COMMANDS[self.part]}`")
+            path = model_config.config_next_to(self.src) if config is None else None
+            self.user_config = model_config.read_config(path) if path is not None else config
             self.config = self._sizes(path)
+            self.rows = self.config.llama.vocab_size  # of the file
+            if vocabulary is not None:
+                self._trim(vocabulary)
             self.entries = table.entries(self.config, self.part)
             self._match()
+            self._check_rotary()
             self.shapes = self._param_shapes(np.dtype(checkpoint.DTYPES[dtype]) if dtype else None)
         except BaseException:
             self.reader.close()
@@ -49,15 +72,61 @@ class TorchModel(contextlib.AbstractContextManager):
     def __exit__(self, *exception) -> None:
         self.reader.close()
 
-    def _sizes(self, config_path: Path) -> RadFMConfig:
+    def _rename(self) -> None:
+        """Remove the prefixes of wrappers from the names of the tensors."""
+        if not self.reader.infos:
+            raise ValueError(f"{self.src} has no tensors: save model.state_dict()")
+        if empty := [name for name, info in self.reader.infos.items() if 0 in info.shape]:
+            listed = ", ".join(empty[:3]) + (", ..." if len(empty) > 3 else "")
+            raise ValueError(
+                f"{self.src} has {len(empty)} tensors without values ({listed}): it was saved without its weights, "
+                "as by DeepSpeed's ZeRO-3, or is damaged"
+            )
+        try:
+            names = diagnosis.plain_names(self.reader.infos)
+        except ValueError as e:
+            raise ValueError(f"{self.src} {e}") from None
+        if renamed := {name: plain for name, plain in names.items() if name != plain}:
+            first = next(iter(renamed))
+            self.notes.append(f"renamed {len(renamed)} tensors: prefixes removed, as in {first} -> {renamed[first]}")
+            self.reader.rename(names)
+
+    def _sizes(self, config_path: Path | None) -> RadFMConfig:
+        where = config_path or self.src
         if self.part == "radfm":
             shapes = {name: info.shape for name, info in self.reader.infos.items()}
-            return model_config.radfm_from_shapes(shapes, self.user_config, self.src)
+            sizes = model_config.radfm_from_shapes(shapes, self.user_config, self.src)
+            if not (self.user_config and "model" in self.user_config):
+                self.notes.append("heads, patch and other sizes that tensor shapes do not give are the released ones")
+            return sizes
         if self.user_config is None:
             raise ValueError(f"{self.folder} has no config.json: pass the language model's with --config")
         if "model" in self.user_config:
-            return RadFMConfig.from_dict(self.user_config["model"])
-        return RadFMConfig(llama=model_config.llama_from_hf(self.user_config, config_path))
+            return model_config.radfm_from_model(self.user_config["model"], where, ("llama",))
+        return RadFMConfig(llama=llama_config.llama_from_hf(self.user_config, where))
+
+    def _trim(self, vocabulary: int) -> None:
+        """Keep the first rows of the vocabulary."""
+        shapes = [self.reader.infos[n].shape for n in EMBEDDINGS if n in self.reader.infos]
+        self.rows = shapes[0][0] if shapes and shapes[0] else self.rows
+        if vocabulary > self.rows:
+            raise ValueError(f"{self.src}: the embedding has {self.rows:,} rows, the tokenizer {vocabulary:,} pieces")
+        if vocabulary < self.rows:
+            self.notes.append(f"dropped rows {vocabulary:,} to {self.rows - 1:,} of the vocabulary (--trim-vocabulary)")
+        self.config = dataclasses.replace(
+            self.config, llama=dataclasses.replace(self.config.llama, vocab_size=vocabulary)
+        )
+
+    def _check_rotary(self) -> None:
+        """Report rotary buffers of another base than the config's, which no shape shows."""
+        llama = self.config.llama
+        allowed = [rope_frequencies(c) for c in (llama, dataclasses.replace(llama, rope_scaling=None))]
+        for name in filter(table.ROTARY.fullmatch, self.reader.infos):
+            values = self.reader.read(name).astype(np.float64)
+            # Buffers may be stored in 16 bits; another base changes the slowest frequency by far more.
+            if not any(x.shape == values.shape and np.allclose(values, x, rtol=1e-2, atol=1e-7) for x in allowed):
+                self.problems.append(f"{name} does not fit rope_theta {llama.rope_theta:g} of the config")
+                return  # all layers have the same
 
     def _match(self) -> None:
         """Find the tensor of every table entry, and list those that are missing, unexpected or of another shape."""
@@ -79,13 +148,22 @@ class TorchModel(contextlib.AbstractContextManager):
         self.unused = [name for name in others if table.UNUSED.fullmatch(name) or table.is_buffer(name)]
         unexpected = [name for name in others if name not in set(self.unused)]
         self.problems += [f"unexpected: {name} {infos[name].shape}" for name in unexpected]
-        self.problems += [f"missing: {e.name} {e.torch_shape}" for e in self.entries if self.source(e) not in infos]
+        absent = [e for e in self.entries if self.source(e) not in infos]
+        self.problems += [f"missing: {e.name} {self._shape_in_file(e)}" for e in absent]
         for name, e in ((self.source(e), e) for e in self.entries if self.source(e) in infos):
-            info = infos[name]
-            if info.shape != e.torch_shape:
-                self.problems.append(f"shape of {name}: {info.shape}, expected {e.torch_shape}")
-            elif info.dtype.name not in checkpoint.DTYPES:
-                self.problems.append(f"dtype of {name}: {info.dtype} is not a 16 or 32 bit float")
+            info, expected = infos[name], self._shape_in_file(e)
+            if info.shape != expected:
+                self.problems.append(f"shape of {name}: {info.shape}, expected {expected}")
+            elif info.dtype.name not in (*checkpoint.DTYPES, "float64"):
+                self.problems.append(f"dtype of {name}: {info.dtype} is not a float of 16, 32 or 64 bits")
+
+    def _shape_in_file(self, entry: table.Entry) -> tuple[int, ...]:
+        return (self.rows, *entry.torch_shape[1:]) if entry.path in VOCABULARY else entry.torch_shape
+
+    def _stop(self, entry: table.Entry) -> int | None:
+        """Return the number of rows to read of a tensor; None for all."""
+        vocabulary = self.config.llama.vocab_size
+        return vocabulary if entry.path in VOCABULARY and vocabulary < self.rows else None
 
     def source(self, entry: table.Entry) -> str:
         """Return the name of a table entry's tensor in the file."""
@@ -96,6 +174,9 @@ class TorchModel(contextlib.AbstractContextManager):
         for e in self.entries:
             if info := self.reader.infos.get(self.source(e)):
                 stored.setdefault(e.path, set()).add(info.dtype)
+        doubles = [path for path, dtypes in stored.items() if np.dtype(np.float64) in dtypes]
+        if doubles and dtype is None:
+            self.problems.append(f"{len(doubles)} parameters are float64 ({doubles[0]}, ...): pass --dtype float32")
         for path, dtypes in stored.items():
             if len(dtypes) > 1 and dtype is None:
                 self.problems.append(f"layers of {path} are {' and '.join(sorted(map(str, dtypes)))}: pass --dtype")
@@ -129,7 +210,7 @@ class TorchModel(contextlib.AbstractContextManager):
         """
         for e in self.entries:
             name, (_, dtype) = self.source(e), self.shapes[e.path]
-            for rows, block in self._blocks(name, split=e.layer is None):
+            for rows, block in self._blocks(name, split=e.layer is None, stop=self._stop(e)):
                 with np.errstate(over="ignore"):  # an overflow is reported below, with the tensor's name
                     value = e.to_ours(block).astype(dtype, copy=False)
                 if not np.isfinite(value).all():
@@ -159,13 +240,14 @@ class TorchModel(contextlib.AbstractContextManager):
             np.array_equal(block, self.reader.read(second, (rows,))) for rows, block in self._blocks(first)
         )
 
-    def _blocks(self, name: str, split: bool = True) -> Iterator[tuple[slice, np.ndarray]]:
-        """Yield a tensor in blocks of rows: float32 embeddings of 128,000 x 8,192 take 4 GB at once."""
+    def _blocks(self, name: str, split: bool = True, stop: int | None = None) -> Iterator[tuple[slice, np.ndarray]]:
+        """Yield the rows up to `stop` in blocks: float32 embeddings of 128,000 x 8,192 take 4 GB at once."""
         info = self.reader.infos[name]
-        if not split or info.nbytes <= BLOCK_BYTES or not info.shape:
+        if stop is None and (not split or info.nbytes <= BLOCK_BYTES or not info.shape):
             yield slice(None), self.reader.read(name)
             return
+        stop = info.shape[0] if stop is None else stop
         step = max(1, BLOCK_BYTES * info.shape[0] // info.nbytes)
-        for start in range(0, info.shape[0], step):
-            rows = slice(start, min(start + step, info.shape[0]))
+        for start in range(0, stop, step):
+            rows = slice(start, min(start + step, stop))
             yield rows, self.reader.read(name, (rows,))

@@ -17,7 +17,7 @@ from input_pipeline.samples import Scan
 from radfm_jax.inference import inputs
 from radfm_jax.inference.batch_files import BatchLine, existing_answers, locked_output, read_batch_file
 from radfm_jax.inference.engine import Generator
-from radfm_jax.inference.requests import Answer, EncodedScans, Prompt, Request
+from radfm_jax.inference.requests import Answer, EncodedScans, Prompt, Request, suspicious
 from radfm_jax.inference.sampling import Sampling
 
 CACHE_BYTES = 2**30  # of visual tokens: 1,600 scans in float32 at full size
@@ -31,6 +31,7 @@ class BatchResult:
     existing: int  # lines that already had an answer
     failed: dict[str, str]  # id -> error
     seconds: float  # wall time
+    suspicious: dict[str, str] = dataclasses.field(default_factory=dict)  # id -> why its answer looks wrong
 
     def summary(self) -> str:
         rate = self.answered / max(self.seconds, 1e-9)
@@ -79,6 +80,7 @@ def answer_file(
     lines = {line.row_id: line for line in read_batch_file(file, (root or file.parent).absolute())}
     numbers = {row_id: number for number, row_id in enumerate(lines)}
     failed: dict[str, str] = {}
+    odd: dict[str, str] = {}
     answered, start_time, cache = 0, time.perf_counter(), _ScanCache()
     with locked_output(out) as output, concurrent.futures.ThreadPoolExecutor(1) as reader:
         existing = existing_answers(out, made_with, lines, reject_unknown_ids)
@@ -107,9 +109,11 @@ def answer_file(
                 fields |= {"logprob": sum(answer.logprobs), **extra_fields(row_id, answer), "made_with": made_with}
                 output.write(json.dumps(fields, ensure_ascii=False) + "\n")
                 answered += 1
+                if reason := suspicious(answer):
+                    odd[row_id] = reason
             output.flush()
             progress(answered, len(failed), len(todo))
-    return BatchResult(answered, len(lines) - len(todo), failed, time.perf_counter() - start_time)
+    return BatchResult(answered, len(lines) - len(todo), failed, time.perf_counter() - start_time, odd)
 
 
 def _settings(generator: Generator, sampling: Sampling, model: str, checkpoint: str, place: str) -> dict:

@@ -16,10 +16,10 @@ from input_pipeline.messages import printable
 from input_pipeline.samples import Scan
 from radfm_jax import api, terminal
 from radfm_jax.checkpoints import checkpoint, run_directory
-from radfm_jax.inference import inputs
+from radfm_jax.inference import inputs, stored
 from radfm_jax.inference.batch_files import read_batch_file
 from radfm_jax.inference.batch_run import answer_file
-from radfm_jax.inference.requests import EncodedScans, Request
+from radfm_jax.inference.requests import EncodedScans, Request, require_answers, suspicious
 from radfm_jax.inference.sampling import Sampling
 from radfm_jax.runtime import sharding
 
@@ -128,6 +128,8 @@ def _main(args: argparse.Namespace) -> int:
     if args.jsonl and args.jsonl.is_file():
         read_batch_file(args.jsonl, (args.root or args.jsonl.parent).absolute())
     model = load(args)
+    if reason := stored.untrained(model.directory):
+        terminal.message(f"warning: {reason}", style="yellow")
     if args.jsonl:
         return run_batch_file(args, model, sampling)
     if args.prompt is not None:
@@ -167,11 +169,11 @@ def _preparation(directory: Path, config, overrides: dict) -> inputs.Preparation
         return None
     mode = overrides.get("preprocess")
     if mode is None:
-        base = api.preparation_of(directory, config)
+        base = stored.preparation_of(directory, config)
     else:  # the checkpoint need not record a preparation
         base = inputs.Preparation()
         with contextlib.suppress(ValueError):
-            base = api.preparation_of(directory, config)
+            base = stored.preparation_of(directory, config)
         if mode != base.preprocess:
             base = inputs.RELEASED if mode == "released" else inputs.Preparation(text_length=base.text_length)
         base = dataclasses.replace(base, num_latents=config.num_latents)
@@ -204,12 +206,13 @@ def _scan(args: argparse.Namespace, path: str) -> Scan:
 
 def print_answer(model: api.Model, request: Request, sampling: Sampling) -> str:
     """Print an answer to standard output while it is generated, and return it."""
-    answer = model.answer(
-        request.prompt, request.scans, context=request.context, place=request.place,
-        on_text=lambda text: print(printable(text, keep="\n\t"), end="", flush=True), **dataclasses.asdict(sampling),
-    )  # fmt: skip
+    for pieces, answers in model.generator.stream([request], sampling, chunk=api.CHUNK):
+        (answer,) = require_answers(answers)
+        print(printable(pieces[0], keep="\n\t"), end="", flush=True)
     print(flush=True)
-    return answer
+    if reason := suspicious(answer):
+        terminal.message(f"warning: {reason}", style="yellow")
+    return answer.text
 
 
 class Chat:
@@ -270,6 +273,11 @@ def run_batch_file(args: argparse.Namespace, model: api.Model, sampling: Samplin
             model=str(model.directory.resolve()), checkpoint=checkpoint.digest(model.directory), progress=progress,
         )  # fmt: skip
     terminal.message(f"{result.summary()}: {args.out}")
+    if result.suspicious:
+        listed = ", ".join(list(result.suspicious)[:5]) + (", ..." if len(result.suspicious) > 5 else "")
+        first = next(iter(result.suspicious.values()))
+        message = f"warning: {len(result.suspicious)} answers look wrong ({listed}): {first}"
+        terminal.message(message, style="yellow")
     for row_id, error in result.failed.items():
         terminal.message(f"  {row_id}: {error}", style="red")
     return 1 if result.failed else 0

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from input_pipeline.batching.collate import LoadedRow, ScanPlanes, collate_batch, collate_row
 from input_pipeline.batching.plan import RowLimits
 from input_pipeline.config import DataConfig
+from input_pipeline.datasets.rows import clean_text
 from input_pipeline.field_rules import Size, check_fields, one_of
 from input_pipeline.images import scans
 from input_pipeline.images.intensity import one_channel_if_gray
@@ -29,6 +30,7 @@ from input_pipeline.images.released_volumes import released_volumes
 from input_pipeline.images.scans.access import as_scan_error
 from input_pipeline.images.scans.arrays import layout_of
 from input_pipeline.images.scans.checks import check_values, check_volume, to_intensities
+from input_pipeline.images.scans.images import pixels_of
 from input_pipeline.images.volumes import prepare_volume
 from input_pipeline.samples import Sample, Text
 from input_pipeline.samples import Scan as ScanFile
@@ -40,8 +42,13 @@ from input_pipeline.text.tokens import Encoded, encode
 PLACES = ("first", "last")
 # Marks and misspelt marks: `<image>`, `<image1>`, `<Image-1>`, `<image 1>`.
 _MARK_LIKE = re.compile(r"<\s*image[\s_-]*[0-9]*\s*>", re.IGNORECASE)
-Scan = str | Path | ScanFile | np.ndarray
-"""A path; a path with the volume of a 4D file or a window (samples.Scan); or voxels [H, W, D] or [H, W, D, C]."""
+Scan = str | Path | ScanFile | np.ndarray | Image.Image
+"""A scan of a request.
+
+A path; a path with the volume of a 4D file or a window (samples.Scan); a PIL image; or an array: a gray image [H, W],
+a volume [H, W, D] or [H, W, D, C] with C = 1 or 3, so that a colour image is [H, W, 1, 3]. The axes are those of the
+display: rows from top to bottom, columns from left to right, axial slices from feet to head (images/scans/orientation).
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +85,13 @@ class Preparation:
     @classmethod
     def from_config(cls, config: DataConfig) -> Preparation:
         """Return the preparation of a training run."""
-        return cls(**{f.name: getattr(config, f.name) for f in dataclasses.fields(cls)})
+        return cls.from_data(config.to_dict())
+
+    @classmethod
+    def from_data(cls, data: Mapping) -> Preparation:
+        """Return the preparation of a training run from its `data` group, which may be of another version."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in data.items() if name in known})
 
 
 RELEASED = Preparation(preprocess="released", storage="float32")
@@ -99,7 +112,7 @@ def encode_prompt(
     Args:
       prompt: text in which `<image-1>` marks set the positions of scans, in any order. If there are marks, here or in
         `context`, each scan needs at least one. Without marks, `place` sets the position of all scans.
-      context: known facts or earlier turns; inserted before the prompt.
+      context: known facts or earlier turns; inserted before the prompt. White space around both texts is removed.
       place: `first`, before the context; or `last`, after the prompt.
     Returns:
       Tokens; `Encoded.scans` has each scan's number as its path, and `visual` refers to these scans.
@@ -111,7 +124,8 @@ def encode_prompt(
         raise ValueError(f"place is {place!r}; known: {', '.join(PLACES)}")
     if not isinstance(prompt, str) or not isinstance(context, str):
         raise ValueError(f"prompt and context must be str (got {type(prompt).__name__} and {type(context).__name__})")
-    if not prompt.strip():
+    prompt, context = clean_text(prompt), clean_text(context)
+    if not prompt:
         raise ValueError("the prompt is empty: write a question")
     marks = _MARK_LIKE.findall(f"{context} {prompt}")
     misspelt = [mark for mark in marks if not re.fullmatch("<image-[0-9]+>", mark)]
@@ -180,15 +194,18 @@ def read_scans(files: Sequence[Scan], preparation: Preparation) -> list[Volume]:
 
 def scan_name(scan: Scan, number: int) -> str:
     """Return the name of a scan in messages and images; numbers start at 1."""
-    if isinstance(scan, np.ndarray):
-        return f"scan {number} (array)"
+    if isinstance(scan, np.ndarray | Image.Image):
+        return f"scan {number} ({'array' if isinstance(scan, np.ndarray) else 'image'})"
     return str(scan.path if isinstance(scan, ScanFile) else scan)
 
 
 def _read(scan: Scan, number: int):
     """Return (name, voxels, header or None, window) of a scan."""
     name, window, volume = scan_name(scan, number), None, None
+    if isinstance(scan, Image.Image):
+        scan = pixels_of(name, scan)[:, :, None]  # [H, W, 1] or [H, W, 1, 3]
     if isinstance(scan, np.ndarray):
+        scan = scan[..., None] if scan.ndim == 2 else scan
         volumes, shape, axes = layout_of(name, scan.shape)
         check_volume(name, None, volumes, scans.ScanLimits())
         voxels = to_intensities(name, (scan[0] if scan.ndim == 5 else scan.reshape(shape)).transpose(axes))
@@ -197,7 +214,7 @@ def _read(scan: Scan, number: int):
     if isinstance(scan, ScanFile):
         scan, volume, window = scan.path, scan.volume, scan.window
     elif not isinstance(scan, str | Path):
-        raise ValueError(f"scan {number} is a {type(scan).__name__}: pass a path, a samples.Scan or an array")
+        raise ValueError(f"scan {number} is a {type(scan).__name__}: pass a path, samples.Scan, PIL image or array")
     voxels, header = scans.read(scan, volume=volume)
     return name, one_channel_if_gray(voxels), header, window
 

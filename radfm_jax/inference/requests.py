@@ -63,6 +63,16 @@ class Answer:
     watched: tuple[float, ...] = ()  # log probability of each watched token at the first position
 
 
+def suspicious(answer: Answer) -> str | None:
+    """Return why an answer looks like that of an untrained or wrongly converted model, or None."""
+    tokens = answer.ids[:-1] if answer.ended == "stop id" else answer.ids
+    if not tokens:
+        return "the answer is empty: its first token was the end of text"
+    if len(tokens) > 2 and len(set(tokens)) == 1:
+        return f"the answer is one token {len(tokens)} times: is the model trained, and for such prompts?"
+    return None
+
+
 def require_answers(answers: Sequence[Answer]) -> list[Answer]:
     """Return the answers. Raises GenerationError that lists every failure."""
     if errors := [answer.error for answer in answers if answer.error]:

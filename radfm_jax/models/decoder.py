@@ -86,18 +86,25 @@ class DecoderConfig:
 
 
 def rope_frequencies(config: DecoderConfig) -> np.ndarray:
-    """Return float32[K / 2]: radians per position for each channel pair (RoFormer; Llama-3.1 scaling)."""
+    """Return float32[K / 2]: radians per position for each channel pair (RoFormer; Llama-3.1 scaling).
+
+    The steps are those of PyTorch's LLaMA, each rounded to float32. A unit in the last place changes logits by 3e-4 at
+    position 2,000.
+    """
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    frequencies = 1.0 / np.power(np.float32(config.rope_theta), exponents)
+    # The float32 power of numpy depends on the CPU and is often not the nearest float32.
+    powers = np.power(np.float64(config.rope_theta), exponents.astype(np.float64)).astype(np.float32)
+    frequencies = np.float32(1) / powers
     scaling = config.rope_scaling
-    if scaling is not None:
-        wavelength = 2 * math.pi / frequencies
-        # 1 keeps a frequency (many turns within the original context), 0 divides it by `factor`, others interpolate.
-        turns = scaling.original_context / wavelength
-        keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-        keep = np.clip(keep, 0.0, 1.0)
-        frequencies = keep * frequencies + (1 - keep) * frequencies / scaling.factor
-    return frequencies.astype(np.float32)
+    if scaling is None:
+        return frequencies
+    wavelength = np.float32(1) / frequencies * np.float32(2 * math.pi)  # PyTorch's order of a scalar over a tensor
+    # 1 keeps a frequency (many turns within the original context), 0 divides it by `factor`, others interpolate.
+    turns = np.float32(1) / wavelength * np.float32(scaling.original_context)
+    low, high = np.float32(scaling.low_freq_factor), np.float32(scaling.high_freq_factor)
+    keep = np.clip((turns - low) / (high - low), np.float32(0), np.float32(1))
+    stretched = (1 - keep) * frequencies / np.float32(scaling.factor)
+    return np.where(keep == 1, frequencies, stretched + keep * frequencies)
 
 
 def rope_table(positions: jax.Array, config: DecoderConfig) -> tuple[jax.Array, jax.Array]:

@@ -41,6 +41,8 @@ from radfm_jax.models.perceiver import Perceiver, PerceiverConfig
 from radfm_jax.models.vit3d import ViT3D, ViTConfig, gather_rows
 from radfm_jax.runtime.sharding import constrain
 
+COMPUTE = ("dtype", "param_dtype", "remat", "attention")  # fields of every part that are not sizes
+
 
 @dataclasses.dataclass(frozen=True)
 class RadFMConfig:
@@ -65,7 +67,7 @@ class RadFMConfig:
         return self.llama.vocab_size
 
     def with_compute(self, **fields) -> RadFMConfig:
-        """Return a copy with `dtype`, `param_dtype`, `remat` or `attention` set in every part."""
+        """Return a copy with fields of `COMPUTE` set in every part."""
         parts = {f.name: dataclasses.replace(getattr(self, f.name), **fields) for f in dataclasses.fields(self)}
         return dataclasses.replace(self, **parts)
 
@@ -81,6 +83,13 @@ class RadFMConfig:
 def radfm_14b() -> RadFMConfig:
     """Return the released sizes: 13,123,822,336 parameters."""
     return RadFMConfig()
+
+
+def has_released_sizes(config: RadFMConfig) -> bool:
+    """Return whether all sizes are the released ones, whatever the settings of training and computation."""
+    released = radfm_14b()
+    config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, dropout=released.vision.dropout))
+    return config.with_compute(**{name: getattr(released.llama, name) for name in COMPUTE}) == released
 
 
 def tiny() -> RadFMConfig:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import json
 import re
 import shutil
 import subprocess
@@ -49,6 +50,7 @@ def synthetic(path: Path, layers: int, dtype: str) -> int:
             pools[info] = rng.standard_normal(info.shape, np.float32).astype(info.dtype)
         return pools[info]
 
+    path.with_suffix(".config.json").write_text(json.dumps({"model": config.to_dict()}))
     write_torch_bin(path, infos, read, ties={table.EMBEDDING_ALIAS: table.EMBEDDING})
     return sum(int(np.prod(i.shape)) for n, i in infos.items() if n != table.EMBEDDING_ALIAS and n not in buffers)
 

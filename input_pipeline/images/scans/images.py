@@ -97,18 +97,41 @@ def open_image(path, limits: ScanLimits) -> tuple[Image.Image, int, Header]:
     (width, height), limit = image.size, Image.MAX_IMAGE_PIXELS
     if limit is not None and width * height > limit:
         raise ScanError(path, f"{height} x {width} pixels are more than {limit:,}", SHRINK, "limit")
-    if image.mode not in GRAY_MODES and image.mode not in COLOUR_MODES:
-        raise ScanError(path, f"has the pixel mode {image.mode}", "save it as gray or RGB", "unsupported")
-    with as_scan_error(path, "reading the EXIF orientation", hide_message=True):
-        tag = int(image.getexif().get(EXIF_ORIENTATION, 0) or 1) if exif else 1
-    if not 1 <= tag <= 8:
-        raise ScanError(path, f"states the EXIF orientation {tag}", "remove or repair the EXIF data", "ambiguous")
+    _check_mode(path, image)
+    tag = _orientation(path, image) if exif else 1
     h, w = (width, height) if tag >= 5 else (height, width)
     gray, dtype = image.mode in GRAY_MODES, np.dtype(GRAY_MODES.get(image.mode, np.uint8))
     channels = 1 if gray else 3
     check_shape(path, (h, w, 1, channels + 1), dtype.itemsize, limits)  # + 1 for alpha, which is decoded as well
     photometric = "gray" if gray else {"P": "palette", "PA": "palette", "RGBA": "RGB"}.get(image.mode, image.mode)
     return image, tag, Header(format="image", shape=(h, w, 1, channels), dtype=dtype.name, photometric=photometric)
+
+
+def pixels_of(name, image: Image.Image) -> np.ndarray:
+    """Return the pixels of an image in memory in display orientation: [H, W], or [H, W, 3] for a colour image.
+
+    Modes are treated as in files. Raises ScanError for a transparent image, or for one with several frames.
+    """
+    if getattr(image, "n_frames", 1) > 1:
+        remedy = "pass one frame: image.seek(i), then image.copy()"
+        raise ScanError(name, f"has {image.n_frames} frames", remedy, "ambiguous")
+    if image.mode in ("I", "F"):  # 32 bits; no file of the formats above has them
+        return apply_orientation(np.asarray(image), _orientation(name, image))
+    _check_mode(name, image)
+    return apply_orientation(decode(name, image), _orientation(name, image))
+
+
+def _check_mode(path, image: Image.Image) -> None:
+    if image.mode not in GRAY_MODES and image.mode not in COLOUR_MODES:
+        raise ScanError(path, f"has the pixel mode {image.mode}", "save it as gray or RGB", "unsupported")
+
+
+def _orientation(path, image: Image.Image) -> int:
+    with as_scan_error(path, "reading the EXIF orientation", hide_message=True):
+        tag = int(image.getexif().get(EXIF_ORIENTATION, 0) or 1)
+    if not 1 <= tag <= 8:
+        raise ScanError(path, f"states the EXIF orientation {tag}", "remove or repair the EXIF data", "ambiguous")
+    return tag
 
 
 def decode(path, image: Image.Image) -> np.ndarray:

@@ -5,7 +5,7 @@ import dataclasses
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -67,6 +67,12 @@ class TensorReader(contextlib.AbstractContextManager["TensorReader"]):
         bounds = [part.indices(size) for part, size in zip(index, shape, strict=False)]
         bounds += [(0, size, 1) for size in shape[len(index) :]]
         return self._readers[name](tuple(slice(start, max(start, stop)) for start, stop, _ in bounds))
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Replace the names of all tensors: {name in the file: new name}, with different new names."""
+        self.infos = {names[name]: info for name, info in self.infos.items()}
+        self.ties = {names[name]: names[owner] for name, owner in self.ties.items()}
+        self._readers = {names[name]: read for name, read in self._readers.items()}
 
     def close(self) -> None:
         self._resources.close()

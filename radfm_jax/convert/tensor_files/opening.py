@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,14 @@ from radfm_jax.convert.tensor_files.safetensors_format import open_safetensors
 from radfm_jax.convert.tensor_files.torch_format import import_torch, open_torch, torch_roots, unpack, zip_errors
 
 MAX_INDEX_BYTES = 2**26
+_DEEPSPEED = (
+    "join its shards with the zero_to_fp32.py that DeepSpeed saved next to them (python zero_to_fp32.py . "
+    "pytorch_model.bin), and pass the result"
+)
+_DISTRIBUTED = (
+    "join its shards with `python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER pytorch_model.bin`, "
+    "and pass the result"
+)
 
 
 def open_tensors(
@@ -33,6 +42,8 @@ def open_tensors(
     path = Path(path)
     if path.is_dir():
         path = _find_in_folder(path)
+    elif re.fullmatch(r"(zero_pp_rank|mp_rank|bf16_zero_pp_rank)_.*_states\.pt", path.name):
+        raise ValueError(f"{path} is a shard of a DeepSpeed checkpoint: {_DEEPSPEED}")
     open_path = _open_index if path.suffix == ".json" else _open_file
     return open_path(path, verify, scratch, progress)
 
@@ -46,6 +57,10 @@ def _find_in_folder(folder: Path) -> Path:
             raise ValueError(f"{folder} has several sets of weights ({names}): pass the path of one of them")
         if files:
             return files[0]
+    if (folder / "zero_to_fp32.py").is_file() or any(folder.glob("*_states.pt")) or any(folder.glob("*/*_states.pt")):
+        raise ValueError(f"{folder} is a DeepSpeed checkpoint: {_DEEPSPEED}")
+    if any(folder.glob("*.distcp")):
+        raise ValueError(f"{folder} is a checkpoint of torch.distributed: {_DISTRIBUTED}")
     raise ValueError(
         f"{folder} has no model.safetensors, *.safetensors.index.json, pytorch_model.bin or *.bin.index.json: "
         "pass the path of the weight file itself"

@@ -1,0 +1,47 @@
+"""Names of the tensors of a file -> names without the prefixes of wrappers, and what kind of model they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+# Path components that torch's wrappers insert: DistributedDataParallel, torch.compile, FSDP, activation checkpointing.
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+LLM, EMBEDDING_LAYER = "lang_model.", "embedding_layer."
+# A name that every model of a part has, after the prefix that all its names share.
+ANCHORS = ("lang_model.model.norm.weight", "model.norm.weight")
+
+
+def plain_names(names: Iterable[str]) -> dict[str, str]:
+    """Return {name in the file: name without wrappers}. Names of a RadFM's language model alone are a LLaMA's.
+
+    Raises ValueError if two names become equal.
+    """
+    plain = {name: ".".join(part for part in name.split(".") if part not in WRAPPERS) for name in names}
+    prefix = _common_prefix(plain.values())
+    plain = {name: short.removeprefix(prefix) for name, short in plain.items()}
+    starts = lambda part: any(name.startswith(part) for name in plain.values())  # noqa: E731
+    if starts(LLM) and not starts(EMBEDDING_LAYER):
+        plain = {name: short.removeprefix(LLM) for name, short in plain.items()}
+    if len(set(plain.values())) < len(plain):
+        first: dict[str, str] = {}
+        twice = [f"{first[s]} and {n}" for n, s in plain.items() if first.setdefault(s, n) != n]
+        raise ValueError(f"has tensors of equal names without wrappers: {', '.join(twice[:5])}")
+    return plain
+
+
+def part_of(names: Iterable[str]) -> str:
+    """Return what `plain_names` are of: `llama` for a language model alone, else `radfm`."""
+    names = set(names)
+    if any(n.startswith((LLM, EMBEDDING_LAYER)) for n in names):
+        return "radfm"
+    return "llama" if any(n.startswith("model.layers.") or n == "model.embed_tokens.weight" for n in names) else "radfm"
+
+
+def _common_prefix(names: Iterable[str]) -> str:
+    """Return the prefix before the anchors that all names share, such as `model.` in checkpoints of Lightning."""
+    names = list(names)
+    for anchor in ANCHORS:
+        for prefix in (n.removesuffix(anchor) for n in names if n.endswith(anchor)):
+            if prefix.endswith(".") and not prefix.endswith(LLM) and all(n.startswith(prefix) for n in names):
+                return prefix
+    return ""

@@ -1,0 +1,102 @@
+"""The files next to the weights of an export: config.json, tokenizer and model card."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from input_pipeline.text.tokenizer import Tokenizer
+from radfm_jax.checkpoints import checkpoint
+from radfm_jax.convert import llama_config
+from radfm_jax.convert.model_card import model_card
+from radfm_jax.convert.report import Report
+from radfm_jax.inference import stored
+from radfm_jax.models.radfm import RadFMConfig
+
+# Not `llama`: AutoModelForCausalLM would then load the folder as a LLaMA with random weights.
+MODEL_TYPE = "radfm_jax"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+
+
+def config_json(src: Path, part: str, config: RadFMConfig, description: dict, report: Report) -> dict:
+    """Return the config.json of an export.
+
+    For a RadFM it has all that `from-torch` cannot read from the tensors: sizes, the preparation of scans and texts,
+    and the origin of the weights. transformers does not know the model type and refuses the folder.
+    """
+    dtype = report.dtypes[0]
+    if part == "llama":
+        original = description.get("source", {}).get("config") or _special_ids(src)
+        return llama_config.llama_to_hf(config.llama, dtype, original)
+    hf = {"architectures": ["RadFM"], "model_type": MODEL_TYPE, "torch_dtype": dtype, "model": config.to_dict()}
+    if origin := stored.origin_of(src):
+        hf[stored.ORIGIN] = origin
+    try:
+        hf[stored.KEY] = stored.to_record(stored.preparation_of(src, config))
+    except ValueError as e:
+        report.lines.append(f"the export does not say how scans are prepared: {e}")
+    return hf
+
+
+def _special_ids(src: Path) -> dict[str, int]:
+    """Return the special tokens of a checkpoint's SentencePiece model as keys of config.json; {} without one."""
+    if not (src / checkpoint.TOKENIZER).is_file():
+        return {}
+    try:
+        tokenizer = Tokenizer(src / checkpoint.TOKENIZER)
+    except ValueError:  # a model without BOS or EOS, which a language model alone may have
+        return {}
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+
+
+@contextlib.contextmanager
+def config_next_to(path: Path, hf: dict) -> Iterator[None]:
+    """Write the config of a weight file, then yield to write that file. Removes the config if that fails."""
+    write_json(path, hf)
+    try:
+        yield
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def write_folder(folder: Path, src: Path, part: str, config: RadFMConfig, hf: dict, report: Report) -> None:
+    """Write config.json, the model card and the tokenizer of an exported folder."""
+    write_json(folder / "config.json", hf)
+    (folder / "README.md").write_text(model_card(config, part, report.parameters, hf.get(stored.KEY)))
+    tokenizers = [path for name in checkpoint.TOKENIZERS if (path := src / name).is_file()]
+    for path in tokenizers:
+        shutil.copyfile(path, folder / path.name)
+    if not tokenizers:
+        report.lines.append("the checkpoint has no tokenizer, so the folder has none")
+    elif [path.name for path in tokenizers] == [checkpoint.TOKENIZER]:
+        try:
+            write_json(folder / TOKENIZER_CONFIG, tokenizer_config(tokenizers[0]))
+        except ValueError as e:
+            report.lines.append(f"no {TOKENIZER_CONFIG}: {e}")
+
+
+def tokenizer_config(path: Path) -> dict:
+    """Return a tokenizer_config.json with which transformers encodes like `Tokenizer`, and adds BOS as prompts need.
+
+    Without it, AutoTokenizer does not know the class of a folder, or adds no BOS.
+    """
+    tokenizer = Tokenizer(path)
+    return {
+        "tokenizer_class": "LlamaTokenizer",
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "bos_token": tokenizer.piece(tokenizer.bos_id),
+        "eos_token": tokenizer.piece(tokenizer.eos_id),
+        "unk_token": tokenizer.piece(tokenizer.unk_id),
+        "clean_up_tokenization_spaces": False,
+        "legacy": True,
+    }
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write a file that other programs read."""
+    path.write_text(json.dumps(value, indent=2))
