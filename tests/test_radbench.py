@@ -20,7 +20,7 @@ from input_pipeline.text.tokens import encode
 from radfm_jax.evaluate import leaks
 from radfm_jax.evaluate.leaks import find_leaks
 from radfm_jax.evaluate.radbench import DATASETS, TASKS, Benchmark, Question
-from radfm_jax.evaluate.radbench_build import Skipped, build, question_of, read_questions, write_questions
+from radfm_jax.evaluate.radbench_build import Skipped, build, question_of, read_questions, write_questions, write_roots
 from radfm_jax.inference import inputs
 
 
@@ -162,6 +162,8 @@ def test_an_unreadable_stack_stays_a_question(tmp_path):
 
 def test_questions_are_written_and_read(bench, tmp_path):
     write_questions(bench.questions, tmp_path / "questions.jsonl")
+    assert str(Path(bench.questions[0].root)) not in (tmp_path / "questions.jsonl").read_text()
+    write_roots(bench.questions, tmp_path)
     assert read_questions(tmp_path / "questions.jsonl") == bench.questions
     odd = [Question("x/1", "vqa", "x", "One\u2028two\x85three?", ("a\u2029b",))]
     write_questions(odd, tmp_path / "odd.jsonl")

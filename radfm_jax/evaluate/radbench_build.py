@@ -20,11 +20,12 @@ import numpy as np
 from input_pipeline.datasets import open_dataset, sample_rng
 from input_pipeline.datasets.json_tables import text_lines
 from input_pipeline.datasets.modalities import modalities
-from input_pipeline.files import write_json_lines
+from input_pipeline.files import write_json, write_json_lines
 from input_pipeline.images import scans
 from input_pipeline.index.categories import MODALITIES, reason_pattern
 from input_pipeline.samples import RowError, Sample, Scan, Text
 from radfm_jax.evaluate.radbench import CLOSED, DATASETS, MODALITY_CHOICES, SET_FIELDS, Benchmark, Question
+from radfm_jax.inference.batch_files import ROOTS, read_roots
 
 
 @dataclasses.dataclass
@@ -130,7 +131,7 @@ def question_of(sample: Sample, dataset: str, task: str, row_id: str, root: Path
     )
     return Question(
         row_id, task, dataset, join(parts[last_context + 1 :]), (reference,), join(parts[: last_context + 1]),
-        tuple(dataclasses.replace(scan, path=_absolute_path(root, scan)) for scan in numbers),
+        tuple(dataclasses.replace(scan, path=_absolute_path(root, scan)) for scan in numbers), str(root.resolve()),
         sample.study_id, closed=CLOSED.get(task, ()),
     )  # fmt: skip
 
@@ -141,7 +142,7 @@ def _absolute_path(root: Path, scan: Scan) -> str:
         return str(scans.resolve(root, scan.path))
     except scans.ScanError as error:
         if error.fault == "missing":
-            return str(root / scan.path)
+            return str(root.resolve() / scan.path)
         raise Skipped(f"a scan cannot be used: {error}") from None
 
 
@@ -161,16 +162,29 @@ def _read_facts(file: Path) -> dict[str, dict[str, str]]:
 
 
 def write_questions(questions: Iterable[Question], file: Path) -> None:
+    """Write questions.jsonl, whose scan paths are relative to the roots of the data sets; `write_roots` writes these."""
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json_lines(file, (question.to_dict() for question in questions))
+
+
+def roots_of(questions: Iterable[Question]) -> dict[str, Path]:
+    """Return data set -> directory of its relative scan paths."""
+    return {q.dataset: Path(q.root) for q in questions if q.root}
+
+
+def write_roots(questions: Iterable[Question], directory: Path) -> None:
+    """Write roots.json next to questions.jsonl. Edit it if the data move; the next run rewrites it."""
+    if roots := roots_of(questions):
+        write_json(directory / ROOTS, {dataset: str(root) for dataset, root in roots.items()})
 
 
 def read_questions(file: Path) -> list[Question]:
     """Read a file of `write_questions` or `--export`. Raises ValueError for invalid lines and duplicate ids."""
     questions: dict[str, Question] = {}
+    roots = read_roots(file)
     for number, line in enumerate(text_lines(file), 1):
         try:
-            question = Question.from_dict(json.loads(line))
+            question = Question.from_dict(json.loads(line), roots)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file}, line {number} is not a question of a benchmark: {error!r}") from None
         if question.row_id in questions:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +15,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from input_pipeline import command_line
+from input_pipeline.datasets.json_tables import text_lines
 from input_pipeline.files import write_json_lines
 from input_pipeline.index.index import Index
 from input_pipeline.sources import terms_of
@@ -23,9 +26,10 @@ from radfm_jax.evaluate.export import export
 from radfm_jax.evaluate.leaks import find_leaks
 from radfm_jax.evaluate.metrics import Interval
 from radfm_jax.evaluate.radbench import TASKS, Benchmark, Question
-from radfm_jax.evaluate.radbench_build import build, write_questions
+from radfm_jax.evaluate.radbench_build import build, write_questions, write_roots
 from radfm_jax.evaluate.results import Results, caveats, columns, percent
 from radfm_jax.inference import Sampling
+from radfm_jax.inference.batch_run import model_name
 from radfm_jax.inference.command import add_model_options, load
 from radfm_jax.runtime import console
 
@@ -163,13 +167,19 @@ def _stem(name: str) -> str:
 
 def _replace_questions(questions: Sequence[Question], out: Path) -> None:
     """Write questions.jsonl. Raises ValueError if generated answers belong to other questions."""
-    file, new_file = out / "questions.jsonl", out / "questions.new.jsonl"
-    write_questions(questions, new_file)
+    file = out / "questions.jsonl"
     generated = sorted((out / "answers").glob("*.jsonl"))
-    if file.exists() and generated and file.read_bytes() != new_file.read_bytes():
-        new_file.unlink()
+    if file.exists() and generated and not _same_questions(file, questions):
         raise ValueError(f"{file} has other questions, which {generated[0]} answers: use another --out")
-    new_file.replace(file)
+    write_questions(questions, file)
+    write_roots(questions, out)
+
+
+def _same_questions(file: Path, questions: Sequence[Question]) -> bool:
+    """Whether a file has these questions. Older versions wrote absolute paths of scans."""
+    lines = [json.loads(line) for line in text_lines(file)]
+    absolute = [dataclasses.replace(question, root="") for question in questions]
+    return any(lines == json.loads(json.dumps([q.to_dict() for q in written])) for written in (questions, absolute))
 
 
 def _export(questions: Sequence[Question], directory: Path) -> None:
@@ -187,7 +197,7 @@ def _generate(args: argparse.Namespace, file: Path, questions: Sequence[Question
     with terminal.answer_progress(every=50) as progress:
         result = model_answers.generate_answers(
             model.generator, questions, file, args.out / "questions.jsonl",
-            model=str(model.directory.resolve()), checkpoint=checkpoint.digest(model.directory),
+            model=model_name(model.directory), checkpoint=checkpoint.digest(model.directory),
             sampling=Sampling(args.max_new_tokens), batch=args.batch, progress=progress,
         )  # fmt: skip
     terminal.message(result.summary())

@@ -62,17 +62,17 @@ def as_csv(results: Results) -> str:
     """Return a line per model, part and metric; values are fractions of 1."""
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow("model source task grouping group metric value low high questions failed studies".split())
+    writer.writerow("model source task grouping group metric value low high questions failed refused studies".split())
     number = lambda x: f"{x:.6f}" if math.isfinite(x) else ""  # noqa: E731
     for row in results.rows:
         for name, i in row.metrics.items():
             values = map(number, (i.value, i.low, i.high))
-            counts = row.questions, row.failed, row.studies
+            counts = row.questions, row.failed, row.refused, row.studies
             writer.writerow((row.model, "ours", row.task, row.grouping, row.group, name, *values, *counts))
     for model in published.MODELS:
         for task in published.TABLE:
             for name, values in published.values(model, task).items():
-                counts = published.CASES[task], "", ""
+                counts = published.CASES[task], "", "", ""
                 writer.writerow((model, "published", task, "task", "", name, *map(number, values), *counts))
     return text.getvalue()
 

@@ -157,6 +157,8 @@ def example(scored: ScoredAnswer, css_class: str) -> str:
     answer = f"<b>{visible_lines(scored.answer.text) or '(empty)'}</b>"
     if scored.error:
         answer += f' <span class="bad">{visible(scored.error)}</span>'
+    elif scored.refused:
+        answer += " (a refusal)"
     elif q.closed:
         answer += f" (matched to {visible(scored.predicted or 'no choice')})"
     p_yes = "" if scored.answer.p_yes is None else f", probability of yes {scored.answer.p_yes:.2f}"

@@ -103,16 +103,16 @@ def _table(rows: Sequence[ScoreRow], task: str = "", group_title=str) -> Table:
     if task:
         names = [n for n in TITLES if n in names or n in published.TABLE[task]]
     grouped = any(row.group for row in rows)
-    head = [*(["group"] if grouped else []), "model", "questions", "failed", *(TITLES[n] for n in names)]
+    head = [*(["group"] if grouped else []), "model", "questions", "failed", "refused", *(TITLES[n] for n in names)]
     body = []
     for model in published.MODELS if task else ():
         values = published.values(model, task)
         cells = [percent(Interval(*values[n])) if n in values else "" for n in names]
-        body.append([f"{model} (published)", f"{published.CASES[task]:,}", "", *cells])
+        body.append([f"{model} (published)", f"{published.CASES[task]:,}", "", "", *cells])
     for row in sorted(rows, key=lambda row: row.group):
         group = [group_title(row.group)] if grouped else []
         cells = [percent(row.metrics[n]) if n in row.metrics else "" for n in names]
-        body.append([*group, row.model, f"{row.questions:,}", f"{row.failed:,}", *cells])
+        body.append([*group, row.model, f"{row.questions:,}", f"{row.failed:,}", f"{row.refused:,}", *cells])
     return head, body
 
 

@@ -44,7 +44,6 @@ _UNIT = re.compile(rf"(?<=\d)(?=(?:{'|'.join(UNITS)})[23]?(?![^\W\d_]))")
 _POWER_OF_UNIT = re.compile(r"(?<=[^\W\d_])\^(?=[23](?!\d))")
 
 
-
 def _marks() -> str:
     """Return the combining marks (vowel signs, accents without a composed form) as ranges of a character class."""
     codes = [code for code in range(0x300, 0xFE30) if unicodedata.category(chr(code)).startswith("M")]
