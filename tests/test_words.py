@@ -118,7 +118,8 @@ YES_NO = [
     ("I'm sorry, but I can't help with that.", None), ("As an AI, I cannot interpret medical images.", None),
     ("Unknown", None), ("Not sure.", None), ("N/A", None), ("It is not possible to determine this.", None),
     ("I do not know whether it is yes or no.", None), ("Cannot be determined.", None),
-    ("No, I cannot see a mass.", "no"), ("I cannot be certain, but yes.", "yes"), ("I cannot say for sure. Yes.", "yes"),
+    ("No, I cannot see a mass.", "no"), ("I cannot be certain, but yes.", "yes"),
+    ("I cannot say for sure. Yes.", "yes"),
     ("No", "no"), ("Yes, there is.", "yes"), ("Malignancy cannot be excluded: yes", "yes"),
 ]  # fmt: skip
 
@@ -160,4 +161,4 @@ def test_refusals_are_counted():
     row = scoring.score_rows("m", scored, resamples=5, seed=0, by_study=False)[0]
     assert (row.questions, row.failed, row.refused) == (4, 1, 2)
     assert row.metrics["named"].value == row.metrics["accuracy"].value == 1 / 4
-    assert row.metrics["named_f1"].value == 0 and list(row.metrics)[0] == "named"
+    assert list(row.metrics)[0] == "named"

@@ -162,7 +162,7 @@ def _read_facts(file: Path) -> dict[str, dict[str, str]]:
 
 
 def write_questions(questions: Iterable[Question], file: Path) -> None:
-    """Write questions.jsonl, whose scan paths are relative to the roots of the data sets; `write_roots` writes these."""
+    """Write questions.jsonl, with scan paths relative to the roots of the data sets (`write_roots`)."""
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json_lines(file, (question.to_dict() for question in questions))
 

@@ -5,11 +5,11 @@
     "I cannot be certain, but yes."       not for a yes/no question: another clause names exactly one choice
     "A mass cannot be excluded."          not a refusal: no phrase below
 
-The rule: a refusal is an answer that is one of `ALONE` in full, or whose first sentence has a phrase of `PHRASES`. For an
-open question the phrase must also start the answer, because a report may state a limit in passing. A closed question has
-an answer after all if the clauses without a phrase name exactly one choice. An endpoint may also mark an answer as refused.
-The phrases are English. A refusal counts as wrong for closed questions, also in the paper's matching, which would map
-"I cannot say" to "no".
+The rule: a refusal is an answer that is one of `ALONE` in full, or whose first sentence has a phrase of `PHRASES`. For
+an open question the phrase must also start the answer, because a report may state a limit in passing. A closed question
+is answered after all if the clauses without a phrase name exactly one choice. An endpoint may also mark a refusal. The
+phrases are English. A refusal of a closed question is wrong, also in the paper's matching, which maps "I cannot say" to
+"no".
 """
 
 from __future__ import annotations
@@ -29,15 +29,16 @@ _VERBS = (
 PHRASES = (
     rf"(?:cannot|can ?not|can't|could not|couldn't|unable to|not able to|won't|will not) (?:\w+ly )?(?:{_VERBS})\b",
     r"\b(?:i|we) (?:do not|don't) (?:know|have (?:enough|sufficient))\b",
-    r"\b(?:i'm|i am|we're|we are) (?:not (?:sure|certain|able|qualified|a (?:doctor|physician|radiologist))|unsure|sorry)\b",
+    r"\b(?:i'm|i am|we're|we are) (?:not (?:sure|certain|able|qualified|a (?:doctor|physician|radiologist)))\b",
+    r"\b(?:i'm|i am|we're|we are) (?:unsure|sorry)\b",
     r"^(?:sorry|my apologies|i apologi[sz]e)\b",
     r"\bas an? (?:ai|artificial intelligence|(?:large )?language model)\b",
     r"\b(?:insufficient|not enough) (?:information|data|detail)",
     r"\b(?:it is|it's) (?:not possible|impossible) to\b",
 )
 _PHRASE = re.compile("|".join(PHRASES), re.IGNORECASE)
-# Words before a phrase that starts an answer.
-_START = re.compile(r"^(?:(?:unfortunately|sorry|well|i'm sorry|i am sorry|as an? [\w ]+),?\s+)?(?:but\s+)?(?:(?:i|we|it|this|that|the \w+)\s+)?$", re.IGNORECASE)  # fmt: skip
+# What may come before a phrase that starts an answer.
+_START = re.compile(r"^(?:(?:unfortunately|well|but),? )?(?:(?:i|we|it|this)(?:'m| am|'re| are)? )?$", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)|\n")
 _CLAUSE = re.compile(r"[.!?;\n](?=\s|$)|,\s|\s(?:but|however|although|though)\s", re.IGNORECASE)
 

@@ -16,7 +16,7 @@ from input_pipeline.files import write_json, write_text
 from input_pipeline.inspect.escaping import visible
 from radfm_jax.evaluate import figures, published, report_page
 from radfm_jax.evaluate.radbench import TASKS
-from radfm_jax.evaluate.results import Results, caveats, grouped_tables, method, not_scored, task_table
+from radfm_jax.evaluate.results import Results, caveats, grouped_tables, method, not_scored, task_table, warnings_of
 
 
 def write(results: Results, out: Path) -> None:
@@ -36,6 +36,7 @@ def write(results: Results, out: Path) -> None:
 def as_json(results: Results) -> dict:
     finite = lambda i: {k: v if math.isfinite(v) else None for k, v in dataclasses.asdict(i).items()}  # noqa: E731
     return {
+        "warnings": warnings_of(results),
         "caveats": caveats(results),
         "intervals": method(results),
         "benchmark": results.benchmark.to_dict(),
@@ -79,7 +80,7 @@ def as_csv(results: Results) -> str:
 
 def as_markdown(results: Results) -> str:
     lines = ["# RadBench", "", "Research only, not for clinical use.", ""]
-    lines += [f"- {_markdown(line)}" for line in caveats(results)] + [f"- {method(results)}", ""]
+    lines += [f"- {_markdown(line)}" for line in (*warnings_of(results), *caveats(results))] + [f"- {method(results)}", ""]
     tables = {title: task_table(results, task) for task, title in TASKS.items()}
     for grouping in ("data set", "modality", "anatomy"):
         tables |= {f"{title} by {grouping}": table for title, table in grouped_tables(results, grouping).items()}

@@ -14,7 +14,7 @@ from input_pipeline.samples import Scan
 from radfm_jax import html_page
 from radfm_jax.evaluate import figures, scoring
 from radfm_jax.evaluate.radbench import TASKS
-from radfm_jax.evaluate.results import Results, caveats, grouped_tables, method, not_scored, task_table
+from radfm_jax.evaluate.results import Results, caveats, grouped_tables, method, not_scored, task_table, warnings_of
 from radfm_jax.evaluate.scoring import TITLES, ScoredAnswer, ScoreRow
 
 STYLE = Path(__file__).with_name("style.css")
@@ -30,6 +30,7 @@ def page(results: Results, folder: Path, calibrated: bool) -> Iterator[str]:
     yield f"<h1>{visible(title)}</h1>"
     yield '<p class="warn">Research only. Not for clinical use.</p>'
     yield f"<p>{len(results.built.questions):,} questions. {visible(method(results).capitalize())}.</p>"
+    yield from (f'<p class="warn">{visible(line)}</p>' for line in warnings_of(results))
     yield _list(caveats(results))
     yield html_page.table(("model", "answers"), [(visible(m), visible(w)) for m, w in results.sources.items()])
     yield from _tasks(results)

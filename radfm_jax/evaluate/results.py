@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from radfm_jax.evaluate import published
 from radfm_jax.evaluate.metrics import Interval
+from radfm_jax.evaluate.plausibility import REMEDY, GivenAnswer, implausible
 from radfm_jax.evaluate.radbench import DATASETS, TASKS, Benchmark
 from radfm_jax.evaluate.radbench_build import BuiltBenchmark
 from radfm_jax.evaluate.scoring import TITLES, ScoredAnswer, ScoreRow
@@ -36,6 +37,20 @@ class Results:
 
     def rows_of(self, grouping: str, task: str) -> list[ScoreRow]:
         return [row for row in self.rows if (row.grouping, row.task) == (grouping, task)]
+
+
+def warnings_of(results: Results) -> list[str]:
+    """Return why the answers of a model are implausible (plausibility.py), by model and task."""
+    lines = []
+    for model, answers in results.scored.items():
+        for task, title in TASKS.items():
+            given = [
+                GivenAnswer(a.answer.text, a.question.references[0], a.answer.ended == "length")
+                for a in answers
+                if a.question.task == task and not a.error
+            ]
+            lines += [f"{model}, {title}: {reason}; {REMEDY}" for reason in implausible(given)]
+    return lines
 
 
 def caveats(results: Results) -> list[str]:

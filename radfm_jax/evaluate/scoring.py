@@ -16,7 +16,7 @@ from radfm_jax.evaluate.radbench import NAMES, Question
 from radfm_jax.evaluate.refusals import answer_without_refusal
 from radfm_jax.evaluate.words import words
 
-# metric -> title. The first metric of a task leads its table. `accuracy` and `f1` are the paper's, which match by difflib.
+# metric -> title. The first one of a task leads its table. `accuracy` and `f1` are the paper's: they match by difflib.
 TITLES = {
     "named": "ACC by word", "named_f1": "F1 by word", "balanced_accuracy": "balanced ACC", "accuracy": "ACC by difflib",
     "f1": "F1 by difflib", "bleu": "BLEU-1", "rouge": "ROUGE-1", "umls_precision": "UMLS-Precision",

@@ -5,9 +5,10 @@
 
 A text of words from a-z and whole numbers has the words of rouge-score. In addition to these,
 
-- letters of all scripts count, and keep their accents: `Ödem`, `dem` and `Odem` are three words. A script without spaces
-  (Chinese, Japanese, Thai, Lao, Khmer, Burmese, Tibetan) has one word per character;
-- other forms of a character are folded: case, full-width and Arabic-Indic digits, ligatures, dashes, `×` between numbers;
+- letters of all scripts count, and keep their accents: `Ödem`, `dem` and `Odem` are three words. A script without
+  spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese, Tibetan) has one word per character;
+- other forms of a character are folded: case, full-width and Arabic-Indic digits, ligatures, dashes, and `×` between
+  numbers;
 - a number keeps its sign, its decimals and its exponent: -50, 3.5 (also written 3,5), 10 ^ 6. `1,000` is 1000, and a
   unit is separated from its number: `3mm` is 3 mm;
 - symbols with a meaning are words: comparison and other mathematical signs, currencies, arrows, %, ° and ‰; `/` and `:`
