@@ -97,9 +97,9 @@ def test_contexts_and_marks():
     q = question_of(Sample("1", "x", "vqa", "s", parts), "x", "vqa", "x/1", Path("/"))
     assert (q.context, q.prompt) == ("Age 35.", "<image-1> <image-2> What is new? <image-1>")
     assert [s.path for s in q.scans] == ["/a.png", "/b.png"] and q.references == ("Nothing.",)
-    assert Question.from_dict(json.loads(json.dumps(q.to_dict()))) == q
+    assert Question.from_dict(json.loads(json.dumps(q.to_dict())), {"x": "/"}) == q
     windowed = dataclasses.replace(q, scans=(Scan("/a.nii", 2, (-100.0, 200.0)),))
-    assert Question.from_dict(json.loads(json.dumps(windowed.to_dict()))) == windowed
+    assert Question.from_dict(json.loads(json.dumps(windowed.to_dict())), {"x": "/"}) == windowed
 
 
 @pytest.mark.parametrize(

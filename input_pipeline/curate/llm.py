@@ -61,7 +61,6 @@ class Endpoint:
     def cost(self, tokens_in: float, tokens_out: float) -> float:
         return (tokens_in * self.price_in + tokens_out * self.price_out) / 1e6
 
-
     def settings(self) -> dict:
         """Return the parameters of a request in addition to its messages."""
         settings = {"model": self.model, self.max_tokens_name: self.max_tokens}

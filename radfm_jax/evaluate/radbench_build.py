@@ -103,12 +103,16 @@ def questions_of_set(benchmark: Benchmark, name: str) -> tuple[list[Question], d
     return questions, {reason: n for reason, n in skipped.items() if n}
 
 
-def question_of(sample: Sample, dataset: str, task: str, row_id: str, root: Path) -> Question:
+def question_of(
+    sample: Sample, dataset: str, task: str, row_id: str, root: Path, *, own_reference: bool = False
+) -> Question:
     """Return the question of a sample.
 
     The text up to its last context is the context, the rest without the response is the prompt. Scans become marks,
     and the response is the reference. Raises Skipped for another task, a reference outside the closed list, text that
     contains a mark, and a scan path outside the root.
+
+    own_reference: keep the reference of the data set, which RadBench would map to its closed list or skip.
     """
     if sample.task != task:
         raise Skipped(f"task is {sample.task}")
@@ -117,7 +121,9 @@ def question_of(sample: Sample, dataset: str, task: str, row_id: str, root: Path
     if any("<image-" in p.text for p in parts if isinstance(p, Text)):
         raise Skipped("its text contains the mark of a scan")
     reference = " ".join(text.strip() for text in response)
-    if task == "modality":
+    if own_reference:
+        pass
+    elif task == "modality":
         choices = {MODALITY_CHOICES[name] for name in modalities(reference) if name in MODALITY_CHOICES}
         if len(choices) != 1:
             raise Skipped("its modality is not one of the six" if not choices else "it has several modalities")

@@ -212,9 +212,9 @@ def _report(args: argparse.Namespace, results: Results) -> None:
         )  # fmt: skip
         terminal.message(f"rating sheet: {args.rating_sheet}; its key: {key}")
     terminal.message(
-        f"results: {args.out / 'report.html'} (tables, examples, failures); every answer with its scores: "
-        f"{args.out / 'scores'}\nnext: open the page and read some wrong answers. To compare another model, run the same "
-        "command with --checkpoint, --endpoint or --answers NAME=FILE and this --out"
+        f"results: {args.out / 'report.html'}; every answer with its scores: {args.out / 'scores'}\n"
+        "next: open the page and read some wrong answers. To compare another model, run the same command with this --out "
+        "and --checkpoint, --endpoint or --answers NAME=FILE"
     )
 
 

@@ -80,7 +80,8 @@ def as_csv(results: Results) -> str:
 
 def as_markdown(results: Results) -> str:
     lines = ["# RadBench", "", "Research only, not for clinical use.", ""]
-    lines += [f"- {_markdown(line)}" for line in (*warnings_of(results), *caveats(results))] + [f"- {method(results)}", ""]
+    lines += [f"- {_markdown(line)}" for line in (*warnings_of(results), *caveats(results))]
+    lines += [f"- {method(results)}", ""]
     tables = {title: task_table(results, task) for task, title in TASKS.items()}
     for grouping in ("data set", "modality", "anatomy"):
         tables |= {f"{title} by {grouping}": table for title, table in grouped_tables(results, grouping).items()}
