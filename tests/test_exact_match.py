@@ -160,9 +160,7 @@ def test_the_command(config, params, tmp_path, capsys):
     assert {a["source"] for a in answers} == set(sources)
     for answer in answers:
         assert {"id", "question", "reference", "answer", "correct"} <= answer.keys() and answer["reference"]
-        assert answer["correct"] == (
-            answer["answer"].lower() == answer["reference"].lower()
-        )  # untrained: none or equal
+        assert answer["correct"] == (answer["answer"].lower() == answer["reference"].lower())
     assert str(tmp_path) not in (tmp_path / "out" / "generated" / "answers.jsonl").read_text()
     shown = " ".join(capsys.readouterr().err.split())
     assert "the model may be untrained" in shown and "next: read the answers" in shown and "exchanged" in shown

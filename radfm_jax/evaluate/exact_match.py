@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from rich.progress import Progress
 from rich.table import Table
-from rich.text import Text
+from rich.text import Text as Line
 
 from input_pipeline import command_line, files
 from input_pipeline.batching.pipeline import Rows, batches, prefetch
@@ -34,6 +34,7 @@ from input_pipeline.sources import open_sources
 from radfm_jax import api, terminal
 from radfm_jax.checkpoints import checkpoint
 from radfm_jax.evaluate import own_answers
+from radfm_jax.evaluate.plausibility import few_steps
 from radfm_jax.models.radfm import RadFM, segment_max
 from radfm_jax.runtime import console
 from radfm_jax.training import losses
@@ -87,8 +88,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="output directory")
     parser.add_argument("--no-control", action="store_true", help="skip the pass with exchanged scans")
     parser.add_argument(
-        "--answers", default=50, type=_count, metavar="N", help="questions of each source to answer in words: a number, "
-        "0 or all (default: 50)"
+        "--answers", default=50, type=_count, metavar="N", help="questions of each source to answer in words: a "
+        "number, 0 or all (default: 50)"
     )  # fmt: skip
     args, config = command_line.parse(parser, sys.argv[1:] if argv is None else argv)
     try:
@@ -108,8 +109,8 @@ def main(argv: list[str] | None = None) -> int:
     terminal.message(f"results: {args.out / 'accuracy.json'}, {args.out / 'exact_match.jsonl'}")
     if answered:
         terminal.message(
-            f"next: read the answers that are not correct in {args.out / 'answers.jsonl'}; BLEU, ROUGE and other models: "
-            "python -m radfm_jax.evaluate radbench --help"
+            f"next: read the answers that are not correct in {args.out / 'answers.jsonl'}; BLEU, ROUGE and other "
+            "models: python -m radfm_jax.evaluate radbench --help"
         )
     return 0
 
@@ -135,10 +136,10 @@ def _answer(args: argparse.Namespace, experiment: Experiment, model: api.Model) 
             terminal.message(f"not answered: {source}: {count:,} rows: {reason}")
     shown = Table("source", "answers", "correct", "refused", "failed", title="answers in words")
     for row in own_answers.by_source(scored):
-        shown.add_row(*(Text(str(cell)) for cell in row))
+        shown.add_row(*(Line(str(cell)) for cell in row))
     if scored:
         console.log(shown)
-    for warning in own_answers.warnings_of(scored):
+    for warning in (*few_steps(model.directory), *own_answers.warnings_of(scored)):
         terminal.message(f"warning: {warning}", style="red")
     return bool(scored)
 

@@ -1,10 +1,10 @@
 """Readable answers to test rows of a config: `python -m radfm_jax.evaluate --answers N`.
 
-    OUT/answers.jsonl                   an answer per line: id, source, study, task, question, reference, answer, correct
-    OUT/generated/                      the questions and answers as the model got and gave them, for resuming
+    OUT/answers.jsonl   an answer per line: id, source, study, task, question, reference, answer, correct
+    OUT/generated/      the questions and answers as the model got and gave them, for resuming
 
-An answer is correct if it has the words of the reference, in order (metrics.exact). Where the reference is yes or no, the
-answer is correct if it names that one first (metrics.named_choice). A refusal or a failure is not correct.
+An answer is correct if it has the words of the reference, in order (metrics.exact). Where the reference is yes or no,
+the answer is correct if it names that one first (metrics.named_choice). A refusal or a failure is not correct.
 """
 
 from __future__ import annotations
@@ -58,8 +58,9 @@ def _question(sample: Sample, source: str, row_id: str, root: Path) -> Question:
     (reference,) = question.references
     if not reference.strip():
         raise Skipped("it has no reference answer")
-    yes_no = CLOSED["diagnosis"]
-    return dataclasses.replace(question, closed=yes_no if reference.strip().casefold() in yes_no else ())
+    if (choice := reference.strip(" .").casefold()) in CLOSED["diagnosis"]:
+        return dataclasses.replace(question, closed=CLOSED["diagnosis"], references=(choice,))
+    return dataclasses.replace(question, closed=())
 
 
 def answer(

@@ -5,11 +5,14 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
+from radfm_jax.checkpoints import checkpoint
 from radfm_jax.evaluate.words import words
 
 LEAST = 8  # answers, below which nothing is concluded
 MOST = 0.9  # share of one answer that is suspicious, where no reference is that frequent
+FEW_STEPS = 10
 REMEDY = "the model may be untrained, or not read its input: check the checkpoint, its training loss and its tokenizer"
 
 
@@ -45,6 +48,16 @@ def implausible(answers: Sequence[GivenAnswer]) -> list[str]:
     if (cut := share(one.cut for one in answers)) > 0.5:
         reasons.append(f"{cut:.0%} of answers are cut at the length limit")
     return reasons
+
+
+def few_steps(directory: Path) -> list[str]:
+    """Return a warning if a checkpoint of a training run has hardly been trained."""
+    step = (checkpoint.read_description(directory).get("source") or {}).get("step")
+    if isinstance(step, int) and step < FEW_STEPS:
+        return [
+            f"{directory.name} has {step} training steps: its scores show the initial weights, not what was learned"
+        ]
+    return []
 
 
 def _repeats(text: str) -> bool:

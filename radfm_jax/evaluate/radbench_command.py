@@ -35,6 +35,7 @@ from radfm_jax.evaluate.endpoint import Baseline, save_montages
 from radfm_jax.evaluate.export import export
 from radfm_jax.evaluate.leaks import find_leaks
 from radfm_jax.evaluate.metrics import Interval
+from radfm_jax.evaluate.plausibility import few_steps
 from radfm_jax.evaluate.radbench import TASKS, Benchmark, Question
 from radfm_jax.evaluate.radbench_build import build, write_questions, write_roots
 from radfm_jax.evaluate.radbench_options import stem
@@ -166,6 +167,8 @@ def _generate(args: argparse.Namespace, file: Path, questions: Sequence[Question
             sampling=Sampling(args.max_new_tokens), batch=args.batch, progress=progress,
         )  # fmt: skip
     terminal.message(result.summary())
+    for warning in few_steps(model.directory):
+        terminal.message(f"warning: {warning}", style="red")
     weights, limit = model.generator.weights, args.max_new_tokens or 200
     return f"checkpoint {model.directory}, greedy, {args.dtype}, weights in {weights}, at most {limit} tokens"
 
@@ -213,8 +216,8 @@ def _report(args: argparse.Namespace, results: Results) -> None:
         terminal.message(f"rating sheet: {args.rating_sheet}; its key: {key}")
     terminal.message(
         f"results: {args.out / 'report.html'}; every answer with its scores: {args.out / 'scores'}\n"
-        "next: open the page and read some wrong answers. To compare another model, run the same command with this --out "
-        "and --checkpoint, --endpoint or --answers NAME=FILE"
+        "next: open the page and read some wrong answers. To compare another model, run the same command with this "
+        "--out and --checkpoint, --endpoint or --answers NAME=FILE"
     )
 
 
