@@ -54,9 +54,7 @@ def few_steps(directory: Path) -> list[str]:
     """Return a warning if a checkpoint of a training run has hardly been trained."""
     step = (checkpoint.read_description(directory).get("source") or {}).get("step")
     if isinstance(step, int) and step < FEW_STEPS:
-        return [
-            f"{directory.name} has {step} training steps: its scores show the initial weights, not what was learned"
-        ]
+        return [f"{directory.name} has {step} training steps: its scores show the initial weights"]
     return []
 
 

@@ -71,6 +71,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, ConfigDict]:
 
 
 def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    endpoint_command.check(parser, args)
     scored = args.checkpoint or args.endpoint or args.answers
     if not (scored or args.export or args.lmms_eval or args.montages):
         parser.error("one of --checkpoint, --endpoint, --answers, --export, --lmms-eval and --montages is required")
@@ -79,7 +80,6 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     for name in ("rating_sheet", "rexrank"):
         if getattr(args, name) is not None and not scored:
             parser.error(f"--{name.replace('_', '-')} needs --checkpoint, --endpoint or --answers")
-    endpoint_command.check(parser, args)
     if args.batch < 1 or args.rating_cases < 1:
         parser.error(f"--batch (got {args.batch}) and --rating-cases (got {args.rating_cases}) must be at least 1")
     args.endpoint_name = (not args.checkpoint and args.name) or args.model
