@@ -23,8 +23,8 @@ Statistic = Callable[[np.ndarray], float]
 def closest_choice(answer: str, choices: Sequence[str]) -> str | None:
     """Return the choice with the highest difflib ratio to the answer, ignoring case; the first one of a tie.
 
-    This is the paper's metric. Returns None if no choice shares a character with the answer. A tie of zeros would select
-    the first of the list.
+    This is the paper's metric. Returns None if no choice shares a character with the answer: a tie of zeros would
+    select the first of the list.
     """
     answer = answer.strip().casefold()
     ratios = [difflib.SequenceMatcher(None, answer, choice.casefold()).ratio() for choice in choices]
