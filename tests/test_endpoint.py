@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import re
+import types
 
 import numpy as np
 import pytest
@@ -172,6 +173,17 @@ def test_a_run_from_costs_to_report(command, tmp_path, capsys):
     assert "next: open the page" in " ".join(capsys.readouterr().err.split())
 
 
+def test_a_terminal_asks(command, monkeypatch, capsys):
+    replies = iter(["n", "", "y"])
+    monkeypatch.setattr("sys.stdin", types.SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr("builtins.input", lambda prompt: next(replies))
+    with VisionServer(reply) as server:
+        for sent in (0, 0, 1):
+            main([*command, f"--endpoint={server.url}", "--limit=1"])
+            assert len(server.requests) == sent
+    assert "are sent to http://127.0.0.1" in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_partial_run_resumes_also_after_a_move(command, data, tmp_path, capsys):
     with VisionServer(reply) as server:
         run = [*command, f"--endpoint={server.url}", "--yes"]
@@ -275,7 +287,8 @@ def test_the_images_can_be_looked_at(command, tmp_path):
     listed = lines(tmp_path / "seen" / "montages.jsonl")
     assert len(listed) == 5 and {line["of"] for line in listed} == {1, 6}
     for line in listed:
-        assert max(Image.open(tmp_path / "seen" / line["file"]).size) <= 1024
+        content = io.BytesIO((tmp_path / "seen" / line["file"]).read_bytes())
+        assert max(Image.open(content).size) <= 1024
 
 
 # --- exports ----------------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 lmms-eval imports a copy of this file, so it needs no other module of this project.
 """
 
-import functools
 import json
 import re
 from pathlib import Path
@@ -53,8 +52,26 @@ def write_answers(task, answers):
     return len(lines)
 
 
-write_modality_answers = functools.partial(write_answers, "modality")
-write_diagnosis_answers = functools.partial(write_answers, "diagnosis")
-write_vqa_answers = functools.partial(write_answers, "vqa")
-write_report_answers = functools.partial(write_answers, "report")
-write_rationale_answers = functools.partial(write_answers, "rationale")
+def write_modality_answers(answers):
+    """Write the answers of one task."""
+    return write_answers("modality", answers)
+
+
+def write_diagnosis_answers(answers):
+    """Write the answers of one task."""
+    return write_answers("diagnosis", answers)
+
+
+def write_vqa_answers(answers):
+    """Write the answers of one task."""
+    return write_answers("vqa", answers)
+
+
+def write_report_answers(answers):
+    """Write the answers of one task."""
+    return write_answers("report", answers)
+
+
+def write_rationale_answers(answers):
+    """Write the answers of one task."""
+    return write_answers("rationale", answers)
