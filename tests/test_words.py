@@ -113,6 +113,11 @@ def test_choices_in_text_of_other_scripts(answer, choice):
     assert metrics.named_choice(answer, names) == choice
 
 
+def test_difflib_reads_other_forms_of_letters():
+    assert metrics.closest_choice("ＹＥＳ", ("yes", "no")) == "yes"
+    assert metrics.closest_choice("Ｘ‑ｒａｙ", radbench.CLOSED["modality"]) == "X-ray"
+
+
 YES_NO = [
     ("I cannot say.", None), ("I can't tell from this image.", None), ("I can\u2019t say if there is no mass.", None),
     ("I'm sorry, but I can't help with that.", None), ("As an AI, I cannot interpret medical images.", None),

@@ -15,7 +15,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 import numpy as np
 
 from input_pipeline.text.terms import TermFinder, fold_word
-from radfm_jax.evaluate.words import same_words, spaced, words
+from radfm_jax.evaluate.words import fold, same_words, spaced, words
 
 Statistic = Callable[[np.ndarray], float]
 
@@ -26,7 +26,8 @@ def closest_choice(answer: str, choices: Sequence[str]) -> str | None:
     This is the paper's metric. Returns None if no choice shares a character with the answer: a tie of zeros would
     select the first of the list.
     """
-    answer = answer.strip().casefold()
+    answer = answer.strip()
+    answer = answer.casefold() if answer.isascii() else fold(answer)  # full-width letters, ligatures
     ratios = [difflib.SequenceMatcher(None, answer, choice.casefold()).ratio() for choice in choices]
     best = int(np.argmax(ratios))
     return choices[best] if ratios[best] > 0 else None
