@@ -184,7 +184,7 @@ def test_tables_agree(ran):
                 assert row[key] == ("" if i[key] is None else f"{i[key]:.6f}")
     assert count == len(ours) and sum(r["source"] == "published" for r in rows) == 45
     markdown = (out / "report.md").read_text()
-    assert "| RadFM (published) | 154,540 |  | 31.43 (31.20, 31.65) |" in markdown
+    assert "| RadFM (published) | 154,540 |  |  | 31.43 (31.20, 31.65) |" in markdown
     assert found["not_scored"]["mimic_cxr"] in markdown and "5 of RadBench's 13" in markdown
 
 
