@@ -14,6 +14,7 @@ from input_pipeline.batching.pipeline import Rows, batches
 from input_pipeline.sources import open_sources, rows_shown
 from radfm_jax.checkpoints import checkpoint
 from radfm_jax.evaluate import exact_match as evaluate
+from radfm_jax.evaluate import own_answers
 from radfm_jax.evaluate.exact_match import ExactMatch
 from radfm_jax.models.decoder import DecoderConfig
 from radfm_jax.models.perceiver import PerceiverConfig
@@ -161,7 +162,10 @@ def test_the_command(config, params, tmp_path, capsys):
     for answer in answers:
         assert {"id", "question", "reference", "answer", "correct"} <= answer.keys() and answer["reference"]
         assert answer["correct"] == (answer["answer"].lower() == answer["reference"].lower())
-    assert str(tmp_path) not in (tmp_path / "out" / "generated" / "answers.jsonl").read_text()
+    (generated,) = (tmp_path / "out" / "generated").glob("*/answers.jsonl")
+    assert str(tmp_path) not in generated.read_text()
+    assert own_answers._generated(tmp_path / "out", [], "other weights") != generated.parent
+    assert not generated.exists()  # a run with other weights starts afresh
     shown = " ".join(capsys.readouterr().err.split())
     assert "the model may be untrained" in shown and "next: read the answers" in shown and "exchanged" in shown
     lines = [json.loads(line) for line in (tmp_path / "out" / "exact_match.jsonl").read_text().splitlines()]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -75,7 +76,7 @@ def answer(
 ) -> tuple[list[ScoredAnswer], Skips]:
     """Answer questions of the test sources greedily, and write answers.jsonl. An interrupted run resumes.
 
-    model, checkpoint: see batch_run.answer_file. Raises ValueError if the data are invalid, or OUT has other answers.
+    model, checkpoint: see batch_run.answer_file. Raises ValueError if the data are invalid.
     """
     questions, skips = questions_of(config.data, per_source)
     if not questions:
@@ -84,7 +85,7 @@ def answer(
         config.compute, params, tokenizer=Tokenizer(config.data.tokenizer),
         preparation=inputs.Preparation.from_config(config.data), length=config.data.text_length,
     )  # fmt: skip
-    file = out / "generated" / "answers.jsonl"
+    file = _generated(out, questions, checkpoint or model) / "answers.jsonl"
     model_answers.generate_answers(
         generator, questions, file, file.with_name("questions.jsonl"), model=model, checkpoint=checkpoint,
         batch=config.train.batch, progress=progress,
@@ -92,6 +93,18 @@ def answer(
     scored = scoring.score(questions, model_answers.read_answers(file, questions), terms_of("none"))
     files.write_json_lines(out / "answers.jsonl", map(line, scored))
     return scored, skips
+
+
+def _generated(out: Path, questions: Sequence[Question], weights: str) -> Path:
+    """Return the directory of the answers of these weights to these questions; those of an earlier run are removed.
+
+    The other files of OUT are replaced by each run, so its answers are as well.
+    """
+    name = files.fingerprint([weights, [question.to_dict() for question in questions]])[:16]
+    for other in (out / "generated").glob("*"):
+        if other.is_dir() and other.name != name:
+            shutil.rmtree(other)
+    return out / "generated" / name
 
 
 def is_correct(scored: ScoredAnswer) -> bool:
