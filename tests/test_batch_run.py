@@ -108,9 +108,8 @@ def test_answers_belong_to_weights_not_to_their_path(run, model, tmp_path, capsy
     shutil.rmtree(here)
     radfm_jax.save(dataclasses.replace(model, params=jax.tree.map(lambda x: 2 * x, model.params)), here)
     assert asked(here) == 2
-    assert (
-        f"line 1 was made with another checkpoint, or by a version that did not record it ({here.resolve()} then, "
-        in (capsys.readouterr().err)
+    assert "line 1 was made with another checkpoint, or by a version that did not record it (here then, here now)" in (
+        capsys.readouterr().err
     )
     assert len(out.read_text().splitlines()) == 1
     # Only parameters count: a checkpoint with the same parameters and another run.json is the same.

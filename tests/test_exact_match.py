@@ -14,6 +14,7 @@ from input_pipeline.batching.pipeline import Rows, batches
 from input_pipeline.sources import open_sources, rows_shown
 from radfm_jax.checkpoints import checkpoint
 from radfm_jax.evaluate import exact_match as evaluate
+from radfm_jax.evaluate import own_answers
 from radfm_jax.evaluate.exact_match import ExactMatch
 from radfm_jax.models.decoder import DecoderConfig
 from radfm_jax.models.perceiver import PerceiverConfig
@@ -153,11 +154,23 @@ def test_the_command(config, params, tmp_path, capsys):
     radfm_jax.save(radfm_jax.Model(MODEL, params, tokenizer_file=config.data.tokenizer), tmp_path / "model")
     assert checkpoint.read_description(tmp_path / "model")
     command = [f"--config={file}", f"--checkpoint={tmp_path / 'model'}", f"--out={tmp_path / 'out'}"]
-    assert evaluate.main(command) == 0
-    lines = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
+    assert evaluate.main([*command, "--answers=9", "--config.data.text_length=64"]) == 0
+    text = (tmp_path / "out" / "answers.jsonl").read_text()
+    answers = [json.loads(line) for line in text.splitlines()]
+    sources = open_sources(config.data, "test")
+    assert {a["source"] for a in answers} == set(sources)
+    for answer in answers:
+        assert {"id", "question", "reference", "answer", "correct"} <= answer.keys() and answer["reference"]
+        assert answer["correct"] == (answer["answer"].lower() == answer["reference"].lower())
+    (generated,) = (tmp_path / "out" / "generated").glob("*/answers.jsonl")
+    assert str(tmp_path) not in generated.read_text()
+    assert own_answers._generated(tmp_path / "out", [], "other weights") != generated.parent
+    assert not generated.exists()  # a run with other weights starts afresh
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "the model may be untrained" in shown and "next: read the answers" in shown and "exchanged" in shown
+    lines = [json.loads(line) for line in (tmp_path / "out" / "exact_match.jsonl").read_text().splitlines()]
     assert {line["scans_of"] for line in lines} == {"own", "another"}
     found = json.loads((tmp_path / "out" / "accuracy.json").read_text())
     assert sum(a["samples"] for a in found["own"]) == len(lines) / 2
-    assert "exchanged" in capsys.readouterr().err
     assert evaluate.main([*command, "--config.model.llama.width=64"]) == 2
     assert "different model sizes" in capsys.readouterr().err

@@ -20,7 +20,7 @@ from input_pipeline.text.tokens import encode
 from radfm_jax.evaluate import leaks
 from radfm_jax.evaluate.leaks import find_leaks
 from radfm_jax.evaluate.radbench import DATASETS, TASKS, Benchmark, Question
-from radfm_jax.evaluate.radbench_build import Skipped, build, question_of, read_questions, write_questions
+from radfm_jax.evaluate.radbench_build import Skipped, build, question_of, read_questions, write_questions, write_roots
 from radfm_jax.inference import inputs
 
 
@@ -97,9 +97,9 @@ def test_contexts_and_marks():
     q = question_of(Sample("1", "x", "vqa", "s", parts), "x", "vqa", "x/1", Path("/"))
     assert (q.context, q.prompt) == ("Age 35.", "<image-1> <image-2> What is new? <image-1>")
     assert [s.path for s in q.scans] == ["/a.png", "/b.png"] and q.references == ("Nothing.",)
-    assert Question.from_dict(json.loads(json.dumps(q.to_dict()))) == q
+    assert Question.from_dict(json.loads(json.dumps(q.to_dict())), {"x": "/"}) == q
     windowed = dataclasses.replace(q, scans=(Scan("/a.nii", 2, (-100.0, 200.0)),))
-    assert Question.from_dict(json.loads(json.dumps(windowed.to_dict()))) == windowed
+    assert Question.from_dict(json.loads(json.dumps(windowed.to_dict())), {"x": "/"}) == windowed
 
 
 @pytest.mark.parametrize(
@@ -162,6 +162,8 @@ def test_an_unreadable_stack_stays_a_question(tmp_path):
 
 def test_questions_are_written_and_read(bench, tmp_path):
     write_questions(bench.questions, tmp_path / "questions.jsonl")
+    assert str(Path(bench.questions[0].root)) not in (tmp_path / "questions.jsonl").read_text()
+    write_roots(bench.questions, tmp_path)
     assert read_questions(tmp_path / "questions.jsonl") == bench.questions
     odd = [Question("x/1", "vqa", "x", "One\u2028two\x85three?", ("a\u2029b",))]
     write_questions(odd, tmp_path / "odd.jsonl")

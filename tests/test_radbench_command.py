@@ -33,6 +33,7 @@ from radfm_jax.evaluate.radbench_build import BuiltBenchmark, build, read_questi
 from radfm_jax.evaluate.radbench_command import _replace_questions
 from radfm_jax.evaluate.results import Results
 from radfm_jax.inference import Request, Sampling
+from radfm_jax.inference.batch_files import read_batch_file
 
 NASTY = "<script>alert(1)</script> \u202e<img src=x onerror=alert(2)> & 'quoted'"
 
@@ -184,7 +185,7 @@ def test_tables_agree(ran):
                 assert row[key] == ("" if i[key] is None else f"{i[key]:.6f}")
     assert count == len(ours) and sum(r["source"] == "published" for r in rows) == 45
     markdown = (out / "report.md").read_text()
-    assert "| RadFM (published) | 154,540 |  | 31.43 (31.20, 31.65) |" in markdown
+    assert "| RadFM (published) | 154,540 |  |  | 31.43 (31.20, 31.65) |" in markdown
     assert found["not_scored"]["mimic_cxr"] in markdown and "5 of RadBench's 13" in markdown
 
 
@@ -259,13 +260,16 @@ def test_export(bench, config, tmp_path):
     assert [q["id"] for q in exported] == [q.row_id for q in bench.questions]
     assert read_questions(tmp_path / "x" / "questions.jsonl") == bench.questions
     volumes = 0
-    for line in exported:
-        for scan, shown in zip(line["scans"], line["slices"], strict=True):
+    batch = {line.row_id: line for line in read_batch_file(tmp_path / "x" / "questions.jsonl", tmp_path)}
+    for question, line in zip(bench.questions, exported, strict=True):
+        assert batch[question.row_id].scans == question.scans
+        for scan, listed, shown in zip(question.scans, line["scans"], line["slices"], strict=True):
+            assert Path(question.root, listed["path"]) == Path(scan.path) and not Path(listed["path"]).is_absolute()
             picture = np.asarray(Image.open(io.BytesIO((tmp_path / "x" / shown["path"]).read_bytes())))
             assert picture.shape == (64, 64) and picture.dtype == np.uint8
             assert shown["slice"] == shown["of"] // 2 + 1
             volumes += shown["of"] > 1
-            np.testing.assert_array_equal(picture, slices(Scan(**scan))[0].image)
+            np.testing.assert_array_equal(picture, slices(scan)[0].image)
     assert volumes
 
 

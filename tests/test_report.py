@@ -99,7 +99,7 @@ def test_bars_are_centred_on_their_metric(monkeypatch):
     values = {m: Interval(0.5, 0.4, 0.6) for m in published.TABLE["diagnosis"]}
     vqa = {m: Interval(0.5 if m == "bleu" else math.nan, math.nan, math.nan) for m in published.TABLE["vqa"]}
     lines = [
-        scoring.ScoreRow(model, task, "task", "", 9, 0, 9, of, {})
+        scoring.ScoreRow(model, task, "task", "", 9, 0, 0, 9, of, {})
         for model in ("a", "b") for task, of in (("diagnosis", values), ("vqa", vqa))
     ]  # fmt: skip
     drawn = []

@@ -17,7 +17,7 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from input_pipeline.field_rules import Count, Size, above, at_least, check_fields
 from input_pipeline.files import parse_json
@@ -44,8 +44,10 @@ class Endpoint:
     timeout: Annotated[float, above(0)] = 120.0  # seconds for one request
     retries: Count = 6  # retries of one request before it is deferred to the next run
     first_wait: Annotated[float, at_least(0)] = 1.0  # seconds before the first retry; doubled for each later one
-    temperature: Annotated[float, at_least(0)] = 0.7
+    temperature: Annotated[float, at_least(0)] | None = 0.7  # None: not sent, for models that refuse it
     max_tokens: Size = 800
+    max_tokens_name: str = "max_tokens"  # `max_completion_tokens` for models that refuse the older name
+    direct: bool = False  # follow no redirect and use no proxy: requests reach this address only
     price_in: Annotated[float, at_least(0)] = 0.0  # of a million tokens sent, in any currency
     price_out: Annotated[float, at_least(0)] = 0.0  # of a million tokens received
     budget: Annotated[float, at_least(0)] = 0.0  # stop after this cost; 0: no limit
@@ -65,6 +67,18 @@ class Endpoint:
 
     def cost(self, tokens_in: float, tokens_out: float) -> float:
         return (tokens_in * self.price_in + tokens_out * self.price_out) / 1e6
+
+    def settings(self) -> dict:
+        """Return the parameters of a request in addition to its messages."""
+        settings = {"model": self.model, self.max_tokens_name: self.max_tokens}
+        return settings if self.temperature is None else settings | {"temperature": self.temperature}
+
+
+class Request(NamedTuple):
+    """A request with its own key, where hashing the messages is not wanted (images)."""
+
+    key: str
+    messages: list[dict]
 
 
 def request_key(endpoint: Endpoint, messages: list[dict]) -> str:
@@ -172,7 +186,7 @@ def estimate(endpoint: Endpoint, answers: Answers, requests: Iterable[list[dict]
 def ask_all(
     endpoint: Endpoint,
     answers: Answers,
-    requests: Iterable[list[dict]],
+    requests: Iterable[list[dict] | Request],
     done: Callable[[int, int], None] = lambda more, bad: None,
 ) -> Counts:
     """Send every request without an answer, and report the progress to done(requests, failures).
@@ -192,17 +206,22 @@ class _Client:
         self.secret, self.counts, self.stopping = endpoint.key(), Counts(), False
         self.next_start = self.paused_until = 0.0  # earliest start of a request, by the rate and after a 429
 
-    async def run(self, requests: Iterable[list[dict]]) -> Counts:
-        # max_retries=0: retries are done here, to count and limit them.
+    async def run(self, requests: Iterable[list[dict] | Request]) -> Counts:
+        http = {"follow_redirects": False, "trust_env": False} if self.endpoint.direct else {}
         client = self.openai.AsyncOpenAI(
-            base_url=self.endpoint.base_url, api_key=self.secret or "none", timeout=self.endpoint.timeout, max_retries=0
+            base_url=self.endpoint.base_url,
+            api_key=self.secret or "none",
+            timeout=self.endpoint.timeout,
+            max_retries=0,  # retries are done here, to count and limit them
+            http_client=self.openai.DefaultAsyncHttpxClient(**http),
         )
         tasks: dict[asyncio.Task, str] = {}
         async with client:
             try:
-                for messages in requests:
+                for request in requests:
                     self.counts.requests += 1
-                    key = request_key(self.endpoint, messages)
+                    own_key = isinstance(request, Request)
+                    key, messages = request if own_key else (request_key(self.endpoint, request), request)
                     if key in self.answers or key in tasks.values():
                         self.counts.known += 1
                         self.done(1, 0)
@@ -237,12 +256,11 @@ class _Client:
 
     async def _ask(self, client, key: str, messages: list[dict]) -> None:
         endpoint, wait = self.endpoint, self.endpoint.first_wait
-        settings = {name: getattr(endpoint, name) for name in ("model", "temperature", "max_tokens")}
         for attempt in range(endpoint.retries + 1):
             await self._wait_for_rate()
             self.counts.sent += 1
             try:
-                answer = await client.chat.completions.create(messages=messages, **settings)
+                answer = await client.chat.completions.create(messages=messages, **endpoint.settings())
                 self._keep(key, answer, attempt + 1)
                 return
             except Exception as error:  # _classify raises all errors that are not the endpoint's
@@ -287,7 +305,7 @@ class _Client:
                 return "429 (too many requests)", pause
             if status >= 500 or status in (408, 409, 425):
                 return f"{status} (server error)", wait
-            if status in (401, 403, 404):
+            if status in (401, 403, 404) or status < 400:  # below 400: a redirect that is not followed
                 raise Stop(f"the endpoint refuses requests ({status}): {self._message(error)}") from None
             return "rejected", f"{status}: {self._message(error)}"
         if isinstance(error, openai.APIError | ValueError | KeyError | TypeError | AttributeError | IndexError):

@@ -19,6 +19,8 @@ class Slice:
     image: Image.Image
     number: int
     count: int
+    low: float  # value that is black
+    high: float  # value that is white
 
 
 def slices(scan: Scan, max_slices: int = 1) -> list[Slice]:
@@ -41,5 +43,6 @@ def slices(scan: Scan, max_slices: int = 1) -> list[Slice]:
     for k in numbers:
         values = (voxels[:, :, k].astype(np.float32) - low) / (high - low)
         pixels = np.rint(np.clip(values, 0, 1) * 255).astype(np.uint8)
-        out.append(Slice(Image.fromarray(pixels if pixels.shape[-1] == 3 else pixels[..., 0]), int(k) + 1, count))
+        image = Image.fromarray(pixels if pixels.shape[-1] == 3 else pixels[..., 0])
+        out.append(Slice(image, int(k) + 1, count, float(low), float(high)))
     return out

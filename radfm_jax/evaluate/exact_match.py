@@ -3,12 +3,14 @@
 A sample is correct if greedy decoding gives its reference token by token. Teacher forcing decides that without
 decoding: each token of the reference must be the most likely one after the tokens before it.
 
-OUT/answers.jsonl     a sample per line: source, row_id, study, task, question, reference, exact, scans_of
-OUT/accuracy.json     the table
+OUT/exact_match.jsonl   a sample per line: source, row_id, study, task, question, reference, exact, scans_of
+OUT/accuracy.json       the table
+OUT/answers.jsonl       readable answers to some of the samples (own_answers.py)
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
 import math
@@ -20,6 +22,7 @@ import jax
 import numpy as np
 from rich.progress import Progress
 from rich.table import Table
+from rich.text import Text as Line
 
 from input_pipeline import command_line, files
 from input_pipeline.batching.pipeline import Rows, batches, prefetch
@@ -30,6 +33,9 @@ from input_pipeline.field_rules import errors_of
 from input_pipeline.samples import Text
 from input_pipeline.sources import open_sources
 from radfm_jax import api, terminal
+from radfm_jax.checkpoints import checkpoint
+from radfm_jax.evaluate import own_answers
+from radfm_jax.evaluate.plausibility import few_steps
 from radfm_jax.models.radfm import RadFM, segment_max
 from radfm_jax.runtime import console
 from radfm_jax.training import losses
@@ -37,7 +43,10 @@ from radfm_jax.training.experiment import Experiment
 
 DESCRIPTION = """\
 Score a checkpoint on the test sources of a config: exact-match accuracy by source and question, with 95 % intervals. A
-second pass exchanges the scans between samples, as a control: its accuracy needs no scan.
+second pass exchanges the scans between samples, as a control: its accuracy needs no scan. Then some questions are
+answered in words.
+
+OUT/answers.jsonl has the question, the reference, the answer and whether it is correct, for reading.
 """
 EPILOG = """\
 examples:
@@ -79,6 +88,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--checkpoint", required=True, type=Path, metavar="DIR", help="a run or a checkpoint")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="output directory")
     parser.add_argument("--no-control", action="store_true", help="skip the pass with exchanged scans")
+    parser.add_argument(
+        "--answers", default=50, type=_count, metavar="N", help="questions of each source to answer in words: a "
+        "number, 0 or all (default: 50)"
+    )  # fmt: skip
     args, config = command_line.parse(parser, sys.argv[1:] if argv is None else argv)
     try:
         with errors_of(args.config):
@@ -89,12 +102,48 @@ def main(argv: list[str] | None = None) -> int:
         if model.config != experiment.model:
             raise ValueError(f"{args.checkpoint} and {args.config} have different model sizes: pass the run's config")
         scored = evaluate(experiment, model.params, control=not args.no_control)
+        write(scored, args.out)
+        console.log(table(scored))
+        answered = args.answers != 0 and _answer(args, experiment, model)
     except ValueError as error:
         terminal.message(f"error: {error}", style="red")
         return 2
-    write(scored, args.out)
-    console.log(table(scored))
+    terminal.message(f"results: {args.out / 'accuracy.json'}, {args.out / 'exact_match.jsonl'}")
+    if answered:
+        terminal.message(
+            f"next: read the answers that are not correct in {args.out / 'answers.jsonl'}; BLEU, ROUGE and other "
+            "models: python -m radfm_jax.evaluate radbench --help"
+        )
     return 0
+
+
+def _count(text: str) -> int | None:
+    """Return the number of --answers; None for all."""
+    if text == "all":
+        return None
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"must be a number or all (got {text!r})")
+    return int(text)
+
+
+def _answer(args: argparse.Namespace, experiment: Experiment, model: api.Model) -> bool:
+    """Answer questions in words and print the counts. Returns whether there are any."""
+    names = {"model": args.checkpoint.name, "checkpoint": checkpoint.digest(model.directory)}
+    with terminal.answer_progress(every=50) as progress:
+        scored, skips = own_answers.answer(
+            experiment, model.params, args.out, per_source=args.answers, progress=progress, **names
+        )
+    for source, reasons in skips.items():
+        for reason, count in reasons.items():
+            terminal.message(f"not answered: {source}: {count:,} rows: {reason}")
+    shown = Table("source", "answers", "correct", "refused", "failed", title="answers in words")
+    for row in own_answers.by_source(scored):
+        shown.add_row(*(Line(str(cell)) for cell in row))
+    if scored:
+        console.log(shown)
+    for warning in (*few_steps(model.directory), *own_answers.warnings_of(scored)):
+        terminal.message(f"warning: {warning}", style="red")
+    return bool(scored)
 
 
 def evaluate(config: Experiment, params: dict, *, control: bool = True, progress: bool = True) -> list[ExactMatch]:
@@ -191,9 +240,9 @@ def _by_scans(matches: Sequence[ExactMatch]) -> dict[str, list[Accuracy]]:
 
 
 def write(matches: Sequence[ExactMatch], out: Path) -> None:
-    """Write answers.jsonl and accuracy.json."""
+    """Write exact_match.jsonl and accuracy.json."""
     out.mkdir(parents=True, exist_ok=True)
-    files.write_json_lines(out / "answers.jsonl", map(dataclasses.asdict, matches))
+    files.write_json_lines(out / "exact_match.jsonl", map(dataclasses.asdict, matches))
     rows = {kind: [dataclasses.asdict(a) for a in accuracy] for kind, accuracy in _by_scans(matches).items()}
     files.write_json(out / "accuracy.json", rows)
 

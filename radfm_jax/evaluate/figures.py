@@ -151,7 +151,7 @@ def calibration(scored: Mapping[str, Sequence[ScoredAnswer]], file: Path) -> boo
         axes.legend(frameon=False, fontsize=8)
     left.set(xlabel='probability of "yes"', ylabel="share of yes", title="calibration, ten bins")
     middle.set(xlabel='probability of "yes"', ylabel="questions", title="distribution")
-    right.set(xlabel="false positive rate", ylabel="true positive rate", title="ROC")
+    right.set(xlabel="1 - specificity", ylabel="sensitivity", title="ROC")
     _save(pyplot, figure, file)
     return True
 

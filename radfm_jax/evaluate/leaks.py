@@ -41,9 +41,9 @@ def find_leaks(questions: Iterable[Question], directory: Path | str) -> list[dic
     for question in questions:
         if source := _training_source(question, studies):
             leaks.append({"id": question.row_id, "kind": "study", "what": question.study, "in": source})
-        for scan in question.scans:
+        for scan, relative in zip(question.scans, question.relative_scans(), strict=True):
             if file := training_files.get(hashes.get(scan.path)):
-                leaks.append({"id": question.row_id, "kind": "scan", "what": scan.path, "in": file})
+                leaks.append({"id": question.row_id, "kind": "scan", "what": relative.path, "in": file})
     return leaks
 
 

@@ -10,58 +10,72 @@ import collections
 import dataclasses
 import difflib
 import functools
-import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import numpy as np
 
 from input_pipeline.text.terms import TermFinder, fold_word
+from radfm_jax.evaluate.words import fold, same_words, spaced, words
 
 Statistic = Callable[[np.ndarray], float]
-_WORD = re.compile(r"[^\W_]+")
 
 
 def closest_choice(answer: str, choices: Sequence[str]) -> str | None:
     """Return the choice with the highest difflib ratio to the answer, ignoring case; the first one of a tie.
 
-    Returns None if no choice shares a character with the answer. A tie of zeros would select the first of the list.
+    This is the paper's metric. Returns None if no choice shares a character with the answer: a tie of zeros would
+    select the first of the list.
     """
-    answer = answer.strip().casefold()
+    answer = answer.strip()
+    answer = answer.casefold() if answer.isascii() else fold(answer)  # full-width letters, ligatures
     ratios = [difflib.SequenceMatcher(None, answer, choice.casefold()).ratio() for choice in choices]
     best = int(np.argmax(ratios))
     return choices[best] if ratios[best] > 0 else None
 
 
-def named_choice(answer: str, names: Mapping[str, Sequence[str]]) -> str | None:
-    """Return the choice whose name comes first in the answer, or None.
+def named_choices(answer: str, names: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return the choices that an answer names, in the order of their names in the answer.
 
-    Names match whole words, ignoring case and plural; the longest of several names at one position counts. This is not
-    the paper's metric: it finds CT in "This is a CT scan.", where `closest_choice` returns Ultrasound.
+    Names match whole words (`words.words`), in singular or plural; the longest of several names at one position counts.
+    This finds CT in "This is a CT scan.", where `closest_choice` returns Ultrasound.
     """
-    answer, matches = re.sub("[\u2010-\u2015\u2212]", "-", answer), []  # all hyphens and dashes
+    answer_words, matches = words(answer), []
     for choice, choice_names in names.items():
-        for name in choice_names:
-            if match := re.search(rf"(?<![^\W_]){re.escape(name)}s?(?![^\W_])", answer, re.IGNORECASE):
-                matches.append((match.start(), -len(name), choice))
-    return min(matches)[2] if matches else None
+        positions = [_position(answer_words, words(name)) for name in choice_names]
+        matches += [(position, choice) for position in positions if position]
+    by_position = {position: choice for (position, _), choice in sorted(matches, reverse=True)}
+    return list(dict.fromkeys(by_position[position] for position in sorted(by_position)))
+
+
+def _position(text: Sequence[str], name: Sequence[str]) -> tuple[int, int] | None:
+    """Return (first position of a name in the words of a text, minus its length), or None."""
+    *start, last = name
+    for i in range(len(text) - len(start)):
+        if list(text[i : i + len(start)]) == start and text[i + len(start)] in (last, f"{last}s"):
+            return i, -len(name)
+    return None
+
+
+def named_choice(answer: str, names: Mapping[str, Sequence[str]]) -> str | None:
+    """Return the choice whose name comes first in the answer (`named_choices`), or None."""
+    return next(iter(named_choices(answer, names)), None)
 
 
 def exact(answer: str, references: Sequence[str]) -> float:
-    """Return 1 if the words of the answer are those of a reference, ignoring case and punctuation; else 0."""
-    words = lambda text: _WORD.findall(text.casefold())  # noqa: E731
-    return float(any(words(answer) == words(reference) for reference in references))
+    """Return 1 if the answer has the words of a reference, in order (`words.words`); else 0."""
+    return float(any(same_words(answer, reference) for reference in references))
 
 
 def bleu1(answer: str, references: Sequence[str]) -> float:
     """Return BLEU-1 in [0, 1], not smoothed: clipped word precision times the brevity penalty.
 
-    Words are lower-case tokens of sacrebleu's `13a` tokenizer.
+    Words are lower-case tokens of sacrebleu's `13a` tokenizer, after `words.spaced`.
     """
-    return _bleu().sentence_score(answer, list(references)).score / 100
+    return _bleu().sentence_score(spaced(answer), list(map(spaced, references))).score / 100
 
 
 def rouge1(answer: str, references: Sequence[str]) -> float:
-    """Return the ROUGE-1 F-measure in [0, 1] of the best reference: lower-case words of a-z and 0-9, not stemmed."""
+    """Return the ROUGE-1 F-measure in [0, 1] of the best reference, over `words.words`, not stemmed."""
     return max(_rouge().score(reference, answer)["rouge1"].fmeasure for reference in references)
 
 
@@ -76,14 +90,21 @@ def _bleu():
 def _rouge():
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer(["rouge1"], use_stemmer=False)
+    return RougeScorer(["rouge1"], tokenizer=_Words())
+
+
+class _Words:
+    """The tokenizer of rouge-score, whose own one drops all characters outside a-z and 0-9."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return words(text)
 
 
 def medical_words(text: str, terms: TermFinder) -> collections.Counter[str]:
     """Count the words inside the medical terms of a text, folded (case, plural, British spelling)."""
     counts: collections.Counter[str] = collections.Counter()
     for start, end in terms.find(text):
-        counts.update(fold_word(word) for word in _WORD.findall(text[start:end]))
+        counts.update(fold_word(word) for word in words(text[start:end]))
     return counts
 
 

@@ -18,7 +18,7 @@ from input_pipeline.datasets.json_tables import text_lines
 from input_pipeline.files import parse_json, write_json_lines
 from input_pipeline.text.tokenizer import Tokenizer
 from radfm_jax.evaluate.radbench import Question
-from radfm_jax.evaluate.radbench_build import write_questions
+from radfm_jax.evaluate.radbench_build import roots_of, write_questions, write_roots
 from radfm_jax.inference import Answer, Generator, Sampling
 from radfm_jax.inference.batch_files import raise_problems
 from radfm_jax.inference.batch_run import BatchResult, answer_file
@@ -36,6 +36,7 @@ class RecordedAnswer:
     tokens: int | None = None  # length of the answer
     ended: str = ""  # see inference.Answer
     error: str = ""  # why there is no answer
+    refused: bool = False  # marked by the endpoint as a refusal
 
 
 def generate_answers(
@@ -67,14 +68,18 @@ def generate_answers(
         p_yes, p_no = (sum(map(math.exp, part)) for part in (answer.watched[: len(yes)], answer.watched[len(yes) :]))
         return {"p_yes": p_yes / (p_yes + p_no), "p_yes_or_no": p_yes + p_no} if p_yes + p_no > 0 else {}
 
+    def replace_questions() -> None:
+        new_file.replace(questions_file)
+        write_roots(questions, questions_file.parent)
+
     new_file = questions_file.with_suffix(".new.jsonl")
     write_questions(questions, new_file)
     try:
-        # All scan paths are absolute. Unknown ids are rejected now: scoring would do so after hours of generation.
+        # Unknown ids are rejected now: scoring would do so after hours of generation.
         result = answer_file(
-            generator, new_file, answers_file, sampling, root=Path("/"), batch=batch, model=model,
-            checkpoint=checkpoint, progress=progress, watch=(*yes, *no), extra_fields=probability_fields,
-            reject_unknown_ids=True, on_start=lambda: new_file.replace(questions_file),
+            generator, new_file, answers_file, sampling, root=Path("/"), roots=roots_of(questions), batch=batch,
+            model=model, checkpoint=checkpoint, progress=progress, watch=(*yes, *no), extra_fields=probability_fields,
+            reject_unknown_ids=True, on_start=replace_questions,
         )  # fmt: skip
     finally:
         new_file.unlink(missing_ok=True)
@@ -153,5 +158,5 @@ def _recorded_answer(line: object, known: dict[str, Question]) -> tuple[str, Rec
     tokens = line.get("tokens")
     return row_id, RecordedAnswer(
         text if isinstance(text, str) else "", p_yes, tokens if type(tokens) is int else None,
-        str(line.get("ended") or ""), str(error),
+        str(line.get("ended") or ""), str(error), line.get("refused") is True,
     )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from input_pipeline.datasets import FAMILIES
@@ -140,6 +141,7 @@ class Question:
     references: tuple[str, ...]
     context: str = ""  # comes before the prompt
     scans: tuple[Scan, ...] = ()  # with absolute paths
+    root: str = ""  # directory that the paths in files are relative to; "" if they are absolute
     study: str | None = None  # None if the source does not record it
     modality: str = ""  # of its scans; "" if unknown
     anatomy: str = ""
@@ -149,13 +151,27 @@ class Question:
         """Return a line of questions.jsonl."""
         plain = dataclasses.asdict(self)
         plain = {"id": plain.pop("row_id"), **plain}
-        plain["scans"] = [{k: v for k, v in scan.items() if v is not None} for scan in plain["scans"]]
+        del plain["root"]
+        plain["scans"] = [
+            {k: v for k, v in dataclasses.asdict(scan).items() if v is not None} for scan in self.relative_scans()
+        ]
         return {key: value for key, value in plain.items() if value not in ("", None)}
 
+    def relative_scans(self) -> list[Scan]:
+        """Return the scans with paths relative to `root`, as files have them, so that data and answers can be moved."""
+        if not self.root:
+            return list(self.scans)
+        inside = lambda path: Path(path).is_relative_to(self.root)  # noqa: E731
+        relative = lambda path: str(Path(path).relative_to(self.root)) if inside(path) else path  # noqa: E731
+        return [dataclasses.replace(scan, path=relative(scan.path)) for scan in self.scans]
+
     @classmethod
-    def from_dict(cls, line: Mapping) -> Question:
+    def from_dict(cls, line: Mapping, roots: Mapping[str, str | Path]) -> Question:
+        """Build from a line of questions.jsonl. roots: data set -> directory of its relative paths."""
         fields = {f.name: line[f.name] for f in dataclasses.fields(cls) if f.name in line}
         window = lambda w: tuple(w) if isinstance(w, list) else w  # noqa: E731
-        scans = (Scan(s["path"], s.get("volume"), window(s.get("window"))) for s in line["scans"])
+        fields["root"] = str(roots.get(line.get("dataset", ""), ""))
+        absolute = lambda path: str(Path(fields["root"], path))  # noqa: E731
+        scans = (Scan(absolute(s["path"]), s.get("volume"), window(s.get("window"))) for s in line["scans"])
         fields |= {"scans": tuple(scans), "references": tuple(line["references"]), "closed": tuple(line["closed"])}
         return cls(row_id=line["id"], **fields)

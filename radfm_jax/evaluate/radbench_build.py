@@ -19,11 +19,12 @@ import numpy as np
 from input_pipeline.datasets import open_dataset, sample_rng
 from input_pipeline.datasets.json_tables import text_lines
 from input_pipeline.datasets.modalities import modalities
-from input_pipeline.files import parse_json, write_json_lines
+from input_pipeline.files import parse_json, write_json, write_json_lines
 from input_pipeline.images import scans
 from input_pipeline.index.categories import MODALITIES, reason_pattern
 from input_pipeline.samples import RowError, Sample, Scan, Text
 from radfm_jax.evaluate.radbench import CLOSED, DATASETS, MODALITY_CHOICES, SET_FIELDS, Benchmark, Question
+from radfm_jax.inference.batch_files import ROOTS, read_roots
 
 
 @dataclasses.dataclass
@@ -101,12 +102,16 @@ def questions_of_set(benchmark: Benchmark, name: str) -> tuple[list[Question], d
     return questions, {reason: n for reason, n in skipped.items() if n}
 
 
-def question_of(sample: Sample, dataset: str, task: str, row_id: str, root: Path) -> Question:
+def question_of(
+    sample: Sample, dataset: str, task: str, row_id: str, root: Path, *, own_reference: bool = False
+) -> Question:
     """Return the question of a sample.
 
     The text up to its last context is the context, the rest without the response is the prompt. Scans become marks,
     and the response is the reference. Raises Skipped for another task, a reference outside the closed list, text that
     contains a mark, and a scan path outside the root.
+
+    own_reference: keep the reference of the data set, which RadBench would map to its closed list or skip.
     """
     if sample.task != task:
         raise Skipped(f"task is {sample.task}")
@@ -115,7 +120,9 @@ def question_of(sample: Sample, dataset: str, task: str, row_id: str, root: Path
     if any("<image-" in p.text for p in parts if isinstance(p, Text)):
         raise Skipped("its text contains the mark of a scan")
     reference = " ".join(text.strip() for text in response)
-    if task == "modality":
+    if own_reference:
+        pass
+    elif task == "modality":
         choices = {MODALITY_CHOICES[name] for name in modalities(reference) if name in MODALITY_CHOICES}
         if len(choices) != 1:
             raise Skipped("its modality is not one of the six" if not choices else "it has several modalities")
@@ -129,7 +136,7 @@ def question_of(sample: Sample, dataset: str, task: str, row_id: str, root: Path
     )
     return Question(
         row_id, task, dataset, join(parts[last_context + 1 :]), (reference,), join(parts[: last_context + 1]),
-        tuple(dataclasses.replace(scan, path=_absolute_path(root, scan)) for scan in numbers),
+        tuple(dataclasses.replace(scan, path=_absolute_path(root, scan)) for scan in numbers), str(root.resolve()),
         sample.study_id, closed=CLOSED.get(task, ()),
     )  # fmt: skip
 
@@ -140,7 +147,7 @@ def _absolute_path(root: Path, scan: Scan) -> str:
         return str(scans.resolve(root, scan.path))
     except scans.ScanError as error:
         if error.fault == "missing":
-            return str(root / scan.path)
+            return str(root.resolve() / scan.path)
         raise Skipped(f"a scan cannot be used: {error}") from None
 
 
@@ -160,16 +167,29 @@ def _read_facts(file: Path) -> dict[str, dict[str, str]]:
 
 
 def write_questions(questions: Iterable[Question], file: Path) -> None:
+    """Write questions.jsonl, with scan paths relative to the roots of the data sets (`write_roots`)."""
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json_lines(file, (question.to_dict() for question in questions))
+
+
+def roots_of(questions: Iterable[Question]) -> dict[str, Path]:
+    """Return data set -> directory of its relative scan paths."""
+    return {q.dataset: Path(q.root) for q in questions if q.root}
+
+
+def write_roots(questions: Iterable[Question], directory: Path) -> None:
+    """Write roots.json next to questions.jsonl. Edit it if the data move; the next run rewrites it."""
+    if roots := roots_of(questions):
+        write_json(directory / ROOTS, {dataset: str(root) for dataset, root in roots.items()})
 
 
 def read_questions(file: Path) -> list[Question]:
     """Read a file of `write_questions` or `--export`. Raises ValueError for invalid lines and duplicate ids."""
     questions: dict[str, Question] = {}
+    roots = read_roots(file)
     for number, line in enumerate(text_lines(file), 1):
         try:
-            question = Question.from_dict(parse_json(line))
+            question = Question.from_dict(parse_json(line), roots)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file}, line {number} is not a question of a benchmark: {error!r}") from None
         if question.row_id in questions:

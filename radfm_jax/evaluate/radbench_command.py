@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import re
+import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,88 +13,49 @@ from rich import box
 from rich.table import Column, Table
 from rich.text import Text
 
-from input_pipeline import command_line
 from input_pipeline.field_rules import errors_of
-from input_pipeline.files import write_json_lines
+from input_pipeline.files import read_json_lines, write_json_lines
 from input_pipeline.index.index import Index
 from input_pipeline.sources import terms_of
 from radfm_jax import terminal
 from radfm_jax.checkpoints import checkpoint
-from radfm_jax.evaluate import clinical, model_answers, published, ratings, report, scoring
+from radfm_jax.evaluate import (
+    clinical,
+    endpoint_command,
+    lmms_eval,
+    model_answers,
+    published,
+    radbench_options,
+    ratings,
+    report,
+    rexrank,
+    scoring,
+)
+from radfm_jax.evaluate.endpoint import Baseline, save_montages
 from radfm_jax.evaluate.export import export
 from radfm_jax.evaluate.leaks import find_leaks
 from radfm_jax.evaluate.metrics import Interval
+from radfm_jax.evaluate.plausibility import few_steps
 from radfm_jax.evaluate.radbench import TASKS, Benchmark, Question
-from radfm_jax.evaluate.radbench_build import build, write_questions
-from radfm_jax.evaluate.results import Results, caveats, columns, percent
+from radfm_jax.evaluate.radbench_build import build, write_questions, write_roots
+from radfm_jax.evaluate.radbench_options import stem
+from radfm_jax.evaluate.results import Results, caveats, columns, percent, warnings_of
 from radfm_jax.inference import Sampling
-from radfm_jax.inference.command import add_model_options, load
+from radfm_jax.inference.batch_run import model_name
+from radfm_jax.inference.command import load
 from radfm_jax.runtime import console
-
-DESCRIPTION = """\
-Score a checkpoint, and other models from files of their answers, on the questions of a benchmark, next to the published
-results of the paper. docs/evaluate.md has the protocol. Research only, not for clinical use.
-"""
-EPILOG = """\
-examples:
-  python -m radfm_jax.evaluate radbench --config=configs/radbench.py --checkpoint=radfm/ --out=scores
-  python -m radfm_jax.evaluate radbench --config=configs/radbench.py --export=for_others
-  python -m radfm_jax.evaluate radbench --config=configs/radbench.py --checkpoint=radfm/ --out=scores \\
-      --answers MedVInT=medvint.jsonl --answers GPT-4V=gpt4v.jsonl --rating-sheet=scores/rating.html
-  python -m radfm_jax.evaluate radbench --config=configs/radbench.py --config.limit=200 --config.index=data/index ...
-
---out receives questions.jsonl, answers/, scores/, report.html, report.md, report.json, scores.csv, pictures/ and
-leaks.jsonl. Existing answers are kept: run the same command again to resume, or to score without generation when all
-questions are answered. The report lists missing data sets, and failed questions, which count as wrong.
-
-exit codes: 0 success; 1 scored, but some questions have no answer (the same command retries failed questions, but not
-empty answers) or are about training data (see --allow-leaks); 2 invalid arguments or files; 130 interrupted.
-"""
-
-
-def _parse(argv: list[str]) -> tuple[argparse.Namespace, ConfigDict]:
-    parser = terminal.parser("python -m radfm_jax.evaluate radbench", DESCRIPTION, EPILOG)
-    command_line.add_config(parser)
-    parser.add_argument("--out", type=Path, metavar="DIR", help="output directory of answers, scores and report")
-    model = parser.add_argument_group("checkpoint")
-    add_model_options(model)
-    model.add_argument("--name", help="name in the report (default: that of the directory)")
-    others = parser.add_argument_group("other models")
-    others.add_argument("--export", type=Path, metavar="DIR", help="write the questions, and a slice of each scan")
-    others.add_argument(
-        "--answers", action="append", default=[], metavar="NAME=FILE", help="score these answers; repeat for more"
-    )
-    extras = parser.add_argument_group("in addition to the scores")
-    extras.add_argument(
-        "--clinical", default="", metavar="A,B", help=f"metrics by RadEval, if installed: {', '.join(clinical.NAMES)}"
-    )
-    extras.add_argument("--rating-sheet", type=Path, metavar="FILE.html", help="write a blinded page for human raters")
-    extras.add_argument("--rating-cases", type=int, default=40, help="questions on the page (default: 40)")
-    extras.add_argument("--no-reference", action="store_true", help="omit the reference answers from the page")
-    extras.add_argument("--allow-leaks", action="store_true", help="no exit code 1 for test studies in training data")
-    args, config = command_line.parse(parser, argv)
-    if not (args.checkpoint or args.answers or args.export):
-        parser.error("one of --checkpoint, --answers and --export is required")
-    if (args.checkpoint or args.answers) and not args.out:
-        parser.error("--checkpoint and --answers need --out DIR")
-    if args.rating_sheet and not (args.checkpoint or args.answers):
-        parser.error("--rating-sheet needs --checkpoint or --answers")
-    if args.batch < 1 or args.rating_cases < 1:
-        parser.error(f"--batch (got {args.batch}) and --rating-cases (got {args.rating_cases}) must be at least 1")
-    if args.checkpoint:
-        args.name = args.name or args.checkpoint.resolve().name
-    return args, config
 
 
 def main(argv: list[str]) -> int:
-    args, config = _parse(argv)
+    args, config = radbench_options.parse(argv)
     return terminal.run(lambda: _main(args, config))
 
 
 def _main(args: argparse.Namespace, config: ConfigDict) -> int:
     clinical_metrics = [name for name in args.clinical.split(",") if name]
     clinical.check(clinical_metrics)
-    answer_files = _answer_files(args)
+    answer_files = radbench_options.answer_files(args)
+    baseline = endpoint_command.baseline(args) if args.endpoint else None
     with errors_of(args.config):
         benchmark = Benchmark.from_dict(config)
     built = build(benchmark)
@@ -105,9 +67,8 @@ def _main(args: argparse.Namespace, config: ConfigDict) -> int:
         )
     sets = len({q.dataset for q in built.questions})
     terminal.message(f"{len(built.questions):,} questions of {sets} data sets")
-    if args.export:
-        _export(built.questions, args.export)
-    if not answer_files and not args.checkpoint:
+    _export(args, built.questions)
+    if not (answer_files or args.checkpoint or baseline) or args.montages:
         return 0
     # Check the inputs of scoring before hours of generation.
     terms = terms_of(benchmark.terms)
@@ -115,13 +76,10 @@ def _main(args: argparse.Namespace, config: ConfigDict) -> int:
         Index(benchmark.index)
     for file in answer_files.values():
         model_answers.read_answers(file, built.questions)
-    sources = {name: f"from {file}" for name, file in answer_files.items()}
-    if args.checkpoint:
-        file = args.out / "answers" / f"{_stem(args.name)}.jsonl"
-        sources = {args.name: _generate(args, file, built.questions)} | sources
-        answer_files = {args.name: file} | answer_files
-    else:
-        _replace_questions(built.questions, args.out)
+    answered = _answer(args, baseline, answer_files, built.questions)
+    if answered is None:
+        return 1
+    sources, answer_files = answered
     leaks = None
     if benchmark.index:
         terminal.message(f"searching {benchmark.index} for test studies and scans; this reads all scans")
@@ -133,7 +91,7 @@ def _main(args: argparse.Namespace, config: ConfigDict) -> int:
     for name, file in answer_files.items():
         terminal.message(f"scoring {name}")
         scored[name] = scoring.score(built.questions, model_answers.read_answers(file, built.questions), terms)
-        write_json_lines(args.out / "scores" / f"{_stem(name)}.jsonl", (a.to_dict() for a in scored[name]))
+        write_json_lines(args.out / "scores" / f"{stem(name)}.jsonl", (a.to_dict() for a in scored[name]))
         rows += scoring.score_rows(name, scored[name], **bootstrap)
     by_model = {name: _clinical(answers, clinical_metrics) for name, answers in scored.items()}
     _report(args, Results(benchmark, built, scored, rows, leaks, by_model if clinical_metrics else {}, sources))
@@ -141,44 +99,61 @@ def _main(args: argparse.Namespace, config: ConfigDict) -> int:
     return 1 if failed or (leaks and not args.allow_leaks) else 0
 
 
-def _answer_files(args: argparse.Namespace) -> dict[str, Path]:
-    """Return name -> file of --answers. Raises ValueError if two models share a name or a file of scores."""
-    answer_files: dict[str, Path] = {}
-    names = [args.name] if args.checkpoint else []
-    for option in args.answers:
-        name, _, file = option.partition("=")
-        if not name or not file:
-            raise ValueError(f"--answers {option}: write NAME=FILE")
-        if name in names:
-            raise ValueError(f"--answers {option}: two models are called {name}")
-        if other := [n for n in names if _stem(n) == _stem(name)]:
-            raise ValueError(f"the scores of {other[0]} and {name} would share {_stem(name)}.jsonl: rename one")
-        names.append(name)
-        answer_files[name] = Path(file)
-    return answer_files
+def _answer(
+    args: argparse.Namespace, baseline: Baseline | None, answer_files: dict[str, Path], questions: Sequence[Question]
+) -> tuple[dict[str, str], dict[str, Path]] | None:
+    """Make the missing answers of the checkpoint and of the endpoint.
 
-
-def _stem(name: str) -> str:
-    """Return the stem of a model's file names."""
-    return re.sub(r"[^\w.-]+", "_", name)
+    Returns name -> source of the answers, and name -> file; None if --limit left questions for the next run.
+    """
+    sources, files = {}, {}
+    if args.checkpoint:
+        files[args.name] = args.out / "answers" / f"{stem(args.name)}.jsonl"
+        sources[args.name] = _generate(args, files[args.name], questions)
+    else:
+        _replace_questions(questions, args.out)
+    if baseline:
+        name = args.endpoint_name
+        files[name] = args.out / "answers" / f"{stem(name)}.jsonl"
+        sources[name] = baseline.description()
+        if not endpoint_command.answer(args, baseline, questions, files[name]):
+            return None
+    return sources | {name: f"from {file}" for name, file in answer_files.items()}, files | answer_files
 
 
 def _replace_questions(questions: Sequence[Question], out: Path) -> None:
     """Write questions.jsonl. Raises ValueError if generated answers belong to other questions."""
-    file, new_file = out / "questions.jsonl", out / "questions.new.jsonl"
-    write_questions(questions, new_file)
+    file = out / "questions.jsonl"
     generated = sorted((out / "answers").glob("*.jsonl"))
-    if file.exists() and generated and file.read_bytes() != new_file.read_bytes():
-        new_file.unlink()
+    if file.exists() and generated and not _same_questions(file, questions):
         raise ValueError(f"{file} has other questions, which {generated[0]} answers: use another --out")
-    new_file.replace(file)
+    write_questions(questions, file)
+    write_roots(questions, out)
 
 
-def _export(questions: Sequence[Question], directory: Path) -> None:
-    with terminal.progress_bar("slices") as bar:
-        task = bar.add_task("", total=None)
-        failed = export(questions, directory, lambda done, total: bar.update(task, completed=done, total=total))
-    terminal.message(f"exported: {directory}, {len(failed)} scans without a slice")
+def _same_questions(file: Path, questions: Sequence[Question]) -> bool:
+    """Whether a file has these questions. Older versions wrote absolute paths of scans."""
+    lines = read_json_lines(file)
+    absolute = [dataclasses.replace(question, root="") for question in questions]
+    return any(lines == json.loads(json.dumps([q.to_dict() for q in written])) for written in (questions, absolute))
+
+
+def _export(args: argparse.Namespace, questions: Sequence[Question]) -> None:
+    """Write what --export, --lmms-eval and --montages ask for."""
+    failed = {}
+    if args.export:
+        with terminal.progress_bar("slices") as bar:
+            task = bar.add_task("", total=None)
+            failed |= export(questions, args.export, lambda done, total: bar.update(task, completed=done, total=total))
+        terminal.message(f"exported: {args.export}")
+    if args.lmms_eval:
+        failed |= lmms_eval.export_task(questions, args.lmms_eval, endpoint_command.layout(args))
+        terminal.message(f"task of lmms-eval: {args.lmms_eval}; its README.txt has the commands")
+    if args.montages:
+        failed |= save_montages(questions, endpoint_command.layout(args), args.montages)
+        terminal.message(f"images: {args.montages}")
+    if failed:
+        terminal.message(f"{len(failed)} scans have no image:")
     for path, error in list(failed.items())[:10]:
         terminal.message(f"  {path}: {error}", style="red")
 
@@ -189,10 +164,12 @@ def _generate(args: argparse.Namespace, file: Path, questions: Sequence[Question
     with terminal.answer_progress(every=50) as progress:
         result = model_answers.generate_answers(
             model.generator, questions, file, args.out / "questions.jsonl",
-            model=str(model.directory.resolve()), checkpoint=checkpoint.digest(model.directory),
+            model=model_name(model.directory), checkpoint=checkpoint.digest(model.directory),
             sampling=Sampling(args.max_new_tokens), batch=args.batch, progress=progress,
         )  # fmt: skip
     terminal.message(result.summary())
+    for warning in few_steps(model.directory):
+        terminal.message(f"warning: {warning}", style="red")
     weights, limit = model.generator.weights, args.max_new_tokens or 200
     return f"checkpoint {model.directory}, greedy, {args.dtype}, weights in {weights}, at most {limit} tokens"
 
@@ -222,15 +199,27 @@ def _report(args: argparse.Namespace, results: Results) -> None:
             terminal.message(f"{name} failed at {a.question.row_id}: {a.error}", style="red")
         if len(failed) > 3:
             terminal.message(f"... and {len(failed) - 3:,} more failures, see report.json", style="red")
+        if refused := sum(a.refused for a in answers):
+            terminal.message(f"{name} refused to answer {refused:,} of {len(answers):,} questions")
+    for warning in warnings_of(results):
+        terminal.message(f"warning: {warning}", style="red")
     for caveat in caveats(results):
         terminal.message(f"- {caveat}")
-    terminal.message(f"report: {args.out / 'report.html'}")
+    if args.rexrank is not None:
+        for name, answers in results.scored.items():
+            file = args.out / "rexrank" / f"{stem(name)}.json"
+            terminal.message(rexrank.write_submission(answers, file, Path(args.rexrank) if args.rexrank else None))
     if args.rating_sheet:
         key = ratings.write_sheet(
             results.scored, args.rating_sheet, cases=args.rating_cases, seed=results.benchmark.seed,
             references=not args.no_reference,
         )  # fmt: skip
         terminal.message(f"rating sheet: {args.rating_sheet}; its key: {key}")
+    terminal.message(
+        f"results: {args.out / 'report.html'}; every answer with its scores: {args.out / 'scores'}\n"
+        "next: open the page and read some wrong answers. To compare another model, run the same command with this "
+        "--out and --checkpoint, --endpoint or --answers NAME=FILE"
+    )
 
 
 def score_table(results: Results) -> Table:

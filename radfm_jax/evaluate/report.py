@@ -17,7 +17,7 @@ from input_pipeline.inspect.escaping import visible
 from input_pipeline.messages import spreadsheet_cell
 from radfm_jax.evaluate import figures, published, report_page
 from radfm_jax.evaluate.radbench import TASKS
-from radfm_jax.evaluate.results import Results, caveats, grouped_tables, method, not_scored, task_table
+from radfm_jax.evaluate.results import Results, caveats, grouped_tables, method, not_scored, task_table, warnings_of
 
 
 def write(results: Results, out: Path) -> None:
@@ -37,6 +37,7 @@ def write(results: Results, out: Path) -> None:
 def as_json(results: Results) -> dict:
     finite = lambda i: {k: v if math.isfinite(v) else None for k, v in dataclasses.asdict(i).items()}  # noqa: E731
     return {
+        "warnings": warnings_of(results),
         "caveats": caveats(results),
         "intervals": method(results),
         "benchmark": results.benchmark.to_dict(),
@@ -63,25 +64,26 @@ def as_csv(results: Results) -> str:
     """Return a line per model, part and metric; values are fractions of 1."""
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow("model source task grouping group metric value low high questions failed studies".split())
+    writer.writerow("model source task grouping group metric value low high questions failed refused studies".split())
     number = lambda x: f"{x:.6f}" if math.isfinite(x) else ""  # noqa: E731
     for row in results.rows:
         for name, i in row.metrics.items():
             values = map(number, (i.value, i.low, i.high))
-            counts = row.questions, row.failed, row.studies
+            counts = row.questions, row.failed, row.refused, row.studies
             names = row.model, "ours", row.task, row.grouping, row.group, name
             writer.writerow((*map(spreadsheet_cell, names), *values, *counts))
     for model in published.MODELS:
         for task in published.TABLE:
             for name, values in published.values(model, task).items():
-                counts = published.CASES[task], "", ""
+                counts = published.CASES[task], "", "", ""
                 writer.writerow((model, "published", task, "task", "", name, *map(number, values), *counts))
     return text.getvalue()
 
 
 def as_markdown(results: Results) -> str:
     lines = ["# RadBench", "", "Research only, not for clinical use.", ""]
-    lines += [f"- {_markdown(line)}" for line in caveats(results)] + [f"- {method(results)}", ""]
+    lines += [f"- {_markdown(line)}" for line in (*warnings_of(results), *caveats(results))]
+    lines += [f"- {method(results)}", ""]
     tables = {title: task_table(results, task) for task, title in TASKS.items()}
     for grouping in ("data set", "modality", "anatomy"):
         tables |= {f"{title} by {grouping}": table for title, table in grouped_tables(results, grouping).items()}

@@ -14,7 +14,7 @@ from input_pipeline.samples import Scan
 from radfm_jax import html_page
 from radfm_jax.evaluate import figures, scoring
 from radfm_jax.evaluate.radbench import TASKS
-from radfm_jax.evaluate.results import Results, caveats, grouped_tables, method, not_scored, task_table
+from radfm_jax.evaluate.results import Results, caveats, grouped_tables, method, not_scored, task_table, warnings_of
 from radfm_jax.evaluate.scoring import TITLES, ScoredAnswer, ScoreRow
 
 STYLE = Path(__file__).with_name("style.css")
@@ -30,6 +30,7 @@ def page(results: Results, folder: Path, calibrated: bool) -> Iterator[str]:
     yield f"<h1>{visible(title)}</h1>"
     yield '<p class="warn">Research only. Not for clinical use.</p>'
     yield f"<p>{len(results.built.questions):,} questions. {visible(method(results).capitalize())}.</p>"
+    yield from (f'<p class="warn">{visible(line)}</p>' for line in warnings_of(results))
     yield _list(caveats(results))
     yield html_page.table(("model", "answers"), [(visible(m), visible(w)) for m, w in results.sources.items()])
     yield from _tasks(results)
@@ -157,6 +158,8 @@ def example(scored: ScoredAnswer, css_class: str) -> str:
     answer = f"<b>{visible_lines(scored.answer.text) or '(empty)'}</b>"
     if scored.error:
         answer += f' <span class="bad">{visible(scored.error)}</span>'
+    elif scored.refused:
+        answer += " (a refusal)"
     elif q.closed:
         answer += f" (matched to {visible(scored.predicted or 'no choice')})"
     p_yes = "" if scored.answer.p_yes is None else f", probability of yes {scored.answer.p_yes:.2f}"

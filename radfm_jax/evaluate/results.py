@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from radfm_jax.evaluate import published
 from radfm_jax.evaluate.metrics import Interval
+from radfm_jax.evaluate.plausibility import REMEDY, GivenAnswer, implausible
 from radfm_jax.evaluate.radbench import DATASETS, TASKS, Benchmark
 from radfm_jax.evaluate.radbench_build import BuiltBenchmark
 from radfm_jax.evaluate.scoring import TITLES, ScoredAnswer, ScoreRow
@@ -36,6 +37,20 @@ class Results:
 
     def rows_of(self, grouping: str, task: str) -> list[ScoreRow]:
         return [row for row in self.rows if (row.grouping, row.task) == (grouping, task)]
+
+
+def warnings_of(results: Results) -> list[str]:
+    """Return why the answers of a model are implausible (plausibility.py), by model and task."""
+    lines = []
+    for model, answers in results.scored.items():
+        for task, title in TASKS.items():
+            given = [
+                GivenAnswer(a.answer.text, a.question.references[0], a.answer.ended == "length")
+                for a in answers
+                if a.question.task == task and not a.error
+            ]
+            lines += [f"{model}, {title}: {reason}; {REMEDY}" for reason in implausible(given)]
+    return lines
 
 
 def caveats(results: Results) -> list[str]:
@@ -103,16 +118,16 @@ def _table(rows: Sequence[ScoreRow], task: str = "", group_title=str) -> Table:
     if task:
         names = [n for n in TITLES if n in names or n in published.TABLE[task]]
     grouped = any(row.group for row in rows)
-    head = [*(["group"] if grouped else []), "model", "questions", "failed", *(TITLES[n] for n in names)]
+    head = [*(["group"] if grouped else []), "model", "questions", "failed", "refused", *(TITLES[n] for n in names)]
     body = []
     for model in published.MODELS if task else ():
         values = published.values(model, task)
         cells = [percent(Interval(*values[n])) if n in values else "" for n in names]
-        body.append([f"{model} (published)", f"{published.CASES[task]:,}", "", *cells])
+        body.append([f"{model} (published)", f"{published.CASES[task]:,}", "", "", *cells])
     for row in sorted(rows, key=lambda row: row.group):
         group = [group_title(row.group)] if grouped else []
         cells = [percent(row.metrics[n]) if n in row.metrics else "" for n in names]
-        body.append([*group, row.model, f"{row.questions:,}", f"{row.failed:,}", *cells])
+        body.append([*group, row.model, f"{row.questions:,}", f"{row.failed:,}", f"{row.refused:,}", *cells])
     return head, body
 
 

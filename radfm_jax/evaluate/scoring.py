@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -12,12 +13,14 @@ from radfm_jax.evaluate import metrics
 from radfm_jax.evaluate.metrics import Interval
 from radfm_jax.evaluate.model_answers import RecordedAnswer
 from radfm_jax.evaluate.radbench import NAMES, Question
+from radfm_jax.evaluate.refusals import answer_without_refusal
+from radfm_jax.evaluate.words import words
 
-# metric -> title; the paper's metrics come first.
+# metric -> title. The first one of a task leads its table. `accuracy` and `f1` are the paper's: they match by difflib.
 TITLES = {
-    "accuracy": "ACC", "f1": "F1", "bleu": "BLEU-1", "rouge": "ROUGE-1", "umls_precision": "UMLS-Precision",
-    "umls_recall": "UMLS-Recall", "balanced_accuracy": "balanced ACC", "named": "ACC by word",
-    "auc": "AUC", "calibration_error": "ECE", "exact": "exact match",
+    "named": "ACC by word", "named_f1": "F1 by word", "balanced_accuracy": "balanced ACC", "accuracy": "ACC by difflib",
+    "f1": "F1 by difflib", "bleu": "BLEU-1", "rouge": "ROUGE-1", "umls_precision": "UMLS-Precision",
+    "umls_recall": "UMLS-Recall", "auc": "AUC", "calibration_error": "ECE", "exact": "exact match",
 }  # fmt: skip
 TEXT_METRICS = ("bleu", "rouge", "umls_precision", "umls_recall", "exact")
 # kind of part -> the field of a question that names it
@@ -30,21 +33,24 @@ class ScoredAnswer:
 
     question: Question
     answer: RecordedAnswer
-    predicted: str | None  # the choice that a closed answer was matched to; None for open questions or without a match
+    predicted: str | None  # the choice that a closed answer names; None for open questions or without a match
     values: Mapping[str, float]  # metric -> value in [0, 1], or nan (metrics.medical_overlap)
     error: str = ""  # why there is no usable answer, which counts as wrong
+    closest: str | None = None  # the choice that the paper's difflib matching selects
+    refused: bool = False  # see refusals.py
 
     @property
     def quality(self) -> float:
-        """Accuracy; for open questions the mean of BLEU-1 and ROUGE-1. Selects the examples of a report."""
-        return self.values.get("accuracy", (self.values.get("bleu", 0.0) + self.values.get("rouge", 0.0)) / 2)
+        """Accuracy by word; for open questions the mean of BLEU-1 and ROUGE-1. Selects the examples of a report."""
+        return self.values.get("named", (self.values.get("bleu", 0.0) + self.values.get("rouge", 0.0)) / 2)
 
     def to_dict(self) -> dict:
         """Return a line of scores/NAME.jsonl, which suffices to compute other scores."""
         q, a = self.question, self.answer
         fields = {"id": q.row_id, "task": q.task, "dataset": q.dataset, "study": q.study, "modality": q.modality}
         fields |= {"anatomy": q.anatomy, "references": list(q.references), "answer": a.text}
-        fields |= {"predicted": self.predicted, "p_yes": a.p_yes, "error": self.error}
+        fields |= {"predicted": self.predicted, "closest": self.closest, "refused": self.refused}
+        fields |= {"p_yes": a.p_yes, "error": self.error}
         return fields | {name: None if np.isnan(value) else value for name, value in self.values.items()}
 
 
@@ -57,17 +63,21 @@ def score(
 
 
 def _score(question: Question, answer: RecordedAnswer, terms: TermFinder) -> ScoredAnswer:
-    error = answer.error or ("" if answer.text.strip() else "the answer is empty")
+    error = answer.error or ("" if answer.refused or answer.text.strip() else "the answer is empty")
     text, references = "" if error else answer.text, question.references
+    names = {choice: NAMES.get(choice, (choice,)) for choice in question.closed}
+    named = functools.partial(metrics.named_choices, names=names)
+    counted = None if answer.refused else answer_without_refusal(text, named if names else None, words(text))
+    refused = counted is None
     if question.closed:
-        predicted = metrics.closest_choice(text, question.closed)
-        named = metrics.named_choice(text, {choice: NAMES.get(choice, (choice,)) for choice in question.closed})
-        values = {"accuracy": float(predicted in references), "named": float(named in references)}
-        return ScoredAnswer(question, answer, predicted, values, error)
+        predicted = None if refused else metrics.named_choice(counted, names)
+        closest = None if refused else metrics.closest_choice(text, question.closed)
+        values = {"named": float(predicted in references), "accuracy": float(closest in references)}
+        return ScoredAnswer(question, answer, predicted, values, error, closest, refused)
     overlap = metrics.medical_overlap(text, references, terms)
     values = (metrics.bleu1(text, references), metrics.rouge1(text, references), *overlap)
     values = dict(zip(TEXT_METRICS, (*values, metrics.exact(text, references)), strict=True))
-    return ScoredAnswer(question, answer, None, values, error)
+    return ScoredAnswer(question, answer, None, values, error, None, refused)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +90,7 @@ class ScoreRow:
     group: str  # name of the part; "" for a whole task
     questions: int
     failed: int  # questions without a usable answer, which count as wrong
+    refused: int  # answers that refuse (refusals.py)
     studies: int  # number of different studies
     metrics: Mapping[str, Interval]
     without: Mapping[str, int]  # metric -> number of questions without a value
@@ -102,8 +113,9 @@ def score_rows(
                 name: count for name in values
                 if name in answers[0].values and (count := sum(bool(np.isnan(a.values[name])) for a in answers))
             }  # fmt: skip
-            failed, studies = sum(bool(a.error) for a in answers), len(set(_studies(answers)))
-            rows.append(ScoreRow(model, task, grouping, group, len(answers), failed, studies, values, without))
+            failed, refused = sum(bool(a.error) for a in answers), sum(a.refused for a in answers)
+            counts = len(answers), failed, refused, len(set(_studies(answers)))
+            rows.append(ScoreRow(model, task, grouping, group, *counts, values, without))
     return rows
 
 
@@ -112,13 +124,13 @@ def intervals(answers: Sequence[ScoredAnswer], *, resamples: int, seed: int, by_
     names = answers[0].values
     statistics = {name: metrics.mean(np.array([a.values[name] for a in answers])) for name in names}
     if answers[0].question.closed:
-        predicted = [a.predicted for a in answers]
+        predicted, closest = [a.predicted for a in answers], [a.closest for a in answers]
         reference = [a.question.references[0] for a in answers]
-        if answers[0].question.task == "diagnosis":
-            statistics["f1"] = metrics.f1(predicted, reference, "yes")
+        yes_no = answers[0].question.task == "diagnosis"
+        f1 = functools.partial(metrics.f1, positive="yes") if yes_no else metrics.macro_f1
+        statistics |= {"named_f1": f1(predicted, reference), "f1": f1(closest, reference)}
+        if yes_no:
             statistics |= probability_metrics(answers)
-        else:
-            statistics["f1"] = metrics.macro_f1(predicted, reference)
         statistics["balanced_accuracy"] = metrics.balanced_accuracy(predicted, reference)
     statistics = {name: statistics[name] for name in TITLES if name in statistics}
     clusters = _studies(answers) if by_study else [a.question.row_id for a in answers]

@@ -4,7 +4,8 @@
 
 `prompt` may be called `instruction`, and `context` is optional. Fields in `IGNORED` are allowed, so training data in
 JSON Lines (input_pipeline/datasets/jsonl.py, which also describes `scans`) and the questions of
-`python -m radfm_jax.evaluate radbench --export` are batch files.
+`python -m radfm_jax.evaluate radbench --export` are batch files. A file `roots.json` next to the batch file may give
+the directory of relative scan paths for each `dataset`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from input_pipeline.datasets.rows import Row
 from input_pipeline.images import scans
 from input_pipeline.samples import Scan
 
+ROOTS = "roots.json"  # {data set: directory of its relative scan paths}
 READ = ("id", "prompt", "instruction", "context", "scans")
 IGNORED = ("task", "response", "study", "dataset", "modality", "anatomy", "references", "closed", "slices")
 
@@ -39,9 +41,10 @@ class BatchLine:
     listed_scans: tuple[Scan, ...] = ()  # as the line lists them
     error: str = ""  # why the line has no prompt; "" if it has one
 
-    def echo(self) -> dict:
-        """Return the fields that are copied to the line of the answer."""
-        return {"prompt": self.prompt, "context": self.context, "scans": [_scan_cell(s) for s in self.listed_scans]}
+    def echo(self, absolute: bool = False) -> dict:
+        """Return the fields that are copied to the line of the answer; `absolute`: as older versions wrote them."""
+        scans = self.scans if absolute else self.listed_scans
+        return {"prompt": self.prompt, "context": self.context, "scans": [_scan_cell(s) for s in scans]}
 
 
 def _scan_cell(scan: Scan) -> str | dict:
@@ -56,8 +59,25 @@ def raise_problems(problems: list[str], prefix: str = "") -> None:
         raise ValueError(prefix + "; ".join(problems[:10]) + (" ..." if len(problems) > 10 else ""))
 
 
-def read_batch_file(file: Path, root: Path) -> list[BatchLine]:
-    """Read all lines; relative scan paths are below `root`.
+def read_roots(file: Path) -> dict[str, Path]:
+    """Return data set -> directory of its relative scan paths, from the roots.json next to a file, if there is one.
+
+    Raises ValueError if it cannot be read.
+    """
+    roots_file = file.with_name(ROOTS)
+    if not roots_file.is_file():
+        return {}
+    try:
+        roots = files.read_json(roots_file, kind=dict)
+        return {dataset: file.parent / root for dataset, root in roots.items()}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"{roots_file} cannot be read ({error}): write {{data set: directory}}") from None
+
+
+def read_batch_file(file: Path, root: Path, roots: Mapping[str, Path] | None = None) -> list[BatchLine]:
+    """Read all lines; relative scan paths are below the root of the line's data set, or else below `root`.
+
+    roots: data set -> root; None: `read_roots`.
 
     Raises ValueError if the file cannot be read, or a line has no id or one that is used before: a resumed run matches
     answers to lines by id.
@@ -68,6 +88,7 @@ def read_batch_file(file: Path, root: Path) -> list[BatchLine]:
         raise ValueError(f"{file} cannot be read ({error}): pass a JSON Lines file in UTF-8") from None
     lines: dict[str, BatchLine] = {}
     problems = []
+    roots = read_roots(file) if roots is None else roots
     for number, line in enumerate(text, 1):
         if not line.strip():
             continue
@@ -87,7 +108,8 @@ def read_batch_file(file: Path, root: Path) -> list[BatchLine]:
         elif surrogate is not None:  # only this line fails
             lines[row_id] = BatchLine(row_id, error=f"line {number}: {surrogate}")
         else:
-            lines[row_id] = _batch_line(Row(file, number, {"scans": []} | cells, root), row_id, cells)
+            line_root = roots.get(str(cells.get("dataset")), root)
+            lines[row_id] = _batch_line(Row(file, number, {"scans": []} | cells, line_root), row_id, cells)
     raise_problems(problems, f"{file}: ")
     return list(lines.values())
 
@@ -135,8 +157,8 @@ def existing_answers(
             raise ValueError(
                 f"{where}: id {row_id!r} is not in the batch file: use another --out, or add the line again"
             )
-        echo = current.echo() if current and not current.error else {}
-        if differing := [key for key, value in echo.items() if answer.get(key, "") != value]:
+        echo, older = (current.echo(), current.echo(absolute=True)) if current and not current.error else ({}, {})
+        if differing := [key for key, value in echo.items() if answer.get(key, "") not in (value, older[key])]:
             raise ValueError(
                 f"{where} answers {row_id!r} with a different {', '.join(differing)} than the batch file has: use "
                 "another --out, or give the changed prompt another id"

@@ -6,7 +6,7 @@ import concurrent.futures
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +48,7 @@ def answer_file(
     sampling: Sampling,
     *,
     root: Path | None = None,  # directory of relative scan paths; None: that of `file`
+    roots: Mapping[str, Path] | None = None,  # data set -> root (read_batch_file)
     batch: int = 8,
     place: str = "first",  # see inputs.encode_prompt
     model: str = "",  # name of the model, recorded with each answer
@@ -77,7 +78,7 @@ def answer_file(
             f"max_new_tokens is {sampling.max_new_tokens}: it must be below the cache length of {generator.length}"
         )
     made_with = _settings(generator, sampling, model, checkpoint, place)
-    lines = {line.row_id: line for line in read_batch_file(file, (root or file.parent).absolute())}
+    lines = {line.row_id: line for line in read_batch_file(file, (root or file.parent).absolute(), roots)}
     numbers = {row_id: number for number, row_id in enumerate(lines)}
     failed: dict[str, str] = {}
     odd: dict[str, str] = {}
@@ -114,6 +115,15 @@ def answer_file(
             output.flush()
             progress(answered, len(failed), len(todo))
     return BatchResult(answered, len(lines) - len(todo), failed, time.perf_counter() - start_time, odd)
+
+
+def model_name(directory: Path) -> str:
+    """Return the name of a checkpoint that answers record: `finetune/checkpoints/1200`, or the name of its directory.
+
+    It is for readers: the digest identifies the weights, so answers and checkpoints can be moved.
+    """
+    parts = directory.resolve().parts
+    return "/".join(parts[-3:] if parts[-2:-1] == ("checkpoints",) else parts[-1:])
 
 
 def _settings(generator: Generator, sampling: Sampling, model: str, checkpoint: str, place: str) -> dict:

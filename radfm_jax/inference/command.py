@@ -18,7 +18,7 @@ from radfm_jax import api, terminal
 from radfm_jax.checkpoints import checkpoint, run_directory
 from radfm_jax.inference import inputs, stored
 from radfm_jax.inference.batch_files import read_batch_file
-from radfm_jax.inference.batch_run import answer_file
+from radfm_jax.inference.batch_run import answer_file, model_name
 from radfm_jax.inference.requests import EncodedScans, Request, require_answers, suspicious
 from radfm_jax.inference.sampling import Sampling
 from radfm_jax.runtime import sharding
@@ -270,7 +270,7 @@ def run_batch_file(args: argparse.Namespace, model: api.Model, sampling: Samplin
     with terminal.answer_progress() as progress:
         result = answer_file(
             model.generator, args.jsonl, args.out, sampling, root=args.root, batch=args.batch, place=args.place,
-            model=str(model.directory.resolve()), checkpoint=checkpoint.digest(model.directory), progress=progress,
+            model=model_name(model.directory), checkpoint=checkpoint.digest(model.directory), progress=progress,
         )  # fmt: skip
     terminal.message(f"{result.summary()}: {args.out}")
     if result.suspicious:

@@ -121,7 +121,7 @@ def summary(scores: dict[str, float]) -> str:
     """Return one score of each task for the log."""
     parts = []
     for task in radbench.TASKS:
-        name = "accuracy" if task in ("modality", "diagnosis") else "bleu"
+        name = "named" if task in ("modality", "diagnosis") else "bleu"
         if f"{task}/{name}" in scores:
             part = f"{task} {scoring.TITLES[name]} {scores[f'{task}/{name}']:.1%}"
             parts.append(part + (f" ({failed:.0%} failed)" if (failed := scores[f"{task}/failed"]) else ""))

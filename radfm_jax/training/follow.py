@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Collection
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from radfm_jax import api
 from radfm_jax.checkpoints import checkpoint, run_directory
+from radfm_jax.inference import stored
 from radfm_jax.models.radfm import RadFMConfig
 from radfm_jax.runtime import console
 
@@ -35,9 +34,9 @@ def follow_checkpoint(config: ConfigDict, overridden: Collection[str]) -> Config
     followed = {f"model.{part}.{name}": x for part, sizes in description["model"].items() for name, x in sizes.items()}
     if description["part"] == "radfm":
         model = RadFMConfig.from_dict(description["model"])
-        followed |= {f"data.{k}": v for k, v in dataclasses.asdict(api.preparation_of(directory, model)).items()}
-    if (run := directory / run_directory.RUN).is_file():
-        data = json.loads(run.read_text())["config"]["data"]
+        followed |= {f"data.{k}": v for k, v in dataclasses.asdict(stored.preparation_of(directory, model)).items()}
+    if (directory / run_directory.RUN).is_file():
+        data = run_directory.read_run(directory)["config"]["data"]
         followed |= {f"data.{name}": data[name] for name in ROW_LIMITS if name in data}
     if (directory / checkpoint.TOKENIZER).is_file():
         followed["data.tokenizer"] = str(directory / checkpoint.TOKENIZER)
