@@ -66,7 +66,7 @@ def find_reader(path, limits: ScanLimits):
         for magic, (reason, remedy) in UNSUPPORTED.items():
             if start.startswith(magic):
                 raise ScanError(path, reason, remedy, "unsupported")
-        remedy = "supported are NIfTI, DICOM (with its 128-byte preamble), PNG, JPEG, TIFF and .npy"
+        remedy = "supported are NIfTI, DICOM, PNG, JPEG, TIFF and .npy"
         raise ScanError(path, f"has an unknown format: it starts with {start[:8].hex()}", remedy, "unsupported")
     # 2D images are often renamed between .png and .jpg, which is harmless; any other mismatch suggests a wrong file.
     name, kind = os.fsdecode(path).lower(), READERS[detected][0]
