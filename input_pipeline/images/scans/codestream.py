@@ -133,5 +133,5 @@ def check_rle(data: bytes, planes: int, plane_bytes: int) -> None:
             raise ValueError("has RLE segments outside the frame")
         size = packbits_size(data[start:end], plane_bytes + 1)
         if not plane_bytes <= size <= plane_bytes + 1:
-            amount = "more" if size > plane_bytes else f"only {size}"
+            amount = f"more than {plane_bytes + 1}" if size > plane_bytes else f"only {size}"
             raise ValueError(f"has an RLE segment of {amount} bytes, but its header requires {plane_bytes}")

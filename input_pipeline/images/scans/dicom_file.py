@@ -36,7 +36,7 @@ def encoding_of(start: bytes) -> uid.UID | None:
         if len(start) < 12:
             return None
         group, element, vr, short = struct.unpack_from(f"{order}HH2sH", start)
-        if group not in (2, 8) or not dictionary_has_tag(group << 16 | element):
+        if group not in (2, 8) or not (element == 0 or dictionary_has_tag(group << 16 | element)):
             continue
         if vr in (b"UI", b"UL", b"CS", b"SH", b"LO", b"DA", b"TM", b"DT") and short <= MAX_FIRST_LENGTH:
             return explicit

@@ -105,7 +105,7 @@ class Instance(PixelFormat):
         first, top = self.padding[0], self.stored_range[1]
         if first >= 1 << self.bits_allocated - 1:
             first -= 1 << self.bits_allocated
-        return first, max(first, min(self.padding[1], top))
+        return first, first if self.padding[0] > top else min(self.padding[1], top)
 
     @property
     def absent_geometry(self) -> list[str]:

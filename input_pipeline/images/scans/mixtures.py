@@ -161,7 +161,8 @@ def describe(values: Sequence[Value], attribute: Attribute, names: Sequence[str]
             text += f" ({', '.join(names[i] for i in members[:SHOWN_NAMES])}{more})"
         parts.append(text)
     others = len(groups) - SHOWN_GROUPS
-    return f"{attribute.keyword} is {' and '.join(parts)}" + (f", and has {others} more values" if others > 0 else "")
+    more = f", and has {others} more value{'s' * (others > 1)}" if others > 0 else ""
+    return f"{attribute.keyword} is {' and '.join(parts)}{more}"
 
 
 def check_one_kind(path, columns: Columns, names: Sequence[str], noun: str) -> None:

@@ -40,13 +40,13 @@ def native_frames(path, data: bytes | None, instance: Instance) -> Iterator[byte
     if excess > (total & 1) and data.count(data[-1:], total) < excess:  # not filled with one value
         units = {
             "more frames than its header states": size,
-            "colours of full resolution, not YBR_FULL_422,": full - size or None,
-            "more rows than its header states": size // instance.rows,
+            "colours of full resolution, not YBR_FULL_422": full - size or None,
+            "more rows or columns than its header states": size // instance.rows,
             "more columns than its header states": size // instance.columns,
         }
         if likely := [what for what, unit in units.items() if unit and excess % unit == 0]:
-            reason = f"has {excess:,} bytes more than {instance.frames} frame(s) of {image}: it may have {likely[0]}"
-            raise ScanError(path, reason.rstrip(","), "correct the header, or " + EXPORT)
+            reason = f"has {stored:,} bytes of pixels, but {instance.frames} x {image} need {total:,}"
+            raise ScanError(path, f"{reason}: it may have {likely[0]}", "correct the header, or " + EXPORT)
     yield from (data[i * size : (i + 1) * size] for i in range(instance.frames))
 
 
@@ -70,7 +70,7 @@ def encoded_frames(path, dataset: pydicom.Dataset, instance: Instance) -> Iterat
         reason = f"has {present[0]} instead of integer pixels" if present else "has no pixel data"
         raise ScanError(path, reason, "leave it out", "unsupported")
     element = fields.raw("PixelData")
-    data, encapsulated = element.value, element.length in (0xFFFFFFFF, -1)
+    data, encapsulated = element.value, getattr(element, "length", 0) in (0xFFFFFFFF, -1)  # no length if empty
     if not instance.syntax.is_encapsulated:
         if encapsulated:
             reason = f"has compressed pixels, but no transfer syntax or that of {instance.syntax.name}"
