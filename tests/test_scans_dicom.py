@@ -330,6 +330,7 @@ def test_truncated_and_unsupported_dicom(tmp_path):
     fails(dicom_file("rtplan.dcm"), "unsupported", "treatment plan")
     fails(dicom_file("test-SR.dcm"), "unsupported", "structured report")
     fails(dicom_file("liver.dcm"), "unsupported", "segmentation")
+    fails(dicom_file("dicomdirtests/DICOMDIR"), "unsupported", "a list of files")
     whole = Path(dicom_file("MR_small.dcm")).read_bytes()
     path = tmp_path / "a.dcm"
     end_of_pixels = whole.rindex(pydicom.dcmread(dicom_file("MR_small.dcm")).PixelData) + 2 * 64 * 64

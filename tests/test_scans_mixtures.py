@@ -235,3 +235,12 @@ def test_messages_contain_no_identity(tmp_path):
     edit(files[1], ContrastBolusAgent="Secret")
     said = str(fails(folder, "series", "SequenceName is absent in 7 slices and another value"))
     assert not any(word in said for word in ("Secret", "4711", "1.2.99", "1.2.3"))
+
+
+def test_thickness_may_change_once_but_not_alternate(tmp_path):
+    folder, files = series(tmp_path)
+    for k, path in enumerate(files):
+        edit(path, SliceThickness=2.5 if k < 4 else 5)
+    assert scans.read(folder)[1].shape[2] == 8
+    edit(files[6], SliceThickness=2.5)
+    fails(folder, "series", "interleaves slices", "SliceThickness is 2.5 in 5 slices and 5 in 3 slices")

@@ -62,6 +62,7 @@ KEYWORDS = (
     *("NumberOfFrames", "PlanarConfiguration", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"),
     *("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing"),
     *("ImageOrientationPatient", "ImagePositionPatient", "InstanceNumber", "TotalPixelMatrixColumns"),
+    *("DirectoryRecordSequence",),
     *("PixelPaddingValue", "PixelPaddingRangeLimit", "SharedFunctionalGroupsSequence"),
     *("PerFrameFunctionalGroupsSequence", "ExtendedOffsetTable", "ExtendedOffsetTableLengths"),
     *(attribute.keyword for attribute in ATTRIBUTES if attribute.private is None),
@@ -88,8 +89,10 @@ class Fields:
         self.path, self.dataset = path, dataset
 
     def raw(self, keyword: str | int) -> RawDataElement | pydicom.DataElement | None:
+        if (tag := tag_of(keyword)) not in self.dataset:
+            return None
         with as_scan_error(self.path, f"reading {keyword}", hide_message=True):
-            return self.dataset.get_item(tag_of(keyword))
+            return self.dataset.get_item(tag)
 
     def unreadable(self, keyword: str) -> ScanError:
         return ScanError(self.path, f"has an unreadable {keyword}", DAMAGED_HEADER)

@@ -123,6 +123,9 @@ def interpret(path, fields: Fields, syntax: uid.UID) -> Instance:
     modality = fields.soft("code", "Modality")
     if modality in NOT_SCANS:
         raise ScanError(path, f"is {NOT_SCANS[modality]} ({modality}), not a scan", "leave it out", "unsupported")
+    if fields.raw("DirectoryRecordSequence") is not None:
+        remedy = "name one of those files, or the directory of a series"
+        raise ScanError(path, "is a DICOMDIR, a list of files", remedy, "unsupported")
     if fields.raw("Rows") is None and fields.raw("Columns") is None:
         reason = "contains no image, or is truncated before it"
         raise ScanError(path, reason, "leave it out, or copy it again", "unsupported")

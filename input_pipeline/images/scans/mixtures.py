@@ -27,8 +27,8 @@ class Attribute:
     Attributes:
       sequences: the sequences that contain it in functional groups or in the main data set, nested ones after a dot.
       rule: "equal": one value, in all slices. "presence": in all slices or in none. "runs": the slices of a value are
-        adjacent (a table position, not an interleaved acquisition). "times": one value, or a value for (nearly) every
-        slice: the times of slices that are acquired one after another.
+        adjacent (table positions, not interleaved acquisitions or reconstructions). "times": one value, or a value for
+        (nearly) every slice: the times of slices that are acquired one after another.
       shown: whether messages may contain the values.
       private: (creator, tag) of a private attribute.
     """
@@ -52,6 +52,7 @@ ORIENTATION = Attribute("ImageOrientationPatient", absolute=TOLERANCE)
 REAL_WORLD_VALUES = (Attribute("RealWorldValueSlope", REAL_WORLD), Attribute("RealWorldValueIntercept", REAL_WORLD))
 ATTRIBUTES = (
     # What the pixels are
+    Attribute("StudyInstanceUID", shown=False),
     Attribute("SeriesInstanceUID", shown=False),
     Attribute("SOPClassUID"),
     Attribute("Modality"),
@@ -101,6 +102,7 @@ ATTRIBUTES = (
     Attribute("AcquisitionNumber", rule="runs"),
     Attribute("FrameAcquisitionNumber", CONTENT, rule="runs"),
     Attribute("StackID", CONTENT, shown=False),
+    Attribute("SliceThickness", ("PixelMeasuresSequence",), rule="runs", relative=CLOSE),
 )
 Columns = Mapping[Attribute, Sequence[Value]]  # a value for each slice
 
@@ -184,11 +186,11 @@ def check_one_kind(path, columns: Columns, names: Sequence[str], noun: str) -> N
 
 
 def check_runs(path, columns: Columns, order: Sequence[int], names: Sequence[str], noun: str) -> None:
-    """Raise ScanError if slices of different acquisitions alternate along the slice axis."""
+    """Raise ScanError if slices of different acquisitions or thickness alternate along the slice axis."""
     for attribute, values in columns.items():
         if attribute.rule == "runs":
-            ordered = [values[i] for i in order]
-            starts = [v for i, v in enumerate(ordered) if i == 0 or v != ordered[i - 1]]
+            kind = {i: number for number, (_, members) in enumerate(group(values, attribute)) for i in members}
+            starts = [kind[i] for k, i in enumerate(order) if k == 0 or kind[i] != kind[order[k - 1]]]
             if len(starts) > len(set(starts)):
                 reason = f"interleaves {noun}s of several acquisitions: {describe(values, attribute, names, noun)}"
-                raise ScanError(path, reason, "give each acquisition its own directory or file", "series")
+                raise ScanError(path, reason, "give each kind its own directory or file", "series")

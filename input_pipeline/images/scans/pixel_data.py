@@ -14,7 +14,7 @@ from pydicom import encaps, pixels, uid
 from input_pipeline.images.scans import codestream, isolated
 from input_pipeline.images.scans.access import as_scan_error
 from input_pipeline.images.scans.base import ScanError
-from input_pipeline.images.scans.fields import EXPORT, PIXELS, PLUGINS, Fields
+from input_pipeline.images.scans.fields import EXPORT, GRAY, PIXELS, PLUGINS, Fields
 from input_pipeline.images.scans.instance import Instance
 from input_pipeline.images.scans.lookup import Lut
 
@@ -202,4 +202,4 @@ def decode(path, data: bytes, instance: Instance, dataset: pydicom.Dataset, lut:
     if instance.photometric == "PALETTE COLOR":
         with as_scan_error(path, "applying the palette", hide_message=True):
             frame = pixels.apply_color_lut(frame, dataset)
-    return frame if lut is None else lut.apply(frame, instance)
+    return frame if lut is None or instance.photometric not in GRAY else lut.apply(frame, instance)

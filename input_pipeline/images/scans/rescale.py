@@ -23,21 +23,23 @@ class Rescale:
     Attributes:
       slopes: float64[F], negative for MONOCHROME1.
       intercepts: float64[F].
-      inverted: the sum of the smallest and the largest value, for frames that are inverted but not rescaled.
+      total: MONOCHROME1 becomes `total` minus the intensity; None for other frames and for lookup tables.
+      in_place: whether that is the only change and the stored dtype contains the result.
       stored_padding: of every frame, as decoded.
       padding: of all frames, as an intensity.
     """
 
     slopes: np.ndarray
     intercepts: np.ndarray
-    inverted: int | None
+    total: float | None
+    in_place: bool
     stored_padding: tuple[tuple[int, int] | None, ...]
     padding: Padding
 
     def apply(self, path, frames: np.ndarray, order: Sequence[int], limits: ScanLimits) -> np.ndarray:
         """Return the intensities of frames [F, H, W, C], which are sorted by `order`. May change `frames`."""
-        if self.inverted is not None and frames.dtype.kind in "iu":
-            return np.subtract(frames.dtype.type(self.inverted), frames, out=frames)
+        if self.in_place:
+            return np.subtract(frames.dtype.type(self.total), frames, out=frames)
         slopes, intercepts = self.slopes[order], self.intercepts[order]
         ends = [self.intensities_of(i) for i in order]
         moved = [k for k, end in enumerate(ends) if end is not None and end != self.padding]
@@ -70,22 +72,21 @@ def rescale_of(instances: Sequence[Instance]) -> Rescale:
     If frames have different padding, all of it becomes the lowest.
     """
     first, count = instances[0], sum(i.frames for i in instances)
-    if first.lut or first.photometric not in GRAY:  # decoded frames are already intensities
-        ones, padded = np.ones(count), any(i.padding is not None for i in instances)
-        padding = (float(lookup.PADDING),) * 2 if padded and first.lut else None
-        return Rescale(ones, np.zeros(count), None, (None,) * count, padding)
+    gray = first.photometric in GRAY
+    if first.lut:  # decoded frames are already intensities
+        ones, padded = np.ones(count), gray and any(i.padding is not None for i in instances)
+        padding = (float(lookup.PADDING),) * 2 if padded else None
+        return Rescale(ones, np.zeros(count), None, False, (None,) * count, padding)
     slopes = np.concatenate([i.slopes for i in instances])
     intercepts = np.concatenate([i.intercepts for i in instances])
-    stored_padding = tuple(i.frame_padding for i in instances for _ in range(i.frames))
-    inverted = None
+    stored_padding = tuple(i.frame_padding if gray else None for i in instances for _ in range(i.frames))
+    total, in_place = None, False
     if first.photometric == "MONOCHROME1":
         ranges = [i.stored_range for i in instances for _ in range(i.frames)]
         ends = [rescaled(*entry) for entry in zip(ranges, slopes, intercepts, strict=True)]
         total = min(low for low, _ in ends) + max(high for _, high in ends)
-        plain = bool((slopes == 1).all() and (intercepts == 0).all()) and len({i.frame_dtype for i in instances}) == 1
-        if plain and not any(i.padding_beyond for i in instances):
-            inverted = int(total)
+        in_place = not any(i.rescaled or i.padding_beyond for i in instances) and len({i.dtype for i in instances}) == 1
         slopes, intercepts = -slopes, total - intercepts
     found = {rescaled(*entry) for entry in zip(stored_padding, slopes, intercepts, strict=True)} - {None}
     padding = found.pop() if len(found) == 1 else (min(low for low, _ in found),) * 2 if found else None
-    return Rescale(slopes, intercepts, inverted, stored_padding, padding)
+    return Rescale(slopes, intercepts, total, in_place, stored_padding, padding)
