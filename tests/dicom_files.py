@@ -12,8 +12,9 @@ from pydicom import uid
 def make_dicom(path: Path, pixels: np.ndarray, **attributes) -> Path:
     """Write a CT slice of int16[H, W], with attributes to override."""
     dataset = pydicom.Dataset()
-    dataset.SOPClassUID, dataset.SOPInstanceUID = uid.CTImageStorage, uid.generate_uid()
+    dataset.SOPInstanceUID = uid.generate_uid()
     defaults = {
+        "SOPClassUID": uid.CTImageStorage,
         "Modality": "CT",
         "PatientName": "Secret^Person",
         "PatientID": "4711",
@@ -42,6 +43,8 @@ def make_dicom(path: Path, pixels: np.ndarray, **attributes) -> Path:
     dataset["PixelData"].VR = "OW" if pixels.itemsize > 1 else "OB"
     dataset.file_meta = pydicom.dataset.FileMetaDataset()
     dataset.file_meta.TransferSyntaxUID = syntax
+    dataset.file_meta.MediaStorageSOPClassUID = uid.CTImageStorage
+    dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
     dataset.save_as(path, enforce_file_format=True)
     return path
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import shutil
 import struct
 from pathlib import Path
 
@@ -335,6 +336,8 @@ def test_files_of_operating_systems_are_ignored(tmp_path):
     (folder / "__MACOSX").mkdir()
     np.testing.assert_array_equal(scans.read(folder)[0], axial_display(lps))
     assert scan_sha256(folder) == digest
+    shutil.make_archive(str(tmp_path / "packed"), "tar", folder)
+    fails(tmp_path / "packed.tar", "unsupported", "is a tar archive")
     (folder / ".70.dcm.Xa1b2").write_bytes(b"a partial copy")
     fails(folder, "series", ".70.dcm.Xa1b2")
 

@@ -161,7 +161,9 @@ def interpret(path, fields: Fields, syntax: uid.UID) -> Instance:
 def check_not_tiled(path, fields: Fields, count: int, kinds: Columns) -> None:
     """Raise if one picture contains several slices, or if the frames are tiles of one picture."""
     types = {str(value) for a, values in kinds.items() if a.keyword in ("ImageType", "FrameType") for value in values}
-    if any("MOSAIC" in text.split("\\") for text in types) or fields.comparable(MOSAIC_COUNT) is not None:
+    images = fields.comparable(MOSAIC_COUNT)  # also stated, as 1, in files that are no mosaic
+    several = isinstance(images, bytes) and int.from_bytes(images[:2], "little") > 1
+    if several or any("MOSAIC" in text.split("\\") for text in types):
         reason = "is a Siemens mosaic: its picture shows all slices of a volume next to each other"
         raise ScanError(path, reason, "convert it with dcm2niix, which separates the slices", "unsupported")
     if count > 1 and fields.raw("TotalPixelMatrixColumns") is not None:
@@ -193,7 +195,7 @@ def read_pixel_format(path, fields: Fields) -> PixelFormat:
         columns=fields.required("Columns"),
         samples=fields.integer("SamplesPerPixel") or 1,
         photometric=fields.code("PhotometricInterpretation"),
-        planar=fields.integer("PlanarConfiguration") or 0,
+        planar=fields.soft("integer", "PlanarConfiguration") or 0,
         bits_allocated=fields.required("BitsAllocated"),
         bits_stored=fields.required("BitsStored"),
         signed=bool(signed),

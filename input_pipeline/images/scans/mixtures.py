@@ -141,6 +141,8 @@ def show(value: Value, attribute: Attribute, position: int) -> str:
         return "absent"
     if value is True:
         return "present"
+    if isinstance(value, bytes) and attribute.private is None:
+        return "unreadable"
     if attribute.keyword == "SOPClassUID" and value in uid.UID_dictionary:
         return uid.UID(value).name
     if attribute.shown and isinstance(value, tuple):
