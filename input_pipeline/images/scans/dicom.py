@@ -60,8 +60,8 @@ def distance_change(distances: np.ndarray, numbers: Sequence[int | None]) -> int
 def stack_order(path, names, instance: Instance, positions, numbers) -> tuple[list[int], np.ndarray, str | None]:
     """Return the order of slices along their normal, their mean step in mm (patient coordinates), and a notice.
 
-    `positions` are those of the first voxel of each slice, [n > 1, 3]. They cannot show a missing first or last slice,
-    or the missing middle one of three.
+    `positions` are those of the first voxel of each slice, [n > 1, 3]. A missing first or last slice, or the missing
+    middle one of three, cannot be detected from them.
     """
     positions = np.array(positions, np.float64)
     across, down = np.array(instance.orientation[:3]), np.array(instance.orientation[3:])

@@ -155,7 +155,7 @@ def decode_pixels(path, data: bytes, instance: Instance) -> np.ndarray:
     if instance.syntax.is_encapsulated:
         options["bits_stored"] = check_frame(path, data, instance)
         if instance.photometric in ("YBR_RCT", "YBR_ICT") and instance.syntax not in JPEG2000:
-            raise ScanError(path, f"states {instance.photometric} but is not JPEG 2000", EXPORT)
+            raise ScanError(path, f"has the color space {instance.photometric}, which requires JPEG 2000", EXPORT)
         buffer = encaps.encapsulate([data], has_bot=False)
     elif instance.syntax == uid.ExplicitVRBigEndian:
         options["pixel_vr"] = "OB" if instance.bits_allocated == 8 else "OW"  # encoded_frames swapped 8-bit words
