@@ -44,7 +44,7 @@ def distance_change(distances: np.ndarray, numbers: Sequence[int | None]) -> int
     """Return the index at which the slice distance changes once, as in head CT; None if it does not.
 
     Args:
-      distances: float[n] between neighbouring slices, in mm.
+      distances: float[n] between adjacent slices, in mm.
       numbers: InstanceNumber of the n + 1 slices in their order. If they count along the slices, none is missing.
     """
     steps = np.diff(numbers) if None not in numbers else np.zeros(0)
