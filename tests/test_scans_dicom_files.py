@@ -227,11 +227,14 @@ def test_overlay_bits_above_jpeg_2000_are_masked(tmp_path):
     overlaid = PICTURE | np.uint16(0x1000) * (PICTURE % 3 == 0) | np.uint16(0x8000) * (PICTURE % 5 == 0)
     path = compressed(tmp_path / "a.dcm", [j2k(overlaid)], uid.JPEG2000Lossless, PICTURE, **TWELVE)
     np.testing.assert_array_equal(read(path), PICTURE)
-    signed = PICTURE.view(np.int16) - 2048
+    signed = np.sort(PICTURE.view(np.int16) - 2048, axis=None).reshape(PICTURE.shape)
     words = (signed.view(np.uint16) & 0x0FFF) | np.uint16(0x4000)
     path = compressed(path, [j2k(words)], uid.JPEG2000Lossless, signed, **TWELVE)
     np.testing.assert_array_equal(read(path), signed)
     path = compressed(path, [j2k(overlaid)], uid.JPEG2000, PICTURE, **TWELVE)  # lossy: the bits are not separate
+    fails(path, "damaged", "outside the range 0 to 4095 of its BitsStored")
+    overflow = np.sort(PICTURE, axis=None).reshape(PICTURE.shape) + np.uint16(50)  # damage, as values beyond 4095
+    path = compressed(path, [j2k(overflow)], uid.JPEG2000Lossless, PICTURE, **TWELVE)
     fails(path, "damaged", "outside the range 0 to 4095 of its BitsStored")
 
 

@@ -22,6 +22,7 @@ DAMAGED = "the file is damaged: " + EXPORT
 JPEG2000 = (uid.JPEG2000, uid.JPEG2000Lossless, uid.HTJ2K, uid.HTJ2KLossless, uid.HTJ2KLosslessRPCL)
 JPEG_8BIT = (uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit)
 LOSSY = (*JPEG_8BIT, uid.JPEG2000, uid.HTJ2K, uid.JPEGLSNearLossless)
+MAX_OVERLAYS = 2  # bits above BitsStored in compressed pixels
 ITEM = b"\xfe\xff\x00\xe0"
 
 
@@ -176,21 +177,36 @@ def decode_pixels(path, data: bytes, instance: Instance) -> np.ndarray:
     return frame.astype(frame.dtype.newbyteorder("="), copy=False)
 
 
+def is_overlay(words: np.ndarray, values: np.ndarray, outside: np.ndarray, bits_stored: int) -> bool:
+    """Return whether the bits above BitsStored are overlays, and not an overflow of damaged compressed data.
+
+    An overlay is one bit, and without it the image is not rougher. An overflow has several bits, or leaves jumps.
+
+    Args:
+      words: with these bits. values: without them. outside: where words are out of range.
+    """
+    upper = int(np.bitwise_or.reduce(words[outside].view(f"u{words.itemsize}"), initial=0)) >> bits_stored
+    rough = np.abs(np.diff(words.view(f"i{words.itemsize}").astype(np.int64), axis=1)).sum()
+    clean = np.abs(np.diff(values.astype(np.int64), axis=1)).sum()
+    return upper.bit_count() <= MAX_OVERLAYS and bool(clean <= rough)
+
+
 def stored_values(path, words: np.ndarray, instance: Instance) -> np.ndarray:
     """Return gray values of `frame_dtype` without the bits above BitsStored (overlays), except for padding."""
     low, high = instance.stored_range
     words = words.astype(instance.dtype, copy=False)
     if words.min() >= low and words.max() <= high:
         return words.astype(instance.frame_dtype, copy=False)
-    if instance.syntax in LOSSY:  # lossy compression mixes the bits
-        reason = f"has values outside the range {low} to {high} of its BitsStored"
-        raise ScanError(path, reason, DAMAGED)
-    unused = instance.bits_allocated - instance.bits_stored
+    outside, unused = (words < low) | (words > high), instance.bits_allocated - instance.bits_stored
     values = ((words << unused) >> unused).astype(instance.frame_dtype, copy=False)
     if instance.padding_beyond:
         first, last = instance.padding
-        padded = (words >= first) & (words <= last) & ((words < low) | (words > high))
+        padded = outside & (words >= first) & (words <= last)
         values[padded] = instance.frame_padding[0]
+        outside &= ~padded
+    compressed = instance.syntax.is_encapsulated and bool(outside.any())
+    if compressed and (instance.syntax in LOSSY or not is_overlay(words, values, outside, instance.bits_stored)):
+        raise ScanError(path, f"has values outside the range {low} to {high} of its BitsStored", DAMAGED)
     return values
 
 
