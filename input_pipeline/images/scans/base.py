@@ -61,6 +61,8 @@ class Header:
     photometric: str | None = None  # as stored: MONOCHROME1, RGB, palette, ...; None for NIfTI and .npy
     oblique_degrees: float | None = None  # largest angle between a voxel axis and its anatomical axis
     padding: tuple[float, float] | None = None  # (low, high) of values outside the field of view, after rescaling
+    # Faults that do not prevent reading, each with its remedy.
+    notices: tuple[str, ...] = dataclasses.field(default=(), compare=False)
     # (minimum, maximum) of the voxels from `read`; None from `header`, which reads no voxels.
     value_range: tuple[float, float] | None = dataclasses.field(default=None, compare=False)
 
