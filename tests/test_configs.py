@@ -473,7 +473,9 @@ def test_a_batch_is_counted_as_it_is_placed():
 def test_rows_that_do_not_divide_and_meshes_that_do_not_fit():
     with pytest.raises(ValueError, match="train.batch 48 is not a multiple of train.accumulation 2 times the 32 dev"):
         parts_of(large(48, 2))
-    for mesh in ({"fsdp": 16}, {"tensor": 5}, {"data": -1}, {"data": 0}):
+    with pytest.raises(ValueError, match="mesh.data must be at least 1, or -1"):
+        MeshConfig(data=0)
+    for mesh in ({"fsdp": 16}, {"tensor": 5}, {"data": -1}):
         with pytest.raises(ValueError, match="does not make a mesh of 32 devices"):
             estimate.abstract_mesh(MeshConfig(**mesh), 32)
     assert dict(estimate.abstract_mesh(MeshConfig(data=2, tensor=2), 32).shape) == {"data": 2, "fsdp": 8, "tensor": 2}
