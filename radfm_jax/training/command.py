@@ -53,7 +53,8 @@ def main(argv: list[str] | None = None) -> int:
     except InterruptedError:
         print("stopped before all processes had connected", file=sys.stderr)
         return faults.REQUEUE
-    except (ValueError, distributed.StartError) as error:
-        text = "\n".join([f"error: {error}", *getattr(error, "__notes__", [])])
-        print(printable(text, keep="\n"), file=sys.stderr)
+    except Exception as error:
+        if (message := faults.message(error)) is None:
+            raise
+        print(printable(f"error: {message}", keep="\n"), file=sys.stderr)
         return faults.exit_code(error)
