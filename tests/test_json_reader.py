@@ -22,7 +22,6 @@ from radfm_jax.evaluate.model_answers import read_answers
 from radfm_jax.evaluate.radbench_build import read_questions
 from radfm_jax.evaluate.ratings import read_ratings
 from radfm_jax.inference.batch_files import read_batch_file
-from radfm_jax.training import display
 
 DEEP = "[" * 100_000
 HOSTILE = {
@@ -98,7 +97,7 @@ def readers(folder: Path, text: str) -> dict:
         path.mkdir(parents=True)
     for name in ("radfm.json", "manifest.json", "run.json"):
         (step / name).write_text(text)
-    for path in (folder / "run" / "checkpoints" / "best.json", folder / "run" / "metrics.jsonl", config,
+    for path in (folder / "run" / "checkpoints" / "best.json", config,
                  folder / "parameters" / "params" / "_METADATA"):  # fmt: skip
         path.write_text(text)
     line = folder / "a.jsonl"
@@ -108,7 +107,6 @@ def readers(folder: Path, text: str) -> dict:
         "manifest.json": lambda: checkpoint.read_manifest(step),
         "run.json": lambda: train_state.data_state(step),
         "best.json": lambda: run_directory.best(folder / "run"),
-        "metrics.jsonl": lambda: display.read_metrics(folder / "run"),
         "_METADATA": lambda: checkpoint.ParamReader(folder / "parameters"),
         "config.json": lambda: model_config.read_config(config),
         "a.jsonl, line 1": lambda: read_questions(line),

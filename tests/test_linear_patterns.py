@@ -30,7 +30,7 @@ from input_pipeline.index.categories import reason_pattern
 from input_pipeline.text import sentences, terms
 from input_pipeline.text.measurements import has_size, without_sizes
 
-LENGTH, LIMIT = 8_000, 0.04  # characters, seconds; quadratic patterns take at least 0.1 s, linear ones 0.005 s
+LENGTH, LIMIT = 4_000, 0.015  # characters, seconds; quadratic patterns take at least 0.03 s, linear ones 0.003 s
 LONG, LONG_LIMIT = 1_000_000, 1.0
 GENERIC = (" ", "\n", "\t", "a", "A", "1", ",", ".", "-", "(", "[", "/", "_", "é", "1 x ", "1,", "a ", "1-", "A.", " ,")
 END = "\x01"  # no pattern matches it
@@ -93,7 +93,7 @@ def uses() -> tuple[Use, ...]:
             for pattern in patterns_of(value):
                 if isinstance(pattern.pattern, bytes):
                     continue
-                methods = set(re.findall(rf"\b{name}\.({'|'.join(METHODS)})\(", code)) or {"search", "sub"}
+                methods = set(re.findall(rf"\b{name}\.({'|'.join(METHODS)})\(", code)) or {"sub"}
                 for method in methods:
                     found.setdefault((pattern, method), Use(f"{module.__name__}.{name}", pattern, method))
         for pattern, method, line in literal_calls(module, source):

@@ -10,7 +10,6 @@ from ml_collections import ConfigDict
 
 from radfm_jax.checkpoints import checkpoint, run_directory
 from radfm_jax.inference import stored
-from radfm_jax.models.radfm import RadFMConfig
 from radfm_jax.runtime import console
 
 ROW_LIMITS = ("vision_rows", "patch_length", "planes", "scans")  # fields of DataConfig; Preparation has text_length
@@ -33,7 +32,7 @@ def follow_checkpoint(config: ConfigDict, overridden: Collection[str]) -> Config
     description = checkpoint.read_description(directory)
     followed = {f"model.{part}.{name}": x for part, sizes in description["model"].items() for name, x in sizes.items()}
     if description["part"] == "radfm":
-        model = RadFMConfig.from_dict(description["model"])
+        model = checkpoint.model_config(description, directory)
         followed |= {f"data.{k}": v for k, v in dataclasses.asdict(stored.preparation_of(directory, model)).items()}
     if (directory / run_directory.RUN).is_file():
         data = run_directory.read_run(directory)["config"]["data"]
