@@ -20,6 +20,7 @@ PATCH = (32, 32, 4)
 POSITION_TABLES = (16, 16, 128)
 CHANNELS = 3
 MODES = ("paper", "released")
+FITS = ("stretch", "pad")
 STORAGE = ("uint8", "int16", "float32")
 MAX_DEPTH = 64
 
@@ -133,6 +134,8 @@ class Volume:
     scale: float = 1.0
     offset: float = 0.0
     depth: int | None = None  # D, slices that the model sees: K, or how often one slice is repeated (None: 4)
+    source: tuple[int, int, int] | None = None  # (H, W, D) of the scan before it was resized; None in records
+    notices: tuple[str, ...] = ()  # contrast and shape that the conversion lost, if they were measured
 
     def __post_init__(self):
         v = self.voxels

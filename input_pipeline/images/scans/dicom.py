@@ -18,6 +18,7 @@ from input_pipeline.images.scans.base import Header, ScanError, ScanLimits, join
 from input_pipeline.images.scans.checks import check_shape, check_volume, to_intensities
 from input_pipeline.images.scans.fields import DAMAGED_HEADER, EXPORT, GRAY, PIXELS, PLUGINS, Fields, Instance, load
 from input_pipeline.images.scans.orientation import TOLERANCE
+from input_pipeline.images.scans.voi import series_window
 
 GAP = 0.25  # tolerated deviation from the usual slice distance: rounding to 0.1 mm stays below, a missing slice is 1.0
 LPS_TO_RAS = np.array([-1.0, -1.0, 1.0])
@@ -242,7 +243,22 @@ def to_header(instance: Instance, layout: orientation.DisplayLayout | None, coun
         photometric=instance.photometric,
         oblique_degrees=layout.oblique_degrees if layout else None,
         padding=padding,
+        window=shown_window(instance),
     )
+
+
+def shown_window(instance: Instance) -> tuple[float, float] | None:
+    """Return the stated window in the values of `read`, which inverts MONOCHROME1."""
+    if instance.window is None or instance.photometric not in GRAY:
+        return None
+    if instance.photometric != "MONOCHROME1":
+        return instance.window
+    if instance.lut or len(set(instance.slopes)) > 1 or len(set(instance.intercepts)) > 1:
+        return None
+    total = -1 if instance.signed else (1 << instance.bits_stored) - 1
+    low, high = instance.window
+    mirror = instance.slopes[0] * total + 2 * instance.intercepts[0]
+    return mirror - high, mirror - low
 
 
 def read_file(path, limits: ScanLimits, *, with_pixels: bool) -> tuple[np.ndarray | None, Header]:
@@ -352,7 +368,8 @@ def read_series(path, limits: ScanLimits, *, with_pixels: bool) -> tuple[np.ndar
     order, layout = slice_layout(path, names, first, [i.positions[0] for i in instances])
     head = to_header(first, layout, len(files))
     padding = head.padding if len({(i.slopes, i.intercepts, i.padding) for i in instances}) == 1 else None
-    head = dataclasses.replace(head, rescaled=any(i.rescaled for i in instances), padding=padding)
+    window = series_window(map(shown_window, instances))
+    head = dataclasses.replace(head, rescaled=any(i.rescaled for i in instances), padding=padding, window=window)
     if not with_pixels:
         return None, head
 

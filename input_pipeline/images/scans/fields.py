@@ -23,6 +23,7 @@ from input_pipeline.images.scans import orientation
 from input_pipeline.images.scans.access import BoundedFile, as_scan_error
 from input_pipeline.images.scans.base import COPY_AGAIN, ScanError, ScanLimits, limit_error
 from input_pipeline.images.scans.checks import check_shape
+from input_pipeline.images.scans.voi import VOI_KEYWORDS, stated_window
 
 # Transfer syntax -> the only plugin that may decode it. By default pydicom tries every plugin, and a lenient one would
 # decode a stream that a strict one rejects as damaged.
@@ -63,6 +64,7 @@ KEYWORDS = (
     *("ImageOrientationPatient", "ImagePositionPatient", "RescaleSlope", "RescaleIntercept", "ModalityLUTSequence"),
     *("PixelPaddingValue", "PixelPaddingRangeLimit", "SharedFunctionalGroupsSequence"),
     *("PerFrameFunctionalGroupsSequence", "ExtendedOffsetTable", "ExtendedOffsetTableLengths"),
+    *VOI_KEYWORDS,
     *PALETTE,
 )
 tag_of = functools.cache(Tag)  # pydicom first tries to parse a keyword as a number, which dominates the parsing time
@@ -182,6 +184,7 @@ class Instance(PixelFormat):
     intercepts: tuple[float, ...]  # one a frame
     lut: bool  # whether a modality lookup table replaces slopes and intercepts
     padding: tuple[int, int] | None  # stored (low, high)
+    window: tuple[float, float] | None  # to display, after rescaling
 
     @property
     def rescaled(self) -> bool:
@@ -302,6 +305,7 @@ def interpret(path, fields: Fields, syntax: uid.UID) -> Instance:
         intercepts=intercepts,
         lut=bool(fields.items("ModalityLUTSequence")),
         padding=None if pad is None else (min(pad, limit), max(pad, limit)),
+        window=stated_window(fields, frames),
     )
 
 
