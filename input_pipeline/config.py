@@ -9,7 +9,8 @@ from input_pipeline.batching.plan import RowLimits
 from input_pipeline.datasets import FAMILIES
 from input_pipeline.files import nearest
 from input_pipeline.images.augment import FLIPS
-from input_pipeline.images.planes import CHANNELS, MODES, STORAGE, Sizes
+from input_pipeline.images.intensity import parse_intensity
+from input_pipeline.images.planes import CHANNELS, FITS, MODES, STORAGE, Sizes
 
 SPLITS = ("train", "test")
 MIXTURES = ("epoch", "weights")
@@ -25,8 +26,8 @@ def unknown_fields(names: Iterable[str], cls: type, prefix: str = "") -> str:
 class DataConfig:
     """The data of an experiment."""
 
-    # Source name -> its `family` (datasets.FAMILIES), the family's fields (`table`, `root`, `split`, `fraction`, ...)
-    # and, for `mixture="weights"`, its `weight`. No study may be in both.
+    # Source name -> its `family` (datasets.FAMILIES), the family's fields (`table`, `root`, `split`, `fraction`,
+    # `intensity`, ...) and, for `mixture="weights"`, its `weight`. No study may be in both.
     train: Mapping[str, Mapping] = dataclasses.field(default_factory=dict)
     test: Mapping[str, Mapping] = dataclasses.field(default_factory=dict)
     index: str = ""  # the directory that `prepare` wrote
@@ -35,6 +36,10 @@ class DataConfig:
     # MRCONSO.RRF and MRSTY.RRF), `scispacy:MODEL` or `none`.
     terms: str = "open"
     preprocess: str = "paper"  # or `released`: the volumes and texts of the released code, for released weights
+    # Intensities that become 0 and 1, for sources without a field `intensity`: `minmax` (the paper), `percentile`,
+    # `header`, a CT window, or three windows as channels (images/intensity.py lists them; docs/data.md recommends some).
+    intensity: str = "minmax"
+    fit: str = "stretch"  # slices to the square of their final size; `pad` keeps the ratio of their sides
     storage: str = "uint8"  # dtype of the planes: uint8, int16 or float32
     # Final side of 2D scans and of volumes, and maximum slices, in `paper` mode: multiples of the patch (32, 32, 4).
     size_2d: int = 512
@@ -79,7 +84,8 @@ class DataConfig:
             raise ValueError("; ".join(problems))
 
     def _choice_problems(self) -> Iterable[str]:
-        for field, known in (("preprocess", MODES), ("storage", STORAGE), ("mixture", MIXTURES)):
+        choices = (("preprocess", MODES), ("storage", STORAGE), ("mixture", MIXTURES), ("fit", FITS))
+        for field, known in choices:
             if getattr(self, field) not in known:
                 yield f"data.{field} is {getattr(self, field)!r}; known: {', '.join(known)}"
         for axis in self.flips:
@@ -87,11 +93,28 @@ class DataConfig:
                 yield f"data.flips has {axis!r}; known: {', '.join(FLIPS)}"
         if self.channels not in (1, CHANNELS):
             yield f"data.channels must be 1 or {CHANNELS} (got {self.channels})"
+        yield from self._intensity_problems()
         if self.preprocess == "released":
             if self.storage != "float32":
                 yield "data.preprocess='released' needs data.storage='float32'"
-            if self.records or self.flips:
-                yield "data.preprocess='released' cannot be combined with data.records or data.flips"
+            if self.records or self.flips or self.fit != "stretch":
+                yield "data.preprocess='released' cannot be combined with data.records, data.flips or data.fit='pad'"
+
+    def _intensity_problems(self) -> Iterable[str]:
+        settings = {"data.intensity": self.intensity}
+        for split in SPLITS:
+            sources = getattr(self, split).items()
+            settings |= {f"data.{split}.{name}.intensity": s["intensity"] for name, s in sources if "intensity" in s}
+        for field, setting in settings.items():
+            try:
+                intensity = parse_intensity(setting)
+            except ValueError as error:
+                yield f"{field}: {error}"
+                continue
+            if self.preprocess == "released" and intensity.kind != "minmax":
+                yield f"{field} is {setting!r}, but data.preprocess='released' supports only minmax"
+            if len(intensity.windows) > self.channels:
+                yield f"{field} has {len(intensity.windows)} windows, but data.channels is {self.channels}"
 
     def _number_problems(self) -> Iterable[str]:
         minimum = {"epoch_samples": 0, "allowed_loss": 0, "workers": 0, "seed": 0}
@@ -127,9 +150,13 @@ class DataConfig:
         return Sizes(self.size_2d, self.size_3d, self.depth)
 
     def sources(self, split: str | None = None) -> dict[str, dict]:
-        """Return source name -> fields, of one split or of both, sorted by name within a split like a ConfigDict."""
+        """Return source name -> fields, of one split or of both, sorted by name within a split like a ConfigDict.
+
+        A source without a field `intensity` gets `data.intensity`, unless that is the default.
+        """
         splits = SPLITS if split is None else (split,)
-        return {name: dict(fields) for s in splits for name, fields in sorted(getattr(self, s).items())}
+        common = {} if self.intensity == "minmax" else {"intensity": self.intensity}
+        return {name: common | dict(fields) for s in splits for name, fields in sorted(getattr(self, s).items())}
 
     def to_dict(self) -> dict:
         """Return plain values, for a ConfigDict."""
@@ -143,6 +170,13 @@ class DataConfig:
         if unknown := unknown_fields(fields, cls, "data."):
             raise ValueError(f"unknown fields: {unknown}")
         return cls(**_tuples(fields))
+
+
+def trained_intensities(data: Mapping) -> tuple[str, ...]:
+    """Return the distinct intensity settings of the training sources, for `data` as in DataConfig.to_dict."""
+    common = data.get("intensity", "minmax")
+    settings = [source.get("intensity", common) for source in data.get("train", {}).values()]
+    return tuple(sorted(set(map(str, settings)))) or (common,)
 
 
 def open_fields(source: Mapping) -> dict:

@@ -60,6 +60,8 @@ class Model:
           on_text: called with each new piece of the answer while it is generated.
           options: fields of inference.Sampling (max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed,
             stop, stop_ids).
+        Warns:
+          ScanNotice: a scan has doubtful contrast, shape or metadata.
         Raises:
           ValueError: a mark has no scan or a scan no mark, a scan cannot be read, the prompt is empty or too long,
             logits are not finite, or the checkpoint lacks its tokenizer or the preparation of its scans.
@@ -260,8 +262,7 @@ def preparation_of(directory, config: radfm.RadFMConfig) -> inputs.Preparation:
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{path} does not record how scans were prepared ({e!r}): {_PREPARED}") from None
     if data is not None:
-        known = {f.name for f in dataclasses.fields(inputs.Preparation)}
-        return inputs.Preparation(**{name: value for name, value in data.items() if name in known})
+        return inputs.Preparation.from_data(data)
     if "file" in checkpoint.read_description(directory).get("source", {}):
         return dataclasses.replace(inputs.RELEASED, num_latents=config.num_latents)
     raise ValueError(f"{directory} has no {run_directory.RUN} that records how scans were prepared: {_PREPARED}")

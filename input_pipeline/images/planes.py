@@ -169,6 +169,14 @@ class Volume:
         return np.broadcast_to(x, (*self.shape, CHANNELS))
 
 
+def source_slice(stored: int, count: int, depth: int) -> int:
+    """Return the slice of a scan of `depth` slices, counted from 1, at the center of stored slice `stored` of `count`.
+
+    `stored` counts from 0. 120 -> 4: slices 16, 46, 76 and 106.
+    """
+    return min(int((stored + 0.5) * depth / count), depth - 1) + 1
+
+
 def planes(volume: Volume) -> tuple[np.ndarray, np.ndarray]:
     """Return the distinct planes of a volume and the index that expands them on the device.
 

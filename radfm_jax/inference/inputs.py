@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,16 +20,16 @@ from PIL import Image, ImageDraw, ImageFont
 
 from input_pipeline.batching.collate import LoadedRow, ScanPlanes, collate_batch, collate_row
 from input_pipeline.batching.plan import RowLimits
-from input_pipeline.config import DataConfig
+from input_pipeline.config import DataConfig, trained_intensities
 from input_pipeline.images import scans
-from input_pipeline.images.intensity import one_channel_if_gray
-from input_pipeline.images.planes import MODES, STORAGE, Sizes, Volume
+from input_pipeline.images.intensity import Window, one_channel_if_gray, parse_intensity
+from input_pipeline.images.planes import FITS, MODES, STORAGE, Sizes, Volume, source_slice
 from input_pipeline.images.released_volumes import released_volumes
 from input_pipeline.images.scans.access import as_scan_error
 from input_pipeline.images.scans.arrays import layout_of
 from input_pipeline.images.scans.checks import check_values, check_volume, to_intensities
 from input_pipeline.images.volumes import prepare_volume
-from input_pipeline.samples import Sample, Text
+from input_pipeline.samples import Sample, ScanNotice, Text
 from input_pipeline.samples import Scan as ScanFile
 from input_pipeline.sources import NoTerms
 from input_pipeline.text.marks import parse_marks
@@ -57,13 +58,22 @@ class Preparation:
     depth: int = 64
     num_latents: int = 32
     text_length: int = 2048
+    # The intensity settings of the training sources: scans without a window get this one, or need one if they differ.
+    intensities: tuple[str, ...] = ("minmax",)
+    fit: str = "stretch"
 
     def __post_init__(self):
+        object.__setattr__(self, "intensities", tuple(self.intensities))
         problems = [
             f"{field} is {getattr(self, field)!r}; known: {', '.join(known)}"
-            for field, known in (("preprocess", MODES), ("storage", STORAGE))
+            for field, known in (("preprocess", MODES), ("storage", STORAGE), ("fit", FITS))
             if getattr(self, field) not in known
         ]
+        for setting in self.intensities:
+            try:
+                parse_intensity(setting)
+            except ValueError as error:
+                problems.append(f"intensities: {error}")
         if self.preprocess == "released" and self.size_3d not in (256, 512):
             problems.append(f"size_3d is {self.size_3d}: released mode supports 256 and 512")
         if not problems:
@@ -81,7 +91,30 @@ class Preparation:
     @classmethod
     def from_config(cls, config: DataConfig) -> Preparation:
         """Return the preparation of a training run."""
-        return cls(**{f.name: getattr(config, f.name) for f in dataclasses.fields(cls)})
+        return cls.from_data(config.to_dict())
+
+    @classmethod
+    def from_data(cls, data: Mapping) -> Preparation:
+        """Return the preparation of a training run from its `data` group, which may be of another version."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        fields = {name: value for name, value in data.items() if name in known}
+        return cls(**fields, intensities=trained_intensities(data))
+
+    def to_dict(self) -> dict:
+        """Return plain values. `intensities` and `fit` are absent at their defaults, as in files of version 0.1."""
+        plain = dataclasses.asdict(self) | {"intensities": list(self.intensities)}
+        new = {f.name: f.default for f in dataclasses.fields(self) if f.name in ("intensities", "fit")}
+        return {name: value for name, value in plain.items() if name not in new or getattr(self, name) != new[name]}
+
+    def window(self, name: str, window: Window | None) -> Window | None:
+        """Return the intensity setting of a scan whose own is `window`. Raises ValueError if it is not determined."""
+        if window is None and len(self.intensities) > 1:
+            settings = " and ".join(self.intensities)
+            raise ValueError(
+                f"the model was trained with the intensities {settings}: choose one for this scan with its `window` "
+                "(command line: --window)"
+            )
+        return self.intensities[0] if window is None else window
 
 
 RELEASED = Preparation(preprocess="released", storage="float32")
@@ -158,12 +191,12 @@ def visual_index(encoded: Encoded, num_latents: int) -> np.ndarray:
 def read_scans(files: Sequence[Scan], preparation: Preparation) -> list[Volume]:
     """Read and prepare scans, in order.
 
-    In `released` mode all scans of one prompt get the same depth, so pass them together. Raises ValueError (a
-    scans.ScanError) if a scan cannot be used; the message names it.
+    In `released` mode all scans of one prompt get the same depth, so pass them together. Doubtful contrast, shape or
+    metadata cause a ScanNotice. Raises ValueError (a scans.ScanError) if a scan cannot be used; the message names it.
     """
     read = [_read(scan, number) for number, scan in enumerate(files, 1)]
     if preparation.preprocess == "released":
-        if windowed := [name for name, _, _, window in read if window is not None]:
+        if windowed := [name for name, _, _, window in read if parse_intensity(window).kind != "minmax"]:
             raise ValueError(f"{', '.join(windowed)}: released mode has no windows; remove the window")
         if not read:
             return []
@@ -172,12 +205,15 @@ def read_scans(files: Sequence[Scan], preparation: Preparation) -> list[Volume]:
     volumes = []
     for name, voxels, header, window in read:
         try:
-            stored = {} if header is None else {"padding": header.padding, "value_range": header.value_range}
-            volumes.append(
-                prepare_volume(voxels, window=window, storage=preparation.storage, sizes=preparation.sizes, **stored)
-            )
+            volume = prepare_volume(
+                voxels, window=preparation.window(name, window), storage=preparation.storage, sizes=preparation.sizes,
+                fit=preparation.fit, measure=True, **header.facts,
+            )  # fmt: skip
         except ValueError as error:
             raise scans.ScanError(name, str(error), fault="unsupported") from error
+        for notice in (*header.notices, *volume.notices):
+            warnings.warn(f"{name}: {notice}", ScanNotice, stacklevel=2)
+        volumes.append(volume)
     return volumes
 
 
@@ -189,14 +225,17 @@ def scan_name(scan: Scan, number: int) -> str:
 
 
 def _read(scan: Scan, number: int):
-    """Return (name, voxels, header or None, window) of a scan."""
+    """Return (name, voxels, header, window) of a scan."""
     name, window, volume = scan_name(scan, number), None, None
     if isinstance(scan, np.ndarray):
         volumes, shape, axes = layout_of(name, scan.shape)
         check_volume(name, None, volumes, scans.ScanLimits())
         voxels = to_intensities(name, (scan[0] if scan.ndim == 5 else scan.reshape(shape)).transpose(axes))
-        check_values(name, voxels)
-        return name, one_channel_if_gray(voxels), None, None
+        voxels, ends, notices = check_values(name, voxels)
+        header = scans.Header(
+            format="npy", shape=voxels.shape, dtype=scan.dtype.name, value_range=ends, notices=notices
+        )
+        return name, one_channel_if_gray(voxels), header, None
     if isinstance(scan, ScanFile):
         scan, volume, window = scan.path, scan.volume, scan.window
     elif not isinstance(scan, str | Path):
@@ -231,7 +270,9 @@ def preview_image(volumes: Sequence[Volume], names: Sequence[str]) -> Image.Imag
     for k, (volume, name) in enumerate(zip(volumes, names, strict=True)):
         top, stored = k * (TILE + CAPTION + 4), volume.voxels.shape[2]
         chosen = np.unique(np.rint(np.linspace(0, stored - 1, min(SLICES, stored))).astype(int))
-        numbers = f"slices {', '.join(str(i + 1) for i in chosen)} of {stored}" if stored > 1 else "2D"
+        depth = volume.source[2] if volume.source else stored
+        numbers = ", ".join(str(source_slice(int(i), stored, depth)) for i in chosen)
+        numbers = f"slices {numbers} of {depth}" if stored > 1 else "2D"
         pen.text((2, top), f"<image-{k + 1}> {name}: {' x '.join(map(str, volume.shape))}, {numbers}", "black", font)
         values = volume.values()
         for j, i in enumerate(chosen):
