@@ -9,7 +9,7 @@ from input_pipeline.batching.plan import RowLimits
 from input_pipeline.datasets import FAMILIES
 from input_pipeline.files import nearest
 from input_pipeline.images.augment import FLIPS
-from input_pipeline.images.intensity import parse_intensity
+from input_pipeline.images.intensity import parse_intensity, setting_text
 from input_pipeline.images.planes import CHANNELS, FITS, MODES, STORAGE, Sizes
 
 SPLITS = ("train", "test")
@@ -37,7 +37,7 @@ class DataConfig:
     terms: str = "open"
     preprocess: str = "paper"  # or `released`: the volumes and texts of the released code, for released weights
     # Intensities that become 0 and 1, for sources without a field `intensity`: `minmax` (the paper), `percentile`,
-    # `header`, a CT window, or three windows as channels (images/intensity.py lists them; docs/data.md recommends some).
+    # `header`, a CT window, or three windows as channels (listed in images/intensity.py and docs/data.md).
     intensity: str = "minmax"
     fit: str = "stretch"  # slices to the square of their final size; `pad` keeps the ratio of their sides
     storage: str = "uint8"  # dtype of the planes: uint8, int16 or float32
@@ -175,8 +175,8 @@ class DataConfig:
 def trained_intensities(data: Mapping) -> tuple[str, ...]:
     """Return the distinct intensity settings of the training sources, for `data` as in DataConfig.to_dict."""
     common = data.get("intensity", "minmax")
-    settings = [source.get("intensity", common) for source in data.get("train", {}).values()]
-    return tuple(sorted(set(map(str, settings)))) or (common,)
+    settings = {setting_text(source.get("intensity", common)) for source in data.get("train", {}).values()}
+    return tuple(sorted(settings)) or (common,)
 
 
 def open_fields(source: Mapping) -> dict:

@@ -19,7 +19,7 @@ import numpy as np
 from input_pipeline.datasets import diseases, prompts
 from input_pipeline.datasets.base import TableDataset, instruction_parts, pick, pick_weighted
 from input_pipeline.datasets.store import digest, first_equal
-from input_pipeline.samples import RowError, Sample
+from input_pipeline.samples import RowError
 
 # Labels of a yes/no table.
 FLAGS = {"1": True, "1.0": True, "0": False, "0.0": False}

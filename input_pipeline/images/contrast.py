@@ -58,8 +58,8 @@ def _few_levels(sample: np.ndarray, low: float, high: float, bottom: float, top:
     if levels >= FEW_LEVELS:
         return []
     return [
-        f"contrast is lost: the central 98 % of the voxels ({first:g} to {last:g}) get {levels} of {LEVELS} gray levels, "
-        f"because the scan ranges from {low:g} to {high:g}: remove the outliers, or choose another intensity"
+        f"contrast is lost: the central 98 % of the voxels ({first:g} to {last:g}) get {levels} of {LEVELS} gray "
+        f"levels, because the scan ranges from {low:g} to {high:g}: remove the outliers, or choose another intensity"
     ]
 
 
@@ -135,4 +135,4 @@ def stretch_notice(height: int, width: int, spacing: tuple[float, float] | None)
     ratio = max(height * rows, width * columns) / min(height * rows, width * columns)
     if ratio <= STRETCHED:
         return ()
-    return (f"{height} x {width} pixels are stretched {ratio:.1f}:1 to a square: set data.fit to pad to keep its shape",)
+    return (f"{height} x {width} pixels are stretched {ratio:.1f}:1 to a square: keep the shape with data.fit='pad'",)

@@ -97,7 +97,7 @@ def _parse(setting: Window | None) -> Intensity:
 
 
 def canonical_window(setting: Window | None) -> Window | None:
-    """Return a setting as a scan's `window` stores it, so that equal settings are equal: numbers as a tuple of floats."""
+    """Return a setting as a scan's `window` stores it: a window of numbers as a tuple of floats."""
     parsed = parse_intensity(setting)
     if parsed.kind == "window" and len(parsed.windows) == 1 and not parsed.named:
         return parsed.windows[0]
@@ -152,6 +152,11 @@ def without_padding(
     voxels = voxels.copy(order="K")
     voxels[padded] = others.min()
     return voxels, low, high
+
+
+def setting_text(setting: Window) -> str:
+    """Return a setting as one text, (low, high) as LOW,HIGH."""
+    return setting if isinstance(setting, str) else ",".join(f"{end:g}" for end in ct_window(setting))
 
 
 def sample_voxels(voxels: np.ndarray, count: int = SAMPLES) -> np.ndarray:

@@ -67,8 +67,7 @@ def prepare_volume(
       modality: DICOM code. stated_window: the window in the header. spacing: mm between rows and between columns.
       measure: add notices to the volume about contrast and shape that are lost.
     Raises:
-      ValueError: voxels that are not finite, all equal, all padding, or all outside the window; a window that is not
-        for this modality; invalid arguments.
+      ValueError: voxels that are not finite, all equal, all padding, or outside the window; invalid arguments.
     """
     if mode == "released":
         if parse_intensity(window).kind != "minmax" or flips or storage not in (None, "float32") or fit != "stretch":
@@ -80,10 +79,8 @@ def prepare_volume(
             raise ValueError(f"{name} {value!r} must be one of {', '.join(known)}")
     voxels, low, high = without_padding(check_voxels(voxels), padding, value_range)
     ranges = intensity_ranges(voxels, low, high, window, modality, stated_window)
-    notices: tuple[str, ...] = ()
-    if measure:
-        notices = contrast_notices(voxels, low, high, ranges, window, modality)
-        notices += stretch_notice(*voxels.shape[:2], spacing) if fit == "stretch" else ()
+    notices = contrast_notices(voxels, low, high, ranges, window, modality) if measure else ()
+    notices += stretch_notice(*voxels.shape[:2], spacing) if measure and fit == "stretch" else ()
     source = tuple(voxels.shape[:3])
     if rng is not None:
         top, left, h, w = crop_box(*voxels.shape[:2], rng, crop)
@@ -91,8 +88,7 @@ def prepare_volume(
     height, width, depth = target_shape(source, mode, sizes)
     inner = (height, width) if fit == "stretch" else padded_size(voxels.shape[:2], (height, width), spacing)
     slices = _scaled_slices(voxels, (*inner, depth if source[2] > 1 else 1), ranges, (low, high), storage)
-    if inner != (height, width):
-        slices = _centered(slices, height, width)
+    slices = slices if inner == (height, width) else _centered(slices, height, width)
     volume = Volume.from_slices(flip_slices(slices, flips, rng), *QUANTIZATION[storage])
     return dataclasses.replace(volume, source=source, notices=notices)
 

@@ -19,8 +19,8 @@ from input_pipeline.parallel.workers import WorkerError
 
 DESCRIPTION = """\
 Write a page that shows what the model sees: packed rows as bars, each sample's scans as images, and its text token by
-token, coloured by weight in the loss. Rows come from the pipeline that training uses. Images and text are taken from the
-arrays of a training step, not from the files; warnings about a scan's contrast are those of `prepare`.
+token, coloured by weight in the loss. Rows come from the pipeline that training uses. Images and text are taken from
+the arrays of a training step, not from the files; warnings about a scan's contrast are those of `prepare`.
 """
 EPILOG = """\
 examples:

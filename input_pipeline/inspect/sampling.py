@@ -13,7 +13,7 @@ from input_pipeline.index.index import Index
 from input_pipeline.inspect.views import RowView, row_view
 from input_pipeline.sources import tokenizer_of
 
-SETTINGS = ("preprocess", "intensity", "fit", "storage", "terms", "mixture", "seed", "share_scans", "max_scans", "crop", "index")
+SETTINGS = "preprocess intensity fit storage terms mixture seed share_scans max_scans crop index".split()
 
 
 @dataclasses.dataclass(frozen=True)

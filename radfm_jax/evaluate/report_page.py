@@ -183,7 +183,7 @@ def scan_images(scan: Scan, count: int = 1, pixels: int = EXAMPLE_PIXELS) -> str
         s.image.thumbnail((pixels, pixels))
         label = f"slice {s.number} of {s.count}" if s.count > 1 else "2D"
         label += f", {s.window}" if s.window else ""
-        shown.append(f"<figure>{html_page.image(s.image, label)}<figcaption>{label}</figcaption></figure>")
+        shown.append(f"<figure>{html_page.image(s.image, label)}<figcaption>{visible(label)}</figcaption></figure>")
     return "".join(shown)
 
 

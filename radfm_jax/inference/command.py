@@ -71,8 +71,8 @@ def parser() -> argparse.ArgumentParser:
                        "(default: first)")  # fmt: skip
     scans.add_argument("--volume", type=int, help="index of the volume in 4D files, from 0")
     scans.add_argument("--window", help="intensities that become black and white: a CT window (brain, lung, ...), "
-                       "LOW,HIGH in the unit of the scan, lung/soft_tissue/bone (three channels), header, percentile or "
-                       "minmax (default: that of the training)")  # fmt: skip
+                       "LOW,HIGH in the unit of the scan, lung/soft_tissue/bone as channels, header, percentile or "
+                       "minmax (default: as in training)")  # fmt: skip
     scans.add_argument("--context", default="", help="clinical context, inserted before the question")
     scans.add_argument("--show", type=Path, metavar="FILE.png", help="save an image of the prepared scans")
     answer = top.add_argument_group("decoding")

@@ -22,6 +22,7 @@ from input_pipeline.batching.collate import LoadedRow, ScanPlanes, collate_batch
 from input_pipeline.batching.plan import RowLimits
 from input_pipeline.config import DataConfig, trained_intensities
 from input_pipeline.images import scans
+from input_pipeline.images.contrast import contrast_notices
 from input_pipeline.images.intensity import Window, one_channel_if_gray, parse_intensity
 from input_pipeline.images.planes import FITS, MODES, STORAGE, Sizes, Volume, source_slice
 from input_pipeline.images.released_volumes import released_volumes
@@ -200,6 +201,9 @@ def read_scans(files: Sequence[Scan], preparation: Preparation) -> list[Volume]:
             raise ValueError(f"{', '.join(windowed)}: released mode has no windows; remove the window")
         if not read:
             return []
+        for name, voxels, header, _ in read:
+            ends = header.value_range
+            _warn(name, (*header.notices, *contrast_notices(voxels, *ends, (ends,), None, header.modality)))
         with as_scan_error(", ".join(name for name, *_ in read), "preparing it"):
             return released_volumes([voxels for _, voxels, _, _ in read], collate=preparation.size_3d == 256)
     volumes = []
@@ -211,10 +215,14 @@ def read_scans(files: Sequence[Scan], preparation: Preparation) -> list[Volume]:
             )  # fmt: skip
         except ValueError as error:
             raise scans.ScanError(name, str(error), fault="unsupported") from error
-        for notice in (*header.notices, *volume.notices):
-            warnings.warn(f"{name}: {notice}", ScanNotice, stacklevel=2)
+        _warn(name, (*header.notices, *volume.notices))
         volumes.append(volume)
     return volumes
+
+
+def _warn(name: str, notices: Sequence[str]) -> None:
+    for notice in notices:
+        warnings.warn(f"{name}: {notice}", ScanNotice, stacklevel=3)
 
 
 def scan_name(scan: Scan, number: int) -> str:

@@ -53,7 +53,7 @@ def apply_orientation(pixels: np.ndarray, tag: int) -> np.ndarray:
 
 
 def check_png(path, data: bytes) -> bool:
-    """Check the CRC of every chunk (Pillow skips those of image data). Returns whether a chunk can state an orientation.
+    """Check the CRC of every chunk (Pillow skips those of image data). Return whether one can state an orientation.
 
     Raises ScanError if the image is damaged, animated, or has 16 bits and several channels (Pillow reduces it to 8).
     """

@@ -139,8 +139,7 @@ def interpret(path, header, size: int, endian: str, limits: ScanLimits) -> Nifti
         shape=(h, w, d, 1 if channels == 1 else 3),
         dtype=dtype.newbyteorder("=").name,
         spacing_mm=tuple(
-            None if axis in stepless else round(s, 6)
-            for axis, s in zip(display.order, display.spacing_mm, strict=True)
+            None if axis in stepless else round(s, 6) for axis, s in zip(display.order, display.spacing_mm, strict=True)
         ),
         orientation=display.codes if oriented else None,
         volumes=volumes,
