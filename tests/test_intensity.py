@@ -166,14 +166,11 @@ def test_a_source_has_its_own_intensity(tmp_path):
     ]
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "d.csv").write_text("image_path,disease,label\na.png,edema,1\nb.png,edema,0\n")
-    windows = lambda setting: (
-        [  # noqa: E731
-            dataset.scans(0)[0].window,
-            dataset.sample(0, np.random.default_rng(0)).scans[0].window,
-        ]
-        if (dataset := open_dataset("jsonl", table="t.jsonl", root=tmp_path, intensity=setting))
-        else None
-    )
+
+    def windows(setting) -> list:
+        dataset = open_dataset("jsonl", table="t.jsonl", root=tmp_path, intensity=setting)
+        return [dataset.scans(0)[0].window, dataset.sample(0, np.random.default_rng(0)).scans[0].window]
+
     assert windows(None) == [None, None]
     assert windows("brain") == ["brain", "brain"]
     assert windows("-160,240") == [(-160.0, 240.0)] * 2
@@ -272,11 +269,9 @@ def test_pad_keeps_the_ratio_of_the_sides():
 
 
 def test_a_stretched_scan_is_reported():
-    notice = lambda shape, **facts: (
-        prepare_volume(  # noqa: E731
-            draw(shape, np.uint8, 0, 255), sizes=SIZES, measure=True, **facts
-        ).notices
-    )
+    def notice(shape, **facts) -> tuple[str, ...]:
+        return prepare_volume(draw(shape, np.uint8, 0, 255), sizes=SIZES, measure=True, **facts).notices
+
     assert notice((1024, 256, 1, 1)) == (
         "1024 x 256 pixels are stretched 4.0:1 to a square: keep the shape with data.fit='pad'",
     )
