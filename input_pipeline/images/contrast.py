@@ -16,6 +16,7 @@ CLIPPED = 0.95  # a notice above this share of clipped voxels
 SOFT_TISSUE = (0.0, 80.0)  # HU: brain, muscle, blood and most organs
 FEW_SOFT_LEVELS = 16
 STRETCHED = 1.5  # a notice above this ratio of the sides
+SAMPLES = 1 << 14  # voxels from which everything is measured
 MINIMUM = 64  # sampled voxels below which nothing is measured
 
 
@@ -34,7 +35,7 @@ def contrast_notices(
       ranges: the intensities that become 0 and 1, from `intensity.intensity_ranges` for `window`.
       modality: DICOM code, or None if it is not stated.
     """
-    sample = sample_voxels(voxels)
+    sample = sample_voxels(voxels, SAMPLES)
     gray, dtype = sample.shape[3] == 1, voxels.dtype
     sample = sample[(sample > low) & (sample < high)].astype(np.float64)
     if sample.size < MINIMUM:
@@ -99,15 +100,15 @@ def _share(sample: np.ndarray, bottom: float, top: float) -> float:
 
 def is_hounsfield(voxels: np.ndarray, low: float, high: float, modality: str | None) -> bool:
     """Return whether voxels from `low` to `high`, of an unknown modality, look like a CT in Hounsfield units."""
-    sample = sample_voxels(voxels)
+    sample = sample_voxels(voxels, SAMPLES)
     sample = sample[(sample > low) & (sample < high)]
     return modality is None and voxels.shape[3] == 1 and sample.size >= MINIMUM and _is_hounsfield(sample)
 
 
 def _is_hounsfield(sample: np.ndarray) -> bool:
-    """Return whether voxels of an unknown modality have the air and the soft tissue of a CT."""
+    """Return whether voxels have the air and the soft tissue of a CT, and the gap between lung and fat."""
     tissue = _share(sample, -150, 250)
-    return _share(sample, -1100, -900) >= 0.02 and tissue >= 0.02 and tissue >= _share(sample, -800, -250) / 2
+    return _share(sample, -1100, -900) >= 0.02 and tissue >= 0.02 and _share(sample, -600, -250) < tissue / 2
 
 
 def _unit_notice(sample: np.ndarray, dtype: np.dtype, low: float, high: float, modality: str | None) -> str:

@@ -34,7 +34,7 @@ CT_WINDOWS: dict[str, tuple[float, float]] = {
     "brain": (0.0, 80.0),  # width 80, level 40
 }
 PERCENTILES = (0.5, 99.5)
-SAMPLES = 1 << 16  # voxels from which percentiles and contrast are measured
+SAMPLES = 1 << 16  # voxels from which percentiles are measured
 Window = str | tuple[float, float]
 
 
@@ -198,6 +198,7 @@ def intensity_ranges(
     if intensity.kind == "header":
         if stated_window is None:
             raise ValueError("its header states no window, which intensity 'header' needs: choose another intensity")
+        _check_overlap(*stated_window, low, high)
         return (stated_window,)
     if len(intensity.windows) > 1 and voxels.shape[3] > 1:
         raise ValueError(f"{len(intensity.windows)} windows need a gray scan, but it has {voxels.shape[3]} channels")
@@ -206,7 +207,7 @@ def intensity_ranges(
 
 
 def _check_window(intensity: Intensity, low: float, high: float, window: Window, modality: str | None) -> None:
-    """Raise ValueError if a window must leave nothing of voxels from `low` to `high`, or needs Hounsfield units."""
+    """Raise ValueError if voxels from `low` to `high` are outside the windows, or not in their unit."""
     found, remedy = f"voxels range from {low:g} to {high:g}", "use minmax or percentile, or give LOW,HIGH in its unit"
     bottom, top = min(w[0] for w in intensity.windows), max(w[1] for w in intensity.windows)
     if intensity.named:
@@ -219,8 +220,13 @@ def _check_window(intensity: Intensity, low: float, high: float, window: Window,
             raise ValueError(f"CT window {window!r} needs Hounsfield units, but {found}: {why}; {remedy}")
     if bottom < 0 <= low and modality not in (None, "CT"):
         raise ValueError(f"the window {bottom:g} to {top:g} is one for CT, but the modality is {modality}: {remedy}")
+    _check_overlap(bottom, top, low, high)
+
+
+def _check_overlap(bottom: float, top: float, low: float, high: float) -> None:
     if high <= bottom or low >= top:
         colour = f"every voxel would be {'black' if high <= bottom else 'white'}"
         raise ValueError(
-            f"{found}, all outside the window {bottom:g} to {top:g}: {colour}; is the scan in Hounsfield units?"
+            f"voxels range from {low:g} to {high:g}, all outside the window {bottom:g} to {top:g}: {colour}; is the "
+            "scan in Hounsfield units?"
         )
