@@ -100,7 +100,7 @@ def test_ct_that_is_not_in_hounsfield_units(modality):
 
 
 def test_stored_values_of_a_ct_without_air_like_tissue():
-    scaled = (head_ct() * 10).astype(np.int16)
+    scaled = head_ct().astype(np.int32) * 30
     assert any("no soft tissue" in notice for notice in notices(scaled, modality="CT"))
 
 

@@ -155,12 +155,12 @@ def test_a_numeric_window_suits_any_modality():
 
 def test_a_source_has_its_own_intensity(tmp_path):
     rows = [
-        {"id": "a", "task": "vqa", "scans": ["a.nii"], "instruction": "Edema?", "response": "no"},
+        {"id": "a", "task": "vqa", "scans": ["a.nii"], "instruction": "<image-1> Edema?", "response": "no"},
         {
             "id": "b",
             "task": "vqa",
             "scans": [{"path": "a.nii", "window": "lung"}],
-            "instruction": "?",
+            "instruction": "<image-1> ?",
             "response": "no",
         },
     ]
@@ -216,7 +216,9 @@ def test_inference_follows_the_training(tmp_path):
     (got,) = inputs.read_scans([Scan(path, window=(-160.0, 240.0))], preparation)
     np.testing.assert_array_equal(got.voxels, prepare_volume(voxels, window=(-160, 240), sizes=SIZES).voxels)
     both = {"ct": {"family": "jsonl"}, "xray": {"family": "jsonl", "intensity": "minmax"}}
-    mixed = inputs.Preparation.from_config(DataConfig(train=both, intensity="brain", size_2d=64, size_3d=64, depth=8))
+    config = DataConfig(train=both, intensity="brain", size_2d=64, size_3d=64, depth=8)
+    assert inputs.Preparation.from_config(config).intensities == ("brain",)  # sources state their own
+    mixed = inputs.Preparation.from_data(config.to_dict())
     with pytest.raises(ValueError, match="intensities brain and minmax: choose one"):
         inputs.read_scans([path], mixed)
     inputs.read_scans([Scan(path, window="brain")], mixed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import nibabel
 import numpy as np
@@ -37,7 +38,7 @@ def config(tmp_path, tokenizer, monkeypatch) -> DataConfig:
     nibabel.save(nibabel.Nifti1Image(voxels, np.diag([-1, -1, 5, 1])), tmp_path / "ct.nii")
     nibabel.save(nibabel.Nifti1Image(np.repeat(voxels, 4, 0), np.diag([-1, -1, 5, 1])), tmp_path / "long.nii")
     rows = [
-        {"id": name, "task": "vqa", "scans": [f"{name}.nii"], "instruction": "Any lesion?", "response": "yes"}
+        {"id": name, "task": "vqa", "scans": [f"{name}.nii"], "instruction": "<image-1> Any lesion?", "response": "yes"}
         for name in ("ct", "long")
     ]
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -124,9 +125,10 @@ def test_indexes_and_records_of_earlier_versions_are_read(config):
     prepare(config, config.index, workers=0, records=True)
     file = f"{config.index}/scans.parquet"
     pq.write_table(pq.read_table(file).drop_columns(["notices"]), file)
-    description = json.loads(open(f"{config.index}/index.json").read())
-    del description["records"]["fit"]
-    open(f"{config.index}/index.json", "w").write(json.dumps(description))
+    description = Path(config.index) / "index.json"
+    content = json.loads(description.read_text())
+    del content["records"]["fit"]
+    description.write_text(json.dumps(content))
     index = Index(config.index)
     assert index.notices([1, 2]) == {}
     assert RowLoader(dataclasses.replace(config, records=True), "train", training=False).records is not None

@@ -118,7 +118,7 @@ def _unit_notice(sample: np.ndarray, dtype: np.dtype, low: float, high: float, m
     if dtype == np.uint16 and wrapped >= 0.02 and _share(sample, 8192, 60000) < wrapped / 10:
         return f"negative values have wrapped to 16 bits {numbers}: read the voxels as signed integers"
     twice, once = _share(sample, -1124, -824), _share(sample, -200, 300)
-    if low < -1500 and twice >= 0.02 and twice > 5 * once and _share(sample, -2124, -1800) >= 0.02:
+    if low < -1500 and twice >= 0.02 and twice > 2 * once and _share(sample, -2124, -1800) >= 0.02:
         return f"{name} seems to be rescaled twice {numbers}, air is near -2024: subtract the intercept only once"
     if low > -500 and 1350 < high < 5000:
         tissue, between = _share(sample, 900, 1350), _share(sample, 450, 800)

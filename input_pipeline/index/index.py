@@ -215,11 +215,11 @@ class Index:
 
     def notices(self, keys: Iterable[int]) -> dict[int, list[str]]:
         """Return key -> notices of the good scans with these keys; an index made before notices existed has none."""
-        file, keys = self.directory / "scans.parquet", set(keys)
+        file, keys = self.directory / "scans.parquet", list(keys)
         if not keys or "notices" not in pq.read_schema(file).names:
             return {}
-        filters = [("key", "in", keys), ("fault", "=", "")]
-        table = pq.read_table(file, columns=["key", "notices"], filters=filters, use_threads=False)
+        chosen = pc.field("key").isin(pa.array(keys, pa.uint64())) & (pc.field("fault") == "")
+        table = pq.read_table(file, columns=["key", "notices"], filters=chosen, use_threads=False)
         return dict(zip(table["key"].to_pylist(), table["notices"].to_pylist(), strict=True))
 
     def check_records(self, settings: Mapping[str, object]) -> None:

@@ -91,8 +91,8 @@ class Preparation:
 
     @classmethod
     def from_config(cls, config: DataConfig) -> Preparation:
-        """Return the preparation of a training run."""
-        return cls.from_data(config.to_dict())
+        """Return the preparation for scans of the config's own sources, whose `window` has a source's own intensity."""
+        return dataclasses.replace(cls.from_data(config.to_dict()), intensities=(config.intensity,))
 
     @classmethod
     def from_data(cls, data: Mapping) -> Preparation:

@@ -117,7 +117,8 @@ def check_axes(path, tif: tifffile.TiffFile) -> None:
         if any(n > 1 and axis not in SLICE_AXES for axis, n in pages) or len(others) > 1:
             others = [other.replace("images along Z", "slices") for other in others]
             reason = f"its metadata state {' x '.join(others)}: not the slices of one volume"
-            raise ScanError(path, reason, "save each volume as a separate file, one page per slice", "ambiguous")
+            remedy = "save each volume as a separate file, one page per slice, with the axes ZYX"
+            raise ScanError(path, reason, remedy, "ambiguous")
 
 
 def full_pages(path, tif: tifffile.TiffFile) -> list[tifffile.TiffPage]:
