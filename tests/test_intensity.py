@@ -53,7 +53,7 @@ def test_settings():
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("brian", r"'brian' is not one of lung, .*brain \(did you mean brain\?\)"),
+        ("brian", r"'brian' is not one of lung, .*LOW,HIGH, or three windows separated by / \(did you mean brain\?\)"),
         ("lung/bone", "has 2 windows: give 1, or 3"),
         ("percentile:99,1", "0 <= LOW < HIGH <= 100"),
         ("5,5", "the lower one first"),

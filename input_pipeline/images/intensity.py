@@ -56,9 +56,9 @@ def ct_window(window: Window) -> tuple[float, float]:
             return CT_WINDOWS[window]
         ends = _pair(window)
         if ends is None:
-            others = "minmax, percentile, percentile:LOW,HIGH, header, LOW,HIGH or three windows separated by /"
-            known = ", ".join(CT_WINDOWS)
-            raise ValueError(f"intensity {window!r} is not one of {known}{nearest(window, CT_WINDOWS)}; {others}")
+            known = ", ".join((*CT_WINDOWS, "minmax", "percentile", "percentile:LOW,HIGH", "header", "LOW,HIGH"))
+            near = nearest(window, (*CT_WINDOWS, "minmax", "percentile", "header"))
+            raise ValueError(f"intensity {window!r} is not one of {known}, or three windows separated by /{near}")
     low, high = map(float, ends)
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise ValueError(f"CT window {(low, high)} must be two finite intensities, the lower one first")

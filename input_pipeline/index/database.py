@@ -78,7 +78,7 @@ def to_columns(check: ScanCheck) -> tuple:
 def from_columns(row: tuple) -> ScanCheck:
     """Return the scan check of the columns SCAN (the inverse of `to_columns`)."""
     check = ScanCheck(*row)
-    return check._replace(spacing=json.loads(check.spacing), notices=json.loads(check.notices))
+    return check._replace(spacing=json.loads(check.spacing), notices=tuple(json.loads(check.notices)))
 
 
 def placeholders(count: int) -> str:
