@@ -59,7 +59,7 @@ def _few_levels(sample: np.ndarray, low: float, high: float, bottom: float, top:
     if levels >= FEW_LEVELS:
         return []
     return [
-        f"contrast is lost: the central 98 % of the voxels ({first:g} to {last:g}) get {levels} of {LEVELS} gray "
+        f"contrast is lost: the central 98 % of the voxels ({first:.4g} to {last:.4g}) get {levels} of {LEVELS} gray "
         f"levels, because the scan ranges from {low:g} to {high:g}: remove the outliers, or choose another intensity"
     ]
 
@@ -75,7 +75,7 @@ def _clipped(sample: np.ndarray, bottom: float, top: float) -> list[str]:
     if (levels := _levels(last - first, bottom, top)) < FEW_LEVELS:
         return [
             f"the window {bottom:g} to {top:g} leaves {levels} of {LEVELS} gray levels for the central 98 % of the "
-            f"voxels ({first:g} to {last:g}): choose a narrower one"
+            f"voxels ({first:.4g} to {last:.4g}): choose a narrower one"
         ]
     return []
 
