@@ -16,7 +16,7 @@ CLIPPED = 0.95  # a notice above this share of clipped voxels
 SOFT_TISSUE = (0.0, 80.0)  # HU: brain, muscle, blood and most organs
 FEW_SOFT_LEVELS = 16
 STRETCHED = 1.5  # a notice above this ratio of the sides
-SAMPLES = 1 << 14  # voxels from which everything is measured
+SAMPLES = 1 << 13  # voxels from which everything is measured
 MINIMUM = 64  # sampled voxels below which nothing is measured
 
 
