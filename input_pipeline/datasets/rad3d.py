@@ -104,7 +104,7 @@ class Rad3DRationale(TableDataset):
     def parse(self, row):
         path, title = row.path(row.text("npy_path")), row.text("title")
         if not diseases.words(title):
-            raise row.error(f"title {title!r} names no disease")
+            raise row.error(f"title {title!r} is not the name of a disease")
         features = join(*(closed(text) for text in row.texts("radiographic_features", literal=False)))
         if not features:
             raise row.error("radiographic_features is blank")

@@ -20,7 +20,7 @@ class VQA(TableDataset):
         return self.value(path, row.text("Question"), row.text("Answer"))
 
     def value(self, path, question, answer):
-        """Return the value of a row. Everything constant is made here once, as a mixture draws millions of samples."""
+        """Return the value of a row. Constant parts are built only once, because samples are drawn in millions."""
         scans = path if path.lower().endswith(".npy") else (Scan(path),)
         return scans, self.study_of(path), Text(question, "instruction"), Text(answer, "response")
 

@@ -1,4 +1,4 @@
-"""Categories by which reports count: modalities, and reasons without their particulars."""
+"""Categories for the counts in reports: modalities, and reasons without names and numbers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ UNKNOWN = "not stated"
 
 
 def modality_name(code: str, family: str) -> str:
-    """Return the modality of a scan by its file, or by the data set that names it."""
+    """Return the modality of a scan, from its file, or else from the data set that lists it."""
     return MODALITIES.get(code, code) if code else FAMILY_MODALITIES.get(family, UNKNOWN)
 
 
