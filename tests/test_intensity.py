@@ -22,6 +22,7 @@ from input_pipeline.images.scans.voi import window_ends
 from input_pipeline.images.slices import slices
 from input_pipeline.images.volumes import padded_size, prepare_volume
 from input_pipeline.samples import Scan, ScanNotice
+from radfm_jax import terminal
 from radfm_jax.inference import inputs
 
 SIZES = Sizes(64, 64, 8)
@@ -234,6 +235,16 @@ def test_inference_reports_lost_contrast(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         inputs.read_scans([Scan(path, window="brain")], preparation)
+
+
+def test_commands_print_notices_without_their_place_in_the_code(capsys):
+    def command() -> int:
+        warnings.warn("head.nii: soft tissue", ScanNotice, stacklevel=1)
+        return 0
+
+    assert terminal.run(command) == 0
+    printed = capsys.readouterr()
+    assert (printed.out + printed.err).strip() == "notice: head.nii: soft tissue"
 
 
 def test_pages_for_people_show_ct_in_a_window(tmp_path):

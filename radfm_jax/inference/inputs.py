@@ -107,7 +107,7 @@ class Preparation:
         new = {f.name: f.default for f in dataclasses.fields(self) if f.name in ("intensities", "fit")}
         return {name: value for name, value in plain.items() if name not in new or getattr(self, name) != new[name]}
 
-    def window(self, name: str, window: Window | None) -> Window | None:
+    def window_of(self, window: Window | None) -> Window | None:
         """Return the intensity setting of a scan whose own is `window`. Raises ValueError if it is not determined."""
         if window is None and len(self.intensities) > 1:
             settings = " and ".join(self.intensities)
@@ -210,7 +210,7 @@ def read_scans(files: Sequence[Scan], preparation: Preparation) -> list[Volume]:
     for name, voxels, header, window in read:
         try:
             volume = prepare_volume(
-                voxels, window=preparation.window(name, window), storage=preparation.storage, sizes=preparation.sizes,
+                voxels, window=preparation.window_of(window), storage=preparation.storage, sizes=preparation.sizes,
                 fit=preparation.fit, measure=True, **header.facts,
             )  # fmt: skip
         except ValueError as error:
