@@ -14,6 +14,7 @@ from input_pipeline.files import sha256_of_file
 from input_pipeline.images import scans
 from input_pipeline.images.intensity import one_channel_if_gray
 from input_pipeline.images.planes import Sizes
+from input_pipeline.images.scans.access import is_system_file
 from input_pipeline.images.scans.base import printable
 from input_pipeline.images.volumes import prepare_volume
 from input_pipeline.parallel import workers
@@ -189,4 +190,4 @@ def scan_sha256(path: Path) -> str:
 
 def _series_files(directory: Path) -> list[tuple[str, os.stat_result]]:
     with os.scandir(directory) as entries:
-        return sorted((e.name, e.stat()) for e in entries if e.is_file())
+        return sorted((e.name, e.stat()) for e in entries if e.is_file() and not is_system_file(e.name))

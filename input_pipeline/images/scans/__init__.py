@@ -60,13 +60,15 @@ def find_reader(path, limits: ScanLimits):
     if stat.S_ISDIR(stat_scan(path).st_mode):
         return dicom
     with open_scan(path, limits) as file:
-        start = file.read(132)
+        start = file.read(262)
     detected = next((module for module in READERS if module.sniff(start)), None)
     if detected is None:
         for magic, (reason, remedy) in UNSUPPORTED.items():
             if start.startswith(magic):
                 raise ScanError(path, reason, remedy, "unsupported")
-        remedy = "supported are NIfTI, DICOM (with its 128-byte preamble), PNG, JPEG, TIFF and .npy"
+        if start[257:] == b"ustar":
+            raise ScanError(path, "is a tar archive", "unpack it", "unsupported")
+        remedy = "supported are NIfTI, DICOM, PNG, JPEG, TIFF and .npy"
         raise ScanError(path, f"has an unknown format: it starts with {start[:8].hex()}", remedy, "unsupported")
     # 2D images are often renamed between .png and .jpg, which is harmless; any other mismatch suggests a wrong file.
     name, kind = os.fsdecode(path).lower(), READERS[detected][0]

@@ -11,6 +11,17 @@ from typing import BinaryIO
 
 from input_pipeline.images.scans.base import COPY_AGAIN, ScanError, ScanLimits, join_offenders, limit_error, printable
 
+# Files and folders that operating systems create, and the list of files of a DICOM medium. In lower case.
+SYSTEM_FILES = frozenset(
+    ".ds_store .localized .directory .appledouble .spotlight-v100 .trashes .fseventsd .temporaryitems __macosx @eadir "
+    "thumbs.db ehthumbs.db desktop.ini $recycle.bin dicomdir".split()
+)
+
+
+def is_system_file(name: str) -> bool:
+    """Return whether an entry of a series directory is not a scan, by its name."""
+    return name.lower() in SYSTEM_FILES or name.startswith("._")
+
 
 def stat_scan(path) -> os.stat_result:
     """Stat a path, following links. Raises ScanError unless it is a regular file or a directory."""
@@ -87,8 +98,8 @@ def as_scan_error(path, action: str, *, hide_message: bool = False) -> Iterator[
         remedy = "lower ScanLimits.max_bytes or free memory"
         raise ScanError(path, f"not enough memory while {action}", remedy, "limit") from error
     except Exception as error:  # decoders raise nearly every type on hostile input
-        lines = str(error).strip().splitlines()
-        cause = type(error).__name__ + (f": {lines[0][:200]}" if lines and not hide_message else "")
+        text = " ".join(str(error).split())  # all lines: some libraries name the cause in the last one
+        cause = type(error).__name__ + (f": {text[:300]}" if text and not hide_message else "")
         remedy = "the file is damaged or of an unusual kind: copy or export it again"
         raise ScanError(path, f"failed while {action} ({cause})", remedy) from (None if hide_message else error)
 

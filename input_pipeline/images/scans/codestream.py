@@ -6,10 +6,14 @@ JPEG (ITU T.81), JPEG-LS (T.87), JPEG 2000 (T.800) and PackBits (DICOM PS3.5 ann
 from __future__ import annotations
 
 import struct
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
 
 MAX_TILES = 16384  # more than any encoder writes
 MAX_SCANS = 200  # every scan of a progressive JPEG costs one pass over the image
+
+
+Colours = Literal["RGB", "YBR"]
 
 
 class Size(NamedTuple):
@@ -21,6 +25,25 @@ class Size(NamedTuple):
     bits: int
 
 
+def jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yield (marker, content) of the segments of a JPEG or JPEG-LS stream before its first scan."""
+    offset = 2
+    while offset + 4 <= len(data) and data[offset] == 0xFF:
+        marker = data[offset + 1]
+        if marker == 0xFF:  # fill byte
+            offset += 1
+            continue
+        length = struct.unpack_from(">H", data, offset + 2)[0]
+        if marker == 0xDA or length < 2:
+            return
+        yield marker, data[offset + 4 : offset + 2 + length]
+        offset += 2 + length
+
+
+def is_frame_header(marker: int) -> bool:
+    return 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) or marker == 0xF7
+
+
 def jpeg(data: bytes) -> Size:
     """Return the size in the frame header of a JPEG or JPEG-LS stream. Raises ValueError if it is damaged."""
     if data[:2] != b"\xff\xd8":
@@ -30,22 +53,32 @@ def jpeg(data: bytes) -> Size:
         raise ValueError(f"has {scans} JPEG scans, more than the limit of {MAX_SCANS}")
     if data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
         raise ValueError("has no JPEG end marker: it is truncated")
-    offset = 2
-    while offset + 4 <= len(data) and data[offset] == 0xFF:
-        marker = data[offset + 1]
-        if marker == 0xFF:  # fill byte
-            offset += 1
-            continue
-        length = struct.unpack_from(">H", data, offset + 2)[0]
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) or marker == 0xF7:
-            if length < 8 or offset + 10 > len(data):
-                break
-            bits, rows, columns, channels = struct.unpack_from(">BHHB", data, offset + 4)
+    for marker, content in jpeg_segments(data):
+        if is_frame_header(marker) and len(content) >= 6:
+            bits, rows, columns, channels = struct.unpack_from(">BHHB", content)
             return Size(rows, columns, channels, bits)
-        if marker == 0xDA or length < 2:
-            break
-        offset += 2 + length
     raise ValueError("has no JPEG frame header")
+
+
+def jpeg_colours(data: bytes) -> tuple[Colours | None, Colours]:
+    """Return the colours that a JPEG stream states (None if it does not), and those that libjpeg assumes.
+
+    Stated are component ids R, G, B, a JFIF marker (YBR), or the transform of an Adobe marker. libjpeg looks for JFIF,
+    then Adobe, then component ids, and assumes YBR.
+    """
+    jfif, adobe, ids = False, None, b""
+    for marker, content in jpeg_segments(data):
+        if marker == 0xE0 and content.startswith(b"JFIF\0"):
+            jfif = True
+        elif marker == 0xEE and content.startswith(b"Adobe") and len(content) >= 12:
+            adobe = content[11]
+        elif is_frame_header(marker):
+            ids = content[6::3][:3]
+    transform: Colours | None = None if adobe is None else "YBR" if adobe == 1 else "RGB"
+    named = ids.upper() == b"RGB"
+    stated: Colours | None = "RGB" if named else "YBR" if jfif else transform
+    assumed: Colours = "YBR" if jfif else transform or ("RGB" if ids == b"RGB" else "YBR")
+    return stated, assumed
 
 
 def jpeg2000(data: bytes) -> Size:
@@ -100,5 +133,5 @@ def check_rle(data: bytes, planes: int, plane_bytes: int) -> None:
             raise ValueError("has RLE segments outside the frame")
         size = packbits_size(data[start:end], plane_bytes + 1)
         if not plane_bytes <= size <= plane_bytes + 1:
-            amount = "more" if size > plane_bytes else f"only {size}"
+            amount = f"more than {plane_bytes + 1}" if size > plane_bytes else f"only {size}"
             raise ValueError(f"has an RLE segment of {amount} bytes, but its header requires {plane_bytes}")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable
 
-from input_pipeline.images.scans.base import ScanError
-
 VOI_KEYWORDS = ("WindowCenter", "WindowWidth", "VOILUTFunction")
 
 
@@ -16,18 +14,14 @@ def stated_window(fields, frames) -> tuple[float, float] | None:
     Windows only suggest a display, so unreadable ones count as absent.
 
     Args:
-      fields: fields.Fields of the main data set. frames: its fields.FrameFields.
+      fields: fields.Fields of the main data set. frames: its instance.FrameFields.
     """
     groups = [frames.shared, *frames.per_frame]
     items = [item for group in groups if group is not None for item in group.items("FrameVOILUTSequence")]
     for source in (fields, *items):
-        try:
-            center, width = source.numbers("WindowCenter"), source.numbers("WindowWidth")
-            function = source.code("VOILUTFunction") or "LINEAR"
-        except ScanError:
-            continue
+        center, width = source.soft("numbers", "WindowCenter"), source.soft("numbers", "WindowWidth")
         if center and width:
-            return window_ends(center[0], width[0], function)
+            return window_ends(center[0], width[0], source.soft("code", "VOILUTFunction") or "LINEAR")
     return None
 
 
