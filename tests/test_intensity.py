@@ -247,6 +247,12 @@ def test_commands_print_notices_without_their_place_in_the_code(capsys):
     assert (printed.out + printed.err).strip() == "notice: head.nii: soft tissue"
 
 
+def test_previews_number_slices_as_the_file_does():
+    volume = prepare_volume(head_ct((64, 64, 120)), sizes=SIZES)
+    assert inputs.slices_shown(volume) == (list(range(8)), "slices 8, 23, 38, 53, 68, 83, 98, 113 of 120")
+    assert inputs.slices_shown(prepare_volume(head_ct((64, 64, 1)), sizes=SIZES)) == ([0], "2D")
+
+
 def test_pages_for_people_show_ct_in_a_window(tmp_path):
     path = save_ct(tmp_path / "ct.nii")
     (plain,), (shown,) = slices(Scan(path)), slices(Scan(path), for_people=True)

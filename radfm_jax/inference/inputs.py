@@ -271,16 +271,21 @@ def scan_rows(
 TILE, SLICES, CAPTION = 160, 8, 16
 
 
+def slices_shown(volume: Volume) -> tuple[list[int], str]:
+    """Return up to SLICES evenly spaced slices of a volume, and their numbers in the scan's file as text."""
+    stored = volume.voxels.shape[2]
+    chosen = np.unique(np.rint(np.linspace(0, stored - 1, min(SLICES, stored))).astype(int)).tolist()
+    depth = volume.source[2] if volume.source else stored
+    numbers = ", ".join(str(source_slice(i, stored, depth)) for i in chosen)
+    return chosen, f"slices {numbers} of {depth}" if stored > 1 else "2D"
+
+
 def preview_image(volumes: Sequence[Volume], names: Sequence[str]) -> Image.Image:
     """Draw the prepared volumes: a row of evenly spaced slices per scan, one slice for a 2D scan."""
     page = Image.new("RGB", (SLICES * (TILE + 4), max(len(volumes), 1) * (TILE + CAPTION + 4)), "white")
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(11)
     for k, (volume, name) in enumerate(zip(volumes, names, strict=True)):
-        top, stored = k * (TILE + CAPTION + 4), volume.voxels.shape[2]
-        chosen = np.unique(np.rint(np.linspace(0, stored - 1, min(SLICES, stored))).astype(int))
-        depth = volume.source[2] if volume.source else stored
-        numbers = ", ".join(str(source_slice(int(i), stored, depth)) for i in chosen)
-        numbers = f"slices {numbers} of {depth}" if stored > 1 else "2D"
+        top, (chosen, numbers) = k * (TILE + CAPTION + 4), slices_shown(volume)
         pen.text((2, top), f"<image-{k + 1}> {name}: {' x '.join(map(str, volume.shape))}, {numbers}", "black", font)
         values = volume.values()
         for j, i in enumerate(chosen):
