@@ -36,7 +36,7 @@ def head_ct(shape=(64, 64, 8)) -> np.ndarray:
     voxels = np.where(radius < 0.35, rng.integers(20, 46, shape), rng.integers(-1020, -980, shape))
     voxels = np.where((radius >= 0.35) & (radius < 0.4), 1000, voxels)
     voxels[0, 0, 0] = -1024
-    voxels[2, 2, 2] = 3071
+    voxels[2, 2, -1] = 3071
     return voxels.astype(np.int16)[..., None]
 
 
