@@ -13,6 +13,10 @@ Data: my/train.jsonl and my/test.jsonl, with scans at paths relative to my/. For
 `--config.data.train.own.root=DIR --config.data.test.own_test.root=DIR --config.data.index=DIR/index`. For tables of
 another family, copy one of the configs/adapt_*.py.
 
+CT needs a window, because the default `minmax` leaves soft tissue a few gray levels: run `prepare` and `train` with
+`--config.data.intensity=lung/soft_tissue/bone`, or `brain` for heads, and give sources of other modalities their own
+`intensity` (docs/data.md).
+
 Hardware: one H200, or two devices with 80 GB, because at the start the fresh and the loaded parameters are in memory at
 the same time. Estimated (radfm_jax/cost/estimate.py):
 

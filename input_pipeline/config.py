@@ -22,7 +22,8 @@ from input_pipeline.field_rules import (
 )
 from input_pipeline.files import nearest
 from input_pipeline.images.augment import FLIPS
-from input_pipeline.images.planes import CHANNELS, MODES, STORAGE, Sizes
+from input_pipeline.images.intensity import parse_intensity, setting_text
+from input_pipeline.images.planes import CHANNELS, FITS, MODES, STORAGE, Sizes
 
 SPLITS = ("train", "test")
 MIXTURES = ("epoch", "weights")
@@ -33,8 +34,8 @@ Weight = Annotated[float, above(0)]
 class DataConfig:
     """The data of an experiment."""
 
-    # Source name -> its `family` (datasets.FAMILIES), the family's fields (`table`, `root`, `split`, `fraction`, ...)
-    # and, for `mixture="weights"`, its `weight`. No study may be in both.
+    # Source name -> its `family` (datasets.FAMILIES), the family's fields (`table`, `root`, `split`, `fraction`,
+    # `intensity`, ...) and, for `mixture="weights"`, its `weight`. No study may be in both.
     train: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     test: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     index: str = ""  # the directory that `prepare` wrote
@@ -42,9 +43,13 @@ class DataConfig:
     # The source of medical terms: `open` (HPO, ICD-10-CM and a radiology list), `umls:DIR` (a directory with
     # MRCONSO.RRF and MRSTY.RRF), `scispacy:MODEL` or `none`.
     terms: str = "open"
-    preprocess: Annotated[str, one_of(MODES)] = (
-        "paper"  # or `released`: the volumes and texts of the released code, for released weights
-    )
+    # `paper`, or `released`: the volumes and texts of the released code, for released weights.
+    preprocess: Annotated[str, one_of(MODES)] = "paper"
+    # Intensities that become 0 and 1, for sources without a field `intensity`: `minmax` (the paper), `percentile`,
+    # `header`, a CT window, or three windows as channels (listed in images/intensity.py and docs/data.md).
+    intensity: str = "minmax"
+    # Of slices to the square of their final size: `stretch`, or `pad` to keep the ratio of their sides.
+    fit: Annotated[str, one_of(FITS)] = "stretch"
     storage: Annotated[str, one_of(STORAGE)] = "uint8"  # dtype of the planes: uint8, int16 or float32
     # Final side of 2D scans and of volumes, and maximum slices, in `paper` mode: multiples of the patch (32, 32, 4).
     size_2d: Size = 512
@@ -94,11 +99,28 @@ class DataConfig:
             _ = self.sizes
         except ValueError as error:
             yield f"data.size_2d, data.size_3d, data.depth: {error}"
+        yield from self._intensity_problems()
         if self.preprocess == "released":
             if self.storage != "float32":
                 yield "data.preprocess='released' needs data.storage='float32'"
-            if self.records or self.flips:
-                yield "data.preprocess='released' cannot be combined with data.records or data.flips"
+            if self.records or self.flips or self.fit != "stretch":
+                yield "data.preprocess='released' cannot be combined with data.records, data.flips or data.fit='pad'"
+
+    def _intensity_problems(self) -> Iterable[str]:
+        settings = {"data.intensity": self.intensity}
+        for split in SPLITS:
+            sources = getattr(self, split).items()
+            settings |= {f"data.{split}.{name}.intensity": s["intensity"] for name, s in sources if "intensity" in s}
+        for field, setting in settings.items():
+            try:
+                intensity = parse_intensity(setting)
+            except ValueError as error:
+                yield f"{field}: {error}"
+                continue
+            if self.preprocess == "released" and intensity.kind != "minmax":
+                yield f"{field} is {setting!r}, but data.preprocess='released' supports only minmax"
+            if len(intensity.windows) > self.channels:
+                yield f"{field} has {len(intensity.windows)} windows, but data.channels is {self.channels}"
 
     def _source_problems(self) -> Iterable[str]:
         splits = {split: getattr(self, split) for split in SPLITS if isinstance(getattr(self, split), Mapping)}
@@ -126,9 +148,13 @@ class DataConfig:
         return Sizes(self.size_2d, self.size_3d, self.depth)
 
     def sources(self, split: str | None = None) -> dict[str, dict]:
-        """Return source name -> fields, of one split or of both, sorted by name within a split like a ConfigDict."""
+        """Return source name -> fields, of one split or of both, sorted by name within a split like a ConfigDict.
+
+        A source without a field `intensity` gets `data.intensity`, unless that is the default.
+        """
         splits = SPLITS if split is None else (split,)
-        return {name: dict(fields) for s in splits for name, fields in sorted(getattr(self, s).items())}
+        common = {} if self.intensity == "minmax" else {"intensity": self.intensity}
+        return {name: common | dict(fields) for s in splits for name, fields in sorted(getattr(self, s).items())}
 
     def to_dict(self) -> dict:
         """Return plain values, for a ConfigDict."""
@@ -139,6 +165,13 @@ class DataConfig:
     def from_dict(cls, fields: Mapping) -> DataConfig:
         """Invert `to_dict`, for a dict or a ConfigDict. Raises ValueError with all unknown fields."""
         return from_mapping(cls, fields, "data")
+
+
+def trained_intensities(data: Mapping) -> tuple[str, ...]:
+    """Return the distinct intensity settings of the training sources, for `data` as in DataConfig.to_dict."""
+    common = data.get("intensity", "minmax")
+    settings = {setting_text(source.get("intensity", common)) for source in data.get("train", {}).values()}
+    return tuple(sorted(settings)) or (common,)
 
 
 def open_fields(source: Mapping) -> dict:

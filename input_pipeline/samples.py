@@ -33,7 +33,9 @@ class Scan:
 
     path: str  # relative to the data set's root, as in its table
     volume: int | None = None  # index of the volume in a 4D file; None if the file has only one
-    window: str | tuple[float, float] | None = None  # (low, high) to clip to, or a name in `intensity.CT_WINDOWS`
+    # How intensities become 0 to 1: (low, high) to clip to, or a setting of images/intensity.py; None: minmax, or the
+    # setting of the source or the model.
+    window: str | tuple[float, float] | None = None
 
     def __reduce__(self):
         """Pickle like Text."""
@@ -54,6 +56,10 @@ class Sample:
     def scans(self) -> tuple[Scan, ...]:
         """Every scan in reading order, including repetitions."""
         return tuple(p for p in self.parts if isinstance(p, Scan))
+
+
+class ScanNotice(UserWarning):
+    """A scan was read, but its contrast, its shape or its metadata are doubtful."""
 
 
 class RowError(ValueError):

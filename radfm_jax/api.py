@@ -68,6 +68,8 @@ class Model:
           on_text: called with each new piece of the answer while it is generated.
           options: fields of inference.Sampling (max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed,
             stop, stop_ids).
+        Warns:
+          ScanNotice: a scan has doubtful contrast, shape or metadata.
         Raises:
           ValueError: a mark has no scan or a scan no mark, a scan cannot be read, the prompt is empty or too long,
             logits are not finite, or the checkpoint lacks its tokenizer or the preparation of its scans.

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import time
+import warnings
 from collections.abc import Callable, Iterator
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from input_pipeline.samples import ScanNotice
 from radfm_jax.runtime import console
 
 
@@ -26,13 +28,31 @@ def run(command: Callable[[], int]) -> int:
 
     absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax warns about merges that it rightly skips
     try:
-        return command()
+        with scan_notices():
+            return command()
     except KeyboardInterrupt:
         message("interrupted", style="red")
         return 130
     except (ValueError, OSError) as error:
         message(f"error: {error}", style="red")
         return 2
+
+
+@contextlib.contextmanager
+def scan_notices() -> Iterator[None]:
+    """Print each ScanNotice as a message, without the place in the code where it arose."""
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def show_notice(text, category, *place, **options) -> None:
+            if issubclass(category, ScanNotice):
+                message(f"notice: {text}", style="yellow")
+            else:
+                show(text, category, *place, **options)
+
+        warnings.simplefilter("default", ScanNotice)
+        warnings.showwarning = show_notice
+        yield
 
 
 def message(text: str, style: str = "") -> None:

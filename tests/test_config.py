@@ -70,7 +70,7 @@ def test_all_problems_are_reported_at_once():
         ({"preprocess": "released"}, "needs data.storage='float32'"),
         (
             {"preprocess": "released", "storage": "float32", "records": True},
-            "cannot be combined with data.records or data.flips",
+            "cannot be combined with data.records, data.flips or",
         ),
         (
             {"mixture": "weights", "train": {"a": SOURCE | {"weight": 0.0}}},

@@ -147,7 +147,7 @@ def test_options_without_effect_are_errors(arguments, words, capsys):
             ["--prompt", "x", "--devices", "3"],
             "--devices must be at most 8 and divide the model's 4 key/value heads (got 3)",
         ),
-        (["--prompt", "x", "--scan", "f", "--window", "brian"], "CT window 'brian' is not one of"),
+        (["--prompt", "x", "--scan", "f", "--window", "brian"], "--window: intensity 'brian' is not one of"),
         (["--prompt", "x", "--show", "x.png"], "--show needs a --scan"),
         (["--prompt", "x", "--size-2d", "50"], "size_2d, size_3d, depth: "),
     ],

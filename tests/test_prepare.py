@@ -135,8 +135,8 @@ def test_the_index_is_what_training_opens(indexed):
     assert report["rows"]["good"] == sum(len(dataset) for dataset in opened.values())
     assert report["scans"] == {"good": 56, "bad": 0}
     assert set(os.listdir(out)) == {
-        "index.json", "scans.parquet", "rows.parquet", "quarantine.jsonl", "cut.jsonl", "duplicates.jsonl",
-        "leaks.jsonl", "summary.txt", "summary.json", "summary.png", ".lock",
+        "index.json", "scans.parquet", "rows.parquet", "quarantine.jsonl", "notices.jsonl", "cut.jsonl",
+        "duplicates.jsonl", "leaks.jsonl", "summary.txt", "summary.json", "summary.png", ".lock",
     }  # fmt: skip
 
 

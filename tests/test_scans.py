@@ -33,9 +33,9 @@ def test_constant_and_non_finite_scans(tmp_path):
     np.testing.assert_array_equal(scans.read(save_npy(tmp_path / "a.npy", almost))[0], almost)
     array = np.random.default_rng(0).normal(size=(6, 7, 5)).astype(np.float32)
     for bad in (np.nan, np.inf, -np.inf):
-        array[1, 2, 3] = bad
-        fails(save_npy(tmp_path / "a.npy", array), "non-finite", "1 of 210 voxels")
-        fails(nifti(tmp_path / "a.nii.gz", array, np.eye(4)), "non-finite", "1 of 210 voxels")
+        array[1, 2, :3] = bad
+        fails(save_npy(tmp_path / "a.npy", array), "non-finite", "3 of 210 voxels")
+        fails(nifti(tmp_path / "a.nii.gz", array, np.eye(4)), "non-finite", "3 of 210 voxels")
     fails(save_npy(tmp_path / "a.npy", np.linspace(0, 1e300, 210).reshape(6, 7, 5)), "non-finite", "too large")
 
 
@@ -107,3 +107,21 @@ def test_resolve(tmp_path):
     for path in (None, 7):
         with pytest.raises(scans.ScanError):
             scans.resolve(root, path)
+
+
+@pytest.mark.parametrize(("count", "good"), [(1, True), (10, True), (11, False), (150, False)])
+def test_a_few_nan_voxels_are_padding(tmp_path, count, good):
+    voxels = np.random.default_rng(0).uniform(-50, 100, (10, 10, 10)).astype(np.float32)
+    voxels.flat[7 : 7 + count] = np.nan
+    np.save(tmp_path / "a.npy", voxels)
+    if not good:
+        fails(tmp_path / "a.npy", "non-finite", f"{count} of 1000 voxels are NaN", "up to 1% of NaN")
+        return
+    got, header = scans.read(tmp_path / "a.npy")
+    low = np.nanmin(voxels)
+    np.testing.assert_array_equal(got[..., 0], np.where(np.isnan(voxels), low, voxels))
+    assert header.value_range == (low, voxels[~np.isnan(voxels)].max())
+    assert header.notices[0].startswith(f"{count} of 1000 voxels are NaN, and are read as the minimum")
+    voxels.flat[0] = np.inf
+    np.save(tmp_path / "a.npy", voxels)
+    fails(tmp_path / "a.npy", "non-finite", f"{count + 1} of 1000 voxels")

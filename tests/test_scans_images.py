@@ -122,3 +122,53 @@ def test_a_jpeg_named_png_is_read_but_an_image_named_nii_is_not(tmp_path):
     assert scans.read(tmp_path / "a.png")[1].shape == (64, 64, 1, 1)
     (tmp_path / "a.png").rename(tmp_path / "a.nii")
     fails(tmp_path / "a.nii", "ambiguous", "a 2D image")
+
+
+def png_with(path, *chunks: tuple[bytes, bytes], before: bytes = b"IDAT"):
+    """Insert chunks into a PNG of distinct pixels, before the first chunk of this name."""
+    save_image(path, RAMP)
+    data, added = path.read_bytes(), b""
+    for name, body in chunks:
+        added += struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+    position = data.index(before) - 4
+    path.write_bytes(data[:position] + added + data[position:])
+    return path
+
+
+XMP = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+BAD_EXIF = {"text": b"this is no TIFF header", "cut": b"MM\0*\0\0\0\x08\0\x05\x01\x12", "order": b"XX\0*\0\0\0\x08\0\0"}
+
+
+@pytest.mark.parametrize("before", [b"IDAT", b"IEND"])
+@pytest.mark.parametrize("body", [b"\0\0\0\0" + XMP, b"\x01\0\0\0" + zlib.compress(XMP)])
+def test_a_png_whose_orientation_is_in_xmp_only(tmp_path, before, body):
+    path = png_with(tmp_path / "a.png", (b"iTXt", b"XML:com.adobe.xmp\0" + body), before=before)
+    voxels, header = scans.read(path)
+    np.testing.assert_array_equal(voxels[..., 0, 0], np.rot90(RAMP, -1))
+    assert header == scans.header(path) and header.shape == (12, 5, 1, 1) and header.notices == ()
+
+
+@pytest.mark.parametrize("before", [b"IDAT", b"IEND"])
+@pytest.mark.parametrize("kind", BAD_EXIF)
+def test_unreadable_metadata_are_a_notice(tmp_path, kind, before):
+    path = png_with(tmp_path / "a.png", (b"eXIf", BAD_EXIF[kind]), before=before)
+    voxels, header = scans.read(path)
+    np.testing.assert_array_equal(voxels[..., 0, 0], RAMP)
+    assert kind == "cut" or "unreadable EXIF or XMP metadata" in header.notices[0]
+    save_image(tmp_path / "b.jpg", RAMP, exif=b"Exif\0\0" + BAD_EXIF[kind])
+    assert scans.read(tmp_path / "b.jpg")[0].shape == (5, 12, 1, 1)
+
+
+def test_an_invalid_orientation_is_a_notice(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 9
+    voxels, header = scans.read(save_image(tmp_path / "a.png", RAMP, exif=exif))
+    np.testing.assert_array_equal(voxels[..., 0, 0], RAMP)
+    assert "invalid orientation" in header.notices[0]
+
+
+@pytest.mark.parametrize("kind", ["gif", "webp", "png"])
+def test_animations_are_refused(tmp_path, kind):
+    frames = [Image.fromarray(RAMP), Image.fromarray(RAMP[::-1])]
+    frames[0].save(tmp_path / f"a.{kind}", save_all=True, append_images=frames[1:])
+    fails(tmp_path / f"a.{kind}", "unsupported", "save")

@@ -199,3 +199,59 @@ def test_every_flipped_bit_of_a_gzip_stream_is_detected(tmp_path):
         except scans.ScanError:
             errors += 1
     assert errors > 0.8 * (8 * len(data) / 3)  # the rest are unused header bytes: time, system
+
+
+def with_header(path, array, affine=None, **fields):
+    """Write a NIfTI file and set header fields (name -> bytes format, offset, values) that nibabel would correct."""
+    nibabel.save(nibabel.Nifti1Image(array, np.diag([2, 3, 4, 1]) if affine is None else affine), path)
+    return patched(path, *(field for field in fields.values()))
+
+
+VOLUME = np.arange(5 * 6 * 4, dtype=np.int16).reshape(5, 6, 4)
+NO_SFORM, NO_QFORM = ("<h", 254, 0), ("<h", 252, 0)
+QFORM = ("<h", 252, 1)
+
+
+@pytest.mark.parametrize("sform", [False, True])
+def test_qfac_zero_is_one(tmp_path, sform):
+    array = VOLUME
+    want, _ = scans.read(with_header(tmp_path / "one.nii", array, q=QFORM, **({} if sform else {"s": NO_SFORM})))
+    path = with_header(tmp_path / "zero.nii", array, q=QFORM, f=("<f", 76, 0.0), **({} if sform else {"s": NO_SFORM}))
+    got, header = scans.read(path)
+    np.testing.assert_array_equal(got, want)
+    assert header.notices == () and header.orientation == "PLS"
+
+
+@pytest.mark.parametrize("value", [0.9, 1.5, float("nan")])
+def test_a_bad_quaternion_beside_a_good_sform(tmp_path, value):
+    bad = {"b": ("<f", 256, value), "c": ("<f", 260, value)}
+    want, _ = scans.read(with_header(tmp_path / "good.nii", VOLUME))
+    got, header = scans.read(with_header(tmp_path / "bad.nii", VOLUME, q=QFORM, **bad))
+    np.testing.assert_array_equal(got, want)
+    assert header.notices == ("has an invalid qform, which its sform replaces: remove the qform",)
+    with pytest.raises(scans.ScanError):
+        scans.read(with_header(tmp_path / "only.nii", VOLUME, q=QFORM, s=NO_SFORM, **bad))
+
+
+@pytest.mark.parametrize("forms", ["none", "qform", "sform"])
+def test_a_single_slice_needs_no_step(tmp_path, forms):
+    array, zero = VOLUME[..., :1], {"p": ("<f", 88, 0.0)}
+    if forms == "sform":
+        zero |= {f"z{k}": ("<f", 280 + 16 * k + 8, 0.0) for k in range(3)}  # the third column
+    else:
+        zero |= {"s": NO_SFORM, "q": QFORM if forms == "qform" else NO_QFORM}
+    want, _ = scans.read(with_header(tmp_path / "good.nii", array))
+    voxels, header = scans.read(with_header(tmp_path / "a.nii", array, **zero))
+    assert voxels.shape == want.shape and header.spacing_mm == (3.0, 2.0, None)
+    if forms != "none":
+        np.testing.assert_array_equal(voxels, want)
+    assert "no step between slices" in header.notices[0]
+    path = with_header(tmp_path / "several.nii", VOLUME, **zero)
+    fails(path, "damaged", "voxel spacing" if forms != "sform" else "zero, huge")
+
+
+def test_vectors_are_no_scans(tmp_path):
+    vectors = np.zeros((5, 6, 4, 1, 3), np.float32)
+    vectors[0] = 1
+    nibabel.save(nibabel.Nifti1Image(vectors, np.eye(4)), tmp_path / "v.nii")
+    fails(tmp_path / "v.nii", "unsupported", "has 5 dimensions [5, 6, 4, 1, 3]")

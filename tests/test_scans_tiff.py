@@ -97,13 +97,15 @@ def test_tiff_miniswhite_palette_and_alpha(tmp_path):
 
 def test_tiff_imagej_stack_is_not_reduced_to_its_first_slice(tmp_path):
     stack = np.stack([RAMP.astype(np.uint16) * (k + 1) for k in range(3)])
-    tifffile.imwrite(tmp_path / "a.tif", stack, imagej=True)
+    tifffile.imwrite(tmp_path / "a.tif", stack, imagej=True, metadata={"axes": "ZYX"})
     try:
         voxels, _ = scans.read(tmp_path / "a.tif")
     except scans.ScanError as error:
         assert error.fault == "ambiguous" and "3 images" in str(error)
     else:
         np.testing.assert_array_equal(voxels[..., 0], np.moveaxis(stack, 0, -1))
+    tifffile.imwrite(tmp_path / "b.tif", stack, imagej=True)  # without axes, tifffile states channels
+    fails(tmp_path / "b.tif", "ambiguous", "3 channels", "with the axes ZYX")
 
 
 def test_tiff_with_a_broken_chain_of_pages(tmp_path):
@@ -136,3 +138,52 @@ def test_truncated_tiff(tmp_path):
             (tmp_path / "b.tif").write_bytes(data[:end])
             with pytest.raises(scans.ScanError):
                 scans.read(tmp_path / "b.tif")
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape", "options", "words"),
+    [
+        ("TZCYX", (4, 3, 2, 30, 40), {"imagej": True}, "4 times x 3 slices x 2 channels"),
+        ("TZCYX", (4, 3, 2, 30, 40), {"ome": True}, "4 times x 3 slices x 2 channels"),
+        ("TYX", (4, 30, 40), {"imagej": True}, "4 times"),
+        ("CYX", (2, 30, 40), {"ome": True}, "2 channels"),
+        ("TCYX", (2, 3, 30, 40), {}, "2 times x 3 channels"),
+        ("QQYX", (2, 3, 30, 40), {}, "2 images along Q x 3 images along Q"),
+    ],
+)
+def test_times_and_channels_are_no_slices(tmp_path, axes, shape, options, words):
+    pixels = np.random.default_rng(0).integers(0, 255, shape, np.uint8)
+    metadata = {"axes": axes} if axes != "QQYX" else {}
+    tifffile.imwrite(tmp_path / "a.tif", pixels, photometric="minisblack", metadata=metadata, **options)
+    fails(tmp_path / "a.tif", "ambiguous", f"its metadata state {words}", "save each volume as a separate file")
+
+
+@pytest.mark.parametrize("options", [{"imagej": True}, {"ome": True}, {}])
+def test_slices_with_metadata_are_read(tmp_path, options):
+    pixels = np.random.default_rng(0).integers(0, 255, (3, 30, 40), np.uint8)
+    tifffile.imwrite(tmp_path / "a.tif", pixels, photometric="minisblack", metadata={"axes": "ZYX"}, **options)
+    np.testing.assert_array_equal(scans.read(tmp_path / "a.tif")[0][..., 0], np.moveaxis(pixels, 0, -1))
+
+
+@pytest.mark.parametrize("small", [(16, 20), (8, 10)])
+def test_pages_that_are_smaller_copies_are_dropped(tmp_path, small):
+    pixels = np.random.default_rng(0).integers(0, 255, (3, 16, 20), np.uint8)
+    with tifffile.TiffWriter(tmp_path / "a.tif") as tif:
+        for page in pixels:
+            tif.write(page, photometric="minisblack", metadata=None, compression="zlib")
+            tif.write(np.zeros(small, np.uint8), photometric="minisblack", metadata=None, subfiletype=1)
+    voxels, header = scans.read(tmp_path / "a.tif")
+    np.testing.assert_array_equal(voxels[..., 0], np.moveaxis(pixels, 0, -1))
+    assert header.shape == (16, 20, 3, 1)
+    with tifffile.TiffWriter(tmp_path / "b.tif") as tif:
+        tif.write(pixels[0], photometric="minisblack", metadata=None)
+        tif.write(pixels[1], photometric="minisblack", metadata=None, subfiletype=1)
+    entry = lambda value: struct.pack("<HHII", 254, 4, 1, value)  # noqa: E731
+    data = (tmp_path / "b.tif").read_bytes()
+    assert data.count(entry(1)) == 1
+    (tmp_path / "b.tif").write_bytes(data.replace(entry(1), entry(4)))
+    fails(tmp_path / "b.tif", "ambiguous", "has a transparency mask")
+    with tifffile.TiffWriter(tmp_path / "pyramid.tif") as tif:
+        tif.write(pixels[0], photometric="minisblack", subifds=1)
+        tif.write(np.zeros((8, 10), np.uint8), photometric="minisblack", subfiletype=1)
+    np.testing.assert_array_equal(scans.read(tmp_path / "pyramid.tif")[0][..., 0, 0], pixels[0])

@@ -15,17 +15,17 @@ import numpy as np
 
 from input_pipeline.batching.collate import LoadedRow, ScanPlanes, collate_row
 from input_pipeline.batching.plan import PlannedRow, SampleSizes, plan_window
-from input_pipeline.batching.report import RowInfo, SampleInfo
+from input_pipeline.batching.report import RowInfo, SampleInfo, ScanInfo
 from input_pipeline.config import DataConfig
 from input_pipeline.datasets import sample_rng
 from input_pipeline.files import fingerprint
 from input_pipeline.images import scans
 from input_pipeline.images.augment import augment
-from input_pipeline.images.intensity import one_channel_if_gray
+from input_pipeline.images.intensity import one_channel_if_gray, parse_intensity
 from input_pipeline.images.planes import Volume, patch_count, plane_count, released_shape
 from input_pipeline.images.released_volumes import released_volumes
 from input_pipeline.images.volumes import prepare_volume
-from input_pipeline.index.index import Index, IndexedScan, scan_key
+from input_pipeline.index.index import Index, IndexedScan, key_hash, record_settings, scan_key
 from input_pipeline.parallel import workers
 from input_pipeline.samples import TASKS, RowError, Sample, Scan
 from input_pipeline.sources import encode_row, open_sources, rows_shown, terms_of, tokenizer_of
@@ -75,8 +75,7 @@ class RowLoader:
         if config.records:
             from input_pipeline.index.records import Records
 
-            fields = ("storage", "size_2d", "size_3d", "depth")
-            self.index.check_records({name: getattr(config, name) for name in fields})
+            self.index.check_records(record_settings(config))
             self.records = Records(self.index.directory / "records")
 
     def _check_channels(self) -> None:
@@ -183,6 +182,7 @@ class RowLoader:
         loaded: dict[int, ScanPlanes] = {}
         tried: set[int] = set()
         errors: list[str] = []
+        scan_infos: list[ScanInfo] = []
         for number, slots in zip(planned.samples, planned.slots, strict=True):
             name, sample, text = self.sample(number, epoch)
             encoded.append(text)
@@ -192,6 +192,7 @@ class RowLoader:
             )
             todo = {slot: scan for slot, scan in zip(slots, text.scans, strict=True) if slot not in tried}
             tried.update(todo)
+            scan_infos += [self._scan_info(name, slot, scan) for slot, scan in todo.items()]
             if config.preprocess == "released":
                 self._load_released(loaded, errors, name, sample, todo, epoch)
             else:
@@ -206,8 +207,15 @@ class RowLoader:
         )
         tasks = np.array([0, *(1 + TASKS.index(info.task) for info in infos)], np.int32)
         arrays["tasks"] = tasks[arrays["segments"]]
-        info = RowInfo(epoch, window, row, tuple(infos), planned.tokens, planned.padding, len(loaded), tuple(errors))
+        info = RowInfo(
+            epoch, window, row, tuple(infos), planned.tokens, planned.padding, len(loaded), tuple(errors),
+            tuple(scan_infos),
+        )  # fmt: skip
         return arrays, info
+
+    def _scan_info(self, name: str, slot: int, scan: Scan) -> ScanInfo:
+        root = self.datasets[name].root
+        return ScanInfo(slot, key_hash(*scan_key(root, scan)[1:]), self._indexed(root, scan).shape[:3])
 
     def _load_paper(self, loaded, errors, name: str, sample: Sample, slot: int, scan: Scan, epoch: int) -> None:
         """Load one scan into its slot, in `paper` mode."""
@@ -231,8 +239,8 @@ class RowLoader:
                     crop=config.crop,
                     flips=() if rng is None else config.flips,
                     sizes=config.sizes,
-                    padding=header.padding,
-                    value_range=header.value_range,
+                    fit=config.fit,
+                    **header.facts,
                 )
             loaded[slot] = ScanPlanes.of(volume)
 
@@ -245,6 +253,8 @@ class RowLoader:
             rng = sample_rng(config.seed, epoch, "crop of " + name, sample.row_id)
         for scan in todo.values():
             with self._row_errors(errors, name, sample, scan):
+                if parse_intensity(scan.window).kind != "minmax":
+                    raise ValueError(f"data.preprocess='released' has no intensity {scan.window!r}: remove the window")
                 voxels.append(self._read(self.datasets[name].root, scan)[0])
         if len(voxels) < len(todo):
             return  # all scans of a sample get one depth, so a missing scan makes it unknown

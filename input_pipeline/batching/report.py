@@ -22,6 +22,15 @@ class SampleInfo:
 
 
 @dataclasses.dataclass(frozen=True)
+class ScanInfo:
+    """The scan in a slot of a row."""
+
+    slot: int
+    key: int  # index.key_hash of its path, volume and window
+    shape: tuple[int, int, int]  # (H, W, D) before it was resized
+
+
+@dataclasses.dataclass(frozen=True)
 class RowInfo:
     """A row: its position in the data, and its contents as planned and loaded."""
 
@@ -33,6 +42,7 @@ class RowInfo:
     padding: str  # as in PlannedRow
     scans: int  # number of slots in use
     left_out: tuple[str, ...] = ()  # an error for each scan that could not be loaded, within `data.allowed_loss`
+    slots: tuple[ScanInfo, ...] = ()
 
 
 @dataclasses.dataclass

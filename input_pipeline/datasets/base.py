@@ -19,6 +19,7 @@ from input_pipeline.datasets.csv_tables import stream_csv
 from input_pipeline.datasets.json_tables import stream_json, stream_jsonl
 from input_pipeline.datasets.rows import Row, TableError
 from input_pipeline.datasets.store import Store, digest, first_equal
+from input_pipeline.images.intensity import canonical_window
 from input_pipeline.samples import RowError, Sample, Scan, Task, Text
 
 # The paper, patient or case in a path of the public sets. It must not be divided between splits.
@@ -117,6 +118,7 @@ class TableDataset(abc.ABC):
     split: str | None = None  # if the table has a column `split`, only its rows of this split are used
     strip: str = ""  # a prefix to remove from the table's paths: published tables have their authors' absolute paths
     study: str | None = None  # a regex with one group, the study in a path; default: patterns of the public sets
+    intensity: str | tuple[float, float] | None = None  # of scans without a `window`, see images/intensity.py
     fraction: float = 1.0  # share of the rows to use in an epoch (RadFM: 0.2 for MPx-Single and Rad3D-Modality)
     quarantine: bool = False  # continue without the bad rows, which are in `problems`; if False, raise TableError
 
@@ -125,6 +127,10 @@ class TableDataset(abc.ABC):
         self.file = self.root / self.table
         if not 0 < self.fraction <= 1:
             raise ValueError(f"{self.name}: fraction must be above 0 and at most 1, got {self.fraction}")
+        try:
+            self._intensity = canonical_window(self.intensity)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from None
         self._study = re.compile(self.study) if self.study else _STUDY
         if self.study and self._study.groups != 1:
             raise ValueError(f"{self.name}: the pattern study={self.study!r} must have exactly one group")
@@ -244,14 +250,24 @@ class TableDataset(abc.ABC):
             task, study, parts = self.parts(self._rows[i], rng)
         except ValueError as error:
             raise self._row_error(i, error) from error
+        return self._as_sample(i, task, study, parts)
+
+    def _as_sample(self, i: int, task: Task, study: str | None, parts: tuple[Text | Scan, ...]) -> Sample:
+        parts = tuple(self._windowed(part) if isinstance(part, Scan) else part for part in parts)
         return Sample(self.row_id(i), self.name, task, study, parts)
 
     def scans(self, i: int) -> tuple[Scan, ...]:
         """Return all scans that row i can use in any epoch."""
         try:
-            return self.scans_of(self._rows[i])
+            return tuple(map(self._windowed, self.scans_of(self._rows[i])))
         except ValueError as error:
             raise self._row_error(i, error) from error
+
+    def _windowed(self, scan: Scan) -> Scan:
+        """Return the scan with the source's intensity, unless its row states a window."""
+        if self._intensity is None or scan.window is not None:
+            return scan
+        return dataclasses.replace(scan, window=self._intensity)
 
     def _row_error(self, i: int, error: ValueError) -> RowError:
         if isinstance(error, RowError):

@@ -19,7 +19,7 @@ import numpy as np
 from input_pipeline.datasets import diseases, prompts
 from input_pipeline.datasets.base import TableDataset, instruction_parts, pick, pick_weighted
 from input_pipeline.datasets.store import digest, first_equal
-from input_pipeline.samples import RowError, Sample
+from input_pipeline.samples import RowError
 
 # Labels of a yes/no table.
 FLAGS = {"1": True, "1.0": True, "0": False, "0.0": False}
@@ -152,12 +152,13 @@ class Diagnosis(TableDataset):
         if self._pairs is None:
             return super().sample(i, rng)
         share = self._pairs[i][3]
-        return Sample(self.row_id(i), self.name, *self.parts(self._rows[pick(rng, share)], rng))
+        return self._as_sample(i, *self.parts(self._rows[pick(rng, share)], rng))
 
     def scans(self, i):
         if self._pairs is None:
             return super().scans(i)
-        return tuple(dict.fromkeys(self._rows[k][0][0] for k in self._pairs[i][3]))
+        scans = dict.fromkeys(self._rows[k][0][0] for k in self._pairs[i][3])
+        return tuple(map(self._windowed, scans))
 
     def _set_rates(self):
         """Set the question probabilities, so that yes and no are equally frequent over the table.

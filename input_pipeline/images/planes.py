@@ -20,6 +20,7 @@ PATCH = (32, 32, 4)
 POSITION_TABLES = (16, 16, 128)
 CHANNELS = 3
 MODES = ("paper", "released")
+FITS = ("stretch", "pad")
 STORAGE = ("uint8", "int16", "float32")
 MAX_DEPTH = 64
 
@@ -134,6 +135,8 @@ class Volume:
     scale: float = 1.0
     offset: float = 0.0
     depth: int | None = None  # D, slices that the model sees: K, or how often one slice is repeated (None: 4)
+    source: tuple[int, int, int] | None = None  # (H, W, D) of the scan before it was resized; None in records
+    notices: tuple[str, ...] = ()  # contrast and shape that the conversion lost, if they were measured
 
     def __post_init__(self):
         v = self.voxels
@@ -165,6 +168,14 @@ class Volume:
         """float32[H, W, D, 3] that the network sees, with slices and channels repeated as views."""
         x = self.voxels.astype(np.float32) * np.float32(self.scale) + np.float32(self.offset)
         return np.broadcast_to(x, (*self.shape, CHANNELS))
+
+
+def source_slice(stored: int, count: int, depth: int) -> int:
+    """Return the slice of a scan of `depth` slices, counted from 1, at the center of stored slice `stored` of `count`.
+
+    `stored` counts from 0. 120 -> 4: slices 16, 46, 76 and 106.
+    """
+    return min(int((stored + 0.5) * depth / count), depth - 1) + 1
 
 
 def planes(volume: Volume) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,8 @@ import numpy as np
 from PIL import Image
 
 from input_pipeline.images import scans
-from input_pipeline.images.intensity import intensity_range, one_channel_if_gray, without_padding
+from input_pipeline.images.contrast import is_hounsfield
+from input_pipeline.images.intensity import CT_WINDOWS, Window, intensity_ranges, one_channel_if_gray, without_padding
 from input_pipeline.samples import Scan
 
 
@@ -19,20 +20,28 @@ class Slice:
     image: Image.Image
     number: int
     count: int
-    low: float  # value that is black
+    low: float  # value that is black; of the first channel if the window differs between channels
     high: float  # value that is white
+    window: str = ""  # the window it shows, as text; "" for the whole range of the scan
 
 
-def slices(scan: Scan, max_slices: int = 1) -> list[Slice]:
+def slices(scan: Scan, max_slices: int = 1, *, for_people: bool = False) -> list[Slice]:
     """Return up to `max_slices` evenly spaced slices, first and last included; a single slice is the middle one.
 
     The ends of the scan's window, or else the minimum and maximum of the whole scan, become black and white. Padding is
     black. No header data is included. Raises ScanError, a ValueError, for a scan that cannot be used.
+
+    Args:
+      for_people: show a CT without a window in that of its file, or else in the soft tissue window, because its whole
+        range leaves soft tissue a few gray levels.
     """
     voxels, header = scans.read(scan.path, volume=scan.volume)
     try:
         voxels, low, high = without_padding(one_channel_if_gray(voxels), header.padding, header.value_range)
-        low, high = intensity_range(low, high, scan.window)
+        window = scan.window
+        if for_people and window is None:
+            window = _reading_window(voxels, low, high, header)
+        ranges = intensity_ranges(voxels, low, high, window, header.modality, header.window)
     except ValueError as error:
         raise scans.ScanError(scan.path, str(error), fault="unsupported") from error
     count = voxels.shape[2]
@@ -41,8 +50,27 @@ def slices(scan: Scan, max_slices: int = 1) -> list[Slice]:
         numbers = np.unique(np.rint(np.linspace(0, count - 1, min(max_slices, count))).astype(int))
     out = []
     for k in numbers:
-        values = (voxels[:, :, k].astype(np.float32) - low) / (high - low)
+        stored = voxels[:, :, k].astype(np.float32)
+        values = np.concatenate([(stored - bottom) / (top - bottom) for bottom, top in ranges], axis=-1)
         pixels = np.rint(np.clip(values, 0, 1) * 255).astype(np.uint8)
         image = Image.fromarray(pixels if pixels.shape[-1] == 3 else pixels[..., 0])
-        out.append(Slice(image, int(k) + 1, count, float(low), float(high)))
+        out.append(Slice(image, int(k) + 1, count, *map(float, ranges[0]), _window_text(window, ranges)))
     return out
+
+
+def _reading_window(voxels: np.ndarray, low: float, high: float, header: scans.Header) -> Window | None:
+    """Return the window in which people read a scan that has no setting, or None."""
+    if header.modality != "CT" and not is_hounsfield(voxels, low, high, header.modality):
+        return None
+    stated = header.window
+    if stated is not None and stated[0] < high and stated[1] > low:
+        return "header"
+    bottom, top = CT_WINDOWS["soft_tissue"]
+    return "soft_tissue" if low < 0 and high > bottom and low < top else None
+
+
+def _window_text(window: Window | None, ranges: tuple[tuple[float, float], ...]) -> str:
+    if window in (None, "minmax"):
+        return ""
+    ends = ", ".join(f"{low:g} to {high:g}" for low, high in ranges)
+    return f"{window.replace('_', ' ')} ({ends})" if isinstance(window, str) and "," not in window else ends

@@ -6,14 +6,16 @@ the released code (released_volumes.py).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import cv2
 import numpy as np
 
 from input_pipeline.images.augment import CROP_AREA, crop_box, flip_slices
-from input_pipeline.images.intensity import check_voxels, intensity_range, without_padding
-from input_pipeline.images.planes import MODES, PAPER_SIZES, STORAGE, Sizes, Volume, target_shape
+from input_pipeline.images.contrast import contrast_notices, stretch_notice
+from input_pipeline.images.intensity import Window, check_voxels, intensity_ranges, parse_intensity, without_padding
+from input_pipeline.images.planes import FITS, MODES, PAPER_SIZES, STORAGE, Sizes, Volume, target_shape
 from input_pipeline.images.released_volumes import released_volumes
 from input_pipeline.images.resize import resize_volume
 
@@ -24,65 +26,117 @@ def prepare_volume(
     voxels: np.ndarray,
     *,
     mode: str = "paper",
-    window: str | tuple[float, float] | None = None,
+    window: Window | None = None,
     storage: str | None = None,
     rng: np.random.Generator | None = None,
     crop: float = CROP_AREA[0],
     flips: Sequence[str] = (),
     sizes: Sizes = PAPER_SIZES,
+    fit: str = "stretch",
     padding: tuple[float, float] | None = None,
     value_range: tuple[float, float] | None = None,
+    modality: str | None = None,
+    stated_window: tuple[float, float] | None = None,
+    spacing: tuple[float, float] | None = None,
+    measure: bool = False,
 ) -> Volume:
     """Resize a scan, voxels [H, W, D, C] in any memory order, and scale its intensities to [0, 1].
 
     `paper` mode, in this order:
       1. Padding (voxels outside the field of view, often far darker than air) is set to the minimum of the others.
       2. Range: the minimum and maximum of the whole scan, before any crop or resize, become 0 and 1. With a window,
-         voxels are clipped to it and its ends become 0 and 1. Being linear, the scaling is applied after the resize.
+         voxels are clipped to it and its ends become 0 and 1; three windows become three channels. Being linear, the
+         scaling is applied after the resize.
       3. Crop, with an rng: one box for all slices, `crop` (0.8) to 1.0 of their area, in the plane only.
-      4. Height and width, each independently: box average when shrinking, linear when growing.
+      4. Height and width, each independently: box average when shrinking, linear when growing. `pad` keeps the ratio
+         of the sides (in mm, where the spacing is known), centers the slices and fills the rest with 0.
       5. Depth: linear; when shrinking, the kernel widens with the ratio (antialiased), so every slice contributes.
       6. Flips, with an rng: each axis in `flips` with probability 0.5.
       7. Quantization from float32 to `storage`, with an error of at most half of QUANTIZATION's scale. So an 8-bit scan
          that keeps its size is exact, and Hounsfield units that span up to 65535 are exact to half a unit in int16.
 
     Args:
-      window: a name in CT_WINDOWS or (low, high) in the unit of the voxels.
+      window: an intensity setting (intensity.py); None is `minmax`.
       storage: uint8 (default), int16 or float32; `released` mode supports float32 only.
       rng: for training only. The same generator state gives the same volume.
       flips: of "height", "width", "depth". Off by default, because left and right matter in a report.
-      padding: inclusive (low, high) of padding values: pass `Header.padding`. `released` mode ignores it.
-      value_range: (minimum, maximum) of `voxels` including padding: pass `Header.value_range`. Saves a pass over them.
+      fit: `stretch` to the square of the final size, or `pad`.
+      padding: inclusive (low, high) of padding values. `released` mode ignores it and the following arguments, which
+        `Header.facts` has for a scan from a file.
+      value_range: (minimum, maximum) of `voxels` including padding. Saves a pass over them.
+      modality: DICOM code. stated_window: the window in the header. spacing: mm between rows and between columns.
+      measure: add notices to the volume about contrast and shape that are lost.
     Raises:
-      ValueError: voxels that are not finite, all equal, all padding, or all outside the window; invalid arguments.
+      ValueError: voxels that are not finite, all equal, all padding, or outside the window; invalid arguments.
     """
     if mode == "released":
-        if window is not None or flips or storage not in (None, "float32"):
-            raise ValueError("released mode supports neither windows nor flips, and stores float32")
+        if parse_intensity(window).kind != "minmax" or flips or storage not in (None, "float32") or fit != "stretch":
+            raise ValueError("released mode supports neither windows nor flips nor padding, and stores float32")
         return released_volumes([voxels], rng=rng)[0]
-    if mode != "paper":
-        raise ValueError(f"mode {mode!r} must be one of {', '.join(MODES)}")
     storage = "uint8" if storage is None else storage
-    if storage not in STORAGE:
-        raise ValueError(f"storage {storage!r} must be one of {', '.join(STORAGE)}")
+    for name, value, known in (("mode", mode, MODES), ("storage", storage, STORAGE), ("fit", fit, FITS)):
+        if value not in known:
+            raise ValueError(f"{name} {value!r} must be one of {', '.join(known)}")
     voxels, low, high = without_padding(check_voxels(voxels), padding, value_range)
-    low, high = intensity_range(low, high, window)
-    height, width, depth = target_shape(voxels.shape[:3], mode, sizes)
-    if voxels.shape[2] == 1:
-        depth = 1
+    ranges = intensity_ranges(voxels, low, high, window, modality, stated_window)
+    notices = contrast_notices(voxels, low, high, ranges, window, modality) if measure else ()
+    notices += stretch_notice(*voxels.shape[:2], spacing) if measure and fit == "stretch" else ()
+    source = tuple(voxels.shape[:3])
     if rng is not None:
         top, left, h, w = crop_box(*voxels.shape[:2], rng, crop)
         voxels = voxels[top : top + h, left : left + w]
-    clip = None if window is None else (low, high)
-    slices = np.empty((depth, voxels.shape[3], height, width), storage)
+    height, width, depth = target_shape(source, mode, sizes)
+    inner = (height, width) if fit == "stretch" else padded_size(voxels.shape[:2], (height, width), spacing)
+    slices = _scaled_slices(voxels, (*inner, depth if source[2] > 1 else 1), ranges, (low, high), storage)
+    slices = slices if inner == (height, width) else _centered(slices, height, width)
+    volume = Volume.from_slices(flip_slices(slices, flips, rng), *QUANTIZATION[storage])
+    return dataclasses.replace(volume, source=source, notices=notices)
+
+
+def padded_size(
+    shape: tuple[int, int], square: tuple[int, int], spacing: tuple[float, float] | None
+) -> tuple[int, int]:
+    """Return the largest (height, width) within `square` with the ratio of a slice of `shape`.
+
+    The ratio is that in mm where `spacing` (between rows, between columns) is known, else that of the pixels.
+    """
+    rows, columns = (n * step for n, step in zip(shape, spacing or (1.0, 1.0), strict=True))
+    scale = min(square[0] / rows, square[1] / columns)
+    return max(round(rows * scale), 1), max(round(columns * scale), 1)
+
+
+def _centered(slices: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Center slices [K, C, h, w] in [K, C, height, width] of the value 0."""
+    zero = -32768 if slices.dtype == np.int16 else 0
+    out = np.full((*slices.shape[:2], height, width), zero, slices.dtype)
+    top, left = (height - slices.shape[2]) // 2, (width - slices.shape[3]) // 2
+    out[:, :, top : top + slices.shape[2], left : left + slices.shape[3]] = slices
+    return out
+
+
+def _scaled_slices(
+    voxels: np.ndarray,
+    size: tuple[int, int, int],
+    ranges: tuple[tuple[float, float], ...],
+    whole: tuple[float, float],
+    storage: str,
+) -> np.ndarray:
+    """Resize voxels [H, W, D, C] to `size` and return slices [K, C, H', W'] in the storage dtype.
+
+    Each of `ranges` becomes 0 to 1. Several are the channels of a gray scan. `whole` is the range of all voxels.
+    """
+    height, width, depth = size
+    slices = np.empty((depth, max(voxels.shape[3], len(ranges)), height, width), storage)
     # If the first axis varies fastest, as in arrays from nibabel, slices are processed transposed.
     swapped = abs(voxels.strides[0]) < abs(voxels.strides[1])
     if swapped:
         voxels, height, width = voxels.swapaxes(0, 1), width, height
-    for k, c, plane in resize_volume(voxels, (height, width, depth), low, clip):
-        plane = _quantize(plane, high - low, storage)
-        slices[k, c] = cv2.transpose(plane) if swapped else plane
-    return Volume.from_slices(flip_slices(slices, flips, rng), *QUANTIZATION[storage])
+    for first, (low, high) in enumerate(ranges):
+        clip = None if low <= whole[0] and high >= whole[1] else (low, high)
+        for k, c, plane in resize_volume(voxels, (height, width, depth), low, clip):
+            plane = _quantize(plane, high - low, storage)
+            slices[k, first + c] = cv2.transpose(plane) if swapped else plane
+    return slices
 
 
 def _quantize(plane: np.ndarray, span: float, storage: str) -> np.ndarray:

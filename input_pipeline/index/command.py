@@ -28,6 +28,7 @@ EPILOG = """\
 files written to DIR:
   index.json, scans.parquet, rows.parquet   the index; set data.index of the config to DIR
   quarantine.jsonl                          every bad row and scan: file, row, reason, remedy
+  notices.jsonl                             usable scans with doubtful contrast, shape or metadata
   cut.jsonl                                 rows with text or scans cut because they are too long
   leaks.jsonl                               studies and scans that are in both train and test
   duplicates.jsonl                          rows with equal content, scans with equal bytes (they are kept)

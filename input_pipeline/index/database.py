@@ -73,13 +73,13 @@ def open_database() -> Iterator[sqlite3.Connection]:
 
 def to_columns(check: ScanCheck) -> tuple:
     """Return the values of the columns SCAN."""
-    return check._replace(spacing=json.dumps(check.spacing))
+    return check._replace(spacing=json.dumps(check.spacing), notices=json.dumps(check.notices))
 
 
 def from_columns(row: tuple) -> ScanCheck:
     """Return the scan check of the columns SCAN (the inverse of `to_columns`)."""
     check = ScanCheck(*row)
-    return check._replace(spacing=parse_json(check.spacing))
+    return check._replace(spacing=parse_json(check.spacing), notices=tuple(parse_json(check.notices)))
 
 
 def placeholders(count: int) -> str:

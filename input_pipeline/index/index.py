@@ -27,6 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from input_pipeline.config import DataConfig
 from input_pipeline.files import fingerprint, nearest, parse_json, read_json, sha256_of_file
 from input_pipeline.samples import Scan
 
@@ -54,11 +55,12 @@ SCANS = pa.schema(
         ("height", pa.int32()),
         ("width", pa.int32()),
         ("depth", pa.int32()),
-        ("channels", pa.int32()),  # 1 if the three channels of the file are equal
+        ("channels", pa.int32()),  # of the volume: 1 if the three channels of the file are equal
         ("spacing", pa.list_(pa.float32())),  # mm along height, width, depth; empty if unknown
         ("dtype", pa.string()),
         ("low", pa.float64()),
         ("high", pa.float64()),
+        ("notices", pa.list_(pa.string())),  # what is doubtful about a usable scan
         ("bytes", pa.int64()),
         ("sha256", pa.string()),  # of the file; of a series, of its files in name order
         ("patches", pa.int32()),  # in `paper` mode
@@ -87,7 +89,7 @@ ROWS = pa.schema(
 class IndexedScan:
     """Facts about a scan that planning and loading need."""
 
-    shape: tuple[int, int, int, int]  # (H, W, D, C) as read; C is 1 if three channels are equal
+    shape: tuple[int, int, int, int]  # (H, W, D) as read, and the channels of the volume
     bytes: int = -1  # size of its file, or of all files of its series
     record: int = -1  # record number, or -1
     record_digest: int = 0  # records.digest of the record; 0 if unknown
@@ -284,6 +286,15 @@ class Index:
         scans = pq.read_table(self.directory / "scans.parquet", columns=["path"], filters=filters, use_threads=False)
         return scans["path"][0].as_py() if len(scans) else ""
 
+    def notices(self, keys: Iterable[int]) -> dict[int, list[str]]:
+        """Return key -> notices of the good scans with these keys; an index made before notices existed has none."""
+        file, keys = self.directory / "scans.parquet", list(keys)
+        if not keys or "notices" not in pq.read_schema(file).names:
+            return {}
+        chosen = pc.field("key").isin(pa.array(keys, pa.uint64())) & (pc.field("fault") == "")
+        table = pq.read_table(file, columns=["key", "notices"], filters=chosen, use_threads=False)
+        return dict(zip(table["key"].to_pylist(), table["notices"].to_pylist(), strict=True))
+
     def check_records(self, settings: Mapping[str, object]) -> None:
         """Check that the records exist and have these settings. Raises ValueError with every difference."""
         records = self.description.get("records")
@@ -304,8 +315,14 @@ class Index:
         return bad
 
 
+def record_settings(config: DataConfig) -> dict:
+    """Return the settings that all records of a directory must share. A scan's intensity is part of its key instead."""
+    return {name: getattr(config, name) for name in ("storage", "size_2d", "size_3d", "depth", "fit")}
+
+
 def changed_settings(old: Mapping[str, object], new: Mapping[str, object]) -> str:
     """Return "data.storage is int16, was uint8; ..." for the settings of records that differ, or ""."""
+    old = {"fit": "stretch"} | dict(old)  # records written before this setting existed
     return "; ".join(f"data.{k} is {v}, was {old.get(k)}" for k, v in new.items() if old.get(k) != v)
 
 

@@ -15,7 +15,7 @@ from input_pipeline.index import beam_scans, database, index, index_writer, repo
 from input_pipeline.index.results import Results
 from input_pipeline.index.resume_state import ResumeState
 from input_pipeline.index.row_checks import Problem, Row, RowCheck
-from input_pipeline.index.scan_reader import ScanReader, check_records, record_settings
+from input_pipeline.index.scan_reader import ScanReader, check_records
 from input_pipeline.parallel import beam, chunk_files
 from input_pipeline.parallel.resilient_pool import ResilientPool
 from input_pipeline.parallel.workers import available_cpus
@@ -23,8 +23,8 @@ from input_pipeline.sources import tokenizer_of
 
 ROW_CHUNK = 128
 FILES = frozenset(
-    "index.json scans.parquet rows.parquet quarantine.jsonl cut.jsonl duplicates.jsonl leaks.jsonl summary.txt "
-    "summary.json summary.png records parts .progress .lock".split()
+    "index.json scans.parquet rows.parquet quarantine.jsonl notices.jsonl cut.jsonl duplicates.jsonl leaks.jsonl "
+    "summary.txt summary.json summary.png records parts .progress .lock".split()
 )
 
 # progress(description, unit, total) -> advance(count, bad), as console.add_bar
@@ -80,7 +80,7 @@ def prepare(
     tokenizer = tokenizer_of(config)
     with locked_index(directory), database.open_database() as db:
         state = ResumeState(directory, db, read=not recheck)
-        settings = record_settings(config) if records else None
+        settings = index.record_settings(config) if records else None
         check_records(directory, state, settings, recheck)
         if recheck:
             state.reset()
@@ -206,6 +206,7 @@ def _write_reports(
 ) -> None:
     """Write the reports, and add their counts to the summary. Its `refused` lists what prevents the index."""
     report["quarantine"] = write_json_lines(directory / "quarantine.jsonl", reports.quarantine(results))
+    write_json_lines(directory / "notices.jsonl", reports.notices(results))
     write_json_lines(directory / "cut.jsonl", reports.cut(results))
     write_json_lines(directory / "duplicates.jsonl", reports.duplicates(results))
     leaks = collections.Counter(study=0, scan=0)

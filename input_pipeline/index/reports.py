@@ -38,6 +38,15 @@ def quarantine(results: Results) -> Iterator[dict]:
         }  # fmt: skip
 
 
+def notices(results: Results) -> Iterator[dict]:
+    """Yield a line for each notice about a usable scan."""
+    for name, scan in results.scans("fault = '' AND notices != '[]'"):
+        place = {"source": name, "file": printable(Path(scan.root) / scan.path), "scan": printable(scan.path)}
+        place |= {"volume": scan.volume} if scan.volume >= 0 else {}
+        place |= {"window": scan.window} if scan.window else {}
+        yield from (place | {"notice": notice} for notice in scan.notices)
+
+
 def cut(results: Results) -> Iterator[dict]:
     """Yield a line for each good row whose texts or scans exceed the limits of a sample at epoch 0."""
     condition = f"state = '{GOOD}' AND cut_context + cut_instruction + cut_response + cut_scans > 0"

@@ -2,7 +2,7 @@
 
 scans.parquet   from the last complete run; its metadata describes the records
 .progress       JSON Lines, appended while scans are read:
-                  {"version": 1}                  format of the file
+                  {"version": 2}                  format of the file
                   {"records": {...}}              settings of the records
                   {"shard": 3, "length": 64}      a complete shard
                   ["/data", "ct.nii.gz", ...]     a scan_checks.ScanCheck
@@ -23,7 +23,7 @@ from input_pipeline.files import parse_json
 from input_pipeline.index import database, index
 from input_pipeline.index.scan_checks import Key, ScanCheck
 
-VERSION = 1  # increase it when scans are read or converted differently
+VERSION = 2  # increase it when scans are read or converted differently
 METADATA = b"prepare"
 
 

@@ -43,6 +43,7 @@ class ScanCheck(NamedTuple):
     dtype: str = ""
     low: float = 0.0
     high: float = 0.0
+    notices: Sequence[str] = ()
     bytes: int = 0
     sha256: str = ""
     record: int = -1
@@ -61,6 +62,7 @@ class Conversion:
     sizes: Sizes
     storage: str
     records: bool
+    fit: str = "stretch"
 
     @property
     def chunk(self) -> int:
@@ -131,6 +133,7 @@ def _check_scan(key: Key, known_stamp: str, conversion: Conversion) -> tuple[Sca
         facts |= {"format": header.format, "modality": header.modality or "", "spacing": header.spacing_mm or ()}
         facts |= {"dtype": header.dtype, "low": low, "high": high}
         volume = _convert(voxels, header, scan, path, conversion)
+        facts |= {"channels": volume.voxels.shape[3], "notices": (*header.notices, *volume.notices)}
         if stamp_of(path)[0] != stamp:
             facts["stamp"] = ""
             raise scans.ScanError(path, "changed while it was read", "run again when no process writes to it")
@@ -149,12 +152,12 @@ def _check_scan(key: Key, known_stamp: str, conversion: Conversion) -> tuple[Sca
 def _convert(voxels, header, scan: Scan, path, conversion: Conversion):
     """Return the scan's volume. Raises ScanError for every failure, including a bad window."""
     try:
-        stated = {"padding": header.padding, "value_range": header.value_range}
-        return prepare_volume(voxels, window=scan.window, storage=conversion.storage, sizes=conversion.sizes, **stated)
+        settings = {"storage": conversion.storage, "sizes": conversion.sizes, "fit": conversion.fit}
+        return prepare_volume(voxels, window=scan.window, measure=True, **settings, **header.facts)
     except MemoryError as error:
         raise scans.ScanError(path, "not enough memory to convert it", "use fewer --workers", "limit") from error
     except ValueError as error:
-        remedy = "correct its window in the table, or leave the scan out"
+        remedy = "correct its window in the table or the intensity of its source, or leave the scan out"
         raise scans.ScanError(path, str(error), remedy, "unsupported") from error
     except Exception as error:  # a library may raise any exception on unusual voxels; only this scan is affected
         text = f"conversion failed ({type(error).__name__}: {' '.join(str(error).split())[:200]})"

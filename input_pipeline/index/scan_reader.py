@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from input_pipeline.config import DataConfig
 from input_pipeline.index import database, scan_checks
 from input_pipeline.index.index import changed_settings
 from input_pipeline.index.results import Results
@@ -14,11 +13,6 @@ from input_pipeline.index.resume_state import ResumeState
 from input_pipeline.index.scan_checks import Conversion, ScanCheck, ScanTask
 from input_pipeline.parallel.resilient_pool import ResilientPool
 from input_pipeline.parallel.workers import WorkerError
-
-
-def record_settings(config: DataConfig) -> dict:
-    """Return the settings that all records of a directory must share."""
-    return {"storage": config.storage, "size_2d": config.size_2d, "size_3d": config.size_3d, "depth": config.depth}
 
 
 def check_records(directory: Path, state: ResumeState, settings: dict | None, recheck: bool) -> None:
@@ -72,7 +66,8 @@ class ScanReader:
         self, results: Results, state: ResumeState, directory: Path, settings: dict | None, pool: ResilientPool
     ):
         self.results, self.state, self.pool = results, state, pool
-        self.conversion = Conversion(results.config.sizes, results.config.storage, settings is not None)
+        config = results.config
+        self.conversion = Conversion(config.sizes, config.storage, settings is not None, config.fit)
         self.read = 0  # scans that were read; the others had not changed
         self.unsaved: list[ScanCheck] = []
         self.writer = None

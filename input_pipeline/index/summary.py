@@ -33,6 +33,10 @@ def summarize(results: Results) -> dict:
             reasons["rows"]["one of its scans cannot be used"] += 1
         else:
             reasons["rows"][reason_pattern(line["reason"])] += 1
+    notices: dict[str, dict] = {}  # by pattern, each with its first scan's notice, which has numbers
+    for line in reports.notices(results):
+        notice = notices.setdefault(reason_pattern(line["notice"]), {"scans": 0, "example": line["notice"]})
+        notice["scans"] += 1
     equal = collections.Counter(line["kind"] for line in reports.duplicates(results))
     bad_scans = results.count("facts WHERE fault != ''")
     return {
@@ -40,6 +44,7 @@ def summarize(results: Results) -> dict:
         "scans": {"good": results.count("facts") - bad_scans, "bad": bad_scans},
         "sources": sources,
         "splits": {split: _split(results, split) for split in SPLITS if results.config.sources(split)},
+        "notices": sorted(notices.values(), key=lambda notice: -notice["scans"]),
         "reasons": {which: dict(counts.most_common()) for which, counts in reasons.items()},
         "duplicates": {"rows": equal["row"], "scans": equal["scan"]},
     }
@@ -140,6 +145,9 @@ def render(report: dict) -> Group:
     for which, title in (("rows", "Skipped rows"), ("scans", "Unusable scans")):
         if report["reasons"][which]:
             parts.append(_reasons_table(title, report["reasons"][which]))
+    if report.get("notices"):
+        examples = {notice["example"]: notice["scans"] for notice in report["notices"]}
+        parts.append(_reasons_table("Doubtful scans: an example of each kind; all are in notices.jsonl", examples))
     return Group(*parts, *(Text(line) for line in _lines(report)))
 
 

@@ -18,8 +18,8 @@ from input_pipeline.parallel.workers import WorkerError
 
 DESCRIPTION = """\
 Write a page that shows what the model sees: packed rows as bars, each sample's scans as images, and its text token by
-token, coloured by weight in the loss. Rows come from the pipeline that training uses. Everything on the page is taken
-from the arrays of a training step, not from the files.
+token, coloured by weight in the loss. Rows come from the pipeline that training uses. Images and text are taken from
+the arrays of a training step, not from the files; warnings about a scan's contrast are those of `prepare`.
 """
 EPILOG = """\
 examples:
@@ -29,7 +29,8 @@ examples:
 
 Open DIR/index.html in any browser. DIR/rows.json has the same content without the images. Both contain text and images
 of the data set: protect them as you protect the data. What to check:
-  - warnings, in the red box at the top: constant scans, samples without a weight, scans that could not be loaded
+  - warnings, in the red box at the top: constant scans, lost contrast, samples without a weight, scans that could not
+    be loaded
   - blue and orange text is what the model learns to generate; orange text (medical terms) has three times the weight
   - grey in the bars is padding; its cause is given below the row
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import numpy as np
 from PIL import Image
 
-from input_pipeline.images.planes import Volume, patch_grid, patch_positions
+from input_pipeline.images.planes import Volume, patch_grid, patch_positions, source_slice
 
 SLICES = 8  # images of a volume
 PNG_BYTES = 32768  # a larger image becomes a JPEG: a row of 2,048 tokens can show fifty of 512 x 512 pixels
@@ -26,7 +26,7 @@ ROUNDING = 1e-4  # how far values may exceed [0, 1]
 class SliceImage:
     """A slice, counted from 1, as a data URI."""
 
-    slice: int
+    slice: int  # of the scan's file; one of several that a stored slice averages
     width: int
     height: int
     uri: str
@@ -40,6 +40,7 @@ class ScanView:
     vision_row: int
     patches: int
     shape: tuple[int, int, int]  # (H, W, D) as the network sees it
+    source: tuple[int, int, int] | None  # (H, W, D) of the scan's file, if it is known
     slices: int  # stored; one may be repeated D times
     channels: int  # stored; one may be repeated 3 times
     dtype: str
@@ -85,8 +86,10 @@ def volume_of_slot(arrays: Mapping[str, np.ndarray], slot: int) -> Volume:
     return Volume.from_slices(slices, float(arrays["scan_scale"][slot]), float(arrays["scan_offset"][slot]), depth)
 
 
-def scan_view(arrays, slot: int, volume: Volume, samples: tuple[int, ...]) -> tuple[ScanView, list[str]]:
-    """Return the view of a scan, and warnings about its values."""
+def scan_view(
+    arrays, slot: int, volume: Volume, samples: tuple[int, ...], source: tuple[int, int, int] | None = None
+) -> tuple[ScanView, list[str]]:
+    """Return the view of a scan, and warnings about its values. `source` is (H, W, D) of its file."""
     k, channels = volume.voxels.shape[2:]
     values = volume.slices.astype(np.float32) * np.float32(volume.scale) + np.float32(volume.offset)
     finite = np.isfinite(values)
@@ -103,11 +106,14 @@ def scan_view(arrays, slot: int, volume: Volume, samples: tuple[int, ...]) -> tu
         warnings.append(f"{name} is shown by no sample of the row")
     selected = np.unique(np.rint(np.linspace(0, k - 1, min(SLICES, k))).astype(int)).tolist()
     pixels = lambda i: np.rint(np.clip(values[i], 0, 1) * 255).astype(np.uint8).transpose(1, 2, 0)  # noqa: E731
+    depth = source[2] if source else k
+    number = lambda i: source_slice(i, k, depth)  # noqa: E731
     view = ScanView(
         slot=slot,
         vision_row=int(arrays["scan_rows"][slot]),
         patches=int(np.prod(patch_grid(volume.shape))),
         shape=volume.shape,
+        source=source,
         slices=k,
         channels=channels,
         dtype=volume.voxels.dtype.name,
@@ -117,8 +123,8 @@ def scan_view(arrays, slot: int, volume: Volume, samples: tuple[int, ...]) -> tu
         high=high,
         mean=float(values.mean(dtype=np.float64)),
         samples=samples,
-        images=tuple(slice_image(pixels(i), i + 1) for i in selected),
-        thumbnail=slice_image(pixels(k // 2), k // 2 + 1, side=THUMBNAIL) if len(samples) > 1 else None,
+        images=tuple(slice_image(pixels(i), number(i)) for i in selected),
+        thumbnail=slice_image(pixels(k // 2), number(k // 2), side=THUMBNAIL) if len(samples) > 1 else None,
     )
     return view, warnings
 

@@ -9,10 +9,11 @@ from input_pipeline.batching.load import RowLoader
 from input_pipeline.batching.pipeline import Rows, batches
 from input_pipeline.batching.report import PackingReport
 from input_pipeline.config import DataConfig
+from input_pipeline.index.index import Index
 from input_pipeline.inspect.views import RowView, row_view
 from input_pipeline.sources import tokenizer_of
 
-SETTINGS = ("preprocess", "storage", "terms", "mixture", "seed", "share_scans", "max_scans", "crop", "index")
+SETTINGS = "preprocess intensity fit storage terms mixture seed share_scans max_scans crop index".split()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,14 +50,16 @@ def first_rows(config: DataConfig, split: str, count: int, epoch: int, name: str
     Raises ValueError and WorkerError as pipeline.Rows does.
     """
     tokenizer, report, views = tokenizer_of(config), PackingReport(config.text_length), []
+    index = Index(config.index)
     with Rows(config, split, batch=1, epochs=epoch + 1) as rows:
         bad_lines = rows.pool.submit("counting rows", _bad_lines).result()
         stream = iter(batches(rows))
         stream.set_state(stream.get_state() | {"epoch": epoch})
         for batch in itertools.islice(stream, count):
             report.add(batch.rows)
-            arrays = {key: value[0] for key, value in batch.arrays.items()}
-            views.append(row_view(arrays, batch.rows[0], tokenizer, config.num_latents))
+            arrays, info = {key: value[0] for key, value in batch.arrays.items()}, batch.rows[0]
+            notices = index.notices(scan.key for scan in info.slots)
+            views.append(row_view(arrays, info, tokenizer, config.num_latents, notices))
     fields, sources = config.sources(split), []
     described = zip(rows.description["sources"].items(), rows.mixture.counts.tolist(), strict=True)
     for (source, table), samples in described:

@@ -1,4 +1,4 @@
-"""Views of a row: everything that the page shows, computed only from the arrays.
+"""Views of a row: everything that the page shows, from its arrays, its RowInfo, and the notices of `prepare`.
 
 Letters: T text tokens, R vision rows of P patches, S scan slots, L latents of a scan.
 """
@@ -6,7 +6,8 @@ Letters: T text tokens, R vision rows of P patches, S scan slots, L latents of a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import types
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -67,8 +68,14 @@ class RowView:
         return plain
 
 
-def row_view(arrays: Mapping[str, np.ndarray], info: RowInfo, tokenizer: Tokenizer, num_latents: int) -> RowView:
-    """Return the view of one row. Its arrays have no batch axis."""
+def row_view(
+    arrays: Mapping[str, np.ndarray],
+    info: RowInfo,
+    tokenizer: Tokenizer,
+    num_latents: int,
+    notices: Mapping[int, Sequence[str]] = types.MappingProxyType({}),
+) -> RowView:
+    """Return the view of one row. Its arrays have no batch axis. `notices` are those of `prepare`, by ScanInfo.key."""
     segments, decoder = arrays["segments"], TokenDecoder(tokenizer)
     samples = tuple(
         _sample_view(arrays, number, sample, decoder, num_latents) for number, sample in enumerate(info.samples, 1)
@@ -77,15 +84,19 @@ def row_view(arrays: Mapping[str, np.ndarray], info: RowInfo, tokenizer: Tokeniz
     unknown = sorted(set(np.unique(segments).tolist()) - set(range(len(samples) + 1)))
     if unknown:
         warnings.append(f"segments {unknown} belong to no sample of the row")
+    sources = {scan.slot: scan for scan in info.slots}
     for slot in np.flatnonzero(arrays["scan_rows"] >= 0).tolist():
         try:
             volume = volume_of_slot(arrays, slot)
         except ValueError as error:
             warnings.append(str(error))
             continue
-        scan, scan_warnings = scan_view(arrays, slot, volume, tuple(s.number for s in samples if slot in s.slots))
+        known = sources.get(slot)
+        shown_by = tuple(s.number for s in samples if slot in s.slots)
+        scan, scan_warnings = scan_view(arrays, slot, volume, shown_by, known and known.shape)
         scans.append(scan)
         warnings += scan_warnings
+        warnings += [f"the scan in slot {slot}: {notice}" for notice in notices.get(known.key if known else -1, ())]
     same = {name: getattr(info, name) for name in ("epoch", "window", "row", "padding", "left_out")}
     return RowView(
         **same,

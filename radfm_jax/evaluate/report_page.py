@@ -173,16 +173,20 @@ def example(scored: ScoredAnswer, css_class: str) -> str:
 
 
 def scan_images(scan: Scan, count: int = 1, pixels: int = EXAMPLE_PIXELS) -> str:
-    """Return the HTML of a scan's middle slice, or of up to `count` slices; or of the error if it cannot be read."""
+    """Return the HTML of a scan's middle slice, or of up to `count` slices; or of the error if it cannot be read.
+
+    CT is shown in its window (slices.slices, `for_people`).
+    """
     try:
-        scan_slices = slices(scan, count)
+        scan_slices = slices(scan, count, for_people=True)
     except ValueError as error:
         return f'<span class="bad">{visible(str(error)[:200])}</span>'
     shown = []
     for s in scan_slices:
         s.image.thumbnail((pixels, pixels))
         label = f"slice {s.number} of {s.count}" if s.count > 1 else "2D"
-        shown.append(f"<figure>{html_page.image(s.image, label)}<figcaption>{label}</figcaption></figure>")
+        label += f", {s.window}" if s.window else ""
+        shown.append(f"<figure>{html_page.image(s.image, label)}<figcaption>{visible(label)}</figcaption></figure>")
     return "".join(shown)
 
 

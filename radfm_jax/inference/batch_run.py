@@ -132,7 +132,7 @@ def _settings(generator: Generator, sampling: Sampling, model: str, checkpoint: 
     settings = {"model": model, "checkpoint": checkpoint, "dtype": dtype, "weights": weights}
     if generator.tokenizer is not None:
         settings["tokenizer"] = files.sha256_of_file(generator.tokenizer.path)
-    prepared = None if generator.preparation is None else dataclasses.asdict(generator.preparation)
+    prepared = None if generator.preparation is None else generator.preparation.to_dict()
     settings |= {"place": place, "prepared": prepared, **dataclasses.asdict(sampling)}
     return json.loads(json.dumps(settings))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 
-from input_pipeline.images.intensity import ct_window
+from input_pipeline.images.intensity import canonical_window
 from input_pipeline.images.planes import MODES
 from input_pipeline.messages import printable
 from input_pipeline.samples import Scan
@@ -70,7 +70,9 @@ def parser() -> argparse.ArgumentParser:
     scans.add_argument("--place", choices=inputs.PLACES, default="first", help="position of scans without marks "
                        "(default: first)")  # fmt: skip
     scans.add_argument("--volume", type=int, help="index of the volume in 4D files, from 0")
-    scans.add_argument("--window", help="name of a CT window, or LOW,HIGH in the unit of the scan")
+    scans.add_argument("--window", help="intensities that become black and white: a CT window (brain, lung, ...), "
+                       "LOW,HIGH in the unit of the scan, lung/soft_tissue/bone as channels, header, percentile or "
+                       "minmax (default: as in training)")  # fmt: skip
     scans.add_argument("--context", default="", help="clinical context, inserted before the question")
     scans.add_argument("--show", type=Path, metavar="FILE.png", help="save an image of the prepared scans")
     answer = top.add_argument_group("decoding")
@@ -192,16 +194,10 @@ def mesh_of(config, devices: int | None) -> jax.sharding.Mesh | None:
 
 
 def _scan(args: argparse.Namespace, path: str) -> Scan:
-    window = args.window
-    if window is not None and "," in window:
-        try:
-            low, high = map(float, window.split(","))
-        except ValueError:
-            raise ValueError(f"--window {window}: give a name, or two numbers as LOW,HIGH") from None
-        window = ct_window((low, high))
-    elif window is not None:
-        ct_window(window)
-    return Scan(path, args.volume, window)
+    try:
+        return Scan(path, args.volume, None if args.window is None else canonical_window(args.window))
+    except ValueError as error:
+        raise ValueError(f"--window: {error}") from None
 
 
 def print_answer(model: api.Model, request: Request, sampling: Sampling) -> str:

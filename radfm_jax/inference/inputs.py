@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -20,19 +21,20 @@ from PIL import Image, ImageDraw, ImageFont
 
 from input_pipeline.batching.collate import LoadedRow, ScanPlanes, collate_batch, collate_row
 from input_pipeline.batching.plan import RowLimits
-from input_pipeline.config import DataConfig
+from input_pipeline.config import DataConfig, trained_intensities
 from input_pipeline.datasets.rows import clean_text
 from input_pipeline.field_rules import Size, check_fields, one_of
 from input_pipeline.images import scans
-from input_pipeline.images.intensity import one_channel_if_gray
-from input_pipeline.images.planes import MODES, STORAGE, Sizes, Volume
+from input_pipeline.images.contrast import contrast_notices
+from input_pipeline.images.intensity import Window, one_channel_if_gray, parse_intensity
+from input_pipeline.images.planes import FITS, MODES, STORAGE, Sizes, Volume, source_slice
 from input_pipeline.images.released_volumes import released_volumes
 from input_pipeline.images.scans.access import as_scan_error
 from input_pipeline.images.scans.arrays import layout_of
 from input_pipeline.images.scans.checks import check_values, check_volume, to_intensities
 from input_pipeline.images.scans.images import pixels_of
 from input_pipeline.images.volumes import prepare_volume
-from input_pipeline.samples import Sample, Text
+from input_pipeline.samples import Sample, ScanNotice, Text
 from input_pipeline.samples import Scan as ScanFile
 from input_pipeline.sources import NoTerms
 from input_pipeline.text.marks import parse_marks
@@ -66,11 +68,20 @@ class Preparation:
     depth: Size = 64
     num_latents: Size = 32
     text_length: Size = 2048
+    # The intensity settings of the training sources: scans without a window get this one, or need one if they differ.
+    intensities: tuple[str, ...] = ("minmax",)
+    fit: Annotated[str, one_of(FITS)] = "stretch"
 
     def __post_init__(self):
+        object.__setattr__(self, "intensities", tuple(self.intensities))
         check_fields(self, "", self._conflicts())
 
     def _conflicts(self) -> Iterator[str]:
+        for setting in self.intensities:
+            try:
+                parse_intensity(setting)
+            except ValueError as error:
+                yield f"intensities: {error}"
         if self.preprocess == "released" and self.size_3d not in (256, 512):
             yield f"size_3d is {self.size_3d}: released mode supports 256 and 512"
         try:
@@ -84,14 +95,31 @@ class Preparation:
 
     @classmethod
     def from_config(cls, config: DataConfig) -> Preparation:
-        """Return the preparation of a training run."""
-        return cls.from_data(config.to_dict())
+        """Return the preparation for scans of the config's own sources, whose `window` has a source's own intensity."""
+        return dataclasses.replace(cls.from_data(config.to_dict()), intensities=(config.intensity,))
 
     @classmethod
     def from_data(cls, data: Mapping) -> Preparation:
         """Return the preparation of a training run from its `data` group, which may be of another version."""
         known = {f.name for f in dataclasses.fields(cls)}
-        return cls(**{name: value for name, value in data.items() if name in known})
+        fields = {name: value for name, value in data.items() if name in known}
+        return cls(**fields, intensities=trained_intensities(data))
+
+    def to_dict(self) -> dict:
+        """Return plain values. `intensities` and `fit` are absent at their defaults, as in files of version 0.1."""
+        plain = dataclasses.asdict(self) | {"intensities": list(self.intensities)}
+        new = {f.name: f.default for f in dataclasses.fields(self) if f.name in ("intensities", "fit")}
+        return {name: value for name, value in plain.items() if name not in new or getattr(self, name) != new[name]}
+
+    def window_of(self, window: Window | None) -> Window | None:
+        """Return the intensity setting of a scan whose own is `window`. Raises ValueError if it is not determined."""
+        if window is None and len(self.intensities) > 1:
+            settings = " and ".join(self.intensities)
+            raise ValueError(
+                f"the model was trained with the intensities {settings}: choose one for this scan with its `window` "
+                "(command line: --window)"
+            )
+        return self.intensities[0] if window is None else window
 
 
 RELEASED = Preparation(preprocess="released", storage="float32")
@@ -169,27 +197,37 @@ def visual_index(encoded: Encoded, num_latents: int) -> np.ndarray:
 def read_scans(files: Sequence[Scan], preparation: Preparation) -> list[Volume]:
     """Read and prepare scans, in order.
 
-    In `released` mode all scans of one prompt get the same depth, so pass them together. Raises ValueError (a
-    scans.ScanError) if a scan cannot be used; the message names it.
+    In `released` mode all scans of one prompt get the same depth, so pass them together. Doubtful contrast, shape or
+    metadata cause a ScanNotice. Raises ValueError (a scans.ScanError) if a scan cannot be used; the message names it.
     """
     read = [_read(scan, number) for number, scan in enumerate(files, 1)]
     if preparation.preprocess == "released":
-        if windowed := [name for name, _, _, window in read if window is not None]:
+        if windowed := [name for name, _, _, window in read if parse_intensity(window).kind != "minmax"]:
             raise ValueError(f"{', '.join(windowed)}: released mode has no windows; remove the window")
         if not read:
             return []
+        for name, voxels, header, _ in read:
+            ends = header.value_range
+            _warn(name, (*header.notices, *contrast_notices(voxels, *ends, (ends,), None, header.modality)))
         with as_scan_error(", ".join(name for name, *_ in read), "preparing it"):
             return released_volumes([voxels for _, voxels, _, _ in read], collate=preparation.size_3d == 256)
     volumes = []
     for name, voxels, header, window in read:
         try:
-            stored = {} if header is None else {"padding": header.padding, "value_range": header.value_range}
-            volumes.append(
-                prepare_volume(voxels, window=window, storage=preparation.storage, sizes=preparation.sizes, **stored)
-            )
+            volume = prepare_volume(
+                voxels, window=preparation.window_of(window), storage=preparation.storage, sizes=preparation.sizes,
+                fit=preparation.fit, measure=True, **header.facts,
+            )  # fmt: skip
         except ValueError as error:
             raise scans.ScanError(name, str(error), fault="unsupported") from error
+        _warn(name, (*header.notices, *volume.notices))
+        volumes.append(volume)
     return volumes
+
+
+def _warn(name: str, notices: Sequence[str]) -> None:
+    for notice in notices:
+        warnings.warn(f"{name}: {notice}", ScanNotice, stacklevel=3)
 
 
 def scan_name(scan: Scan, number: int) -> str:
@@ -200,7 +238,7 @@ def scan_name(scan: Scan, number: int) -> str:
 
 
 def _read(scan: Scan, number: int):
-    """Return (name, voxels, header or None, window) of a scan."""
+    """Return (name, voxels, header, window) of a scan."""
     name, window, volume = scan_name(scan, number), None, None
     if isinstance(scan, Image.Image):
         scan = pixels_of(name, scan)[:, :, None]  # [H, W, 1] or [H, W, 1, 3]
@@ -209,8 +247,11 @@ def _read(scan: Scan, number: int):
         volumes, shape, axes = layout_of(name, scan.shape)
         check_volume(name, None, volumes, scans.ScanLimits())
         voxels = to_intensities(name, (scan[0] if scan.ndim == 5 else scan.reshape(shape)).transpose(axes))
-        check_values(name, voxels)
-        return name, one_channel_if_gray(voxels), None, None
+        voxels, ends, notices = check_values(name, voxels)
+        header = scans.Header(
+            format="npy", shape=voxels.shape, dtype=scan.dtype.name, value_range=ends, notices=notices
+        )
+        return name, one_channel_if_gray(voxels), header, None
     if isinstance(scan, ScanFile):
         scan, volume, window = scan.path, scan.volume, scan.window
     elif not isinstance(scan, str | Path):
@@ -238,14 +279,21 @@ def scan_rows(
 TILE, SLICES, CAPTION = 160, 8, 16
 
 
+def slices_shown(volume: Volume) -> tuple[list[int], str]:
+    """Return up to SLICES evenly spaced slices of a volume, and their numbers in the scan's file as text."""
+    stored = volume.voxels.shape[2]
+    chosen = np.unique(np.rint(np.linspace(0, stored - 1, min(SLICES, stored))).astype(int)).tolist()
+    depth = volume.source[2] if volume.source else stored
+    numbers = ", ".join(str(source_slice(i, stored, depth)) for i in chosen)
+    return chosen, f"slices {numbers} of {depth}" if stored > 1 else "2D"
+
+
 def preview_image(volumes: Sequence[Volume], names: Sequence[str]) -> Image.Image:
     """Draw the prepared volumes: a row of evenly spaced slices per scan, one slice for a 2D scan."""
     page = Image.new("RGB", (SLICES * (TILE + 4), max(len(volumes), 1) * (TILE + CAPTION + 4)), "white")
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(11)
     for k, (volume, name) in enumerate(zip(volumes, names, strict=True)):
-        top, stored = k * (TILE + CAPTION + 4), volume.voxels.shape[2]
-        chosen = np.unique(np.rint(np.linspace(0, stored - 1, min(SLICES, stored))).astype(int))
-        numbers = f"slices {', '.join(str(i + 1) for i in chosen)} of {stored}" if stored > 1 else "2D"
+        top, (chosen, numbers) = k * (TILE + CAPTION + 4), slices_shown(volume)
         pen.text((2, top), f"<image-{k + 1}> {name}: {' x '.join(map(str, volume.shape))}, {numbers}", "black", font)
         values = volume.values()
         for j, i in enumerate(chosen):

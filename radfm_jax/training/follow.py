@@ -33,7 +33,10 @@ def follow_checkpoint(config: ConfigDict, overridden: Collection[str]) -> Config
     followed = {f"model.{part}.{name}": x for part, sizes in description["model"].items() for name, x in sizes.items()}
     if description["part"] == "radfm":
         model = checkpoint.model_config(description, directory)
-        followed |= {f"data.{k}": v for k, v in dataclasses.asdict(stored.preparation_of(directory, model)).items()}
+        preparation = dataclasses.asdict(stored.preparation_of(directory, model))
+        if len(intensities := preparation.pop("intensities")) == 1:  # otherwise each source of the config needs its own
+            preparation["intensity"] = intensities[0]
+        followed |= {f"data.{name}": value for name, value in preparation.items()}
     if (directory / run_directory.RUN).is_file():
         data = run_directory.read_run(directory)["config"]["data"]
         followed |= {f"data.{name}": data[name] for name in ROW_LIMITS if name in data}

@@ -15,8 +15,8 @@
 
 The first bytes of a file decide its format. A file name that promises another format is an error, except among image
 formats. uint8, uint16, int16, int32 and float32 keep their dtype. Integer rescaling (Hounsfield units) gives int16 or
-int32, all else float32. Windows are not applied. NaN, infinities and constant scans are errors. The returned voxels may
-be a view with any strides.
+int32, all else float32. Windows are not applied. Infinities, constant scans, and NaN in more than 1 % of the voxels are
+errors. `Header.notices` lists faults that do not prevent reading. The returned voxels may be a view with any strides.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ def read(path, *, volume: int | None = None, limits: ScanLimits = ScanLimits()) 
     with as_scan_error(path, "reading the file"):
         voxels, head = find_reader(path, limits).read(path, volume=volume, limits=limits)
         assert voxels.shape == head.shape, (voxels.shape, head.shape)
-        return voxels, dataclasses.replace(head, value_range=check_values(path, voxels))
+        voxels, ends, notices = check_values(path, voxels)
+        return voxels, dataclasses.replace(head, value_range=ends, notices=(*head.notices, *notices))
 
 
 def header(path, *, limits: ScanLimits = ScanLimits()) -> Header:  # noqa: B008

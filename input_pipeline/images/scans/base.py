@@ -61,6 +61,7 @@ class Header:
     photometric: str | None = None  # as stored: MONOCHROME1, RGB, palette, ...; None for NIfTI and .npy
     oblique_degrees: float | None = None  # largest angle between a voxel axis and its anatomical axis
     padding: tuple[float, float] | None = None  # (low, high) of values outside the field of view, after rescaling
+    window: tuple[float, float] | None = None  # (low, high) to display, after rescaling
     # Faults that do not prevent reading, each with its remedy.
     notices: tuple[str, ...] = dataclasses.field(default=(), compare=False)
     # (minimum, maximum) of the voxels from `read`; None from `header`, which reads no voxels.
@@ -70,6 +71,18 @@ class Header:
     def kind(self) -> Literal["2d", "3d"]:
         """2d if the scan has one slice."""
         return "2d" if self.shape[2] == 1 else "3d"
+
+    @property
+    def facts(self) -> dict:
+        """The keyword arguments of `prepare_volume` that a header states."""
+        spacing = None if self.spacing_mm is None or None in self.spacing_mm[:2] else self.spacing_mm[:2]
+        return {
+            "padding": self.padding,
+            "value_range": self.value_range,
+            "modality": self.modality,
+            "stated_window": self.window,
+            "spacing": spacing,
+        }
 
 
 def join_offenders(offenders: Iterable[str]) -> str:

@@ -9,6 +9,8 @@ import numpy as np
 from input_pipeline.images.scans.base import ScanError, ScanLimits, limit_error
 from input_pipeline.images.value_range import value_range
 
+MAX_NAN_SHARE = 0.01  # of the voxels of a scan; above it, a reader has failed or the scan is masked by NaN
+
 
 def check_shape(path, shape, itemsize: int, limits: ScanLimits) -> None:
     """Raise ScanError unless a volume (H, W, D, C) of `itemsize` bytes a value is non-empty and within the limits."""
@@ -87,16 +89,27 @@ def check_opaque(path, alpha: np.ndarray, opaque: float) -> None:
         raise ScanError(path, "has transparent pixels", remedy, "ambiguous")
 
 
-def check_values(path, voxels: np.ndarray) -> tuple[float, float]:
-    """Return (minimum, maximum) of voxels [H, W, D, C]. Raises ScanError if not finite or every channel is constant."""
-    low, high = value_range(voxels)
+def check_values(path, voxels: np.ndarray) -> tuple[np.ndarray, tuple[float, float], tuple[str, ...]]:
+    """Check voxels [H, W, D, C]. Returns them, their (minimum, maximum), and notices.
+
+    A share of NaN of at most MAX_NAN_SHARE becomes the minimum of the other voxels, in a copy. Raises ScanError for
+    more NaN, for infinite voxels, and if every channel is constant.
+    """
+    (low, high), notices = value_range(voxels), ()
     if not (math.isfinite(low) and math.isfinite(high)):
-        bad = int(voxels.size - np.count_nonzero(np.isfinite(voxels)))
-        reason = f"{bad} of {voxels.size} voxels are NaN, infinite or too large for float32"
-        raise ScanError(path, reason, "repair the scan, or leave it out", "non-finite")
+        bad, nan = int(voxels.size - np.count_nonzero(np.isfinite(voxels))), np.isnan(voxels)
+        count = int(np.count_nonzero(nan))
+        if bad > count or count > MAX_NAN_SHARE * voxels.size:
+            reason = f"{bad} of {voxels.size} voxels are NaN, infinite or too large for float32"
+            remedy = f"repair the scan, or leave it out; up to {MAX_NAN_SHARE:.0%} of NaN are read as padding"
+            raise ScanError(path, reason, remedy, "non-finite")
+        voxels = voxels.copy(order="K")
+        voxels[nan] = voxels[~nan].min()
+        low, high = value_range(voxels)
+        notices = (f"{count} of {voxels.size} voxels are NaN, and are read as the minimum {low:g}: repair the scan",)
     first = voxels[0, 0, 0]
     sample = voxels[tuple(slice(None, None, max(n // 16, 1)) for n in voxels.shape[:3])]
     if (sample == first).all() and (low == high or (voxels == first).all()):
         value = first[0].item() if len(first) == 1 else tuple(first.tolist())
         raise ScanError(path, f"constant: every voxel is {value}", "the scan is blank: leave it out", "constant")
-    return low, high
+    return voxels, (low, high), notices

@@ -19,6 +19,7 @@ from input_pipeline.images.scans.mixtures import check_runs
 from input_pipeline.images.scans.pixel_data import decode, encoded_frames
 from input_pipeline.images.scans.rescale import Rescale, rescale_of
 from input_pipeline.images.scans.series import join_kinds, load_series, series_files
+from input_pipeline.images.scans.voi import series_window
 
 __all__ = ["header", "read", "sniff"]
 
@@ -143,8 +144,19 @@ def to_header(
         photometric=first.photometric,
         oblique_degrees=layout.oblique_degrees if layout else None,
         padding=rescale.padding,
+        window=shown_window(instances, rescale),
         notices=() if notice is None else (notice,),
     )
+
+
+def shown_window(instances: Sequence[Instance], rescale: Rescale) -> tuple[float, float] | None:
+    """Return the window that the files state, in the intensities of `read`, which inverts MONOCHROME1."""
+    window, photometric = series_window(i.window for i in instances), instances[0].photometric
+    if window is None or photometric == "MONOCHROME2":
+        return window
+    if photometric != "MONOCHROME1" or rescale.total is None:
+        return None
+    return rescale.total - window[1], rescale.total - window[0]
 
 
 def read_slices(path, instances: list[Instance], frames, names, positions, limits: ScanLimits, noun: str):

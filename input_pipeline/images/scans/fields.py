@@ -19,6 +19,7 @@ from pydicom.tag import Tag
 from input_pipeline.images.scans.access import as_scan_error
 from input_pipeline.images.scans.base import ScanError
 from input_pipeline.images.scans.mixtures import ATTRIBUTES, REAL_WORLD, Attribute, Value
+from input_pipeline.images.scans.voi import VOI_KEYWORDS
 
 # Transfer syntax -> the only plugin that may decode it. By default pydicom tries every plugin, and a lenient one would
 # decode a stream that a strict one rejects as damaged.
@@ -68,6 +69,7 @@ KEYWORDS = (
     *(attribute.keyword for attribute in ATTRIBUTES if attribute.private is None),
     *REAL_WORLD,
     *FRAME_VECTORS,
+    *VOI_KEYWORDS,
     *PALETTE,
 )
 MOSAIC_COUNT = Attribute("number of images in the mosaic", private=("SIEMENS MR HEADER", 0x0019100A))

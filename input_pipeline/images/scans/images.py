@@ -1,14 +1,15 @@
 """2D images in PNG and JPEG files, gray or colour.
 
 Opaque alpha is dropped; transparency is an error, because the intended background is unknown. Palettes become RGB, 1, 2
-and 4 bits become 8, CMYK becomes RGB without a colour profile. The EXIF orientation is applied. JPEG has no checksum,
-so a flipped bit in its image data is not detected.
+and 4 bits become 8, CMYK becomes RGB without a colour profile. The orientation that EXIF or else XMP states is applied;
+unreadable metadata become a notice. JPEG has no checksum, so a flipped bit in its image data is not detected.
 """
 
 from __future__ import annotations
 
 import io
 import struct
+import warnings
 import zlib
 
 import numpy as np
@@ -22,6 +23,8 @@ from input_pipeline.images.scans.checks import check_opaque, check_shape, check_
 PNG = b"\x89PNG\r\n\x1a\n"
 JPEG = b"\xff\xd8\xff"
 EXIF_ORIENTATION = 0x0112
+# PNG texts that can state an orientation: XMP, and EXIF or XMP as ImageMagick writes them.
+METADATA_TEXTS = (b"XML:com.adobe.xmp\0", b"Raw profile type ")
 FORMATS = ("PNG", "JPEG")  # Pillow may try no other decoder
 GRAY_MODES = {"1": np.uint8, "L": np.uint8, "LA": np.uint8, "I;16": np.uint16, "I;16B": np.uint16, "I;16L": np.uint16}
 COLOUR_MODES = ("RGB", "RGBA", "P", "PA", "CMYK")
@@ -49,12 +52,12 @@ def apply_orientation(pixels: np.ndarray, tag: int) -> np.ndarray:
     return pixels[::rows, ::columns]
 
 
-def check_png(path, data: bytes) -> list[bytes]:
-    """Check the CRC of every chunk (Pillow skips those of image data) and return the names of the chunks.
+def check_png(path, data: bytes) -> bool:
+    """Check the CRC of every chunk (Pillow skips those of image data). Return whether one can state an orientation.
 
     Raises ScanError if the image is damaged, animated, or has 16 bits and several channels (Pillow reduces it to 8).
     """
-    offset, names = len(PNG), []
+    offset, names, metadata = len(PNG), [], False
     while not names or names[-1] != b"IEND":
         if offset + 12 > len(data):
             raise ScanError(path, "the PNG is truncated", COPY_AGAIN)
@@ -65,6 +68,8 @@ def check_png(path, data: bytes) -> list[bytes]:
         if zlib.crc32(body) != struct.unpack_from(">I", data, offset + 8 + length)[0]:
             raise ScanError(path, f"the checksum of PNG chunk {len(names) + 1} is wrong", COPY_AGAIN)
         names.append(name)
+        text = name in (b"iTXt", b"zTXt", b"tEXt") and bytes(body[4:24]).startswith(METADATA_TEXTS)
+        metadata |= name == b"eXIf" or text
         offset += 12 + length
     if names[0] != b"IHDR" or b"IDAT" not in names or names.count(b"IHDR") > 1:
         raise ScanError(path, "the PNG has no image data", COPY_AGAIN)
@@ -74,22 +79,37 @@ def check_png(path, data: bytes) -> list[bytes]:
     if bits == 16 and colour != 0:
         reason = "has 16 bits and several channels, which would be read as 8 bits"
         raise ScanError(path, reason, "save it as 8-bit colour or 16-bit gray", "unsupported")
-    return names
+    return metadata
+
+
+def orientation_tag(path, image: Image.Image) -> tuple[int, tuple[str, ...]]:
+    """Return the orientation of EXIF or XMP, 1 if neither states a valid one, and notices."""
+    if image.format == "PNG" and "exif" not in image.info:
+        with as_scan_error(path, "decoding the image"):
+            image.load()  # reads the chunks after the image data, which Pillow would do below
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            tag = image.getexif().get(EXIF_ORIENTATION, 0) or 1
+    except Exception:  # Pillow raises nearly every type on damaged metadata, whose text may name a patient
+        return 1, ("has unreadable EXIF or XMP metadata: if the image is not upright, save it again",)
+    if tag not in range(1, 9):
+        return 1, ("states an invalid orientation in its metadata: if the image is not upright, save it again",)
+    return int(tag), ()
 
 
 def open_image(path, limits: ScanLimits) -> tuple[Image.Image, int, Header]:
     """Return the image before decoding, its EXIF orientation, and its header."""
     with open_scan(path, limits) as file:
         data = file.read()
-    exif = True
+    metadata = True
     if data.startswith(PNG):
-        exif = b"eXIf" in check_png(path, data)  # without the chunk, Pillow would decode the image to search for one
+        metadata = check_png(path, data)  # without such a chunk, Pillow would decode the image to search for one
     else:
         try:
             codestream.jpeg(data)
         except ValueError as error:
             raise ScanError(path, str(error), COPY_AGAIN) from None
-    with as_scan_error(path, "opening the image"):
+    with as_scan_error(path, "opening the image"), warnings.catch_warnings(action="ignore"):  # about its metadata
         try:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
         except Image.DecompressionBombError as error:
@@ -98,13 +118,14 @@ def open_image(path, limits: ScanLimits) -> tuple[Image.Image, int, Header]:
     if limit is not None and width * height > limit:
         raise ScanError(path, f"{height} x {width} pixels are more than {limit:,}", SHRINK, "limit")
     _check_mode(path, image)
-    tag = _orientation(path, image) if exif else 1
-    h, w = (width, height) if tag >= 5 else (height, width)
     gray, dtype = image.mode in GRAY_MODES, np.dtype(GRAY_MODES.get(image.mode, np.uint8))
     channels = 1 if gray else 3
-    check_shape(path, (h, w, 1, channels + 1), dtype.itemsize, limits)  # + 1 for alpha, which is decoded as well
+    check_shape(path, (height, width, 1, channels + 1), dtype.itemsize, limits)  # + 1 for alpha, decoded as well
+    tag, notices = orientation_tag(path, image) if metadata else (1, ())
     photometric = "gray" if gray else {"P": "palette", "PA": "palette", "RGBA": "RGB"}.get(image.mode, image.mode)
-    return image, tag, Header(format="image", shape=(h, w, 1, channels), dtype=dtype.name, photometric=photometric)
+    shape = (width, height, 1, channels) if tag >= 5 else (height, width, 1, channels)
+    head = Header(format="image", shape=shape, dtype=dtype.name, photometric=photometric, notices=notices)
+    return image, tag, head
 
 
 def pixels_of(name, image: Image.Image) -> np.ndarray:
@@ -115,23 +136,16 @@ def pixels_of(name, image: Image.Image) -> np.ndarray:
     if getattr(image, "n_frames", 1) > 1:
         remedy = "pass one frame: image.seek(i), then image.copy()"
         raise ScanError(name, f"has {image.n_frames} frames", remedy, "ambiguous")
+    tag, _ = orientation_tag(name, image)
     if image.mode in ("I", "F"):  # 32 bits; no file of the formats above has them
-        return apply_orientation(np.asarray(image), _orientation(name, image))
+        return apply_orientation(np.asarray(image), tag)
     _check_mode(name, image)
-    return apply_orientation(decode(name, image), _orientation(name, image))
+    return apply_orientation(decode(name, image), tag)
 
 
 def _check_mode(path, image: Image.Image) -> None:
     if image.mode not in GRAY_MODES and image.mode not in COLOUR_MODES:
         raise ScanError(path, f"has the pixel mode {image.mode}", "save it as gray or RGB", "unsupported")
-
-
-def _orientation(path, image: Image.Image) -> int:
-    with as_scan_error(path, "reading the EXIF orientation", hide_message=True):
-        tag = int(image.getexif().get(EXIF_ORIENTATION, 0) or 1)
-    if not 1 <= tag <= 8:
-        raise ScanError(path, f"states the EXIF orientation {tag}", "remove or repair the EXIF data", "ambiguous")
-    return tag
 
 
 def decode(path, image: Image.Image) -> np.ndarray:

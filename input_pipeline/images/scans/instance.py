@@ -29,6 +29,7 @@ from input_pipeline.images.scans.mixtures import (
     Value,
     check_one_kind,
 )
+from input_pipeline.images.scans.voi import stated_window
 
 UNASSIGNED = (  # where converted multi-frame files keep attributes that have no functional group
     "UnassignedPerFrameConvertedAttributesSequence",
@@ -80,6 +81,7 @@ class Instance(PixelFormat):
     intercepts: tuple[float, ...]  # one a frame
     lut: bool  # whether a modality lookup table replaces slopes and intercepts
     padding: tuple[int, int] | None  # (low, high) as stored, in BitsAllocated
+    window: tuple[float, float] | None  # (low, high) to display, after rescaling
     kinds: Columns  # one value a frame of every attribute of `mixtures`
 
     @property
@@ -154,6 +156,7 @@ def interpret(path, fields: Fields, syntax: uid.UID) -> Instance:
         intercepts=intercepts,
         lut=bool(fields.items("ModalityLUTSequence")),
         padding=read_padding(fields, pixel_format),
+        window=stated_window(fields, frames),
         kinds=kinds,
     )
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 import nibabel
 import numpy as np
 from isal import igzip, igzip_lib
+from nibabel.spatialimages import HeaderDataError
 
 from input_pipeline.images.scans import orientation
 from input_pipeline.images.scans.access import BoundedFile, as_scan_error, open_scan, read_exactly
@@ -120,7 +121,8 @@ def interpret(path, header, size: int, endian: str, limits: ScanLimits) -> Nifti
         raise ScanError(path, f"states that voxels start at byte {offset:g}", REPAIR)
     slope, intercept = scaling(path, header) if channels == 1 else (1.0, 0.0)
     rescaled = (slope, intercept) != (1, 0)
-    affine, oriented = affine_of(path, header)
+    affine, oriented, notices = affine_of(path, header)
+    affine, stepless = with_single_steps(affine, (a, b, c))
     try:
         display = orientation.display_layout(affine, (a, b, c))
     except ValueError as error:
@@ -129,15 +131,22 @@ def interpret(path, header, size: int, endian: str, limits: ScanLimits) -> Nifti
     h, w, d = display.shape((a, b, c))
     check_shape(path, (h, w, d, channels), max(dtype.itemsize, 4 if rescaled else 1), limits)
     check_volume(path, None, volumes, limits, needed=False)
+    if stepless:
+        notices += ("states no step between slices, which its single slice does not need: set pixdim[3]",)
+    low, high = float(header["cal_min"]), float(header["cal_max"])
     head = Header(
         format="nifti",
         shape=(h, w, d, 1 if channels == 1 else 3),
         dtype=dtype.newbyteorder("=").name,
-        spacing_mm=tuple(round(s, 6) for s in display.spacing_mm),
+        spacing_mm=tuple(
+            None if axis in stepless else round(s, 6) for axis, s in zip(display.order, display.spacing_mm, strict=True)
+        ),
         orientation=display.codes if oriented else None,
         volumes=volumes,
         rescaled=rescaled,
         oblique_degrees=display.oblique_degrees if oriented else None,
+        window=(low, high) if channels == 1 and math.isfinite(low) and math.isfinite(high) and low < high else None,
+        notices=notices,
     )
     layout = NiftiLayout((a, b, c), channels, dtype, size, int(offset), slope, intercept, display, head)
     if layout.stream_bytes > limits.max_file_bytes:
@@ -185,16 +194,27 @@ def scaling(path, header) -> tuple[float, float]:
     return slope, intercept
 
 
-def affine_of(path, header) -> tuple[np.ndarray, bool]:
-    """Return the affine in mm, and whether the file states an orientation.
+def affine_of(path, header) -> tuple[np.ndarray, bool, tuple[str, ...]]:
+    """Return the affine in mm, whether the file states an orientation, and notices.
 
     The sform has priority over the qform, as in the standard. With neither, the array order follows the standard's
     method 1 (ANALYZE: first axis from the patient's right to left, second to anterior, third to superior).
     """
+    notices: tuple[str, ...] = ()
+    # qfac (pixdim[0]) is the sign of the third axis; the standard reads 0 as 1, but nibabel refuses it.
+    header["pixdim"][0] = -1 if header["pixdim"][0] < 0 else 1
     with as_scan_error(path, "reading the orientation"):
         s, s_code = header.get_sform(coded=True)
-        # get_qform raises for a quaternion longer than one, so it is read only if it is declared valid.
-        q, q_code = header.get_qform(coded=True) if int(header["qform_code"]) > 0 else (None, 0)
+        q, q_code = None, 0
+        if int(header["qform_code"]) > 0:
+            try:
+                q, q_code = header.get_qform(coded=True)
+                if not np.isfinite(q).all():
+                    raise ValueError("its quaternion is not finite")
+            except (HeaderDataError, ValueError):
+                if not s_code:
+                    raise
+                q, q_code, notices = None, 0, ("has an invalid qform, which its sform replaces: remove the qform",)
         units = int(header["xyzt_units"]) & 7
         if units not in MM:
             raise ScanError(path, f"states the unknown length unit {units}", "set xyzt_units to mm")
@@ -205,7 +225,23 @@ def affine_of(path, header) -> tuple[np.ndarray, bool]:
     if mirrored:
         reason = "its sform and qform disagree on which side is left"
         raise ScanError(path, reason, "find out which is right and remove the other", "ambiguous")
-    return affine[:3] * MM[units], bool(s_code or q_code)
+    return affine[:3] * MM[units], bool(s_code or q_code), notices
+
+
+def with_single_steps(affine: np.ndarray, shape: tuple[int, int, int]) -> tuple[np.ndarray, tuple[int, ...]]:
+    """Replace the step of an axis of one voxel where it is zero or not finite, as no voxel is at its end.
+
+    Returns the affine with a step of 1 mm across the other two axes, and the number of that axis in a tuple.
+    """
+    lengths = np.linalg.norm(affine[:, :3], axis=0)
+    missing = [axis for axis in range(3) if shape[axis] == 1 and not 0 < lengths[axis] < math.inf]
+    if len(missing) != 1:
+        return affine, ()
+    across = np.cross(*(affine[:, axis] for axis in range(3) if axis != missing[0]))
+    length = np.linalg.norm(across)
+    affine = affine.copy()
+    affine[:, missing[0]] = across / length if length else 0
+    return affine, tuple(missing)
 
 
 def header(path, *, limits: ScanLimits) -> Header:

@@ -1,5 +1,8 @@
 """TIFF: one slice per page, in the order of the file.
 
+Pages that are smaller copies of others (thumbnails, pyramids) are dropped. Files whose metadata (ImageJ, OME, tifffile)
+state times, channels or several stacks are refused: their pages are not the slices of one volume.
+
 tifffile parses the file and decodes uncompressed, deflated and PackBits pages of any depth. Pillow (libtiff) decodes
 the other compressions where that is lossless: 8-bit gray and RGB, 16-bit gray. TIFF has no checksum, so a flipped bit
 in uncompressed pixels is not detected.
@@ -24,6 +27,9 @@ from input_pipeline.images.scans.images import apply_orientation
 
 PLAIN, PACKBITS, DEFLATE = 1, 32773, (8, 32946)
 MINISWHITE, MINISBLACK, RGB, PALETTE, YCBCR = 0, 1, 2, 3, 6
+SLICE_AXES = "ZIQ"  # tifffile's codes for depth, a sequence, and an unknown axis
+AXIS_NAMES = {"T": "times", "C": "channels", "S": "channels", "R": "tiles", "P": "positions", "A": "angles"}
+REDUCED, MASK = 1, 4  # bits of the tag NewSubfileType
 NAMES = {MINISWHITE: "MINISWHITE", MINISBLACK: "MINISBLACK", RGB: "RGB", PALETTE: "palette", YCBCR: "YCbCr"}
 SAVE = "save it as an uncompressed 8 or 16-bit TIFF, or as PNG"
 
@@ -103,6 +109,26 @@ def count_pages(path, data: bytes, limits: ScanLimits) -> int:
         position = offset + struct.calcsize(counter) + entry * struct.unpack_from(order + counter, data, offset)[0]
 
 
+def check_axes(path, tif: tifffile.TiffFile) -> None:
+    """Raise ScanError if the metadata of a series state that its pages are not the slices of one volume."""
+    for series in tif.series:
+        pages = [(axis, int(n)) for axis, n in zip(series.axes, series.shape, strict=True) if axis not in "YXS"]
+        others = [f"{n} {AXIS_NAMES.get(axis, 'images along ' + axis)}" for axis, n in pages if n > 1]
+        if any(n > 1 and axis not in SLICE_AXES for axis, n in pages) or len(others) > 1:
+            others = [other.replace("images along Z", "slices") for other in others]
+            reason = f"its metadata state {' x '.join(others)}: not the slices of one volume"
+            remedy = "save each volume as a separate file, one page per slice, with the axes ZYX"
+            raise ScanError(path, reason, remedy, "ambiguous")
+
+
+def full_pages(path, tif: tifffile.TiffFile) -> list[tifffile.TiffPage]:
+    """Return the pages without smaller copies of others. Raises ScanError if a page is a transparency mask."""
+    pages = [page if isinstance(page, tifffile.TiffPage) else page.aspage() for page in tif.pages]
+    if any(int(page.subfiletype) & MASK for page in pages):
+        raise ScanError(path, "has a transparency mask", "blend it and save it without the mask", "ambiguous")
+    return [page for page in pages if not int(page.subfiletype) & REDUCED] or pages
+
+
 def open_tiff(path, limits: ScanLimits) -> tuple[bytes, list[tifffile.TiffPage], PageFormat, Header]:
     """Read a file without decoding it. Returns its bytes, its pages, their format, and the header."""
     with open_scan(path, limits) as file:
@@ -110,12 +136,12 @@ def open_tiff(path, limits: ScanLimits) -> tuple[bytes, list[tifffile.TiffPage],
     linked = count_pages(path, data, limits)
     with as_scan_error(path, "reading the TIFF pages"):
         tif = tifffile.TiffFile(io.BytesIO(data))
-        pages = [page if isinstance(page, tifffile.TiffPage) else page.aspage() for page in tif.pages]
+        pages, readable = full_pages(path, tif), len(tif.pages)
         forms = [page_format(path, page) for page in pages]
         stated = int((tif.imagej_metadata or {}).get("images", len(pages))) if tif.is_imagej else len(pages)
         folded = any(series.get("truncated") for series in tif.shaped_metadata or ())
-    if not pages or len(pages) != linked:
-        raise ScanError(path, f"has {linked} pages, but only {len(pages)} are readable", COPY_AGAIN)
+    if not pages or readable != linked:
+        raise ScanError(path, f"has {linked} pages, but only {readable} are readable", COPY_AGAIN)
     if folded:
         raise ScanError(path, "has several slices in one page", "write one page per slice", "ambiguous")
     if stated != len(pages):
@@ -126,6 +152,8 @@ def open_tiff(path, limits: ScanLimits) -> tuple[bytes, list[tifffile.TiffPage],
     if different:
         reason = f"{texts[0]}, but {join_offenders(different)}, or differs in its encoding"
         raise ScanError(path, reason, "save each image as a separate file", "ambiguous")
+    with as_scan_error(path, "reading the TIFF metadata"):
+        check_axes(path, tif)
     form, count = forms[0], len(pages)
     h, w = (form.columns, form.rows) if form.orientation >= 5 else (form.rows, form.columns)
     check_shape(path, (h, w, count, max(form.samples, form.channels)), form.dtype.itemsize, limits)
@@ -167,8 +195,9 @@ def check_segments(path, data: bytes, page: tifffile.TiffPage, form: PageFormat)
             raise ScanError(path, reason, COPY_AGAIN)
 
 
-def decode_page(path, data: bytes, number: int, page: tifffile.TiffPage, form: PageFormat) -> np.ndarray:
+def decode_page(path, data: bytes, page: tifffile.TiffPage, form: PageFormat) -> np.ndarray:
     """Return the stored pixels of a page, [H, W] or [H, W, samples]."""
+    number = page.index
     if form.compression in (PLAIN, PACKBITS, *DEFLATE) and form.photometric != YCBCR:
         check_segments(path, data, page, form)
         with as_scan_error(path, f"decoding page {number + 1}"):
@@ -221,7 +250,7 @@ def read(path, *, volume: int | None, limits: ScanLimits) -> tuple[np.ndarray, H
     h, w, d, c = head.shape
     frames = None
     for number, page in enumerate(pages):
-        pixels = to_slice(path, decode_page(path, data, number, page, form), page, form)
+        pixels = to_slice(path, decode_page(path, data, page, form), page, form)
         if frames is None:
             frames = np.empty((d, h, w, c), pixels.dtype.newbyteorder("="))
         if pixels.shape != frames.shape[1:]:
