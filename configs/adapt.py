@@ -9,7 +9,8 @@ The vision encoder, the perceiver and the projection learn; the language model i
 The model, the tokenizer and the preparation of scans are those of `checkpoint.init_from` (default: `radfm/`), unless
 an option sets them. configs/adapt_small.py adapts a small model on one machine.
 
-Data: my/train.jsonl and my/test.jsonl, with scans at paths relative to my/. For data in another directory:
+Data: my/train.jsonl and my/test.jsonl, with scans at paths relative to my/. A twentieth of the training studies is held
+out for validation; `radfm_jax.evaluate` reads the test table. For data in another directory:
 `--config.data.train.own.root=DIR --config.data.test.own_test.root=DIR --config.data.index=DIR/index`. For tables of
 another family, copy one of the configs/adapt_*.py.
 
@@ -40,18 +41,26 @@ from radfm_jax.training.optimizer import OptimizerConfig
 resolve = follow_checkpoint
 
 
-def adapted(train: dict[str, dict], test: dict[str, dict], root: str, **settings) -> ConfigDict:
+def adapted(
+    train: dict[str, dict], test: dict[str, dict], root: str, *, validation_share: float = 0.05, **settings
+) -> ConfigDict:
     """Return a config that adapts the released model to some sources.
 
     Epochs, batch and learning rate are choices of this project, not of the paper.
 
-    Args:
-      settings: fields of the group `train`.
+    `validation_share` of the training studies is held out; `settings` are fields of the group `train`.
     """
     settings = {"epochs": 3.0, "batch": 8, "accumulation": 4, "eval_every": 100} | settings
     experiment = Experiment(
         radfm.radfm_14b(),
-        DataConfig(train=train, test=test, index=f"{root}/index", tokenizer="radfm/tokenizer.model", workers=8),
+        DataConfig(
+            train=train,
+            validation_share=validation_share,
+            test=test,
+            index=f"{root}/index",
+            tokenizer="radfm/tokenizer.model",
+            workers=8,
+        ),  # fmt: skip
         TrainConfig(dtype="bfloat16", remat="full", chunk=256, **settings),
         OptimizerConfig(learning_rate=2e-5, warmup_steps=20, frozen=("llama",)),
         checkpoint=CheckpointConfig(init_from="radfm", save_every=200),

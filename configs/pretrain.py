@@ -9,7 +9,7 @@ Hardware: 32 A100 with 80 GB, as in the paper. Estimated (radfm_jax/cost/estimat
     memory: 13 GB a device (parameters 1.6, optimizer 3.3, gradients 3.3, batch 0.5, activations 1.1, working set 2.9)
     a step: 4.38 s (171 TFLOP a row x 128 rows at 50 % of 312 TFLOP/s on 32 x A100)
     traffic: 305 GB a step into each device, 12 s at 25 GB/s
-    steps: 55,800 for 3 x 2,380,000 rows of 3 samples, 2 d 20 h of arithmetic
+    steps: 94,400 for 3 x 4,030,000 rows of 2.4 samples, 4 d 19 h of arithmetic
 
 The traffic is that of FSDP for each micro-batch. `--config.train.accumulation=1` takes the same step with a quarter of
 it, which the arithmetic can hide, in 20 GB a device.

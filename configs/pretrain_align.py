@@ -16,7 +16,7 @@ Hardware: 32 A100 with 80 GB, as in the paper. Estimated (radfm_jax/cost/estimat
     memory: 6 GB a device (parameters 1.6, optimizer 0.0, gradients 0.0, batch 0.5, activations 1.1, working set 2.3)
     a step: 2.98 s (116 TFLOP a row x 128 rows at 50 % of 312 TFLOP/s on 32 x A100)
     traffic: 204 GB a step into each device, 8.2 s at 25 GB/s
-    steps: 18,600 for 1 x 2,380,000 rows of 3 samples, 15 h 25 min of arithmetic
+    steps: 31,500 for 1 x 4,030,000 rows of 2.4 samples, 26 h 5 min of arithmetic
 
 The traffic is that of FSDP for each micro-batch. `--config.train.accumulation=1` takes the same step with a quarter of
 it, which the arithmetic can hide, in 15 GB a device.

@@ -52,11 +52,12 @@ def source(split: str, name: str) -> dict:
     }
 
 
-def data(shares: int = 0, held_out: bool = True) -> DataConfig:
+def data(shares: int = 0, evaluated: bool = True) -> DataConfig:
     # 128 pixels per side: a 2D scan is 4 x 4 patches, a volume of 8 slices 4 x 4 x 2. A row has room for three scans.
     return DataConfig(
         train={name: {**source("train", name), "weight": SOURCES[name][1 + shares]} for name in SOURCES},
-        test={f"{name}_test": source("test", name) for name in SOURCES} if held_out else {},
+        validation={f"{name}_validation": source("validation", name) for name in SOURCES} if evaluated else {},
+        test={f"{name}_test": source("test", name) for name in SOURCES} if evaluated else {},
         mixture="weights",
         index="practice/index",
         tokenizer="practice/tokenizer.model",
@@ -91,7 +92,7 @@ def get_config(stage: str = "finetune") -> ConfigDict:
     steps, rate, final, shares, frozen = STAGES[stage]
     experiment = Experiment(
         model(),
-        data(shares, held_out=stage == "finetune"),
+        data(shares, evaluated=stage == "finetune"),
         TrainConfig(
             steps=steps,
             batch=8,

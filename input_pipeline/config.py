@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
@@ -13,6 +14,8 @@ from input_pipeline.field_rules import (
     Size,
     above,
     as_tuple,
+    at_least,
+    at_most,
     field_problems,
     from_mapping,
     one_of,
@@ -25,8 +28,9 @@ from input_pipeline.images.augment import FLIPS
 from input_pipeline.images.intensity import parse_intensity, setting_text
 from input_pipeline.images.planes import CHANNELS, FITS, MODES, STORAGE, Sizes
 
-SPLITS = ("train", "test")
+SPLITS = ("train", "validation", "test")
 MIXTURES = ("epoch", "weights")
+EPOCHS = ("all", "released")
 Weight = Annotated[float, above(0)]
 
 
@@ -35,9 +39,15 @@ class DataConfig:
     """The data of an experiment."""
 
     # Source name -> its `family` (datasets.FAMILIES), the family's fields (`table`, `root`, `split`, `fraction`,
-    # `intensity`, ...) and, for `mixture="weights"`, its `weight`. No study may be in both.
+    # `intensity`, ...) and, for `mixture="weights"`, its `weight`. No study may be in two splits. `validation` is
+    # evaluated during training and selects the best step; only `python -m radfm_jax.evaluate` reads `test`.
     train: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    validation: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     test: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    # Share of the training studies that is held out for validation, with all their rows and scans (batching/splits.py).
+    # `validation_seed` chooses the studies: keep it in all stages, so that all hold out the same ones.
+    validation_share: Annotated[float, at_least(0), at_most(0.5)] = 0.0
+    validation_seed: Count = 0
     index: str = ""  # the directory that `prepare` wrote
     tokenizer: str = ""  # a SentencePiece model file
     # The source of medical terms: `open` (HPO, ICD-10-CM and a radiology list), `umls:DIR` (a directory with
@@ -55,13 +65,14 @@ class DataConfig:
     size_2d: Size = 512
     size_3d: Size = 256
     depth: Size = 64
-    channels: Annotated[int, one_of((1, CHANNELS))] = (
-        3  # 1 if every scan is gray: the network then computes one channel instead of three equal ones
-    )
+    # 1 if every scan is gray: the network then computes one channel instead of three equal ones.
+    channels: Annotated[int, one_of((1, CHANNELS))] = 3
     records: bool = False  # read volumes from the records that `prepare --records` wrote, not from the scan files
-    mixture: Annotated[str, one_of(MIXTURES)] = (
-        "epoch"  # `epoch`: `fraction` of the rows of each source; `weights`: shares of `epoch_samples`
-    )
+    # `epoch`: `fraction` of the rows of each source; `weights`: shares of `epoch_samples`.
+    mixture: Annotated[str, one_of(MIXTURES)] = "epoch"
+    # What `fraction` 1.0 means: `all` is every row, and every figure of PMC-Inline; `released` is the epoch of the
+    # released code: a fifth of MPx-Single and Rad3D-Modality, and one window of each paper of PMC-Inline.
+    epoch: Annotated[str, one_of(EPOCHS)] = "all"
     epoch_samples: Count = 0  # samples of an epoch under `weights`; 0: the number of rows of all sources
     window: Size = 16384  # samples that are packed together
     # Sizes of a row (batching.plan.RowLimits).
@@ -76,18 +87,16 @@ class DataConfig:
     shuffle_scans: bool = False
     max_scans: Size = 12  # maximum distinct scans of a sample; its random generator chooses among more
     num_latents: Size = 32  # visual tokens of a scan; must equal the model's
-    crop: Annotated[float, share(zero=False, one=True)] = (
-        0.8  # minimum share of a slice's area that a random crop keeps in training; 1 disables crops
-    )
+    # Minimum share of a slice's area that a random crop keeps in training; 1 disables crops.
+    crop: Annotated[float, share(zero=False, one=True)] = 0.8
     flips: tuple[Annotated[str, one_of(FLIPS)], ...] = ()  # axes to flip at random in training: height, width, depth
     # How many scans of a run may fail to load (each counts once per row that shows it). Their samples get no weight and
     # are logged. One more stops the run with the scan's name; 0 stops at the first.
     allowed_loss: Count = 0
     seed: Count = 0  # of order, prompts and crops
     workers: Count = 2  # processes that load rows; 0 loads in the calling process
-    worker_timeout: Annotated[float, above(0)] = (
-        30.0  # seconds for one scan or one chunk of texts before a worker counts as hung
-    )
+    # Seconds for one scan or one chunk of texts before a worker counts as hung.
+    worker_timeout: Annotated[float, above(0)] = 30.0
     read_ahead: Size = 8  # rows to load ahead of the training step
 
     def __post_init__(self):
@@ -134,8 +143,10 @@ class DataConfig:
                     yield f"data.{split}.{name} has {what}; known: {', '.join(FAMILIES)}"
                 if self.mixture == "weights" and split == "train":
                     yield from field_problems(source.get("weight", 1.0), Weight, f"data.{split}.{name}.weight")
-        for name in self.train.keys() & self.test.keys() if len(splits) == len(SPLITS) else ():
-            yield f"data.train.{name} and data.test.{name} have the same name: rename one to {name}_test"
+        for (one, first), (other, second) in itertools.combinations(splits.items(), 2):
+            for name in first.keys() & second.keys():
+                same = f"data.{one}.{name} and data.{other}.{name} have the same name"
+                yield f"{same}: rename one to {name}_{other}"
 
     @property
     def limits(self) -> RowLimits:
@@ -148,13 +159,23 @@ class DataConfig:
         return Sizes(self.size_2d, self.size_3d, self.depth)
 
     def sources(self, split: str | None = None) -> dict[str, dict]:
-        """Return source name -> fields, of one split or of both, sorted by name within a split like a ConfigDict.
+        """Return source name -> fields, of one split or of all, sorted by name within a split like a ConfigDict.
 
         A source without a field `intensity` gets `data.intensity`, unless that is the default.
         """
         splits = SPLITS if split is None else (split,)
         common = {} if self.intensity == "minmax" else {"intensity": self.intensity}
         return {name: common | dict(fields) for s in splits for name, fields in sorted(getattr(self, s).items())}
+
+    @property
+    def validates(self) -> bool:
+        """Whether there are rows for validation."""
+        return bool(self.validation or self.validation_share)
+
+    def sources_with_rows(self, split: str) -> dict[str, dict]:
+        """Return the sources that have rows of a split: those of `sources`, and `train` for a held-out share of it."""
+        shared = self.sources("train") if split == "validation" and self.validation_share else {}
+        return self.sources(split) | shared
 
     def to_dict(self) -> dict:
         """Return plain values, for a ConfigDict."""

@@ -27,7 +27,7 @@ def open_sources(config: DataConfig, split: str | None = None) -> dict[str, Data
     """
     opened = {}
     with json_lines_cache():
-        for name, fields in config.sources(split).items():
+        for name, fields in (config.sources_with_rows(split) if split else config.sources()).items():
             try:
                 opened[name] = open_dataset(fields["family"], **open_fields(fields) | {"quarantine": True})
             except ValueError as error:
@@ -59,17 +59,20 @@ def encode_row(
     epoch: int,
     tokenizer: Tokenizer,
     terms: TermFinder,
+    *,
     shown: int | None = None,
+    window: int | None = None,
 ) -> tuple[Sample, Encoded]:
     """Return the sample of a row and its tokens. `prepare` and training make the same random choices.
 
     Args:
       shown: another row with as many scans, which replace the scans of this row.
+      window: as for Dataset.sample.
     Raises:
       RowError: the row cannot become a sample, or does not fit `text_length`.
     """
-    rng = sample_rng(config.seed, epoch, name, dataset.row_id(row))
-    sample = dataset.sample(row, rng)
+    rng = sample_rng(config.seed, epoch, name, dataset.sample_id(row, window))
+    sample = dataset.sample(row, rng, window)
     if shown is not None:
         scans = dict(zip(dict.fromkeys(dataset.scans(row)), dict.fromkeys(dataset.scans(shown)), strict=True))
         parts = tuple(scans[part] if isinstance(part, Scan) else part for part in sample.parts)

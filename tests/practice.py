@@ -17,15 +17,18 @@ FAMILIES = {
 }
 
 
-def practice(directory: Path, train: int = 24, test: int = 8, **changes) -> DataConfig:
+def practice(directory: Path, train: int = 24, test: int = 8, validation: int = 0, **changes) -> DataConfig:
     """Write phantoms of 64 x 64 pixels and their index below `directory`. Returns their config."""
-    phantoms.write(directory / "data", train=train, test=test, size=64, workers=1)
+    phantoms.write(directory / "data", train=train, test=test, validation=validation, size=64, workers=1)
     source = lambda split, family, table: {  # noqa: E731
         "family": family, "table": f"{split}/{table}", "root": str(directory / "data"), "split": split
     }  # fmt: skip
     config = DataConfig(
         train={name: source("train", *table) for name, table in FAMILIES.items()},
-        test={f"{name}_test": source("test", *table) for name, table in FAMILIES.items()},
+        validation={
+            f"{name}_validation": source("validation", *table) for name, table in FAMILIES.items() if validation
+        },
+        test={f"{name}_test": source("test", *table) for name, table in FAMILIES.items() if test},
         index=str(directory / "index"),
         tokenizer=str(directory / "data" / "tokenizer.model"),
         terms="none",

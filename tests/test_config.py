@@ -22,13 +22,19 @@ def test_defaults_are_the_sizes_of_the_paper():
 
 
 def test_round_trip_through_a_config():
-    config = DataConfig(train={"a": SOURCE | {"weight": 2.0}}, test={"b": SOURCE}, flips=("height",), depth=32)
+    config = DataConfig(
+        train={"a": SOURCE | {"weight": 2.0}}, validation={"v": SOURCE}, test={"b": SOURCE}, flips=("height",), depth=32
+    )
     group = ConfigDict({"data": config.to_dict()}, convert_dict=True).lock().data
     assert DataConfig.from_dict(group) == config
     group.text_length = 512
     assert DataConfig.from_dict(group).limits.text_length == 512
     assert config.sources("train") == {"a": SOURCE | {"weight": 2.0}}
-    assert list(config.sources()) == ["a", "b"]
+    assert list(config.sources()) == ["a", "v", "b"]
+    assert list(config.sources_with_rows("validation")) == ["v"] and config.validates
+    shared = dataclasses.replace(config, validation={}, validation_share=0.1)
+    assert list(shared.sources_with_rows("validation")) == ["a"] and shared.validates
+    assert list(shared.sources_with_rows("train")) == ["a"] and list(shared.sources_with_rows("test")) == ["b"]
 
 
 def test_all_problems_are_reported_at_once():
@@ -43,6 +49,8 @@ def test_all_problems_are_reported_at_once():
             seed=-1,
             crop=0.0,
             worker_timeout=0,
+            validation_share=0.7,
+            epoch="some",
             train={"a": {"table": "x"}, "b": SOURCE},
             test={"b": SOURCE},
         )
@@ -56,6 +64,8 @@ def test_all_problems_are_reported_at_once():
         "data.seed must be at least 0 (got -1)",
         "data.crop must be above 0 and at most 1 (got 0.0)",
         "data.worker_timeout must be above 0 (got 0)",
+        "data.validation_share must be at most 0.5 (got 0.7)",
+        "data.epoch must be one of all, released (got 'some')",
         "data.train.a has no `family`; known: pmc_inline",
         "data.train.b and data.test.b have the same name: rename one to b_test",
     ):

@@ -33,6 +33,7 @@ from radfm_jax.evaluate.radbench import Benchmark
 from radfm_jax.models import radfm
 from radfm_jax.runtime import sharding
 from radfm_jax.training import display, train_step
+from radfm_jax.training.data import check_validation
 from radfm_jax.training.experiment import GROUPS, Experiment, MeshConfig, TrainConfig
 from radfm_jax.training.optimizer import OptimizerConfig
 
@@ -233,12 +234,33 @@ def test_the_data_are_those_of_tables_1_and_2():
     elsewhere = {"diagnosis", "jsonl", "tfds", "mpx_questions"}
     assert families(pretrain) == FAMILIES.keys() - elsewhere
     assert families(pretrain) - families(finetune) == {"pmc_inline", "pmc_oa"}
-    fifths = {name for name, source in pretrain.data.train.items() if source["fraction"] == 0.2}
-    assert fifths == {"mpx_single", "rad3d_modality"}
+    # 4.3: all available data
+    assert pretrain.data.epoch == "all" and {s["fraction"] for s in pretrain.data.train.values()} == {1.0}
+    released = experiment("pretrain", "--config.data.epoch=released")
+    drawn = [estimate.epoch(config, module("pretrain").SIZES).samples for config in (pretrain, released)]
+    fifths = module("pretrain").SIZES["mpx_single"].rows + module("pretrain").SIZES["rad3d_modality"].rows
+    assert drawn[0] - drawn[1] == pytest.approx(0.8 * fifths * (1 - pretrain.data.validation_share))
     changed = {name for name, source in finetune.data.train.items() if source != pretrain.data.train[name]}
-    assert changed == set(module("finetune").FILTERED) and finetune.data.train["rad3d_caption"]["sizes"] == "remove"
+    balanced = {"cxr_mix", "vindr_pcxr", "vindr_mammo", "vindr_spinexr"}
+    assert changed == set(module("finetune").FILTERED) | balanced
+    # Table 2: normal and abnormal; cxr_mix_yes_no is balanced by default.
+    assert {name for name, s in finetune.data.train.items() if s.get("balance")} == balanced
+    assert not any(s.get("balance") for s in pretrain.data.train.values())
+    assert finetune.data.train["rad3d_caption"]["sizes"] == "remove"
     assert finetune.data.index != pretrain.data.index == align.data.index
     assert len(pretrain.data.test) == 13  # Table 3
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_training_does_not_evaluate_test_tables(name):
+    config = experiment(name)
+    check_validation(config)
+    assert config.data.validates and config.data.test and not config.train.validate_on_test
+
+
+def test_all_stages_hold_out_the_same_studies():
+    splits = {(c.data.validation_share, c.data.validation_seed) for c in map(experiment, STAGES)}
+    assert len(splits) == 1
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name not in ("quickstart", "tiny")])
@@ -393,6 +415,8 @@ def test_an_epoch_is_as_long_as_tokens_or_scans_make_it():
     weighted = dataclasses.replace(config.data, train=shares, mixture="weights", epoch_samples=100)
     found = estimate.epoch(dataclasses.replace(config, data=weighted), sizes)
     assert found.samples == 100 and found.rows == pytest.approx((75 * 100 + 25 * 500) / 2000 / 0.95)
+    held = dataclasses.replace(config, data=dataclasses.replace(config.data, validation_share=0.1))
+    assert estimate.epoch(held, sizes).samples == pytest.approx(810)
     with pytest.raises(ValueError, match="unknown size of data.train sources b"):
         estimate.epoch(config, {"a": sizes["a"]})
 

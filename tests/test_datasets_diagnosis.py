@@ -1,4 +1,4 @@
-"""Diagnosis: yes/no and open questions, true and balanced."""
+"""Diagnosis: yes/no and open questions, true, and balanced in each epoch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 from dataset_tables import answer, draws, every_family, judged, texts, write_csv
 
+from input_pipeline.batching.mixture import Mixture, by_side
 from input_pipeline.datasets import TableError, diseases, open_dataset
 
 
@@ -33,31 +34,52 @@ def test_open_diagnosis_asks_in_the_words_of_its_region(every, name, region):
     assert {t for s in samples for t in texts(s, "instruction")} <= set(prompts.load()[f"diagnosis_open_{region}"])
 
 
-def test_yes_no_tables_are_balanced_pair_by_pair(tmp_path):
-    """Edema: present in x y, absent in a b c d e -> pairs (x | a c e) (y | b d); every image is used, none twice."""
+def epochs_of(dataset, epochs, fraction=1.0, seed=0) -> list[list[int]]:
+    """Return the rows of each epoch, sorted."""
+    order, sizes = by_side(dataset.sides())
+    source = {"rows": len(dataset), "fraction": fraction, "sides": sizes}
+    mixture = Mixture({"a": source}, seed=seed, weights=False)
+    return [sorted(order[mixture.epoch(e)].tolist()) for e in range(epochs)]
+
+
+def test_yes_no_tables_are_balanced_disease_by_disease(tmp_path):
+    """Edema: present in x y, absent in a b c d e -> each epoch x y and two others, which take turns."""
     rows = [(f"{i}.png", "Edema", "1") for i in "xy"] + [(f"{i}.png", "Edema", "0") for i in "abcde"]
+    rows += [("a.png", "Mass", "1"), ("a2.png", "mass", "1"), ("b.png", "Mass", "0")]
     write_csv(tmp_path / "t.csv", ("image_path", "disease", "label"), *rows)
     dataset = open_dataset("cxr_mix", table="t.csv", root=tmp_path)
-    assert [dataset.row_id(i) for i in range(4)] == [
-        "edema/0/present",
-        "edema/0/absent",
-        "edema/1/present",
-        "edema/1/absent",
-    ]
-    shares = [[s.path[0] for s in dataset.scans(i)] for i in range(len(dataset))]
-    assert shares == [["x"], ["a", "c", "e"], ["y"], ["b", "d"]]
-    seen = set()
-    for i in range(4):
-        # The pool does not shrink: after 300 epochs every image of the share is still drawn.
-        samples = draws(dataset, i, 300)
-        assert {answer(s) for s in samples} == {"no" if i % 2 else "yes"}
-        assert all("edema" in texts(s, "instruction")[0] for s in samples)
-        late = {s.scans[0].path[0] for s in samples[-60:]}
-        assert late == set(shares[i])
-        seen |= late
-    assert seen == set("xyabcde")
+    assert [dataset.row_id(i) for i in range(3)] == ["1", "2", "3"] and len(dataset) == 10
+    assert dataset.sides().tolist() == [1, 1, 0, 0, 0, 0, 0, 3, 3, 2] and dataset.side_names() == ("no", "yes")
+    epochs = epochs_of(dataset, 5)
+    for epoch in epochs:
+        answers = Counter((row > 6, answer(draws(dataset, row, 1)[0])) for row in epoch)
+        assert answers == {(False, "yes"): 2, (False, "no"): 2, (True, "yes"): 1, (True, "no"): 1}
+    edema = Counter(row for epoch in epochs for row in epoch if 2 <= row <= 6)
+    assert edema == dict.fromkeys(range(2, 7), 2), "five epochs use each of the five rows twice"
+    assert epochs == epochs_of(dataset, 5) != epochs_of(dataset, 5, seed=1)
     plain = open_dataset("cxr_mix", table="t.csv", root=tmp_path, balance=False)
-    assert len(plain) == 7 and answer(draws(plain, 3, 1)[0]) == "no"
+    assert len(plain) == 10 and plain.sides() is None
+
+
+def test_open_tables_are_balanced_by_normality(tmp_path):
+    """180 normal and 20 abnormal images: half of the open answers are normal, and nine epochs use every image."""
+    rows = [(f"n{k}.png", "No finding") for k in range(180)] + [(f"{k}.png", "Edema, Mass") for k in range(20)]
+    write_csv(tmp_path / "t.csv", ("image_path", "label"), *rows)
+    assert open_dataset("vindr_pcxr", table="t.csv", root=tmp_path).sides() is None  # MedMD is not balanced
+    for form in (None, "both"):
+        dataset = open_dataset("vindr_pcxr", table="t.csv", root=tmp_path, form=form, balance=True)
+        assert dataset.side_names() == ("normal", "abnormal")
+        epochs = epochs_of(dataset, 9)
+        assert all(sum(row < 180 for row in epoch) == 20 == len(epoch) / 2 for epoch in epochs)
+        assert {row for epoch in epochs for row in epoch} == set(range(200))
+        samples = [s for epoch in epochs for row in epoch for s in draws(dataset, row, 20)]
+        open_answers = Counter(answer(s) for s in samples if not judged(s))
+        assert open_answers["No finding."] == pytest.approx(open_answers.total() / 2, rel=0.06)
+        judgements = Counter(answer(s) for s in samples if judged(s))
+        assert judgements["yes"] == pytest.approx(judgements["no"], rel=0.1) and bool(judgements) == (form == "both")
+    write_csv(tmp_path / "t.csv", ("image_path", "label"), *rows[:3])
+    with pytest.raises(ValueError, match="balance=True, but all images are normal"):
+        open_dataset("vindr_pcxr", table="t.csv", root=tmp_path, balance=True)
 
 
 def test_yes_no_tables_reject_contradictions_and_one_sided_diseases(tmp_path):

@@ -41,6 +41,29 @@ def test_inline_window_figures_and_order(tmp_path):
     assert len(chosen) == 6
 
 
+def test_windows_show_every_figure(tmp_path):
+    """Seven figures over 300 sentences: an epoch has as many windows as needed, and shows every figure."""
+    refs = {10: ["f0", "f1", "f2", "f3"], 59: ["f4"], 150: ["f5"], 299: ["f6", "f0"]}
+    papers = {"PMC9": refs, "PMC8": {}, "PMC7": {0: ["f0"]}}
+    for name, figures in papers.items():
+        sentences = [{"text": f"S{k}.", "img_ref": figures.get(k, [])} for k in range(300)]
+        write_json(tmp_path / f"{name}.json", sentences)
+    write_csv(tmp_path / "t.csv", ("PMC_path",), *((f"{name}.json",) for name in papers))
+    dataset = open_dataset("pmc_inline", table="t.csv", root=tmp_path)
+    # (f0 f1 f2) (f3 f4) (f5) (f6): at most three figures, and first references within 50 sentences.
+    assert [dataset.window_count(i) for i in range(3)] == [4, 1, 1]
+    assert [dataset.sample_id(0, w) for w in (None, 0, 3)] == ["1", "1.1", "1.4"]
+    for epoch in range(20):
+        samples = [dataset.sample(0, np.random.default_rng((epoch, w)), w) for w in range(4)]
+        assert {s.path for sample in samples for s in sample.scans} == {f"figures/PMC9_f{k}.jpg" for k in range(7)}
+        assert all(len(sample.scans) <= 3 for sample in samples) and [s.row_id for s in samples][3] == "1.4"
+        for sample in samples:
+            said = [int(w[1:-1]) for t in texts(sample, "interleaved") for w in t.split()]
+            assert said == list(range(said[0], said[0] + 50))
+    assert not dataset.sample(1, np.random.default_rng(0), 0).scans
+    assert [s.path for s in dataset.sample(2, np.random.default_rng(0), 0).scans] == ["figures/PMC7_f0.jpg"]
+
+
 def test_inline_papers_are_checked(tmp_path):
     write_csv(tmp_path / "t.csv", ("PMC_path",), ("PMC1.json",))
     dataset = open_dataset("pmc_inline", table="t.csv", root=tmp_path)

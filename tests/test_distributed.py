@@ -45,7 +45,8 @@ class Processes:
         data = practice(
             directory,
             train=10,
-            test=4,
+            test=0,
+            validation=4,
             num_latents=4,
             text_length=128,
             vision_rows=1,
@@ -60,7 +61,7 @@ class Processes:
             OptimizerConfig(learning_rate=1e-2, warmup_steps=1),
             checkpoint=CheckpointConfig(save_every=4, keep_last=99),
         )
-        silent = dataclasses.replace(experiment, data=dataclasses.replace(data, test={}))
+        silent = dataclasses.replace(experiment, data=dataclasses.replace(data, validation={}))
         for name, config in (("evaluated", experiment), ("silent", silent)):
             (directory / f"{name}.py").write_text(
                 "import json\nfrom ml_collections import ConfigDict\ndef get_config():\n"
@@ -143,7 +144,7 @@ def losses(workdir: Path) -> list[tuple]:
     return [
         (line["step"], name, line[name])
         for line in display.read_metrics(workdir)
-        for name in ("train/loss", "eval/all/loss")
+        for name in ("train/loss", "validation/all/loss")
         if name in line
     ]
 
@@ -229,7 +230,7 @@ def test_several_processes_train_like_one(count, processes, evaluated, tmp_path)
     run = tmp_path / "run"
     assert processes.end(processes.start(run, count, "evaluated"), PATIENCE) == [0] * count, processes.console(0)
     assert_same_run(run, evaluated)
-    assert sum(name == "eval/all/loss" for _, name, _ in losses(run)) == 2
+    assert sum(name == "validation/all/loss" for _, name, _ in losses(run)) == 2
     for i in range(count):
         assert f"step {STEPS}/{STEPS}  loss" in (run / "logs" / f"{i}.log").read_text()
 

@@ -32,7 +32,7 @@ FIRST = int(os.environ.get("FIRST", 0))
 def start(tmp_path_factory):
     """A function that starts training in a workdir."""
     directory = tmp_path_factory.mktemp("killed")
-    data = practice(directory, train=10, test=4, num_latents=4, text_length=128)
+    data = practice(directory, train=10, test=0, validation=4, num_latents=4, text_length=128)
     config = Experiment(
         dataclasses.replace(MODEL),
         data,

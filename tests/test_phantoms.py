@@ -72,7 +72,7 @@ def test_phantoms_of_splits_and_seeds_are_all_different():
     ("arguments", "message"),
     [
         ((-1, "train", 0), "seed -1"),
-        ((0, "validation", 0), "split 'validation'"),
+        ((0, "held_out", 0), "split 'held_out'"),
         ((0, "train", 0, 32), "size 32"),
         ((0, "train", 0, 128, 0.7), "volumes 0.7"),
     ],
@@ -401,7 +401,7 @@ def test_bytes_do_not_depend_on_the_number_of_workers(practice, tmp_path):
     assert on_disk == listed | {"SHA256SUMS", "phantoms.json"}
 
 
-SMALL = {"train": 5, "test": 3, "seed": 1, "size": 64, "volumes": 0.0, "workers": 1}
+SMALL = {"train": 5, "validation": 2, "test": 3, "seed": 1, "size": 64, "volumes": 0.0, "workers": 1}
 
 
 def test_a_second_run_checks_and_never_overwrites(tmp_path):
@@ -441,7 +441,7 @@ def test_two_runs_cannot_write_one_directory(tmp_path):
 
 def test_a_killed_run_leaves_no_complete_directory(tmp_path):
     out, partial = tmp_path / "data", tmp_path / "data.partial"
-    arguments = {"train": 4000, "test": 1, "seed": 1, "size": 64, "volumes": 0.1}
+    arguments = {"train": 4000, "validation": 0, "test": 1, "seed": 1, "size": 64, "volumes": 0.1}
     options = [f"--{key}={value}" for key, value in arguments.items()]
     command = [sys.executable, "-m", "input_pipeline.phantoms", f"--out={out}", "--workers=2", *options]
     with subprocess.Popen(command, cwd=Path(__file__).parent.parent) as process:

@@ -146,8 +146,12 @@ def test_rows_and_scans_are_those_of_the_first_epoch(indexed):
     loader = RowLoader(config, "train", training=False)
     measured = loader.measure(0, np.arange(loader.starts[-1]))
     rows = pq.read_table(out / "rows.parquet").to_pylist()
-    counted = [(line["source"], line["tokens"]) for line in rows if line["source"] in config.train]
-    assert counted == list(zip(np.repeat(loader.names, np.diff(loader.starts)), measured.tokens, strict=True))
+    counted = {(line["source"], line["row"]): line["tokens"] for line in rows if line["source"] in config.train}
+    samples = zip(np.repeat(loader.names, np.diff(loader.starts)), np.concatenate(loader.good), strict=True)
+    assert list(zip(samples, measured.tokens, strict=True)) == [
+        (key, counted[key])
+        for key in zip(np.repeat(loader.names, np.diff(loader.starts)), np.concatenate(loader.good), strict=True)
+    ] and len(counted) == len(measured.tokens)
     number = lambda line: loader.scans.number(tuple(line[k] for k in ("root", "path", "volume", "window")))  # noqa: E731
     sizes = {number(line): (line["patches"], line["planes"]) for line in facts(out).values()}
     assert [sizes[k] for k in measured.scans] == list(zip(measured.patches, measured.planes, strict=True))
@@ -323,7 +327,7 @@ def test_leaks_and_duplicates(mine, tmp_path, capsys):
 
 
 def test_a_leak_in_another_epoch(practice, mine, tmp_path):
-    """A balanced row shows one of several images. The studies of all of them count, not only of the one at epoch 0."""
+    """An epoch of a balanced table has only some of its rows. The studies of all of them count."""
     for name in ("train", "test"):
         (mine / name).mkdir()
         for i, patient in enumerate((f"{name}1", "9", f"{name}2")):

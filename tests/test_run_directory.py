@@ -116,6 +116,16 @@ def test_which_steps_are_kept(tmp_path):
         saver(tmp_path, keep_last=0)
 
 
+def test_a_best_step_selected_on_test_data_is_not_used(tmp_path, caplog):
+    """An earlier version evaluated data.test during training. The next stage must not start from its choice."""
+    save(tmp_path, 1, 2)
+    best = {"step": 1, "metric": "eval/all/loss", "value": 1.0}
+    (tmp_path / "checkpoints" / "best.json").write_text(json.dumps(best))
+    assert run_directory.select_checkpoint(tmp_path) == step_directory(tmp_path, 2)
+    assert "step 1 was selected on test data: using the newest step" in caplog.text
+    assert run_directory.select_checkpoint(step_directory(tmp_path, 1)) == step_directory(tmp_path, 1)
+
+
 def test_best_step_missing_or_damaged(tmp_path):
     save(tmp_path, 1)
     assert run_directory.best(tmp_path) is None

@@ -23,7 +23,7 @@ def run(tmp_path):
     for step, seconds in ((10, 0.2), (20, 0.4)):
         now = {"speed/step_s": seconds, "speed/samples_s": 100.0, "speed/data_wait": 0.01, "data/real_tokens": 0.9}
         lines.append({"step": step, "train/loss": 1 / step, **now})
-    lines.append({"step": 20, "eval/all/loss": 0.125})
+    lines.append({"step": 20, "validation/all/loss": 0.125})
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     display.draw_curves(workdir)
     return workdir

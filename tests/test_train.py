@@ -53,7 +53,7 @@ def compiled_once(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    data = practice(tmp_path_factory.mktemp("train"), train=10, test=4, num_latents=4, text_length=128)
+    data = practice(tmp_path_factory.mktemp("train"), train=10, test=0, validation=5, num_latents=4, text_length=128)
     return Experiment(
         MODEL,
         data,
@@ -211,7 +211,7 @@ def rows(*_, **__):
     return "tensorflow_datasets" in sys.modules
 data.Rows = rows
 opened = data.OpenSplits(DataConfig.from_dict(eval(sys.argv[1])), {})
-print(opened("train"), opened("test"))
+print(opened("train"), opened("validation"))
 """
     command = [sys.executable, "-c", program, repr(data.to_dict())]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() == ["True"] * 2
@@ -223,12 +223,12 @@ def test_files_of_a_run(config, whole):
     assert steps == [1, 2, 3, 4, 5, 6] and [line["step"] for line in rows] == [0, 1, 2, 3, 4, 5]
     losses = [line["train/loss"] for line in metrics if "train/loss" in line]
     assert losses[0] == pytest.approx(np.log(512), rel=0.05) and losses[-1] < losses[0] - 0.1
-    held_out = [line for line in metrics if "eval/all/loss" in line]
+    held_out = [line for line in metrics if evaluation.METRIC in line]
     assert [line["step"] for line in held_out] == [3, 6]
     assert {k.split("/")[1] for k in held_out[0] if k != "step"} >= {"all", "modality", "vqa", "diagnosis", "rationale"}
     assert (whole / "curves.png").stat().st_size > 10_000 and any((whole / "tensorboard").iterdir())
     assert run_directory.steps(whole) == [2, 3, 4, 6]
-    best = min(held_out, key=lambda line: line["eval/all/loss"])["step"]
+    best = min(held_out, key=lambda line: line[evaluation.METRIC])["step"]
     assert run_directory.best(whole).name == str(best)
     logits = api.load(run_directory.step_directory(whole, 6)).logits(np.array([[1, 5, 6]]))
     assert logits.shape == (1, 3, 512)
@@ -238,14 +238,14 @@ def test_held_out_questions_are_answered(config, whole):
     """Every evaluation has the same questions, and scores that `evaluate` computes from the saved step."""
     asked = {step: radbench_build.read_questions(whole / "answers" / str(step) / "questions.jsonl") for step in (3, 6)}
     assert asked[3] == asked[6] and {q.task for q in asked[6]} == {"modality", "vqa", "rationale", "diagnosis"}
-    assert [q.dataset for q in asked[6]] == [name for name in sorted(config.data.test) for _ in range(2)]
+    assert [q.dataset for q in asked[6]] == [name for name in sorted(config.data.validation) for _ in range(2)]
     step = run_directory.step_directory(whole, 6)
     given = api.load(step).generator.answers([Request(q.prompt, q.scans, q.context) for q in asked[6]])
     answers = [json.loads(line) for line in (whole / "answers/6/answers.jsonl").read_text().splitlines()]
     assert [line["answer"] for line in answers] == [answer.text for answer in given]
     recorded = {q.row_id: RecordedAnswer(a.text) for q, a in zip(asked[6], given, strict=True)}
     scored = scoring.score(asked[6], recorded, NoTerms())
-    logged = next(line for line in display.read_metrics(whole) if line["step"] == 6 and "eval/all/loss" in line)
+    logged = next(line for line in display.read_metrics(whole) if line["step"] == 6 and evaluation.METRIC in line)
     for task, metric in (("modality", "accuracy"), ("diagnosis", "f1"), ("vqa", "bleu"), ("rationale", "rouge")):
         expected = scoring.intervals(
             [s for s in scored if s.question.task == task], resamples=1, seed=0, by_study=False
@@ -258,8 +258,8 @@ def test_held_out_questions_are_answered(config, whole):
 
 def test_missing_questions_are_reported_before_compilation(config, tmp_path, monkeypatch):
     monkeypatch.setattr(loop.Programs, "compile", lambda *_: pytest.fail("compiled"))
-    nothing = dataclasses.replace(config, data=dataclasses.replace(config.data, test={}))
-    with pytest.raises(ValueError, match="train.eval_answers: no test source .*data.test is empty"):
+    nothing = dataclasses.replace(config, data=dataclasses.replace(config.data, validation={}))
+    with pytest.raises(ValueError, match="train.eval_answers: there are no validation rows"):
         loop.train(nothing, tmp_path / "run")
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(ValueError, match="generation needs a single process and there are 2; set it to 0"):
@@ -267,10 +267,14 @@ def test_missing_questions_are_reported_before_compilation(config, tmp_path, mon
 
 
 def test_another_run_starts_from_its_parameters(config, whole, tmp_path, capsys):
-    """init_from with a frozen language model: only the other parts change, and the data restart."""
+    """init_from with a frozen language model: only the other parts change, and the data restart.
+
+    Its data.test, without validation, is not evaluated and selects no step.
+    """
     stage = dataclasses.replace(
         config,
-        train=dataclasses.replace(config.train, steps=2, eval_every=0, profile=(1, 1)),
+        data=dataclasses.replace(config.data, validation={}, test=config.data.validation),
+        train=dataclasses.replace(config.train, steps=2, eval_every=1, eval_answers=0, profile=(1, 1)),
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=1, frozen=("llama",)),
         checkpoint=CheckpointConfig(init_from=str(run_directory.step_directory(whole, 6))),
     )
@@ -279,7 +283,9 @@ def test_another_run_starts_from_its_parameters(config, whole, tmp_path, capsys)
     jax.tree.map(np.testing.assert_array_equal, before["llama"], after["llama"])
     assert (before["projection"]["kernel"] != after["projection"]["kernel"]).any()
     said = capsys.readouterr().err
-    assert "arrays loaded, 0 new" in said and "frozen" in said
+    assert "arrays loaded, 0 new" in said and "frozen" in said and "training does not read data.test" in said
+    assert not any("all/loss" in name for line in display.read_metrics(tmp_path / "next") for name in line)
+    assert run_directory.best(tmp_path / "next") is None
     assert [p.suffixes[-2:] for p in (tmp_path / "next" / "profile").rglob("*.pb")] == [[".xplane", ".pb"]]
     assert not (whole / "profile").exists()
 

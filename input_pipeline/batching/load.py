@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from input_pipeline.batching.collate import LoadedRow, ScanPlanes, collate_row
+from input_pipeline.batching.mixture import by_side
 from input_pipeline.batching.plan import PlannedRow, SampleSizes, plan_window
 from input_pipeline.batching.report import RowInfo, SampleInfo, ScanInfo
+from input_pipeline.batching.splits import rows_of_split
 from input_pipeline.config import DataConfig
 from input_pipeline.datasets import sample_rng
 from input_pipeline.files import fingerprint
@@ -46,24 +49,30 @@ class RowLoader:
         """Open the tables, the index, the tokenizer and the medical terms. `training` crops and flips at random.
 
         Raises:
-          ValueError: the split has no source, the index does not match the tables or the records, or the config
-            promises gray scans and the data have colour.
+          ValueError: the split has no source or no row, the index does not match the tables or the records, or the
+            config promises gray scans and the data have colour.
         """
         self.config, self.split, self.training = config, split, training
-        sources = config.sources(split)
+        sources = config.sources_with_rows(split)
         if not sources:
             raise ValueError(f"data.{split} has no sources")
         self.index = Index(config.index)
         self.index.check(sources)
-        self.datasets = open_sources(config, split)
+        opened = open_sources(config, split)
+        self.rows = rows_of_split(config, split, self.index, opened)
+        self.datasets = {name: opened[name] for name in self.rows}
         self.names = list(self.datasets)  # in the order of the mixture
-        self.good = [self._good_rows(name) for name in self.names]  # the rows of each source that are not in quarantine
+        sources = {name: sources[name] for name in self.names}
+        self.notes: list[str] = []  # for the log
+        samples = [self._samples_of(name) for name in self.names]
+        # Of each source: the row of each sample, its window of that row or None, and the sizes of the sides or None.
+        self.good, self.windows, self.sides = zip(*samples, strict=True)
         # The number of each source's first sample in the mixture.
         self.starts = np.concatenate([[0], np.cumsum([len(good) for good in self.good])])
         self.shown = {}
         if config.shuffle_scans:
-            for name, good in zip(self.names, self.good, strict=True):
-                self.shown[name] = rows_shown(name, self.datasets[name], good, config.seed)
+            for name in self.names:
+                self.shown[name] = rows_shown(name, self.datasets[name], self.rows[name].rows, config.seed)
         self.scans = self.index.scans(sources)
         self._check_channels()
         self.tokenizer = tokenizer_of(config)
@@ -86,46 +95,72 @@ class RowLoader:
                 f"data.channels is {self.config.channels}, but {colour:,} scans have colour, such as {path}: make it 3"
             )
 
-    def _good_rows(self, name: str) -> np.ndarray:
-        rows, bad = len(self.datasets[name]), self.index.bad_rows(name)
-        if len(bad) != rows:
-            raise ValueError(
-                f"source {name} has {rows} rows, but {len(bad)} in the index {self.index.directory}: run prepare again"
-            )
-        good = np.flatnonzero(~bad)
-        if not len(good):
-            raise ValueError(f"source {name}: all {rows} rows are in quarantine, see quarantine.jsonl of the index")
-        return good
+    def _samples_of(self, name: str) -> tuple[np.ndarray, np.ndarray | None, list[int] | None]:
+        """Return the row of each sample, its window or None, and the sizes of consecutive sides or None."""
+        dataset, rows = self.datasets[name], self.rows[name].rows
+        if dataset.has_windows and self.config.epoch == "all":
+            windows = self.index.windows(name)
+            if windows is None:
+                reason = "the index is of an earlier version, so each row has one window and not all figures are used"
+                self.notes.append(f"source {name}: {reason}; run prepare again")
+                return rows, None, None
+            counts = windows[rows]
+            first = np.cumsum(counts) - counts
+            return np.repeat(rows, counts), np.arange(counts.sum()) - np.repeat(first, counts), None
+        if (sides := dataset.sides()) is None:
+            return rows, None, None
+        order, sizes = by_side(sides[rows])
+        return rows[order], None, sizes
 
     def describe(self) -> dict:
-        """Return the vocabulary size, rows and share of each source, and the fingerprints of the data."""
-        sources = self.config.sources(self.split)
+        """Return the vocabulary size, notes, samples and shares of each source, and the fingerprints of the data."""
+        sources = self.config.sources_with_rows(self.split)
+        released = self.config.epoch == "released"
         return {
             "vocab_size": self.tokenizer.vocab_size,
+            "notes": self.notes,
             "sources": {
                 name: {
                     "rows": len(good),
-                    "left_out": len(dataset) - len(good),
-                    "fraction": dataset.fraction,
+                    "left_out": self.rows[name].quarantined,
+                    "elsewhere": self.rows[name].elsewhere,
+                    "fraction": dataset.fraction * (dataset.released_fraction if released else 1.0),
                     "weight": float(sources[name].get("weight", 1.0)),
+                    "sides": sides,
                 }
-                for (name, dataset), good in zip(self.datasets.items(), self.good, strict=True)
+                for (name, dataset), good, sides in zip(self.datasets.items(), self.good, self.sides, strict=True)
             },
             "tables": {name: self.index.tables[name]["sha256"] for name in self.names},
             "identity": {
                 "index": self.index.identity,
                 "tokenizer": self.tokenizer.fingerprint,
                 "sources": fingerprint([[name, self.index.tables[name]["sha256"]] for name in self.names]),
-            },
+            }
+            | self._held_out(),
         }
+
+    def _held_out(self) -> dict:
+        """Return what identifies the division into training and validation rows; {} without a held-out share."""
+        config = self.config
+        if not config.validation_share or self.split == "test":
+            return {}  # as in the states of earlier versions
+        digest = hashlib.sha256()
+        for name in self.names:
+            digest.update(self.rows[name].rows.astype("<i8").tobytes())
+        share = [config.validation_share, config.validation_seed]
+        return {"validation share and seed": share, "rows of the split": digest.hexdigest()}
 
     def _sample(self, number: int, epoch: int) -> tuple[str, Sample, Encoded]:
         """Return source, sample and tokens of a number in the mixture. Raises RowError."""
         source = int(np.searchsorted(self.starts, number, side="right")) - 1
         name = self.names[source]
-        dataset, row = self.datasets[name], int(self.good[source][number - self.starts[source]])
+        dataset, position, windows = self.datasets[name], number - self.starts[source], self.windows[source]
+        row = int(self.good[source][position])
+        window = None if windows is None else int(windows[position])
         shown = self.shown[name][row] if self.shown else None
-        return name, *encode_row(self.config, name, dataset, row, epoch, self.tokenizer, self.terms, shown)
+        return name, *encode_row(
+            self.config, name, dataset, row, epoch, self.tokenizer, self.terms, shown=shown, window=window
+        )
 
     def measure(self, epoch: int, samples: np.ndarray) -> SampleSizes:
         """Return the sizes of samples, which are named by their numbers in the mixture. Raises RowError."""
@@ -258,7 +293,7 @@ class RowLoader:
                 voxels.append(self._read(self.datasets[name].root, scan)[0])
         if len(voxels) < len(todo):
             return  # all scans of a sample get one depth, so a missing scan makes it unknown
-        alone = config.sources(self.split)[name]["family"] in SCALED_ALONE
+        alone = self.datasets[name].name in SCALED_ALONE
         with self._row_errors(errors, name, sample, next(iter(todo.values()))):
             volumes: list[Volume] = released_volumes(voxels, intensity="scan" if alone else "stack", rng=rng)
             loaded.update(zip(todo, map(ScanPlanes.of, volumes), strict=True))

@@ -1,4 +1,4 @@
-"""The mixture: which samples an epoch has, and in which order.
+"""The mixture: which samples an epoch has, in which proportion of sides, and in which order.
 
 Grain's `MapDataset.mix` does not fit: it ends with its smallest source and draws by ratio, but an epoch takes an exact
 number of samples from each source, and the next epoch continues where it stopped. Grain's `.shuffle` gives a
@@ -7,7 +7,25 @@ different order from the one that data positions in checkpoints refer to.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import NamedTuple
+
 import numpy as np
+
+
+class _Part(NamedTuple):
+    """Samples of a source that have the same number per epoch: all of it, or one side of a pair."""
+
+    start: int  # the number of its first sample
+    size: int
+    count: int  # samples per epoch
+    key: tuple[int, ...]  # of its random generator, with the number of the pass appended
+
+
+def by_side(sides: np.ndarray) -> tuple[np.ndarray, list[int]]:
+    """Return the order that makes the sides of Dataset.sides consecutive, and their sizes, as Mixture takes them."""
+    pairs = int(sides.max()) // 2 + 1
+    return np.argsort(sides, kind="stable"), np.bincount(sides, minlength=2 * pairs).tolist()
 
 
 class Mixture:
@@ -17,7 +35,7 @@ class Mixture:
         """Compute `counts`, int64[sources]: the number of samples per epoch from each source.
 
         Args:
-          sources: name -> `rows`, `fraction` and `weight`, as RowLoader.describe returns them.
+          sources: name -> `rows`, `fraction`, `weight` and `sides`, as RowLoader.describe returns them.
           weights: divide `samples` (0: the number of rows) by weight, instead of taking each source's fraction.
         """
         self.seed = seed
@@ -25,13 +43,19 @@ class Mixture:
         self.starts = np.concatenate([[0], np.cumsum(self.sizes)])  # the number of each source's first sample
         if weights:
             shares = np.array([s["weight"] for s in sources.values()])
-            exact = shares / shares.sum() * (samples or int(self.sizes.sum()))
-            self.counts = np.floor(exact).astype(np.int64)
-            largest_remainders = np.argsort(-(exact - self.counts), kind="stable")
-            self.counts[largest_remainders[: round(exact.sum()) - int(self.counts.sum())]] += 1
-        else:
-            fractions = [s["fraction"] for s in sources.values()]
-            self.counts = np.array([max(round(n * f), 1) for n, f in zip(self.sizes, fractions, strict=True)])
+            totals = _divide(samples or int(self.sizes.sum()), shares)
+        self.parts: list[_Part] = []
+        self.counts = np.zeros(len(sources), np.int64)
+        for k, (name, source) in enumerate(sources.items()):
+            sizes, quotas = _quotas(name, source)
+            if weights:
+                counts = _divide(int(totals[k]), quotas)
+            else:
+                counts = np.maximum(np.round(quotas * source["fraction"]).astype(np.int64), quotas > 0)
+            starts = self.starts[k] + np.cumsum([0, *sizes[:-1]])
+            for part, (start, size, count) in enumerate(zip(starts.tolist(), sizes, counts.tolist(), strict=True)):
+                self.parts.append(_Part(start, size, count, (0, k) if source.get("sides") is None else (2, k, part)))
+            self.counts[k] = counts.sum()
 
     def __len__(self) -> int:
         """Return the number of samples in an epoch."""
@@ -40,19 +64,43 @@ class Mixture:
     def epoch(self, epoch: int) -> np.ndarray:
         """Return the shuffled samples of an epoch, int64[len(self)].
 
-        Each source is an endless sequence of passes over its rows, each pass in its own order. An epoch takes the
-        next `counts` rows of that sequence, so with a fraction of 0.2 five epochs show each row once.
+        Each part is an endless sequence of passes over its rows, each pass in its own order. An epoch takes the next
+        `count` rows of that sequence, so with a fraction of 0.2 five epochs show each row once. Of a balanced table
+        with 10 normal and 2 abnormal rows an epoch has 2 and 2, and five epochs show each normal row once.
         """
-        parts = []
-        for source, (size, count) in enumerate(zip(self.sizes.tolist(), self.counts.tolist(), strict=True)):
+        drawn = []
+        for start, size, count, key in self.parts:
             position, end = epoch * count, (epoch + 1) * count
             while position < end:
-                source_pass, first = divmod(position, size)
+                part_pass, first = divmod(position, size)
                 last = min(size, first + end - position)
-                order = self._rng(0, source, source_pass).permutation(size)
-                parts.append(self.starts[source] + order[first:last])
+                order = self._rng(*key, part_pass).permutation(size)
+                drawn.append(start + order[first:last])
                 position += last - first
-        return self._rng(1, epoch, 0).permutation(np.concatenate(parts))
+        return self._rng(1, epoch, 0).permutation(np.concatenate(drawn))
 
     def _rng(self, *key: int) -> np.random.Generator:
         return np.random.Generator(np.random.PCG64((self.seed, *key)))
+
+
+def _quotas(name: str, source: Mapping) -> tuple[list[int], np.ndarray]:
+    """Return the sizes of a source's parts, and how many samples of each a whole epoch has.
+
+    `sides` are the sizes of consecutive pairs of sides. An epoch has as many samples of one side as of the other.
+    """
+    if source.get("sides") is None:
+        return [source["rows"]], np.array([source["rows"]])
+    sizes = np.reshape(source["sides"], (-1, 2))
+    quotas = np.repeat(sizes.min(axis=1), 2)
+    if not quotas.any():
+        raise ValueError(f"source {name} has rows of one side only, so it cannot be balanced: set balance=False")
+    return sizes.reshape(-1).tolist(), quotas
+
+
+def _divide(total: int, shares: np.ndarray) -> np.ndarray:
+    """Divide a number of samples by shares; the largest remainders get what rounding down leaves."""
+    exact = shares / shares.sum() * total
+    counts = np.floor(exact).astype(np.int64)
+    largest_remainders = np.argsort(-(exact - counts), kind="stable")
+    counts[largest_remainders[: round(exact.sum()) - int(counts.sum())]] += 1
+    return counts

@@ -40,6 +40,7 @@ from input_pipeline.batching.mixture import Mixture
 from input_pipeline.batching.plan import PlannedRow
 from input_pipeline.batching.report import RowInfo
 from input_pipeline.config import DataConfig
+from input_pipeline.files import fingerprint
 from input_pipeline.parallel.workers import Pool
 
 CHUNK = 256  # samples that a worker measures at a time
@@ -72,7 +73,7 @@ class Rows(grain.IterDataset):
         """Open the data in worker processes.
 
         Args:
-          split: "train" or "test".
+          split: "train", "validation" or "test".
           batch: rows of the global batch. host, hosts: the share of it that this process loads.
           epochs: number of epochs; None repeats forever.
           training: apply random crops and flips; default: whether the split is "train".
@@ -105,7 +106,8 @@ class Rows(grain.IterDataset):
         self.identity = {"split": split, "training": training, **settings, **self.description["identity"]}
         share = "weight" if config.mixture == "weights" else "fraction"
         for name, source in self.description["sources"].items():
-            self.identity[f"rows and share of {name}"] = [source["rows"], source[share]]
+            sides = [] if source["sides"] is None else [fingerprint(source["sides"])]
+            self.identity[f"rows and share of {name}"] = [source["rows"], source[share], *sides]
         # One thread plans one window at a time, ahead of loading.
         self._planner = ThreadPoolExecutor(1, thread_name_prefix="planner") if config.workers else None
         self._cached_plan = functools.lru_cache(maxsize=CACHED_PLANS)(self._start_plan)

@@ -28,6 +28,17 @@ _STUDY = re.compile(
 )
 
 
+def study_pattern(study: str | None) -> re.Pattern:
+    """Return the pattern of studies in paths: a regex with one or more groups, or that of the public sets."""
+    return re.compile(study) if study else _STUDY
+
+
+def named_study(pattern: re.Pattern, path: str) -> str:
+    """Return the study that a path names, or ""."""
+    match = pattern.search(path)
+    return next(filter(None, match.groups()), "") if match else ""
+
+
 def sample_rng(seed: int, epoch: int, dataset: str, row_id: str) -> np.random.Generator:
     """Return the generator of all random choices of one sample: the same on every machine, run and host."""
     key = f"{int(seed)}\x1f{int(epoch)}\x1f{dataset}\x1f{row_id}".encode()
@@ -111,6 +122,8 @@ class TableDataset(abc.ABC):
     task: ClassVar[Task]
     required: ClassVar[tuple[str, ...]] = ()
     extra: ClassVar[tuple[str, ...]] = ()
+    released_fraction: ClassVar[float] = 1.0  # share of the rows in an epoch of the released code
+    has_windows: ClassVar[bool] = False  # a row may need several samples to show all its scans
     layout: ClassVar[str] = "csv"
 
     table: str | pathlib.Path  # a relative path is below the root
@@ -119,7 +132,7 @@ class TableDataset(abc.ABC):
     strip: str = ""  # a prefix to remove from the table's paths: published tables have their authors' absolute paths
     study: str | None = None  # a regex with one group, the study in a path; default: patterns of the public sets
     intensity: str | tuple[float, float] | None = None  # of scans without a `window`, see images/intensity.py
-    fraction: float = 1.0  # share of the rows to use in an epoch (RadFM: 0.2 for MPx-Single and Rad3D-Modality)
+    fraction: float = 1.0  # share of the rows to use in an epoch
     quarantine: bool = False  # continue without the bad rows, which are in `problems`; if False, raise TableError
 
     def __post_init__(self):
@@ -131,7 +144,7 @@ class TableDataset(abc.ABC):
             self._intensity = canonical_window(self.intensity)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from None
-        self._study = re.compile(self.study) if self.study else _STUDY
+        self._study = study_pattern(self.study)
         if self.study and self._study.groups != 1:
             raise ValueError(f"{self.name}: the pattern study={self.study!r} must have exactly one group")
         self.skipped: dict[str, int] = {}  # reason -> number of good rows that are not used (another split, language)
@@ -240,21 +253,44 @@ class TableDataset(abc.ABC):
         """Return the row number in the table as text; the first row below the header is 1."""
         return str(self._numbers[i])
 
-    def number(self, i: int) -> int | None:
-        """Return the row number in the table, as in `problems`; None if row i combines several rows."""
+    def number(self, i: int) -> int:
+        """Return the row number in the table, as in `problems`."""
         return self._numbers[i]
 
-    def sample(self, i: int, rng: np.random.Generator) -> Sample:
-        """Return the sample of row i. Raises RowError for errors in files that the table names."""
+    def sides(self) -> np.ndarray | None:
+        """Return the side of each row, int32[rows], or None if an epoch is not balanced.
+
+        2 k and 2 k + 1 are the sides of pair k; an epoch has as many samples of one as of the other.
+        """
+        return None
+
+    def side_names(self) -> tuple[str, str]:
+        """Return the names of the even and of the odd sides."""
+        raise NotImplementedError(f"{self.name} has no sides")
+
+    def window_count(self, i: int) -> int:
+        """Return how many samples show all scans of row i. Raises RowError."""
+        return 1
+
+    def sample_id(self, i: int, window: int | None = None) -> str:
+        """Return the id of a sample of row i: the row's id, followed by ".1", ".2", ... for its windows."""
+        return self.row_id(i) if window is None else f"{self.row_id(i)}.{window + 1}"
+
+    def sample(self, i: int, rng: np.random.Generator, window: int | None = None) -> Sample:
+        """Return the sample of row i. Raises RowError for errors in files that the table names.
+
+        window: which of the `window_count` samples; None draws one window.
+        """
         try:
-            task, study, parts = self.parts(self._rows[i], rng)
+            task, study, parts = self.window_parts(self._rows[i], rng, window)
         except ValueError as error:
             raise self._row_error(i, error) from error
-        return self._as_sample(i, task, study, parts)
-
-    def _as_sample(self, i: int, task: Task, study: str | None, parts: tuple[Text | Scan, ...]) -> Sample:
         parts = tuple(self._windowed(part) if isinstance(part, Scan) else part for part in parts)
-        return Sample(self.row_id(i), self.name, task, study, parts)
+        return Sample(self.sample_id(i, window), self.name, task, study, parts)
+
+    def window_parts(self, value, rng: np.random.Generator, window: int | None):
+        """Return what `parts` does, for one window of a row."""
+        return self.parts(value, rng)
 
     def scans(self, i: int) -> tuple[Scan, ...]:
         """Return all scans that row i can use in any epoch."""
@@ -276,5 +312,4 @@ class TableDataset(abc.ABC):
 
     def study_of(self, path: str) -> str:
         """Return the study named in the path, or the path itself. All rows of a study belong in one split."""
-        match = self._study.search(path)
-        return next(filter(None, match.groups()), path) if match else path
+        return named_study(self._study, path) or path

@@ -12,6 +12,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import re
+from array import array
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -29,11 +30,11 @@ FLAGS = {"1": True, "1.0": True, "0": False, "0.0": False}
 class Diagnosis(TableDataset):
     """Open or yes/no questions about one region of the body.
 
-    A yes/no table is balanced disease by disease. With P positive and N negative images there are min(P, N) pairs of
-    one "yes" row and one "no" row. The larger side is distributed over the pairs, and a row draws from its own share.
-    So every image is used, none is used twice in an epoch, and neither the disease nor the epoch predicts the answer.
+    A balanced epoch (batching/mixture.py) has equally many rows of both sides: "yes" and "no" of each disease of a
+    yes/no table, normal and abnormal images of an open table (paper, Table 2). The rows of the larger side take turns,
+    so all are used over the epochs.
 
-        5 images without edema: a b c d e, 2 with: x y    ->    (x | a c e)  (y | b d)
+        5 images without edema: a b c d e, 2 with: x y    ->    epoch 0: x y d a    epoch 1: y x e c    epoch 2: ...
     """
 
     region: ClassVar[str]
@@ -45,14 +46,15 @@ class Diagnosis(TableDataset):
     # table and makes every second question a yes/no question. It requires that every label of the table was looked for
     # in every image, as in the VinDr sets.
     form: Literal["open", "yes_no", "both"] | None = None
-    balance: bool = True  # False keeps every row of a yes/no table (for test tables)
+    # Balance each epoch. Default: yes/no tables are balanced, open tables are not. False uses every row in an epoch.
+    balance: bool | None = None
     vocabulary: tuple[str, ...] | None = None  # the labels that may occur; others are errors. Default: any
 
     def __post_init__(self):
         if self.form not in (None, "open", "yes_no", "both"):
             raise ValueError(f"{self.name}: form {self.form!r} is unknown: use open, yes_no or both")
         self._known = self.vocabulary and {diseases.canonical(d) for d in self.vocabulary}
-        self._pairs: list[tuple[str, int, bool, tuple[int, ...]]] | None = None
+        self._sides: np.ndarray | None = None
         super().__post_init__()
 
     def _read(self):
@@ -93,7 +95,12 @@ class Diagnosis(TableDataset):
             return []
         if "disease" in self.header:
             problems = self._remove_contradictions()
-            return problems + (self._pair() if self.balance else [])
+            return problems + (self._balance_diseases() if self.balance is not False else [])
+        if self.balance:
+            self._sides = np.array([not self._is_normal(labels) for _, labels in self._rows], np.int32)
+            if len(set(self._sides.tolist())) == 1:
+                side = "abnormal" if self._sides[0] else "normal"
+                raise RowError(self.file, 0, f"balance=True, but all images are {side}", "open with balance=False")
         if self.form == "both":
             self._set_rates()
         return []
@@ -116,52 +123,40 @@ class Diagnosis(TableDataset):
         self._select(~bad)
         return problems
 
-    def _pair(self) -> list[RowError]:
-        sides: dict[str, tuple[list[int], list[int]]] = {}
-        for k, (_, disease, present) in enumerate(self._rows):
-            sides.setdefault(diseases.canonical(disease), ([], []))[not present].append(k)
-        problems, self._pairs = [], []
-        for disease, (yes, no) in sides.items():
-            if not yes or not no:
-                side = "present" if yes else "absent"
-                reason = f"{disease!r} is {side} in all its {len(yes or no)} rows: its name gives the answer away"
-                remedy = "add rows of the other kind, remove these, or open with balance=False"
-                # One problem per row, so that good rows and bad rows add up to the table.
-                problems += [RowError(self.file, self._numbers[row], reason, remedy) for row in yes or no]
-                continue
-            count = min(len(yes), len(no))
-            for pair in range(count):
-                self._pairs.append((disease, pair, True, tuple(yes[pair::count])))
-                self._pairs.append((disease, pair, False, tuple(no[pair::count])))
+    def _balance_diseases(self) -> list[RowError]:
+        """Set the sides, disease by disease, and remove the rows of diseases that have one side only."""
+        number: dict[str, int] = {}
+        sides = array("i")
+        for _, disease, present in self._rows:
+            sides.append(2 * number.setdefault(diseases.canonical(disease), len(number)) + present)
+        codes = np.frombuffer(sides, np.int32)
+        counts = np.bincount(codes, minlength=2 * len(number)).reshape(-1, 2)
+        one_sided = (counts == 0).any(axis=1)[codes // 2]
+        problems, names = [], list(number)
+        for k in np.flatnonzero(one_sided).tolist():
+            disease, side = names[codes[k] // 2], "present" if codes[k] % 2 else "absent"
+            count = counts[codes[k] // 2].sum()
+            reason = f"{disease!r} is {side} in all its {count} rows: its name gives the answer away"
+            remedy = "add rows of the other kind, remove these, or open with balance=False"
+            # One problem per row, so that good rows and bad rows add up to the table.
+            problems.append(RowError(self.file, self._numbers[k], reason, remedy))
+        self._sides = codes[~one_sided]
+        self._select(~one_sided)
         return problems
 
-    def __len__(self):
-        return len(self._rows if self._pairs is None else self._pairs)
+    def sides(self):
+        """Return 2 k + 1 for "yes" and 2 k for "no" about disease k; in an open table 1 for abnormal, 0 for normal."""
+        return self._sides
 
-    def row_id(self, i):
-        """Return the row number, or "disease/pair/present" or "disease/pair/absent" if yes/no answers are balanced."""
-        if self._pairs is None:
-            return super().row_id(i)
-        disease, pair, present, _ = self._pairs[i]
-        return f"{disease}/{pair}/{'present' if present else 'absent'}"
+    def side_names(self):
+        return ("no", "yes") if "disease" in self.header else ("normal", "abnormal")
 
-    def number(self, i):
-        return super().number(i) if self._pairs is None else None
-
-    def sample(self, i, rng):
-        if self._pairs is None:
-            return super().sample(i, rng)
-        share = self._pairs[i][3]
-        return self._as_sample(i, *self.parts(self._rows[pick(rng, share)], rng))
-
-    def scans(self, i):
-        if self._pairs is None:
-            return super().scans(i)
-        scans = dict.fromkeys(self._rows[k][0][0] for k in self._pairs[i][3])
-        return tuple(map(self._windowed, scans))
+    @staticmethod
+    def _is_normal(labels: tuple[str, ...]) -> bool:
+        return len(labels) == 1 and diseases.is_normal(labels[0])
 
     def _set_rates(self):
-        """Set the question probabilities, so that yes and no are equally frequent over the table.
+        """Set the question probabilities, so that yes and no are equally frequent over an epoch.
 
         An image with diseases gets a yes/no question half of the time. An image without any can only be asked a
         question whose answer is no. To compensate, images with diseases are answered yes more often, or the others
@@ -174,16 +169,20 @@ class Diagnosis(TableDataset):
                 names.setdefault(diseases.canonical(label), label)
         self._names, self._counts = list(names.values()), np.array(list(counts.values()), float)
         self._pools: dict[tuple[str, ...], tuple[tuple[str, ...], np.ndarray]] = {}
-        # Images that allow both answers, only yes (the table has no safe "no"), or only no.
-        both = yes = no = 0
+        # Images that allow both answers, only yes (the table has no safe "no"), or only no, per epoch.
+        both = yes = no = 0.0
+        sizes = np.ones(2) if self._sides is None else np.bincount(self._sides)
         for _, labels in self._rows:
             has, lacks = bool(self._positives(labels)), bool(len(self._negatives(labels)[0]))
-            both, yes, no = both + (has and lacks), yes + (has and not lacks), no + (lacks and not has)
+            weight = sizes.min() / sizes[int(not self._is_normal(labels))]
+            both += weight * (has and lacks)
+            yes += weight * (has and not lacks)
+            no += weight * (lacks and not has)
         # Solves both * (2y - 1) + asked_yes - asked_no = 0. y is the share of yes among the images that allow both
         # answers; the others get a yes/no question with half the probability of asked_yes / yes or asked_no / no.
         asked_yes, asked_no = min(yes, both + no), min(no, both + yes)
         self._yes = 0.5 if both == 0 else 0.5 + (asked_no - asked_yes) / (2 * both)
-        self._ask_yes, self._ask_no = asked_yes / max(yes, 1), asked_no / max(no, 1)
+        self._ask_yes, self._ask_no = asked_yes / (yes or 1), asked_no / (no or 1)
 
     def _positives(self, labels) -> tuple[str, ...]:
         return tuple(d for d in labels if not diseases.is_normal(d) and not diseases.is_vague(d))
@@ -192,7 +191,7 @@ class Diagnosis(TableDataset):
         """Return the diseases of the table that an image with these labels lacks, and their cumulative frequency."""
         if labels not in self._pools:
             # A vague label ("Other lesion") may be any disease: nothing is safe to deny.
-            normal = len(labels) == 1 and diseases.is_normal(labels[0])
+            normal = self._is_normal(labels)
             safe = [] if any(map(diseases.is_vague, labels)) and not normal else [
                 k for k, d in enumerate(self._names)
                 if normal or not any(diseases.may_coexist(present, d) for present in labels)

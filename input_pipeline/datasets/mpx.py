@@ -30,13 +30,11 @@ MULTI = {
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class MPxSingle(ModalityDataset):
-    """Modality, plane or caption of one image, csv `name, type, context`. `type` is the kind of text in `context`.
-
-    RadFM uses a fifth of the rows in an epoch: `fraction=0.2`.
-    """
+    """Modality, plane or caption of one image, csv `name, type, context`. `type` is the kind of text in `context`."""
 
     name = "mpx_single"
     required = ("name", "type", "context")
+    released_fraction = 0.2
 
     images: str = ""  # folder of the images below the root
     types: dict[str, str] = dataclasses.field(default_factory=dict)  # other types, e.g. {"Image caption": "caption"}

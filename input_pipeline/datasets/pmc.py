@@ -51,7 +51,10 @@ class PMCCaseReport(TableDataset):
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class PMCInline(TableDataset):
-    """A window of a paper's sentences, each figure before the first sentence of the window that refers to it.
+    """Windows of a paper's sentences, each figure before the first sentence of the window that refers to it.
+
+    An epoch has as many windows of a paper as its figures need, and one of a paper without figures. In the released
+    code (`data.epoch="released"`) it has one window of every paper.
 
     The csv has the column `PMC_path`: one JSON per paper, a list of {text, img_ref: [..]}. Papers are read and checked
     when a sample is made; errors name the paper's file. All text is a target.
@@ -60,11 +63,12 @@ class PMCInline(TableDataset):
     name = "pmc_inline"
     task = "interleaved"
     required = ("PMC_path",)
+    has_windows = True
 
     figures: str = "figures"  # folder of the figures below the root
     window: int = 50  # maximum sentences in a sample
     max_scans: int = 3  # maximum figures in a sample; the sample's generator chooses among more
-    around_figure: float = 0.5  # share of the samples whose window contains a figure; other windows are anywhere
+    around_figure: float = 0.5  # with one window per paper: share of the windows that contain a figure
 
     def parse(self, row):
         return row.path(row.text("PMC_path"))
@@ -92,12 +96,43 @@ class PMCInline(TableDataset):
             raise RowError(file, 0, "the paper has no text", "remove it from the table")
         return sentences
 
+    def window_count(self, i):
+        """Return the number of groups of figures, at least 1."""
+        return max(len(self._figure_groups(self.read(self._rows[i]))), 1)
+
+    def _figure_groups(self, sentences) -> list[dict[str, int]]:
+        """Divide the figures into groups that one window can show: figure -> the first sentence that refers to it.
+
+        sentence  10 11 12 13 ... 60     window=50, max_scans=3
+        figure     a  b  c  d      e ->  (a b c) (d e)
+        """
+        first: dict[str, int] = {}
+        for k, (_, figures) in enumerate(sentences):
+            for figure in figures:
+                first.setdefault(figure, k)
+        groups: list[dict[str, int]] = []
+        for figure, k in first.items():
+            group = groups[-1] if groups else {}
+            if group and len(group) < self.max_scans and k - min(group.values()) < self.window:
+                group[figure] = k
+            else:
+                groups.append({figure: k})
+        return groups
+
     def parts(self, value, rng):
+        """Return task, study and parts of one window, which may be anywhere."""
+        return self.window_parts(value, rng, None)
+
+    def window_parts(self, value, rng, window):
+        """Return the parts of the window that shows one group of figures, or with None as `parts`."""
         sentences = self.read(value)
-        low = self._window(sentences, rng)
+        groups = self._figure_groups(sentences) if window is not None else []
+        group = groups[window] if groups else {}
+        low = self._low(sentences, group, rng) if group else self._window(sentences, rng)
         chosen = sentences[low : low + self.window]
-        order = list(dict.fromkeys(f for _, figures in chosen for f in figures))
-        remaining = {order[k] for k in choose(rng, len(order), self.max_scans)}
+        others = [f for f in dict.fromkeys(f for _, figures in chosen for f in figures) if f not in group]
+        room = self.max_scans - len(group)
+        remaining = set(group) | {others[k] for k in choose(rng, len(others), room)}
         parts, text = [], []
         for sentence, figures in chosen:
             for figure in dict.fromkeys(figures):
@@ -114,6 +149,12 @@ class PMCInline(TableDataset):
         if not any(isinstance(p, Text) for p in parts):
             raise RowError(self.root / value, low + 1, "no text in the chosen window", "remove sentences without text")
         return self.task, pathlib.PurePosixPath(value).stem, tuple(parts)
+
+    def _low(self, sentences, group: dict[str, int], rng) -> int:
+        """Return the first sentence of a window with the first references to all figures of a group."""
+        low = max(max(group.values()) - self.window + 1, 0)
+        high = min(min(group.values()), max(len(sentences) - self.window, 0))
+        return low + int(rng.random() * (high - low + 1))
 
     def _window(self, sentences, rng) -> int:
         """Return the first sentence of the window. The window is inside the paper and may be placed around a figure."""

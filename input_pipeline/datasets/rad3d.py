@@ -31,10 +31,11 @@ class Rad3DVQA(VQA):
 
 
 class Rad3DModality(ModalityDataset):
-    """Modality of a volume. RadFM uses a fifth of the rows in an epoch: `fraction=0.2`."""
+    """Modality of a volume."""
 
     name = "rad3d_modality"
     task = "modality"
+    released_fraction = 0.2
     required = ("image_path", "answer")
 
     def parse(self, row):

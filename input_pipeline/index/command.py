@@ -21,8 +21,9 @@ from input_pipeline.parallel import beam
 from input_pipeline.parallel.workers import WorkerError
 
 DESCRIPTION = """\
-Read and check every row and every scan that data.train and data.test of a config name, and write the index, which is
-what training reads. Rows and scans that cannot be used are skipped and listed, each with its reason and a remedy.
+Read and check every row and every scan that data.train, data.validation and data.test of a config name, and write the
+index, which is what training reads. Rows and scans that cannot be used are skipped and listed, each with its reason and
+a remedy.
 """
 EPILOG = """\
 files written to DIR:
@@ -30,7 +31,7 @@ files written to DIR:
   quarantine.jsonl                          every bad row and scan: file, row, reason, remedy
   notices.jsonl                             usable scans with doubtful contrast, shape or metadata
   cut.jsonl                                 rows with text or scans cut because they are too long
-  leaks.jsonl                               studies and scans that are in both train and test
+  leaks.jsonl                               studies and scans that are in several splits
   duplicates.jsonl                          rows with equal content, scans with equal bytes (they are kept)
   summary.txt, summary.json, summary.png    counts by data set, split, task, modality, depth, length
   records/                                  with --records: every scan at its final size, ready for training
@@ -64,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--workers", type=int, metavar="N", help="processes (default: all cores; 0: run in this process)")
     beam.add_options(parser)
     add("--strict", action="store_true", help="exit 1 if anything is in quarantine")
-    add("--allow-leaks", action="store_true", help="write the index although train and test share studies or scans")
+    add("--allow-leaks", action="store_true", help="write the index although splits share studies or scans")
     add("--recheck", action="store_true", help="read every file again, as if DIR were empty")
     return parser
 
@@ -106,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
     files = ["summary.txt", "summary.png", *(["quarantine.jsonl"] if report["quarantine"] else [])]
     print(f"{'Reports' if refused else 'Index'} in {out}: {', '.join(files)}")
     for reason in refused:
-        remedy = " (correct the tables, or add --allow-leaks)" if reason.startswith("train and test share") else ""
+        remedy = " (correct the tables, or add --allow-leaks)" if reason.startswith("the splits share") else ""
         print_error(console, reason + remedy)
     if refused:
         return 1

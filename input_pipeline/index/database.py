@@ -7,9 +7,10 @@
     facts      the check of each scan
     scans      view: keys and facts
     mentions   the scans that each row can use, in order
-    rows       the check of each row, and its state; `file` and `remedy` belong to the state
-    studies    the studies of each row that must not be in both splits
-    good       view: the usable rows
+    rows       the check of each row, and its state; `file` and `remedy` belong to the state; `study_group` and `held`
+               are set at the end (study_groups.py)
+    studies    the studies of each row that must not be in two splits
+    good       view: the usable rows; the split of a row that is held out of a training source is `validation`
 
 The database file is anonymous and disappears with the process. SQLite writes it to SQLITE_TMPDIR or TMPDIR when it
 exceeds the cache: about 1 kB per scan and per row.
@@ -34,7 +35,7 @@ SCAN = ", ".join(ScanCheck._fields)
 SAME_KEY = " AND ".join(f"{column} = ?" for column in KEY)
 ROW = (
     "source row row_id number task study tokens trained terms instruction cut_context cut_instruction cut_response "
-    "cut_scans scans state file remedy"
+    "cut_scans scans state file remedy side windows study_group held"
 ).split()
 
 _SCHEMA = f"""
@@ -47,7 +48,8 @@ CREATE VIEW scans AS SELECT scan, source, {SCAN} FROM keys JOIN facts USING (sca
 CREATE TABLE mentions (source, row, position, scan, PRIMARY KEY (source, row, position)) WITHOUT ROWID;
 CREATE TABLE rows ({", ".join(ROW)}, PRIMARY KEY (source, row)) WITHOUT ROWID;
 CREATE TABLE studies (position INTEGER PRIMARY KEY, source, row, study);
-CREATE VIEW good AS SELECT * FROM rows JOIN sources USING (source) WHERE state = 'good';
+CREATE VIEW good AS SELECT rows.*, name, root, CASE WHEN held THEN 'validation' ELSE split END AS split
+    FROM rows JOIN sources USING (source) WHERE state = 'good';
 """
 
 

@@ -81,6 +81,8 @@ ROWS = pa.schema(
         ("trained", pa.int32()),  # tokens with a weight
         ("scans", pa.int32()),  # number of distinct scans it can use
         ("state", pa.string()),  # "good", or why it cannot be used
+        ("windows", pa.int32()),  # samples that show all of its scans (PMC-Inline); these two are new in 0.2
+        ("study_group", pa.int64()),  # study_groups.py; null outside the training sources
     ]
 )
 
@@ -313,6 +315,28 @@ class Index:
         bad = np.zeros(self.tables[source]["rows"], bool)
         bad[table["row"].to_numpy()] = pc.not_equal(table["state"], "good").to_numpy()
         return bad
+
+    def studies(self, source: str) -> list[str]:
+        """Return the study of each row of a source at epoch 0; "" if it is unknown."""
+        return self._column(source, "study").to_pylist()
+
+    def windows(self, source: str) -> np.ndarray | None:
+        """Return the samples that show all scans of each row, int32[rows]; None in an index of an earlier version."""
+        column = self._column(source, "windows")
+        return None if column is None else column.to_numpy()
+
+    def study_groups(self, source: str) -> np.ndarray | None:
+        """Return the study group of each row, int64[rows]; None if `prepare` stored none."""
+        column = self._column(source, "study_group")
+        return None if column is None or column.null_count else column.to_numpy()
+
+    def _column(self, source: str, name: str) -> pa.ChunkedArray | None:
+        """Return a column of rows.parquet for all rows of a source, in order; None if it does not exist."""
+        file = self.directory / "rows.parquet"
+        if name not in pq.read_schema(file).names:
+            return None
+        table = pq.read_table(file, columns=["row", name], filters=[("source", "=", source)], use_threads=False)
+        return table.sort_by("row")[name]
 
 
 def record_settings(config: DataConfig) -> dict:

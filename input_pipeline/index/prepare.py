@@ -53,7 +53,7 @@ def prepare(
     progress: Progress = lambda *_: lambda *_: None,
     log: Callable[[str], None] = lambda _: None,
 ) -> dict:
-    """Read all data that `config.train` and `config.test` name, and write the index.
+    """Read all data that a config names, and write the index.
 
     An interrupted run resumes, and scans whose files have not changed are not read again. The result does not depend
     on `workers`, `runner` or interruptions, except for the boundaries between shards of records.
@@ -63,12 +63,12 @@ def prepare(
       workers: number of processes; None: all cores; 0: no other process.
       runner, runner_options: how scans are read: `local`, or a Beam runner (beam.py). Tables are always read locally.
       strict: refuse to write the index if anything is in quarantine.
-      allow_leaks: write the index although train and test share studies or scans.
+      allow_leaks: write the index although two splits share studies or scans.
       progress: see `Progress`. log: called with each warning.
     Returns:
       The content of summary.json.
     Raises:
-      Refused: train and test share data, a source has no good row, or `strict` and the quarantine is not empty.
+      Refused: two splits share data, a source has no good row, or `strict` and the quarantine is not empty.
       ValueError: a table or tokenizer cannot be read, or the directory is in use or has unrelated files.
       WorkerError: too many files kill or hang the process that reads them.
     """
@@ -97,6 +97,7 @@ def prepare(
                 scan_pool = beam_scans.BeamScanPool(directory, config.worker_timeout, runner, runner_options, log)
             reader = _read_scans(results, state, directory, settings, scan_pool, progress, log)
             _encode_rows(results, table_pool, progress)
+        results.assign_study_groups()
         if table_checksums(config) != checksums:
             raise ValueError("a table changed while it was read: run again")
         reading = {
@@ -126,7 +127,7 @@ def locked_index(directory: Path) -> Iterator[None]:
 def table_checksums(config: DataConfig) -> dict[str, str]:
     """Return source -> checksum of its table. Raises ValueError if one cannot be read."""
     if not config.sources():
-        raise ValueError("data.train and data.test have no sources")
+        raise ValueError("data.train, data.validation and data.test have no sources")
     checksums = {}
     for name, fields in config.sources().items():
         missing = [key for key in ("root", "table") if not fields.get(key)]
@@ -223,7 +224,7 @@ def _write_reports(
     refused = report["refused"] = []
     if leaks.total() and not allow_leaks:
         counts = f"studies: {leaks['study']:,}, scans: {leaks['scan']:,}"
-        refused.append(f"train and test share data ({counts}), see {directory / 'leaks.jsonl'}")
+        refused.append(f"the splits share data ({counts}), see {directory / 'leaks.jsonl'}")
     empty = [name for name, source in report["sources"].items() if not source["good"]]
     if empty:
         refused.append(f"no row of {', '.join(empty)} can be used, see {directory / 'quarantine.jsonl'}")

@@ -82,11 +82,12 @@ def _paths(files: Iterable[tuple]) -> list[str]:
 
 
 def leaks(results: Results) -> Iterator[dict]:
-    """Yield each study and each scan content that is in both splits, with its rows or paths. Bad rows count too."""
-    if not all(results.config.sources(split) for split in SPLITS):
+    """Yield each study and each scan content that is in several splits, with its rows or paths. Bad rows count too."""
+    splits = [split for split in SPLITS if results.config.sources(split)]
+    if len(splits) < 2:
         return
     results.db.execute("CREATE INDEX IF NOT EXISTS by_study ON studies (study)")
-    both = f"HAVING COUNT(DISTINCT split) = {len(SPLITS)}"
+    both = "HAVING COUNT(DISTINCT split) > 1"
     rows = results.db.execute(
         "WITH members AS "
         "(SELECT root, study, split, name, source, row, position FROM studies JOIN sources USING (source)), "
@@ -95,7 +96,7 @@ def leaks(results: Results) -> Iterator[dict]:
         "JOIN (SELECT source, row, row_id FROM rows) USING (source, row) ORDER BY first, position"
     )
     for (root, study), members in itertools.groupby(rows, lambda line: line[:2]):
-        line: dict = {"kind": "study", "study": study, "root": root, **{split: [] for split in SPLITS}}
+        line: dict = {"kind": "study", "study": study, "root": root, **{split: [] for split in splits}}
         for *_, split, name, row_id in members:
             line[split].append({"source": name, "row": row_id})
         yield line
@@ -109,5 +110,5 @@ def leaks(results: Results) -> Iterator[dict]:
     )
     for sha256, members in itertools.groupby(files, lambda line: line[0]):
         members = list(members)
-        sides = {split: _paths(member for member in members if member[1] == split) for split in SPLITS}
+        sides = {split: _paths(member for member in members if member[1] == split) for split in splits}
         yield {"kind": "scan", "sha256": sha256, **sides}

@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import itertools
 import sqlite3
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 
 from input_pipeline.config import SPLITS, DataConfig
+from input_pipeline.datasets.base import study_pattern
 from input_pipeline.images.planes import Sizes, patch_count, plane_count, released_shape
 from input_pipeline.images.scans.base import printable
-from input_pipeline.index import database
+from input_pipeline.index import database, study_groups
 from input_pipeline.index.row_checks import Row, RowCheck, SourceCheck
 from input_pipeline.index.scan_checks import Key, ScanCheck
 
@@ -63,11 +65,35 @@ class Results:
             state, file, remedy = self._state(name, row, row_scans)
             lines.append(
                 (source, number, row.row_id, row.number, row.task, row.study, row.tokens, row.trained, row.terms)
-                + (row.instruction, *row.cut, len(row_scans), state, file, remedy)
+                + (row.instruction, *row.cut, len(row_scans), state, file, remedy, row.side, row.windows, None, False)
             )
             studies += [(source, number, study) for study in row.studies]
         self.db.executemany(f"INSERT INTO rows VALUES ({database.placeholders(len(database.ROW))})", lines)
         self.db.executemany("INSERT INTO studies VALUES (NULL, ?, ?, ?)", studies)
+
+    def assign_study_groups(self) -> None:
+        """Store the study group of each row of the training sources, and whether it is held out for validation."""
+        keys, config = array("q"), self.config
+        groups = study_groups.study_groups(self._names_of_rows(keys))
+        held = study_groups.held_out(groups, config.validation_share, config.validation_seed)
+        lines = zip(groups.tolist(), held.tolist(), keys[0::2], keys[1::2], strict=True)
+        self.db.executemany("UPDATE rows SET study_group = ?, held = ? WHERE source = ? AND row = ?", lines)
+
+    def _names_of_rows(self, keys: array) -> Iterator[list[int]]:
+        """Yield the names of each row of the training sources, and append its (source, row) to `keys`."""
+        lines = self.db.execute(
+            "SELECT rows.source, rows.row, row_id, study, keys.root, path, sha256 FROM rows "
+            "JOIN sources ON sources.source = rows.source AND split = 'train' "
+            "LEFT JOIN mentions ON mentions.source = rows.source AND mentions.row = rows.row "
+            "LEFT JOIN keys ON keys.scan = mentions.scan LEFT JOIN facts ON facts.scan = mentions.scan "
+            "ORDER BY rows.source, rows.row"
+        )
+        patterns = {name: study_pattern(fields.get("study")) for name, fields in self.config.sources("train").items()}
+        for (source, row, row_id, study), scans in itertools.groupby(lines, lambda line: line[:4]):
+            keys.extend((source, row))
+            name = self.names[source]
+            files = [(root, path, sha256 or "") for *_, root, path, sha256 in scans if path is not None]
+            yield study_groups.names_of_row(name, row_id, study, files, patterns[name])
 
     def _scans_of(self, rows: Sequence[Row]) -> dict[Row, list[ScanCheck]]:
         """Return the scans that each of these rows can use."""

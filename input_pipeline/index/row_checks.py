@@ -37,6 +37,7 @@ class SourceCheck:
     problems: list[Problem]  # rows of the table that could not be opened
     left_out: dict[str, int]  # reason -> number of good rows that the family does not use
     duplicates: list[tuple[int, int]]  # (row, earlier row with equal content), as numbers in the table
+    sides: tuple[str, str] | None = None  # names of the even and the odd sides of a balanced source
 
 
 class RowCheck(NamedTuple):
@@ -50,10 +51,12 @@ class RowCheck(NamedTuple):
     terms: int = 0  # tokens with the weight of a medical term
     instruction: int = 0  # text tokens without a weight (contexts and instructions), BOS not counted
     used: tuple[int, ...] = ()  # indices of the row's scans that are used
-    studies: tuple[str, ...] = ()  # the studies that must not be in both splits, the sample's own first
+    studies: tuple[str, ...] = ()  # the studies that must not be in two splits, the sample's own first
     cut: tuple[int, int, int, int] = (0, 0, 0, 0)  # tokens of context, instruction and response; dropped scans
     problem: Problem | None = None  # why the row cannot be used; the other fields may then be empty
-    number: int = -1  # row number in the table, or -1 if the row combines several
+    number: int = -1  # row number in the table
+    side: int = -1  # as Dataset.sides; -1 without
+    windows: int = 1  # as Dataset.window_count
 
 
 class Tables:
@@ -73,8 +76,9 @@ def check_sources(tables: Tables) -> dict[str, SourceCheck]:
         file = str(dataset.file)
         problems = [Problem(file, str(p.row), p.reason, p.remedy) for p in dataset.problems]
         checks[name] = SourceCheck(
-            str(dataset.root), file, len(dataset), problems, dict(dataset.skipped), list(dataset.duplicates)
-        )
+            str(dataset.root), file, len(dataset), problems, dict(dataset.skipped), list(dataset.duplicates),
+            None if dataset.sides() is None else dataset.side_names(),
+        )  # fmt: skip
     return checks
 
 
@@ -103,17 +107,27 @@ def encode_rows(tables: Tables, rows: Sequence[Row]) -> list[RowCheck]:
         dataset = tables.datasets[name]
         row_id = dataset.row_id(row)
         try:
-            check = _encode_row(tables, name, dataset, row, row_id)
+            check = _encode_windows(tables, name, dataset, row, row_id)
         except RowError as error:
             check = RowCheck(row_id, problem=_problem(dataset, row_id, error))
-        number = dataset.number(row)
-        checks.append(check if number is None else check._replace(number=number))
+        sides = dataset.sides()
+        side = -1 if sides is None else int(sides[row])
+        checks.append(check._replace(number=dataset.number(row), side=side))
     return checks
 
 
-def _encode_row(tables: Tables, name: str, dataset: Dataset, row: int, row_id: str) -> RowCheck:
+def _encode_windows(tables: Tables, name: str, dataset: Dataset, row: int, row_id: str) -> RowCheck:
+    """Check the windows of a row, and return the largest of them."""
+    if not dataset.has_windows or tables.config.epoch != "all":
+        return _encode_row(tables, name, dataset, row, row_id, None)
+    count = dataset.window_count(row)
+    checks = [_encode_row(tables, name, dataset, row, row_id, window) for window in range(count)]
+    return max(checks, key=lambda check: (len(check.used), check.tokens))._replace(windows=count)
+
+
+def _encode_row(tables: Tables, name: str, dataset: Dataset, row: int, row_id: str, window: int | None) -> RowCheck:
     config = tables.config
-    sample, encoded = encode_row(config, name, dataset, row, 0, tables.tokenizer, tables.terms)
+    sample, encoded = encode_row(config, name, dataset, row, 0, tables.tokenizer, tables.terms, window=window)
     keys = {key: i for i, key in enumerate(dict.fromkeys(scan_key(dataset.root, s) for s in dataset.scans(row)))}
     latents = int((encoded.visual[:, 0] >= 0).sum())
     marks = 2 * latents // config.num_latents

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from input_pipeline.batching.mixture import Mixture
 from input_pipeline.config import SPLITS
 from input_pipeline.index import reports
 from input_pipeline.index.categories import modality_name, reason_pattern
@@ -43,7 +44,7 @@ def summarize(results: Results) -> dict:
         "rows": {state: sum(s[state] for s in sources.values()) for state in ("good", "bad", "not_opened")},
         "scans": {"good": results.count("facts") - bad_scans, "bad": bad_scans},
         "sources": sources,
-        "splits": {split: _split(results, split) for split in SPLITS if results.config.sources(split)},
+        "splits": {split: _split(results, split) for split in SPLITS if results.config.sources_with_rows(split)},
         "notices": sorted(notices.values(), key=lambda notice: -notice["scans"]),
         "reasons": {which: dict(counts.most_common()) for which, counts in reasons.items()},
         "duplicates": {"rows": equal["row"], "scans": equal["scan"]},
@@ -55,17 +56,18 @@ def _sources(results: Results) -> dict:
         lines = results.db.execute(f"SELECT source, COUNT(*), {columns} FROM {table} GROUP BY source")
         return {source: counts for source, *counts in lines}
 
-    good = by_source("SUM(tokens), SUM(trained), SUM(terms)", "good")
+    good = by_source("SUM(tokens), SUM(trained), SUM(terms), SUM(held)", "good")
     used = "(SELECT DISTINCT source, scan FROM mentions) JOIN facts USING (scan)"
     scan_counts = by_source("SUM(fault = '' AND depth = 1), SUM(fault = '' AND depth > 1)", used)
     summaries = {}
     for source, (name, table) in enumerate(results.tables.items()):
-        count, tokens, trained, terms = good.get(source, (0, 0, 0, 0))
+        count, tokens, trained, terms, held_out = good.get(source, (0, 0, 0, 0, 0))
         all_scans, scans_2d, scans_3d = scan_counts.get(source, (0, 0, 0))
         summaries[name] = {
             "split": results.split[name],
             "family": results.config.sources()[name]["family"],
             "good": count,
+            "held_out": held_out,
             "bad": table.rows - count,
             "not_opened": len(table.problems),
             "left_out": table.left_out,
@@ -75,8 +77,27 @@ def _sources(results: Results) -> dict:
             "tokens_a_row": round(tokens / max(count, 1), 1),
             "trained_a_row": round(trained / max(count, 1), 1),
             "term_share": round(terms / max(trained, 1), 4),
+            "answers": _answers(results, name, source),
         }
     return summaries
+
+
+def _answers(results: Results, name: str, source: int) -> dict[str, dict[str, int]]:
+    """Return class -> its training `rows` and how many of them an `epoch` uses; {} if the source is not balanced."""
+    condition = "source = ? AND side >= 0 AND NOT held"
+    lines = results.db.execute(f"SELECT side, COUNT(*) FROM good WHERE {condition} GROUP BY side", (source,))
+    counts = dict(lines)
+    if not counts:
+        return {}
+    sizes = [counts.get(side, 0) for side in range(2 * (max(counts) // 2 + 1))]
+    fraction = results.config.sources()[name].get("fraction", 1.0)
+    try:
+        parts = Mixture({name: {"rows": sum(sizes), "fraction": fraction, "sides": sizes}}, seed=0, weights=False).parts
+    except ValueError:  # one side only, because the other is in quarantine: training refuses the source
+        parts = []
+    used = [part.count for part in parts] or [0] * len(sizes)
+    classes = zip(results.tables[name].sides, (0, 1), strict=True)
+    return {title: {"rows": sum(sizes[parity::2]), "epoch": sum(used[parity::2])} for title, parity in classes}
 
 
 def _split(results: Results, split: str) -> dict:
@@ -142,6 +163,8 @@ def edges(count: int) -> list[str]:
 def render(report: dict) -> Group:
     """Return the summary as tables for a terminal."""
     parts = [_sources_table(report), _contents_table(report)]
+    if any(source["answers"] for source in report["sources"].values()):
+        parts.append(_answers_table(report))
     for which, title in (("rows", "Skipped rows"), ("scans", "Unusable scans")):
         if report["reasons"][which]:
             parts.append(_reasons_table(title, report["reasons"][which]))
@@ -162,16 +185,30 @@ def _sources_table(report: dict) -> Table:
     table = Table(
         title="Rows, their distinct scans, and mean tokens per row", title_justify="left", box=box.SIMPLE,
         caption="bad: skipped; unread: lines of the table that could not be opened (both are in quarantine.jsonl); "
-        "trained: tokens of answers; terms: the share of these that are medical terms", caption_justify="left",
+        "trained: tokens of answers; terms: the share of these that are medical terms; held out: good rows for "
+        "validation (data.validation_share)", caption_justify="left",
     )  # fmt: skip
     table.add_column("source", overflow="fold")
     table.add_column("split")
-    for heading in ("good", "bad", "unread", "2D", "3D", "tokens", "trained", "terms"):
+    held_out = ["held_out"] if any(s["held_out"] for s in report["sources"].values()) else []
+    for heading in ("good", *("held out" for _ in held_out), "bad", "unread", "2D", "3D", "tokens", "trained", "terms"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, s in report["sources"].items():
-        counts = (s[k] for k in ("good", "bad", "not_opened", "scans_2d", "scans_3d"))
+        counts = (s[k] for k in ("good", *held_out, "bad", "not_opened", "scans_2d", "scans_3d"))
         lengths = f"{s['tokens_a_row']:,.1f}", f"{s['trained_a_row']:,.1f}", f"{s['term_share']:.1%}"
         table.add_row(escape(name), s["split"], *(f"{n:,}" for n in counts), *lengths)
+    return table
+
+
+def _answers_table(report: dict) -> Table:
+    title = "Balanced sources: rows of each class, and how many an epoch uses"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE)
+    for heading, justify in (("source", "left"), ("class", "left"), ("rows", "right"), ("per epoch", "right")):
+        table.add_column(heading, justify=justify)
+    for name, source in report["sources"].items():
+        for k, (title, counts) in enumerate(source["answers"].items()):
+            cells = f"{counts['rows']:,}", f"{counts['epoch']:,}"
+            table.add_row("" if k else escape(name), title, *cells, end_section=k == len(source["answers"]) - 1)
     return table
 
 
@@ -234,7 +271,7 @@ def _lines(report: dict) -> list[str]:
         "could not be opened.",
         f"{scans['good']:,} scans are good, {scans['bad']:,} are unusable; {reading['scans_read']:,} were read, "
         f"{reading['scans_unchanged']:,} had not changed.",
-        f"Equal content: {same['rows']:,} rows, {same['scans']:,} groups of scans. In both train and test: "
+        f"Equal content: {same['rows']:,} rows, {same['scans']:,} groups of scans. In several splits: "
         f"{leaks['study']:,} studies, {leaks['scan']:,} scans.",
     ]
     if reading["workers_ended"]:

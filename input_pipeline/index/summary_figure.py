@@ -11,7 +11,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from input_pipeline.index.summary import edges
 
-COLOURS = {"train": "#2b6a99", "test": "#e08e2b"}
+COLOURS = {"train": "#2b6a99", "validation": "#6b9e4a", "test": "#e08e2b"}
 BAD = "#c0392b"
 MAX_SOURCES = 40  # data sets with the most rows
 MAX_GROUPS = 8  # bars of a panel; the last one combines all others
@@ -66,7 +66,7 @@ def _count_axis(axis) -> None:
 
 
 def _dimensions(axes, splits: dict) -> None:
-    """Draw two rings: train outside, test inside."""
+    """Draw a ring for each split, train outside."""
     axes.set_title("2D and 3D scans", loc="left", fontsize=12, fontweight="bold")
     if not any(sum(values["scans"].values()) for values in splits.values()):
         _empty(axes)
@@ -80,7 +80,7 @@ def _dimensions(axes, splits: dict) -> None:
             axes.pie(counts, radius=radius, colors=shades, startangle=90, counterclock=False,
                      wedgeprops={"width": 0.26, "edgecolor": "white", "linewidth": 2})  # fmt: skip
         radius -= 0.3
-    caption = "outer ring: train, inner ring: test" if len(splits) == 2 else next(iter(splits), "")
+    caption = f"from the outside: {', '.join(splits)}" if len(splits) > 1 else next(iter(splits), "")
     patches = [axes.plot([], [], "s", color=shade, markersize=10)[0] for shade in shades]
     axes.legend(patches, names, loc="center left", bbox_to_anchor=(0.93, 0.92), frameon=False, fontsize=10)
     axes.text(1.15, -0.1, "\n\n".join(lines), fontsize=10, va="center", ha="left")

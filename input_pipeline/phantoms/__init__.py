@@ -1,7 +1,7 @@
 """Phantoms: synthetic practice scans with labels, drawn from a seed and written in the formats of real studies.
 
     voxels, labels = phantoms.draw(seed=0, split="train", index=12)
-    phantoms.write("practice", train=3000, test=800)            # or: python -m input_pipeline.phantoms --out practice
+    phantoms.write("practice", validation=150)                  # or: python -m input_pipeline.phantoms --out practice
     phantoms.parse_report("Findings: CT. No lesion. Impression: Normal.")
 
 They contain no disease: they let a whole system learn within minutes, with answers that can be checked. Real data

@@ -18,11 +18,11 @@ a lesion, on which side, in which half, how big, how many. The scans are synthet
 """
 EPILOG = """\
 examples:
-  python -m input_pipeline.phantoms --out practice                          # 3,800 scans
-  python -m input_pipeline.phantoms --out tiny --train 40 --test 20         # one of each format
+  python -m input_pipeline.phantoms --out practice                          # 3,950 scans
+  python -m input_pipeline.phantoms --out tiny --train 40 --test 20 --validation 0   # one of each format
   python -m input_pipeline.phantoms --out large --train 20000 --test 1400   # 420 solitary lesions to score on
 
-The same arguments give the same bytes (with the package versions listed in phantoms.json). Train and test share no
+The same arguments give the same bytes (with the package versions listed in phantoms.json). The splits share no
 phantom, and a larger data set starts with the scans of a smaller one. DIR is created when it is complete; if it exists,
 its files are checked. Three in ten scans have a solitary lesion; only these have questions about side, level and size.
 docs/phantoms.md has images, statistics, and the tests against shortcuts.
@@ -34,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--out", required=True, metavar="DIR", help="directory to create")
     add("--train", type=int, default=3000, metavar="N", help="training scans (%(default)s)")
+    add("--validation", type=int, default=150, metavar="N", help="validation scans (%(default)s)")
     add("--test", type=int, default=800, metavar="N", help="test scans (%(default)s)")
     add("--seed", type=int, default=0, help="random seed of the data set (%(default)s)")
     add("--size", type=int, default=128, help="rows and columns of a scan (%(default)s)")
@@ -46,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     start = time.perf_counter()
     try:
         with Progress(*columns, console=console, transient=True) as bar:
-            task = bar.add_task("drawing scans", total=args.train + args.test)
+            task = bar.add_task("drawing scans", total=args.train + args.validation + args.test)
             summary = write(**vars(args), progress=lambda n: bar.advance(task, n))
     except (ValueError, OSError) as error:
         print_error(console, error)

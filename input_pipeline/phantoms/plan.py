@@ -22,7 +22,7 @@ import dataclasses
 import numpy as np
 
 MODALITIES = ("X-ray", "CT", "MRI", "ultrasound")
-SPLITS = {"train": 0, "test": 1}
+SPLITS = {"train": 0, "validation": 2, "test": 1}  # the number seeds the random stream
 SIDES, LEVELS, SIZES = ("left", "right"), ("upper", "lower"), ("small", "big")
 DIAGNOSES = ("normal", "nodule", "mass", "multiple lesions")
 
@@ -132,14 +132,14 @@ def describe(seed: int, split: str, index: int, size: int = 128, volumes: float 
 
     Args:
       seed: seed of the data set, 0 or more.
-      split: `train` or `test`; their random streams differ.
+      split: `train`, `validation` or `test`; their random streams differ.
       index: 0 or more; a phantom does not depend on the size of the data set.
       size: rows and columns, 64 to 1024.
       volumes: share of volumes among all phantoms, 0 to 0.5 (X-ray and ultrasound are always 2D).
     Raises:
       ValueError: with every argument that is out of range.
     """
-    problems = [f"split {split!r}: use 'train' or 'test'"] if split not in SPLITS else []
+    problems = [f"split {split!r}: use one of {', '.join(SPLITS)}"] if split not in SPLITS else []
     problems += [f"{k} {v}: use 0 or more" for k, v in (("seed", seed), ("index", index)) if v < 0]
     problems += [f"size {size}: use 64 to 1024"] if not 64 <= size <= 1024 else []
     problems += [f"volumes {volumes}: use 0 to 0.5"] if not 0 <= volumes <= 0.5 else []

@@ -4,9 +4,10 @@ DIR/phantoms.json             arguments, package versions, conventions, counts
 DIR/SHA256SUMS                checksums of all other files, for `sha256sum -c SHA256SUMS`
 DIR/contact_sheet.png         examples of every modality
 DIR/tokenizer.model           SentencePiece model with 512 pieces, trained on the texts of train and on the prompts
-DIR/scans/{train,test}/       PNG, JPEG, DICOM (files, and directories for volumes), NIfTI
-DIR/{train,test}/             modality.csv diagnosis_yes_no.csv diagnosis.csv report.csv vqa.csv rationale.json
+DIR/scans/SPLIT/              PNG, JPEG, DICOM (files, and directories for volumes), NIfTI
+DIR/SPLIT/                    modality.csv diagnosis_yes_no.csv diagnosis.csv report.csv vqa.csv rationale.json
                               all.jsonl labels.jsonl
+SPLIT is train, validation or test; splits without scans have no directories.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ def write(
     out: str | os.PathLike,
     train: int = 3000,
     test: int = 800,
+    validation: int = 0,
     seed: int = 0,
     size: int = 128,
     volumes: float = 0.12,
@@ -61,7 +63,7 @@ def write(
 
     Args:
       out: a directory that is absent, is empty, or has the same data set.
-      train, test: number of scans.
+      train, test, validation: number of scans.
       seed, size, volumes: as for `describe`.
       workers: number of processes; None: all cores. With more than one, a calling script needs the
         `if __name__ == "__main__":` guard, because multiprocessing starts new interpreters.
@@ -72,12 +74,16 @@ def write(
       ValueError: an argument is invalid; `out` has unrelated, different or damaged files; another run is writing it.
       OSError: a file cannot be written.
     """
-    if train < 0 or test < 0 or train + test == 0:
-        raise ValueError(f"train {train}, test {test}: both must be 0 or more, with at least one scan in total")
+    counts = {"train": train, "validation": validation, "test": test}
+    if min(counts.values()) < 0 or not any(counts.values()):
+        listed = ", ".join(f"{split} {count}" for split, count in counts.items())
+        raise ValueError(f"{listed}: all must be 0 or more, with at least one scan in total")
     describe(seed, "train", 0, size, volumes)  # raises for invalid arguments before anything is written
     out = Path(out)
     partial = out.parent / (out.name + PARTIAL)
     arguments = {"format": FORMAT, "train": train, "test": test, "seed": seed, "size": size, "volumes": volumes}
+    if validation:  # absent in the data sets of earlier versions
+        arguments["validation"] = validation
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         return _check_existing(out, arguments, progress)
@@ -115,7 +121,11 @@ def _check_existing(out: Path, arguments: dict, progress) -> dict:
         checksums = [line.split("  ", 1) for line in (out / "SHA256SUMS").read_text().splitlines()]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{out} is not a complete phantom data set ({error}): choose another --out") from error
-    differences = [f"{k} is {existing.get(k)}, not {v}" for k, v in arguments.items() if existing.get(k) != v]
+    differences = [
+        f"{k} is {existing.get(k, 0)}, not {arguments.get(k, 0)}"
+        for k in dict.fromkeys([*arguments, *existing])
+        if existing.get(k) != arguments.get(k)
+    ]
     if differences:
         raise ValueError(f"{out} has another phantom data set ({', '.join(differences)}): choose another --out")
     bad = []
@@ -128,14 +138,16 @@ def _check_existing(out: Path, arguments: dict, progress) -> dict:
         shown = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
         raise ValueError(f"{out} is damaged: {shown}; delete it and run again")
     if progress:
-        progress(arguments["train"] + arguments["test"])
+        progress(sum(arguments.get(split, 0) for split in SPLITS))
     return summary | {"written": False}
 
 
 def _write_all(directory: Path, arguments: dict, workers: int | None, progress) -> dict:
     seed, size, volumes = (arguments[k] for k in ("seed", "size", "volumes"))
-    keys = [(seed, split, i, size, volumes) for split in SPLITS for i in range(arguments[split])]
-    for split in SPLITS:
+    # Earlier versions had directories of an empty train or test split, too.
+    splits = [split for split in SPLITS if split in arguments]
+    keys = [(seed, split, i, size, volumes) for split in splits for i in range(arguments[split])]
+    for split in splits:
         (directory / "scans" / split).mkdir(parents=True)
         (directory / split).mkdir()
 
@@ -148,7 +160,7 @@ def _write_all(directory: Path, arguments: dict, workers: int | None, progress) 
                 progress(len(chunk))
 
     counts = {}
-    for split in SPLITS:
+    for split in splits:
         studies = [describe(seed, split, i, size, volumes) for i in range(arguments[split])]
         for name, content in _tables(studies).items():
             checksums.append(_save(directory, f"{split}/{name}", content))

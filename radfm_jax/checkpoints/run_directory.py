@@ -31,6 +31,7 @@ from radfm_jax.runtime.barrier import barrier
 
 CONFIG, LOCK, CHECKPOINTS, BEST = "config.json", "lock", "checkpoints", "best.json"
 TRAINING, DATA, RUN = "training", "data", "run.json"
+TEST_METRIC = "eval/all/loss"  # in best.json of earlier versions: the loss on data.test
 
 Warn = Callable[[str], None]
 warning: Warn = logging.getLogger(__name__).warning
@@ -135,15 +136,22 @@ def latest(workdir, *, allow_older: bool = False, warn: Warn = warning) -> Path 
 
 
 def best(workdir) -> Path | None:
-    """Return the directory of the best step, not verified; None if best.json does not exist."""
+    """Return the directory of the best step, not verified; None if best.json does not exist.
+
+    A best step that an earlier version selected on data.test does not count; a warning says so.
+    """
     path = Path(workdir) / CHECKPOINTS / BEST
     try:
-        step = read_json(path, kind=dict)["step"]
+        content = read_json(path, kind=dict)
+        step = content["step"]
     except FileNotFoundError:
         return None
     except (ValueError, KeyError) as e:
         raise ValueError(f"{path} is damaged ({e}): remove it, or pass the directory of a step") from None
     directory = step_directory(workdir, step)
+    if content.get("metric") == TEST_METRIC:
+        warning(f"{path}: step {step} was selected on test data: using the newest step (pass {directory} to use it)")
+        return None
     if not directory.is_dir():
         raise ValueError(f"{path} names step {step}, but {directory} does not exist: pass another step's directory")
     return directory

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
+from input_pipeline.datasets import FAMILIES
 from radfm_jax.cost import flops
 from radfm_jax.models import attention, radfm
 from radfm_jax.models.layers import matmul_precision
@@ -131,12 +132,18 @@ def epoch(config: Experiment, sources: Mapping[str, Source]) -> Epoch:
     named = data.sources("train")
     if missing := [name for name in named if name not in sources]:
         raise ValueError(f"unknown size of data.train sources {', '.join(missing)}: add them to SIZES")
+    rows_of = {name: sources[name].rows * (1 - data.validation_share) for name in named}
     if data.mixture == "weights":
         shares = {name: fields.get("weight", 1.0) for name, fields in named.items()}
-        total = data.epoch_samples or sum(sources[name].rows for name in named)
+        total = data.epoch_samples or sum(rows_of.values())
         samples = {name: total * share / sum(shares.values()) for name, share in shares.items()}
     else:
-        samples = {name: sources[name].rows * fields.get("fraction", 1.0) for name, fields in named.items()}
+        released = data.epoch == "released"
+        fractions = {name: FAMILIES[fields["family"]].released_fraction for name, fields in named.items()}
+        samples = {
+            name: rows_of[name] * fields.get("fraction", 1.0) * (fractions[name] if released else 1.0)
+            for name, fields in named.items()
+        }
     tokens = sum(count * sources[name].tokens for name, count in samples.items())
     patches = sum(count * sources[name].patches for name, count in samples.items())
     limits = data.limits

@@ -194,9 +194,12 @@ class _Texts:
         self.rows = {name: {d.row_id(i): i for i in range(len(d))} for name, d in self.datasets.items()}
 
     def __getitem__(self, key: tuple[str, str]) -> tuple[str, str]:
-        source, row_id = key
-        rng = sample_rng(self.config.seed, 0, source, row_id)
-        sample = self.datasets[source].sample(self.rows[source][row_id], rng)
+        source, sample_id = key
+        rows, window, row_id = self.rows[source], None, sample_id
+        if row_id not in rows:  # Dataset.sample_id of a row with windows
+            row_id, _, number = sample_id.rpartition(".")
+            window = int(number) - 1
+        sample = self.datasets[source].sample(rows[row_id], sample_rng(self.config.seed, 0, source, sample_id), window)
         texts = {
             role: " ".join(p.text.strip() for p in sample.parts if isinstance(p, Text) and p.role == role)
             for role in ("instruction", "response", "interleaved")

@@ -1,4 +1,4 @@
-"""Test studies in the training data."""
+"""Test studies in the training and validation data."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from radfm_jax.evaluate.radbench import Question
 
 
 def find_leaks(questions: Iterable[Question], directory: Path | str) -> list[dict]:
-    """Return the questions with a study or a scan file that is also in the training data.
+    """Return the questions with a study or a scan file that is also in the training or validation data.
 
     Studies are compared by name and files by SHA-256, so renamed copies are detected, but edited images are not. All
-    rows of the training sources of the index (written by `prepare`) count, including skipped ones. Raises ValueError if
+    rows of these sources of the index (written by `prepare`) count, including skipped ones. Raises ValueError if
     the directory has no index.
     """
     index, questions = Index(directory), list(questions)
-    training = {name for name, source in index.tables.items() if source["split"] == "train"}
+    training = {name for name, source in index.tables.items() if source["split"] != "test"}
     test_studies = {question.study for question in questions if question.study}
     studies: dict[str, dict[str, str]] = {}  # study -> root -> source
     for row in _rows(index.directory / "rows.parquet", "source", "study"):

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from input_pipeline.datasets import open_dataset, sample_rng
+from input_pipeline.batching.mixture import Mixture, by_side
+from input_pipeline.datasets import Dataset, open_dataset, sample_rng
 from input_pipeline.datasets.json_tables import text_lines
 from input_pipeline.datasets.modalities import modalities
 from input_pipeline.files import parse_json, write_json, write_json_lines
@@ -79,7 +80,10 @@ def questions_of_set(benchmark: Benchmark, name: str) -> tuple[list[Question], d
     skipped = collections.Counter({f"skipped by the reader: {why}": n for why, n in dataset.skipped.items()})
     skipped.update(f"bad row: {reason_pattern(problem.reason)}" for problem in dataset.problems)
     questions = []
-    for i in range(len(dataset)):
+    rows = _balanced_rows(dataset, name, benchmark.seed)
+    if unused := len(dataset) - len(rows):
+        skipped["more rows of one side than of the other (balance)"] = unused
+    for i in rows.tolist():
         row_id = dataset.row_id(i)
         try:
             sample = dataset.sample(i, sample_rng(benchmark.seed, 0, name, row_id))
@@ -100,6 +104,16 @@ def questions_of_set(benchmark: Benchmark, name: str) -> tuple[list[Question], d
         skipped[f"more than limit={limit}"] = len(questions) - limit
         questions = [questions[i] for i in np.sort(chosen)]
     return questions, {reason: n for reason, n in skipped.items() if n}
+
+
+def _balanced_rows(dataset: Dataset, name: str, seed: int) -> np.ndarray:
+    """Return the rows of a data set; of a balanced one, equally many of both sides, chosen by the seed."""
+    sides = dataset.sides()
+    if sides is None:
+        return np.arange(len(dataset))
+    order, sizes = by_side(sides)
+    source = {"rows": len(dataset), "fraction": 1.0, "sides": sizes}
+    return np.sort(order[Mixture({name: source}, seed=seed, weights=False).epoch(0)])
 
 
 def question_of(

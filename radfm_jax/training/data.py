@@ -1,9 +1,11 @@
-"""The data of a run: both splits, opened at once, and their batches on the devices."""
+"""The data of a run: the training and validation rows, opened at once, and their batches on the devices."""
 
 from __future__ import annotations
 
 import math
+import re
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import grain
 import jax
@@ -11,25 +13,27 @@ import jax
 from input_pipeline.batching.collate import Batch
 from input_pipeline.batching.pipeline import Rows, batches, prefetch
 from input_pipeline.config import DataConfig
+from radfm_jax.evaluate import radbench
 from radfm_jax.training import train_step
 from radfm_jax.training.experiment import Experiment
 
 
 class OpenSplits:
-    """Opens the training and test rows in background threads; `splits("train")` waits for one of them.
+    """Opens the training and validation rows in background threads; `splits("train")` waits for one of them.
 
     A call raises the error with which the split failed to open. `shard` has Rows' arguments batch, host and hosts.
     """
 
     def __init__(self, config: DataConfig, shard: dict):
-        families = {fields.get("family") for fields in config.sources().values()}
+        read = config.sources("train") | config.sources("validation")
+        families = {fields.get("family") for fields in read.values()}
         if not config.workers and (config.records or "tfds" in families):
             # Imported before the threads start: while it is imported, imports in other threads return lazy modules.
             import tensorflow_datasets  # noqa: F401
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="opening")
         self._futures = {"train": self._threads.submit(Rows, config, "train", **shard)}
-        if config.test:
-            self._futures["test"] = self._threads.submit(Rows, config, "test", **shard, epochs=1)
+        if config.validates:
+            self._futures["validation"] = self._threads.submit(Rows, config, "validation", **shard, epochs=1)
 
     def __call__(self, split: str) -> Rows:
         return self._futures[split].result()
@@ -39,6 +43,24 @@ class OpenSplits:
         for future in self._futures.values():
             if future.exception() is None:
                 future.result().close()
+
+
+def check_validation(config: Experiment) -> None:
+    """Raise ValueError if a validation source is a test table, unless `train.validate_on_test`."""
+    file = lambda fields: (Path(fields["root"]).absolute() / fields["table"], fields.get("split"))  # noqa: E731
+    tests, problems = {file(fields) for fields in config.data.sources("test").values()}, []
+    for name, fields in config.data.sources("validation").items():
+        words = {*re.split("[^a-z0-9]+", str(fields["table"]).lower()), fields.get("split")}
+        if file(fields) in tests:
+            problems.append(f"data.validation.{name} reads {fields['table']}, which data.test reads too")
+        elif fields["family"] in radbench.DATASETS and "test" in words:
+            title = radbench.DATASETS[fields["family"]].title
+            problems.append(f"data.validation.{name} reads {fields['table']}, a test table of RadBench ({title})")
+    if problems and not config.train.validate_on_test:
+        raise ValueError(
+            f"{'; '.join(problems)}: the best step would be selected on test data. Use data.validation_share or "
+            "another table, or set train.validate_on_test=True"
+        )
 
 
 def check_model(config: Experiment, rows: Rows) -> None:

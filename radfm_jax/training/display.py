@@ -114,10 +114,13 @@ def draw_curves(workdir: Path) -> None:
     from matplotlib import pyplot
 
     lines = read_metrics(workdir)
-    exact = sorted({k for x in lines for k in x if k.startswith("eval/") and k.endswith("/exact_match")})
+    # `eval/...`: an earlier version evaluated data.test during training.
+    exact = sorted(
+        {k for x in lines for k in x if k.startswith(("validation/", "eval/")) and k.endswith("/exact_match")}
+    )
     figure, (losses, matches, rates) = pyplot.subplots(1, 3, figsize=(15, 4), layout="constrained")
     for axes, names in (
-        (losses, {"train/loss": "training", "eval/all/loss": "held out"}),
+        (losses, {"train/loss": "training", "validation/all/loss": "validation", "eval/all/loss": "test"}),
         (matches, {name: name.split("/")[1] for name in exact}),
         (rates, {"speed/samples_s": "samples/s", "speed/data_wait": "share of time spent waiting for data"}),
     ):
@@ -128,7 +131,7 @@ def draw_curves(workdir: Path) -> None:
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8)
     losses.set_title("weighted loss per token")
-    matches.set_title("held out: share of answers with every token correct")
+    matches.set_title("validation: share of answers with every token correct")
     rates.set_title("speed")
     rates.set_yscale("symlog", linthresh=1)
     figure.savefig(workdir / "curves.png", dpi=110)
@@ -169,12 +172,12 @@ def memory_table(parts: dict[str, int], limit: int | None = None) -> Table:
     return table
 
 
-def data_table(description: dict, samples: int, windows: int) -> Table:
-    """Tabulate the sources with their rows and the share of them that an epoch uses."""
-    title = f"{samples:,} samples per epoch, {windows} windows"
-    table = Table("source", "rows", "in quarantine", "share per epoch", title=title)
-    for name, s in description["sources"].items():
-        table.add_row(name, f"{s['rows']:,}", f"{s['left_out']:,}", f"{s['fraction']:g}")
+def data_table(description: dict, counts: np.ndarray, windows: int) -> Table:
+    """Tabulate the sources: their samples, and how many of them an epoch uses (Mixture.counts)."""
+    title = f"{counts.sum():,} samples per epoch, {windows} windows"
+    table = Table("source", "samples", "per epoch", "held out", "in quarantine", title=title)
+    for (name, s), count in zip(description["sources"].items(), counts, strict=True):
+        table.add_row(name, f"{s['rows']:,}", f"{count:,}", f"{s['elsewhere']:,}", f"{s['left_out']:,}")
     return table
 
 

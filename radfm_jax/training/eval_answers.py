@@ -1,4 +1,4 @@
-"""Answers to held-out questions, generated and scored at each evaluation of a run (`train.eval_answers`).
+"""Answers to validation questions, generated and scored at each evaluation of a run (`train.eval_answers`).
 
     WORKDIR/answers/STEP/questions.jsonl   the questions, the same at every evaluation
     WORKDIR/answers/STEP/answers.jsonl     the answers (answers.failed.jsonl: questions without one, and why)
@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from input_pipeline import files
+from input_pipeline.batching.splits import rows_of_split
 from input_pipeline.config import DataConfig
 from input_pipeline.datasets import sample_rng
 from input_pipeline.index.index import Index
@@ -46,12 +47,15 @@ class EvalAnswers:
                 "radbench`"
             )
         self.config, self.directory, self.mesh = config, workdir / "answers", mesh
+        if not config.data.validates:
+            raise ValueError(
+                "train.eval_answers: there are no validation rows; set data.validation or data.validation_share"
+            )
         self.questions, shortages = select_questions(config.data, config.train.eval_answers)
         fewer = "; ".join(f"{name}: {reason}" for name, reason in shortages.items())
         if not self.questions:
-            reason = fewer or "data.test is empty"
-            raise ValueError(f"train.eval_answers: no test source has a question with a reference answer ({reason})")
-        self.description = f"each evaluation generates answers to {len(self.questions)} held-out questions"
+            raise ValueError(f"train.eval_answers: no validation row is a question with a reference answer ({fewer})")
+        self.description = f"each evaluation generates answers to {len(self.questions)} validation questions"
         self.description += f" ({fewer})" if fewer else ""
         self.tokenizer, self.terms = Tokenizer(config.data.tokenizer), terms_of(config.data.terms)
 
@@ -86,14 +90,15 @@ class EvalAnswers:
 
 
 def select_questions(config: DataConfig, count: int) -> tuple[list[radbench.Question], dict[str, str]]:
-    """Draw `count` questions from each test source, worded as for the held-out loss, from rows that `prepare` accepted.
+    """Draw `count` questions from the validation rows of each source, worded as for the validation loss.
 
     Return the questions, and source -> reason for each source that has fewer.
     """
     index = Index(config.index)
     questions, shortages = [], {}
-    for name, dataset in open_sources(config, "test").items():
-        rows = np.flatnonzero(~index.bad_rows(name))
+    datasets = open_sources(config, "validation")
+    for name, (rows, *_) in rows_of_split(config, "validation", index, datasets).items():
+        dataset = datasets[name]
         order = sample_rng(config.seed, 0, name, "answers").permutation(rows)[: ROWS_PER_QUESTION * count]
         selected: list[radbench.Question] = []
         skipped: collections.Counter[str] = collections.Counter()

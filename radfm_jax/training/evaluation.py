@@ -1,4 +1,4 @@
-"""Evaluation on the held-out rows during training."""
+"""Evaluation on the validation rows during training."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from radfm_jax.training import display, eval_answers, train_step
 from radfm_jax.training.data import device_batches
 from radfm_jax.training.experiment import Experiment
 
+METRIC = "validation/all/loss"  # the best step has its lowest value
 _checks = itertools.count()
 
 
@@ -27,7 +28,7 @@ def was_evaluated(workdir: Path, step: int) -> bool:
 
     def recorded() -> bool:
         metrics = display.read_metrics(workdir) if jax.process_index() == 0 else []
-        return any(line["step"] == step and "eval/all/loss" in line for line in metrics)
+        return any(line["step"] == step and METRIC in line for line in metrics)
 
     key = f"evaluated/{step}/{next(_checks)}"  # barrier keys must be unique
     return barrier(key, recorded)[0]
@@ -35,13 +36,13 @@ def was_evaluated(workdir: Path, step: int) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Computes and logs metrics on the held-out rows, and scores of generated answers."""
+    """Computes and logs metrics on the validation rows, and scores of generated answers."""
 
     config: Experiment
     mesh: jax.sharding.Mesh
     steps: int  # number of steps of the run; the last one is always evaluated
     peers: Peers
-    rows: Rows | None  # held-out rows; None without test sources
+    rows: Rows | None  # validation rows; None without any
     program: jax.stages.Compiled | None  # Programs.evaluate
     answers: eval_answers.EvalAnswers | None  # None without `train.eval_answers`
 
@@ -55,7 +56,7 @@ class Evaluation:
         params = train_step.params_of(state)
         try:
             metrics = self._metrics(params, step, watchdog)
-            exact = {task: metrics.get(f"eval/{task}/exact_match") for task in TASKS}
+            exact = {task: metrics.get(f"validation/{task}/exact_match") for task in TASKS}
             summary = ", ".join(f"{task} {share:.1%}" for task, share in exact.items() if share is not None)
             if self.answers:
                 scores = self.answers(params, step, lambda: self.check_stop(f"the answers after step {step}", watchdog))
@@ -64,7 +65,7 @@ class Evaluation:
         except _Stopped:
             return {}
         screen.record(step, metrics)
-        console.log(f"step {step}: held-out loss {metrics['eval/all/loss']:.4f}; every token correct: {summary}")
+        console.log(f"step {step}: validation loss {metrics[METRIC]:.4f}; every token correct: {summary}")
         return metrics
 
     def _metrics(self, params: dict, step: int, watchdog: faults.Watchdog) -> dict[str, float]:
@@ -77,7 +78,7 @@ class Evaluation:
                 totals = counts if totals is None else jax.tree.map(operator.add, totals, counts)
                 self.check_stop(f"batch {number} of the evaluation after step {step}", watchdog)
         return {
-            f"eval/{task}/{name}": value
+            f"validation/{task}/{name}": value
             for task, values in train_step.summarise(jax.device_get(totals)).items()
             for name, value in values.items()
         }

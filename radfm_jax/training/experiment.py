@@ -46,17 +46,16 @@ class TrainConfig:
     seed: Count = 0  # of fresh parameters and dropout; `data.seed` is separate
     log_every: Size = 10  # steps
     eval_every: Count = 0  # steps; 0: evaluate only at the end
-    eval_batches: Count = 0  # batches per evaluation; 0: all of the test sources
-    # Questions per test source whose answers each evaluation generates and scores (eval_answers.py); 0: none. Needs a
-    # single process. Estimates of memory and time do not include it.
+    eval_batches: Count = 0  # batches per evaluation; 0: all validation rows
+    # Questions per validation source whose answers each evaluation generates and scores (eval_answers.py); 0: none.
+    # Needs a single process. Estimates of memory and time do not include it.
     eval_answers: Count = 0
-    nonfinite: Annotated[str, one_of(NONFINITE)] = (
-        "skip"  # "skip" steps whose loss or gradient is not finite, or "stop" the run
-    )
+    # Accept a validation source that is a test table: the best step is then selected on test data.
+    validate_on_test: bool = False
+    nonfinite: Annotated[str, one_of(NONFINITE)] = "skip"  # steps whose loss or gradient is not finite, or "stop"
     max_skipped: Count = 3  # in a row
-    step_timeout: Annotated[float, above(0)] = (
-        1800.0  # seconds without a finished step after which the run ends with a dump of all stacks
-    )
+    # Seconds without a finished step after which the run ends with a dump of all stacks.
+    step_timeout: Annotated[float, above(0)] = 1800.0
     profile: tuple[Count, ...] = ()  # (first, last) steps to trace to WORKDIR/profile, both included; (): none
 
     def __post_init__(self):
@@ -99,7 +98,7 @@ class CheckpointConfig:
     save_every: Size = 500  # steps
     keep_last: Size = 2  # number of newest steps to keep
     keep_every: Count = 0  # also keep steps that are multiples of it; 0: none
-    best: bool = True  # also keep the step with the lowest held-out loss
+    best: bool = True  # also keep the step with the lowest validation loss
     allow_older: bool = False  # if the newest checkpoint is damaged, resume from an older one, with a warning
 
     def __post_init__(self):

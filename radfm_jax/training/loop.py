@@ -32,9 +32,9 @@ from radfm_jax.runtime import console, faults, sharding
 from radfm_jax.runtime.barrier import barrier
 from radfm_jax.runtime.peers import Peers
 from radfm_jax.training import display, optimizer, train_step
-from radfm_jax.training.data import OpenSplits, check_model, device_batches, step_count
+from radfm_jax.training.data import OpenSplits, check_model, check_validation, device_batches, step_count
 from radfm_jax.training.eval_answers import EvalAnswers
-from radfm_jax.training.evaluation import Evaluation, was_evaluated
+from radfm_jax.training.evaluation import METRIC, Evaluation, was_evaluated
 from radfm_jax.training.experiment import Experiment, changes
 from radfm_jax.training.programs import Programs
 from radfm_jax.training.progress import Profile, RowLog, StepMetrics
@@ -65,6 +65,7 @@ def _prepare(config: Experiment, workdir: Path, peers: Peers, stack: contextlib.
 
     A run that cannot start or resume is refused before anything is compiled, and leaves config.json as it was.
     """
+    check_validation(config)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, slices=config.mesh.slices)
     previous = run_directory.last_config(workdir)
     saver = stack.enter_context(_saver(config, workdir))
@@ -89,7 +90,7 @@ def _prepare(config: Experiment, workdir: Path, peers: Peers, stack: contextlib.
     steps = step_count(config, rows)
     if not config.train.steps and _is_complete(config, workdir, saver, newest, steps):
         return lambda: 0
-    held_out = splits("test") if config.data.test else None
+    validation = splits("validation") if config.data.validates else None
     saver.begin(newest)
     rows.prefetch_plan(data_state)
     rates = optimizer.learning_rates(config.optimizer, steps)
@@ -103,7 +104,7 @@ def _prepare(config: Experiment, workdir: Path, peers: Peers, stack: contextlib.
         console.log(message)
     # Compile times differ between hosts, and a collective waits for its peers only for a limited time.
     barrier("ready")
-    evaluation = Evaluation(config, mesh, steps, peers, held_out, programs.evaluate, answers)
+    evaluation = Evaluation(config, mesh, steps, peers, validation, programs.evaluate, answers)
     return functools.partial(
         _run, config, workdir, mesh, rates, rows, programs, saver, peers, evaluation, state, data_state
     )
@@ -111,7 +112,7 @@ def _prepare(config: Experiment, workdir: Path, peers: Peers, stack: contextlib.
 
 def _saver(config: Experiment, workdir: Path) -> Saver:
     policy = config.checkpoint
-    best = "eval/all/loss" if policy.best and config.data.test else None
+    best = METRIC if policy.best and config.data.validates else None
     return Saver(
         workdir, config=config.to_dict(), model=config.model, tokenizer=config.data.tokenizer,
         keep_last=policy.keep_last, keep_every=policy.keep_every, best=best,
@@ -119,9 +120,9 @@ def _saver(config: Experiment, workdir: Path) -> Saver:
 
 
 def _is_complete(config: Experiment, workdir: Path, saver: Saver, newest: Path | None, steps: int) -> bool:
-    """Whether the last step is saved and, with test sources, evaluated; if so, log that and record the config."""
+    """Whether the last step is saved and, with validation rows, evaluated; if so, log that and record the config."""
     is_saved = newest == run_directory.step_directory(workdir, steps)
-    if not is_saved or (config.data.test and not was_evaluated(workdir, steps)):
+    if not is_saved or (config.data.validates and not was_evaluated(workdir, steps)):
         return False
     saver.begin(newest)
     console.log(f"{newest}: all {steps:,} steps are done")
@@ -157,7 +158,11 @@ def _log_plan(config: Experiment, abstract: dict, mesh: Mesh, rows: Rows, steps_
     """Log parameters, estimated memory and time, and the data sources."""
     console.log(display.parameter_table(abstract))
     console.log(display.memory_table(estimate.memory(config, mesh), estimate.capacity(mesh)))
-    console.log(display.data_table(rows.description, len(rows.mixture), rows.windows))
+    console.log(display.data_table(rows.description, rows.mixture.counts, rows.windows))
+    for note in rows.description["notes"]:
+        console.log(note)
+    if config.data.test and not config.data.validates:
+        console.log("training does not read data.test: set data.validation or data.validation_share to evaluate")
     hardware = estimate.hardware(list(mesh.devices.flat), config.train.dtype)
     console.log(estimate.time_line(config, steps_left, hardware))
 

@@ -22,7 +22,7 @@ class Programs:
     """Programs for the one shape that all batches have, compiled before the first step; a step never compiles."""
 
     step: jax.stages.Compiled  # (state, batch, learning rate) -> (state, metrics)
-    evaluate: jax.stages.Compiled | None  # (parameters, batch) -> sums; None without test sources
+    evaluate: jax.stages.Compiled | None  # (parameters, batch) -> sums; None without validation rows
 
     @classmethod
     def compile(cls, config: Experiment, abstract: dict, transform, rows: Rows, mesh: Mesh) -> Programs:
@@ -32,7 +32,7 @@ class Programs:
         with jax.set_mesh(mesh):
             compiled = lower_step(config.compute, step_config, abstract, transform, batch, mesh).compile()
             evaluate = None
-            if config.data.test:
+            if config.data.validates:
                 eval_step = jax.jit(train_step.make_eval_step(config.compute, step_config))
                 evaluate = eval_step.lower(train_step.params_of(abstract), batch).compile()
         host_memory.release()

@@ -76,7 +76,7 @@ def _page(args: argparse.Namespace) -> Iterator[str]:
         yield f"<h3>{visible(run.name)}</h3>"
         yield html_page.image((run / "curves.png").read_bytes(), f"curves of {run.name}")
     if args.scores:
-        yield "<h2>Held-out answers</h2>"
+        yield "<h2>Test answers</h2>"
         yield from _scores(files.read_json(args.scores / "accuracy.json", kind=dict))
     if args.answers:
         yield "<h2>Answers</h2>"
@@ -99,13 +99,23 @@ def _stages(runs: Sequence[Path]) -> Iterator[str]:
         rows.append(
             (
                 visible(run.name), f"{last['step']:,}", f"{last['train/loss']:.3f}",
-                f"{last['eval/all/loss']:.3f}" if "eval/all/loss" in last else "",
+                f"{last['validation/all/loss']:.3f}" if "validation/all/loss" in last else "",
                 f"{mean('speed/step_s'):.3f}", f"{mean('speed/samples_s'):.0f}", f"{mean('speed/data_wait'):.1%}",
                 f"{statistics.fmean(real_tokens):.1%}", f"<code>{visible(newest or '')}</code>",
             )
         )  # fmt: skip
     yield html_page.table(
-        ("run", "steps", "loss", "held-out loss", "s per step", "samples/s", "data wait", "real tokens", "checkpoint"),
+        (
+            "run",
+            "steps",
+            "loss",
+            "validation loss",
+            "s per step",
+            "samples/s",
+            "data wait",
+            "real tokens",
+            "checkpoint",
+        ),
         rows,
     )
 
