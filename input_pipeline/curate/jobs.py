@@ -22,7 +22,7 @@ from input_pipeline.parallel import beam, chunk_files, workers
 from input_pipeline.parallel.chunk_files import Items
 from input_pipeline.parallel.resilient_pool import ResilientPool, no_state
 
-VERSION = 2  # increase it when a row function's result for the same item changes
+VERSION = 3  # increase it when a row function's result for the same item changes
 TIMEOUT = 300.0  # seconds for one item, after which its worker counts as hung
 
 

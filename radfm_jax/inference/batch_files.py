@@ -21,7 +21,7 @@ from typing import TextIO
 from input_pipeline import files
 from input_pipeline.datasets import jsonl
 from input_pipeline.datasets.json_tables import text_lines
-from input_pipeline.datasets.rows import Row
+from input_pipeline.datasets.rows import MISSING_WORDS, Row
 from input_pipeline.images import scans
 from input_pipeline.samples import Scan
 
@@ -90,12 +90,13 @@ def read_batch_file(file: Path, root: Path) -> list[BatchLine]:
 
 def _batch_line(row: Row, row_id: str, cells: dict) -> BatchLine:
     try:
-        if unknown := [k for k in cells if k not in (*READ, *IGNORED)]:
-            raise row.error(f"unknown keys: {', '.join(unknown[:10])}", f"known: {', '.join((*READ, *IGNORED))}")
-        if "prompt" in cells and "instruction" in cells:
+        if unknown := row.unknown_keys((*READ, *IGNORED)):
+            raise row.error(unknown, f"known: {', '.join((*READ, *IGNORED))}")
+        asked = [key for key in ("prompt", "instruction") if row.optional(key, MISSING_WORDS)]
+        if len(asked) > 1:
             raise row.error("has both `prompt` and `instruction`", "keep one of them")
-        prompt = row.text("instruction" if "instruction" in cells else "prompt", literal=True)
-        context = row.optional("context", literal=True)
+        prompt = row.text(asked[0] if asked else "instruction" if "instruction" in cells else "prompt", MISSING_WORDS)
+        context = row.optional("context", MISSING_WORDS)
         row_scans = jsonl.scans_of_row(row)
         resolved = (dataclasses.replace(s, path=str(scans.resolve(row.root, s.path))) for s in row_scans)
         paths = [cell if isinstance(cell, str) else cell["path"] for cell in row.cells["scans"]]
