@@ -10,6 +10,7 @@ from input_pipeline.datasets import FAMILIES
 from input_pipeline.files import nearest
 from input_pipeline.images.augment import FLIPS
 from input_pipeline.images.planes import CHANNELS, MODES, STORAGE, Sizes
+from input_pipeline.text.vocabularies import SEMANTIC_TYPES, bad_semantic_types
 
 SPLITS = ("train", "test")
 MIXTURES = ("epoch", "weights")
@@ -32,8 +33,9 @@ class DataConfig:
     index: str = ""  # the directory that `prepare` wrote
     tokenizer: str = ""  # a SentencePiece model file
     # The source of medical terms: `open` (HPO, ICD-10-CM and a radiology list), `umls:DIR` (a directory with
-    # MRCONSO.RRF and MRSTY.RRF), `scispacy:MODEL` or `none`.
+    # MRCONSO.RRF and, for umls_types, MRSTY.RRF), `scispacy:MODEL` or `none`.
     terms: str = "open"
+    umls_types: tuple[str, ...] = SEMANTIC_TYPES  # semantic types of UMLS whose terms count; () for all
     preprocess: str = "paper"  # or `released`: the volumes and texts of the released code, for released weights
     storage: str = "uint8"  # dtype of the planes: uint8, int16 or float32
     # Final side of 2D scans and of volumes, and maximum slices, in `paper` mode: multiples of the patch (32, 32, 4).
@@ -82,6 +84,8 @@ class DataConfig:
         for field, known in (("preprocess", MODES), ("storage", STORAGE), ("mixture", MIXTURES)):
             if getattr(self, field) not in known:
                 yield f"data.{field} is {getattr(self, field)!r}; known: {', '.join(known)}"
+        if bad := bad_semantic_types(self.umls_types):
+            yield f"data.umls_types: {bad}"
         for axis in self.flips:
             if axis not in FLIPS:
                 yield f"data.flips has {axis!r}; known: {', '.join(FLIPS)}"

@@ -100,6 +100,8 @@ class Rows(grain.IterDataset):
         self.windows = -(-len(self.mixture) // config.window)
         settings = {name: getattr(config, name) for name in IDENTITY_FIELDS}
         settings["flips"] = list(config.flips)  # as JSON returns it
+        if config.terms.startswith("umls:"):
+            settings["umls_types"] = list(config.umls_types)
         self.identity = {"split": split, "training": training, **settings, **self.description["identity"]}
         share = "weight" if config.mixture == "weights" else "fraction"
         for name, source in self.description["sources"].items():

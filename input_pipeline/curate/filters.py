@@ -177,15 +177,34 @@ _SIZE_ANSWER = re.compile(
 
 
 def size_questions(row: dict, family: str, settings: Settings) -> Verdict:
-    """Drop pairs that ask for a size or state one, which a resized volume does not show."""
+    """Drop questions about sizes, which a resized volume does not show, and remove size phrases from the others."""
     question, answer = (_column(row, name) for name in ("question", "answer"))
     if _SIZE_QUESTION.search(question):
         return Verdict(None, "the question is about a size")
     if _SIZE_ANSWER.fullmatch(answer.strip().rstrip(".")):
         return Verdict(None, "the answer is a size")
-    if measurements.has_size(f"{question} {answer}"):
-        return Verdict(None, "the question or the answer states a size")
-    return Verdict(row)
+    changed = _without_sizes(row, ("question", "answer", "Question", "Answer"))
+    if changed == row:
+        return Verdict(row)
+    if not all(_TAG.sub("", _column(changed, name)).strip() for name in ("question", "answer")):
+        return Verdict(None, "the question or the answer is nothing but sizes")
+    return Verdict(changed, "sizes removed")
+
+
+_TAG = re.compile(r"^[QA]:\s*")
+
+
+def _without_sizes(row: dict, columns) -> dict:
+    """Return the row without the size phrases in some columns, texts or lists of texts."""
+    changed = dict(row)
+    for column in columns:
+        value = row.get(column)
+        if isinstance(value, str) and measurements.has_size(value):
+            changed[column] = measurements.without_sizes(value)
+        elif isinstance(value, list):
+            texts = [measurements.without_sizes(v) if measurements.has_size(v) else v for v in value]
+            changed[column] = [text for text in texts if text]
+    return changed
 
 
 def age_questions(row: dict, family: str, settings: Settings) -> Verdict:
@@ -203,14 +222,7 @@ def age_questions(row: dict, family: str, settings: Settings) -> Verdict:
 
 def size_phrases(row: dict, family: str, settings: Settings) -> Verdict:
     """Remove size phrases from findings and impressions; drop rows without other text."""
-    changed = dict(row)
-    for column in ("finding", "impression"):
-        value = row.get(column)
-        if isinstance(value, str) and measurements.has_size(value):
-            changed[column] = measurements.without_sizes(value)
-        elif isinstance(value, list):
-            texts = [measurements.without_sizes(v) if measurements.has_size(v) else v for v in value]
-            changed[column] = [text for text in texts if text]
+    changed = _without_sizes(row, ("finding", "impression"))
     if changed == row:
         return Verdict(row)
     if not _texts(changed, ("finding", "impression")):
@@ -232,7 +244,7 @@ _WORD = re.compile(r"[a-z0-9]+")
 
 
 def _content(text: str) -> list[str]:
-    words = _WORD.findall(re.sub(r"^[QA]:\s*", "", text.strip()).lower())
+    words = _WORD.findall(_TAG.sub("", text.strip()).lower())
     words = [w for w in words if w not in _STOP_WORDS]
     # Fold plurals: "cysts" gives "cyst" away.
     return [w[:-1] if len(w) > 4 and w.endswith("s") and not w.endswith("ss") else w for w in words]

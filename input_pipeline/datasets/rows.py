@@ -19,7 +19,7 @@ EMPTY_WORDS = MISSING_WORDS | {"none"}
 # What people write into a field of prose (findings, history) that has no text.
 NO_PROSE = EMPTY_WORDS | {"na", "n/a", "n.a.", "-", "--"}
 _LONGEST = max(map(len, NO_PROSE))
-SHOWN = 20
+SHOWN = 20  # groups of equal row errors in one message
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
@@ -30,15 +30,29 @@ class TableError(RowError):
         self.problems, self.summary = tuple(problems), summary
         first = problems[0]
         super().__init__(first.file, first.row, first.reason, first.remedy)
-        lines = [str(p) for p in problems[:SHOWN]]
-        if len(problems) > SHOWN:
-            lines.append(f"and {len(problems) - SHOWN} more")
+        equal: dict[tuple, list[RowError]] = {}
+        for problem in problems:
+            equal.setdefault((problem.file, problem.reason, problem.remedy), []).append(problem)
+        groups = list(equal.values())
+        lines = [_line(group) for group in groups[:SHOWN]]
+        if more := sum(map(len, groups[SHOWN:])):
+            lines.append(f"and {more} more rows")
         if summary:
             lines.insert(0, summary)
         self.args = ("\n  ".join(lines),)
 
     def __reduce__(self):
         return type(self), (list(self.problems), self.summary)
+
+
+def _line(equal: list[RowError]) -> str:
+    """Return one line for row errors with the same reason."""
+    first = equal[0]
+    if len(equal) == 1:
+        return str(first)
+    rows = ", ".join(str(error.row) for error in equal[:3])
+    remedy = f" ({first.remedy})" if first.remedy else ""
+    return f"{first.file}, {len(equal)} rows (first: {rows}): {first.reason}{remedy}"
 
 
 def bad_text(value: str) -> str | None:

@@ -16,7 +16,8 @@ from radfm_jax.evaluate.radbench import NAMES, Question
 # metric -> title; the paper's metrics come first.
 TITLES = {
     "accuracy": "ACC", "f1": "F1", "bleu": "BLEU-1", "rouge": "ROUGE-1", "umls_precision": "UMLS-Precision",
-    "umls_recall": "UMLS-Recall", "balanced_accuracy": "balanced ACC", "named": "ACC by word",
+    "umls_recall": "UMLS-Recall", "umls_precision_with_terms": "UMLS-Precision, with terms",
+    "umls_recall_with_terms": "UMLS-Recall, with terms", "balanced_accuracy": "balanced ACC", "named": "ACC by word",
     "auc": "AUC", "calibration_error": "ECE", "exact": "exact match",
 }  # fmt: skip
 TEXT_METRICS = ("bleu", "rouge", "umls_precision", "umls_recall", "exact")
@@ -110,7 +111,11 @@ def score_rows(
 def intervals(answers: Sequence[ScoredAnswer], *, resamples: int, seed: int, by_study: bool) -> dict[str, Interval]:
     """Return all metrics of one kind of question, with confidence intervals."""
     names = answers[0].values
-    statistics = {name: metrics.mean(np.array([a.values[name] for a in answers])) for name in names}
+    values = {name: np.array([a.values[name] for a in answers]) for name in names}
+    statistics = {name: metrics.mean(numbers) for name, numbers in values.items()}
+    for name in values.keys() & {"umls_precision", "umls_recall"}:
+        # The paper averages over all samples. There a sample without medical terms, which has no ratio, counts as 0.
+        statistics |= {f"{name}_with_terms": statistics[name], name: metrics.mean(np.nan_to_num(values[name]))}
     if answers[0].question.closed:
         predicted = [a.predicted for a in answers]
         reference = [a.question.references[0] for a in answers]

@@ -9,6 +9,7 @@ JSON Lines (input_pipeline/datasets/jsonl.py, which also describes `scans`) and 
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import json
@@ -23,6 +24,7 @@ from input_pipeline.datasets import jsonl
 from input_pipeline.datasets.json_tables import text_lines
 from input_pipeline.datasets.rows import MISSING_WORDS, Row
 from input_pipeline.images import scans
+from input_pipeline.reasons import pattern
 from input_pipeline.samples import Scan
 
 READ = ("id", "prompt", "instruction", "context", "scans")
@@ -52,9 +54,12 @@ def _scan_cell(scan: Scan) -> str | dict:
 
 
 def raise_problems(problems: list[str], prefix: str = "") -> None:
-    """Raise ValueError with the first ten problems, if there are any."""
-    if problems:
-        raise ValueError(prefix + "; ".join(problems[:10]) + (" ..." if len(problems) > 10 else ""))
+    """Raise ValueError with the first ten kinds of problems, if there are any."""
+    kinds = collections.Counter(map(pattern, problems))
+    first = {pattern(problem): problem for problem in reversed(problems)}
+    lines = [first[kind] + (f" (and {n - 1} more like it)" if n > 1 else "") for kind, n in kinds.items()]
+    if lines:
+        raise ValueError(prefix + "; ".join(lines[:10]) + (" ..." if len(lines) > 10 else ""))
 
 
 def read_batch_file(file: Path, root: Path) -> list[BatchLine]:

@@ -24,6 +24,7 @@ import optax
 from jax.sharding import Mesh
 
 from input_pipeline.batching.pipeline import Rows
+from input_pipeline.sources import describe_terms
 from radfm_jax.checkpoints import checkpoint, run_directory, train_state
 from radfm_jax.checkpoints.saver import Saver
 from radfm_jax.cost import estimate
@@ -71,6 +72,7 @@ def _train(config: Experiment, workdir: Path, peers: Peers, stack: contextlib.Ex
     data_state = None if newest is None else train_state.data_state(newest)
     rows = splits("train")
     check_model(config, rows)
+    console.log(describe_terms(config.data.terms, config.data.umls_types))
     steps = step_count(config, rows)
     if not config.train.steps and _is_complete(config, workdir, newest, steps):
         return 0
