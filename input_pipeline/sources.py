@@ -65,7 +65,8 @@ def describe_terms(choice: str, umls_types: tuple[str, ...] = SEMANTIC_TYPES) ->
     kind, _, argument = choice.partition(":")
     if kind == "umls":
         every = not umls_types or not (Path(argument) / "MRSTY.RRF").is_file()
-        return f"medical terms: UMLS of {argument}, {'every' if every else len(umls_types)} semantic types"
+        types = "every semantic type" if every else f"{len(umls_types)} semantic types"
+        return f"medical terms: UMLS of {argument}, {types}"
     known = {"open": "open terms (HPO, ICD-10-CM, radiology list)", "none": "none", "scispacy": f"scispaCy {argument}"}
     return f"medical terms: {known.get(kind, choice)}, NOT UMLS as in the paper (data.terms=umls:DIR)"
 
