@@ -208,7 +208,7 @@ def _checked(file: Path, number: int, case: dict) -> dict:
         if texts:
             out[key] = texts if key in ("articles", "features") else " ".join(texts)
     listed = case.get("scans")
-    if listed is not None:
+    if listed not in (None, [], ""):  # else the scans of the folder
         if not isinstance(listed, list) or not all(
             isinstance(s, dict) and isinstance(s.get("path"), str)
             and all(v is None or isinstance(v, str) for v in s.values()) for s in listed

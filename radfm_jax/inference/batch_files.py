@@ -88,7 +88,8 @@ def read_batch_file(file: Path, root: Path) -> list[BatchLine]:
         elif row_id in lines:
             problems.append(f"line {number}: duplicate id {row_id!r}")
         else:
-            lines[row_id] = _batch_line(Row(file, number, {"scans": []} | cells, root), row_id, cells)
+            scan_list = [] if cells.get("scans") is None else cells["scans"]
+            lines[row_id] = _batch_line(Row(file, number, cells | {"scans": scan_list}, root), row_id, cells)
     raise_problems(problems, f"{file}: ")
     return list(lines.values())
 
