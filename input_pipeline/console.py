@@ -22,7 +22,7 @@ class RateColumn(progress.ProgressColumn):
 
 
 def argument_parser(module: str, description: str, epilog: str, **options) -> argparse.ArgumentParser:
-    """Return the parser of `python -m input_pipeline.MODULE`, whose help keeps the line breaks of these texts."""
+    """Return the argparse parser of `python -m input_pipeline.MODULE`. Its help keeps line breaks."""
     options |= {"description": description, "epilog": epilog, "formatter_class": argparse.RawDescriptionHelpFormatter}
     return argparse.ArgumentParser(f"python -m input_pipeline.{module}", **options)
 

@@ -110,7 +110,7 @@ def write_json_lines(file: Path, lines: Iterable[dict]) -> int:
 
 
 def sha256_of_file(*paths: Path) -> str:
-    """Return the SHA-256 of a file's bytes, hexadecimal; of several files, of their bytes in this order."""
+    """Return the hexadecimal SHA-256 of the bytes of one file, or of several files in this order."""
     digest = hashlib.sha256()
     for path in paths:
         # Non-blocking, because opening a FIFO would wait for its writer.
@@ -120,7 +120,7 @@ def sha256_of_file(*paths: Path) -> str:
 
 
 def fingerprint(value: Any) -> str:
-    """Return the SHA-256 of a JSON value, hexadecimal; the order of keys does not matter."""
+    """Return the hexadecimal SHA-256 of a JSON value. The order of keys does not matter."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=list).encode()).hexdigest()
 
 

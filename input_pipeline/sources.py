@@ -81,7 +81,7 @@ def encode_row(
     terms: TermFinder,
     shown: int | None = None,
 ) -> tuple[Sample, Encoded]:
-    """Return the sample of a row and its tokens, in `prepare` as in training: one generator makes all random choices.
+    """Return the sample of a row and its tokens. `prepare` and training make the same random choices.
 
     Args:
       shown: another row with as many scans, which replace the scans of this row.
@@ -99,9 +99,9 @@ def encode_row(
 
 
 def rows_shown(name: str, dataset: Dataset, rows: np.ndarray, seed: int) -> dict[int, int]:
-    """Return row -> the row whose scans it shows: a permutation of rows with as many distinct scans.
+    """Return row -> the row whose scans it shows: a permutation among rows with equal numbers of distinct scans.
 
-    Raises ValueError if no other row has as many scans as a row.
+    Raises ValueError if no other row has the same number of scans.
     """
     by_count: dict[int, list[int]] = {}
     for row in rows.tolist():

@@ -105,7 +105,7 @@ class Model:
             yield pieces[0], require_answers(answers)[0]
 
     def encode_scans(self, scans: Sequence[inputs.Scan]) -> EncodedScans:
-        """Return the visual tokens of scans, on the device, to use in place of the scans in any number of questions.
+        """Return the visual tokens of scans, on the device. Pass them instead of the scans to any number of questions.
 
         In `released` mode all scans of one question get the same depth, so encode them together.
         """

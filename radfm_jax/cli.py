@@ -1,4 +1,4 @@
-"""`radfm COMMAND ...`: the console script. Each command is also a `python -m` module, under which its help lists it."""
+"""`radfm COMMAND ...`: the console script. Each command is also a `python -m` module, which is the name in its help."""
 
 import importlib
 import sys

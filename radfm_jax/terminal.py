@@ -14,7 +14,7 @@ from radfm_jax.runtime import console
 
 
 def parser(prog: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
-    """Return a parser that keeps the line breaks of its texts."""
+    """Return an argparse parser whose help keeps line breaks."""
     return argparse.ArgumentParser(
         prog=prog, description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -221,11 +221,11 @@ def test_report_counts_every_position():
         "padding: no room for another scan": 0.0,
         "padding: end of the window": 0.0,
         "padding: empty row": 100 / 300,
-        "samples a row": 4 / 3,
-        "scans a row": 4 / 3,
+        "samples per row": 4 / 3,
+        "scans per row": 4 / 3,
         "cut tokens": 12,
         "dropped scans": 4,
-        "scans left out": 0,
+        "skipped scans": 0,
     }
 
 
@@ -236,7 +236,7 @@ def test_padding_has_a_cause(config):
         for batch in batches(rows):
             report.add(batch.rows)
     shares = report.as_dict()
-    assert shares["padding: no room for another scan"] > 0.4 and shares["scans a row"] > 1.9
+    assert shares["padding: no room for another scan"] > 0.4 and shares["scans per row"] > 1.9
     assert sum(v for k, v in shares.items() if k.startswith(("real", "padding"))) == pytest.approx(1)
 
 

@@ -234,7 +234,7 @@ def test_every_kind_of_bad_input_is_in_quarantine_and_all_else_is_good(mine, tmp
         "missing": ("missing", "no such file", "below the root"),
         "cut": ("damaged", "gzip", "copy it again"),
         "constant": ("constant", "every voxel is 7", "leave it out"),
-        "link": ("refused", "leads out of the root", "below the root"),
+        "link": ("refused", "points outside the root", "below the root"),
         "window": ("unsupported", "all outside the window", "window"),
         "no window": ("unsupported", "is not one of lung", "window"),
         "no volume": ("ambiguous", "no volume 3", "only volume is 0"),
@@ -365,7 +365,7 @@ def test_strict(mine, tmp_path):
     "change, message",
     [
         ({"tokenizer": "none.model"}, "none.model cannot be read"),
-        ({"train": {}}, "name no source"),
+        ({"train": {}}, "have no sources"),
         ({"train": {"x": {"family": "jsonl", "table": "none.jsonl", "root": "."}}}, "source x: .*none.jsonl"),
         ({"train": {"x": {"family": "jsonl", "root": "."}}}, "source x needs table"),
         ({"terms": "closed"}, "data.terms is 'closed'"),

@@ -123,7 +123,7 @@ def test_a_scan_outside_the_root_is_skipped(tmp_path):
     (tmp_path / "secret.png").write_bytes(b"x")
     (tmp_path / "in" / "link.png").symlink_to(tmp_path / "secret.png")
     parts = (Scan("link.png"), Text("Q?", "instruction"), Text("a", "response"))
-    with pytest.raises(Skipped, match="leads out of the root"):
+    with pytest.raises(Skipped, match="points outside the root"):
         question_of(Sample("1", "x", "vqa", None, parts), "x", "vqa", "x/1", tmp_path / "in")
 
 

@@ -168,7 +168,7 @@ def test_damage_is_an_error_with_the_file(written, tmp_path):
     with pytest.raises(ValueError, match=f"{file.name}: is missing"):
         Records(directory)[5]
     (directory / "dataset_info.json").write_text("{")
-    with pytest.raises(ValueError, match="holds no records"):
+    with pytest.raises(ValueError, match="contains no records"):
         Records(directory)
 
 

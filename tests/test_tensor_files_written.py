@@ -138,7 +138,7 @@ def test_failing_rename_leaves_nothing(tmp_path, arrays, writer, monkeypatch):
 @pytest.mark.parametrize("writer", ["bin", "one", "shards"])
 @pytest.mark.parametrize("wrong", [np.zeros((2, 5), np.float16), np.zeros((3, 5), ml_dtypes.bfloat16)])
 def test_values_must_match_the_announced_info(tmp_path, arrays, writer, wrong):
-    with pytest.raises(ValueError, match="'block.float16' was announced as float16"):
+    with pytest.raises(ValueError, match="'block.float16' is float16"):
         _writers(tmp_path)[writer](infos_of(arrays), lambda name: wrong if name == "block.float16" else arrays[name])
     assert not list(tmp_path.iterdir())
 

@@ -1,4 +1,4 @@
-"""Collate: a loaded row -> the arrays of the row, and rows -> a batch of fixed-size arrays.
+"""Collate: build the arrays of a row from its loaded samples, and stack rows to a batch of fixed-size arrays.
 
 radfm_jax/models/radfm.py draws the arrays of a batch. T, R, P, M and S are the sizes of a row (plan.RowLimits).
 """

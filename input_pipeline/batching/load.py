@@ -1,4 +1,4 @@
-"""Load: the opened data of a split -> the sizes of samples for the plan, and the arrays of planned rows.
+"""Load the data of a split: measure samples for the plan, and build the arrays of planned rows.
 
 A sample is encoded twice: to measure it, and to load it. Sending its tokens with the plan would keep every window
 (65 MB for samples of 150 tokens) in the training process of every host. Encoding again costs a worker 0.3 ms, next to
@@ -52,7 +52,7 @@ class RowLoader:
         self.config, self.split, self.training = config, split, training
         sources = config.sources(split)
         if not sources:
-            raise ValueError(f"data.{split} names no source")
+            raise ValueError(f"data.{split} has no sources")
         self.index = Index(config.index)
         self.index.check(sources)
         self.datasets = open_sources(config, split)
@@ -128,7 +128,7 @@ class RowLoader:
         return name, *encode_row(self.config, name, dataset, row, epoch, self.tokenizer, self.terms, shown)
 
     def measure(self, epoch: int, samples: np.ndarray) -> SampleSizes:
-        """Measure samples, given by their numbers in the mixture. Raises RowError."""
+        """Return the sizes of samples, which are named by their numbers in the mixture. Raises RowError."""
         tokens, counts, sizes = [], [], []
         for number in samples.tolist():
             name, sample, encoded = self.sample(number, epoch)
@@ -163,7 +163,7 @@ class RowLoader:
         )
 
     def plan(self, samples: np.ndarray, parts: Sequence[SampleSizes], rng_key: tuple[int, ...]) -> list[PlannedRow]:
-        """Plan a window from the sizes of its parts; see plan_window."""
+        """Plan a window (see plan_window). Its samples were measured in parts, which are joined here."""
         config, sizes = self.config, SampleSizes.concatenate(parts)
         return plan_window(
             samples, sizes, config.limits, rng_key, share_scans=config.share_scans, mode=config.preprocess

@@ -1,8 +1,8 @@
 """The mixture: which samples an epoch has, and in which order.
 
 Grain's `MapDataset.mix` does not fit: it ends with its smallest source and draws by ratio, but an epoch takes an exact
-number of samples from each source, and the next epoch continues where it stopped. Grain's `.shuffle` has another order
-than this one, which checkpoints refer to.
+number of samples from each source, and the next epoch continues where it stopped. Grain's `.shuffle` gives a
+different order from the one that data positions in checkpoints refer to.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import numpy as np
 
 
 class Mixture:
-    """The samples of each epoch, as numbers that count through all sources."""
+    """The samples of each epoch. A sample's number is its row number, counted through all sources."""
 
     def __init__(self, sources: dict[str, dict], *, seed: int, weights: bool, samples: int = 0):
         """Compute `counts`, int64[sources]: the number of samples per epoch from each source.

@@ -115,7 +115,7 @@ class Rows(grain.IterDataset):
         return RowIterator(self)
 
     def prefetch_plan(self, state: dict[str, Any] | None = None) -> None:
-        """Start to plan the first window, or that of a state, in the background."""
+        """Start to plan, in the background, the first window or the window of a saved state."""
         if self._planner is not None:
             self._cached_plan(*((state["epoch"], state["window"]) if state else (0, 0)))
 
@@ -226,7 +226,7 @@ class RowIterator(grain.DatasetIterator):
         """Return the next row.
 
         Raises:
-          RowError, ValueError: a scan cannot be loaded, or more than `data.allowed_loss` of them.
+          RowError: a scan cannot be loaded. ValueError: more scans than `data.allowed_loss` cannot be loaded.
           WorkerError: a worker died or hung.
         """
         rows = self._rows

@@ -1,4 +1,4 @@
-"""The plan: which samples share a row, from token, patch and plane counts alone, before any pixel is read.
+"""The plan: decide which samples share a row. It needs only counts of tokens, patches and planes, and no pixels.
 
     SampleSizes of a window -> plan_window -> [PlannedRow]
 

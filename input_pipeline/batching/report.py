@@ -71,9 +71,9 @@ class PackingReport:
         return {
             "real tokens": self.tokens / positions,
             **{f"padding: {cause}": count / positions for cause, count in self.padding.items()},
-            "samples a row": self.samples / rows,
-            "scans a row": self.scans / rows,
+            "samples per row": self.samples / rows,
+            "scans per row": self.scans / rows,
             "cut tokens": self.cut_tokens,
             "dropped scans": self.dropped_scans,
-            "scans left out": self.left_out,
+            "skipped scans": self.left_out,
         }

@@ -134,7 +134,7 @@ def curate(tool: str, source, directory, options: dict, **running) -> dict:
 def _items(source: Path) -> Iterator[str]:
     """Yield one item per case, as JSON of [source, folder, row, cells, problem].
 
-    Row and cells are those of cases.csv (0 and null for a case.json). So the row function needs no other input.
+    `row` and `cells` are the line of cases.csv (0 and null for a case.json), so the row function needs no other input.
     """
     table = source / "cases.csv"
     if not table.is_file():
@@ -327,7 +327,7 @@ def _mpx(study: str, case: dict, written: list[dict], file, number, result: Resu
 
 
 def _known_modality(label: str, file, number, result: Result) -> bool:
-    """Return whether a label names a known modality; another label that is not blank is a problem."""
+    """Return whether a label names a known modality. An unknown label becomes a problem, a blank one does not."""
     if label and not modalities.modalities(label):
         result.problem(file, number, f"the modality is unknown: {label}", "write CT, MRI, X-ray, ultrasound ...")
         return False

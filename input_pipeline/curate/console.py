@@ -56,7 +56,7 @@ def run_on_source(curate: Callable[..., dict], names: str) -> Callable[..., dict
 
 
 def number_that_is(condition: str, is_met: Callable[[float], bool], kind: type = float) -> Callable[[str], float]:
-    """Return an argparse type for numbers that meet a condition, which the error message states."""
+    """Return an argparse type for numbers that meet a condition. The error message states the condition."""
 
     def number(text: str):
         value = kind(text)

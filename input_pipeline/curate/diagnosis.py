@@ -141,7 +141,7 @@ def _open_label(image) -> str | None:
 
 
 def _is_safe_no(disease: str, positives, findings: dict) -> bool:
-    """Return whether an image certainly lacks a disease that its set labels absent."""
+    """Return whether the label "absent" is certain: no finding is a kind, part or synonym of the disease."""
     # A vague finding ("Other lesion") may be any disease.
     if disease != NORMAL and any(diseases.is_vague(p) or diseases.may_coexist(p, disease) for p in positives):
         return False
@@ -149,7 +149,7 @@ def _is_safe_no(disease: str, positives, findings: dict) -> bool:
 
 
 def _sides(images) -> dict[str, tuple[list, list]]:
-    """Return disease -> the images that have it, and those that certainly lack it."""
+    """Return {disease: (images that have it, images that certainly do not)}."""
     sides: dict[str, tuple[list, list]] = {}
     for image in images:
         findings, normal, positives = dict(image.findings), image.is_normal, image.positives

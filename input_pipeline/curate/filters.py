@@ -25,7 +25,7 @@ class Captions:
         self._verdicts: dict[int, bool | None] = {}
 
     def register(self, paper: str, figure: str) -> None:
-        """Announce a figure of a table. Captions of other figures are ignored."""
+        """Add a figure of a table to those whose captions are judged. Captions of other figures are ignored."""
         self._verdicts[self._hash(paper, figure)] = None
 
     def add(self, paper: str, figure: str, caption: str) -> None:

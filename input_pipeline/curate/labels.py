@@ -35,7 +35,7 @@ class Image:
 
     @property
     def is_normal(self) -> bool:
-        """Whether the set labels the image normal, or looked for every finding and found none."""
+        """Whether the image is labeled normal, or every disease of its data set is labeled absent."""
         if self.positives or None in self.findings.values():
             return False
         return any(p and diseases.is_normal(d) for d, p in self.findings.items()) or self.complete
@@ -93,7 +93,7 @@ def index_images(folder: Path, extensions: tuple[str, ...]) -> dict[str, str]:
 
 
 def image_path(index: dict[str, str], name: str, extension: str) -> str:
-    """Return the relative path of an image. For a missing image it is the file name; `prepare` reports that."""
+    """Return the relative path of an image. If it is missing, return its file name; `prepare` reports it later."""
     return index.get(Path(name).stem, name if name.endswith(extension) else name + extension)
 
 

@@ -34,7 +34,7 @@ class NamedTable(NamedTuple):
         return self.file.name
 
     def below(self, path: str) -> str:
-        """Return a path of the table relative to --root, which is unique over all folders."""
+        """Return a path of the table, relative to --root. Such paths are unique over all tables."""
         return f"{self.folder}/{path}" if self.folder else path
 
 
@@ -61,7 +61,7 @@ def named_table(spec: str, root: Path) -> NamedTable:
 
 
 def named_tables(specs: list[str], root: Path, directory: Path | None = None) -> list[NamedTable]:
-    """Parse several tables; each is written again to `directory` under its name, if one is set. Raises ValueError."""
+    """Parse several tables. Raises ValueError if names repeat, or if an input table is in the output `directory`."""
     tables = [named_table(spec, root) for spec in specs]
     names = [table.name for table in tables]
     repeated = sorted({name for name in names if names.count(name) > 1})

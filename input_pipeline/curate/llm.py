@@ -1,4 +1,4 @@
-"""Requests to any OpenAI-compatible endpoint, with a permanent log of answers, so that none is lost or paid twice.
+"""Send requests to an OpenAI-compatible endpoint, and log answers so that none is lost or paid for twice.
 
     request (messages, model, settings) -> key, a hash of its content -> one line of answers.jsonl
 

@@ -174,10 +174,10 @@ def _side(row: dict) -> bool | None:
 
 
 def _balance(rows: Iterator[tuple[int, dict]], seed: int, file: Path, result: Result) -> set[int]:
-    """Return the numbers of the rows to keep, with equally many of both sides, chosen by hash.
+    """Return the numbers of the rows to keep: as many yes as no, or as many normal as abnormal, chosen by hash.
 
     Rows are balanced within each split, and in yes/no tables also within each disease and set (`source`), so that the
-    look of a set does not predict the answer. Takes 16 bytes of memory per row, plus the result.
+    appearance of a set does not predict the answer. Takes 16 bytes of memory per row, plus the result.
     """
     # Split, set and disease -> hashes and row numbers of the one side, then of the other.
     sides: dict[tuple[str, str, str], tuple[array.array, ...]] = {}

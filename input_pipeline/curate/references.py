@@ -103,7 +103,7 @@ def bare_items(text: str) -> list[Item]:
 
 
 def _items(text: str, position: int, plural: bool, is_linked) -> tuple[list[Item], int]:
-    """Return the figures listed from a position on, and the end of the list."""
+    """Return the figures of the list that starts at a position, and where the list ends."""
     number = _NUMBER.match(text, position)
     if number is None:
         return [], position
@@ -162,7 +162,7 @@ def _panels(text: str, position: int) -> tuple[tuple[str, ...], int]:
 
 
 def _between(first: Item, last: str, end: int) -> list[Item]:
-    """Return the inner figures of a range; none if it runs backwards or is longer than 30."""
+    """Return the inner figures of a range, or [] if the range runs backwards or is longer than 30."""
     low, high = int(first.number), int(last)
     if not low < high <= low + 30:
         return []

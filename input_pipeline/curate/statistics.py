@@ -98,7 +98,7 @@ def _count_table(table, dataset, labels: dict, families: dict, result: Result, p
 
 
 def _label(family: str, value) -> str:
-    """Return the modality that the label of a row names, or ""."""
+    """Return the modality named by the label of a row, or ""."""
     if family == "rad3d_modality" or (family == "mpx_single" and value[1] == "modality"):
         return " and ".join(sorted(value[-1]))
     return ""

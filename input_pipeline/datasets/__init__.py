@@ -38,7 +38,7 @@ def open_dataset(name: str, **fields) -> Dataset:
         open_dataset("vqa_rad", table="train.csv", root="/data/VQA-RAD", split="train")
 
     Args:
-      fields: those of the family's class; `table` and `root` are required.
+      fields: fields of the family's class. `table` and `root` are required.
     Raises:
       ValueError: an unknown family or field (with the nearest known name), or a missing field.
       TableError (a ValueError): bad rows, all of them in `problems`, unless `quarantine=True`.

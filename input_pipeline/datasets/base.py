@@ -34,12 +34,12 @@ def sample_rng(seed: int, epoch: int, dataset: str, row_id: str) -> np.random.Ge
 
 
 def pick(rng: np.random.Generator, items):
-    """Return one item, uniformly."""
+    """Draw one item; all have the same probability."""
     return items[int(rng.random() * len(items))]
 
 
 def pick_weighted(rng: np.random.Generator, items, edges: np.ndarray):
-    """Return one item, by its weight. `edges` are the cumulative weights."""
+    """Draw one item with a probability proportional to its weight. `edges` are the cumulative weights."""
     return items[int(np.searchsorted(edges, rng.random() * edges[-1], side="right"))]
 
 
@@ -67,7 +67,7 @@ def npy_scans(root: pathlib.Path, path: str) -> tuple[Scan, ...]:
     Only the header is read.
 
     Raises:
-      ValueError: the .npy file is missing, is not an array file, has Python objects, or has not 2 to 5 axes.
+      ValueError: the .npy file is missing, is not an array file, has Python objects, or does not have 2 to 5 axes.
     """
     if not path.lower().endswith(".npy"):
         return (Scan(path),)
@@ -79,7 +79,7 @@ def npy_scans(root: pathlib.Path, path: str) -> tuple[Scan, ...]:
                 raise ValueError(f"format version {version} is unknown")
             shape, _, dtype = read[version](file)
     except OSError as error:
-        raise ValueError(f"{path} below {root} cannot be read: {error.strerror}") from error
+        raise ValueError(f"{path} in {root} cannot be read: {error.strerror}") from error
     except Exception as error:
         # numpy evaluates a damaged header as an expression, so any exception is possible (SyntaxError, TokenError).
         raise ValueError(f"{path} is not a valid .npy file: {str(error)[:120]}") from error
@@ -132,7 +132,7 @@ class TableDataset(abc.ABC):
             raise ValueError(f"{self.name}: fraction must be above 0 and at most 1, got {self.fraction}")
         self._study = re.compile(self.study) if self.study else _STUDY
         if self.study and self._study.groups != 1:
-            raise ValueError(f"{self.name}: study {self.study!r} must have exactly one group")
+            raise ValueError(f"{self.name}: the pattern study={self.study!r} must have exactly one group")
         self.skipped: dict[str, int] = {}  # reason -> number of good rows that are not used (another split, language)
         self.duplicates: list[tuple[int, int]] = []  # (row, earlier row with the same content); duplicates are kept
         self.problems: list[RowError] = []  # one for each bad row
@@ -267,6 +267,6 @@ class TableDataset(abc.ABC):
         return RowError(self.file, self.row_id(i), str(error), "correct the file or remove the row")
 
     def study_of(self, path: str) -> str:
-        """Return what must not be divided between splits: the study named in the path, or the path itself."""
+        """Return the study named in the path, or the path itself. All rows of a study belong in one split."""
         match = self._study.search(path)
         return next(filter(None, match.groups()), path) if match else path

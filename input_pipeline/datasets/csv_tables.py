@@ -19,8 +19,8 @@ from input_pipeline.samples import RowError
 def _records(text: Iterable[str]) -> Iterator[tuple[int, list[str], str]]:
     """Yield (first line, cells, error) of each record.
 
-    A lenient reader finds where records end; a strict one then checks the records that have quotes. After an error a
-    strict reader would resume in the next line, in the middle of a cell, and count rows from there.
+    A lenient reader finds the ends of records, and a strict one then checks the records that have quotes. A strict
+    reader alone would resume after an error in the middle of a cell and count rows wrongly.
     """
     raw: list[str] = []
 
@@ -60,7 +60,7 @@ def stream_csv(file: pathlib.Path, required, optional=()) -> tuple[list[str], It
 
     Args:
       optional: columns to read if present. None reads every column with a unique name; as such cells are copied
-        unchecked, cells that are not text become problems.
+        to the output, cells that are not text become problems.
     Returns:
       header: all column names; if `optional` is None, those that rows have, in their order.
       rows: (number, {column: cell}) with the required and optional columns only, or a problem.

@@ -85,7 +85,7 @@ class Diagnosis(TableDataset):
     def _label(self, row, label: str) -> str:
         label = label.strip().rstrip(".").strip()
         if not diseases.canonical(label):
-            raise row.error(f"label {label!r} names no disease")
+            raise row.error(f"label {label!r} does not name a disease")
         if self._known and diseases.canonical(label) not in self._known:
             raise row.error(f"label {label!r} is unknown", f"use one of {', '.join(self.vocabulary)}")
         return label
@@ -142,7 +142,7 @@ class Diagnosis(TableDataset):
         return len(self._rows if self._pairs is None else self._pairs)
 
     def row_id(self, i):
-        """Return the row number; in a balanced yes/no table "disease/pair/present" or ".../absent"."""
+        """Return the row number, or "disease/pair/present" or "disease/pair/absent" if yes/no answers are balanced."""
         if self._pairs is None:
             return super().row_id(i)
         disease, pair, present, _ = self._pairs[i]

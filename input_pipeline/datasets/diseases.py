@@ -1,4 +1,4 @@
-"""Disease names: synonyms, and which disease is not a safe "no" when another one is present."""
+"""Disease names: synonyms, and pairs of diseases in which the presence of one does not exclude the other."""
 
 from __future__ import annotations
 

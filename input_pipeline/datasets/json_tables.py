@@ -171,7 +171,7 @@ def text_lines(file: pathlib.Path) -> list[str]:
 
 
 def stream_jsonl(file: pathlib.Path) -> Iterator[tuple[int, dict] | RowError]:
-    """Read JSON Lines row by row: one object a line; a blank line is a problem."""
+    """Read JSON Lines row by row: one object per line. A blank line is a problem."""
     stores = _cache.get()
     if stores is None:
         return _json_rows(file)

@@ -121,12 +121,12 @@ def modalities(label: str) -> frozenset[str]:
 
 
 def truths(names: frozenset[str]) -> tuple[str, ...]:
-    """Return all modalities that may be asked about with the answer yes."""
+    """Return all modalities X for which "Is this X?" has the answer yes."""
     return tuple(sorted({n for name in names for n in (name, *ALSO.get(name, ()))}))
 
 
 def falsehoods(names: frozenset[str]) -> tuple[str, ...]:
-    """Return all modalities that may be asked about with the answer no."""
+    """Return all modalities X for which "Is this X?" certainly has the answer no."""
     excluded = set().union(*(_RELATED[name] for name in truths(names)))
     return tuple(name for name in WORDS if name not in excluded)
 

@@ -31,7 +31,7 @@ MULTI = {
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class MPxSingle(ModalityDataset):
-    """Modality, plane or caption of one image, csv `name, type, context`; the type states which one the context is.
+    """Modality, plane or caption of one image, csv `name, type, context`. `type` is the kind of text in `context`.
 
     RadFM uses a fifth of the rows in an epoch: `fraction=0.2`.
     """

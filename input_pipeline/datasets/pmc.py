@@ -31,7 +31,7 @@ class PMCCaseReport(TableDataset):
         paper = row.text("PMC_id")
         figures = row.names("img_ref")
         if not figures:
-            raise row.error("img_ref names no figure")
+            raise row.error("img_ref is an empty list", "list at least one figure")
         for name in (paper, *figures):
             if not _ID.fullmatch(name) or name.strip(".") == "":
                 raise row.error(f"{name[:60]!r} is not a paper or figure name", "use letters, digits, '.', '_', '-'")

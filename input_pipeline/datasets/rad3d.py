@@ -105,7 +105,7 @@ class Rad3DRationale(TableDataset):
     def parse(self, row):
         paths, title = row.paths("npy_path"), row.text("title")
         if not diseases.words(title):
-            raise row.error(f"title {title!r} names no disease")
+            raise row.error(f"title {title!r} is not the name of a disease")
         features = join(*(closed(text) for text in row.prose("radiographic_features")))
         if not features:
             raise row.error("radiographic_features is blank")

@@ -1,4 +1,4 @@
-"""Values of table rows, on disk instead of in memory, and the search for equal ones."""
+"""Store the values of table rows on disk instead of in memory, and find equal ones."""
 
 from __future__ import annotations
 

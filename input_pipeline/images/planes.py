@@ -105,10 +105,11 @@ def released_depth(depth: int, maximum: int = MAX_DEPTH) -> int:
 
 
 def released_shape(depths: Sequence[int], batch: int = 1, collate: bool = True) -> tuple[int, int, int]:
-    """Return the size (H', W', D') of every scan of a sample, from the slices [S] of each scan, in the released code.
+    """Return the size (H', W', D') to which the released code resizes every scan of a sample.
 
     Args:
-      batch: samples that the training collator joins. If more than one, `depths` are those of all of them.
+      depths: number of slices of each scan: of the sample, or of all samples of the batch.
+      batch: number of samples per training batch.
       collate: False for the released test program, which has no collator and keeps volumes at 512 x 512.
     """
     depth = released_depth(max(4, *depths) if depths else 4)
@@ -201,7 +202,7 @@ def _plane_index(grid: tuple[int, int, int], one_slice: bool, channels: int) -> 
 
 
 def patch_count(shape, mode: str = "paper", final=None, sizes: Sizes = PAPER_SIZES) -> int:
-    """Return n, the patches of a scan; `final` is the target size if it depends on the sample (`released_shape`)."""
+    """Return n, the patches of a scan. Pass `final` if the target size depends on the sample (`released_shape`)."""
     return math.prod(patch_grid(final or target_shape(shape, mode, sizes)))
 
 

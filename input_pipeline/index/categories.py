@@ -1,4 +1,4 @@
-"""Categories by which reports count: the modalities of scans."""
+"""Categories for the counts in reports: the modalities of scans."""
 
 from __future__ import annotations
 
@@ -16,5 +16,5 @@ UNKNOWN = "not stated"
 
 
 def modality_name(code: str, family: str) -> str:
-    """Return the modality of a scan by its file, or by the data set that names it."""
+    """Return the modality of a scan, from its file, or else from the data set that lists it."""
     return MODALITIES.get(code, code) if code else FAMILY_MODALITIES.get(family, UNKNOWN)

@@ -84,7 +84,7 @@ class IndexedScan:
 
 
 def scan_key(root, scan: Scan) -> tuple[str, str, int, str]:
-    """Return what identifies a scan: root, path, volume, window."""
+    """Return the key of a scan: root, path, volume, window."""
     window = "" if scan.window is None else json.dumps(scan.window)
     return str(root), scan.path, -1 if scan.volume is None else scan.volume, window
 
@@ -133,7 +133,7 @@ class Scans:
 
 
 def table_checksum(file: Path) -> str:
-    """Return the SHA-256 of a table; of a prepared data set (a directory), of its file names, sizes and JSON files."""
+    """Return the SHA-256 of a table file, or of a TFDS directory's file names, file sizes and JSON files."""
     if not file.is_dir():
         return sha256_of_file(file)
     digest = hashlib.sha256()
@@ -206,7 +206,7 @@ class Index:
         return Scans(*map(np.concatenate, zip(*parts, strict=True)))
 
     def first_colour_scan(self, channels: int, roots: Iterable[str]) -> str:
-        """Return the path of a good scan with more channels than this, or "". `roots` are those of `prepare`."""
+        """Return the path of a good scan with more channels than `channels`, or "". `roots` are those of `prepare`."""
         filters = [("channels", ">", channels), ("fault", "=", ""), ("root", "in", set(roots))]
         scans = pq.read_table(self.directory / "scans.parquet", columns=["path"], filters=filters, use_threads=False)
         return scans["path"][0].as_py() if len(scans) else ""

@@ -127,7 +127,7 @@ def locked_index(directory: Path) -> Iterator[None]:
 def table_checksums(config: DataConfig) -> dict[str, str]:
     """Return source -> checksum of its table. Raises ValueError if one cannot be read."""
     if not config.sources():
-        raise ValueError("data.train and data.test name no source")
+        raise ValueError("data.train and data.test have no sources")
     checksums = {}
     for name, fields in config.sources().items():
         missing = [key for key in ("root", "table") if not fields.get(key)]
@@ -189,7 +189,7 @@ def _encode_rows(results: Results, pool: ResilientPool, progress: Progress) -> N
 def _write_index(
     results: Results, state: ResumeState, directory: Path, tokenizer: str, report: dict, strict: bool, allow_leaks: bool
 ) -> dict:
-    """Write all files. index.json is deleted first and written last, because it vouches for the others."""
+    """Write all files. index.json is deleted first and written last: its presence shows that the rest is complete."""
     (directory / "index.json").unlink(missing_ok=True)
     scans = index_writer.write_scans(directory / "scans.parquet", results, state.metadata())
     state.file.unlink(missing_ok=True)

@@ -90,7 +90,7 @@ class Records:
             lengths = [int(n) for n in description["splits"][0]["shardLengths"]]
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise ValueError(
-                f"{self.directory} holds no records ({type(error).__name__}: {error}); create them with "
+                f"{self.directory} contains no records ({type(error).__name__}: {error}); create them with "
                 "`python -m input_pipeline.prepare ... --records`"
             ) from error
         self.lengths: list[int] = lengths
@@ -118,7 +118,8 @@ class Records:
     def _record(self, number: int):
         if not 0 <= number < len(self):
             raise ValueError(
-                f"{self.directory} has {len(self)} records, so no record {number}: run prepare with --records again"
+                f"{self.directory} has {len(self)} records, but record {number} was requested: "
+                "run prepare with --records again"
             )
         shard = bisect.bisect_right(self._ends, number)
         position = number - (self._ends[shard - 1] if shard else 0)

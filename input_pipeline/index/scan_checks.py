@@ -68,7 +68,7 @@ class Conversion:
 
 
 def preload() -> None:
-    """State factory for workers without state: the keeper imports this module once for all of them."""
+    """State factory without a state. Calling it imports this module once, in the process that forks the workers."""
 
 
 def scan_from_key(key: Key) -> Scan:

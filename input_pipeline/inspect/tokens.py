@@ -2,8 +2,7 @@
 
 Letters: t tokens of a sample, L latents of a scan, V vocabulary.
 
-The weight of a target is at the position before the token that it is about. Here a token carries its own weight, with
-which it is predicted:
+In the arrays, the loss weight of a token is stored one position before it. Here each token has its own weight:
 
     token      <s>  ▁Any  ▁ed  ema  ?   ▁M  ild  ▁ed  ema  </s>
     weights    0    0     0    0    1   1   3    3    1    0

@@ -3,7 +3,7 @@
     pip install apache-beam
 
 Workers read the items and write the parts by path, so --out and the data must be on a file system that all of them
-mount under the same path. Each Beam worker runs the work in a separate process, which a damaged file may crash.
+mount under the same path. Each Beam worker runs the work in a separate process, so a damaged file can crash only that.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class _ChunkWorker:
 def _count_parts(
     directory: Path, items: chunk_files.Items, chunks: Sequence[int], progress: Callable[[int], None]
 ) -> Iterator[None]:
-    """Report finished parts to `progress` while the block runs, because runners report none."""
+    """Report finished parts to `progress` while the block runs, because runners do not."""
     stop, counted = threading.Event(), set()
 
     def count() -> None:

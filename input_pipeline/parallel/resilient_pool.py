@@ -28,7 +28,7 @@ class _Chunk:
 
 
 class ResilientPool(contextlib.AbstractContextManager):
-    """A pool that starts again when a worker dies or hangs.
+    """A pool of workers that is restarted when one of them dies or hangs.
 
     Args:
       make, workers, timeout: as for `workers.Pool`.

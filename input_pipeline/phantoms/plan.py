@@ -72,7 +72,7 @@ class Lesion:
 
 @dataclasses.dataclass(frozen=True)
 class Body:
-    """Random properties of a phantom that no question is about."""
+    """Random properties of a phantom that are not the subject of any question."""
 
     axes: tuple[float, float]  # half-axes of the body ellipse (x, y); in ultrasound (a fan) they only limit the lesions
     centre: tuple[float, float]  # of the ellipse (x, y)

@@ -112,7 +112,7 @@ def fold_phrase(text: str) -> str | None:
 
 
 class Terms:
-    """A compiled dictionary of phrases; `name` is their origin, for logs and reports."""
+    """A compiled dictionary of phrases. `name` is the vocabulary that they come from, for logs and reports."""
 
     def __init__(self, phrases: Iterable[str], name: str = "own list", folded: bool = False):
         """Compile `phrases`; if they are `folded`, they must be sorted and unique.

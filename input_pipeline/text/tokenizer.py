@@ -125,7 +125,7 @@ class Tokenizer:
         return self._continues[token]
 
     def word_after(self, ids: Sequence[int], position: int) -> int:
-        """Return the first position from `position` on at which a text may begin: a word if near, else a character."""
+        """Return the next position where a text may begin: the start of a word if one is near, else of a character."""
         for i in range(position, min(position + WORD_REACH, len(ids))):
             if self._starts_word[ids[i]]:
                 return i
@@ -134,7 +134,7 @@ class Tokenizer:
         return position
 
     def word_before(self, ids: Sequence[int], position: int) -> int:
-        """Return the last position up to `position` at which a text may end: before a word if near, or a character."""
+        """Return the last position where a text may end: before a word if one is near, else before a character."""
         if position >= len(ids):
             return len(ids)
         for i in range(position, max(position - WORD_REACH, 0), -1):

@@ -87,7 +87,7 @@ def steps(workdir) -> list[int]:
 
 
 def own_share(sizes: dict[str, int]) -> list[str]:
-    """Return the files of {name: bytes} that this process hashes; every process gets about as many bytes."""
+    """Return the files of {name: bytes} that this process hashes; every process gets about the same number of bytes."""
     largest_first = sorted(sizes, key=lambda name: (-sizes[name], name))
     return largest_first[jax.process_index() :: jax.process_count()]
 
@@ -106,7 +106,7 @@ def latest(workdir, *, allow_older: bool = False, warn: Warn = warning) -> Path 
     """Return the directory of the newest verified step, or None if there is no step. All processes must call this.
 
     With `allow_older`, a damaged step is reported through `warn`, and the newest one that is not damaged is used.
-    Raises ValueError, with the name of every damaged file, if the newest step is damaged, or with `allow_older` all.
+    Raises ValueError with the name of every damaged file if the newest step is damaged (`allow_older`: if all are).
     """
     existing, *_ = barrier(f"latest/{next(_barriers)}", lambda: steps(workdir))
     problems = []

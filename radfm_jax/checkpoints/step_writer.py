@@ -1,4 +1,4 @@
-"""One step on its way to disk: written under another name, hashed, committed by its manifest, and renamed."""
+"""Save one step: write to a temporary directory, hash the files, write the manifest, and rename the directory."""
 
 from __future__ import annotations
 

@@ -36,9 +36,9 @@ def split_state(state: dict) -> dict[str, dict]:
 def restore(directory, abstract: dict, *, verified: bool = False) -> dict:
     """Restore the state of a step bit-exactly onto any mesh and number of processes.
 
-    `abstract` is of train_step.abstract_state: every device reads the parts of arrays that its sharding assigns to it.
-    With `verified` the files are not verified, because `run_directory.latest` just did it. Raises ValueError if the
-    directory is damaged, or lists all arrays that are missing, unexpected or different.
+    `abstract` is the result of train_step.abstract_state. Every device reads only its own shards. Pass `verified` if
+    `run_directory.latest` has just verified the files. Raises ValueError if the directory is damaged, or with a list
+    of all arrays that are missing, unexpected or different.
     """
     directory = Path(directory)
     if not verified:
@@ -116,7 +116,7 @@ def data_state(directory, process: int | None = None) -> dict:
     """Return the position of a process (default: this one) in its data.
 
     Between batches the position is equal in all processes, so a run with another number of processes can resume from
-    it. Each process counts `lost` itself; such a run gets the maximum.
+    it. Only `lost`, the number of scans that could not be loaded, differs; the new run gets the maximum.
 
     Raises ValueError if the directory has no such file, or the positions differ.
     """

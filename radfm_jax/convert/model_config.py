@@ -131,7 +131,7 @@ def radfm_from_shapes(shapes: Shapes, config: dict | None, path) -> RadFMConfig:
     missing = []
 
     def size(pattern: str, axis: int) -> int:
-        """Return the most common size among the layers, so that one misshapen tensor is reported as such."""
+        """Return the most common size among the layers. A layer that differs is later reported as misshapen."""
         sizes = [shape[axis] for name, shape in shapes.items() if re.fullmatch(pattern, name) and len(shape) > axis]
         if not sizes:
             missing.append(pattern.replace("\\", "").replace("d+", "*"))

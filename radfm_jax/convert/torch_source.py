@@ -1,4 +1,4 @@
-"""PyTorch weights matched against the conversion table: sizes, names, dtypes, and everything that is wrong."""
+"""PyTorch weights matched against the conversion table: sizes, names, dtypes, and a list of all problems."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class TorchModel(contextlib.AbstractContextManager):
                 self.problems.append(f"dtype of {name}: {info.dtype} is not a 16 or 32 bit float")
 
     def source(self, entry: table.Entry) -> str:
-        """Return the name under which the file has a table entry."""
+        """Return the name of a table entry's tensor in the file."""
         return self.sources[entry.name]
 
     def _param_shapes(self, dtype: np.dtype | None) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -106,7 +106,8 @@ class TorchModel(contextlib.AbstractContextManager):
     def check(self) -> None:
         """Raise ValueError listing every tensor that is missing, unexpected, misshapen or not finite.
 
-        Reads values only if there is another problem: otherwise `slices` finds non-finite values while it reads.
+        Values are read only if names or shapes are wrong, to report all problems at once. Otherwise `slices` reports
+        non-finite values during conversion.
         """
         if self.problems:
             for e in self.entries:

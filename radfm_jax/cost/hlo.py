@@ -36,7 +36,7 @@ class Traffic:
 
 
 def traffic(text: str) -> Traffic:
-    """Return the traffic of a `Compiled.as_text()`. Raises ValueError for a text without an entry."""
+    """Return the traffic of a `Compiled.as_text()`. Raises ValueError if there is no ENTRY computation."""
     computations, entry = _computations(text)
     result = Traffic(dict.fromkeys(KINDS, 0.0), dict.fromkeys(KINDS, 0), [])
     _walk(entry, 1, True, computations, result, set())

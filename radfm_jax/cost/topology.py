@@ -70,8 +70,8 @@ class Topology:
     def bandwidth(self) -> float | None:
         """Maximum bytes/s that a ring over all devices sends into each of them; None for a CPU or a single device.
 
-        TPU: all links of a chip to neighbours in the slice; an open axis counts one of its two. GPU: NVLink inside a
-        node; across nodes all adapters of a node, because NVLink forwards what any of them receives.
+        TPU: all links of a chip to neighbours in the slice; an axis without wrap-around counts one link, not two.
+        GPU: NVLink inside a node; across nodes all adapters of a node, because NVLink forwards what they receive.
         """
         if self.chip is None or self.count == 1:
             return None

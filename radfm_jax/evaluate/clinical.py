@@ -1,7 +1,7 @@
 """Clinical metrics by RadEval (RadGraph F1, CheXbert F1, BERTScore ...), if it is installed.
 
-RadEval 2.0 or later needs torch and downloads weights, so it is optional: `pip install radeval`. Its metrics that are
-missing here send reports to a commercial language model.
+RadEval 2.0 or later needs torch and downloads weights, so it is optional: `pip install radeval`. Metrics that send
+reports to a commercial language model are not offered here.
 """
 
 from __future__ import annotations

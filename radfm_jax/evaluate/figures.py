@@ -33,8 +33,8 @@ def _pyplot():
 def averages(rows: Sequence[ScoreRow], comparable: Collection[str]) -> dict[str, dict[str, float]]:
     """Return model -> task -> mean of the task's metrics in Table 4.
 
-    Published models are included for the `comparable` tasks. A model that lacks a metric has no mean, because its mean
-    would be one of different metrics.
+    Published models are included for the `comparable` tasks. A model that lacks a metric has no mean, because means
+    over different metrics are not comparable.
     """
     means: dict[str, dict[str, float]] = {}
     for name in published.MODELS:
@@ -50,7 +50,7 @@ def averages(rows: Sequence[ScoreRow], comparable: Collection[str]) -> dict[str,
 
 
 def radar(rows: Sequence[ScoreRow], file: Path, comparable: Collection[str] = tuple(TASKS)) -> None:
-    """Draw a spoke per task, logarithmic from 1 to 100 per cent; a task without a mean has no corner."""
+    """Draw a spoke per task, logarithmic from 1 to 100 per cent; a task without a mean has no point."""
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(figsize=(6.4, 5.2), subplot_kw={"polar": True}, layout="constrained")
     angles = {task: 2 * np.pi * k / len(TASKS) for k, task in enumerate(TASKS)}

@@ -14,7 +14,7 @@ from radfm_jax.evaluate.radbench import Question
 
 
 def find_leaks(questions: Iterable[Question], directory: Path | str) -> list[dict]:
-    """Return the questions whose study, or the file of whose scan, is in the training data.
+    """Return the questions with a study or a scan file that is also in the training data.
 
     Studies are compared by name and files by SHA-256, so renamed copies are detected, but edited images are not. All
     rows of the training sources of the index (written by `prepare`) count, including skipped ones. Raises ValueError if

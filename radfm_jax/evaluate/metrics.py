@@ -24,7 +24,7 @@ _WORD = re.compile(r"[^\W_]+")
 def closest_choice(answer: str, choices: Sequence[str]) -> str | None:
     """Return the choice with the highest difflib ratio to the answer, ignoring case; the first one of a tie.
 
-    Returns None if no choice has a character in common with the answer, where the order of the list would decide.
+    Returns None if no choice shares a character with the answer. A tie of zeros would select the first of the list.
     """
     answer = answer.strip().casefold()
     ratios = [difflib.SequenceMatcher(None, answer, choice.casefold()).ratio() for choice in choices]
@@ -132,7 +132,7 @@ def balanced_accuracy(predicted: Sequence, reference: Sequence) -> Statistic:
 
 
 def _over_classes(statistics: list[Statistic], reference: Sequence, classes: list) -> Statistic:
-    """Mean of per-class statistics over the classes that a resample contains; it need not contain all."""
+    """Mean of per-class statistics over the classes that occur in the resample."""
     members = np.array([[r == c for r in reference] for c in classes], float)
 
     def statistic(w: np.ndarray) -> float:
@@ -222,7 +222,7 @@ def bootstrap(
 def weighted_kappa(a: Sequence[int], b: Sequence[int], classes: int) -> float:
     """Return Cohen's kappa of two raters' grades 0 .. classes - 1, with quadratic weights (Cohen 1968).
 
-    Returns nan if both raters gave one and the same grade only: chance explains all agreement.
+    Returns nan if all grades of both raters are equal, because kappa is then undefined.
     """
     counts = np.zeros((classes, classes))
     np.add.at(counts, (np.asarray(a, int), np.asarray(b, int)), 1)

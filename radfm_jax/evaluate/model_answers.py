@@ -1,4 +1,4 @@
-"""Questions -> answers of a checkpoint; answers of any model from a file.
+"""Generate a checkpoint's answers to questions, or read the answers of any model from a file.
 
     answers/NAME.jsonl          an answer per line: id, prompt, answer, p_yes (yes/no questions), tokens, made_with
     answers/NAME.failed.jsonl   a question without an answer per line: id, error
@@ -54,7 +54,7 @@ def generate_answers(
     """Answer the questions that have no answer in `answers_file`, and list failures in the `.failed` file next to it.
 
     Args:
-      questions_file: replaced by `questions` after all checks; until then it keeps the questions of earlier answers.
+      questions_file: overwritten with `questions` after all checks have passed.
       model, checkpoint: see batch_run.answer_file.
     Raises:
       ValueError: `answers_file` has answers that were made with other settings, or to other questions.

@@ -44,7 +44,7 @@ class Skipped(ValueError):
 def build(benchmark: Benchmark) -> BuiltBenchmark:
     """Build the questions of all data sets that exist, in the paper's order.
 
-    Data sets of the paper that the config does not name are reported as missing.
+    Data sets of the paper that are not in the config are reported as missing.
     """
     built = BuiltBenchmark([], {}, {})
     for name in [*(n for n in DATASETS if n in benchmark.sets), *sorted(benchmark.sets.keys() - DATASETS.keys())]:

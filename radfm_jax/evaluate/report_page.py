@@ -24,7 +24,7 @@ EXAMPLE_PIXELS = 256  # longer side of an example's scan
 
 
 def page(results: Results, folder: Path, calibrated: bool) -> Iterator[str]:
-    """Yield the lines of the page. `folder` has the figures; `calibrated`: calibration.png is among them."""
+    """Yield the lines of the page. `folder` contains the figures, with calibration.png if `calibrated`."""
     title = f"RadBench: {', '.join(results.scored)}"
     yield from html_page.head(title, STYLE.read_text())
     yield f"<h1>{visible(title)}</h1>"

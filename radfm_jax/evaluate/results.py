@@ -18,7 +18,7 @@ Table = tuple[list[str], list[list[str]]]
 
 @dataclasses.dataclass
 class Results:
-    """Questions, scores and what else a report shows."""
+    """Questions, scores and the other contents of a report."""
 
     benchmark: Benchmark
     built: BuiltBenchmark

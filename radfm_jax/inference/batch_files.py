@@ -43,7 +43,7 @@ class BatchLine:
     error: str = ""  # why the line has no prompt; "" if it has one
 
     def echo(self) -> dict:
-        """Return the fields that the line of its answer repeats."""
+        """Return the fields that are copied to the line of the answer."""
         return {"prompt": self.prompt, "context": self.context, "scans": [_scan_cell(s) for s in self.listed_scans]}
 
 
@@ -117,8 +117,8 @@ def existing_answers(
 ) -> set[str]:
     """Return the ids that have an answer in `out`. An incomplete last line is removed from the file.
 
-    Raises ValueError if a complete line is damaged or has a duplicate id, was made with other settings, or answers
-    another prompt than its id has now; with `reject_unknown_ids`, also if an id is not in `lines`.
+    Raises ValueError if a complete line is damaged, has a duplicate id, was made with other settings, or answers a
+    prompt that has since changed under the same id. With `reject_unknown_ids`, also if an id is not in `lines`.
     """
     content = out.read_bytes()
     complete = content[: content.rfind(b"\n") + 1]

@@ -179,7 +179,7 @@ def _preparation(directory: Path, config, overrides: dict) -> inputs.Preparation
 
 
 def mesh_of(config, devices: int | None) -> jax.sharding.Mesh | None:
-    """Return a mesh that shards the heads over `devices`; None: over the most devices that divide the heads."""
+    """Return a mesh that shards the heads over `devices`. None: over as many devices as the heads divide into."""
     available, heads = jax.devices(), config.llama.num_kv_heads
     if devices is not None and (not 1 <= devices <= len(available) or heads % devices):
         raise ValueError(
@@ -219,7 +219,7 @@ class Chat:
         self.history: list[tuple[str, str]] = []
 
     def run(self) -> int:
-        """Return 0; if the input is a pipe or a file, 1 when a line failed."""
+        """Run the command. Returns 0, or 1 if the input is a pipe or a file and one of its lines failed."""
         interactive = sys.stdin.isatty()
         if interactive:
             terminal.message(HELP, style="dim")

@@ -101,8 +101,8 @@ def more_tokens(
 ) -> dict:
     """Add up to `steps` tokens to every answer; return earlier when all are done.
 
-    `steps` int32[] is not static, so one program serves any number. `stop` bool[B] marks rows to end for a reason that
-    only their text shows.
+    `steps` int32[] is not static, so one program serves any number. `stop` bool[B] marks rows that end because
+    their text contains a stop string.
     """
 
     def decode(carry):

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 def coordination_client():
     """Return the client of JAX's coordination service; None in a run of one process.
 
-    Waits for a public key-value store, barrier and liveness check in `jax.distributed`.
+    Remove this when there is a public key-value store, barrier and liveness check in `jax.distributed`.
     `jax.experimental.multihost_utils` synchronises through collectives, which a background thread must not start.
     """
     from jax._src import distributed
@@ -23,7 +23,7 @@ def coordination_client():
 
 
 def connect(coordinator: str, process: int, processes: int, *, timeout: float, heartbeat: int) -> None:
-    """Connect to a running coordination service. Waits for a `jax.distributed.initialize` that does not start one."""
+    """Connect to a running coordination service. `jax.distributed.initialize` would start another one."""
     from jax._src import distributed
     from jax._src.lib import _jax
 
@@ -39,7 +39,7 @@ def connect(coordinator: str, process: int, processes: int, *, timeout: float, h
 
 
 def start_coordination_service(address: str, processes: int, *, timeout: int, heartbeat: int):
-    """Return a running coordination service; it ends with the object. Waits for a public way outside process 0."""
+    """Return a running coordination service; it ends with the object. The public API starts it in process 0 only."""
     from jaxlib import _jax
 
     return _jax.get_distributed_runtime_service(
@@ -56,7 +56,7 @@ def detect_cluster(devices: Sequence[int] | None, timeout: float) -> tuple:
 
 
 def on_cloud_tpu() -> bool:
-    """Return whether this machine is a Cloud TPU VM. Waits for a public check that does not initialise devices."""
+    """Return whether this machine is a Cloud TPU VM. The public checks initialise devices."""
     from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
 
     return running_in_cloud_tpu_vm
@@ -65,7 +65,7 @@ def on_cloud_tpu() -> bool:
 def before_thread_pools_shut_down(callback: Callable[[], None]) -> None:
     """Call `callback` at exit while thread pools still work. `atexit` hooks run after concurrent.futures stops them.
 
-    Waits for a public hook of Python. These hooks run in reverse order, so concurrent.futures registers its own first.
+    Python has no public hook for this. These hooks run in reverse order, so concurrent.futures registers its own first.
     """
     import concurrent.futures.thread  # noqa: F401
 

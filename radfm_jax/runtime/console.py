@@ -10,7 +10,7 @@ log_file: Console | None = None  # set when a run has several processes; gets th
 
 
 def log(*items, bar: bool = False) -> None:
-    """Print strings or rich tables; with `bar`, not to a terminal, where a progress bar shows the same.
+    """Print strings or rich tables. `bar`: skip terminals, because a progress bar shows the same there.
 
     Square brackets in strings are printed as they are, not read as markup.
     """

@@ -34,7 +34,7 @@ from radfm_jax.runtime.rendezvous import LOOPBACK, rendezvous, run_properties
 
 
 def start(args: argparse.Namespace, workdir: Path, config: Mapping, stop: faults.Stop) -> Peers:
-    """Connect this process to the others of its run. A single process starts nothing.
+    """Connect this process to the others of its run. A run of one process needs no connection.
 
     Args:
       args: the options of `cluster.add_arguments`.

@@ -83,7 +83,7 @@ class Peers:
 
     @contextlib.contextmanager
     def abort_on_error(self):
-        """End all processes on an exception, unless all of them raise one; then it propagates in each."""
+        """Exit all processes if only some of them raise an exception. If all raise one, let it propagate."""
         try:
             yield
         except BaseException as e:

@@ -1,4 +1,4 @@
-"""The rendezvous before JAX connects the processes: all of them have started, and all run the same.
+"""The rendezvous before JAX connects the processes: wait until all have started, and check that they run the same.
 
 Each process sends its number and the properties of its run to process 0 as one line of JSON, and gets the same answer.
 They use a plain socket on the port that the coordination service takes over afterwards. JAX alone cannot report which
@@ -69,7 +69,7 @@ def _list(processes: list[int]) -> str:
 
 
 def rendezvous(info: ProcessInfo, properties: dict, timeout: float, stop=()) -> None:
-    """Return when all processes have connected and run the same, according to their `run_properties`.
+    """Wait until all processes have connected with equal `run_properties`.
 
     Raises:
       StartError: processes are missing, or have a wrong number or count. Every process that connected raises it.
@@ -144,7 +144,7 @@ class _Rendezvous:
             await self._pause()
 
     def _add(self, hello: dict, reader: asyncio.StreamReader) -> dict | None:
-        """Add a process; return the answer for all if this was the last one or cannot be right."""
+        """Add a process. Return the answer for all processes if this is the last one, or if it is invalid."""
         number, count, hellos = hello["process"], self.info.processes, self.hellos
         if hello["processes"] != count:
             return {

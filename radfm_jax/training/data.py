@@ -18,7 +18,7 @@ from radfm_jax.training.experiment import Experiment
 class OpenSplits:
     """Opens the training and test rows in background threads; `splits("train")` waits for one of them.
 
-    A call raises what opening the split raised. `shard` has keyword arguments of Rows: batch, host and hosts.
+    A call raises the error with which the split failed to open. `shard` has Rows' arguments batch, host and hosts.
     """
 
     def __init__(self, config: DataConfig, shard: dict):

@@ -179,7 +179,7 @@ def packing_line(report: PackingReport) -> str:
     causes = ", ".join(f"{cause} {share:.1%}" for cause, share in padding.items() if share >= 0.0005)
     cut = f"; {report.cut_tokens:,} tokens and {report.dropped_scans} scans cut from long samples"
     return (
-        f"{shares['real tokens']:.1%} real tokens, {shares['samples a row']:.1f} samples per row, "
-        f"{shares['scans a row']:.1f} scans per row; padding: {causes or 'none'}"
+        f"{shares['real tokens']:.1%} real tokens, {shares['samples per row']:.1f} samples per row, "
+        f"{shares['scans per row']:.1f} scans per row; padding: {causes or 'none'}"
         + (cut if report.cut_tokens or report.dropped_scans else "")
     )

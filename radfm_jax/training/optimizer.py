@@ -67,7 +67,7 @@ class OptimizerConfig:
 
 
 def split(params: dict, frozen: tuple[str, ...]) -> tuple[dict, dict]:
-    """Split parameters into (trainable, frozen); `merge` is the inverse. ValueError: a name that is no part."""
+    """Split parameters into (trainable, frozen); `merge` is the inverse. Raises ValueError if a name is not a part."""
     leaves = flatten(params)
     for name in frozen:
         _check(name, leaves, "optimizer.frozen")

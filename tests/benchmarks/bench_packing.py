@@ -155,7 +155,7 @@ def fill_rows(config: DataConfig) -> list[str]:
         f"{share['real tokens']:.1%}",
         f"{len(planned):,}",
         f"{samples / len(planned):.1f}x",
-        f"{share['samples a row']:.1f}",
+        f"{share['samples per row']:.1f}",
     ]
 
 

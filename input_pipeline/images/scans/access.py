@@ -120,7 +120,7 @@ def resolve(root, path) -> Path:
     base = real(Path(root))
     resolved = real(base / text)
     if not resolved.is_relative_to(base):
-        raise ScanError(text, f"leads out of the root, to {printable(resolved)}", remedy, "refused")
+        raise ScanError(text, f"points outside the root, to {printable(resolved)}", remedy, "refused")
     if resolved.is_dir():
         with os.scandir(resolved) as entries:
             links = [Path(e.path) for e in entries if e.is_symlink()]

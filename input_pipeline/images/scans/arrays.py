@@ -27,7 +27,7 @@ def sniff(start: bytes) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class NpyLayout:
-    """Where an array is stored in its file, and how it becomes [H, W, D, C]."""
+    """Layout of an array in its .npy file, and the axis order that transposes it to [H, W, D, C]."""
 
     shape: tuple[int, ...]  # of the whole array
     fortran: bool

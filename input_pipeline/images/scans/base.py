@@ -46,7 +46,7 @@ class ScanLimits:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Header:
-    """What a file states about its scan; None where it does not. It never has names, dates, UIDs or institutions."""
+    """Properties that a file states about its scan, or None. Names, dates, UIDs and institutions are never included."""
 
     format: Format
     shape: tuple[int, int, int, int]  # (H, W, D, C) of the voxels that `read` returns

@@ -44,7 +44,7 @@ def check_volume(path, volume: int | None, volumes: int, limits: ScanLimits, *, 
 def to_intensities(
     path, frames: np.ndarray, slopes=1.0, intercepts=0.0, limits: ScanLimits | None = None
 ) -> np.ndarray:
-    """Return slope * stored + intercept of frames [F, ...]; slopes and intercepts are one value, or one a frame.
+    """Return slope * stored + intercept of frames [F, ...]. Slopes and intercepts are one value, or one per frame.
 
     Without rescaling, uint8, uint16, int16, int32 and float32 keep their dtype. Integers with integer slopes and
     intercepts stay exact: int16, or int32 where that is too small. All else is computed in float64, rounded to float32.
@@ -81,7 +81,7 @@ def to_intensities(
 
 
 def check_opaque(path, alpha: np.ndarray, opaque: float) -> None:
-    """Raise ScanError unless every alpha value is `opaque`: the intended background is unknown."""
+    """Raise ScanError unless every alpha value is `opaque`. A transparent pixel has no defined gray value."""
     if (alpha != opaque).any():
         remedy = "blend it with the intended background and save it without alpha"
         raise ScanError(path, "has transparent pixels", remedy, "ambiguous")

@@ -105,7 +105,7 @@ def decode_pixels(path, data: bytes, instance: Instance) -> np.ndarray:
     if instance.syntax.is_encapsulated:
         options["bits_stored"] = check_frame(path, data, instance)
         if instance.photometric in ("YBR_RCT", "YBR_ICT") and instance.syntax not in JPEG2000:
-            raise ScanError(path, f"states {instance.photometric} but is not JPEG 2000", EXPORT)
+            raise ScanError(path, f"has the color space {instance.photometric}, which requires JPEG 2000", EXPORT)
         buffer = encaps.encapsulate([data], has_bot=False)
     elif instance.syntax == uid.ExplicitVRBigEndian:
         options["pixel_vr"] = "OB" if instance.bits_allocated == 8 else "OW"  # encoded_frames swapped 8-bit words
@@ -169,8 +169,8 @@ def to_voxels(path, frames: np.ndarray, instances: list[Instance], order, layout
 def stack_order(path, names, instance: Instance, positions) -> tuple[list[int], np.ndarray]:
     """Return the order of slices along their normal, and the mean step between slices in mm (patient coordinates).
 
-    `positions` are those of the first voxel of each slice, [n > 1, 3]. They cannot show a missing first or last slice,
-    or the missing middle one of three.
+    `positions` are those of the first voxel of each slice, [n > 1, 3]. A missing first or last slice, or the missing
+    middle one of three, cannot be detected from them.
     """
     positions = np.array(positions, np.float64)
     across, down = np.array(instance.orientation[:3]), np.array(instance.orientation[3:])

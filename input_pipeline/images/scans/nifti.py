@@ -43,7 +43,7 @@ def sniff(start: bytes) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class NiftiLayout:
-    """Where the voxels are stored in the stream, and how they become [H, W, D, C]."""
+    """Position and layout of the voxels in the stream, and the axis order that transposes them to [H, W, D, C]."""
 
     shape: tuple[int, int, int]
     channels: int

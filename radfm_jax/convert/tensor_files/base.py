@@ -107,8 +107,8 @@ def values(path: Path, name: str, info: TensorInfo, read: Callable[[str], np.nda
     array = np.asarray(read(name), order="C")
     if array.shape != info.shape or array.dtype != info.dtype:
         raise ValueError(
-            f"{path}: {name!r} was announced as {info.dtype}{list(info.shape)} but read as "
-            f"{array.dtype}{list(array.shape)}: `infos` and `read` must agree"
+            f"{path}: {name!r} is {info.dtype}{list(info.shape)} in `infos`, but `read` returned "
+            f"{array.dtype}{list(array.shape)}: make them agree"
         )
     return array.reshape(-1).view(np.uint8)
 
@@ -123,4 +123,4 @@ def check_room(folder: Path, needed: int) -> None:
 def refuse_existing(paths: Sequence[Path]) -> None:
     """Raise ValueError if any of the paths exists."""
     if existing := [str(path) for path in paths if os.path.lexists(path)]:
-        raise ValueError(f"{', '.join(existing)} already exist(s): remove what is there or write elsewhere")
+        raise ValueError(f"{', '.join(existing)} already exist(s): remove or write elsewhere")

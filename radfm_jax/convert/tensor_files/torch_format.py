@@ -136,8 +136,8 @@ def open_torch(path: Path, file: BinaryIO, verify: bool, progress: Progress) -> 
         match = re.search(r"Unsupported (?:global|operand|class)[^.\n]*|GLOBAL [\w.]+", str(error))
         reason = match[0] if match else "the pickle has more than plain tensors"
         raise ValueError(
-            f"{path} was refused by torch's safe loader ({type(error).__name__}: {reason}): it is damaged or has "
-            "more than tensors; get a file with the plain state dict, preferably safetensors"
+            f"{path} was refused by torch's safe loader ({type(error).__name__}: {reason}): it is damaged or "
+            "contains objects other than tensors; get a file with the plain state dict, preferably safetensors"
         ) from error
     return _tensors_of_state(path, file, state, records, torch)
 

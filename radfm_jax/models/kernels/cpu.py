@@ -119,12 +119,12 @@ class _Tiles:
         return jax.lax.fori_loop(0, self.count, body, carry)
 
     def split_queries(self, x):
-        """[B, T, H, K] -> [B I, G, X, K]."""
+        """Split queries [B, T, H, K] into tiles [B I, G, X, K]."""
         x = x.reshape(-1, self.c, self.heads, self.group, x.shape[-1])
         return jnp.moveaxis(x, 1, 3).reshape(x.shape[0], self.heads, -1, x.shape[-1])
 
     def split_keys(self, x):
-        """[B, U, G, K] -> [B J, G, D, K]."""
+        """Split keys or values [B, U, G, K] into tiles [B J, G, D, K]."""
         return jnp.moveaxis(x.reshape(-1, self.d, *x.shape[2:]), 1, 2)
 
     def to_rows(self, x, shape):
