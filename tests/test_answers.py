@@ -122,7 +122,7 @@ def test_scans_are_where_training_puts_them(tokenizer, tmp_path, marks):
     sample = open_dataset("jsonl", table="t.jsonl", root=tmp_path).sample(0, np.random.default_rng(0))
     t = Tokenizer(tokenizer)
     trained = encode(sample, t, NoTerms(), max_scans=3, num_latents=4)
-    asked = inputs.encode_prompt(marks, 3, t, dataclasses.replace(PREPARED, num_latents=4), context="Small lung.")
+    asked = inputs.encode_prompt(marks, 3, t, inputs.Preparation(**PREPARED), context="Small lung.")
     length = len(asked.ids)
     assert trained.ids[:length].tolist() == asked.ids.tolist() and len(trained.ids) > length
     assert trained.visual[:length].tolist() == asked.visual.tolist() and trained.scans == asked.scans
