@@ -16,8 +16,8 @@ from radfm_jax.evaluate.radbench import NAMES, Question
 # metric -> title; the paper's metrics come first.
 TITLES = {
     "accuracy": "ACC", "f1": "F1", "bleu": "BLEU-1", "rouge": "ROUGE-1", "umls_precision": "UMLS-Precision",
-    "umls_recall": "UMLS-Recall", "umls_precision_with_terms": "UMLS-Precision, with terms",
-    "umls_recall_with_terms": "UMLS-Recall, with terms", "balanced_accuracy": "balanced ACC", "named": "ACC by word",
+    "umls_recall": "UMLS-Recall", "umls_precision_with_terms": "UMLS-P, terms",
+    "umls_recall_with_terms": "UMLS-R, terms", "balanced_accuracy": "balanced ACC", "named": "ACC by word",
     "auc": "AUC", "calibration_error": "ECE", "exact": "exact match",
 }  # fmt: skip
 TEXT_METRICS = ("bleu", "rouge", "umls_precision", "umls_recall", "exact")
