@@ -6,6 +6,9 @@ The vision encoder, the perceiver and the projection learn; the language model i
     python -m input_pipeline.prepare --config=configs/adapt.py --out my/index
     python -m radfm_jax.train --config=configs/adapt.py --workdir=runs/adapt
 
+The model, the tokenizer and the preparation of scans are those of `checkpoint.init_from` (default: `radfm/`), unless
+an option sets them. configs/adapt_small.py adapts a small model on one machine.
+
 Data: my/train.jsonl and my/test.jsonl, with scans at paths relative to my/. For data in another directory:
 `--config.data.train.own.root=DIR --config.data.test.own_test.root=DIR --config.data.index=DIR/index`. For tables of
 another family, copy one of the configs/adapt_*.py.
@@ -26,7 +29,11 @@ from ml_collections import ConfigDict
 from input_pipeline.config import DataConfig
 from radfm_jax.models import radfm
 from radfm_jax.training.experiment import CheckpointConfig, Experiment, TrainConfig
+from radfm_jax.training.follow import follow_checkpoint
 from radfm_jax.training.optimizer import OptimizerConfig
+
+# The command line completes the config with this function: model, tokenizer and preparation follow `init_from`.
+resolve = follow_checkpoint
 
 
 def adapted(train: dict[str, dict], test: dict[str, dict], root: str, **settings) -> ConfigDict:

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from configs import adapt, radfm_14b
 from radfm_jax.cost.estimate import Source
 
+resolve = adapt.resolve
 SIZES = {"diagnosis": Source(20_000, 60, 256)}
 
 

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from configs import adapt, radfm_14b
 
+resolve = adapt.resolve
 SIZES = {"mimic_cxr": radfm_14b.SIZES["mimic_cxr"]}
 
 

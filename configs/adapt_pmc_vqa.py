@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from configs import adapt, radfm_14b
 
+resolve = adapt.resolve
 SIZES = {"pmc_vqa": radfm_14b.SIZES["pmc_vqa"]}
 
 

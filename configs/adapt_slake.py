@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from configs import adapt, radfm_14b
 from radfm_jax.cost.estimate import Source
 
+resolve = adapt.resolve
 SIZES = {"slake": Source(4_919, 70, 256)}
 
 

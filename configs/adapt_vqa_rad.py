@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from configs import adapt, radfm_14b
 from radfm_jax.cost.estimate import Source
 
+resolve = adapt.resolve
 SIZES = {"vqa_rad": Source(3_064, 70, 256)}
 
 

@@ -24,7 +24,10 @@ def add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Namespace, ConfigDict]:
-    """Return the arguments and the config with its overrides; exit with a message if either has an error."""
+    """Return the arguments and the config with its overrides; exit with a message if either has an error.
+
+    If the config file has a function `resolve`, the config is its result: resolve(config, overridden field names).
+    """
     spaced = [a for a in argv if a.startswith("--config.") and "=" not in a]
     if spaced:
         parser.error(f"{spaced[0]}: write --config.group.field=value, with an equals sign")
@@ -44,6 +47,10 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Na
             warnings.filterwarnings("ignore", r"the load_module\(\) method", DeprecationWarning)  # in ml_collections
             values(flag_argv)
             config = values.config
+            # A config may complete itself from what only the command line says, such as the checkpoint to start from.
+            resolve = getattr(sys.modules.get("config_config"), "resolve", None)
+            if resolve is not None:
+                config = resolve(config, {a.partition("=")[0].removeprefix("--config.") for a in overrides})
     except (flags.Error, OSError, AttributeError, KeyError, TypeError, ValueError, SyntaxError, ImportError) as error:
         parser.error(f"{args.config}: {_message(error)}")
     if not isinstance(config, ConfigDict):

@@ -25,6 +25,7 @@ from rich.console import Console
 from input_pipeline import command_line
 from input_pipeline.batching.plan import RowLimits
 from input_pipeline.datasets import FAMILIES
+from radfm_jax.checkpoints import checkpoint
 from radfm_jax.checkpoints.checkpoint import flatten
 from radfm_jax.cost import estimate, flops
 from radfm_jax.cost.estimate import Source
@@ -40,7 +41,7 @@ NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.ste
 BENCHMARKS = [name for name in NAMES if name.startswith("radbench")]
 FILES = [name for name in NAMES if name not in BENCHMARKS]
 STAGES = ("pretrain_align", "pretrain", "finetune")
-ADAPTATIONS = [name for name in FILES if name.startswith("adapt")]
+ADAPTATIONS = [name for name in FILES if name.startswith("adapt") and name != "adapt_small"]
 # The hardware of the numbers in the docstrings.
 HARDWARE = dict.fromkeys(STAGES, estimate.published("A100", 32)) | dict.fromkeys(
     ADAPTATIONS, estimate.published("H200", 1)
@@ -280,7 +281,26 @@ def test_adaptations_freeze_the_language_model(name):
     config = experiment(name)
     assert config.optimizer.frozen == ("llama",) and config.checkpoint.init_from == "radfm"
     assert config.model == radfm.radfm_14b()
-    assert config.data.test and len((ROOT / "configs" / f"{name}.py").read_text().splitlines()) < 60
+    assert config.data.test and len((ROOT / "configs" / f"{name}.py").read_text().splitlines()) < 70
+
+
+@pytest.mark.parametrize("name", [*ADAPTATIONS, "adapt_small"])
+def test_adaptations_follow_the_checkpoint(name, tmp_path):
+    """Model, tokenizer and preparation are those of `init_from`, but for what an option sets."""
+    quickstart = experiment("quickstart")
+    model = dataclasses.replace(quickstart.model, llama=dataclasses.replace(quickstart.model.llama, rope_theta=5e5))
+    checkpoint.write_description(tmp_path, "radfm", model.to_dict())
+    (tmp_path / "tokenizer.model").write_bytes(b"pieces")
+    (tmp_path / "run.json").write_text(json.dumps({"config": plain(quickstart.to_dict())}))
+    config = experiment(name, f"--config.checkpoint.init_from={tmp_path}", "--config.data.depth=16")
+    assert config.model == model and config.data.tokenizer == str(tmp_path / "tokenizer.model")
+    followed = ("size_2d", "size_3d", "storage", "num_latents", "text_length", "vision_rows", "patch_length", "scans")
+    assert [getattr(config.data, f) for f in followed] == [getattr(quickstart.data, f) for f in followed]
+    assert config.data.depth == 16 and config.data.channels == 3
+    assert experiment(name, "--config.checkpoint.init_from=nowhere").model == radfm.radfm_14b()
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        parsed(name, f"--config.checkpoint.init_from={tmp_path}")
 
 
 def test_memory_of_adapt_when_the_language_model_learns():
@@ -475,8 +495,8 @@ def test_the_memory_table():
         console.print(display.memory_table({"parameters": 1_640_000_000, "working set": 500_000_000}, limit))
         return console.export_text(styles=True)
 
-    assert "1.64 GB" in shown(None) and "500.0 MB" in shown(None) and "2.14 GB" in shown(None)
-    assert "2.14 GB of 80.00 GB" in shown(80_000_000_000)
+    assert "1.6 GB" in shown(None) and "500.0 MB" in shown(None) and "2.1 GB" in shown(None)
+    assert "2.1 GB of 80.0 GB" in shown(80_000_000_000)
     assert "\x1b[1;31m" in shown(2_000_000_000) and "\x1b[1;31m" not in shown(80_000_000_000)
 
 

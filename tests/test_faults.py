@@ -1,5 +1,6 @@
 """Signals and a stuck step, each in its own process."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+from radfm_jax.checkpoints.step_writer import SaveError
 from radfm_jax.runtime import faults
 
 
@@ -66,3 +68,33 @@ def test_one_signal_sets_the_flag_and_a_second_one_exits():
         """
     )
     assert done.returncode == 128 + signal.SIGTERM and done.stdout == "still running\n"
+
+
+def test_a_signal_during_native_code_is_seen_at_once():
+    """PBKDF2 with these rounds takes hours and releases the interpreter lock, as a compilation does."""
+    done = run(
+        """
+        import hashlib, os, signal, threading, time
+        from radfm_jax.runtime.faults import Stop
+        def leave(number):
+            print(number.name, flush=True)
+            os._exit(75)
+        with Stop() as stop:
+            with stop.calling(leave):
+                pass
+            os.kill(os.getpid(), signal.SIGTERM)  # after the block a signal only sets the flag
+            print(bool(stop), flush=True)
+        with Stop() as stop, stop.calling(leave):
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+        """
+    )
+    assert done.returncode == 75 and done.stdout.split() == ["True", "SIGTERM"], done.stderr
+
+
+def test_errors_without_a_traceback():
+    full = OSError(errno.ENOSPC, "No space left on device", "/data/metrics.jsonl")
+    assert faults.message(full) == "/data/metrics.jsonl cannot be written: No space left on device"
+    assert faults.message(ValueError("wrong field")) == "wrong field"
+    assert faults.message(SaveError("step 2 was not saved")) == "step 2 was not saved"
+    assert faults.message(OSError(errno.ENOENT, "No such file")) is None and faults.message(KeyError("bug")) is None

@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -253,6 +254,20 @@ def after(config, state, count, *, batch=3, hosts=1, host=0, ahead=2):
             found.append((digest(next(iterator)), iterator.get_state()))
         iterator.close()
         return found
+
+
+def test_a_state_of_changed_tables_names_them(config):
+    with Rows(config, batch=3) as rows:
+        state = json.loads(json.dumps(iter(rows).get_state()))
+        rows.check_state(state)
+        state["tables"]["vqa"] = state["data"]["sources"] = "another checksum"
+        sources = config.sources("train")
+        path = re.escape(f"{sources['vqa']['root']}/{sources['vqa']['table']}")
+        with pytest.raises(ValueError, match=f"These tables have changed: {path}. Restore them and run prepare again"):
+            rows.check_state(state)
+        del state["tables"]  # a state of version 0.1
+        with pytest.raises(ValueError, match="the data differ.*sources is"):
+            rows.check_state(state)
 
 
 def test_resumed_run_is_bit_identical(config):

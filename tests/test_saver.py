@@ -54,12 +54,23 @@ def filled(n: int) -> dict:
     return full
 
 
+def test_a_start_frees_space(tmp_path):
+    """A lower `keep_last` deletes steps at the start, before the next save needs the space; later steps stay."""
+    with saver(tmp_path, keep_last=9) as s:
+        for step in range(1, 6):
+            s.save(state(step, mesh()), data_state(step))
+    with saver(tmp_path, keep_last=2) as s:
+        assert steps(tmp_path) == [1, 2, 3, 4, 5]  # nothing is deleted until the run is accepted
+        s.begin(step_directory(tmp_path, 4))
+        assert steps(tmp_path) == [3, 4, 5]
+
+
 @unraised
 @pytest.mark.parametrize("tries", [3, pytest.param(50, marks=pytest.mark.slow)])
 def test_a_full_disk(tries, small_disk, monkeypatch):
     with saver(small_disk) as s:
         s.save(state(1, mesh()), data_state(1), wait=True)
-        with pytest.raises(SaveError, match=r"step 2 was not saved at .*small/checkpoints/2 \(0.004 GB; 0.00. GB are"):
+        with pytest.raises(SaveError, match=r"step 2 was not saved at .*small/checkpoints/2 \(4.2 MB; 1.. MB are"):
             s.save(filled(2), data_state(2))
         monkeypatch.setattr(checkpoint, "require_space", lambda *_: None)  # another program fills it later
         rng = np.random.default_rng(0)
@@ -109,7 +120,7 @@ def test_background_failures_are_raised(raised_by, where, tmp_path, monkeypatch)
         patch.setattr(checkpoint if where == "hash_files" else StepWriter, where, full)
         s.save(state(2, mesh()), data_state(2))
         s._thread.join()
-    match = r"step 2 was not saved at .*run/checkpoints/2 \(0.000 GB; .* GB are free\): OSError: .*No space left"
+    match = r"step 2 was not saved at .*run/checkpoints/2 \(.* kB; .* GB are free\): OSError: .*No space left"
     with pytest.raises(SaveError, match=match) as e:
         if raised_by == "wait":
             s.wait()

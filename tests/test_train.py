@@ -76,8 +76,6 @@ def whole(config, tmp_path_factory):
 def record(workdir) -> tuple[list, list]:
     """Return (metrics without those that depend on time, samples of every step)."""
     timeless = [{k: v for k, v in line.items() if not k.startswith("speed/")} for line in display.read_metrics(workdir)]
-    for line in timeless:
-        line.pop("data/real_tokens", None)  # counted from the last start
     rows = (workdir / "rows" / "0.jsonl").read_text().splitlines()
     return timeless, [json.loads(line) for line in rows]
 
@@ -131,6 +129,37 @@ def test_interrupted_by_a_signal_and_resumed(config, whole, tmp_path, monkeypatc
     assert record(tmp_path / "run") == record(whole)
     jax.tree.map(np.testing.assert_array_equal, bits(tmp_path / "run", 6), bits(whole, 6))
     assert compare.main([str(whole), str(tmp_path / "run"), "6"]) == 0
+
+
+@pytest.mark.parametrize("ending", ['{"step": 6, "eval/all', "\0" * 40, '"text"\n'])
+def test_a_power_failure_damages_the_last_metrics(config, whole, tmp_path, ending):
+    """Without the line of the last evaluation, the run evaluates again; a complete run stays complete."""
+    for lost in (0, 1):
+        run = tmp_path / str(lost)
+        shutil.copytree(whole, run)
+        lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+        (run / "metrics.jsonl").write_text("".join(lines[: len(lines) - lost]) + ending)
+        assert loop.train(config, run) == 0
+        assert record(run) == record(whole)
+
+
+def test_a_refused_resume_changes_nothing(config, whole, tmp_path, monkeypatch):
+    """Other data and other parameters are refused before anything is compiled."""
+    monkeypatch.setattr(loop.Programs, "compile", lambda *_: pytest.fail("compiled"))
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    before = (run / "config.json").read_bytes()
+    longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=9))
+    other_data = dataclasses.replace(longer, data=dataclasses.replace(config.data, seed=7))
+    with pytest.raises(ValueError, match="the data differ from those of the saved state: seed is 7, was 0.*another"):
+        loop.train(other_data, run)
+    wider = dataclasses.replace(config.model, vision=dataclasses.replace(config.model.vision, mlp_width=64))
+    with pytest.raises(ValueError, match="does not match this model and optimizer"):
+        loop.train(dataclasses.replace(longer, model=wider), run)
+    with pytest.raises(ValueError, match="do not fit the model"):
+        init_from = dataclasses.replace(config.checkpoint, init_from=str(whole))
+        loop.train(dataclasses.replace(config, model=wider, checkpoint=init_from), tmp_path / "new")
+    assert (run / "config.json").read_bytes() == before and not (tmp_path / "new" / "config.json").exists()
 
 
 def test_compare_finds_differences(whole, tmp_path, capsys):

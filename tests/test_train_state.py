@@ -42,6 +42,9 @@ def test_a_step_describes_itself(tmp_path):
     run = json.loads((directory / "run.json").read_text())
     assert (run["step"], run["metrics"], run["config"], run["processes"]) == (3, {"loss": 1.5}, CONFIG, 1)
     assert run["mesh"] == {"data": 2, "fsdp": 2, "tensor": 2} and run["versions"]["jax"] == jax.__version__
+    with saver(tmp_path / "run") as s:
+        assert not (tmp_path / "run" / "config.json").exists()
+        s.begin(directory)
     assert json.loads((tmp_path / "run" / "config.json").read_text()) == CONFIG
     assert (directory / "tokenizer.model").read_bytes() == b"pieces"
     assert train_state.data_state(directory) == data_state(3)

@@ -112,6 +112,7 @@ class RowLoader:
                 }
                 for (name, dataset), good in zip(self.datasets.items(), self.good, strict=True)
             },
+            "tables": {name: self.index.tables[name]["sha256"] for name in self.names},
             "identity": {
                 "index": self.index.identity,
                 "tokenizer": self.tokenizer.fingerprint,

@@ -119,6 +119,30 @@ class Rows(grain.IterDataset):
         if self._planner is not None:
             self._cached_plan(*((state["epoch"], state["window"]) if state else (0, 0)))
 
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raise ValueError with every difference if an iterator's state is of other data or settings."""
+        current, saved = self.identity, state["data"]
+        differences = [
+            f"{key} is {_short(current.get(key))}, was {_short(saved.get(key))}"
+            for key in dict.fromkeys([*current, *saved])
+            if current.get(key) != saved.get(key)
+        ]
+        if not differences:
+            return
+        tables, saved_tables = self.description["tables"], state.get("tables", {})
+        sources = self.config.sources(self.identity["split"])
+        changed = [
+            f"{sources[name]['root']}/{sources[name]['table']}"
+            for name, checksum in tables.items()
+            if checksum != saved_tables.get(name, checksum)
+        ]
+        raise ValueError(
+            f"the data differ from those of the saved state: {'; '.join(differences)}. "
+            + (f"These tables have changed: {', '.join(changed)}. " if changed else "")
+            + "Restore them and run prepare again, or start another run from these parameters: another --workdir, and "
+            "checkpoint.init_from"
+        )
+
     def plan(self, epoch: int, window: int) -> list[PlannedRow]:
         """Return the rows of a window, and start to plan the next one in the background."""
         result = self._cached_plan(epoch, window)
@@ -258,18 +282,11 @@ class RowIterator(grain.DatasetIterator):
         """Return the state as JSON values; between batches it is the same on every host."""
         epoch, window, row = self._batch
         state = {"epoch": epoch, "window": window, "row": row, "delivered": self._delivered, "lost": self._lost}
-        return state | {"data": self._rows.identity}
+        return state | {"data": self._rows.identity, "tables": self._rows.description["tables"]}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Resume from a state. Raises ValueError with every difference if it is of other data or settings."""
-        current, saved = self._rows.identity, state["data"]
-        differences = [
-            f"{key} is {_short(current.get(key))}, was {_short(saved.get(key))}"
-            for key in dict.fromkeys([*current, *saved])
-            if current.get(key) != saved.get(key)
-        ]
-        if differences:
-            raise ValueError(f"the data differ from those of the saved state: {'; '.join(differences)}")
+        self._rows.check_state(state)
         if state["delivered"] >= self._rows.local_rows:
             raise ValueError(
                 f"the saved state is after row {state['delivered']} of a batch, but this host has only "

@@ -28,6 +28,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
+from rich import filesize
 
 from input_pipeline.files import fsync, sha256_of_file, write_json
 from radfm_jax.models import radfm
@@ -78,7 +79,7 @@ def require_space(path, required: int, task: str) -> None:
     existing = next(p for p in (path, *path.parents) if p.exists())
     if (free := shutil.disk_usage(existing).free) < required:
         raise ValueError(
-            f"{task} needs {required / 1e9:.2f} GB, but the disk of {existing} has {free / 1e9:.2f} GB free"
+            f"{task} needs {filesize.decimal(required)}, but the disk of {existing} has {filesize.decimal(free)} free"
         )
 
 

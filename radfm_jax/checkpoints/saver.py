@@ -57,7 +57,7 @@ class Saver:
 
     workdir: Path  # created if it does not exist; locked (run_directory.lock) until `close`
     _: dataclasses.KW_ONLY
-    config: Mapping  # of the run, JSON values; written to config.json now and to every step
+    config: Mapping  # of the run, JSON values; written to config.json by `begin`, and to every step
     model: radfm.RadFMConfig
     tokenizer: str | Path | None = None  # SentencePiece model, which is copied to every step
     keep_last: int = 2  # number of newest steps to keep, at least 1
@@ -86,14 +86,23 @@ class Saver:
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
             self._lock = run_directory.lock(self.workdir)
-            write_json(self.workdir / CONFIG, self.config)
-            fsync(self.workdir)
             remove_partial(self.workdir)
             recover_replaced(self.workdir)
             self._update_best()
         except OSError as e:
             self._release()
             raise ValueError(f"{e.filename or self.workdir} cannot be written: {e.strerror or e}") from e
+
+    def begin(self, newest: Path | None) -> None:
+        """Write config.json, and delete the steps before `newest` that need not be kept any more.
+
+        Call this when nothing can refuse the run any more. `newest` is the verified step to continue from, or None.
+        """
+        if jax.process_index() == 0:
+            if newest is not None:
+                self._delete_old(int(newest.name))  # first, because the disk may be full
+            write_json(self.workdir / CONFIG, self.config)
+            fsync(self.workdir)
 
     def save(self, state: dict, data_state: dict, *, metrics: Mapping | None = None, wait: bool = False) -> None:
         """Wait for the previous save, and start to save a state.
@@ -180,7 +189,10 @@ class Saver:
             renamed = next(name for name in names if not name.exists())
             directory.rename(renamed)
             self.warn(f"this run is at step {step} and does not descend from step {later}: renamed to {renamed}")
-        existing = run_directory.steps(self.workdir)
+        self._delete_old(step)
+
+    def _delete_old(self, newest: int) -> None:
+        existing = [step for step in run_directory.steps(self.workdir) if step <= newest]
         best = self._update_best()
         for old in existing[: -self.keep_last]:
             if old == best or (self.keep_every and old % self.keep_every == 0):

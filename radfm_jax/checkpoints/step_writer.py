@@ -16,6 +16,7 @@ from pathlib import Path
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from rich import filesize
 
 from input_pipeline.files import PARTIAL, fsync, write_json
 from radfm_jax.checkpoints import checkpoint
@@ -23,6 +24,7 @@ from radfm_jax.checkpoints.checkpoint import MANIFEST
 from radfm_jax.checkpoints.run_directory import CHECKPOINTS, DATA, RUN, own_share, step_directory
 from radfm_jax.checkpoints.train_state import split_state
 from radfm_jax.models import radfm
+from radfm_jax.runtime import faults
 from radfm_jax.runtime.barrier import barrier, describe, forget
 
 REPLACED = ".replaced"
@@ -33,7 +35,7 @@ ARRAYS = ocp.type_handlers.create_type_handler_registry(
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "grain", "numpy")
 
 
-class SaveError(RuntimeError):
+class SaveError(faults.Explained, RuntimeError):
     """A step was not saved. Earlier steps are unchanged."""
 
 
@@ -189,12 +191,11 @@ class StepWriter:
                 if not self._partial.exists():
                     break
         try:
-            free = f"{shutil.disk_usage(self.workdir).free / 1e9:.3f} GB are free"
+            free = f"{filesize.decimal(shutil.disk_usage(self.workdir).free)} are free"
         except OSError as gone:
             free = f"{self.workdir} cannot be read: {gone.strerror}"
-        error = SaveError(
-            f"step {self.step} was not saved at {self.directory} ({self._bytes / 1e9:.3f} GB; {free}): {describe(e)}"
-        )
+        size = filesize.decimal(self._bytes)
+        error = SaveError(f"step {self.step} was not saved at {self.directory} ({size}; {free}): {describe(e)}")
         error.__cause__ = e
         return error
 

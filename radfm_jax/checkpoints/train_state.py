@@ -43,6 +43,15 @@ def restore(directory, abstract: dict, *, verified: bool = False) -> dict:
     directory = Path(directory)
     if not verified:
         run_directory.verify(directory)
+    check(directory, abstract)
+    parts = split_state(abstract)
+    arrays = {part: read_arrays(directory / part, leaves) for part, leaves in parts.items()}
+    leaves = [arrays[part][name] for part, name, _ in _locations(abstract)]
+    return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+
+
+def check(directory: Path, abstract: dict) -> None:
+    """Check that `restore` can read a step. Raises ValueError with all missing, unexpected and different arrays."""
     parts = split_state(abstract)
     stored = {part: stored_arrays(directory / part) for part in parts}
     if problems := mismatches(_kinds(parts), _kinds(stored)):
@@ -51,9 +60,6 @@ def restore(directory, abstract: dict, *, verified: bool = False) -> dict:
             + f"\nTo resume, use the model and optimizer settings of {directory / RUN}; to start another stage from "
             "these parameters, use init_from"
         )
-    arrays = {part: read_arrays(directory / part, leaves) for part, leaves in parts.items()}
-    leaves = [arrays[part][name] for part, name, _ in _locations(abstract)]
-    return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,11 +98,7 @@ def init_from(directory, state: dict, model: radfm.RadFMConfig | None = None) ->
     directory = run_directory.select_checkpoint(directory)
     run_directory.verify(directory)
     description = checkpoint.read_description(directory)
-    params, stored = split_state(state)[PARAMS], stored_arrays(directory / PARAMS)
-    loaded = {k: v for k, v in params.items() if k in stored}
-    check_shapes(loaded, {k: stored[k] for k in loaded}, directory)
-    if not loaded:
-        raise ValueError(f"{directory} has no parameter of this model: it has {', '.join(sorted(stored)[:5])}, ...")
+    params, stored, loaded = _shared_parameters(directory, state)
     sizes = []
     if model is not None:
         expected = json.loads(json.dumps(model.to_dict()))  # tuples become lists, as in the checkpoint
@@ -110,6 +112,23 @@ def init_from(directory, state: dict, model: radfm.RadFMConfig | None = None) ->
     cast = {k: f"{stored[k].dtype} -> {v.dtype}" for k, v in loaded.items() if stored[k].dtype != v.dtype}
     report = Initialised(directory, tuple(loaded), new, unused, cast, tuple(sizes))
     return read_arrays(directory / PARAMS, loaded), report
+
+
+def check_init(directory, state: dict) -> None:
+    """Check what `init_from` checks, except the bytes of the files."""
+    directory = run_directory.select_checkpoint(directory)
+    checkpoint.verify(directory, hashes=False)
+    _shared_parameters(directory, state)
+
+
+def _shared_parameters(directory: Path, state: dict) -> tuple[dict, dict, dict]:
+    """Return the parameters of a state, those of a checkpoint, and those of the state that are in both."""
+    params, stored = split_state(state)[PARAMS], stored_arrays(directory / PARAMS)
+    shared = {path: x for path, x in params.items() if path in stored}
+    check_shapes(shared, {path: stored[path] for path in shared}, directory)
+    if not shared:
+        raise ValueError(f"{directory} has no parameter of this model: it has {', '.join(sorted(stored)[:5])}, ...")
+    return params, stored, shared
 
 
 def data_state(directory, process: int | None = None) -> dict:

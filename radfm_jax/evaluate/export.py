@@ -16,7 +16,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from input_pipeline.files import write_json_lines, write_text
+from input_pipeline.files import atomic_write, write_json, write_json_lines, write_text
 from input_pipeline.images.slices import slices
 from input_pipeline.samples import Scan
 from radfm_jax.evaluate.radbench import Question
@@ -59,12 +59,16 @@ def _write_slice(scan: Scan, directory: Path) -> dict:
     name = hashlib.blake2b(key, digest_size=10).hexdigest()
     file, entry_file = directory / "slices" / f"{name}.png", directory / "slices" / f"{name}.json"
     if file.exists() and entry_file.exists():
-        return json.loads(entry_file.read_text())
+        try:
+            return json.loads(entry_file.read_text())
+        except ValueError:  # a full disk or a power failure left it incomplete: write both again
+            entry_file.unlink()
     try:
         (middle,) = slices(scan)
     except ValueError as error:
         return {"error": str(error)}
-    middle.image.save(file, format="PNG")
+    with atomic_write(file) as partial:
+        middle.image.save(partial, format="PNG")
     entry = {"path": f"slices/{name}.png", "slice": middle.number, "of": middle.count}
-    entry_file.write_text(json.dumps(entry))
+    write_json(entry_file, entry)
     return entry

@@ -7,12 +7,12 @@ import dataclasses
 import os
 from collections.abc import Mapping
 
-from radfm_jax.runtime import compat
+from radfm_jax.runtime import compat, faults
 
 VARIABLES = {"coordinator": "RADFM_COORDINATOR", "processes": "RADFM_PROCESSES", "process": "RADFM_PROCESS"}
 
 
-class StartError(RuntimeError):
+class StartError(faults.Explained, RuntimeError):
     """The processes of a run did not find each other."""
 
 

@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import faulthandler
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TextIO
 
 # Exit codes. Schedulers start the same command again after 75 (EX_TEMPFAIL); all other codes are final.
 REQUEUE = 75
 STUCK = 70
 MISTAKE = 2
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+
+
+class Explained(Exception):
+    """An error whose message says all that a user needs, so it is shown without a traceback."""
+
+
+def message(e: BaseException) -> str | None:
+    """Return the text to show for an error that needs no traceback; None for all others."""
+    if isinstance(e, OSError) and e.errno in DISK_ERRORS:
+        return f"{e.filename or 'a file of the run'} cannot be written: {e.strerror}"
+    if isinstance(e, ValueError | Explained):
+        return "\n".join([str(e), *getattr(e, "__notes__", [])])
+    return None
 
 
 def exit_code(e: BaseException) -> int:
@@ -55,6 +71,32 @@ class Stop:
 
     def __bool__(self) -> bool:
         return self.signal is not None
+
+    @contextlib.contextmanager
+    def calling(self, leave: Callable[[signal.Signals], None]) -> Iterator[None]:
+        """Within the block, call `leave` in a thread as soon as a signal arrives.
+
+        Python calls signal handlers between instructions of the main thread, so during a long compilation the flag is
+        not set. The file descriptor of `signal.set_wakeup_fd` is written at once. Main thread only.
+        """
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        previous = signal.set_wakeup_fd(writing)
+
+        def watch() -> None:
+            while numbers := os.read(reading, 1):
+                if (number := signal.Signals(numbers[0])) in self._previous:
+                    leave(number)
+
+        thread = threading.Thread(target=watch, daemon=True, name="signals")
+        thread.start()
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(previous)
+            os.close(writing)
+            thread.join()
+            os.close(reading)
 
 
 @dataclasses.dataclass(eq=False)

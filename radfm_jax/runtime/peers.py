@@ -19,6 +19,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -80,6 +81,18 @@ class Peers:
         with self._count_lock:
             self._count += 1
             return self._stop_after is not None and self._count > self._stop_after
+
+    def leaving_on_signal(self) -> contextlib.AbstractContextManager:
+        """Within the block, which saves nothing, a signal ends all processes at once with the code for a restart."""
+
+        def leave(number: signal.Signals) -> None:
+            reason = f"{number.name} before the first step: there is nothing to save"
+            self._write(f"{reason}. Exiting with code {faults.REQUEUE}: run the same command again")
+            self.abort(faults.REQUEUE, reason)
+
+        if self.stop:
+            leave(self.stop.signal)
+        return self.stop.calling(leave)
 
     @contextlib.contextmanager
     def abort_on_error(self):
@@ -159,8 +172,8 @@ class Peers:
                 if len(self._client.key_value_dir_get(f"{ROOT}/news/failed/")) == self.processes:
                     return
             time.sleep(0.1)
-        notes = getattr(e, "__notes__", [])
-        self._write("\n".join([f"error: {e}", *notes]) if code == faults.MISTAKE else trace)
+        message = faults.message(e)
+        self._write(trace if message is None else f"error: {message}")
         self._exit(code)
 
     def _publish_failure(self, code: int, reason: str) -> None:

@@ -50,6 +50,8 @@ def main(argv: list[str] | None = None) -> int:
     except InterruptedError:
         print("stopped before all processes had connected", file=sys.stderr)
         return faults.REQUEUE
-    except (ValueError, distributed.StartError) as error:
-        print(f"error: {error}", *getattr(error, "__notes__", []), sep="\n", file=sys.stderr)
+    except Exception as error:
+        if (message := faults.message(error)) is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
         return faults.exit_code(error)

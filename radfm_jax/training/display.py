@@ -9,10 +9,12 @@ from __future__ import annotations
 import collections
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
+from rich import filesize
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
@@ -80,20 +82,26 @@ def truncate(file: Path, step: int) -> None:
     """Remove the lines after `step` from a JSON Lines file, and an incomplete last line."""
     if not file.exists():
         return
-    lines = []
-    for line in file.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                lines.append(line + "\n")
-        except ValueError:
-            break
-    files.write_text(file, "".join(lines))
+    files.write_json_lines(file, (line for line in _complete_lines(file) if line["step"] <= step))
 
 
 def read_metrics(workdir: Path) -> list[dict]:
-    """Return the lines of metrics.jsonl; none if the file does not exist."""
+    """Return the complete lines of metrics.jsonl; none if the file does not exist."""
     file = workdir / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return list(_complete_lines(file)) if file.exists() else []
+
+
+def _complete_lines(file: Path) -> Iterator[dict]:
+    """Yield the lines up to the first incomplete one: a power failure cuts a line, or leaves NUL bytes for it."""
+    with open(file, encoding="utf-8", errors="replace") as lines:
+        for text in lines:
+            try:
+                line = json.loads(text)
+            except ValueError:
+                return
+            if not isinstance(line, dict) or "step" not in line:
+                return
+            yield line
 
 
 def draw_curves(workdir: Path) -> None:
@@ -134,10 +142,10 @@ def parameter_table(state: dict) -> Table:
             parts[path.partition("/")[0]] += (x.size, x.size * trainable, device_bytes(x))
     for part, (size, trainable_size, bytes_) in sorted(parts.items()):
         trainable_text = "all" if trainable_size == size else f"{trainable_size:,}" if trainable_size else "frozen"
-        table.add_row(part, f"{size:,}", trainable_text, mb(bytes_))
+        table.add_row(part, f"{size:,}", trainable_text, filesize.decimal(bytes_))
     size, trainable_size, bytes_ = np.sum([*parts.values()], axis=0)
-    table.add_row("all", f"{size:,}", f"{trainable_size:,}", mb(bytes_), style="bold")
-    table.add_row("optimizer", "", "", mb(sum(device_bytes(x) for x in jax.tree.leaves(state["opt"]))))
+    table.add_row("all", f"{size:,}", f"{trainable_size:,}", filesize.decimal(bytes_), style="bold")
+    table.add_row("optimizer", "", "", filesize.decimal(sum(device_bytes(x) for x in jax.tree.leaves(state["opt"]))))
     return table
 
 
@@ -147,19 +155,15 @@ def device_bytes(x) -> int:
     return int(np.prod(shape, dtype=np.int64)) * x.dtype.itemsize
 
 
-def mb(count: float) -> str:
-    """Return a number of bytes as text in MB or GB."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
-
-
 def memory_table(parts: dict[str, int], limit: int | None = None) -> Table:
     """Tabulate bytes per device of each part (estimate.memory), and their sum next to `limit` (estimate.capacity)."""
     table = Table("part", "bytes per device", title="estimated memory")
     for part, size in parts.items():
-        table.add_row(part, mb(size))
+        table.add_row(part, filesize.decimal(size))
     total = sum(parts.values())
-    available = "" if limit is None else f" of {mb(limit)}"
-    table.add_row("all", mb(total) + available, style="bold red" if limit is not None and total > limit else "bold")
+    available = "" if limit is None else f" of {filesize.decimal(limit)}"
+    style = "bold red" if limit is not None and total > limit else "bold"
+    table.add_row("all", filesize.decimal(total) + available, style=style)
     return table
 
 

@@ -14,6 +14,7 @@ WORKDIR/logs/PROCESS.log                            messages of each process, if
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,7 +26,7 @@ from jax.sharding import Mesh
 
 from input_pipeline.batching.pipeline import Rows
 from input_pipeline.sources import describe_terms
-from radfm_jax.checkpoints import checkpoint, run_directory, train_state
+from radfm_jax.checkpoints import run_directory, train_state
 from radfm_jax.checkpoints.saver import Saver
 from radfm_jax.cost import estimate
 from radfm_jax.runtime import console, faults, sharding
@@ -52,49 +53,59 @@ def train(config: Experiment, workdir: Path, peers: Peers | None = None) -> int:
     with contextlib.ExitStack() as stack:
         peers = peers or Peers(stack.enter_context(faults.Stop()))
         with peers.abort_on_error():
-            return _train(config, workdir, peers, stack)
+            with peers.leaving_on_signal():
+                run = _prepare(config, workdir, peers, stack)
+            return run()
 
 
-def _train(config: Experiment, workdir: Path, peers: Peers, stack: contextlib.ExitStack) -> int:
+def _prepare(config: Experiment, workdir: Path, peers: Peers, stack: contextlib.ExitStack) -> Callable[[], int]:
+    """Open the run directory and the data, compile, and read the first state. Return the function that runs the steps.
+
+    A run that cannot start or resume is refused before anything is compiled, and leaves config.json as it was.
+    """
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, slices=config.mesh.slices)
     previous = run_directory.last_config(workdir)
     saver = stack.enter_context(_saver(config, workdir))
     newest = run_directory.latest(workdir, allow_older=config.checkpoint.allow_older, warn=console.log)
-    if newest is None and config.checkpoint.init_from:  # report a wrong path before anything is compiled
-        checkpoint.verify(run_directory.select_checkpoint(config.checkpoint.init_from), hashes=False)
     if newest is not None and previous and (changed := changes(previous, config.to_dict())):
         console.log(f"settings that differ from the last start: {'; '.join(changed)}")
-    if config.train.steps and _is_complete(config, workdir, newest, config.train.steps):
-        return 0
+    if config.train.steps and _is_complete(config, workdir, saver, newest, config.train.steps):
+        return lambda: 0
+    abstract, transform, _ = train_step.abstract_state(config.compute, config.optimizer, mesh)
+    if newest is not None:
+        train_state.check(newest, abstract)
+    elif config.checkpoint.init_from:
+        train_state.check_init(config.checkpoint.init_from, abstract)
     answers = EvalAnswers(config, workdir, mesh) if config.train.eval_answers else None
     shard = {"batch": config.train.batch, "host": jax.process_index(), "hosts": jax.process_count()}
     splits = stack.enter_context(contextlib.closing(OpenSplits(config.data, shard)))
     data_state = None if newest is None else train_state.data_state(newest)
     rows = splits("train")
     check_model(config, rows)
+    if data_state is not None:
+        rows.check_state(data_state)
     console.log(describe_terms(config.data.terms, config.data.umls_types))
     steps = step_count(config, rows)
-    if not config.train.steps and _is_complete(config, workdir, newest, steps):
-        return 0
+    if not config.train.steps and _is_complete(config, workdir, saver, newest, steps):
+        return lambda: 0
+    held_out = splits("test") if config.data.test else None
+    saver.begin(newest)
     rows.prefetch_plan(data_state)
     rates = optimizer.learning_rates(config.optimizer, steps)
-    abstract, transform, _ = train_step.abstract_state(config.compute, config.optimizer, mesh)
     state_ready = _start_first_state(config, newest, abstract, transform, mesh, stack)
     _log_plan(config, abstract, mesh, rows, steps - (0 if newest is None else int(newest.name)))
     if answers:
         console.log(answers.description)
     programs = Programs.compile(config, abstract, transform, rows, mesh)
-    if peers.stopping():
-        console.log(f"{peers.stopped_by}: stopping before the first step, nothing to save")
-        return faults.REQUEUE
     state, messages = state_ready()
     for message in messages:
         console.log(message)
-    held_out = splits("test") if config.data.test else None
     # Compile times differ between hosts, and a collective waits for its peers only for a limited time.
     barrier("ready")
     evaluation = Evaluation(config, mesh, steps, peers, held_out, programs.evaluate, answers)
-    return _run(config, workdir, mesh, rates, rows, programs, saver, peers, evaluation, state, data_state)
+    return functools.partial(
+        _run, config, workdir, mesh, rates, rows, programs, saver, peers, evaluation, state, data_state
+    )
 
 
 def _saver(config: Experiment, workdir: Path) -> Saver:
@@ -106,11 +117,12 @@ def _saver(config: Experiment, workdir: Path) -> Saver:
     )  # fmt: skip
 
 
-def _is_complete(config: Experiment, workdir: Path, newest: Path | None, steps: int) -> bool:
-    """Whether the last step is saved and, with test sources, evaluated; log that."""
+def _is_complete(config: Experiment, workdir: Path, saver: Saver, newest: Path | None, steps: int) -> bool:
+    """Whether the last step is saved and, with test sources, evaluated; if so, log that and record the config."""
     is_saved = newest == run_directory.step_directory(workdir, steps)
     if not is_saved or (config.data.test and not was_evaluated(workdir, steps)):
         return False
+    saver.begin(newest)
     console.log(f"{newest}: all {steps:,} steps are done")
     return True
 

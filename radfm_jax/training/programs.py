@@ -8,11 +8,12 @@ import time
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from rich import filesize
 
 from input_pipeline.batching.collate import collate_batch
 from input_pipeline.batching.pipeline import Rows
 from radfm_jax.runtime import console, host_memory
-from radfm_jax.training import display, train_step
+from radfm_jax.training import train_step
 from radfm_jax.training.experiment import Experiment
 
 
@@ -37,8 +38,8 @@ class Programs:
         host_memory.release()
         memory = compiled.memory_analysis()
         size = "memory per device unknown" if memory is None else (
-            f"memory per device: {display.mb(memory.argument_size_in_bytes)} state and batch, "
-            f"{display.mb(memory.temp_size_in_bytes)} temporary"
+            f"memory per device: {filesize.decimal(memory.argument_size_in_bytes)} state and batch, "
+            f"{filesize.decimal(memory.temp_size_in_bytes)} temporary"
         )  # fmt: skip
         console.log(
             f"compiled in {time.perf_counter() - start:.0f} s; {size}; mesh {dict(mesh.shape)} over "

@@ -69,6 +69,7 @@ class StepMetrics:
         names = {"loss": "loss", "weight": "weight", "token_accuracy": "correct", "grad_norm": "grad_norm"}
         recorded = {f"train/{name}": float(values[key]) for name, key in names.items()}
         recorded["train/learning_rate"] = float(self.rates[step])
+        recorded["data/real_tokens"] = float(values["real_tokens"])
         recorded |= {
             f"train/{task}/loss": float(loss)
             for task, loss, weight in zip(TASKS, values["task_loss"], values["task_weight"], strict=True)
@@ -84,7 +85,7 @@ class StepMetrics:
                 f"{speed['speed/tokens_s_device']:.0f} tokens/s/device  "
                 f"{speed['speed/tflops_device']:.3g} TFLOP/s/device  "
                 + (f"MFU {speed['speed/mfu']:.1%}  " if self.peak else "")
-                + f"data wait {speed['speed/data_wait']:.0%}  real tokens {speed['data/real_tokens']:.0%}"
+                + f"data wait {speed['speed/data_wait']:.0%}  real tokens {recorded['data/real_tokens']:.0%}"
             )
             self.start_interval()
         self.screen.record(number, recorded, line)
@@ -100,7 +101,6 @@ class StepMetrics:
             "speed/tokens_s_device": self.tokens / seconds / self.devices,
             "speed/tflops_device": self.flops * self.steps / seconds / self.devices / 1e12,
             "speed/data_wait": self.wait / seconds,
-            "data/real_tokens": self.packing.as_dict()["real tokens"],
         }
         if self.peak:
             speed["speed/mfu"] = speed["speed/tflops_device"] * 1e12 / self.peak

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -87,14 +89,15 @@ def _stages(runs: Sequence[Path]) -> Iterator[str]:
             raise ValueError(f"{run} has no metrics.jsonl with a step: give the --workdir of a run")
         last = {key: value for line in lines for key, value in line.items()}
         speed = [line for line in lines if "speed/step_s" in line][1:]  # the first includes warm-up
-        mean = lambda name: sum(x[name] for x in speed) / len(speed) if speed else float("nan")  # noqa: B023, E731
+        real_tokens = [line["data/real_tokens"] for line in lines if "data/real_tokens" in line]
+        mean = lambda name: statistics.fmean(x[name] for x in speed) if speed else math.nan  # noqa: B023, E731
         newest = run_directory.latest(run)
         rows.append(
             (
                 visible(run.name), f"{last['step']:,}", f"{last['train/loss']:.3f}",
                 f"{last['eval/all/loss']:.3f}" if "eval/all/loss" in last else "",
                 f"{mean('speed/step_s'):.3f}", f"{mean('speed/samples_s'):.0f}", f"{mean('speed/data_wait'):.1%}",
-                f"{last['data/real_tokens']:.1%}", f"<code>{visible(newest or '')}</code>",
+                f"{statistics.fmean(real_tokens):.1%}", f"<code>{visible(newest or '')}</code>",
             )
         )  # fmt: skip
     yield html_page.table(

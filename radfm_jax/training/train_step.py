@@ -154,7 +154,8 @@ def make_train_step(
 
     A step whose loss or gradient is not finite leaves parameters and moments unchanged; `skipped` counts such steps in
     a row. The metrics are loss (the minimised value), weight, correct (share of the trained tokens that were the most
-    likely ones), grad_norm before clipping, finite bool, skipped, and task_loss and task_weight float32[tasks].
+    likely ones), real_tokens (share of the positions that hold a token), grad_norm before clipping, finite bool,
+    skipped, and task_loss and task_weight float32[tasks].
     """
     normalise = "token" if config.normalise == "micro_batch" else config.normalise
     loss_of = functools.partial(
@@ -202,7 +203,8 @@ def make_train_step(
             "skipped": jnp.where(finite, 0, state["skipped"] + 1),
         }
         metrics = {"loss": total * share, "weight": weight, "grad_norm": norm, "finite": finite, **_shares(counts)}
-        return after, {**metrics, "skipped": after["skipped"]}
+        real_tokens = jnp.mean(batch["segments"] > 0, dtype=jnp.float32)
+        return after, {**metrics, "real_tokens": real_tokens, "skipped": after["skipped"]}
 
     return step
 

@@ -70,7 +70,8 @@ def write_data(folder: Path, tokenizer: Tokenizer, samples: int, seed: int) -> d
     def new_scan() -> str:
         path = f"scans/{len(facts)}.nii.gz"
         depth = 1 if rng.random() < 0.7 else int(rng.integers(4, 65))
-        facts.append({"path": path, "height": 512, "width": 512, "depth": depth, "channels": 1})
+        key = index.key_hash(path, -1, "")
+        facts.append({"path": path, "key": key, "height": 512, "width": 512, "depth": depth, "channels": 1})
         return path
 
     with open(folder / "vqa.jsonl", "w") as vqa, open(folder / "modality.csv", "w", newline="") as modality:
@@ -99,7 +100,7 @@ def write_data(folder: Path, tokenizer: Tokenizer, samples: int, seed: int) -> d
     fill = lambda lines, schema: pa.Table.from_pylist(  # noqa: E731
         [{f.name: line.get(f.name) for f in schema} for line in lines], schema=schema
     )
-    common = {"root": str(folder), "volume": -1, "window": "", "fault": "", "record": -1}
+    common = {"root": str(folder), "volume": -1, "window": "", "fault": "", "record": -1, "bytes": 0}
     pq.write_table(fill([common | fact for fact in facts], index.SCANS), folder / "scans.parquet")
     pq.write_table(fill(rows, index.ROWS), folder / "rows.parquet")
     described = {

@@ -1,0 +1,53 @@
+"""Settings that follow the checkpoint that a run starts from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Collection
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from radfm_jax import api
+from radfm_jax.checkpoints import checkpoint, run_directory
+from radfm_jax.models.radfm import RadFMConfig
+from radfm_jax.runtime import console
+
+ROW_LIMITS = ("vision_rows", "patch_length", "planes", "scans")  # fields of DataConfig; Preparation has text_length
+
+
+def follow_checkpoint(config: ConfigDict, overridden: Collection[str]) -> ConfigDict:
+    """Return a config with the model, the tokenizer and the preparation of scans of `checkpoint.init_from`.
+
+    The sizes of a row follow as well if the checkpoint is a step of a training run. Of a language model alone, only the
+    sizes of the language model and the tokenizer are used. If the directory does not exist, nothing changes.
+
+    Args:
+      overridden: the fields that the command line sets, such as "model.llama.num_layers"; they stay.
+    Raises:
+      ValueError: the checkpoint is damaged, or does not record how its scans were prepared.
+    """
+    if not Path(config.checkpoint.init_from).is_dir():
+        return config
+    directory = run_directory.select_checkpoint(config.checkpoint.init_from)
+    description = checkpoint.read_description(directory)
+    followed = {f"model.{part}.{name}": x for part, sizes in description["model"].items() for name, x in sizes.items()}
+    if description["part"] == "radfm":
+        model = RadFMConfig.from_dict(description["model"])
+        followed |= {f"data.{k}": v for k, v in dataclasses.asdict(api.preparation_of(directory, model)).items()}
+    if (run := directory / run_directory.RUN).is_file():
+        data = json.loads(run.read_text())["config"]["data"]
+        followed |= {f"data.{name}": data[name] for name in ROW_LIMITS if name in data}
+    if (directory / checkpoint.TOKENIZER).is_file():
+        followed["data.tokenizer"] = str(directory / checkpoint.TOKENIZER)
+    with config.unlocked(), config.ignore_type():
+        for path, value in followed.items():
+            *groups, name = path.split(".")
+            group = config
+            for part in groups:
+                group = group[part]
+            if path not in overridden and not any(path.startswith(f"{field}.") for field in overridden):
+                group[name] = tuple(value) if isinstance(group.get(name), tuple) else value
+    console.log(f"model, tokenizer and preparation of scans are those of {directory}, unless an option sets them")
+    return config
