@@ -13,6 +13,7 @@ Not run yet: the data sets require data use agreements. The paper counts 310,375
 
 from ml_collections import ConfigDict
 
+from configs.radfm_14b import terms
 from radfm_jax.evaluate.radbench import Benchmark
 
 DIAGNOSIS = ("vindr_mammo", "vindr_spinexr", "vindr_pcxr", "cxr_mix")
@@ -35,4 +36,4 @@ def sets(root: str) -> dict[str, dict]:
 
 
 def get_config(root: str = "data") -> ConfigDict:
-    return ConfigDict(Benchmark(sets=sets(root)).to_dict(), convert_dict=True).lock()
+    return ConfigDict(Benchmark(sets=sets(root), terms=terms(root)).to_dict(), convert_dict=True).lock()

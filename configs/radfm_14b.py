@@ -12,12 +12,15 @@ Each stage starts from the one before:
     configs/adapt*.py             the user's own data or a public benchmark, from the released weights
 
 docs/configs.md lists the tables and scans expected below `data/`. `--config=configs/pretrain.py:/mnt/medmd` uses
-/mnt/medmd instead, in every command and every config except quickstart and tiny.
+/mnt/medmd instead, in every command and every config except quickstart and tiny. The medical terms are those of UMLS if
+data/umls has its MRCONSO.RRF (and MRSTY.RRF), else the open ones; `prepare` and `train` print which.
 
 This config also gives the sizes of a `pytorch_model.bin` without a config.json:
 
     python -m radfm_jax.convert from-torch pytorch_model.bin radfm/ --config configs/radfm_14b.py
 """
+
+from pathlib import Path
 
 from ml_collections import ConfigDict
 
@@ -102,6 +105,11 @@ def tests(root: str) -> dict[str, dict]:
     }
 
 
+def terms(root: str) -> str:
+    """Return the source of medical terms: UMLS, as in the paper, if it is in `root`/umls, else the open terms."""
+    return f"umls:{root}/umls" if Path(root, "umls", "MRCONSO.RRF").is_file() else "open"
+
+
 def get_config(root: str = "data") -> ConfigDict:
     experiment = Experiment(
         radfm.radfm_14b(),
@@ -112,6 +120,7 @@ def get_config(root: str = "data") -> ConfigDict:
             test=tests(root),
             index=f"{root}/medmd_index",
             tokenizer="medllama/tokenizer.model",
+            terms=terms(root),
             workers=16,
         ),
         # Paper: 4 micro-batches of 1 volume or 4 images on each of 32 devices: 128 to 512 samples per step.

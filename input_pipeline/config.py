@@ -27,6 +27,7 @@ from input_pipeline.files import nearest
 from input_pipeline.images.augment import FLIPS
 from input_pipeline.images.intensity import parse_intensity, setting_text
 from input_pipeline.images.planes import CHANNELS, FITS, MODES, STORAGE, Sizes
+from input_pipeline.text.vocabularies import SEMANTIC_TYPES, bad_semantic_types
 
 SPLITS = ("train", "validation", "test")
 MIXTURES = ("epoch", "weights")
@@ -51,8 +52,9 @@ class DataConfig:
     index: str = ""  # the directory that `prepare` wrote
     tokenizer: str = ""  # a SentencePiece model file
     # The source of medical terms: `open` (HPO, ICD-10-CM and a radiology list), `umls:DIR` (a directory with
-    # MRCONSO.RRF and MRSTY.RRF), `scispacy:MODEL` or `none`.
+    # MRCONSO.RRF and, for umls_types, MRSTY.RRF), `scispacy:MODEL` or `none`.
     terms: str = "open"
+    umls_types: tuple[str, ...] = SEMANTIC_TYPES  # semantic types of UMLS whose terms count; () for all
     # `paper`, or `released`: the volumes and texts of the released code, for released weights.
     preprocess: Annotated[str, one_of(MODES)] = "paper"
     # Intensities that become 0 and 1, for sources without a field `intensity`: `minmax` (the paper), `percentile`,
@@ -109,6 +111,8 @@ class DataConfig:
         except ValueError as error:
             yield f"data.size_2d, data.size_3d, data.depth: {error}"
         yield from self._intensity_problems()
+        if bad := bad_semantic_types(self.umls_types):
+            yield f"data.umls_types: {bad}"
         if self.preprocess == "released":
             if self.storage != "float32":
                 yield "data.preprocess='released' needs data.storage='float32'"

@@ -16,7 +16,7 @@ from input_pipeline.samples import Sample, Scan
 from input_pipeline.text.terms import TermFinder
 from input_pipeline.text.tokenizer import Tokenizer
 from input_pipeline.text.tokens import Encoded, Mode, encode
-from input_pipeline.text.vocabularies import open_terms, scispacy_terms, umls_terms
+from input_pipeline.text.vocabularies import SEMANTIC_TYPES, open_terms, scispacy_terms, umls_terms
 
 
 def open_sources(config: DataConfig, split: str | None = None) -> dict[str, Dataset]:
@@ -37,11 +37,20 @@ def open_sources(config: DataConfig, split: str | None = None) -> dict[str, Data
 
 
 @functools.lru_cache(maxsize=4)
-def terms_of(choice: str) -> TermFinder:
-    """Open the term finder that `data.terms` names. Raises ValueError if it is unknown."""
+def terms_of(choice: str, umls_types: tuple[str, ...] = SEMANTIC_TYPES) -> TermFinder:
+    """Open the term finder that `data.terms` names. Raises ValueError if it is unknown.
+
+    A UMLS directory without MRSTY.RRF gives terms of every semantic type, which is an error if `umls_types` is not the
+    default.
+    """
     kind, _, argument = choice.partition(":")
     if kind == "umls" and argument:
-        return umls_terms(Path(argument) / "MRCONSO.RRF", Path(argument) / "MRSTY.RRF")
+        mrsty = Path(argument) / "MRSTY.RRF"
+        if mrsty.is_file():
+            return umls_terms(Path(argument) / "MRCONSO.RRF", mrsty, umls_types)
+        if umls_types not in (SEMANTIC_TYPES, ()):
+            raise ValueError(f"data.umls_types needs {mrsty}: add the file, or leave data.umls_types at its default")
+        return umls_terms(Path(argument) / "MRCONSO.RRF")
     if kind == "scispacy" and argument:
         return scispacy_terms(argument)
     if choice == "open":
@@ -49,6 +58,17 @@ def terms_of(choice: str) -> TermFinder:
     if choice == "none":
         return NoTerms()
     raise ValueError(f"data.terms is {choice!r}; use open, umls:DIR, scispacy:MODEL or none")
+
+
+def describe_terms(choice: str, umls_types: tuple[str, ...] = SEMANTIC_TYPES) -> str:
+    """Return a line that says which medical terms have weight 3 in the loss, and whether the paper uses them."""
+    kind, _, argument = choice.partition(":")
+    if kind == "umls":
+        every = not umls_types or not (Path(argument) / "MRSTY.RRF").is_file()
+        types = "every semantic type" if every else f"{len(umls_types)} semantic types"
+        return f"medical terms: UMLS of {argument}, {types}"
+    known = {"open": "open terms (HPO, ICD-10-CM, radiology list)", "none": "none", "scispacy": f"scispaCy {argument}"}
+    return f"medical terms: {known.get(kind, choice)}, NOT UMLS as in the paper (data.terms=umls:DIR)"
 
 
 def encode_row(

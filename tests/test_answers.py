@@ -1,6 +1,7 @@
 """Answers from Python: Model.answer, its variants and its errors."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -11,8 +12,11 @@ from PIL import Image
 import radfm_jax
 from input_pipeline.batching.collate import LoadedRow, ScanPlanes, collate_batch, collate_row
 from input_pipeline.batching.plan import RowLimits
+from input_pipeline.datasets import open_dataset
 from input_pipeline.samples import Scan
+from input_pipeline.sources import NoTerms
 from input_pipeline.text.tokenizer import Tokenizer
+from input_pipeline.text.tokens import encode
 from radfm_jax.checkpoints import checkpoint
 from radfm_jax.inference import GenerationError, Request, Sampling, inputs
 from radfm_jax.models import radfm
@@ -138,6 +142,20 @@ def test_white_space_around_a_prompt_has_no_meaning(model):
         plain = inputs.encode_prompt("Lesion?", 0, model.tokenizer, preparation, context="left\nlung")
         spaced = inputs.encode_prompt(" Lesion?\r\n", 0, model.tokenizer, preparation, context="\n left\r\nlung\n")
         assert plain.ids.tolist() == spaced.ids.tolist()
+
+
+@pytest.mark.parametrize("marks", ["Compare.", "<image-2> Compare <image-1> with <image-3>."])
+def test_scans_are_where_training_puts_them(tokenizer, tmp_path, marks):
+    """A training row and a prompt with the same texts have the same tokens up to the response."""
+    row = {"id": "a", "task": "vqa", "scans": ["0", "1", "2"], "context": "Small lung.", "instruction": marks}
+    (tmp_path / "t.jsonl").write_text(json.dumps(row | {"response": "Yes."}))
+    sample = open_dataset("jsonl", table="t.jsonl", root=tmp_path).sample(0, np.random.default_rng(0))
+    t = Tokenizer(tokenizer)
+    trained = encode(sample, t, NoTerms(), max_scans=3, num_latents=4)
+    asked = inputs.encode_prompt(marks, 3, t, inputs.Preparation(**PREPARED), context="Small lung.")
+    length = len(asked.ids)
+    assert trained.ids[:length].tolist() == asked.ids.tolist() and len(trained.ids) > length
+    assert trained.visual[:length].tolist() == asked.visual.tolist() and trained.scans == asked.scans
 
 
 def test_released_form(tokenizer, scans):

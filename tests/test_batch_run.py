@@ -215,3 +215,13 @@ def test_lines_end_at_line_feeds_alone(tmp_path):
     file.write_text(json.dumps({"id": "a", "prompt": "One\u2028two\x85three?"}, ensure_ascii=False) + "\r\n\n")
     (question,) = read_batch_file(file, tmp_path)
     assert question.prompt == "One\u2028two\x85three?" and not question.error
+
+
+def test_empty_optional_fields_of_a_batch_line_are_absent(tmp_path):
+    blank = {"context": "", "instruction": "", "scans": None, "study": ""}
+    file = tmp_path / "q.jsonl"
+    file.write_text(
+        "".join(json.dumps(q) + "\n" for q in ({"id": "a", "prompt": "Q?"}, {"id": "b", "prompt": "Q?"} | blank))
+    )
+    one, same = read_batch_file(file, tmp_path)
+    assert dataclasses.replace(same, row_id="a") == one and not one.error

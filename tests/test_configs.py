@@ -524,3 +524,14 @@ def test_the_memory_table():
     assert "1.6 GB" in shown(None) and "500.0 MB" in shown(None) and "2.1 GB" in shown(None)
     assert "2.1 GB of 80.0 GB" in shown(80_000_000_000)
     assert "\x1b[1;31m" in shown(2_000_000_000) and "\x1b[1;31m" not in shown(80_000_000_000)
+
+
+@pytest.mark.parametrize("name", ["radfm_14b", *STAGES, "radbench"])
+def test_stages_use_umls_if_the_data_folder_has_it(name, tmp_path):
+    config = lambda: parsed(f"{name}:{tmp_path}")  # noqa: E731
+    terms = lambda c: c.terms if name == "radbench" else c.data.terms  # noqa: E731
+    assert terms(config()) == "open"
+    (tmp_path / "umls").mkdir()
+    (tmp_path / "umls" / "MRCONSO.RRF").touch()
+    assert terms(config()) == f"umls:{tmp_path}/umls"
+    assert terms(parsed(f"{name}:{tmp_path}", f"--config.{'' if name == 'radbench' else 'data.'}terms=open")) == "open"

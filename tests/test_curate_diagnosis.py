@@ -137,9 +137,10 @@ def test_small_members(tmp_path):
     )
     images, result = read("nlm_tb", tb)
     assert [i.findings["Tuberculosis"] for i in images.values()] == [True, False] and len(result.problems) == 1
-    write_csv(objects / "train.csv", ("image_name", "annotation"), ("1.jpg", "0 1 2 3 4"), ("2.jpg", ""))
+    write_csv(objects / "train.csv", ("image_name", "annotation"), ("1.jpg", "0 1 2 3 4"), ("2.jpg", ""),
+              ("3.jpg", "nan"))  # fmt: skip
     images, _ = read("object_cxr", objects)
-    assert [i.findings for i in images.values()] == [{"Foreign object": True}, {"Foreign object": False}]
+    assert [i.findings["Foreign object"] for i in images.values()] == [True, False, False]
     assert not images["2.jpg"].is_normal, "without a foreign object is not without disease"
     write_csv(openi / "indiana_reports.csv", ("uid", "Problems"),
               ("1", "normal"), ("2", "Thickening, pleura;Cardiomegaly"),

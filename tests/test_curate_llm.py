@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from input_pipeline.curate import llm, pmc, qa_prompts, question_answers
+from input_pipeline.curate import jobs, llm, pmc, qa_prompts, question_answers
 from input_pipeline.curate.__main__ import main
 from input_pipeline.curate.qa_prompts import Pair
 from input_pipeline.datasets import open_dataset
@@ -144,6 +144,22 @@ def test_killed_at_any_moment(tmp_path):
         ("1. Q: A?\n   A: B.", False, [("A?", "B.")], ""),
         ("User: A?\nAssistant: B.\nUser: C?\nAssistant: D is cut", True, [("A?", "B.")], ""),
         ("User: A?\nUser: C?\nAssistant: D.", False, [("C?", "D.")], ""),
+        # On one line, as in the paper's Figure 3.
+        (
+            "User: A 2? Assistant: B. User: C? Assistant: Less than 2. User: E? Assistant: F",
+            False,
+            [("A 2?", "B."), ("C?", "Less than 2."), ("E?", "F")],
+            "",
+        ),
+        ("User: A? Assistant: B.\nUser: C? Assistant: D.", False, [("A?", "B."), ("C?", "D.")], ""),
+        ("**User:** A? **Assistant:** B. User: C? Assistant: D is cut", True, [("A?", "B.")], ""),
+        ("1. Q: A? A: B. 2. Q: C? A: Hepatitis A: D.", False, [("A?", "B."), ("C?", "Hepatitis A: D.")], ""),
+        (
+            "User: A? Assistant: Two panels. A: axial. B: coronal.",
+            False,
+            [("A?", "Two panels. A: axial. B: coronal.")],
+            "",
+        ),
         ("NONE.", False, [], "nothing to ask"),
         ("I'm sorry, I can't.", False, [], "refused"),
         ("Some prose.", False, [], "no turns"),
@@ -161,8 +177,8 @@ def test_turns(text, cut, pairs, why):
         ("According to the CT image, is it displaced?", "No.", ""),
         ("What does the report describe?", "A cyst.", "it refers to the text"),
         ("What is mentioned?", "A cyst.", "it refers to the text"),
-        ("How big is it?", "3 cm.", "it states a size"),
-        ("What does the image of the 54-year-old show?", "A cyst.", "it is about an age"),
+        ("How big is it?", "3 cm.", ""),  # MedMD has sizes and ages; radmd removes them
+        ("What does the image of the 54-year-old show?", "A cyst.", ""),
         ("What changed since March 2019?", "The cyst.", "it states a date"),
         ("Who is seen?", "Mr. Miller.", "it names a person"),
         ("Which symptoms are there?", "Cough.", "the image cannot answer it"),
@@ -191,12 +207,13 @@ def test_our_own_examples_pass_our_checks():
 
 
 def test_case_reports(tmp_path, capsys):
-    """From packages to a table that the reader accepts: contexts without figures, only radiologic figures."""
+    """From packages to a table that the reader accepts: contexts without figures, on request only radiologic ones."""
     source = jats_papers.packages(tmp_path / "oa", ("PMC9000003", "PMC9000008"))
     (tmp_path / "pmc").mkdir()
     options = {"any_language": False, "pictures": True, "cases": True, "keep_unillustrated": False}
     pmc.curate("pmc-inline", source, tmp_path / "pmc", options, workers=0)
     common = ["pmc-casereport", str(tmp_path / "pmc" / "cases.jsonl"), "--out", str(tmp_path / "pmc"), "--model", "m"]
+    common += ["--radiologic"]
     with Server({"Caption: Coronal CT.": ["sorry"]}) as server:
         common += ["--base-url", server.url, "--concurrency", "2"]
         assert main([*common, "--dry-run", "--price-in", "1"]) == 0
@@ -219,6 +236,8 @@ def test_case_reports(tmp_path, capsys):
     assert not any("Fig" in c for c in contexts)
     asked = list(server.tries)
     assert not any("proptosis" in text for text in asked), "a face is not radiologic"
+    every = question_answers.case_requests(tmp_path / "pmc" / "cases.jsonl", {"radiologic": False}, jobs.Result())
+    assert any("proptosis" in r.messages[-1]["content"] for r in every), "but MedMD has it"
     for scan in {s for i in range(len(dataset)) for s in dataset.scans(i)}:
         assert (tmp_path / "pmc" / scan.path).is_file()
 
@@ -284,3 +303,18 @@ def test_another_request_is_another_key():
     assert question_answers.background(
         [("He fell.", "Case", []), ("See Figure 1.", "Case", []), ("Rare.", "Discussion", [])]
     ) == ("He fell.")
+
+
+def test_a_case_of_several_scans_is_asked_about_once(tmp_path):
+    rows = [
+        CASE | {"npy_path": ["a.png", "b.png"], "impression": "None"}, CASE | {"npy_path": "c.png", "finding": ["-"]},
+        CASE | {"finding": "nan", "impression": "N/A"},
+    ]  # fmt: skip
+    write_json(tmp_path / "cap.json", rows)
+    result = jobs.Result()
+    requests = list(question_answers.caption_requests(tmp_path / "cap.json", {}, result))
+    assert [r.cells["image_path"] for r in requests] == ["['a.png', 'b.png']", "c.png"]
+    assert [r.messages[-1]["content"] for r in requests] == [
+        "Findings: A 3 x 2.5 cm mass. No effusion.", "Impression: Lung abscess"
+    ]  # fmt: skip
+    assert [p["row"] for p in result.problems] == ["3"]

@@ -238,3 +238,30 @@ def test_every_family_passes(tmp_path):
         radmd.curate([f"{name}={fields['table'].name}"], root, out, {"without": ["balance"], "unknown": "keep"})
         if name not in ("pmc_oa", "pmc_inline"):
             assert len(open_dataset(name, table=out / fields["table"].name, root=root))
+
+
+def test_sizes_and_ages_are_removed_from_pairs():
+    """RadMD has no information about sizes and ages (paper, 3.2), also where the question is about something else."""
+    row = {"question": "Q: What is the 3 cm lesion?", "answer": "A: A 2.5 cm cyst."}
+    verdict = filters.size_questions(row, "pmc_casereport", Settings(None))
+    assert verdict.row == {"question": "Q: What is the lesion?", "answer": "A: A cyst."}
+    assert dropped("age_questions", question="Who is shown?", answer="A 54-year-old man")
+    assert dropped("size_questions", question="What is seen?", answer="It measures 4 mm.")
+
+
+def test_scans_of_another_kind_leave_the_case(tmp_path):
+    """The labels of a case are those of its scans; what they do not decide, the classifier does for all scans."""
+    settings = Settings(tmp_path, unknown="drop")
+    case = CASE | {"finding": "A mass.", "impression": "", "npy_path": ["a.png", "b.png", "c.png"]}
+    verdict = filters.radiologic(case | {"modality": ["CT", "Pathology", ""]}, "rad3d_caption", settings)
+    assert verdict.row["npy_path"] == ["a.png", "c.png"] and verdict.row["modality"] == ["CT", ""] and verdict.reason
+    assert filters.radiologic(case | {"modality": ["Pathology"] * 3}, "rad3d_caption", settings).row is None
+    assert filters.radiologic(case | {"modality": ["MRI"] * 3}, "rad3d_caption", settings).row == case | {
+        "modality": ["MRI"] * 3
+    }
+    asked = []
+    settings.classifier = lambda path: asked.append(path) or float(path.endswith("c.png"))
+    assert filters.radiologic(case, "rad3d_caption", settings).row is case
+    row = {"image_path": "['a.png', 'b.png']", "question": "Where?", "answer": "Left."}
+    assert filters.radiologic(row, "rad3d_vqa", settings).row is None
+    assert [path.rsplit("/", 1)[1] for path in asked] == ["a.png", "b.png", "c.png", "a.png", "b.png"]

@@ -160,3 +160,30 @@ def test_from_packages_and_cases_to_an_index(tmp_path, monkeypatch):
     report = prepare(config, tmp_path / "index", workers=0, strict=True)
     assert report["quarantine"] == 0 and report["leaks"] == {"study": 0, "scan": 0}
     assert (tmp_path / "index" / "index.json").is_file()
+
+
+def test_every_scan_of_a_stack_counts(tmp_path):
+    """Statistics count the scans of a stack, and a near duplicate of its second scan is found."""
+    rng = np.random.default_rng(0)
+    stack = np.repeat(rng.integers(0, 255, (3, 1, 64, 64, 4)), 3, 1).astype(np.float32)
+    np.save(tmp_path / "stack.npy", stack)
+    np.save(tmp_path / "copy.npy", stack[1:2])
+    write_csv(
+        tmp_path / "vqa.csv", ("image_path", "question", "answer"), ("stack.npy", "q", "a"), ("copy.npy", "r", "b")
+    )
+    out = tmp_path / "out"
+    assert main(["statistics", "--root", str(tmp_path), "--out", str(out), "rad3d_vqa=vqa.csv"]) == 0
+    found = json.loads((out / "statistics.json").read_text())
+    assert found["dimensions"] == {"3D": 4} and found["tables"]["vqa.csv"]["scans"] == 4
+    assert main(["splits", "--root", str(tmp_path), "--out", str(out), "--near", "rad3d_vqa=vqa.csv"]) == 0
+    (pair,) = [json.loads(line) for line in (out / "near.jsonl").read_text().splitlines()]
+    assert {pair["a"], pair["b"]} == {"stack.npy, volume 1", "copy.npy"}
+    assert len({row["split"] for row in table(out / "vqa.csv")}) == 1
+
+
+def test_a_blank_study_is_no_study(root, tmp_path):
+    """ "nan" in the columns study and split is a missing value, not one group and one split of all rows."""
+    rows = [(*r.values(), "nan", "None") for r in table(root / "vqa.csv")]
+    write_csv(root / "given.csv", (*VQA_HEADER, "study", "split"), *rows)
+    assert main(["splits", "--root", str(root), "--test", "0.3", "--out", str(tmp_path), "vqa_rad=given.csv"]) == 0
+    assert {r["split"] for r in table(tmp_path / "given.csv")} == {"train", "test"}

@@ -184,3 +184,18 @@ def test_diseases_that_may_coexist():
     for a, b in [("Edema", "Pneumothorax"), ("Osteophytes", "Disc space narrowing"), ("Mass", "Cardiomegaly")]:
         assert not diseases.may_coexist(a, b) and not diseases.may_coexist(b, a)
     assert diseases.spoken("Pleural_Thickening") == "pleural thickening" and diseases.spoken("COPD") == "COPD"
+
+
+def test_a_label_about_several_images(tmp_path):
+    views = str(["p1/front.png", "p1/side.png"])
+    rows = [(views, "Edema", "1"), ("p2.png", "Edema", "0"), (views, "Mass", "0"), ("p2.png", "Mass", "1")]
+    write_csv(tmp_path / "t.csv", ("image_path", "disease", "label"), *rows)
+    dataset = open_dataset("diagnosis", table="t.csv", root=tmp_path)
+    samples = [draws(dataset, i, 1)[0] for i in range(len(dataset))]
+    shown = {(tuple(s.path for s in sample.scans), answer(sample)) for sample in samples}
+    front_side = ("p1/front.png", "p1/side.png")
+    assert shown == {(front_side, "yes"), (front_side, "no"), (("p2.png",), "yes"), (("p2.png",), "no")}
+    assert {sample.study_id for sample in samples} == {"p1/front.png", "p2.png"}
+    write_csv(tmp_path / "t.csv", ("image_path", "disease", "label"), *rows, (views, "Mass", "1"))
+    with pytest.raises(TableError, match="'Mass' is 0 for p1/front.png, p1/side.png"):
+        open_dataset("diagnosis", table="t.csv", root=tmp_path)

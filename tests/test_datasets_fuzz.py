@@ -71,7 +71,7 @@ def damage_csv(rng, rows, k):
     elif fault == 1:
         return csv_line(cells[:3]).replace(b"\r\n", b"") + b",ab\xff\xfec\r\n", True
     elif fault == 2:
-        cells[column] = ["", " ", "nan", "NaN", "None", "null", "<NA>"][rng.integers(7)]
+        cells[column] = ["", " ", "nan", "NaN", "NULL", "null", "<NA>"][rng.integers(7)]
     elif fault == 3:
         cells.pop(column)
     elif fault == 4:
@@ -145,7 +145,7 @@ def damage_json(rng, rows, k):
     if fault == 0:
         row.pop(["npy_path", "finding", "impression"][rng.integers(3)])
     elif fault == 1:
-        row["finding"] = [3, True, {"a": 1}, [None], ["a", 2], "a\x00"][rng.integers(6)]
+        row["finding"] = [3, True, {"a": 1}, [["a"]], ["a", 2], "a\x00"][rng.integers(6)]
     elif fault == 2:
         row["finding"], row["impression"] = None, "nan"
     elif fault == 3:

@@ -59,7 +59,7 @@ GOOD = {"id": "a", "task": "vqa", "scans": ["a.png"], "instruction": "<image-1> 
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"respnse": "x"}, "unknown keys: 'respnse' (did you mean response?)"),
+        ({"respnse": "x"}, "unknown keys: respnse (did you mean response?)"),
         ({"id": 3}, "id must be text"),
         ({"id": ""}, "id is blank"),
         ({"task": "vqua"}, "task 'vqua' is unknown"),
@@ -75,8 +75,9 @@ GOOD = {"id": "a", "task": "vqa", "scans": ["a.png"], "instruction": "<image-1> 
         ({"scans": ["../a.png"]}, "leaves its folder"),
         ({"scans": [""]}, "names no file"),
         ({"scans": ["a", "b"]}, "no mark <image-2>"),
+        ({"instruction": "<image1> Q?"}, "not a valid mark: <image1>; write <image-1>"),
+        ({"instruction": "Q?", "context": "<image> was"}, "not a valid mark: <image>"),
         ({"instruction": "<image-2> Q?"}, "no scan for <image-2>"),
-        ({"instruction": "Q?"}, "no mark <image-1>"),
         ({"instruction": "<image-1>"}, "image marks but no words"),
         ({"instruction": " "}, "instruction is blank"),
         ({"response": "nan"}, "response is blank"),
@@ -85,7 +86,6 @@ GOOD = {"id": "a", "task": "vqa", "scans": ["a.png"], "instruction": "<image-1> 
         ({"text": "x"}, "text is not allowed"),
         ({"task": "interleaved"}, "text is required"),
         ({"response": ["A"]}, "response must be text, got list"),
-        ({"context": ""}, "context is blank"),
         ({"response": "\x00"}, "NUL"),
         ({"response": "\ud800"}, "UTF-8"),
         ({"instruction": "<image-99999> <image-1> q"}, "no scan for <image-99999>"),
@@ -181,3 +181,33 @@ def test_the_cache_belongs_to_its_thread(tmp_path, monkeypatch):
         for _ in range(2):
             open_dataset("jsonl", **fields)
     assert len(read) == 2
+
+
+def test_empty_optional_fields_are_absent_fields(tmp_path):
+    """Writers of tables give every row every key."""
+    blank = {"context": "", "text": "", "study": " ", "scans": [{"path": "a.png", "volume": None, "window": ""}]}
+    paper = {"id": "p", "task": "interleaved", "text": "See <image-1>.", "scans": ["a.png"]}
+    rows = [
+        GOOD,
+        GOOD | blank | {"id": "b"},
+        paper,
+        paper | {"id": "q"} | dict.fromkeys(("instruction", "response"), ""),
+    ]
+    dataset = open_dataset("jsonl", **own(tmp_path, *rows))
+    one, same, text, same_text = (dataset.sample(i, np.random.default_rng(0)) for i in range(4))
+    assert one.parts == same.parts and one.study_id == same.study_id == "a.png" and text.parts == same_text.parts
+
+
+@pytest.mark.parametrize("scans", [["a.png"], ["a.png", "b.png", "c.nii"]])
+@pytest.mark.parametrize("context", ["", "Chest pain."])
+def test_scans_without_marks_come_first(tmp_path, scans, context):
+    row = {"id": "a", "task": "vqa", "scans": scans, "context": context, "instruction": "Q?", "response": "A."}
+    parts = open_dataset("jsonl", **own(tmp_path, row)).sample(0, np.random.default_rng(0)).parts
+    assert parts[: len(scans)] == tuple(map(Scan, scans)) and parts[-2:] == (
+        Text("Q?", "instruction"),
+        Text("A.", "response"),
+    )
+    assert parts[len(scans) : -2] == ((Text(context, "context"),) if context else ())
+    paper = {"id": "p", "task": "interleaved", "scans": scans, "text": "As shown."}
+    parts = open_dataset("jsonl", **own(tmp_path, paper)).sample(0, np.random.default_rng(0)).parts
+    assert parts == (*map(Scan, scans), Text("As shown.", "interleaved"))

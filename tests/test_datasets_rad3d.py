@@ -82,3 +82,31 @@ def test_rationale_is_half_questions_half_of_them_no_and_true(tmp_path):
     dataset = open_dataset("rad3d_rationale", table="c.json", root=tmp_path)
     assert not [s for s in draws(dataset, 4) if judged(s)]
     assert not [s for s in draws(dataset, 5, 500) if judged(s) and "ormal" in texts(s, "instruction")[0]]
+
+
+def test_a_row_has_one_path_a_list_or_a_stack(tmp_path):
+    """A list and a stack give the scans of the case in order; the study is the first path."""
+    volumes(tmp_path, "v/1.npy", 2)
+    paths = ["ct.nii.gz", "v/1.npy", "xr.png"]
+    scans = (Scan("ct.nii.gz"), Scan("v/1.npy", 0), Scan("v/1.npy", 1), Scan("xr.png"))
+    write_json(tmp_path / "c.json", [{**CASE, "npy_path": paths}, {**CASE, "npy_path": "ct.nii.gz"}])
+    write_csv(tmp_path / "q.csv", ("image_path", "question", "answer"), (str(paths), "q", "a"), ("a.png", "q", "a"))
+    write_csv(tmp_path / "m.csv", ("image_path", "answer"), (str(paths), "CT"), ("a.png", "MRI"))
+    tables = {"caption": "c.json", "rationale": "c.json", "vqa": "q.csv", "modality": "m.csv"}
+    for name, table in tables.items():
+        dataset = open_dataset(f"rad3d_{name}", table=table, root=tmp_path)
+        sample = draws(dataset, 0, 1)[0]
+        assert dataset.scans(0) == sample.scans == scans and sample.study_id == "ct.nii.gz", name
+        assert len(dataset.scans(1)) == 1, name
+    for bad, words in (([], "npy_path is blank"), (["a.npy", ""], "not text"), (["../a"], "leaves its folder")):
+        write_json(tmp_path / "c.json", [{**CASE, "npy_path": bad}])
+        with pytest.raises(RowError, match=words):
+            open_dataset("rad3d_caption", table="c.json", root=tmp_path)
+
+
+def test_fields_of_prose_without_text_are_left_out(tmp_path):
+    """ "N/A", "-" and blank items of a list say nothing: they are no context and no finding."""
+    case = CASE | {"pre": "n/a", "pat": ["-", "Age: 4", None], "finding": ["N/A", "A cyst.", ""], "impression": "NA"}
+    write_json(tmp_path / "c.json", [case | {"npy_path": "a.png"}])
+    sample = draws(open_dataset("rad3d_caption", table="c.json", root=tmp_path), 0, 1)[0]
+    assert answer(sample) == "Findings: A cyst." and texts(sample, "context") == ["Age: 4."]

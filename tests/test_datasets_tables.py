@@ -120,3 +120,40 @@ def test_paths_that_leave_the_root_are_refused(tmp_path, bad):
     with pytest.raises(RowError) as error:
         open_dataset("mimic_cxr", table="t.csv", root=tmp_path)
     assert error.value.row == 1 and (str(tmp_path) in str(error.value) or "NUL" in str(error.value))
+
+
+ANSWERS = {
+    "vqa_rad": (VQA_HEADER, lambda text: ("", "a.png", "How many lesions?", text)),
+    "rad3d_vqa": (("image_path", "question", "answer"), lambda text: ("a.png", "How many?", text)),
+    "mpx_questions": (("name", "question", "answer", "explanation"), lambda text: ("a.png", "How many?", text, "None")),
+    "pmc_casereport": (
+        ("PMC_id", "img_ref", "context", "question", "answer"),
+        lambda text: ("PMC5", "F1", "none", "Q: How many?", f"A: {text}"),
+    ),
+}
+
+
+@pytest.mark.parametrize("family", ANSWERS)
+def test_none_is_an_answer_and_no_context(tmp_path, family):
+    """An answer is text unless a program wrote it for a missing value; other fields may be "None"."""
+    header, row = ANSWERS[family]
+    good, missing = ["None", "none", "N/A", "NA", "-", "No", "0"], ["nan", "NaN", "null", "<NA>", "", " "]
+    write_csv(tmp_path / "t.csv", header, *map(row, good + missing))
+    dataset = open_dataset(family, table="t.csv", root=tmp_path, quarantine=True)
+    samples = [draws(dataset, i, 1)[0] for i in range(len(dataset))]
+    assert [answer(sample) for sample in samples] == good
+    assert [problem.row for problem in dataset.problems] == list(range(8, 14))
+    assert not any(texts(sample, "context") for sample in samples)
+    write_csv(tmp_path / "r.csv", ("image_path", "label"), ("a.png", "None"), ("b.png", "A report."))
+    assert len(open_dataset("mimic_cxr", table="r.csv", root=tmp_path, quarantine=True)) == 1, "no report is None"
+
+
+def test_equal_row_errors_take_one_line(tmp_path):
+    rows = [(f"{k}.png", "nan" if k % 2 else "A report.") for k in range(24)] + [("../x.png", "A report.")]
+    write_csv(tmp_path / "t.csv", ("image_path", "label"), *rows)
+    with pytest.raises(TableError) as error:
+        open_dataset("mimic_cxr", table="t.csv", root=tmp_path)
+    first, equal, other = str(error.value).splitlines()
+    assert "13 bad rows, 12 good ones" in first and "row 25: path '../x.png' leaves" in other
+    assert "t.csv, 12 rows (first: 2, 4, 6): label is blank: 'nan' (correct" in equal
+    assert len(error.value.problems) == 13

@@ -25,8 +25,8 @@ import pytest
 
 import input_pipeline
 import radfm_jax
+from input_pipeline import reasons
 from input_pipeline.curate import captions, qa_prompts, radiology, references
-from input_pipeline.index.categories import reason_pattern
 from input_pipeline.text import sentences, terms
 from input_pipeline.text.measurements import has_size, without_sizes
 
@@ -287,7 +287,7 @@ FUNCTIONS = {
     "panels": (captions.panels, 2),
     "by_caption": (radiology.by_caption, 2),
     "parse_turns": (qa_prompts.parse_turns, 2),
-    "reason_pattern": (reason_pattern, 2),
+    "reasons.pattern": (reasons.pattern, 2),
 }
 TEXTS = (
     *GENERIC, "1-1-", "3 cm ", "no 3 cm, ", "3 cm, ", "(3 cm) ", "1, 2 cm ", "about ", "with 3 cm ", "no ", "Fig. 1 ",

@@ -247,7 +247,7 @@ def test_every_kind_of_bad_input_is_in_quarantine_and_all_else_is_good(mine, tmp
         "nothing fits": ("", "do not fit into", "data.text_length"),
         "climbing": ("", "leaves its folder with '..'", "below the root"),
         "blank": ("", "response is blank", "remove the row"),
-        "no mark": ("", "no mark <image-1>", "mark"),
+        "no mark": ("", "no mark <image-2>", "mark"),
         "not JSON": ("", "not valid JSON", "JSON"),
     }
     bad = [
@@ -265,7 +265,7 @@ def test_every_kind_of_bad_input_is_in_quarantine_and_all_else_is_good(mine, tmp
         ),
         row("climbing", "../outside.png"),
         row("blank", "p0.png", response=" "),
-        row("no mark", "p0.png", instruction="What?"),
+        row("no mark", "p0.png", "p1.png", instruction="<image-1> What?"),
         "{not JSON",
     ]
     good = [row(f"good {i}", f"p{i}.png") for i in range(6)] + [

@@ -46,3 +46,18 @@ def test_a_failed_yes_no_answer_is_neither():
     assert "auc" not in scoring.intervals(
         scoring.score(questions, answers, Terms(["mass"])), resamples=10, seed=0, by_study=False
     )
+
+
+def test_umls_scores_are_averaged_over_all_samples_and_over_those_with_terms():
+    """Four answers: precision 1, 0, undefined and undefined; the paper averages over all samples."""
+    ask = lambda i, reference: Question(f"x/{i}", "vqa", "x", "Q?", (reference,))  # noqa: E731
+    questions = [ask(1, "a mass and a nodule"), ask(2, "a mass"), ask(3, "left"), ask(4, "right")]
+    answers = {f"x/{i}": RecordedAnswer(text) for i, text in enumerate(("a mass", "left", "left", "left"), 1)}
+    scored = scoring.score(questions, answers, Terms(["mass", "nodule"]))
+    found = scoring.intervals(scored, resamples=20, seed=0, by_study=False)
+    assert {name: found[name].value for name in found if name.startswith("umls")} == {
+        "umls_precision": 1 / 4, "umls_recall": 0.5 / 4,
+        "umls_precision_with_terms": 1 / 2, "umls_recall_with_terms": 0.5 / 2,
+    }  # fmt: skip
+    (row,) = scoring.score_rows("m", scored, resamples=20, seed=0, by_study=False)[:1]
+    assert row.without["umls_precision"] == 2 and scored[2].to_dict()["umls_precision"] is None

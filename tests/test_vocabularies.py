@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from input_pipeline.config import DataConfig
+from input_pipeline.sources import describe_terms, terms_of
 from input_pipeline.text import vocabularies
 from input_pipeline.text.terms import _WORD, Terms, fold_phrase, read_list
 from input_pipeline.text.vocabularies import open_terms, scispacy_terms, umls_terms
@@ -138,12 +140,17 @@ def umls(tmp_path):
             concept("C3", "ENG", "Opaque"),
             concept("C3", "ENG", "Lung opacity"),
             concept("C4", "ENG", "Ambulance"),
+            concept("C5", "ENG", "Opacity"),
+            concept("C5", "ENG", "Clear"),
+            concept("C6", "ENG", "Aspirin"),
+            concept("C7", "ENG", "Appendectomy"),
         ],
     )
     sty = rrf(
         tmp_path / "MRSTY.RRF",
         [["C1", "T047", "", "", "", ""], ["C2", "T184", "", "", "", ""], ["C3", "T033", "", "", "", ""],
-         ["C4", "T073", "", "", "", ""]],
+         ["C4", "T073", "", "", "", ""], ["C5", "T033", "", "", "", ""], ["C6", "T121", "", "", "", ""],
+         ["C7", "T061", "", "", "", ""]],
     )  # fmt: skip
     return conso, sty
 
@@ -151,10 +158,29 @@ def umls(tmp_path):
 def test_umls_terms_are_english_and_of_the_chosen_types(umls, tmp_path):
     conso, sty = umls
     terms = umls_terms(conso, sty, cache=tmp_path)
-    assert terms.phrases == ("edema", "lung opacity", "pleural effusion")
+    chosen = ("appendectomy", "aspirin", "edema", "lung opacity", "opacity", "opaque", "pleural effusion")
+    assert terms.phrases == chosen  # single words of findings, drugs and procedures; no everyday words (large, clear)
+    assert matched(terms, "We can see opacity on the X-ray.") == ["opacity"]  # paper, 4.1
     assert umls_terms(conso, sty, ["T073"], cache=tmp_path).phrases == ("ambulance",)
-    everything = ("ambulance", "edema", "lung opacity", "opaque", "pleural effusion")
-    assert umls_terms(conso, cache=tmp_path).phrases == everything
+    everything = ("ambulance", *chosen)
+    assert umls_terms(conso, cache=tmp_path).phrases == umls_terms(conso, sty, (), cache=tmp_path).phrases == everything
+
+
+def test_the_directory_of_umls_needs_no_semantic_types(umls, tmp_path, monkeypatch):
+    monkeypatch.setenv("RADFM_CACHE", str(tmp_path / "cache"))
+    choice = f"umls:{tmp_path}"
+    terms_of.cache_clear()
+    assert "ambulance" not in terms_of(choice).phrases and terms_of(choice, ("T073",)).phrases == ("ambulance",)
+    types = len(vocabularies.SEMANTIC_TYPES)
+    assert describe_terms(choice) == f"medical terms: UMLS of {tmp_path}, {types} semantic types"
+    (tmp_path / "MRSTY.RRF").unlink()
+    terms_of.cache_clear()
+    assert "ambulance" in terms_of(choice).phrases and describe_terms(choice).endswith("every semantic type")
+    with pytest.raises(ValueError, match="data.umls_types needs .*MRSTY.RRF"):
+        terms_of(choice, ("T073",))
+    assert "NOT UMLS as in the paper" in describe_terms("open")
+    with pytest.raises(ValueError, match="data.umls_types: semantic types must be .* got T47"):
+        DataConfig(umls_types=("T033", "T47"))
 
 
 def test_umls_errors_name_file_and_line(umls, tmp_path):

@@ -76,7 +76,7 @@ class RowLoader:
         self.scans = self.index.scans(sources)
         self._check_channels()
         self.tokenizer = tokenizer_of(config)
-        self.terms = terms_of(config.terms)
+        self.terms = terms_of(config.terms, config.umls_types)
         self.sample = functools.lru_cache(maxsize=CACHED_SAMPLES)(self._sample)
         self._scan_sizes = functools.lru_cache(maxsize=4096)(self._compute_scan_sizes)
         self._read = functools.lru_cache(maxsize=2)(self._read_scan)  # neighbouring questions often share a scan

@@ -103,6 +103,8 @@ class Rows(grain.IterDataset):
         settings["flips"] = list(config.flips)  # as JSON returns it
         if config.fit != "stretch":  # states saved before this setting existed have none
             settings["fit"] = config.fit
+        if config.terms.startswith("umls:"):
+            settings["umls_types"] = list(config.umls_types)
         self.identity = {"split": split, "training": training, **settings, **self.description["identity"]}
         share = "weight" if config.mixture == "weights" else "fraction"
         for name, source in self.description["sources"].items():

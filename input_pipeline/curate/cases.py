@@ -27,7 +27,7 @@ from input_pipeline.curate.jobs import Result
 from input_pipeline.datasets import diseases, modalities
 from input_pipeline.datasets.csv_tables import stream_csv
 from input_pipeline.datasets.json_tables import load_json
-from input_pipeline.datasets.rows import Row, bad_path
+from input_pipeline.datasets.rows import NO_PROSE, Row, bad_path, present
 from input_pipeline.files import atomic_write, parse_json
 from input_pipeline.images import scans
 from input_pipeline.parallel import chunk_files
@@ -53,8 +53,9 @@ output in DIR:
   modality.csv     family rad3d_modality
   report.json, problems.jsonl
 
-A case with several scans gives one line per scan in modality.csv and in caption.json, each with the report on all of
-them. --first uses only the first scan of a case.
+A case is one row of caption.json and rationale.json: `npy_path` is the list of its scans, and `modality` the list of
+their labels. modality.csv has one row per scan, because the modality is that of a scan. --first uses only the first
+scan of a case.
 
 examples:
   python -m input_pipeline.curate rad3d cases --out rad3d
@@ -75,8 +76,11 @@ examples:
   python -m input_pipeline.curate mpx cases --out mpx
 """
 _TABLES: dict[str, dict[str, list[str] | None]] = {
-    "rad3d": {"caption.json": None, "rationale.json": None, "modality.csv": ["image_path", "answer"]},
-    "mpx": {"single.csv": ["name", "type", "context"], "multi.csv": ["name", "type", "context", "history"]},
+    "rad3d": {"caption.json": None, "rationale.json": None, "modality.csv": ["image_path", "answer", "study"]},
+    "mpx": {
+        "single.csv": ["name", "type", "context", "study"],
+        "multi.csv": ["name", "type", "context", "history", "study"],
+    },
 }
 _TEXTS = (
     "title findings impression patient presentation history discussion exam ddx dxHow followup articles features"
@@ -147,7 +151,7 @@ def _items(source: Path) -> Iterator[str]:
         key = int.from_bytes(hashlib.blake2b(_UNSAFE.sub("_", name).encode(), digest_size=8).digest(), "big")
         problem = "another case has this name or the same output file names" if key in files else ""
         files.add(key)
-        texts = {k: v for k, v in cells.items() if k in (*_TEXTS, "scans") and v.strip()} if number else None
+        texts = {k: v for k, v in cells.items() if k in (*_TEXTS, "scans") and present(v)} if number else None
         yield json.dumps([str(source), name, number, texts, problem])
 
 
@@ -171,7 +175,8 @@ def one_case(options: dict, item: str) -> Result:
     if not written:
         result.count("cases without a usable scan")
         return result
-    (_rad3d if options["tool"] == "rad3d" else _mpx)(case, written, file, number, result)
+    study = f"{options['tool']}-{name}"
+    (_rad3d if options["tool"] == "rad3d" else _mpx)(study, case, written, file, number, result)
     return result
 
 
@@ -194,17 +199,16 @@ def _from_csv(cells: dict) -> dict:
 
 def _checked(file: Path, number: int, case: dict) -> dict:
     """Return the case with its texts checked and lists joined, without blank texts. Raises RowError."""
-    unknown = sorted(set(case) - {*_TEXTS, "scans"})
-    if unknown:
-        raise RowError(file, number, f"unknown keys: {', '.join(unknown)[:80]}", f"known: {', '.join(_TEXTS)}, scans")
     row = Row(file, number, case, file.parent)
+    if unknown := row.unknown_keys((*_TEXTS, "scans")):
+        raise row.error(unknown, f"known: {', '.join(_TEXTS)}, scans")
     out: dict = {}
     for key in _TEXTS:
-        texts = row.texts(key, literal=False)
+        texts = row.prose(key)
         if texts:
             out[key] = texts if key in ("articles", "features") else " ".join(texts)
     listed = case.get("scans")
-    if listed is not None:
+    if listed not in (None, [], ""):  # else the scans of the folder
         if not isinstance(listed, list) or not all(
             isinstance(s, dict) and isinstance(s.get("path"), str)
             and all(v is None or isinstance(v, str) for v in s.values()) for s in listed
@@ -238,8 +242,8 @@ def _write_scans(folder: Path, name: str, case: dict, options: dict, result: Res
             result.problem(folder / entry["path"], k, error.reason, error.remedy)
             continue
         result.count("scans")
-        texts = {name: (entry.get(name) or "").strip() for name in ("modality", "plane", "caption")}
-        if not entry.get("modality"):
+        texts = {name: present(entry.get(name) or "", NO_PROSE) for name in ("modality", "plane", "caption")}
+        if not texts["modality"]:
             texts["modality"] = DICOM_MODALITIES.get(header.modality or "", "")
         out.append({"file": file} | texts)
     return out
@@ -281,8 +285,8 @@ def _write_scan(file: Path, voxels: np.ndarray, spacing) -> None:
             packed.write(image.to_bytes())
 
 
-def _rad3d(case: dict, written: list[dict], file, number, result: Result) -> None:
-    base = {
+def _rad3d(study: str, case: dict, written: list[dict], file, number, result: Result) -> None:
+    row = {
         "pre": " ".join(case[k] for k in ("presentation", "history") if k in case),
         "pat": case.get("patient", ""),
         "finding": case.get("findings", ""),
@@ -290,33 +294,36 @@ def _rad3d(case: dict, written: list[dict], file, number, result: Result) -> Non
         "title": case.get("title", ""),
         "articles": case.get("articles", []),
         "radiographic_features": case.get("features", []),
+        "npy_path": [scan["file"] for scan in written],
+        "modality": [scan["modality"] for scan in written],
+        "study": study,
     }
-    if not base["finding"] and not base["impression"]:
+    if row["finding"] or row["impression"]:
+        result.add("caption.json", row)
+    else:
         result.count("cases without findings and impression")
         result.problem(file, number, "findings and impression are blank", "the case gives modality labels only")
+    if row["title"] and diseases.words(row["title"]) and row["radiographic_features"]:
+        result.add("rationale.json", row)
     for scan in written:
-        row = base | {"npy_path": scan["file"], "modality": scan["modality"]}
-        if base["finding"] or base["impression"]:
-            result.add("caption.json", row)
-        if base["title"] and diseases.words(base["title"]) and base["radiographic_features"]:
-            result.add("rationale.json", row)
         if _known_modality(scan["modality"], file, number, result):
-            result.add("modality.csv", {"image_path": scan["file"], "answer": scan["modality"]})
+            result.add("modality.csv", {"image_path": scan["file"], "answer": scan["modality"], "study": study})
         else:
             result.count("scans without a known modality")
 
 
-def _mpx(case: dict, written: list[dict], file, number, result: Result) -> None:
+def _mpx(study: str, case: dict, written: list[dict], file, number, result: Result) -> None:
     for scan in written:
         for kind in ("modality", "plane", "caption"):
             text = scan[kind]
             if text and (kind != "modality" or _known_modality(text, file, number, result)):
-                result.add("single.csv", {"name": scan["file"], "type": kind, "context": text})
+                result.add("single.csv", {"name": scan["file"], "type": kind, "context": text, "study": study})
     names = ", ".join(scan["file"] for scan in written)
     history = " ".join(case[k] for k in ("patient", "presentation", "history") if k in case)
     for key, kind in _MULTI.items():
         if key in case:
-            result.add("multi.csv", {"name": names, "type": kind, "context": case[key], "history": history})
+            row = {"name": names, "type": kind, "context": case[key], "history": history, "study": study}
+            result.add("multi.csv", row)
 
 
 def _known_modality(label: str, file, number, result: Result) -> bool:

@@ -21,15 +21,20 @@ PERMUTATIONS = 128
 _MIN_WORDS = 8  # "No pneumothorax." occurs in a thousand rows and does not make them duplicates
 
 
-def image_hash(path) -> int:
-    """Return the 64-bit hash of a scan's middle slice. Raises ScanError, and ValueError without imagehash."""
+def image_hash(path, volume: int | None = None) -> int:
+    """Return the 64-bit hash of the middle slice of a volume of a scan file, by default of the first.
+
+    Raises ScanError, and ValueError without imagehash.
+    """
     try:
         import imagehash
     except ImportError as error:
         raise ValueError(f"near duplicates of images need imagehash: pip install imagehash ({error})") from None
     from PIL import Image
 
-    voxels, header = scans.read(path, volume=0 if scans.header(path).volumes > 1 else None)
+    if volume is None and scans.header(path).volumes > 1:
+        volume = 0
+    voxels, header = scans.read(path, volume=volume)
     slice_ = voxels[:, :, voxels.shape[2] // 2].astype(np.float32).mean(axis=-1)
     low, high = float(slice_.min()), float(slice_.max())
     gray = np.round((slice_ - low) * (255.0 / (high - low or 1.0))).astype(np.uint8)

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from input_pipeline.curate import radiology
+from input_pipeline.datasets import FAMILIES
+from input_pipeline.datasets.rows import Row
 from input_pipeline.text import measurements
 from input_pipeline.text.sentences import sentences
 
@@ -83,26 +85,53 @@ def _texts(row: dict, columns) -> list[str]:
 
 
 def radiologic(row: dict, family: str, settings: Settings) -> Verdict:
-    """Drop rows whose images are not radiologic, by label, then by caption or text, then by the classifier."""
-    labels = [radiology.by_label(part) for text in _texts(row, _LABELS.get(family, ())) for part in text.split(",")]
+    """Drop rows whose images are not radiologic, by label, then by caption or text, then by the classifier.
+
+    A case with scans of both kinds keeps those that are not labelled as another kind.
+    """
+    kept = _without_other_scans(row)
+    if reason := _not_radiologic(kept, family, settings):
+        return Verdict(None, reason)
+    return Verdict(kept, "" if kept is row else "scans that are not radiologic removed")
+
+
+def _label_verdict(label: str) -> bool | None:
+    """Return whether a label with one or several modalities, separated by commas, is radiologic; None if unknown."""
+    verdicts = [radiology.by_label(part) for part in label.split(",")]
+    return True if any(verdicts) else None if None in verdicts else False
+
+
+def _without_other_scans(row: dict) -> dict:
+    """Return the row without the scans whose labels are not radiologic, unless all are (rows of curate/cases.py)."""
+    paths, labels = row.get("npy_path"), row.get("modality")
+    if not isinstance(paths, list) or not isinstance(labels, list) or len(paths) != len(labels):
+        return row
+    kept = [k for k, label in enumerate(labels) if _label_verdict(label) is not False]
+    if not kept or len(kept) == len(paths):
+        return row
+    return row | {"npy_path": [paths[k] for k in kept], "modality": [labels[k] for k in kept]}
+
+
+def _not_radiologic(row: dict, family: str, settings: Settings) -> str:
+    """Return why the images of a row are not radiologic, or ""."""
+    labels = [_label_verdict(text) for text in _texts(row, _LABELS.get(family, ()))]
     if any(labels):
-        return Verdict(row)
+        return ""
     if labels and None not in labels:
-        return Verdict(None, "the modality is not radiologic")
+        return "the modality is not radiologic"
     verdicts = [settings.captions.verdict(*key) for key in figures(row, family)]
     if all(verdict is None for verdict in verdicts):
         verdicts = [radiology.by_caption(" ".join(_texts(row, _TEXTS.get(family, ()))))]
     if True in verdicts:
-        return Verdict(row)
+        return ""
     if False in verdicts:
-        return Verdict(None, "the text describes another kind of image")
+        return "the text describes another kind of image"
     if settings.classifier is not None:
         scores = [settings.classifier(str(settings.root / path)) for path in _paths(row, family)]
         if scores:
-            kept = max(scores) >= settings.threshold
-            return Verdict(row) if kept else Verdict(None, "not radiologic according to the classifier")
+            return "" if max(scores) >= settings.threshold else "not radiologic according to the classifier"
     keep = (settings.unknown or _UNKNOWN.get(family, "keep")) == "keep"
-    return Verdict(row) if keep else Verdict(None, "no evidence that the image is radiologic")
+    return "" if keep else "no evidence that the image is radiologic"
 
 
 def figures(row: dict, family: str) -> list[tuple[str, str]]:
@@ -115,7 +144,8 @@ def figures(row: dict, family: str) -> list[tuple[str, str]]:
 def _paths(row: dict, family: str) -> list[str]:
     if family == "pmc_casereport":
         return [f"figures/{paper}_{name}.jpg" for paper, name in figures(row, family)]
-    return [row[c] for c in ("image_path", "npy_path", "Figure_path", "name") if isinstance(row.get(c), str)][:1]
+    column = next((name for name in FAMILIES[family].required if name in ("image_path", "npy_path")), "")
+    return Row(Path(family), 0, row, Path()).names(column) if column else []
 
 
 _SIZE_QUESTION = re.compile(
@@ -127,11 +157,16 @@ _SIZE_QUESTION = re.compile(
     r"(?:what|which)\s+(?:is|was|are|were)\s+the\s+(?:approximate\s+|estimated\s+|total\s+)?volume\s+of)",
     re.IGNORECASE,
 )
-AGE_QUESTION = re.compile(
+_AGE_QUESTION = re.compile(
     r"\bhow\s+(?:old|young)\b(?!\s+(?:is|was|are)\s+the\s+(?:fracture|infarct|h(?:a)?ematoma|bleed|lesion|injur))|"
     r"(?<!bone )(?<!skeletal )\bages?\b|\byears?[- ]old\b|\byears?\s+of\s+age\b|"
     r"\bin\s+which\s+year\s+was\s+\w+\s+born\b",
     re.IGNORECASE,
+)
+_AGE = re.compile(
+    r"\b\d{1,3}[- ](?:year|month|week|day)s?[- ]olds?\b|\baged\s+\d|\b\d{1,3}\s*y/?o\b|\bage\s+of\s+\d|"
+    r"\byears?\s+of\s+age\b",
+    re.I,
 )
 _SIZE_ANSWER = re.compile(
     r"(?:A:\s*)?(?:(?:it|they|the\s+\w+)\s+(?:is|was|are|were|measures?|measured)\s+)?(?:(?:about|approximately|"
@@ -142,32 +177,52 @@ _SIZE_ANSWER = re.compile(
 
 
 def size_questions(row: dict, family: str, settings: Settings) -> Verdict:
-    """Drop questions about sizes, which a resized volume does not show."""
+    """Drop questions about sizes, which a resized volume does not show, and remove size phrases from the others."""
     question, answer = (_column(row, name) for name in ("question", "answer"))
     if _SIZE_QUESTION.search(question):
         return Verdict(None, "the question is about a size")
     if _SIZE_ANSWER.fullmatch(answer.strip().rstrip(".")):
         return Verdict(None, "the answer is a size")
-    return Verdict(row)
+    changed = _without_sizes(row, ("question", "answer", "Question", "Answer"))
+    if changed == row:
+        return Verdict(row)
+    if not all(_TAG.sub("", _column(changed, name)).strip() for name in ("question", "answer")):
+        return Verdict(None, "the question or the answer is nothing but sizes")
+    return Verdict(changed, "sizes removed")
 
 
-def age_questions(row: dict, family: str, settings: Settings) -> Verdict:
-    """Drop questions about the patient's age. The age of a fracture and the bone age may be visible, so they stay."""
-    if AGE_QUESTION.search(_column(row, "question")):
-        return Verdict(None, "the question is about an age")
-    return Verdict(row)
+_TAG = re.compile(r"^[QA]:\s*")
 
 
-def size_phrases(row: dict, family: str, settings: Settings) -> Verdict:
-    """Remove size phrases from findings and impressions; drop rows without other text."""
+def _without_sizes(row: dict, columns) -> dict:
+    """Return the row without the size phrases in some columns, texts or lists of texts."""
     changed = dict(row)
-    for column in ("finding", "impression"):
+    for column in columns:
         value = row.get(column)
         if isinstance(value, str) and measurements.has_size(value):
             changed[column] = measurements.without_sizes(value)
         elif isinstance(value, list):
             texts = [measurements.without_sizes(v) if measurements.has_size(v) else v for v in value]
             changed[column] = [text for text in texts if text]
+    return changed
+
+
+def age_questions(row: dict, family: str, settings: Settings) -> Verdict:
+    """Drop pairs that ask for the patient's age or state it.
+
+    The age of a fracture and the bone age may be visible, so they stay.
+    """
+    question, answer = (_column(row, name) for name in ("question", "answer"))
+    if _AGE_QUESTION.search(question):
+        return Verdict(None, "the question is about an age")
+    if _AGE.search(f"{question} {answer}"):
+        return Verdict(None, "the question or the answer states an age")
+    return Verdict(row)
+
+
+def size_phrases(row: dict, family: str, settings: Settings) -> Verdict:
+    """Remove size phrases from findings and impressions; drop rows without other text."""
+    changed = _without_sizes(row, ("finding", "impression"))
     if changed == row:
         return Verdict(row)
     if not _texts(changed, ("finding", "impression")):
@@ -189,7 +244,7 @@ _WORD = re.compile(r"[a-z0-9]+")
 
 
 def _content(text: str) -> list[str]:
-    words = _WORD.findall(re.sub(r"^[QA]:\s*", "", text.strip()).lower())
+    words = _WORD.findall(_TAG.sub("", text.strip()).lower())
     words = [w for w in words if w not in _STOP_WORDS]
     # Fold plurals: "cysts" gives "cyst" away.
     return [w[:-1] if len(w) > 4 and w.endswith("s") and not w.endswith("ss") else w for w in words]

@@ -7,7 +7,6 @@ part file (chunk_files.py). A resumed run makes only the missing parts. Merging 
 from __future__ import annotations
 
 import array
-import collections
 import dataclasses
 import functools
 import itertools
@@ -21,8 +20,9 @@ from input_pipeline.files import PARTIAL, parse_json, read_json, write_json
 from input_pipeline.parallel import beam, chunk_files, workers
 from input_pipeline.parallel.chunk_files import Items
 from input_pipeline.parallel.resilient_pool import ResilientPool, no_state
+from input_pipeline.reasons import Reasons
 
-VERSION = 2  # increase it when a row function's result for the same item changes
+VERSION = 3  # increase it when a row function's result for the same item changes
 TIMEOUT = 300.0  # seconds for one item, after which its worker counts as hung
 
 
@@ -184,7 +184,7 @@ class Report:
         suffix += "-dry-run" if dry_run else ""
         self.file, self.problems_file = directory / f"report{suffix}.json", directory / f"problems{suffix}.jsonl"
         self.counts: dict[str, int] = {}  # in the order in which they were first counted
-        self.reasons: collections.Counter[str] = collections.Counter()
+        self.reasons = Reasons(_kind)
         self.more: dict = {}  # additional keys of the report
         directory.mkdir(parents=True, exist_ok=True)
         self._partial = self.problems_file.with_name(self.problems_file.name + PARTIAL)
@@ -195,7 +195,9 @@ class Report:
         for label, more in result.counts.items():
             self.counts[label] = self.counts.get(label, 0) + more
         self.problems += len(result.problems)
-        self.reasons.update(_kind(problem["reason"]) for problem in result.problems)
+        for problem in result.problems:
+            where = "/".join(Path(problem["file"]).parts[-2:])
+            self.reasons.add(problem["reason"], f"{where}, row {problem['row']}")
         if result.problems:
             with open(self._partial, "a", encoding="utf-8") as out:
                 out.writelines(json.dumps(problem, ensure_ascii=False) + "\n" for problem in result.problems)
@@ -204,7 +206,7 @@ class Report:
         """Write both files. Returns the report, with their names as `files`."""
         os.replace(self._partial, self.problems_file)
         report = {"tool": self.tool, "options": self.options, "counts": self.counts, "problems": self.problems}
-        report |= {"reasons": dict(self.reasons.most_common(50))} | self.more
+        report |= {"reasons": self.reasons.counts(50)} | self.more
         write_json(self.file, report)
         return report | {"files": [self.file.name, self.problems_file.name]}
 
@@ -218,7 +220,12 @@ def _of_other_tool(file: Path, tool: str) -> bool:
 
 
 def _kind(reason: str) -> str:
-    """Return a reason without details, to count by: the text before a colon or a quotation, numbers as N."""
+    """Return a reason without details, to count by: the text before a colon or a quotation, numbers as N.
+
+    Unknown keys are no detail.
+    """
+    if reason.startswith("unknown keys: "):
+        return reason
     for mark in (": ", " '", ' "', " (", ", to "):
         reason = reason.split(mark, 1)[0]
     return re.sub(r"(?<![\w-])\d[\d,]*(?![\w-])", "N", reason)[:80]

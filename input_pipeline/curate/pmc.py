@@ -47,17 +47,17 @@ other papers are counted and get no figure.
 OA = "Extract the figures of papers with their captions: PMC-OA. Reads the same packages as pmc-inline."
 OA_EPILOG = """\
 output in DIR:
-  oa.csv                    Figure_path, Caption (family pmc_oa), PMC_id, figure, label, part, panels
+  oa.csv                    Figure_path, Caption (family pmc_oa), PMC_id, figure, label, panels
   figures/PMC<number>_<ref>.jpg
   report.json, problems.jsonl
 
 The marks of sub-figures, "(a) ... (b) ...", stay in the caption, and `panels` lists them. A figure with several images
-gives one line per image, with a `part` such as "1 of 2".
+is one row, whose Figure_path is the list of its images, because the caption is about all of them.
 
 examples:
   python -m input_pipeline.curate pmc-oa oa_package --out pmc_oa
 """
-_OA_HEADER = ["Figure_path", "Caption", "PMC_id", "figure", "label", "part", "panels"]
+_OA_HEADER = ["Figure_path", "Caption", "PMC_id", "figure", "label", "panels"]
 
 
 def _add_oa_options(parser) -> None:
@@ -272,13 +272,12 @@ def oa_paper(options: dict, path: str) -> Result:
             result.problem(path, figure.row, f"a figure has no caption: {name}", "the figure is not used")
     images = _write_images(options, path, package, key, figures, result)
     for figure in figures:
-        marks = " ".join(panels(figure.caption))
-        for k, name in enumerate(figure.names, 1):
-            if name in images:
-                part = f"{k} of {len(figure.names)}" if len(figure.names) > 1 else ""
-                cells = (f"figures/{key}_{name}.jpg", figure.caption, key, name, figure.label, part, marks)
-                result.add("pairs", dict(zip(_OA_HEADER, cells, strict=True)))
-                result.count("pairs")
+        paths = [f"figures/{key}_{name}.jpg" for name in figure.names if name in images]
+        if paths:
+            shown = paths[0] if len(paths) == 1 else str(paths)
+            cells = (shown, figure.caption, key, figure.name, figure.label, " ".join(panels(figure.caption)))
+            result.add("pairs", dict(zip(_OA_HEADER, cells, strict=True)))
+            result.count("pairs")
     return result
 
 

@@ -1,4 +1,7 @@
-"""Prompts for a language model in the form of the paper's Figure 3, and the checks of its answers."""
+"""Prompts for a language model in the form of the paper's Figure 3, and the checks of its answers.
+
+Pairs about sizes and ages belong to MedMD, as in the figure's example. `radmd` removes them (Table 2).
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,7 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-from input_pipeline.curate.filters import AGE_QUESTION
 from input_pipeline.curate.language import is_english
-from input_pipeline.text import measurements
 
 RULES = (
     "You write questions and answers about radiologic images, for teaching a model that will see the image and nothing "
@@ -21,7 +22,7 @@ RULES = (
     "which side, how it looks, what diagnosis it suggests. Do not ask about symptoms, history, treatment, laboratory "
     "values or outcome.\n"
     '- Do not speak of the text: write "in the image", never "the report says", "as mentioned" or "in this case".\n'
-    "- Do not give ages, dates, names, measurements or sizes, neither in questions nor in answers.\n"
+    "- Do not give dates or names of people, neither in questions nor in answers.\n"
     "- Make the questions different from each other. Let the answers be short, and true to the text; do not add "
     "anything to it.\n"
     "- Give no medical advice. If the text says nothing about an image, answer with the single word NONE."
@@ -40,6 +41,7 @@ EXAMPLES = (
         "Findings: The left kidney holds a 14 mm calculus in the renal pelvis with dilated calyces. The right "
         "kidney is unremarkable. Impression: Obstructing left renal calculus with hydronephrosis.",
         "User: What is seen in the left renal pelvis?\nAssistant: A calculus.\n"
+        "User: How large is the calculus?\nAssistant: 14 mm.\n"
         "User: What does the image suggest as the cause of the dilated calyces?\nAssistant: Obstruction by the "
         "calculus, with hydronephrosis on the left.",
     ),
@@ -59,9 +61,15 @@ class Pair(NamedTuple):
     answer: str
 
 
+# A label begins a line, or follows the turn before it on the same line, as in Figure 3. There a short label must follow
+# the end of a sentence: "hepatitis A: ..." is not a turn.
 _TURN = re.compile(
-    r"^(?:[^\S\n]|[*_#>-])*(?:\d+[.)]\s*)?(User|Human|Question|Q|Assistant|Answer|A)[\s*_]*:[\s*_]*", re.I | re.M
+    r"^(?:[^\S\n]|[*_#>-])*(?:\d+[.)]\s*)?(?P<line>User|Human|Question|Q|Assistant|Answer|A)[\s*_]*:[\s*_]*"
+    r"|(?:(?<=[.?!]\s)\d+[.)]\s*)?(?<=\s)[*_]*(?-i:(?P<speaker>User|Human|Assistant))[*_]*:[\s*_]*"
+    r"|(?<=[.?!]\s)(?:\d+[.)]\s*)?[*_]*(?-i:(?P<short>Question|Q|Answer|A))[*_]*:[\s*_]*",
+    re.IGNORECASE | re.MULTILINE,
 )
+_SPEAKERS = frozenset({"user", "human", "assistant"})
 _QUESTIONER = frozenset({"user", "human", "question", "q"})
 _REFUSAL = re.compile(
     r"^\W*(?:I['’]?m\s+(?:very\s+)?sorry|sorry\b|I\s+(?:can(?:not|['’]t)|am\s+(?:not\s+able|unable))|"
@@ -77,6 +85,8 @@ def parse_turns(text: str, truncated: bool = False) -> tuple[list[Pair], str]:
     """
     plain = text.strip()
     marks = list(_TURN.finditer(plain))
+    if marks and marks[0][marks[0].lastgroup].lower() in _SPEAKERS:
+        marks = [mark for mark in marks if mark.lastgroup != "short"]  # "Two panels. A: axial CT." within a turn
     if not marks:
         if plain.strip(" .`*").upper() == "NONE":
             return [], "nothing to ask"
@@ -84,7 +94,8 @@ def parse_turns(text: str, truncated: bool = False) -> tuple[list[Pair], str]:
     turns = []  # (whether it is a question, text)
     for k, mark in enumerate(marks):
         end = marks[k + 1].start() if k + 1 < len(marks) else len(plain)
-        turns.append((mark[1].lower() in _QUESTIONER, " ".join(plain[mark.end() : end].strip("*_` \n").split())))
+        label, turn = mark[mark.lastgroup].lower(), " ".join(plain[mark.end() : end].split())
+        turns.append((label in _QUESTIONER, turn.strip("*_`\\ ")))
     if truncated:
         turns.pop()
     pairs = [
@@ -105,11 +116,6 @@ _DATE = re.compile(
     r"\b(?:(?:19|20)\d\d|\d{1,2}[./]\d{1,2}[./]\d{2,4}|(?:January|February|March|April|June|July|August|September|"
     r"October|November|December)\s+(?:\d|of\b)|\d+(?:st|nd|rd|th)\s+(?:of\s+)?(?:January|February|March|April|May|June|July|"
     r"August))"
-)
-_AGE = re.compile(
-    r"\b\d{1,3}[- ](?:year|month|week|day)s?[- ]olds?\b|\baged\s+\d|\b\d{1,3}\s*y/?o\b|\bage\s+of\s+\d|"
-    r"\byears?\s+of\s+age\b",
-    re.I,
 )
 _PERSON = re.compile(r"\b(?:Dr|Mr|Mrs|Ms|Prof)\.?\s+[A-Z]")
 _NOT_VISIBLE = re.compile(
@@ -135,8 +141,6 @@ _REJECTIONS: dict[str, Callable[[str, str, str], object]] = {
     "not English": lambda question, answer, both: not is_english(both, min_words=8),
     "image marks": lambda question, answer, both: "<image" in both.lower() or "\x00" in both,
     "it refers to the text": lambda question, answer, both: _ABOUT_TEXT.search(both),
-    "it states a size": lambda question, answer, both: measurements.has_size(both),
-    "it is about an age": lambda question, answer, both: _AGE.search(both) or AGE_QUESTION.search(question),
     "it states a date": lambda question, answer, both: _DATE.search(both),
     "it names a person": lambda question, answer, both: _PERSON.search(both),
     "the image cannot answer it": lambda question, answer, both: _NOT_VISIBLE.search(question),

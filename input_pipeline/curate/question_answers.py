@@ -16,12 +16,14 @@ from typing import NamedTuple
 from input_pipeline.curate import console, jobs, layouts, llm, qa_prompts, radiology
 from input_pipeline.curate.jobs import Report, Result
 from input_pipeline.datasets.json_tables import stream_jsonl
+from input_pipeline.datasets.rows import Row
 from input_pipeline.samples import RowError
 
 CASES = """\
 Make question-answer pairs about the figures of case reports: PMC-CaseReport. SOURCE is the cases.jsonl of
 `pmc-inline --cases`. For every sentence that refers to figures, the model sees the sentence and the captions. The text
-about the patient before it becomes the context of the row, as in clinical practice.
+about the patient before it becomes the context of the row, as in clinical practice. MedMD has all figures; `radmd`
+drops pairs about figures that are not radiologic, and those about sizes and ages.
 """
 VQA = """\
 Make question-answer pairs from the findings and impressions of scans: Rad3D-VQA. SOURCE is a table of the family
@@ -94,7 +96,8 @@ def _add_options(parser) -> None:
 
 def _add_case_options(parser) -> None:
     _add_options(parser)
-    parser.add_argument("--all-figures", action="store_true", help="include figures whose captions are not radiologic")
+    text = "only figures whose captions are radiologic: fewer requests, if only RadMD is built"
+    parser.add_argument("--radiologic", action="store_true", help=text)
 
 
 def _check(args) -> str:
@@ -106,8 +109,8 @@ def _check(args) -> str:
 def _run(tool: str, args, directory: Path, **running) -> dict:
     names = {field.name for field in dataclasses.fields(llm.Endpoint)}
     endpoint = llm.Endpoint(**{name: value for name, value in vars(args).items() if name in names})
-    all_figures = getattr(args, "all_figures", False)
-    options = {"dry_run": args.dry_run, "limit": args.limit, "all_figures": all_figures}
+    radiologic = getattr(args, "radiologic", False)
+    options = {"dry_run": args.dry_run, "limit": args.limit, "radiologic": radiologic}
     report = curate(tool, args.source, directory, endpoint, options, **running)
     return report | {"incomplete": report["counts"].get("requests left for the next run") or report.get("stopped")}
 
@@ -224,7 +227,7 @@ def case_requests(source: Path, options: dict, result: Result) -> Iterator[Reque
         for k, (text, section, figures) in enumerate(sentences):
             if not figures or not _is_case_section(section):
                 continue
-            shown = [f for f in figures if options["all_figures"] or _is_radiologic(captions.get(f, ""), text)]
+            shown = [f for f in figures if not options["radiologic"] or _is_radiologic(captions.get(f, ""), text)]
             if not shown:
                 result.count("sentences whose figures are not radiologic")
                 continue
@@ -249,13 +252,17 @@ def background(before: list[tuple[str, str, list[str]]]) -> str:
 
 
 def caption_requests(source: Path, options: dict, result: Result) -> Iterator[Request]:
-    """Yield one request for each case with findings or an impression."""
+    """Yield one request for each case with findings or an impression; its pairs are about all scans of the case."""
     titles = {"finding": "Findings", "impression": "Impression"}
-    for number, row in _read(source, result):
-        texts = {name: " ".join(v) if isinstance(v, list) else v for name in titles if (v := row.get(name))}
-        if not texts or not isinstance(row["npy_path"], str) or not all(isinstance(v, str) for v in texts.values()):
-            reason = "finding and impression are blank or not text"
-            result.problem(source, number, reason, "correct or remove the row")
+    for number, cells in _read(source, result):
+        row = Row(source, number, cells, source.parent)
+        try:
+            texts = {title: text for name, title in titles.items() if (text := " ".join(row.prose(name)))}
+            paths = row.names("npy_path")
+            if not texts or not paths:
+                raise row.error("npy_path is blank" if texts else "finding and impression are blank")
+        except RowError as error:
+            result.error(error)
             continue
-        text = " ".join(f"{titles[name]}: {text.strip()}" for name, text in texts.items())
-        yield Request(qa_prompts.messages(text), {"image_path": row["npy_path"]})
+        text = " ".join(f"{title}: {text}" for title, text in texts.items())
+        yield Request(qa_prompts.messages(text), {"image_path": paths[0] if len(paths) == 1 else str(paths)})

@@ -16,6 +16,7 @@ from input_pipeline.curate.filters import FILTERS, RULES, Settings
 from input_pipeline.curate.jobs import Report, Result
 from input_pipeline.datasets import FAMILIES, diagnosis, diseases
 from input_pipeline.datasets.json_tables import stream_jsonl
+from input_pipeline.datasets.rows import present
 from input_pipeline.files import write_json_lines
 
 DESCRIPTION = """\
@@ -188,8 +189,9 @@ def _balance(rows: Iterator[tuple[int, dict]], seed: int, file: Path, result: Re
             remedy = "write 1 (present) or 0 (absent) of a disease; in an open table a disease, or 'No finding'"
             result.problem(file, number, reason, remedy)
             continue
-        group = (row.get("source") or "", diseases.canonical(row["disease"])) if "disease" in row else ("", "")
-        both = sides.setdefault((row.get("split") or "", *group), tuple(array.array("Q") for _ in range(4)))
+        source, split = (present(row.get(column) or "") for column in ("source", "split"))
+        group = (source, diseases.canonical(row["disease"])) if "disease" in row else ("", "")
+        both = sides.setdefault((split, *group), tuple(array.array("Q") for _ in range(4)))
         both[2 * side].append(int.from_bytes(order(seed, row)[:8], "big"))
         both[2 * side + 1].append(number)
     kept: set[int] = set()

@@ -11,6 +11,7 @@ from input_pipeline.curate.jobs import Report, Result
 from input_pipeline.curate.layouts import NamedTable
 from input_pipeline.datasets import FAMILIES, Dataset, open_dataset, sample_rng
 from input_pipeline.datasets.diagnosis import Diagnosis
+from input_pipeline.datasets.rows import present
 from input_pipeline.files import write_json_lines
 from input_pipeline.images import scans
 from input_pipeline.samples import RowError, Text
@@ -143,13 +144,14 @@ def _add_rows(table, dataset, groups, rows, images, texts, near: list[dict], res
         study = sample.study_id or ""
         # Without a study, study_id is the path of a scan, which is unique below its folder only.
         study = table.below(study) if study in {scan.path for scan in shown} else study
-        study = str(row.get("study") or study)
+        study = _cell(row, "study") or study
         if study:
             groups.join(key, f"study {study}")
         for scan in shown:
-            groups.join(key, f"scan {table.below(scan.path)}")
-            images.setdefault(table.below(scan.path), None)
-        rows[key] = str(row.get("split") or "")
+            path = table.below(scan.path)
+            groups.join(key, f"scan {path}")
+            images[path if scan.volume is None else f"{path}, volume {scan.volume}"] = path, scan.volume
+        rows[key] = _cell(row, "split")
         if texts is not None:
             text = " ".join(p.text for p in sample.parts if isinstance(p, Text) and p.role == "response")
             for other, similarity in texts.add(key, text):
@@ -157,19 +159,24 @@ def _add_rows(table, dataset, groups, rows, images, texts, near: list[dict], res
                 near.append({"kind": "texts", "a": other, "b": key, "similarity": similarity})
 
 
+def _cell(row: dict, column: str) -> str:
+    return present(str(row.get(column) or ""))
+
+
 def _add_near_images(root, groups, images, near: list[dict], result: Result, progress) -> None:
     """Join the groups of near-duplicate images, and add the pairs."""
     hashes = {}
     done = progress("hashing images", "images", len(images))
-    for path in images:
+    for name, (path, volume) in images.items():
         try:
-            hashes[path] = duplicates.image_hash(scans.resolve(root, path))
+            hashes[name] = duplicates.image_hash(scans.resolve(root, path), volume)
         except scans.ScanError as error:
             result.problem(error.path, path, error.reason, error.remedy)
         done(1, 0)
     for a, b, distance in duplicates.near_images(hashes):
-        groups.join(f"scan {a}", f"scan {b}")
-        near.append({"kind": "pictures", "a": a, "b": b, "distance": distance})
+        if images[a][0] != images[b][0]:  # else volumes of one stack
+            groups.join(f"scan {images[a][0]}", f"scan {images[b][0]}")
+            near.append({"kind": "pictures", "a": a, "b": b, "distance": distance})
     near.sort(key=lambda pair: pair["kind"])
     for kind in ("pictures", "texts"):
         result.count(f"near duplicates of {kind}", sum(p["kind"] == kind for p in near))

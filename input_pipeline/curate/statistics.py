@@ -51,8 +51,8 @@ def curate(specs, root, directory, options: dict, progress=jobs.no_progress, log
     result, report = Result(), Report(directory, "statistics", {"root": str(root), "tables": specs} | options)
     licences = dict(text.partition("=")[::2] for text in options["licence"])
     reports = [read_json(file, kind=dict) for file in options["report"]]
-    labels: dict[str, str] = {}  # path -> label of its modality
-    families: dict[str, str] = {}  # path -> family
+    labels: dict[tuple[str, int | None], str] = {}  # path and volume of a scan -> label of its modality
+    families: dict[tuple[str, int | None], str] = {}  # path and volume of a scan -> family
     tables: dict[str, dict] = {}
     tasks: collections.Counter[str] = collections.Counter()
     for table, dataset in opened(layouts.named_tables(specs, root), result):
@@ -73,7 +73,7 @@ def curate(specs, root, directory, options: dict, progress=jobs.no_progress, log
 def _count_table(table, dataset, labels: dict, families: dict, result: Result, progress) -> dict:
     """Return the counts of a table, and add its scans to `labels` and `families`."""
     done = progress(table.name, "rows", len(dataset))
-    paths, studies, lengths = set(), set(), []
+    scan_keys, studies, lengths = set(), set(), []
     tasks: collections.Counter[str] = collections.Counter()
     for i in range(len(dataset)):
         try:
@@ -85,15 +85,15 @@ def _count_table(table, dataset, labels: dict, families: dict, result: Result, p
         tasks[sample.task] += 1
         studies.add(sample.study_id)
         lengths.append(sum(len(p.text.split()) for p in sample.parts if isinstance(p, Text)))
-        paths.update(scan.path for scan in shown)
-        below = [table.below(scan.path) for scan in shown]
-        for path in below:
-            families.setdefault(path, table.family)
+        below = [(table.below(scan.path), scan.volume) for scan in shown]
+        scan_keys.update(below)
+        for key in below:
+            families.setdefault(key, table.family)
         if label := _label(table.family, dataset._rows[i]):
             labels.update(dict.fromkeys(below, label))
         done(1, 0)
     words = {"mean": round(sum(lengths) / max(len(lengths), 1), 1), "most": max(lengths, default=0)}
-    counts = {"family": table.family, "rows": len(dataset), "scans": len(paths), "studies": len(studies)}
+    counts = {"family": table.family, "rows": len(dataset), "scans": len(scan_keys), "studies": len(studies)}
     return counts | {"tasks": dict(tasks.most_common()), "words": words}
 
 
@@ -104,12 +104,12 @@ def _label(family: str, value) -> str:
     return ""
 
 
-def _count_scans(root: Path, families: dict[str, str], labels, result: Result, progress):
-    """Return the numbers of scans by dimension and by modality, from their headers."""
+def _count_scans(root: Path, families: dict[tuple[str, int | None], str], labels, result: Result, progress):
+    """Return the numbers of scans by dimension and by modality, from their headers. A stack of S scans counts S."""
     dimensions: collections.Counter[str] = collections.Counter()
     counts: collections.Counter[str] = collections.Counter()
     done = progress("reading headers", "scans", len(families))
-    for path, family in families.items():
+    for (path, volume), family in families.items():
         try:
             header = scans.header(scans.resolve(root, path))
         except scans.ScanError as error:
@@ -117,7 +117,7 @@ def _count_scans(root: Path, families: dict[str, str], labels, result: Result, p
             result.problem(error.path, path, error.reason, error.remedy)
         else:
             dimensions[header.kind.upper()] += 1
-            modality = DICOM_MODALITIES.get(header.modality or "") or labels.get(path)
+            modality = DICOM_MODALITIES.get(header.modality or "") or labels.get((path, volume))
             modality = modality or _FAMILY_MODALITIES.get(family) or NOT_STATED
             assert modality == NOT_STATED or all(part in modalities.WORDS for part in modality.split(" and ")), modality
             counts[modality] += 1

@@ -42,7 +42,7 @@ from input_pipeline.curate.labels import (
 )
 from input_pipeline.datasets import diseases
 from input_pipeline.datasets.csv_tables import csv_header
-from input_pipeline.datasets.rows import bad_path
+from input_pipeline.datasets.rows import bad_path, present
 from input_pipeline.datasets.table_text import read_text
 from input_pipeline.samples import RowError
 
@@ -69,7 +69,7 @@ def chestxray14(folder: Path, policy: Policy, result: Result) -> Iterator[Image]
                 continue
             findings: dict = {d.replace("_", " "): d in labels for d in CHESTXRAY14}
             split = "" if not test else "test" if name in test else "train"
-            study = f"chestxray14-{cells.get('Patient ID', '').strip() or name.split('_')[0]}"
+            study = f"chestxray14-{present(cells.get('Patient ID', '')) or name.split('_')[0]}"
             yield Image(image_path(index, name, ".png"), study, findings, split, True, row, str(file))
 
 
@@ -225,7 +225,7 @@ def object_cxr(folder: Path, policy: Policy, result: Result) -> Iterator[Image]:
                 reject(result, file, row, "image_name is blank")
                 continue
             split = "train" if file.name == "train.csv" else "test"
-            findings = {"Foreign object": bool(cells["annotation"].strip())}
+            findings = {"Foreign object": bool(present(cells["annotation"]))}
             path = image_path(index, name, ".jpg")
             yield Image(path, f"object-cxr-{name}", findings, split, False, row, str(file))
 
@@ -271,7 +271,7 @@ def _boxes(kind: str, names, column: str, folder: Path, policy: Policy, result: 
             name = cells["image_id"].strip()
             split = {"training": "train", "test": "test"}.get(cells.get("split", ""))
             split = split or ("test" if "test" in file.name else "train")
-            study = cells.get("study_id", "").strip() or name
+            study = present(cells.get("study_id", "")) or name
             images.setdefault(name, (set(), study, split, row, file))[0].update(label.strip() for label in labels)
     known = sorted({d for labels, *_ in images.values() for d in labels if not diseases.is_normal(d)})
     for name, (labels, study, split, row, file) in images.items():

@@ -102,6 +102,11 @@ def npy_scans(root: pathlib.Path, path: str) -> tuple[Scan, ...]:
     return tuple(Scan(path, volume=s) for s in range(shape[0]))
 
 
+def scan_files(paths: tuple[str, ...]) -> tuple[Scan | str, ...]:
+    """Return the scans of files. A .npy file remains a path: `scans_of` reads its header, which has their number."""
+    return tuple(path if path.lower().endswith(".npy") else Scan(path) for path in paths)
+
+
 class SkippedRow(str):
     """The reason why a good row is not used."""
 
@@ -243,8 +248,11 @@ class TableDataset(abc.ABC):
         return value
 
     def scans_of(self, value) -> tuple[Scan, ...]:
-        """Return all scans that a value can use. By default its first item has them: scans, or the path of a file."""
-        return value[0] if isinstance(value[0], tuple) else self.npy_scans(value[0])
+        """Return all scans that a value can use, in order. By default its first item has them, as `scan_files`."""
+        scans: list[Scan] = []
+        for item in value[0]:
+            scans += (item,) if isinstance(item, Scan) else self.npy_scans(item)
+        return tuple(scans)
 
     def __len__(self) -> int:
         return len(self._rows)

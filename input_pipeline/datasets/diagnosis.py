@@ -3,6 +3,8 @@
     open table      csv `image_path, label`            label: one disease or several, "Edema, Pneumothorax"
     yes/no table    csv `image_path, disease, label`   label: 1 or 0
 
+`image_path` is one path, or a list literal if the label is about several images.
+
 A "no" is always true. It comes from an explicit 0 or, with `form="both"` on an open table, from a disease of the table
 that is not among the image's labels and cannot be implied by one of them (diseases.py).
 """
@@ -65,14 +67,14 @@ class Diagnosis(TableDataset):
             raise RowError(self.file, 0, f"form={self.form!r} {need}", "choose the form that fits the table")
 
     def parse(self, row):
-        scans = (row.scan("image_path"),)
+        scans = row.scans("image_path")
         if "disease" in row.cells:
             disease = self._label(row, row.text("disease"))
             flag = row.text("label")
             if flag not in FLAGS:
                 raise row.error(f"label {flag!r} is unknown", "use 1 (present) or 0 (absent)")
             return scans, disease, FLAGS[flag]
-        labels = row.texts("label")
+        labels = row.names("label")
         if len(labels) == 1:
             labels = [part for part in re.split(r"(?:(?<!\s)\s+)?[,;|]\s*", labels[0]) if part]
         labels = tuple(dict.fromkeys(self._label(row, label) for label in labels))
@@ -107,8 +109,8 @@ class Diagnosis(TableDataset):
 
     def _remove_contradictions(self) -> list[RowError]:
         digests, present = bytearray(), bytearray()
-        for (scan,), disease, flag in self._rows:
-            digests += digest(repr((scan.path, diseases.canonical(disease))))
+        for scans, disease, flag in self._rows:
+            digests += digest(repr((scans, diseases.canonical(disease))))
             present.append(flag)
         first, flags = first_equal(digests), np.frombuffer(present, bool)
         denies = flags != flags[first]
@@ -116,9 +118,10 @@ class Diagnosis(TableDataset):
         bad = np.isin(first, first[denies])
         problems = []
         for k in np.flatnonzero(bad).tolist():
-            (scan,), disease, flag = self._rows[k]
+            scans, disease, flag = self._rows[k]
+            shown = ", ".join(scan.path for scan in scans)
             other = f"{int(flags[first[k]])} in row {self._numbers[first[k]]}" if denies[k] else "not in a later row"
-            reason = f"{disease!r} is {int(flag)} for {scan.path}, but {other}"
+            reason = f"{disease!r} is {int(flag)} for {shown}, but {other}"
             problems.append(RowError(self.file, self._numbers[k], reason, "keep one of the two rows"))
         self._select(~bad)
         return problems

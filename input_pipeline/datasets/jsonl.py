@@ -6,8 +6,9 @@
 
 A scan is a path below the root or {"path": ..., "volume": 0, "window": "lung" or [-160, 240]}. `<image-i>` marks the
 position of scan i (from 1) in the context, the instruction or the text. Marks come in any order and may repeat; each
-scan needs at least one. `context` and `study` are optional. A study must not be divided between training and test; the
-default is the study that the path of the first scan names, or that path.
+scan needs at least one. Without any mark, all scans come first. `context` and `study` are optional: "" is the same as
+an absent key. A study must not be divided between training and test; the default is the study that the path of the
+first scan names, or that path.
 """
 
 from __future__ import annotations
@@ -19,11 +20,10 @@ import re
 import numpy as np
 
 from input_pipeline.datasets.base import SkippedRow, TableDataset
-from input_pipeline.datasets.rows import Row
+from input_pipeline.datasets.rows import MISSING_WORDS, Row
 from input_pipeline.datasets.store import digest, first_equal
-from input_pipeline.files import nearest
 from input_pipeline.samples import TASKS, RowError, Scan, Text
-from input_pipeline.text.marks import parse_marks
+from input_pipeline.text.marks import parse_marks, place_scans
 
 KEYS = ("id", "task", "scans", "context", "instruction", "response", "text", "study")
 _REMEDY = "see docs/data_layouts.md"
@@ -93,10 +93,9 @@ class JSONL(TableDataset):
 def parse_object(row: Row) -> tuple[str, str, str | None, tuple[Text | Scan, ...]]:
     """Return id, task, study and parts of one object of the schema. Raises RowError."""
     cells = row.cells
-    if unknown := [str(key)[:40] for key in cells if key not in KEYS]:
-        names = ", ".join(map(repr, unknown[:10]))
-        raise row.error(f"unknown keys: {names}{nearest(unknown[0], KEYS)}", f"known: {', '.join(KEYS)}")
-    row_id, task = row.text("id", literal=True), row.choice("task", TASKS)
+    if unknown := row.unknown_keys(KEYS):
+        raise row.error(unknown, f"known: {', '.join(KEYS)}")
+    row_id, task = row.text("id", MISSING_WORDS), row.choice("task", TASKS)
     if min(row_id) < " ":
         raise row.error(f"id {row_id!r} has a control character")
     scans = scans_of_row(row)
@@ -104,24 +103,23 @@ def parse_object(row: Row) -> tuple[str, str, str | None, tuple[Text | Scan, ...
     if task == "interleaved":
         required, forbidden = ("text",), ("context", "instruction", "response")
     problems = [f"{key} is required" for key in required if cells.get(key) is None]
-    problems += [f"{key} is not allowed" for key in forbidden if cells.get(key) is not None]
+    problems += [f"{key} is not allowed" for key in forbidden if row.optional(key, MISSING_WORDS)]
     if problems:
         raise row.error(f"task {task}: {', '.join(problems)}", _REMEDY)
-    texts = {role: row.text(role, literal=True) for role in required}
+    texts = {role: row.text(role, MISSING_WORDS) for role in required}
     if task == "interleaved":
         templates = {"interleaved": texts["text"]}
     else:
-        context = "" if cells.get("context") is None else row.text("context", literal=True)
-        templates = {"context": context, "instruction": texts["instruction"]}
+        templates = {"context": row.optional("context", MISSING_WORDS), "instruction": texts["instruction"]}
         try:
             parse_marks(texts["response"], 0)
         except ValueError:
             remedy = "put image marks into the context or the instruction"
             raise row.error("the response has an image mark", remedy) from None
     try:
-        parsed = parse_marks(list(templates.values()), len(scans))
+        parsed = place_scans(list(templates.values()), len(scans))
     except ValueError as error:
-        raise row.error(str(error)[:300], "mark every scan; the first mark is <image-1>") from None
+        raise row.error(str(error)[:300], "mark every scan or none; the first mark is <image-1>") from None
     # White space next to a mark carries no meaning; the code that joins texts and scans adds its own.
     fields = [
         (role, [p if isinstance(p, int) else p.strip() for p in pieces if isinstance(p, int) or p.strip()])
@@ -148,7 +146,7 @@ def _scan(row: Row, value) -> Scan:
     has_path = isinstance(value, dict) and isinstance(value.get("path"), str)
     if not has_path or value.keys() - {"path", "volume", "window"}:
         raise row.error(f"scan {str(value)[:60]!r} must be a path or {{path, volume, window}}", _REMEDY)
-    volume, window = value.get("volume"), value.get("window")
+    volume, window = value.get("volume"), value.get("window") or None
     if volume is not None and (type(volume) is not int or volume < 0):
         raise row.error(f"volume {volume!r} of a scan must be an integer of at least 0", _REMEDY)
     if isinstance(window, list):

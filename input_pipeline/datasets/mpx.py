@@ -7,6 +7,7 @@ import dataclasses
 from input_pipeline.datasets import prompts
 from input_pipeline.datasets.base import TableDataset, choose, instruction_parts
 from input_pipeline.datasets.modalities import ModalityDataset
+from input_pipeline.datasets.rows import NO_PROSE
 from input_pipeline.samples import Scan
 from input_pipeline.text.sentences import closed, join
 
@@ -68,7 +69,7 @@ class _MPxCase(TableDataset):
         super().__post_init__()
 
     def _scans(self, row) -> tuple[Scan, ...]:
-        names = [part.strip() for text in row.texts("name") for part in text.split(",")]
+        names = [part.strip() for text in row.names("name") for part in text.split(",")]
         if not names or not all(names):
             raise row.error(f"name {row.cells.get('name')!r} has a blank image name")
         return tuple(Scan(row.path(name, self.images)) for name in names)
@@ -85,7 +86,7 @@ class MPxMulti(_MPxCase):
     required = ("name", "type", "context", "history")
 
     def parse(self, row):
-        return self._scans(row), row.choice("type", MULTI), row.text("context"), row.optional("history")
+        return self._scans(row), row.choice("type", MULTI), row.text("context"), row.optional("history", NO_PROSE)
 
     def parts(self, value, rng):
         scans, kind, answer, history = value
@@ -102,7 +103,7 @@ class MPxQuestions(_MPxCase):
     extra = ("explanation",)
 
     def parse(self, row):
-        answer, explanation = row.text("answer"), row.optional("explanation")
+        answer, explanation = row.answer("answer"), row.optional("explanation", NO_PROSE)
         full = join(closed(answer), explanation) if explanation else answer
         return self._scans(row), row.text("question"), full
 

@@ -8,7 +8,7 @@ import re
 
 from input_pipeline.datasets.base import TableDataset, choose, instruction_parts, pick
 from input_pipeline.datasets.json_tables import load_json
-from input_pipeline.datasets.rows import bad_path, bad_text
+from input_pipeline.datasets.rows import MISSING_WORDS, NO_PROSE, bad_path, bad_text, present
 from input_pipeline.samples import RowError, Scan, Text
 from input_pipeline.text.sentences import shorten
 
@@ -29,7 +29,7 @@ class PMCCaseReport(TableDataset):
 
     def parse(self, row):
         paper = row.text("PMC_id")
-        figures = row.texts("img_ref")
+        figures = row.names("img_ref")
         if not figures:
             raise row.error("img_ref is an empty list", "list at least one figure")
         for name in (paper, *figures):
@@ -37,12 +37,12 @@ class PMCCaseReport(TableDataset):
                 raise row.error(f"{name[:60]!r} is not a paper or figure name", "use letters, digits, '.', '_', '-'")
         scans = tuple(Scan(row.path(f"{paper}_{name}.jpg", self.figures)) for name in figures)
         texts = []
-        for column in ("question", "answer"):
-            text = _TAG.sub("", row.text(column), count=1).strip()
+        for column, cell in (("question", row.text("question")), ("answer", row.answer("answer"))):
+            text = present(_TAG.sub("", cell, count=1), MISSING_WORDS)
             if not text:
                 raise row.error(f"{column} has no text after its 'Q:' or 'A:'")
             texts.append(text)
-        return scans, paper, row.optional("context"), *texts
+        return scans, paper, row.optional("context", NO_PROSE), *texts
 
     def parts(self, value, rng):
         scans, paper, context, question, answer = value

@@ -1,7 +1,8 @@
 """Rad3D-VQA and Rad3D-Modality (csv), Rad3D-Caption and Rad3D-Rationale (one JSON).
 
-The JSON is a list of {pre, pat, npy_path, finding, impression, title, articles, radiographic_features}. Each row of the
-tables has one file; a .npy stack [S, 3, H, W, D] has S scans.
+The JSON is a list of {pre, pat, npy_path, finding, impression, title, articles, radiographic_features}. A row is a case
+with one or more scans: `npy_path` (JSON) and `image_path` (csv) are one path or a list of paths, in csv as a list
+literal. A .npy stack [S, 3, H, W, D] has S scans.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ class Rad3DVQA(VQA):
     required = ("image_path", "question", "answer")
 
     def parse(self, row):
-        return self.value(row.path(row.text("image_path")), row.text("question"), row.text("answer"))
+        return self.value(row.paths("image_path"), row.text("question"), row.answer("answer"))
 
 
 class Rad3DModality(ModalityDataset):
-    """Modality of a volume."""
+    """Modality of a scan, so each scan of a case has its own row."""
 
     name = "rad3d_modality"
     task = "modality"
@@ -40,12 +41,12 @@ class Rad3DModality(ModalityDataset):
 
     def parse(self, row):
         label = row.text("answer")
-        return row.path(row.text("image_path")), label, self.names(row, label)
+        return row.paths("image_path"), label, self.names(row, label)
 
     def parts(self, value, rng):
-        path, label, names = value
+        paths, label, names = value
         question, answer = self.ask(names, label, rng)
-        return self.task, self.study_of(path), instruction_parts(rng, self.scans_of(value), question, answer)
+        return self.task, self.study_of(paths[0]), instruction_parts(rng, self.scans_of(value), question, answer)
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
@@ -69,7 +70,7 @@ class Rad3DCaption(TableDataset):
         super().__post_init__()
 
     def parse(self, row):
-        finding, impression = (" ".join(row.texts(column, literal=False)) for column in ("finding", "impression"))
+        finding, impression = (" ".join(row.prose(column)) for column in ("finding", "impression"))
         if not finding and not impression:
             raise row.error("finding and impression are both blank")
         if self.sizes == "remove":
@@ -78,12 +79,12 @@ class Rad3DCaption(TableDataset):
                 return SkippedRow("nothing but sizes")
         texts = {"Findings": finding, "Impression": impression}
         report = join(*(f"{title}: {closed(text)}" if text else "" for title, text in texts.items()))
-        return row.path(row.text("npy_path")), _patient(row), report
+        return row.paths("npy_path"), _patient(row), report
 
     def parts(self, value, rng):
-        path, context, report = value
+        paths, context, report = value
         scans, question = self.scans_of(value), prompts.draw("report", rng)
-        return self.task, self.study_of(path), instruction_parts(rng, scans, question, report, context)
+        return self.task, self.study_of(paths[0]), instruction_parts(rng, scans, question, report, context)
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
@@ -103,16 +104,16 @@ class Rad3DRationale(TableDataset):
     judgement: float = 0.5  # share of yes/no questions
 
     def parse(self, row):
-        path, title = row.path(row.text("npy_path")), row.text("title")
+        paths, title = row.paths("npy_path"), row.text("title")
         if not diseases.words(title):
             raise row.error(f"title {title!r} is not the name of a disease")
-        features = join(*(closed(text) for text in row.texts("radiographic_features", literal=False)))
+        features = join(*(closed(text) for text in row.prose("radiographic_features")))
         if not features:
             raise row.error("radiographic_features is blank")
-        articles = row.texts("articles", literal=False)
+        articles = row.prose("articles")
         names = tuple(a for a in articles if len(a) <= MAX_NAME and "\n" not in a and diseases.words(a))
-        other = (" ".join(row.texts(c, literal=False)) for c in ("finding", "impression", "pat", "pre"))
-        return path, _patient(row), title, names, features, _plain(" ".join([*articles, features, *other]))
+        other = (" ".join(row.prose(c)) for c in ("finding", "impression", "pat", "pre"))
+        return paths, _patient(row), title, names, features, _plain(" ".join([*articles, features, *other]))
 
     def finish(self):
         # A title counts as often as it occurs; the name of an article that is never a title counts once.
@@ -146,7 +147,7 @@ class Rad3DRationale(TableDataset):
         return next(filter(is_safe, self._pool[first:] + self._pool[:first]), None)
 
     def parts(self, value, rng):
-        path, context, title, _, features, _ = value
+        paths, context, title, _, features, _ = value
         # Both draws are always made, so that the choices stay independent of each other.
         judged, side = rng.random() < self.judgement, rng.random() < 0.5
         # A case without a safe "no" would always be answered yes, so it gets the open question.
@@ -155,12 +156,12 @@ class Rad3DRationale(TableDataset):
             task, question = "diagnosis", prompts.draw("diagnosis_judge_general", rng, disease=disease)
         else:
             task, question, answer = "rationale", prompts.draw("rationale", rng), join(closed(title), features)
-        return task, self.study_of(path), instruction_parts(rng, self.scans_of(value), question, answer, context)
+        return task, self.study_of(paths[0]), instruction_parts(rng, self.scans_of(value), question, answer, context)
 
 
 def _patient(row) -> str:
     """Return the patient's data (`pat`: age, sex), then the presentation (`pre`); "" if both are missing."""
-    return join(*(closed(" ".join(row.texts(column, literal=False))) for column in ("pat", "pre")))
+    return join(*(closed(" ".join(row.prose(column))) for column in ("pat", "pre")))
 
 
 def _plain(text: str) -> str:

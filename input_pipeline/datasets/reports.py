@@ -32,7 +32,7 @@ class MimicCXR(_Report):
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class PMCOA(_Report):
-    """Captions of figures of papers, csv `Figure_path, Caption`."""
+    """Captions of figures of papers, csv `Figure_path, Caption`. Figure_path is one path, or a list literal."""
 
     name = "pmc_oa"
     required = ("Figure_path", "Caption")
@@ -41,4 +41,4 @@ class PMCOA(_Report):
     images: str = ""  # folder of the figures below the root
 
     def parse(self, row):
-        return (row.scan("Figure_path", self.images),), row.text("Caption")
+        return row.scans("Figure_path", self.images), row.text("Caption")

@@ -7,15 +7,19 @@ import dataclasses
 import pathlib
 import re
 
+from input_pipeline.files import nearest
 from input_pipeline.samples import RowError, Scan
 
 # Ten times longer than any caption, report or case history; a longer cell is a broken quote or an attack.
 MAX_CELL = 1_000_000
-# What spreadsheet programs write for an empty cell. As text, the model would learn to say it.
-EMPTY_WORDS = frozenset({"", "nan", "none", "null", "<na>"})
-_EMPTY_LITERALS = EMPTY_WORDS - {"none"}
-_LONGEST = max(map(len, EMPTY_WORDS))
-SHOWN = 20
+# What programs write for a missing value. As text, the model would learn to say it.
+MISSING_WORDS = frozenset({"", "nan", "null", "<na>"})
+# As an answer to a question, "None" is text ("Which lobe is affected?"). Elsewhere it is Python's None.
+EMPTY_WORDS = MISSING_WORDS | {"none"}
+# What people write into a field of prose (findings, history) that has no text.
+NO_PROSE = EMPTY_WORDS | {"na", "n/a", "n.a.", "-", "--"}
+_LONGEST = max(map(len, NO_PROSE))
+SHOWN = 20  # groups of equal row errors in one message
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
@@ -26,15 +30,29 @@ class TableError(RowError):
         self.problems, self.summary = tuple(problems), summary
         first = problems[0]
         super().__init__(first.file, first.row, first.reason, first.remedy)
-        lines = [str(p) for p in problems[:SHOWN]]
-        if len(problems) > SHOWN:
-            lines.append(f"and {len(problems) - SHOWN} more")
+        equal: dict[tuple, list[RowError]] = {}
+        for problem in problems:
+            equal.setdefault((problem.file, problem.reason, problem.remedy), []).append(problem)
+        groups = list(equal.values())
+        lines = [_line(group) for group in groups[:SHOWN]]
+        if more := sum(map(len, groups[SHOWN:])):
+            lines.append(f"and {more} more rows")
         if summary:
             lines.insert(0, summary)
         self.args = ("\n  ".join(lines),)
 
     def __reduce__(self):
         return type(self), (list(self.problems), self.summary)
+
+
+def _line(equal: list[RowError]) -> str:
+    """Return one line for row errors with the same reason."""
+    first = equal[0]
+    if len(equal) == 1:
+        return str(first)
+    rows = ", ".join(str(error.row) for error in equal[:3])
+    remedy = f" ({first.remedy})" if first.remedy else ""
+    return f"{first.file}, {len(equal)} rows (first: {rows}): {first.reason}{remedy}"
 
 
 def bad_text(value: str) -> str | None:
@@ -53,6 +71,12 @@ def bad_text(value: str) -> str | None:
 def clean_text(value: str) -> str:
     """Return a text without white space around it and with Unix line ends: the one rule for tables and prompts."""
     return value.replace("\r\n", "\n").strip()
+
+
+def present(value: str, empty: frozenset[str] = EMPTY_WORDS) -> str:
+    """Return the `clean_text` of a value; "" if it is one of the words `empty`."""
+    value = clean_text(value)
+    return "" if len(value) <= _LONGEST and value.casefold() in empty else value
 
 
 def bad_cell(cells: dict[str, str]) -> str | None:
@@ -87,20 +111,28 @@ class Row:
     def error(self, reason: str, remedy: str = "correct or remove the row") -> RowError:
         return RowError(self.file, self.number, reason, remedy)
 
-    def text(self, column: str, literal: bool = False) -> str:
-        """Return the text of a required field, stripped.
+    def unknown_keys(self, known) -> str:
+        """Return "unknown keys: a, b (did you mean c?)" for cells with other keys than `known`, else ""."""
+        unknown = [str(key)[:40] for key in self.cells if key not in known]
+        # Keys are not quoted, as quoted text is replaced where equal reasons are grouped.
+        shown = ", ".join(key if key.isprintable() else ascii(key)[1:-1] for key in unknown[:10])
+        return f"unknown keys: {shown}{nearest(unknown[0], known)}" if unknown else ""
 
-        literal: accept the word "None" as text. JSON has its own null, so there "None" is a valid answer.
-        """
+    def text(self, column: str, empty: frozenset[str] = EMPTY_WORDS) -> str:
+        """Return the text of a required field, stripped. Raises RowError if it is missing or one of `empty`."""
         if column not in self.cells:
             raise self.error(f"{column} is missing")
-        value = self.optional(column, literal)
+        value = self.optional(column, empty)
         if not value:
             raise self.error(f"{column} is blank: {str(self.cells.get(column))[:40]!r}")
         return value
 
-    def optional(self, column: str, literal: bool = False) -> str:
-        """Return the text of an optional field; "" if it is absent, blank, None or nan."""
+    def answer(self, column: str) -> str:
+        """Return the required answer to a question: `text`, but "None" is an answer."""
+        return self.text(column, MISSING_WORDS)
+
+    def optional(self, column: str, empty: frozenset[str] = EMPTY_WORDS) -> str:
+        """Return the text of an optional field; "" if it is absent, null, nan or one of the words `empty`."""
         value = self.cells.get(column)
         if value is None or (isinstance(value, float) and value != value):
             return ""
@@ -108,9 +140,7 @@ class Row:
             raise self.error(f"{column} must be text, got {type(value).__name__} {str(value)[:40]!r}")
         if reason := bad_text(value):
             raise self.error(f"{column} {reason}", "write the table as UTF-8 text")
-        value = clean_text(value)
-        empty = _EMPTY_LITERALS if literal else EMPTY_WORDS
-        return "" if len(value) <= _LONGEST and value.casefold() in empty else value
+        return present(value, empty)
 
     def choice(self, column: str, choices) -> str:
         value = self.text(column)
@@ -118,10 +148,20 @@ class Row:
             raise self.error(f"{column} {value!r} is unknown", f"use one of {', '.join(choices)}")
         return value
 
-    def texts(self, column: str, literal: bool = True) -> list[str]:
-        """Return a field as a list of texts: a JSON list, with `literal` a Python list literal, or one text."""
+    def prose(self, column: str) -> list[str]:
+        """Return the texts of an optional field, one text or a JSON list, without those that say nothing (NO_PROSE)."""
         value = self.cells.get(column)
-        if literal and isinstance(value, str) and value.lstrip().startswith("["):
+        if not isinstance(value, list):
+            value = [self.optional(column, NO_PROSE)]
+        for item in value:
+            if item is not None and (not isinstance(item, str) or bad_text(item)):
+                raise self.error(f"{column} has an item that is not text: {str(item)[:40]!r}")
+        return [text for item in value if item is not None and (text := present(item, NO_PROSE))]
+
+    def names(self, column: str) -> list[str]:
+        """Return a field as a list of names: one name, a JSON list, or a Python list literal."""
+        value = self.cells.get(column)
+        if isinstance(value, str) and value.lstrip().startswith("["):
             if reason := bad_text(value):
                 raise self.error(f"{column} {reason}")
             try:
@@ -132,7 +172,7 @@ class Row:
             text = self.optional(column)
             return [text] if text else []
         for item in value:
-            if not isinstance(item, str) or bad_text(item) or item.strip().casefold() in EMPTY_WORDS:
+            if not isinstance(item, str) or bad_text(item) or not present(item):
                 raise self.error(f"{column} has an item that is not text: {str(item)[:40]!r}")
         return [item.strip() for item in value]
 
@@ -155,9 +195,13 @@ class Row:
     def scan(self, column: str, folder: str = "") -> Scan:
         return Scan(self.path(self.text(column), folder))
 
-    def scans(self, column: str, folder: str = "") -> tuple[Scan, ...]:
-        """Return the scans of a field: one path, or a list literal of paths."""
-        values = self.texts(column)
+    def paths(self, column: str, folder: str = "") -> tuple[str, ...]:
+        """Return the paths of a required field: one path, a JSON list, or a list literal."""
+        values = self.names(column)
         if not values:
             raise self.error(f"{column} is blank")
-        return tuple(Scan(self.path(value, folder)) for value in values)
+        return tuple(self.path(value, folder) for value in values)
+
+    def scans(self, column: str, folder: str = "") -> tuple[Scan, ...]:
+        """Return the scans of a required field of paths."""
+        return tuple(map(Scan, self.paths(column, folder)))

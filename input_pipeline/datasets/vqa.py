@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import unicodedata
 
-from input_pipeline.datasets.base import SkippedRow, TableDataset
-from input_pipeline.samples import Scan, Text
+from input_pipeline.datasets.base import SkippedRow, TableDataset, scan_files
+from input_pipeline.samples import Text
 
 
 class VQA(TableDataset):
@@ -17,12 +17,12 @@ class VQA(TableDataset):
         name = row.text("Figure_path")
         # Join the two columns first: the prefix to strip may end inside the folder or be the folder itself.
         path = row.path(f"{folder.rstrip('/')}/{name}" if folder else name)
-        return self.value(path, row.text("Question"), row.text("Answer"))
+        return self.value((path,), row.text("Question"), row.answer("Answer"))
 
-    def value(self, path, question, answer):
+    def value(self, paths, question, answer):
         """Return the value of a row. Constant parts are built only once, because samples are drawn in millions."""
-        scans = path if path.lower().endswith(".npy") else (Scan(path),)
-        return scans, self.study_of(path), Text(question, "instruction"), Text(answer, "response")
+        study = self.study_of(paths[0])
+        return scan_files(paths), study, Text(question, "instruction"), Text(answer, "response")
 
     def parts(self, value, rng):
         _, study, question, answer = value
@@ -53,6 +53,6 @@ class Slake(VQA):
         if language:
             if row.choice("q_lang", ("en", "zh")) != "en":
                 return SkippedRow("q_lang 'zh'")
-        elif any(unicodedata.name(c, "").startswith("CJK") for c in row.text("Question") + row.text("Answer")):
+        elif any(unicodedata.name(c, "").startswith("CJK") for c in row.text("Question") + row.answer("Answer")):
             return SkippedRow("not English")
         return super().parse(row)

@@ -1,9 +1,6 @@
-"""Categories for the counts in reports: modalities, and reasons without names and numbers."""
+"""Categories for the counts in reports: the modalities of scans."""
 
 from __future__ import annotations
-
-import re
-import textwrap
 
 # DICOM's codes, and the families of a single modality, in the terms of figure 4 of the paper.
 MODALITIES = {
@@ -21,10 +18,3 @@ UNKNOWN = "not stated"
 def modality_name(code: str, family: str) -> str:
     """Return the modality of a scan, from its file, or else from the data set that lists it."""
     return MODALITIES.get(code, code) if code else FAMILY_MODALITIES.get(family, UNKNOWN)
-
-
-def reason_pattern(reason: str) -> str:
-    """Return a reason with its names, numbers and paths replaced, so that equal reasons can be counted."""
-    reason = re.sub(r"""(["'])(?:(?!\1).)*\1""", "...", reason)
-    reason = re.sub(r"(?<!\S)[^\s/]*/\S*", "...", reason)
-    return textwrap.shorten(re.sub(r"-?\d[\d,.]*", "N", reason), 160, placeholder=" ...")

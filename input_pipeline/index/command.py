@@ -19,6 +19,7 @@ from input_pipeline.index import summary
 from input_pipeline.index.prepare import Refused, prepare
 from input_pipeline.parallel import beam
 from input_pipeline.parallel.workers import WorkerError
+from input_pipeline.sources import describe_terms
 
 DESCRIPTION = """\
 Read and check every row and every scan that data.train, data.validation and data.test of a config name, and write the
@@ -104,6 +105,7 @@ def main(argv: list[str] | None = None) -> int:
         print_error(console, error)
         return 2
     stdout_console().print(summary.render(report))
+    stdout_console().print(describe_terms(data.terms, data.umls_types), soft_wrap=True, markup=False)
     files = ["summary.txt", "summary.png", *(["quarantine.jsonl"] if report["quarantine"] else [])]
     print(f"{'Reports' if refused else 'Index'} in {out}: {', '.join(files)}")
     for reason in refused:

@@ -25,8 +25,8 @@ PACKAGES = (
 ).split()
 # Fields of `data` that decide what a scan, a sample, or its position in a row is.
 FIELDS = (
-    "tokenizer terms preprocess intensity fit storage size_2d size_3d depth text_length vision_rows patch_length "
-    "planes scans max_scans num_latents seed"
+    "tokenizer terms umls_types preprocess intensity fit storage size_2d size_3d depth text_length vision_rows "
+    "patch_length planes scans max_scans num_latents seed"
 ).split()
 
 

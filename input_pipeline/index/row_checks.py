@@ -66,7 +66,7 @@ class Tables:
         self.config = config = DataConfig.from_dict(fields)
         self.tokenizer = tokenizer_of(config)
         self.datasets: dict[str, Dataset] = open_sources(config)
-        self.terms = terms_of(config.terms)
+        self.terms = terms_of(config.terms, config.umls_types)
 
 
 def check_sources(tables: Tables) -> dict[str, SourceCheck]:

@@ -15,8 +15,9 @@ from rich.text import Text
 from input_pipeline.batching.mixture import Mixture
 from input_pipeline.config import SPLITS
 from input_pipeline.index import reports
-from input_pipeline.index.categories import modality_name, reason_pattern
+from input_pipeline.index.categories import modality_name
 from input_pipeline.index.results import Results
+from input_pipeline.reasons import Reasons, pattern
 from input_pipeline.samples import TASKS
 
 MAX_REASONS = 12  # lines in a table of reasons
@@ -26,17 +27,17 @@ CUT = ("context", "instruction", "response", "scans")
 def summarize(results: Results) -> dict:
     """Return the counts for summary.json. Lengths, tasks and scans are those of good rows."""
     sources = _sources(results)
-    reasons = {"rows": collections.Counter(), "scans": collections.Counter()}
+    reasons = {"rows": Reasons(), "scans": Reasons()}
     for line in reports.quarantine(results):
         if line["kind"] == "scan":
-            reasons["scans"][f"{line['fault']}: {reason_pattern(line['reason'])}"] += 1
-        elif line["reason"].startswith("scan "):
-            reasons["rows"]["one of its scans cannot be used"] += 1
+            reasons["scans"].add(f"{line['fault']}: {line['reason']}", line["scan"])
         else:
-            reasons["rows"][reason_pattern(line["reason"])] += 1
+            reason = "one of its scans cannot be used" if line["reason"].startswith("scan ") else line["reason"]
+            row = f"row {line['row']}" if "row" in line else f"id {line['id']}"
+            reasons["rows"].add(reason, f"{row} of {line['source']}")
     notices: dict[str, dict] = {}  # by pattern, each with its first scan's notice, which has numbers
     for line in reports.notices(results):
-        notice = notices.setdefault(reason_pattern(line["notice"]), {"scans": 0, "example": line["notice"]})
+        notice = notices.setdefault(pattern(line["notice"]), {"scans": 0, "example": line["notice"]})
         notice["scans"] += 1
     equal = collections.Counter(line["kind"] for line in reports.duplicates(results))
     bad_scans = results.count("facts WHERE fault != ''")
@@ -46,7 +47,7 @@ def summarize(results: Results) -> dict:
         "sources": sources,
         "splits": {split: _split(results, split) for split in SPLITS if results.config.sources_with_rows(split)},
         "notices": sorted(notices.values(), key=lambda notice: -notice["scans"]),
-        "reasons": {which: dict(counts.most_common()) for which, counts in reasons.items()},
+        "reasons": {which: grouped.counts() for which, grouped in reasons.items()},
         "duplicates": {"rows": equal["row"], "scans": equal["scan"]},
     }
 

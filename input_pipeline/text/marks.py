@@ -6,6 +6,37 @@ import re
 from collections.abc import Sequence
 
 _MARK = re.compile(r"<image-([0-9]+)>")
+# Marks and misspelt marks: `<image>`, `<image1>`, `<Image-1>`, `<image 1>`.
+MARK_LIKE = re.compile(r"<\s*image[\s_-]*[0-9]*\s*>", re.IGNORECASE)
+
+
+def place_scans(templates: Sequence[str], n_scans: int, first: bool = True) -> list[list]:
+    """Return the texts and scan numbers (from 0) of each template in reading order, in training as in inference.
+
+        ["Was <image-2>.", "And <image-1>?"], 2 -> [["Was ", 1, "."], ["And ", 0, "?"]]
+        ["Chest pain.", "Findings?"], 2         -> [[0, 1, "Chest pain."], ["Findings?"]]
+
+    With marks, every scan needs one. Without any mark, all scans come first; with `first=False` they come last. Raises
+    ValueError as `parse_marks` does, and for a misspelt mark if there is no valid one, because the scan would be at
+    another position than its writer intended.
+    """
+    if not n_scans or any(map(_MARK.search, templates)):
+        return parse_marks(templates, n_scans)
+    if misspelt := misspelt_marks(*templates):
+        raise ValueError(f"not a valid mark: {', '.join(misspelt)}; write <image-1>")
+    texts: list[list] = [[template] if template else [] for template in templates]
+    scans = list(range(n_scans))
+    if first:
+        texts[0] = scans + texts[0]
+    else:
+        texts[-1] = texts[-1] + scans
+    return texts
+
+
+def misspelt_marks(*texts: str) -> list[str]:
+    """Return the misspelt marks of some texts, each once."""
+    marks = [mark for text in texts for mark in MARK_LIKE.findall(text) if not _MARK.fullmatch(mark)]
+    return list(dict.fromkeys(marks))
 
 
 def parse_marks(text: str | Sequence[str], n_scans: int) -> list:

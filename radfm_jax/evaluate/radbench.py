@@ -11,6 +11,7 @@ from input_pipeline.datasets import FAMILIES
 from input_pipeline.field_rules import Count, Size, check_fields, plain_mapping, unknown_fields
 from input_pipeline.files import nearest
 from input_pipeline.samples import Scan
+from input_pipeline.text.vocabularies import SEMANTIC_TYPES
 
 TASKS = {
     "modality": "Modality recognition",
@@ -83,6 +84,7 @@ class Benchmark:
     limit: Count = 0  # default for sets without a `limit`
     index: str = ""  # index of the training data (from `prepare`), to search for test studies; "": no search
     terms: str = "open"  # source of medical terms (DataConfig.terms). UMLS, as in the paper, needs a licence.
+    umls_types: tuple[str, ...] = SEMANTIC_TYPES  # semantic types of UMLS (DataConfig.umls_types)
     resamples: Size = 1000  # of the bootstrap
     by_study: bool = False  # resample studies instead of samples
 

@@ -22,7 +22,8 @@ from input_pipeline.datasets.json_tables import text_lines
 from input_pipeline.datasets.modalities import modalities
 from input_pipeline.files import parse_json, write_json, write_json_lines
 from input_pipeline.images import scans
-from input_pipeline.index.categories import MODALITIES, reason_pattern
+from input_pipeline.index.categories import MODALITIES
+from input_pipeline.reasons import Reasons
 from input_pipeline.samples import RowError, Sample, Scan, Text
 from radfm_jax.evaluate.radbench import CLOSED, DATASETS, MODALITY_CHOICES, SET_FIELDS, Benchmark, Question
 from radfm_jax.inference.batch_files import ROOTS, read_roots
@@ -78,7 +79,9 @@ def questions_of_set(benchmark: Benchmark, name: str) -> tuple[list[Question], d
     facts = _read_facts(root / own["facts"]) if own.get("facts") else {}
     defaults = {key: own.get(key) or (getattr(known, key) if known else "") for key in ("modality", "anatomy")}
     skipped = collections.Counter({f"skipped by the reader: {why}": n for why, n in dataset.skipped.items()})
-    skipped.update(f"bad row: {reason_pattern(problem.reason)}" for problem in dataset.problems)
+    bad = Reasons()
+    for problem in dataset.problems:
+        bad.add(problem.reason, f"row {problem.row}")
     questions = []
     rows = _balanced_rows(dataset, name, benchmark.seed)
     if unused := len(dataset) - len(rows):
@@ -89,7 +92,7 @@ def questions_of_set(benchmark: Benchmark, name: str) -> tuple[list[Question], d
             sample = dataset.sample(i, sample_rng(benchmark.seed, 0, name, row_id))
             question = question_of(sample, name, task, f"{name}/{row_id}", root)
         except RowError as error:
-            skipped[f"bad row: {reason_pattern(error.reason)}"] += 1
+            bad.add(error.reason, f"row {row_id}")
         except Skipped as reason:
             skipped[str(reason)] += 1
         else:
@@ -98,6 +101,7 @@ def questions_of_set(benchmark: Benchmark, name: str) -> tuple[list[Question], d
             if task == "modality":
                 labels["modality"] = labels["modality"] or question.references[0]
             questions.append(dataclasses.replace(question, **labels))
+    skipped.update({f"bad row: {reason}": count for reason, count in bad.counts().items()})
     limit = own.get("limit") or benchmark.limit
     if limit and len(questions) > limit:
         chosen = sample_rng(benchmark.seed, 0, name, "limit").permutation(len(questions))[:limit]

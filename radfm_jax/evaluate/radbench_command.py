@@ -71,7 +71,7 @@ def _main(args: argparse.Namespace, config: ConfigDict) -> int:
     if not (answer_files or args.checkpoint or baseline) or args.montages:
         return 0
     # Check the inputs of scoring before hours of generation.
-    terms = terms_of(benchmark.terms)
+    terms = terms_of(benchmark.terms, tuple(benchmark.umls_types))
     if benchmark.index:
         Index(benchmark.index)
     for file in answer_files.values():

@@ -87,7 +87,8 @@ def _tasks(results: Results) -> Iterator[str]:
 def _without(rows: Sequence[ScoreRow]) -> Iterator[str]:
     counts = [f"{r.model}, {TITLES[m]}: {n:,} of {r.questions:,}" for r in rows for m, n in r.without.items()]
     if counts:
-        yield f'<p class="faint">Without medical terms to compare: {visible("; ".join(counts))}.</p>'
+        yield '<p class="faint">Without medical terms to compare (0 in the average over all samples): '
+        yield f"{visible('; '.join(counts))}.</p>"
 
 
 def _clinical(results: Results, task: str) -> Iterator[str]:

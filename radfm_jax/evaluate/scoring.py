@@ -20,7 +20,8 @@ from radfm_jax.evaluate.words import words
 TITLES = {
     "named": "ACC by word", "named_f1": "F1 by word", "balanced_accuracy": "balanced ACC", "accuracy": "ACC by difflib",
     "f1": "F1 by difflib", "bleu": "BLEU-1", "rouge": "ROUGE-1", "umls_precision": "UMLS-Precision",
-    "umls_recall": "UMLS-Recall", "auc": "AUC", "calibration_error": "ECE", "exact": "exact match",
+    "umls_recall": "UMLS-Recall", "umls_precision_with_terms": "UMLS-P, terms",
+    "umls_recall_with_terms": "UMLS-R, terms", "auc": "AUC", "calibration_error": "ECE", "exact": "exact match",
 }  # fmt: skip
 TEXT_METRICS = ("bleu", "rouge", "umls_precision", "umls_recall", "exact")
 # kind of part -> the field of a question that names it
@@ -122,7 +123,11 @@ def score_rows(
 def intervals(answers: Sequence[ScoredAnswer], *, resamples: int, seed: int, by_study: bool) -> dict[str, Interval]:
     """Return all metrics of one kind of question, with confidence intervals."""
     names = answers[0].values
-    statistics = {name: metrics.mean(np.array([a.values[name] for a in answers])) for name in names}
+    values = {name: np.array([a.values[name] for a in answers]) for name in names}
+    statistics = {name: metrics.mean(numbers) for name, numbers in values.items()}
+    for name in values.keys() & {"umls_precision", "umls_recall"}:
+        # The paper averages over all samples. There a sample without medical terms, which has no ratio, counts as 0.
+        statistics |= {f"{name}_with_terms": statistics[name], name: metrics.mean(np.nan_to_num(values[name]))}
     if answers[0].question.closed:
         predicted, closest = [a.predicted for a in answers], [a.closest for a in answers]
         reference = [a.question.references[0] for a in answers]

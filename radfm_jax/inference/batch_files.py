@@ -10,6 +10,7 @@ the directory of relative scan paths for each `dataset`.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import os
@@ -21,8 +22,9 @@ from typing import TextIO
 from input_pipeline import files
 from input_pipeline.datasets import jsonl
 from input_pipeline.datasets.json_tables import text_lines
-from input_pipeline.datasets.rows import Row
+from input_pipeline.datasets.rows import MISSING_WORDS, Row
 from input_pipeline.images import scans
+from input_pipeline.reasons import pattern
 from input_pipeline.samples import Scan
 
 ROOTS = "roots.json"  # {data set: directory of its relative scan paths}
@@ -54,9 +56,12 @@ def _scan_cell(scan: Scan) -> str | dict:
 
 
 def raise_problems(problems: list[str], prefix: str = "") -> None:
-    """Raise ValueError with the first ten problems, if there are any."""
-    if problems:
-        raise ValueError(prefix + "; ".join(problems[:10]) + (" ..." if len(problems) > 10 else ""))
+    """Raise ValueError with the first ten kinds of problems, if there are any."""
+    kinds = collections.Counter(map(pattern, problems))
+    first = {pattern(problem): problem for problem in reversed(problems)}
+    lines = [first[kind] + (f" (and {n - 1} more like it)" if n > 1 else "") for kind, n in kinds.items()]
+    if lines:
+        raise ValueError(prefix + "; ".join(lines[:10]) + (" ..." if len(lines) > 10 else ""))
 
 
 def read_roots(file: Path) -> dict[str, Path]:
@@ -109,19 +114,21 @@ def read_batch_file(file: Path, root: Path, roots: Mapping[str, Path] | None = N
             lines[row_id] = BatchLine(row_id, error=f"line {number}: {surrogate}")
         else:
             line_root = roots.get(str(cells.get("dataset")), root)
-            lines[row_id] = _batch_line(Row(file, number, {"scans": []} | cells, line_root), row_id, cells)
+            scan_list = [] if cells.get("scans") is None else cells["scans"]
+            lines[row_id] = _batch_line(Row(file, number, cells | {"scans": scan_list}, line_root), row_id, cells)
     raise_problems(problems, f"{file}: ")
     return list(lines.values())
 
 
 def _batch_line(row: Row, row_id: str, cells: dict) -> BatchLine:
     try:
-        if unknown := [k for k in cells if k not in (*READ, *IGNORED)]:
-            raise row.error(f"unknown keys: {', '.join(unknown[:10])}", f"known: {', '.join((*READ, *IGNORED))}")
-        if "prompt" in cells and "instruction" in cells:
+        if unknown := row.unknown_keys((*READ, *IGNORED)):
+            raise row.error(unknown, f"known: {', '.join((*READ, *IGNORED))}")
+        asked = [key for key in ("prompt", "instruction") if row.optional(key, MISSING_WORDS)]
+        if len(asked) > 1:
             raise row.error("has both `prompt` and `instruction`", "keep one of them")
-        prompt = row.text("instruction" if "instruction" in cells else "prompt", literal=True)
-        context = row.optional("context", literal=True)
+        prompt = row.text(asked[0] if asked else "instruction" if "instruction" in cells else "prompt", MISSING_WORDS)
+        context = row.optional("context", MISSING_WORDS)
         row_scans = jsonl.scans_of_row(row)
         resolved = (dataclasses.replace(s, path=str(scans.resolve(row.root, s.path))) for s in row_scans)
         paths = [cell if isinstance(cell, str) else cell["path"] for cell in row.cells["scans"]]

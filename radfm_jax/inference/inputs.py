@@ -37,13 +37,11 @@ from input_pipeline.images.volumes import prepare_volume
 from input_pipeline.samples import Sample, ScanNotice, Text
 from input_pipeline.samples import Scan as ScanFile
 from input_pipeline.sources import NoTerms
-from input_pipeline.text.marks import parse_marks
+from input_pipeline.text.marks import MARK_LIKE, misspelt_marks, place_scans
 from input_pipeline.text.tokenizer import Tokenizer
 from input_pipeline.text.tokens import Encoded, encode
 
 PLACES = ("first", "last")
-# Marks and misspelt marks: `<image>`, `<image1>`, `<Image-1>`, `<image 1>`.
-_MARK_LIKE = re.compile(r"<\s*image[\s_-]*[0-9]*\s*>", re.IGNORECASE)
 Scan = str | Path | ScanFile | np.ndarray | Image.Image
 """A scan of a request.
 
@@ -155,24 +153,16 @@ def encode_prompt(
     prompt, context = clean_text(prompt), clean_text(context)
     if not prompt:
         raise ValueError("the prompt is empty: write a question")
-    marks = _MARK_LIKE.findall(f"{context} {prompt}")
-    misspelt = [mark for mark in marks if not re.fullmatch("<image-[0-9]+>", mark)]
-    if misspelt:  # read as plain text, the scan would be at another position or missing
-        field, listed = "prompt" if misspelt[-1] in prompt else "context", ", ".join(dict.fromkeys(misspelt))
+    if misspelt := misspelt_marks(context, prompt):  # also where training accepts them as text: a typing error
+        field, listed = "prompt" if misspelt[-1] in prompt else "context", ", ".join(misspelt)
         raise ValueError(f"the {field} contains {listed}, which is not a valid mark: write <image-1>")
-    unmarked = [ScanFile(str(i)) for i in range(scan_count)]
     try:
-        parsed = parse_marks([context, prompt], 0)
-    except ValueError:  # there are marks, so every scan needs one
-        try:
-            parsed = parse_marks([context, prompt], scan_count)
-        except ValueError as error:
-            raise ValueError(f"the prompt does not fit its scans: {error}") from None
-        unmarked = []
+        placed = place_scans([context, prompt], scan_count, first=place == "first")
+    except ValueError as error:
+        raise ValueError(f"the prompt does not fit its scans: {error}") from None
     parts = []
-    for role, pieces in zip(("context", "instruction"), parsed, strict=True):
+    for role, pieces in zip(("context", "instruction"), placed, strict=True):
         parts += [Text(p, role) if isinstance(p, str) else ScanFile(str(p)) for p in pieces]
-    parts = unmarked + parts if place == "first" else parts + unmarked
     if not any(isinstance(p, Text) and p.text.strip() for p in parts):
         raise ValueError("the prompt has scans but no text: write a question")
     sample = Sample("1", "prompt", "vqa", None, tuple(parts))
@@ -184,7 +174,7 @@ def encode_prompt(
 
 def without_marks(text: str) -> str:
     """Replace marks and misspelt marks by words: `<image-2>` becomes `scan 2`."""
-    return _MARK_LIKE.sub(lambda mark: " ".join(["scan", *re.findall("[0-9]+", mark[0])]), text)
+    return MARK_LIKE.sub(lambda mark: " ".join(["scan", *re.findall("[0-9]+", mark[0])]), text)
 
 
 def visual_index(encoded: Encoded, num_latents: int) -> np.ndarray:

@@ -57,7 +57,8 @@ class EvalAnswers:
             raise ValueError(f"train.eval_answers: no validation row is a question with a reference answer ({fewer})")
         self.description = f"each evaluation generates answers to {len(self.questions)} validation questions"
         self.description += f" ({fewer})" if fewer else ""
-        self.tokenizer, self.terms = Tokenizer(config.data.tokenizer), terms_of(config.data.terms)
+        self.tokenizer = Tokenizer(config.data.tokenizer)
+        self.terms = terms_of(config.data.terms, config.data.umls_types)
 
     def __call__(self, params: dict, step: int, alive: Callable[[], None]) -> dict[str, float]:
         """Return task/metric (scoring.TITLES) -> value, and task/failed, the share of questions without an answer.

@@ -25,6 +25,7 @@ import optax
 from jax.sharding import Mesh
 
 from input_pipeline.batching.pipeline import Rows
+from input_pipeline.sources import describe_terms
 from radfm_jax.checkpoints import run_directory, train_state
 from radfm_jax.checkpoints.saver import Saver
 from radfm_jax.cost import estimate
@@ -87,6 +88,7 @@ def _prepare(config: Experiment, workdir: Path, peers: Peers, stack: contextlib.
     check_model(config, rows)
     if data_state is not None:
         rows.check_state(data_state)
+    console.log(describe_terms(config.data.terms, config.data.umls_types))
     steps = step_count(config, rows)
     if not config.train.steps and _is_complete(config, workdir, saver, newest, steps):
         return lambda: 0
