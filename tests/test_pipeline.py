@@ -28,7 +28,7 @@ from input_pipeline.images.planes import planes
 from input_pipeline.images.released_volumes import released_volumes
 from input_pipeline.images.scans import read
 from input_pipeline.images.volumes import prepare_volume
-from input_pipeline.index.index import SCANS
+from input_pipeline.index.index import SCANS, reseal
 from input_pipeline.parallel.workers import WorkerError
 from input_pipeline.samples import RowError
 
@@ -408,6 +408,7 @@ def test_one_channel_for_gray_scans(config, tmp_path):
     lines = pq.read_table(in_colour / "scans.parquet").to_pylist()
     path, lines[0]["channels"] = lines[0]["path"], 3
     pq.write_table(pa.Table.from_pylist(lines, SCANS), in_colour / "scans.parquet")
+    reseal(in_colour)
     with pytest.raises(ValueError, match=f"data.channels is 1, but 1 scans have colour, such as {path}: make it 3"):
         RowLoader(dataclasses.replace(config, channels=1, index=str(in_colour)), "train", True)
 
