@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from practice import practice
+from practice, reseal import practice, reseal
 
 from input_pipeline.batching.collate import Batch
 from input_pipeline.batching.load import RowLoader
@@ -28,7 +28,7 @@ from input_pipeline.images.planes import planes
 from input_pipeline.images.released_volumes import released_volumes
 from input_pipeline.images.scans import read
 from input_pipeline.images.volumes import prepare_volume
-from input_pipeline.index.index import SCANS, reseal
+from input_pipeline.index.index import SCANS
 from input_pipeline.parallel.workers import WorkerError
 from input_pipeline.samples import RowError
 

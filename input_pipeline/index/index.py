@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from input_pipeline.files import fingerprint, nearest, parse_json, read_json, sha256_of_file, write_json
+from input_pipeline.files import fingerprint, nearest, parse_json, read_json, sha256_of_file
 from input_pipeline.samples import Scan
 
 VERSION = 3
@@ -161,12 +161,6 @@ def sealed(directory: Path, description: dict) -> dict:
     plain = parse_json(json.dumps(description, default=list))
     plain["files"] = {name: sha256_of_file(directory / name) for name in PARTS if (directory / name).is_file()}
     return plain | {"sha256": fingerprint(plain)}
-
-
-def reseal(directory: Path) -> None:
-    """Write index.json again with the digests of the files as they are now."""
-    description = read_json(directory / "index.json", kind=dict)
-    write_json(directory / "index.json", sealed(directory, {k: v for k, v in description.items() if k in KEYS}))
 
 
 def read_description(directory: Path) -> dict:
