@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from practice, reseal import practice, reseal
+from practice import practice, reseal
 
 from input_pipeline.batching.collate import Batch
 from input_pipeline.batching.load import RowLoader
