@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from practice import practice, write_index
+from practice import practice, reseal, write_index
 
 from input_pipeline.batching.collate import LoadedRow, ScanPlanes, collate_row
 from input_pipeline.batching.plan import RowLimits
@@ -295,6 +295,7 @@ def test_quarantined_rows_are_counted(tmp_path):
     listed = pq.read_table(tmp_path / "index" / "rows.parquet").to_pylist()
     next(line for line in listed if line["source"] == "vqa_test")["state"] = "scan missing"
     pq.write_table(pa.Table.from_pylist(listed, schema=index.ROWS), tmp_path / "index" / "rows.parquet")
+    reseal(tmp_path / "index")
     shown, _ = first_rows(config, "test", 1, 0, "x")
     counts = {source.name: (source.rows, source.quarantined, source.samples) for source in shown.sources}
     assert counts["vqa_test"] == (rows - 1, 2, rows - 1) and counts["modality_test"][1] == 0

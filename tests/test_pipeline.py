@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from practice import practice
+from practice import practice, reseal
 
 from input_pipeline.batching.collate import Batch
 from input_pipeline.batching.load import RowLoader
@@ -411,6 +411,7 @@ def test_one_channel_for_gray_scans(config, tmp_path):
     lines = pq.read_table(in_colour / "scans.parquet").to_pylist()
     path, lines[0]["channels"] = lines[0]["path"], 3
     pq.write_table(pa.Table.from_pylist(lines, SCANS), in_colour / "scans.parquet")
+    reseal(in_colour)
     with pytest.raises(ValueError, match=f"data.channels is 1, but 1 scans have colour, such as {path}: make it 3"):
         RowLoader(dataclasses.replace(config, channels=1, index=str(in_colour)), "train", True)
 
