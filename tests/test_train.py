@@ -53,7 +53,7 @@ def compiled_once(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    data = practice(tmp_path_factory.mktemp("train"), train=10, test=0, validation=5, num_latents=4, text_length=128)
+    data = practice(tmp_path_factory.mktemp("train"), train=10, test=0, validation=6, num_latents=4, text_length=128)
     return Experiment(
         MODEL,
         data,
