@@ -101,7 +101,7 @@ class Preparation:
         """Return the preparation of a training run from its `data` group, which may be of another version."""
         known = {f.name for f in dataclasses.fields(cls)}
         fields = {name: value for name, value in data.items() if name in known}
-        return cls(**fields, intensities=trained_intensities(data))
+        return cls(**{"intensities": trained_intensities(data), **fields})
 
     def to_dict(self) -> dict:
         """Return plain values. `intensities` and `fit` are absent at their defaults, as in files of version 0.1."""
