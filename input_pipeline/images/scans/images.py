@@ -147,19 +147,19 @@ def open_image(path, limits: ScanLimits) -> tuple[Image.Image, int, Header]:
     return image, tag, head
 
 
-def pixels_of(name, image: Image.Image) -> np.ndarray:
-    """Return the pixels of an image in memory in display orientation: [H, W], or [H, W, 3] for a colour image.
+def pixels_of(name, image: Image.Image) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Return the pixels of an image in memory in display orientation, [H, W] or [H, W, 3] in colour, and notices.
 
     Modes are treated as in files. Raises ScanError for a transparent image, or for one with several frames.
     """
     if getattr(image, "n_frames", 1) > 1:
         remedy = "pass one frame: image.seek(i), then image.copy()"
         raise ScanError(name, f"has {image.n_frames} frames", remedy, "ambiguous")
-    tag, _ = orientation_tag(image)
+    tag, notices = orientation_tag(image)
     if image.mode in ("I", "F"):  # 32 bits; no file of the formats above has them
-        return apply_orientation(np.asarray(image), tag)
+        return apply_orientation(np.asarray(image), tag), notices
     _check_mode(name, image)
-    return apply_orientation(decode(name, image), tag)
+    return apply_orientation(decode(name, image), tag), notices
 
 
 def _check_mode(path, image: Image.Image) -> None:
