@@ -123,3 +123,11 @@ def test_window_below_zero_without_negative_voxels():
     assert any("no voxel is negative" in notice for notice in notices(voxels, window="-150,250"))
     assert not notices(voxels, window="header", stated_window=(-50, 450))
     assert not notices(voxels, window="50,450")
+
+
+@pytest.mark.parametrize("outlier", [1215, 20000])
+def test_a_stated_ct_without_its_intercept(outlier):
+    """The largest value of a CT may be soft tissue, or metal."""
+    voxels = np.clip(head_ct() + 1024, 0, 1200).astype(np.uint16)
+    voxels[3, 4, 5] = outlier
+    assert "this CT has lost its intercept of -1024" in notices(voxels, modality="CT")[0]

@@ -126,7 +126,7 @@ def _unit_notice(sample: np.ndarray, dtype: np.dtype, low: float, high: float, m
     twice, once = _share(sample, -1124, -824), _share(sample, -200, 300)
     if low < -1500 and twice >= 0.02 and twice > 2 * once and _share(sample, -2124, -1800) >= 0.02:
         return f"{name} seems to be rescaled twice {numbers}, air is near -2024: subtract the intercept only once"
-    if low > -500 and 1350 < high < 5000:
+    if low > -500 and (modality == "CT" or 1350 < high < 5000):
         tissue, between = _share(sample, 900, 1350), _share(sample, 450, 800)
         air = modality == "CT" or dtype == np.uint16 or _share(sample, 0, 100) >= 0.05 and between < 0.3 * tissue
         if tissue >= 0.1 and air:
