@@ -15,6 +15,7 @@ from input_pipeline.images.scans.fields import (
     EXPORT,
     FRAME_VECTORS,
     GRAY,
+    GRID_COUNT,
     MOSAIC_COUNT,
     NOT_SCANS,
     Fields,
@@ -164,10 +165,12 @@ def interpret(path, fields: Fields, syntax: uid.UID) -> Instance:
 def check_not_tiled(path, fields: Fields, count: int, kinds: Columns) -> None:
     """Raise if one picture contains several slices, or if the frames are tiles of one picture."""
     types = {str(value) for a, values in kinds.items() if a.keyword in ("ImageType", "FrameType") for value in values}
-    images = fields.comparable(MOSAIC_COUNT)  # also stated, as 1, in files that are no mosaic
+    images, grid = fields.comparable(MOSAIC_COUNT), fields.comparable(GRID_COUNT)  # 1 in files that are no mosaic
     several = isinstance(images, bytes) and int.from_bytes(images[:2], "little") > 1
-    if several or any("MOSAIC" in text.split("\\") for text in types):
-        reason = "is a Siemens mosaic: its picture shows all slices of a volume next to each other"
+    united = isinstance(grid, bytes) and grid.strip(b" \0").isdigit() and int(grid.strip(b" \0")) > 1
+    if several or united or any("MOSAIC" in text.split("\\") for text in types):
+        maker = "United Imaging" if united else "Siemens"
+        reason = f"is a {maker} mosaic: its picture shows all slices of a volume next to each other"
         raise ScanError(path, reason, "convert it with dcm2niix, which separates the slices", "unsupported")
     if count > 1 and fields.raw("TotalPixelMatrixColumns") is not None:
         raise ScanError(path, f"has {count} frames that are tiles of one picture, not slices", TILED, "unsupported")

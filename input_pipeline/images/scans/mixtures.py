@@ -30,7 +30,7 @@ class Attribute:
         adjacent (table positions, not interleaved acquisitions or reconstructions). "times": one value, or a value for
         (nearly) every slice: the times of slices that are acquired one after another.
       shown: whether messages may contain the values.
-      private: (creator, tag) of a private attribute.
+      private: (creator, tag in the first private block) of a private attribute.
     """
 
     keyword: str
@@ -89,6 +89,7 @@ ATTRIBUTES = (
     Attribute("b-value of Siemens", private=("SIEMENS MR HEADER", 0x0019100C)),
     Attribute("b-value of GE", private=("GEMS_PARM_01", 0x00431039)),
     Attribute("b-value of Philips", private=("Philips Imaging DD 001", 0x20011003)),
+    Attribute("b-value of United Imaging", private=("Image Private Header", 0x00651009)),
     Attribute("KVP", ("CTXRayDetailsSequence",)),
     Attribute("ConvolutionKernel", ("CTReconstructionSequence",), shown=False),
     Attribute("ContrastBolusAgent", shown=False),
