@@ -61,7 +61,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Na
 
 
 def _find(config: str) -> str | None:
-    """Return FILE or FILE:NAME with a file that exists, or None: as given, else configs/*.py as installed."""
+    """Return FILE or FILE:NAME if the file exists, else that of the installed configs/, else None."""
     for file, name in ((config, ""), config.rpartition(":")[::2]):
         installed = [Path(__file__).parents[1] / file] if file.startswith("configs/") else []
         for path in (Path(file), *installed):

@@ -60,7 +60,7 @@ class DataConfig:
     # Intensities that become 0 and 1, for sources without a field `intensity`: `minmax` (the paper), `percentile`,
     # `header`, a CT window, or three windows as channels (listed in images/intensity.py and docs/data.md).
     intensity: str = "minmax"
-    # Of slices to the square of their final size: `stretch`, or `pad` to keep the ratio of their sides.
+    # How a slice becomes a square: `stretch`, or `pad` to keep the ratio of its sides.
     fit: Annotated[str, one_of(FITS)] = "stretch"
     storage: Annotated[str, one_of(STORAGE)] = "uint8"  # dtype of the planes: uint8, int16 or float32
     # Final side of 2D scans and of volumes, and maximum slices, in `paper` mode: multiples of the patch (32, 32, 4).
@@ -177,7 +177,7 @@ class DataConfig:
         return bool(self.validation or self.validation_share)
 
     def sources_with_rows(self, split: str) -> dict[str, dict]:
-        """Return the sources that have rows of a split: those of `sources`, and `train` for a held-out share of it."""
+        """Return `sources(split)`. With a held-out share, `validation` also has the sources of `train`."""
         shared = self.sources("train") if split == "validation" and self.validation_share else {}
         return self.sources(split) | shared
 

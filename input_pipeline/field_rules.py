@@ -35,7 +35,7 @@ class Rule:
 
     text: str
     is_met: Callable[[Any], bool]
-    choices: tuple[str, ...] = ()  # known names, of which an error shows the nearest
+    choices: tuple[str, ...] = ()  # known names; an error suggests the nearest
 
 
 def at_least(minimum: float) -> Rule:
@@ -211,7 +211,7 @@ def plain_mapping(fields: Any, group: str) -> dict:
 
 
 def as_tuple(value: Any) -> Any:
-    """Return a list as a tuple, because values of a frozen config are hashable; anything else unchanged."""
+    """Convert a list to a tuple, because a frozen config needs hashable values. Return other values unchanged."""
     return tuple(map(as_tuple, value)) if isinstance(value, list) else value
 
 

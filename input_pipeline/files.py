@@ -66,7 +66,7 @@ def locked_directory(directory: Path, command: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_write(file: Path, *, unique: bool = False) -> Iterator[Path]:
-    """Yield a temporary path next to `file`; when the block ends well, sync it and rename it to `file`.
+    """Yield a temporary path next to `file`; if the block succeeds, sync it and rename it to `file`.
 
     With `unique`, the temporary name is new each time, for writers that may run twice at once. An OSError, for instance
     on a full disk, has the name of `file`.

@@ -38,7 +38,7 @@ class Scan:
     window: str | tuple[float, float] | None = None
 
     def __reduce__(self):
-        """Pickle like Text."""
+        """Pickle the constructor and its arguments, as in `Text`."""
         return Scan, (self.path, self.volume, self.window)
 
 

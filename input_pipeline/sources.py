@@ -20,7 +20,7 @@ from input_pipeline.text.vocabularies import SEMANTIC_TYPES, open_terms, scispac
 
 
 def open_sources(config: DataConfig, split: str | None = None) -> dict[str, Dataset]:
-    """Return source name -> data set. Its bad rows are in `problems` and in no index; `prepare` reports them.
+    """Return source name -> data set. Bad rows are in the data set's `problems`, which `prepare` reports.
 
     Raises:
       ValueError: a table cannot be read, or a family or field is unknown; a note names the source.
@@ -102,7 +102,7 @@ def encode_row(
 
 
 def rows_shown(name: str, dataset: Dataset, rows: np.ndarray, seed: int) -> dict[int, int]:
-    """Return row -> the row whose scans it shows: a permutation among rows with equal numbers of distinct scans.
+    """Return row -> the row whose scans it shows, a permutation of rows with the same number of distinct scans.
 
     Raises ValueError if no other row has the same number of scans.
     """

@@ -38,7 +38,7 @@ class Model:
     prepared: inputs.Preparation | None = None  # scan preparation; None: as stored in the checkpoint
 
     def __repr__(self) -> str:
-        """Return the sizes and the origin, not the weights."""
+        """Return a description with sizes and origin, without the weights."""
         count = sum(x.size for x in jax.tree.leaves(self.params))
         dtypes = ", ".join(sorted({str(x.dtype) for x in jax.tree.leaves(self.params)}))
         origin = "built in memory" if self.directory is None else f"from {str(self.directory)!r}"

@@ -14,12 +14,12 @@ import numpy as np
 
 
 class _Part(NamedTuple):
-    """Samples of a source that have the same number per epoch: all of it, or one side of a pair."""
+    """All samples of a source, or those of one side of a balanced source. An epoch takes `count` of them."""
 
     start: int  # the number of its first sample
     size: int
     count: int  # samples per epoch
-    key: tuple[int, ...]  # of its random generator, with the number of the pass appended
+    key: tuple[int, ...]  # seed of its random generator; the number of the pass is appended
 
 
 def by_side(sides: np.ndarray) -> tuple[np.ndarray, list[int]]:
@@ -65,8 +65,8 @@ class Mixture:
         """Return the shuffled samples of an epoch, int64[len(self)].
 
         Each part is an endless sequence of passes over its rows, each pass in its own order. An epoch takes the next
-        `count` rows of that sequence, so with a fraction of 0.2 five epochs show each row once. Of a balanced table
-        with 10 normal and 2 abnormal rows an epoch has 2 and 2, and five epochs show each normal row once.
+        `count` rows of that sequence, so with a fraction of 0.2 five epochs show each row once. For a balanced table
+        with 10 normal and 2 abnormal rows, an epoch has 2 of each, and five epochs show each normal row once.
         """
         drawn = []
         for start, size, count, key in self.parts:

@@ -2,8 +2,8 @@
 
     SampleSizes of a window -> plan_window -> [PlannedRow]
 
-Not `grain.experimental.BestFitPackIterDataset`: it packs samples that are already loaded, in the order of one stream.
-Rows here also share scans, and assign each scan to one of several vision rows.
+`grain.experimental.BestFitPackIterDataset` does not fit: it packs loaded samples in the order of one stream. Rows here
+also share scans, and assign each scan to one of several vision rows.
 """
 
 from __future__ import annotations

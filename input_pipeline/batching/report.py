@@ -10,7 +10,7 @@ from input_pipeline.batching.plan import PADDING
 
 @dataclasses.dataclass(frozen=True)
 class SampleInfo:
-    """A sample of a row."""
+    """A sample that is packed in a row."""
 
     source: str
     row_id: str

@@ -21,7 +21,7 @@ class SplitRows(NamedTuple):
 
     rows: np.ndarray  # int64, ascending
     quarantined: int  # rows that cannot be used
-    elsewhere: int  # usable rows that belong to the other of training and validation
+    elsewhere: int  # usable rows of the other split (training or validation)
 
 
 def rows_of_split(config: DataConfig, split: str, index: Index, datasets: dict[str, Dataset]) -> dict[str, SplitRows]:

@@ -157,7 +157,7 @@ def _map(team: ResilientPool, items: Iterable[str], function: RowFunction, optio
 def _make_part(
     directory: Path, items: Items, function: RowFunction, options: dict, team: ResilientPool, chunk: int
 ) -> None:
-    """Make the part of a chunk; with its first arguments bound, a beam.Work."""
+    """Make the part of a chunk. With its first arguments bound, this function is a `beam.Work`."""
     for _, lines in _map(team, items.chunk(chunk), function, options):
         chunk_files.write_part(directory, chunk, lines)
 

@@ -204,7 +204,7 @@ def _write_image(package, name: str, file: Path) -> str | None:
 
 
 def inline_paper(options: dict, path: str) -> Result:
-    """Return the rows of a package for pmc-inline; writes the paper's JSON and its images."""
+    """Return the pmc-inline rows of a package, and write the paper's JSON and its images."""
     result = Result()
     opened = _open(options, path, result)
     if opened is None:
@@ -252,7 +252,7 @@ def inline_paper(options: dict, path: str) -> Result:
 
 
 def oa_paper(options: dict, path: str) -> Result:
-    """Return the rows of a package for pmc-oa, its figures with captions; writes the images."""
+    """Return the pmc-oa rows of a package, one per figure with a caption, and write the images."""
     result = Result()
     opened = _open(options, path, result)
     if opened is None:

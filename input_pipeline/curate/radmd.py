@@ -94,7 +94,7 @@ def curate(specs: list[str], root, directory: Path, options: dict, progress=jobs
 
 
 def _captions(files, tables, result: Result) -> filters.Captions:
-    """Return the verdicts on the captions in `files` of the figures in the tables."""
+    """Read captions from `files`, and return a verdict for each figure of the tables."""
     captions = filters.Captions()
     for table in tables if files else ():
         if table.family == "pmc_casereport":

@@ -174,7 +174,7 @@ def _add_near_images(root, groups, images, near: list[dict], result: Result, pro
             result.problem(error.path, path, error.reason, error.remedy)
         done(1, 0)
     for a, b, distance in duplicates.near_images(hashes):
-        if images[a][0] != images[b][0]:  # else volumes of one stack
+        if images[a][0] != images[b][0]:  # volumes of one stack are in one group already
             groups.join(f"scan {images[a][0]}", f"scan {images[b][0]}")
             near.append({"kind": "pictures", "a": a, "b": b, "distance": distance})
     near.sort(key=lambda pair: pair["kind"])

@@ -258,7 +258,7 @@ class VinDrSpineXR(Diagnosis):
 
 
 class AnyDiagnosis(Diagnosis):
-    """The user's own tables of either kind, for any modality and region."""
+    """The user's own open or yes/no tables, for any modality and body region."""
 
     name = "diagnosis"
     region = "general"

@@ -46,8 +46,8 @@ _SAME = (
     "stroke|cerebral infarction|ischemic stroke|ischaemic stroke",
     "hemorrhage|haemorrhage|bleeding",
 )
-# general | names that it may include. If one of the right is present, the left is never asked about as absent, and
-# vice versa.
+# general name | names that it may include. If either side is present, the other is not certainly absent, so it is never
+# asked about as absent.
 _INCLUDES = (
     "lung opacity|consolidation|infiltration|edema|atelectasis|pneumonia|mass|nodule|lung lesion|fibrosis|tuberculosis|"
     "covid 19|broncho pneumonia|bronchiolitis|interstitial lung disease|lung tumor|nodule mass|other opacity",

@@ -197,7 +197,7 @@ def intensity_ranges(
         return ((float(ends[0]), float(ends[1])),) if ends[0] < ends[1] else ((low, high),)
     if intensity.kind == "header":
         if stated_window is None:
-            raise ValueError("its header states no window, which intensity 'header' needs: choose another intensity")
+            raise ValueError("its header states no window, but intensity 'header' needs one: choose another intensity")
         _check_overlap(*stated_window, low, high)
         return (stated_window,)
     if len(intensity.windows) > 1 and voxels.shape[3] > 1:
@@ -219,7 +219,7 @@ def _check_window(intensity: Intensity, low: float, high: float, window: Window,
             why = "none is negative, as air is in Hounsfield units (MR? a CT without its intercept of -1024?)"
             raise ValueError(f"CT window {window!r} needs Hounsfield units, but {found}: {why}; {remedy}")
     if bottom < 0 <= low and modality not in (None, "CT"):
-        raise ValueError(f"the window {bottom:g} to {top:g} is one for CT, but the modality is {modality}: {remedy}")
+        raise ValueError(f"the window {bottom:g} to {top:g} is for CT, but the modality is {modality}: {remedy}")
     _check_overlap(bottom, top, low, high)
 
 

@@ -55,12 +55,12 @@ SCANS = pa.schema(
         ("height", pa.int32()),
         ("width", pa.int32()),
         ("depth", pa.int32()),
-        ("channels", pa.int32()),  # of the volume: 1 if the three channels of the file are equal
+        ("channels", pa.int32()),  # of the volume; 1 if the three channels of the file are equal
         ("spacing", pa.list_(pa.float32())),  # mm along height, width, depth; empty if unknown
         ("dtype", pa.string()),
         ("low", pa.float64()),
         ("high", pa.float64()),
-        ("notices", pa.list_(pa.string())),  # what is doubtful about a usable scan
+        ("notices", pa.list_(pa.string())),  # faults of a usable scan
         ("bytes", pa.int64()),
         ("sha256", pa.string()),  # of the file; of a series, of its files in name order
         ("patches", pa.int32()),  # in `paper` mode
@@ -161,7 +161,7 @@ def table_checksum(file: Path) -> str:
 
 
 def sealed(directory: Path, description: dict) -> dict:
-    """Return the content of index.json: a description with the digests of the directory's other files and its own."""
+    """Return the content of index.json: a description, the digests of the other files, and its own digest."""
     plain = parse_json(json.dumps(description, default=list))
     plain["files"] = {name: sha256_of_file(directory / name) for name in PARTS if (directory / name).is_file()}
     return plain | {"sha256": fingerprint(plain)}

@@ -62,7 +62,7 @@ def prepare(
       records: also write the volumes at their final size.
       workers: number of processes; None: all cores; 0: no other process.
       runner, runner_options: how scans are read: `local`, or a Beam runner (beam.py). Tables are always read locally.
-      strict: refuse to write the index if anything is in quarantine.
+      strict: do not write the index if anything is in quarantine.
       allow_leaks: write the index although two splits share studies or scans.
       progress: see `Progress`. log: called with each warning.
     Returns:

@@ -139,7 +139,7 @@ class Results:
         return _sizes((scan.height, scan.width, scan.depth), scan.channels, self.config.sizes)
 
     def scans(self, condition: str = "TRUE") -> Iterator[tuple[str, ScanCheck]]:
-        """Yield (the source that names it first, check) for each scan, in the order of their numbers."""
+        """Yield (source, check) for each scan, in the order of their numbers; the source is the first that names it."""
         lines = self.db.execute(f"SELECT source, {database.SCAN} FROM scans WHERE {condition} ORDER BY scan")
         for source, *scan in lines:
             yield self.names[source], database.from_columns(scan)

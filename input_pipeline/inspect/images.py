@@ -26,7 +26,7 @@ ROUNDING = 1e-4  # how far values may exceed [0, 1]
 class SliceImage:
     """A slice, counted from 1, as a data URI."""
 
-    slice: int  # of the scan's file; one of several that a stored slice averages
+    slice: int  # slice of the scan's file; a stored slice averages several of them
     width: int
     height: int
     uri: str

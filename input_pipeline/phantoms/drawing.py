@@ -1,7 +1,7 @@
 """Draws the voxels of a planned phantom. D slices, H rows, W columns; intensities are from 0 to 1.
 
-Lesions change the mean and the standard deviation of an image, which would reveal them to a model that sees only these
-statistics. So a phantom with lesions is drawn with the mean and deviation that it has without them: `_balance` changes
+Lesions change the mean and the standard deviation of an image. A model could detect lesions from these statistics
+alone. So a phantom with lesions is drawn with the mean and deviation that it has without them: `_balance` changes
 tissue, air and body size slightly, by much less than they vary between phantoms.
 """
 
@@ -56,7 +56,7 @@ def _noiseless(study: Study) -> tuple[np.ndarray, Study]:
 
 
 def _with_lesions(study: Study, mean: float) -> np.ndarray:
-    """Draw float32[D, H, W] with this mean. Only tissue changes: a structure in front of a lesion (a spine) stays."""
+    """Draw lesions with this mean, float32[D, H, W]. Only tissue changes, not a structure in front of it (a spine)."""
     image, tissue = _draw_body(study)
     for lesion in study.lesions:
         box, cover = lesion_cover(study, lesion)

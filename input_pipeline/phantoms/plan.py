@@ -229,7 +229,7 @@ def _fit(centres: np.ndarray, radii: np.ndarray, body: Body) -> np.ndarray:
 
 
 def _value_range(rng: np.random.Generator, modality: str, file_format: str) -> tuple[int, int]:
-    """Draw the stored values of the intensities 0 and 1, independently of what the phantom shows."""
+    """Draw the stored values of the intensities 0 and 1, independently of the phantom's content."""
     low, high = {
         "png8": ((0, 25), (200, 255)),
         "jpeg": ((0, 25), (200, 255)),

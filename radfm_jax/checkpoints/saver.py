@@ -50,7 +50,7 @@ class Saver:
     The next `save`, `wait` or `close` raises the error of a save that failed in the background. If the program ends
     without any of them, it waits for the save first, and exits with code 1 if the save failed.
 
-    Frozen parameters are written with every step, so that a step needs no other. In the first stage of the paper, where
+    Frozen parameters are written with every step, so that each step is complete. In the first stage of the paper, where
     the language model is frozen, they are 52.1 of 53.4 GB (float32).
 
     Raises ValueError if another process writes to the directory, or it cannot be written.
@@ -97,7 +97,7 @@ class Saver:
     def begin(self, newest: Path | None) -> None:
         """Write config.json, and delete the steps before `newest` that need not be kept any more.
 
-        Call this when nothing can refuse the run any more. `newest` is the verified step to continue from, or None.
+        Call this after all checks of the run. `newest` is the verified step to continue from, or None.
         """
         if jax.process_index() == 0:
             if newest is not None:

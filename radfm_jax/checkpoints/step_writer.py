@@ -49,7 +49,7 @@ def remove_partial(workdir: Path) -> None:
 
 
 def recover_replaced(workdir: Path) -> None:
-    """Finish the replacement of a step that a killed process left half done."""
+    """Finish the replacement of a step that a killed process interrupted."""
     for path in (workdir / CHECKPOINTS).glob(f"*{REPLACED}"):
         step = path.with_suffix("")
         shutil.rmtree(path) if step.exists() else path.rename(step)

@@ -89,10 +89,10 @@ def _write(
 
 
 def _records(model: TorchModel) -> dict[str, dict]:
-    """Return the fields of radfm.json that the config next to the weights has: preparation and origin.
+    """Return the fields of radfm.json that the config next to the weights records: preparation and origin.
 
-    The preparation of the released weights is assumed for a model of their sizes only. Raises ValueError if a record
-    does not fit the model.
+    Without a record, a model of the released sizes gets the preparation of the released weights. Raises ValueError if
+    a record does not fit the model.
     """
     config, where = model.user_config or {}, f"the config of {model.src}"
     origin = config.get(stored.ORIGIN)

@@ -10,7 +10,7 @@ WARNING = "**Research only, not for clinical use.**"
 def model_card(config: RadFMConfig, part: str, parameters: int, preparation: dict | None = None) -> str:
     """Return Markdown that describes the weights, their use and their limits.
 
-    preparation: the record of config.json (inference.stored).
+    preparation: the record in config.json (inference.stored).
     """
     llm = config.llama
     text = f"LLaMA: {llm.num_layers} layers, width {llm.width}, {llm.num_heads} heads, vocabulary {llm.vocab_size}"

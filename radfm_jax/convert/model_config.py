@@ -1,7 +1,7 @@
 """The sizes of a RadFM: from the tensors of a file, from a config.json, or from a config of this project.
 
-No tensor shape gives the numbers of attention heads, the sides of a patch, RoPE or the norm's epsilon. They are read
-from a config. Without one, they are known only for a model of which every other size is the released one.
+Tensor shapes do not show the numbers of attention heads, the sides of a patch, RoPE or the norm's epsilon. A config
+states them. Without a config, the released values are used if every other size is the released one.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def config_next_to(path) -> Path | None:
 
 
 def radfm_from_model(model: Mapping, path, parts: tuple[str, ...] = tuple(HIDDEN_SIZES)) -> RadFMConfig:
-    """Return the sizes in the `model` of a config. Raises ValueError if it lacks one that no tensor shape gives."""
+    """Return the sizes in a config's `model`. Raises ValueError if it lacks one that tensor shapes do not show."""
     if not isinstance(model, Mapping) or not all(isinstance(fields, Mapping) for fields in model.values()):
         raise ValueError(f"the config of {path}: `model` must have the parts {', '.join(parts)} with their sizes")
     if missing := [f"{p}.{n}" for p in parts for n in HIDDEN_SIZES[p] if n not in model.get(p, {})]:
@@ -81,7 +81,7 @@ def radfm_from_model(model: Mapping, path, parts: tuple[str, ...] = tuple(HIDDEN
 def radfm_from_shapes(shapes: Shapes, config: dict | None, path) -> RadFMConfig:
     """Return the sizes of a RadFM from the shapes of its tensors and from `config` (of `read_config`).
 
-    Raises ValueError if nothing gives a size, or sources disagree.
+    Raises ValueError if a size is in neither of them, or if they disagree.
     """
     if config and "model" in config:
         sizes = radfm_from_model(config["model"], path)

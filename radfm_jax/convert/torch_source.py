@@ -100,7 +100,7 @@ class TorchModel(contextlib.AbstractContextManager):
                 self.notes.append("heads, patch and other sizes that tensor shapes do not give are the released ones")
             return sizes
         if self.user_config is None:
-            raise ValueError(f"{self.folder} has no config.json: pass the language model's with --config")
+            raise ValueError(f"{self.folder} has no config.json: pass that of the language model with --config")
         if "model" in self.user_config:
             return model_config.radfm_from_model(self.user_config["model"], where, ("llama",))
         return RadFMConfig(llama=llama_config.llama_from_hf(self.user_config, where))
@@ -118,7 +118,7 @@ class TorchModel(contextlib.AbstractContextManager):
         )
 
     def _check_rotary(self) -> None:
-        """Report rotary buffers of another base than the config's, which no shape shows."""
+        """Report rotary buffers whose base differs from that of the config. Shapes do not show the base."""
         llama = self.config.llama
         allowed = [rope_frequencies(c) for c in (llama, dataclasses.replace(llama, rope_scaling=None))]
         for name in filter(table.ROTARY.fullmatch, self.reader.infos):

@@ -122,7 +122,7 @@ def make_compiler(again: bool) -> Callable[[candidates.Candidate], program.Progr
         if not again and program.is_cached(config, topology):
             return program.compiled(config, topology)
         start, title = time.perf_counter(), f"compiling {candidate.name} for {topology.text} (one or more minutes)"
-        if not console.is_terminal:  # where no bar is shown
+        if not console.is_terminal:  # if no bar is shown
             console.print(f"{title} ...", highlight=False, soft_wrap=True)
         columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
         with Progress(*columns, console=console, transient=True) as bar:

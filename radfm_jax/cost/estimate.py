@@ -55,7 +55,7 @@ def published(kind: str, count: int) -> Hardware:
 def hardware(devices: Sequence[jax.Device], dtype: str = "bfloat16") -> Hardware:
     """Return the devices of a mesh, with their rate for products in `dtype`.
 
-    The rate is from the published peak if it is known and `dtype` is bfloat16, else from timing a product for 0.2 s.
+    The rate is the published one if it is known and `dtype` is bfloat16. Otherwise a product is timed for 0.2 s.
     """
     first = next(device for device in devices if device.process_index == jax.process_index())
     if dtype == "bfloat16" and flops.known_device(first.device_kind):

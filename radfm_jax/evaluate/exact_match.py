@@ -1,6 +1,6 @@
 """`python -m radfm_jax.evaluate --config=configs/x.py --checkpoint=DIR --out=DIR`: exact match on test rows.
 
-A sample is correct if greedy decoding gives its reference token by token. Teacher forcing decides that without
+A sample is correct if greedy decoding generates its reference token by token. Teacher forcing checks this without
 decoding: each token of the reference must be the most likely one after the tokens before it.
 
 OUT/exact_match.jsonl   a sample per line: source, row_id, study, task, question, reference, exact, scans_of
@@ -53,7 +53,9 @@ examples:
   python -m radfm_jax.evaluate --config=configs/quickstart.py --checkpoint=runs/quickstart/finetune --out=scores
   python -m radfm_jax.evaluate --config=configs/x.py --checkpoint=runs/x/checkpoints/500 --out=scores --no-control
 """
-FEW = 10  # sources with at most this many questions get one row per question; at most this many references are balanced
+# A source with at most this many questions gets one row per question. Balanced accuracy needs at most this many
+# references.
+FEW = 10
 
 
 @dataclasses.dataclass(frozen=True)

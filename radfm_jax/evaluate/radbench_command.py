@@ -139,7 +139,7 @@ def _same_questions(file: Path, questions: Sequence[Question]) -> bool:
 
 
 def _export(args: argparse.Namespace, questions: Sequence[Question]) -> None:
-    """Write what --export, --lmms-eval and --montages ask for."""
+    """Write the output of --export, --lmms-eval and --montages."""
     failed = {}
     if args.export:
         with terminal.progress_bar("slices") as bar:

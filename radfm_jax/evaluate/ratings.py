@@ -62,7 +62,7 @@ def write_sheet(
     key["sheet"] = hashlib.sha256(json.dumps([key, texts]).encode()).hexdigest()[:16]
     key_file = file.with_suffix(".key.json")
     if key_file.exists() and read_json(key_file, kind=dict).get("sheet") != key["sheet"]:
-        raise ValueError(f"{key_file} is the key of another sheet, and needed for its grades: use another file name")
+        raise ValueError(f"{key_file} is the key of another sheet, which needs it for grading: use another file name")
     file.parent.mkdir(parents=True, exist_ok=True)
     write_text(file, "".join(f"{line}\n" for line in _page(scored, chosen, key, references)))
     write_json(key_file, key)

@@ -113,7 +113,7 @@ def grouped_tables(results: Results, grouping: str) -> dict[str, Table]:
 
 
 def _table(rows: Sequence[ScoreRow], task: str = "", group_title=str) -> Table:
-    """Return head and rows. task: add the published rows of this task."""
+    """Return head and rows, including the published rows of `task`."""
     names = columns(rows)
     if task:
         names = [n for n in TITLES if n in names or n in published.TABLE[task]]

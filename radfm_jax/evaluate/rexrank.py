@@ -2,9 +2,9 @@
 
     {"50051329": {..., "model_prediction": "Findings: ... Impression: ..."}}
 
-A submission is one JSON object: the study, with the fields of the leaderboard's test file and the generated report as
-`model_prediction` (the sample prediction file of https://github.com/rajpurkarlab/ReXrank). With TEST.json, the fields
-of each study are copied from it; without, they are the report, the context and the image paths of the benchmark.
+A submission is one JSON object that maps each study to its fields and to the generated report, `model_prediction`, as
+in the sample prediction file of https://github.com/rajpurkarlab/ReXrank. The other fields of a study are copied from
+TEST.json. Without TEST.json, they are the report, the context and the image paths of the benchmark.
 """
 
 from __future__ import annotations

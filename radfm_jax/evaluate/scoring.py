@@ -46,7 +46,7 @@ class ScoredAnswer:
         return self.values.get("named", (self.values.get("bleu", 0.0) + self.values.get("rouge", 0.0)) / 2)
 
     def to_dict(self) -> dict:
-        """Return a line of scores/NAME.jsonl, which suffices to compute other scores."""
+        """Return a line of scores/NAME.jsonl. It has everything that other scores need."""
         q, a = self.question, self.answer
         fields = {"id": q.row_id, "task": q.task, "dataset": q.dataset, "study": q.study, "modality": q.modality}
         fields |= {"anatomy": q.anatomy, "references": list(q.references), "answer": a.text}

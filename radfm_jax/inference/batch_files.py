@@ -40,11 +40,11 @@ class BatchLine:
     prompt: str = ""
     context: str = ""
     scans: tuple[Scan, ...] = ()  # with absolute paths
-    listed_scans: tuple[Scan, ...] = ()  # as the line lists them
+    listed_scans: tuple[Scan, ...] = ()  # as written in the line
     error: str = ""  # why the line has no prompt; "" if it has one
 
     def echo(self, absolute: bool = False) -> dict:
-        """Return the fields that are copied to the line of the answer; `absolute`: as older versions wrote them."""
+        """Return the fields that are copied to an answer's line. `absolute`: with absolute paths (old versions)."""
         scans = self.scans if absolute else self.listed_scans
         return {"prompt": self.prompt, "context": self.context, "scans": [_scan_cell(s) for s in scans]}
 

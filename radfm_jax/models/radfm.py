@@ -86,7 +86,7 @@ def radfm_14b() -> RadFMConfig:
 
 
 def has_released_sizes(config: RadFMConfig) -> bool:
-    """Return whether all sizes are the released ones, whatever the settings of training and computation."""
+    """Return whether all sizes are the released ones. Settings of training and computation do not matter."""
     released = radfm_14b()
     config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, dropout=released.vision.dropout))
     return config.with_compute(**{name: getattr(released.llama, name) for name in COMPUTE}) == released

@@ -74,8 +74,8 @@ class ViTConfig:
 class PatchEmbedding(nn.Module):
     """Planes to patches, LayerNorm, linear map, LayerNorm, plus position embedding.
 
-    One channel in `plane_index` means that all channels are equal. The kernel is then summed over the channels: the
-    same function of the same parameters for a third of the arithmetic.
+    If `plane_index` has one channel, all channels are equal. The kernel is then summed over the channels, which gives
+    the same result for a third of the arithmetic.
     """
 
     config: ViTConfig
@@ -153,7 +153,7 @@ def smooth_filters(config: ViTConfig, cells: int = 4) -> Callable:
 
     The norm before the projection scales patches of pure noise to the same deviation as patches with content. Smooth
     filters keep the deviation of smooth patches near 1 and make noise small compared with the bias. With independent
-    weights, noise patches differ from each other as much as from any content until training unlearns that.
+    weights, noise patches would initially differ from each other as much as from patches with content.
     """
 
     def initialise(key: jax.Array, shape: tuple[int, int], dtype) -> jax.Array:

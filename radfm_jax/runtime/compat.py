@@ -65,7 +65,7 @@ def on_cloud_tpu() -> bool:
 def before_thread_pools_shut_down(callback: Callable[[], None]) -> None:
     """Call `callback` at exit while thread pools still work. `atexit` hooks run after concurrent.futures stops them.
 
-    Python has no public hook for this. These hooks run in reverse order, so concurrent.futures registers its own first.
+    Python has no public hook for this. These hooks run in reverse order, so concurrent.futures must register first.
     """
     import concurrent.futures.thread  # noqa: F401
 

@@ -21,7 +21,7 @@ from radfm_jax.training.experiment import Experiment
 class OpenSplits:
     """Opens the training and validation rows in background threads; `splits("train")` waits for one of them.
 
-    A call raises the error with which the split failed to open. `shard` has Rows' arguments batch, host and hosts.
+    A call raises the error of a split that failed to open. `shard` has the arguments batch, host and hosts of Rows.
     """
 
     def __init__(self, config: DataConfig, shard: dict):

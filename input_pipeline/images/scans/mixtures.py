@@ -26,9 +26,11 @@ class Attribute:
 
     Attributes:
       sequences: the sequences that contain it in functional groups or in the main data set, nested ones after a dot.
-      rule: "equal": one value, in all slices. "presence": in all slices or in none. "runs": the slices of a value are
-        adjacent (table positions, not interleaved acquisitions or reconstructions). "times": one value, or a value for
-        (nearly) every slice: the times of slices that are acquired one after another.
+      rule: what the values must satisfy.
+        "equal": all slices have the same value.
+        "presence": all slices have the attribute, or none.
+        "runs": slices with the same value are adjacent, as at table positions. Interleaved acquisitions are not.
+        "times": one value for all slices, or a different one for (nearly) every slice, as in sequential acquisition.
       shown: whether messages may contain the values.
       private: (creator, tag) of a private attribute.
     """
@@ -115,7 +117,7 @@ def close(a: Value, b: Value, attribute: Attribute) -> bool:
 
 
 def group(values: Sequence[Value], attribute: Attribute) -> list[tuple[Value, list[int]]]:
-    """Return (value, indices of its slices) of every different value, the most frequent first."""
+    """Return (value, indices of its slices) for each distinct value, most frequent first."""
     groups: list[tuple[Value, list[int]]] = []
     for index, value in enumerate(values):
         members = next((m for v, m in groups if close(v, value, attribute)), None)

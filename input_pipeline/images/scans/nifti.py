@@ -87,7 +87,7 @@ def skip(path, stream, count: int, content: str) -> None:
 
 
 def read_layout(path, file: BoundedFile, stream, limits: ScanLimits) -> NiftiLayout:
-    """Read and check the first 348 or 540 bytes of the stream, and the size of an uncompressed file."""
+    """Read the header (348 or 540 bytes) and check it. The size of an uncompressed file must match it."""
     block = bytearray(540)
     read_exactly(path, stream, memoryview(block)[:348], "header")
     if block[128:132] == b"DICM":
@@ -229,9 +229,9 @@ def affine_of(path, header) -> tuple[np.ndarray, bool, tuple[str, ...]]:
 
 
 def with_single_steps(affine: np.ndarray, shape: tuple[int, int, int]) -> tuple[np.ndarray, tuple[int, ...]]:
-    """Replace the step of an axis of one voxel where it is zero or not finite, as no voxel is at its end.
+    """Replace a step that is zero or not finite by 1 mm along an axis of one voxel, where it has no effect.
 
-    Returns the affine with a step of 1 mm across the other two axes, and the number of that axis in a tuple.
+    The new step is perpendicular to the other two axes. Returns the affine and the number of that axis in a tuple.
     """
     lengths = np.linalg.norm(affine[:, :3], axis=0)
     missing = [axis for axis in range(3) if shape[axis] == 1 and not 0 < lengths[axis] < math.inf]
@@ -245,7 +245,7 @@ def with_single_steps(affine: np.ndarray, shape: tuple[int, int, int]) -> tuple[
 
 
 def header(path, *, limits: ScanLimits) -> Header:
-    """Return the header. A .nii.gz is unpacked only up to its end, so the checksum is not verified."""
+    """Return the header. A .nii.gz is unpacked only up to the end of the header, so its checksum is not verified."""
     with open_scan(path, limits) as file, unpacked(path, file) as stream:
         return read_layout(path, file, stream, limits).header
 

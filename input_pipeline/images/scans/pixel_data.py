@@ -52,7 +52,7 @@ def native_frames(path, data: bytes | None, instance: Instance) -> Iterator[byte
 
 
 def without_empty_end(data: bytes) -> bytes:
-    """Return encapsulated pixel data without empty fragments at its end. The offset table remains."""
+    """Remove empty fragments from the end of encapsulated pixel data. The offset table does not change."""
     offset, end, first = 0, 0, True
     while data[offset : offset + 4] == ITEM and offset + 8 <= len(data):
         (length,) = struct.unpack_from("<L", data, offset + 4)
@@ -121,9 +121,9 @@ def check_frame(path, data: bytes, instance: Instance) -> int:
 
 
 def decode_jpeg(data: bytes, instance: Instance) -> np.ndarray:
-    """Decode an 8-bit colour JPEG to RGB. The colours are those that the stream states, otherwise those of the header.
+    """Decode an 8-bit colour JPEG to RGB. Its colour space is that of the stream, or if unstated, that of the header.
 
-    pydicom's decoder fails for component ids R, G, B, and converts colours twice that Pillow has already converted.
+    pydicom's decoder fails for component ids R, G, B, and converts colours that Pillow has already converted.
     """
     stated, decoded = codestream.jpeg_colours(data)
     image = Image.open(io.BytesIO(data), formats=["JPEG"])
@@ -180,10 +180,11 @@ def decode_pixels(path, data: bytes, instance: Instance) -> np.ndarray:
 def is_overlay(words: np.ndarray, values: np.ndarray, outside: np.ndarray, bits_stored: int) -> bool:
     """Return whether the bits above BitsStored are overlays, and not an overflow of damaged compressed data.
 
-    An overlay is one bit, and without it the image is not rougher. An overflow has several bits, or leaves jumps.
+    An overlay uses one bit, and removing it does not make the image rougher. An overflow uses several bits, or the
+    image has jumps without them.
 
     Args:
-      words: with these bits. values: without them. outside: where words are out of range.
+      words: pixels with these bits. values: pixels without them. outside: where words are out of range.
     """
     upper = int(np.bitwise_or.reduce(words[outside].view(f"u{words.itemsize}"), initial=0)) >> bits_stored
     rough = np.abs(np.diff(words.view(f"i{words.itemsize}").astype(np.int64), axis=1)).sum()

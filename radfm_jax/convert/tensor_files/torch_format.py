@@ -132,7 +132,7 @@ def open_torch(path: Path, file: BinaryIO, verify: bool, progress: Progress) -> 
     try:
         state = torch.load(file, map_location="meta", weights_only=True)
     except Exception as error:  # a malicious pickle can make the loader raise any exception
-        # torch's message advises to load the file unsafely, so quote only the refused object.
+        # torch's message suggests loading the file unsafely, so quote only the refused object.
         match = re.search(r"Unsupported (?:global|operand|class)[^.\n]*|GLOBAL [\w.]+", str(error))
         reason = match[0] if match else "the pickle has more than plain tensors"
         raise ValueError(
