@@ -69,7 +69,7 @@ def redacted(text: str, secret: str) -> str:
 
 
 def _encoded(secret: str) -> set[str]:
-    """Return the forms of a secret: plain, percent-encoded, HTML, hexadecimal, and base64 within any text."""
+    """Return the forms of a secret: plain, percent-encoded, HTML, hexadecimal, and base64 at any position of a text."""
     data, forms = secret.encode(), {secret, html.escape(secret), secret.encode("unicode_escape").decode()}
     for _ in range(2):
         forms |= {quote(form, safe="") for form in forms for quote in (urllib.parse.quote, urllib.parse.quote_plus)}

@@ -77,7 +77,7 @@ def _hash(*values: str) -> int:
 
 
 def study_groups(names_of_rows: Iterable[list[int]]) -> np.ndarray:
-    """Return the group of each row, int64[rows]: the smallest name in the group, for any order of rows and sources.
+    """Return the group of each row, int64[rows], named by its smallest name. The order of rows does not matter.
 
         row 0  study 7, scan a
         row 1  study 7, scan b   ->  7 7 7 9

@@ -167,8 +167,8 @@ def existing_answers(
         echo, older = (current.echo(), current.echo(absolute=True)) if current and not current.error else ({}, {})
         if differing := [key for key, value in echo.items() if answer.get(key, "") not in (value, older[key])]:
             raise ValueError(
-                f"{where} answers {row_id!r} with a different {', '.join(differing)} than the batch file has: use "
-                "another --out, or give the changed prompt another id"
+                f"{where} has an answer to {row_id!r}, but the batch file has changed ({', '.join(differing)}): use "
+                "another --out, or give the changed line another id"
             )
         ids.add(row_id)
     if len(complete) < len(content):

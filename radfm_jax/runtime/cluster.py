@@ -18,7 +18,7 @@ class StartError(faults.Explained, RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class ProcessInfo:
-    """One of several processes."""
+    """The number of this process in a run of several processes, and how to reach process 0."""
 
     coordinator: str  # host:port on which process 0 listens
     processes: int
