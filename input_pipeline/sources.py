@@ -102,9 +102,9 @@ def encode_row(
 
 
 def rows_shown(name: str, dataset: Dataset, rows: np.ndarray, seed: int) -> dict[int, int]:
-    """Return row -> the row whose scans it shows, a permutation of rows with the same number of distinct scans.
+    """Return {row: another row, whose scans it shows}. Both rows have the same number of distinct scans.
 
-    Raises ValueError if no other row has the same number of scans.
+    Raises ValueError if a row has no such partner.
     """
     by_count: dict[int, list[int]] = {}
     for row in rows.tolist():

@@ -46,11 +46,11 @@ class RowLoader:
     """
 
     def __init__(self, config: DataConfig, split: str, training: bool):
-        """Open the tables, the index, the tokenizer and the medical terms. `training` crops and flips at random.
+        """Open the tables, the index, the tokenizer and the medical terms. With `training`, crops and flips are random.
 
         Raises:
-          ValueError: the split has no source or no row, the index does not match the tables or the records, or the
-            config promises gray scans and the data have colour.
+          ValueError: the split has no source or no row, the index does not match the tables or the records, or
+            data.channels is 1 and the scans have colour.
         """
         self.config, self.split, self.training = config, split, training
         sources = config.sources_with_rows(split)
@@ -140,7 +140,7 @@ class RowLoader:
         }
 
     def _held_out(self) -> dict:
-        """Return what identifies the division into training and validation rows; {} without a held-out share."""
+        """Return the fingerprint of the division into training and validation rows; {} without a held-out share."""
         config = self.config
         if not config.validation_share or self.split == "test":
             return {}  # as in the states of earlier versions

@@ -23,7 +23,7 @@ class _Part(NamedTuple):
 
 
 def by_side(sides: np.ndarray) -> tuple[np.ndarray, list[int]]:
-    """Return the order that makes the sides of Dataset.sides consecutive, and their sizes, as Mixture takes them."""
+    """Return the row order that makes each side of `Dataset.sides` consecutive, and the size of each side."""
     pairs = int(sides.max()) // 2 + 1
     return np.argsort(sides, kind="stable"), np.bincount(sides, minlength=2 * pairs).tolist()
 
@@ -98,7 +98,7 @@ def _quotas(name: str, source: Mapping) -> tuple[list[int], np.ndarray]:
 
 
 def _divide(total: int, shares: np.ndarray) -> np.ndarray:
-    """Divide a number of samples by shares; the largest remainders get what rounding down leaves."""
+    """Divide a number of samples in proportion to shares, by the largest remainder method."""
     exact = shares / shares.sum() * total
     counts = np.floor(exact).astype(np.int64)
     largest_remainders = np.argsort(-(exact - counts), kind="stable")

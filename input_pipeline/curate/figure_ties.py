@@ -208,7 +208,7 @@ class Ties:
         return []
 
     def _by_label(self, word: str, item, linked: bool, supplement: bool) -> list[Figure]:
-        """Return the figures with the number of an item. If it is linked, another word is accepted as well."""
+        """Return the figures with this word and the number of an item. For a linked item, the number is sufficient."""
         number = f"SUPPLEMENT {item.number}" if supplement else item.number
         figures = self._by_number.get((word, number))
         if figures is None and word == "image":

@@ -102,7 +102,7 @@ def _label_verdict(label: str) -> bool | None:
 
 
 def _without_other_scans(row: dict) -> dict:
-    """Return the row without the scans whose labels are not radiologic, unless all are (rows of curate/cases.py)."""
+    """Remove the scans whose labels are not radiologic, if others remain (rows of curate/cases.py)."""
     paths, labels = row.get("npy_path"), row.get("modality")
     if not isinstance(paths, list) or not isinstance(labels, list) or len(paths) != len(labels):
         return row
@@ -187,7 +187,7 @@ def size_questions(row: dict, family: str, settings: Settings) -> Verdict:
     if changed == row:
         return Verdict(row)
     if not all(_TAG.sub("", _column(changed, name)).strip() for name in ("question", "answer")):
-        return Verdict(None, "the question or the answer is nothing but sizes")
+        return Verdict(None, "the question or the answer has only sizes")
     return Verdict(changed, "sizes removed")
 
 
@@ -226,7 +226,7 @@ def size_phrases(row: dict, family: str, settings: Settings) -> Verdict:
     if changed == row:
         return Verdict(row)
     if not _texts(changed, ("finding", "impression")):
-        return Verdict(None, "the text has nothing but sizes")
+        return Verdict(None, "the text has only sizes")
     return Verdict(changed, "sizes removed")
 
 

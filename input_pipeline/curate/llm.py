@@ -75,7 +75,7 @@ class Endpoint:
 
 
 class Request(NamedTuple):
-    """A request with its own key, where hashing the messages is not wanted (images)."""
+    """A request with an explicit key, for messages that are expensive to hash (images)."""
 
     key: str
     messages: list[dict]
@@ -162,7 +162,7 @@ class Counts:
 
 
 def estimate(endpoint: Endpoint, answers: Answers, requests: Iterable[list[dict]]) -> dict:
-    """Estimate the requests and the cost of a run: tokens from characters, answers at full length."""
+    """Estimate the requests and the maximum cost of a run. All answers are assumed to reach the length limit."""
     known = new = characters = 0
     seen = set()
     for messages in requests:

@@ -85,10 +85,10 @@ def _add_options(parser) -> None:
         ("per-minute", amount, 0, "maximum number of requests per minute; 0: no limit"),
         ("timeout", console.number_that_is("above 0", lambda value: value > 0), 120, "seconds for one request"),
         ("retries", count, 6, "retries of a request"),
-        ("temperature", float, 0.7, "of the model"),
+        ("temperature", float, 0.7, "temperature of the model"),
         ("max-tokens", console.at_least(1), 800, "maximum length of an answer"),
-        ("price-in", amount, 0, "of a million tokens sent"),
-        ("price-out", amount, 0, "of a million tokens received"),
+        ("price-in", amount, 0, "price of a million tokens sent"),
+        ("price-out", amount, 0, "price of a million tokens received"),
         ("budget", amount, 0, "stop after this cost; 0: no limit"),
     ):
         parser.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=f"{text} (%(default)s)")

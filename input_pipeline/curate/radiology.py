@@ -1,4 +1,4 @@
-"""Whether an image is radiologic, from its caption, a modality label, or a classifier of the user.
+"""Whether an image is radiologic, from its caption, a modality label, or the user's classifier.
 
 A caption that names only radiologic examinations is radiologic; one that names only other kinds of images is not. If it
 names both, its parts are judged separately, and one radiologic part suffices. If it names neither, the result is None,

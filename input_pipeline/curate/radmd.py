@@ -59,7 +59,7 @@ def _add_options(parser) -> None:
     text = "drop a row whose context contains the answer, or cut those sentences (%(default)s)"
     parser.add_argument("--cheating", choices=("drop", "cut"), default="drop", help=text)
     parser.add_argument("--without", action="append", default=[], metavar="RULE", help="skip a rule; repeatable")
-    count, text = console.at_least(0), "per rule and outcome (%(default)s)"
+    count, text = console.at_least(0), "examples per rule and outcome (%(default)s)"
     parser.add_argument("--examples", type=count, default=20, metavar="N", help=text)
     parser.add_argument("--seed", type=int, default=0, help="seed of the balance (%(default)s)")
 
@@ -80,7 +80,7 @@ def curate(specs: list[str], root, directory: Path, options: dict, progress=jobs
     report = Report(directory, "radmd", {"root": str(root), "tables": specs} | options)
     report.add(result)
     if not options.get("captions") and any(table.family == "pmc_casereport" for table in tables):
-        log("without --captions, figures are judged by their questions and answers alone, which are often undecided")
+        log("without --captions, figures are judged by their questions and answers alone, and many stay undecided")
     examples = _Examples(options.get("examples", 20))
     done = progress("radmd", "tables", len(tables))
     report.more["tables"] = {}

@@ -208,7 +208,7 @@ def _write(tables, groups, rows, existing, directory, options, result: Result) -
                     result.problem(table.file, number, reason, f"it has no split now: see {directory}/leaks.jsonl")
                     split = ""
                 out.write(table.name, row | {"split": split})
-                result.count(f"{table.name}: {split or 'in no split, as it leaks'}")
+                result.count(f"{table.name}: {split or 'in no split, because it leaks'}")
 
 
 _run = console.run_on_tables(curate, "test seed near anew check")

@@ -29,7 +29,7 @@ _STUDY = re.compile(
 
 
 def study_pattern(study: str | None) -> re.Pattern:
-    """Return the pattern of studies in paths: a regex with one or more groups, or that of the public sets."""
+    """Compile the pattern of studies in paths. Its groups match a study. None: the pattern of the public sets."""
     return re.compile(study) if study else _STUDY
 
 
@@ -103,7 +103,7 @@ def npy_scans(root: pathlib.Path, path: str) -> tuple[Scan, ...]:
 
 
 def scan_files(paths: tuple[str, ...]) -> tuple[Scan | str, ...]:
-    """Return the scans of files. A .npy file remains a path: `scans_of` reads its header, which has their number."""
+    """Return the scans of files. A .npy file remains a path; `scans_of` reads the number of its scans."""
     return tuple(path if path.lower().endswith(".npy") else Scan(path) for path in paths)
 
 
@@ -297,7 +297,7 @@ class TableDataset(abc.ABC):
         return Sample(self.sample_id(i, window), self.name, task, study, parts)
 
     def window_parts(self, value, rng: np.random.Generator, window: int | None):
-        """Return what `parts` does, for one window of a row."""
+        """Return task, study and parts, as `parts` does, for one window of a row."""
         return self.parts(value, rng)
 
     def scans(self, i: int) -> tuple[Scan, ...]:

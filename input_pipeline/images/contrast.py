@@ -1,7 +1,7 @@
-"""Contrast that is lost between a scan and the model, and CT that is not in Hounsfield units, as notices with numbers.
+"""Notices about contrast that is lost between a scan and the model, and about CT that is not in Hounsfield units.
 
 All measures use a sample of the voxels (`intensity.sample_voxels`). Voxels equal to the scan's minimum or maximum are
-left out, because padding and saturation have no contrast to lose.
+excluded, because padding and saturation have no contrast to lose.
 """
 
 from __future__ import annotations

@@ -216,7 +216,7 @@ def _check_window(intensity: Intensity, low: float, high: float, window: Window,
         if low >= 0 and high <= 255:
             raise ValueError(f"CT window {window!r} needs Hounsfield units, but {found} (8-bit image?): {remedy}")
         if low >= 0:
-            why = "none is negative, as air is in Hounsfield units (MR? a CT without its intercept of -1024?)"
+            why = "none is negative, but air is at -1000 HU (MR? a CT without its intercept of -1024?)"
             raise ValueError(f"CT window {window!r} needs Hounsfield units, but {found}: {why}; {remedy}")
     if bottom < 0 <= low and modality not in (None, "CT"):
         raise ValueError(f"the window {bottom:g} to {top:g} is for CT, but the modality is {modality}: {remedy}")

@@ -218,8 +218,8 @@ RESTORE = "restore it from a copy, or run prepare again"
 class Index:
     """An opened and verified index directory.
 
-    Raises ValueError if it has no index, a damaged one, or one of another version. An index of the version before,
-    without digests, causes a warning.
+    Raises ValueError if the index is missing, damaged, or of another version. An index of the previous version, which
+    has no digests, only causes a warning.
     """
 
     def __init__(self, directory: Path | str):

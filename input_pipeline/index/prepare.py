@@ -75,7 +75,7 @@ def prepare(
     directory, start_time = Path(directory).absolute(), time.monotonic()
     workers = available_cpus() if workers is None else workers
     if records and config.preprocess == "released":
-        raise ValueError("--records stores volumes of data.preprocess='paper'; 'released' reads the scans' files")
+        raise ValueError("--records needs data.preprocess='paper' (got 'released'): remove --records")
     checksums = table_checksums(config)
     tokenizer = tokenizer_of(config)
     with locked_index(directory), database.open_database() as db:

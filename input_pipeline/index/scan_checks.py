@@ -71,7 +71,7 @@ class Conversion:
 
 
 def preload() -> None:
-    """State factory without a state. Calling it imports this module once, in the process that forks the workers."""
+    """Do nothing. As a pool's state factory, this imports the module once, in the process that forks the workers."""
 
 
 def scan_from_key(key: Key) -> Scan:
@@ -90,7 +90,7 @@ def task_label(task: ScanTask) -> str:
 
 def failed_check(task: ScanTask, reason: str) -> tuple[ScanCheck, None]:
     """Return the result for a scan that killed or hung its worker."""
-    remedy = "open it by hand; if memory is short use fewer --workers, if files are slow a longer data.worker_timeout"
+    remedy = "check it with another program; use fewer --workers (little memory) or a longer data.worker_timeout"
     return ScanCheck(*task[0], fault="damaged", reason=reason, remedy=remedy), None
 
 

@@ -129,7 +129,7 @@ def _target_warnings(columns: Mapping[str, list], vocab_size: int) -> dict[str, 
     warnings: dict[str, list[int]] = {}
     for k, (target, weight) in enumerate(zip(columns["targets"], columns["weights"], strict=True)):
         if weight not in WEIGHTS:
-            warnings.setdefault(f"a weight that is none of {', '.join(f'{w:g}' for w in WEIGHTS)}", []).append(k)
+            warnings.setdefault(f"a weight other than {', '.join(f'{w:g}' for w in WEIGHTS)}", []).append(k)
         last = k + 1 == len(ids)
         if weight and (last or visual[k + 1] >= 0 or target != ids[k + 1] or target >= vocab_size):
             warnings.setdefault("a weight on a target that is not the next token of the text", []).append(k)

@@ -123,7 +123,7 @@ def coordinates(study: Study) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def lesion_cover(study: Study, lesion: plan.Lesion) -> tuple[tuple[slice, slice, slice], np.ndarray]:
-    """Return the bounding box [D, H, W] of a lesion, and the covered share of each voxel, soft over 2 pixels."""
+    """Return the bounding box [D, H, W] of a lesion, and the covered share of each voxel. Edges are 2 pixels wide."""
     box, squares = [], []
     for line, centre, radius in reversed(list(zip(coordinates(study), lesion.centre, lesion.radii, strict=True))):
         near = np.flatnonzero(np.abs(line - np.float32(centre)) <= radius + 4 / study.size)

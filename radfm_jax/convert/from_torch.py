@@ -106,11 +106,11 @@ def _records(model: TorchModel) -> dict[str, dict]:
         return fields | {stored.KEY: record}
     if (released := stored.released_preparation(model.config)) is not None:
         model.notes.append(
-            f"the source does not say how scans are prepared: assumed {released.preprocess!r} preprocessing at "
+            f"the source does not state how scans are prepared: assumed {released.preprocess!r} preprocessing at "
             f"{released.size_2d}/{released.size_3d}, because all sizes are those of the released weights"
         )
         return fields | {stored.KEY: stored.to_record(released)}
-    model.notes.append(f"the source does not say how scans are prepared: {stored.REMEDY}")
+    model.notes.append(f"the source does not state how scans are prepared: {stored.REMEDY}")
     return fields
 
 

@@ -37,7 +37,7 @@ def config_json(src: Path, part: str, config: RadFMConfig, description: dict, re
     try:
         hf[stored.KEY] = stored.to_record(stored.preparation_of(src, config))
     except ValueError as e:
-        report.lines.append(f"the export does not say how scans are prepared: {e}")
+        report.lines.append(f"the export does not state how scans are prepared: {e}")
     return hf
 
 

@@ -42,7 +42,7 @@ tags: [radiology, medical, vision-language]
 
 # {title}
 
-{WARNING} The model can be wrong in ways that read well. It is not a medical device and has no regulatory
+{WARNING} Its wrong answers can sound convincing. The model is not a medical device and has no regulatory
 approval. Its answers must not guide the care of any patient.
 
 Exported by radfm_jax; {parameters:,} parameters.

@@ -31,7 +31,7 @@ HIDDEN_SIZES = {
 }
 REMEDY = (
     "pass --config with the configs/*.py of the model, or with a config.json that `to-torch` wrote; the language "
-    "model's config.json of Hugging Face gives those of llama"
+    "model's config.json of Hugging Face has only the sizes of llama"
 )
 
 

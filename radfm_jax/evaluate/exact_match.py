@@ -43,10 +43,10 @@ from radfm_jax.training.experiment import Experiment
 
 DESCRIPTION = """\
 Score a checkpoint on the test sources of a config: exact-match accuracy by source and question, with 95 % intervals. A
-second pass exchanges the scans between samples, as a control: its accuracy needs no scan. Then some questions are
-answered in words.
+second pass exchanges the scans between samples, as a control: it measures the accuracy without the right scan. Then the
+model generates answers to some questions.
 
-OUT/answers.jsonl has the question, the reference, the answer and whether it is correct, for reading.
+OUT/answers.jsonl has these questions with reference, answer, and whether the answer is correct.
 """
 EPILOG = """\
 examples:
@@ -91,8 +91,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="output directory")
     parser.add_argument("--no-control", action="store_true", help="skip the pass with exchanged scans")
     parser.add_argument(
-        "--answers", default=50, type=_count, metavar="N", help="questions of each source to answer in words: a "
-        "number, 0 or all (default: 50)"
+        "--answers", default=50, type=_count, metavar="N", help="number of questions of each source to "
+        "generate answers to, or all (default: 50)"
     )  # fmt: skip
     args, config = command_line.parse(parser, sys.argv[1:] if argv is None else argv)
     try:

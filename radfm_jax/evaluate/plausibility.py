@@ -13,7 +13,7 @@ from radfm_jax.evaluate.words import words
 LEAST = 8  # minimum number of answers for a warning
 MOST = 0.9  # suspicious share of one answer, if no reference is that frequent
 FEW_STEPS = 10
-REMEDY = "the model may be untrained, or not read its input: check the checkpoint, its training loss and its tokenizer"
+REMEDY = "the model may be untrained, or ignore its input: check the checkpoint, its training loss and its tokenizer"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ def implausible(answers: Sequence[GivenAnswer]) -> list[str]:
     if count == n > expected:
         reasons.append(f"all {n:,} answers are {text[:40]!r}" if text else f"all {n:,} answers are empty")
     elif count >= MOST * n and expected <= 0.75 * n:
-        reasons.append(f"{count:,} of {n:,} answers are {text[:40]!r}, but at most {expected:,} references are equal")
+        reasons.append(f"{count:,} of {n:,} answers are {text[:40]!r}, but at most {expected:,} references agree")
     lengths = [len(answer.split()) for answer in given]
     references = sum(len(words(one.reference)) for one in answers) / n
     if max(lengths) <= 1 and references >= 3:

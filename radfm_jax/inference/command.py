@@ -86,7 +86,9 @@ def parser() -> argparse.ArgumentParser:
     answer.add_argument("--history", action="store_true", help="--chat: add earlier questions and answers to each one")
     batch = top.add_argument_group("batch files")
     batch.add_argument("--out", type=Path, metavar="FILE", help="answers of --jsonl; existing answers are kept")
-    batch.add_argument("--root", type=Path, metavar="DIR", help="of relative scan paths (default: that of --jsonl)")
+    batch.add_argument(
+        "--root", type=Path, metavar="DIR", help="root of relative scan paths (default: that of --jsonl)"
+    )
     model = top.add_argument_group("model")
     add_model_options(model, required=True)
     model.add_argument("--preprocess", choices=MODES, help="override the preprocessing of the checkpoint")
@@ -183,7 +185,7 @@ def _preparation(directory: Path, config, overrides: dict) -> inputs.Preparation
 
 
 def mesh_of(config, devices: int | None) -> jax.sharding.Mesh | None:
-    """Return a mesh that shards the heads over `devices`. None: over as many devices as the heads divide into."""
+    """Return a mesh that shards the heads over `devices`. None: as many devices as divide the heads."""
     available, heads = jax.devices(), config.llama.num_kv_heads
     if devices is not None and (not 1 <= devices <= len(available) or heads % devices):
         raise ValueError(

@@ -257,7 +257,7 @@ class Peers:
         return POLL
 
     def _handle_failure(self, number: int, code: int, reason: str) -> None:
-        """Exit with the code of process `number`, unless this process fails as well and publishes it."""
+        """Exit with the code of process `number`. Do nothing if this process has published its own failure."""
         deadline = time.monotonic() + SAME_CAUSE
         while time.monotonic() < deadline and self._failure is None:
             time.sleep(0.1)

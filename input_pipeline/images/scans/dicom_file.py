@@ -89,7 +89,7 @@ def file_layout(path, file: BoundedFile) -> Layout:
 
 
 def unstated_syntax(path, file: BoundedFile, begin: int) -> uid.UID:
-    """Return the uncompressed transfer syntax of a file that states none."""
+    """Return the transfer syntax that the first element shows, for a file that does not state it."""
     file.seek(begin)
     syntax = encoding_of(file.read(SNIFFED))
     if syntax is None:

@@ -167,7 +167,7 @@ def check_not_tiled(path, fields: Fields, count: int, kinds: Columns) -> None:
     images = fields.comparable(MOSAIC_COUNT)  # also stated, as 1, in files that are no mosaic
     several = isinstance(images, bytes) and int.from_bytes(images[:2], "little") > 1
     if several or any("MOSAIC" in text.split("\\") for text in types):
-        reason = "is a Siemens mosaic: its picture shows all slices of a volume next to each other"
+        reason = "is a Siemens mosaic: its image shows all slices of a volume next to each other"
         raise ScanError(path, reason, "convert it with dcm2niix, which separates the slices", "unsupported")
     if count > 1 and fields.raw("TotalPixelMatrixColumns") is not None:
         raise ScanError(path, f"has {count} frames that are tiles of one image, not slices", TILED, "unsupported")

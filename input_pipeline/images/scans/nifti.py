@@ -132,7 +132,7 @@ def interpret(path, header, size: int, endian: str, limits: ScanLimits) -> Nifti
     check_shape(path, (h, w, d, channels), max(dtype.itemsize, 4 if rescaled else 1), limits)
     check_volume(path, None, volumes, limits, needed=False)
     if stepless:
-        notices += ("states no step between slices, which its single slice does not need: set pixdim[3]",)
+        notices += ("states no step between slices (harmless for a single slice): set pixdim[3]",)
     low, high = float(header["cal_min"]), float(header["cal_max"])
     head = Header(
         format="nifti",
@@ -214,7 +214,7 @@ def affine_of(path, header) -> tuple[np.ndarray, bool, tuple[str, ...]]:
             except (HeaderDataError, ValueError):
                 if not s_code:
                     raise
-                q, q_code, notices = None, 0, ("has an invalid qform, which its sform replaces: remove the qform",)
+                q, q_code, notices = None, 0, ("has an invalid qform, so its sform is used: remove the qform",)
         units = int(header["xyzt_units"]) & 7
         if units not in MM:
             raise ScanError(path, f"states the unknown length unit {units}", "set xyzt_units to mm")

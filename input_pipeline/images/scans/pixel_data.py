@@ -74,7 +74,7 @@ def encoded_frames(path, dataset: pydicom.Dataset, instance: Instance) -> Iterat
     data, encapsulated = element.value, getattr(element, "length", 0) in (0xFFFFFFFF, -1)  # no length if empty
     if not instance.syntax.is_encapsulated:
         if encapsulated:
-            reason = f"has compressed pixels, but no transfer syntax or that of {instance.syntax.name}"
+            reason = f"has compressed pixels, but its transfer syntax is absent or {instance.syntax.name}"
             raise ScanError(path, reason, "state the transfer syntax in its meta information", "ambiguous")
         swapped = instance.syntax == uid.ExplicitVRBigEndian and instance.bits_allocated == 8
         if swapped and element.VR == "OW" and data and len(data) % 2 == 0:
