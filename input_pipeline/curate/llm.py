@@ -69,7 +69,7 @@ class Endpoint:
         return (tokens_in * self.price_in + tokens_out * self.price_out) / 1e6
 
     def settings(self) -> dict:
-        """Return the parameters of a request in addition to its messages."""
+        """Return all parameters of a request except its messages."""
         settings = {"model": self.model, self.max_tokens_name: self.max_tokens}
         return settings if self.temperature is None else settings | {"temperature": self.temperature}
 

@@ -164,7 +164,7 @@ def _cell(row: dict, column: str) -> str:
 
 
 def _add_near_images(root, groups, images, near: list[dict], result: Result, progress) -> None:
-    """Join the groups of near-duplicate images, and add the pairs."""
+    """Join the groups of near-duplicate images, and append the pairs of images to `near`."""
     hashes = {}
     done = progress("hashing images", "images", len(images))
     for name, (path, volume) in images.items():

@@ -1,7 +1,7 @@
 """JSON lists and JSON Lines -> rows, each error with its file and row.
 
-Rows are counted from 1; in JSON Lines the row is the line. A bad row becomes a problem and reading continues. An error
-after which the rest of the file is not JSON raises.
+Rows are counted from 1; in JSON Lines the row is the line. A bad row becomes a problem and reading continues. If the
+rest of the file cannot be parsed, a RowError is raised.
 """
 
 from __future__ import annotations

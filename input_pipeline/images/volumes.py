@@ -71,7 +71,7 @@ def prepare_volume(
     """
     if mode == "released":
         if parse_intensity(window).kind != "minmax" or flips or storage not in (None, "float32") or fit != "stretch":
-            raise ValueError("released mode supports neither windows nor flips nor padding, and stores float32")
+            raise ValueError("released mode supports only minmax, 'stretch' and float32, without flips")
         return released_volumes([voxels], rng=rng)[0]
     storage = "uint8" if storage is None else storage
     for name, value, known in (("mode", mode, MODES), ("storage", storage, STORAGE), ("fit", fit, FITS)):

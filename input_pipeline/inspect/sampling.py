@@ -30,7 +30,7 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Overview:
-    """The head of the page."""
+    """The content of the page's header: data, settings and statistics of the rows shown."""
 
     config: str
     split: str

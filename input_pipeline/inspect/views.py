@@ -20,7 +20,7 @@ from input_pipeline.text.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class SampleView:
-    """A sample of a row."""
+    """What the page shows about a sample."""
 
     number: int  # its segment
     source: str
@@ -41,7 +41,7 @@ class SampleView:
 
 @dataclasses.dataclass(frozen=True)
 class RowView:
-    """A row."""
+    """What the page shows about a row."""
 
     epoch: int
     window: int

@@ -105,7 +105,7 @@ def radfm_from_shapes(shapes: Shapes, config: dict | None, path) -> RadFMConfig:
 
 
 def _sizes_of_config(config: RadFMConfig) -> dict[str, dict]:
-    """Return the sizes of each part that tensor shapes give, as `_sizes_of_tensors` does."""
+    """Return the sizes of a config that tensor shapes also show, in the form of `_sizes_of_tensors`."""
     vision, perceiver, llama = config.vision, config.perceiver, config.llama
     return {
         "vision": {
@@ -125,7 +125,7 @@ def _sizes_of_config(config: RadFMConfig) -> dict[str, dict]:
 
 
 def _sizes_of_tensors(shapes: Shapes, path) -> dict[str, dict]:
-    """Return the sizes of each part that tensor shapes give. Raises ValueError listing the names that are missing."""
+    """Return the sizes of each part that tensor shapes show. Raises ValueError listing the missing tensors."""
     missing = []
 
     def size(pattern: str, axis: int) -> int:

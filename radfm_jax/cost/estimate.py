@@ -216,8 +216,8 @@ def traffic(config: Experiment, mesh: Mesh | AbstractMesh) -> float:
     """Return the minimum bytes received by each device per step, in the dtype of products; 0 on one device.
 
     Each micro-batch gathers the weights sharded over `fsdp` twice (forward and backward) and reduces gradients of
-    trained parameters once. Parameters too small for `fsdp` (sharding.param_shardings) are only all-reduced, as all
-    gradients are over replicas of `data`.
+    trained parameters once. Gradients of parameters too small for `fsdp` (sharding.param_shardings) are only
+    all-reduced. All gradients are all-reduced over the replicas of `data`.
     """
     state, ways, replicas = _state(config, mesh), mesh.shape["fsdp"], mesh.shape["data"]
     all_reduce = lambda n: 2 * (n - 1) / n  # noqa: E731

@@ -193,7 +193,7 @@ def is_overlay(words: np.ndarray, values: np.ndarray, outside: np.ndarray, bits_
 
 
 def stored_values(path, words: np.ndarray, instance: Instance) -> np.ndarray:
-    """Return gray values of `frame_dtype` without the bits above BitsStored (overlays), except for padding."""
+    """Return gray values of `frame_dtype`. Bits above BitsStored (overlays) are removed, except from padding."""
     low, high = instance.stored_range
     words = words.astype(instance.dtype, copy=False)
     if words.min() >= low and words.max() <= high:
