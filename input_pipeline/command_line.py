@@ -28,7 +28,8 @@ def add_config(parser: argparse.ArgumentParser) -> None:
 def parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Namespace, ConfigDict]:
     """Return the arguments and the config with its overrides; exit with a message if either has an error.
 
-    If the config file has a function `resolve`, the config is its result: resolve(config, overridden field names).
+    If the config file has a function `resolve`, its result is the config. It is called as resolve(config, names of the
+    overridden fields).
     """
     spaced = [a for a in argv if a.startswith("--config.") and "=" not in a]
     if spaced:

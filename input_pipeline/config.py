@@ -163,7 +163,7 @@ class DataConfig:
         return Sizes(self.size_2d, self.size_3d, self.depth)
 
     def sources(self, split: str | None = None) -> dict[str, dict]:
-        """Return source name -> fields, of one split or of all, sorted by name within a split like a ConfigDict.
+        """Return {source name: fields} of one split or of all, sorted by name within a split as in a ConfigDict.
 
         A source without a field `intensity` gets `data.intensity`, unless that is the default.
         """

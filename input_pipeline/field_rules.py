@@ -70,7 +70,7 @@ def check_fields(config: Any, group: str, conflicts: Iterable[str] = ()) -> None
 
     Args:
       group: prefix of the field names in messages: `train`, `model.llama`; "" for none.
-      conflicts: problems of several fields together, evaluated only if each field is valid alone.
+      conflicts: problems between fields. The iterable is consumed only if each single field is valid.
     Raises:
       ValueError: lists every problem: `model.llama.num_layers must be at least 1 (got -1)`.
     """

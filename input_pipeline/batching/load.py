@@ -151,7 +151,7 @@ class RowLoader:
         return {"validation share and seed": share, "rows of the split": digest.hexdigest()}
 
     def _sample(self, number: int, epoch: int) -> tuple[str, Sample, Encoded]:
-        """Return source, sample and tokens of a number in the mixture. Raises RowError."""
+        """Return source, sample and tokens of the sample with this number in the mixture. Raises RowError."""
         source = int(np.searchsorted(self.starts, number, side="right")) - 1
         name = self.names[source]
         dataset, position, windows = self.datasets[name], number - self.starts[source], self.windows[source]
@@ -198,7 +198,7 @@ class RowLoader:
         )
 
     def plan(self, samples: np.ndarray, parts: Sequence[SampleSizes], rng_key: tuple[int, ...]) -> list[PlannedRow]:
-        """Plan a window (see plan_window). Its samples were measured in parts, which are joined here."""
+        """Join the parts of a window's sizes, and plan the window (see plan_window)."""
         config, sizes = self.config, SampleSizes.concatenate(parts)
         return plan_window(
             samples, sizes, config.limits, rng_key, share_scans=config.share_scans, mode=config.preprocess
@@ -300,7 +300,7 @@ class RowLoader:
 
     @contextlib.contextmanager
     def _row_errors(self, errors: list[str], name: str, sample: Sample, scan: Scan) -> Iterator[None]:
-        """Raise scan errors as RowError, or with `data.allowed_loss` append it to `errors`."""
+        """Raise scan errors as RowError. With `data.allowed_loss`, append them to `errors` instead."""
         try:
             yield
         except (ValueError, OSError, MemoryError) as error:

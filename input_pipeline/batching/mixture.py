@@ -1,4 +1,4 @@
-"""The mixture: which samples an epoch has, in which proportion of sides, and in which order.
+"""The mixture: the samples of an epoch, their order, and the balance of yes and no or normal and abnormal.
 
 Grain's `MapDataset.mix` does not fit: it ends with its smallest source and draws by ratio, but an epoch takes an exact
 number of samples from each source, and the next epoch continues where it stopped. Grain's `.shuffle` gives a
@@ -29,7 +29,7 @@ def by_side(sides: np.ndarray) -> tuple[np.ndarray, list[int]]:
 
 
 class Mixture:
-    """The samples of each epoch. A sample's number is its row number, counted through all sources."""
+    """The samples of each epoch. Samples are numbered consecutively over all sources."""
 
     def __init__(self, sources: dict[str, dict], *, seed: int, weights: bool, samples: int = 0):
         """Compute `counts`, int64[sources]: the number of samples per epoch from each source.
@@ -84,7 +84,7 @@ class Mixture:
 
 
 def _quotas(name: str, source: Mapping) -> tuple[list[int], np.ndarray]:
-    """Return the sizes of a source's parts, and how many samples of each a whole epoch has.
+    """Return the sizes of a source's parts, and the number of samples of each part in an epoch of fraction 1.
 
     `sides` are the sizes of consecutive pairs of sides. An epoch has as many samples of one side as of the other.
     """

@@ -121,8 +121,8 @@ def plan_rows(
       tokens: text tokens of each sample, image tokens included.
       scans: ids of the scans of each sample.
       patches, planes: of each scan, by id.
-      share_scans: keep samples about the same scans together, so that a scan is loaded and encoded once. Without it,
-        samples share a scan only if they meet in a row; give their scans different ids to prevent that.
+      share_scans: keep samples about the same scans together, so that a scan is loaded and encoded once. Otherwise,
+        samples share a scan only if they are in the same row by chance; different scan ids prevent that.
     Raises:
       ValueError: a sample does not fit an empty row.
     """
@@ -165,7 +165,7 @@ def _groups(tokens, scans, limits: RowLimits) -> list[list[int]]:
 
 @dataclasses.dataclass
 class _Row:
-    """A row that is being filled: its samples, scan id -> slot, the vision row of each slot, and what is free."""
+    """A row that is being filled: its samples, scan id -> slot, the vision row of each slot, and the free space."""
 
     free_patches: list[int]  # of each vision row
     samples: list[int] = dataclasses.field(default_factory=list)

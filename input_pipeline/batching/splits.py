@@ -25,7 +25,7 @@ class SplitRows(NamedTuple):
 
 
 def rows_of_split(config: DataConfig, split: str, index: Index, datasets: dict[str, Dataset]) -> dict[str, SplitRows]:
-    """Return source -> its usable rows that belong to a split; only sources that have any.
+    """Return {source: its usable rows in a split}, for sources with such rows.
 
     Args:
       datasets: the sources of `config.sources_with_rows(split)`, opened.

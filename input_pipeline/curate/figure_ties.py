@@ -7,8 +7,8 @@ each other:
     links                     |F1|F3          |---F4---|
     items                     1 2 3                   4 b      2 is inside a range: tied by its label
 
-Nothing is guessed. A link that contradicts its text, a number without a figure and a repeated id are problems with
-their line, and tie to no figure.
+Nothing is guessed. A link that contradicts its text, a number without a figure and a repeated id are reported as
+problems with their line. They are not tied to a figure.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class _Links:
         self._last_end = list(itertools.accumulate((link.end for link in self.links), max))
 
     def overlapping(self, begin: int, end: int, empty: bool = False) -> list[int]:
-        """Return the numbers of the links that overlap [begin, end); with `empty`, also of empty links in it."""
+        """Return the numbers of the links that overlap [begin, end). `empty`: include empty links inside it."""
         numbers, k = [], bisect.bisect_left(self._begins, end) - 1
         while k >= 0 and self._last_end[k] >= begin:
             link = self.links[k]

@@ -25,7 +25,7 @@ class Captions:
         self._verdicts: dict[int, bool | None] = {}
 
     def register(self, paper: str, figure: str) -> None:
-        """Add a figure of a table to those whose captions are judged. Captions of other figures are ignored."""
+        """Register a figure of a table. Captions of unregistered figures are ignored."""
         self._verdicts[self._hash(paper, figure)] = None
 
     def add(self, paper: str, figure: str, caption: str) -> None:
@@ -87,7 +87,7 @@ def _texts(row: dict, columns) -> list[str]:
 def radiologic(row: dict, family: str, settings: Settings) -> Verdict:
     """Drop rows whose images are not radiologic, by label, then by caption or text, then by the classifier.
 
-    A case with scans of both kinds keeps those that are not labelled as another kind.
+    A case with scans of both kinds keeps all scans except those labelled as not radiologic.
     """
     kept = _without_other_scans(row)
     if reason := _not_radiologic(kept, family, settings):
@@ -177,7 +177,7 @@ _SIZE_ANSWER = re.compile(
 
 
 def size_questions(row: dict, family: str, settings: Settings) -> Verdict:
-    """Drop questions about sizes, which a resized volume does not show, and remove size phrases from the others."""
+    """Drop questions about sizes, and remove size phrases from other pairs. A resized volume does not show sizes."""
     question, answer = (_column(row, name) for name in ("question", "answer"))
     if _SIZE_QUESTION.search(question):
         return Verdict(None, "the question is about a size")
@@ -253,7 +253,7 @@ def _content(text: str) -> list[str]:
 def given_away(sentence: str, answer: str) -> bool:
     """Return whether a sentence of the context has (nearly) all content words of the answer.
 
-    It is False for "yes", "no", and an answer of one word with up to four letters.
+    Return False for "yes", "no", and answers of one word with up to four letters.
     """
     words = set(_content(answer))
     if not words or (len(words) == 1 and len(next(iter(words))) <= 4):

@@ -2,8 +2,8 @@
 
     request (messages, model, settings) -> key, a hash of its content -> one line of answers.jsonl
 
-An answer is appended and synced to disk before it is used. An interrupted run resumes with the keys without a line; the
-requests in flight at the interruption (at most `concurrency`) are sent again. The API key comes from the environment.
+An answer is appended and synced to disk before it is used. A resumed run sends the requests whose keys have no line,
+including those in flight at the interruption (at most `concurrency`). The API key comes from the environment.
 It is never written, and is removed from answers and messages.
 """
 
@@ -134,7 +134,7 @@ class Answers:
 
 @dataclasses.dataclass
 class Counts:
-    """Counts of a run. Every request is known, ended or left for the next run."""
+    """Counts of a run. Every request was known before, has ended, or is left for the next run."""
 
     requests: int = 0
     known: int = 0

@@ -139,7 +139,7 @@ def curate(
     make_requests = case_requests if tool == "pmc-casereport" else caption_requests
 
     def requests(result: Result) -> Iterator[Request]:
-        """Stream the source again on each pass, so that only one request is in memory."""
+        """Yield the requests. Each pass reads the source again, so that only one request is in memory."""
         return itertools.islice(make_requests(source, options, result), options.get("limit"))
 
     first = next(requests(Result()), None)

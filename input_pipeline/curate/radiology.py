@@ -82,7 +82,7 @@ def by_label(label: str) -> bool | None:
 
 
 def open_classifier(name: str) -> Classifier:
-    """Import `package.module:function`. Raises ValueError."""
+    """Import and return the classifier `package.module:function`. Raises ValueError."""
     module, _, attribute = name.partition(":")
     try:
         classifier = getattr(importlib.import_module(module), attribute)

@@ -209,7 +209,7 @@ def order(seed: int, *values) -> bytes:
 
 
 class _Examples:
-    """A few rows of each rule and outcome, chosen by hash, so that they are reproducible and from the whole table."""
+    """A few rows of each rule and outcome. Choosing them by hash makes them reproducible, from the whole table."""
 
     def __init__(self, most: int):
         self.most, self.heaps = most, {}

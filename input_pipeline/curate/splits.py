@@ -127,7 +127,7 @@ def curate(specs, root, directory, options: dict, progress=jobs.no_progress, log
 
 
 def _add_rows(table, dataset, groups, rows, images, texts, near: list[dict], result: Result, progress) -> None:
-    """Add the rows of a table to the groups, with its scans and, for near duplicates, its answers."""
+    """Add the rows and scans of a table to the groups. With near duplicates, also add its answers."""
     done = progress(table.name, "rows", len(dataset))
     cells = layouts.read(table.family, table.file, Result())[1]
     for i in range(len(dataset)):

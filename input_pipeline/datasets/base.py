@@ -170,9 +170,9 @@ class TableDataset(abc.ABC):
             raise RowError(self.file, 0, reason, "check the table and the split")
 
     def defer_stack_errors(self) -> None:
-        """Treat a missing or damaged .npy file as one scan that fails when it is read, as in any other format.
+        """Treat a missing or damaged .npy file as one scan that fails when it is read, as files of other formats do.
 
-        By default its rows are bad rows.
+        Otherwise the rows that name the file are bad rows.
         """
         strict = self.npy_scans
 
@@ -248,7 +248,7 @@ class TableDataset(abc.ABC):
         return value
 
     def scans_of(self, value) -> tuple[Scan, ...]:
-        """Return all scans that a value can use, in order. By default its first item has them, as `scan_files`."""
+        """Return all scans that a value can use, in order. By default the first item of the value is `scan_files`."""
         scans: list[Scan] = []
         for item in value[0]:
             scans += (item,) if isinstance(item, Scan) else self.npy_scans(item)

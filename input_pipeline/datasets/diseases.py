@@ -98,9 +98,9 @@ def is_vague(disease: str) -> bool:
 
 
 def may_coexist(a: str, b: str) -> bool:
-    """Return whether b may be present when a is, as a synonym, a part or a kind of it. Then b is not a safe "no".
+    """Return whether b may be present if a is: b is a synonym, a part or a kind of a. Then b is not a safe "no".
 
-    "Rib fracture" and "fracture", "consolidation" and "lung opacity", "TB" and "tuberculosis".
+    Examples: "rib fracture" and "fracture", "consolidation" and "lung opacity", "TB" and "tuberculosis".
     """
     x, y = canonical(a), canonical(b)
     if x == y or y in _RELATED.get(x, ()):

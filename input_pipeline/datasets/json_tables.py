@@ -140,7 +140,7 @@ _cache: contextvars.ContextVar[dict[pathlib.Path, Store] | None] = contextvars.C
 
 @contextlib.contextmanager
 def json_lines_cache() -> Iterator[None]:
-    """Within this context, parse a JSON Lines file that is read several times in a row only once."""
+    """Within this context, parse a JSON Lines file only once if it is read several times in succession."""
     before = _cache.set({})
     try:
         yield

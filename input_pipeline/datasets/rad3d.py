@@ -32,7 +32,7 @@ class Rad3DVQA(VQA):
 
 
 class Rad3DModality(ModalityDataset):
-    """Modality of a scan, so each scan of a case has its own row."""
+    """Questions about the modality of a scan. Each scan of a case has its own row."""
 
     name = "rad3d_modality"
     task = "modality"
@@ -91,10 +91,10 @@ class Rad3DCaption(TableDataset):
 class Rad3DRationale(TableDataset):
     """Disease and radiographic features of a case; `title` is the disease.
 
-    A yes/no question names the title, or a disease that the case does not have: the title or an article of another
-    case that is neither a kind nor a synonym of this case's names and that none of its texts mentions. Names are drawn
-    by their frequency as titles, so that a name does not give the answer away. A normal case, and a case without a
-    safe "no", always gets the open question.
+    A yes/no question names the title, or a disease that the case does not have. Such a disease is the title or an
+    article of another case. It must not be a kind or a synonym of this case's names, and no text of this case may
+    mention it. Names are drawn by their frequency as titles, so that a name does not give the answer away. A normal
+    case, and a case without a safe "no", always gets the open question.
     """
 
     name = "rad3d_rationale"

@@ -149,7 +149,7 @@ class Row:
         return value
 
     def prose(self, column: str) -> list[str]:
-        """Return the texts of an optional field, one text or a JSON list, without those that say nothing (NO_PROSE)."""
+        """Return the texts of an optional field (one text or a JSON list), without placeholders (NO_PROSE)."""
         value = self.cells.get(column)
         if not isinstance(value, list):
             value = [self.optional(column, NO_PROSE)]

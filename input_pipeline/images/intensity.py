@@ -105,7 +105,7 @@ def canonical_window(setting: Window | None) -> Window | None:
 
 
 def one_channel_if_gray(voxels: np.ndarray) -> np.ndarray:
-    """Return a view [H, W, D, 1] of voxels with three equal channels (a gray image saved in colour), others unchanged.
+    """Return a view [H, W, D, 1] if the three channels are equal (a gray image saved in colour), else the voxels.
 
     Check scans with this before planning, so that planes are counted by the actual channels, not by the header.
     """
@@ -138,7 +138,7 @@ def finite_range(voxels: np.ndarray) -> tuple[float, float]:
 def without_padding(
     voxels: np.ndarray, padding: tuple[float, float] | None, known_range: tuple[float, float] | None
 ) -> tuple[np.ndarray, float, float]:
-    """Return (voxels, minimum, maximum) without padding. Padding is set to the minimum of the others, in a copy."""
+    """Return (voxels, minimum, maximum). Padding voxels are set to the minimum of the other voxels, in a copy."""
     low, high = finite_range(voxels) if known_range is None else known_range
     if padding is None or padding[0] > high or padding[1] < low:
         return voxels, low, high

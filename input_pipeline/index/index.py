@@ -289,7 +289,7 @@ class Index:
         return scans["path"][0].as_py() if len(scans) else ""
 
     def notices(self, keys: Iterable[int]) -> dict[int, list[str]]:
-        """Return key -> notices of the good scans with these keys; an index made before notices existed has none."""
+        """Return {key: notices} of the good scans with these keys. Indexes of earlier versions have no notices."""
         file, keys = self.directory / "scans.parquet", list(keys)
         if not keys or "notices" not in pq.read_schema(file).names:
             return {}

@@ -1,4 +1,4 @@
-"""`prepare`: from a config to an index directory, by way of tables, scans, rows, reports and index files."""
+"""`prepare`: config -> tables -> scans -> rows -> reports -> index directory."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def read(path, *, volume: int | None = None, limits: ScanLimits = ScanLimits()) 
 
 
 def header(path, *, limits: ScanLimits = ScanLimits()) -> Header:  # noqa: B008
-    """Return the header as `read` does, with those errors that the header reveals; read as little as possible."""
+    """Return the header as `read` does, and read as little as possible. Raises only errors that the header shows."""
     path = os.fspath(path)
     with as_scan_error(path, "reading the header"):
         return find_reader(path, limits).header(path, limits=limits)

@@ -111,7 +111,7 @@ class Instance(PixelFormat):
 
     @property
     def absent_geometry(self) -> list[str]:
-        """The attributes without which slices cannot be sorted."""
+        """The absent attributes that sorting the slices needs."""
         stated = {
             "ImagePositionPatient": self.positions,
             "ImageOrientationPatient": self.orientation,

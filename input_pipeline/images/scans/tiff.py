@@ -88,7 +88,7 @@ def page_format(path, page: tifffile.TiffPage) -> PageFormat:
 
 
 def count_pages(path, data: bytes, limits: ScanLimits) -> int:
-    """Count the pages. Raises ScanError at a broken link between pages, which tifffile takes for the end."""
+    """Count the pages. Raises ScanError at a broken link between pages, which tifffile would treat as the end."""
     order = "<" if data[:2] == b"II" else ">"
     big = data[2:4] in (b"+\0", b"\0+")
     link, counter, entry = ("Q", "Q", 20) if big else ("I", "H", 12)
