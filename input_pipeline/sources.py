@@ -40,8 +40,7 @@ def open_sources(config: DataConfig, split: str | None = None) -> dict[str, Data
 def terms_of(choice: str, umls_types: tuple[str, ...] = SEMANTIC_TYPES) -> TermFinder:
     """Open the term finder that `data.terms` names. Raises ValueError if it is unknown.
 
-    A UMLS directory without MRSTY.RRF gives terms of every semantic type, which is an error if `umls_types` is not the
-    default.
+    A UMLS directory without MRSTY.RRF gives terms of every semantic type. This is an error if `umls_types` is set.
     """
     kind, _, argument = choice.partition(":")
     if kind == "umls" and argument:
@@ -61,7 +60,7 @@ def terms_of(choice: str, umls_types: tuple[str, ...] = SEMANTIC_TYPES) -> TermF
 
 
 def describe_terms(choice: str, umls_types: tuple[str, ...] = SEMANTIC_TYPES) -> str:
-    """Return a line that says which medical terms have weight 3 in the loss, and whether the paper uses them."""
+    """Return a line for the log: the source of the medical terms, and whether it is that of the paper."""
     kind, _, argument = choice.partition(":")
     if kind == "umls":
         every = not umls_types or not (Path(argument) / "MRSTY.RRF").is_file()

@@ -177,7 +177,7 @@ class Model:
         """Return `logits` and a dict of intermediates.
 
         These are vit float[B, S, P, D] (patch tokens), perceiver float[B, S, 32, D], visual_tokens
-        float[B, S, 32, E] and embeddings float[B, L, E] (text and scans fused). A sharded model runs on its mesh.
+        float[B, S, 32, E] and embeddings float[B, L, E] (text and scans fused). A sharded model runs on its own mesh.
         """
         c, ids = self.config, np.asarray(ids)
         if vision is None or np.shape(vision)[1:2] == (0,):

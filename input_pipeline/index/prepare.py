@@ -189,7 +189,7 @@ def _encode_rows(results: Results, pool: ResilientPool, progress: Progress) -> N
 def _write_index(
     results: Results, state: ResumeState, directory: Path, tokenizer: str, report: dict, strict: bool, allow_leaks: bool
 ) -> dict:
-    """Write all files. index.json is deleted first and written last: its presence shows that the rest is complete."""
+    """Write all files. index.json is deleted first and written last, so it exists only if all files are complete."""
     (directory / "index.json").unlink(missing_ok=True)
     scans = index_writer.write_scans(directory / "scans.parquet", results, state.metadata())
     state.file.unlink(missing_ok=True)
@@ -205,7 +205,7 @@ def _write_index(
 def _write_reports(
     results: Results, state: ResumeState, directory: Path, report: dict, strict: bool, allow_leaks: bool
 ) -> None:
-    """Write the reports, and add their counts to the summary. Its `refused` lists what prevents the index."""
+    """Write the reports, and add their counts to the summary. Its `refused` lists the reasons to write no index."""
     report["quarantine"] = write_json_lines(directory / "quarantine.jsonl", reports.quarantine(results))
     write_json_lines(directory / "notices.jsonl", reports.notices(results))
     write_json_lines(directory / "cut.jsonl", reports.cut(results))

@@ -87,8 +87,8 @@ class Records:
     Args:
       lengths: number of records in each shard; None: as in the description of the data set.
     Raises:
-      ValueError: the directory has no records. On access: the number does not exist, or its shard is missing, truncated
-        or damaged, or has another record; the message names the file.
+      ValueError: the directory has no records. On access: the number does not exist, or the shard is missing,
+        truncated, damaged or has another record. The message names the file.
     """
 
     def __init__(self, directory: Path | str, lengths: Sequence[int] | None = None):

@@ -165,9 +165,9 @@ def _convert(voxels, header, scan: Scan, path, conversion: Conversion):
 
 
 def stamp_of(path: Path) -> tuple[str, int]:
-    """Return a stamp that changes when a file (or a file of a series) is rewritten, and the total bytes.
+    """Return the stamp of a file or a series, and its total bytes. The stamp changes when a file is rewritten.
 
-    The stamp is made of sizes and modification times, as in `make` and `rsync`.
+    It consists of sizes and modification times, as in `make` and `rsync`.
     """
     status = os.stat(path)
     if not path.is_dir():

@@ -29,9 +29,9 @@ _SCAN = 1 << 62  # set in names of scans, so that names of studies sort first
 
 
 def of_sources(index: Index, datasets: dict[str, Dataset]) -> dict[str, np.ndarray]:
-    """Return source -> the group of each row, int64[rows], as `prepare` stored it.
+    """Return {source: group of each row, int64[rows]}, as `prepare` stored them.
 
-    An index of an earlier version has no groups: they are computed from the rows and their scans.
+    If an index of an earlier version has no groups, they are computed from the rows and their scans.
     """
     stored = {name: groups for name in datasets if (groups := index.study_groups(name)) is not None}
     if len(stored) == len(datasets):

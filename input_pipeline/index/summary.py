@@ -138,9 +138,9 @@ def _split(results: Results, split: str) -> dict:
 
 
 def _lengths(rows: dict[int, int]) -> dict:
-    """Return a histogram of row lengths with the bins 0, 1, 2 to 3, 4 to 7, 8 to 15, ... tokens, and statistics.
+    """Return statistics of row lengths, and a histogram with the bins 0, 1, 2 to 3, 4 to 7, 8 to 15, ... tokens.
 
-    `rows` is tokens -> number of rows, in ascending order.
+    `rows` is {tokens: number of rows}, in ascending order.
     """
     if not rows:
         return {"counts": [], "median": 0, "mean": 0.0, "most": 0}

@@ -119,7 +119,7 @@ def sample_tokens(
 
 
 def _length(values: Sequence[int], start: int, continues) -> int:
-    """Return the length of the run at `start`: one value, and those after it for which `continues(index)` is true."""
+    """Return the length of the run at `start`: this index, and the next ones while `continues(index)` is true."""
     return next((k for k in range(start + 1, len(values)) if not continues(k)), len(values)) - start
 
 

@@ -67,7 +67,7 @@ def _with_lesions(study: Study, mean: float) -> np.ndarray:
 
 
 def _balance(study: Study) -> Study:
-    """Change the body so that the lesions do not change the deviation, by the secant method on a coarse copy.
+    """Change the body (by the secant method, on a coarse copy) until the deviation is that without lesions.
 
     Brighter air and a larger body reduce the deviation at the same mean; so do a wider ultrasound fan and less speckle.
     """
@@ -93,7 +93,7 @@ def _moments(study: Study, image: np.ndarray) -> tuple[float, float]:
 
 
 def _change_body(study: Study, change: float) -> Study:
-    """Return the study with a changed body: 0 is the planned body, 1 is about right for two big lesions."""
+    """Return the study with a changed body. A change of 0 is the planned body; about 1 balances two big lesions."""
     body = study.body
     if study.labels.modality == "ultrasound":
         body = dataclasses.replace(body, fan=body.fan + 0.05 * change, noise=body.noise * (1 - 0.2 * change))

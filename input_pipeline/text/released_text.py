@@ -2,11 +2,12 @@
 
 It differs from the layout of the paper (tokens.py) in the position of images and in what is trained:
 
-- question, a space and answer are tokenised as one string, which is split at each image without the white space around;
-- the data loader inserts an image at character p of a text before character p - 1, so "at the end" is before the last
-  character; in the middle of a text of the user, an image is inserted exactly where its mark is, as in the demo;
-- the end-of-text token cannot be attended to; a text that fills the row has none (`tokens.encode` shortens instead);
-- terms are tokenised separately and matched as ids, so they match inside other words and not after a bracket.
+- Question, a space and answer are tokenised as one string. It is split at each image, and white space around images is
+  dropped.
+- The data loader inserts an image at character p of a text before character p - 1, so "at the end" is before the last
+  character. In the middle of a user's text, an image is inserted exactly at its mark, as in the demo.
+- No token attends to the end-of-text token. A text that fills the row has none (`tokens.encode` shortens instead).
+- Terms are tokenised separately and matched as ids, so they match inside other words, and not after a bracket.
 
 Ids from V on: V `<image>`, V + 1 `</image>`, V + 2 + L s + j latent j of scan s (V vocabulary, L latents of a scan).
 Source: the data loader of the released code; reference encodings in tests/data/tokenizer_golden.json.
@@ -32,7 +33,7 @@ class ReleasedText:
 
 
 def exact_position(position: int) -> int:
-    """Return the position for which `insert_images` inserts an image exactly before character `position`."""
+    """Return the argument with which `insert_images` inserts an image exactly before character `position`."""
     return position + 1
 
 

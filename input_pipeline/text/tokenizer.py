@@ -68,7 +68,7 @@ class Tokenizer:
     def encode(self, text: str, *, starts_word: bool = True) -> list[int]:
         """Encode a text without BOS and EOS. Marks and control pieces in it ("<image-1>", "</s>") are text.
 
-        `starts_word`: as if preceded by a space. Raises ValueError if the text is not valid Unicode (a lone surrogate).
+        `starts_word`: encode as if a space came before. Raises ValueError if the text has a lone surrogate.
         """
         return self.encode_with_offsets(text, starts_word=starts_word)[0]
 

@@ -237,7 +237,7 @@ def save_params(directory: Path, params: dict) -> None:
 
 
 def restore_params(directory, abstract: dict, shardings: dict | None = None) -> dict:
-    """Read parameters onto any mesh, or without shardings onto the default device; cast to the dtypes of `abstract`.
+    """Read parameters onto any mesh (default: one device) and cast them to the dtypes of `abstract`.
 
     Raises ValueError that lists every parameter that is missing, unexpected or of another shape.
     """

@@ -47,8 +47,8 @@ class Saver:
         ...
         saver.save(state, rows.get_state(), metrics={"eval/loss": 2.1})
 
-    The next `save`, `wait` or `close` raises the error of a save that failed in the background. If the program ends
-    without any of them, it waits for the save first, and exits with code 1 if the save failed.
+    If a save fails in the background, the next `save`, `wait` or `close` raises its error. If the program ends before
+    that, it waits for the save, and exits with code 1 if the save failed.
 
     Frozen parameters are written with every step, so that each step is complete. In the first stage of the paper, where
     the language model is frozen, they are 52.1 of 53.4 GB (float32).

@@ -38,7 +38,7 @@ def part_of(names: Iterable[str]) -> str:
 
 
 def _common_prefix(names: Iterable[str]) -> str:
-    """Return the prefix before the anchors that all names share, such as `model.` in checkpoints of Lightning."""
+    """Return the prefix that all names share, such as `model.` in checkpoints of Lightning."""
     names = list(names)
     for anchor in ANCHORS:
         for prefix in (n.removesuffix(anchor) for n in names if n.endswith(anchor)):

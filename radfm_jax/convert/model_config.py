@@ -173,7 +173,7 @@ def _sizes_of_tensors(shapes: Shapes, path) -> dict[str, dict]:
 
 
 def check_rotary(shapes: Shapes, llama: DecoderConfig, path) -> None:
-    """Raise ValueError if the rotary buffers of a file are for another head width than the config's."""
+    """Raise ValueError if the rotary buffers of a file do not fit the head width of the config."""
     rotary = {2 * shape[0] for name, shape in shapes.items() if ROTARY.fullmatch(name) and len(shape) == 1}
     if rotary and rotary != {llama.head_dim}:
         raise ValueError(

@@ -62,7 +62,7 @@ def table(plan: Plan, limit: int = 12) -> Table:
 
 
 def brief(number: float, digits: int = 1) -> str:
-    """Format with this many decimals, or with significant digits below 1, so that small models do not show 0."""
+    """Format with this many decimals, and numbers below 1 with significant digits, so that small ones are not 0."""
     return f"{number:,.{digits}f}" if number >= 1 or not number else f"{number:#.{max(digits, 2)}g}"
 
 

@@ -102,7 +102,7 @@ def is_loopback(url: str) -> bool:
 
 
 class EndpointAnswers:
-    """The answers of one baseline to the questions of a benchmark, in a directory of answers.
+    """The answers of one model at an endpoint to the questions of a benchmark, and their files.
 
     Raises ValueError if the directory has answers of this name that were made with other settings.
     """

@@ -129,7 +129,7 @@ def _count(text: str) -> int | None:
 
 
 def _answer(args: argparse.Namespace, experiment: Experiment, model: api.Model) -> bool:
-    """Answer questions in words and print the counts. Returns whether there are any."""
+    """Generate answers to some questions and print the counts. Returns whether there are any answers."""
     names = {"model": args.checkpoint.name, "checkpoint": checkpoint.digest(model.directory)}
     with terminal.answer_progress(every=50) as progress:
         scored, skips = own_answers.answer(

@@ -50,7 +50,7 @@ def averages(rows: Sequence[ScoreRow], comparable: Collection[str]) -> dict[str,
 
 
 def radar(rows: Sequence[ScoreRow], file: Path, comparable: Collection[str] = tuple(TASKS)) -> None:
-    """Draw a spoke per task, logarithmic from 1 to 100 per cent; a task without a mean has no point."""
+    """Draw a radar plot with a logarithmic axis from 1 to 100 per cent per task. A task without a mean has no point."""
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(figsize=(6.4, 5.2), subplot_kw={"polar": True}, layout="constrained")
     angles = {task: 2 * np.pi * k / len(TASKS) for k, task in enumerate(TASKS)}

@@ -48,7 +48,7 @@ def find_leaks(questions: Iterable[Question], directory: Path | str) -> list[dic
 
 
 def _rows(file: Path, *columns: str) -> Iterator[dict]:
-    """Yield the rows of a table that may exceed memory."""
+    """Yield the rows of a table, which may be larger than memory."""
     with parquet.ParquetFile(file) as table:
         for batch in table.iter_batches(columns=list(columns), use_threads=False):
             yield from batch.to_pylist()

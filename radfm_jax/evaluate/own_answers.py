@@ -34,7 +34,7 @@ Skips = dict[str, dict[str, int]]  # source -> reason -> number of rows without 
 
 
 def questions_of(data: DataConfig, per_source: int | None) -> tuple[list[Question], Skips]:
-    """Return up to `per_source` questions of each test source (None: all), drawn by the seed, and the skipped rows."""
+    """Draw up to `per_source` questions of each test source (None: all) by the seed. Also return the skipped rows."""
     questions: list[Question] = []
     skips: Skips = {}
     for source, dataset in open_sources(data, "test").items():

@@ -111,7 +111,7 @@ def questions_of_set(benchmark: Benchmark, name: str) -> tuple[list[Question], d
 
 
 def _balanced_rows(dataset: Dataset, name: str, seed: int) -> np.ndarray:
-    """Return the rows of a data set; of a balanced one, equally many of both sides, chosen by the seed."""
+    """Return the rows of a data set. For a balanced one, the seed chooses equally many rows of both sides."""
     sides = dataset.sides()
     if sides is None:
         return np.arange(len(dataset))

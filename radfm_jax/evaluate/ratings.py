@@ -1,8 +1,8 @@
 """Ratings by human raters, as in the journal version of the paper: a blinded page, and the grades.
 
-`--rating-sheet FILE.html` writes one self-contained page: scans, questions, and the answers of all models under
-letters, in an order that differs between cases. Raters grade from 0 to 5 and save their grades as JSON. FILE.key.json
-maps letters to models; keep it from the raters.
+`--rating-sheet FILE.html` writes one self-contained page: scans, questions, and the answers of all models. Letters
+replace the names of the models, in a different order for each case. Raters grade from 0 to 5 and save their grades as
+JSON. FILE.key.json maps letters to models; do not show it to the raters.
 
 `python -m radfm_jax.evaluate ratings --key FILE.key.json ratings-*.json --out DIR` reads the grades.
 """

@@ -143,7 +143,7 @@ def intervals(answers: Sequence[ScoredAnswer], *, resamples: int, seed: int, by_
 
 
 def probability_metrics(answers: Sequence[ScoredAnswer]) -> dict[str, metrics.Statistic]:
-    """Return AUC and calibration error, or nothing unless every answer has a probability or failed.
+    """Return AUC and calibration error. Return {} if any answer, except failed ones, has no probability.
 
     A failed answer counts as 0.5: dropping it would reward failures.
     """

@@ -84,7 +84,7 @@ def read_batch_file(file: Path, root: Path, roots: Mapping[str, Path] | None = N
 
     roots: data set -> root; None: `read_roots`.
 
-    Raises ValueError if the file cannot be read, or a line has no id or one that is used before: a resumed run matches
+    Raises ValueError if the file cannot be read, or if an id is missing or repeated, because a resumed run matches
     answers to lines by id.
     """
     try:

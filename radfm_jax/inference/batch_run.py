@@ -118,9 +118,9 @@ def answer_file(
 
 
 def model_name(directory: Path) -> str:
-    """Return the name of a checkpoint that answers record: `finetune/checkpoints/1200`, or the name of its directory.
+    """Return the name of a checkpoint for the records of answers: `finetune/checkpoints/1200`, or its directory's name.
 
-    It is for readers: the digest identifies the weights, so answers and checkpoints can be moved.
+    The name is for people. The digest identifies the weights, so answers and checkpoints can be moved.
     """
     parts = directory.resolve().parts
     return "/".join(parts[-3:] if parts[-2:-1] == ("checkpoints",) else parts[-1:])

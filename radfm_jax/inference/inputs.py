@@ -142,7 +142,7 @@ def encode_prompt(
       context: known facts or earlier turns; inserted before the prompt. White space around both texts is removed.
       place: `first`, before the context; or `last`, after the prompt.
     Returns:
-      Tokens; `Encoded.scans` has each scan's number as its path, and `visual` refers to these scans.
+      Tokens. In `Encoded.scans`, the path of a scan is its number; `visual` refers to these scans.
     Raises:
       ValueError: the prompt is empty, a mark has no scan or a scan no mark, a mark is misspelt, or text is not valid
         Unicode.
