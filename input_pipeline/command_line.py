@@ -47,7 +47,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Na
     try:
         # ml_collections prints its messages in addition to raising them.
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", r"the load_module\(\) method", DeprecationWarning)  # in ml_collections
+            warnings.filterwarnings("ignore", r"the load_module\(\) method", DeprecationWarning)  # ml_collections
             values(flag_argv)
             config = values.config
             # A config may complete itself from what only the command line says, such as the checkpoint to start from.

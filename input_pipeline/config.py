@@ -95,7 +95,7 @@ class DataConfig:
     # How many scans of a run may fail to load (each counts once per row that shows it). Their samples get no weight and
     # are logged. One more stops the run with the scan's name; 0 stops at the first.
     allowed_loss: Count = 0
-    seed: Count = 0  # of order, prompts and crops
+    seed: Count = 0  # seed of order, prompts and crops
     workers: Count = 2  # processes that load rows; 0 loads in the calling process
     # Seconds for one scan or one chunk of texts before a worker counts as hung.
     worker_timeout: Annotated[float, above(0)] = 30.0

@@ -77,7 +77,7 @@ def answer_progress(every: int = 1) -> Iterator[Callable[[int, int, int], None]]
     """Yield a callback (answered, failed, total) that updates a progress bar.
 
     Args:
-      every: where standard error is not a terminal, print a line every `every` calls instead.
+      every: outside a terminal, print a line every `every` calls instead.
     """
     calls, start_time = 0, time.perf_counter()
     with progress_bar("answers") as bar:

@@ -63,7 +63,7 @@ class RowLoader:
         self.datasets = {name: opened[name] for name in self.rows}
         self.names = list(self.datasets)  # in the order of the mixture
         sources = {name: sources[name] for name in self.names}
-        self.notes: list[str] = []  # for the log
+        self.notes: list[str] = []  # messages for the log
         samples = [self._samples_of(name) for name in self.names]
         # Of each source: the row of each sample, its window of that row or None, and the sizes of the sides or None.
         self.good, self.windows, self.sides = zip(*samples, strict=True)
@@ -143,7 +143,7 @@ class RowLoader:
         """Return the fingerprint of the division into training and validation rows; {} without a held-out share."""
         config = self.config
         if not config.validation_share or self.split == "test":
-            return {}  # as in the states of earlier versions
+            return {}  # equal to the states of earlier versions
         digest = hashlib.sha256()
         for name in self.names:
             digest.update(self.rows[name].rows.astype("<i8").tobytes())

@@ -100,7 +100,7 @@ class Rows(grain.IterDataset):
         )
         self.windows = -(-len(self.mixture) // config.window)
         settings = {name: getattr(config, name) for name in IDENTITY_FIELDS}
-        settings["flips"] = list(config.flips)  # as JSON returns it
+        settings["flips"] = list(config.flips)  # JSON returns lists, not tuples
         if config.fit != "stretch":  # states saved before this setting existed have none
             settings["fit"] = config.fit
         if config.terms.startswith("umls:"):
@@ -208,7 +208,7 @@ class _ScheduledRow:
     """A row of this host."""
 
     position: Position
-    batch: Position  # of the first row of its global batch
+    batch: Position  # position of the first row of its global batch
     index: int  # among this host's rows of the batch
     planned: PlannedRow | None  # None for an empty row after the end of the data
 

@@ -167,7 +167,7 @@ def _groups(tokens, scans, limits: RowLimits) -> list[list[int]]:
 class _Row:
     """A row that is being filled: its samples, scan id -> slot, the vision row of each slot, and the free space."""
 
-    free_patches: list[int]  # of each vision row
+    free_patches: list[int]  # free patches of each vision row
     samples: list[int] = dataclasses.field(default_factory=list)
     slots: dict[int, int] = dataclasses.field(default_factory=dict)
     vision_rows: list[int] = dataclasses.field(default_factory=list)

@@ -26,7 +26,7 @@ from input_pipeline.curate.jats_text import Link
 class Figure:
     """A figure of a paper. Compared by identity."""
 
-    key: str  # its id in the XML, or ""
+    key: str  # id in the XML, or ""
     name: str  # unique in the paper, safe as a file name
     label: str  # as printed
     caption: str

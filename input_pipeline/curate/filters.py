@@ -49,8 +49,8 @@ class Settings:
 
     root: Path  # directory of the images
     captions: Captions = dataclasses.field(default_factory=Captions)
-    classifier: radiology.Classifier | None = None  # for images whose texts do not decide whether they are radiologic
-    threshold: float = 0.5  # of the classifier
+    classifier: radiology.Classifier | None = None  # decides for images whose texts are inconclusive
+    threshold: float = 0.5  # minimum probability of the classifier for a radiologic image
     unknown: str = ""  # "keep" or "drop" images that remain undecided; "" uses the default of the family
     cheating: str = "drop"  # "drop" a row whose context contains the answer, or "cut" the sentences that do
 
@@ -59,7 +59,7 @@ class Settings:
 class Verdict:
     """The result of a filter."""
 
-    row: dict | None  # perhaps changed; None if it is dropped
+    row: dict | None  # the row, possibly changed; None if it is dropped
     reason: str = ""  # why the row is dropped or changed, else ""
 
 

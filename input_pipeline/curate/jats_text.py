@@ -35,9 +35,9 @@ class Link(NamedTuple):
 
     begin: int
     end: int
-    kind: str  # its ref-type
+    kind: str  # the attribute ref-type
     targets: tuple[str, ...]  # the ids it refers to
-    line: int  # in the XML
+    line: int  # line in the XML
 
 
 class FlatText:

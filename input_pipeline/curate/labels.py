@@ -26,7 +26,7 @@ class Image:
     findings: dict[str, bool | None]  # disease -> True, False or None (uncertain)
     split: str = ""
     complete: bool = False  # every finding of the set was looked for, so a finding that is not True is absent
-    row: int = 0  # of the label in `file`, for error messages
+    row: int = 0  # row of the label in `file`, for error messages
     file: str = ""
 
     @property

@@ -29,7 +29,7 @@ CHARACTERS_PER_TOKEN = 4.0  # roughly, for English; used for estimates only
 class Stop(ValueError):
     """The run cannot continue: a wrong key, an unknown model, no credit, or the budget is spent."""
 
-    counts: Counts  # of the run so far
+    counts: Counts  # counts of the run so far
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Endpoint:
     max_tokens: Size = 800
     max_tokens_name: str = "max_tokens"  # `max_completion_tokens` for models that refuse the older name
     direct: bool = False  # follow no redirect and use no proxy: requests reach this address only
-    price_in: Annotated[float, at_least(0)] = 0.0  # of a million tokens sent, in any currency
-    price_out: Annotated[float, at_least(0)] = 0.0  # of a million tokens received
+    price_in: Annotated[float, at_least(0)] = 0.0  # price of a million tokens sent, in any currency
+    price_out: Annotated[float, at_least(0)] = 0.0  # price of a million tokens received
     budget: Annotated[float, at_least(0)] = 0.0  # stop after this cost; 0: no limit
 
     def __post_init__(self):
@@ -142,8 +142,8 @@ class Counts:
     sent: int = 0
     tokens_in: int = 0
     tokens_out: int = 0
-    ended: dict[str, int] = dataclasses.field(default_factory=dict)  # by answered, cut, refused, rejected, empty
-    retried: dict[str, int] = dataclasses.field(default_factory=dict)  # by reason
+    ended: dict[str, int] = dataclasses.field(default_factory=dict)  # by kind: answered, cut, refused, rejected, empty
+    retried: dict[str, int] = dataclasses.field(default_factory=dict)  # number of retries by reason
 
     def to_dict(self, endpoint: Endpoint) -> dict:
         out = {

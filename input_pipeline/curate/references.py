@@ -53,7 +53,7 @@ class Item:
 
     number: str  # normalized like labels (`fold`): "2", "S1", "IV"
     panels: tuple[str, ...]  # letters in lower case; empty for the whole figure
-    begin: int  # for an inner figure of a range, the position of the range
+    begin: int  # position in the text; for an inner figure of a range, that of the range
     end: int
     inner: bool = False  # inside a range, so the text does not name it
 

@@ -136,7 +136,7 @@ class TableDataset(abc.ABC):
     split: str | None = None  # if the table has a column `split`, only its rows of this split are used
     strip: str = ""  # a prefix to remove from the table's paths: published tables have their authors' absolute paths
     study: str | None = None  # a regex with one group, the study in a path; default: patterns of the public sets
-    intensity: str | tuple[float, float] | None = None  # of scans without a `window`, see images/intensity.py
+    intensity: str | tuple[float, float] | None = None  # setting of scans without a `window`, see images/intensity.py
     fraction: float = 1.0  # share of the rows to use in an epoch
     quarantine: bool = False  # continue without the bad rows, which are in `problems`; if False, raise TableError
 

@@ -110,7 +110,7 @@ class _ListReader:
         while True:
             try:
                 value, end = JSON_DECODER.raw_decode(self.text, self.at)
-                if end < len(self.text) or self.at_end:  # else a number may continue in the next block
+                if end < len(self.text) or self.at_end:  # otherwise a number may continue in the next block
                     return value, end
             except (ValueError, RecursionError) as error:
                 if self.at_end or len(self.text) - self.at > _MAX_ROW:

@@ -33,7 +33,7 @@ from input_pipeline.samples import Scan
 
 VERSION = 3
 UNVERIFIED = 2  # the version before this one, without digests; it can still be opened
-KEYS = frozenset("version created sources data tokenizer counts records identity".split())  # of UNVERIFIED
+KEYS = frozenset("version created sources data tokenizer counts records identity".split())  # if UNVERIFIED
 PARTS = ("scans.parquet", "rows.parquet", "records/dataset_info.json")  # verified when an index is opened
 # Fields of a source that do not change what its rows are: sampling shares, and locations.
 NOT_IDENTITY = ("weight", "fraction", "root", "table", "quarantine")
@@ -55,14 +55,14 @@ SCANS = pa.schema(
         ("height", pa.int32()),
         ("width", pa.int32()),
         ("depth", pa.int32()),
-        ("channels", pa.int32()),  # of the volume; 1 if the three channels of the file are equal
+        ("channels", pa.int32()),  # channels of the volume; 1 if the three channels of the file are equal
         ("spacing", pa.list_(pa.float32())),  # mm along height, width, depth; empty if unknown
         ("dtype", pa.string()),
         ("low", pa.float64()),
         ("high", pa.float64()),
         ("notices", pa.list_(pa.string())),  # faults of a usable scan
         ("bytes", pa.int64()),
-        ("sha256", pa.string()),  # of the file; of a series, of its files in name order
+        ("sha256", pa.string()),  # SHA-256 of the file, or of the files of a series in name order
         ("patches", pa.int32()),  # in `paper` mode
         ("planes", pa.int32()),
         ("record", pa.int64()),  # record number, or -1
@@ -77,7 +77,7 @@ ROWS = pa.schema(
         ("row_id", pa.string()),
         ("task", pa.string()),
         ("study", pa.string()),
-        ("tokens", pa.int32()),  # at epoch 0
+        ("tokens", pa.int32()),  # number of tokens at epoch 0
         ("trained", pa.int32()),  # tokens with a weight
         ("scans", pa.int32()),  # number of distinct scans it can use
         ("state", pa.string()),  # "good", or why it cannot be used

@@ -26,7 +26,7 @@ class Results:
         self, config: DataConfig, tables: dict[str, SourceCheck], checksums: dict[str, str], db: sqlite3.Connection
     ):
         self.config, self.tables, self.checksums, self.db = config, tables, checksums, db
-        self.names = list(tables)  # by their number in the database
+        self.names = list(tables)  # the index is the number in the database
         self.row_count = sum(table.rows for table in tables.values())
         self.split = {name: split for split in SPLITS for name in config.sources(split)}
         db.executemany(

@@ -33,7 +33,7 @@ class SourceCheck:
 
     root: str
     file: str
-    rows: int  # in the opened data set
+    rows: int  # number of rows in the opened data set
     problems: list[Problem]  # rows of the table that could not be opened
     left_out: dict[str, int]  # reason -> number of good rows that the family does not use
     duplicates: list[tuple[int, int]]  # (row, earlier row with equal content), as numbers in the table
@@ -55,8 +55,8 @@ class RowCheck(NamedTuple):
     cut: tuple[int, int, int, int] = (0, 0, 0, 0)  # tokens of context, instruction and response; dropped scans
     problem: Problem | None = None  # why the row cannot be used; the other fields may then be empty
     number: int = -1  # row number in the table
-    side: int = -1  # as Dataset.sides; -1 without
-    windows: int = 1  # as Dataset.window_count
+    side: int = -1  # side as in Dataset.sides; -1 without sides
+    windows: int = 1  # windows as in Dataset.window_count
 
 
 class Tables:

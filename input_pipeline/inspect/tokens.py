@@ -32,11 +32,11 @@ class Token:
     """
 
     kind: str
-    text: str  # as decoded, with its space
+    text: str  # decoded text, with its space
     id: int
     place: int  # first position in the row
     places: int = 1  # number of positions
-    weight: float = 0.0  # with which it is predicted
+    weight: float = 0.0  # loss weight of its prediction
     image: int = 0  # number of the image in the sample, from 1; 0 for other kinds
     seen: bool = True  # whether later tokens may attend to it
 

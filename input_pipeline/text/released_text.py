@@ -27,7 +27,7 @@ class ReleasedText:
     """One sample without padding."""
 
     ids: list[int]  # numbered as in the module docstring
-    weights: list[float]  # of each token as a label (not shifted); 0 where the original has the label -100
+    weights: list[float]  # weight of each token as a label (not shifted); 0 where the original has the label -100
     question_length: int  # tokens of the question, including BOS and images
     complete: bool  # False if the answer or the end-of-text token did not fit
 
@@ -95,7 +95,7 @@ def released_text(
     question_length = min(len(encode_segments(tokenizer, question, num_latents=num_latents)), max_tokens)
     complete = len(ids) < max_tokens
     ids = [*ids, tokenizer.eos_id] if complete else ids[:max_tokens]
-    pad_or_unknown = 0  # the same id in this model, so an unknown piece is never trained
+    pad_or_unknown = 0  # padding and unknown pieces share this id, so an unknown piece is never trained
     label = [i >= question_length and t < tokenizer.image_id and t != pad_or_unknown for i, t in enumerate(ids)]
     weights = [float(trained) for trained in label]
     for key in {tuple(tokenizer.encode(term)) for term in terms} - {()}:

@@ -38,7 +38,7 @@ class Tokenizer:
         # `_words` starts every text as a word. `_continued` is the same model for text that continues a word.
         spec.normalizer_spec.add_dummy_prefix = False
         self._continued = sentencepiece.SentencePieceProcessor(model_proto=spec.SerializeToString())
-        self.fingerprint = hashlib.sha256(model).hexdigest()  # for indices and checkpoints
+        self.fingerprint = hashlib.sha256(model).hexdigest()  # recorded in indexes and checkpoints
         self.vocab_size: int = self._words.vocab_size()  # V, the number of pieces of the model
         self.bos_id: int = self._words.bos_id()
         self.eos_id: int = self._words.eos_id()

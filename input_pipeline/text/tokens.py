@@ -133,7 +133,7 @@ def _paper(sample, parts, dropped, tokenizer, terms, num_latents, max_tokens, pr
 
 
 def _released(sample, parts, dropped, tokenizer, terms, num_latents, max_tokens, prompt) -> Encoded:
-    texts, images, scans = ["", ""], ([], []), {}  # of question and answer
+    texts, images, scans = ["", ""], ([], []), {}  # the first item belongs to the question, the second to the answer
     side = contexts = 0
     for i, part in enumerate(parts):
         if isinstance(part, Scan):

@@ -58,7 +58,7 @@ class Saver:
 
     workdir: Path  # created if it does not exist; locked (run_directory.lock) until `close`
     _: dataclasses.KW_ONLY
-    config: Mapping  # of the run, JSON values; written to config.json by `begin`, and to every step
+    config: Mapping  # config of the run as JSON values; `begin` writes it to config.json, `save` to every step
     model: radfm.RadFMConfig
     tokenizer: str | Path | None = None  # SentencePiece model, which is copied to every step
     keep_last: int = 2  # number of newest steps to keep, at least 1

@@ -20,7 +20,7 @@ def from_torch(
     dst,
     *,
     part: str = "radfm",  # what `src` must be: `radfm`, or `llama` for a Hugging Face LLaMA folder
-    config: dict | None = None,  # of model_config.read_config, for sizes that tensor shapes do not give
+    config: dict | None = None,  # from model_config.read_config, for sizes that tensor shapes do not show
     tokenizer=None,  # SentencePiece model; default: `tokenizer.model` next to `src`
     trim_vocabulary: bool = False,  # drop the rows of the vocabulary that the tokenizer lacks
     unused: str = "drop",  # `keep` stores tensors that the model never reads, `drop` only their names and shapes

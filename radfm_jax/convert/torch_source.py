@@ -39,7 +39,7 @@ class TorchModel(contextlib.AbstractContextManager):
         src,
         *,
         part: str | None = None,  # what the tensors must be; None: either
-        config: dict | None = None,  # of model_config.read_config; None: that of the file next to `src`
+        config: dict | None = None,  # from model_config.read_config; None: read the file next to `src`
         vocabulary: int | None = None,  # rows of the vocabulary to keep; None: all
         dtype=None,
         verify=True,
@@ -58,7 +58,7 @@ class TorchModel(contextlib.AbstractContextManager):
             path = model_config.config_next_to(self.src) if config is None else None
             self.user_config = model_config.read_config(path) if path is not None else config
             self.config = self._sizes(path)
-            self.rows = self.config.llama.vocab_size  # of the file
+            self.rows = self.config.llama.vocab_size  # number of rows in the file
             if vocabulary is not None:
                 self._trim(vocabulary)
             self.entries = table.entries(self.config, self.part)

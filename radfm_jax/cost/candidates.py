@@ -30,7 +30,7 @@ class Candidate:
 
     config: Experiment  # with this candidate's `train.batch`, `accumulation` and `remat`
     topology: Topology
-    rows: int  # of a micro-batch on one device
+    rows: int  # rows of a micro-batch on one device
     memory: dict[str, int]  # bytes per device by part (estimate.memory)
     estimated_traffic: float  # bytes that FSDP sends into a device per step (estimate.traffic)
     compute: float | None  # seconds of a step at the assumed MFU, with recomputation; None without a known device

@@ -28,7 +28,7 @@ class Plan:
     best: Candidate | None  # the recommended one, or None if none fits
     plain: Candidate  # gathers the weights for every row
     sources: Mapping[str, estimate.Source] | None  # sizes of the config's data (its SIZES)
-    price: float | None  # of a device-hour
+    price: float | None  # price of a device-hour
 
 
 def table(plan: Plan, limit: int = 12) -> Table:

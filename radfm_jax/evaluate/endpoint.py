@@ -33,7 +33,7 @@ SYSTEM = "Answer the question about the radiology images. This is a benchmark: t
 CHOICES = "Answer with one of: {}."
 AHEAD = 4  # questions whose images are made while requests are in flight
 _MARK = re.compile(r"<image-(\d+)>")
-_UNSAFE = re.compile(r"[^\w.-]+")  # in a file name
+_UNSAFE = re.compile(r"[^\w.-]+")  # characters to replace in a file name
 
 
 @dataclasses.dataclass(frozen=True)

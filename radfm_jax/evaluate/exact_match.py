@@ -79,7 +79,7 @@ class Accuracy:
     kind: str
     samples: int
     exact: float
-    low: float  # of the 95 % interval of `exact` (Wilson)
+    low: float  # lower end of the 95 % interval of `exact` (Wilson)
     high: float
     balanced: float | None  # mean of the accuracies of each reference; None if there are more than `FEW` references
 

@@ -24,7 +24,7 @@ class Results:
     benchmark: Benchmark
     built: BuiltBenchmark
     scored: Mapping[str, Sequence[ScoredAnswer]]  # model -> its answers to all questions
-    rows: Sequence[ScoreRow]  # of the tables, all models
+    rows: Sequence[ScoreRow]  # rows of the tables, for all models
     leaks: list[dict] | None = None  # leaks.find_leaks; None if the training data were not searched
     # model -> task -> metric -> value, or why it has none
     clinical: Mapping[str, Mapping[str, Mapping[str, float | str]]] = dataclasses.field(default_factory=dict)

@@ -39,7 +39,7 @@ class BatchLine:
     row_id: str
     prompt: str = ""
     context: str = ""
-    scans: tuple[Scan, ...] = ()  # with absolute paths
+    scans: tuple[Scan, ...] = ()  # paths are absolute
     listed_scans: tuple[Scan, ...] = ()  # as written in the line
     error: str = ""  # why the line has no prompt; "" if it has one
 

@@ -20,7 +20,7 @@ from radfm_jax.inference.engine import Generator
 from radfm_jax.inference.requests import Answer, EncodedScans, Prompt, Request, suspicious
 from radfm_jax.inference.sampling import Sampling
 
-CACHE_BYTES = 2**30  # of visual tokens: 1,600 scans in float32 at full size
+CACHE_BYTES = 2**30  # visual tokens of 1,600 scans in float32 at full size
 
 
 @dataclasses.dataclass(frozen=True)

@@ -154,7 +154,8 @@ def encode_prompt(
     prompt, context = clean_text(prompt), clean_text(context)
     if not prompt:
         raise ValueError("the prompt is empty: write a question")
-    if misspelt := misspelt_marks(context, prompt):  # also where training accepts them as text: a typing error
+    # These are probably typing errors, so they are errors here, although training may read them as text.
+    if misspelt := misspelt_marks(context, prompt):
         field, listed = "prompt" if misspelt[-1] in prompt else "context", ", ".join(misspelt)
         raise ValueError(f"the {field} contains {listed}, which is not a valid mark: write <image-1>")
     try:

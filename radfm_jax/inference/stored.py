@@ -15,8 +15,8 @@ from radfm_jax.checkpoints import checkpoint, run_directory
 from radfm_jax.inference.inputs import RELEASED, Preparation
 from radfm_jax.models import radfm
 
-KEY = "preparation"  # of the preparation in radfm.json and config.json
-ORIGIN = "origin"  # of the origin of the weights
+KEY = "preparation"  # key of the preparation in radfm.json and config.json
+ORIGIN = "origin"  # key of the origin of the weights
 REMEDY = (
     "load it with prepared=Preparation(preprocess=..., size_2d=..., ...) (command line: --preprocess paper "
     "--size-2d ... --size-3d ... --depth ...)"

@@ -170,7 +170,7 @@ class RadFM(nn.Module):
 
 
 def drop_nonfinite(batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Return bool[B, S], scans with a voxel, scale or offset that is not finite, and the batch with them zeroed."""
+    """Return bool[B, S] (scans with a voxel, scale or offset that is not finite), and the batch with these set to 0."""
     # Large finite values count too: the first LayerNorm squares a voxel of 1e30 to infinity.
     finite = lambda x: jnp.abs(x) < 1e15  # noqa: E731
     scale, offset = batch["scan_scale"], batch["scan_offset"]

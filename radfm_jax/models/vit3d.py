@@ -99,8 +99,8 @@ class PatchEmbedding(nn.Module):
     def projection(self, x: jax.Array) -> jax.Array:
         """Apply the first norm's scale and bias and the linear map: float32[..., voxels of a patch] -> [..., D].
 
-        Parameters use the released voxel order (rows, columns, slices, channels), patches the order of their planes.
-        The kernel is transposed because it is smaller than the patches.
+        Parameters have the released voxel order (rows, columns, slices, channels), and patches have the order of their
+        planes. The kernel is transposed, because it is smaller than the patches.
         """
         c = self.config
         h, w, d = c.patch
@@ -149,7 +149,7 @@ class AffineParameters(nn.Module):
 
 
 def smooth_filters(config: ViTConfig, cells: int = 4) -> Callable:
-    """Return an initialiser of the projection that draws each filter on a cells x cells grid, equal in all slices.
+    """Return an initialiser of the projection: filters drawn on a cells x cells grid, with equal values in all slices.
 
     The norm before the projection scales patches of pure noise to the same deviation as patches with content. Smooth
     filters keep the deviation of smooth patches near 1 and make noise small compared with the bias. With independent

@@ -74,7 +74,7 @@ def check_model(config: Experiment, rows: Rows) -> None:
 
 
 def step_count(config: Experiment, rows: Rows) -> int:
-    """Return `train.steps`, or the steps of `train.epochs` estimated from how the first window packs."""
+    """Return `train.steps`, or the steps of `train.epochs`, estimated from the packing of the first window."""
     if config.train.steps:
         return config.train.steps
     rows_per_epoch = len(rows.plan(0, 0)) * rows.windows

@@ -94,7 +94,7 @@ def read_metrics(workdir: Path) -> list[dict]:
 
 
 def _complete_lines(file: Path) -> Iterator[dict]:
-    """Yield the lines up to the first incomplete one: a power failure cuts a line, or leaves NUL bytes for it."""
+    """Yield the lines up to the first incomplete one. A power failure can truncate a line or leave NUL bytes."""
     with open(file, encoding="utf-8", errors="replace") as lines:
         for text in lines:
             try:
@@ -155,7 +155,7 @@ def parameter_table(state: dict) -> Table:
 
 
 def device_bytes(x) -> int:
-    """Return the bytes of an array, or of its shape and sharding, on one device."""
+    """Return the bytes on one device of an array, or of an abstract array with a sharding."""
     shape = x.sharding.shard_shape(x.shape) if getattr(x, "sharding", None) is not None else x.shape
     return int(np.prod(shape, dtype=np.int64)) * x.dtype.itemsize
 

@@ -134,7 +134,7 @@ def _is_complete(config: Experiment, workdir: Path, saver: Saver, newest: Path |
 def _start_first_state(
     config: Experiment, newest: Path | None, abstract: dict, transform, mesh, stack: contextlib.ExitStack
 ) -> Callable[[], tuple[dict, list[str]]]:
-    """Return a function that returns `first_state`'s result, which a thread computes while the step is compiled."""
+    """Compute `first_state` in a thread while the step is compiled. Return a function that returns its result."""
     arguments = (config, newest, abstract, transform)
     if mesh.devices.flat[0].platform == "gpu":  # GPU autotuning during compilation needs an otherwise idle device
         return lambda: first_state(*arguments)

@@ -49,7 +49,7 @@ class StepMetrics:
         self.wait += time.perf_counter() - start
 
     def add(self, step: int, metrics: dict, rows: RowInfos) -> None:
-        """Take a started step and record the one before it. Raises ValueError by the policy of train.nonfinite."""
+        """Add a started step, and record the one before it. Raises ValueError by the policy of train.nonfinite."""
         self.packing.add(rows)
         self.flush()
         self._pending = (step, metrics, rows)

@@ -29,7 +29,7 @@ def sniff(start: bytes) -> bool:
 class NpyLayout:
     """Layout of an array in its .npy file, and the axis order that transposes it to [H, W, D, C]."""
 
-    shape: tuple[int, ...]  # of the whole array
+    shape: tuple[int, ...]  # shape of the whole array
     fortran: bool
     dtype: np.dtype
     offset: int

@@ -9,7 +9,7 @@ import numpy as np
 from input_pipeline.images.scans.base import ScanError, ScanLimits, limit_error
 from input_pipeline.images.value_range import value_range
 
-MAX_NAN_SHARE = 0.01  # of the voxels of a scan; above it, a reader has failed or the scan is masked by NaN
+MAX_NAN_SHARE = 0.01  # share of a scan's voxels; with more, a reader has failed or the scan is masked by NaN
 
 
 def check_shape(path, shape, itemsize: int, limits: ScanLimits) -> None:

@@ -105,7 +105,7 @@ def slice_layout(
 ) -> tuple[list[int], orientation.DisplayLayout | None, str | None]:
     """Return the slice order, the display layout and a notice; without geometry, the file order, None and None."""
     count = len(names)
-    spacing = instance.spacing or ((1.0, 1.0) if count == 1 else None)  # of one slice, only directions matter
+    spacing = instance.spacing or ((1.0, 1.0) if count == 1 else None)  # for a single slice, only the directions matter
     if instance.orientation is None or spacing is None or (count > 1 and positions is None):
         return list(range(count)), None, None
     across, down = np.array(instance.orientation[:3]), np.array(instance.orientation[3:])

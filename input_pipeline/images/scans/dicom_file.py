@@ -22,7 +22,7 @@ from input_pipeline.images.scans.fields import EXPORT, KEYWORDS, PIXELS, PLUGINS
 from input_pipeline.images.scans.instance import Instance, interpret
 
 SNIFFED = 132  # bytes that `sniff` needs
-MAX_FIRST_LENGTH = 1024  # of the first element of a data set without a preamble, in bytes
+MAX_FIRST_LENGTH = 1024  # maximum bytes of the first element of a data set without a preamble
 
 
 def sniff(start: bytes) -> bool:

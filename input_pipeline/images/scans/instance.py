@@ -76,7 +76,7 @@ class Instance(PixelFormat):
     number: int | None  # InstanceNumber
     spacing: tuple[float, float] | None  # (between rows, between columns) in mm
     orientation: tuple[float, ...] | None  # ImageOrientationPatient: directions of increasing column and row index
-    positions: tuple[tuple[float, ...], ...] | None  # of the first voxel of each frame
+    positions: tuple[tuple[float, ...], ...] | None  # position of the first voxel of each frame
     slopes: tuple[float, ...]  # one a frame
     intercepts: tuple[float, ...]  # one a frame
     lut: bool  # whether a modality lookup table replaces slopes and intercepts
@@ -164,7 +164,7 @@ def interpret(path, fields: Fields, syntax: uid.UID) -> Instance:
 def check_not_tiled(path, fields: Fields, count: int, kinds: Columns) -> None:
     """Raise if one image contains several slices, or if the frames are tiles of one image."""
     types = {str(value) for a, values in kinds.items() if a.keyword in ("ImageType", "FrameType") for value in values}
-    images = fields.comparable(MOSAIC_COUNT)  # also stated, as 1, in files that are no mosaic
+    images = fields.comparable(MOSAIC_COUNT)  # files that are not a mosaic may state 1
     several = isinstance(images, bytes) and int.from_bytes(images[:2], "little") > 1
     if several or any("MOSAIC" in text.split("\\") for text in types):
         reason = "is a Siemens mosaic: its image shows all slices of a volume next to each other"

@@ -11,7 +11,7 @@ from input_pipeline.images.scans.base import ScanError
 from input_pipeline.images.scans.fields import EXPORT, Fields
 from input_pipeline.images.scans.instance import Instance
 
-PADDING = -1  # of the result: below every entry
+PADDING = -1  # marks padding in the result; lower than every entry
 
 
 @dataclasses.dataclass(frozen=True)

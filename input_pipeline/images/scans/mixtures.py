@@ -15,7 +15,7 @@ from pydicom import uid
 from input_pipeline.images.scans.base import ScanError
 from input_pipeline.images.scans.orientation import TOLERANCE
 
-Value = tuple[float, ...] | str | bytes | bool | None  # of an attribute in one slice; None if it is absent
+Value = tuple[float, ...] | str | bytes | bool | None  # value of an attribute in one slice; None if it is absent
 SHOWN_NAMES, SHOWN_GROUPS = 3, 3  # slices per value, and values, named in a message
 CLOSE = 0.01  # relative tolerance of times and angles that scanners round
 

@@ -193,8 +193,8 @@ def _tensors_of_state(path: Path, file: BinaryIO, state: Any, records: dict[int,
     nested = [key for key, value in state.items() if has_tensors(value)]
     if nested:
         raise ValueError(
-            f"{path} is a training checkpoint; its tensors are under {', '.join(map(repr, nested))}: save the model's "
-            f"alone with torch.save(torch.load({path.name!r}, weights_only=True)[{nested[0]!r}], 'pytorch_model.bin')"
+            f"{path} is a training checkpoint; its tensors are under {', '.join(map(repr, nested))}: save the "
+            f"model's with torch.save(torch.load({path.name!r}, weights_only=True)[{nested[0]!r}], 'pytorch_model.bin')"
         )
     infos, ties, readers, problems, first = {}, {}, {}, [], {}
     for name, tensor in state.items():
