@@ -18,8 +18,11 @@ from input_pipeline.parallel import beam
 from input_pipeline.parallel.workers import WorkerError
 
 EXIT_CODES = """
-exit codes: 0 done (problems are counted and listed in problems.jsonl); 1 done, but --strict and there are problems; 2
-no result: a wrong option, a missing file, or a table that cannot be read; 130 interrupted.
+exit codes:
+  0    done; problems are counted and listed in problems.jsonl
+  1    done, but there are problems and --strict is set
+  2    no result: a wrong option, a missing file, or a table that cannot be read
+  130  interrupted
 """
 
 

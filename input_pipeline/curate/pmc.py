@@ -40,9 +40,9 @@ examples:
   python -m input_pipeline.curate pmc-inline /shared/oa_package --out /shared/pmc --runner flink --runner-option=--flink_master=host:8081
 
 An interrupted run resumes with the same command. The result depends on neither --workers nor --runner.
-A reference that contradicts its link, or whose figure has no image, is a problem and gets no figure. A reference with a
-dead link is a problem, and gets the figure with its number if there is one. References to supplements and to figures of
-other papers are counted and get no figure.
+These references are problems and get no figure: those that contradict their link, and those whose figure has no image. A
+reference with a dead link is a problem too; it gets the figure with its number, if there is one. References to
+supplements and to figures of other papers are counted and get no figure.
 """  # noqa: E501
 OA = "Extract the figures of papers with their captions: PMC-OA. Reads the same packages as pmc-inline."
 OA_EPILOG = """\

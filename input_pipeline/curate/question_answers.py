@@ -38,7 +38,7 @@ output in DIR:
 
 The API key comes from the environment variable OPENAI_API_KEY (--key-variable) and is never written. Start with
 --dry-run, which prints a request, the number of requests and their maximum cost. An interrupted run resumes with the
-same command. An answered request is never sent again, also after --limit is increased or rows are added. Requests that
+same command. An answered request is never sent again, even if --limit is increased or rows are added. Requests that
 fail after all retries are deferred to the next run (exit code 1).
 
 examples:

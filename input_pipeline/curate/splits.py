@@ -26,9 +26,9 @@ have near-duplicate images or answers. A hash of the seed and the name of the gr
 whether the group goes to test, with probability --test. So adding rows and tables does not move other groups, unless it
 joins two groups or adds a study with an earlier name.
 
-An existing split of a table is kept, and the rest of the group follows it. If a group is in several splits, its test
-rows stay, and its other rows get no split and are listed: the test set stays comparable, and nothing leaks into it.
---anew ignores existing splits and decides every group by hash.
+An existing split of a table is kept, and applies to the whole group. If a group is in several splits, its test rows
+stay in test. Its other rows get no split and are listed. So the test set does not change, and nothing leaks into it. --anew
+ignores existing splits and decides every group by hash.
 
 output in DIR:
   the tables with their column `split`        used with split="train" or split="test" and the same root as before
@@ -36,8 +36,8 @@ output in DIR:
   leaks.jsonl     groups that are in several of the existing splits
   report.json, problems.jsonl
 
-FAMILY=FOLDER:TABLE is for a table whose paths start in a folder below --root, as the other tools write them. TABLE is
-relative to that folder, or outside of it: rad3d_caption=rad3d:../split/caption.json.
+Use FAMILY=FOLDER:TABLE for a table whose paths are relative to a folder below --root, as the other tools write them.
+TABLE is relative to that folder, and may be outside it: rad3d_caption=rad3d:../split/caption.json.
 
 examples:
   python -m input_pipeline.curate splits --root data --out data/split pmc_vqa=vqa.csv rad3d_caption=rad3d:caption.json

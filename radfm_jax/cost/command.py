@@ -37,8 +37,9 @@ examples:
   python -m radfm_jax.plan --config=configs/quickstart.py --topology cpu:2 --picture plan.png
 
 A candidate is a batch of micro-batches x rows per device. With fewer micro-batches FSDP gathers the weights less often,
-and a step needs more memory; so does less remat. Times are a range, from full to no overlap of communication and
-arithmetic. The recommended candidate leaves a tenth of the memory free and is the fastest without overlap.
+but a step needs more memory. A step also needs more memory with less remat. Times are a range, from full to no overlap
+of communication and arithmetic. The recommended candidate leaves a tenth of the memory free and is the fastest without
+overlap.
 
 exit codes: 0 a plan; 1 nothing fits, or every compilation failed; 2 an error in the arguments.
 """

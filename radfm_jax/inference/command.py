@@ -34,8 +34,11 @@ examples:
 The preparation of scans and the tokenizer come from the checkpoint. A chat keeps the encoded scans on the device. Each
 question is independent, as in training, unless --history adds the earlier turns to it.
 
-exit codes: 0 success; 1 some prompts of --jsonl failed (run the command again to retry them), or some lines of a --chat
-whose input is not a terminal; 2 invalid arguments, or a scan or checkpoint that cannot be used; 130 interrupted.
+exit codes:
+  0    success
+  1    some prompts of --jsonl failed (run the command again to retry them), or some lines of a --chat that reads a file
+  2    invalid arguments, or a scan or checkpoint that cannot be used
+  130  interrupted
 """
 HELP = "/scan FILE adds a scan, /scans lists them, /new clears scans and history, /quit ends"
 
