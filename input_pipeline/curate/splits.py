@@ -27,8 +27,8 @@ whether the group goes to test, with probability --test. So adding rows and tabl
 joins two groups or adds a study with an earlier name.
 
 An existing split of a table is kept, and applies to the whole group. If a group is in several splits, its test rows
-stay in test. Its other rows get no split and are listed. So the test set does not change, and nothing leaks into it. --anew
-ignores existing splits and decides every group by hash.
+stay in test. Its other rows get no split and are listed. So the test set does not change, and nothing leaks into it.
+--anew ignores existing splits and decides every group by hash.
 
 output in DIR:
   the tables with their column `split`        used with split="train" or split="test" and the same root as before
