@@ -50,7 +50,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Na
             warnings.filterwarnings("ignore", r"the load_module\(\) method", DeprecationWarning)  # ml_collections
             values(flag_argv)
             config = values.config
-            # A config may complete itself from what only the command line says, such as the checkpoint to start from.
+            # A config may depend on values of the command line, such as the checkpoint to start from.
             resolve = getattr(sys.modules.get("config_config"), "resolve", None)
             if resolve is not None:
                 config = resolve(config, {a.partition("=")[0].removeprefix("--config.") for a in overrides})

@@ -65,7 +65,7 @@ class RowLoader:
         sources = {name: sources[name] for name in self.names}
         self.notes: list[str] = []  # messages for the log
         samples = [self._samples_of(name) for name in self.names]
-        # Of each source: the row of each sample, its window of that row or None, and the sizes of the sides or None.
+        # For each source: the row of each sample, its window in that row or None, and the sizes of the sides or None.
         self.good, self.windows, self.sides = zip(*samples, strict=True)
         # The number of each source's first sample in the mixture.
         self.starts = np.concatenate([[0], np.cumsum([len(good) for good in self.good])])

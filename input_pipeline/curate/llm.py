@@ -237,7 +237,7 @@ class _Client:
                 raise
             finally:
                 self.stopping = True
-                # Requests in flight are paid for, so wait for them in any case.
+                # Requests in flight are paid for, so always wait for them.
                 if tasks:
                     await asyncio.gather(*tasks, return_exceptions=True)
         return self.counts

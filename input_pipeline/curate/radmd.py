@@ -179,7 +179,7 @@ def _balance(rows: Iterator[tuple[int, dict]], seed: int, file: Path, result: Re
     Rows are balanced within each split, and in yes/no tables also within each disease and set (`source`), so that the
     appearance of a set does not predict the answer. Takes 16 bytes of memory per row, plus the result.
     """
-    # Split, set and disease -> hashes and row numbers of the one side, then of the other.
+    # (split, set, disease) -> hashes and row numbers of both sides.
     sides: dict[tuple[str, str, str], tuple[array.array, ...]] = {}
     for number, row in rows:
         side = _side(row)

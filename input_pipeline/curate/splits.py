@@ -199,7 +199,7 @@ def _write(tables, groups, rows, existing, directory, options, result: Result) -
                 if key not in rows:
                     continue
                 group = groups.find(key)
-                # A leaking group keeps its test rows, so that nothing leaks into the test set.
+                # The test rows of a leaking group stay in test. Its other rows get no split.
                 order = lambda split: (split != "test", split == "train", split)  # noqa: E731
                 kept = min(existing.get(group, ()), key=order, default="")
                 split = kept or hash_split(options["seed"], group, options["test"])

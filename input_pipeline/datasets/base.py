@@ -155,7 +155,7 @@ class TableDataset(abc.ABC):
         self.skipped: dict[str, int] = {}  # reason -> number of good rows that are not used (another split, language)
         self.duplicates: list[tuple[int, int]] = []  # (row, earlier row with the same content); duplicates are kept
         self.problems: list[RowError] = []  # one for each bad row
-        # The same header is needed several times in a row, then rarely again.
+        # The same header is needed several times in succession, then rarely again.
         self.npy_scans = functools.lru_cache(1 << 12)(functools.partial(npy_scans, self.root))
         self._numbers = array("q")
         self._read()

@@ -141,7 +141,7 @@ class Diagnosis(TableDataset):
             count = counts[codes[k] // 2].sum()
             reason = f"{disease!r} is {side} in all its {count} rows: its name gives the answer away"
             remedy = "add rows of the other kind, remove these, or open with balance=False"
-            # One problem per row, so that good rows and bad rows add up to the table.
+            # One problem per row, so that the numbers of good and bad rows add up to those of the table.
             problems.append(RowError(self.file, self._numbers[k], reason, remedy))
         self._sides = codes[~one_sided]
         self._select(~one_sided)

@@ -114,7 +114,7 @@ class _ListReader:
                     return value, end
             except (ValueError, RecursionError) as error:
                 if self.at_end or len(self.text) - self.at > _MAX_ROW:
-                    # The error's own line and column count from the start of the block.
+                    # The line and column of the error count from the start of the block.
                     reason, position = getattr(error, "msg", _short(error)), getattr(error, "pos", self.at)
                     raise self._broken(reason, position) from None
             self._more()

@@ -116,7 +116,7 @@ class Rad3DRationale(TableDataset):
         return paths, _patient(row), title, names, features, _plain(" ".join([*articles, features, *other]))
 
     def finish(self):
-        # A title counts as often as it occurs; the name of an article that is never a title counts once.
+        # The weight of a title is its number of occurrences. An article that is never a title has the weight 1.
         self._pool = [sys.intern(title) for _, _, title, *_ in self._rows if not diseases.is_normal(title)]
         titles = {diseases.canonical(title) for title in self._pool}
         for _, _, _, names, *_ in self._rows:
@@ -142,7 +142,7 @@ class Rad3DRationale(TableDataset):
             name = pick(rng, self._pool)
             if is_safe(name):
                 return name
-        # Nearly all names are this case's own: search the whole pool from a random start.
+        # Most names in the pool belong to this case, so search the whole pool from a random start.
         first = int(start * len(self._pool))
         return next(filter(is_safe, self._pool[first:] + self._pool[:first]), None)
 

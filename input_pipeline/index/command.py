@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
         if not out:
             raise ValueError("name the directory of the index: --out DIR")
         if args.records:
-            # Import TFDS before the bars start: during its import it replaces `__import__`, which ends their thread.
+            # Import TFDS before the progress bars start. Its import replaces `__import__`, which ends their thread.
             importlib.import_module("input_pipeline.index.records")
         options = {name: getattr(args, name) for name in ("records", "workers", "recheck", "strict", "allow_leaks")}
         warn = lambda message: console.print(f"[yellow]warning:[/yellow] {escape(message)}", soft_wrap=True)  # noqa: E731

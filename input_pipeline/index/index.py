@@ -272,7 +272,7 @@ class Index:
                 batch = batch.filter(pc.equal(batch["fault"], ""))
                 root = batch["root"].dictionary_encode()
                 hashes = [current.get(name, []) for name in root.dictionary.to_pylist()]
-                # If a root has become several, its scans are repeated under each of them.
+                # If one root was replaced by several, its scans are repeated under each of them.
                 root_index = root.indices.to_numpy()
                 line = np.repeat(np.arange(len(batch)), np.array([*map(len, hashes), 0])[root_index])
                 root_hash = np.array([value for k in root_index.tolist() for value in hashes[k]], np.uint64)

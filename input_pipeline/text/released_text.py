@@ -91,7 +91,7 @@ def released_text(
         else:
             joined.append(segment)
     ids = encode_segments(tokenizer, joined, num_latents=num_latents)
-    # Counted without the answer, as in the original: after an empty question the space belongs to the answer.
+    # The question is tokenised alone, as in the original. After an empty question the space belongs to the answer.
     question_length = min(len(encode_segments(tokenizer, question, num_latents=num_latents)), max_tokens)
     complete = len(ids) < max_tokens
     ids = [*ids, tokenizer.eos_id] if complete else ids[:max_tokens]

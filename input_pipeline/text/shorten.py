@@ -8,7 +8,7 @@ from input_pipeline.samples import RowError, Sample
 from input_pipeline.text.blocks import TRAINED, Block
 from input_pipeline.text.tokenizer import Tokenizer
 
-# Tokens kept of an instruction that is too long: its last ones, because the question is at its end.
+# Number of last tokens to keep of an instruction that is too long. The question is at its end.
 INSTRUCTION_FLOOR = 64
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 # Path components that torch's wrappers insert: DistributedDataParallel, torch.compile, FSDP, activation checkpointing.
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 LLM, EMBEDDING_LAYER = "lang_model.", "embedding_layer."
-# A name that every model of a part has, after the prefix that all its names share.
+# A tensor name that every model of a part has, after the prefix that all its names share.
 ANCHORS = ("lang_model.model.norm.weight", "model.norm.weight")
 
 

@@ -23,7 +23,7 @@ from radfm_jax.models.radfm import RadFMConfig, radfm_14b
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-# The sizes of each part that no tensor shape gives.
+# The sizes of each part that tensor shapes do not show.
 HIDDEN_SIZES = {
     "vision": ("num_heads", "head_dim", "patch", "channels"),
     "perceiver": ("num_heads", "head_dim"),

@@ -123,7 +123,7 @@ class TorchModel(contextlib.AbstractContextManager):
         allowed = [rope_frequencies(c) for c in (llama, dataclasses.replace(llama, rope_scaling=None))]
         for name in filter(table.ROTARY.fullmatch, self.reader.infos):
             values = self.reader.read(name).astype(np.float64)
-            # Buffers may be stored in 16 bits; another base changes the slowest frequency by far more.
+            # Buffers may be stored in 16 bits. The rounding is much smaller than the effect of another base.
             if not any(x.shape == values.shape and np.allclose(values, x, rtol=1e-2, atol=1e-7) for x in allowed):
                 self.problems.append(f"{name} does not fit rope_theta {llama.rope_theta:g} of the config")
                 return  # all layers have the same

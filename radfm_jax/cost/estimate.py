@@ -266,7 +266,7 @@ def _stacks(config: Experiment, rows: int, tensor: int, fused: bool) -> dict[str
         tiled = keys >= attention.MIN_TILED_LENGTH and keys % 128 == 0
         scores = 0 if fused or tiled else 2 * 4 * tokens * keys * heads // tensor
         products = query + 2 * key + width + hidden + width
-        # Two norms, each also in float32, two sums, and the activated hidden layer.
+        # Two norms (also in float32), two sums, and the activated hidden layer.
         live = n * tokens * (products + query + 4 * width + hidden) + 2 * 4 * tokens * width + scores
         saved = [n * tokens * size for size in (width, query, 2 * query + 2 * key, products + query)]
         return _Stack(layers, *saved, live + n * more_keys * 2 * key)

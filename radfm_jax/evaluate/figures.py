@@ -60,7 +60,7 @@ def radar(rows: Sequence[ScoreRow], file: Path, comparable: Collection[str] = tu
     colours = PUBLISHED | _colours(row.model for row in rows)
     for model, tasks in means.items():
         is_published = model in PUBLISHED
-        # nan breaks the line at a task without a value.
+        # nan leaves a gap in the line at a task without a value.
         radii = [np.log10(max(100 * tasks[task], 1)) if task in tasks else np.nan for task in TASKS]
         axes.plot(
             [*angles.values(), 0.0], [*radii, radii[0]], "--" if is_published else "-", color=colours[model],

@@ -75,7 +75,7 @@ def generate_answers(
     new_file = questions_file.with_suffix(".new.jsonl")
     write_questions(questions, new_file)
     try:
-        # Unknown ids are rejected now: scoring would do so after hours of generation.
+        # Reject unknown ids now. Scoring would reject them after hours of generation.
         result = answer_file(
             generator, new_file, answers_file, sampling, root=Path("/"), roots=roots_of(questions), batch=batch,
             model=model, checkpoint=checkpoint, progress=progress, watch=(*yes, *no), extra_fields=probability_fields,

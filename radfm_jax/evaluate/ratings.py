@@ -81,7 +81,7 @@ def _sample_cases(answers: Sequence[ScoredAnswer], cases: int, rng: np.random.Ge
 
 def _page(scored, chosen: Sequence[int], key: dict, references: bool) -> Iterator[str]:
     script = SCRIPT.read_text()
-    # The policy allows this script only, by its hash, so no text of an answer can run.
+    # The policy permits only the script with this hash, so no text of an answer can run.
     digest = base64.b64encode(hashlib.sha256(f"\n{script}".encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     answers = sum(len(case["letters"]) for case in key["cases"])

@@ -126,7 +126,7 @@ def intervals(answers: Sequence[ScoredAnswer], *, resamples: int, seed: int, by_
     values = {name: np.array([a.values[name] for a in answers]) for name in names}
     statistics = {name: metrics.mean(numbers) for name, numbers in values.items()}
     for name in values.keys() & {"umls_precision", "umls_recall"}:
-        # The paper averages over all samples. There a sample without medical terms, which has no ratio, counts as 0.
+        # The paper averages over all samples. A sample without medical terms has no ratio, and counts as 0.
         statistics |= {f"{name}_with_terms": statistics[name], name: metrics.mean(np.nan_to_num(values[name]))}
     if answers[0].question.closed:
         predicted, closest = [a.predicted for a in answers], [a.closest for a in answers]

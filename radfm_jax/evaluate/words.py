@@ -33,7 +33,7 @@ _DIGITS_OF_SUPERSCRIPTS = str.maketrans(_SUPERSCRIPTS, "0123456789+-")
 _DASHES = re.compile("[\u2010-\u2015\u2043\u2212\ufe58\ufe63\uff0d]")
 _VULGAR_FRACTION = re.compile("(?<=\\d)(?=[\u00bc-\u00be\u2150-\u215f\u2189])")
 _EXPONENT = re.compile(rf"(?<=\d)([{_SUPERSCRIPTS}]+)|([⁺⁻][{_SUPERSCRIPTS}]+)")
-# Before NFKC, which would turn ™ into the letters tm.
+# Replaced before NFKC, which would turn ™ into the letters tm.
 _DROPPED = re.compile("[©®™℠\u2500-\u25ff]")
 _SPELLINGS = (
     ("\u2044", "/"), ("\u2215", "/"), ("\u066b", "."), ("\u066c", ","), ("\u2236", ":"),

@@ -119,7 +119,7 @@ class PatchEmbedding(nn.Module):
     def positions(self, patch_positions: jax.Array) -> jax.Array:
         """int32[..., 3] indices of the row, column and depth tables -> float32[..., D], concatenated."""
         c = self.config
-        # About the magnitude of the normalised projection that they are added to.
+        # Position embeddings have about the magnitude of the normalised projection that they are added to.
         init = partitioned(nn.initializers.normal(1.2), (None, "embed"))
         tables = [
             self.param(f"{axis}_positions", init, (size, c.width // 3), c.param_dtype)

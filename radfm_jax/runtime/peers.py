@@ -59,7 +59,7 @@ class Peers:
         self.stopped_by = ""
         self._count_lock = threading.Lock()  # held while the processes agree on the step after which they stop
         self._agreeing, self._count, self._stop_after = False, 0, None
-        # None; "unclear": a collective failed, probably because of another process; "published".
+        # None, "published", or "unclear": a collective failed, probably because of another process.
         self._failure: str | None = None
         self._leaving, self._done = threading.Event(), threading.Event()
         self._client = compat.coordination_client()
@@ -110,7 +110,7 @@ class Peers:
     def abort(self, code: int, reason: str) -> None:
         """Exit all processes with this code. This process exits without clean-up."""
         if self.processes > 1:
-            # In a thread, because the service itself may be stuck.
+            # Publish in a thread, because the service itself may be stuck.
             thread = threading.Thread(target=self._publish_failure, args=(code, reason), daemon=True)
             thread.start()
             thread.join(3)

@@ -129,7 +129,7 @@ def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array
     """Return global arrays from this process's rows of a batch. Raises ValueError if the devices do not divide them."""
     ways = int(np.prod([mesh.shape[a] for a in BATCH]))
     rows = {len(v) for v in batch.values()}
-    # With several processes, the share of one depends on their order in the mesh; JAX checks that itself.
+    # With several processes, a process's share depends on its position in the mesh. JAX checks that itself.
     if len(rows) != 1 or (jax.process_count() == 1 and rows.pop() % ways):
         counts = {k: len(v) for k, v in batch.items()}
         raise ValueError(f"rows of the batch {counts} do not divide over {ways} devices")

@@ -28,7 +28,7 @@ class OpenSplits:
         read = config.sources("train") | config.sources("validation")
         families = {fields.get("family") for fields in read.values()}
         if not config.workers and (config.records or "tfds" in families):
-            # Imported before the threads start: while it is imported, imports in other threads return lazy modules.
+            # Import this before the threads start: during this import, imports in other threads return lazy modules.
             import tensorflow_datasets  # noqa: F401
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="opening")
         self._futures = {"train": self._threads.submit(Rows, config, "train", **shard)}

@@ -41,7 +41,7 @@ READERS = {  # DICOM first: its preamble may contain any bytes, its mark is at b
     tiff: ("a 2D image", (".tif", ".tiff")),
     arrays: (".npy", (".npy",)),
 }
-# Common formats that cannot be read, or not safely, by their first bytes.
+# First bytes of common formats that cannot be read, or cannot be read safely.
 UNSUPPORTED = {
     b"PK\x03\x04": ("is a zip or .npz archive", "unpack it, or save single .npy files"),
     b"GIF8": ("is a GIF", "save it as PNG"),

@@ -61,7 +61,7 @@ def to_intensities(
     exact = exact and bool((slopes == np.round(slopes)).all() and (intercepts == np.round(intercepts)).all())
     target = np.dtype(np.float32)
     if exact:
-        # Python integers: neither a 64-bit voxel nor its product with a slope can overflow.
+        # With Python integers, neither a 64-bit voxel nor its product with a slope overflows.
         ends = [
             int(end) * int(a) + int(b)
             for frame, a, b in zip(frames, slopes, intercepts, strict=True)

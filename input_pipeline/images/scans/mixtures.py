@@ -95,7 +95,7 @@ ATTRIBUTES = (
     Attribute("ConvolutionKernel", ("CTReconstructionSequence",), shown=False),
     Attribute("ContrastBolusAgent", shown=False),
     Attribute("CorrectedImage", shown=False),
-    # When
+    # When they were acquired
     Attribute("TemporalPositionIdentifier"),
     Attribute("TemporalPositionIndex", CONTENT),
     Attribute("NominalPercentageOfCardiacPhase", CARDIAC),

@@ -185,7 +185,7 @@ def voxel_type(path, header, endian: str) -> tuple[np.dtype, int]:
 def scaling(path, header) -> tuple[float, float]:
     """Return (slope, intercept)."""
     slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
-    # No scaling is slope 0 in the NIfTI-1 standard, and NaN in both fields as nibabel writes it.
+    # "No scaling" is slope 0 in the NIfTI-1 standard. nibabel writes NaN in both fields.
     if slope == 0 or (math.isnan(slope) and math.isnan(intercept)):
         return 1.0, 0.0
     if not (math.isfinite(slope) and math.isfinite(intercept)):

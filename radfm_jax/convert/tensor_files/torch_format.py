@@ -270,7 +270,7 @@ def write_torch_bin(
     pickled = _pickle_state(torch, infos, owners, ties)
     base.check_room(path.parent, sum(infos[name].nbytes for name in owners) + len(pickled) + 512 * (len(owners) + 4))
     base.refuse_existing([path])
-    # torch.serialization.skip_data is a prototype and would leave every CRC-32 to be patched into the zip afterwards.
+    # torch.serialization.skip_data is a prototype, and every CRC-32 would have to be patched into the zip afterwards.
     # The format has been stable since torch 1.6: these records, stored and aligned.
     with atomic_write(path) as partial, open(partial, "wb") as file, zipfile.ZipFile(file, "w") as archive:
         for name, data in (("data.pkl", pickled), ("byteorder", b"little"), ("version", b"3\n")):
