@@ -13,7 +13,7 @@ The samples of an epoch are shuffled, and divided into windows. A window is plan
 depend on the seed, the epoch and the window alone: not on hosts, workers, or an interruption. Windows and epochs follow
 each other without a gap; only the end of the last epoch, if there is one, is padded with empty rows.
 
-The state of an iterator is the position of the next batch and the settings that decide the rows. An iterator refuses a
+The state of an iterator is the position of the next batch and the settings that decide the rows. An iterator rejects a
 state that was saved with other settings or other data.
 
 The iterators use Grain's `IterDataset`, `batch`, `map` and `ThreadPrefetchIterDataset`. `mp_prefetch` does not fit: its
@@ -294,7 +294,7 @@ class RowIterator(grain.DatasetIterator):
         if state["delivered"] >= self._rows.local_rows:
             raise ValueError(
                 f"the saved state is after row {state['delivered']} of a batch, but this host has only "
-                f"{self._rows.local_rows} rows of one: resume with as many hosts as before"
+                f"{self._rows.local_rows} rows of one: resume with the same number of hosts"
             )
         self._restart((state["epoch"], state["window"], state["row"]), state["delivered"], state["lost"])
 

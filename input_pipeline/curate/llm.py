@@ -44,9 +44,9 @@ class Endpoint:
     timeout: Annotated[float, above(0)] = 120.0  # seconds for one request
     retries: Count = 6  # retries of one request before it is deferred to the next run
     first_wait: Annotated[float, at_least(0)] = 1.0  # seconds before the first retry; doubled for each later one
-    temperature: Annotated[float, at_least(0)] | None = 0.7  # None: not sent, for models that refuse it
+    temperature: Annotated[float, at_least(0)] | None = 0.7  # None: not sent, for models that reject it
     max_tokens: Size = 800
-    max_tokens_name: str = "max_tokens"  # `max_completion_tokens` for models that refuse the older name
+    max_tokens_name: str = "max_tokens"  # `max_completion_tokens` for models that reject the older name
     direct: bool = False  # follow no redirect and use no proxy: requests reach this address only
     price_in: Annotated[float, at_least(0)] = 0.0  # price of a million tokens sent, in any currency
     price_out: Annotated[float, at_least(0)] = 0.0  # price of a million tokens received

@@ -85,7 +85,7 @@ def bad_cell(cells: dict[str, str]) -> str | None:
 
 
 def bad_path(value: str) -> str | None:
-    """Return why a path of a table is refused, or None. Symbolic links are checked when the file is opened."""
+    """Return why a path of a table is rejected, or None. Symbolic links are checked when the file is opened."""
     parts = value.replace("\\", "/").split("/")
     if ".." in parts:
         return f"path {value!r} leaves its folder with '..'"

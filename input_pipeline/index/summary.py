@@ -94,7 +94,7 @@ def _answers(results: Results, name: str, source: int) -> dict[str, dict[str, in
     fraction = results.config.sources()[name].get("fraction", 1.0)
     try:
         parts = Mixture({name: {"rows": sum(sizes), "fraction": fraction, "sides": sizes}}, seed=0, weights=False).parts
-    except ValueError:  # one side only, because the other is in quarantine: training refuses the source
+    except ValueError:  # one side only, because the other is in quarantine: training rejects the source
         parts = []
     used = [part.count for part in parts] or [0] * len(sizes)
     classes = zip(results.tables[name].sides, (0, 1), strict=True)

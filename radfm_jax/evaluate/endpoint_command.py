@@ -39,7 +39,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     for name, kind, default, text in numbers:
         add(name, type=kind, default=default, metavar="N", help=f"{text} (default: {default:g})")
     add("--image-tokens", type=int, metavar="N", help="tokens per image, for the estimate (default: GPT-4o's rule)")
-    add("--temperature", default="0", metavar="T", help="temperature; `none` for models that refuse it (default: 0)")
+    add("--temperature", default="0", metavar="T", help="temperature; `none` for models that reject it (default: 0)")
     add("--max-tokens-name", default="max_tokens", metavar="NAME", help="parameter for the length limit, "
         "max_completion_tokens for newer models (default: max_tokens)")  # fmt: skip
     add("--system", default=endpoint.SYSTEM, metavar="TEXT", help="system message; '' for none (default: %(default)s)")
@@ -69,7 +69,7 @@ def layout(args: argparse.Namespace) -> montage.Layout:
 
 
 def baseline(args: argparse.Namespace) -> endpoint.Baseline:
-    """Return the baseline of the options.
+    """Return the `Baseline` that the options describe.
 
     Raises ValueError for a remote endpoint without --allow-remote, a missing key, or an invalid number.
     """

@@ -214,7 +214,7 @@ def locked_output(out: Path) -> Iterator[TextIO]:
                 f"{out} cannot be locked ({error.strerror}): make sure that no other process writes it", stacklevel=3
             )
         if not (out.exists() and os.path.samestat(os.fstat(file.fileno()), out.stat())):
-            raise ValueError(f"{out} was removed by another process during the start: start again")
+            raise ValueError(f"{out} was removed by another process: run the command again")
         try:
             yield file
         except BaseException:

@@ -201,7 +201,7 @@ def affine_of(path, header) -> tuple[np.ndarray, bool, tuple[str, ...]]:
     method 1 (ANALYZE: first axis from the patient's right to left, second to anterior, third to superior).
     """
     notices: tuple[str, ...] = ()
-    # qfac (pixdim[0]) is the sign of the third axis; the standard reads 0 as 1, but nibabel refuses it.
+    # qfac (pixdim[0]) is the sign of the third axis; the standard reads 0 as 1, but nibabel rejects it.
     header["pixdim"][0] = -1 if header["pixdim"][0] < 0 else 1
     with as_scan_error(path, "reading the orientation"):
         s, s_code = header.get_sform(coded=True)
