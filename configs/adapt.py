@@ -14,12 +14,12 @@ out for validation; `radfm_jax.evaluate` reads the test table. For data in anoth
 `--config.data.train.own.root=DIR --config.data.test.own_test.root=DIR --config.data.index=DIR/index`. For tables of
 another family, copy one of the configs/adapt_*.py.
 
-CT needs a window, because the default `minmax` leaves soft tissue a few gray levels: run `prepare` and `train` with
-`--config.data.intensity=lung/soft_tissue/bone`, or `brain` for heads, and give sources of other modalities their own
+CT needs a window, because the default `minmax` leaves soft tissue a few gray levels. Run `prepare` and `train` with
+`--config.data.intensity=lung/soft_tissue/bone`, or `brain` for heads. Sources of other modalities need their own
 `intensity` (docs/data.md).
 
-Hardware: one H200, or two devices with 80 GB, because at the start the fresh and the loaded parameters are in memory at
-the same time. Estimated (radfm_jax/cost/estimate.py):
+Hardware: one H200, or two devices with 80 GB. At the start, the fresh and the loaded parameters are in memory at the
+same time. Estimated (radfm_jax/cost/estimate.py):
 
     memory: 62 GB a device (parameters 52.5, optimizer 0.9, gradients 0.9, batch 1.0, activations 2.2, working set 4.2)
     a step: 2.35 s (116 TFLOP a row x 8 rows at 40 % of 989 TFLOP/s on 1 x H200)
@@ -37,7 +37,7 @@ from radfm_jax.training.experiment import CheckpointConfig, Experiment, TrainCon
 from radfm_jax.training.follow import follow_checkpoint
 from radfm_jax.training.optimizer import OptimizerConfig
 
-# The command line completes the config with this function: model, tokenizer and preparation follow `init_from`.
+# The command line calls this function. It copies model, tokenizer and preparation from `init_from`.
 resolve = follow_checkpoint
 
 

@@ -4,9 +4,9 @@
     python -m radfm_jax.train --config=configs/adapt_diagnosis.py --workdir=runs/adapt_diagnosis
 
 Data: data/diagnosis/train.csv and test.csv (`image_path, disease, label`, label 1 or 0; scans of any format and depth).
-A twentieth of the training studies is held out for validation; `radfm_jax.evaluate` reads the test table, as it is.
-Training is balanced disease by disease. The family `diagnosis` asks about any scan.
-For questions in the words of a region use `--config.data.train.diagnosis.family=vindr_mammo` and the like.
+A twentieth of the training studies is held out for validation. `radfm_jax.evaluate` does not balance the test table.
+Training is balanced for each disease. The questions of the family `diagnosis` fit any scan. For questions that name a
+body region, use another family: `--config.data.train.diagnosis.family=vindr_mammo`.
 
 Hardware: one H200. Estimated for 20,000 rows:
 

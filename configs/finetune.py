@@ -17,8 +17,8 @@ Hardware: 32 A100 with 80 GB, as in the paper. Estimated (radfm_jax/cost/estimat
     traffic: 305 GB a step into each device, 12 s at 25 GB/s
     steps: 2,710 for 2 x 174,000 rows of 15 samples, 3 h 18 min of arithmetic
 
-The traffic is that of FSDP for each micro-batch. `--config.train.accumulation=1` takes the same step with a quarter of
-it, which the arithmetic can hide, in 20 GB a device.
+FSDP sends this traffic for all micro-batches. `--config.train.accumulation=1` computes the same step with a quarter of
+the traffic, which the arithmetic can hide. It needs 20 GB a device.
 
 Batch and accumulation are those of pre-training, as in the paper. The learning rate, half of the pre-training rate, is
 a choice of this project. Samples of RadMD are shorter, so a step has about 1,900 of them.

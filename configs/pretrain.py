@@ -11,8 +11,8 @@ Hardware: 32 A100 with 80 GB, as in the paper. Estimated (radfm_jax/cost/estimat
     traffic: 305 GB a step into each device, 12 s at 25 GB/s
     steps: 94,400 for 3 x 4,030,000 rows of 2.4 samples, 4 d 19 h of arithmetic
 
-The traffic is that of FSDP for each micro-batch. `--config.train.accumulation=1` takes the same step with a quarter of
-it, which the arithmetic can hide, in 20 GB a device.
+FSDP sends this traffic for all micro-batches. `--config.train.accumulation=1` computes the same step with a quarter of
+the traffic, which the arithmetic can hide. It needs 20 GB a device.
 """
 
 from ml_collections import ConfigDict

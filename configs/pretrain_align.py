@@ -18,8 +18,8 @@ Hardware: 32 A100 with 80 GB, as in the paper. Estimated (radfm_jax/cost/estimat
     traffic: 204 GB a step into each device, 8.2 s at 25 GB/s
     steps: 31,500 for 1 x 4,030,000 rows of 2.4 samples, 26 h 5 min of arithmetic
 
-The traffic is that of FSDP for each micro-batch. `--config.train.accumulation=1` takes the same step with a quarter of
-it, which the arithmetic can hide, in 15 GB a device.
+FSDP sends this traffic for all micro-batches. `--config.train.accumulation=1` computes the same step with a quarter of
+the traffic, which the arithmetic can hide. It needs 15 GB a device.
 """
 
 from ml_collections import ConfigDict

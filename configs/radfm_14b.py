@@ -13,9 +13,9 @@ Each stage starts from the one before:
 
 docs/configs.md lists the tables and scans expected below `data/`. `--config=configs/pretrain.py:/mnt/medmd` uses
 /mnt/medmd instead, in every command and every config except quickstart and tiny. The medical terms are those of UMLS if
-data/umls has its MRCONSO.RRF (and MRSTY.RRF), else the open ones; `prepare` and `train` print which.
+data/umls has MRCONSO.RRF (and MRSTY.RRF), else the open terms. `prepare` and `train` print which terms they use.
 
-This config also gives the sizes of a `pytorch_model.bin` without a config.json:
+This config also has the sizes for a `pytorch_model.bin` without a config.json:
 
     python -m radfm_jax.convert from-torch pytorch_model.bin radfm/ --config configs/radfm_14b.py
 """

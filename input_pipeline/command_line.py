@@ -28,7 +28,8 @@ def add_config(parser: argparse.ArgumentParser) -> None:
 def parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Namespace, ConfigDict]:
     """Return the arguments and the config with its overrides; exit with a message if either has an error.
 
-    If the config file has a function `resolve`, the config is its result: resolve(config, overridden field names).
+    If the config file has a function `resolve`, its result is the config. It is called as resolve(config, names of the
+    overridden fields).
     """
     spaced = [a for a in argv if a.startswith("--config.") and "=" not in a]
     if spaced:
@@ -46,10 +47,10 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Na
     try:
         # ml_collections prints its messages in addition to raising them.
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", r"the load_module\(\) method", DeprecationWarning)  # in ml_collections
+            warnings.filterwarnings("ignore", r"the load_module\(\) method", DeprecationWarning)  # ml_collections
             values(flag_argv)
             config = values.config
-            # A config may complete itself from what only the command line says, such as the checkpoint to start from.
+            # A config may depend on values of the command line, such as the checkpoint to start from.
             resolve = getattr(sys.modules.get("config_config"), "resolve", None)
             if resolve is not None:
                 config = resolve(config, {a.partition("=")[0].removeprefix("--config.") for a in overrides})
@@ -61,7 +62,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Na
 
 
 def _find(config: str) -> str | None:
-    """Return FILE or FILE:NAME with a file that exists, or None: as given, else configs/*.py as installed."""
+    """Return FILE or FILE:NAME if the file exists, else that of the installed configs/, else None."""
     for file, name in ((config, ""), config.rpartition(":")[::2]):
         installed = [Path(__file__).parents[1] / file] if file.startswith("configs/") else []
         for path in (Path(file), *installed):

@@ -60,7 +60,7 @@ class DataConfig:
     # Intensities that become 0 and 1, for sources without a field `intensity`: `minmax` (the paper), `percentile`,
     # `header`, a CT window, or three windows as channels (listed in images/intensity.py and docs/data.md).
     intensity: str = "minmax"
-    # Of slices to the square of their final size: `stretch`, or `pad` to keep the ratio of their sides.
+    # How a slice becomes a square: `stretch`, or `pad` to keep the ratio of its sides.
     fit: Annotated[str, one_of(FITS)] = "stretch"
     storage: Annotated[str, one_of(STORAGE)] = "uint8"  # dtype of the planes: uint8, int16 or float32
     # Final side of 2D scans and of volumes, and maximum slices, in `paper` mode: multiples of the patch (32, 32, 4).
@@ -95,7 +95,7 @@ class DataConfig:
     # How many scans of a run may fail to load (each counts once per row that shows it). Their samples get no weight and
     # are logged. One more stops the run with the scan's name; 0 stops at the first.
     allowed_loss: Count = 0
-    seed: Count = 0  # of order, prompts and crops
+    seed: Count = 0  # seed of order, prompts and crops
     workers: Count = 2  # processes that load rows; 0 loads in the calling process
     # Seconds for one scan or one chunk of texts before a worker counts as hung.
     worker_timeout: Annotated[float, above(0)] = 30.0
@@ -163,7 +163,7 @@ class DataConfig:
         return Sizes(self.size_2d, self.size_3d, self.depth)
 
     def sources(self, split: str | None = None) -> dict[str, dict]:
-        """Return source name -> fields, of one split or of all, sorted by name within a split like a ConfigDict.
+        """Return {source name: fields} of one split or of all, sorted by name within a split as in a ConfigDict.
 
         A source without a field `intensity` gets `data.intensity`, unless that is the default.
         """
@@ -177,7 +177,7 @@ class DataConfig:
         return bool(self.validation or self.validation_share)
 
     def sources_with_rows(self, split: str) -> dict[str, dict]:
-        """Return the sources that have rows of a split: those of `sources`, and `train` for a held-out share of it."""
+        """Return `sources(split)`. With a held-out share, `validation` also has the sources of `train`."""
         shared = self.sources("train") if split == "validation" and self.validation_share else {}
         return self.sources(split) | shared
 

@@ -79,5 +79,5 @@ def print_error(console: Console, message: str | BaseException) -> None:
 
 
 def stdout_console() -> Console:
-    """Return a console for tables on standard output, 120 characters wide unless that is a terminal."""
+    """Return a console for tables on standard output. Outside a terminal it is 120 characters wide."""
     return SafeConsole(width=None if sys.stdout.isatty() else 120)

@@ -35,7 +35,7 @@ class Rule:
 
     text: str
     is_met: Callable[[Any], bool]
-    choices: tuple[str, ...] = ()  # known names, of which an error shows the nearest
+    choices: tuple[str, ...] = ()  # known names; an error suggests the nearest
 
 
 def at_least(minimum: float) -> Rule:
@@ -51,7 +51,7 @@ def at_most(maximum: float) -> Rule:
 
 
 def share(*, zero: bool, one: bool) -> Rule:
-    """Return the rule of a number from 0 to 1; `zero` and `one` permit the bounds."""
+    """Return a rule for numbers between 0 and 1. `zero` and `one` decide whether the bounds are valid."""
     text = f"{'at least' if zero else 'above'} 0 and {'at most' if one else 'below'} 1"
     return Rule(text, lambda value: (0 < value < 1) or (zero and value == 0) or (one and value == 1))
 
@@ -70,7 +70,7 @@ def check_fields(config: Any, group: str, conflicts: Iterable[str] = ()) -> None
 
     Args:
       group: prefix of the field names in messages: `train`, `model.llama`; "" for none.
-      conflicts: problems of several fields together, evaluated only if each field is valid alone.
+      conflicts: problems between fields. The iterable is consumed only if each single field is valid.
     Raises:
       ValueError: lists every problem: `model.llama.num_layers must be at least 1 (got -1)`.
     """
@@ -109,7 +109,7 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def field_problems(value: Any, hint: Any, name: str) -> Iterator[str]:
-    """Yield what is wrong with a value, by its type hint with rules."""
+    """Yield each violation of a type hint and its rules by a value."""
     rules: tuple = ()
     if typing.get_origin(hint) is Annotated:
         hint, *rules = typing.get_args(hint)
@@ -193,7 +193,7 @@ def from_mapping(cls: type, fields: Any, group: str) -> Any:
 
 
 def _all_unknown(fields: Mapping, cls: type, group: str) -> Iterator[str]:
-    """Yield `unknown_fields` of a dataclass and of the dataclasses in it."""
+    """Yield `unknown_fields` of a dataclass and of its nested dataclasses."""
     if unknown := unknown_fields(fields, cls, _path(group, "")):
         yield unknown
     for name, hint in _hints(cls).items():
@@ -211,7 +211,7 @@ def plain_mapping(fields: Any, group: str) -> dict:
 
 
 def as_tuple(value: Any) -> Any:
-    """Return a list as a tuple, because values of a frozen config are hashable; anything else unchanged."""
+    """Convert a list to a tuple, because a frozen config needs hashable values. Return other values unchanged."""
     return tuple(map(as_tuple, value)) if isinstance(value, list) else value
 
 

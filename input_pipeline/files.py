@@ -53,7 +53,7 @@ def make_directory(directory: Path) -> None:
 
 @contextlib.contextmanager
 def locked_directory(directory: Path, command: str) -> Iterator[None]:
-    """Create a directory and keep other writers out of it. `command` is what writes there, for the error message.
+    """Create a directory and lock it against other writers. `command` names the writer in the error message.
 
     Raises ValueError if another process writes to it, or it cannot be created.
     """
@@ -66,7 +66,7 @@ def locked_directory(directory: Path, command: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_write(file: Path, *, unique: bool = False) -> Iterator[Path]:
-    """Yield a temporary path next to `file`; when the block ends well, sync it and rename it to `file`.
+    """Yield a temporary path next to `file`; if the block succeeds, sync it and rename it to `file`.
 
     With `unique`, the temporary name is new each time, for writers that may run twice at once. An OSError, for instance
     on a full disk, has the name of `file`.
@@ -139,8 +139,8 @@ _NAN_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys)
 def parse_json(text: str | bytes, *, nan: bool = False) -> Any:
     """Return the value of a JSON text. All JSON of files is read by this function or `read_json`.
 
-    Raises ValueError for text that is not UTF-8, repeated keys, lone surrogates, more than MAX_DEPTH levels and, unless
-    `nan`, for NaN and infinities. Logs of this project may have these.
+    Raises ValueError for text that is not UTF-8, repeated keys, lone surrogates, and more than MAX_DEPTH levels. NaN
+    and infinities are errors too, except with `nan`, for the logs of this project.
     """
     if isinstance(text, bytes):
         text = _decoded(text)
@@ -239,6 +239,6 @@ def fingerprint(value: Any) -> str:
 
 
 def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """Return " (did you mean X?)" for the known name that is most like `name`, or "" if none is."""
+    """Return " (did you mean X?)" for the known name that is most similar to `name`, or "" if none is similar."""
     near = difflib.get_close_matches(str(name), [str(word) for word in known], 1, 0.4)
     return f" (did you mean {prefix}{near[0]}?)" if near else ""

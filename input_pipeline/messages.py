@@ -1,4 +1,4 @@
-"""Text of users and files in what the programs show: terminals, spreadsheets, messages of servers.
+"""Make text from users, files and servers safe to show in terminals, spreadsheets and messages.
 
 Standard library only. Everything that a program prints passes `printable`, through `console.SafeConsole` or directly.
 """
@@ -38,9 +38,9 @@ def printable(value: Any, keep: str = "") -> str:
 
 
 def spreadsheet_cell(value: Any) -> Any:
-    """Return a cell of a report in CSV. A text that a spreadsheet would run as a formula gets an apostrophe in front.
+    """Return a cell of a CSV report. An apostrophe precedes text that a spreadsheet would run as a formula.
 
-    For reports only: the apostrophe would become part of a table that a program reads again.
+    Use this for reports only: a program that reads the file again would read the apostrophe too.
     """
     if not isinstance(value, str) or not value.lstrip(" ").startswith(_FORMULA):
         return value
@@ -52,10 +52,10 @@ def spreadsheet_cell(value: Any) -> Any:
 
 
 def redacted(text: str, secret: str) -> str:
-    """Return a text without a secret, as a server may repeat it: whole, in parts, masked, or encoded.
+    """Remove a secret from a text that may repeat it in full, in parts, masked, or encoded.
 
-    Parts are removed from eight characters, or a third of a longer secret, on; masked forms such as "sk-ab****89yz" by
-    their first or last four characters.
+    A part is removed if it has at least eight characters, or a third of a longer secret. A masked form such as
+    "sk-ab****89yz" is recognized by its first or last four characters.
     """
     if not secret:
         return text
@@ -69,7 +69,7 @@ def redacted(text: str, secret: str) -> str:
 
 
 def _encoded(secret: str) -> set[str]:
-    """Return the forms of a secret: plain, percent-encoded, HTML, hexadecimal, and base64 within any text."""
+    """Return the forms of a secret: plain, percent-encoded, HTML, hexadecimal, and base64 at any position of a text."""
     data, forms = secret.encode(), {secret, html.escape(secret), secret.encode("unicode_escape").decode()}
     for _ in range(2):
         forms |= {quote(form, safe="") for form in forms for quote in (urllib.parse.quote, urllib.parse.quote_plus)}

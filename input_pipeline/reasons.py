@@ -1,4 +1,4 @@
-"""Group the reasons of problems, so that a thousand rows with one fault take one line."""
+"""Group the reasons of problems, so that a thousand rows with the same fault take one line."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _NUMBER = re.compile(r"-?\d[\d,.]*")
 
 
 def pattern(reason: str) -> str:
-    """Return a reason with quoted text, file names and numbers masked: equal for reasons of one kind. Not for display.
+    """Mask quoted text, file names and numbers, so that reasons of one kind become equal. Not for display.
 
-    Names of keys and columns are not quoted in reasons, so they remain: other keys are another kind.
+    Reasons do not quote names of keys and columns, so the names remain: other keys are another kind.
     """
     reason = _QUOTED.sub("...", reason)
     reason = _WORD.sub(lambda word: "..." if "/" in word[0] or _SUFFIX.search(word[0]) else word[0], reason)
@@ -22,7 +22,7 @@ def pattern(reason: str) -> str:
 
 
 class Reasons:
-    """Counts of reasons by kind, each shown as the first of its kind, in full and with its row."""
+    """Counts of reasons by kind. Each kind is shown by its first reason, in full and with its row."""
 
     def __init__(self, kind=pattern):
         self._kind = kind
@@ -35,7 +35,7 @@ class Reasons:
         self._counts[kind] = self._counts.get(kind, 0) + count
 
     def counts(self, most: int | None = None) -> dict[str, int]:
-        """Return {"reason (first: where)": count}, the most frequent first; "(where)" if there is one problem."""
+        """Return {"reason (first: where)": count}, most frequent first. A single problem has "(where)" only."""
         out: dict[str, int] = {}
         for kind, count in sorted(self._counts.items(), key=lambda item: -item[1])[:most]:
             reason, where = self._groups[kind]

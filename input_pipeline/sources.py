@@ -20,7 +20,7 @@ from input_pipeline.text.vocabularies import SEMANTIC_TYPES, open_terms, scispac
 
 
 def open_sources(config: DataConfig, split: str | None = None) -> dict[str, Dataset]:
-    """Return source name -> data set. Its bad rows are in `problems` and in no index; `prepare` reports them.
+    """Return source name -> data set. Bad rows are in the data set's `problems`, which `prepare` reports.
 
     Raises:
       ValueError: a table cannot be read, or a family or field is unknown; a note names the source.
@@ -40,8 +40,7 @@ def open_sources(config: DataConfig, split: str | None = None) -> dict[str, Data
 def terms_of(choice: str, umls_types: tuple[str, ...] = SEMANTIC_TYPES) -> TermFinder:
     """Open the term finder that `data.terms` names. Raises ValueError if it is unknown.
 
-    A UMLS directory without MRSTY.RRF gives terms of every semantic type, which is an error if `umls_types` is not the
-    default.
+    A UMLS directory without MRSTY.RRF gives terms of every semantic type. This is an error if `umls_types` is set.
     """
     kind, _, argument = choice.partition(":")
     if kind == "umls" and argument:
@@ -61,7 +60,7 @@ def terms_of(choice: str, umls_types: tuple[str, ...] = SEMANTIC_TYPES) -> TermF
 
 
 def describe_terms(choice: str, umls_types: tuple[str, ...] = SEMANTIC_TYPES) -> str:
-    """Return a line that says which medical terms have weight 3 in the loss, and whether the paper uses them."""
+    """Return a line for the log: the source of the medical terms, and whether it is that of the paper."""
     kind, _, argument = choice.partition(":")
     if kind == "umls":
         every = not umls_types or not (Path(argument) / "MRSTY.RRF").is_file()
@@ -102,9 +101,9 @@ def encode_row(
 
 
 def rows_shown(name: str, dataset: Dataset, rows: np.ndarray, seed: int) -> dict[int, int]:
-    """Return row -> the row whose scans it shows: a permutation among rows with equal numbers of distinct scans.
+    """Return {row: another row, whose scans it shows}. Both rows have the same number of distinct scans.
 
-    Raises ValueError if no other row has the same number of scans.
+    Raises ValueError if a row has no such partner.
     """
     by_count: dict[int, list[int]] = {}
     for row in rows.tolist():

@@ -38,7 +38,7 @@ class Model:
     prepared: inputs.Preparation | None = None  # scan preparation; None: as stored in the checkpoint
 
     def __repr__(self) -> str:
-        """Return the sizes and the origin, not the weights."""
+        """Return a description with sizes and origin, without the weights."""
         count = sum(x.size for x in jax.tree.leaves(self.params))
         dtypes = ", ".join(sorted({str(x.dtype) for x in jax.tree.leaves(self.params)}))
         origin = "built in memory" if self.directory is None else f"from {str(self.directory)!r}"
@@ -177,7 +177,7 @@ class Model:
         """Return `logits` and a dict of intermediates.
 
         These are vit float[B, S, P, D] (patch tokens), perceiver float[B, S, 32, D], visual_tokens
-        float[B, S, 32, E] and embeddings float[B, L, E] (text and scans fused). A sharded model runs on its mesh.
+        float[B, S, 32, E] and embeddings float[B, L, E] (text and scans fused). A sharded model runs on its own mesh.
         """
         c, ids = self.config, np.asarray(ids)
         if vision is None or np.shape(vision)[1:2] == (0,):

@@ -26,7 +26,7 @@ def run(command: Callable[[], int]) -> int:
     """Run a command and return its exit code: 2 after a ValueError or OSError, 130 after an interrupt."""
     import absl.logging
 
-    absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax warns about merges that it rightly skips
+    absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax warns about merges that it skips on purpose
     try:
         with scan_notices():
             return command()
@@ -40,7 +40,7 @@ def run(command: Callable[[], int]) -> int:
 
 @contextlib.contextmanager
 def scan_notices() -> Iterator[None]:
-    """Print each ScanNotice as a message, without the place in the code where it arose."""
+    """Print each ScanNotice as a message, without its file and line in the code."""
     with warnings.catch_warnings():
         show = warnings.showwarning
 
@@ -56,12 +56,12 @@ def scan_notices() -> Iterator[None]:
 
 
 def message(text: str, style: str = "") -> None:
-    """Print a line as it is, without markup."""
+    """Print a line without interpreting markup."""
     console.log(Text(text, style=style))
 
 
 def progress_bar(title: str) -> Progress:
-    """Return a progress bar on standard error, disabled where that is not a terminal."""
+    """Return a progress bar on standard error. It is disabled outside a terminal."""
     columns = (
         TextColumn(title),
         BarColumn(),
@@ -77,7 +77,7 @@ def answer_progress(every: int = 1) -> Iterator[Callable[[int, int, int], None]]
     """Yield a callback (answered, failed, total) that updates a progress bar.
 
     Args:
-      every: where standard error is not a terminal, print a line every `every` calls instead.
+      every: outside a terminal, print a line every `every` calls instead.
     """
     calls, start_time = 0, time.perf_counter()
     with progress_bar("answers") as bar:

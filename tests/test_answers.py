@@ -197,7 +197,7 @@ def test_released_form(tokenizer, scans):
         ("Lesion?", ["absent.png"], {}, "absent.png: there is no such file"),
         ("Lesion? " * 60, [], {}, "prompt 1 has .* tokens: with an answer of 1 it exceeds the cache length of 128"),
         ("Lesion?", [], {"max_new_tokens": 500}, "with an answer of 500 it exceeds"),
-        ("Lesion?", [], {"place": "middle"}, "place is 'middle'; known: first, last"),
+        ("Lesion?", [], {"place": "middle"}, "place must be one of first, last .got 'middle'"),
         ("Lesion \ud800?", [], {}, "not valid Unicode"),
         ("Lesion?", "film.png", {}, "scans are a str: pass a list"),
         ("Lesion?", [np.zeros((3, 20, 20))], {}, "scan 1 .array.*channels seem to come before rows"),

@@ -81,7 +81,7 @@ def test_a_batch_file(run, model, scans, tmp_path, capsys):
     for key, value in [("prompt", "Other?"), ("scans", ["ct.nii.gz"]), ("scans", windowed), ("context", "fever")]:
         file.write_text(json.dumps(questions[0] | {key: value}) + "\n")
         assert main(command) == 2 and out.read_text().splitlines(keepends=True) == whole
-        assert f"line 1 answers 'a' with a different {key} than the batch file has" in capsys.readouterr().err
+        assert f"line 1 has an answer to 'a', but the batch file has changed ({key})" in capsys.readouterr().err
     file.write_text("".join(json.dumps(q) + "\n" for q in questions if q["id"] in "abd"))
     # Answers made with other settings are rejected.
     assert main([*command, "--temperature", "1"]) == 2

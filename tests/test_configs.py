@@ -192,7 +192,7 @@ def test_memory_of_the_stages_with_one_micro_batch(name):
     whole, merged = experiment(name), experiment(name, "--config.train.accumulation=1")
     mesh = estimate.abstract_mesh(whole.mesh, 32)
     assert estimate.traffic(merged, mesh) * 4 == estimate.traffic(whole, mesh)
-    stated = re.search(r"accumulation=1` takes the same .* in (\d+) GB a device", module(name).__doc__, re.DOTALL)
+    stated = re.search(r"accumulation=1` computes .* It needs (\d+) GB a device", module(name).__doc__, re.DOTALL)
     assert int(stated[1]) == round(sum(estimate.memory(merged, mesh).values()) / 1e9)
     # At 25 GB/s, arithmetic hides the traffic of one micro-batch, but not of four.
     seconds = estimate.step_seconds(whole, HARDWARE[name])

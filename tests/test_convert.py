@@ -390,7 +390,7 @@ def test_llama_folder_and_back(variant, tmp_path):
     ids = np.random.default_rng(0).integers(3, again.config.vocab_size, size=(2, 48))
     with torch.no_grad():
         np.testing.assert_array_equal(again(torch.from_numpy(ids)).logits.numpy(), logits(ids))
-    with pytest.raises(ValueError, match="holds only the part 'llama'"):
+    with pytest.raises(ValueError, match="has only the part 'llama'"):
         radfm_jax.load(tmp_path / "checkpoint")
     with pytest.raises(ValueError, match="language model alone.: use `from-llama`"):
         from_torch(tmp_path / "hf", tmp_path / "other")

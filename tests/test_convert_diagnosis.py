@@ -38,7 +38,7 @@ def test_wrappers_inside_a_name(small, tmp_path):
     from_torch(save_bin(tmp_path / "x.bin", state, tie=False), tmp_path / "checkpoint")
     assert same(small, tmp_path / "checkpoint")
     state["module." + table.EMBEDDING] = state["lang_model._orig_mod." + table.EMBEDDING.removeprefix("lang_model.")]
-    with pytest.raises(ValueError, match="tensors of equal names without wrappers: .* and module.lang_model"):
+    with pytest.raises(ValueError, match="names are equal without the prefixes of wrappers: .* and module.lang_model"):
         from_torch(save_bin(tmp_path / "x.bin", state, tie=False), tmp_path / "other")
 
 

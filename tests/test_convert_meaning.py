@@ -94,7 +94,7 @@ def test_the_released_preparation_is_assumed_for_released_sizes_only(tmp_path):
     assert stored.from_record(records["preparation"], "x") == inputs.RELEASED
     assert "assumed 'released' preprocessing at 512/256" in model.notes[0]
     report = from_torch(save_bin(tmp_path / "x.bin", state_of()), tmp_path / "checkpoint")
-    assert any("does not say how scans are prepared: load it with" in line for line in report.lines)
+    assert any("does not state how scans are prepared: load it with" in line for line in report.lines)
     with pytest.raises(ValueError, match="records how scans were prepared.*--preprocess"):
         _ = radfm_jax.load(tmp_path / "checkpoint").preparation
 

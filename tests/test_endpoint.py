@@ -188,7 +188,7 @@ def test_a_partial_run_resumes_also_after_a_move(command, data, tmp_path, capsys
     with VisionServer(reply) as server:
         run = [*command, f"--endpoint={server.url}", "--yes"]
         assert main([*run, "--limit=2"]) == 1 and len(server.requests) == 2
-        assert "3 of 5 questions wait for the next run" in " ".join(capsys.readouterr().err.split())
+        assert "3 of 5 questions have no answer yet" in " ".join(capsys.readouterr().err.split())
         assert not (tmp_path / "out" / "report.json").exists()
         with open(tmp_path / "out" / "answers" / "m.requests.jsonl", "ab") as log:
             log.write(b'{"key": "half a li')
@@ -341,7 +341,7 @@ def test_a_submission_to_rexrank_keeps_the_fields_of_its_test_file(command, tmp_
         assert main([*run, f"--rexrank={test_file}"]) == 0
         submission = json.loads((tmp_path / "out" / "rexrank" / "m.json").read_text())
         assert submission == {"s1": {**studies["s1"], "model_prediction": "No acute finding 0."}}
-        assert "1 studies, 0 without a report, 1 not asked" in " ".join(capsys.readouterr().err.split())
+        assert "1 studies, 0 without a report, 1 not in the benchmark" in " ".join(capsys.readouterr().err.split())
         test_file.write_text(json.dumps({"x": {}}))
         assert main([*run, f"--rexrank={test_file}"]) == 2
         assert "shares no study" in capsys.readouterr().err

@@ -215,4 +215,4 @@ def test_warnings_are_on_standard_error(model, tokenizer, tmp_path, capsys):
     questions, answers = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
     questions.write_text("".join(json.dumps({"id": i, "prompt": "Lesion?"}) + "\n" for i in "ab"))
     assert main([*command, "--jsonl", str(questions), "--out", str(answers)]) == 0
-    assert "warning: 2 answers look wrong (a, b): the answer is one token 12 times" in capsys.readouterr().err
+    assert "warning: 2 answers look wrong (a, b): the answer repeats one token 12 times" in capsys.readouterr().err

@@ -209,7 +209,7 @@ def test_warnings_are_in_a_box(tokenizer):
     view = row_view(arrays, dataclasses.replace(info, left_out=("x.png, row 7 of mine: broken",)), tokenizer, LATENTS)
     found = Page(page(head(), [view]))
     assert found.text.count(f"image left out · {LATENTS} tokens") == 2
-    for words in ("left out: x.png, row 7 of mine: broken", "slot 0 is shown by no sample", "every weight is zero"):
+    for words in ("left out: x.png, row 7 of mine: broken", "slot 0 is not shown by any", "every weight is zero"):
         assert words in found.text
 
 

@@ -133,7 +133,7 @@ def test_inconsistent_arrays_are_reported(tokenizer):
     a, b = tokenizer.encode("a b")[-2:]
     v = tokenizer.vocab_size
     cases = [
-        (text_arrays([1, a, b], [0, 0, 2]), r"a weight that is none of 0, 1, 3: position 1$"),
+        (text_arrays([1, a, b], [0, 0, 2]), r"a weight other than 0, 1, 3: position 1$"),
         (
             text_arrays([1, a, b], [0, 1, 1]) | {"targets": np.array([a, a, 0])},
             "not the next token of the text: position 1$",

@@ -140,8 +140,8 @@ def test_window_of_monochrome1_is_mirrored_like_its_voxels(tmp_path):
     ("voxels", "window", "modality", "message"),
     [
         (with_values(-1000, 3000), "brain", "MR", "the modality is MR"),
-        (with_values(0, 3000), "brain", None, "none is negative, as air is in Hounsfield units"),
-        (with_values(0, 3000), "-160,240", "MR", "is one for CT, but the modality is MR"),
+        (with_values(0, 3000), "brain", None, "none is negative, but air is at -1000 HU"),
+        (with_values(0, 3000), "-160,240", "MR", "is for CT, but the modality is MR"),
         (with_values(0, 255), "lung", None, "8-bit image"),
     ],
 )

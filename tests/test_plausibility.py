@@ -106,7 +106,7 @@ def test_answers_resume_after_the_data_move(tmp_path):
         if accepted:
             assert existing_answers(out, settings, lines) == {"x/1"}
         else:
-            with pytest.raises(ValueError, match="with a different scans"):
+            with pytest.raises(ValueError, match=r"has changed \(scans\)"):
                 existing_answers(out, settings, lines)
 
 

@@ -379,7 +379,7 @@ def test_a_config_without_questions_is_an_error(root, tmp_path, capsys):
 @pytest.mark.parametrize(
     "changes, more, message",
     [
-        ({"seed": 5}, [], "with a different prompt|is not in the batch file"),  # the same ids, other wording
+        ({"seed": 5}, [], r"has changed \(prompt\)|is not in the batch file"),  # the same ids, other wording
         ({"limit": 3}, [], "is not in the batch file"),
         ({"seed": 5}, ["--max-new-tokens=5"], "other settings .max_new_tokens"),
         ({"seed": 5}, ["--tokenizer=nowhere"], "tokenizer nowhere does not exist"),

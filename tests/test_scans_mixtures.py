@@ -213,7 +213,7 @@ def test_frames_of_several_energy_windows_or_tiles_are_refused(tmp_path):
     fails(path, "series", "EnergyWindowVector is 1 in 2 frames and 2 in 2 frames")
     path = make_frames(path, lps, [{}] * 4, Modality="NM", EnergyWindowVector=[1, 1, 1, 1])
     assert scans.read(path)[1].shape == (3, 4, 4, 1)
-    fails(make_frames(path, lps, [{}] * 4, TotalPixelMatrixColumns=12), "unsupported", "tiles of one picture")
+    fails(make_frames(path, lps, [{}] * 4, TotalPixelMatrixColumns=12), "unsupported", "tiles of one image")
 
 
 def test_mosaics_are_refused(tmp_path):

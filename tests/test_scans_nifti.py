@@ -228,7 +228,7 @@ def test_a_bad_quaternion_beside_a_good_sform(tmp_path, value):
     want, _ = scans.read(with_header(tmp_path / "good.nii", VOLUME))
     got, header = scans.read(with_header(tmp_path / "bad.nii", VOLUME, q=QFORM, **bad))
     np.testing.assert_array_equal(got, want)
-    assert header.notices == ("has an invalid qform, which its sform replaces: remove the qform",)
+    assert header.notices == ("has an invalid qform, so its sform is used: remove the qform",)
     with pytest.raises(scans.ScanError):
         scans.read(with_header(tmp_path / "only.nii", VOLUME, q=QFORM, s=NO_SFORM, **bad))
 

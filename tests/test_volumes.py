@@ -341,7 +341,7 @@ def test_bad_voxels_are_errors_with_numbers(mode, voxels, message):
         ({"mode": "fast"}, "'fast' must be one of paper, released"),
         ({"flips": ["left"], "rng": np.random.default_rng(0)}, "some of height, width, depth"),
         ({"flips": ["width"]}, "need an rng"),
-        ({"mode": "released", "window": "lung"}, "released mode supports neither windows"),
+        ({"mode": "released", "window": "lung"}, "released mode supports only minmax"),
         ({"mode": "released", "storage": "uint8"}, "float32"),
     ],
 )

@@ -46,11 +46,11 @@ class RowLoader:
     """
 
     def __init__(self, config: DataConfig, split: str, training: bool):
-        """Open the tables, the index, the tokenizer and the medical terms. `training` crops and flips at random.
+        """Open the tables, the index, the tokenizer and the medical terms. With `training`, crops and flips are random.
 
         Raises:
-          ValueError: the split has no source or no row, the index does not match the tables or the records, or the
-            config promises gray scans and the data have colour.
+          ValueError: the split has no source or no row, the index does not match the tables or the records, or
+            data.channels is 1 and the scans have colour.
         """
         self.config, self.split, self.training = config, split, training
         sources = config.sources_with_rows(split)
@@ -63,9 +63,9 @@ class RowLoader:
         self.datasets = {name: opened[name] for name in self.rows}
         self.names = list(self.datasets)  # in the order of the mixture
         sources = {name: sources[name] for name in self.names}
-        self.notes: list[str] = []  # for the log
+        self.notes: list[str] = []  # messages for the log
         samples = [self._samples_of(name) for name in self.names]
-        # Of each source: the row of each sample, its window of that row or None, and the sizes of the sides or None.
+        # For each source: the row of each sample, its window in that row or None, and the sizes of the sides or None.
         self.good, self.windows, self.sides = zip(*samples, strict=True)
         # The number of each source's first sample in the mixture.
         self.starts = np.concatenate([[0], np.cumsum([len(good) for good in self.good])])
@@ -140,10 +140,10 @@ class RowLoader:
         }
 
     def _held_out(self) -> dict:
-        """Return what identifies the division into training and validation rows; {} without a held-out share."""
+        """Return the fingerprint of the division into training and validation rows; {} without a held-out share."""
         config = self.config
         if not config.validation_share or self.split == "test":
-            return {}  # as in the states of earlier versions
+            return {}  # equal to the states of earlier versions
         digest = hashlib.sha256()
         for name in self.names:
             digest.update(self.rows[name].rows.astype("<i8").tobytes())
@@ -151,7 +151,7 @@ class RowLoader:
         return {"validation share and seed": share, "rows of the split": digest.hexdigest()}
 
     def _sample(self, number: int, epoch: int) -> tuple[str, Sample, Encoded]:
-        """Return source, sample and tokens of a number in the mixture. Raises RowError."""
+        """Return source, sample and tokens of the sample with this number in the mixture. Raises RowError."""
         source = int(np.searchsorted(self.starts, number, side="right")) - 1
         name = self.names[source]
         dataset, position, windows = self.datasets[name], number - self.starts[source], self.windows[source]
@@ -198,7 +198,7 @@ class RowLoader:
         )
 
     def plan(self, samples: np.ndarray, parts: Sequence[SampleSizes], rng_key: tuple[int, ...]) -> list[PlannedRow]:
-        """Plan a window (see plan_window). Its samples were measured in parts, which are joined here."""
+        """Join the parts of a window's sizes, and plan the window (see plan_window)."""
         config, sizes = self.config, SampleSizes.concatenate(parts)
         return plan_window(
             samples, sizes, config.limits, rng_key, share_scans=config.share_scans, mode=config.preprocess
@@ -300,7 +300,7 @@ class RowLoader:
 
     @contextlib.contextmanager
     def _row_errors(self, errors: list[str], name: str, sample: Sample, scan: Scan) -> Iterator[None]:
-        """Raise scan errors as RowError, or with `data.allowed_loss` append it to `errors`."""
+        """Raise scan errors as RowError. With `data.allowed_loss`, append them to `errors` instead."""
         try:
             yield
         except (ValueError, OSError, MemoryError) as error:

@@ -1,4 +1,4 @@
-"""The mixture: which samples an epoch has, in which proportion of sides, and in which order.
+"""The mixture: the samples of an epoch, their order, and the balance of yes and no or normal and abnormal.
 
 Grain's `MapDataset.mix` does not fit: it ends with its smallest source and draws by ratio, but an epoch takes an exact
 number of samples from each source, and the next epoch continues where it stopped. Grain's `.shuffle` gives a
@@ -14,22 +14,22 @@ import numpy as np
 
 
 class _Part(NamedTuple):
-    """Samples of a source that have the same number per epoch: all of it, or one side of a pair."""
+    """All samples of a source, or those of one side of a balanced source. An epoch takes `count` of them."""
 
     start: int  # the number of its first sample
     size: int
     count: int  # samples per epoch
-    key: tuple[int, ...]  # of its random generator, with the number of the pass appended
+    key: tuple[int, ...]  # seed of its random generator; the number of the pass is appended
 
 
 def by_side(sides: np.ndarray) -> tuple[np.ndarray, list[int]]:
-    """Return the order that makes the sides of Dataset.sides consecutive, and their sizes, as Mixture takes them."""
+    """Return the row order that makes each side of `Dataset.sides` consecutive, and the size of each side."""
     pairs = int(sides.max()) // 2 + 1
     return np.argsort(sides, kind="stable"), np.bincount(sides, minlength=2 * pairs).tolist()
 
 
 class Mixture:
-    """The samples of each epoch. A sample's number is its row number, counted through all sources."""
+    """The samples of each epoch. Samples are numbered consecutively over all sources."""
 
     def __init__(self, sources: dict[str, dict], *, seed: int, weights: bool, samples: int = 0):
         """Compute `counts`, int64[sources]: the number of samples per epoch from each source.
@@ -65,8 +65,8 @@ class Mixture:
         """Return the shuffled samples of an epoch, int64[len(self)].
 
         Each part is an endless sequence of passes over its rows, each pass in its own order. An epoch takes the next
-        `count` rows of that sequence, so with a fraction of 0.2 five epochs show each row once. Of a balanced table
-        with 10 normal and 2 abnormal rows an epoch has 2 and 2, and five epochs show each normal row once.
+        `count` rows of that sequence, so with a fraction of 0.2 five epochs show each row once. For a balanced table
+        with 10 normal and 2 abnormal rows, an epoch has 2 of each, and five epochs show each normal row once.
         """
         drawn = []
         for start, size, count, key in self.parts:
@@ -84,7 +84,7 @@ class Mixture:
 
 
 def _quotas(name: str, source: Mapping) -> tuple[list[int], np.ndarray]:
-    """Return the sizes of a source's parts, and how many samples of each a whole epoch has.
+    """Return the sizes of a source's parts, and the number of samples of each part in an epoch of fraction 1.
 
     `sides` are the sizes of consecutive pairs of sides. An epoch has as many samples of one side as of the other.
     """
@@ -98,7 +98,7 @@ def _quotas(name: str, source: Mapping) -> tuple[list[int], np.ndarray]:
 
 
 def _divide(total: int, shares: np.ndarray) -> np.ndarray:
-    """Divide a number of samples by shares; the largest remainders get what rounding down leaves."""
+    """Divide a number of samples in proportion to shares, by the largest remainder method."""
     exact = shares / shares.sum() * total
     counts = np.floor(exact).astype(np.int64)
     largest_remainders = np.argsort(-(exact - counts), kind="stable")

@@ -13,8 +13,8 @@ The samples of an epoch are shuffled, and divided into windows. A window is plan
 depend on the seed, the epoch and the window alone: not on hosts, workers, or an interruption. Windows and epochs follow
 each other without a gap; only the end of the last epoch, if there is one, is padded with empty rows.
 
-The state of an iterator is the position of the next batch and the settings that decide the rows; a state of other
-settings or other data is refused.
+The state of an iterator is the position of the next batch and the settings that decide the rows. An iterator rejects a
+state that was saved with other settings or other data.
 
 The iterators use Grain's `IterDataset`, `batch`, `map` and `ThreadPrefetchIterDataset`. `mp_prefetch` does not fit: its
 workers each open the data again, and it cannot name the file that killed or blocked a worker; the workers of
@@ -100,7 +100,7 @@ class Rows(grain.IterDataset):
         )
         self.windows = -(-len(self.mixture) // config.window)
         settings = {name: getattr(config, name) for name in IDENTITY_FIELDS}
-        settings["flips"] = list(config.flips)  # as JSON returns it
+        settings["flips"] = list(config.flips)  # JSON returns lists, not tuples
         if config.fit != "stretch":  # states saved before this setting existed have none
             settings["fit"] = config.fit
         if config.terms.startswith("umls:"):
@@ -124,7 +124,7 @@ class Rows(grain.IterDataset):
             self._cached_plan(*((state["epoch"], state["window"]) if state else (0, 0)))
 
     def check_state(self, state: dict[str, Any]) -> None:
-        """Raise ValueError with every difference if an iterator's state is of other data or settings."""
+        """Raise ValueError with every difference if a state was saved with other data or settings."""
         current, saved = self.identity, state["data"]
         differences = [
             f"{key} is {_short(current.get(key))}, was {_short(saved.get(key))}"
@@ -208,7 +208,7 @@ class _ScheduledRow:
     """A row of this host."""
 
     position: Position
-    batch: Position  # of the first row of its global batch
+    batch: Position  # position of the first row of its global batch
     index: int  # among this host's rows of the batch
     planned: PlannedRow | None  # None for an empty row after the end of the data
 
@@ -227,7 +227,7 @@ class RowIterator(grain.DatasetIterator):
         self._ahead: collections.deque[tuple[_ScheduledRow, Future | None]] = collections.deque()
 
     def _schedule_from(self, start: Position, delivered: int) -> Iterator[_ScheduledRow]:
-        """Yield this host's rows from the first row of a batch on, less those that were delivered."""
+        """Yield this host's rows from the start of a batch, except those already delivered."""
         rows = self._rows
         epoch, window, row = start
         index, batch = 0, start  # index in the global batch
@@ -283,18 +283,18 @@ class RowIterator(grain.DatasetIterator):
         return arrays, info
 
     def get_state(self) -> dict[str, Any]:
-        """Return the state as JSON values; between batches it is the same on every host."""
+        """Return the state as JSON values. At the end of a batch, all hosts have the same state."""
         epoch, window, row = self._batch
         state = {"epoch": epoch, "window": window, "row": row, "delivered": self._delivered, "lost": self._lost}
         return state | {"data": self._rows.identity, "tables": self._rows.description["tables"]}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Resume from a state. Raises ValueError with every difference if it is of other data or settings."""
+        """Resume from a state. Raises ValueError with every difference if it was saved with other data or settings."""
         self._rows.check_state(state)
         if state["delivered"] >= self._rows.local_rows:
             raise ValueError(
                 f"the saved state is after row {state['delivered']} of a batch, but this host has only "
-                f"{self._rows.local_rows} rows of one: resume with as many hosts as before"
+                f"{self._rows.local_rows} rows of one: resume with the same number of hosts"
             )
         self._restart((state["epoch"], state["window"], state["row"]), state["delivered"], state["lost"])
 

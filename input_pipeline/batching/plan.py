@@ -2,8 +2,8 @@
 
     SampleSizes of a window -> plan_window -> [PlannedRow]
 
-Not `grain.experimental.BestFitPackIterDataset`: it packs samples that are already loaded, in the order of one stream.
-Rows here also share scans, and assign each scan to one of several vision rows.
+`grain.experimental.BestFitPackIterDataset` does not fit: it packs loaded samples in the order of one stream. Rows here
+also share scans, and assign each scan to one of several vision rows.
 """
 
 from __future__ import annotations
@@ -121,8 +121,8 @@ def plan_rows(
       tokens: text tokens of each sample, image tokens included.
       scans: ids of the scans of each sample.
       patches, planes: of each scan, by id.
-      share_scans: keep samples about the same scans together, so that a scan is loaded and encoded once. Without it,
-        samples share a scan only if they meet in a row; give their scans different ids to prevent that.
+      share_scans: keep samples about the same scans together, so that a scan is loaded and encoded once. Otherwise,
+        samples share a scan only if they are in the same row by chance; different scan ids prevent that.
     Raises:
       ValueError: a sample does not fit an empty row.
     """
@@ -165,9 +165,9 @@ def _groups(tokens, scans, limits: RowLimits) -> list[list[int]]:
 
 @dataclasses.dataclass
 class _Row:
-    """A row that is being filled: its samples, scan id -> slot, the vision row of each slot, and what is free."""
+    """A row that is being filled: its samples, scan id -> slot, the vision row of each slot, and the free space."""
 
-    free_patches: list[int]  # of each vision row
+    free_patches: list[int]  # free patches of each vision row
     samples: list[int] = dataclasses.field(default_factory=list)
     slots: dict[int, int] = dataclasses.field(default_factory=dict)
     vision_rows: list[int] = dataclasses.field(default_factory=list)

@@ -10,7 +10,7 @@ from input_pipeline.batching.plan import PADDING
 
 @dataclasses.dataclass(frozen=True)
 class SampleInfo:
-    """A sample of a row."""
+    """A sample that is packed in a row."""
 
     source: str
     row_id: str
@@ -18,7 +18,7 @@ class SampleInfo:
     study: str | None
     tokens: int
     cut: int  # text tokens that were dropped because the sample was too long
-    dropped_scans: int  # the same for scans
+    dropped_scans: int  # scans that were dropped because the sample had too many or was too long
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class RowInfo:
     row: int
     samples: tuple[SampleInfo, ...]  # in the order of their segments, segment 1 first
     tokens: int
-    padding: str  # as in PlannedRow
+    padding: str  # cause of the padding, as in PlannedRow
     scans: int  # number of slots in use
     left_out: tuple[str, ...] = ()  # an error for each scan that could not be loaded, within `data.allowed_loss`
     slots: tuple[ScanInfo, ...] = ()

@@ -21,11 +21,11 @@ class SplitRows(NamedTuple):
 
     rows: np.ndarray  # int64, ascending
     quarantined: int  # rows that cannot be used
-    elsewhere: int  # usable rows that belong to the other of training and validation
+    elsewhere: int  # usable rows of the other split (training or validation)
 
 
 def rows_of_split(config: DataConfig, split: str, index: Index, datasets: dict[str, Dataset]) -> dict[str, SplitRows]:
-    """Return source -> its usable rows that belong to a split; only sources that have any.
+    """Return {source: its usable rows in a split}, for sources with such rows.
 
     Args:
       datasets: the sources of `config.sources_with_rows(split)`, opened.

@@ -18,8 +18,11 @@ from input_pipeline.parallel import beam
 from input_pipeline.parallel.workers import WorkerError
 
 EXIT_CODES = """
-exit codes: 0 done (problems are counted and listed in problems.jsonl); 1 done, but --strict and there are problems; 2
-no result: a wrong option, a missing file, or a table that cannot be read; 130 interrupted.
+exit codes:
+  0    done; problems are counted and listed in problems.jsonl
+  1    done, but there are problems and --strict is set
+  2    no result: a wrong option, a missing file, or a table that cannot be read
+  130  interrupted
 """
 
 
@@ -39,14 +42,14 @@ def _options(args: argparse.Namespace, names: str) -> dict:
 
 
 def run_on_tables(curate: Callable[..., dict], names: str) -> Callable[..., dict]:
-    """Return `Tool.run` for a tool with `tables` below a --root, and options with these names."""
+    """Return the `Tool.run` of a tool that reads tables below --root. `names` are its options."""
     return lambda tool, args, directory, **running: curate(
         args.tables, args.root, directory, _options(args, names), **running
     )
 
 
 def run_on_source(curate: Callable[..., dict], names: str) -> Callable[..., dict]:
-    """Return `Tool.run` for a tool that works item by item, with options with these names."""
+    """Return the `Tool.run` of a tool that works item by item. `names` are its options."""
     return lambda tool, args, directory, **running: curate(
         tool, args.source, directory, _options(args, names),
         workers=args.workers, restart=args.restart, **beam.runner_arguments(args), **running,

@@ -130,7 +130,7 @@ def _row(image, member: str, **cells) -> dict:
 
 
 def _open_label(image) -> str | None:
-    """Return the label of the open table; None for an image without positive findings that is not labelled normal."""
+    """Return the label for the open table; None if an image has no positive finding and is not labelled normal."""
     if image.is_normal:
         return NORMAL
     if not image.positives:

@@ -22,7 +22,7 @@ _MIN_WORDS = 8  # "No pneumothorax." occurs in a thousand rows and does not make
 
 
 def image_hash(path, volume: int | None = None) -> int:
-    """Return the 64-bit hash of the middle slice of a volume of a scan file, by default of the first.
+    """Return the 64-bit hash of the middle slice of a volume. Default: the first volume of the scan file.
 
     Raises ScanError, and ValueError without imagehash.
     """

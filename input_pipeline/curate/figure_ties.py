@@ -7,8 +7,8 @@ each other:
     links                     |F1|F3          |---F4---|
     items                     1 2 3                   4 b      2 is inside a range: tied by its label
 
-Nothing is guessed. A link that contradicts its text, a number without a figure and a repeated id are problems with
-their line, and tie to no figure.
+Nothing is guessed. A link that contradicts its text, a number without a figure and a repeated id are reported as
+problems with their line. They are not tied to a figure.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from input_pipeline.curate.jats_text import Link
 class Figure:
     """A figure of a paper. Compared by identity."""
 
-    key: str  # its id in the XML, or ""
+    key: str  # id in the XML, or ""
     name: str  # unique in the paper, safe as a file name
     label: str  # as printed
     caption: str
@@ -63,7 +63,7 @@ class _Links:
         self._last_end = list(itertools.accumulate((link.end for link in self.links), max))
 
     def overlapping(self, begin: int, end: int, empty: bool = False) -> list[int]:
-        """Return the numbers of the links that overlap [begin, end); with `empty`, also of empty links in it."""
+        """Return the numbers of the links that overlap [begin, end). `empty`: include empty links inside it."""
         numbers, k = [], bisect.bisect_left(self._begins, end) - 1
         while k >= 0 and self._last_end[k] >= begin:
             link = self.links[k]
@@ -208,7 +208,7 @@ class Ties:
         return []
 
     def _by_label(self, word: str, item, linked: bool, supplement: bool) -> list[Figure]:
-        """Return the figures with the number of an item. If it is linked, another word is accepted as well."""
+        """Return the figures with this word and the number of an item. For a linked item, the number is sufficient."""
         number = f"SUPPLEMENT {item.number}" if supplement else item.number
         figures = self._by_number.get((word, number))
         if figures is None and word == "image":

@@ -25,7 +25,7 @@ class Captions:
         self._verdicts: dict[int, bool | None] = {}
 
     def register(self, paper: str, figure: str) -> None:
-        """Add a figure of a table to those whose captions are judged. Captions of other figures are ignored."""
+        """Register a figure of a table. Captions of unregistered figures are ignored."""
         self._verdicts[self._hash(paper, figure)] = None
 
     def add(self, paper: str, figure: str, caption: str) -> None:
@@ -49,8 +49,8 @@ class Settings:
 
     root: Path  # directory of the images
     captions: Captions = dataclasses.field(default_factory=Captions)
-    classifier: radiology.Classifier | None = None  # for images whose texts do not decide whether they are radiologic
-    threshold: float = 0.5  # of the classifier
+    classifier: radiology.Classifier | None = None  # decides for images whose texts are inconclusive
+    threshold: float = 0.5  # minimum probability of the classifier for a radiologic image
     unknown: str = ""  # "keep" or "drop" images that remain undecided; "" uses the default of the family
     cheating: str = "drop"  # "drop" a row whose context contains the answer, or "cut" the sentences that do
 
@@ -59,7 +59,7 @@ class Settings:
 class Verdict:
     """The result of a filter."""
 
-    row: dict | None  # perhaps changed; None if it is dropped
+    row: dict | None  # the row, possibly changed; None if it is dropped
     reason: str = ""  # why the row is dropped or changed, else ""
 
 
@@ -87,7 +87,7 @@ def _texts(row: dict, columns) -> list[str]:
 def radiologic(row: dict, family: str, settings: Settings) -> Verdict:
     """Drop rows whose images are not radiologic, by label, then by caption or text, then by the classifier.
 
-    A case with scans of both kinds keeps those that are not labelled as another kind.
+    A case with scans of both kinds keeps all scans except those labelled as not radiologic.
     """
     kept = _without_other_scans(row)
     if reason := _not_radiologic(kept, family, settings):
@@ -102,7 +102,7 @@ def _label_verdict(label: str) -> bool | None:
 
 
 def _without_other_scans(row: dict) -> dict:
-    """Return the row without the scans whose labels are not radiologic, unless all are (rows of curate/cases.py)."""
+    """Remove the scans whose labels are not radiologic, if others remain (rows of curate/cases.py)."""
     paths, labels = row.get("npy_path"), row.get("modality")
     if not isinstance(paths, list) or not isinstance(labels, list) or len(paths) != len(labels):
         return row
@@ -177,7 +177,7 @@ _SIZE_ANSWER = re.compile(
 
 
 def size_questions(row: dict, family: str, settings: Settings) -> Verdict:
-    """Drop questions about sizes, which a resized volume does not show, and remove size phrases from the others."""
+    """Drop questions about sizes, and remove size phrases from other pairs. A resized volume does not show sizes."""
     question, answer = (_column(row, name) for name in ("question", "answer"))
     if _SIZE_QUESTION.search(question):
         return Verdict(None, "the question is about a size")
@@ -187,7 +187,7 @@ def size_questions(row: dict, family: str, settings: Settings) -> Verdict:
     if changed == row:
         return Verdict(row)
     if not all(_TAG.sub("", _column(changed, name)).strip() for name in ("question", "answer")):
-        return Verdict(None, "the question or the answer is nothing but sizes")
+        return Verdict(None, "the question or the answer has only sizes")
     return Verdict(changed, "sizes removed")
 
 
@@ -226,7 +226,7 @@ def size_phrases(row: dict, family: str, settings: Settings) -> Verdict:
     if changed == row:
         return Verdict(row)
     if not _texts(changed, ("finding", "impression")):
-        return Verdict(None, "the text has nothing but sizes")
+        return Verdict(None, "the text has only sizes")
     return Verdict(changed, "sizes removed")
 
 
@@ -253,7 +253,7 @@ def _content(text: str) -> list[str]:
 def given_away(sentence: str, answer: str) -> bool:
     """Return whether a sentence of the context has (nearly) all content words of the answer.
 
-    It is False for "yes", "no", and an answer of one word with up to four letters.
+    Return False for "yes", "no", and answers of one word with up to four letters.
     """
     words = set(_content(answer))
     if not words or (len(words) == 1 and len(next(iter(words))) <= 4):

@@ -67,7 +67,7 @@ def read(data: bytes) -> Paper:
 
 
 def _parse(data: bytes) -> etree._Element:
-    """Return the root of the article. Entities are not expanded, nothing is fetched, libxml2's limits apply."""
+    """Return the root of the article. Entities are not expanded, and no file is fetched. libxml2's limits apply."""
     parser = etree.XMLParser(
         resolve_entities=False, no_network=True, load_dtd=False, huge_tree=False, remove_comments=True, remove_pis=True
     )

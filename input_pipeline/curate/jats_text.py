@@ -10,13 +10,13 @@ from lxml import etree
 
 from input_pipeline.curate.packages import PackageError
 
-# Never part of running text.
+# Elements that are never part of running text.
 _SKIPPED = frozenset(
     "fig fig-group table-wrap table-wrap-group table disp-formula disp-formula-group tex-math graphic inline-graphic "
     "media supplementary-material fn fn-group author-notes object-id annotation chem-struct-wrap code preformat "
     "floats-group boxed-text-title array".split()
 )
-# Separate running text inside a paragraph.
+# Elements that are separate running text inside a paragraph.
 BLOCKS = frozenset(
     "p list list-item def-list def-item def term boxed-text disp-quote statement sec speech verse-group".split()
 )
@@ -35,9 +35,9 @@ class Link(NamedTuple):
 
     begin: int
     end: int
-    kind: str  # its ref-type
+    kind: str  # the attribute ref-type
     targets: tuple[str, ...]  # the ids it refers to
-    line: int  # in the XML
+    line: int  # line in the XML
 
 
 class FlatText:

@@ -28,7 +28,7 @@ TIMEOUT = 300.0  # seconds for one item, after which its worker counts as hung
 
 @dataclasses.dataclass
 class Result:
-    """The result of one item: plain values only, as it is sent between processes and stored as JSON."""
+    """The result of one item. It has plain values only, because it is sent between processes and stored as JSON."""
 
     tables: dict[str, list] = dataclasses.field(default_factory=dict)  # name of a table -> its rows
     problems: list[dict] = dataclasses.field(default_factory=list)  # {file, row, reason, remedy} of unusable input
@@ -157,7 +157,7 @@ def _map(team: ResilientPool, items: Iterable[str], function: RowFunction, optio
 def _make_part(
     directory: Path, items: Items, function: RowFunction, options: dict, team: ResilientPool, chunk: int
 ) -> None:
-    """Make the part of a chunk; with its first arguments bound, a beam.Work."""
+    """Make the part of a chunk. With its first arguments bound, this function is a `beam.Work`."""
     for _, lines in _map(team, items.chunk(chunk), function, options):
         chunk_files.write_part(directory, chunk, lines)
 
@@ -220,9 +220,9 @@ def _of_other_tool(file: Path, tool: str) -> bool:
 
 
 def _kind(reason: str) -> str:
-    """Return a reason without details, to count by: the text before a colon or a quotation, numbers as N.
+    """Return a reason without details, for counting: the text before a colon or a quotation, with N for numbers.
 
-    Unknown keys are no detail.
+    Unknown keys are kept.
     """
     if reason.startswith("unknown keys: "):
         return reason

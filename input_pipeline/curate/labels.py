@@ -26,7 +26,7 @@ class Image:
     findings: dict[str, bool | None]  # disease -> True, False or None (uncertain)
     split: str = ""
     complete: bool = False  # every finding of the set was looked for, so a finding that is not True is absent
-    row: int = 0  # of the label in `file`, for error messages
+    row: int = 0  # row of the label in `file`, for error messages
     file: str = ""
 
     @property
@@ -68,7 +68,7 @@ def reject(result: Result, file: Path | str, row: int, reason: str, remedy: str 
 
 
 def first_files(folder: Path, *patterns: str) -> list[Path]:
-    """Return the files below a folder that match the first pattern with a match. Raises ValueError if none does."""
+    """Return the files below a folder that match the first pattern that any file matches. ValueError if none does."""
     for pattern in patterns:
         files = sorted(f for f in folder.rglob(pattern) if f.is_file())
         if files:

@@ -95,7 +95,7 @@ def good_rows(rows: Iterator[tuple[int, dict] | RowError], result: Result) -> It
 
 @contextlib.contextmanager
 def row_writer(file: Path, header: list[str] | None) -> Iterator[Callable[[dict], None]]:
-    """Yield a function that writes a row: of CSV if there is a header, of JSON Lines in .jsonl, else of a JSON list.
+    """Yield a function that writes a row: CSV if there is a header, JSON Lines for .jsonl, else an item of a JSON list.
 
     The file is written atomically.
     """
@@ -114,7 +114,7 @@ def row_writer(file: Path, header: list[str] | None) -> Iterator[Callable[[dict]
 
 
 class Tables:
-    """Writers of tables that are created with their first row. Tables of an earlier run without rows are removed.
+    """Writers of tables. A table is created with its first row. A table of an earlier run is removed if it gets no row.
 
     with Tables(directory, {"a.csv": ["x", "y"], "b.json": None}) as out:
         out.write("a.csv", {"x": 1, "y": 2})

@@ -2,8 +2,8 @@
 
     request (messages, model, settings) -> key, a hash of its content -> one line of answers.jsonl
 
-An answer is appended and synced to disk before it is used. An interrupted run resumes with the keys without a line; the
-requests in flight at the interruption (at most `concurrency`) are sent again. The API key comes from the environment.
+An answer is appended and synced to disk before it is used. A resumed run sends the requests whose keys have no line,
+including those in flight at the interruption (at most `concurrency`). The API key comes from the environment.
 It is never written, and is removed from answers and messages.
 """
 
@@ -29,7 +29,7 @@ CHARACTERS_PER_TOKEN = 4.0  # roughly, for English; used for estimates only
 class Stop(ValueError):
     """The run cannot continue: a wrong key, an unknown model, no credit, or the budget is spent."""
 
-    counts: Counts  # of the run so far
+    counts: Counts  # counts of the run so far
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,13 +44,13 @@ class Endpoint:
     timeout: Annotated[float, above(0)] = 120.0  # seconds for one request
     retries: Count = 6  # retries of one request before it is deferred to the next run
     first_wait: Annotated[float, at_least(0)] = 1.0  # seconds before the first retry; doubled for each later one
-    temperature: Annotated[float, at_least(0)] | None = 0.7  # None: not sent, for models that refuse it
+    temperature: Annotated[float, at_least(0)] | None = 0.7  # None: not sent, for models that reject it
     max_tokens: Size = 800
-    # Name of that limit in requests; some models refuse the older one.
+    # Name of that limit in requests; some models reject the older one.
     max_tokens_name: Annotated[str, one_of(("max_tokens", "max_completion_tokens"))] = "max_tokens"
     direct: bool = False  # follow no redirect and use no proxy: requests reach this address only
-    price_in: Annotated[float, at_least(0)] = 0.0  # of a million tokens sent, in any currency
-    price_out: Annotated[float, at_least(0)] = 0.0  # of a million tokens received
+    price_in: Annotated[float, at_least(0)] = 0.0  # price of a million tokens sent, in any currency
+    price_out: Annotated[float, at_least(0)] = 0.0  # price of a million tokens received
     budget: Annotated[float, at_least(0)] = 0.0  # stop after this cost; 0: no limit
 
     def __post_init__(self):
@@ -70,13 +70,13 @@ class Endpoint:
         return (tokens_in * self.price_in + tokens_out * self.price_out) / 1e6
 
     def settings(self) -> dict:
-        """Return the parameters of a request in addition to its messages."""
+        """Return all parameters of a request except its messages."""
         settings = {"model": self.model, self.max_tokens_name: self.max_tokens}
         return settings if self.temperature is None else settings | {"temperature": self.temperature}
 
 
 class Request(NamedTuple):
-    """A request with its own key, where hashing the messages is not wanted (images)."""
+    """A request with an explicit key, for messages that are expensive to hash (images)."""
 
     key: str
     messages: list[dict]
@@ -135,7 +135,7 @@ class Answers:
 
 @dataclasses.dataclass
 class Counts:
-    """Counts of a run. Every request is known, ended or left for the next run."""
+    """Counts of a run. Every request was known before, has ended, or is left for the next run."""
 
     requests: int = 0
     known: int = 0
@@ -143,8 +143,8 @@ class Counts:
     sent: int = 0
     tokens_in: int = 0
     tokens_out: int = 0
-    ended: dict[str, int] = dataclasses.field(default_factory=dict)  # by answered, cut, refused, rejected, empty
-    retried: dict[str, int] = dataclasses.field(default_factory=dict)  # by reason
+    ended: dict[str, int] = dataclasses.field(default_factory=dict)  # by kind: answered, cut, refused, rejected, empty
+    retried: dict[str, int] = dataclasses.field(default_factory=dict)  # number of retries by reason
 
     def to_dict(self, endpoint: Endpoint) -> dict:
         out = {
@@ -163,7 +163,7 @@ class Counts:
 
 
 def estimate(endpoint: Endpoint, answers: Answers, requests: Iterable[list[dict]]) -> dict:
-    """Estimate the requests and the cost of a run: tokens from characters, answers at full length."""
+    """Estimate the requests and the maximum cost of a run. All answers are assumed to reach the length limit."""
     known = new = characters = 0
     seen = set()
     for messages in requests:
@@ -238,7 +238,7 @@ class _Client:
                 raise
             finally:
                 self.stopping = True
-                # Requests in flight are paid for, so wait for them in any case.
+                # Requests in flight are paid for, so always wait for them.
                 if tasks:
                     await asyncio.gather(*tasks, return_exceptions=True)
         return self.counts

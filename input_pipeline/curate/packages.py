@@ -93,7 +93,7 @@ class Package:
 def open_package(path: str, images: bool = True) -> Package:
     """Read the XML of a package and its images, or only their names.
 
-    Raises PackageError for a broken archive, not exactly one article, or more bytes than the limits.
+    Raises PackageError if the archive is broken, does not have exactly one article, or exceeds the limits.
     """
     if os.path.isdir(path):
         return _open_folder(Path(path))

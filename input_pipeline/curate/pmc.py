@@ -40,9 +40,9 @@ examples:
   python -m input_pipeline.curate pmc-inline /shared/oa_package --out /shared/pmc --runner flink --runner-option=--flink_master=host:8081
 
 An interrupted run resumes with the same command. The result depends on neither --workers nor --runner.
-A reference that contradicts its link, or whose figure has no image, is a problem and gets no figure. A reference with a
-dead link is a problem, and gets the figure with its number if there is one. References to supplements and to figures of
-other papers are counted and get no figure.
+These references are problems and get no figure: those that contradict their link, and those whose figure has no image. A
+reference with a dead link is a problem too; it gets the figure with its number, if there is one. References to
+supplements and to figures of other papers are counted and get no figure.
 """  # noqa: E501
 OA = "Extract the figures of papers with their captions: PMC-OA. Reads the same packages as pmc-inline."
 OA_EPILOG = """\
@@ -204,7 +204,7 @@ def _write_image(package, name: str, file: Path) -> str | None:
 
 
 def inline_paper(options: dict, path: str) -> Result:
-    """Return the rows of a package for pmc-inline; writes the paper's JSON and its images."""
+    """Return the pmc-inline rows of a package, and write the paper's JSON and its images."""
     result = Result()
     opened = _open(options, path, result)
     if opened is None:
@@ -252,7 +252,7 @@ def inline_paper(options: dict, path: str) -> Result:
 
 
 def oa_paper(options: dict, path: str) -> Result:
-    """Return the rows of a package for pmc-oa, its figures with captions; writes the images."""
+    """Return the pmc-oa rows of a package, one per figure with a caption, and write the images."""
     result = Result()
     opened = _open(options, path, result)
     if opened is None:

@@ -133,7 +133,7 @@ _NO_ANSWER = re.compile(
 )
 
 
-# Why a pair is not used -> whether that holds for the question, the answer, and both as one text.
+# Reason to reject a pair -> test of (question, answer, both as one text).
 _REJECTIONS: dict[str, Callable[[str, str, str], object]] = {
     "a question or an answer is blank": lambda question, answer, both: not question or not answer,
     "the question does not end with a question mark": lambda question, answer, both: not question.endswith("?"),

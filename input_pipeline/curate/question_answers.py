@@ -38,7 +38,7 @@ output in DIR:
 
 The API key comes from the environment variable OPENAI_API_KEY (--key-variable) and is never written. Start with
 --dry-run, which prints a request, the number of requests and their maximum cost. An interrupted run resumes with the
-same command. An answered request is never sent again, also after --limit is increased or rows are added. Requests that
+same command. An answered request is never sent again, even if --limit is increased or rows are added. Requests that
 fail after all retries are deferred to the next run (exit code 1).
 
 examples:
@@ -85,10 +85,10 @@ def _add_options(parser) -> None:
         ("per-minute", amount, 0, "maximum number of requests per minute; 0: no limit"),
         ("timeout", console.number_that_is("above 0", lambda value: value > 0), 120, "seconds for one request"),
         ("retries", count, 6, "retries of a request"),
-        ("temperature", float, 0.7, "of the model"),
+        ("temperature", float, 0.7, "temperature of the model"),
         ("max-tokens", console.at_least(1), 800, "maximum length of an answer"),
-        ("price-in", amount, 0, "of a million tokens sent"),
-        ("price-out", amount, 0, "of a million tokens received"),
+        ("price-in", amount, 0, "price of a million tokens sent"),
+        ("price-out", amount, 0, "price of a million tokens received"),
         ("budget", amount, 0, "stop after this cost; 0: no limit"),
     ):
         parser.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=f"{text} (%(default)s)")
@@ -139,7 +139,7 @@ def curate(
     make_requests = case_requests if tool == "pmc-casereport" else caption_requests
 
     def requests(result: Result) -> Iterator[Request]:
-        """Stream the source again on each pass, so that only one request is in memory."""
+        """Yield the requests. Each pass reads the source again, so that only one request is in memory."""
         return itertools.islice(make_requests(source, options, result), options.get("limit"))
 
     first = next(requests(Result()), None)

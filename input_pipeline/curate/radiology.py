@@ -1,4 +1,4 @@
-"""Whether an image is radiologic, from its caption, a modality label, or a classifier of the user.
+"""Whether an image is radiologic, from its caption, a modality label, or the user's classifier.
 
 A caption that names only radiologic examinations is radiologic; one that names only other kinds of images is not. If it
 names both, its parts are judged separately, and one radiologic part suffices. If it names neither, the result is None,
@@ -38,7 +38,7 @@ _OTHER = re.compile(
     r"slit[- ]lamp|optical coherence|electro(?:cardio|encephalo|myo)gra\w+|flow ?chart|flow diagram|diagram|"
     r"schematic|scheme|drawing|illustration|pedigree|sequencing|chromatogra\w+|western blot|gel electrophoresis|"
     r"electrophoresis|\bplots?\b|histogram|bar (?:chart|graph)|\bgraphs?\b|"
-    # Not the curve of a spine or a tube.
+    # Excludes the curve of a spine or a tube.
     r"(?<!lumbar )(?<!thoracic )(?<!scoliotic )(?<!spinal )\bcurves?\b(?! (?:(?:super|infer|poster|anter)iorly|"
     r"medially|laterally|up|down|back|around|over|into|to the)\b)|forest plot|box ?plot|time ?line|"
     r"surgical (?:specimen|field|view)|resected (?:specimen|tumou?r)|autopsy|necropsy|karyotyp\w+)"
@@ -66,7 +66,7 @@ def by_caption(text: str) -> bool | None:
         return yes
     if not yes:
         return None
-    # Both are named: one part that is only radiologic suffices.
+    # The caption names both kinds. One part that names only radiologic examinations suffices.
     parts = [(bool(_RADIOLOGIC.search(p)), bool(_OTHER.search(p))) for p in _PART.split(text)]
     if (True, False) in parts:
         return True
@@ -82,7 +82,7 @@ def by_label(label: str) -> bool | None:
 
 
 def open_classifier(name: str) -> Classifier:
-    """Import `package.module:function`. Raises ValueError."""
+    """Import and return the classifier `package.module:function`. Raises ValueError."""
     module, _, attribute = name.partition(":")
     try:
         classifier = getattr(importlib.import_module(module), attribute)

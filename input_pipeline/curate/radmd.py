@@ -59,7 +59,7 @@ def _add_options(parser) -> None:
     text = "drop a row whose context contains the answer, or cut those sentences (%(default)s)"
     parser.add_argument("--cheating", choices=("drop", "cut"), default="drop", help=text)
     parser.add_argument("--without", action="append", default=[], metavar="RULE", help="skip a rule; repeatable")
-    count, text = console.at_least(0), "per rule and outcome (%(default)s)"
+    count, text = console.at_least(0), "examples per rule and outcome (%(default)s)"
     parser.add_argument("--examples", type=count, default=20, metavar="N", help=text)
     parser.add_argument("--seed", type=int, default=0, help="seed of the balance (%(default)s)")
 
@@ -80,7 +80,7 @@ def curate(specs: list[str], root, directory: Path, options: dict, progress=jobs
     report = Report(directory, "radmd", {"root": str(root), "tables": specs} | options)
     report.add(result)
     if not options.get("captions") and any(table.family == "pmc_casereport" for table in tables):
-        log("without --captions, figures are judged by their questions and answers alone, which are often undecided")
+        log("without --captions, figures are judged by their questions and answers alone, and many stay undecided")
     examples = _Examples(options.get("examples", 20))
     done = progress("radmd", "tables", len(tables))
     report.more["tables"] = {}
@@ -94,7 +94,7 @@ def curate(specs: list[str], root, directory: Path, options: dict, progress=jobs
 
 
 def _captions(files, tables, result: Result) -> filters.Captions:
-    """Return the verdicts on the captions in `files` of the figures in the tables."""
+    """Read captions from `files`, and return a verdict for each figure of the tables."""
     captions = filters.Captions()
     for table in tables if files else ():
         if table.family == "pmc_casereport":
@@ -179,7 +179,7 @@ def _balance(rows: Iterator[tuple[int, dict]], seed: int, file: Path, result: Re
     Rows are balanced within each split, and in yes/no tables also within each disease and set (`source`), so that the
     appearance of a set does not predict the answer. Takes 16 bytes of memory per row, plus the result.
     """
-    # Split, set and disease -> hashes and row numbers of the one side, then of the other.
+    # (split, set, disease) -> hashes and row numbers of both sides.
     sides: dict[tuple[str, str, str], tuple[array.array, ...]] = {}
     for number, row in rows:
         side = _side(row)
@@ -209,7 +209,7 @@ def order(seed: int, *values) -> bytes:
 
 
 class _Examples:
-    """A few rows of each rule and outcome, chosen by hash, so that they are reproducible and from the whole table."""
+    """A few rows of each rule and outcome. Choosing them by hash makes them reproducible, from the whole table."""
 
     def __init__(self, most: int):
         self.most, self.heaps = most, {}

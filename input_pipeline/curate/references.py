@@ -53,14 +53,14 @@ class Item:
 
     number: str  # normalized like labels (`fold`): "2", "S1", "IV"
     panels: tuple[str, ...]  # letters in lower case; empty for the whole figure
-    begin: int  # for an inner figure of a range, the position of the range
+    begin: int  # position in the text; for an inner figure of a range, that of the range
     end: int
-    inner: bool = False  # it is inside a range and not written out
+    inner: bool = False  # inside a range, so the text does not name it
 
 
 @dataclasses.dataclass(frozen=True)
 class Mention:
-    """One mention of one or several figures, at a position of the text that includes the keyword."""
+    """A mention of one or more figures, such as "Figs. 1-3". Its position includes the keyword."""
 
     word: str  # "figure", "scheme", "chart", "plate" or "image"
     items: tuple[Item, ...]

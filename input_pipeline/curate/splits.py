@@ -26,8 +26,8 @@ have near-duplicate images or answers. A hash of the seed and the name of the gr
 whether the group goes to test, with probability --test. So adding rows and tables does not move other groups, unless it
 joins two groups or adds a study with an earlier name.
 
-An existing split of a table is kept, and the rest of the group follows it. If a group is in several splits, its test
-rows stay, and its other rows get no split and are listed: the test set stays comparable, and nothing leaks into it.
+An existing split of a table is kept, and applies to the whole group. If a group is in several splits, its test rows
+stay in test. Its other rows get no split and are listed. So the test set does not change, and nothing leaks into it.
 --anew ignores existing splits and decides every group by hash.
 
 output in DIR:
@@ -36,8 +36,8 @@ output in DIR:
   leaks.jsonl     groups that are in several of the existing splits
   report.json, problems.jsonl
 
-FAMILY=FOLDER:TABLE is for a table whose paths start in a folder below --root, as the other tools write them. TABLE is
-relative to that folder, or outside of it: rad3d_caption=rad3d:../split/caption.json.
+Use FAMILY=FOLDER:TABLE for a table whose paths are relative to a folder below --root, as the other tools write them.
+TABLE is relative to that folder, and may be outside it: rad3d_caption=rad3d:../split/caption.json.
 
 examples:
   python -m input_pipeline.curate splits --root data --out data/split pmc_vqa=vqa.csv rad3d_caption=rad3d:caption.json
@@ -127,7 +127,7 @@ def curate(specs, root, directory, options: dict, progress=jobs.no_progress, log
 
 
 def _add_rows(table, dataset, groups, rows, images, texts, near: list[dict], result: Result, progress) -> None:
-    """Add the rows of a table to the groups, with its scans and, for near duplicates, its answers."""
+    """Add the rows and scans of a table to the groups. With near duplicates, also add its answers."""
     done = progress(table.name, "rows", len(dataset))
     cells = layouts.read(table.family, table.file, Result())[1]
     for i in range(len(dataset)):
@@ -164,7 +164,7 @@ def _cell(row: dict, column: str) -> str:
 
 
 def _add_near_images(root, groups, images, near: list[dict], result: Result, progress) -> None:
-    """Join the groups of near-duplicate images, and add the pairs."""
+    """Join the groups of near-duplicate images, and append the pairs of images to `near`."""
     hashes = {}
     done = progress("hashing images", "images", len(images))
     for name, (path, volume) in images.items():
@@ -174,7 +174,7 @@ def _add_near_images(root, groups, images, near: list[dict], result: Result, pro
             result.problem(error.path, path, error.reason, error.remedy)
         done(1, 0)
     for a, b, distance in duplicates.near_images(hashes):
-        if images[a][0] != images[b][0]:  # else volumes of one stack
+        if images[a][0] != images[b][0]:  # volumes of one stack are in one group already
             groups.join(f"scan {images[a][0]}", f"scan {images[b][0]}")
             near.append({"kind": "pictures", "a": a, "b": b, "distance": distance})
     near.sort(key=lambda pair: pair["kind"])
@@ -199,7 +199,7 @@ def _write(tables, groups, rows, existing, directory, options, result: Result) -
                 if key not in rows:
                     continue
                 group = groups.find(key)
-                # A leaking group keeps its test rows, so that nothing leaks into the test set.
+                # The test rows of a leaking group stay in test. Its other rows get no split.
                 order = lambda split: (split != "test", split == "train", split)  # noqa: E731
                 kept = min(existing.get(group, ()), key=order, default="")
                 split = kept or hash_split(options["seed"], group, options["test"])
@@ -208,7 +208,7 @@ def _write(tables, groups, rows, existing, directory, options, result: Result) -
                     result.problem(table.file, number, reason, f"it has no split now: see {directory}/leaks.jsonl")
                     split = ""
                 out.write(table.name, row | {"split": split})
-                result.count(f"{table.name}: {split or 'in no split, as it leaks'}")
+                result.count(f"{table.name}: {split or 'in no split, because it leaks'}")
 
 
 _run = console.run_on_tables(curate, "test seed near anew check")

@@ -255,7 +255,7 @@ def openi(folder: Path, policy: Policy, result: Result) -> Iterator[Image]:
 
 
 def _boxes(kind: str, names, column: str, folder: Path, policy: Policy, result: Result) -> Iterator[Image]:
-    """Read one row per box of an image, of a set that looked for all its findings in every image."""
+    """Read a set with one row per bounding box, in which every image was checked for all findings."""
     index = index_images(folder, (".dicom", ".dcm", ".png"))
     images: dict[str, tuple[set[str], str, str, int, Path]] = {}
     for file in all_files(folder, *names):

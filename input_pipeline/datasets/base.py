@@ -29,7 +29,7 @@ _STUDY = re.compile(
 
 
 def study_pattern(study: str | None) -> re.Pattern:
-    """Return the pattern of studies in paths: a regex with one or more groups, or that of the public sets."""
+    """Compile the pattern of studies in paths. Its groups match a study. None: the pattern of the public sets."""
     return re.compile(study) if study else _STUDY
 
 
@@ -103,7 +103,7 @@ def npy_scans(root: pathlib.Path, path: str) -> tuple[Scan, ...]:
 
 
 def scan_files(paths: tuple[str, ...]) -> tuple[Scan | str, ...]:
-    """Return the scans of files. A .npy file remains a path: `scans_of` reads its header, which has their number."""
+    """Return the scans of files. A .npy file remains a path; `scans_of` reads the number of its scans."""
     return tuple(path if path.lower().endswith(".npy") else Scan(path) for path in paths)
 
 
@@ -136,7 +136,7 @@ class TableDataset(abc.ABC):
     split: str | None = None  # if the table has a column `split`, only its rows of this split are used
     strip: str = ""  # a prefix to remove from the table's paths: published tables have their authors' absolute paths
     study: str | None = None  # a regex with one group, the study in a path; default: patterns of the public sets
-    intensity: str | tuple[float, float] | None = None  # of scans without a `window`, see images/intensity.py
+    intensity: str | tuple[float, float] | None = None  # setting of scans without a `window`, see images/intensity.py
     fraction: float = 1.0  # share of the rows to use in an epoch
     quarantine: bool = False  # continue without the bad rows, which are in `problems`; if False, raise TableError
 
@@ -155,7 +155,7 @@ class TableDataset(abc.ABC):
         self.skipped: dict[str, int] = {}  # reason -> number of good rows that are not used (another split, language)
         self.duplicates: list[tuple[int, int]] = []  # (row, earlier row with the same content); duplicates are kept
         self.problems: list[RowError] = []  # one for each bad row
-        # The same header is needed several times in a row, then rarely again.
+        # The same header is needed several times in succession, then rarely again.
         self.npy_scans = functools.lru_cache(1 << 12)(functools.partial(npy_scans, self.root))
         self._numbers = array("q")
         self._read()
@@ -170,9 +170,9 @@ class TableDataset(abc.ABC):
             raise RowError(self.file, 0, reason, "check the table and the split")
 
     def defer_stack_errors(self) -> None:
-        """Treat a missing or damaged .npy file as one scan that fails when it is read, as in any other format.
+        """Treat a missing or damaged .npy file as one scan that fails when it is read, as files of other formats do.
 
-        By default its rows are bad rows.
+        Otherwise the rows that name the file are bad rows.
         """
         strict = self.npy_scans
 
@@ -248,7 +248,7 @@ class TableDataset(abc.ABC):
         return value
 
     def scans_of(self, value) -> tuple[Scan, ...]:
-        """Return all scans that a value can use, in order. By default its first item has them, as `scan_files`."""
+        """Return all scans that a value can use, in order. By default the first item of the value is `scan_files`."""
         scans: list[Scan] = []
         for item in value[0]:
             scans += (item,) if isinstance(item, Scan) else self.npy_scans(item)
@@ -297,7 +297,7 @@ class TableDataset(abc.ABC):
         return Sample(self.sample_id(i, window), self.name, task, study, parts)
 
     def window_parts(self, value, rng: np.random.Generator, window: int | None):
-        """Return what `parts` does, for one window of a row."""
+        """Return task, study and parts, as `parts` does, for one window of a row."""
         return self.parts(value, rng)
 
     def scans(self, i: int) -> tuple[Scan, ...]:

@@ -1,7 +1,7 @@
 """CSV tables -> rows, each error with its file and row.
 
-Rows are counted from 1; the header is row 0. A bad row becomes a problem and reading continues. An error after which
-the rest of the file has no meaning (a bad header, an open quote) raises.
+Rows are counted from 1; the header is row 0. A bad row becomes a problem and reading continues. If the rest of the file
+cannot be parsed (a bad header, an open quote), a RowError is raised.
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ def stream_csv(file: pathlib.Path, required, optional=()) -> tuple[list[str], It
     """Read a CSV file with a header row by row.
 
     Args:
-      optional: columns to read if present. None reads every column with a unique name; as such cells are copied
-        to the output, cells that are not text become problems.
+      optional: columns to read if present. None reads every column with a unique name, for tools that copy rows to
+        their output; cells that are not text are then problems.
     Returns:
-      header: all column names; if `optional` is None, those that rows have, in their order.
-      rows: (number, {column: cell}) with the required and optional columns only, or a problem.
+      header: all column names. If `optional` is None, only the columns that are read, in file order.
+      rows: (number, {column: cell}) with the columns that are read, or a problem.
     Raises:
       RowError: raised immediately with row 0 for a bad header, or while reading, for a row with an unclosed quote.
     """

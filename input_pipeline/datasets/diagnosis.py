@@ -33,8 +33,8 @@ class Diagnosis(TableDataset):
     """Open or yes/no questions about one region of the body.
 
     A balanced epoch (batching/mixture.py) has equally many rows of both sides: "yes" and "no" of each disease of a
-    yes/no table, normal and abnormal images of an open table (paper, Table 2). The rows of the larger side take turns,
-    so all are used over the epochs.
+    yes/no table, normal and abnormal images of an open table (paper, Table 2). Successive epochs use different rows of
+    the larger side, so all are used over time.
 
         5 images without edema: a b c d e, 2 with: x y    ->    epoch 0: x y d a    epoch 1: y x e c    epoch 2: ...
     """
@@ -127,7 +127,7 @@ class Diagnosis(TableDataset):
         return problems
 
     def _balance_diseases(self) -> list[RowError]:
-        """Set the sides, disease by disease, and remove the rows of diseases that have one side only."""
+        """Set the sides of each disease, and remove the rows of diseases that have one side only."""
         number: dict[str, int] = {}
         sides = array("i")
         for _, disease, present in self._rows:
@@ -141,7 +141,7 @@ class Diagnosis(TableDataset):
             count = counts[codes[k] // 2].sum()
             reason = f"{disease!r} is {side} in all its {count} rows: its name gives the answer away"
             remedy = "add rows of the other kind, remove these, or open with balance=False"
-            # One problem per row, so that good rows and bad rows add up to the table.
+            # One problem per row, so that the numbers of good and bad rows add up to those of the table.
             problems.append(RowError(self.file, self._numbers[k], reason, remedy))
         self._sides = codes[~one_sided]
         self._select(~one_sided)
@@ -161,9 +161,9 @@ class Diagnosis(TableDataset):
     def _set_rates(self):
         """Set the question probabilities, so that yes and no are equally frequent over an epoch.
 
-        An image with diseases gets a yes/no question half of the time. An image without any can only be asked a
-        question whose answer is no. To compensate, images with diseases are answered yes more often, or the others
-        are asked yes/no questions less often.
+        An image with diseases gets a yes/no question half of the time. For an image without diseases, the answer to a
+        yes/no question is always no. To compensate, images with diseases get more questions with the answer yes, or
+        images without diseases get fewer yes/no questions.
         """
         counts, names = collections.Counter(), {}
         for _, labels in self._rows:
@@ -258,7 +258,7 @@ class VinDrSpineXR(Diagnosis):
 
 
 class AnyDiagnosis(Diagnosis):
-    """The user's own tables of either kind, for any modality and region."""
+    """The user's own open or yes/no tables, for any modality and body region."""
 
     name = "diagnosis"
     region = "general"

@@ -46,8 +46,8 @@ _SAME = (
     "stroke|cerebral infarction|ischemic stroke|ischaemic stroke",
     "hemorrhage|haemorrhage|bleeding",
 )
-# general | names that it may include. If one of the right is present, the left is never asked about as absent, and
-# vice versa.
+# general name | names that it may include. If either side is present, the other is not certainly absent, so it is never
+# asked about as absent.
 _INCLUDES = (
     "lung opacity|consolidation|infiltration|edema|atelectasis|pneumonia|mass|nodule|lung lesion|fibrosis|tuberculosis|"
     "covid 19|broncho pneumonia|bronchiolitis|interstitial lung disease|lung tumor|nodule mass|other opacity",
@@ -98,9 +98,9 @@ def is_vague(disease: str) -> bool:
 
 
 def may_coexist(a: str, b: str) -> bool:
-    """Return whether b may be present when a is, as a synonym, a part or a kind of it. Then b is not a safe "no".
+    """Return whether b may be present if a is: b is a synonym, a part or a kind of a. Then b is not a safe "no".
 
-    "Rib fracture" and "fracture", "consolidation" and "lung opacity", "TB" and "tuberculosis".
+    Examples: "rib fracture" and "fracture", "consolidation" and "lung opacity", "TB" and "tuberculosis".
     """
     x, y = canonical(a), canonical(b)
     if x == y or y in _RELATED.get(x, ()):

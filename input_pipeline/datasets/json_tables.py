@@ -1,7 +1,7 @@
 """JSON lists and JSON Lines -> rows, each error with its file and row.
 
-Rows are counted from 1; in JSON Lines the row is the line. A bad row becomes a problem and reading continues. An error
-after which the rest of the file is not JSON raises.
+Rows are counted from 1; in JSON Lines the row is the line. A bad row becomes a problem and reading continues. If the
+rest of the file cannot be parsed, a RowError is raised.
 """
 
 from __future__ import annotations
@@ -110,11 +110,11 @@ class _ListReader:
         while True:
             try:
                 value, end = JSON_DECODER.raw_decode(self.text, self.at)
-                if end < len(self.text) or self.at_end:  # else a number may continue in the next block
+                if end < len(self.text) or self.at_end:  # otherwise a number may continue in the next block
                     return value, end
             except (ValueError, RecursionError) as error:
                 if self.at_end or len(self.text) - self.at > _MAX_ROW:
-                    # The error's own line and column count from the start of the block.
+                    # The line and column of the error count from the start of the block.
                     reason, position = getattr(error, "msg", _short(error)), getattr(error, "pos", self.at)
                     raise self._broken(reason, position) from None
             self._more()
@@ -140,7 +140,7 @@ _cache: contextvars.ContextVar[dict[pathlib.Path, Store] | None] = contextvars.C
 
 @contextlib.contextmanager
 def json_lines_cache() -> Iterator[None]:
-    """Within this context, parse a JSON Lines file that is read several times in a row only once."""
+    """Within this context, parse a JSON Lines file only once if it is read several times in succession."""
     before = _cache.set({})
     try:
         yield

@@ -36,7 +36,7 @@ class JSONL(TableDataset):
     name = "jsonl"
     layout = "jsonl"
 
-    tasks: tuple[str, ...] = ()  # use rows of these tasks only; () for all. So parts of one file have own weights
+    tasks: tuple[str, ...] = ()  # use only rows of these tasks; () for all. Several sources can weight parts of a file
     ids: tuple[str, ...] = ()  # use rows whose id matches one of these glob patterns only (`*-side`); () for all
 
     def __post_init__(self):

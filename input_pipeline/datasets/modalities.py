@@ -165,7 +165,7 @@ class ModalityDataset(TableDataset):
                 no = falsehoods(names)
                 self._pools[names] = truths(names), no, np.cumsum([self._counts[n] for n in no])
             yes, no, edges = self._pools[names]
-            if no:  # else no "no" is safe, and "yes" alone would give the answer away
+            if no:  # if no "no" is safe, only "yes" would be asked, which gives the answer away
                 answer = "yes" if rng.random() < 0.5 else "no"
                 modality = pick(rng, yes) if answer == "yes" else pick_weighted(rng, no, edges)
                 return prompts.draw("modality_judge", rng, modality=modality), answer

@@ -53,8 +53,8 @@ class PMCCaseReport(TableDataset):
 class PMCInline(TableDataset):
     """Windows of a paper's sentences, each figure before the first sentence of the window that refers to it.
 
-    An epoch has as many windows of a paper as its figures need, and one of a paper without figures. In the released
-    code (`data.epoch="released"`) it has one window of every paper.
+    An epoch has as many windows of a paper as its figures need, or one window of a paper without figures. In the
+    released code (`data.epoch="released"`) it has one window of every paper.
 
     The csv has the column `PMC_path`: one JSON per paper, a list of {text, img_ref: [..]}. Papers are read and checked
     when a sample is made; errors name the paper's file. All text is a target.
@@ -120,11 +120,11 @@ class PMCInline(TableDataset):
         return groups
 
     def parts(self, value, rng):
-        """Return task, study and parts of one window, which may be anywhere."""
+        """Return task, study and parts of a window at a random position."""
         return self.window_parts(value, rng, None)
 
     def window_parts(self, value, rng, window):
-        """Return the parts of the window that shows one group of figures, or with None as `parts`."""
+        """Return the parts of the window that shows group `window` of the figures, or of any window if it is None."""
         sentences = self.read(value)
         groups = self._figure_groups(sentences) if window is not None else []
         group = groups[window] if groups else {}

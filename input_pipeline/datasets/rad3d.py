@@ -32,7 +32,7 @@ class Rad3DVQA(VQA):
 
 
 class Rad3DModality(ModalityDataset):
-    """Modality of a scan, so each scan of a case has its own row."""
+    """Questions about the modality of a scan. Each scan of a case has its own row."""
 
     name = "rad3d_modality"
     task = "modality"
@@ -91,10 +91,10 @@ class Rad3DCaption(TableDataset):
 class Rad3DRationale(TableDataset):
     """Disease and radiographic features of a case; `title` is the disease.
 
-    A yes/no question names the title, or a disease that the case does not have: the title or an article of another
-    case that is neither a kind nor a synonym of this case's names and that none of its texts mentions. Names are drawn
-    by their frequency as titles, so that a name does not give the answer away. A normal case, and a case without a
-    safe "no", always gets the open question.
+    A yes/no question names the title, or a disease that the case does not have. Such a disease is the title or an
+    article of another case. It must not be a kind or a synonym of this case's names, and no text of this case may
+    mention it. Names are drawn by their frequency as titles, so that a name does not give the answer away. A normal
+    case, and a case without a safe "no", always gets the open question.
     """
 
     name = "rad3d_rationale"
@@ -116,7 +116,7 @@ class Rad3DRationale(TableDataset):
         return paths, _patient(row), title, names, features, _plain(" ".join([*articles, features, *other]))
 
     def finish(self):
-        # A title counts as often as it occurs; the name of an article that is never a title counts once.
+        # The weight of a title is its number of occurrences. An article that is never a title has the weight 1.
         self._pool = [sys.intern(title) for _, _, title, *_ in self._rows if not diseases.is_normal(title)]
         titles = {diseases.canonical(title) for title in self._pool}
         for _, _, _, names, *_ in self._rows:
@@ -142,7 +142,7 @@ class Rad3DRationale(TableDataset):
             name = pick(rng, self._pool)
             if is_safe(name):
                 return name
-        # Nearly all names are this case's own: search the whole pool from a random start.
+        # Most names in the pool belong to this case, so search the whole pool from a random start.
         first = int(start * len(self._pool))
         return next(filter(is_safe, self._pool[first:] + self._pool[:first]), None)
 

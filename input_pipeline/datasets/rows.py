@@ -16,7 +16,7 @@ MAX_CELL = 1_000_000
 MISSING_WORDS = frozenset({"", "nan", "null", "<na>"})
 # As an answer to a question, "None" is text ("Which lobe is affected?"). Elsewhere it is Python's None.
 EMPTY_WORDS = MISSING_WORDS | {"none"}
-# What people write into a field of prose (findings, history) that has no text.
+# Placeholders that people write into empty prose fields (findings, history).
 NO_PROSE = EMPTY_WORDS | {"na", "n/a", "n.a.", "-", "--"}
 _LONGEST = max(map(len, NO_PROSE))
 SHOWN = 20  # groups of equal row errors in one message
@@ -85,7 +85,7 @@ def bad_cell(cells: dict[str, str]) -> str | None:
 
 
 def bad_path(value: str) -> str | None:
-    """Return why a path of a table is refused, or None. Symbolic links are checked when the file is opened."""
+    """Return why a path of a table is rejected, or None. Symbolic links are checked when the file is opened."""
     parts = value.replace("\\", "/").split("/")
     if ".." in parts:
         return f"path {value!r} leaves its folder with '..'"
@@ -114,7 +114,7 @@ class Row:
     def unknown_keys(self, known) -> str:
         """Return "unknown keys: a, b (did you mean c?)" for cells with other keys than `known`, else ""."""
         unknown = [str(key)[:40] for key in self.cells if key not in known]
-        # Keys are not quoted, as quoted text is replaced where equal reasons are grouped.
+        # Keys are not quoted, because grouping masks quoted text.
         shown = ", ".join(key if key.isprintable() else ascii(key)[1:-1] for key in unknown[:10])
         return f"unknown keys: {shown}{nearest(unknown[0], known)}" if unknown else ""
 
@@ -149,7 +149,7 @@ class Row:
         return value
 
     def prose(self, column: str) -> list[str]:
-        """Return the texts of an optional field, one text or a JSON list, without those that say nothing (NO_PROSE)."""
+        """Return the texts of an optional field (one text or a JSON list), without placeholders (NO_PROSE)."""
         value = self.cells.get(column)
         if not isinstance(value, list):
             value = [self.optional(column, NO_PROSE)]

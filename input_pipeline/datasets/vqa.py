@@ -20,7 +20,7 @@ class VQA(TableDataset):
         return self.value((path,), row.text("Question"), row.answer("Answer"))
 
     def value(self, paths, question, answer):
-        """Return the value of a row. Constant parts are built only once, because samples are drawn in millions."""
+        """Return the value of a row. Constant parts are built only once: samples are drawn millions of times."""
         study = self.study_of(paths[0])
         return scan_files(paths), study, Text(question, "instruction"), Text(answer, "response")
 

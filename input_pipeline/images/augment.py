@@ -17,8 +17,8 @@ FLIPS = {"height": 2, "width": 3, "depth": 0}  # axes of slices [K, C, H, W]
 def crop_box(height: int, width: int, rng: np.random.Generator, min_area=CROP_AREA[0]) -> tuple[int, int, int, int]:
     """Draw (top, left, height, width) of a crop of `min_area` to 1.0 of the area; 1.0 is no crop.
 
-    The aspect ratio is drawn relative to that of the image, within what fits. RandomResizedCrop draws it absolutely, so
-    an image wider than 4:3 can lose all but its 4:3 centre; here at most 1 - min_area is lost.
+    The aspect ratio is drawn relative to that of the image, such that the crop fits. So at most 1 - min_area is lost.
+    RandomResizedCrop draws an absolute ratio, so an image wider than 4:3 can lose everything except its 4:3 centre.
     """
     area, aspect, y, x = rng.random(4)
     area = min_area + (1 - min_area) * area

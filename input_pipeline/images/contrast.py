@@ -1,7 +1,7 @@
-"""Contrast that is lost between a scan and the model, and CT that is not in Hounsfield units, as notices with numbers.
+"""Notices about contrast that is lost between a scan and the model, and about CT that is not in Hounsfield units.
 
 All measures use a sample of the voxels (`intensity.sample_voxels`). Voxels equal to the scan's minimum or maximum are
-left out, because padding and saturation have no contrast to lose.
+excluded, because padding and saturation have no contrast to lose.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ import numpy as np
 
 from input_pipeline.images.intensity import Window, parse_intensity, sample_voxels
 
-LEVELS = 256  # gray levels, as of a display or of uint8 storage
-FEW_LEVELS = 64  # a notice below this number for the central 98 % of the voxels
-WRAPPED = 0.002  # a notice above this share of values near 65535, with nearly none between them and the others
-CLIPPED = 0.95  # a notice above this share of clipped voxels
+LEVELS = 256  # gray levels of a display or of uint8 storage
+FEW_LEVELS = 64  # fewer levels for the central 98 % of the voxels give a notice
+WRAPPED = 0.002  # a larger share of values near 65535, with nearly none between them and the others, gives a notice
+CLIPPED = 0.95  # a larger share of clipped voxels gives a notice
 SOFT_TISSUE = (0.0, 80.0)  # HU: brain, muscle, blood and most organs
 FEW_SOFT_LEVELS = 16
-STRETCHED = 1.5  # a notice above this ratio of the sides
-SAMPLES = 1 << 13  # voxels from which everything is measured
-MINIMUM = 64  # sampled voxels below which nothing is measured
+STRETCHED = 1.5  # a larger ratio of the sides gives a notice
+SAMPLES = 1 << 13  # sampled voxels for all measures
+MINIMUM = 64  # fewer sampled voxels are not measured
 
 
 def contrast_notices(
@@ -29,7 +29,7 @@ def contrast_notices(
     window: Window | None = None,
     modality: str | None = None,
 ) -> tuple[str, ...]:
-    """Return what the scaling of voxels [H, W, D, C] loses, each with its remedy.
+    """Return notices about contrast that the scaling of voxels [H, W, D, C] loses, each with a remedy.
 
     Args:
       low, high: the minimum and maximum of the voxels, which have no padding.
@@ -118,7 +118,7 @@ def _is_hounsfield(sample: np.ndarray) -> bool:
 
 
 def _unit_notice(sample: np.ndarray, dtype: np.dtype, low: float, high: float, modality: str | None) -> str:
-    """Return why voxels that are, or may be, CT are not in Hounsfield units; "" if nothing indicates it."""
+    """Return why voxels that are, or may be, CT are not in Hounsfield units, or "" if nothing indicates this."""
     name, numbers = ("this CT" if modality == "CT" else "if this is a CT, it"), f"({low:g} to {high:g})"
     wrapped = _share(sample, 63000, 65535)
     if dtype == np.uint16 and wrapped >= WRAPPED and _share(sample, 8192, 60000) < wrapped / 10:
@@ -137,7 +137,7 @@ def _unit_notice(sample: np.ndarray, dtype: np.dtype, low: float, high: float, m
 
 
 def stretch_notice(height: int, width: int, spacing: tuple[float, float] | None) -> tuple[str, ...]:
-    """Return a notice if a square changes the ratio of the sides, in mm where `spacing` is known, by much."""
+    """Return a notice if resizing to a square strongly changes the aspect ratio (in mm if `spacing` is known)."""
     rows, columns = spacing or (1.0, 1.0)
     ratio = max(height * rows, width * columns) / min(height * rows, width * columns)
     if ratio <= STRETCHED:

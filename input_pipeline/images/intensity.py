@@ -105,7 +105,7 @@ def canonical_window(setting: Window | None) -> Window | None:
 
 
 def one_channel_if_gray(voxels: np.ndarray) -> np.ndarray:
-    """Return a view [H, W, D, 1] of voxels with three equal channels (a gray image saved in colour), others unchanged.
+    """Return a view [H, W, D, 1] if the three channels are equal (a gray image saved in colour), else the voxels.
 
     Check scans with this before planning, so that planes are counted by the actual channels, not by the header.
     """
@@ -138,7 +138,7 @@ def finite_range(voxels: np.ndarray) -> tuple[float, float]:
 def without_padding(
     voxels: np.ndarray, padding: tuple[float, float] | None, known_range: tuple[float, float] | None
 ) -> tuple[np.ndarray, float, float]:
-    """Return (voxels, minimum, maximum) without padding. Padding is set to the minimum of the others, in a copy."""
+    """Return (voxels, minimum, maximum). Padding voxels are set to the minimum of the other voxels, in a copy."""
     low, high = finite_range(voxels) if known_range is None else known_range
     if padding is None or padding[0] > high or padding[1] < low:
         return voxels, low, high
@@ -197,7 +197,7 @@ def intensity_ranges(
         return ((float(ends[0]), float(ends[1])),) if ends[0] < ends[1] else ((low, high),)
     if intensity.kind == "header":
         if stated_window is None:
-            raise ValueError("its header states no window, which intensity 'header' needs: choose another intensity")
+            raise ValueError("its header states no window, but intensity 'header' needs one: choose another intensity")
         _check_overlap(*stated_window, low, high)
         return (stated_window,)
     if len(intensity.windows) > 1 and voxels.shape[3] > 1:
@@ -216,10 +216,10 @@ def _check_window(intensity: Intensity, low: float, high: float, window: Window,
         if low >= 0 and high <= 255:
             raise ValueError(f"CT window {window!r} needs Hounsfield units, but {found} (8-bit image?): {remedy}")
         if low >= 0:
-            why = "none is negative, as air is in Hounsfield units (MR? a CT without its intercept of -1024?)"
+            why = "none is negative, but air is at -1000 HU (MR? a CT without its intercept of -1024?)"
             raise ValueError(f"CT window {window!r} needs Hounsfield units, but {found}: {why}; {remedy}")
     if bottom < 0 <= low and modality not in (None, "CT"):
-        raise ValueError(f"the window {bottom:g} to {top:g} is one for CT, but the modality is {modality}: {remedy}")
+        raise ValueError(f"the window {bottom:g} to {top:g} is for CT, but the modality is {modality}: {remedy}")
     _check_overlap(bottom, top, low, high)
 
 

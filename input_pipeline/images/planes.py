@@ -171,9 +171,9 @@ class Volume:
 
 
 def source_slice(stored: int, count: int, depth: int) -> int:
-    """Return the slice of a scan of `depth` slices, counted from 1, at the center of stored slice `stored` of `count`.
+    """Return the number of the scan's slice, from 1, that is at the center of stored slice `stored`, from 0.
 
-    `stored` counts from 0. 120 -> 4: slices 16, 46, 76 and 106.
+    The scan has `depth` slices, of which `count` are stored. 120 -> 4: slices 16, 46, 76 and 106.
     """
     return min(int((stored + 0.5) * depth / count), depth - 1) + 1
 

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import scipy.sparse
 
-# The pipeline runs one process per core, which OpenCV's own threads would oversubscribe.
+# The pipeline runs one process per core. OpenCV's own threads would oversubscribe the cores.
 cv2.setNumThreads(1)
 
 # (rows reversed, columns reversed) -> flip code of OpenCV

@@ -32,8 +32,8 @@ def slices(scan: Scan, max_slices: int = 1, *, for_people: bool = False) -> list
     black. No header data is included. Raises ScanError, a ValueError, for a scan that cannot be used.
 
     Args:
-      for_people: show a CT without a window in that of its file, or else in the soft tissue window, because its whole
-        range leaves soft tissue a few gray levels.
+      for_people: show a CT without a window setting in the window of its file, or else in the soft tissue window. Its
+        whole range would leave soft tissue a few gray levels.
     """
     voxels, header = scans.read(scan.path, volume=scan.volume)
     try:
@@ -59,7 +59,7 @@ def slices(scan: Scan, max_slices: int = 1, *, for_people: bool = False) -> list
 
 
 def _reading_window(voxels: np.ndarray, low: float, high: float, header: scans.Header) -> Window | None:
-    """Return the window in which people read a scan that has no setting, or None."""
+    """Return the window in which people read a scan without a window setting, or None."""
     if header.modality != "CT" and not is_hounsfield(voxels, low, high, header.modality):
         return None
     stated = header.window

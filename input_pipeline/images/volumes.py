@@ -43,7 +43,7 @@ def prepare_volume(
     """Resize a scan, voxels [H, W, D, C] in any memory order, and scale its intensities to [0, 1].
 
     `paper` mode, in this order:
-      1. Padding (voxels outside the field of view, often far darker than air) is set to the minimum of the others.
+      1. Padding (voxels outside the field of view, often far darker than air) is set to the minimum of other voxels.
       2. Range: the minimum and maximum of the whole scan, before any crop or resize, become 0 and 1. With a window,
          voxels are clipped to it and its ends become 0 and 1; three windows become three channels. Being linear, the
          scaling is applied after the resize.
@@ -65,13 +65,13 @@ def prepare_volume(
         `Header.facts` has for a scan from a file.
       value_range: (minimum, maximum) of `voxels` including padding. Saves a pass over them.
       modality: DICOM code. stated_window: the window in the header. spacing: mm between rows and between columns.
-      measure: add notices to the volume about contrast and shape that are lost.
+      measure: add notices about lost contrast and shape to the volume.
     Raises:
       ValueError: voxels that are not finite, all equal, all padding, or outside the window; invalid arguments.
     """
     if mode == "released":
         if parse_intensity(window).kind != "minmax" or flips or storage not in (None, "float32") or fit != "stretch":
-            raise ValueError("released mode supports neither windows nor flips nor padding, and stores float32")
+            raise ValueError("released mode supports only minmax, 'stretch' and float32, without flips")
         return released_volumes([voxels], rng=rng)[0]
     storage = "uint8" if storage is None else storage
     for name, value, known in (("mode", mode, MODES), ("storage", storage, STORAGE), ("fit", fit, FITS)):
@@ -98,7 +98,7 @@ def padded_size(
 ) -> tuple[int, int]:
     """Return the largest (height, width) within `square` with the ratio of a slice of `shape`.
 
-    The ratio is that in mm where `spacing` (between rows, between columns) is known, else that of the pixels.
+    The ratio is in mm if `spacing` (between rows, between columns) is known, else in pixels.
     """
     rows, columns = (n * step for n, step in zip(shape, spacing or (1.0, 1.0), strict=True))
     scale = min(square[0] / rows, square[1] / columns)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# DICOM's codes, and the families of a single modality, in the terms of figure 4 of the paper.
+# Names (as in figure 4 of the paper) of DICOM codes and of families with a single modality.
 MODALITIES = {
     "CT": "CT", "MR": "MRI", "CR": "X-ray", "DX": "X-ray", "RG": "X-ray", "PX": "X-ray", "IO": "X-ray",
     "MG": "mammography", "US": "ultrasound", "IVUS": "ultrasound", "PT": "PET", "NM": "nuclear medicine",

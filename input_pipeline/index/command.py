@@ -50,9 +50,12 @@ Run the same command again to resume an interrupted run. A later run reads only 
 With --runner, Apache Beam's workers read the scans, which is most of the work. They must see the data and DIR under
 the same paths. Tables and texts are always read locally.
 
-exit codes: 0 the index was written; 1 all data was read, but a leak (or, with --strict, the quarantine) prevents the
-index: the reports were written, index.json was not; 2 the config or a table cannot be used, or too many files crash
-their reader; 130 interrupted.
+exit codes:
+  0    the index was written
+  1    all data was read and the reports were written, but no index.json, because of a leak or (with --strict) the
+       quarantine
+  2    the config or a table cannot be used, or too many files crash their reader
+  130  interrupted
 """
 
 
@@ -88,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
         if not out:
             raise ValueError("name the directory of the index: --out DIR")
         if args.records:
-            # Import TFDS before the bars start: during its import it replaces `__import__`, which ends their thread.
+            # Import TFDS before the progress bars start. Its import replaces `__import__`, which ends their thread.
             importlib.import_module("input_pipeline.index.records")
         options = {name: getattr(args, name) for name in ("records", "workers", "recheck", "strict", "allow_leaks")}
         warn = lambda message: console.print(f"[yellow]warning:[/yellow] {escape(message)}", soft_wrap=True)  # noqa: E731

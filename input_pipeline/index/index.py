@@ -33,7 +33,7 @@ from input_pipeline.samples import Scan
 
 VERSION = 3
 UNVERIFIED = 2  # the version before this one, without digests; it can still be opened
-KEYS = frozenset("version created sources data tokenizer counts records identity".split())  # of UNVERIFIED
+KEYS = frozenset("version created sources data tokenizer counts records identity".split())  # if UNVERIFIED
 PARTS = ("scans.parquet", "rows.parquet", "records/dataset_info.json")  # verified when an index is opened
 # Fields of a source that do not change what its rows are: sampling shares, and locations.
 NOT_IDENTITY = ("weight", "fraction", "root", "table", "quarantine")
@@ -55,14 +55,14 @@ SCANS = pa.schema(
         ("height", pa.int32()),
         ("width", pa.int32()),
         ("depth", pa.int32()),
-        ("channels", pa.int32()),  # of the volume: 1 if the three channels of the file are equal
+        ("channels", pa.int32()),  # channels of the volume; 1 if the three channels of the file are equal
         ("spacing", pa.list_(pa.float32())),  # mm along height, width, depth; empty if unknown
         ("dtype", pa.string()),
         ("low", pa.float64()),
         ("high", pa.float64()),
-        ("notices", pa.list_(pa.string())),  # what is doubtful about a usable scan
+        ("notices", pa.list_(pa.string())),  # faults of a usable scan
         ("bytes", pa.int64()),
-        ("sha256", pa.string()),  # of the file; of a series, of its files in name order
+        ("sha256", pa.string()),  # SHA-256 of the file, or of the files of a series in name order
         ("patches", pa.int32()),  # in `paper` mode
         ("planes", pa.int32()),
         ("record", pa.int64()),  # record number, or -1
@@ -77,7 +77,7 @@ ROWS = pa.schema(
         ("row_id", pa.string()),
         ("task", pa.string()),
         ("study", pa.string()),
-        ("tokens", pa.int32()),  # at epoch 0
+        ("tokens", pa.int32()),  # number of tokens at epoch 0
         ("trained", pa.int32()),  # tokens with a weight
         ("scans", pa.int32()),  # number of distinct scans it can use
         ("state", pa.string()),  # "good", or why it cannot be used
@@ -161,7 +161,7 @@ def table_checksum(file: Path) -> str:
 
 
 def sealed(directory: Path, description: dict) -> dict:
-    """Return the content of index.json: a description with the digests of the directory's other files and its own."""
+    """Return the content of index.json: a description, the digests of the other files, and its own digest."""
     plain = parse_json(json.dumps(description, default=list))
     plain["files"] = {name: sha256_of_file(directory / name) for name in PARTS if (directory / name).is_file()}
     return plain | {"sha256": fingerprint(plain)}
@@ -218,8 +218,8 @@ RESTORE = "restore it from a copy, or run prepare again"
 class Index:
     """An opened and verified index directory.
 
-    Raises ValueError if it has no index, a damaged one, or one of another version. An index of the version before,
-    without digests, causes a warning.
+    Raises ValueError if the index is missing, damaged, or of another version. An index of the previous version, which
+    has no digests, only causes a warning.
     """
 
     def __init__(self, directory: Path | str):
@@ -272,7 +272,7 @@ class Index:
                 batch = batch.filter(pc.equal(batch["fault"], ""))
                 root = batch["root"].dictionary_encode()
                 hashes = [current.get(name, []) for name in root.dictionary.to_pylist()]
-                # If a root has become several, its scans are repeated under each of them.
+                # If one root was replaced by several, its scans are repeated under each of them.
                 root_index = root.indices.to_numpy()
                 line = np.repeat(np.arange(len(batch)), np.array([*map(len, hashes), 0])[root_index])
                 root_hash = np.array([value for k in root_index.tolist() for value in hashes[k]], np.uint64)
@@ -289,7 +289,7 @@ class Index:
         return scans["path"][0].as_py() if len(scans) else ""
 
     def notices(self, keys: Iterable[int]) -> dict[int, list[str]]:
-        """Return key -> notices of the good scans with these keys; an index made before notices existed has none."""
+        """Return {key: notices} of the good scans with these keys. Indexes of earlier versions have no notices."""
         file, keys = self.directory / "scans.parquet", list(keys)
         if not keys or "notices" not in pq.read_schema(file).names:
             return {}

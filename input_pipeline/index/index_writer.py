@@ -23,7 +23,7 @@ PACKAGES = (
     "numpy nibabel pydicom pylibjpeg-openjpeg pyjpegls python-gdcm pillow tifffile opencv-python-headless scipy "
     "sentencepiece pyarrow array-record tensorflow-datasets"
 ).split()
-# Fields of `data` that decide what a scan, a sample, or its position in a row is.
+# Fields of `data` that determine a scan, a sample, or the position of a sample in a row.
 FIELDS = (
     "tokenizer terms umls_types preprocess intensity fit storage size_2d size_3d depth text_length vision_rows "
     "patch_length planes scans max_scans num_latents seed"

@@ -1,4 +1,4 @@
-"""`prepare`: from a config to an index directory, by way of tables, scans, rows, reports and index files."""
+"""`prepare`: config -> tables -> scans -> rows -> reports -> index directory."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def prepare(
       records: also write the volumes at their final size.
       workers: number of processes; None: all cores; 0: no other process.
       runner, runner_options: how scans are read: `local`, or a Beam runner (beam.py). Tables are always read locally.
-      strict: refuse to write the index if anything is in quarantine.
+      strict: do not write the index if anything is in quarantine.
       allow_leaks: write the index although two splits share studies or scans.
       progress: see `Progress`. log: called with each warning.
     Returns:
@@ -75,7 +75,7 @@ def prepare(
     directory, start_time = Path(directory).absolute(), time.monotonic()
     workers = available_cpus() if workers is None else workers
     if records and config.preprocess == "released":
-        raise ValueError("--records stores volumes of data.preprocess='paper'; 'released' reads the scans' files")
+        raise ValueError("--records needs data.preprocess='paper' (got 'released'): remove --records")
     checksums = table_checksums(config)
     tokenizer = tokenizer_of(config)
     with locked_index(directory), database.open_database() as db:
@@ -189,7 +189,7 @@ def _encode_rows(results: Results, pool: ResilientPool, progress: Progress) -> N
 def _write_index(
     results: Results, state: ResumeState, directory: Path, tokenizer: str, report: dict, strict: bool, allow_leaks: bool
 ) -> dict:
-    """Write all files. index.json is deleted first and written last: its presence shows that the rest is complete."""
+    """Write all files. index.json is deleted first and written last, so it exists only if all files are complete."""
     (directory / "index.json").unlink(missing_ok=True)
     scans = index_writer.write_scans(directory / "scans.parquet", results, state.metadata())
     state.file.unlink(missing_ok=True)
@@ -205,7 +205,7 @@ def _write_index(
 def _write_reports(
     results: Results, state: ResumeState, directory: Path, report: dict, strict: bool, allow_leaks: bool
 ) -> None:
-    """Write the reports, and add their counts to the summary. Its `refused` lists what prevents the index."""
+    """Write the reports, and add their counts to the summary. Its `refused` lists the reasons to write no index."""
     report["quarantine"] = write_json_lines(directory / "quarantine.jsonl", reports.quarantine(results))
     write_json_lines(directory / "notices.jsonl", reports.notices(results))
     write_json_lines(directory / "cut.jsonl", reports.cut(results))

@@ -4,8 +4,8 @@
     records/volumes-scans.array_record-00000 ...    shards of about 256 MB, uncompressed, with a checksum per record
 
 A record has the slices that `prepare_volume` returned for a scan, and the SHA-256 of the scan's file. Records are
-numbered across all shards. The index has a digest of each record: the checksums of ArrayRecord detect changed bytes,
-but not a shard in the place of another one.
+numbered across all shards. The index has a digest of each record, because the checksums of ArrayRecord detect changed
+bytes, but not an exchanged shard.
 
 `Records` replaces Grain's ArrayRecordDataSource and TFDS's data source, which keep every shard open, share open
 readers with forked workers, and do not name a damaged shard; TFDS also copies every volume.
@@ -87,8 +87,8 @@ class Records:
     Args:
       lengths: number of records in each shard; None: as in the description of the data set.
     Raises:
-      ValueError: the directory has no records. On access: the number does not exist, or its shard is missing, truncated
-        or damaged, or has another record; the message names the file.
+      ValueError: the directory has no records. On access: the number does not exist, or the shard is missing,
+        truncated, damaged or has another record. The message names the file.
     """
 
     def __init__(self, directory: Path | str, lengths: Sequence[int] | None = None):

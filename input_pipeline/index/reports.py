@@ -14,7 +14,7 @@ from input_pipeline.index.results import GOOD, Results
 def quarantine(results: Results) -> Iterator[dict]:
     """Yield a line for each table row that could not be opened, each bad scan, and each row that cannot be used.
 
-    `row` is the row number in the table. `id` is its identifier, if that is different.
+    `row` is the row number in the table. `id` is the identifier of the row, if that is not the number.
     """
     for name, table in results.tables.items():
         for problem in table.problems:

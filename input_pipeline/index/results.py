@@ -26,7 +26,7 @@ class Results:
         self, config: DataConfig, tables: dict[str, SourceCheck], checksums: dict[str, str], db: sqlite3.Connection
     ):
         self.config, self.tables, self.checksums, self.db = config, tables, checksums, db
-        self.names = list(tables)  # by their number in the database
+        self.names = list(tables)  # the index is the number in the database
         self.row_count = sum(table.rows for table in tables.values())
         self.split = {name: split for split in SPLITS for name in config.sources(split)}
         db.executemany(
@@ -139,7 +139,7 @@ class Results:
         return _sizes((scan.height, scan.width, scan.depth), scan.channels, self.config.sizes)
 
     def scans(self, condition: str = "TRUE") -> Iterator[tuple[str, ScanCheck]]:
-        """Yield (the source that names it first, check) for each scan, in the order of their numbers."""
+        """Yield (source, check) for each scan, in the order of their numbers; the source is the first that names it."""
         lines = self.db.execute(f"SELECT source, {database.SCAN} FROM scans WHERE {condition} ORDER BY scan")
         for source, *scan in lines:
             yield self.names[source], database.from_columns(scan)

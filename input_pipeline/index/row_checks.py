@@ -33,7 +33,7 @@ class SourceCheck:
 
     root: str
     file: str
-    rows: int  # in the opened data set
+    rows: int  # number of rows in the opened data set
     problems: list[Problem]  # rows of the table that could not be opened
     left_out: dict[str, int]  # reason -> number of good rows that the family does not use
     duplicates: list[tuple[int, int]]  # (row, earlier row with equal content), as numbers in the table
@@ -55,8 +55,8 @@ class RowCheck(NamedTuple):
     cut: tuple[int, int, int, int] = (0, 0, 0, 0)  # tokens of context, instruction and response; dropped scans
     problem: Problem | None = None  # why the row cannot be used; the other fields may then be empty
     number: int = -1  # row number in the table
-    side: int = -1  # as Dataset.sides; -1 without
-    windows: int = 1  # as Dataset.window_count
+    side: int = -1  # side as in Dataset.sides; -1 without sides
+    windows: int = 1  # windows as in Dataset.window_count
 
 
 class Tables:
@@ -147,7 +147,7 @@ def _encode_row(tables: Tables, name: str, dataset: Dataset, row: int, row_id: s
 
 
 def _studies(dataset: Dataset, sample: Sample, keys) -> tuple[str, ...]:
-    """Return the sample's study, and those of the other scans that the row may show in other epochs."""
+    """Return the study of the sample, and the studies of other scans that the row may show in other epochs."""
     studies = [sample.study_id] if sample.study_id else []
     if studies and len(keys) > len(set(sample.scans)) and hasattr(dataset, "study_of"):
         studies += [dataset.study_of(path) for _, path, _, _ in keys]
@@ -155,7 +155,7 @@ def _studies(dataset: Dataset, sample: Sample, keys) -> tuple[str, ...]:
 
 
 def _problem(dataset: Dataset, row_id: str, error: RowError) -> Problem:
-    """Name the table and the row; if another file is at fault, the reason starts with its name."""
+    """Return the problem of a row. If a file other than the table is at fault, the reason starts with its name."""
     other_file = error.file not in (str(dataset.file), dataset.name)
     reason = f"{error.file}: {error.reason}" if other_file else error.reason
     return Problem(str(dataset.file), row_id, reason, error.remedy)

@@ -71,7 +71,7 @@ class Conversion:
 
 
 def preload() -> None:
-    """State factory without a state. Calling it imports this module once, in the process that forks the workers."""
+    """Do nothing. As a pool's state factory, this imports the module once, in the process that forks the workers."""
 
 
 def scan_from_key(key: Key) -> Scan:
@@ -90,7 +90,7 @@ def task_label(task: ScanTask) -> str:
 
 def failed_check(task: ScanTask, reason: str) -> tuple[ScanCheck, None]:
     """Return the result for a scan that killed or hung its worker."""
-    remedy = "open it by hand; if memory is short use fewer --workers, if files are slow a longer data.worker_timeout"
+    remedy = "check it with another program; use fewer --workers (little memory) or a longer data.worker_timeout"
     return ScanCheck(*task[0], fault="damaged", reason=reason, remedy=remedy), None
 
 
@@ -165,9 +165,9 @@ def _convert(voxels, header, scan: Scan, path, conversion: Conversion):
 
 
 def stamp_of(path: Path) -> tuple[str, int]:
-    """Return a stamp that changes when a file (or a file of a series) is rewritten, and the total bytes.
+    """Return the stamp of a file or a series, and its total bytes. The stamp changes when a file is rewritten.
 
-    The stamp is made of sizes and modification times, as in `make` and `rsync`.
+    It consists of sizes and modification times, as in `make` and `rsync`.
     """
     status = os.stat(path)
     if not path.is_dir():

@@ -4,7 +4,7 @@ A row has these names:
   - its study (Sample.study_id), unless that is only the path of a scan
   - the study, patient or paper that the path of one of its scans contains (`study` of the source)
   - each of its scans: the SHA-256 of its file, or if that is unknown, its path below the root
-Rows with a name in common are in one group, also across sources, and so are rows that are connected through others.
+Rows with a common name are in one group, also across sources. Rows that other rows connect are in one group too.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from input_pipeline.index.index import Index
 from input_pipeline.samples import RowError
 
 ScanFile = tuple[str, str, str]  # root, path, SHA-256 or ""
-_SCAN = 1 << 62  # the flag of a name that is a scan: names of studies sort first
+_SCAN = 1 << 62  # set in names of scans, so that names of studies sort first
 
 
 def of_sources(index: Index, datasets: dict[str, Dataset]) -> dict[str, np.ndarray]:
-    """Return source -> the group of each row, int64[rows], as `prepare` stored it.
+    """Return {source: group of each row, int64[rows]}, as `prepare` stored them.
 
-    An index of an earlier version has no groups: they are computed from the rows and their scans.
+    If an index of an earlier version has no groups, they are computed from the rows and their scans.
     """
     stored = {name: groups for name in datasets if (groups := index.study_groups(name)) is not None}
     if len(stored) == len(datasets):
@@ -77,7 +77,7 @@ def _hash(*values: str) -> int:
 
 
 def study_groups(names_of_rows: Iterable[list[int]]) -> np.ndarray:
-    """Return the group of each row, int64[rows]: the smallest name in it, which no order of rows or sources changes.
+    """Return the group of each row, int64[rows], named by its smallest name. The order of rows does not matter.
 
         row 0  study 7, scan a
         row 1  study 7, scan b   ->  7 7 7 9

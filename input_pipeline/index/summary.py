@@ -35,7 +35,7 @@ def summarize(results: Results) -> dict:
             reason = "one of its scans cannot be used" if line["reason"].startswith("scan ") else line["reason"]
             row = f"row {line['row']}" if "row" in line else f"id {line['id']}"
             reasons["rows"].add(reason, f"{row} of {line['source']}")
-    notices: dict[str, dict] = {}  # by pattern, each with its first scan's notice, which has numbers
+    notices: dict[str, dict] = {}  # grouped by pattern; each group shows the notice of its first scan, with its numbers
     for line in reports.notices(results):
         notice = notices.setdefault(pattern(line["notice"]), {"scans": 0, "example": line["notice"]})
         notice["scans"] += 1
@@ -84,7 +84,7 @@ def _sources(results: Results) -> dict:
 
 
 def _answers(results: Results, name: str, source: int) -> dict[str, dict[str, int]]:
-    """Return class -> its training `rows` and how many of them an `epoch` uses; {} if the source is not balanced."""
+    """Return class -> {"rows": training rows, "epoch": rows used per epoch}; {} if the source is not balanced."""
     condition = "source = ? AND side >= 0 AND NOT held"
     lines = results.db.execute(f"SELECT side, COUNT(*) FROM good WHERE {condition} GROUP BY side", (source,))
     counts = dict(lines)
@@ -94,7 +94,7 @@ def _answers(results: Results, name: str, source: int) -> dict[str, dict[str, in
     fraction = results.config.sources()[name].get("fraction", 1.0)
     try:
         parts = Mixture({name: {"rows": sum(sizes), "fraction": fraction, "sides": sizes}}, seed=0, weights=False).parts
-    except ValueError:  # one side only, because the other is in quarantine: training refuses the source
+    except ValueError:  # one side only, because the other is in quarantine: training rejects the source
         parts = []
     used = [part.count for part in parts] or [0] * len(sizes)
     classes = zip(results.tables[name].sides, (0, 1), strict=True)
@@ -138,9 +138,9 @@ def _split(results: Results, split: str) -> dict:
 
 
 def _lengths(rows: dict[int, int]) -> dict:
-    """Return a histogram of row lengths with the bins 0, 1, 2 to 3, 4 to 7, 8 to 15, ... tokens, and statistics.
+    """Return statistics of row lengths, and a histogram with the bins 0, 1, 2 to 3, 4 to 7, 8 to 15, ... tokens.
 
-    `rows` is tokens -> number of rows, in ascending order.
+    `rows` is {tokens: number of rows}, in ascending order.
     """
     if not rows:
         return {"counts": [], "median": 0, "mean": 0.0, "most": 0}

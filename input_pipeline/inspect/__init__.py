@@ -3,5 +3,5 @@
     rows of the pipeline (sampling.py) -> views of their arrays (views.py, images.py, tokens.py)
       -> index.html, rows.json (page.py, style.css)
 
-It reads the arrays of rows, and from the index the notices about their scans: checks of the files belong to `index`.
+It reads the arrays of rows, and the notices about their scans from the index. Checks of the files belong to `index`.
 """

@@ -20,7 +20,7 @@ def visible(text: object) -> str:
 
 
 def visible_lines(text: str) -> str:
-    """Return `visible` text with its line breaks, without those at its ends."""
+    """Return `visible` text with line breaks. Line breaks at both ends are removed."""
     return "<br>".join(map(visible, text.strip().replace("\r\n", "\n").split("\n")))
 
 

@@ -26,7 +26,7 @@ ROUNDING = 1e-4  # how far values may exceed [0, 1]
 class SliceImage:
     """A slice, counted from 1, as a data URI."""
 
-    slice: int  # of the scan's file; one of several that a stored slice averages
+    slice: int  # slice of the scan's file; a stored slice averages several of them
     width: int
     height: int
     uri: str
@@ -103,7 +103,7 @@ def scan_view(
     if low < -ROUNDING or high > 1 + ROUNDING:
         warnings.append(f"{name} has values from {low:g} to {high:g}; the images show 0 to 1")
     if not samples:
-        warnings.append(f"{name} is shown by no sample of the row")
+        warnings.append(f"{name} is not shown by any sample of the row")
     selected = np.unique(np.rint(np.linspace(0, k - 1, min(SLICES, k))).astype(int)).tolist()
     pixels = lambda i: np.rint(np.clip(values[i], 0, 1) * 255).astype(np.uint8).transpose(1, 2, 0)  # noqa: E731
     depth = source[2] if source else k

@@ -24,13 +24,13 @@ class Source:
     family: str
     rows: int  # good ones
     quarantined: int  # rows that the table or `prepare` dropped
-    samples: int  # that an epoch draws from it
-    share: float  # of all samples of the epoch
+    samples: int  # samples that an epoch draws from it
+    share: float  # its share of the samples of the epoch
 
 
 @dataclasses.dataclass(frozen=True)
 class Overview:
-    """The head of the page."""
+    """The content of the page's header: data, settings and statistics of the rows shown."""
 
     config: str
     split: str
@@ -83,5 +83,5 @@ def first_rows(config: DataConfig, split: str, count: int, epoch: int, name: str
 
 
 def _bad_lines(loader: RowLoader) -> dict[str, int]:
-    """Count the lines of each table that are not samples, and so not in the opened data set."""
+    """Count the lines of each table that are not samples and are therefore absent from the opened data set."""
     return {name: len(dataset.problems) for name, dataset in loader.datasets.items()}

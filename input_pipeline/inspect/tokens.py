@@ -32,11 +32,11 @@ class Token:
     """
 
     kind: str
-    text: str  # as decoded, with its space
+    text: str  # decoded text, with its space
     id: int
     place: int  # first position in the row
     places: int = 1  # number of positions
-    weight: float = 0.0  # with which it is predicted
+    weight: float = 0.0  # loss weight of its prediction
     image: int = 0  # number of the image in the sample, from 1; 0 for other kinds
     seen: bool = True  # whether later tokens may attend to it
 
@@ -119,7 +119,7 @@ def sample_tokens(
 
 
 def _length(values: Sequence[int], start: int, continues) -> int:
-    """Return the length of the run at `start`: one value, and those after it for which `continues(index)` is true."""
+    """Return the length of the run at `start`: this index, and the next ones while `continues(index)` is true."""
     return next((k for k in range(start + 1, len(values)) if not continues(k)), len(values)) - start
 
 
@@ -129,7 +129,7 @@ def _target_warnings(columns: Mapping[str, list], vocab_size: int) -> dict[str, 
     warnings: dict[str, list[int]] = {}
     for k, (target, weight) in enumerate(zip(columns["targets"], columns["weights"], strict=True)):
         if weight not in WEIGHTS:
-            warnings.setdefault(f"a weight that is none of {', '.join(f'{w:g}' for w in WEIGHTS)}", []).append(k)
+            warnings.setdefault(f"a weight other than {', '.join(f'{w:g}' for w in WEIGHTS)}", []).append(k)
         last = k + 1 == len(ids)
         if weight and (last or visual[k + 1] >= 0 or target != ids[k + 1] or target >= vocab_size):
             warnings.setdefault("a weight on a target that is not the next token of the text", []).append(k)

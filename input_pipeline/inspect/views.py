@@ -20,9 +20,9 @@ from input_pipeline.text.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class SampleView:
-    """A sample of a row."""
+    """What the page shows about a sample."""
 
-    number: int  # its segment
+    number: int  # number of its segment
     source: str
     row_id: str
     task: str
@@ -34,14 +34,14 @@ class SampleView:
     terms: int  # number of targets with the weight of a term
     cut: int  # tokens that were dropped because the sample was too long
     dropped_scans: int
-    slots: tuple[int, ...]  # of image 1, 2, ...
+    slots: tuple[int, ...]  # slots of image 1, 2, ...
     tokens: tuple[Token, ...]
     warnings: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class RowView:
-    """A row."""
+    """What the page shows about a row."""
 
     epoch: int
     window: int
@@ -55,7 +55,7 @@ class RowView:
     samples: tuple[SampleView, ...]
     scans: tuple[ScanView, ...]
     left_out: tuple[str, ...]
-    warnings: tuple[str, ...]  # about the row and its scans; samples have their own
+    warnings: tuple[str, ...]  # warnings about the row and its scans; samples have their own
 
     def as_dict(self) -> dict:
         """Return plain values, without images and with tokens as columns."""

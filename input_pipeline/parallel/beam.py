@@ -129,7 +129,7 @@ class _ChunkWorker:
 def _count_parts(
     directory: Path, items: chunk_files.Items, chunks: Sequence[int], progress: Callable[[int], None]
 ) -> Iterator[None]:
-    """Report finished parts to `progress` while the block runs, because runners do not."""
+    """Report finished parts to `progress` while the block runs. Beam runners report no progress."""
     stop, counted = threading.Event(), set()
 
     def count() -> None:

@@ -102,7 +102,7 @@ def write_part(directory: Path, chunk: int, lines: Iterable[str]) -> None:
 
 
 def remove_partial_files(directory: Path, folder: str = "parts") -> None:
-    """Remove incomplete files that killed workers left in a subfolder, or in all that match a pattern."""
+    """Remove the incomplete files of killed workers from a subfolder, or from all subfolders that match a pattern."""
     for file in directory.glob(f"{folder}/*{PARTIAL}"):
         file.unlink()
 

@@ -63,7 +63,7 @@ class ResilientPool(contextlib.AbstractContextManager):
           size: number of items per chunk.
           failed: failed(item, reason) -> the result of an item that killed or hung its worker.
         Raises:
-          WorkerError: more than MAX_DEATHS workers died or hung, or one did so outside any item.
+          WorkerError: more than MAX_DEATHS workers died or hung, or a worker died or hung outside any item.
           Exception: the exception that `function` raised.
         """
         waiting: collections.deque[_Chunk] = collections.deque()

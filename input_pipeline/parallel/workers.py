@@ -224,7 +224,7 @@ def _describe_exit(code: int | None) -> str:
 
 
 def _picklable_error(error: BaseException) -> tuple[BaseException, list[str]]:
-    """Return an error that survives pickling, and its notes; the last note is the worker's traceback.
+    """Return a picklable copy of an error, and its notes. The last note is the worker's traceback.
 
     RowError and ScanError describe the data, so they need no traceback.
     """

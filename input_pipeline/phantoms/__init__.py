@@ -4,7 +4,7 @@
     phantoms.write("practice", validation=150)                  # or: python -m input_pipeline.phantoms --out practice
     phantoms.parse_report("Findings: CT. No lesion. Impression: Normal.")
 
-They contain no disease: they let a whole system learn within minutes, with answers that can be checked. Real data
+They show no disease. A whole system can be trained on them within minutes, and its answers can be checked. Real data
 belongs to datasets/ and curate/. docs/phantoms.md has images, statistics, and the tests against shortcuts.
 """
 

@@ -1,7 +1,7 @@
 """Draws the voxels of a planned phantom. D slices, H rows, W columns; intensities are from 0 to 1.
 
-Lesions change the mean and the standard deviation of an image, which would reveal them to a model that sees only these
-statistics. So a phantom with lesions is drawn with the mean and deviation that it has without them: `_balance` changes
+Lesions change the mean and the standard deviation of an image. A model could detect lesions from these statistics
+alone. So a phantom with lesions is drawn with the mean and deviation that it has without them: `_balance` changes
 tissue, air and body size slightly, by much less than they vary between phantoms.
 """
 
@@ -56,7 +56,7 @@ def _noiseless(study: Study) -> tuple[np.ndarray, Study]:
 
 
 def _with_lesions(study: Study, mean: float) -> np.ndarray:
-    """Draw float32[D, H, W] with this mean. Only tissue changes: a structure in front of a lesion (a spine) stays."""
+    """Draw lesions with this mean, float32[D, H, W]. Only tissue changes, not a structure in front of it (a spine)."""
     image, tissue = _draw_body(study)
     for lesion in study.lesions:
         box, cover = lesion_cover(study, lesion)
@@ -67,7 +67,7 @@ def _with_lesions(study: Study, mean: float) -> np.ndarray:
 
 
 def _balance(study: Study) -> Study:
-    """Change the body so that the lesions do not change the deviation, by the secant method on a coarse copy.
+    """Change the body (by the secant method, on a coarse copy) until the deviation is that without lesions.
 
     Brighter air and a larger body reduce the deviation at the same mean; so do a wider ultrasound fan and less speckle.
     """
@@ -93,7 +93,7 @@ def _moments(study: Study, image: np.ndarray) -> tuple[float, float]:
 
 
 def _change_body(study: Study, change: float) -> Study:
-    """Return the study with a changed body: 0 is the planned body, 1 is about right for two big lesions."""
+    """Return the study with a changed body. A change of 0 is the planned body; about 1 balances two big lesions."""
     body = study.body
     if study.labels.modality == "ultrasound":
         body = dataclasses.replace(body, fan=body.fan + 0.05 * change, noise=body.noise * (1 - 0.2 * change))
@@ -123,7 +123,7 @@ def coordinates(study: Study) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def lesion_cover(study: Study, lesion: plan.Lesion) -> tuple[tuple[slice, slice, slice], np.ndarray]:
-    """Return the bounding box [D, H, W] of a lesion, and the covered share of each voxel, soft over 2 pixels."""
+    """Return the bounding box [D, H, W] of a lesion, and the covered share of each voxel. Edges are 2 pixels wide."""
     box, squares = [], []
     for line, centre, radius in reversed(list(zip(coordinates(study), lesion.centre, lesion.radii, strict=True))):
         near = np.flatnonzero(np.abs(line - np.float32(centre)) <= radius + 4 / study.size)

@@ -75,14 +75,14 @@ class Body:
     """Random properties of a phantom that are not the subject of any question."""
 
     axes: tuple[float, float]  # half-axes of the body ellipse (x, y); in ultrasound (a fan) they only limit the lesions
-    centre: tuple[float, float]  # of the ellipse (x, y)
+    centre: tuple[float, float]  # centre of the ellipse (x, y)
     level: float  # intensity of the tissue, from 0 to 1
     air: float  # intensity outside the body (0 outside an ultrasound fan)
     frame: float  # intensity of the brightest structure (spine, skull, fat, skin line)
     frame_width: float  # width of that structure, relative to its usual width
     noise: float  # standard deviation; in ultrasound of the speckle, relative to the brightness
     tilt: tuple[float, float]  # (x, y) slope of the shading, intensity per half-width
-    phase: float  # of ribs and layers, in turns
+    phase: float  # phase of ribs and layers, in turns
     fan: float  # half-angle of the ultrasound fan, radians
 
 
@@ -229,7 +229,7 @@ def _fit(centres: np.ndarray, radii: np.ndarray, body: Body) -> np.ndarray:
 
 
 def _value_range(rng: np.random.Generator, modality: str, file_format: str) -> tuple[int, int]:
-    """Draw the stored values of the intensities 0 and 1, independently of what the phantom shows."""
+    """Draw the stored values of the intensities 0 and 1, independently of the phantom's content."""
     low, high = {
         "png8": ((0, 25), (200, 255)),
         "jpeg": ((0, 25), (200, 255)),

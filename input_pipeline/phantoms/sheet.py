@@ -15,7 +15,7 @@ COLUMNS = ((0, None, None), *((1, side, size) for side in SIDES for size in SIZE
 
 
 def contact_sheet(seed: int, split: str = "train", size: int = 128, volumes: float = 0.12) -> bytes:
-    """Return a PNG with the first phantom of each modality and (lesions, side, size); of a volume, the middle slice."""
+    """Return a PNG with the first phantom of each modality and (lesions, side, size). Volumes show the middle slice."""
     tiles = [(modality, *column) for modality in MODALITIES for column in COLUMNS]
     studies: dict[tuple, Study] = {}
     index = 0

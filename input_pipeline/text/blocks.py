@@ -49,7 +49,7 @@ def to_blocks(
     mark = [tokenizer.image_id, *[0] * num_latents, tokenizer.image_end_id]
     last_text = max(i for i, p in enumerate(parts) if isinstance(p, Text))
     blocks: list[Block] = []
-    eos_position = None  # of the current answer: after its last text
+    eos_position = None  # position of the current answer's EOS: after its last text
     left: str | None = None  # the previous text, unless a scan is in between
     for i, part in enumerate(parts):
         if isinstance(part, Scan):

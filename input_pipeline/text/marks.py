@@ -17,8 +17,8 @@ def place_scans(templates: Sequence[str], n_scans: int, first: bool = True) -> l
         ["Chest pain.", "Findings?"], 2         -> [[0, 1, "Chest pain."], ["Findings?"]]
 
     With marks, every scan needs one. Without any mark, all scans come first; with `first=False` they come last. Raises
-    ValueError as `parse_marks` does, and for a misspelt mark if there is no valid one, because the scan would be at
-    another position than its writer intended.
+    ValueError as `parse_marks` does. If all marks are misspelt, also raises ValueError, because the scans would not be
+    at the intended positions.
     """
     if not n_scans or any(map(_MARK.search, templates)):
         return parse_marks(templates, n_scans)

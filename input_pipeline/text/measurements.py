@@ -1,4 +1,4 @@
-"""Remove sizes in mm or cm from running text (paper, Table 2: Rad3D-Caption of RadMD). All data sets share the rules.
+"""Remove sizes in mm or cm from text (paper, Table 2: Rad3D-Caption of RadMD). All data sets share the rules.
 
     "A 3 x 2.5 cm mass, measuring 30 mm, and a cyst (4 mm)."             ->  "A mass, and a cyst."
     "An 8 to 10-cm, tubular structure, measured at 3 x 4 cm."            ->  "A tubular structure."

@@ -2,11 +2,12 @@
 
 It differs from the layout of the paper (tokens.py) in the position of images and in what is trained:
 
-- question, a space and answer are tokenised as one string, which is split at each image without the white space around;
-- the data loader inserts an image at character p of a text before character p - 1, so "at the end" is before the last
-  character; in the middle of a text of the user, an image is inserted exactly where its mark is, as in the demo;
-- the end-of-text token cannot be attended to; a text that fills the row has none (`tokens.encode` shortens instead);
-- terms are tokenised separately and matched as ids, so they match inside other words and not after a bracket.
+- Question, a space and answer are tokenised as one string. It is split at each image, and white space around images is
+  dropped.
+- The data loader inserts an image at character p of a text before character p - 1, so "at the end" is before the last
+  character. In the middle of a user's text, an image is inserted exactly at its mark, as in the demo.
+- No token attends to the end-of-text token. A text that fills the row has none (`tokens.encode` shortens instead).
+- Terms are tokenised separately and matched as ids, so they match inside other words, and not after a bracket.
 
 Ids from V on: V `<image>`, V + 1 `</image>`, V + 2 + L s + j latent j of scan s (V vocabulary, L latents of a scan).
 Source: the data loader of the released code; reference encodings in tests/data/tokenizer_golden.json.
@@ -26,13 +27,13 @@ class ReleasedText:
     """One sample without padding."""
 
     ids: list[int]  # numbered as in the module docstring
-    weights: list[float]  # of each token as a label (not shifted); 0 where the original has the label -100
+    weights: list[float]  # weight of each token as a label (not shifted); 0 where the original has the label -100
     question_length: int  # tokens of the question, including BOS and images
     complete: bool  # False if the answer or the end-of-text token did not fit
 
 
 def exact_position(position: int) -> int:
-    """Return the position for which `insert_images` inserts an image exactly before character `position`."""
+    """Return the argument with which `insert_images` inserts an image exactly before character `position`."""
     return position + 1
 
 
@@ -90,11 +91,11 @@ def released_text(
         else:
             joined.append(segment)
     ids = encode_segments(tokenizer, joined, num_latents=num_latents)
-    # Counted without the answer, as in the original: after an empty question the space belongs to the answer.
+    # The question is tokenised alone, as in the original. After an empty question the space belongs to the answer.
     question_length = min(len(encode_segments(tokenizer, question, num_latents=num_latents)), max_tokens)
     complete = len(ids) < max_tokens
     ids = [*ids, tokenizer.eos_id] if complete else ids[:max_tokens]
-    pad_or_unknown = 0  # the same id in this model, so an unknown piece is never trained
+    pad_or_unknown = 0  # padding and unknown pieces share this id, so an unknown piece is never trained
     label = [i >= question_length and t < tokenizer.image_id and t != pad_or_unknown for i, t in enumerate(ids)]
     weights = [float(trained) for trained in label]
     for key in {tuple(tokenizer.encode(term)) for term in terms} - {()}:

@@ -59,7 +59,7 @@ def spans(text: str) -> list[tuple[int, int]]:
 
 
 def _line_ends_sentence(text: str, start: int, match: re.Match) -> bool:
-    """Return whether a line without a full stop ends its sentence, rather than being wrapped."""
+    """Return whether a line without a full stop ends its sentence. If not, the sentence continues on the next line."""
     if match["mark"]:
         return True
     if match["number"]:

@@ -8,7 +8,7 @@ from input_pipeline.samples import RowError, Sample
 from input_pipeline.text.blocks import TRAINED, Block
 from input_pipeline.text.tokenizer import Tokenizer
 
-# Tokens kept of an instruction that is too long: its last ones, because the question is at its end.
+# Number of last tokens to keep of an instruction that is too long. The question is at its end.
 INSTRUCTION_FLOOR = 64
 
 
@@ -21,7 +21,7 @@ def does_not_fit(sample: Sample, tokens: int, marks: int, max_tokens: int) -> Ro
 def shorten_blocks(
     sample: Sample, blocks: list[Block], excess: int, tokenizer: Tokenizer, max_tokens: int
 ) -> Counter[str]:
-    """Remove `excess` tokens or slightly more from the blocks, in place. Returns the number removed per role."""
+    """Remove at least `excess` tokens, and few more, from the blocks in place. Returns the number removed per role."""
     cut: Counter[str] = Counter()
     for role in ("context", "instruction"):
         texts = [b for b in blocks if b.role == role]

@@ -70,7 +70,7 @@ def _singular(word: str) -> str:
 def _fold_by_rule(word: str) -> str:
     word = word.casefold()
     if not word.isascii():
-        # Compatibility forms as well: the ligature of "ﬁbrosis", the superscript of "cm²".
+        # Fold compatibility forms too: the ligature of "ﬁbrosis", the superscript of "cm²".
         kept = (c for c in unicodedata.normalize("NFKD", word) if unicodedata.category(c) not in ("Mn", "Cf"))
         word = "".join(kept).casefold().replace("\u2019", "'").replace("\u02bc", "'")
     word = _singular(word.removesuffix("'s"))

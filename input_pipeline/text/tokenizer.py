@@ -38,7 +38,7 @@ class Tokenizer:
         # `_words` starts every text as a word. `_continued` is the same model for text that continues a word.
         spec.normalizer_spec.add_dummy_prefix = False
         self._continued = sentencepiece.SentencePieceProcessor(model_proto=spec.SerializeToString())
-        self.fingerprint = hashlib.sha256(model).hexdigest()  # for indices and checkpoints
+        self.fingerprint = hashlib.sha256(model).hexdigest()  # recorded in indexes and checkpoints
         self.vocab_size: int = self._words.vocab_size()  # V, the number of pieces of the model
         self.bos_id: int = self._words.bos_id()
         self.eos_id: int = self._words.eos_id()
@@ -68,7 +68,7 @@ class Tokenizer:
     def encode(self, text: str, *, starts_word: bool = True) -> list[int]:
         """Encode a text without BOS and EOS. Marks and control pieces in it ("<image-1>", "</s>") are text.
 
-        `starts_word`: as if preceded by a space. Raises ValueError if the text is not valid Unicode (a lone surrogate).
+        `starts_word`: encode as if a space came before. Raises ValueError if the text has a lone surrogate.
         """
         return self.encode_with_offsets(text, starts_word=starts_word)[0]
 

@@ -65,9 +65,11 @@ def encode(
     BOS, then the parts in reading order, each scan as `<image>`, its latents and `</image>`. `blocks.separator` defines
     the white space between parts. EOS ends every answer and the interleaved text, and is trained.
 
-    A sample longer than `max_tokens` is cut, no more than needed, in this order: the beginning of its contexts (the
-    first one first); the beginning of its instructions, down to the last 64 tokens; the end of its last answer or
-    interleaved text, including scans in that end, with EOS kept. Cuts are at the start of a word if one is near.
+    A sample longer than `max_tokens` is cut, no more than needed, in this order:
+      1. the beginning of its contexts, the first one first;
+      2. the beginning of its instructions, down to the last 64 tokens;
+      3. the end of its last answer or interleaved text, including scans in that end; EOS is kept.
+    Cuts are at the start of a word if one is near.
 
     Args:
       max_scans: maximum of distinct scans. If there are more, `rng` chooses which to keep.
@@ -131,7 +133,7 @@ def _paper(sample, parts, dropped, tokenizer, terms, num_latents, max_tokens, pr
 
 
 def _released(sample, parts, dropped, tokenizer, terms, num_latents, max_tokens, prompt) -> Encoded:
-    texts, images, scans = ["", ""], ([], []), {}  # of question and answer
+    texts, images, scans = ["", ""], ([], []), {}  # the first item belongs to the question, the second to the answer
     side = contexts = 0
     for i, part in enumerate(parts):
         if isinstance(part, Scan):

@@ -164,7 +164,7 @@ def raise_damage(directory, problems: Iterable[str]) -> None:
 
 
 def digest(directory) -> str:
-    """Return a SHA-256 that identifies the parameters of a checkpoint, wherever it is stored."""
+    """Return a SHA-256 that identifies the parameters of a checkpoint. It does not depend on the path."""
     files = read_manifest(Path(directory))
     params = {name: entry["sha256"] for name, entry in sorted(files.items()) if name.startswith(f"{PARAMS}/")}
     return hashlib.sha256(json.dumps(params).encode()).hexdigest()
@@ -188,7 +188,7 @@ def _remedies(directory: Path, listed: dict[str, dict]) -> dict[str, str]:
 
 
 def write_description(directory: Path, part: str, model: dict, **fields) -> None:
-    """Write radfm.json, with the sizes of the part `radfm`, or `llama` for only a language model.
+    """Write radfm.json, with the sizes of a RadFM (part `radfm`) or of a language model alone (part `llama`).
 
     Settings of the computation (dtype, remat, ...) are not written.
     """
@@ -216,7 +216,7 @@ def read_description(directory) -> dict:
 def model_config(description: dict, directory) -> radfm.RadFMConfig:
     """Return the sizes of a complete RadFM. Raises ValueError for a checkpoint of the language model alone."""
     if (part := description["part"]) != "radfm":
-        raise ValueError(f"{directory} holds only the part {part!r}: it can initialise a RadFM, but is not one")
+        raise ValueError(f"{directory} has only the part {part!r}: it can initialise a RadFM, but is not one")
     with errors_of(Path(directory) / DESCRIPTION):
         return radfm.RadFMConfig.from_dict(description["model"])
 
@@ -237,7 +237,7 @@ def save_params(directory: Path, params: dict) -> None:
 
 
 def restore_params(directory, abstract: dict, shardings: dict | None = None) -> dict:
-    """Read parameters onto any mesh, or without shardings onto the default device; cast to the dtypes of `abstract`.
+    """Read parameters onto any mesh (default: one device) and cast them to the dtypes of `abstract`.
 
     Raises ValueError that lists every parameter that is missing, unexpected or of another shape.
     """

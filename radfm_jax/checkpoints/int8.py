@@ -64,7 +64,7 @@ def restore_params(directory, abstract: dict, shardings: dict | None = None) -> 
     """Read parameters like `checkpoint.restore_params`, and quantise each layer of a matrix as it is read.
 
     Raises:
-      ValueError: as there; or names a parameter whose weights are not finite.
+      ValueError: as `checkpoint.restore_params`, or a parameter has weights that are not finite.
     """
     leaves, reader = checkpoint.with_shardings(abstract, shardings), checkpoint.ParamReader(directory)
     checkpoint.check_shapes(leaves, reader.shapes, directory)

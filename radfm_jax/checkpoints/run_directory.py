@@ -92,7 +92,7 @@ def steps(workdir) -> list[int]:
 
 
 def own_share(sizes: dict[str, int]) -> list[str]:
-    """Return the files of {name: bytes} that this process hashes; every process gets about the same number of bytes."""
+    """Return the share of {name: bytes} that this process hashes. All shares have about the same number of bytes."""
     largest_first = sorted(sizes, key=lambda name: (-sizes[name], name))
     return largest_first[jax.process_index() :: jax.process_count()]
 
@@ -138,7 +138,7 @@ def latest(workdir, *, allow_older: bool = False, warn: Warn = warning) -> Path 
 def best(workdir) -> Path | None:
     """Return the directory of the best step, not verified; None if best.json does not exist.
 
-    A best step that an earlier version selected on data.test does not count; a warning says so.
+    A best step that an earlier version selected on data.test is ignored, with a warning.
     """
     path = Path(workdir) / CHECKPOINTS / BEST
     try:
@@ -158,7 +158,7 @@ def best(workdir) -> Path | None:
 
 
 def select_checkpoint(directory) -> Path:
-    """Return `directory` if it is a checkpoint; if it is a run, its best step, or its newest without best.json.
+    """Return `directory` if it is a checkpoint. Of a run, return the best step, or without best.json the newest.
 
     Raises ValueError if the run has no step.
     """

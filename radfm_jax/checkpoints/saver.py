@@ -47,10 +47,10 @@ class Saver:
         ...
         saver.save(state, rows.get_state(), metrics={"eval/loss": 2.1})
 
-    The next `save`, `wait` or `close` raises the error of a save that failed in the background. If the program ends
-    without any of them, it waits for the save first, and exits with code 1 if the save failed.
+    If a save fails in the background, the next `save`, `wait` or `close` raises its error. If the program ends before
+    that, it waits for the save, and exits with code 1 if the save failed.
 
-    Frozen parameters are written with every step, so that a step needs no other. In the first stage of the paper, where
+    Frozen parameters are written with every step, so that each step is complete. In the first stage of the paper, where
     the language model is frozen, they are 52.1 of 53.4 GB (float32).
 
     Raises ValueError if another process writes to the directory, or it cannot be written.
@@ -58,7 +58,7 @@ class Saver:
 
     workdir: Path  # created if it does not exist; locked (run_directory.lock) until `close`
     _: dataclasses.KW_ONLY
-    config: Mapping  # of the run, JSON values; written to config.json by `begin`, and to every step
+    config: Mapping  # config of the run as JSON values; `begin` writes it to config.json, `save` to every step
     model: radfm.RadFMConfig
     tokenizer: str | Path | None = None  # SentencePiece model, which is copied to every step
     keep_last: int = 2  # number of newest steps to keep, at least 1
@@ -97,7 +97,7 @@ class Saver:
     def begin(self, newest: Path | None) -> None:
         """Write config.json, and delete the steps before `newest` that need not be kept any more.
 
-        Call this when nothing can refuse the run any more. `newest` is the verified step to continue from, or None.
+        Call this after all checks of the run. `newest` is the verified step to continue from, or None.
         """
         if jax.process_index() == 0:
             if newest is not None:

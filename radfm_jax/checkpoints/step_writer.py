@@ -28,7 +28,7 @@ from radfm_jax.runtime import faults
 from radfm_jax.runtime.barrier import barrier, describe, forget
 
 REPLACED = ".replaced"
-# Replicas share the copy of an array, one slice each. The slicing compiles for every shape, so not for small arrays.
+# Each replica copies one slice of an array. Slicing compiles for every shape, so small arrays are not sliced.
 ARRAYS = ocp.type_handlers.create_type_handler_registry(
     (jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=16 * 2**20))
 )
@@ -49,7 +49,7 @@ def remove_partial(workdir: Path) -> None:
 
 
 def recover_replaced(workdir: Path) -> None:
-    """Finish the replacement of a step that a killed process left half done."""
+    """Finish the replacement of a step that a killed process interrupted."""
     for path in (workdir / CHECKPOINTS).glob(f"*{REPLACED}"):
         step = path.with_suffix("")
         shutil.rmtree(path) if step.exists() else path.rename(step)
@@ -96,7 +96,7 @@ class StepWriter:
             raise FileNotFoundError(f"{checkpoints} does not exist any more")
         remove_partial(self.workdir)
         checkpoint.require_space(checkpoints, self._bytes + self._bytes // 50, f"saving step {self.step}")
-        # A unique name, because a process of a killed run may still be writing to an older one.
+        # The name is unique, because a process of a killed run may still be writing to an older directory.
         partial = checkpoints / f"{self.step}.{os.getpid()}-{time.time_ns()}{PARTIAL}"
         for directory in (*self._parts, DATA):
             (partial / directory).mkdir(parents=True)

@@ -124,7 +124,7 @@ def check_init(directory, state: dict) -> None:
 
 
 def _shared_parameters(directory: Path, state: dict) -> tuple[dict, dict, dict]:
-    """Return the parameters of a state, those of a checkpoint, and those of the state that are in both."""
+    """Return three dicts {path: leaf}: parameters of the state, of the checkpoint, and the state's that are in both."""
     params, stored = split_state(state)[PARAMS], stored_arrays(directory / PARAMS)
     shared = {path: x for path, x in params.items() if path in stored}
     check_shapes(shared, {path: stored[path] for path in shared}, directory)

@@ -1,4 +1,4 @@
-"""Names of the tensors of a file -> names without the prefixes of wrappers, and what kind of model they are."""
+"""Remove the prefixes of torch's wrappers from tensor names, and find out which kind of model a file has."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Iterable
 # Path components that torch's wrappers insert: DistributedDataParallel, torch.compile, FSDP, activation checkpointing.
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 LLM, EMBEDDING_LAYER = "lang_model.", "embedding_layer."
-# A name that every model of a part has, after the prefix that all its names share.
+# A tensor name that every model of a part has, after the prefix that all its names share.
 ANCHORS = ("lang_model.model.norm.weight", "model.norm.weight")
 
 
 def plain_names(names: Iterable[str]) -> dict[str, str]:
-    """Return {name in the file: name without wrappers}. Names of a RadFM's language model alone are a LLaMA's.
+    """Return {name in the file: name without wrappers}. The language model of a RadFM alone gets the names of a LLaMA.
 
     Raises ValueError if two names become equal.
     """
@@ -25,12 +25,12 @@ def plain_names(names: Iterable[str]) -> dict[str, str]:
     if len(set(plain.values())) < len(plain):
         first: dict[str, str] = {}
         twice = [f"{first[s]} and {n}" for n, s in plain.items() if first.setdefault(s, n) != n]
-        raise ValueError(f"has tensors of equal names without wrappers: {', '.join(twice[:5])}")
+        raise ValueError(f"has tensors whose names are equal without the prefixes of wrappers: {', '.join(twice[:5])}")
     return plain
 
 
 def part_of(names: Iterable[str]) -> str:
-    """Return what `plain_names` are of: `llama` for a language model alone, else `radfm`."""
+    """Return which model has these `plain_names`: `llama` for a language model alone, else `radfm`."""
     names = set(names)
     if any(n.startswith((LLM, EMBEDDING_LAYER)) for n in names):
         return "radfm"
@@ -38,7 +38,7 @@ def part_of(names: Iterable[str]) -> str:
 
 
 def _common_prefix(names: Iterable[str]) -> str:
-    """Return the prefix before the anchors that all names share, such as `model.` in checkpoints of Lightning."""
+    """Return the prefix that all names share, such as `model.` in checkpoints of Lightning."""
     names = list(names)
     for anchor in ANCHORS:
         for prefix in (n.removesuffix(anchor) for n in names if n.endswith(anchor)):

@@ -20,7 +20,7 @@ def from_torch(
     dst,
     *,
     part: str = "radfm",  # what `src` must be: `radfm`, or `llama` for a Hugging Face LLaMA folder
-    config: dict | None = None,  # of model_config.read_config, for sizes that tensor shapes do not give
+    config: dict | None = None,  # from model_config.read_config, for sizes that tensor shapes do not show
     tokenizer=None,  # SentencePiece model; default: `tokenizer.model` next to `src`
     trim_vocabulary: bool = False,  # drop the rows of the vocabulary that the tokenizer lacks
     unused: str = "drop",  # `keep` stores tensors that the model never reads, `drop` only their names and shapes
@@ -89,10 +89,10 @@ def _write(
 
 
 def _records(model: TorchModel) -> dict[str, dict]:
-    """Return the fields of radfm.json that the config next to the weights has: preparation and origin.
+    """Return the fields of radfm.json that the config next to the weights records: preparation and origin.
 
-    The preparation of the released weights is assumed for a model of their sizes only. Raises ValueError if a record
-    does not fit the model.
+    Without a record, a model of the released sizes gets the preparation of the released weights. Raises ValueError if
+    a record does not fit the model.
     """
     config, where = model.user_config or {}, f"the config of {model.src}"
     origin = config.get(stored.ORIGIN)
@@ -106,11 +106,11 @@ def _records(model: TorchModel) -> dict[str, dict]:
         return fields | {stored.KEY: record}
     if (released := stored.released_preparation(model.config)) is not None:
         model.notes.append(
-            f"the source does not say how scans are prepared: assumed {released.preprocess!r} preprocessing at "
+            f"the source does not state how scans are prepared: assumed {released.preprocess!r} preprocessing at "
             f"{released.size_2d}/{released.size_3d}, because all sizes are those of the released weights"
         )
         return fields | {stored.KEY: stored.to_record(released)}
-    model.notes.append(f"the source does not say how scans are prepared: {stored.REMEDY}")
+    model.notes.append(f"the source does not state how scans are prepared: {stored.REMEDY}")
     return fields
 
 

@@ -24,8 +24,8 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 def config_json(src: Path, part: str, config: RadFMConfig, description: dict, report: Report) -> dict:
     """Return the config.json of an export.
 
-    For a RadFM it has all that `from-torch` cannot read from the tensors: sizes, the preparation of scans and texts,
-    and the origin of the weights. transformers does not know the model type and refuses the folder.
+    For a RadFM it has everything that `from-torch` cannot read from the tensors: sizes, the preparation of scans and
+    texts, and the origin of the weights. transformers does not know the model type and rejects the folder.
     """
     dtype = report.dtypes[0]
     if part == "llama":
@@ -37,7 +37,7 @@ def config_json(src: Path, part: str, config: RadFMConfig, description: dict, re
     try:
         hf[stored.KEY] = stored.to_record(stored.preparation_of(src, config))
     except ValueError as e:
-        report.lines.append(f"the export does not say how scans are prepared: {e}")
+        report.lines.append(f"the export does not state how scans are prepared: {e}")
     return hf
 
 
@@ -54,7 +54,7 @@ def _special_ids(src: Path) -> dict[str, int]:
 
 @contextlib.contextmanager
 def config_next_to(path: Path, hf: dict) -> Iterator[None]:
-    """Write the config of a weight file, then yield to write that file. Removes the config if that fails."""
+    """Write the config of a weight file, then yield. The caller writes the file; if it fails, the config is removed."""
     write_json(path, hf)
     try:
         yield
@@ -80,9 +80,9 @@ def write_folder(folder: Path, src: Path, part: str, config: RadFMConfig, hf: di
 
 
 def tokenizer_config(path: Path) -> dict:
-    """Return a tokenizer_config.json with which transformers encodes like `Tokenizer`, and adds BOS as prompts need.
+    """Return a tokenizer_config.json. With it, transformers encodes like `Tokenizer` and adds BOS, which prompts need.
 
-    Without it, AutoTokenizer does not know the class of a folder, or adds no BOS.
+    Without it, AutoTokenizer does not know the tokenizer class of a folder, or does not add BOS.
     """
     tokenizer = Tokenizer(path)
     return {
@@ -98,5 +98,5 @@ def tokenizer_config(path: Path) -> dict:
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Write a file that other programs read."""
+    """Write an indented JSON file for other programs."""
     path.write_text(json.dumps(value, indent=2))

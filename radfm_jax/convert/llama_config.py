@@ -37,10 +37,10 @@ def llama_from_hf(config: dict, path) -> DecoderConfig:
 
 
 def attention_from_hf(config: dict, width: int, path) -> dict:
-    """Return what tensor shapes do not give: heads, RoPE, the norm's epsilon and whether the head is tied.
+    """Return the settings that tensor shapes do not show: heads, RoPE, the norm's epsilon, tied or untied head.
 
-    A key that is absent has the default of transformers' LlamaConfig, as in the files of LLaMA 1. Raises ValueError for
-    a network that differs from LLaMA.
+    An absent key, as in the files of LLaMA 1, has the default of transformers' LlamaConfig. Raises ValueError if the
+    network differs from LLaMA.
     """
     if config.get("model_type", "llama") != "llama":
         raise ValueError(f"{path} describes a {config['model_type']!r}, not a llama")

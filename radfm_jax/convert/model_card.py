@@ -10,7 +10,7 @@ WARNING = "**Research only, not for clinical use.**"
 def model_card(config: RadFMConfig, part: str, parameters: int, preparation: dict | None = None) -> str:
     """Return Markdown that describes the weights, their use and their limits.
 
-    preparation: the record of config.json (inference.stored).
+    preparation: the record in config.json (inference.stored).
     """
     llm = config.llama
     text = f"LLaMA: {llm.num_layers} layers, width {llm.width}, {llm.num_heads} heads, vocabulary {llm.vocab_size}"
@@ -42,7 +42,7 @@ tags: [radiology, medical, vision-language]
 
 # {title}
 
-{WARNING} The model can be wrong in ways that read well. It is not a medical device and has no regulatory
+{WARNING} Its wrong answers can sound convincing. The model is not a medical device and has no regulatory
 approval. Its answers must not guide the care of any patient.
 
 Exported by radfm_jax; {parameters:,} parameters.

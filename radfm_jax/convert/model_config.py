@@ -1,7 +1,7 @@
 """The sizes of a RadFM: from the tensors of a file, from a config.json, or from a config of this project.
 
-No tensor shape gives the numbers of attention heads, the sides of a patch, RoPE or the norm's epsilon. They are read
-from a config. Without one, they are known only for a model of which every other size is the released one.
+Tensor shapes do not show the numbers of attention heads, the sides of a patch, RoPE or the norm's epsilon. A config
+states them. Without a config, the released values are used if every other size is the released one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from radfm_jax.models.radfm import RadFMConfig, radfm_14b
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-# The sizes of each part that no tensor shape gives.
+# The sizes of each part that tensor shapes do not show.
 HIDDEN_SIZES = {
     "vision": ("num_heads", "head_dim", "patch", "channels"),
     "perceiver": ("num_heads", "head_dim"),
@@ -31,7 +31,7 @@ HIDDEN_SIZES = {
 }
 REMEDY = (
     "pass --config with the configs/*.py of the model, or with a config.json that `to-torch` wrote; the language "
-    "model's config.json of Hugging Face gives those of llama"
+    "model's config.json of Hugging Face has only the sizes of llama"
 )
 
 
@@ -70,7 +70,7 @@ def config_next_to(path) -> Path | None:
 
 
 def radfm_from_model(model: Mapping, path, parts: tuple[str, ...] = tuple(HIDDEN_SIZES)) -> RadFMConfig:
-    """Return the sizes in the `model` of a config. Raises ValueError if it lacks one that no tensor shape gives."""
+    """Return the sizes in a config's `model`. Raises ValueError if it lacks one that tensor shapes do not show."""
     if not isinstance(model, Mapping) or not all(isinstance(fields, Mapping) for fields in model.values()):
         raise ValueError(f"the config of {path}: `model` must have the parts {', '.join(parts)} with their sizes")
     if missing := [f"{p}.{n}" for p in parts for n in HIDDEN_SIZES[p] if n not in model.get(p, {})]:
@@ -81,7 +81,7 @@ def radfm_from_model(model: Mapping, path, parts: tuple[str, ...] = tuple(HIDDEN
 def radfm_from_shapes(shapes: Shapes, config: dict | None, path) -> RadFMConfig:
     """Return the sizes of a RadFM from the shapes of its tensors and from `config` (of `read_config`).
 
-    Raises ValueError if nothing gives a size, or sources disagree.
+    Raises ValueError if a size is in neither of them, or if they disagree.
     """
     if config and "model" in config:
         sizes = radfm_from_model(config["model"], path)
@@ -105,7 +105,7 @@ def radfm_from_shapes(shapes: Shapes, config: dict | None, path) -> RadFMConfig:
 
 
 def _sizes_of_config(config: RadFMConfig) -> dict[str, dict]:
-    """Return the sizes of each part that tensor shapes give, as `_sizes_of_tensors` does."""
+    """Return the sizes of a config that tensor shapes also show, in the form of `_sizes_of_tensors`."""
     vision, perceiver, llama = config.vision, config.perceiver, config.llama
     return {
         "vision": {
@@ -125,7 +125,7 @@ def _sizes_of_config(config: RadFMConfig) -> dict[str, dict]:
 
 
 def _sizes_of_tensors(shapes: Shapes, path) -> dict[str, dict]:
-    """Return the sizes of each part that tensor shapes give. Raises ValueError listing the names that are missing."""
+    """Return the sizes of each part that tensor shapes show. Raises ValueError listing the missing tensors."""
     missing = []
 
     def size(pattern: str, axis: int) -> int:
@@ -173,7 +173,7 @@ def _sizes_of_tensors(shapes: Shapes, path) -> dict[str, dict]:
 
 
 def check_rotary(shapes: Shapes, llama: DecoderConfig, path) -> None:
-    """Raise ValueError if the rotary buffers of a file are for another head width than the config's."""
+    """Raise ValueError if the rotary buffers of a file do not fit the head width of the config."""
     rotary = {2 * shape[0] for name, shape in shapes.items() if ROTARY.fullmatch(name) and len(shape) == 1}
     if rotary and rotary != {llama.head_dim}:
         raise ValueError(

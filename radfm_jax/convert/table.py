@@ -117,7 +117,7 @@ class Entry:
         return () if self.layer is None else (self.layer,)
 
     def row_index(self, rows: slice) -> tuple:
-        """Return the index of rows of the tensor in the parameter, for tensors whose first axis is not folded."""
+        """Return the index in the parameter of some rows of the tensor. The tensor's first axis must not be folded."""
         torch_axes, our_axes = self.layout.split(" -> ")
         return (slice(None),) * our_axes.split().index(torch_axes[0]) + (rows,)
 

@@ -100,9 +100,9 @@ def _open(src, part: str) -> tuple[dict, RadFMConfig, checkpoint.ParamReader, di
 def released_extras(
     src: Path, description: dict, config: RadFMConfig, layout: str, resources: contextlib.ExitStack
 ) -> tuple[dict[str, TensorInfo], dict[str, Callable[[], np.ndarray]], list[str]]:
-    """Return infos, readers and notes of the tensors that the released class has in addition to the parameters.
+    """Return infos, readers and notes of the released class's unused tensors and buffers, which are no parameters.
 
-    Unused tensors are those kept in the checkpoint, else zeros; buffers are those kept, else computed.
+    Tensors that the checkpoint does not have are zeros; buffers that it does not have are computed.
     """
     path, notes = src / checkpoint.UNUSED, []
     if path.is_file():

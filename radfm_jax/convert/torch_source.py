@@ -39,7 +39,7 @@ class TorchModel(contextlib.AbstractContextManager):
         src,
         *,
         part: str | None = None,  # what the tensors must be; None: either
-        config: dict | None = None,  # of model_config.read_config; None: that of the file next to `src`
+        config: dict | None = None,  # from model_config.read_config; None: read the file next to `src`
         vocabulary: int | None = None,  # rows of the vocabulary to keep; None: all
         dtype=None,
         verify=True,
@@ -58,7 +58,7 @@ class TorchModel(contextlib.AbstractContextManager):
             path = model_config.config_next_to(self.src) if config is None else None
             self.user_config = model_config.read_config(path) if path is not None else config
             self.config = self._sizes(path)
-            self.rows = self.config.llama.vocab_size  # of the file
+            self.rows = self.config.llama.vocab_size  # number of rows in the file
             if vocabulary is not None:
                 self._trim(vocabulary)
             self.entries = table.entries(self.config, self.part)
@@ -100,7 +100,7 @@ class TorchModel(contextlib.AbstractContextManager):
                 self.notes.append("heads, patch and other sizes that tensor shapes do not give are the released ones")
             return sizes
         if self.user_config is None:
-            raise ValueError(f"{self.folder} has no config.json: pass the language model's with --config")
+            raise ValueError(f"{self.folder} has no config.json: pass that of the language model with --config")
         if "model" in self.user_config:
             return model_config.radfm_from_model(self.user_config["model"], where, ("llama",))
         return RadFMConfig(llama=llama_config.llama_from_hf(self.user_config, where))
@@ -118,12 +118,12 @@ class TorchModel(contextlib.AbstractContextManager):
         )
 
     def _check_rotary(self) -> None:
-        """Report rotary buffers of another base than the config's, which no shape shows."""
+        """Report rotary buffers whose base differs from that of the config. Shapes do not show the base."""
         llama = self.config.llama
         allowed = [rope_frequencies(c) for c in (llama, dataclasses.replace(llama, rope_scaling=None))]
         for name in filter(table.ROTARY.fullmatch, self.reader.infos):
             values = self.reader.read(name).astype(np.float64)
-            # Buffers may be stored in 16 bits; another base changes the slowest frequency by far more.
+            # Buffers may be stored in 16 bits. The rounding is much smaller than the effect of another base.
             if not any(x.shape == values.shape and np.allclose(values, x, rtol=1e-2, atol=1e-7) for x in allowed):
                 self.problems.append(f"{name} does not fit rope_theta {llama.rope_theta:g} of the config")
                 return  # all layers have the same

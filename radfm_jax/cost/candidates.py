@@ -30,7 +30,7 @@ class Candidate:
 
     config: Experiment  # with this candidate's `train.batch`, `accumulation` and `remat`
     topology: Topology
-    rows: int  # of a micro-batch on one device
+    rows: int  # rows of a micro-batch on one device
     memory: dict[str, int]  # bytes per device by part (estimate.memory)
     estimated_traffic: float  # bytes that FSDP sends into a device per step (estimate.traffic)
     compute: float | None  # seconds of a step at the assumed MFU, with recomputation; None without a known device
@@ -113,7 +113,7 @@ def executed_flops(config: Experiment, remat: str | None = None) -> float:
     stacks = parts["llama"] + parts["vit"] + parts["perceiver"]
     attention = 2 * limits.text_length**2 * c.num_heads * c.head_dim * c.num_layers
     keys = 2 * limits.text_length * c.width * (c.num_heads + 2 * c.num_kv_heads) * c.head_dim * c.num_layers
-    # What a policy saves is counted for the language model only, which has 99 % of it.
+    # Savings of a policy are counted for the language model only, which has 99 % of them.
     recomputed = {
         "full": stacks, "attention": stacks - attention, "projections": stacks - attention - keys, "dots": attention,
         "none": 0.0,

@@ -37,8 +37,9 @@ examples:
   python -m radfm_jax.plan --config=configs/quickstart.py --topology cpu:2 --picture plan.png
 
 A candidate is a batch of micro-batches x rows per device. With fewer micro-batches FSDP gathers the weights less often,
-and a step needs more memory; so does less remat. Times are a range, from full to no overlap of communication and
-arithmetic. The recommended candidate leaves a tenth of the memory free and is the fastest without overlap.
+but a step needs more memory. A step also needs more memory with less remat. Times are a range, from full to no overlap
+of communication and arithmetic. The recommended candidate leaves a tenth of the memory free and is the fastest without
+overlap.
 
 exit codes: 0 a plan; 1 nothing fits, or every compilation failed; 2 an error in the arguments.
 """
@@ -122,7 +123,7 @@ def make_compiler(again: bool) -> Callable[[candidates.Candidate], program.Progr
         if not again and program.is_cached(config, topology):
             return program.compiled(config, topology)
         start, title = time.perf_counter(), f"compiling {candidate.name} for {topology.text} (one or more minutes)"
-        if not console.is_terminal:  # where no bar is shown
+        if not console.is_terminal:  # if no bar is shown
             console.print(f"{title} ...", highlight=False, soft_wrap=True)
         columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
         with Progress(*columns, console=console, transient=True) as bar:

@@ -55,7 +55,7 @@ def published(kind: str, count: int) -> Hardware:
 def hardware(devices: Sequence[jax.Device], dtype: str = "bfloat16") -> Hardware:
     """Return the devices of a mesh, with their rate for products in `dtype`.
 
-    The rate is from the published peak if it is known and `dtype` is bfloat16, else from timing a product for 0.2 s.
+    The rate is the published one if it is known and `dtype` is bfloat16. Otherwise a product is timed for 0.2 s.
     """
     first = next(device for device in devices if device.process_index == jax.process_index())
     if dtype == "bfloat16" and flops.known_device(first.device_kind):
@@ -216,8 +216,8 @@ def traffic(config: Experiment, mesh: Mesh | AbstractMesh) -> float:
     """Return the minimum bytes received by each device per step, in the dtype of products; 0 on one device.
 
     Each micro-batch gathers the weights sharded over `fsdp` twice (forward and backward) and reduces gradients of
-    trained parameters once. Parameters too small for `fsdp` (sharding.param_shardings) are only all-reduced, as all
-    gradients are over replicas of `data`.
+    trained parameters once. Gradients of parameters too small for `fsdp` (sharding.param_shardings) are only
+    all-reduced. All gradients are all-reduced over the replicas of `data`.
     """
     state, ways, replicas = _state(config, mesh), mesh.shape["fsdp"], mesh.shape["data"]
     all_reduce = lambda n: 2 * (n - 1) / n  # noqa: E731
@@ -266,7 +266,7 @@ def _stacks(config: Experiment, rows: int, tensor: int, fused: bool) -> dict[str
         tiled = keys >= attention.MIN_TILED_LENGTH and keys % 128 == 0
         scores = 0 if fused or tiled else 2 * 4 * tokens * keys * heads // tensor
         products = query + 2 * key + width + hidden + width
-        # Two norms, each also in float32, two sums, and the activated hidden layer.
+        # Two norms (also in float32), two sums, and the activated hidden layer.
         live = n * tokens * (products + query + 4 * width + hidden) + 2 * 4 * tokens * width + scores
         saved = [n * tokens * size for size in (width, query, 2 * query + 2 * key, products + query)]
         return _Stack(layers, *saved, live + n * more_keys * 2 * key)

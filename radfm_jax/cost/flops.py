@@ -70,8 +70,8 @@ def training(
 ) -> float:
     """Return the FLOPs of one row of a training step, without recomputation, as usual for MFU.
 
-    They are the forward pass, the gradients of trained weights, and the gradients of inputs that depend on them. Only
-    whole parts of `frozen` (`optimizer.frozen`) count as such: `llama/blocks` alone does not.
+    They are the forward pass, the gradients of trained weights, and the gradients of inputs that depend on them. A part
+    counts as frozen only if all of it is in `frozen` (`optimizer.frozen`): `llama/blocks` alone does not count.
     """
     parts = forward(config, limits, channels)
     trained = {name: name not in frozen for name in ("vit", "perceiver", "llama", "projection", "image_marks")}

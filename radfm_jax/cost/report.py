@@ -28,7 +28,7 @@ class Plan:
     best: Candidate | None  # the recommended one, or None if none fits
     plain: Candidate  # gathers the weights for every row
     sources: Mapping[str, estimate.Source] | None  # sizes of the config's data (its SIZES)
-    price: float | None  # of a device-hour
+    price: float | None  # price of a device-hour
 
 
 def table(plan: Plan, limit: int = 12) -> Table:
@@ -62,7 +62,7 @@ def table(plan: Plan, limit: int = 12) -> Table:
 
 
 def brief(number: float, digits: int = 1) -> str:
-    """Format with this many decimals, or with significant digits below 1, so that small models do not show 0."""
+    """Format with this many decimals, and numbers below 1 with significant digits, so that small ones are not 0."""
     return f"{number:,.{digits}f}" if number >= 1 or not number else f"{number:#.{max(digits, 2)}g}"
 
 

@@ -52,7 +52,7 @@ class Topology:
     text: str  # the command-line argument
     kind: str  # tpu, gpu or cpu
     count: int
-    shape: tuple[int, ...] = ()  # of a TPU slice
+    shape: tuple[int, ...] = ()  # axis lengths of a TPU slice
     chip: Chip | None = None  # None for simulated CPU devices
 
     @property

@@ -3,10 +3,10 @@
     answers/NAME.jsonl            an answer per line: id, prompt, answer, ended, refused, made_with
     answers/NAME.failed.jsonl     a question without an answer per line: id, error
     answers/NAME.requests.jsonl   the log of the endpoint's answers, from which a run resumes (curate/llm.py)
-    answers/NAME.endpoint.json    the settings of the log; a run with other settings is refused
+    answers/NAME.endpoint.json    the settings of the log; a run with other settings raises an error
 
 A request has the text of the question, with one image at each `<image-i>` mark (montage.py). The key of a request
-hashes the settings and the question, not the pixels, so a resumed run reads no scan twice.
+hashes the settings and the question, not the pixels, so a resumed run does not read the scans of answered questions.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ SYSTEM = "Answer the question about the radiology images. This is a benchmark: t
 CHOICES = "Answer with one of: {}."
 AHEAD = 4  # questions whose images are made while requests are in flight
 _MARK = re.compile(r"<image-(\d+)>")
-_UNSAFE = re.compile(r"[^\w.-]+")  # in a file name
+_UNSAFE = re.compile(r"[^\w.-]+")  # characters to replace in a file name
 
 
 @dataclasses.dataclass(frozen=True)
 class Baseline:
-    """A model at an endpoint, and how its questions are asked."""
+    """A model at an endpoint, and the settings of its requests."""
 
     endpoint: llm.Endpoint
     layout: montage.Layout = montage.Layout()
@@ -46,7 +46,7 @@ class Baseline:
     choices: bool = True  # name the choices of a closed question
 
     def settings(self) -> dict:
-        """Return what an answer depends on in addition to its question."""
+        """Return the settings that an answer depends on, in addition to its question."""
         layout = {"grid": self.layout.grid, "size": self.layout.size}
         asked = {"system": self.system, "choices": self.choices, "montage": layout}
         return {"endpoint": self.endpoint.base_url, **self.endpoint.settings(), **asked}
@@ -102,7 +102,7 @@ def is_loopback(url: str) -> bool:
 
 
 class EndpointAnswers:
-    """The answers of one baseline to the questions of a benchmark, in a directory of answers.
+    """The answers of one model at an endpoint to the questions of a benchmark, and their files.
 
     Raises ValueError if the directory has answers of this name that were made with other settings.
     """
@@ -132,7 +132,7 @@ class EndpointAnswers:
         return [q for q in self.questions if self.keys[q.row_id] not in self.log]
 
     def estimate(self, questions: Sequence[Question], image_tokens: int | None = None) -> dict[str, str]:
-        """Return what the requests for some questions cost at most, as lines of a table.
+        """Return the maximum cost of the requests for some questions, as lines of a table.
 
         image_tokens: tokens of an image; None: montage.image_tokens.
         """
@@ -152,7 +152,7 @@ class EndpointAnswers:
         return lines
 
     def ask(self, limit: int | None, done: Callable[[int, int], None]) -> llm.Counts:
-        """Send up to `limit` requests of unanswered questions, and write the files of answers in any case.
+        """Send up to `limit` requests for unanswered questions. The files of answers are written even after an error.
 
         Raises llm.Stop if the run cannot continue.
         """
@@ -199,7 +199,7 @@ class EndpointAnswers:
 
 
 def _ahead(questions: Iterable[Question], make: Callable) -> Iterator[tuple[Question, Callable]]:
-    """Yield each question with a function that returns make(question); a thread makes the next few meanwhile."""
+    """Yield each question with a function that returns make(question). A thread computes the next few in advance."""
     with concurrent.futures.ThreadPoolExecutor(1) as reader:
         pending: collections.deque = collections.deque()
         for question in questions:

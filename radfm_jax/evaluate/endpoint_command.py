@@ -23,7 +23,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "and texts of all questions")  # fmt: skip
     add("--key-variable", metavar="NAME", help="environment variable with the API key (default: OPENAI_API_KEY for a "
         "remote endpoint, none for a local one); the key is never recorded")  # fmt: skip
-    add("--yes", action="store_true", help="send without a question about the costs; required without a terminal")
+    add("--yes", action="store_true", help="do not ask for confirmation of the costs; required without a terminal")
     add("--limit", type=int, metavar="N", help="send at most N requests in this run; the next run continues")
     numbers = (
         ("--concurrency", int, 8, "maximum number of concurrent requests"),
@@ -34,12 +34,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         ("--price-out", float, 0.0, "price of a million tokens received"),
         ("--budget", float, 0.0, "stop after this cost; 0: no limit"),
         ("--grid", int, 4, "tiles per side of the montage of a volume"),
-        ("--image-size", int, 1024, "pixels per side of an image, at most"),
+        ("--image-size", int, 1024, "maximum number of pixels per side of an image"),
     )
     for name, kind, default, text in numbers:
         add(name, type=kind, default=default, metavar="N", help=f"{text} (default: {default:g})")
     add("--image-tokens", type=int, metavar="N", help="tokens per image, for the estimate (default: GPT-4o's rule)")
-    add("--temperature", default="0", metavar="T", help="temperature; `none` for models that refuse it (default: 0)")
+    add("--temperature", default="0", metavar="T", help="temperature; `none` for models that reject it (default: 0)")
     add("--max-tokens-name", default="max_tokens", metavar="NAME", help="parameter for the length limit, "
         "max_completion_tokens for newer models (default: max_tokens)")  # fmt: skip
     add("--system", default=endpoint.SYSTEM, metavar="TEXT", help="system message; '' for none (default: %(default)s)")
@@ -69,7 +69,7 @@ def layout(args: argparse.Namespace) -> montage.Layout:
 
 
 def baseline(args: argparse.Namespace) -> endpoint.Baseline:
-    """Return the baseline of the options.
+    """Return the `Baseline` that the options describe.
 
     Raises ValueError for a remote endpoint without --allow-remote, a missing key, or an invalid number.
     """
@@ -121,7 +121,7 @@ def answer(args: argparse.Namespace, made: endpoint.Baseline, questions: Sequenc
     waiting = len(answers.unanswered()) - len(answers.failures)
     if args.limit and waiting > 0:
         terminal.message(
-            f"{waiting:,} of {len(questions):,} questions wait for the next run: run the same command again; scores "
+            f"{waiting:,} of {len(questions):,} questions have no answer yet: run the same command again; scores "
             "follow when all are answered"
         )
     return not args.limit or waiting <= 0

@@ -1,6 +1,6 @@
 """`python -m radfm_jax.evaluate --config=configs/x.py --checkpoint=DIR --out=DIR`: exact match on test rows.
 
-A sample is correct if greedy decoding gives its reference token by token. Teacher forcing decides that without
+A sample is correct if greedy decoding generates its reference token by token. Teacher forcing checks this without
 decoding: each token of the reference must be the most likely one after the tokens before it.
 
 OUT/exact_match.jsonl   a sample per line: source, row_id, study, task, question, reference, exact, scans_of
@@ -43,17 +43,19 @@ from radfm_jax.training.experiment import Experiment
 
 DESCRIPTION = """\
 Score a checkpoint on the test sources of a config: exact-match accuracy by source and question, with 95 % intervals. A
-second pass exchanges the scans between samples, as a control: its accuracy needs no scan. Then some questions are
-answered in words.
+second pass exchanges the scans between samples, as a control: it measures the accuracy without the right scan. Then the
+model generates answers to some questions.
 
-OUT/answers.jsonl has the question, the reference, the answer and whether it is correct, for reading.
+OUT/answers.jsonl has these questions with reference, answer, and whether the answer is correct.
 """
 EPILOG = """\
 examples:
   python -m radfm_jax.evaluate --config=configs/quickstart.py --checkpoint=runs/quickstart/finetune --out=scores
   python -m radfm_jax.evaluate --config=configs/x.py --checkpoint=runs/x/checkpoints/500 --out=scores --no-control
 """
-FEW = 10  # sources with at most this many questions get one row per question; at most this many references are balanced
+# A source with at most this many questions gets one row per question. Balanced accuracy needs at most this many
+# references.
+FEW = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Accuracy:
     kind: str
     samples: int
     exact: float
-    low: float  # of the 95 % interval of `exact` (Wilson)
+    low: float  # lower end of the 95 % interval of `exact` (Wilson)
     high: float
     balanced: float | None  # mean of the accuracies of each reference; None if there are more than `FEW` references
 
@@ -89,8 +91,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="output directory")
     parser.add_argument("--no-control", action="store_true", help="skip the pass with exchanged scans")
     parser.add_argument(
-        "--answers", default=50, type=_count, metavar="N", help="questions of each source to answer in words: a "
-        "number, 0 or all (default: 50)"
+        "--answers", default=50, type=_count, metavar="N", help="number of questions of each source to "
+        "generate answers to, or all (default: 50)"
     )  # fmt: skip
     args, config = command_line.parse(parser, sys.argv[1:] if argv is None else argv)
     try:
@@ -127,7 +129,7 @@ def _count(text: str) -> int | None:
 
 
 def _answer(args: argparse.Namespace, experiment: Experiment, model: api.Model) -> bool:
-    """Answer questions in words and print the counts. Returns whether there are any."""
+    """Generate answers to some questions and print the counts. Returns whether there are any answers."""
     names = {"model": args.checkpoint.name, "checkpoint": checkpoint.digest(model.directory)}
     with terminal.answer_progress(every=50) as progress:
         scored, skips = own_answers.answer(

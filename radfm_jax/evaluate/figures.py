@@ -50,7 +50,7 @@ def averages(rows: Sequence[ScoreRow], comparable: Collection[str]) -> dict[str,
 
 
 def radar(rows: Sequence[ScoreRow], file: Path, comparable: Collection[str] = tuple(TASKS)) -> None:
-    """Draw a spoke per task, logarithmic from 1 to 100 per cent; a task without a mean has no point."""
+    """Draw a radar plot with a logarithmic axis from 1 to 100 per cent per task. A task without a mean has no point."""
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(figsize=(6.4, 5.2), subplot_kw={"polar": True}, layout="constrained")
     angles = {task: 2 * np.pi * k / len(TASKS) for k, task in enumerate(TASKS)}
@@ -60,7 +60,7 @@ def radar(rows: Sequence[ScoreRow], file: Path, comparable: Collection[str] = tu
     colours = PUBLISHED | _colours(row.model for row in rows)
     for model, tasks in means.items():
         is_published = model in PUBLISHED
-        # nan breaks the line at a task without a value.
+        # nan leaves a gap in the line at a task without a value.
         radii = [np.log10(max(100 * tasks[task], 1)) if task in tasks else np.nan for task in TASKS]
         axes.plot(
             [*angles.values(), 0.0], [*radii, radii[0]], "--" if is_published else "-", color=colours[model],

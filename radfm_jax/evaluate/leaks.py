@@ -16,9 +16,9 @@ from radfm_jax.evaluate.radbench import Question
 def find_leaks(questions: Iterable[Question], directory: Path | str) -> list[dict]:
     """Return the questions with a study or a scan file that is also in the training or validation data.
 
-    Studies are compared by name and files by SHA-256, so renamed copies are detected, but edited images are not. All
-    rows of these sources of the index (written by `prepare`) count, including skipped ones. Raises ValueError if
-    the directory has no index.
+    Studies are compared by name and files by SHA-256, so renamed copies are detected, but edited images are not. The
+    training and validation data are those of the index (written by `prepare`), including skipped rows. Raises
+    ValueError if the directory has no index.
     """
     index, questions = Index(directory), list(questions)
     training = {name for name, source in index.tables.items() if source["split"] != "test"}
@@ -48,7 +48,7 @@ def find_leaks(questions: Iterable[Question], directory: Path | str) -> list[dic
 
 
 def _rows(file: Path, *columns: str) -> Iterator[dict]:
-    """Yield the rows of a table that may exceed memory."""
+    """Yield the rows of a table, which may be larger than memory."""
     with parquet.ParquetFile(file) as table:
         for batch in table.iter_batches(columns=list(columns), use_threads=False):
             yield from batch.to_pylist()

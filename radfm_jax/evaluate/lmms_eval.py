@@ -54,8 +54,8 @@ Tasks of lmms-eval, one for each task of RadBench:
     python -m lmms_eval --include_path {directory} --tasks radbench \\
         --model MODEL --model_args pretrained=NAME --batch_size 1
 
-`radbench_match` is a plain match in lower case, for a first look. `radbench_answers` writes answers_TASK.jsonl into
-this folder and is their number. All scores of RadBench come from
+`radbench_match` is a simple match in lower case. `radbench_answers` is the number of answers; it also writes them to
+answers_TASK.jsonl in this folder. To compute all scores of RadBench, run
 
     cat answers_*.jsonl > NAME.jsonl
     python -m radfm_jax.evaluate radbench --config=... --answers NAME=NAME.jsonl --out=scores

@@ -23,12 +23,12 @@ def doc_to_visual(doc, lmms_eval_specific_kwargs=None):
 
 
 def doc_to_text(doc, lmms_eval_specific_kwargs=None):
-    """Return the prompt with the marks `<image-1>` written as `[image 1]`: images come before the text."""
+    """Return the prompt with each mark `<image-1>` replaced by `[image 1]`, because images come before the text."""
     return re.sub(r"<image-(\d+)>", r"[image \1]", doc["prompt"])
 
 
 def process_results(doc, results):
-    """Return the match of an answer, and the answer for the file of answers."""
+    """Return the score of an answer, and its line in the file of answers."""
     answer = results[0].strip()
     return {
         "radbench_match": float(_matches(answer, doc["reference"], doc["choices"])),

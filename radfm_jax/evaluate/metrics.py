@@ -36,8 +36,8 @@ def closest_choice(answer: str, choices: Sequence[str]) -> str | None:
 def named_choices(answer: str, names: Mapping[str, Sequence[str]]) -> list[str]:
     """Return the choices that an answer names, in the order of their names in the answer.
 
-    Names match whole words (`words.words`), in singular or plural; the longest of several names at one position counts.
-    This finds CT in "This is a CT scan.", where `closest_choice` returns Ultrasound.
+    Names match whole words (`words.words`), in singular or plural. If several names match at one position, the longest
+    counts. This finds CT in "This is a CT scan.", where `closest_choice` returns Ultrasound.
     """
     answer_words, matches = words(answer), []
     for choice, choice_names in names.items():
@@ -94,7 +94,7 @@ def _rouge():
 
 
 class _Words:
-    """The tokenizer of rouge-score, whose own one drops all characters outside a-z and 0-9."""
+    """A tokenizer for rouge-score, whose default one drops all characters outside a-z and 0-9."""
 
     def tokenize(self, text: str) -> list[str]:
         return words(text)
@@ -111,9 +111,9 @@ def medical_words(text: str, terms: TermFinder) -> collections.Counter[str]:
 def medical_overlap(answer: str, references: Sequence[str], terms: TermFinder) -> tuple[float, float]:
     """Return (UMLS-Precision, UMLS-Recall) for the reference with the highest sum.
 
-    The number of medical words that answer and reference share (clipped counts), relative to those of the answer and of
-    the reference. Recall is nan if the reference has no medical words. Precision of an answer without any is 0, or nan
-    if the reference has none either.
+    Both divide the number of shared medical words (clipped counts): precision by the medical words of the answer,
+    recall by those of the reference. Recall is nan if the reference has no medical words. Precision of an answer
+    without medical words is 0, or nan if the reference has none either.
     """
     answer_words, pairs = medical_words(answer, terms), []
     for reference in references:

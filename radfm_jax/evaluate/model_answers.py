@@ -75,7 +75,7 @@ def generate_answers(
     new_file = questions_file.with_suffix(".new.jsonl")
     write_questions(questions, new_file)
     try:
-        # Unknown ids are rejected now: scoring would do so after hours of generation.
+        # Reject unknown ids now. Scoring would reject them after hours of generation.
         result = answer_file(
             generator, new_file, answers_file, sampling, root=Path("/"), roots=roots_of(questions), batch=batch,
             model=model, checkpoint=checkpoint, progress=progress, watch=(*yes, *no), extra_fields=probability_fields,
@@ -89,10 +89,10 @@ def generate_answers(
 
 
 def first_tokens(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the first tokens of the answers yes and no; both empty if the two begin with the same token.
+    """Return the first tokens of the answers yes and no. Both are empty if the two answers begin with the same token.
 
-    Lower case, as in the data sets, always counts. Another spelling counts unless its first token also begins the other
-    answer, or is a bare word-start mark, which begins any word that is spelled letter by letter.
+    The lower-case spelling of the data sets always counts. Other spellings count with two exceptions: their first token
+    also begins the other answer, or it is a bare word-start mark, which begins any word in single letters.
     """
     yes, no = ([tokenizer.encode(spelling)[0] for spelling in SPELLINGS[answer]] for answer in ("yes", "no"))
     if yes[0] == no[0]:

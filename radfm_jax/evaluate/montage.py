@@ -27,7 +27,7 @@ class Layout:
     """Size of the images of scans."""
 
     grid: int = 4  # tiles per side of a volume's montage
-    size: int = 1024  # pixels per side of a montage; the longer side of a 2D scan at most
+    size: int = 1024  # pixels per side of a montage; the maximum of a 2D scan's longer side
 
     def __post_init__(self):
         if self.grid < 1 or self.size < 16 * self.grid:
@@ -47,7 +47,7 @@ class ScanImage:
     high: float  # value that is white
 
     def description(self) -> str:
-        """Return a sentence about the image for the model; "" for a 2D scan."""
+        """Return a sentence that tells the model what the image shows; "" for a 2D scan."""
         if self.count == 1:
             return ""
         listed = ", ".join(map(str, self.numbers))
@@ -92,6 +92,6 @@ def image_tokens(layout: Layout) -> int:
 
 
 def save(image: ScanImage, file: Path) -> None:
-    """Save an image as PNG, for looking at."""
+    """Save an image as PNG, for inspection by people."""
     file.parent.mkdir(parents=True, exist_ok=True)
     image.image.save(file, format="PNG")

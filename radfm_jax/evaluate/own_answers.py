@@ -1,10 +1,11 @@
 """Readable answers to test rows of a config: `python -m radfm_jax.evaluate --answers N`.
 
     OUT/answers.jsonl   an answer per line: id, source, study, task, question, reference, answer, correct
-    OUT/generated/      the questions and answers as the model got and gave them, for resuming
+    OUT/generated/      the model's questions and answers, from which an interrupted run resumes
 
-An answer is correct if it has the words of the reference, in order (metrics.exact). Where the reference is yes or no,
-the answer is correct if it names that one first (metrics.named_choice). A refusal or a failure is not correct.
+An answer is correct if it has the words of the reference, in order (metrics.exact). If the reference is yes or no, the
+answer is correct if the first of the two that it names is the reference (metrics.named_choice). A refusal or a failure
+is not correct.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ Skips = dict[str, dict[str, int]]  # source -> reason -> number of rows without 
 
 
 def questions_of(data: DataConfig, per_source: int | None) -> tuple[list[Question], Skips]:
-    """Return up to `per_source` questions of each test source (None: all), drawn by the seed, and the skipped rows."""
+    """Draw up to `per_source` questions of each test source (None: all) by the seed. Also return the skipped rows."""
     questions: list[Question] = []
     skips: Skips = {}
     for source, dataset in open_sources(data, "test").items():
@@ -96,9 +97,9 @@ def answer(
 
 
 def _generated(out: Path, questions: Sequence[Question], weights: str) -> Path:
-    """Return the directory of the answers of these weights to these questions; those of an earlier run are removed.
+    """Return the directory of the answers of these weights to these questions, and remove other answers.
 
-    The other files of OUT are replaced by each run, so its answers are as well.
+    Each run replaces the other files of OUT, so it replaces the answers too.
     """
     name = files.fingerprint([weights, [question.to_dict() for question in questions]])[:16]
     for other in (out / "generated").glob("*"):

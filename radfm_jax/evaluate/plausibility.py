@@ -1,4 +1,4 @@
-"""Warnings about sets of answers that no working model gives: one answer to everything, empty or endless answers."""
+"""Warnings about answers that a working model would not give: always the same answer, empty or endless answers."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from pathlib import Path
 from radfm_jax.checkpoints import checkpoint
 from radfm_jax.evaluate.words import words
 
-LEAST = 8  # answers, below which nothing is concluded
-MOST = 0.9  # share of one answer that is suspicious, where no reference is that frequent
+LEAST = 8  # minimum number of answers for a warning
+MOST = 0.9  # suspicious share of one answer, if no reference is that frequent
 FEW_STEPS = 10
-REMEDY = "the model may be untrained, or not read its input: check the checkpoint, its training loss and its tokenizer"
+REMEDY = "the model may be untrained, or ignore its input: check the checkpoint, its training loss and its tokenizer"
 
 
 @dataclasses.dataclass(frozen=True)
 class GivenAnswer:
-    """An answer and its reference. `cut`: at the length limit."""
+    """An answer and its reference. `cut`: the answer ended at the length limit."""
 
     answer: str
     reference: str
@@ -26,7 +26,7 @@ class GivenAnswer:
 
 
 def implausible(answers: Sequence[GivenAnswer]) -> list[str]:
-    """Return why the answers to questions of one kind are implausible; [] if they are not, or too few."""
+    """Return why the answers to questions of one kind are implausible; [] if they are plausible or too few."""
     n = len(answers)
     if n < LEAST:
         return []
@@ -38,7 +38,7 @@ def implausible(answers: Sequence[GivenAnswer]) -> list[str]:
     if count == n > expected:
         reasons.append(f"all {n:,} answers are {text[:40]!r}" if text else f"all {n:,} answers are empty")
     elif count >= MOST * n and expected <= 0.75 * n:
-        reasons.append(f"{count:,} of {n:,} answers are {text[:40]!r}, but at most {expected:,} references are equal")
+        reasons.append(f"{count:,} of {n:,} answers are {text[:40]!r}, but at most {expected:,} references agree")
     lengths = [len(answer.split()) for answer in given]
     references = sum(len(words(one.reference)) for one in answers) / n
     if max(lengths) <= 1 and references >= 3:

@@ -1,4 +1,4 @@
-"""Published results (arXiv 2308.02463, Table 4), in per cent with 95 % confidence intervals of unstated method.
+"""Published results (arXiv 2308.02463, Table 4) in per cent. The paper does not state the method of its intervals.
 
 Tables show them next to our results, marked as published.
 """

@@ -85,7 +85,7 @@ class Benchmark:
     index: str = ""  # index of the training data (from `prepare`), to search for test studies; "": no search
     terms: str = "open"  # source of medical terms (DataConfig.terms). UMLS, as in the paper, needs a licence.
     umls_types: tuple[str, ...] = SEMANTIC_TYPES  # semantic types of UMLS (DataConfig.umls_types)
-    resamples: Size = 1000  # of the bootstrap
+    resamples: Size = 1000  # number of bootstrap resamples
     by_study: bool = False  # resample studies instead of samples
 
     def __post_init__(self):
@@ -142,10 +142,10 @@ class Question:
     prompt: str  # `<image-1>` marks set the positions of scans
     references: tuple[str, ...]
     context: str = ""  # comes before the prompt
-    scans: tuple[Scan, ...] = ()  # with absolute paths
+    scans: tuple[Scan, ...] = ()  # paths are absolute
     root: str = ""  # directory that the paths in files are relative to; "" if they are absolute
     study: str | None = None  # None if the source does not record it
-    modality: str = ""  # of its scans; "" if unknown
+    modality: str = ""  # modality of its scans; "" if unknown
     anatomy: str = ""
     closed: tuple[str, ...] = ()  # choices that the answer is matched to; () for open questions
 

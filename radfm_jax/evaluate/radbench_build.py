@@ -39,7 +39,7 @@ class BuiltBenchmark:
 
 
 class Skipped(ValueError):
-    """A valid row is not a question of this benchmark."""
+    """Raised for a valid row that is not a question of this benchmark."""
 
 
 def build(benchmark: Benchmark) -> BuiltBenchmark:
@@ -74,7 +74,7 @@ def questions_of_set(benchmark: Benchmark, name: str) -> tuple[list[Question], d
     family = fields.pop("family")
     plain = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items() if k != "fraction"}
     dataset = open_dataset(family, **plain | {"quarantine": True})
-    dataset.defer_stack_errors()  # keep them as questions: like other unreadable scans they fail for every model
+    dataset.defer_stack_errors()  # keep these rows as questions: like other unreadable scans, they fail for every model
     root = Path(dataset.root)
     facts = _read_facts(root / own["facts"]) if own.get("facts") else {}
     defaults = {key: own.get(key) or (getattr(known, key) if known else "") for key in ("modality", "anatomy")}
@@ -111,7 +111,7 @@ def questions_of_set(benchmark: Benchmark, name: str) -> tuple[list[Question], d
 
 
 def _balanced_rows(dataset: Dataset, name: str, seed: int) -> np.ndarray:
-    """Return the rows of a data set; of a balanced one, equally many of both sides, chosen by the seed."""
+    """Return the rows of a data set. For a balanced one, the seed chooses equally many rows of both sides."""
     sides = dataset.sides()
     if sides is None:
         return np.arange(len(dataset))
@@ -129,7 +129,7 @@ def question_of(
     and the response is the reference. Raises Skipped for another task, a reference outside the closed list, text that
     contains a mark, and a scan path outside the root.
 
-    own_reference: keep the reference of the data set, which RadBench would map to its closed list or skip.
+    own_reference: keep the reference of the data set. Otherwise it is mapped to RadBench's closed list, or skipped.
     """
     if sample.task != task:
         raise Skipped(f"task is {sample.task}")

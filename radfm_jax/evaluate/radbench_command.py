@@ -70,7 +70,7 @@ def _main(args: argparse.Namespace, config: ConfigDict) -> int:
     _export(args, built.questions)
     if not (answer_files or args.checkpoint or baseline) or args.montages:
         return 0
-    # Check the inputs of scoring before hours of generation.
+    # Check the inputs of scoring now, because generation can take hours.
     terms = terms_of(benchmark.terms, tuple(benchmark.umls_types))
     if benchmark.index:
         Index(benchmark.index)
@@ -139,7 +139,7 @@ def _same_questions(file: Path, questions: Sequence[Question]) -> bool:
 
 
 def _export(args: argparse.Namespace, questions: Sequence[Question]) -> None:
-    """Write what --export, --lmms-eval and --montages ask for."""
+    """Write the output of --export, --lmms-eval and --montages."""
     failed = {}
     if args.export:
         with terminal.progress_bar("slices") as bar:

@@ -33,9 +33,12 @@ examples:
 leaks.jsonl. Existing answers are kept: run the same command again to resume, or to score without generation when all
 questions are answered. The report lists missing data sets, and failed questions, which count as wrong.
 
-exit codes: 0 success; 1 scored, but some questions have no answer (the same command retries failed questions, but not
-empty answers) or are about training data (see --allow-leaks), or --limit left questions for the next run; 2 invalid
-arguments or files, or an endpoint that refuses all requests; 130 interrupted.
+exit codes:
+  0    success
+  1    some questions have no answer (the same command retries failed questions, but not empty answers), are about
+       training data (see --allow-leaks), or were left for the next run by --limit
+  2    invalid arguments or files, or an endpoint that rejects all requests
+  130  interrupted
 """
 
 

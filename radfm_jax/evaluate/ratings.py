@@ -1,8 +1,8 @@
 """Ratings by human raters, as in the journal version of the paper: a blinded page, and the grades.
 
-`--rating-sheet FILE.html` writes one self-contained page: scans, questions, and the answers of all models under
-letters, in an order that differs between cases. Raters grade from 0 to 5 and save their grades as JSON. FILE.key.json
-maps letters to models; keep it from the raters.
+`--rating-sheet FILE.html` writes one self-contained page: scans, questions, and the answers of all models. Letters
+replace the names of the models, in a different order for each case. Raters grade from 0 to 5 and save their grades as
+JSON. FILE.key.json maps letters to models; do not show it to the raters.
 
 `python -m radfm_jax.evaluate ratings --key FILE.key.json ratings-*.json --out DIR` reads the grades.
 """
@@ -62,7 +62,7 @@ def write_sheet(
     key["sheet"] = hashlib.sha256(json.dumps([key, texts]).encode()).hexdigest()[:16]
     key_file = file.with_suffix(".key.json")
     if key_file.exists() and read_json(key_file, kind=dict).get("sheet") != key["sheet"]:
-        raise ValueError(f"{key_file} is the key of another sheet, and needed for its grades: use another file name")
+        raise ValueError(f"{key_file} is the key of another sheet, which needs it for grading: use another file name")
     file.parent.mkdir(parents=True, exist_ok=True)
     write_text(file, "".join(f"{line}\n" for line in _page(scored, chosen, key, references)))
     write_json(key_file, key)
@@ -81,7 +81,7 @@ def _sample_cases(answers: Sequence[ScoredAnswer], cases: int, rng: np.random.Ge
 
 def _page(scored, chosen: Sequence[int], key: dict, references: bool) -> Iterator[str]:
     script = SCRIPT.read_text()
-    # The policy allows this script only, by its hash, so no text of an answer can run.
+    # The policy permits only the script with this hash, so no text of an answer can run.
     digest = base64.b64encode(hashlib.sha256(f"\n{script}".encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     answers = sum(len(case["letters"]) for case in key["cases"])

@@ -1,15 +1,18 @@
-"""Refusals: answers that say that the model cannot or will not answer.
+"""Refusals: answers in which the model states that it cannot or will not answer.
 
     "I cannot say."                       a refusal
     "Unknown"                             a refusal
     "I cannot be certain, but yes."       not for a yes/no question: another clause names exactly one choice
     "A mass cannot be excluded."          not a refusal: no phrase below
 
-The rule: a refusal is an answer that is one of `ALONE` in full, or whose first sentence has a phrase of `PHRASES`. For
-an open question the phrase must also start the answer, because a report may state a limit in passing. A closed question
-is answered after all if the clauses without a phrase name exactly one choice. An endpoint may also mark a refusal. The
-phrases are English. A refusal of a closed question is wrong, also in the paper's matching, which maps "I cannot say" to
-"no".
+An answer is a refusal if the whole answer is one of `ALONE`, or if its first sentence has a phrase of `PHRASES`. There
+are two exceptions:
+
+- In an open question the phrase must also start the answer, because a report may mention a limit of the image.
+- In a closed question the answer counts if its clauses without a phrase name exactly one choice.
+
+An endpoint may also mark a refusal. The phrases are English. A refusal of a closed question is wrong. This also holds
+for the paper's matching, which would map "I cannot say" to "no".
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ PHRASES = (
     r"\b(?:it is|it's) (?:not possible|impossible) to\b",
 )
 _PHRASE = re.compile("|".join(PHRASES), re.IGNORECASE)
-# What may come before a phrase that starts an answer.
+# Words that may precede a phrase at the start of an answer.
 _START = re.compile(r"^(?:(?:unfortunately|well|but),? )?(?:(?:i|we|it|this)(?:'m| am|'re| are)? )?$", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)|\n")
 _CLAUSE = re.compile(r"[.!?;\n](?=\s|$)|,\s|\s(?:but|however|although|though)\s", re.IGNORECASE)

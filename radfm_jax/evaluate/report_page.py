@@ -174,7 +174,7 @@ def example(scored: ScoredAnswer, css_class: str) -> str:
 
 
 def scan_images(scan: Scan, count: int = 1, pixels: int = EXAMPLE_PIXELS) -> str:
-    """Return the HTML of a scan's middle slice, or of up to `count` slices; or of the error if it cannot be read.
+    """Return the HTML of up to `count` slices of a scan (1: the middle slice), or of the error if it is unreadable.
 
     CT is shown in its window (slices.slices, `for_people`).
     """

@@ -24,7 +24,7 @@ class Results:
     benchmark: Benchmark
     built: BuiltBenchmark
     scored: Mapping[str, Sequence[ScoredAnswer]]  # model -> its answers to all questions
-    rows: Sequence[ScoreRow]  # of the tables, all models
+    rows: Sequence[ScoreRow]  # rows of the tables, for all models
     leaks: list[dict] | None = None  # leaks.find_leaks; None if the training data were not searched
     # model -> task -> metric -> value, or why it has none
     clinical: Mapping[str, Mapping[str, Mapping[str, float | str]]] = dataclasses.field(default_factory=dict)
@@ -113,7 +113,7 @@ def grouped_tables(results: Results, grouping: str) -> dict[str, Table]:
 
 
 def _table(rows: Sequence[ScoreRow], task: str = "", group_title=str) -> Table:
-    """Return head and rows. task: add the published rows of this task."""
+    """Return head and rows, including the published rows of `task`."""
     names = columns(rows)
     if task:
         names = [n for n in TITLES if n in names or n in published.TABLE[task]]

@@ -2,9 +2,9 @@
 
     {"50051329": {..., "model_prediction": "Findings: ... Impression: ..."}}
 
-A submission is one JSON object: the study, with the fields of the leaderboard's test file and the generated report as
-`model_prediction` (the sample prediction file of https://github.com/rajpurkarlab/ReXrank). With TEST.json, the fields
-of each study are copied from it; without, they are the report, the context and the image paths of the benchmark.
+A submission is one JSON object that maps each study to its fields and to the generated report, `model_prediction`, as
+in the sample prediction file of https://github.com/rajpurkarlab/ReXrank. The other fields of a study are copied from
+TEST.json. Without TEST.json, they are the report, the context and the image paths of the benchmark.
 """
 
 from __future__ import annotations
@@ -45,13 +45,14 @@ def write_submission(answers: Sequence[ScoredAnswer], file: Path, test_file: Pat
     asked = {study: fields for study, fields in studies.items() if study in by_study}
     entries = {study: fields | {PREDICTION: by_study[study].answer.text} for study, fields in asked.items()}
     if not entries:
-        example = f"{next(iter(studies), '')!r} there, {next(iter(by_study))!r} here"
+        example = f"{next(iter(studies), '')!r} in the file, {next(iter(by_study))!r} in the benchmark"
         raise ValueError(f"--rexrank: {test_file} shares no study with the benchmark ({example}): compare the names")
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, entries)
     empty = sum(not entry[PREDICTION].strip() for entry in entries.values())
     missing = len(studies) - len(entries)
-    return f"submission to ReXrank: {file}, {len(entries):,} studies, {empty:,} without a report, {missing:,} not asked"
+    counts = f"{len(entries):,} studies, {empty:,} without a report, {missing:,} not in the benchmark"
+    return f"submission to ReXrank: {file}, {counts}"
 
 
 def _fields(answer: ScoredAnswer) -> dict:

@@ -46,7 +46,7 @@ class ScoredAnswer:
         return self.values.get("named", (self.values.get("bleu", 0.0) + self.values.get("rouge", 0.0)) / 2)
 
     def to_dict(self) -> dict:
-        """Return a line of scores/NAME.jsonl, which suffices to compute other scores."""
+        """Return a line of scores/NAME.jsonl. It has everything that other scores need."""
         q, a = self.question, self.answer
         fields = {"id": q.row_id, "task": q.task, "dataset": q.dataset, "study": q.study, "modality": q.modality}
         fields |= {"anatomy": q.anatomy, "references": list(q.references), "answer": a.text}
@@ -126,7 +126,7 @@ def intervals(answers: Sequence[ScoredAnswer], *, resamples: int, seed: int, by_
     values = {name: np.array([a.values[name] for a in answers]) for name in names}
     statistics = {name: metrics.mean(numbers) for name, numbers in values.items()}
     for name in values.keys() & {"umls_precision", "umls_recall"}:
-        # The paper averages over all samples. There a sample without medical terms, which has no ratio, counts as 0.
+        # The paper averages over all samples. A sample without medical terms has no ratio, and counts as 0.
         statistics |= {f"{name}_with_terms": statistics[name], name: metrics.mean(np.nan_to_num(values[name]))}
     if answers[0].question.closed:
         predicted, closest = [a.predicted for a in answers], [a.closest for a in answers]
@@ -143,7 +143,7 @@ def intervals(answers: Sequence[ScoredAnswer], *, resamples: int, seed: int, by_
 
 
 def probability_metrics(answers: Sequence[ScoredAnswer]) -> dict[str, metrics.Statistic]:
-    """Return AUC and calibration error, or nothing unless every answer has a probability or failed.
+    """Return AUC and calibration error. Return {} if any answer, except failed ones, has no probability.
 
     A failed answer counts as 0.5: dropping it would reward failures.
     """

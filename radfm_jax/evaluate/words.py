@@ -1,17 +1,17 @@
-"""Words of an answer, for every comparison of answers: the one normalisation of this package.
+"""Words of an answer. Every comparison of answers in this package uses this normalisation.
 
     words("Ödem, −50 HU, ≥3 cm²")   ["ödem", "-50", "hu", "≥", "3", "cm2"]
     words("右肺有结节")               ["右", "肺", "有", "结", "节"]
 
-A text of words from a-z and whole numbers has the words of rouge-score. In addition to these,
+For text of letters a-z and whole numbers, these are the words of rouge-score. In addition:
 
-- letters of all scripts count, and keep their accents: `Ödem`, `dem` and `Odem` are three words. A script without
-  spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese, Tibetan) has one word per character;
-- other forms of a character are folded: case, full-width and Arabic-Indic digits, ligatures, dashes, and `×` between
-  numbers;
-- a number keeps its sign, its decimals and its exponent: -50, 3.5 (also written 3,5), 10 ^ 6. `1,000` is 1000, and a
-  unit is separated from its number: `3mm` is 3 mm;
-- symbols with a meaning are words: comparison and other mathematical signs, currencies, arrows, %, ° and ‰; `/` and `:`
+- Letters of all scripts count and keep their accents: `Ödem`, `dem` and `Odem` are three words. In a script without
+  spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese, Tibetan) each character is a word.
+- Variants of a character are folded: case, full-width and Arabic-Indic digits, ligatures, dashes, and `×` between
+  numbers.
+- A number keeps its sign, its decimals and its exponent: -50, 3.5 (also written 3,5), 10 ^ 6. `1,000` is 1000.
+- A unit is separated from its number: `3mm` is 3 mm.
+- Symbols with a meaning are words: comparison and other mathematical signs, currencies, arrows, %, ° and ‰; `/` and `:`
   between numbers; + everywhere; - alone, in brackets, or at the end of a line (`HER2-`).
 
 Other punctuation, list marks and Markdown are dropped.
@@ -33,7 +33,7 @@ _DIGITS_OF_SUPERSCRIPTS = str.maketrans(_SUPERSCRIPTS, "0123456789+-")
 _DASHES = re.compile("[\u2010-\u2015\u2043\u2212\ufe58\ufe63\uff0d]")
 _VULGAR_FRACTION = re.compile("(?<=\\d)(?=[\u00bc-\u00be\u2150-\u215f\u2189])")
 _EXPONENT = re.compile(rf"(?<=\d)([{_SUPERSCRIPTS}]+)|([⁺⁻][{_SUPERSCRIPTS}]+)")
-# Before NFKC, which would turn ™ into the letters tm.
+# Replaced before NFKC, which would turn ™ into the letters tm.
 _DROPPED = re.compile("[©®™℠\u2500-\u25ff]")
 _SPELLINGS = (
     ("\u2044", "/"), ("\u2215", "/"), ("\u066b", "."), ("\u066c", ","), ("\u2236", ":"),
@@ -69,7 +69,7 @@ _WORD = re.compile(
 
 
 def fold(text: str) -> str:
-    """Return a text with one form of each character: case, widths, digits, ligatures, dashes, superscripts, signs."""
+    """Fold the variants of each character: case, widths, digits, ligatures, dashes, superscripts, signs."""
     if text.isascii():
         folded = text.casefold()
     else:
@@ -90,7 +90,7 @@ def _plain_character(character: str) -> str:
 
 
 def words(text: str) -> list[str]:
-    """Return the words of a text, folded, in order. The docstring of this module defines a word."""
+    """Return the folded words of a text, in order. The docstring of this module defines a word."""
     out = []
     for match in _WORD.finditer(fold(text)):
         kind, word = match.lastgroup, match.group()
@@ -120,7 +120,7 @@ def same_words(a: str, b: str) -> bool:
 
 
 def spaced(text: str) -> str:
-    """Return a text for a tokenizer that splits at spaces: characters of unspaced scripts apart, other forms folded.
+    """Put spaces between the characters of scripts without spaces, and fold variants, for tokenizers that need spaces.
 
     An ASCII text is returned as it is.
     """

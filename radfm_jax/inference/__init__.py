@@ -2,7 +2,7 @@
 
 requests.py      Request, Prompt, Answer: inputs and outputs of generation
 inputs.py        text and scan files -> tokens and volumes
-stored.py        what a checkpoint records: preparation of scans, origin of the weights
+stored.py        records in a checkpoint: preparation of scans, origin of the weights
 engine.py        Generator: tokenizes, encodes scans, answers batches
 batch.py         one batch while its answers are generated
 decoding.py      the compiled functions and the decode state

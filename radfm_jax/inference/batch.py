@@ -32,7 +32,7 @@ def bucket(size: int, minimum: int = 1) -> int:
 
 
 class Batch:
-    """Prefill on construction, then `decode` and `answers` in turn until `finished`.
+    """A batch of prompts. The constructor prefills; then call `decode` and `answers` in turn until `finished`.
 
     Raises ValueError if a prompt or a stop id is invalid.
     """

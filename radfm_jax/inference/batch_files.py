@@ -39,12 +39,12 @@ class BatchLine:
     row_id: str
     prompt: str = ""
     context: str = ""
-    scans: tuple[Scan, ...] = ()  # with absolute paths
-    listed_scans: tuple[Scan, ...] = ()  # as the line lists them
+    scans: tuple[Scan, ...] = ()  # paths are absolute
+    listed_scans: tuple[Scan, ...] = ()  # as written in the line
     error: str = ""  # why the line has no prompt; "" if it has one
 
     def echo(self, absolute: bool = False) -> dict:
-        """Return the fields that are copied to the line of the answer; `absolute`: as older versions wrote them."""
+        """Return the fields that are copied to an answer's line. `absolute`: with absolute paths (old versions)."""
         scans = self.scans if absolute else self.listed_scans
         return {"prompt": self.prompt, "context": self.context, "scans": [_scan_cell(s) for s in scans]}
 
@@ -84,7 +84,7 @@ def read_batch_file(file: Path, root: Path, roots: Mapping[str, Path] | None = N
 
     roots: data set -> root; None: `read_roots`.
 
-    Raises ValueError if the file cannot be read, or a line has no id or one that is used before: a resumed run matches
+    Raises ValueError if the file cannot be read, or if an id is missing or repeated, because a resumed run matches
     answers to lines by id.
     """
     try:
@@ -167,8 +167,8 @@ def existing_answers(
         echo, older = (current.echo(), current.echo(absolute=True)) if current and not current.error else ({}, {})
         if differing := [key for key, value in echo.items() if answer.get(key, "") not in (value, older[key])]:
             raise ValueError(
-                f"{where} answers {row_id!r} with a different {', '.join(differing)} than the batch file has: use "
-                "another --out, or give the changed prompt another id"
+                f"{where} has an answer to {row_id!r}, but the batch file has changed ({', '.join(differing)}): use "
+                "another --out, or give the changed line another id"
             )
         ids.add(row_id)
     if len(complete) < len(content):
@@ -214,7 +214,7 @@ def locked_output(out: Path) -> Iterator[TextIO]:
                 f"{out} cannot be locked ({error.strerror}): make sure that no other process writes it", stacklevel=3
             )
         if not (out.exists() and os.path.samestat(os.fstat(file.fileno()), out.stat())):
-            raise ValueError(f"{out} was removed by another process during the start: start again")
+            raise ValueError(f"{out} was removed by another process: run the command again")
         try:
             yield file
         except BaseException:

@@ -20,7 +20,7 @@ from radfm_jax.inference.engine import Generator
 from radfm_jax.inference.requests import Answer, EncodedScans, Prompt, Request, suspicious
 from radfm_jax.inference.sampling import Sampling
 
-CACHE_BYTES = 2**30  # of visual tokens: 1,600 scans in float32 at full size
+CACHE_BYTES = 2**30  # visual tokens of 1,600 scans in float32 at full size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,9 +118,9 @@ def answer_file(
 
 
 def model_name(directory: Path) -> str:
-    """Return the name of a checkpoint that answers record: `finetune/checkpoints/1200`, or the name of its directory.
+    """Return the name of a checkpoint for the records of answers: `finetune/checkpoints/1200`, or its directory's name.
 
-    It is for readers: the digest identifies the weights, so answers and checkpoints can be moved.
+    The name is for people. The digest identifies the weights, so answers and checkpoints can be moved.
     """
     parts = directory.resolve().parts
     return "/".join(parts[-3:] if parts[-2:-1] == ("checkpoints",) else parts[-1:])

@@ -34,8 +34,11 @@ examples:
 The preparation of scans and the tokenizer come from the checkpoint. A chat keeps the encoded scans on the device. Each
 question is independent, as in training, unless --history adds the earlier turns to it.
 
-exit codes: 0 success; 1 some prompts of --jsonl failed (run the command again to retry them), or some lines of a --chat
-whose input is not a terminal; 2 invalid arguments, or a scan or checkpoint that cannot be used; 130 interrupted.
+exit codes:
+  0    success
+  1    some prompts of --jsonl failed (run the command again to retry them), or some lines of a --chat that reads a file
+  2    invalid arguments, or a scan or checkpoint that cannot be used
+  130  interrupted
 """
 HELP = "/scan FILE adds a scan, /scans lists them, /new clears scans and history, /quit ends"
 
@@ -86,7 +89,9 @@ def parser() -> argparse.ArgumentParser:
     answer.add_argument("--history", action="store_true", help="--chat: add earlier questions and answers to each one")
     batch = top.add_argument_group("batch files")
     batch.add_argument("--out", type=Path, metavar="FILE", help="answers of --jsonl; existing answers are kept")
-    batch.add_argument("--root", type=Path, metavar="DIR", help="of relative scan paths (default: that of --jsonl)")
+    batch.add_argument(
+        "--root", type=Path, metavar="DIR", help="root of relative scan paths (default: that of --jsonl)"
+    )
     model = top.add_argument_group("model")
     add_model_options(model, required=True)
     model.add_argument("--preprocess", choices=MODES, help="override the preprocessing of the checkpoint")
@@ -183,7 +188,7 @@ def _preparation(directory: Path, config, overrides: dict) -> inputs.Preparation
 
 
 def mesh_of(config, devices: int | None) -> jax.sharding.Mesh | None:
-    """Return a mesh that shards the heads over `devices`. None: over as many devices as the heads divide into."""
+    """Return a mesh that shards the heads over `devices`. None: as many devices as divide the heads."""
     available, heads = jax.devices(), config.llama.num_kv_heads
     if devices is not None and (not 1 <= devices <= len(available) or heads % devices):
         raise ValueError(

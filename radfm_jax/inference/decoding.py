@@ -137,7 +137,7 @@ def _with_token(state: dict, logits: jax.Array, sample: bool, penalise: bool) ->
     finite = jnp.isfinite(logits).all(axis=-1)
     failed = active & ~finite
     adding = active & finite
-    # The token of a failed row is not used; zeros keep the draw well defined.
+    # The token of a failed row is not used. With zeros, sampling is still well defined.
     logits = jnp.where(finite[:, None], logits, 0.0)
     scores = penalised(logits, state["seen"], choice["penalty"]) if penalise else logits
     if sample:

@@ -158,7 +158,7 @@ class Generator:
         return encoded
 
     def _encode(self, requests: Sequence[Request]) -> list[EncodedScans]:
-        """Encode the scans of several requests together; encoded scans are kept."""
+        """Encode the scans of several requests together. Scans that are already encoded are returned unchanged."""
         scans = [() if isinstance(r.scans, EncodedScans) else tuple(r.scans) for r in requests]
         if any(scans) and self.preparation is None:
             raise ValueError("the preparation of scans is unknown for this model: pass `preparation`")

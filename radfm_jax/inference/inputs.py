@@ -66,7 +66,8 @@ class Preparation:
     depth: Size = 64
     num_latents: Size = 32
     text_length: Size = 2048
-    # The intensity settings of the training sources: scans without a window get this one, or need one if they differ.
+    # Distinct intensity settings of the training sources. Scans without a window use the only one. If there are
+    # several, each scan must have a window.
     intensities: tuple[str, ...] = ("minmax",)
     fit: Annotated[str, one_of(FITS)] = "stretch"
 
@@ -93,12 +94,12 @@ class Preparation:
 
     @classmethod
     def from_config(cls, config: DataConfig) -> Preparation:
-        """Return the preparation for scans of the config's own sources, whose `window` has a source's own intensity."""
+        """Return the preparation for scans of the config's sources. Their `window` has the source's intensity."""
         return dataclasses.replace(cls.from_data(config.to_dict()), intensities=(config.intensity,))
 
     @classmethod
     def from_data(cls, data: Mapping) -> Preparation:
-        """Return the preparation of a training run from its `data` group, which may be of another version."""
+        """Return the preparation of a training run from its `data` group. Another version may have written it."""
         known = {f.name for f in dataclasses.fields(cls)}
         fields = {name: value for name, value in data.items() if name in known}
         return cls(**{"intensities": trained_intensities(data), **fields})
@@ -110,7 +111,7 @@ class Preparation:
         return {name: value for name, value in plain.items() if name not in new or getattr(self, name) != new[name]}
 
     def window_of(self, window: Window | None) -> Window | None:
-        """Return the intensity setting of a scan whose own is `window`. Raises ValueError if it is not determined."""
+        """Return the intensity setting of a scan: its `window`, or that of the model. ValueError if ambiguous."""
         if window is None and len(self.intensities) > 1:
             settings = " and ".join(self.intensities)
             raise ValueError(
@@ -141,19 +142,20 @@ def encode_prompt(
       context: known facts or earlier turns; inserted before the prompt. White space around both texts is removed.
       place: `first`, before the context; or `last`, after the prompt.
     Returns:
-      Tokens; `Encoded.scans` has each scan's number as its path, and `visual` refers to these scans.
+      Tokens. In `Encoded.scans`, the path of a scan is its number; `visual` refers to these scans.
     Raises:
       ValueError: the prompt is empty, a mark has no scan or a scan no mark, a mark is misspelt, or text is not valid
         Unicode.
     """
     if place not in PLACES:
-        raise ValueError(f"place is {place!r}; known: {', '.join(PLACES)}")
+        raise ValueError(f"place must be one of {', '.join(PLACES)} (got {place!r})")
     if not isinstance(prompt, str) or not isinstance(context, str):
         raise ValueError(f"prompt and context must be str (got {type(prompt).__name__} and {type(context).__name__})")
     prompt, context = clean_text(prompt), clean_text(context)
     if not prompt:
         raise ValueError("the prompt is empty: write a question")
-    if misspelt := misspelt_marks(context, prompt):  # also where training accepts them as text: a typing error
+    # These are probably typing errors, so they are errors here, although training may read them as text.
+    if misspelt := misspelt_marks(context, prompt):
         field, listed = "prompt" if misspelt[-1] in prompt else "context", ", ".join(misspelt)
         raise ValueError(f"the {field} contains {listed}, which is not a valid mark: write <image-1>")
     try:

@@ -69,7 +69,7 @@ def suspicious(answer: Answer) -> str | None:
     if not tokens:
         return "the answer is empty: its first token was the end of text"
     if len(tokens) > 2 and len(set(tokens)) == 1:
-        return f"the answer is one token {len(tokens)} times: is the model trained, and for such prompts?"
+        return f"the answer repeats one token {len(tokens)} times: the model may be untrained for such prompts"
     return None
 
 

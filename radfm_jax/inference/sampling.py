@@ -16,8 +16,8 @@ class Sampling:
     max_new_tokens: int | None = None  # length limit, including the stop token; None: 200, or fewer if the cache ends
     temperature: float = 0.0  # 0: greedy decoding; otherwise logits are divided by it and a token is sampled
     top_k: int = 0  # sample from the k most likely tokens, and those tied with the k-th; 0: all
-    top_p: float = 1.0  # of those, sample from the most likely ones that together reach probability p; 1: all
-    # Divides a positive logit, and multiplies a negative one, of each token that is already in the answer; 1: none.
+    top_p: float = 1.0  # sample from the most likely of these that together reach probability p; 1: all
+    # For tokens that are already in the answer: divides positive logits and multiplies negative ones; 1: no penalty.
     # The prompt does not count, as in the released model.
     repetition_penalty: float = 1.0
     seed: int = 0  # prompt i is sampled with seed + i, so its answer does not depend on the other prompts

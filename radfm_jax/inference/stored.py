@@ -1,4 +1,4 @@
-"""What a checkpoint records for its use: how scans and texts are prepared, and how its weights were made.
+"""Records in a checkpoint: the preparation of scans and texts, and the origin of the weights.
 
 A training run records both in run.json. Conversion and `save` write them to radfm.json, an export to its config.json.
 """
@@ -15,8 +15,8 @@ from radfm_jax.checkpoints import checkpoint, run_directory
 from radfm_jax.inference.inputs import RELEASED, Preparation
 from radfm_jax.models import radfm
 
-KEY = "preparation"  # of the record in radfm.json and config.json
-ORIGIN = "origin"  # of the training that an export comes from
+KEY = "preparation"  # key of the preparation in radfm.json and config.json
+ORIGIN = "origin"  # key of the origin of the weights
 REMEDY = (
     "load it with prepared=Preparation(preprocess=..., size_2d=..., ...) (command line: --preprocess paper "
     "--size-2d ... --size-3d ... --depth ...)"
@@ -29,7 +29,7 @@ def to_record(preparation: Preparation) -> dict:
 
 
 def from_record(record, where) -> Preparation:
-    """Invert `to_record`. Raises ValueError for a field that this version does not know, which may change scans."""
+    """Invert `to_record`. Raises ValueError for an unknown field, because it might change the preparation."""
     if not isinstance(record, Mapping):
         raise ValueError(f"{where}: `{KEY}` is {record!r}, expected the fields of Preparation")
     known = {f.name for f in dataclasses.fields(Preparation)}
@@ -42,7 +42,7 @@ def from_record(record, where) -> Preparation:
 
 
 def released_preparation(config: radfm.RadFMConfig) -> Preparation | None:
-    """Return the preparation of the released weights; None for a model of other sizes, which nobody released."""
+    """Return the preparation of the released weights, or None if the model has other sizes."""
     return RELEASED if radfm.has_released_sizes(config) else None
 
 
@@ -70,7 +70,7 @@ def preparation_of(directory, config: radfm.RadFMConfig) -> Preparation:
 
 
 def origin_of(directory) -> dict:
-    """Return name, step and `init_from` of the training run that made the weights of a checkpoint; {} if unknown."""
+    """Return name, step and `init_from` of the run that trained the weights of a checkpoint; {} if unknown."""
     source = checkpoint.read_description(directory).get("source", {})
     if ORIGIN in source or "step" not in source:
         return source.get(ORIGIN) or {}

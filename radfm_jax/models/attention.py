@@ -52,7 +52,7 @@ def choose(kernel: str, q: jax.Array, k: jax.Array, platform: str | None = None)
 
 
 def _platform() -> str:
-    """Return `tpu`, `cpu`, `cuda` (NVIDIA from Ampere on, which cuDNN's fused attention needs) or `gpu`."""
+    """Return `tpu`, `cpu`, `gpu`, or `cuda` for NVIDIA GPUs that support cuDNN's fused attention (Ampere or newer)."""
     backend = jax.default_backend()
     if backend != "gpu":
         return backend

@@ -30,7 +30,7 @@ def is_split(params: dict) -> bool:
 
 
 def is_worthwhile(params: dict) -> bool:
-    """Whether to split a decoder's parameters: on CPUs, if the copy takes less than MAX_BYTES."""
+    """Whether splitting a decoder's parameters is worthwhile: on CPUs, if the copy takes less than MAX_BYTES."""
     return jax.default_backend() == "cpu" and sum(x.nbytes for x in jax.tree.leaves(params)) < MAX_BYTES
 
 

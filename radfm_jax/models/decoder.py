@@ -88,8 +88,8 @@ class DecoderConfig:
 def rope_frequencies(config: DecoderConfig) -> np.ndarray:
     """Return float32[K / 2]: radians per position for each channel pair (RoFormer; Llama-3.1 scaling).
 
-    The steps are those of PyTorch's LLaMA, each rounded to float32. A unit in the last place changes logits by 3e-4 at
-    position 2,000.
+    Each step is rounded to float32 as in PyTorch's LLaMA. A difference of one unit in the last place would change
+    logits by 3e-4 at position 2,000.
     """
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
     # The float32 power of numpy depends on the CPU and is often not the nearest float32.

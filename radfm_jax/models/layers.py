@@ -24,7 +24,7 @@ REMAT_POLICIES = {
 }
 
 
-DTYPES = ("float32", "bfloat16", "float16")  # of parameters and of matrix products
+DTYPES = ("float32", "bfloat16", "float16")  # dtypes of parameters and of matrix products
 
 
 def matmul_precision(dtype: jax.typing.DTypeLike) -> jax.lax.Precision:

@@ -86,7 +86,7 @@ def radfm_14b() -> RadFMConfig:
 
 
 def has_released_sizes(config: RadFMConfig) -> bool:
-    """Return whether all sizes are the released ones, whatever the settings of training and computation."""
+    """Return whether all sizes are the released ones. Settings of training and computation do not matter."""
     released = radfm_14b()
     config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, dropout=released.vision.dropout))
     return config.with_compute(**{name: getattr(released.llama, name) for name in COMPUTE}) == released
@@ -170,7 +170,7 @@ class RadFM(nn.Module):
 
 
 def drop_nonfinite(batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Return bool[B, S], scans with a voxel, scale or offset that is not finite, and the batch with them zeroed."""
+    """Return bool[B, S] (scans with a voxel, scale or offset that is not finite), and the batch with these set to 0."""
     # Large finite values count too: the first LayerNorm squares a voxel of 1e30 to infinity.
     finite = lambda x: jnp.abs(x) < 1e15  # noqa: E731
     scale, offset = batch["scan_scale"], batch["scan_offset"]

@@ -74,8 +74,8 @@ class ViTConfig:
 class PatchEmbedding(nn.Module):
     """Planes to patches, LayerNorm, linear map, LayerNorm, plus position embedding.
 
-    One channel in `plane_index` means that all channels are equal. The kernel is then summed over the channels: the
-    same function of the same parameters for a third of the arithmetic.
+    If `plane_index` has one channel, all channels are equal. The kernel is then summed over the channels, which gives
+    the same result for a third of the arithmetic.
     """
 
     config: ViTConfig
@@ -99,8 +99,8 @@ class PatchEmbedding(nn.Module):
     def projection(self, x: jax.Array) -> jax.Array:
         """Apply the first norm's scale and bias and the linear map: float32[..., voxels of a patch] -> [..., D].
 
-        Parameters use the released voxel order (rows, columns, slices, channels), patches the order of their planes.
-        The kernel is transposed because it is smaller than the patches.
+        Parameters have the released voxel order (rows, columns, slices, channels), and patches have the order of their
+        planes. The kernel is transposed, because it is smaller than the patches.
         """
         c = self.config
         h, w, d = c.patch
@@ -119,7 +119,7 @@ class PatchEmbedding(nn.Module):
     def positions(self, patch_positions: jax.Array) -> jax.Array:
         """int32[..., 3] indices of the row, column and depth tables -> float32[..., D], concatenated."""
         c = self.config
-        # About the magnitude of the normalised projection that they are added to.
+        # Position embeddings have about the magnitude of the normalised projection that they are added to.
         init = partitioned(nn.initializers.normal(1.2), (None, "embed"))
         tables = [
             self.param(f"{axis}_positions", init, (size, c.width // 3), c.param_dtype)
@@ -149,11 +149,11 @@ class AffineParameters(nn.Module):
 
 
 def smooth_filters(config: ViTConfig, cells: int = 4) -> Callable:
-    """Return an initialiser of the projection that draws each filter on a cells x cells grid, equal in all slices.
+    """Return an initialiser of the projection: filters drawn on a cells x cells grid, with equal values in all slices.
 
     The norm before the projection scales patches of pure noise to the same deviation as patches with content. Smooth
     filters keep the deviation of smooth patches near 1 and make noise small compared with the bias. With independent
-    weights, noise patches differ from each other as much as from any content until training unlearns that.
+    weights, noise patches would initially differ from each other as much as from patches with content.
     """
 
     def initialise(key: jax.Array, shape: tuple[int, int], dtype) -> jax.Array:

@@ -18,7 +18,7 @@ class StartError(faults.Explained, RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class ProcessInfo:
-    """One of several processes."""
+    """The number of this process in a run of several processes, and how to reach process 0."""
 
     coordinator: str  # host:port on which process 0 listens
     processes: int
@@ -84,9 +84,9 @@ def process_info(args: argparse.Namespace, environ: Mapping[str, str] = os.envir
 
 
 def _detect(environ: Mapping[str, str], timeout: float) -> ProcessInfo | None:
-    """Return what JAX detects if the environment announces several processes, otherwise None.
+    """Return what JAX detects if the environment indicates several processes, otherwise None.
 
-    Without a sign of them JAX is not called: it may wait for a metadata server that a laptop does not have.
+    Otherwise JAX is not called, because it may wait for a metadata server that a laptop does not have.
     """
     announced = {
         "Open MPI": environ.get("OMPI_COMM_WORLD_SIZE", "1") != "1" or "OMPI_MCA_orte_hnp_uri" in environ,

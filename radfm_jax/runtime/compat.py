@@ -39,7 +39,10 @@ def connect(coordinator: str, process: int, processes: int, *, timeout: float, h
 
 
 def start_coordination_service(address: str, processes: int, *, timeout: int, heartbeat: int):
-    """Return a running coordination service; it ends with the object. The public API starts it in process 0 only."""
+    """Start a coordination service and return it. It stops when the object is deleted.
+
+    The public API starts the service in process 0 only.
+    """
     from jaxlib import _jax
 
     return _jax.get_distributed_runtime_service(
@@ -65,7 +68,7 @@ def on_cloud_tpu() -> bool:
 def before_thread_pools_shut_down(callback: Callable[[], None]) -> None:
     """Call `callback` at exit while thread pools still work. `atexit` hooks run after concurrent.futures stops them.
 
-    Python has no public hook for this. These hooks run in reverse order, so concurrent.futures registers its own first.
+    Python has no public hook for this. These hooks run in reverse order, so concurrent.futures must register first.
     """
     import concurrent.futures.thread  # noqa: F401
 

@@ -12,7 +12,7 @@ log_file: Console | None = None  # set when a run has several processes; gets th
 
 
 def log(*items, sep: str = " ", bar: bool = False) -> None:
-    """Print strings or rich tables. `bar`: skip terminals, because a progress bar shows the same there.
+    """Print strings or rich tables. With `bar`, skip terminals, where a progress bar shows the same.
 
     Square brackets in strings are printed as they are, not read as markup.
     """

@@ -5,7 +5,7 @@
 
 1. `cluster.process_info` finds out which process this is.
 2. `rendezvous` waits for all processes and compares what they run.
-3. Process 0 lets `coordination.py` serve, all processes connect to it, and `peers.Peers` watches the others.
+3. Process 0 starts the service in `coordination.py`, all processes connect to it, and `peers.Peers` watches the others.
 
 `jax.distributed.initialize` is not used because it runs the coordination service inside process 0 (coordination.py).
 """
@@ -73,7 +73,7 @@ def start(args: argparse.Namespace, workdir: Path, config: Mapping, stop: faults
 
 
 def _launch_service(info: ProcessInfo, heartbeat: int, grace: float) -> subprocess.Popen:
-    """Start coordination.py, which loads during the rendezvous and serves when it reads a line."""
+    """Start coordination.py. It loads during the rendezvous, and starts the service when it reads a line."""
     host, port = info.address
     address = f"{host}:{port}" if host in LOOPBACK else f"[::]:{port}"
     arguments = [os.getpid(), address, info.processes, 600, heartbeat, grace]
@@ -121,7 +121,7 @@ def _open_log(workdir: Path, info: ProcessInfo):
     console.log_file = SafeConsole(file=log, width=120)
     logging.captureWarnings(True)
     root = logging.getLogger()
-    for stream in (sys.stderr, log):  # with any handler installed, warnings no longer reach the console by default
+    for stream in (sys.stderr, log):  # after a handler is installed, warnings do not reach the console by default
         handler = logging.StreamHandler(stream)
         handler.setLevel(logging.WARNING)
         root.addHandler(handler)

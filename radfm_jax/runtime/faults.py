@@ -24,7 +24,7 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
 class Explained(Exception):
-    """An error whose message says all that a user needs, so it is shown without a traceback."""
+    """An error whose message is sufficient for the user, so it is shown without a traceback."""
 
 
 def message(e: BaseException) -> str | None:

@@ -7,7 +7,7 @@ import ctypes
 
 
 def release() -> None:
-    """Return freed memory that malloc still keeps to the operating system; hundreds of megabytes after a compilation.
+    """Make malloc return freed memory to the operating system: hundreds of megabytes after a compilation.
 
     Does nothing if the C library is not glibc.
     """

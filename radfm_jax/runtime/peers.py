@@ -9,8 +9,9 @@ Two threads in every process talk to the others through the coordination service
 JAX sends the heartbeats from C++. A Python thread would miss them while a library holds the interpreter lock (loading
 a large extension, initialising accelerators).
 
-A collective waits forever for a process that is gone, and so does clean-up: a failing process exits with os._exit.
-JAX alone reports a lost process only through a failing collective, and never a signal or an exception of another one.
+A collective waits forever for a process that is gone, and so does clean-up. So a failing process exits with os._exit.
+JAX alone reports a lost process only through a failing collective. It never reports signals or exceptions of other
+processes.
 """
 
 from __future__ import annotations
@@ -52,13 +53,13 @@ class Peers:
     processes: int = 1
     timeout: float = 15.0  # seconds without a heartbeat until a process is considered lost; the service uses the same
     service: subprocess.Popen | None = None  # the coordination service, in process 0
-    log: TextIO | None = None  # of this process; the reason for an early end is written there too
+    log: TextIO | None = None  # log of this process; the reason for an early end is written to it too
 
     def __post_init__(self):
         self.stopped_by = ""
         self._count_lock = threading.Lock()  # held while the processes agree on the step after which they stop
         self._agreeing, self._count, self._stop_after = False, 0, None
-        # None; "unclear": a collective failed, probably because of another process; "published".
+        # None, "published", or "unclear": a collective failed, probably because of another process.
         self._failure: str | None = None
         self._leaving, self._done = threading.Event(), threading.Event()
         self._client = compat.coordination_client()
@@ -72,8 +73,9 @@ class Peers:
     def stopping(self) -> bool:
         """Return whether any process got a signal to stop. All processes must call this the same number of times.
 
-        The n-th call returns the same in all of them and costs a lock. After a signal it waits for about a second until
-        all processes have published their number of calls; every call after the maximum of them returns True.
+        The n-th call returns the same value in all processes. Normally it only takes a lock. After a signal it waits
+        for about a second until all processes have published their number of calls. Calls after the maximum of these
+        numbers return True.
         """
         if self.processes == 1:
             if self.stop:
@@ -84,7 +86,7 @@ class Peers:
             return self._stop_after is not None and self._count > self._stop_after
 
     def leaving_on_signal(self) -> contextlib.AbstractContextManager:
-        """Within the block, which saves nothing, a signal ends all processes at once with the code for a restart."""
+        """Within the block, a signal ends all processes at once, without saving, with the exit code for a restart."""
 
         def leave(number: signal.Signals) -> None:
             reason = f"{number.name} before the first step: there is nothing to save"
@@ -106,9 +108,9 @@ class Peers:
             raise
 
     def abort(self, code: int, reason: str) -> None:
-        """Exit all processes with this code, this one without clean-up."""
+        """Exit all processes with this code. This process exits without clean-up."""
         if self.processes > 1:
-            # In a thread, because the service itself may be stuck.
+            # Publish in a thread, because the service itself may be stuck.
             thread = threading.Thread(target=self._publish_failure, args=(code, reason), daemon=True)
             thread.start()
             thread.join(3)
@@ -257,7 +259,7 @@ class Peers:
         return POLL
 
     def _handle_failure(self, number: int, code: int, reason: str) -> None:
-        """Exit with the code of process `number`, unless this process fails as well and publishes it."""
+        """Exit with the code of process `number`. Do nothing if this process has published its own failure."""
         deadline = time.monotonic() + SAME_CAUSE
         while time.monotonic() < deadline and self._failure is None:
             time.sleep(0.1)

@@ -92,7 +92,7 @@ class _Rendezvous:
             "radfm_jax": 1, "process": info.process, "processes": info.processes,
             "host": f"{socket.gethostname()}, pid {os.getpid()}", "properties": properties,
         }  # fmt: skip
-        # Of process 0: what each process sent, and its connection.
+        # In process 0: the message of each process, and its connection.
         self.hellos: dict[int, dict] = {0: self.hello}
         self.readers: dict[int, asyncio.StreamReader] = {}
 
@@ -135,7 +135,7 @@ class _Rendezvous:
                     on_connection, host if host in LOOPBACK else None, port, limit=MAX_MESSAGE_BYTES, backlog=1024
                 )
             except OSError as e:
-                # An earlier run on this port keeps it until its last process has exited.
+                # The port of an earlier run stays in use until its last process has exited.
                 if e.errno != errno.EADDRINUSE or time.monotonic() > self.deadline:
                     raise StartError(
                         f"{self.info} cannot listen on port {port}: {e.strerror or e}. Another program or an earlier "

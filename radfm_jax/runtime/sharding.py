@@ -40,7 +40,7 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, slices: int = 1
     if -1 in sizes and len(devices) % known == 0:
         sizes[sizes.index(-1)] = len(devices) // known
     if int(np.prod(sizes)) != len(devices):
-        raise ValueError(f"mesh {requested} does not fit {len(devices)} devices: their number must be its product")
+        raise ValueError(f"mesh {requested} does not fit {len(devices)} devices: its sizes must multiply to that")
     if slices < 1 or sizes[0] % slices:
         raise ValueError(f"mesh {requested}: data must be a multiple of the {slices} slices")
     if slices == 1:
@@ -58,8 +58,8 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, slices: int = 1
 def spec(names: tuple[str | None, ...], what: str = "array") -> PartitionSpec:
     """Return the PartitionSpec of logical axis names.
 
-    Raises ValueError, with `what` in it, for an unknown name or one mesh axis for two dimensions. Linen would silently
-    leave the first unsharded and drop the second.
+    Raises ValueError, with `what` in the message, for an unknown name, or if two dimensions use one mesh axis. Linen
+    would silently leave unknown names unsharded, and drop the second dimension's axis.
     """
     unknown = [n for n in names if n is not None and n not in RULES]
     if unknown:
@@ -86,8 +86,8 @@ def param_specs(boxed) -> dict:
 def param_shardings(boxed, mesh: Mesh | AbstractMesh) -> tuple[dict, dict[str, str]]:
     """Return the NamedShardings of a boxed parameter tree, and notes on the parameters that are not fully sharded.
 
-    A dimension that its mesh axis does not divide is replicated (5 GPUs cannot split 768). This is not an error, but
-    always in the notes {parameter path: reason}. An AbstractMesh shows a layout without devices.
+    A dimension that is not divisible by its mesh axis is replicated (5 GPUs cannot split 768). This is not an error; it
+    is reported in the notes {parameter path: reason}. With an AbstractMesh, no devices are needed.
     """
     notes: dict[str, str] = {}
 
@@ -129,7 +129,7 @@ def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array
     """Return global arrays from this process's rows of a batch. Raises ValueError if the devices do not divide them."""
     ways = int(np.prod([mesh.shape[a] for a in BATCH]))
     rows = {len(v) for v in batch.values()}
-    # With several processes, the share of one depends on their order in the mesh; JAX checks that itself.
+    # With several processes, a process's share depends on its position in the mesh. JAX checks that itself.
     if len(rows) != 1 or (jax.process_count() == 1 and rows.pop() % ways):
         counts = {k: len(v) for k, v in batch.items()}
         raise ValueError(f"rows of the batch {counts} do not divide over {ways} devices")

@@ -21,14 +21,14 @@ from radfm_jax.training.experiment import Experiment
 class OpenSplits:
     """Opens the training and validation rows in background threads; `splits("train")` waits for one of them.
 
-    A call raises the error with which the split failed to open. `shard` has Rows' arguments batch, host and hosts.
+    A call raises the error of a split that failed to open. `shard` has the arguments batch, host and hosts of Rows.
     """
 
     def __init__(self, config: DataConfig, shard: dict):
         read = config.sources("train") | config.sources("validation")
         families = {fields.get("family") for fields in read.values()}
         if not config.workers and (config.records or "tfds" in families):
-            # Imported before the threads start: while it is imported, imports in other threads return lazy modules.
+            # Import this before the threads start: during this import, imports in other threads return lazy modules.
             import tensorflow_datasets  # noqa: F401
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="opening")
         self._futures = {"train": self._threads.submit(Rows, config, "train", **shard)}
@@ -74,7 +74,7 @@ def check_model(config: Experiment, rows: Rows) -> None:
 
 
 def step_count(config: Experiment, rows: Rows) -> int:
-    """Return `train.steps`, or the steps of `train.epochs` estimated from how the first window packs."""
+    """Return `train.steps`, or the steps of `train.epochs`, estimated from the packing of the first window."""
     if config.train.steps:
         return config.train.steps
     rows_per_epoch = len(rows.plan(0, 0)) * rows.windows

@@ -31,7 +31,7 @@ class Display:
 
     Args:
       first, steps: the first step after this (re)start, and the total number of steps of the run.
-      active: false in other processes than 0, which write no files and show no bar.
+      active: False in all processes except process 0: they write no files and show no bar.
     """
 
     def __init__(self, workdir: Path, first: int, steps: int, active: bool = True):
@@ -94,7 +94,7 @@ def read_metrics(workdir: Path) -> list[dict]:
 
 
 def _complete_lines(file: Path) -> Iterator[dict]:
-    """Yield the lines up to the first incomplete one: a power failure cuts a line, or leaves NUL bytes for it."""
+    """Yield the lines up to the first incomplete one. A power failure can truncate a line or leave NUL bytes."""
     with open(file, encoding="utf-8", errors="replace") as lines:
         for text in lines:
             try:
@@ -155,7 +155,7 @@ def parameter_table(state: dict) -> Table:
 
 
 def device_bytes(x) -> int:
-    """Return the bytes of an array, or of its shape and sharding, on one device."""
+    """Return the bytes on one device of an array, or of an abstract array with a sharding."""
     shape = x.sharding.shard_shape(x.shape) if getattr(x, "sharding", None) is not None else x.shape
     return int(np.prod(shape, dtype=np.int64)) * x.dtype.itemsize
 
@@ -173,7 +173,7 @@ def memory_table(parts: dict[str, int], limit: int | None = None) -> Table:
 
 
 def data_table(description: dict, counts: np.ndarray, windows: int) -> Table:
-    """Tabulate the sources: their samples, and how many of them an epoch uses (Mixture.counts)."""
+    """Tabulate the sources: their samples, and the samples per epoch (Mixture.counts)."""
     title = f"{counts.sum():,} samples per epoch, {windows} windows"
     table = Table("source", "samples", "per epoch", "held out", "in quarantine", title=title)
     for (name, s), count in zip(description["sources"].items(), counts, strict=True):
@@ -182,7 +182,7 @@ def data_table(description: dict, counts: np.ndarray, windows: int) -> Table:
 
 
 def result_lines(workdir: Path) -> list[str]:
-    """Return where the results of a finished run are, and the commands that use them."""
+    """Return lines with the paths of a finished run's results, and the commands that use them."""
     best, steps = run_directory.best(workdir), run_directory.steps(workdir)
     checkpoints = [f"checkpoints/{steps[-1]} (last step)"] if steps else []
     checkpoints += [f"checkpoints/{best.name} (lowest held-out loss)"] if best else []

@@ -36,7 +36,7 @@ class EvalAnswers:
     """Answers the same questions at each call and returns their scores. `description` is a line for the log.
 
     Raises:
-      ValueError: no source has a question, or the run has several processes: none of them has all parameters.
+      ValueError: no source has a question, or the run has several processes, of which none has all parameters.
     """
 
     def __init__(self, config: Experiment, workdir: Path, mesh: jax.sharding.Mesh):
@@ -63,7 +63,7 @@ class EvalAnswers:
     def __call__(self, params: dict, step: int, alive: Callable[[], None]) -> dict[str, float]:
         """Return task/metric (scoring.TITLES) -> value, and task/failed, the share of questions without an answer.
 
-        `alive` is called after every few answers; an exception that it raises ends the generation.
+        `alive` is called after every few answers. An exception from it ends the generation.
         """
         directory = self.directory / str(step)
         if directory.exists():  # written by an interrupted attempt, or by one that this run does not descend from
@@ -124,7 +124,7 @@ def select_questions(config: DataConfig, count: int) -> tuple[list[radbench.Ques
 
 
 def summary(scores: dict[str, float]) -> str:
-    """Return one score of each task for the log."""
+    """Return one score per task, for the log."""
     parts = []
     for task in radbench.TASKS:
         name = "named" if task in ("modality", "diagnosis") else "bleu"

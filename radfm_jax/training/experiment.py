@@ -37,13 +37,13 @@ class TrainConfig:
     epochs: Annotated[float, at_least(0)] = 1.0
     batch: Size = 8  # rows of a global batch, over all devices and micro-batches
     accumulation: Size = 1  # micro-batches per step
-    dtype: Annotated[str, one_of(DTYPES)] = "float32"  # of matrix products
+    dtype: Annotated[str, one_of(DTYPES)] = "float32"  # dtype of matrix products
     remat: Annotated[str, one_of(REMAT_POLICIES)] = "full"  # what the backward pass recomputes (layers.REMAT_POLICIES)
     weighting: Annotated[str, one_of(WEIGHTINGS)] = "weighted"
     normalise: Annotated[str, one_of((*NORMALISATIONS, "micro_batch"))] = "token"
     chunk: Size = 256
     dropout: bool = True
-    seed: Count = 0  # of fresh parameters and dropout; `data.seed` is separate
+    seed: Count = 0  # seed of fresh parameters and dropout; `data.seed` is separate
     log_every: Size = 10  # steps
     eval_every: Count = 0  # steps; 0: evaluate only at the end
     eval_batches: Count = 0  # batches per evaluation; 0: all validation rows
@@ -53,7 +53,7 @@ class TrainConfig:
     # Accept a validation source that is a test table: the best step is then selected on test data.
     validate_on_test: bool = False
     nonfinite: Annotated[str, one_of(NONFINITE)] = "skip"  # steps whose loss or gradient is not finite, or "stop"
-    max_skipped: Count = 3  # in a row
+    max_skipped: Count = 3  # maximum number of such steps in a row
     # Seconds without a finished step after which the run ends with a dump of all stacks.
     step_timeout: Annotated[float, above(0)] = 1800.0
     profile: tuple[Count, ...] = ()  # (first, last) steps to trace to WORKDIR/profile, both included; (): none
@@ -97,7 +97,7 @@ class CheckpointConfig:
     init_from: str = ""  # checkpoint directory with the initial parameters of a new run; "": fresh parameters
     save_every: Size = 500  # steps
     keep_last: Size = 2  # number of newest steps to keep
-    keep_every: Count = 0  # also keep steps that are multiples of it; 0: none
+    keep_every: Count = 0  # also keep steps that are multiples of this number; 0: none
     best: bool = True  # also keep the step with the lowest validation loss
     allow_older: bool = False  # if the newest checkpoint is damaged, resume from an older one, with a warning
 

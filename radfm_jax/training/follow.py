@@ -1,4 +1,4 @@
-"""Settings that follow the checkpoint that a run starts from."""
+"""Settings that a run copies from the checkpoint in `checkpoint.init_from`."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ ROW_LIMITS = ("vision_rows", "patch_length", "planes", "scans")  # fields of Dat
 def follow_checkpoint(config: ConfigDict, overridden: Collection[str]) -> ConfigDict:
     """Return a config with the model, the tokenizer and the preparation of scans of `checkpoint.init_from`.
 
-    The sizes of a row follow as well if the checkpoint is a step of a training run. Of a language model alone, only the
-    sizes of the language model and the tokenizer are used. If the directory does not exist, nothing changes.
+    A step of a training run also sets the sizes of a row. A language model alone sets only its own sizes and the
+    tokenizer. If the directory does not exist, nothing changes.
 
     Args:
-      overridden: the fields that the command line sets, such as "model.llama.num_layers"; they stay.
+      overridden: fields that the command line sets, such as "model.llama.num_layers". They do not change.
     Raises:
       ValueError: the checkpoint is damaged, or does not record how its scans were prepared.
     """

@@ -64,7 +64,7 @@ def train(config: Experiment, workdir: Path, peers: Peers | None = None) -> int:
 def _prepare(config: Experiment, workdir: Path, peers: Peers, stack: contextlib.ExitStack) -> Callable[[], int]:
     """Open the run directory and the data, compile, and read the first state. Return the function that runs the steps.
 
-    A run that cannot start or resume is refused before anything is compiled, and leaves config.json as it was.
+    A run that cannot start or resume raises an error before anything is compiled, and does not change config.json.
     """
     check_validation(config)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, slices=config.mesh.slices)
@@ -122,7 +122,7 @@ def _saver(config: Experiment, workdir: Path) -> Saver:
 
 
 def _is_complete(config: Experiment, workdir: Path, saver: Saver, newest: Path | None, steps: int) -> bool:
-    """Whether the last step is saved and, with validation rows, evaluated; if so, log that and record the config."""
+    """Return whether the last step is saved and (with validation rows) evaluated; if so, log and write the config."""
     is_saved = newest == run_directory.step_directory(workdir, steps)
     if not is_saved or (config.data.validates and not was_evaluated(workdir, steps)):
         return False
@@ -134,7 +134,7 @@ def _is_complete(config: Experiment, workdir: Path, saver: Saver, newest: Path |
 def _start_first_state(
     config: Experiment, newest: Path | None, abstract: dict, transform, mesh, stack: contextlib.ExitStack
 ) -> Callable[[], tuple[dict, list[str]]]:
-    """Return a function that returns `first_state`'s result, which a thread computes while the step is compiled."""
+    """Compute `first_state` in a thread while the step is compiled. Return a function that returns its result."""
     arguments = (config, newest, abstract, transform)
     if mesh.devices.flat[0].platform == "gpu":  # GPU autotuning during compilation needs an otherwise idle device
         return lambda: first_state(*arguments)
@@ -173,7 +173,7 @@ def _run(
     config: Experiment, workdir: Path, mesh: Mesh, rates: np.ndarray, rows: Rows, programs: Programs, saver: Saver,
     peers: Peers, evaluation: Evaluation, state: dict, data_state: dict | None,
 ) -> int:  # fmt: skip
-    """Run the steps from state["step"] on. Return 0 when all are done, faults.REQUEUE if a stop was requested."""
+    """Run the steps after state["step"]. Return 0 when all are done, faults.REQUEUE if a stop was requested."""
     train, save_every = config.train, config.checkpoint.save_every
     first, steps = int(state["step"]), len(rates)
     data = device_batches(rows, mesh, train.accumulation)

@@ -16,7 +16,7 @@ from radfm_jax.models.decoder import head_logits
 from radfm_jax.models.radfm import RadFM
 from radfm_jax.runtime.sharding import BATCH
 
-# Use of the data's term weights 0, 1 and 3 (paper, equations 2 to 4): as they are, or 1 for all that are not 0.
+# How term weights 0, 1 and 3 are used (paper, equations 2 to 4): unchanged, or 1 for all that are not 0.
 WEIGHTINGS = ("weighted", "unweighted")
 # A sample counts as its weight (token), as 1 (sample) or as the square root of its weight (sqrt_sample).
 NORMALISATIONS = ("token", "sample", "sqrt_sample")
@@ -42,7 +42,7 @@ def radfm_loss(
     weights = token_weights(batch["weights"], batch["segments"], weighting=weighting, normalise=normalise)
     with jax.named_scope("loss"):
         losses, correct = token_losses(hidden, kernel, batch["targets"], weights > 0, dtype=dtype, chunk=chunk)
-        # The loss of a sample with a voxel that is not finite becomes NaN, and of no other sample (models/radfm.py).
+        # Only samples with a voxel that is not finite get a NaN loss (models/radfm.py).
         losses = jnp.where(out["nonfinite_tokens"] & (weights > 0), jnp.nan, losses)
     total = jnp.sum(jnp.where(weights > 0, weights * losses, 0.0))
     return total, jnp.sum(weights), {**out, "token_loss": losses, "correct": correct, "weights": weights}
@@ -88,7 +88,7 @@ def token_losses(
     axes = {a for a in BATCH if a in mesh.axis_names and a not in mesh.manual_axes}
     if not axes or np.prod([mesh.shape[a] for a in axes]) == 1:
         return local(hidden, kernel, targets, active)
-    # Per device, since a global sort would move rows between devices. The kernel is gathered once, outside the loop.
+    # Sort per device, because a global sort would move rows between devices. Gather the kernel once, before the loop.
     rows = PartitionSpec(BATCH)
     sharded = jax.shard_map(
         local, in_specs=(rows, PartitionSpec(), rows, rows), out_specs=(rows, rows), axis_names=axes, check_vma=False

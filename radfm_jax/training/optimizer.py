@@ -56,7 +56,7 @@ class OptimizerConfig:
         0.01  # of kernels and embeddings, not of norms, biases, positions, latents and marks
     )
     clip: Annotated[float, at_least(0)] = 1.0  # maximum global norm of the gradient; 0 disables clipping
-    mu_dtype: Annotated[str, one_of(MU_DTYPES)] = "float32"  # of the first moment: float32 or bfloat16
+    mu_dtype: Annotated[str, one_of(MU_DTYPES)] = "float32"  # dtype of the first moment: float32 or bfloat16
 
     def __post_init__(self):
         if isinstance(self.rates, Mapping):
@@ -142,7 +142,7 @@ def _factor(path: str, rates: Mapping[str, float]) -> float:
 
 
 def _check(name: str, leaves: dict, field: str) -> None:
-    """Raise ValueError if no parameter's path is `name` or within it."""
+    """Raise ValueError unless `name` is the path of a parameter or of a part that contains parameters."""
     if any(_within(path, name) for path in leaves):
         return
     known = {"/".join(path.split("/")[:n]) for path in leaves for n in range(1, path.count("/") + 2)}

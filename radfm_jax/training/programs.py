@@ -19,7 +19,7 @@ from radfm_jax.training.experiment import Experiment
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-    """Programs for the one shape that all batches have, compiled before the first step; a step never compiles."""
+    """The programs of a run. All batches have one shape, so all programs are compiled before the first step."""
 
     step: jax.stages.Compiled  # (state, batch, learning rate) -> (state, metrics)
     evaluate: jax.stages.Compiled | None  # (parameters, batch) -> sums; None without validation rows

@@ -25,8 +25,8 @@ RowInfos = Sequence[RowInfo | None]
 class StepMetrics:
     """Records the metrics of finished steps, and stops the run on values that are not finite.
 
-    Reading metrics waits for their step. So `add` keeps the newest step pending, and reads the one before while the
-    newest computes. `rates` has the learning rate of each step.
+    Reading metrics waits for their step. So `add` reads the metrics of the previous step while the newest step
+    computes. `rates` has the learning rate of each step.
     """
 
     def __init__(self, config: Experiment, mesh: jax.sharding.Mesh, rates: np.ndarray, screen: display.Display):
@@ -49,7 +49,7 @@ class StepMetrics:
         self.wait += time.perf_counter() - start
 
     def add(self, step: int, metrics: dict, rows: RowInfos) -> None:
-        """Take a started step and record the one before it. Raises ValueError by the policy of train.nonfinite."""
+        """Add a started step, and record the one before it. Raises ValueError by the policy of train.nonfinite."""
         self.packing.add(rows)
         self.flush()
         self._pending = (step, metrics, rows)

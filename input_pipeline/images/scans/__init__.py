@@ -41,7 +41,7 @@ READERS = {  # DICOM first: its preamble may contain any bytes, its mark is at b
     tiff: ("a 2D image", (".tif", ".tiff")),
     arrays: (".npy", (".npy",)),
 }
-# Common formats that cannot be read, or not safely, by their first bytes.
+# First bytes of common formats that cannot be read, or cannot be read safely.
 UNSUPPORTED = {
     b"PK\x03\x04": ("is a zip or .npz archive", "unpack it, or save single .npy files"),
     b"GIF8": ("is a GIF", "save it as PNG"),
@@ -96,7 +96,7 @@ def read(path, *, volume: int | None = None, limits: ScanLimits = ScanLimits()) 
 
 
 def header(path, *, limits: ScanLimits = ScanLimits()) -> Header:  # noqa: B008
-    """Return the header as `read` does, with those errors that the header reveals; read as little as possible."""
+    """Return the header as `read` does, and read as little as possible. Raises only errors that the header shows."""
     path = os.fspath(path)
     with as_scan_error(path, "reading the header"):
         return find_reader(path, limits).header(path, limits=limits)

@@ -29,7 +29,7 @@ def sniff(start: bytes) -> bool:
 class NpyLayout:
     """Layout of an array in its .npy file, and the axis order that transposes it to [H, W, D, C]."""
 
-    shape: tuple[int, ...]  # of the whole array
+    shape: tuple[int, ...]  # shape of the whole array
     fortran: bool
     dtype: np.dtype
     offset: int
@@ -62,7 +62,7 @@ def layout_of(path, shape: tuple[int, ...]) -> tuple[int, tuple[int, int, int, i
 
 
 def read_layout(path, file: BoundedFile, limits: ScanLimits) -> tuple[NpyLayout, Header]:
-    """Read the array header and check it against the file size and the limits. Object arrays are refused."""
+    """Read the array header and check it against the file size and the limits. Object arrays are rejected."""
     with as_scan_error(path, "reading the .npy header"):
         version = np.lib.format.read_magic(file)
         readers = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}

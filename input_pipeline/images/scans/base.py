@@ -47,16 +47,16 @@ class ScanLimits:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Header:
-    """Properties that a file states about its scan, or None. Names, dates, UIDs and institutions are never included."""
+    """Properties that a file states about its scan; None if unstated. Never names, dates, UIDs or institutions."""
 
     format: Format
     shape: tuple[int, int, int, int]  # (H, W, D, C) of the voxels that `read` returns
-    dtype: str  # of the stored voxels
+    dtype: str  # dtype of the stored voxels
     modality: str | None = None  # DICOM modality code: CT, MR, CR, ...
     spacing_mm: tuple[float | None, float | None, float | None] | None = None  # along H, W and D
     # Directions of increasing row, column and slice index: "PLS" is Posterior, the patient's Left, Superior.
     orientation: str | None = None
-    volumes: int = 1  # in the file; `read` returns one of them
+    volumes: int = 1  # number of volumes in the file; `read` returns one of them
     rescaled: bool = False  # whether `read` maps the stored values (slope and intercept, or lookup table)
     photometric: str | None = None  # as stored: MONOCHROME1, RGB, palette, ...; None for NIfTI and .npy
     oblique_degrees: float | None = None  # largest angle between a voxel axis and its anatomical axis

@@ -9,7 +9,7 @@ import numpy as np
 from input_pipeline.images.scans.base import ScanError, ScanLimits, limit_error
 from input_pipeline.images.value_range import value_range
 
-MAX_NAN_SHARE = 0.01  # of the voxels of a scan; above it, a reader has failed or the scan is masked by NaN
+MAX_NAN_SHARE = 0.01  # share of a scan's voxels; with more, a reader has failed or the scan is masked by NaN
 
 
 def check_shape(path, shape, itemsize: int, limits: ScanLimits) -> None:
@@ -61,7 +61,7 @@ def to_intensities(
     exact = exact and bool((slopes == np.round(slopes)).all() and (intercepts == np.round(intercepts)).all())
     target = np.dtype(np.float32)
     if exact:
-        # Python integers: neither a 64-bit voxel nor its product with a slope can overflow.
+        # With Python integers, neither a 64-bit voxel nor its product with a slope overflows.
         ends = [
             int(end) * int(a) + int(b)
             for frame, a, b in zip(frames, slopes, intercepts, strict=True)

@@ -63,8 +63,8 @@ def jpeg(data: bytes) -> Size:
 def jpeg_colours(data: bytes) -> tuple[Colours | None, Colours]:
     """Return the colours that a JPEG stream states (None if it does not), and those that libjpeg assumes.
 
-    Stated are component ids R, G, B, a JFIF marker (YBR), or the transform of an Adobe marker. libjpeg looks for JFIF,
-    then Adobe, then component ids, and assumes YBR.
+    A stream states its colours by component ids R, G, B, by a JFIF marker (YBR), or by the transform of an Adobe
+    marker. libjpeg looks for JFIF, then Adobe, then component ids; without any of them it assumes YBR.
     """
     jfif, adobe, ids = False, None, b""
     for marker, content in jpeg_segments(data):

@@ -42,7 +42,7 @@ def stack_frames(count: int, frames: Iterable[tuple[int, np.ndarray]]) -> np.nda
 
 
 def distance_change(distances: np.ndarray, numbers: Sequence[int | None]) -> int | None:
-    """Return the index at which the slice distance changes once, as in head CT; None if it does not.
+    """Return the index of the only change of the slice distance, as in head CT; None if there is no such index.
 
     Args:
       distances: float[n] between adjacent slices, in mm.
@@ -105,7 +105,7 @@ def slice_layout(
 ) -> tuple[list[int], orientation.DisplayLayout | None, str | None]:
     """Return the slice order, the display layout and a notice; without geometry, the file order, None and None."""
     count = len(names)
-    spacing = instance.spacing or ((1.0, 1.0) if count == 1 else None)  # of one slice, only directions matter
+    spacing = instance.spacing or ((1.0, 1.0) if count == 1 else None)  # for a single slice, only the directions matter
     if instance.orientation is None or spacing is None or (count > 1 and positions is None):
         return list(range(count)), None, None
     across, down = np.array(instance.orientation[:3]), np.array(instance.orientation[3:])
@@ -150,7 +150,7 @@ def to_header(
 
 
 def shown_window(instances: Sequence[Instance], rescale: Rescale) -> tuple[float, float] | None:
-    """Return the window that the files state, in the intensities of `read`, which inverts MONOCHROME1."""
+    """Return the window that the files state, in the units of `read`. It is inverted for MONOCHROME1."""
     window, photometric = series_window(i.window for i in instances), instances[0].photometric
     if window is None or photometric == "MONOCHROME2":
         return window

@@ -22,7 +22,7 @@ from input_pipeline.images.scans.fields import EXPORT, KEYWORDS, PIXELS, PLUGINS
 from input_pipeline.images.scans.instance import Instance, interpret
 
 SNIFFED = 132  # bytes that `sniff` needs
-MAX_FIRST_LENGTH = 1024  # of the first element of a data set without a preamble, in bytes
+MAX_FIRST_LENGTH = 1024  # maximum bytes of the first element of a data set without a preamble
 
 
 def sniff(start: bytes) -> bool:
@@ -56,7 +56,7 @@ class Layout(NamedTuple):
 
 
 def file_layout(path, file: BoundedFile) -> Layout:
-    """Return the layout of a DICOM file from its meta information, without it from the first element."""
+    """Return the layout of a DICOM file: from its meta information, or if that is absent, from the first element."""
     file.seek(0)
     start = file.read(SNIFFED)
     preamble = start[128:132] == b"DICM"
@@ -89,7 +89,7 @@ def file_layout(path, file: BoundedFile) -> Layout:
 
 
 def unstated_syntax(path, file: BoundedFile, begin: int) -> uid.UID:
-    """Return the uncompressed transfer syntax of a file that states none."""
+    """Return the transfer syntax that the first element shows, for a file that does not state it."""
     file.seek(begin)
     syntax = encoding_of(file.read(SNIFFED))
     if syntax is None:
@@ -112,10 +112,10 @@ def check_deflated(path, file: BoundedFile, limits: ScanLimits) -> None:
 
 
 def check_trailing(path, file: BoundedFile, dataset: pydicom.Dataset) -> None:
-    """Raise unless native pixel data is the last element, or only elements of higher tags follow to the last byte.
+    """Raise if the bytes after native pixel data are not elements of higher tags.
 
-    Inserted bytes (a text-mode transfer turns every newline into two bytes) shift the image and push its end out of the
-    element, which other readers do not notice.
+    Inserted bytes (a text-mode transfer turns every newline into two bytes) shift the image, and its last pixels fall
+    outside the element. Other readers do not notice this.
     """
     element = Fields(path, dataset).raw("PixelData")
     if not isinstance(element, RawDataElement) or element.length == 0xFFFFFFFF:

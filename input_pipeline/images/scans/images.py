@@ -128,7 +128,7 @@ def open_image(path, limits: ScanLimits) -> tuple[Image.Image, int, Header]:
             codestream.jpeg(data)
         except ValueError as error:
             raise ScanError(path, str(error), COPY_AGAIN) from None
-    with as_scan_error(path, "opening the image"), warnings.catch_warnings(action="ignore"):  # about its metadata
+    with as_scan_error(path, "opening the image"), warnings.catch_warnings(action="ignore"):  # on metadata
         try:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
         except Image.DecompressionBombError as error:

@@ -77,7 +77,7 @@ class Instance(PixelFormat):
     number: int | None  # InstanceNumber
     spacing: tuple[float, float] | None  # (between rows, between columns) in mm
     orientation: tuple[float, ...] | None  # ImageOrientationPatient: directions of increasing column and row index
-    positions: tuple[tuple[float, ...], ...] | None  # of the first voxel of each frame
+    positions: tuple[tuple[float, ...], ...] | None  # position of the first voxel of each frame
     slopes: tuple[float, ...]  # one a frame
     intercepts: tuple[float, ...]  # one a frame
     lut: bool  # whether a modality lookup table replaces slopes and intercepts
@@ -112,7 +112,7 @@ class Instance(PixelFormat):
 
     @property
     def absent_geometry(self) -> list[str]:
-        """The attributes without which slices cannot be sorted."""
+        """The absent attributes that sorting the slices needs."""
         stated = {
             "ImagePositionPatient": self.positions,
             "ImageOrientationPatient": self.orientation,
@@ -138,7 +138,7 @@ def interpret(path, fields: Fields, syntax: uid.UID) -> Instance:
     check_not_tiled(path, fields, frames.count, kinds)
     spacing, direction, positions = read_geometry(path, fields, frames)
     slopes, intercepts, stated = read_rescale(path, frames)
-    if stated:  # the rescaled values are comparable, whatever else the real-world values are
+    if stated:  # the rescaled values are comparable, even if the real-world values differ
         kinds |= {attribute: [None] * frames.count for attribute in REAL_WORLD_VALUES}
     check_one_kind(path, kinds, [f"frame {i + 1}" for i in range(frames.count)], "frame")
     check_frame_vectors(path, fields, frames.count)
@@ -163,17 +163,20 @@ def interpret(path, fields: Fields, syntax: uid.UID) -> Instance:
 
 
 def check_not_tiled(path, fields: Fields, count: int, kinds: Columns) -> None:
-    """Raise if one picture contains several slices, or if the frames are tiles of one picture."""
+    """Raise if one image contains several slices, or if the frames are tiles of one image."""
     types = {str(value) for a, values in kinds.items() if a.keyword in ("ImageType", "FrameType") for value in values}
-    images, grid = fields.comparable(MOSAIC_COUNT), fields.comparable(GRID_COUNT)  # 1 in files that are no mosaic
+    images, grid = (
+        fields.comparable(MOSAIC_COUNT),
+        fields.comparable(GRID_COUNT),
+    )  # files that are not a mosaic may state 1
     several = isinstance(images, bytes) and int.from_bytes(images[:2], "little") > 1
     united = isinstance(grid, bytes) and grid.strip(b" \0").isdigit() and int(grid.strip(b" \0")) > 1
     if several or united or any("MOSAIC" in text.split("\\") for text in types):
         maker = "United Imaging" if united else "Siemens"
-        reason = f"is a {maker} mosaic: its picture shows all slices of a volume next to each other"
+        reason = f"is a {maker} mosaic: its image shows all slices of a volume next to each other"
         raise ScanError(path, reason, "convert it with dcm2niix, which separates the slices", "unsupported")
     if count > 1 and fields.raw("TotalPixelMatrixColumns") is not None:
-        raise ScanError(path, f"has {count} frames that are tiles of one picture, not slices", TILED, "unsupported")
+        raise ScanError(path, f"has {count} frames that are tiles of one image, not slices", TILED, "unsupported")
 
 
 def check_frame_vectors(path, fields: Fields, count: int) -> None:
@@ -286,7 +289,7 @@ def read_geometry(path, fields: Fields, frames: FrameFields):
     except ScanError:
         if frames.count > 1:
             raise
-        spacings = None  # optional for a single picture
+        spacings = None  # optional for a single image
     orientations = frames.each("PlaneOrientationSequence", "ImageOrientationPatient", 6)
     positions = frames.each("PlanePositionSequence", "ImagePositionPatient", 3)
     if positions is not None and frames.count > 1 and not frames.per_frame:

@@ -56,7 +56,7 @@ class Child:
         if self.owner == os.getpid():
             self.process.kill()
             self.process.wait()
-        with contextlib.suppress(BrokenPipeError):  # from the flush of a request that the child did not read
+        with contextlib.suppress(BrokenPipeError):  # raised by the flush of a request that the child did not read
             self.process.stdin.close()
         self.process.stdout.close()
 

@@ -11,7 +11,7 @@ from input_pipeline.images.scans.base import ScanError
 from input_pipeline.images.scans.fields import EXPORT, Fields
 from input_pipeline.images.scans.instance import Instance
 
-PADDING = -1  # of the result: below every entry
+PADDING = -1  # marks padding in the result; lower than every entry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +19,8 @@ class Lut:
     """A table from stored values to output values.
 
     Attributes:
-      first: the stored value of the first entry; smaller ones get that entry, and too large ones the last.
+      first: the stored value of the first entry. Values below it map to the first entry, values above the table to the
+        last.
       entries: uint16[N].
     """
 
@@ -27,7 +28,7 @@ class Lut:
     entries: np.ndarray
 
     def apply(self, frame: np.ndarray, instance: Instance) -> np.ndarray:
-        """Return the output values of a frame; MONOCHROME1 inverted within the table, padding as PADDING."""
+        """Return the output values of a frame. MONOCHROME1 is inverted within the table; padding becomes PADDING."""
         output = self.entries[np.clip(frame.astype(np.int64) - self.first, 0, len(self.entries) - 1)]
         if instance.photometric == "MONOCHROME1":
             output = self.entries.min() + self.entries.max() - output

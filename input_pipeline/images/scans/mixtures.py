@@ -15,7 +15,7 @@ from pydicom import uid
 from input_pipeline.images.scans.base import ScanError
 from input_pipeline.images.scans.orientation import TOLERANCE
 
-Value = tuple[float, ...] | str | bytes | bool | None  # of an attribute in one slice; None if it is absent
+Value = tuple[float, ...] | str | bytes | bool | None  # value of an attribute in one slice; None if it is absent
 SHOWN_NAMES, SHOWN_GROUPS = 3, 3  # slices per value, and values, named in a message
 CLOSE = 0.01  # relative tolerance of times and angles that scanners round
 
@@ -26,9 +26,11 @@ class Attribute:
 
     Attributes:
       sequences: the sequences that contain it in functional groups or in the main data set, nested ones after a dot.
-      rule: "equal": one value, in all slices. "presence": in all slices or in none. "runs": the slices of a value are
-        adjacent (table positions, not interleaved acquisitions or reconstructions). "times": one value, or a value for
-        (nearly) every slice: the times of slices that are acquired one after another.
+      rule: what the values must satisfy.
+        "equal": all slices have the same value.
+        "presence": all slices have the attribute, or none.
+        "runs": slices with the same value are adjacent, as at table positions. Interleaved acquisitions are not.
+        "times": one value for all slices, or a different one for (nearly) every slice, as in sequential acquisition.
       shown: whether messages may contain the values.
       private: (creator, tag in the first private block) of a private attribute.
     """
@@ -94,7 +96,7 @@ ATTRIBUTES = (
     Attribute("ConvolutionKernel", ("CTReconstructionSequence",), shown=False),
     Attribute("ContrastBolusAgent", shown=False),
     Attribute("CorrectedImage", shown=False),
-    # When
+    # When they were acquired
     Attribute("TemporalPositionIdentifier"),
     Attribute("TemporalPositionIndex", CONTENT),
     Attribute("NominalPercentageOfCardiacPhase", CARDIAC),
@@ -116,7 +118,7 @@ def close(a: Value, b: Value, attribute: Attribute) -> bool:
 
 
 def group(values: Sequence[Value], attribute: Attribute) -> list[tuple[Value, list[int]]]:
-    """Return (value, indices of its slices) of every different value, the most frequent first."""
+    """Return (value, indices of its slices) for each distinct value, most frequent first."""
     groups: list[tuple[Value, list[int]]] = []
     for index, value in enumerate(values):
         members = next((m for v, m in groups if close(v, value, attribute)), None)

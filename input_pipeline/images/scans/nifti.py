@@ -88,7 +88,7 @@ def skip(path, stream, count: int, content: str) -> None:
 
 
 def read_layout(path, file: BoundedFile, stream, limits: ScanLimits) -> NiftiLayout:
-    """Read and check the first 348 or 540 bytes of the stream, and the size of an uncompressed file."""
+    """Read the header (348 or 540 bytes) and check it. The size of an uncompressed file must match it."""
     block = bytearray(540)
     read_exactly(path, stream, memoryview(block)[:348], "header")
     if block[128:132] == b"DICM":
@@ -133,7 +133,7 @@ def interpret(path, header, size: int, endian: str, limits: ScanLimits) -> Nifti
     check_shape(path, (h, w, d, channels), max(dtype.itemsize, 4 if rescaled else 1), limits)
     check_volume(path, None, volumes, limits, needed=False)
     if stepless:
-        notices += ("states no step between slices, which its single slice does not need: set pixdim[3]",)
+        notices += ("states no step between slices (harmless for a single slice): set pixdim[3]",)
     low, high = float(header["cal_min"]), float(header["cal_max"])
     head = Header(
         format="nifti",
@@ -186,7 +186,7 @@ def voxel_type(path, header, endian: str) -> tuple[np.dtype, int]:
 def scaling(path, header) -> tuple[float, float]:
     """Return (slope, intercept)."""
     slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
-    # No scaling is slope 0 in the NIfTI-1 standard, and NaN in both fields as nibabel writes it.
+    # "No scaling" is slope 0 in the NIfTI-1 standard. nibabel writes NaN in both fields.
     if slope == 0 or (math.isnan(slope) and math.isnan(intercept)):
         return 1.0, 0.0
     if not (math.isfinite(slope) and math.isfinite(intercept)):
@@ -202,7 +202,7 @@ def affine_of(path, header) -> tuple[np.ndarray, bool, tuple[str, ...]]:
     method 1 (ANALYZE: first axis from the patient's right to left, second to anterior, third to superior).
     """
     notices: tuple[str, ...] = ()
-    # qfac (pixdim[0]) is the sign of the third axis; the standard reads 0 as 1, but nibabel refuses it.
+    # qfac (pixdim[0]) is the sign of the third axis; the standard reads 0 as 1, but nibabel rejects it.
     header["pixdim"][0] = -1 if header["pixdim"][0] < 0 else 1
     negative = bool((header["pixdim"][1:4] < 0).any())  # as nibabel, which also reads the absolute values
     header["pixdim"][1:4] = np.abs(header["pixdim"][1:4])
@@ -218,7 +218,7 @@ def affine_of(path, header) -> tuple[np.ndarray, bool, tuple[str, ...]]:
             except (HeaderDataError, ValueError):
                 if not s_code:
                     raise
-                q, q_code, notices = None, 0, ("has an invalid qform, which its sform replaces: remove the qform",)
+                q, q_code, notices = None, 0, ("has an invalid qform, so its sform is used: remove the qform",)
         units = int(header["xyzt_units"]) & 7
         if units not in MM:
             raise ScanError(path, f"states the unknown length unit {units}", "set xyzt_units to mm")
@@ -245,9 +245,9 @@ def normalize_quaternion(header) -> None:
 
 
 def with_single_steps(affine: np.ndarray, shape: tuple[int, int, int]) -> tuple[np.ndarray, tuple[int, ...]]:
-    """Replace the step of an axis of one voxel where it is zero or not finite, as no voxel is at its end.
+    """Replace a step that is zero or not finite by 1 mm along an axis of one voxel, where it has no effect.
 
-    Returns the affine with a step of 1 mm across the other two axes, and the number of that axis in a tuple.
+    The new step is perpendicular to the other two axes. Returns the affine and the number of that axis in a tuple.
     """
     lengths = np.linalg.norm(affine[:, :3], axis=0)
     missing = [axis for axis in range(3) if shape[axis] == 1 and not 0 < lengths[axis] < math.inf]
@@ -261,7 +261,7 @@ def with_single_steps(affine: np.ndarray, shape: tuple[int, int, int]) -> tuple[
 
 
 def header(path, *, limits: ScanLimits) -> Header:
-    """Return the header. A .nii.gz is unpacked only up to its end, so the checksum is not verified."""
+    """Return the header. A .nii.gz is unpacked only up to the end of the header, so its checksum is not verified."""
     with open_scan(path, limits) as file, unpacked(path, file) as stream:
         return read_layout(path, file, stream, limits).header
 

@@ -17,7 +17,7 @@ from nibabel import orientations
 
 DISPLAY_CODES = {"S": "PLS", "P": "ILP", "L": "IPL"}
 PLANE = ("L", "P", "S")  # the anatomical axis across the slices: sagittal, coronal, axial
-TOLERANCE = 1e-3  # for equal orientations (direction cosines) and spacings (mm)
+TOLERANCE = 1e-3  # maximum difference of equal orientations (direction cosines) and spacings (mm)
 THICK = 1.5  # slice spacing over in-plane spacing from which the thick axis is taken as the slice axis
 
 

@@ -52,7 +52,7 @@ def native_frames(path, data: bytes | None, instance: Instance) -> Iterator[byte
 
 
 def without_empty_end(data: bytes) -> bytes:
-    """Return encapsulated pixel data without empty fragments at its end. The offset table remains."""
+    """Remove empty fragments from the end of encapsulated pixel data. The offset table does not change."""
     offset, end, first = 0, 0, True
     while data[offset : offset + 4] == ITEM and offset + 8 <= len(data):
         (length,) = struct.unpack_from("<L", data, offset + 4)
@@ -74,7 +74,7 @@ def encoded_frames(path, dataset: pydicom.Dataset, instance: Instance) -> Iterat
     data, encapsulated = element.value, getattr(element, "length", 0) in (0xFFFFFFFF, -1)  # no length if empty
     if not instance.syntax.is_encapsulated:
         if encapsulated:
-            reason = f"has compressed pixels, but no transfer syntax or that of {instance.syntax.name}"
+            reason = f"has compressed pixels, but its transfer syntax is absent or {instance.syntax.name}"
             raise ScanError(path, reason, "state the transfer syntax in its meta information", "ambiguous")
         swapped = instance.syntax == uid.ExplicitVRBigEndian and instance.bits_allocated == 8
         if swapped and element.VR == "OW" and data and len(data) % 2 == 0:
@@ -121,9 +121,9 @@ def check_frame(path, data: bytes, instance: Instance) -> int:
 
 
 def decode_jpeg(data: bytes, instance: Instance) -> np.ndarray:
-    """Decode an 8-bit colour JPEG to RGB. The colours are those that the stream states, otherwise those of the header.
+    """Decode an 8-bit colour JPEG to RGB. Its colour space is that of the stream, or if unstated, that of the header.
 
-    pydicom's decoder fails for component ids R, G, B, and converts colours twice that Pillow has already converted.
+    pydicom's decoder fails for component ids R, G, B, and converts colours that Pillow has already converted.
     """
     stated, decoded = codestream.jpeg_colours(data)
     image = Image.open(io.BytesIO(data), formats=["JPEG"])
@@ -184,7 +184,7 @@ def is_overlay(words: np.ndarray, values: np.ndarray, outside: np.ndarray, insta
     does not state if all words are equal, and damage if the pixels are compressed.
 
     Args:
-      words: with these bits. values: without them. outside: where words are out of range.
+      words: pixels with these bits. values: pixels without them. outside: where words are out of range.
     """
     upper = int(np.bitwise_or.reduce(words[outside].view(f"u{words.itemsize}"), initial=0)) >> instance.bits_stored
     rough = np.abs(np.diff(words.view(f"i{words.itemsize}").astype(np.int64), axis=1)).sum()
@@ -195,7 +195,7 @@ def is_overlay(words: np.ndarray, values: np.ndarray, outside: np.ndarray, insta
 
 
 def stored_values(path, words: np.ndarray, instance: Instance) -> np.ndarray:
-    """Return gray values of `frame_dtype` without the bits above BitsStored (overlays), except for padding."""
+    """Return gray values of `frame_dtype`. Bits above BitsStored (overlays) are removed, except from padding."""
     low, high = instance.stored_range
     words = words.astype(instance.dtype, copy=False)
     if words.min() >= low and words.max() <= high:

@@ -23,8 +23,8 @@ class Rescale:
     Attributes:
       slopes: float64[F], negative for MONOCHROME1.
       intercepts: float64[F].
-      total: MONOCHROME1 becomes `total` minus the intensity; None for other frames and for lookup tables.
-      in_place: whether that is the only change and the stored dtype contains the result.
+      total: a MONOCHROME1 intensity becomes `total` minus itself; None for other frames and for lookup tables.
+      in_place: whether this inversion is the only change and the stored dtype can store the result.
       stored_padding: of every frame, as decoded.
       padding: of all frames, as an intensity.
     """
@@ -69,7 +69,7 @@ def rescaled(ends: tuple[int, int] | None, slope: float, intercept: float) -> Pa
 def rescale_of(instances: Sequence[Instance]) -> Rescale:
     """Return the rescale of all frames. MONOCHROME1 is inverted within the range that the headers allow.
 
-    If frames have different padding, all of it becomes the lowest.
+    If frames have different padding values, all of them become the lowest one.
     """
     first, count = instances[0], sum(i.frames for i in instances)
     gray = first.photometric in GRAY

@@ -45,7 +45,7 @@ def series_files(path, limits: ScanLimits) -> list[Path]:
 
 
 def join_kinds(instances: list[Instance]) -> dict:
-    """Return the kinds of several instances as one."""
+    """Join the kinds of several instances to one."""
     return {a: [value for i in instances for value in i.kinds[a]] for a in instances[0].kinds}
 
 

@@ -1,7 +1,7 @@
 """TIFF: one slice per page, in the order of the file.
 
 Pages that are smaller copies of others (thumbnails, pyramids) are dropped. Files whose metadata (ImageJ, OME, tifffile)
-state times, channels or several stacks are refused: their pages are not the slices of one volume.
+state times, channels or several stacks are rejected: their pages are not the slices of one volume.
 
 tifffile parses the file and decodes uncompressed, deflated and PackBits pages of any depth. Pillow (libtiff) decodes
 the other compressions where that is lossless: 8-bit gray and RGB, 16-bit gray. TIFF has no checksum, so a flipped bit
@@ -98,7 +98,7 @@ def page_format(path, page: tifffile.TiffPage) -> PageFormat:
 
 
 def count_pages(path, data: bytes, limits: ScanLimits) -> int:
-    """Count the pages. Raises ScanError at a broken link between pages, which tifffile takes for the end."""
+    """Count the pages. Raises ScanError at a broken link between pages, which tifffile would treat as the end."""
     order = "<" if data[:2] == b"II" else ">"
     big = data[2:4] in (b"+\0", b"\0+")
     link, counter, entry = ("Q", "Q", 20) if big else ("I", "H", 12)

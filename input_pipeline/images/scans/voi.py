@@ -35,7 +35,7 @@ def window_ends(center: float, width: float, function: str) -> tuple[float, floa
 
 
 def series_window(windows: Iterable[tuple[float, float] | None]) -> tuple[float, float] | None:
-    """Return the window of a series: the median ends of those that its files state."""
+    """Return the window of a series: the medians of the low and of the high ends that its files state."""
     stated = [window for window in windows if window is not None]
     if not stated:
         return None

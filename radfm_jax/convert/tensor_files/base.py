@@ -129,4 +129,4 @@ def check_room(folder: Path, needed: int) -> None:
 def refuse_existing(paths: Sequence[Path]) -> None:
     """Raise ValueError if any of the paths exists."""
     if existing := [str(path) for path in paths if os.path.lexists(path)]:
-        raise ValueError(f"{', '.join(existing)} already exist(s): remove or write elsewhere")
+        raise ValueError(f"{', '.join(existing)} already exist: remove them, or write elsewhere")

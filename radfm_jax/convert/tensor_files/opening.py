@@ -127,12 +127,12 @@ def _open_index(path: Path, verify: bool, scratch: Any, progress: Progress) -> T
 def _read_weight_map(path: Path) -> dict[str, str]:
     """Return tensor name -> shard name."""
     if not path.is_file():
-        raise ValueError(f"{path} is not a file: pass the index of the shards")
+        raise ValueError(f"{path} is not a file: pass the index file of the shards")
     try:
         index = read_json(path, limit=MAX_INDEX_BYTES)
     except ValueError as error:
         raise ValueError(f"{error}: download it again") from None
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise ValueError(f"{path} has no weight_map from tensor to file names: pass the index of the shards")
+        raise ValueError(f"{path} has no weight_map (tensor name -> file name): pass the index file of the shards")
     return weight_map

@@ -50,7 +50,7 @@ def write_safetensors(
     infos: Mapping[str, TensorInfo],  # shards are filled in this order
     read: Callable[[str], np.ndarray],  # called once per name
     *,
-    max_shard_bytes: int = 2**31,  # of the tensors in a shard; a larger tensor gets a separate shard
+    max_shard_bytes: int = 2**31,  # maximum bytes of the tensors in a shard; a larger tensor gets a separate shard
     metadata: Mapping[str, str] | None = None,  # in addition to {"format": "pt"}, which transformers requires
     basename: str = "model",
     progress: Progress = lambda done: None,

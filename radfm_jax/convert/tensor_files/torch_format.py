@@ -132,7 +132,7 @@ def open_torch(path: Path, file: BinaryIO, verify: bool, progress: Progress) -> 
     try:
         state = torch.load(file, map_location="meta", weights_only=True)
     except Exception as error:  # a malicious pickle can make the loader raise any exception
-        # torch's message advises to load the file unsafely, so quote only the refused object.
+        # torch's message suggests loading the file unsafely, so quote only the refused object.
         match = re.search(r"Unsupported (?:global|operand|class)[^.\n]*|GLOBAL [\w.]+", str(error))
         reason = match[0] if match else "the pickle has more than plain tensors"
         raise ValueError(
@@ -193,8 +193,8 @@ def _tensors_of_state(path: Path, file: BinaryIO, state: Any, records: dict[int,
     nested = [key for key, value in state.items() if has_tensors(value)]
     if nested and not has_tensors(state):
         raise ValueError(
-            f"{path} is a training checkpoint; its tensors are under {', '.join(map(repr, nested))}: save the model's "
-            f"alone with torch.save(torch.load({path.name!r}, weights_only=True)[{nested[0]!r}], 'pytorch_model.bin')"
+            f"{path} is a training checkpoint; its tensors are under {', '.join(map(repr, nested))}: save the "
+            f"model's with torch.save(torch.load({path.name!r}, weights_only=True)[{nested[0]!r}], 'pytorch_model.bin')"
         )
     infos, ties, readers, problems, first = {}, {}, {}, [], {}
     for name, tensor in state.items():
@@ -270,7 +270,7 @@ def write_torch_bin(
     pickled = _pickle_state(torch, infos, owners, ties)
     base.check_room(path.parent, sum(infos[name].nbytes for name in owners) + len(pickled) + 512 * (len(owners) + 4))
     base.refuse_existing([path])
-    # torch.serialization.skip_data is a prototype and would leave every CRC-32 to be patched into the zip afterwards.
+    # torch.serialization.skip_data is a prototype, and every CRC-32 would have to be patched into the zip afterwards.
     # The format has been stable since torch 1.6: these records, stored and aligned.
     with atomic_write(path) as partial, open(partial, "wb") as file, zipfile.ZipFile(file, "w") as archive:
         for name, data in (("data.pkl", pickled), ("byteorder", b"little"), ("version", b"3\n")):

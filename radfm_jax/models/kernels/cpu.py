@@ -98,7 +98,7 @@ class _Tiles:
         self.c, self.d = (TILE if n % TILE == 0 else 128 for n in (t, u))
         self.i, self.j = t // self.c, u // self.d
         self.q_segments, self.k_segments = jnp.reshape(q_segments, (-1, self.c)), jnp.reshape(k_segments, (-1, self.d))
-        # A pair is active if the ranges of its segments overlap: a cheap test that keeps a few pairs too many.
+        # A pair is active if the ranges of its segments overlap. This test is cheap, but keeps a few unnecessary pairs.
         low_q, high_q, low_k, high_k = (
             pick(x, axis=1).reshape(b, -1) for x in (self.q_segments, self.k_segments) for pick in (jnp.min, jnp.max)
         )
