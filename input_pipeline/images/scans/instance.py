@@ -165,6 +165,7 @@ def interpret(path, fields: Fields, syntax: uid.UID) -> Instance:
 def check_not_tiled(path, fields: Fields, count: int, kinds: Columns) -> None:
     """Raise if one image contains several slices, or if the frames are tiles of one image."""
     types = {str(value) for a, values in kinds.items() if a.keyword in ("ImageType", "FrameType") for value in values}
+    # A file that is not a mosaic may state 1 image.
     images, grid = (
         fields.comparable(MOSAIC_COUNT),
         fields.comparable(GRID_COUNT),
