@@ -166,10 +166,7 @@ def check_not_tiled(path, fields: Fields, count: int, kinds: Columns) -> None:
     """Raise if one image contains several slices, or if the frames are tiles of one image."""
     types = {str(value) for a, values in kinds.items() if a.keyword in ("ImageType", "FrameType") for value in values}
     # A file that is not a mosaic may state 1 image.
-    images, grid = (
-        fields.comparable(MOSAIC_COUNT),
-        fields.comparable(GRID_COUNT),
-    )  # files that are not a mosaic may state 1
+    images, grid = fields.comparable(MOSAIC_COUNT), fields.comparable(GRID_COUNT)
     several = isinstance(images, bytes) and int.from_bytes(images[:2], "little") > 1
     united = isinstance(grid, bytes) and grid.strip(b" \0").isdigit() and int(grid.strip(b" \0")) > 1
     if several or united or any("MOSAIC" in text.split("\\") for text in types):
