@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from generation_parts import train_tokenizer
+from practice import reseal
 from test_intensity import head_ct
 
 from input_pipeline.batching.load import RowLoader
@@ -129,6 +130,7 @@ def test_indexes_and_records_of_earlier_versions_are_read(config):
     content = json.loads(description.read_text())
     del content["records"]["fit"]
     description.write_text(json.dumps(content))
+    reseal(Path(config.index))
     index = Index(config.index)
     assert index.notices([1, 2]) == {}
     assert RowLoader(dataclasses.replace(config, records=True), "train", training=False).records is not None
