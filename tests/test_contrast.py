@@ -107,3 +107,27 @@ def test_stored_values_of_a_ct_without_air_like_tissue():
 def test_a_twelve_bit_radiograph_is_no_ct():
     film = np.clip(np.random.default_rng(0).normal(1200, 500, (256, 256, 1, 1)), 0, 4095).astype(np.uint16)
     assert notices(film) == ()
+
+
+def test_few_values_wrapped_to_16_bits():
+    """An intercept of 1024 leaves only the noise of air below 0."""
+    voxels = (head_ct().astype(np.int32) + 1024).astype(np.int32)
+    air = np.argwhere(voxels[..., 0] < 100)[::60]
+    voxels[tuple(air.T)] = -1 - np.arange(len(air))[:, None] % 60
+    assert notices(voxels.astype(np.uint16))[0].startswith("negative values have wrapped to 16 bits")
+
+
+def test_window_below_zero_without_negative_voxels():
+    """The window of a CT for a scan that is MR or lacks its intercept, if its format states no modality."""
+    voxels = draw((64, 64, 4, 1), np.int16, 0, 800)
+    assert any("no voxel is negative" in notice for notice in notices(voxels, window="-150,250"))
+    assert not notices(voxels, window="header", stated_window=(-50, 450))
+    assert not notices(voxels, window="50,450")
+
+
+@pytest.mark.parametrize("outlier", [1215, 20000])
+def test_a_stated_ct_without_its_intercept(outlier):
+    """The largest value of a CT may be soft tissue, or metal."""
+    voxels = np.clip(head_ct() + 1024, 0, 1200).astype(np.uint16)
+    voxels[3, 4, 5] = outlier
+    assert "this CT has lost its intercept of -1024" in notices(voxels, modality="CT")[0]

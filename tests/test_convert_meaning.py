@@ -84,7 +84,7 @@ def test_the_whole_record_of_the_preparation_travels(run, folder):
     assert stored.from_record(record, "x") == radfm_jax.load(run).preparation
     with pytest.raises(ValueError, match="x: `preparation` has unknown fields colour: update radfm_jax"):
         stored.from_record({**record, "colour": "red"}, "x")
-    with pytest.raises(ValueError, match="x: `preparation` is invalid: preprocess is 'new'"):
+    with pytest.raises(ValueError, match="x: `preparation` is invalid: preprocess must be one of"):
         stored.from_record({**record, "preprocess": "new"}, "x")
 
 

@@ -23,7 +23,7 @@ from input_pipeline.field_rules import (
     share,
     unknown_fields,
 )
-from radfm_jax.convert import model_config
+from radfm_jax.convert import llama_config, model_config
 from radfm_jax.evaluate.radbench import Benchmark
 from radfm_jax.inference.inputs import Preparation
 from radfm_jax.models.decoder import DecoderConfig, RopeScaling
@@ -113,8 +113,8 @@ def test_from_mapping():
 
 CONFIGS = (DataConfig, ViTConfig, PerceiverConfig, DecoderConfig, RopeScaling, TrainConfig, StepConfig, OptimizerConfig,
            MeshConfig, CheckpointConfig, Preparation, Benchmark, Endpoint)  # fmt: skip
-# Texts without a rule are paths and names, which are checked where they are opened.
-FREE_TEXT = {"index", "tokenizer", "terms", "init_from", "base_url", "model", "key_variable", "frozen"}
+# Texts without a rule: paths and names, which are checked where they are opened, and settings with a parser.
+FREE_TEXT = {"intensity", "index", "tokenizer", "terms", "init_from", "base_url", "model", "key_variable", "frozen"}
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.__name__)
@@ -229,4 +229,4 @@ def test_hostile_sizes_of_a_hugging_face_config(tmp_path, key, value):
     with pytest.raises(ValueError, match=f"config.json: {key} must be"):
         model_config.read_config(tmp_path / "config.json")
     (tmp_path / "config.json").write_text(json.dumps(config | {"rope_theta": None}))
-    assert model_config.llama_from_hf(model_config.read_config(tmp_path / "config.json"), "x").head_dim == 8
+    assert llama_config.llama_from_hf(model_config.read_config(tmp_path / "config.json"), "x").head_dim == 8

@@ -11,6 +11,7 @@ from generation_parts import SHORT, greedy, train_tokenizer, write_run, write_sc
 from PIL import Image
 
 import radfm_jax
+from input_pipeline.messages import printable
 from radfm_jax.checkpoints import checkpoint
 from radfm_jax.inference import inputs, stored
 from radfm_jax.inference.command import main, mesh_of
@@ -44,7 +45,8 @@ def test_one_question(run, model, scans, tmp_path, capsys):
     picture = tmp_path / "new" / "seen.png"
     assert main([*command, "--prompt", "<image-2> Compare <image-1>.", "--show", str(picture)]) == 0
     out, err = capsys.readouterr()
-    assert out == greedy(model, "<image-2> Compare <image-1>.", [film, scans / "ct.nii.gz"]) + "\n"
+    expected = greedy(model, "<image-2> Compare <image-1>.", [film, scans / "ct.nii.gz"])
+    assert out == printable(expected, keep="\n\t") + "\n"
     page = np.asarray(Image.open(picture).convert("L"))
     # One slice of the film and eight of the volume, each 160 pixels high below its caption.
     shown = [
@@ -106,7 +108,8 @@ def test_chat(run, model, scans, capsys, monkeypatch):
     second = greedy(model, "<image-1> Lesion?", [film], context=f"Lesion? {first}")
     # The history has no marks. The third question has none either, so both scans come first.
     before = f"Lesion? {first}\nscan 1 Lesion? {inputs.without_marks(second)}"
-    assert out == f"{first}\n{second}\n{greedy(model, 'Lesion?', [film, film], context=before)}\n"
+    answers = f"{first}\n{second}\n{greedy(model, 'Lesion?', [film, film], context=before)}\n"
+    assert out == printable(answers, keep="\n\t")
     assert (
         "unknown command /nonsense" in err
         and "/scan needs a file" in err

@@ -9,6 +9,7 @@ import warnings
 import nibabel
 import numpy as np
 import pytest
+from PIL import Image
 from pydicom import dcmread
 from scan_files import dicom_file
 from voxels import draw, with_values
@@ -196,7 +197,7 @@ def test_the_config_gives_its_intensity_to_its_sources():
         DataConfig(intensity="lung/soft_tissue/bone", channels=1)
     with pytest.raises(ValueError, match="supports only minmax"):
         DataConfig(intensity="brain", preprocess="released", storage="float32")
-    with pytest.raises(ValueError, match="data.fit is 'crop'; known: stretch, pad"):
+    with pytest.raises(ValueError, match="data.fit must be one of stretch, pad"):
         DataConfig(fit="crop")
 
 
@@ -306,3 +307,10 @@ def test_the_sample_is_small_and_spread():
     assert abs(float(np.median(sample)) / voxels.size - 0.5) < 0.02
     assert sample_voxels(voxels[:10, :10]).size == 5000
     assert math.prod(sample_voxels(np.zeros((4000, 3000, 1, 3))).shape) <= 1 << 16
+
+
+def test_inference_reports_unreadable_metadata_of_images_in_memory(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64)).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=b"damaged")
+    with Image.open(tmp_path / "a.png") as image, pytest.warns(ScanNotice, match="unreadable EXIF or XMP"):
+        inputs.read_scans([image], inputs.Preparation(size_2d=64, size_3d=64, depth=8))

@@ -154,7 +154,8 @@ def test_a_surrogate_in_an_id_fails_one_line(tmp_path):
 OWN = {
     "input_pipeline/files.py", "input_pipeline/images/scans/isolated.py", "radfm_jax/runtime/peers.py",
     "radfm_jax/runtime/barrier.py", "radfm_jax/runtime/rendezvous.py", "radfm_jax/checkpoints/train_state.py",
-    "radfm_jax/checkpoints/saver.py", "radfm_jax/inference/batch_run.py",
+    "radfm_jax/checkpoints/saver.py", "radfm_jax/inference/batch_run.py", "radfm_jax/inference/stored.py",
+    "radfm_jax/evaluate/radbench_command.py",
 }  # fmt: skip
 
 

@@ -233,8 +233,8 @@ def is_slow(use: Use, text: str) -> bool:
 
 def test_patterns_are_found():
     names = {use.where.rpartition(".")[2] for use in uses()}
-    assert {"_HAS_SIZE", "_BEFORE", "_CLEAN", "_KEYWORD", "_END", "_MARK_LIKE"} <= names
-    assert len(uses()) > 120 and any(use.where.startswith("input_pipeline.index.categories:") for use in uses())
+    assert {"_HAS_SIZE", "_BEFORE", "_CLEAN", "_KEYWORD", "_END", "MARK_LIKE"} <= names
+    assert len(uses()) > 120 and any(use.where.startswith("input_pipeline.reasons") for use in uses())
 
 
 @pytest.mark.parametrize(
@@ -250,7 +250,8 @@ def test_patterns_are_found():
 )
 def test_the_attacks_expose_quadratic_patterns(pattern, is_linear):
     use = Use("", re.compile(pattern), "search")
-    assert is_slow(use, slowest(use, LENGTH, 2)[2]) != is_linear
+    text = slowest(use, LENGTH, 2)[2]
+    assert any(is_slow(use, text) for _ in range(3)) != is_linear  # other programs disturb the times
 
 
 def test_patterns_are_linear():

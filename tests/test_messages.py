@@ -114,7 +114,7 @@ def test_scores_in_csv_have_no_formulas():
 
     interval = Interval(*(-0.5,) * len(__import__("dataclasses").fields(Interval)))
     row = SimpleNamespace(model="=cmd()", task="vqa", grouping="task", group="@x", metrics={"f1": interval},
-                          questions=1, failed=0, studies=1)  # fmt: skip
+                          questions=1, failed=0, refused=0, studies=1)  # fmt: skip
     lines = list(csv.reader(io.StringIO(report.as_csv(SimpleNamespace(rows=[row])))))
     assert lines[1][:6] == ["'=cmd()", "ours", "vqa", "task", "'@x", "f1"] and lines[1][6] == "-0.500000"
 

@@ -66,6 +66,21 @@ def test_padding_after_the_pixels(tmp_path, fill):
     np.testing.assert_array_equal(padded, scans.read(dicom_file("MR_small.dcm"))[0])
 
 
+def test_zeros_after_the_file(tmp_path):
+    """Media and archives fill files to whole blocks. After a text-mode transfer the zeros may be the image's end."""
+    path = make_dicom(tmp_path / "a.dcm", PICTURE)
+    data = path.read_bytes()
+    for count in (1, 2, 8, 512):
+        path.write_bytes(data + bytes(count))
+        np.testing.assert_array_equal(read(path), PICTURE)
+    path.write_bytes(data + b"\0\1" * 4)
+    fails(path, "damaged", "data after its pixels that is not DICOM")
+    dark = PICTURE.copy()
+    dark[20:] = 0
+    path.write_bytes(make_dicom(path, dark).read_bytes().replace(b"\n", b"\r\n"))
+    fails(path, "damaged", "data after its pixels that is not DICOM")
+
+
 @pytest.mark.parametrize(
     ("attributes", "cause"),
     [
@@ -107,6 +122,19 @@ def test_padding_beyond_bits_stored_is_not_tissue(tmp_path, signed, padding):
     assert scans.header(path) == header
     prepared = without_padding(voxels, header.padding, header.value_range)
     assert prepared[1:] == (image[8:].min(), image[8:].max())
+
+
+def test_values_that_exceed_bits_stored_are_not_wrapped(tmp_path):
+    """Smooth pixels of 13 bits, and the padding of -2000 that the header does not state, with 12 BitsStored."""
+    rows, columns = np.mgrid[:40, :48]
+    smooth = (2000 + 900 * np.sin(rows / 9) + 900 * np.cos(columns / 8)).astype(np.uint16)
+    outside = np.hypot(rows - 20, columns - 24) > 19
+    for stored in (2 * smooth, smooth.astype(np.int16), np.where(outside, 63536, smooth // 4).astype(np.uint16)):
+        path = make_dicom(tmp_path / "a.dcm", stored, **TWELVE)
+        fails(path, "damaged", "of its BitsStored", "state more BitsStored")
+        np.testing.assert_array_equal(read(edit(path, BitsStored=16, HighBit=15)), stored)
+    overlaid = smooth // 4 | np.where(outside, 0x7000, 0).astype(np.uint16)  # three overlays
+    np.testing.assert_array_equal(read(make_dicom(tmp_path / "a.dcm", overlaid, **TWELVE)), smooth // 4)
 
 
 def test_padding_differs_between_slices(tmp_path):
@@ -249,6 +277,13 @@ def test_padding_beyond_bits_stored_in_jpeg_2000(tmp_path):
     np.testing.assert_array_equal(voxels[3:, :, 0, 0], PICTURE[3:])
 
 
+def test_zeros_after_a_jpeg_2000_frame(tmp_path):
+    for count in (1, 2, 64):
+        frame = j2k(PICTURE, 12) + bytes(count)
+        path = compressed(tmp_path / "a.dcm", [frame], uid.JPEG2000Lossless, PICTURE, **TWELVE)
+        np.testing.assert_array_equal(read(path), PICTURE)
+
+
 def test_empty_last_fragment(tmp_path):
     frames = [j2k(PICTURE), j2k(PICTURE[::-1].copy())]
     frames = [frame + b"\0" * (len(frame) % 2) for frame in frames]
@@ -334,7 +369,8 @@ def test_files_of_operating_systems_are_ignored(tmp_path):
     lps = slices(3)
     folder = make_series(tmp_path / "s", lps)
     digest = scan_sha256(folder)
-    for name in (".DS_Store", "Thumbs.db", "desktop.ini", "._70.dcm", "DICOMDIR"):
+    names = (".DS_Store", "Thumbs.db", "desktop.ini", "._70.dcm", "DICOMDIR", "Icon\r", ".nfs0000001", "lost+found")
+    for name in (*names, "70.dcm:Zone.Identifier", ".fuse_hidden01", ".apdisk"):
         (folder / name).write_bytes(b"\0\5\x16\7\0\2 not a scan")
     (folder / "__MACOSX").mkdir()
     np.testing.assert_array_equal(scans.read(folder)[0], axial_display(lps))

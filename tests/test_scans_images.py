@@ -172,3 +172,28 @@ def test_animations_are_refused(tmp_path, kind):
     frames = [Image.fromarray(RAMP), Image.fromarray(RAMP[::-1])]
     frames[0].save(tmp_path / f"a.{kind}", save_all=True, append_images=frames[1:])
     fails(tmp_path / f"a.{kind}", "unsupported", "save")
+
+
+def test_damaged_optional_chunks_do_not_matter(tmp_path):
+    """Pillow fails on them, or on texts of several megabytes; the pixels do not depend on them."""
+    data = save_image(tmp_path / "a.png", RAMP).read_bytes()
+    exif = b"II*\0\x08\0\0\0" + struct.pack("<HHHIHHI", 1, 0x112, 3, 1, 6, 0, 0)
+
+    def with_chunks(*chunks: tuple[bytes, bytes], last: bool = False):
+        packed = [struct.pack(">I", len(b)) + n + b + struct.pack(">I", zlib.crc32(n + b)) for n, b in chunks]
+        at = data.index(b"IEND" if last else b"IDAT") - 4
+        (tmp_path / "a.png").write_bytes(data[:at] + b"".join(packed) + data[at:])
+        return scans.read(tmp_path / "a.png")
+
+    text = b"\0\0" + zlib.compress(bytes(5_000_000))
+    damaged = [(name, b"\0") for name in (b"gAMA", b"cHRM", b"pHYs", b"sRGB", b"iCCP")] + [(b"zTXt", b"Comment" + text)]
+    for last in (False, True):
+        for chunk in damaged:
+            voxels, header = with_chunks(chunk, last=last)
+            np.testing.assert_array_equal(voxels[:, :, 0, 0], RAMP)
+            assert header.notices == ()
+        voxels, header = with_chunks(*damaged, (b"eXIf", exif), last=last)
+        np.testing.assert_array_equal(voxels[:, :, 0, 0], RAMP[::-1].T)
+        voxels, header = with_chunks((b"zTXt", b"Raw profile type xmp" + text), last=last)
+        np.testing.assert_array_equal(voxels[:, :, 0, 0], RAMP)
+        assert "unreadable EXIF or XMP" in header.notices[0]

@@ -84,12 +84,15 @@ def test_private_attributes_of_vendors(tmp_path):
     for name, creator, group, element, vr, values in [
         ("GE", "GEMS_PARM_01", 0x0043, 0x2F, "SS", (0, 1)),
         ("Siemens", "SIEMENS MR HEADER", 0x0019, 0x0C, "IS", ("0", "1000")),
+        ("United Imaging", "Image Private Header", 0x0065, 0x09, "FD", (0.0, 1000.0)),
         ("other", "SOMEBODY", 0x0019, 0x0C, "IS", ("0", "1000")),
     ]:
         (tmp_path / name).mkdir()
         folder, files = series(tmp_path / name)
         for k, path in enumerate(files):
             dataset = pydicom.dcmread(path)
+            if name == "Siemens":  # the creator takes the second block
+                dataset.private_block(group, "SOMEBODY ELSE", create=True).add_new(1, "IS", "1")
             dataset.private_block(group, creator, create=True).add_new(element, vr, values[k % 2])
             dataset.save_as(path)
         if name == "other":
@@ -227,6 +230,9 @@ def test_mosaics_are_refused(tmp_path):
     dataset.private_block(0x0019, "SIEMENS MR HEADER")[0x0A].value = 1
     dataset.save_as(path)
     np.testing.assert_array_equal(scans.read(path)[0][:, :, 0, 0], picture)
+    dataset.private_block(0x0065, "Image Private Header", create=True).add_new(0x50, "DS", "25")
+    dataset.save_as(path)
+    fails(path, "unsupported", "United Imaging mosaic", remedy)
     folder, _ = series(tmp_path, ImageType=["ORIGINAL", "PRIMARY", "MOSAIC"])
     fails(folder, "unsupported", "none of its 8 files", "Siemens mosaic", remedy)
 

@@ -255,3 +255,39 @@ def test_vectors_are_no_scans(tmp_path):
     vectors[0] = 1
     nibabel.save(nibabel.Nifti1Image(vectors, np.eye(4)), tmp_path / "v.nii")
     fails(tmp_path / "v.nii", "unsupported", "has 5 dimensions [5, 6, 4, 1, 3]")
+
+
+def test_negative_voxel_sizes_do_not_mirror(tmp_path):
+    """Without an sform, pixdim is read as positive, as nibabel does; a sform does not need pixdim."""
+    array, affine = lps_volume(), np.diag([-2.0, -3.0, 4.0, 1.0])
+    for axis in (1, 2, 3):
+        for q_code, s_code in ((0, 0), (1, 0), (0, 1)):
+            image = nibabel.Nifti1Image(array, affine)
+            image.set_qform(affine, q_code)
+            image.set_sform(affine, s_code)
+            nibabel.save(image, tmp_path / "a.nii")
+            plain, header = scans.read(tmp_path / "a.nii")
+            voxels, _ = scans.read(patched(tmp_path / "a.nii", ("<f", 76 + 4 * axis, -(axis + 1))))
+            np.testing.assert_array_equal(voxels, plain)
+            notices = scans.header(tmp_path / "a.nii").notices
+            assert header.notices == () and len(notices) == (not s_code)
+            assert s_code or "negative voxel size" in notices[0]
+
+
+def test_rounded_quaternions(tmp_path):
+    """A quaternion that rounding made too long is scaled to 1; one that is no rotation is refused."""
+    half = np.sqrt(0.5)
+    rotation = np.array([[0, 1, 0], [1, 0, 0], [0, 0, -1]]) * [2.0, 3.0, 4.0]  # b = c = sqrt(0.5)
+    affine = np.eye(4)
+    affine[:3, :3] = rotation
+    image = nibabel.Nifti1Image(lps_volume(), affine)
+    image.set_qform(affine, 1)
+    image.set_sform(affine, 0)
+    nibabel.save(image, tmp_path / "a.nii")
+    assert abs(image.header["quatern_b"] - half) < 1e-6
+    plain, header = scans.read(tmp_path / "a.nii")
+    for value in (0.7072, 0.70711, 0.71):
+        path = patched(tmp_path / "a.nii", ("<f", 256, value), ("<f", 260, value))
+        np.testing.assert_array_equal(scans.read(path)[0], plain)
+        assert scans.header(path).orientation == header.orientation
+    fails(patched(tmp_path / "a.nii", ("<f", 256, 5), ("<f", 260, 5)), "damaged", "quaternion has the length 7.07")

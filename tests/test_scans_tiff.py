@@ -187,3 +187,52 @@ def test_pages_that_are_smaller_copies_are_dropped(tmp_path, small):
         tif.write(pixels[0], photometric="minisblack", subifds=1)
         tif.write(np.zeros((8, 10), np.uint8), photometric="minisblack", subfiletype=1)
     np.testing.assert_array_equal(scans.read(tmp_path / "pyramid.tif")[0][..., 0, 0], pixels[0])
+
+
+def write_pages(path, description: str, count: int = 6):
+    pages = np.arange(count * 12, dtype=np.uint16).reshape(count, 3, 4)
+    with tifffile.TiffWriter(path) as file:
+        for number, page in enumerate(pages):
+            text = description if number == 0 else None
+            file.write(page, photometric="minisblack", contiguous=False, metadata=None, description=text)
+    return path, np.moveaxis(pages, 0, -1)
+
+
+def test_several_images_in_one_file_are_refused(tmp_path):
+    """Volumes one after another, and OME images, are not the slices of one volume; single pages are."""
+    volume = np.stack([RAMP, RAMP // 2])
+    for name, axes, written in (("a.tif", "ZYX", volume), ("b.ome.tif", "ZYX", volume), ("c.ome.tif", "YX", RAMP)):
+        with tifffile.TiffWriter(tmp_path / name, ome=".ome" in name) as file:
+            for _ in range(3):
+                file.write(written, photometric="minisblack", metadata={"axes": axes})
+        fails(tmp_path / name, "ambiguous", "its metadata state 3 images", "as a separate file")
+    with tifffile.TiffWriter(tmp_path / "d.tif") as file:
+        for page in volume:
+            file.write(page, photometric="minisblack")
+    np.testing.assert_array_equal(scans.read(tmp_path / "d.tif")[0][..., 0], np.moveaxis(volume, 0, -1))
+
+
+def test_ome_metadata_that_do_not_fit_the_pages_are_refused(tmp_path):
+    ome = (
+        '<?xml version="1.0"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"><Image ID="Image:0">'
+        '<Pixels ID="Pixels:0" DimensionOrder="XYZCT" Type="uint16" SizeX="4" SizeY="3" SizeZ="{}" SizeC="1" SizeT="1">'
+        '<Channel ID="Channel:0:0" SamplesPerPixel="1"/><TiffData/></Pixels></Image></OME>'
+    )
+    path, pages = write_pages(tmp_path / "a.tif", ome.format(6))
+    np.testing.assert_array_equal(scans.read(path)[0][..., 0], pages)
+    fails(write_pages(path, ome.format(12))[0], "ambiguous", "state 12 slices, but it has 6 pages")
+    fails(write_pages(path, ome.format(3))[0], "ambiguous", "state 3 slices, but it has 6 pages")
+    fails(write_pages(path, ome.format(6)[:150])[0], "ambiguous", "unreadable OME metadata")
+    path, pages = write_pages(path, ome.format(6)[:150], 1)
+    np.testing.assert_array_equal(scans.read(path)[0][..., 0], pages)
+
+
+def test_calibration_of_imagej(tmp_path):
+    """ImageJ stores signed 16-bit pixels as unsigned, and CT with its intercept as calibration."""
+    text = "ImageJ=1.53t\nimages=6\nslices=6\n"
+    for calibration, slope, intercept in (("", 1, 0), ("c0=-1024.0\nc1=1.0\n", 1, -1024), ("c0=-1\nc1=0.5\n", 0.5, -1)):
+        path, pages = write_pages(tmp_path / "a.tif", text + "cf=0\n" * bool(calibration) + calibration)
+        voxels, header = scans.read(path)
+        np.testing.assert_array_equal(voxels[..., 0], pages * float(slope) + intercept)
+        assert header.rescaled == bool(calibration) and scans.header(path) == header
+    fails(write_pages(path, text + "cf=0\nc0=0\nc1=0\n")[0], "damaged", "calibration")

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from dataset_tables import write_csv, write_json
-from practice import practice, write_index
+from practice import practice, reseal, write_index
 
 from input_pipeline.batching.load import RowLoader
 from input_pipeline.batching.pipeline import Rows, batches
@@ -118,6 +118,7 @@ def test_an_index_of_an_earlier_version(config, tmp_path):
         (old / file).write_bytes((Path(config.index) / file).read_bytes())
     table = pq.read_table(Path(config.index) / "rows.parquet")
     pq.write_table(table.drop_columns(["study_group", "windows"]), old / "rows.parquet")
+    reseal(old)
     assert Index(old).study_groups("vqa") is None and Index(old).windows("vqa") is None
     moved = dataclasses.replace(config, index=str(old))
     assert [scans_by_source(moved, split) for split in ("train", "validation")] == expected
@@ -207,6 +208,7 @@ def test_every_figure_of_a_paper_is_in_an_epoch(config, tmp_path):
         assert rows.mixture.counts.tolist() == [2, 5] and not rows.description["notes"]
     file = tmp_path / "index" / "rows.parquet"
     pq.write_table(pq.read_table(file).drop_columns(["windows"]), file)  # as an earlier version wrote it
+    reseal(tmp_path / "index")
     with Rows(papers, "train", batch=1, epochs=1) as rows:
         assert rows.mixture.counts.tolist() == [2, 24]
         assert "inline: the index is of an earlier version" in rows.description["notes"][0]

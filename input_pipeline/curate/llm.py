@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
-from input_pipeline.field_rules import Count, Size, above, at_least, check_fields
+from input_pipeline.field_rules import Count, Size, above, at_least, check_fields, one_of
 from input_pipeline.files import parse_json
 from input_pipeline.messages import redacted
 
@@ -46,7 +46,8 @@ class Endpoint:
     first_wait: Annotated[float, at_least(0)] = 1.0  # seconds before the first retry; doubled for each later one
     temperature: Annotated[float, at_least(0)] | None = 0.7  # None: not sent, for models that reject it
     max_tokens: Size = 800
-    max_tokens_name: str = "max_tokens"  # `max_completion_tokens` for models that reject the older name
+    # Name of that limit in requests; some models reject the older one.
+    max_tokens_name: Annotated[str, one_of(("max_tokens", "max_completion_tokens"))] = "max_tokens"
     direct: bool = False  # follow no redirect and use no proxy: requests reach this address only
     price_in: Annotated[float, at_least(0)] = 0.0  # price of a million tokens sent, in any currency
     price_out: Annotated[float, at_least(0)] = 0.0  # price of a million tokens received

@@ -12,6 +12,7 @@ from input_pipeline.images.intensity import Window, parse_intensity, sample_voxe
 
 LEVELS = 256  # gray levels of a display or of uint8 storage
 FEW_LEVELS = 64  # fewer levels for the central 98 % of the voxels give a notice
+WRAPPED = 0.002  # a larger share of values near 65535, with nearly none between them and the others, gives a notice
 CLIPPED = 0.95  # a larger share of clipped voxels gives a notice
 SOFT_TISSUE = (0.0, 80.0)  # HU: brain, muscle, blood and most organs
 FEW_SOFT_LEVELS = 16
@@ -48,6 +49,11 @@ def contrast_notices(
         notices += [unit] if unit else []
         if not unit and not chosen and (modality == "CT" or _is_hounsfield(sample)):
             notices += _soft_tissue(sample, *ranges[0])
+    if parse_intensity(window).kind == "window" and ranges[0][0] < 0 <= low:
+        notices.append(
+            f"the window {ranges[0][0]:g} to {ranges[0][1]:g} starts below 0, but no voxel is negative: is the scan in "
+            "Hounsfield units?"
+        )
     for bottom, top in ranges:
         notices += _clipped(sample, bottom, top) if chosen else _few_levels(sample, low, high, bottom, top)
     return tuple(notices)
@@ -115,12 +121,12 @@ def _unit_notice(sample: np.ndarray, dtype: np.dtype, low: float, high: float, m
     """Return why voxels that are, or may be, CT are not in Hounsfield units, or "" if nothing indicates this."""
     name, numbers = ("this CT" if modality == "CT" else "if this is a CT, it"), f"({low:g} to {high:g})"
     wrapped = _share(sample, 63000, 65535)
-    if dtype == np.uint16 and wrapped >= 0.02 and _share(sample, 8192, 60000) < wrapped / 10:
+    if dtype == np.uint16 and wrapped >= WRAPPED and _share(sample, 8192, 60000) < wrapped / 10:
         return f"negative values have wrapped to 16 bits {numbers}: read the voxels as signed integers"
     twice, once = _share(sample, -1124, -824), _share(sample, -200, 300)
     if low < -1500 and twice >= 0.02 and twice > 2 * once and _share(sample, -2124, -1800) >= 0.02:
         return f"{name} seems to be rescaled twice {numbers}, air is near -2024: subtract the intercept only once"
-    if low > -500 and 1350 < high < 5000:
+    if low > -500 and (modality == "CT" or 1350 < high < 5000):
         tissue, between = _share(sample, 900, 1350), _share(sample, 450, 800)
         air = modality == "CT" or dtype == np.uint16 or _share(sample, 0, 100) >= 0.05 and between < 0.3 * tissue
         if tissue >= 0.1 and air:

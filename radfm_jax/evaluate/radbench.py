@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from input_pipeline.datasets import FAMILIES
-from input_pipeline.field_rules import Count, Size, check_fields, plain_mapping, unknown_fields
+from input_pipeline.field_rules import Count, Size, as_tuple, check_fields, plain_mapping, unknown_fields
 from input_pipeline.files import nearest
 from input_pipeline.samples import Scan
 from input_pipeline.text.vocabularies import SEMANTIC_TYPES
@@ -129,7 +129,7 @@ class Benchmark:
         if unknown := unknown_fields(fields, cls):
             known = ", ".join(f.name for f in dataclasses.fields(cls))
             raise ValueError(f"unknown fields: {unknown}; known: {known}")
-        return cls(**fields)
+        return cls(**{name: as_tuple(value) for name, value in fields.items()})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -102,7 +102,7 @@ class Preparation:
         """Return the preparation of a training run from its `data` group. Another version may have written it."""
         known = {f.name for f in dataclasses.fields(cls)}
         fields = {name: value for name, value in data.items() if name in known}
-        return cls(**fields, intensities=trained_intensities(data))
+        return cls(**{"intensities": trained_intensities(data), **fields})
 
     def to_dict(self) -> dict:
         """Return plain values. `intensities` and `fit` are absent at their defaults, as in files of version 0.1."""
@@ -231,9 +231,10 @@ def scan_name(scan: Scan, number: int) -> str:
 
 def _read(scan: Scan, number: int):
     """Return (name, voxels, header, window) of a scan."""
-    name, window, volume = scan_name(scan, number), None, None
+    name, window, volume, metadata = scan_name(scan, number), None, None, ()
     if isinstance(scan, Image.Image):
-        scan = pixels_of(name, scan)[:, :, None]  # [H, W, 1] or [H, W, 1, 3]
+        scan, metadata = pixels_of(name, scan)
+        scan = scan[:, :, None]  # [H, W, 1] or [H, W, 1, 3]
     if isinstance(scan, np.ndarray):
         scan = scan[..., None] if scan.ndim == 2 else scan
         volumes, shape, axes = layout_of(name, scan.shape)
@@ -241,7 +242,7 @@ def _read(scan: Scan, number: int):
         voxels = to_intensities(name, (scan[0] if scan.ndim == 5 else scan.reshape(shape)).transpose(axes))
         voxels, ends, notices = check_values(name, voxels)
         header = scans.Header(
-            format="npy", shape=voxels.shape, dtype=scan.dtype.name, value_range=ends, notices=notices
+            format="npy", shape=voxels.shape, dtype=scan.dtype.name, value_range=ends, notices=(*metadata, *notices)
         )
         return name, one_channel_if_gray(voxels), header, None
     if isinstance(scan, ScanFile):

@@ -14,13 +14,17 @@ from input_pipeline.images.scans.base import COPY_AGAIN, ScanError, ScanLimits, 
 # Files and folders that operating systems create, and the list of files of a DICOM medium. In lower case.
 SYSTEM_FILES = frozenset(
     ".ds_store .localized .directory .appledouble .spotlight-v100 .trashes .fseventsd .temporaryitems __macosx @eadir "
-    "thumbs.db ehthumbs.db desktop.ini $recycle.bin dicomdir".split()
-)
+    ".documentrevisions-v100 .apdisk .volumeicon.icns thumbs.db ehthumbs.db ehthumbs_vista.db desktop.ini $recycle.bin "
+    "lost+found dicomdir".split()
+) | {"icon\r"}
+SYSTEM_STARTS = ("._", ".trash-", ".nfs", ".fuse_hidden")
+SYSTEM_ENDS = (":zone.identifier", ":encryptable")  # alternate data streams of NTFS, as files of Linux and Samba
 
 
 def is_system_file(name: str) -> bool:
     """Return whether an entry of a series directory is not a scan, by its name."""
-    return name.lower() in SYSTEM_FILES or name.startswith("._")
+    lower = name.lower()
+    return lower in SYSTEM_FILES or lower.startswith(SYSTEM_STARTS) or lower.endswith(SYSTEM_ENDS)
 
 
 def stat_scan(path) -> os.stat_result:

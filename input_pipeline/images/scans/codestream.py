@@ -89,7 +89,7 @@ def jpeg2000(data: bytes) -> Size:
     width, height, x0, y0, tile_w, tile_h, tx0, ty0, channels = struct.unpack_from(">8IH", data, offset + 8)
     if not (channels and tile_w and tile_h and offset + 42 + 3 * channels <= len(data)):
         raise ValueError("has an empty JPEG 2000 header")
-    if b"\xff\xd9" not in data[-16:]:  # padding may follow the marker
+    if b"\xff\xd9" not in data.rstrip(b"\0")[-16:]:  # padding may follow the marker
         raise ValueError("has no JPEG 2000 end marker: it is truncated")
     components = {struct.unpack_from("BBB", data, offset + 42 + 3 * i) for i in range(channels)}
     if len(components) > 1:

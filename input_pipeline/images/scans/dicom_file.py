@@ -128,9 +128,16 @@ def check_trailing(path, file: BoundedFile, dataset: pydicom.Dataset) -> None:
             short = isinstance(other, RawDataElement) and other.length not in (0xFFFFFFFF, len(other.value or b""))
             valid = valid and other.tag > last and not short
             last = other.tag
-    if not valid or file.tell() < file.size:
+    if (not valid or file.tell() < file.size) and not is_filled(file, element.value_tell + element.length):
         reason = "has data after its pixels that is not DICOM"
         raise ScanError(path, reason, "bytes were inserted: copy it again, or rewrite it with dcmconv")
+
+
+def is_filled(file: BoundedFile, end: int) -> bool:
+    """Return whether only zeros follow the pixels, and no text-mode transfer can have pushed them out of the image."""
+    file.seek(0)
+    data = file.read()
+    return not data[end:].strip(b"\0") and data.count(b"\n") > data.count(b"\r\n")
 
 
 def read_data_set(path, file: BoundedFile, layout: Layout, *, pixels: bool) -> pydicom.Dataset:

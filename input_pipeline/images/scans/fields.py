@@ -73,8 +73,13 @@ KEYWORDS = (
     *PALETTE,
 )
 MOSAIC_COUNT = Attribute("number of images in the mosaic", private=("SIEMENS MR HEADER", 0x0019100A))
-PRIVATE = {a.private[1] for a in (*ATTRIBUTES, MOSAIC_COUNT) if a.private}
-PRIVATE_TAGS = sorted(PRIVATE | {tag & 0xFFFF0000 | 0x10 for tag in PRIVATE})  # with the names of their creators
+GRID_COUNT = Attribute("number of images in the grid", private=("Image Private Header", 0x00651050))
+PRIVATE = {a.private[1] for a in (*ATTRIBUTES, MOSAIC_COUNT, GRID_COUNT) if a.private}
+BLOCKS = range(0x10, 0x20)  # a private creator takes the next free block of its group
+PRIVATE_TAGS = sorted(  # with the names of their creators
+    {tag & 0xFFFF0000 | block for tag in PRIVATE for block in BLOCKS}
+    | {tag & 0xFFFF00FF | block << 8 for tag in PRIVATE for block in BLOCKS}
+)
 BINARY = {"FD": "d", "FL": "f", "US": "H", "SS": "h", "UL": "L", "SL": "l"}
 tag_of = functools.cache(Tag)  # pydicom first tries to parse a keyword as a number, which dominates the parsing time
 EXPORT = "export it again, or convert it with dcm2niix"
@@ -168,8 +173,10 @@ class Fields:
         tag: str | int = attribute.keyword
         if attribute.private is not None:
             creator, tag = attribute.private
-            if self.soft("text", tag & 0xFFFF0000 | 0x10) != creator:
+            creators = {self.soft("text", tag & 0xFFFF0000 | block): block for block in reversed(BLOCKS)}
+            if creator not in creators:
                 return None
+            tag = tag & 0xFFFF00FF | creators[creator] << 8
         element = self.raw(tag)
         if element is None or not element.value:
             return None

@@ -21,10 +21,12 @@ from input_pipeline.images.scans.base import COPY_AGAIN, Header, ScanError, Scan
 from input_pipeline.images.scans.checks import check_opaque, check_shape, check_volume, to_intensities
 
 PNG = b"\x89PNG\r\n\x1a\n"
+PNG_START = 33  # bytes up to the end of the first chunk
 JPEG = b"\xff\xd8\xff"
 EXIF_ORIENTATION = 0x0112
 # PNG texts that can state an orientation: XMP, and EXIF or XMP as ImageMagick writes them.
 METADATA_TEXTS = (b"XML:com.adobe.xmp\0", b"Raw profile type ")
+UNREADABLE = ("has unreadable EXIF or XMP metadata: if the image is not upright, save it again",)
 FORMATS = ("PNG", "JPEG")  # Pillow may try no other decoder
 GRAY_MODES = {"1": np.uint8, "L": np.uint8, "LA": np.uint8, "I;16": np.uint16, "I;16B": np.uint16, "I;16L": np.uint16}
 COLOUR_MODES = ("RGB", "RGBA", "P", "PA", "CMYK")
@@ -52,12 +54,14 @@ def apply_orientation(pixels: np.ndarray, tag: int) -> np.ndarray:
     return pixels[::rows, ::columns]
 
 
-def check_png(path, data: bytes) -> bool:
-    """Check the CRC of every chunk (Pillow skips those of image data). Return whether one can state an orientation.
+def check_png(path, data: bytes) -> tuple[bytes, bytes]:
+    """Check the CRC of every chunk (Pillow skips those of image data).
 
-    Raises ScanError if the image is damaged, animated, or has 16 bits and several channels (Pillow reduces it to 8).
+    Returns the file without optional chunks (texts, colour profiles, times), some of which stop Pillow, and the chunks
+    that can state an orientation. Raises ScanError if the image is damaged, animated, or has 16 bits and several
+    channels (Pillow reduces it to 8).
     """
-    offset, names, metadata = len(PNG), [], False
+    offset, names, image, metadata = len(PNG), [], [PNG], []
     while not names or names[-1] != b"IEND":
         if offset + 12 > len(data):
             raise ScanError(path, "the PNG is truncated", COPY_AGAIN)
@@ -69,7 +73,11 @@ def check_png(path, data: bytes) -> bool:
             raise ScanError(path, f"the checksum of PNG chunk {len(names) + 1} is wrong", COPY_AGAIN)
         names.append(name)
         text = name in (b"iTXt", b"zTXt", b"tEXt") and bytes(body[4:24]).startswith(METADATA_TEXTS)
-        metadata |= name == b"eXIf" or text
+        chunk = data[offset : offset + 12 + length]
+        if name == b"eXIf" or text:
+            metadata.append(chunk)
+        elif name[0] < 96 or name == b"tRNS":  # an upper-case letter: not optional
+            image.append(chunk)
         offset += 12 + length
     if names[0] != b"IHDR" or b"IDAT" not in names or names.count(b"IHDR") > 1:
         raise ScanError(path, "the PNG has no image data", COPY_AGAIN)
@@ -79,19 +87,30 @@ def check_png(path, data: bytes) -> bool:
     if bits == 16 and colour != 0:
         reason = "has 16 bits and several channels, which would be read as 8 bits"
         raise ScanError(path, reason, "save it as 8-bit colour or 16-bit gray", "unsupported")
-    return metadata
+    return b"".join(image), b"".join(metadata)
 
 
-def orientation_tag(path, image: Image.Image) -> tuple[int, tuple[str, ...]]:
+def png_orientation(chunks: bytes) -> tuple[int, tuple[str, ...]]:
+    """Return the orientation that chunks of a PNG state, and notices. Pillow reads them in an image of one pixel."""
+    if not chunks:
+        return 1, ()
+    pixel = io.BytesIO()
+    Image.new("L", (1, 1)).save(pixel, "PNG")
+    start, end = pixel.getvalue()[:PNG_START], pixel.getvalue()[PNG_START:]
+    try:
+        image = Image.open(io.BytesIO(start + chunks + end), formats=("PNG",))
+    except Exception:  # as below
+        return 1, UNREADABLE
+    return orientation_tag(image)
+
+
+def orientation_tag(image: Image.Image) -> tuple[int, tuple[str, ...]]:
     """Return the orientation of EXIF or XMP, 1 if neither states a valid one, and notices."""
-    if image.format == "PNG" and "exif" not in image.info:
-        with as_scan_error(path, "decoding the image"):
-            image.load()  # reads the chunks after the image data, which Pillow would do below
     try:
         with warnings.catch_warnings(action="ignore"):
             tag = image.getexif().get(EXIF_ORIENTATION, 0) or 1
     except Exception:  # Pillow raises nearly every type on damaged metadata, whose text may name a patient
-        return 1, ("has unreadable EXIF or XMP metadata: if the image is not upright, save it again",)
+        return 1, UNREADABLE
     if tag not in range(1, 9):
         return 1, ("states an invalid orientation in its metadata: if the image is not upright, save it again",)
     return int(tag), ()
@@ -101,9 +120,9 @@ def open_image(path, limits: ScanLimits) -> tuple[Image.Image, int, Header]:
     """Return the image before decoding, its EXIF orientation, and its header."""
     with open_scan(path, limits) as file:
         data = file.read()
-    metadata = True
-    if data.startswith(PNG):
-        metadata = check_png(path, data)  # without such a chunk, Pillow would decode the image to search for one
+    png = data.startswith(PNG)
+    if png:
+        data, metadata = check_png(path, data)
     else:
         try:
             codestream.jpeg(data)
@@ -121,26 +140,26 @@ def open_image(path, limits: ScanLimits) -> tuple[Image.Image, int, Header]:
     gray, dtype = image.mode in GRAY_MODES, np.dtype(GRAY_MODES.get(image.mode, np.uint8))
     channels = 1 if gray else 3
     check_shape(path, (height, width, 1, channels + 1), dtype.itemsize, limits)  # + 1 for alpha, decoded as well
-    tag, notices = orientation_tag(path, image) if metadata else (1, ())
+    tag, notices = png_orientation(metadata) if png else orientation_tag(image)
     photometric = "gray" if gray else {"P": "palette", "PA": "palette", "RGBA": "RGB"}.get(image.mode, image.mode)
     shape = (width, height, 1, channels) if tag >= 5 else (height, width, 1, channels)
     head = Header(format="image", shape=shape, dtype=dtype.name, photometric=photometric, notices=notices)
     return image, tag, head
 
 
-def pixels_of(name, image: Image.Image) -> np.ndarray:
-    """Return the pixels of an image in memory in display orientation: [H, W], or [H, W, 3] for a colour image.
+def pixels_of(name, image: Image.Image) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Return the pixels of an image in memory in display orientation, [H, W] or [H, W, 3] in colour, and notices.
 
     Modes are treated as in files. Raises ScanError for a transparent image, or for one with several frames.
     """
     if getattr(image, "n_frames", 1) > 1:
         remedy = "pass one frame: image.seek(i), then image.copy()"
         raise ScanError(name, f"has {image.n_frames} frames", remedy, "ambiguous")
-    tag, _ = orientation_tag(name, image)
+    tag, notices = orientation_tag(image)
     if image.mode in ("I", "F"):  # 32 bits; no file of the formats above has them
-        return apply_orientation(np.asarray(image), tag)
+        return apply_orientation(np.asarray(image), tag), notices
     _check_mode(name, image)
-    return apply_orientation(decode(name, image), tag)
+    return apply_orientation(decode(name, image), tag), notices
 
 
 def _check_mode(path, image: Image.Image) -> None:

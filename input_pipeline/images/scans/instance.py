@@ -15,6 +15,7 @@ from input_pipeline.images.scans.fields import (
     EXPORT,
     FRAME_VECTORS,
     GRAY,
+    GRID_COUNT,
     MOSAIC_COUNT,
     NOT_SCANS,
     Fields,
@@ -164,10 +165,13 @@ def interpret(path, fields: Fields, syntax: uid.UID) -> Instance:
 def check_not_tiled(path, fields: Fields, count: int, kinds: Columns) -> None:
     """Raise if one image contains several slices, or if the frames are tiles of one image."""
     types = {str(value) for a, values in kinds.items() if a.keyword in ("ImageType", "FrameType") for value in values}
-    images = fields.comparable(MOSAIC_COUNT)  # files that are not a mosaic may state 1
+    # A file that is not a mosaic may state 1 image.
+    images, grid = fields.comparable(MOSAIC_COUNT), fields.comparable(GRID_COUNT)
     several = isinstance(images, bytes) and int.from_bytes(images[:2], "little") > 1
-    if several or any("MOSAIC" in text.split("\\") for text in types):
-        reason = "is a Siemens mosaic: its image shows all slices of a volume next to each other"
+    united = isinstance(grid, bytes) and grid.strip(b" \0").isdigit() and int(grid.strip(b" \0")) > 1
+    if several or united or any("MOSAIC" in text.split("\\") for text in types):
+        maker = "United Imaging" if united else "Siemens"
+        reason = f"is a {maker} mosaic: its image shows all slices of a volume next to each other"
         raise ScanError(path, reason, "convert it with dcm2niix, which separates the slices", "unsupported")
     if count > 1 and fields.raw("TotalPixelMatrixColumns") is not None:
         raise ScanError(path, f"has {count} frames that are tiles of one image, not slices", TILED, "unsupported")

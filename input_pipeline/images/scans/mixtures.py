@@ -32,7 +32,7 @@ class Attribute:
         "runs": slices with the same value are adjacent, as at table positions. Interleaved acquisitions are not.
         "times": one value for all slices, or a different one for (nearly) every slice, as in sequential acquisition.
       shown: whether messages may contain the values.
-      private: (creator, tag) of a private attribute.
+      private: (creator, tag in the first private block) of a private attribute.
     """
 
     keyword: str
@@ -91,6 +91,7 @@ ATTRIBUTES = (
     Attribute("b-value of Siemens", private=("SIEMENS MR HEADER", 0x0019100C)),
     Attribute("b-value of GE", private=("GEMS_PARM_01", 0x00431039)),
     Attribute("b-value of Philips", private=("Philips Imaging DD 001", 0x20011003)),
+    Attribute("b-value of United Imaging", private=("Image Private Header", 0x00651009)),
     Attribute("KVP", ("CTXRayDetailsSequence",)),
     Attribute("ConvolutionKernel", ("CTReconstructionSequence",), shown=False),
     Attribute("ContrastBolusAgent", shown=False),

@@ -34,6 +34,7 @@ COLOURS = {128: 3, 2304: 4}  # channels of uint8
 OTHERS = {1: "1-bit", 32: "complex", 1536: "128-bit float", 1792: "complex", 2048: "complex"}
 MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # xyzt_units: unknown (read as mm by convention), m, mm, micron
 CONVERT = "convert it to a plain .nii.gz with nibabel or dcm2niix"
+QUATERNION_ROUNDING = 1e-2  # tolerated excess length of a quaternion
 REPAIR = "the NIfTI header is damaged: copy the file again, or convert it again from DICOM"
 
 
@@ -203,11 +204,14 @@ def affine_of(path, header) -> tuple[np.ndarray, bool, tuple[str, ...]]:
     notices: tuple[str, ...] = ()
     # qfac (pixdim[0]) is the sign of the third axis; the standard reads 0 as 1, but nibabel rejects it.
     header["pixdim"][0] = -1 if header["pixdim"][0] < 0 else 1
+    negative = bool((header["pixdim"][1:4] < 0).any())  # as nibabel, which also reads the absolute values
+    header["pixdim"][1:4] = np.abs(header["pixdim"][1:4])
     with as_scan_error(path, "reading the orientation"):
         s, s_code = header.get_sform(coded=True)
         q, q_code = None, 0
         if int(header["qform_code"]) > 0:
             try:
+                normalize_quaternion(header)
                 q, q_code = header.get_qform(coded=True)
                 if not np.isfinite(q).all():
                     raise ValueError("its quaternion is not finite")
@@ -220,12 +224,24 @@ def affine_of(path, header) -> tuple[np.ndarray, bool, tuple[str, ...]]:
             raise ScanError(path, f"states the unknown length unit {units}", "set xyzt_units to mm")
         base = header.get_base_affine()
     affine = s if s_code else q if q_code else base
+    if negative and not s_code:
+        notices += ("states a negative voxel size, which is read as positive: check left and right, and set pixdim",)
     with np.errstate(all="ignore"):
         mirrored = s_code and q_code and np.linalg.det(s[:3, :3]) * np.linalg.det(q[:3, :3]) < 0
     if mirrored:
         reason = "its sform and qform disagree on which side is left"
         raise ScanError(path, reason, "find out which is right and remove the other", "ambiguous")
     return affine[:3] * MM[units], bool(s_code or q_code), notices
+
+
+def normalize_quaternion(header) -> None:
+    """Scale a quaternion that is too long to a unit one, as the standard does. Raises ValueError beyond rounding."""
+    fields = ("quatern_b", "quatern_c", "quatern_d")
+    length = math.sqrt(sum(float(header[field]) ** 2 for field in fields))
+    if length > 1 + QUATERNION_ROUNDING:
+        raise ValueError(f"its quaternion has the length {length:.4g} instead of 1")
+    for field in fields:
+        header[field] = float(header[field]) / max(length, 1.0)
 
 
 def with_single_steps(affine: np.ndarray, shape: tuple[int, int, int]) -> tuple[np.ndarray, tuple[int, ...]]:

@@ -22,7 +22,7 @@ DAMAGED = "the file is damaged: " + EXPORT
 JPEG2000 = (uid.JPEG2000, uid.JPEG2000Lossless, uid.HTJ2K, uid.HTJ2KLossless, uid.HTJ2KLosslessRPCL)
 JPEG_8BIT = (uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit)
 LOSSY = (*JPEG_8BIT, uid.JPEG2000, uid.HTJ2K, uid.JPEGLSNearLossless)
-MAX_OVERLAYS = 2  # bits above BitsStored in compressed pixels
+MAX_OVERLAYS = 2  # bits above BitsStored in compressed pixels, where damage sets several
 ITEM = b"\xfe\xff\x00\xe0"
 
 
@@ -177,19 +177,21 @@ def decode_pixels(path, data: bytes, instance: Instance) -> np.ndarray:
     return frame.astype(frame.dtype.newbyteorder("="), copy=False)
 
 
-def is_overlay(words: np.ndarray, values: np.ndarray, outside: np.ndarray, bits_stored: int) -> bool:
-    """Return whether the bits above BitsStored are overlays, and not an overflow of damaged compressed data.
+def is_overlay(words: np.ndarray, values: np.ndarray, outside: np.ndarray, instance: Instance) -> bool:
+    """Return whether the bits above BitsStored are overlays, and not values that are too large for BitsStored.
 
-    An overlay uses one bit, and removing it does not make the image rougher. An overflow uses several bits, or the
-    image has jumps without them.
+    Without an overlay the image is not rougher. An overflow leaves jumps. Many bits are a padding value that the header
+    does not state if all words are equal, and damage if the pixels are compressed.
 
     Args:
       words: pixels with these bits. values: pixels without them. outside: where words are out of range.
     """
-    upper = int(np.bitwise_or.reduce(words[outside].view(f"u{words.itemsize}"), initial=0)) >> bits_stored
+    upper = int(np.bitwise_or.reduce(words[outside].view(f"u{words.itemsize}"), initial=0)) >> instance.bits_stored
     rough = np.abs(np.diff(words.view(f"i{words.itemsize}").astype(np.int64), axis=1)).sum()
     clean = np.abs(np.diff(values.astype(np.int64), axis=1)).sum()
-    return upper.bit_count() <= MAX_OVERLAYS and bool(clean <= rough)
+    many = upper.bit_count() > MAX_OVERLAYS
+    filled = np.count_nonzero(outside) > 1 and np.ptp(words[outside]) == 0
+    return not (many and (filled or instance.syntax.is_encapsulated)) and bool(clean <= rough)
 
 
 def stored_values(path, words: np.ndarray, instance: Instance) -> np.ndarray:
@@ -205,9 +207,9 @@ def stored_values(path, words: np.ndarray, instance: Instance) -> np.ndarray:
         padded = outside & (words >= first) & (words <= last)
         values[padded] = instance.frame_padding[0]
         outside &= ~padded
-    compressed = instance.syntax.is_encapsulated and bool(outside.any())
-    if compressed and (instance.syntax in LOSSY or not is_overlay(words, values, outside, instance.bits_stored)):
-        raise ScanError(path, f"has values outside the range {low} to {high} of its BitsStored", DAMAGED)
+    if outside.any() and (instance.syntax in LOSSY or not is_overlay(words, values, outside, instance)):
+        remedy = "state more BitsStored, or the PixelPaddingValue, if the values are right; otherwise " + EXPORT
+        raise ScanError(path, f"has values outside the range {low} to {high} of its BitsStored", remedy)
     return values
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
 import struct
 import zlib
 
@@ -21,7 +22,15 @@ from PIL import Image
 
 from input_pipeline.images.scans import codestream
 from input_pipeline.images.scans.access import as_scan_error, open_scan
-from input_pipeline.images.scans.base import COPY_AGAIN, Header, ScanError, ScanLimits, join_offenders, limit_error
+from input_pipeline.images.scans.base import (
+    COPY_AGAIN,
+    MAX_LISTED,
+    Header,
+    ScanError,
+    ScanLimits,
+    join_offenders,
+    limit_error,
+)
 from input_pipeline.images.scans.checks import check_opaque, check_shape, check_volume, to_intensities
 from input_pipeline.images.scans.images import apply_orientation
 
@@ -51,6 +60,7 @@ class PageFormat:
     compression: int
     orientation: int
     alpha: bool
+    calibration: tuple[float, float] = (1.0, 0.0)  # slope and intercept that ImageJ states
 
     @property
     def channels(self) -> int:
@@ -109,8 +119,8 @@ def count_pages(path, data: bytes, limits: ScanLimits) -> int:
         position = offset + struct.calcsize(counter) + entry * struct.unpack_from(order + counter, data, offset)[0]
 
 
-def check_axes(path, tif: tifffile.TiffFile) -> None:
-    """Raise ScanError if the metadata of a series state that its pages are not the slices of one volume."""
+def check_axes(path, tif: tifffile.TiffFile, count: int) -> None:
+    """Raise ScanError if the metadata of a series state that its `count` pages are not the slices of one volume."""
     for series in tif.series:
         pages = [(axis, int(n)) for axis, n in zip(series.axes, series.shape, strict=True) if axis not in "YXS"]
         others = [f"{n} {AXIS_NAMES.get(axis, 'images along ' + axis)}" for axis, n in pages if n > 1]
@@ -119,6 +129,26 @@ def check_axes(path, tif: tifffile.TiffFile) -> None:
             reason = f"its metadata state {' x '.join(others)}: not the slices of one volume"
             remedy = "save each volume as a separate file, one page per slice, with the axes ZYX"
             raise ScanError(path, reason, remedy, "ambiguous")
+    stated = [math.prod(n for axis, n in zip(s.axes, s.shape, strict=True) if axis not in "YXS") for s in tif.series]
+    one_by_one = tif.series[0].kind == "shaped" and set(stated) == {1}  # tifffile writes pages without a volume so
+    if count > 1 and tif.series[0].kind in ("ome", "shaped", "imagej"):
+        if len(stated) > 1 and not one_by_one:
+            reason = f"its metadata state {len(stated)} images, of {', '.join(map(str, stated[:MAX_LISTED]))} slices"
+            raise ScanError(path, reason, "save each image as a separate file", "ambiguous")
+        if sum(stated) != count:
+            reason = f"its metadata state {sum(stated)} slices, but it has {count} pages"
+            raise ScanError(path, reason, "export it again, as one file with one page per slice", "ambiguous")
+    if count > 1 and "<OME" in tif.pages[0].description and tif.series[0].kind != "ome":
+        reason = "has unreadable OME metadata, so its pages may be channels or times"
+        raise ScanError(path, reason, "save the slices again without them", "ambiguous")
+
+
+def imagej_calibration(tif: tifffile.TiffFile) -> tuple[float, float]:
+    """Return the slope and intercept of ImageJ's linear calibration. ImageJ stores signed 16 bits as unsigned ones."""
+    stated = (tif.imagej_metadata or {}) if tif.is_imagej else {}
+    if stated.get("cf") != 0 or not all(isinstance(stated.get(key), int | float) for key in ("c0", "c1")):
+        return 1.0, 0.0
+    return float(stated["c1"]), float(stated["c0"])
 
 
 def full_pages(path, tif: tifffile.TiffFile) -> list[tifffile.TiffPage]:
@@ -153,12 +183,20 @@ def open_tiff(path, limits: ScanLimits) -> tuple[bytes, list[tifffile.TiffPage],
         reason = f"{texts[0]}, but {join_offenders(different)}, or differs in its encoding"
         raise ScanError(path, reason, "save each image as a separate file", "ambiguous")
     with as_scan_error(path, "reading the TIFF metadata"):
-        check_axes(path, tif)
-    form, count = forms[0], len(pages)
+        check_axes(path, tif, len(pages))
+        form, count = dataclasses.replace(forms[0], calibration=imagej_calibration(tif)), len(pages)
+    if not (form.calibration[0] and all(map(math.isfinite, form.calibration))):
+        raise ScanError(path, "has an unusable calibration by ImageJ", "save it without calibration")
     h, w = (form.columns, form.rows) if form.orientation >= 5 else (form.rows, form.columns)
     check_shape(path, (h, w, count, max(form.samples, form.channels)), form.dtype.itemsize, limits)
     dtype, photometric = form.dtype.newbyteorder("=").name, NAMES[form.photometric]
-    head = Header(format="image", shape=(h, w, count, form.channels), dtype=dtype, photometric=photometric)
+    head = Header(
+        format="image",
+        shape=(h, w, count, form.channels),
+        dtype=dtype,
+        photometric=photometric,
+        rescaled=form.calibration != (1.0, 0.0),
+    )
     return data, pages, form, head
 
 
@@ -256,4 +294,4 @@ def read(path, *, volume: int | None, limits: ScanLimits) -> tuple[np.ndarray, H
         if pixels.shape != frames.shape[1:]:
             raise ScanError(path, f"page {number + 1} was decoded to the shape {pixels.shape}", SAVE)
         frames[number] = pixels
-    return to_intensities(path, frames, limits=limits).transpose(1, 2, 0, 3), head
+    return to_intensities(path, frames, *form.calibration, limits).transpose(1, 2, 0, 3), head

@@ -191,7 +191,7 @@ def _tensors_of_state(path: Path, file: BinaryIO, state: Any, records: dict[int,
         raise ValueError(f"{path} has a {type(state).__name__}, not a state dict: save model.state_dict()")
     has_tensors = lambda value: isinstance(value, dict) and any(torch.is_tensor(t) for t in value.values())  # noqa: E731
     nested = [key for key, value in state.items() if has_tensors(value)]
-    if nested:
+    if nested and not has_tensors(state):
         raise ValueError(
             f"{path} is a training checkpoint; its tensors are under {', '.join(map(repr, nested))}: save the "
             f"model's with torch.save(torch.load({path.name!r}, weights_only=True)[{nested[0]!r}], 'pytorch_model.bin')"
