@@ -131,7 +131,7 @@ def test_values_that_exceed_bits_stored_are_not_wrapped(tmp_path):
     outside = np.hypot(rows - 20, columns - 24) > 19
     for stored in (2 * smooth, smooth.astype(np.int16), np.where(outside, 63536, smooth // 4).astype(np.uint16)):
         path = make_dicom(tmp_path / "a.dcm", stored, **TWELVE)
-        fails(path, "damaged", "of its BitsStored", "state more BitsStored")
+        fails(path, "damaged", "of its BitsStored", "increase BitsStored")
         np.testing.assert_array_equal(read(edit(path, BitsStored=16, HighBit=15)), stored)
     overlaid = smooth // 4 | np.where(outside, 0x7000, 0).astype(np.uint16)  # three overlays
     np.testing.assert_array_equal(read(make_dicom(tmp_path / "a.dcm", overlaid, **TWELVE)), smooth // 4)

@@ -46,7 +46,7 @@ class Endpoint:
     first_wait: Annotated[float, at_least(0)] = 1.0  # seconds before the first retry; doubled for each later one
     temperature: Annotated[float, at_least(0)] | None = 0.7  # None: not sent, for models that reject it
     max_tokens: Size = 800
-    # Name of that limit in requests; some models reject the older one.
+    # Parameter name of the limit in requests. Some models reject the older name.
     max_tokens_name: Annotated[str, one_of(("max_tokens", "max_completion_tokens"))] = "max_tokens"
     direct: bool = False  # follow no redirect and use no proxy: requests reach this address only
     price_in: Annotated[float, at_least(0)] = 0.0  # price of a million tokens sent, in any currency

@@ -105,7 +105,7 @@ def radfm_from_shapes(shapes: Shapes, config: dict | None, path) -> RadFMConfig:
 
 
 def _sizes_of_config(config: RadFMConfig) -> dict[str, dict]:
-    """Return the sizes of a config that tensor shapes also show, in the form of `_sizes_of_tensors`."""
+    """Return those sizes of a config that `_sizes_of_tensors` returns for a file, in the same form."""
     vision, perceiver, llama = config.vision, config.perceiver, config.llama
     return {
         "vision": {

@@ -160,7 +160,7 @@ class Question:
         return {key: value for key, value in plain.items() if value not in ("", None)}
 
     def relative_scans(self) -> list[Scan]:
-        """Return the scans with paths relative to `root`, as files have them, so that data and answers can be moved."""
+        """Return the scans with paths relative to `root`, for files: with relative paths, data and answers can move."""
         if not self.root:
             return list(self.scans)
         inside = lambda path: Path(path).is_relative_to(self.root)  # noqa: E731

@@ -91,7 +91,7 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 
 
 def answer_files(args: argparse.Namespace) -> dict[str, Path]:
-    """Return name -> file of --answers. Raises ValueError if two models share a name or a file of scores."""
+    """Return {name: file} of --answers. Raises ValueError if two models share a name or a file of scores."""
     answer_files: dict[str, Path] = {}
     names = [args.name] if args.checkpoint else []
     if args.endpoint:

@@ -66,7 +66,7 @@ def on_cloud_tpu() -> bool:
 
 
 def before_thread_pools_shut_down(callback: Callable[[], None]) -> None:
-    """Call `callback` at exit while thread pools still work. `atexit` hooks run after concurrent.futures stops them.
+    """Call `callback` at exit while thread pools still work. `atexit` hooks are too late: the pools have stopped then.
 
     Python has no public hook for this. These hooks run in reverse order, so concurrent.futures must register first.
     """

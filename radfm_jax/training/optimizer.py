@@ -94,7 +94,7 @@ def learning_rates(config: OptimizerConfig, steps: int) -> np.ndarray:
 
 
 def optimizer(config: OptimizerConfig, trainable: dict) -> optax.GradientTransformation:
-    """Return the transformation of gradients to parameter updates at learning rate 1, to be subtracted.
+    """Return the transformation of gradients to updates at learning rate 1. Subtract the updates from the parameters.
 
     The learning rate is an argument of the train step, so one compiled program serves every schedule. `trainable` is a
     tree of arrays or shapes (`split`).

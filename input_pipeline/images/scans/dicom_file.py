@@ -134,7 +134,7 @@ def check_trailing(path, file: BoundedFile, dataset: pydicom.Dataset) -> None:
 
 
 def is_filled(file: BoundedFile, end: int) -> bool:
-    """Return whether only zeros follow the pixels, and no text-mode transfer can have pushed them out of the image."""
+    """Return whether the bytes after the pixels are zeros that are not pixels shifted by a text-mode transfer."""
     file.seek(0)
     data = file.read()
     return not data[end:].strip(b"\0") and data.count(b"\n") > data.count(b"\r\n")

@@ -57,9 +57,9 @@ def apply_orientation(pixels: np.ndarray, tag: int) -> np.ndarray:
 def check_png(path, data: bytes) -> tuple[bytes, bytes]:
     """Check the CRC of every chunk (Pillow skips those of image data).
 
-    Returns the file without optional chunks (texts, colour profiles, times), some of which stop Pillow, and the chunks
-    that can state an orientation. Raises ScanError if the image is damaged, animated, or has 16 bits and several
-    channels (Pillow reduces it to 8).
+    Returns the file without optional chunks (texts, colour profiles, times), because Pillow fails on some of them. Also
+    returns the chunks that can state an orientation. Raises ScanError if the image is damaged, animated, or has 16 bits
+    and several channels (Pillow reduces it to 8).
     """
     offset, names, image, metadata = len(PNG), [], [PNG], []
     while not names or names[-1] != b"IEND":
@@ -91,7 +91,7 @@ def check_png(path, data: bytes) -> tuple[bytes, bytes]:
 
 
 def png_orientation(chunks: bytes) -> tuple[int, tuple[str, ...]]:
-    """Return the orientation that chunks of a PNG state, and notices. Pillow reads them in an image of one pixel."""
+    """Return the orientation that chunks of a PNG state, and notices. Pillow parses them in a one-pixel image."""
     if not chunks:
         return 1, ()
     pixel = io.BytesIO()

@@ -235,7 +235,7 @@ def affine_of(path, header) -> tuple[np.ndarray, bool, tuple[str, ...]]:
 
 
 def normalize_quaternion(header) -> None:
-    """Scale a quaternion that is too long to a unit one, as the standard does. Raises ValueError beyond rounding."""
+    """Scale a quaternion that is slightly too long to length 1. Raises ValueError if rounding cannot explain it."""
     fields = ("quatern_b", "quatern_c", "quatern_d")
     length = math.sqrt(sum(float(header[field]) ** 2 for field in fields))
     if length > 1 + QUATERNION_ROUNDING:

@@ -22,7 +22,7 @@ DAMAGED = "the file is damaged: " + EXPORT
 JPEG2000 = (uid.JPEG2000, uid.JPEG2000Lossless, uid.HTJ2K, uid.HTJ2KLossless, uid.HTJ2KLosslessRPCL)
 JPEG_8BIT = (uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit)
 LOSSY = (*JPEG_8BIT, uid.JPEG2000, uid.HTJ2K, uid.JPEGLSNearLossless)
-MAX_OVERLAYS = 2  # bits above BitsStored in compressed pixels, where damage sets several
+MAX_OVERLAYS = 2  # bits above BitsStored in compressed pixels; damage sets several
 ITEM = b"\xfe\xff\x00\xe0"
 
 
@@ -180,8 +180,8 @@ def decode_pixels(path, data: bytes, instance: Instance) -> np.ndarray:
 def is_overlay(words: np.ndarray, values: np.ndarray, outside: np.ndarray, instance: Instance) -> bool:
     """Return whether the bits above BitsStored are overlays, and not values that are too large for BitsStored.
 
-    Without an overlay the image is not rougher. An overflow leaves jumps. Many bits are a padding value that the header
-    does not state if all words are equal, and damage if the pixels are compressed.
+    Removing an overlay does not make the image rougher. Removing the bits of an overflow leaves jumps. If many bits are
+    set, equal words are an unstated padding value, and compressed pixels are damaged.
 
     Args:
       words: pixels with these bits. values: pixels without them. outside: where words are out of range.
@@ -208,7 +208,7 @@ def stored_values(path, words: np.ndarray, instance: Instance) -> np.ndarray:
         values[padded] = instance.frame_padding[0]
         outside &= ~padded
     if outside.any() and (instance.syntax in LOSSY or not is_overlay(words, values, outside, instance)):
-        remedy = "state more BitsStored, or the PixelPaddingValue, if the values are right; otherwise " + EXPORT
+        remedy = "if the values are right, increase BitsStored or add PixelPaddingValue; otherwise " + EXPORT
         raise ScanError(path, f"has values outside the range {low} to {high} of its BitsStored", remedy)
     return values
 

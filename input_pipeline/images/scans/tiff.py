@@ -130,7 +130,7 @@ def check_axes(path, tif: tifffile.TiffFile, count: int) -> None:
             remedy = "save each volume as a separate file, one page per slice, with the axes ZYX"
             raise ScanError(path, reason, remedy, "ambiguous")
     stated = [math.prod(n for axis, n in zip(s.axes, s.shape, strict=True) if axis not in "YXS") for s in tif.series]
-    one_by_one = tif.series[0].kind == "shaped" and set(stated) == {1}  # tifffile writes pages without a volume so
+    one_by_one = tif.series[0].kind == "shaped" and set(stated) == {1}  # as tifffile writes pages one by one
     if count > 1 and tif.series[0].kind in ("ome", "shaped", "imagej"):
         if len(stated) > 1 and not one_by_one:
             reason = f"its metadata state {len(stated)} images, of {', '.join(map(str, stated[:MAX_LISTED]))} slices"
@@ -140,11 +140,11 @@ def check_axes(path, tif: tifffile.TiffFile, count: int) -> None:
             raise ScanError(path, reason, "export it again, as one file with one page per slice", "ambiguous")
     if count > 1 and "<OME" in tif.pages[0].description and tif.series[0].kind != "ome":
         reason = "has unreadable OME metadata, so its pages may be channels or times"
-        raise ScanError(path, reason, "save the slices again without them", "ambiguous")
+        raise ScanError(path, reason, "save the slices again without OME metadata", "ambiguous")
 
 
 def imagej_calibration(tif: tifffile.TiffFile) -> tuple[float, float]:
-    """Return the slope and intercept of ImageJ's linear calibration. ImageJ stores signed 16 bits as unsigned ones."""
+    """Return the slope and intercept of ImageJ's linear calibration, with which it stores signed 16-bit voxels."""
     stated = (tif.imagej_metadata or {}) if tif.is_imagej else {}
     if stated.get("cf") != 0 or not all(isinstance(stated.get(key), int | float) for key in ("c0", "c1")):
         return 1.0, 0.0
