@@ -1,7 +1,8 @@
 """TIFF: one slice per page, in the order of the file.
 
 Pages that are smaller copies of others (thumbnails, pyramids) are dropped. Files whose metadata (ImageJ, OME, tifffile)
-state times, channels or several stacks are refused: their pages are not the slices of one volume.
+state times, channels or several images are refused: their pages are not the slices of one volume. ImageJ's linear
+calibration is applied.
 
 tifffile parses the file and decodes uncompressed, deflated and PackBits pages of any depth. Pillow (libtiff) decodes
 the other compressions where that is lossless: 8-bit gray and RGB, 16-bit gray. TIFF has no checksum, so a flipped bit
