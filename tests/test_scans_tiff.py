@@ -11,6 +11,7 @@ from PIL import Image
 from scan_files import COLOUR, RAMP, fails, patched
 
 from input_pipeline.images import scans
+from input_pipeline.images.scans.images import apply_orientation
 
 TIFFS = {
     "u8": (RAMP, {}),
@@ -236,3 +237,18 @@ def test_calibration_of_imagej(tmp_path):
         np.testing.assert_array_equal(voxels[..., 0], pages * float(slope) + intercept)
         assert header.rescaled == bool(calibration) and scans.header(path) == header
     fails(write_pages(path, text + "cf=0\nc0=0\nc1=0\n")[0], "damaged", "calibration")
+
+
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw", "tiff_adobe_deflate", "jpeg"])
+def test_orientation_with_every_decoder(tmp_path, compression):
+    """Pillow decodes some compressions; the orientation is applied once, and to every page."""
+    pages = [RAMP, RAMP[::-1], RAMP[:, ::-1]]
+    for tag in range(1, 9):
+        images = [Image.fromarray(np.ascontiguousarray(page)) for page in pages]
+        options = {"tiffinfo": {274: tag}, "compression": compression}
+        images[0].save(tmp_path / "a.tif", save_all=True, append_images=images[1:], **options)
+        voxels = scans.read(tmp_path / "a.tif")[0][..., 0].astype(int)
+        for number, page in enumerate(pages):
+            np.testing.assert_allclose(
+                voxels[:, :, number], apply_orientation(page, tag), atol=12 * (compression == "jpeg")
+            )

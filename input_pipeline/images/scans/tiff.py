@@ -234,6 +234,16 @@ def check_segments(path, data: bytes, page: tifffile.TiffPage, form: PageFormat)
             raise ScanError(path, reason, COPY_AGAIN)
 
 
+def upright(data: bytes, page: tifffile.TiffPage) -> bytes:
+    """Return a file with the orientation 1 in a page. Pillow would apply another one; `to_slice` does so here."""
+    tag = page.tags.get("Orientation")
+    if tag is None or tag.value == 1:
+        return data
+    width = 4 if int(tag.dtype) == 4 else 2  # LONG or SHORT
+    value = (1).to_bytes(width, "little" if data[:2] == b"II" else "big")
+    return data[: tag.valueoffset] + value + data[tag.valueoffset + width :]
+
+
 def decode_page(path, data: bytes, page: tifffile.TiffPage, form: PageFormat) -> np.ndarray:
     """Return the stored pixels of a page, [H, W] or [H, W, samples]."""
     number = page.index
@@ -248,12 +258,10 @@ def decode_page(path, data: bytes, page: tifffile.TiffPage, form: PageFormat) ->
         reason = f"has {form.dtype} pixels with {page.compression.name} compression"
         raise ScanError(path, reason, SAVE, "unsupported")
     with as_scan_error(path, f"decoding page {number + 1}"):
-        image = Image.open(io.BytesIO(data), formats=("TIFF",))
+        image = Image.open(io.BytesIO(upright(data, page)), formats=("TIFF",))
         image.seek(number)
-        if image.size not in ((form.columns, form.rows), (form.rows, form.columns)):
+        if image.size != (form.columns, form.rows):
             raise ScanError(path, f"page {number + 1} states two different sizes", SAVE)
-        # Without this Pillow applies the orientation tag on load; here `to_slice` does so for every page.
-        image.tag_v2.pop(274, None)
         image.load()
         if image.mode == "YCbCr" or form.photometric == PALETTE:
             image = image.convert("RGB")
