@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import tifffile
 from PIL import Image
-from scan_files import COLOUR, RAMP, fails, patched
+from scan_files import COLOUR, RAMP, fails, patched, save_image
 
 from input_pipeline.images import scans
-from input_pipeline.images.scans.images import apply_orientation
+from input_pipeline.images.scans.images import apply_orientation, pixels_of
 
 TIFFS = {
     "u8": (RAMP, {}),
@@ -208,6 +208,10 @@ def test_several_images_in_one_file_are_refused(tmp_path):
                 file.write(written, photometric="minisblack", metadata={"axes": axes})
         fails(tmp_path / name, "ambiguous", "its metadata state 3 images", "as a separate file")
     with tifffile.TiffWriter(tmp_path / "d.tif") as file:
+        file.write(volume, photometric="minisblack")
+        file.write(RAMP[::2, ::2], photometric="minisblack", subfiletype=1)  # a thumbnail
+    np.testing.assert_array_equal(scans.read(tmp_path / "d.tif")[0][..., 0], np.moveaxis(volume, 0, -1))
+    with tifffile.TiffWriter(tmp_path / "d.tif") as file:
         for page in volume:
             file.write(page, photometric="minisblack")
     np.testing.assert_array_equal(scans.read(tmp_path / "d.tif")[0][..., 0], np.moveaxis(volume, 0, -1))
@@ -252,3 +256,18 @@ def test_orientation_with_every_decoder(tmp_path, compression):
             np.testing.assert_allclose(
                 voxels[:, :, number], apply_orientation(page, tag), atol=12 * (compression == "jpeg")
             )
+
+
+@pytest.mark.parametrize("suffix", ["tif", "png"])
+def test_orientation_of_images_in_memory(tmp_path, suffix):
+    """Pillow applies the orientation of a TIFF when it loads the image, and that of a PNG never."""
+    exif = Image.Exif()
+    for tag in range(1, 9):
+        exif[274] = tag
+        options = {"tiffinfo": {274: tag}, "compression": "tiff_lzw"} if suffix == "tif" else {"exif": exif}
+        path = save_image(tmp_path / f"a.{suffix}", RAMP, **options)
+        for loaded in (False, True):
+            with Image.open(path) as image:
+                if loaded:
+                    image.load()
+                np.testing.assert_array_equal(pixels_of("image", image)[0], apply_orientation(RAMP, tag))

@@ -122,7 +122,8 @@ def count_pages(path, data: bytes, limits: ScanLimits) -> int:
 
 def check_axes(path, tif: tifffile.TiffFile, count: int) -> None:
     """Raise ScanError if the metadata of a series state that its `count` pages are not the slices of one volume."""
-    for series in tif.series:
+    full = [s for s in tif.series if not int(s.keyframe.subfiletype) & REDUCED] or tif.series
+    for series in full:
         pages = [(axis, int(n)) for axis, n in zip(series.axes, series.shape, strict=True) if axis not in "YXS"]
         others = [f"{n} {AXIS_NAMES.get(axis, 'images along ' + axis)}" for axis, n in pages if n > 1]
         if any(n > 1 and axis not in SLICE_AXES for axis, n in pages) or len(others) > 1:
@@ -130,16 +131,16 @@ def check_axes(path, tif: tifffile.TiffFile, count: int) -> None:
             reason = f"its metadata state {' x '.join(others)}: not the slices of one volume"
             remedy = "save each volume as a separate file, one page per slice, with the axes ZYX"
             raise ScanError(path, reason, remedy, "ambiguous")
-    stated = [math.prod(n for axis, n in zip(s.axes, s.shape, strict=True) if axis not in "YXS") for s in tif.series]
-    one_by_one = tif.series[0].kind == "shaped" and set(stated) == {1}  # tifffile writes pages without a volume so
-    if count > 1 and tif.series[0].kind in ("ome", "shaped", "imagej"):
+    stated = [math.prod(n for axis, n in zip(s.axes, s.shape, strict=True) if axis not in "YXS") for s in full]
+    one_by_one = full[0].kind == "shaped" and set(stated) == {1}  # tifffile writes pages without a volume so
+    if count > 1 and full[0].kind in ("ome", "shaped", "imagej"):
         if len(stated) > 1 and not one_by_one:
             reason = f"its metadata state {len(stated)} images, of {', '.join(map(str, stated[:MAX_LISTED]))} slices"
             raise ScanError(path, reason, "save each image as a separate file", "ambiguous")
         if sum(stated) != count:
             reason = f"its metadata state {sum(stated)} slices, but it has {count} pages"
             raise ScanError(path, reason, "export it again, as one file with one page per slice", "ambiguous")
-    if count > 1 and "<OME" in tif.pages[0].description and tif.series[0].kind != "ome":
+    if count > 1 and "<OME" in tif.pages[0].description and full[0].kind != "ome":
         reason = "has unreadable OME metadata, so its pages may be channels or times"
         raise ScanError(path, reason, "save the slices again without them", "ambiguous")
 
