@@ -202,6 +202,18 @@ def test_lookup_tables_in_some_slices_are_refused(tmp_path):
     fails(folder, "series", f"ModalityLUTSequence is absent in 3 slices and present in 1 slice ({first.name})")
 
 
+def test_other_lookup_tables_of_monochrome1_slices_are_refused(tmp_path):
+    """Each table would invert its slice within another range."""
+    folder = make_series(tmp_path / "s", slices(4), RescaleSlope=None, RescaleIntercept=None)
+    values = np.arange(99)
+    for path in sorted(folder.iterdir()):
+        edit(path, PhotometricInterpretation="MONOCHROME1", ModalityLUTSequence=lut(values))
+    expected = 98 - axial_display(slices(4))
+    np.testing.assert_array_equal(scans.read(folder)[0], expected)
+    edit(path, ModalityLUTSequence=lut(2 * values))
+    fails(folder, "series", "lookup table of MONOCHROME1 is one value in 3 slices and another value in 1 slice")
+
+
 def test_monochrome1_with_slopes_of_slices(tmp_path):
     """All slices are inverted within one range, so that equal intensities remain equal."""
     lps = slices(2)

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import tifffile
 from PIL import Image
-from scan_files import COLOUR, RAMP, fails, patched
+from scan_files import COLOUR, RAMP, fails, patched, save_image
 
 from input_pipeline.images import scans
+from input_pipeline.images.scans.images import apply_orientation, pixels_of
 
 TIFFS = {
     "u8": (RAMP, {}),
@@ -207,6 +208,10 @@ def test_several_images_in_one_file_are_refused(tmp_path):
                 file.write(written, photometric="minisblack", metadata={"axes": axes})
         fails(tmp_path / name, "ambiguous", "its metadata state 3 images", "as a separate file")
     with tifffile.TiffWriter(tmp_path / "d.tif") as file:
+        file.write(volume, photometric="minisblack")
+        file.write(RAMP[::2, ::2], photometric="minisblack", subfiletype=1)  # a thumbnail
+    np.testing.assert_array_equal(scans.read(tmp_path / "d.tif")[0][..., 0], np.moveaxis(volume, 0, -1))
+    with tifffile.TiffWriter(tmp_path / "d.tif") as file:
         for page in volume:
             file.write(page, photometric="minisblack")
     np.testing.assert_array_equal(scans.read(tmp_path / "d.tif")[0][..., 0], np.moveaxis(volume, 0, -1))
@@ -236,3 +241,33 @@ def test_calibration_of_imagej(tmp_path):
         np.testing.assert_array_equal(voxels[..., 0], pages * float(slope) + intercept)
         assert header.rescaled == bool(calibration) and scans.header(path) == header
     fails(write_pages(path, text + "cf=0\nc0=0\nc1=0\n")[0], "damaged", "calibration")
+
+
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw", "tiff_adobe_deflate", "jpeg"])
+def test_orientation_with_every_decoder(tmp_path, compression):
+    """Pillow decodes some compressions; the orientation is applied once, and to every page."""
+    pages = [RAMP, RAMP[::-1], RAMP[:, ::-1]]
+    for tag in range(1, 9):
+        images = [Image.fromarray(np.ascontiguousarray(page)) for page in pages]
+        options = {"tiffinfo": {274: tag}, "compression": compression}
+        images[0].save(tmp_path / "a.tif", save_all=True, append_images=images[1:], **options)
+        voxels = scans.read(tmp_path / "a.tif")[0][..., 0].astype(int)
+        for number, page in enumerate(pages):
+            np.testing.assert_allclose(
+                voxels[:, :, number], apply_orientation(page, tag), atol=12 * (compression == "jpeg")
+            )
+
+
+@pytest.mark.parametrize("suffix", ["tif", "png"])
+def test_orientation_of_images_in_memory(tmp_path, suffix):
+    """Pillow applies the orientation of a TIFF when it loads the image, and that of a PNG never."""
+    exif = Image.Exif()
+    for tag in range(1, 9):
+        exif[274] = tag
+        options = {"tiffinfo": {274: tag}, "compression": "tiff_lzw"} if suffix == "tif" else {"exif": exif}
+        path = save_image(tmp_path / f"a.{suffix}", RAMP, **options)
+        for loaded in (False, True):
+            with Image.open(path) as image:
+                if loaded:
+                    image.load()
+                np.testing.assert_array_equal(pixels_of("image", image)[0], apply_orientation(RAMP, tag))

@@ -155,6 +155,8 @@ def pixels_of(name, image: Image.Image) -> tuple[np.ndarray, tuple[str, ...]]:
     if getattr(image, "n_frames", 1) > 1:
         remedy = "pass one frame: image.seek(i), then image.copy()"
         raise ScanError(name, f"has {image.n_frames} frames", remedy, "ambiguous")
+    with as_scan_error(name, "decoding the image"):
+        image.load()  # Pillow applies the orientation of a TIFF, and only then forgets it
     tag, notices = orientation_tag(image)
     if image.mode in ("I", "F"):  # 32 bits; no file of the formats above has them
         return apply_orientation(np.asarray(image), tag), notices

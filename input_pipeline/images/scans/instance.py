@@ -22,6 +22,7 @@ from input_pipeline.images.scans.fields import (
 )
 from input_pipeline.images.scans.mixtures import (
     ATTRIBUTES,
+    INVERTED_LUT,
     ORIENTATION,
     REAL_WORLD_VALUES,
     SPACING,
@@ -142,7 +143,10 @@ def interpret(path, fields: Fields, syntax: uid.UID) -> Instance:
         kinds |= {attribute: [None] * frames.count for attribute in REAL_WORLD_VALUES}
     check_one_kind(path, kinds, [f"frame {i + 1}" for i in range(frames.count)], "frame")
     check_frame_vectors(path, fields, frames.count)
-    kinds |= {SPACING: [spacing] * frames.count, ORIENTATION: [direction] * frames.count}
+    tables = [item.soft("comparable", Attribute("LUTData")) for item in fields.items("ModalityLUTSequence")[:1]]
+    inverted = tables[0] if tables and pixel_format.photometric == "MONOCHROME1" else None
+    columns = {SPACING: spacing, ORIENTATION: direction, INVERTED_LUT: inverted}
+    kinds |= {attribute: [value] * frames.count for attribute, value in columns.items()}
     number = fields.soft("numbers", "InstanceNumber", 1)
     return Instance(
         **vars(pixel_format),

@@ -51,6 +51,7 @@ CARDIAC = ("CardiacSynchronizationSequence",)
 FRAME_TYPE = tuple(f"{kind}FrameTypeSequence" for kind in ("MRImage", "CTImage", "PET", "XRay3D"))
 SPACING = Attribute("PixelSpacing", absolute=TOLERANCE)
 ORIENTATION = Attribute("ImageOrientationPatient", absolute=TOLERANCE)
+INVERTED_LUT = Attribute("modality lookup table of MONOCHROME1", shown=False)  # it states the range to invert within
 REAL_WORLD_VALUES = (Attribute("RealWorldValueSlope", REAL_WORLD), Attribute("RealWorldValueIntercept", REAL_WORLD))
 ATTRIBUTES = (
     # What the pixels are
@@ -144,7 +145,7 @@ def show(value: Value, attribute: Attribute, position: int) -> str:
         return "absent"
     if value is True:
         return "present"
-    if isinstance(value, bytes) and attribute.private is None:
+    if isinstance(value, bytes) and attribute.private is None and attribute.shown:
         return "unreadable"
     if attribute.keyword == "SOPClassUID" and value in uid.UID_dictionary:
         return uid.UID(value).name

@@ -1,7 +1,8 @@
 """TIFF: one slice per page, in the order of the file.
 
 Pages that are smaller copies of others (thumbnails, pyramids) are dropped. Files whose metadata (ImageJ, OME, tifffile)
-state times, channels or several stacks are rejected: their pages are not the slices of one volume.
+state times, channels or several images are rejected: their pages are not the slices of one volume. ImageJ's linear
+calibration is applied.
 
 tifffile parses the file and decodes uncompressed, deflated and PackBits pages of any depth. Pillow (libtiff) decodes
 the other compressions where that is lossless: 8-bit gray and RGB, 16-bit gray. TIFF has no checksum, so a flipped bit
@@ -121,7 +122,8 @@ def count_pages(path, data: bytes, limits: ScanLimits) -> int:
 
 def check_axes(path, tif: tifffile.TiffFile, count: int) -> None:
     """Raise ScanError if the metadata of a series state that its `count` pages are not the slices of one volume."""
-    for series in tif.series:
+    full = [s for s in tif.series if not int(s.keyframe.subfiletype) & REDUCED] or tif.series
+    for series in full:
         pages = [(axis, int(n)) for axis, n in zip(series.axes, series.shape, strict=True) if axis not in "YXS"]
         others = [f"{n} {AXIS_NAMES.get(axis, 'images along ' + axis)}" for axis, n in pages if n > 1]
         if any(n > 1 and axis not in SLICE_AXES for axis, n in pages) or len(others) > 1:
@@ -129,16 +131,16 @@ def check_axes(path, tif: tifffile.TiffFile, count: int) -> None:
             reason = f"its metadata state {' x '.join(others)}: not the slices of one volume"
             remedy = "save each volume as a separate file, one page per slice, with the axes ZYX"
             raise ScanError(path, reason, remedy, "ambiguous")
-    stated = [math.prod(n for axis, n in zip(s.axes, s.shape, strict=True) if axis not in "YXS") for s in tif.series]
-    one_by_one = tif.series[0].kind == "shaped" and set(stated) == {1}  # as tifffile writes pages one by one
-    if count > 1 and tif.series[0].kind in ("ome", "shaped", "imagej"):
+    stated = [math.prod(n for axis, n in zip(s.axes, s.shape, strict=True) if axis not in "YXS") for s in full]
+    one_by_one = full[0].kind == "shaped" and set(stated) == {1}  # tifffile writes pages without a volume so
+    if count > 1 and full[0].kind in ("ome", "shaped", "imagej"):
         if len(stated) > 1 and not one_by_one:
             reason = f"its metadata state {len(stated)} images, of {', '.join(map(str, stated[:MAX_LISTED]))} slices"
             raise ScanError(path, reason, "save each image as a separate file", "ambiguous")
         if sum(stated) != count:
             reason = f"its metadata state {sum(stated)} slices, but it has {count} pages"
             raise ScanError(path, reason, "export it again, as one file with one page per slice", "ambiguous")
-    if count > 1 and "<OME" in tif.pages[0].description and tif.series[0].kind != "ome":
+    if count > 1 and "<OME" in tif.pages[0].description and full[0].kind != "ome":
         reason = "has unreadable OME metadata, so its pages may be channels or times"
         raise ScanError(path, reason, "save the slices again without OME metadata", "ambiguous")
 
@@ -233,6 +235,16 @@ def check_segments(path, data: bytes, page: tifffile.TiffPage, form: PageFormat)
             raise ScanError(path, reason, COPY_AGAIN)
 
 
+def upright(data: bytes, page: tifffile.TiffPage) -> bytes:
+    """Return a file with the orientation 1 in a page. Pillow would apply another one; `to_slice` does so here."""
+    tag = page.tags.get("Orientation")
+    if tag is None or tag.value == 1:
+        return data
+    width = 4 if int(tag.dtype) == 4 else 2  # LONG or SHORT
+    value = (1).to_bytes(width, "little" if data[:2] == b"II" else "big")
+    return data[: tag.valueoffset] + value + data[tag.valueoffset + width :]
+
+
 def decode_page(path, data: bytes, page: tifffile.TiffPage, form: PageFormat) -> np.ndarray:
     """Return the stored pixels of a page, [H, W] or [H, W, samples]."""
     number = page.index
@@ -247,12 +259,10 @@ def decode_page(path, data: bytes, page: tifffile.TiffPage, form: PageFormat) ->
         reason = f"has {form.dtype} pixels with {page.compression.name} compression"
         raise ScanError(path, reason, SAVE, "unsupported")
     with as_scan_error(path, f"decoding page {number + 1}"):
-        image = Image.open(io.BytesIO(data), formats=("TIFF",))
+        image = Image.open(io.BytesIO(upright(data, page)), formats=("TIFF",))
         image.seek(number)
-        if image.size not in ((form.columns, form.rows), (form.rows, form.columns)):
+        if image.size != (form.columns, form.rows):
             raise ScanError(path, f"page {number + 1} states two different sizes", SAVE)
-        # Without this Pillow applies the orientation tag on load; here `to_slice` does so for every page.
-        image.tag_v2.pop(274, None)
         image.load()
         if image.mode == "YCbCr" or form.photometric == PALETTE:
             image = image.convert("RGB")
