@@ -35,7 +35,7 @@ def test_an_answer_may_hold_line_separators(tmp_path):
         ([{"id": "x/1", "answer": "a", "context": "Pain."}], "answers the context 'Pain.', but it is ''"),
         (
             [{"id": "x/1", "answer": "a"}, {"id": "x/2", "answer": "a \ud83d"}],
-            "line 2: x/2: text is not valid Unicode",
+            "line 2: a string has a lone surrogate",
         ),
     ],
 )
