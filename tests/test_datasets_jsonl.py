@@ -87,7 +87,7 @@ GOOD = {"id": "a", "task": "vqa", "scans": ["a.png"], "instruction": "<image-1> 
         ({"task": "interleaved"}, "text is required"),
         ({"response": ["A"]}, "response must be text, got list"),
         ({"response": "\x00"}, "NUL"),
-        ({"response": "\ud800"}, "UTF-8"),
+        ({"response": "\ud800"}, "lone surrogate"),
         ({"instruction": "<image-99999> <image-1> q"}, "no scan for <image-99999>"),
     ],
 )

@@ -23,7 +23,7 @@ from input_pipeline.field_rules import (
     share,
     unknown_fields,
 )
-from radfm_jax.convert import model_config
+from radfm_jax.convert import llama_config, model_config
 from radfm_jax.evaluate.radbench import Benchmark
 from radfm_jax.inference.inputs import Preparation
 from radfm_jax.models.decoder import DecoderConfig, RopeScaling
@@ -113,8 +113,8 @@ def test_from_mapping():
 
 CONFIGS = (DataConfig, ViTConfig, PerceiverConfig, DecoderConfig, RopeScaling, TrainConfig, StepConfig, OptimizerConfig,
            MeshConfig, CheckpointConfig, Preparation, Benchmark, Endpoint)  # fmt: skip
-# Texts without a rule are paths and names, which are checked where they are opened.
-FREE_TEXT = {"index", "tokenizer", "terms", "init_from", "base_url", "model", "key_variable", "frozen"}
+# Texts without a rule are paths and names, which are checked where they are opened, and texts with a parser.
+FREE_TEXT = {"intensity", "index", "tokenizer", "terms", "init_from", "base_url", "model", "key_variable", "frozen"}
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.__name__)
@@ -143,6 +143,8 @@ HOSTILE = (
     True,
     [1, 2, 3],
     {"a": 1},
+    [[]],
+    {1: 2},
     -0.5,
     2**40,
 )
@@ -158,7 +160,9 @@ def leaves(value: Any, path: tuple = ()):
 
 def test_hostile_values_in_every_field_of_an_experiment():
     """Every value is accepted, or refused with the name of its field: no other exception."""
-    fields, refused = Experiment(tiny()).to_dict(), 0
+    source = {"family": "jsonl", "table": "t", "root": "/data", "intensity": "lung", "weight": 1.0}
+    data = DataConfig(train={"a": source}, mixture="weights")
+    fields, refused = Experiment(tiny(), data).to_dict(), 0
     for group, kind in {"model": RadFMConfig, **GROUPS}.items():
         for path in leaves(fields[group]):
             for value in HOSTILE:
@@ -229,4 +233,4 @@ def test_hostile_sizes_of_a_hugging_face_config(tmp_path, key, value):
     with pytest.raises(ValueError, match=f"config.json: {key} must be"):
         model_config.read_config(tmp_path / "config.json")
     (tmp_path / "config.json").write_text(json.dumps(config | {"rope_theta": None}))
-    assert model_config.llama_from_hf(model_config.read_config(tmp_path / "config.json"), "x").head_dim == 8
+    assert llama_config.llama_from_hf(model_config.read_config(tmp_path / "config.json"), "x").head_dim == 8

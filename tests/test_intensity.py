@@ -196,7 +196,7 @@ def test_the_config_gives_its_intensity_to_its_sources():
         DataConfig(intensity="lung/soft_tissue/bone", channels=1)
     with pytest.raises(ValueError, match="supports only minmax"):
         DataConfig(intensity="brain", preprocess="released", storage="float32")
-    with pytest.raises(ValueError, match="data.fit is 'crop'; known: stretch, pad"):
+    with pytest.raises(ValueError, match="data.fit must be one of stretch, pad"):
         DataConfig(fit="crop")
 
 

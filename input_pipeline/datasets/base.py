@@ -30,7 +30,10 @@ _STUDY = re.compile(
 
 def study_pattern(study: str | None) -> re.Pattern:
     """Return the pattern of studies in paths: a regex with one or more groups, or that of the public sets."""
-    return re.compile(study) if study else _STUDY
+    try:
+        return re.compile(study) if study else _STUDY
+    except re.error as error:
+        raise ValueError(f"the pattern study={study!r} is not a regular expression: {error}") from None
 
 
 def named_study(pattern: re.Pattern, path: str) -> str:

@@ -75,6 +75,8 @@ class Preparation:
         check_fields(self, "", self._conflicts())
 
     def _conflicts(self) -> Iterator[str]:
+        if not self.intensities:
+            yield "intensities must have at least one setting"
         for setting in self.intensities:
             try:
                 parse_intensity(setting)
@@ -99,7 +101,7 @@ class Preparation:
     @classmethod
     def from_data(cls, data: Mapping) -> Preparation:
         """Return the preparation of a training run from its `data` group, which may be of another version."""
-        known = {f.name for f in dataclasses.fields(cls)}
+        known = {f.name for f in dataclasses.fields(cls)} - {"intensities"}
         fields = {name: value for name, value in data.items() if name in known}
         return cls(**fields, intensities=trained_intensities(data))
 
