@@ -107,7 +107,7 @@ class Answers:
                         raise ValueError(f"{file}: a line is not JSON ({error}): correct or move the file") from None
                     if not line.endswith(b"\n"):
                         break
-                    if not isinstance(value, dict) or not FIELDS <= value.keys() or not isinstance(value["key"], str):
+                    if not isinstance(value, dict) or not value.keys() >= FIELDS or not isinstance(value["key"], str):
                         raise ValueError(f"{file}: a line is not an answer with {', '.join(sorted(FIELDS))}")
                     self._offsets.setdefault(value["key"], end)
                     end += len(line)
