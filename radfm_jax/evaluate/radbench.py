@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from input_pipeline.datasets import FAMILIES
-from input_pipeline.field_rules import Count, Size, check_fields, plain_mapping, unknown_fields
+from input_pipeline.field_rules import Count, Size, as_tuple, check_fields, plain_mapping, unknown_fields
 from input_pipeline.files import nearest
 from input_pipeline.samples import Scan
 from input_pipeline.text.vocabularies import SEMANTIC_TYPES
@@ -93,7 +93,7 @@ class Benchmark:
         problems = []
         for name, fields in self.sets.items():
             known = DATASETS.get(name)
-            if "family" not in fields or fields["family"] not in FAMILIES:
+            if not isinstance(fields.get("family"), str) or fields["family"] not in FAMILIES:
                 problems.append(f"sets.{name}.family is {fields.get('family')!r}; known: {', '.join(FAMILIES)}")
             else:
                 allowed = (*SET_FIELDS, "family", *(f.name for f in dataclasses.fields(FAMILIES[fields["family"]])))
@@ -129,7 +129,7 @@ class Benchmark:
         if unknown := unknown_fields(fields, cls):
             known = ", ".join(f.name for f in dataclasses.fields(cls))
             raise ValueError(f"unknown fields: {unknown}; known: {known}")
-        return cls(**fields)
+        return cls(**{name: as_tuple(value) for name, value in fields.items()})
 
 
 @dataclasses.dataclass(frozen=True)
