@@ -19,9 +19,11 @@ from input_pipeline.field_rules import (
     field_problems,
     from_mapping,
     one_of,
+    plain_mapping,
     problems_of,
     raise_problems,
     share,
+    shown,
 )
 from input_pipeline.files import nearest
 from input_pipeline.images.augment import FLIPS
@@ -141,9 +143,10 @@ class DataConfig:
             for name, source in sources.items():
                 if not isinstance(source, Mapping):
                     continue  # `problems_of` reports it
-                if source.get("family") not in FAMILIES:
-                    family = source.get("family")
-                    what = "no `family`" if family is None else f"the family {family!r}{nearest(family, FAMILIES)}"
+                family = source.get("family")
+                if not isinstance(family, str) or family not in FAMILIES:
+                    what = f"the family {shown(family)}{nearest(shown(family), FAMILIES)}"
+                    what = "no `family`" if family is None else what
                     yield f"data.{split}.{name} has {what}; known: {', '.join(FAMILIES)}"
                 if self.mixture == "weights" and split == "train":
                     yield from field_problems(source.get("weight", 1.0), Weight, f"data.{split}.{name}.weight")
@@ -195,8 +198,9 @@ class DataConfig:
 def trained_intensities(data: Mapping) -> tuple[str, ...]:
     """Return the distinct intensity settings of the training sources, for `data` as in DataConfig.to_dict."""
     common = data.get("intensity", "minmax")
-    settings = {setting_text(source.get("intensity", common)) for source in data.get("train", {}).values()}
-    return tuple(sorted(settings)) or (common,)
+    train = plain_mapping(data.get("train", {}), "data.train")
+    sources = [plain_mapping(fields, f"data.train.{name}") for name, fields in train.items()]
+    return tuple(sorted({setting_text(source.get("intensity", common)) for source in sources or [{}]}))
 
 
 def open_fields(source: Mapping) -> dict:

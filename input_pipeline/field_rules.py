@@ -18,10 +18,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import os
 import sys
 import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 from input_pipeline.files import nearest
@@ -79,8 +81,14 @@ def check_fields(config: Any, group: str, conflicts: Iterable[str] = ()) -> None
 
 def problems_of(config: Any, group: str) -> Iterator[str]:
     """Yield the problems of `check_fields`."""
-    for name, hint in _hints(type(config)).items():
-        yield from field_problems(getattr(config, name), hint, _path(group, name))
+    return value_problems(type(config), vars(config), group)
+
+
+def value_problems(cls: type, values: Mapping, group: str) -> Iterator[str]:
+    """Yield the problems of values for fields of a dataclass; other names do not matter."""
+    for name, hint in _hints(cls).items():
+        if name in values:
+            yield from field_problems(values[name], hint, _path(group, name))
 
 
 def raise_problems(problems: Iterable[str]) -> None:
@@ -122,28 +130,32 @@ def field_problems(value: Any, hint: Any, name: str) -> Iterator[str]:
             yield from field_problems(value, kinds[0], name)
             return
         if all(any(field_problems(value, kind, name)) for kind in kinds):
-            yield f"{name} must be {' or '.join(map(_type_name, kinds))} (got {_shown(value)})"
+            yield f"{name} must be {' or '.join(map(_type_name, kinds))} (got {shown(value)})"
         return
+    if origin is typing.Literal:
+        hint, origin, rules = type(arguments[0]), None, (one_of(arguments), *rules)
     if origin is tuple:
         yield from _tuple_problems(value, arguments, name)
-    elif origin is Mapping and isinstance(value, Mapping):
+    elif origin in (Mapping, dict) and isinstance(value, Mapping):
         for key, item in value.items():
+            if not _has_type(key, arguments[0]):
+                yield f"a name in {name} must be {_type_name(arguments[0])} (got {shown(key)})"
             yield from field_problems(item, arguments[1], f"{name}.{key}")
     elif not _has_type(value, origin or hint):
-        yield f"{name} must be {_type_name(origin or hint)} (got {_shown(value)})"
+        yield f"{name} must be {_type_name(origin or hint)} (got {shown(value)})"
         return
     for rule in rules:
         if not rule.is_met(value):
             near = nearest(value, rule.choices) if rule.choices else ""
-            yield f"{name} must be {rule.text} (got {_shown(value)}){near}"
+            yield f"{name} must be {rule.text} (got {shown(value)}){near}"
 
 
 def _tuple_problems(value: Any, arguments: tuple, name: str) -> Iterator[str]:
     if not isinstance(value, tuple):
-        yield f"{name} must be a list (got {_shown(value)})"
+        yield f"{name} must be a list (got {shown(value)})"
         return
     if arguments[1:] != (...,) and len(value) != len(arguments):
-        yield f"{name} must have {len(arguments)} values (got {_shown(value)})"
+        yield f"{name} must have {len(arguments)} values (got {shown(value)})"
         return
     kinds = [arguments[0]] * len(value) if arguments[1:] == (...,) else arguments
     for i, (item, kind) in enumerate(zip(value, kinds, strict=True)):
@@ -158,17 +170,21 @@ def _has_type(value: Any, kind: type) -> bool:
         return is_number and abs(value) <= sys.float_info.max  # False for NaN, infinity and too large integers
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
-    return isinstance(value, kind)
+    return isinstance(value, os.PathLike if kind is Path else kind)
 
 
-_NAMES = {int: "an integer", float: "a finite number", bool: "true or false", str: "a text", Mapping: "a mapping"}
+_NAMES = {
+    int: "an integer", float: "a finite number", bool: "true or false", str: "a text", Mapping: "a mapping",
+    dict: "a mapping", Path: "a path",
+}  # fmt: skip
 
 
 def _type_name(kind: type) -> str:
     return _NAMES.get(kind) or f"a {getattr(kind, '__name__', kind)}"
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """Return a value for an error message, shortened."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -206,7 +222,7 @@ def plain_mapping(fields: Any, group: str) -> dict:
     if hasattr(fields, "to_dict"):
         fields = fields.to_dict()
     if not isinstance(fields, Mapping):
-        raise ValueError(f"{group} must be a mapping of fields (got {_shown(fields)})")
+        raise ValueError(f"{group} must be a mapping of fields (got {shown(fields)})")
     return dict(fields)
 
 

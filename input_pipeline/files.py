@@ -210,15 +210,16 @@ def read_json(file: Path | str, *, nan: bool = False, kind: type | None = None, 
 def read_json_lines(file: Path, *, nan: bool = False) -> list[dict]:
     """Return the objects of a small JSON Lines file, without blank lines. ValueError names the file and the line."""
     out = []
-    with open(file, encoding="utf-8-sig", newline="\n") as lines:
+    with open(file, "rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
-                value = parse_json(line, nan=nan) if line.strip() else None
+                text = line.decode("utf-8-sig")
+                value = parse_json(text, nan=nan) if text.strip() else None
             except ValueError as error:
                 raise ValueError(f"{file}, line {number} is not valid JSON: {error}") from None
             if isinstance(value, dict):
                 out.append(value)
-            elif line.strip():
+            elif text.strip():
                 raise ValueError(f"{file}, line {number} has {type(value).__name__} where an object is expected")
     return out
 

@@ -96,12 +96,16 @@ class Server:
             )
         elif what == "echo refusal":
             choice["message"] |= {"content": None, "refusal": f"Not with {handler.headers['Authorization']}."}
+        elif what == "surrogate":
+            choice["message"]["content"] = "User: What?\nAssistant: \ud800."
         elif what == "none":
             choice["message"]["content"] = "NONE"
         answer = {
             "id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice],
             "usage": {"prompt_tokens": 100, "completion_tokens": 20, "total_tokens": 120},
         }  # fmt: skip
+        if what == "token texts":
+            answer["usage"] = {"prompt_tokens": "100", "completion_tokens": -5, "total_tokens": None}
         data = json.dumps([] if what == "shape" else {} if what == "nothing" else answer).encode()
         if what == "bad json":
             data = data[:-10]

@@ -194,6 +194,8 @@ def test_unreadable_descriptions(directory):
         (json.dumps({**description, "format": 99}), "format 99.*update"),
         ("{", "radfm.json is not valid JSON"),
         (json.dumps({"format": 1}), "is damaged"),
+        (json.dumps({"format": 1, "part": "radfm", "model": {"vision": 1}}), "is damaged: .*vision must have fields"),
+        (json.dumps({"format": 1, "part": "radfm", "model": {}, "source": []}), "is damaged: .*source must have"),
     ):
         path.write_text(text)
         with pytest.raises(ValueError, match=words):

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 
 import pytest
 from ml_collections import ConfigDict
 
 from input_pipeline import command_line
-from input_pipeline.config import DataConfig, open_fields
+from input_pipeline.config import DataConfig, open_fields, trained_intensities
+from input_pipeline.datasets import open_dataset
 from input_pipeline.files import fingerprint
+from input_pipeline.images.intensity import parse_intensity
 
 SOURCE = {"family": "vqa_rad", "table": "train.csv", "root": "/data"}
 
@@ -107,6 +110,30 @@ def test_unknown_fields_with_the_nearest_known_one():
 def test_fields_of_a_family():
     source = SOURCE | {"weight": 2.0, "vocabulary": ["a", "b"]}
     assert open_fields(source) == {"table": "train.csv", "root": "/data", "vocabulary": ("a", "b")}
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [("fraction", "x"), ("fraction", True), ("strip", None), ("table", 3), ("root", ["a"]), ("split", 1),
+     ("study", "("), ("study", ["a"]), ("intensity", {}), ("intensity", [10**400, 1])],
+)  # fmt: skip
+def test_fields_of_a_family_have_types(tmp_path, field, value):
+    row = {"id": "1", "task": "vqa", "scans": ["a.png"], "instruction": "q", "response": "a"}
+    (tmp_path / "t.jsonl").write_text(json.dumps(row))
+    fields = {"table": "t.jsonl", "root": str(tmp_path)}
+    open_dataset("jsonl", **fields)
+    with pytest.raises(ValueError, match=field):
+        open_dataset("jsonl", **fields | {field: value})
+
+
+def test_trained_intensities_have_all_digits():
+    """Inference must scale with the window of training, also above six digits."""
+    sources = {"a": SOURCE | {"intensity": [-0.1234567, 1234567]}, "b": SOURCE | {"intensity": None}}
+    (window, minmax) = trained_intensities({"train": sources})
+    assert parse_intensity(window).windows == ((-0.1234567, 1234567.0),) and minmax == "minmax"
+    for damaged in ({"train": 3}, {"train": {"a": None}}, {"intensity": []}):
+        with pytest.raises(ValueError):
+            trained_intensities(damaged)
 
 
 def test_fingerprint():

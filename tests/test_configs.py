@@ -303,11 +303,11 @@ def test_adaptations_freeze_the_language_model(name):
     config = experiment(name)
     assert config.optimizer.frozen == ("llama",) and config.checkpoint.init_from == "radfm"
     assert config.model == radfm.radfm_14b()
-    assert config.data.test and len((ROOT / "configs" / f"{name}.py").read_text().splitlines()) < 90
+    assert config.data.test and len((ROOT / "configs" / f"{name}.py").read_text().splitlines()) < 75
 
 
 @pytest.mark.parametrize("name", [*ADAPTATIONS, "adapt_small"])
-def test_adaptations_follow_the_checkpoint(name, tmp_path):
+def test_adaptations_follow_the_checkpoint(name, tmp_path, capsys):
     """Model, tokenizer and preparation are those of `init_from`, but for what an option sets."""
     quickstart = experiment("quickstart")
     model = dataclasses.replace(quickstart.model, llama=dataclasses.replace(quickstart.model.llama, rope_theta=5e5))
@@ -320,9 +320,11 @@ def test_adaptations_follow_the_checkpoint(name, tmp_path):
     assert [getattr(config.data, f) for f in followed] == [getattr(quickstart.data, f) for f in followed]
     assert config.data.depth == 16 and config.data.channels == 3
     assert experiment(name, "--config.checkpoint.init_from=nowhere").model == radfm.radfm_14b()
-    (tmp_path / "run.json").write_text("{}")
-    with pytest.raises(SystemExit):
-        parsed(name, f"--config.checkpoint.init_from={tmp_path}")
+    for damaged in ("{}", '{"config": []}', '{"config": {"data": {"train": 1}}}'):
+        (tmp_path / "run.json").write_text(damaged)
+        with pytest.raises(SystemExit):
+            parsed(name, f"--config.checkpoint.init_from={tmp_path}")
+        assert "run.json" in capsys.readouterr().err
 
 
 def test_memory_of_adapt_when_the_language_model_learns():

@@ -135,6 +135,19 @@ def test_a_config_of_an_experiment_gives_the_preparation():
     assert (preparation.preprocess, preparation.size_2d, preparation.num_latents) == ("paper", 128, 16)
 
 
+def test_a_config_gives_the_intensities_of_its_sources(tmp_path):
+    """They are what the weights were trained with, so an answer needs the same."""
+    source = "dict(family='jsonl', table='t', root='r', intensity='lung')"
+    (tmp_path / "own.py").write_text(
+        "from configs.quickstart import get_config as base\n\n\ndef get_config():\n    config = base().unlock()\n"
+        f"    config.data.train = dict(a={source})\n    return config\n"
+    )
+    config = model_config.read_config(tmp_path / "own.py")
+    assert stored.from_record(config["preparation"], "x").intensities == ("lung",)
+    with pytest.raises(ValueError, match="intensities must have at least one"):
+        stored.from_record({"intensities": []}, "x")
+
+
 def test_save_keeps_what_the_model_was_loaded_with(run, tokenizer, tmp_path):
     prepared = inputs.Preparation(size_2d=96, num_latents=4)
     model = radfm_jax.load(run, prepared=prepared, tokenizer=tokenizer)

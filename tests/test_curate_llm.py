@@ -75,6 +75,31 @@ def test_misbehaviour_is_counted_exactly(tmp_path):
     assert KEY not in (tmp_path / "answers.jsonl").read_text(), "also where the server quotes it"
 
 
+def test_odd_answers_are_paid_for_once(tmp_path):
+    """Half a surrogate pair, which UTF-8 cannot store, and token counts that are not numbers."""
+    with Server({"case 1 ": ["surrogate"], "case 2 ": ["token texts"]}) as server:
+        _, answers, go = ask(server, tmp_path, ["case 1 .", "case 2 ."])
+        counts = go()
+    assert (counts.sent, counts.left, counts.ended) == (2, 0, {"answered": 2})
+    assert "User: What?\nAssistant: ?." in [answers[key]["text"] for key in answers._offsets]
+
+
+@pytest.mark.parametrize("line", ["null", "[1]", "{}", '{"key": ["a"]}', '{"key": "a"}'])
+def test_a_log_with_other_lines_is_refused_and_kept(tmp_path, line):
+    """Only an incomplete last line is removed: the lines after another one are paid for."""
+    answer = json.dumps({"key": "b", "kind": "answered", "text": "t", "finish": "stop", "tokens_out": 1})
+    text = f"{answer}\n{line}\n{answer}\n"
+    (tmp_path / "answers.jsonl").write_text(text)
+    with pytest.raises(ValueError, match="a line is not an answer with"):
+        llm.Answers(tmp_path / "answers.jsonl")
+    assert (tmp_path / "answers.jsonl").read_text() == text
+
+
+@pytest.mark.parametrize("text, seconds", [(None, 0), ("2.5", 2.5), ("nan", 0), ("-1", 0), ("inf", 600), ("soon", 0)])
+def test_seconds_of_retry_after(text, seconds):
+    assert llm._seconds(text) == seconds
+
+
 @pytest.mark.parametrize(("what", "words"), [("401", r"refuses requests \(401\)"), ("404", "404")])
 def test_what_stops_a_run(tmp_path, what, words):
     with Server({"case 2 ": [what]}, pause=0.05) as server:

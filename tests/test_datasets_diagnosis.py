@@ -164,7 +164,7 @@ def test_labels_of_open_tables(tmp_path):
     dataset = open_dataset("cxr_mix", **fields)
     assert [answer(draws(dataset, i, 1)[0]) for i in range(2)] == ["Mass, Nodule/Mass.", "Mass, Edema."]
     assert [p.row for p in dataset.problems] == [3, 4, 5]
-    for form, match in (("yes_no", "needs a column disease"), ("half", "unknown")):
+    for form, match in (("yes_no", "needs a column disease"), ("half", "form must be one of open, yes_no, both")):
         with pytest.raises(ValueError, match=match):
             open_dataset("cxr_mix", **fields, form=form)
 

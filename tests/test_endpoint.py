@@ -291,6 +291,11 @@ def test_the_images_can_be_looked_at(command, tmp_path):
         assert max(Image.open(content).size) <= 1024
 
 
+def test_each_question_has_its_own_image():
+    names = [endpoint._file_name(row_id) for row_id in ("a/1", "a_1", "a 1", "x" * 300, "x" * 299)]
+    assert len(set(names)) == 5 and names[1] == "a_1" and max(map(len, names)) < 100
+
+
 # --- exports ----------------------------------------------------------------------------------------------------------
 
 

@@ -143,6 +143,8 @@ HOSTILE = (
     True,
     [1, 2, 3],
     {"a": 1},
+    [[]],
+    {1: 2},
     -0.5,
     2**40,
 )
@@ -158,7 +160,9 @@ def leaves(value: Any, path: tuple = ()):
 
 def test_hostile_values_in_every_field_of_an_experiment():
     """Every value is accepted, or refused with the name of its field: no other exception."""
-    fields, refused = Experiment(tiny()).to_dict(), 0
+    source = {"family": "jsonl", "table": "t", "root": "/data", "intensity": "lung", "weight": 1.0}
+    data = DataConfig(train={"a": source}, mixture="weights")
+    fields, refused = Experiment(tiny(), data).to_dict(), 0
     for group, kind in {"model": RadFMConfig, **GROUPS}.items():
         for path in leaves(fields[group]):
             for value in HOSTILE:

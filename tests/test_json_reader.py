@@ -88,6 +88,10 @@ def test_files(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"a": 1}\n\n[1]\n')
     with pytest.raises(ValueError, match="a.jsonl, line 3 has list where an object is expected"):
         read_json_lines(tmp_path / "a.jsonl")
+    for encoding in ("utf-16", "latin-1"):
+        (tmp_path / "a.jsonl").write_bytes('{"a": "é"}\n'.encode(encoding))
+        with pytest.raises(ValueError, match="a.jsonl, line 1 is not valid JSON"):
+            read_json_lines(tmp_path / "a.jsonl")
 
 
 def readers(folder: Path, text: str) -> dict:

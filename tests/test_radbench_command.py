@@ -331,6 +331,9 @@ def test_grades_are_summarised(ran, tmp_path, capsys):
     assert "of another sheet" in said and "the grade 6" in said and "rater '[/a]' is already in" in said
     with pytest.raises(ValueError, match="the files contain no grades"):
         ratings.read_ratings(out / "sheet.key.json", [write(tmp_path / "e.json", [{**one, "ratings": {}}])])
+    damaged = write(tmp_path / "k.json", [{"sheet": one["sheet"], "cases": [{"case": 1, "letters": {"A": "m"}}]}])
+    with pytest.raises(ValueError, match="k.json is not a key of a rating sheet"):
+        ratings.read_ratings(damaged, [write(tmp_path / "f.json", [{**one, "ratings": {"1/A": 3}}])])
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------

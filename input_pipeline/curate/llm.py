@@ -23,6 +23,8 @@ from input_pipeline.field_rules import Count, Size, above, at_least, check_field
 from input_pipeline.files import parse_json
 from input_pipeline.messages import redacted
 
+FIELDS = frozenset({"key", "kind", "text", "finish", "tokens_out"})  # of an answer that are read again
+LENGTH_LIMITS = ("max_tokens", "max_completion_tokens")  # names of the parameter
 CHARACTERS_PER_TOKEN = 4.0  # roughly, for English; used for estimates only
 
 
@@ -46,8 +48,8 @@ class Endpoint:
     first_wait: Annotated[float, at_least(0)] = 1.0  # seconds before the first retry; doubled for each later one
     temperature: Annotated[float, at_least(0)] | None = 0.7  # None: not sent, for models that reject it
     max_tokens: Size = 800
-    # Parameter name of the limit in requests. Some models reject the older name.
-    max_tokens_name: Annotated[str, one_of(("max_tokens", "max_completion_tokens"))] = "max_tokens"
+    # The parameter of the length limit: `max_completion_tokens` for models that reject the older name.
+    max_tokens_name: Annotated[str, one_of(LENGTH_LIMITS)] = LENGTH_LIMITS[0]
     direct: bool = False  # follow no redirect and use no proxy: requests reach this address only
     price_in: Annotated[float, at_least(0)] = 0.0  # price of a million tokens sent, in any currency
     price_out: Annotated[float, at_least(0)] = 0.0  # price of a million tokens received
@@ -103,8 +105,10 @@ class Answers:
                         value = parse_json(line) if line.endswith(b"\n") else None
                     except ValueError as error:
                         raise ValueError(f"{file}: a line is not JSON ({error}): correct or move the file") from None
-                    if value is None:
+                    if not line.endswith(b"\n"):
                         break
+                    if not isinstance(value, dict) or not value.keys() >= FIELDS or not isinstance(value["key"], str):
+                        raise ValueError(f"{file}: a line is not an answer with {', '.join(sorted(FIELDS))}")
                     self._offsets.setdefault(value["key"], end)
                     end += len(line)
             os.truncate(file, end)
@@ -318,7 +322,8 @@ class _Client:
         text, finish = choice.message.content or "", choice.finish_reason
         refusal = getattr(choice.message, "refusal", None)
         usage = answer.usage
-        tokens = (usage.prompt_tokens or 0, usage.completion_tokens or 0) if usage else (0, 0)
+        tokens = [usage.prompt_tokens, usage.completion_tokens] if usage else [0, 0]
+        tokens = [n if type(n) is int and n > 0 else 0 for n in tokens]  # the client does not check types
         if not isinstance(text, str):
             raise ValueError("the content of the answer is not text")
         kind = "answered"
@@ -344,11 +349,13 @@ class _Client:
         return " ".join(self._without_key(str(error)).split())[:200]
 
     def _without_key(self, text: str) -> str:
-        return redacted(text, self.secret)
+        """Return a text without the key, and with "?" for lone surrogates, which UTF-8 cannot store."""
+        return redacted(text, self.secret).encode("utf-8", "replace").decode()
 
 
 def _seconds(text: str | None) -> float:
     try:
-        return min(max(float(text or 0), 0.0), 600.0)
+        seconds = float(text or 0)
+        return min(seconds, 600.0) if seconds > 0 else 0.0  # NaN included
     except ValueError:
         return 0.0

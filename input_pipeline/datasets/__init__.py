@@ -18,6 +18,7 @@ from input_pipeline.datasets.reports import PMCOA, MimicCXR
 from input_pipeline.datasets.rows import TableError
 from input_pipeline.datasets.tfds import TFDS
 from input_pipeline.datasets.vqa import PMCVQA, VQARAD, Slake
+from input_pipeline.field_rules import raise_problems, value_problems
 from input_pipeline.files import nearest
 
 __all__ = ["FAMILIES", "Dataset", "TableError", "open_dataset", "sample_rng"]
@@ -56,4 +57,5 @@ def open_dataset(name: str, **fields) -> Dataset:
     ]
     if problems:
         raise ValueError(f"data set {name}: {'; '.join(problems)}; known: {', '.join(known)}")
+    raise_problems(f"data set {name}: {problem}" for problem in value_problems(family, fields, ""))
     return family(**fields)

@@ -30,7 +30,10 @@ _STUDY = re.compile(
 
 def study_pattern(study: str | None) -> re.Pattern:
     """Compile the pattern of studies in paths. Its groups match a study. None: the pattern of the public sets."""
-    return re.compile(study) if study else _STUDY
+    try:
+        return re.compile(study) if study else _STUDY
+    except re.error as error:
+        raise ValueError(f"the pattern study={study!r} is not a regular expression: {error}") from None
 
 
 def named_study(pattern: re.Pattern, path: str) -> str:

@@ -16,9 +16,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import numbers
 
 import numpy as np
 
+from input_pipeline.field_rules import shown
 from input_pipeline.files import nearest
 from input_pipeline.images.planes import CHANNELS
 from input_pipeline.images.value_range import value_range
@@ -58,11 +60,17 @@ def ct_window(window: Window) -> tuple[float, float]:
         if ends is None:
             known = ", ".join((*CT_WINDOWS, "minmax", "percentile", "percentile:LOW,HIGH", "header", "LOW,HIGH"))
             near = nearest(window, (*CT_WINDOWS, "minmax", "percentile", "header"))
-            raise ValueError(f"intensity {window!r} is not one of {known}, or three windows separated by /{near}")
+            raise ValueError(f"intensity {shown(window)} is not one of {known}, or three windows separated by /{near}")
+    if not (isinstance(ends, tuple | list) and len(ends) == 2 and all(map(_is_number, ends))):
+        raise ValueError(f"intensity {shown(window)} must be a text, or the two numbers LOW, HIGH of a window")
     low, high = map(float, ends)
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise ValueError(f"CT window {(low, high)} must be two finite intensities, the lower one first")
     return low, high
+
+
+def _is_number(end: object) -> bool:
+    return isinstance(end, numbers.Real) and not isinstance(end, bool) and (isinstance(end, float) or abs(end) < 1e300)
 
 
 def _pair(text: str) -> tuple[float, float] | None:
@@ -76,7 +84,9 @@ def _pair(text: str) -> tuple[float, float] | None:
 
 def parse_intensity(setting: Window | None) -> Intensity:
     """Parse a setting; None is `minmax`. Raises ValueError with the known settings."""
-    return _parse(tuple(setting) if isinstance(setting, list) else setting)
+    if setting is None or isinstance(setting, str):
+        return _parse(setting)
+    return _parse(ct_window(setting))
 
 
 @functools.lru_cache(maxsize=256)
@@ -84,15 +94,15 @@ def _parse(setting: Window | None) -> Intensity:
     if setting is None or setting in ("minmax", "header", "percentile"):
         return Intensity(setting or "minmax")
     if not isinstance(setting, str):
-        return Intensity("window", (ct_window(setting),))
+        return Intensity("window", (setting,))
     if setting.startswith("percentile:"):
         ends = _pair(setting.removeprefix("percentile:"))
         if ends is None or not 0 <= ends[0] < ends[1] <= 100:
-            raise ValueError(f"intensity {setting!r} must be percentile:LOW,HIGH with 0 <= LOW < HIGH <= 100")
+            raise ValueError(f"intensity {shown(setting)} must be percentile:LOW,HIGH with 0 <= LOW < HIGH <= 100")
         return Intensity("percentile", percentiles=ends)
     names = [name.strip() for name in setting.split("/")]
     if len(names) not in (1, CHANNELS):
-        raise ValueError(f"intensity {setting!r} has {len(names)} windows: give 1, or {CHANNELS} separated by /")
+        raise ValueError(f"intensity {shown(setting)} has {len(names)} windows: give 1, or {CHANNELS} separated by /")
     return Intensity("window", tuple(map(ct_window, names)), any(name in CT_WINDOWS for name in names))
 
 
@@ -154,9 +164,11 @@ def without_padding(
     return voxels, low, high
 
 
-def setting_text(setting: Window) -> str:
-    """Return a setting as one text, (low, high) as LOW,HIGH."""
-    return setting if isinstance(setting, str) else ",".join(f"{end:g}" for end in ct_window(setting))
+def setting_text(setting: Window | None) -> str:
+    """Return a setting as one text: (low, high) as LOW,HIGH with all digits, None as `minmax`."""
+    if setting is None or isinstance(setting, str):
+        return setting or "minmax"
+    return ",".join(repr(end).removesuffix(".0") for end in ct_window(setting))
 
 
 def sample_voxels(voxels: np.ndarray, count: int = SAMPLES) -> np.ndarray:

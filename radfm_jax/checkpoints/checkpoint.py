@@ -203,7 +203,10 @@ def read_description(directory) -> dict:
     path = Path(directory) / DESCRIPTION
     try:
         description = read_json(path, kind=dict)
-        file_format, *_ = description["format"], description["part"], description["model"]
+        file_format, *_ = description["format"], description["part"]
+        parts = {"model": description["model"], **description["model"], "source": description.get("source", {})}
+        if wrong := [name for name, value in parts.items() if not isinstance(value, dict)]:
+            raise TypeError(f"{', '.join(wrong)} must have fields")
     except FileNotFoundError:
         raise ValueError(f"{directory} has no {DESCRIPTION}: it is not a checkpoint directory of radfm_jax") from None
     except (KeyError, TypeError) as e:

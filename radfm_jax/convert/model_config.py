@@ -49,7 +49,7 @@ def read_config(path) -> dict:
         if get_config is None:
             raise ValueError(f"config {path} has no get_config()")
         config = get_config()
-        preparation = stored.to_record(stored.Preparation.from_config(DataConfig.from_dict(config.data)))
+        preparation = stored.to_record(stored.Preparation.from_data(DataConfig.from_dict(config.data).to_dict()))
         return {"model": config.model.to_dict(), stored.KEY: preparation}
     config = read_json(path)
     if not isinstance(config, dict) or not ({"model", "num_attention_heads", "num_key_value_heads"} & config.keys()):

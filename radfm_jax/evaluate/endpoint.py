@@ -211,6 +211,12 @@ def _ahead(questions: Iterable[Question], make: Callable) -> Iterator[tuple[Ques
             yield question, future.result
 
 
+def _file_name(row_id: str) -> str:
+    """Return a name that is safe and short, with a digest if it differs from the id: a/1 and a_1 are two files."""
+    name = _UNSAFE.sub("_", row_id)[:80]
+    return name if name == row_id else f"{name}-{hashlib.sha256(row_id.encode()).hexdigest()[:8]}"
+
+
 def save_montages(questions: Sequence[Question], layout: montage.Layout, directory: Path) -> dict[str, str]:
     """Write the image of each scan as DIR/ID-IMAGE.png, and DIR/montages.jsonl. Returns scan path -> error.
 
@@ -219,7 +225,7 @@ def save_montages(questions: Sequence[Question], layout: montage.Layout, directo
     lines, failed = [], {}
     for question in questions:
         for number, (scan, relative) in enumerate(zip(question.scans, question.relative_scans(), strict=True), 1):
-            name = f"{_UNSAFE.sub('_', question.row_id)}-{number}.png"
+            name = f"{_file_name(question.row_id)}-{number}.png"
             try:
                 image = montage.scan_image(scan, layout)
             except ValueError as error:

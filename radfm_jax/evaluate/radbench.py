@@ -93,7 +93,7 @@ class Benchmark:
         problems = []
         for name, fields in self.sets.items():
             known = DATASETS.get(name)
-            if "family" not in fields or fields["family"] not in FAMILIES:
+            if not isinstance(fields.get("family"), str) or fields["family"] not in FAMILIES:
                 problems.append(f"sets.{name}.family is {fields.get('family')!r}; known: {', '.join(FAMILIES)}")
             else:
                 allowed = (*SET_FIELDS, "family", *(f.name for f in dataclasses.fields(FAMILIES[fields["family"]])))

@@ -14,7 +14,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from input_pipeline.field_rules import errors_of
-from input_pipeline.files import read_json_lines, write_json_lines
+from input_pipeline.files import parse_json, read_json_lines, write_json_lines
 from input_pipeline.index.index import Index
 from input_pipeline.sources import terms_of
 from radfm_jax import terminal
@@ -135,7 +135,7 @@ def _same_questions(file: Path, questions: Sequence[Question]) -> bool:
     """Whether a file has these questions. Older versions wrote absolute paths of scans."""
     lines = read_json_lines(file)
     absolute = [dataclasses.replace(question, root="") for question in questions]
-    return any(lines == json.loads(json.dumps([q.to_dict() for q in written])) for written in (questions, absolute))
+    return any(lines == parse_json(json.dumps([q.to_dict() for q in written])) for written in (questions, absolute))
 
 
 def _export(args: argparse.Namespace, questions: Sequence[Question]) -> None:

@@ -131,7 +131,11 @@ def read_ratings(key_file: Path, files: Sequence[Path]) -> list[Rating]:
     """
     key = _read_json(key_file)
     try:
-        cases = {f"{c['case']}/{letter}": (c, model) for c in key["cases"] for letter, model in c["letters"].items()}
+        cases = {
+            f"{c['case']}/{letter}": (c["case"], c["task"], model)
+            for c in key["cases"]
+            for letter, model in c["letters"].items()
+        }
         sheet = key["sheet"]
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{key_file} is not a key of a rating sheet ({error!r})") from None
@@ -155,8 +159,7 @@ def read_ratings(key_file: Path, files: Sequence[Path]) -> list[Rating]:
             elif type(grade) is not int or not 0 <= grade < GRADES:
                 problems.append(f"{file}: {name!r} has the grade {grade!r}; valid are 0 to {GRADES - 1}")
             else:
-                case, model = cases[name]
-                ratings.append(Rating(rater, case["case"], case["task"], model, grade))
+                ratings.append(Rating(rater, *cases[name], grade))
     raise_problems(problems)
     if not ratings:
         raise ValueError("the files contain no grades")

@@ -76,6 +76,8 @@ class Preparation:
         check_fields(self, "", self._conflicts())
 
     def _conflicts(self) -> Iterator[str]:
+        if not self.intensities:
+            yield "intensities must have at least one setting"
         for setting in self.intensities:
             try:
                 parse_intensity(setting)
@@ -100,9 +102,9 @@ class Preparation:
     @classmethod
     def from_data(cls, data: Mapping) -> Preparation:
         """Return the preparation of a training run from its `data` group. Another version may have written it."""
-        known = {f.name for f in dataclasses.fields(cls)}
+        known = {f.name for f in dataclasses.fields(cls)} - {"intensities"}
         fields = {name: value for name, value in data.items() if name in known}
-        return cls(**{"intensities": trained_intensities(data), **fields})
+        return cls(**fields, intensities=trained_intensities(data))
 
     def to_dict(self) -> dict:
         """Return plain values. `intensities` and `fit` are absent at their defaults, as in files of version 0.1."""

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from input_pipeline.field_rules import as_tuple, errors_of, plain_mapping
+from input_pipeline.files import parse_json
 from radfm_jax.checkpoints import checkpoint, run_directory
 from radfm_jax.inference.inputs import RELEASED, Preparation
 from radfm_jax.models import radfm
@@ -25,7 +26,7 @@ REMEDY = (
 
 def to_record(preparation: Preparation) -> dict:
     """Return all fields of a preparation as JSON values."""
-    return json.loads(json.dumps(dataclasses.asdict(preparation)))
+    return parse_json(json.dumps(dataclasses.asdict(preparation)))
 
 
 def from_record(record, where) -> Preparation:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from input_pipeline.field_rules import errors_of, plain_mapping
 from radfm_jax.checkpoints import checkpoint, run_directory
 from radfm_jax.inference import stored
 from radfm_jax.runtime import console
@@ -38,7 +39,9 @@ def follow_checkpoint(config: ConfigDict, overridden: Collection[str]) -> Config
             preparation["intensity"] = intensities[0]
         followed |= {f"data.{name}": value for name, value in preparation.items()}
     if (directory / run_directory.RUN).is_file():
-        data = run_directory.read_run(directory)["config"]["data"]
+        with errors_of(directory / run_directory.RUN):
+            config_of_run = plain_mapping(run_directory.read_run(directory).get("config"), "config")
+            data = plain_mapping(config_of_run.get("data"), "config.data")
         followed |= {f"data.{name}": data[name] for name in ROW_LIMITS if name in data}
     if (directory / checkpoint.TOKENIZER).is_file():
         followed["data.tokenizer"] = str(directory / checkpoint.TOKENIZER)
