@@ -40,7 +40,7 @@ for path in sys.argv[1:]:
 """
 
 
-OPTIONAL = ("text.png", "profile.png", "metadata.png")  # black images; the data are in chunks that are not read
+OPTIONAL = ("text.png", "profile.png")  # black images; the data are in chunks that are not read
 
 
 def bombs(folder: Path) -> list[Path]:
@@ -78,8 +78,7 @@ def bombs(folder: Path) -> list[Path]:
 
     add("sides.png", png(60000, 60000))
     add("cut.png", png(9000, 9000))
-    add("text.png", png(30, 30, chunk(b"zTXt", b"k\0\0" + seventy)))
-    add("metadata.png", png(30, 30, chunk(b"zTXt", b"Raw profile type exif\0\0" + seventy)))
+    add("text.png", png(30, 30, chunk(b"zTXt", b"Raw profile type exif\0\0" + seventy)))
     add("profile.png", png(30, 30, chunk(b"iCCP", b"k\0\0" + seventy)))
     jpeg = io.BytesIO()
     Image.fromarray(np.tile(RAMP, (4, 4))).save(jpeg, "JPEG")
