@@ -101,13 +101,10 @@ def prepare(
         if table_checksums(config) != checksums:
             raise ValueError("a table changed while it was read: run again")
         reading = {
-            "seconds": round(time.monotonic() - start_time, 1),
-            "workers": workers,
-            "runner": runner,
-            "scans_read": reader.read,
-            "scans_unchanged": results.count("facts") - reader.read,
+            "seconds": round(time.monotonic() - start_time, 1), "workers": workers, "runner": runner,
+            "scans_read": reader.read, "scans_unchanged": results.count("facts") - reader.read,
             "workers_ended": len(scan_pool.deaths) + len(table_pool.deaths),
-        }
+        }  # fmt: skip
         report = summary.summarize(results) | {"reading": reading}
         return _write_index(results, state, directory, tokenizer.fingerprint, report, strict, allow_leaks)
 

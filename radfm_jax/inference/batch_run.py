@@ -73,10 +73,8 @@ def answer_file(
     Raises:
       ValueError: see `read_batch_file`, `existing_answers` and `locked_output`; max_new_tokens exceeds the cache.
     """
-    if (sampling.max_new_tokens or 0) >= generator.length:
-        raise ValueError(
-            f"max_new_tokens is {sampling.max_new_tokens}: it must be below the cache length of {generator.length}"
-        )
+    if (limit := sampling.max_new_tokens or 0) >= generator.length:
+        raise ValueError(f"max_new_tokens is {limit}: it must be below the cache length of {generator.length}")
     made_with = _settings(generator, sampling, model, checkpoint, place)
     lines = {line.row_id: line for line in read_batch_file(file, (root or file.parent).absolute(), roots)}
     numbers = {row_id: number for number, row_id in enumerate(lines)}
@@ -105,9 +103,7 @@ def answer_file(
                 if answer.error:
                     failed[row_id] = answer.error
                     continue
-                echo = {key: value for key, value in lines[row_id].echo().items() if key != "context" or value}
-                fields = {"id": row_id, **echo, "answer": answer.text, "ended": answer.ended, "tokens": len(answer.ids)}
-                fields |= {"logprob": sum(answer.logprobs), **extra_fields(row_id, answer), "made_with": made_with}
+                fields = _recorded(lines[row_id], answer) | extra_fields(row_id, answer) | {"made_with": made_with}
                 output.write(json.dumps(fields, ensure_ascii=False) + "\n")
                 answered += 1
                 if reason := suspicious(answer):
@@ -115,6 +111,15 @@ def answer_file(
             output.flush()
             progress(answered, len(failed), len(todo))
     return BatchResult(answered, len(lines) - len(todo), failed, time.perf_counter() - start_time, odd)
+
+
+def _recorded(line: BatchLine, answer: Answer) -> dict:
+    """Return the fields of an answer that do not depend on the caller."""
+    echo = {key: value for key, value in line.echo().items() if key != "context" or value}
+    return {
+        "id": line.row_id, **echo, "answer": answer.text, "ended": answer.ended, "tokens": len(answer.ids),
+        "logprob": sum(answer.logprobs),
+    }  # fmt: skip
 
 
 def model_name(directory: Path) -> str:
