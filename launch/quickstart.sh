@@ -48,7 +48,7 @@ else
   # In parallel, 30 questions of each of RadBench's five tasks; most of that time is compilation.
   "$python" -m radfm_jax.evaluate radbench --config=configs/radbench_practice.py --config.limit=30 \
     --config.index="$practice/index" --checkpoint="$dir/finetune" --out="$dir/radbench" > "$dir/radbench.log" 2>&1 &
-  "$python" -m radfm_jax.evaluate --config="$config" --checkpoint="$dir/finetune" --out="$dir/scores"
+  "$python" -m radfm_jax.evaluate --config="$config" --checkpoint="$dir/finetune" --out="$dir/scores" --answers 10
   say "scoring the five tasks of RadBench"
   wait $! || { cat "$dir/radbench.log"; exit 1; }
   cat "$dir/radbench.log"

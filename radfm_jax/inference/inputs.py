@@ -285,12 +285,17 @@ def slices_shown(volume: Volume) -> tuple[list[int], str]:
 
 def preview_image(volumes: Sequence[Volume], names: Sequence[str]) -> Image.Image:
     """Draw the prepared volumes: a row of evenly spaced slices per scan, one slice for a 2D scan."""
-    page = Image.new("RGB", (SLICES * (TILE + 4), max(len(volumes), 1) * (TILE + CAPTION + 4)), "white")
-    pen, font = ImageDraw.Draw(page), ImageFont.load_default(11)
-    for k, (volume, name) in enumerate(zip(volumes, names, strict=True)):
-        top, (chosen, numbers) = k * (TILE + CAPTION + 4), slices_shown(volume)
-        pen.text((2, top), f"<image-{k + 1}> {name}: {' x '.join(map(str, volume.shape))}, {numbers}", "black", font)
-        values = volume.values()
+    font, shown = ImageFont.load_default(11), [slices_shown(volume) for volume in volumes]
+    captions = [
+        f"<image-{k}> {name}: {' x '.join(map(str, volume.shape))}, {numbers}"
+        for k, (volume, name, (_, numbers)) in enumerate(zip(volumes, names, shown, strict=True), 1)
+    ]
+    widths = [len(chosen) * (TILE + 4) for chosen, _ in shown] + [int(font.getlength(c)) + 4 for c in captions]
+    page = Image.new("RGB", (max(widths, default=TILE), max(len(volumes), 1) * (TILE + CAPTION + 4)), "white")
+    pen = ImageDraw.Draw(page)
+    for k, (volume, caption, (chosen, _)) in enumerate(zip(volumes, captions, shown, strict=True)):
+        top, values = k * (TILE + CAPTION + 4), volume.values()
+        pen.text((2, top), caption, "black", font)
         for j, i in enumerate(chosen):
             pixels = np.rint(np.clip(values[:, :, i], 0, 1) * 255).astype(np.uint8)
             tile = Image.fromarray(pixels).resize((TILE, TILE), Image.Resampling.BILINEAR)

@@ -10,6 +10,7 @@ import dataclasses
 import math
 import statistics
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from input_pipeline.field_rules import from_mapping
 from input_pipeline.images.scans import resolve
 from input_pipeline.inspect.escaping import visible
 from input_pipeline.messages import printable
-from input_pipeline.samples import Scan
+from input_pipeline.samples import Scan, ScanNotice
 from radfm_jax import html_page
 from radfm_jax.checkpoints import run_directory
 from radfm_jax.inference import inputs
@@ -34,8 +35,9 @@ STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#1b1f24}
 table{border-collapse:collapse;margin:.6rem 0}td,th{border:1px solid #d0d7de;padding:.2rem .6rem;text-align:left}
 td.n{text-align:right;font-variant-numeric:tabular-nums}img{max-width:100%}code{background:#f3f4f6;padding:0 .2rem}
-.warn{background:#fff3cd;border:1px solid #e0c766;padding:.5rem .8rem}.asked{display:flex;gap:1rem;margin:.8rem 0}
-.asked div{white-space:pre-line}.asked img{height:11rem;image-rendering:pixelated}
+.warn{background:#fff3cd;border:1px solid #e0c766;padding:.5rem .8rem}
+.asked{display:flex;gap:1rem;margin:.8rem 0;align-items:flex-start}
+.asked div{white-space:pre-line;flex:1;min-width:14rem}.asked img{max-height:11rem;max-width:65%;object-fit:contain}
 """
 
 
@@ -156,7 +158,8 @@ def _scan_image(root: Path, scans: Sequence[Scan], answer: dict | None) -> str:
     if not prepared:
         return ""
     paths = [dataclasses.replace(scan, path=str(resolve(root, scan.path))) for scan in scans]
-    volumes = inputs.read_scans(paths, from_mapping(inputs.Preparation, prepared, "prepared"))
+    with warnings.catch_warnings(action="ignore", category=ScanNotice):  # `generate` has shown them
+        volumes = inputs.read_scans(paths, from_mapping(inputs.Preparation, prepared, "prepared"))
     preview = inputs.preview_image(volumes, [Path(scan.path).name for scan in scans])
     return html_page.image(preview, "the scan as the model saw it")
 
