@@ -30,7 +30,7 @@ from input_pipeline.curate import captions, qa_prompts, radiology, references
 from input_pipeline.text import sentences, terms
 from input_pipeline.text.measurements import has_size, without_sizes
 
-LENGTH, LIMIT = 4_000, 0.015  # characters, seconds; quadratic patterns take at least 0.03 s, linear ones 0.003 s
+LENGTH, LIMIT = 8_000, 0.03  # characters, seconds; quadratic patterns take at least 0.08 s, linear ones 0.006 s
 LONG, LONG_LIMIT = 1_000_000, 1.0
 GENERIC = (" ", "\n", "\t", "a", "A", "1", ",", ".", "-", "(", "[", "/", "_", "é", "1 x ", "1,", "a ", "1-", "A.", " ,")
 END = "\x01"  # no pattern matches it
@@ -220,15 +220,21 @@ def seconds(call: Callable[[str], object], text: str, limit: float = 10.0) -> fl
     return time.process_time() - start
 
 
-def slowest(use: Use, length: int, rounds: int) -> tuple[float, str, str]:
-    """Return the time, description and text of the worst attack."""
-    return max((seconds(use.run, text, 5 * LIMIT), how, text) for how, text in attacks(use.pattern, length, rounds))
-
-
 def is_slow(use: Use, text: str) -> bool:
-    """Return whether twice the text takes much more than twice the time."""
-    time_taken = seconds(use.run, text, 5 * LIMIT)
-    return time_taken > LIMIT and time_taken > 3 * seconds(use.run, text[: len(text) // 2] + END)
+    """Return whether twice the text takes much more than twice the time: linear 2, quadratic 4 times.
+
+    The best of several runs counts, because other programs disturb the times.
+    """
+    if seconds(use.run, text, 5 * LIMIT) <= LIMIT:
+        return False
+    best = lambda text: min(seconds(use.run, text, 2.0) for _ in range(4))  # noqa: E731
+    half = best(text[: len(text) // 2] + END)
+    return half == math.inf or best(text) > 2.9 * half
+
+
+def slow_attack(use: Use, rounds: int) -> str | None:
+    """Return the description of an attack that takes more than linear time, or None."""
+    return next((how for how, text in attacks(use.pattern, LENGTH, rounds) if is_slow(use, text)), None)
 
 
 def test_patterns_are_found():
@@ -250,17 +256,11 @@ def test_patterns_are_found():
 )
 def test_the_attacks_expose_quadratic_patterns(pattern, is_linear):
     use = Use("", re.compile(pattern), "search")
-    text = slowest(use, LENGTH, 2)[2]
-    assert any(is_slow(use, text) for _ in range(3)) != is_linear  # other programs disturb the times
+    assert (slow_attack(use, 2) is None) == is_linear
 
 
 def test_patterns_are_linear():
-    slow = []
-    for use in uses():
-        for how, text in attacks(use.pattern, LENGTH, 1):
-            if all(is_slow(use, text) for _ in range(2)):
-                slow.append(f"{use.where}.{use.method}: {how}")
-                break
+    slow = [f"{use.where}.{use.method}: {how}" for use in uses() if (how := slow_attack(use, 1))]
     assert not slow, "\n".join(slow)
 
 

@@ -28,7 +28,7 @@ _RADIOLOGIC = re.compile(
 _OTHER = re.compile(
     r"\b(?:H&E|HE stain\w*|PAS|SEM|TEM|qPCR|RT-PCR|PCR|"
     r"(?:ECG|EKG)(?! (?:leads?|electrodes?|wires?|gat\w+|trigger\w*))|EEG|EMG|OCT|ROC|Kaplan)\b|"
-    r"(?i:histo(?:log|patholog|chem)\w+|patholog\w+ (?:section|specimen|examination|finding|image)\w*|microscop\w+|"
+    r"(?i:histo(?:log|patholog|chem)\w+|patholog\w{1,20} (?:section|specimen|examination|finding|image)\w*|microscop\w+|"
     r"photomicrogra\w+|micrograph\w*|h(?:a)?ematoxylin|\beosin\b|immuno(?:histochem|stain|fluoresc|blot)\w+|staining|"
     r"original magnification|magnification|biops\w+|cytolog\w+|smear|gross (?:specimen|appearance|pathology)|"
     r"macroscop\w+|intra-?operative (?:view|photo\w*|image|finding|picture)s?|photogra\w+|"
