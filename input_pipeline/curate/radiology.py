@@ -28,8 +28,8 @@ _RADIOLOGIC = re.compile(
 _OTHER = re.compile(
     r"\b(?:H&E|HE stain\w*|PAS|SEM|TEM|qPCR|RT-PCR|PCR|"
     r"(?:ECG|EKG)(?! (?:leads?|electrodes?|wires?|gat\w+|trigger\w*))|EEG|EMG|OCT|ROC|Kaplan)\b|"
-    r"(?i:histo(?:log|patholog|chem)\w+|patholog\w{1,20} (?:section|specimen|examination|finding|image)\w*|microscop\w+|"
-    r"photomicrogra\w+|micrograph\w*|h(?:a)?ematoxylin|\beosin\b|immuno(?:histochem|stain|fluoresc|blot)\w+|staining|"
+    r"(?i:histo(?:log|patholog|chem)\w+|patholog\w{1,20} (?:section|specimen|examination|finding|image)\w*|"
+    r"microscop\w+|photomicrogra\w+|micrograph\w*|h(?:a)?ematoxylin|\beosin\b|immuno(?:histochem|stain|fluoresc|blot)\w+|staining|"
     r"original magnification|magnification|biops\w+|cytolog\w+|smear|gross (?:specimen|appearance|pathology)|"
     r"macroscop\w+|intra-?operative (?:view|photo\w*|image|finding|picture)s?|photogra\w+|"
     r"clinical (?:picture|appearance|photo)\w*|endoscop\w*\b(?!\s+ultraso)|colonoscop\w+|gastroscop\w+|"
