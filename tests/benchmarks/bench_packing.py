@@ -32,6 +32,7 @@ from input_pipeline.batching.plan import RowLimits, plan_rows
 from input_pipeline.batching.report import PackingReport
 from input_pipeline.config import DataConfig
 from input_pipeline.datasets import prompts
+from input_pipeline.files import write_json
 from input_pipeline.index import index
 from input_pipeline.text import terms
 from input_pipeline.text.tokenizer import Tokenizer
@@ -113,9 +114,8 @@ def write_data(folder: Path, tokenizer: Tokenizer, samples: int, seed: int) -> d
         }
         for name, fields in sources.items()
     }
-    (folder / "index.json").write_text(
-        json.dumps({"version": index.VERSION, "sources": described, "identity": "sizes made up for a benchmark"})
-    )
+    description = {"version": index.VERSION, "sources": described, "identity": "sizes made up for a benchmark"}
+    write_json(folder / "index.json", index.sealed(folder, description))
     return sources
 
 
