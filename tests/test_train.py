@@ -153,6 +153,9 @@ def test_a_refused_resume_changes_nothing(config, whole, tmp_path, monkeypatch):
     other_data = dataclasses.replace(longer, data=dataclasses.replace(config.data, seed=7))
     with pytest.raises(ValueError, match="the data differ from those of the saved state: seed is 7, was 0.*another"):
         loop.train(other_data, run)
+    slow = dataclasses.replace(longer, optimizer=dataclasses.replace(config.optimizer, warmup_steps=9))
+    with pytest.raises(ValueError, match="warmup_steps must be below the 9 steps"):
+        loop.train(slow, run)
     wider = dataclasses.replace(config.model, vision=dataclasses.replace(config.model.vision, mlp_width=64))
     with pytest.raises(ValueError, match="does not match this model and optimizer"):
         loop.train(dataclasses.replace(longer, model=wider), run)

@@ -93,9 +93,9 @@ def _prepare(config: Experiment, workdir: Path, peers: Peers, stack: contextlib.
     if not config.train.steps and _is_complete(config, workdir, saver, newest, steps):
         return lambda: 0
     validation = splits("validation") if config.data.validates else None
+    rates = optimizer.learning_rates(config.optimizer, steps)
     saver.begin(newest)
     rows.prefetch_plan(data_state)
-    rates = optimizer.learning_rates(config.optimizer, steps)
     state_ready = _start_first_state(config, newest, abstract, transform, mesh, stack)
     _log_plan(config, abstract, mesh, rows, steps - (0 if newest is None else int(newest.name)))
     if answers:
