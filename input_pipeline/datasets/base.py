@@ -275,9 +275,9 @@ class TableDataset(abc.ABC):
         """
         return None
 
-    def side_names(self) -> tuple[str, str]:
-        """Return the names of the even and of the odd sides."""
-        raise NotImplementedError(f"{self.name} has no sides")
+    def side_names(self) -> tuple[str, str] | None:
+        """Return the names of the even and of the odd sides, or None if an epoch is not balanced."""
+        return None
 
     def window_count(self, i: int) -> int:
         """Return how many samples show all scans of row i. Raises RowError."""

@@ -152,6 +152,8 @@ class Diagnosis(TableDataset):
         return self._sides
 
     def side_names(self):
+        if self._sides is None:
+            return None
         return ("no", "yes") if "disease" in self.header else ("normal", "abnormal")
 
     @staticmethod

@@ -173,7 +173,8 @@ class Volume:
 def source_slice(stored: int, count: int, depth: int) -> int:
     """Return the number of the scan's slice, from 1, that is at the center of stored slice `stored`, from 0.
 
-    The scan has `depth` slices, of which `count` are stored. 120 -> 4: slices 16, 46, 76 and 106.
+    The scan has `depth` slices and is stored with `count` slices. Example: 120 slices stored as 4 have their centers at
+    the slices 16, 46, 76 and 106.
     """
     return min(int((stored + 0.5) * depth / count), depth - 1) + 1
 

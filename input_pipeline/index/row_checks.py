@@ -77,7 +77,7 @@ def check_sources(tables: Tables) -> dict[str, SourceCheck]:
         problems = [Problem(file, str(p.row), p.reason, p.remedy) for p in dataset.problems]
         checks[name] = SourceCheck(
             str(dataset.root), file, len(dataset), problems, dict(dataset.skipped), list(dataset.duplicates),
-            None if dataset.sides() is None else dataset.side_names(),
+            dataset.side_names(),
         )  # fmt: skip
     return checks
 

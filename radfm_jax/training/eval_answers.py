@@ -36,7 +36,7 @@ class EvalAnswers:
     """Answers the same questions at each call and returns their scores. `description` is a line for the log.
 
     Raises:
-      ValueError: no source has a question, or the run has several processes, of which none has all parameters.
+      ValueError: no source has a question, or the run has several processes. Generation needs all parameters in one.
     """
 
     def __init__(self, config: Experiment, workdir: Path, mesh: jax.sharding.Mesh):
