@@ -9,7 +9,6 @@ import argparse
 import dataclasses
 import importlib
 import importlib.util
-import io
 import json
 import math
 import re
@@ -20,22 +19,17 @@ import config_docs
 import jax
 import pytest
 from ml_collections import ConfigDict
-from rich.console import Console
 
 from input_pipeline import command_line
-from input_pipeline.batching.plan import RowLimits
 from input_pipeline.datasets import FAMILIES
 from radfm_jax.checkpoints import checkpoint
 from radfm_jax.checkpoints.checkpoint import flatten
-from radfm_jax.cost import estimate, flops
-from radfm_jax.cost.estimate import Source
+from radfm_jax.cost import estimate
 from radfm_jax.evaluate.radbench import Benchmark
 from radfm_jax.models import radfm
-from radfm_jax.runtime import sharding
-from radfm_jax.training import display, train_step
+from radfm_jax.training import train_step
 from radfm_jax.training.data import check_validation
-from radfm_jax.training.experiment import GROUPS, Experiment, MeshConfig, TrainConfig
-from radfm_jax.training.optimizer import OptimizerConfig
+from radfm_jax.training.experiment import GROUPS, Experiment
 
 ROOT = Path(__file__).parent.parent
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
@@ -336,196 +330,6 @@ def test_memory_of_adapt_when_the_language_model_learns():
     found = estimate.memory(config, estimate.abstract_mesh(config.mesh, 8))
     state = 8 * sum(found[part] for part in ("parameters", "optimizer", "gradients"))
     assert round(state / 1e9) == 210 and "210 GB over all devices" in module("adapt").__doc__
-
-
-# --- arithmetic -------------------------------------------------------------------------------------------------------
-
-
-def test_flops_by_what_learns():
-    model, limits = radfm.tiny(), RowLimits(64, 2, 16, 64, 3)
-    parts = flops.forward(model, limits)
-    vit, perceiver, llama = parts["vit"], parts["perceiver"], parts["llama"] + parts["head"]
-    for frozen, expected in (
-        ((), 3 * (vit + perceiver + llama)),
-        (("llama",), 3 * (vit + perceiver) + 2 * llama),
-        (("vit",), vit + 3 * (perceiver + llama)),
-        (("perceiver",), 3 * (vit + llama) + 2 * perceiver),
-        (("vit", "perceiver", "projection", "image_marks"), vit + perceiver + 3 * llama),
-        (("vit", "perceiver", "llama"), vit + perceiver + 2 * llama),  # the projection learns
-    ):
-        assert flops.training(model, limits, frozen) == pytest.approx(expected), frozen
-    # A patch of one channel meets a third of the kernel.
-    kernel = 2 * 32 * 32 * 32 * 4 * 24
-    assert parts["vit"] - flops.forward(model, limits, channels=1)["vit"] == pytest.approx(2 * kernel)
-    # performance.md of the paper's size: 54.4 TFLOP forward for 2,048 tokens.
-    whole = flops.forward(radfm.radfm_14b(), RowLimits(2048, 14, 1024, 57344, 56))
-    assert (whole["llama"] + whole["head"]) / 1e12 == pytest.approx(54.4, abs=0.05)
-
-
-def test_kinds_of_devices():
-    for kind, name in (
-        ("NVIDIA A100-SXM4-80GB", "A100"),
-        ("NVIDIA H200", "H200"),
-        ("TPU v5 lite", "TPU v5 lite"),
-        ("TPU v5p", "TPU v5p"),
-        ("cpu", None),
-    ):
-        assert flops.known_device(kind) == name
-    assert flops.REACHED.keys() == flops.PEAK.keys()
-    assert estimate.published("a100", 4) == estimate.Hardware(4, 156e12, "50 % of 312 TFLOP/s on 4 x A100")
-    with pytest.raises(ValueError, match="unknown peak FLOP/s of 'GTX 1080'; known devices: A100"):
-        estimate.published("GTX 1080", 1)
-
-
-def test_a_cpu_is_measured(monkeypatch):
-    devices = jax.devices()
-    measured = estimate.product_rate(devices[0], "float32", seconds=0.05)
-    assert 1e8 < measured < 1e14
-    monkeypatch.setattr(estimate, "product_rate", lambda device, dtype: 100e9)
-    said = "12 % of the 100 GFLOP/s that a float32 product reaches on this cpu"
-    assert estimate.hardware(devices[:1], "float32") == estimate.Hardware(1, 12e9, said)
-    # Eight simulated devices share the cores of one; bfloat16 has no published peak here either.
-    assert estimate.hardware(devices, "bfloat16") == estimate.Hardware(8, 1.5e9, said.replace("float32", "bfloat16"))
-
-
-def test_time_in_words():
-    config = experiment("pretrain", "--config.train.batch=32")
-    line = estimate.time_line(config, 1500, estimate.published("H200", 8))
-    assert line == (
-        "estimated time: 43 min for 1,500 steps (1.73 s per step: 171 TFLOP per row x 32 rows at 40 % of 989 TFLOP/s "
-        "on 8 x H200), without evaluation, saving and communication"
-    )
-    said = {0.2: "1 s", 40: "40 s", 100: "2 min", 5000: "1 h 23 min", 7170: "2 h 0 min", 1e6: "11 d 14 h"}
-    assert {seconds: estimate.duration(seconds) for seconds in said} == said
-    assert estimate.amount(999.9e9, "FLOP") == "1 TFLOP" and estimate.amount(4.5e6, "FLOP") == "4.5 MFLOP"
-
-
-def test_an_epoch_is_as_long_as_tokens_or_scans_make_it():
-    sizes = {"a": Source(1000, 100, 256), "b": Source(400, 500, 0), "not used": Source(10**9, 1, 1)}
-    config = experiment("quickstart")
-    sources = {"a": {"family": "vqa_rad", "fraction": 0.5}, "b": {"family": "pmc_oa"}}
-    data = {"train": sources, "mixture": "epoch", "text_length": 2000, "vision_rows": 8, "patch_length": 1000}
-    settings = {"data": dataclasses.replace(config.data, **data), "train": TrainConfig(epochs=2, batch=8)}
-    config = dataclasses.replace(config, **settings)
-    found = estimate.epoch(config, sizes)
-    tokens = 500 * 100 + 400 * 500
-    assert found.samples == 900 and found.rows == pytest.approx(tokens / 2000 / 0.95)
-    assert found.steps == math.ceil(2 * tokens / 2000 / 0.95 / 8)
-    crowded = estimate.epoch(config, sizes | {"a": Source(1000, 100, 4096)})
-    assert crowded.rows == 500 * 4096 / 8000
-    shares = {"a": sources["a"] | {"weight": 3.0}, "b": sources["b"] | {"weight": 1.0}}
-    weighted = dataclasses.replace(config.data, train=shares, mixture="weights", epoch_samples=100)
-    found = estimate.epoch(dataclasses.replace(config, data=weighted), sizes)
-    assert found.samples == 100 and found.rows == pytest.approx((75 * 100 + 25 * 500) / 2000 / 0.95)
-    held = dataclasses.replace(config, data=dataclasses.replace(config.data, validation_share=0.1))
-    assert estimate.epoch(held, sizes).samples == pytest.approx(810)
-    with pytest.raises(ValueError, match="unknown size of data.train sources b"):
-        estimate.epoch(config, {"a": sizes["a"]})
-
-
-def large(batch: int, accumulation: int = 1, remat: str = "full", frozen=(), **mesh) -> Experiment:
-    return dataclasses.replace(
-        experiment("radfm_14b"),
-        train=TrainConfig(batch=batch, accumulation=accumulation, dtype="bfloat16", remat=remat),
-        optimizer=OptimizerConfig(frozen=frozen),
-        mesh=MeshConfig(**mesh),
-    )
-
-
-def parts_of(config: Experiment, devices: int = 32) -> dict[str, int]:
-    return estimate.memory(config, estimate.abstract_mesh(config.mesh, devices))
-
-
-def test_activations_follow_remat_rows_and_tensor():
-    # By hand: what enters each block. A row: 40 x 2,048 x 5,120 of the LLM, 12 x 14,336 x 768 of the vision encoder,
-    # 6 x 56 x 32 x 768 of the perceiver, 2 bytes each.
-    entries = 2 * (40 * 2048 * 5120 + 12 * 14336 * 768 + 6 * 56 * 32 * 768)
-    assert parts_of(large(32))["activations"] == entries
-    assert parts_of(large(128))["activations"] == 4 * entries
-    assert parts_of(large(128, 4))["activations"] == entries
-    # Keys, values, queries and what attention gives: 4 x 5,120 beside the 5,120 that enter; vision 4 x 512 beside 768.
-    more = 2 * (40 * 2048 * 4 * 5120 + 12 * 14336 * 4 * 512 + 6 * 56 * 32 * 4 * 512)
-    assert parts_of(large(32, remat="projections"))["activations"] == entries + more
-    held = [parts_of(large(32, remat=policy))["activations"] for policy in radfm_policies()]
-    assert held == sorted(held) and len(set(held)) == len(held)
-    # Heads and hidden layers lie over `tensor`, what enters a block does not.
-    split = parts_of(large(16, remat="projections", tensor=2))["activations"]
-    assert split == entries + more // 2
-
-
-def radfm_policies() -> list[str]:
-    from radfm_jax.models.layers import REMAT_POLICIES
-
-    return list(REMAT_POLICIES)
-
-
-def test_memory_near_what_a_compiler_said():
-    """XLA's TPU compiler, LLaMA-13B alone with float32 state: v6e:4x8, 4 rows a device, full remat 17.5 GB; v5e:8x8,
-    1 row, 8.7 GB. Here with vision, and without what one program's layout costs: 20.0 and 7.5, so within a fifth."""
-    assert sum(parts_of(large(128)).values()) == pytest.approx(17.5e9, rel=0.2)
-    assert sum(parts_of(large(64), 64).values()) == pytest.approx(8.7e9, rel=0.2)
-
-
-def test_gradients_are_kept_twice_only_where_they_are_added_up():
-    assert parts_of(large(128, 4))["gradients"] == 2 * parts_of(large(128))["gradients"]
-    assert parts_of(large(128, 4))["batch"] == parts_of(large(128))["batch"]
-
-
-def test_traffic():
-    numbers, llama = 13_123_822_336, 13_015_864_320
-    cases = (((), 1, 3 * numbers), ((), 4, 12 * numbers), (("llama",), 1, 3 * numbers - llama))
-    for frozen, accumulation, passes in cases:
-        config = large(128, accumulation, frozen=frozen)
-        found = estimate.traffic(config, estimate.abstract_mesh(config.mesh, 32))
-        assert found == pytest.approx(2 * passes * 31 / 32, rel=1e-6)
-    assert estimate.traffic(large(4), estimate.abstract_mesh(MeshConfig(), 1)) == 0
-    # Two replicas of 16 sum the gradients that each has; over 1,024 most of vision (768 wide) is whole everywhere.
-    config = large(128, data=2)
-    both = 2 * numbers * (3 * 15 / 16 + 1 / 16)
-    assert estimate.traffic(config, estimate.abstract_mesh(config.mesh, 32)) == pytest.approx(both, rel=1e-6)
-    config = large(1024)
-    found = estimate.traffic(config, estimate.abstract_mesh(config.mesh, 1024))
-    assert 2 * 3 * llama < found / (1023 / 1024) < 2 * 3 * numbers
-
-
-def test_a_batch_is_counted_as_it_is_placed():
-    """Against the arrays that the pipeline's own empty row has."""
-    limits = experiment("pretrain").data.limits
-    planes, index = limits.planes * 32 * 32, limits.vision_rows * limits.patch_length * (12 + 1 + 3) * 4
-    text = limits.text_length * (4 * 4 + 1 + 3 * 4)
-    assert parts_of(large(32))["batch"] == 2 * (planes + index + text + limits.scans * 3 * 4)
-
-
-def test_rows_that_do_not_divide_and_meshes_that_do_not_fit():
-    with pytest.raises(ValueError, match="train.batch 48 is not a multiple of train.accumulation 2 times the 32 dev"):
-        parts_of(large(48, 2))
-    with pytest.raises(ValueError, match="mesh.data must be at least 1, or -1"):
-        MeshConfig(data=0)
-    for mesh in ({"fsdp": 16}, {"tensor": 5}, {"data": -1}):
-        with pytest.raises(ValueError, match="does not make a mesh of 32 devices"):
-            estimate.abstract_mesh(MeshConfig(**mesh), 32)
-    assert dict(estimate.abstract_mesh(MeshConfig(data=2, tensor=2), 32).shape) == {"data": 2, "fsdp": 8, "tensor": 2}
-
-
-def test_a_real_mesh_will_do():
-    config = experiment("tiny", "--config.train.remat=none")
-    simulated = sharding.make_mesh()
-    plain, fused = estimate.memory(config, simulated), estimate.memory(config, simulated.abstract_mesh)
-    assert plain["parameters"] == fused["parameters"]
-    # Without a fused kernel the scores of all pairs of tokens exist, and without remat they are kept.
-    assert plain["activations"] > fused["activations"]
-    assert estimate.capacity(simulated) is None
-
-
-def test_the_memory_table():
-    def shown(limit):
-        console = Console(record=True, width=80, file=io.StringIO(), force_terminal=True)
-        console.print(display.memory_table({"parameters": 1_640_000_000, "working set": 500_000_000}, limit))
-        return console.export_text(styles=True)
-
-    assert "1.6 GB" in shown(None) and "500.0 MB" in shown(None) and "2.1 GB" in shown(None)
-    assert "2.1 GB of 80.0 GB" in shown(80_000_000_000)
-    assert "\x1b[1;31m" in shown(2_000_000_000) and "\x1b[1;31m" not in shown(80_000_000_000)
 
 
 @pytest.mark.parametrize("name", ["radfm_14b", *STAGES, "radbench"])
