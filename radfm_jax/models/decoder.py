@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from input_pipeline.field_rules import Size, above, at_least, check_fields, one_of
+from input_pipeline.field_rules import Count, Size, above, at_least, check_fields, one_of, share
 from radfm_jax.models.attention import NAMES, attention
 from radfm_jax.models.kernels.xla import attention_mask, plain_attention
 from radfm_jax.models.layers import (
@@ -34,30 +34,54 @@ from radfm_jax.models.layers import (
 )
 from radfm_jax.runtime.sharding import constrain
 
+ROPE_KINDS = ("llama3", "linear", "yarn", "longrope")
+ACTIVATIONS = ("silu", "gelu_tanh")
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Llama-3.1 RoPE scaling: low frequencies are stretched for contexts `factor` times as long."""
+    """RoPE for contexts `factor` times as long as the `original_context` of pretraining.
+
+    llama3    stretches low frequencies, keeps high ones, interpolates between `low_freq_factor` and `high_freq_factor`
+    linear    divides all frequencies by `factor`
+    yarn      as llama3 between `beta_slow` and `beta_fast` turns; multiplies cosines and sines by `attention_factor`
+    longrope  divides each frequency by its own number of `channel_factors`; `attention_factor` as for yarn
+
+    Published longrope models have two lists of factors, for contexts up to and above `original_context`: use one.
+    """
 
     factor: Annotated[float, at_least(1)] = 8.0
     low_freq_factor: Annotated[float, above(0)] = 1.0
     high_freq_factor: Annotated[float, above(0)] = 4.0
     original_context: Size = 8192
+    kind: Annotated[str, one_of(ROPE_KINDS)] = "llama3"
+    beta_fast: Annotated[float, above(0)] = 32.0
+    beta_slow: Annotated[float, above(0)] = 1.0
+    attention_factor: Annotated[float, above(0)] | None = None  # None: as in the papers, from `factor`
+    truncate: bool = True  # yarn: round the channels that bound the interpolation
+    channel_factors: tuple[Annotated[float, above(0)], ...] = ()
 
     def __post_init__(self):
         check_fields(self, "model.llama.rope_scaling", self._conflicts())
 
     def _conflicts(self) -> Iterator[str]:
-        if self.high_freq_factor <= self.low_freq_factor:
+        group = "model.llama.rope_scaling"
+        if self.kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
             yield (
-                f"model.llama.rope_scaling.high_freq_factor ({self.high_freq_factor}) must be above low_freq_factor "
+                f"{group}.high_freq_factor ({self.high_freq_factor}) must be above low_freq_factor "
                 f"({self.low_freq_factor})"
             )
+        if self.kind == "yarn" and self.beta_fast <= self.beta_slow:
+            yield f"{group}.beta_fast ({self.beta_fast}) must be above beta_slow ({self.beta_slow})"
+        if self.kind in ("llama3", "linear") and self.attention_factor is not None:
+            yield f"{group}.attention_factor must be unset: kind {self.kind} has none"
+        if (self.kind == "longrope") != bool(self.channel_factors):
+            yield f"{group}.channel_factors must be set for kind longrope and for no other kind (got {self.kind})"
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes of the language model; the defaults are those of LLaMA-13B, which RadFM uses."""
+    """Sizes and options of the language model; the defaults are those of LLaMA-13B, which RadFM uses."""
 
     vocab_size: Size = 32000
     width: Size = 5120
@@ -74,15 +98,57 @@ class DecoderConfig:
     param_dtype: Annotated[str, one_of(DTYPES)] = "float32"
     remat: Annotated[str, one_of(REMAT_POLICIES)] = "full"
     attention: Annotated[str, one_of(NAMES)] = "auto"
+    # What other families change.
+    qkv_bias: bool = False  # Qwen2: queries, keys and values have biases
+    qk_norm: bool = False  # Qwen3, Gemma 3: RMSNorm of each query and key head before RoPE
+    unit_offset: bool = False  # Gemma: norms multiply by 1 + scale
+    post_norms: bool = False  # Gemma: norms also after the attention and after the MLP
+    scale_embeddings: bool = False  # Gemma: embeddings times sqrt(width)
+    activation: Annotated[str, one_of(ACTIVATIONS)] = "silu"
+    attention_scale: Annotated[float, above(0)] | None = None  # of scores; None: head_dim ** -0.5
+    attention_softcap: Annotated[float, above(0)] | None = None  # Gemma 2: scores are cap * tanh(scores / cap)
+    logit_softcap: Annotated[float, above(0)] | None = None  # Gemma 2: so are logits
+    window: Count = 0  # tokens that a query of a sliding layer sees, itself included; 0: no sliding layers
+    sliding_layers: tuple[Count, ...] = ()  # Mistral: all layers; Gemma 2: 0, 2, 4 ...
+    local_rope_theta: Annotated[float, above(1)] | None = None  # Gemma 3: unscaled RoPE of the sliding layers
+    nope_layers: tuple[Count, ...] = ()  # SmolLM3: layers without RoPE
+    rotary_share: Annotated[float, share(zero=False, one=True)] = 1.0  # Phi-4-mini: of a head's channels that RoPE uses
 
     def __post_init__(self):
         check_fields(self, "model.llama", self._conflicts())
+
+    @property
+    def rotary_dim(self) -> int:
+        """Number of channels of a head that RoPE rotates."""
+        return int(self.head_dim * self.rotary_share)
 
     def _conflicts(self) -> Iterator[str]:
         if self.num_heads % self.num_kv_heads:
             yield f"llama.num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})"
         if self.head_dim % 2:
             yield f"llama.head_dim must be even for RoPE (got {self.head_dim})"
+        elif self.rotary_dim % 2 or not self.rotary_dim:
+            yield (
+                f"llama.rotary_share ({self.rotary_share}) of llama.head_dim ({self.head_dim}) is {self.rotary_dim} "
+                "channels; RoPE needs an even number"
+            )
+        factors = self.rope_scaling.channel_factors if self.rope_scaling else ()
+        if factors and 2 * len(factors) != self.rotary_dim:
+            yield (
+                f"llama.rope_scaling.channel_factors has {len(factors)} numbers; RoPE of llama.head_dim "
+                f"{self.head_dim} and llama.rotary_share {self.rotary_share} has {self.rotary_dim // 2} frequencies"
+            )
+        for name in ("sliding_layers", "nope_layers"):
+            layers = getattr(self, name)
+            if list(layers) != sorted(set(layers)) or any(i >= self.num_layers for i in layers):
+                yield f"llama.{name} must be ascending and below llama.num_layers {self.num_layers} (got {layers})"
+        if bool(self.window) != bool(self.sliding_layers):
+            yield (
+                f"llama.window ({self.window}) and llama.sliding_layers ({self.sliding_layers}) must be set together, "
+                "or neither"
+            )
+        if self.local_rope_theta is not None and not self.sliding_layers:
+            yield f"llama.local_rope_theta ({self.local_rope_theta}) needs llama.sliding_layers"
 
 
 def rope_frequencies(config: DecoderConfig) -> np.ndarray:
