@@ -47,15 +47,15 @@ def test_presets_have_the_published_parameters_and_a_plan(name):
     numbers = sum(x.size for x in jax.tree.leaves(nn.unbox(radfm.abstract_params(model))["llama"]))
     assert numbers == PARAMETERS[name]
     config = Experiment(model, train=TrainConfig(dtype="bfloat16"))
-    topologies = [parse(text) for text in ("gpu:8xH100", "v5p:2x2x2")]
-    plans = [candidates.evaluate(config, t, 0.4, batch=8, accumulation=1, remat="none") for t in topologies]
-    for plan in plans:
-        assert numbers / 8 * 4 <= plan.memory["parameters"] < numbers / 8 * 4 * 1.02  # float32 on each of 8 devices
-        assert plan.compute > 0 and plan.name
-    # cuDNN has neither heads of 256 channels nor soft caps: on GPUs the scores of Gemma and their softmax are stored.
-    more = plans[0].memory["activations"] - plans[1].memory["activations"]
-    c, text = PRESETS[name], config.data.text_length
-    assert more == (2 * 4 * text**2 * c.num_heads * c.num_layers if name.startswith("gemma") else 0)
+    plan = lambda text: candidates.evaluate(config, parse(text), 0.4, batch=8, accumulation=1, remat="none")  # noqa: E731
+    on_gpus = plan("gpu:8xH100")
+    assert numbers / 8 * 4 <= on_gpus.memory["parameters"] < numbers / 8 * 4 * 1.02  # float32 on each of 8 devices
+    assert on_gpus.compute > 0
+    if name.startswith("gemma"):
+        # cuDNN has neither heads of 256 channels nor soft caps: scores and their softmax are stored.
+        more = on_gpus.memory["activations"] - plan("v5p:2x2x2").memory["activations"]
+        c, text = PRESETS[name], config.data.text_length
+        assert more == 2 * 4 * text**2 * c.num_heads * c.num_layers
 
 
 def test_windows_have_less_attention():
