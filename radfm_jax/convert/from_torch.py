@@ -15,7 +15,6 @@ from radfm_jax.convert.report import NO_PROGRESS, Progress, Report
 from radfm_jax.convert.tensor_files import TensorInfo, write_safetensors
 from radfm_jax.convert.tokenizer_files import TokenizerFiles
 from radfm_jax.convert.torch_source import TorchModel
-from radfm_jax.convert.vision_source import VisionWeights
 from radfm_jax.convert.weights import Weights
 from radfm_jax.inference import stored
 
@@ -54,6 +53,8 @@ def from_torch(
             model = TorchModel(src, part=part, config=config, vocabulary=vocabulary, **options)
             models.append(stack.enter_context(model))
         if vision is not None:
+            from radfm_jax.convert.vision_source import VisionWeights
+
             models.append(stack.enter_context(VisionWeights(vision, **options)))
         for model in models:
             model.check()
@@ -98,8 +99,9 @@ def _write(models: list[Weights], dst: Path, kept: dict[str, TensorInfo], files:
 def _records(model: Weights) -> dict[str, dict]:
     """Return the fields of radfm.json that the config next to the weights records.
 
-    These are the preparation of scans and the origin of a RadFM, and the config.json of a language model. Without a record, a model of the released sizes gets the preparation of the released weights. Raises ValueError if
-    a record does not fit the model.
+    These are the preparation of scans and the origin of a RadFM, and the config.json of a language model. Without a
+    record, a model of the released sizes gets the preparation of the released weights. Raises ValueError if a record
+    does not fit the model.
     """
     if not isinstance(model, TorchModel):
         return {}
@@ -136,7 +138,7 @@ def _report(models: list[Weights], kept: dict, files: TokenizerFiles) -> Report:
             lines.append("tied: " + ", ".join(f"{a} = {b}" for a, b in model.reader.ties.items()))
     if not files.all and models[0].part != "vision":
         lines.append(
-            f"no tokenizer: to use this checkpoint with text, put {HUGGING_FACE} or {SENTENCEPIECE} next to the source, "
+            f"no tokenizer: to use this checkpoint with text, put {HUGGING_FACE} or {SENTENCEPIECE} next to the source "
             "or pass --tokenizer"
         )
     return Report(

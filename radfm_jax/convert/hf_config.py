@@ -94,15 +94,12 @@ def _problems(config: Mapping, family: Family) -> Iterator[str]:
             yield from field_problems(value, family.keys[key][1], key)
 
 
-def decoder_to_hf(
-    config: DecoderConfig, dtype: str, source: Mapping | None = None, special_ids: Mapping | None = None
-) -> dict:
+def decoder_to_hf(config: DecoderConfig, dtype: str, source: Mapping | None = None) -> dict:
     """Return a config.json that old and new versions of transformers read.
 
     Args:
-      source: the config.json that the weights come from. Its model type is tried first, and its values that do not
-        change the network are kept.
-      special_ids: bos_token_id and the like, for keys that `source` does not have.
+      source: the config.json that the weights come from, or some of its keys. Its model type is tried first, and its
+        values that do not change the network are kept.
     Raises:
       ValueError: no family can state this decoder. The message lists the fields that each of them lacks.
     """
@@ -116,7 +113,7 @@ def decoder_to_hf(
             problems.append(f"{family.model_type}: {lacking}")
             continue
         kept = {key: value for key, value in source.items() if key in REASONS and key not in NOT_KEPT}
-        return {**(special_ids or {}), **kept, **hf}
+        return {**kept, **hf}
     raise ValueError("no model type of transformers has this decoder:\n  " + "\n  ".join(problems))
 
 

@@ -19,10 +19,10 @@ class TokenizerFiles:
 
     @classmethod
     def of(cls, src, tokenizer, part: str) -> TokenizerFiles:
-        """Return the tokenizer next to `src`, or the one that the user passes. It may be a file or a folder.
+        """Return the tokenizer next to `src`, or the file or folder that the user passes.
 
-        A RadFM has a SentencePiece model if there are both kinds, a language model has tokenizer.json. Raises ValueError
-        if the tokenizer does not exist or is invalid.
+        If there are both kinds, a RadFM has the SentencePiece model, and a language model has tokenizer.json. Raises
+        ValueError if the tokenizer does not exist or is invalid.
         """
         if tokenizer and not Path(tokenizer).exists():
             raise ValueError(f"tokenizer {tokenizer} does not exist")

@@ -61,7 +61,7 @@ class TorchModel(Weights):
             raise
 
     def _rename(self) -> set[str]:
-        """Remove the prefixes of wrappers from the names of the tensors. Return those of the parts that are not read."""
+        """Remove the prefixes of wrappers from the tensors' names. Return the names of parts that are not read."""
         try:
             names, others = diagnosis.plain_names(self.reader.infos)
         except ValueError as e:

@@ -75,7 +75,9 @@ class Weights(contextlib.AbstractContextManager):
         self.unused = [name for name in infos if name in unused]
         self.problems += [f"unexpected: {name} {infos[name].shape}" for name in infos if name not in known]
         sources = {self.sources[name]: name for name in expected}
-        self.problems += [f"missing: {name} {expected[name]}" for source, name in sources.items() if source not in infos]
+        self.problems += [
+            f"missing: {name} {expected[name]}" for source, name in sources.items() if source not in infos
+        ]
         for source, name in sources.items():
             info = infos.get(source)
             if info is None:

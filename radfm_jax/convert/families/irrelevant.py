@@ -11,12 +11,13 @@ IRRELEVANT = {
     for reason, names in {
         GENERATION: """
             bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id forced_bos_token_id
-            forced_eos_token_id bad_words_ids suppress_tokens begin_suppress_tokens max_length min_length max_new_tokens
-            do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p min_p typical_p
-            epsilon_cutoff eta_cutoff repetition_penalty length_penalty no_repeat_ngram_size
-            encoder_no_repeat_ngram_size encoder_repetition_penalty num_return_sequences output_scores return_dict_in_generate remove_invalid_values
-            exponential_decay_length_penalty num_assistant_tokens num_assistant_tokens_schedule
-            assistant_confidence_threshold assistant_lookbehind target_lookbehind use_cache cache_implementation prefix
+            forced_eos_token_id bad_words_ids suppress_tokens begin_suppress_tokens max_length min_length
+            max_new_tokens do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k
+            top_p min_p typical_p epsilon_cutoff eta_cutoff repetition_penalty length_penalty no_repeat_ngram_size
+            encoder_no_repeat_ngram_size encoder_repetition_penalty num_return_sequences output_scores
+            return_dict_in_generate remove_invalid_values exponential_decay_length_penalty num_assistant_tokens
+            num_assistant_tokens_schedule assistant_confidence_threshold assistant_lookbehind target_lookbehind
+            use_cache cache_implementation prefix
             tokenizer_class""",
         TRAINING: "initializer_range attention_dropout resid_pdrop embd_pdrop hidden_dropout pretraining_tp",
         RESULTS: "output_attentions output_hidden_states return_dict chunk_size_feed_forward torchscript",
