@@ -10,7 +10,7 @@ IRRELEVANT = {
     reason: names.split()
     for reason, names in {
         GENERATION: """
-            bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id forced_bos_token_id
+            bos_token_id eos_token_id unk_token_id pad_token_id sep_token_id decoder_start_token_id forced_bos_token_id
             forced_eos_token_id bad_words_ids suppress_tokens begin_suppress_tokens max_length min_length
             max_new_tokens do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k
             top_p min_p typical_p epsilon_cutoff eta_cutoff repetition_penalty length_penalty no_repeat_ngram_size
@@ -23,7 +23,7 @@ IRRELEVANT = {
         RESULTS: "output_attentions output_hidden_states return_dict chunk_size_feed_forward torchscript",
         HEADS: "num_labels id2label label2id problem_type finetuning_task task_specific_params",
         RECORD: """
-            transformers_version transformers.js_config architectures model_type name_or_path _name_or_path _commit_hash
+            transformers_version transformers.js_config architectures model_type name_or_path _name_or_path _model_name_or_path _commit_hash
             torch_dtype dtype use_bfloat16 tf_legacy_loss _attn_implementation _attn_implementation_autoset
             _attn_implementation_internal _experts_implementation_internal base_model_tp_plan unsloth_version
             unsloth_fixed""",

@@ -92,8 +92,10 @@ def phi_rope(context: int) -> Group:
         if (scaling := config.rope_scaling) is not None:
             written[ORIGINAL] = scaling.original_context
             theirs = _record(source) if source else {}
-            same = as_tuple(theirs.get("short_factor")) == scaling.channel_factors
-            written["rope_scaling"]["long_factor"] = theirs["long_factor"] if same else list(scaling.channel_factors)
+            if as_tuple(theirs.get("short_factor")) == scaling.channel_factors:  # keep the list for long contexts
+                written["rope_scaling"] = {key: x for key, x in theirs.items() if key not in written}
+            else:
+                written["rope_scaling"]["long_factor"] = list(scaling.channel_factors)
         return written
 
     return Group(keys, read, write)
