@@ -14,6 +14,7 @@ import pytest
 from radfm_jax.models.attention import attention, choose
 from radfm_jax.models.kernels import cpu, splash
 from radfm_jax.models.kernels.cudnn import cudnn_attention
+from radfm_jax.models.kernels.xla import attention_mask
 from radfm_jax.models.layers import REMAT_POLICIES
 from radfm_jax.runtime.sharding import make_mesh
 
@@ -76,6 +77,13 @@ def test_a_named_kernel_runs_or_raises(kernel, form, reasons, platform):
     assert all(reason in str(raised.value) for reason in reasons), raised.value
 
 
+@pytest.mark.parametrize("platform, chosen", [("tpu", "splash"), ("cuda", "xla"), ("cpu", "blocks")])
+def test_auto_selects_a_kernel_with_soft_caps(platform, chosen):
+    assert choose("auto", *arrays(length=512), platform=platform, softcap=50.0) == chosen
+    with pytest.raises(ValueError, match="'cudnn': it has no soft cap"):
+        choose("cudnn", *arrays(), platform=platform, softcap=50.0)
+
+
 @pytest.mark.parametrize("kernel", ["xla", "blocks", "cudnn", "splash"])
 @pytest.mark.parametrize("platform", ["tpu", "cuda", "gpu", "cpu"])
 def test_a_supported_named_kernel_is_used(kernel, platform):
@@ -101,11 +109,11 @@ def packed_row(seed=0, rows=2, heads=4, kv_heads=2, width=64):
     return q, k, v, q_segments, k_segments
 
 
-def outputs_and_gradients(form, args, causal):
+def outputs_and_gradients(form, args, causal, **options):
     weights = np.random.default_rng(5).standard_normal(args[0].shape)
 
     def total(q, k, v):
-        out = form(q, k, v, *args[3:], causal=causal)
+        out = form(q, k, v, *args[3:], causal=causal, **options)
         return (out * weights).sum(), out
 
     grads, out = jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))(*args[:3])
@@ -132,6 +140,34 @@ def close(ours, plain, atol=2e-5):
 def test_kernels_equal_plain_xla_on_packed_rows(form, causal, width, kv_heads):
     args = packed_row(width=width, kv_heads=kv_heads)
     close(outputs_and_gradients(form, args, causal), outputs_and_gradients(attention, args, causal))
+
+
+# Gemma 2 has all three; scores here are up to 8, so a cap of 4 bends them.
+WINDOWS = [{"window": 37}, {"window": 150, "softcap": 4.0, "scale": 0.2}]
+
+
+@pytest.mark.parametrize("options", WINDOWS, ids=str)
+def test_windows_and_soft_caps_in_packed_rows_equal_plain_xla(form, options):
+    """Windows shorter and longer than the samples of a row, and than a tile of 128 tokens."""
+    args = packed_row(rows=1)
+    plain = outputs_and_gradients(attention, args, True, **options)
+    close(outputs_and_gradients(form, args, True, **options), plain)
+    assert np.abs(plain["out"] - attention(*args, causal=True)).max() > 0.1, "the options have no effect"
+
+
+def test_plain_attention_with_a_window_by_hand():
+    """Two samples of 3 and 2 tokens; each token sees itself and the one before it in its sample."""
+    segments = np.array([[1, 1, 1, 2, 2]], np.int32)
+    seen = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 1]]
+    np.testing.assert_array_equal(attention_mask(segments, segments, True, window=2)[0], seen)
+    q, k, v = np.random.default_rng(0).standard_normal((3, 1, 5, 1, 4))
+    scores = 2 * np.tanh(np.einsum("tk,uk->tu", q[0, :, 0], k[0, :, 0]) * 0.7 / 2)
+    weights = np.where(seen, np.exp(scores), 0)
+    expected = weights / weights.sum(1, keepdims=True) @ v[0, :, 0]
+    options = {"causal": True, "window": 2, "scale": 0.7, "softcap": 2.0}
+    np.testing.assert_allclose(attention(q, k, v, segments, segments, **options)[0, :, 0], expected, atol=1e-5)
+    with pytest.raises(ValueError, match="window 2 must be causal"):
+        attention(q, k, v, segments, segments, causal=False, window=2)
 
 
 def test_packed_samples_are_independent(form):
@@ -178,11 +214,14 @@ def test_tiles_between_samples_are_skipped():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu, "TILE", 128)
         # 1: x...   2: .x..   2: .xx.   3 and padding, whose segment range overlaps all before: xxxx
-        assert int(cpu._Tiles(q, k, segments, segments, True).count) == 1 + 1 + 2 + 4
-        assert int(cpu._Tiles(q, k, segments, segments, False).count) == 2 + 3 + 3 + 4
+        count = lambda ids, *form: int(cpu._Tiles(q, k, ids, ids, cpu.Form(*form, 1.0, None)).count)  # noqa: E731
+        assert count(segments, True, 0) == 1 + 1 + 2 + 4
+        assert count(segments, False, 0) == 2 + 3 + 3 + 4
+        # A window of 1 leaves the diagonal, 2 and 129 reach the tile before it, 130 the one before that.
+        assert [count(segments, True, window) for window in (1, 2, 129, 130)] == [4, 6, 6, 7]
         close(outputs_and_gradients(cpu.tiled_attention, args, True), outputs_and_gradients(attention, args, True))
         empty = np.zeros_like(segments)
-        assert int(cpu._Tiles(q, k, empty, empty, False).count) == 0
+        assert count(empty, False, 0) == 0
         assert not np.asarray(cpu.tiled_attention(q, k, v, empty, empty, causal=False)).any()
 
 
@@ -221,3 +260,9 @@ def test_cudnn_is_called_with_the_mask_of_the_row(monkeypatch, causal):
     through = attention(*half, *args[3:], causal=causal, kernel="cudnn")
     assert asked == ["cudnn"] and through.dtype == jnp.bfloat16
     close(outputs_and_gradients(cudnn_attention, args, causal), outputs_and_gradients(attention, args, causal))
+    if causal:
+        window = {"window": 37, "scale": 0.2}
+        expected = outputs_and_gradients(attention, args, True, **window)
+        close(outputs_and_gradients(cudnn_attention, args, True, **window), expected)
+        with pytest.raises(ValueError, match="no soft cap"):
+            cudnn_attention(*args, causal=True, softcap=4.0)

@@ -97,7 +97,8 @@ def evaluate(
     train = dataclasses.replace(config.train, batch=batch, accumulation=accumulation, remat=remat)
     config = dataclasses.replace(config, train=train)
     mesh = estimate.abstract_mesh(config.mesh, topology.count)
-    memory, traffic, compute = estimate.memory(config, mesh), estimate.traffic(config, mesh), None
+    platform = {"tpu": "tpu", "gpu": "cuda"}.get(topology.kind)
+    memory, traffic, compute = estimate.memory(config, mesh, platform), estimate.traffic(config, mesh), None
     if topology.peak is not None and mfu is not None:
         flops_per_device = estimate.row_flops(config) * batch / topology.count
         recomputation = executed_flops(config) / executed_flops(config, ASSUMED_REMAT)
@@ -111,7 +112,7 @@ def executed_flops(config: Experiment, remat: str | None = None) -> float:
     limits, c = config.data.limits, config.model.llama
     parts = flops.forward(config.model, limits, config.data.channels)
     stacks = parts["llama"] + parts["vit"] + parts["perceiver"]
-    attention = 2 * limits.text_length**2 * c.num_heads * c.head_dim * c.num_layers
+    attention = flops.decoder_attention(c, limits.text_length)
     keys = 2 * limits.text_length * c.width * (c.num_heads + 2 * c.num_kv_heads) * c.head_dim * c.num_layers
     # Savings of a policy are counted for the language model only, which has 99 % of them.
     recomputed = {

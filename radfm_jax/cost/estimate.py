@@ -167,7 +167,7 @@ def abstract_mesh(config: MeshConfig, devices: int) -> AbstractMesh:
     return AbstractMesh(tuple(sizes), sharding.AXES)
 
 
-def memory(config: Experiment, mesh: Mesh | AbstractMesh) -> dict[str, int]:
+def memory(config: Experiment, mesh: Mesh | AbstractMesh, platform: str | None = None) -> dict[str, int]:
     """Return the bytes on each device by part; their sum is the peak of a step.
 
       parameters      of all parts, as stored (train_step.abstract_state)
@@ -178,6 +178,9 @@ def memory(config: Experiment, mesh: Mesh | AbstractMesh) -> dict[str, int]:
       working set     the maximum of: a block in the backward pass with its gathered weights, the patch embedding, the
                       loss head, the update
 
+    Args:
+      platform: that of an AbstractMesh's devices, which decides whether the decoder's attention is fused
+        (attention.choose); None: it is.
     Raises:
       ValueError: rows do not divide over micro-batches and devices.
     """
@@ -194,7 +197,7 @@ def memory(config: Experiment, mesh: Mesh | AbstractMesh) -> dict[str, int]:
     in_float32 = sum(_shard(x) * 4 for x in jax.tree.leaves(state["params"]))
     # A CPU has no fused attention: it stores the scores of all pairs of tokens, except where attention is tiled.
     fused = not isinstance(mesh, Mesh) or mesh.devices.flat[0].platform != "cpu"
-    blocks = _stacks(config, rows, tensor, fused)
+    blocks = _stacks(config, rows, tensor, fused, fused and (platform is None or _is_fused(config, platform)))
     row_bytes = sum(math.prod(x.shape[2:]) * x.dtype.itemsize for x in abstract_batch(config).values())
     return {
         "parameters": trained + _bytes(state["frozen"]),
@@ -252,22 +255,30 @@ class _Stack:
         return self.inputs + extra[remat] if remat in extra else self.live
 
 
-def _stacks(config: Experiment, rows: int, tensor: int, fused: bool) -> dict[str, _Stack]:
+def _is_fused(config: Experiment, platform: str) -> bool:
+    """Return whether the decoder's attention on `platform` is a fused kernel."""
+    c, text = config.compute.llama, config.data.text_length
+    q, k = (jax.ShapeDtypeStruct((1, text, heads, c.head_dim), c.dtype) for heads in (c.num_heads, c.num_kv_heads))
+    return attention.choose(c.attention, q, k, platform, c.attention_softcap) != "xla"
+
+
+def _stacks(config: Experiment, rows: int, tensor: int, fused: bool, fused_decoder: bool) -> dict[str, _Stack]:
+    """Return the stacks of blocks; the flags say whether scores stay inside attention kernels."""
     limits, c, v, q = config.data.limits, config.model.llama, config.model.vision, config.model.perceiver
     n = jnp.dtype(config.train.dtype).itemsize
     patches = rows * limits.vision_rows * limits.patch_length
     latents = rows * limits.scans * q.num_latents
     inner_v, inner_q = v.num_heads * v.head_dim, q.num_heads * q.head_dim
 
-    def stack(layers, tokens, keys, width, heads, query, key, hidden, more_keys=0):
+    def stack(layers, tokens, keys, width, heads, query, key, hidden, more_keys=0, fused=fused, norms=2):
         """Return a stack of `tokens` queries with `keys` each, and `more_keys` from another sequence."""
         query, key, hidden = query // tensor, key // tensor, hidden // tensor
         # float32 scores and their softmax, unless a fused or tiled kernel computes them.
         tiled = keys >= attention.MIN_TILED_LENGTH and keys % 128 == 0
         scores = 0 if fused or tiled else 2 * 4 * tokens * keys * heads // tensor
         products = query + 2 * key + width + hidden + width
-        # Two norms (also in float32), two sums, and the activated hidden layer.
-        live = n * tokens * (products + query + 4 * width + hidden) + 2 * 4 * tokens * width + scores
+        # Norms (also in float32), two sums, and the activated hidden layer.
+        live = n * tokens * (products + query + (norms + 2) * width + hidden) + norms * 4 * tokens * width + scores
         saved = [n * tokens * size for size in (width, query, 2 * query + 2 * key, products + query)]
         return _Stack(layers, *saved, live + n * more_keys * 2 * key)
 
@@ -275,6 +286,7 @@ def _stacks(config: Experiment, rows: int, tensor: int, fused: bool) -> dict[str
         "llama": stack(
             c.num_layers, rows * limits.text_length, limits.text_length, c.width, c.num_heads,
             c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, 2 * c.mlp_width,
+            fused=fused_decoder, norms=4 if c.post_norms else 2,
         ),
         "vit": stack(
             v.num_layers, patches, limits.patch_length, v.width, v.num_heads, inner_v, inner_v, v.mlp_width

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from input_pipeline.batching.plan import RowLimits
+from radfm_jax.models.decoder import DecoderConfig
 from radfm_jax.models.radfm import RadFMConfig
 
 # Published dense bfloat16 FLOP/s per device, and the share of it (MFU) that published training runs of 13B-class models
@@ -42,14 +43,14 @@ def peak(device: jax.Device) -> float | None:
 def forward(config: RadFMConfig, limits: RowLimits, channels: int | None = None) -> dict[str, float]:
     """Return the FLOPs of one row's forward pass by part, including padding.
 
-    A product of [m, k] and [k, n] has 2 m k n. Causal attention counts half of its square. `channels` are those of the
-    embedded patches (`data.channels`); default: the model's.
+    A product of [m, k] and [k, n] has 2 m k n. `channels` are those of the embedded patches (`data.channels`);
+    default: the model's.
     """
     t, p = limits.text_length, limits.vision_rows * limits.patch_length
     v, q, c = config.vision, config.perceiver, config.llama
     heads, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     layer = c.width * (2 * heads + 2 * kv) + 3 * c.width * c.mlp_width
-    llama = c.num_layers * (2 * t * layer + 2 * t * t * heads)
+    llama = c.num_layers * 2 * t * layer + decoder_attention(c, t)
     inner = v.num_heads * v.head_dim
     vit_layer = 4 * v.width * inner + 2 * v.width * v.mlp_width
     patch = int(np.prod(v.patch)) * (channels or v.channels)
@@ -63,6 +64,17 @@ def forward(config: RadFMConfig, limits: RowLimits, channels: int | None = None)
         + 2 * latents * q.width * c.width
     )
     return {"llama": llama, "vit": vit, "perceiver": perceiver, "head": 2 * t * c.width * c.vocab_size}
+
+
+def decoder_attention(c: DecoderConfig, tokens: int) -> float:
+    """Return the FLOPs of the decoder's attention to rows of `tokens`, without its linear maps.
+
+    Causal attention counts half of its square; of that, a window leaves a band.
+    """
+    window = min(c.window or tokens, tokens)
+    sliding = len(c.sliding_layers)
+    pairs = (c.num_layers - sliding) * tokens**2 / 2 + sliding * (tokens**2 - (tokens - window) ** 2) / 2
+    return 4 * pairs * c.num_heads * c.head_dim
 
 
 def training(

@@ -159,14 +159,14 @@ def with_kernels(config: Experiment, platform: str):
     model, limits = config.compute, config.data.limits
     v, p, c = model.vision, model.perceiver, model.llama
     lengths = {
-        "llama": (c, limits.text_length, limits.text_length),
-        "vision": (v, limits.patch_length, limits.patch_length),
-        "perceiver": (p, p.num_latents, limits.patch_length + p.num_latents),
+        "llama": (c, limits.text_length, limits.text_length, c.attention_softcap),
+        "vision": (v, limits.patch_length, limits.patch_length, None),
+        "perceiver": (p, p.num_latents, limits.patch_length + p.num_latents, None),
     }
     parts = {}
-    for name, (part, queries, keys) in lengths.items():
+    for name, (part, queries, keys, softcap) in lengths.items():
         q, k = (jax.ShapeDtypeStruct((1, t, part.num_heads, part.head_dim), model.llama.dtype) for t in (queries, keys))
-        parts[name] = dataclasses.replace(part, attention=attention.choose(part.attention, q, k, platform))
+        parts[name] = dataclasses.replace(part, attention=attention.choose(part.attention, q, k, platform, softcap))
     return dataclasses.replace(model, **parts)
 
 

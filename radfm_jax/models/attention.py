@@ -22,11 +22,11 @@ NAMES = ("auto", "xla", *KERNELS)
 MIN_TILED_LENGTH = 512  # plain XLA is faster for shorter rows
 
 
-def choose(kernel: str, q: jax.Array, k: jax.Array, platform: str | None = None) -> str:
+def choose(kernel: str, q: jax.Array, k: jax.Array, platform: str | None = None, softcap: float | None = None) -> str:
     """Return the kernel to run for q [B, T, H, K] and k [B, U, G, K]. Only `auto` falls back to another kernel.
 
     Raises:
-      ValueError: an unknown name, or shapes or a dtype that the named kernel does not support.
+      ValueError: an unknown name, or shapes, a dtype or a soft cap that the named kernel does not support.
     """
     if kernel not in NAMES:
         raise ValueError(f"attention kernel {kernel!r} is unknown: choose one of {', '.join(NAMES)}")
@@ -39,6 +39,7 @@ def choose(kernel: str, q: jax.Array, k: jax.Array, platform: str | None = None)
         ("cudnn", q.dtype not in (jnp.bfloat16, jnp.float16), f"dtype {q.dtype} is not bfloat16 or float16"),
         ("cudnn", width % 8 or width > 128, f"head width {width} is not a multiple of 8 up to 128"),
         ("cudnn", t % 2 or u % 2, f"lengths {t} and {u} are not even"),  # needed by its backward pass with a bias
+        ("cudnn", softcap is not None, "it has no soft cap of scores"),
     )
     chosen = kernel
     if kernel == "auto":
@@ -62,29 +63,40 @@ def _platform() -> str:
 
 
 @functools.partial(jax.named_call, name="attention")
-def attention(q, k, v, q_segments, k_segments, *, causal: bool, kernel: str = "auto") -> jax.Array:
+def attention(
+    q, k, v, q_segments, k_segments, *, causal: bool, window: int = 0, scale: float | None = None,
+    softcap: float | None = None, kernel: str = "auto",
+) -> jax.Array:  # fmt: skip
     """Compute scaled dot-product attention within segments.
 
-    Query i sees key j if their segments are equal and, when causal, j <= i.
+    Query i sees key j if their segments are equal and, when causal, j <= i; with a window, also i - j < window.
 
-        q_segments  1 1 1 2 2 0        key j   1 . . . . .
-        k_segments  1 1 1 2 2 0        seen by 1 1 . . . .
-        causal                         query i 1 1 1 . . .
-                                               . . . 2 . .
-                                               . . . 2 2 .
-                                               . . . . . 0     padding sees padding, so no softmax is empty
+        q_segments  1 1 1 2 2 0        key j   1 . . . . .     window=2   1 . . . . .
+        k_segments  1 1 1 2 2 0        seen by 1 1 . . . .                1 1 . . . .
+        causal                         query i 1 1 1 . . .                . 1 1 . . .
+                                               . . . 2 . .                . . . 2 . .
+                                               . . . 2 2 .                . . . 2 2 .
+                                               . . . . . 0                . . . . . 0
+                                               padding sees padding, so no softmax is empty
 
     Args:
       q: float[B, T, H, K]; k, v: float[B, U, G, K], H a multiple of G.
       q_segments: int32[B, T]; k_segments: int32[B, U], -1 hides a key from every query.
+      window: number of keys up to its own that a query sees, for causal attention; 0: all.
+      scale: factor of the scores; None: K ** -0.5.
+      softcap: scores become softcap * tanh(scores / softcap) after scaling; None: they are not capped.
       kernel: `auto` selects the fastest kernel that supports the platform, dtype and shapes; a name selects that one.
     Returns:
       float[B, T, H, K] in v's dtype. The output of a query that sees no key is finite but depends on the kernel: the
       mean of all values (`xla`, as in the released model), the mean of the visited values (fused kernels) or zeros
       (`blocks`).
     """
-    chosen = choose(kernel, q, k)
+    if window and not causal:
+        raise ValueError(f"attention with window {window} must be causal")
+    chosen = choose(kernel, q, k, softcap=softcap)
     if chosen != "xla":
-        return KERNELS[chosen](q, k, v, q_segments, k_segments, causal=causal)
-    allowed = attention_mask(q_segments, k_segments, causal)
-    return plain_attention(q, jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2), allowed)
+        run = KERNELS[chosen]
+        return run(q, k, v, q_segments, k_segments, causal=causal, window=window, scale=scale, softcap=softcap)
+    allowed = attention_mask(q_segments, k_segments, causal, window)
+    k, v = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
+    return plain_attention(q, k, v, allowed, scale=scale, softcap=softcap)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from radfm_jax.models.decoder import INPUT_AXES, DecoderConfig, KVCache
-from radfm_jax.models.layers import Dense, matmul_precision
+from radfm_jax.models.layers import Dense, matmul_precision, soft_cap
 
 MAX_BYTES = 8 * 2**30  # split parameters take twice their memory
 MAX_LEFT_ROWS = 32  # with more rows, XLA's repacking of the weights is faster
@@ -101,7 +101,7 @@ def next_logits(config: DecoderConfig, params: dict, hidden: jax.Array) -> jax.A
     hidden, rows = (x.astype(config.dtype) for x in (hidden, params["head_rows"]))
     precision = matmul_precision(config.dtype)
     logits = product_with_rows(hidden, rows, precision=precision, preferred_element_type=jnp.float32)
-    return logits * params["head_scale"] if "head_scale" in params else logits
+    return soft_cap(logits * params["head_scale"] if "head_scale" in params else logits, config.logit_softcap)
 
 
 def product_with_rows(x: jax.Array, rows: jax.Array, **options) -> jax.Array:
@@ -126,4 +126,4 @@ def multiply_rows(call, args, options, context):
     outer = inputs.shape[: inputs.ndim - np.size(layer.axis)]
     x = inputs.astype(layer.dtype).reshape(-1, rows.shape[1])
     out = product_with_rows(x, rows, precision=layer.precision)
-    return layer.scaled(out.reshape(*outer, *np.atleast_1d(layer.features).tolist()))
+    return layer.finished(out.reshape(*outer, *np.atleast_1d(layer.features).tolist()))

@@ -1,15 +1,17 @@
-"""The LLaMA decoder: embeddings to hidden states, with or without an explicit key/value cache.
+"""The decoder: embeddings to hidden states, with or without an explicit key/value cache.
 
-Covers LLaMA 1 to 3.x: grouped key/value heads, RoPE theta and Llama-3.1 RoPE scaling, tied or untied head.
+It is LLaMA with options for what other families change: Mistral, SmolLM, Qwen, Gemma and Phi. `families.py` has the
+sizes of published models.
 
-Letters: B rows, T text tokens, E width, F MLP width, H query heads, G key/value heads, K head width, V vocabulary.
+Letters: B rows, T text tokens, E width, F MLP width, H query heads, G key/value heads, K head width, D <= K channels
+that RoPE rotates, V vocabulary.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any
 
 import flax.linen as nn
@@ -19,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from input_pipeline.field_rules import Count, Size, above, at_least, check_fields, one_of, share
+from input_pipeline.field_rules import Count, Size, above, check_fields, one_of, share
+from radfm_jax.models import rotary
 from radfm_jax.models.attention import NAMES, attention
 from radfm_jax.models.kernels.xla import attention_mask, plain_attention
 from radfm_jax.models.layers import (
@@ -31,52 +34,12 @@ from radfm_jax.models.layers import (
     partitioned,
     rms_norm,
     scan_blocks,
+    soft_cap,
 )
+from radfm_jax.models.rotary import RopeScaling, rotate
 from radfm_jax.runtime.sharding import constrain
 
-ROPE_KINDS = ("llama3", "linear", "yarn", "longrope")
-ACTIVATIONS = ("silu", "gelu_tanh")
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """RoPE for contexts `factor` times as long as the `original_context` of pretraining.
-
-    llama3    stretches low frequencies, keeps high ones, interpolates between `low_freq_factor` and `high_freq_factor`
-    linear    divides all frequencies by `factor`
-    yarn      as llama3 between `beta_slow` and `beta_fast` turns; multiplies cosines and sines by `attention_factor`
-    longrope  divides each frequency by its own number of `channel_factors`; `attention_factor` as for yarn
-
-    Published longrope models have two lists of factors, for contexts up to and above `original_context`: use one.
-    """
-
-    factor: Annotated[float, at_least(1)] = 8.0
-    low_freq_factor: Annotated[float, above(0)] = 1.0
-    high_freq_factor: Annotated[float, above(0)] = 4.0
-    original_context: Size = 8192
-    kind: Annotated[str, one_of(ROPE_KINDS)] = "llama3"
-    beta_fast: Annotated[float, above(0)] = 32.0
-    beta_slow: Annotated[float, above(0)] = 1.0
-    attention_factor: Annotated[float, above(0)] | None = None  # None: as in the papers, from `factor`
-    truncate: bool = True  # yarn: round the channels that bound the interpolation
-    channel_factors: tuple[Annotated[float, above(0)], ...] = ()
-
-    def __post_init__(self):
-        check_fields(self, "model.llama.rope_scaling", self._conflicts())
-
-    def _conflicts(self) -> Iterator[str]:
-        group = "model.llama.rope_scaling"
-        if self.kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
-            yield (
-                f"{group}.high_freq_factor ({self.high_freq_factor}) must be above low_freq_factor "
-                f"({self.low_freq_factor})"
-            )
-        if self.kind == "yarn" and self.beta_fast <= self.beta_slow:
-            yield f"{group}.beta_fast ({self.beta_fast}) must be above beta_slow ({self.beta_slow})"
-        if self.kind in ("llama3", "linear") and self.attention_factor is not None:
-            yield f"{group}.attention_factor must be unset: kind {self.kind} has none"
-        if (self.kind == "longrope") != bool(self.channel_factors):
-            yield f"{group}.channel_factors must be set for kind longrope and for no other kind (got {self.kind})"
+ACTIVATIONS: dict[str, Callable] = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +85,27 @@ class DecoderConfig:
         """Number of channels of a head that RoPE rotates."""
         return int(self.head_dim * self.rotary_share)
 
+    @property
+    def layer_slides(self) -> list[bool]:
+        """Whether each layer has the window."""
+        return [layer in self.sliding_layers for layer in range(self.num_layers)]
+
+    @property
+    def layer_ropes(self) -> list[str]:
+        """RoPE of each layer: `none`, `local` (that of sliding layers, if they have their own) or `global`."""
+        local = self.sliding_layers if self.local_rope_theta is not None else ()
+        kinds = {**dict.fromkeys(local, "local"), **dict.fromkeys(self.nope_layers, "none")}
+        return [kinds.get(layer, "global") for layer in range(self.num_layers)]
+
+    @property
+    def rope_kinds(self) -> list[str]:
+        """Distinct kinds of `layer_ropes`, in the order of `rope_table`."""
+        return sorted(set(self.layer_ropes))
+
+    @property
+    def has_equal_layers(self) -> bool:
+        return len(set(self.layer_slides)) == len(self.rope_kinds) == 1
+
     def _conflicts(self) -> Iterator[str]:
         if self.num_heads % self.num_kv_heads:
             yield f"llama.num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})"
@@ -152,38 +136,26 @@ class DecoderConfig:
 
 
 def rope_frequencies(config: DecoderConfig) -> np.ndarray:
-    """Return float32[K / 2]: radians per position for each channel pair (RoFormer; Llama-3.1 scaling).
-
-    Each step is rounded to float32 as in PyTorch's LLaMA. A difference of one unit in the last place would change
-    logits by 3e-4 at position 2,000.
-    """
-    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    # The float32 power of numpy depends on the CPU and is often not the nearest float32.
-    powers = np.power(np.float64(config.rope_theta), exponents.astype(np.float64)).astype(np.float32)
-    frequencies = np.float32(1) / powers
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequencies
-    wavelength = np.float32(1) / frequencies * np.float32(2 * math.pi)  # PyTorch's order of a scalar over a tensor
-    # 1 keeps a frequency (many turns within the original context), 0 divides it by `factor`, others interpolate.
-    turns = np.float32(1) / wavelength * np.float32(scaling.original_context)
-    low, high = np.float32(scaling.low_freq_factor), np.float32(scaling.high_freq_factor)
-    keep = np.clip((turns - low) / (high - low), np.float32(0), np.float32(1))
-    stretched = (1 - keep) * frequencies / np.float32(scaling.factor)
-    return np.where(keep == 1, frequencies, stretched + keep * frequencies)
+    """Return float32[D / 2]: radians per position of each rotated channel pair in `global` layers."""
+    return rotary.frequencies(config.rotary_dim, config.rope_theta, config.rope_scaling)
 
 
 def rope_table(positions: jax.Array, config: DecoderConfig) -> tuple[jax.Array, jax.Array]:
-    """int32[B, T] -> cosines and sines, float32[B, T, 1, K / 2]."""
-    angles = positions[..., None, None].astype(jnp.float32) * rope_frequencies(config)
-    return jnp.cos(angles), jnp.sin(angles)
+    """int32[B, T] -> cosines and sines, float32[B, T, 1, D / 2], or [kinds, B, T, 1, D / 2] if layers differ."""
+    tables = [_rope_table(positions, config, kind) for kind in config.rope_kinds]
+    if len(tables) == 1:
+        return tables[0]
+    cos, sin = (jnp.stack(x) for x in zip(*tables, strict=True))
+    return cos, sin
 
 
-def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotate the channel pairs (i, i + K/2) of float[B, T, H, K] by their angles, in float32."""
-    cos, sin = rope
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+def _rope_table(positions, config, kind: str) -> tuple[jax.Array, jax.Array]:
+    if kind == "local":
+        return rotary.table(positions, rotary.frequencies(config.rotary_dim, config.local_rope_theta))
+    if kind == "none":
+        return rotary.table(positions, np.zeros(config.rotary_dim // 2, np.float32))  # angles of 0 rotate nothing
+    scaling = config.rope_scaling
+    return rotary.table(positions, rope_frequencies(config), scaling.magnitude if scaling else 1.0)
 
 
 # Linear maps of a block -> the number of input axes of their kernels, not counting the axis `layers`.
@@ -191,45 +163,99 @@ INPUT_AXES = {"query": 1, "key": 1, "value": 1, "out": 2, "gate": 1, "up": 1, "d
 
 
 class DecoderBlock(nn.Module):
-    """Pre-norm attention with RoPE, then a SwiGLU MLP; no biases."""
+    """Pre-norm attention with RoPE, then a gated MLP: LLaMA's block with the options of its config."""
 
     config: DecoderConfig
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, rope, q_segments: jax.Array, k_segments: jax.Array, cache=None, layer=None, positions=None
+        self, x: jax.Array, rope, q_segments: jax.Array, k_segments: jax.Array, layer=None, cache=None, positions=None
     ):
         """Return (x, cache).
 
         Args:
           x: float[B, T, E].
+          rope: `rope_table` of the positions of x.
+          layer: number of this block; may be None without a cache if all layers are equal.
           cache: None, or a KVCache whose `layer` receives the keys and values of x.
           positions: None: x is the start of each row, and its tokens attend to each other. int32[B]: x is the one token
             of each row at that position (T = 1) and attends to the cache under `k_segments`.
         """
         c = self.config
-        h = rms_norm(c, c.norm_eps, "attention_norm")(x)
-        q = dense((c.num_heads, c.head_dim), ("embed", "heads", "head_dim"), c, name="query")(h)
-        k = dense((c.num_kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"), c, name="key")(h)
-        v = dense((c.num_kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"), c, name="value")(h)
+        h = norm(c, "attention_norm")(x)
+        q = dense((c.num_heads, c.head_dim), ("embed", "heads", "head_dim"), c, bias=c.qkv_bias, name="query")(h)
+        k = dense((c.num_kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"), c, bias=c.qkv_bias, name="key")(h)
+        v = dense((c.num_kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"), c, bias=c.qkv_bias, name="value")(h)
+        if c.qk_norm:
+            q, k = norm(c, "query_norm")(q), norm(c, "key_norm")(k)
+        rope = layer_rope(c, rope, layer)
         q, k = checkpoint_name(rotate(q, rope), "query"), checkpoint_name(rotate(k, rope), "key")
         v = checkpoint_name(v, "value")
         if cache is not None:
             cache = cache.write(layer, k, v, positions)
         if positions is None:
-            h = attention(q, k, v, q_segments, k_segments, causal=True, kernel=c.attention)
+            h = attend(c, q, k, v, q_segments, k_segments, layer)
         else:
             k, v = cache.read(layer)
-            with jax.named_scope("attention"):
-                h = plain_attention(q, k, v, attention_mask(q_segments, k_segments, causal=False))
+            h = attend_to_cache(c, q, k, v, q_segments, k_segments, layer, positions)
         h = checkpoint_name(h, "attention")
         h = dense(c.width, ("heads", "head_dim", "embed"), c, axis=(-2, -1), gain=RESIDUAL, name="out")(h)
+        if c.post_norms:
+            h = norm(c, "attention_post_norm")(h)
         x = constrain(x + h, "batch", None, None)
-        h = rms_norm(c, c.norm_eps, "mlp_norm")(x)
+        h = norm(c, "mlp_norm")(x)
         gate = dense(c.mlp_width, ("embed", "mlp"), c, name="gate")(h)
         up = dense(c.mlp_width, ("embed", "mlp"), c, name="up")(h)
-        h = dense(c.width, ("mlp", "embed"), c, gain=RESIDUAL, name="down")(jax.nn.silu(gate) * up)
+        h = dense(c.width, ("mlp", "embed"), c, gain=RESIDUAL, name="down")(ACTIVATIONS[c.activation](gate) * up)
+        if c.post_norms:
+            h = norm(c, "mlp_post_norm")(h)
         return constrain(x + h, "batch", None, None), cache
+
+
+def norm(config: DecoderConfig, name: str | None) -> nn.Module:
+    return rms_norm(config, config.norm_eps, name, unit_offset=config.unit_offset)
+
+
+def by_layer(values: Sequence, layer):
+    """Return values[layer]. It is a Python value if all are equal or `layer` is an int, else an array."""
+    if len(set(values)) == 1:
+        return values[0]
+    return values[layer] if isinstance(layer, int) else jnp.asarray(values)[layer]
+
+
+def layer_rope(config: DecoderConfig, rope, layer):
+    """Return a layer's cosines and sines from those of `rope_table`."""
+    kinds = config.rope_kinds
+    if len(kinds) == 1:
+        return rope
+    kind = by_layer([kinds.index(name) for name in config.layer_ropes], layer)
+    return tuple(x[kind] for x in rope)
+
+
+def attend(config: DecoderConfig, q, k, v, q_segments, k_segments, layer) -> jax.Array:
+    """Return the attention of the tokens of each row to each other, with the layer's window if it has one."""
+
+    def within(window: int):
+        return lambda: attention(
+            q, k, v, q_segments, k_segments, causal=True, window=window, scale=config.attention_scale,
+            softcap=config.attention_softcap, kernel=config.attention,
+        )  # fmt: skip
+
+    # A window as long as the row hides nothing.
+    slides = by_layer(config.layer_slides, layer) if config.window < q.shape[1] else False
+    if isinstance(slides, bool):
+        return within(config.window if slides else 0)()
+    return jax.lax.cond(slides, within(config.window), within(0))  # kernels need static masks
+
+
+def attend_to_cache(config: DecoderConfig, q, k, v, q_segments, k_segments, layer, positions) -> jax.Array:
+    """Return the attention of one token per row, at `positions` int32[B], to a layer's cache [B, G, length, K]."""
+    with jax.named_scope("attention"):
+        allowed = attention_mask(q_segments, k_segments, causal=False)
+        if config.window:
+            near = jnp.arange(allowed.shape[-1]) > positions[:, None, None] - config.window
+            allowed &= near | ~jnp.asarray(by_layer(config.layer_slides, layer))
+        return plain_attention(q, k, v, allowed, scale=config.attention_scale, softcap=config.attention_softcap)
 
 
 class Decoder(nn.Module):
@@ -239,17 +265,20 @@ class Decoder(nn.Module):
 
     def setup(self):
         c = self.config
-        vocabulary = partitioned(nn.initializers.normal(0.5), ("vocab", "embed"))
+        # A fresh table gives inputs of deviation 0.5.
+        vocabulary = partitioned(nn.initializers.normal(0.5 / _embedding_factor(c)), ("vocab", "embed"))
         self.embedding = self.param("embedding", vocabulary, (c.vocab_size, c.width), c.param_dtype)
-        self.blocks = scan_blocks(DecoderBlock, c.num_layers, c.remat)(c)
-        self.norm = rms_norm(c, c.norm_eps, None)
+        self.blocks = scan_blocks(DecoderBlock, c.num_layers, c.remat, (nn.broadcast, nn.broadcast, nn.broadcast, 0))(c)
+        self.norm = norm(c, None)
         if not c.tied_head:
             head = partitioned(nn.initializers.normal(0.02), ("embed", "vocab"))
             self.head = self.param("head", head, (c.width, c.vocab_size), c.param_dtype)
 
     def embed(self, ids: jax.Array) -> jax.Array:
         """int32[B, T], clipped to the vocabulary -> [B, T, E]. A gather: a one-hot product would copy the table."""
-        return self.embedding[jnp.clip(ids, 0, self.config.vocab_size - 1)].astype(self.config.dtype)
+        c = self.config
+        x = self.embedding[jnp.clip(ids, 0, c.vocab_size - 1)].astype(c.dtype)
+        return x * jnp.asarray(_embedding_factor(c), c.dtype) if c.scale_embeddings else x
 
     def __call__(self, x: jax.Array, positions: jax.Array, segments: jax.Array, key_ok: jax.Array) -> jax.Array:
         """Return the hidden states float[B, T, E] after the final norm.
@@ -258,24 +287,33 @@ class Decoder(nn.Module):
           x: float[B, T, E]; positions: int32[B, T], restarting in every segment.
           segments: int32[B, T], 0 = padding; key_ok: bool[B, T], false for keys that no query may see.
         """
+        c = self.config
         k_segments = jnp.where(key_ok | (segments == 0), segments, -1)
-        x, _ = self.blocks(x.astype(self.config.dtype), rope_table(positions, self.config), segments, k_segments)
+        layers = None if c.has_equal_layers else jnp.arange(c.num_layers)
+        x, _ = self.blocks(x.astype(c.dtype), rope_table(positions, c), segments, k_segments, layers)
         return self.norm(x)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float[..., E] -> float32[..., V]."""
-        kernel = self.embedding.T if self.config.tied_head else self.head
-        return head_logits(hidden, kernel, self.config.dtype, self.get_variable("params", "head_scale"))
+        c = self.config
+        kernel = self.embedding.T if c.tied_head else self.head
+        return head_logits(hidden, kernel, c.dtype, self.get_variable("params", "head_scale"), c.logit_softcap)
 
 
-def head_logits(hidden: jax.Array, kernel: jax.Array, dtype: str, scale: jax.Array | None = None) -> jax.Array:
-    """float[..., E] x [E, V] -> float32[..., V], multiplied in `dtype` and summed in float32.
+def _embedding_factor(config: DecoderConfig) -> float:
+    return config.width**0.5 if config.scale_embeddings else 1.0
+
+
+def head_logits(
+    hidden: jax.Array, kernel: jax.Array, dtype: str, scale: jax.Array | None = None, softcap: float | None = None
+) -> jax.Array:
+    """float[..., E] x [E, V] -> float32[..., V], multiplied in `dtype`, summed in float32, soft-capped.
 
     `scale` has the factors of an int8 kernel's columns, float32[V]; it is None for other kernels.
     """
     hidden, kernel = hidden.astype(dtype), kernel.astype(dtype)
     logits = jnp.matmul(hidden, kernel, precision=matmul_precision(dtype), preferred_element_type=jnp.float32)
-    return logits if scale is None else logits * scale
+    return soft_cap(logits if scale is None else logits * scale, softcap)
 
 
 # --- decoding with a cache --------------------------------------------------------------------------------------------
@@ -366,8 +404,8 @@ def _run_blocks(config, params, x, rope_positions, q_segments, k_segments, cache
     rope = rope_table(rope_positions, config)
 
     def block(block_params, x, cache, layer):
-        arguments = (x, rope, q_segments, k_segments, cache, layer, positions)
+        arguments = (x, rope, q_segments, k_segments, layer, cache, positions)
         return DecoderBlock(config).apply({"params": block_params}, *arguments)
 
     x, cache = cache.apply_blocks(block, params["blocks"], x.astype(config.dtype))
-    return rms_norm(config, config.norm_eps, None).apply({"params": params["norm"]}, x), cache
+    return norm(config, None).apply({"params": params["norm"]}, x), cache

@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # What a transformer block saves for the backward pass, from least to most memory. The names are those that the blocks
 # pass to `checkpoint_name`.
@@ -32,12 +33,15 @@ def matmul_precision(dtype: jax.typing.DTypeLike) -> jax.lax.Precision:
     return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
-def scan_blocks(block: type[nn.Module], length: int, remat: str):
+def scan_blocks(block: type[nn.Module], length: int, remat: str, in_axes=nn.broadcast):
     """Return a stack of `length` blocks as one scanned, rematerialised module.
 
-    Compile time does not grow with depth. The block is called as `block(config)(x, *broadcast) -> (x, None)`; its
+    Compile time does not grow with depth. The block is called as `block(config)(x, *arguments) -> (x, None)`; its
     parameters get a leading axis `layers`.
 
+    Args:
+      in_axes: one entry for all arguments or a tuple with one for each: `nn.broadcast`, or 0 for an array with one
+        value per block.
     Raises:
       ValueError: an unknown remat policy.
     """
@@ -49,7 +53,7 @@ def scan_blocks(block: type[nn.Module], length: int, remat: str):
         block,
         variable_axes={"params": 0},
         split_rngs={"params": True, "dropout": True},
-        in_axes=nn.broadcast,
+        in_axes=in_axes,
         length=length,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
@@ -58,19 +62,41 @@ def scan_blocks(block: type[nn.Module], length: int, remat: str):
 RESIDUAL = 0.5  # gain of a fresh kernel whose outputs are added to the residual stream
 NORM_EPS = 1e-5  # PyTorch's
 
+
+def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
+    """Return cap * tanh(x / cap), which stays below `cap` and is almost x for small x; x itself without a cap."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
 # (initialiser, logical axis names of its parameter) -> initialiser; runtime/sharding.py maps the names to mesh axes.
 partitioned: Callable[..., Callable[..., Any]] = nn.with_logical_partitioning
 
 
 class Dense(nn.DenseGeneral):
-    """A linear map; its outputs are multiplied by the parameter `scale` if there is one (int8 kernels)."""
+    """A linear map; its products are multiplied by the parameter `scale` if there is one (int8 kernels).
 
+    The bias is added after that, so `use_bias` of the base class is False.
+    """
+
+    bias_axes: tuple[str, ...] | None = None  # logical axis names of the bias; None: no bias
+
+    @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        return self.scaled(super().__call__(inputs))
+        products = super().__call__(inputs)
+        if self.bias_axes is not None:
+            init = partitioned(nn.initializers.zeros, self.bias_axes)
+            self.param("bias", init, jnp.shape(products)[-len(self.bias_axes) :], self.param_dtype)
+        return self.finished(products)
 
-    def scaled(self, outputs: jax.Array) -> jax.Array:
+    def finished(self, products: jax.Array) -> jax.Array:
+        """Return the outputs of products with the kernel: scaled and with the bias."""
         scale: jax.Array | None = self.get_variable("params", "scale")
-        return outputs if scale is None else outputs * scale.astype(outputs.dtype)
+        if scale is not None:
+            products = products * scale.astype(products.dtype)
+        if self.bias_axes is None:
+            return products
+        bias = jnp.asarray(nn.unbox(self.get_variable("params", "bias")), products.dtype)
+        return products + bias.reshape((1,) * (products.ndim - bias.ndim) + bias.shape)
 
 
 def dense(features, names, config, *, axis=-1, bias=False, gain=1.0, name=None) -> Dense:
@@ -79,12 +105,12 @@ def dense(features, names, config, *, axis=-1, bias=False, gain=1.0, name=None) 
     return Dense(
         features=features,
         axis=axis,
-        use_bias=bias,
+        use_bias=False,
+        bias_axes=(*names[len(names) - np.size(features) : -1], "bias") if bias else None,
         dtype=config.dtype,
         param_dtype=config.param_dtype,
         precision=matmul_precision(config.dtype),
         kernel_init=partitioned(init, names),
-        bias_init=partitioned(nn.initializers.zeros, ("bias",)),
         dot_general=matrix_product,
         name=name,
     )
@@ -108,8 +134,27 @@ def layer_norm(config, name: str) -> nn.LayerNorm:
     return _norm(nn.LayerNorm, config, NORM_EPS, name, use_fast_variance=False, bias_init=zeros)
 
 
-def rms_norm(config, eps: float, name: str | None) -> nn.RMSNorm:
+def rms_norm(config, eps: float, name: str | None, *, unit_offset: bool = False) -> nn.Module:
+    """Return an RMSNorm that multiplies by its scale, or by 1 + scale with `unit_offset`."""
+    if unit_offset:
+        return OffsetRMSNorm(eps, config.dtype, config.param_dtype, name=name)
     return _norm(nn.RMSNorm, config, eps, name)
+
+
+class OffsetRMSNorm(nn.Module):
+    """RMSNorm times 1 + scale, in float32: a bfloat16 sum would lose the low bits of a small scale."""
+
+    epsilon: float
+    dtype: str
+    param_dtype: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = partitioned(nn.initializers.zeros, ("embed",))
+        scale = self.param("scale", init, x.shape[-1:], self.param_dtype)
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
+        return (x * (1 + scale.astype(jnp.float32))).astype(self.dtype)
 
 
 def _norm(kind, config, eps: float, name: str | None, **options):

@@ -37,11 +37,12 @@ def radfm_loss(
         float32[B, T] as used.
     """
     hidden, out = model.apply({"params": params}, batch, deterministic=rngs is None, rngs=rngs, method=RadFM.hidden)
-    llama, dtype = params["llama"], model.config.llama.dtype
-    kernel = llama["embedding"].T if model.config.llama.tied_head else llama["head"]
+    llama, c = params["llama"], model.config.llama
+    kernel = llama["embedding"].T if c.tied_head else llama["head"]
     weights = token_weights(batch["weights"], batch["segments"], weighting=weighting, normalise=normalise)
     with jax.named_scope("loss"):
-        losses, correct = token_losses(hidden, kernel, batch["targets"], weights > 0, dtype=dtype, chunk=chunk)
+        options = {"dtype": c.dtype, "chunk": chunk, "softcap": c.logit_softcap}
+        losses, correct = token_losses(hidden, kernel, batch["targets"], weights > 0, **options)
         # Only samples with a voxel that is not finite get a NaN loss (models/radfm.py).
         losses = jnp.where(out["nonfinite_tokens"] & (weights > 0), jnp.nan, losses)
     total = jnp.sum(jnp.where(weights > 0, weights * losses, 0.0))
@@ -64,8 +65,9 @@ def token_weights(weights: jax.Array, segments: jax.Array, *, weighting: str, no
 
 
 def token_losses(
-    hidden: jax.Array, kernel: jax.Array, targets: jax.Array, active: jax.Array, *, dtype="float32", chunk=256
-) -> tuple[jax.Array, jax.Array]:
+    hidden: jax.Array, kernel: jax.Array, targets: jax.Array, active: jax.Array, *, dtype: str = "float32",
+    chunk: int = 256, softcap: float | None = None,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """Return the cross-entropy of each active position, and whether the most likely token is the target.
 
     Each device sorts its active positions to the front and loops over chunks of them. So it needs memory for the
@@ -74,6 +76,7 @@ def token_losses(
     Args:
       hidden: float[B, T, E]; kernel: [E, V]; targets: int32[B, T]; active: bool[B, T].
       chunk: number of positions per device whose logits are materialized at once.
+      softcap: soft cap of the logits (`decoder.head_logits`).
     Returns:
       float32[B, T] and bool[B, T], 0 and false where inactive.
     """
@@ -81,7 +84,7 @@ def token_losses(
     def local(hidden, kernel, targets, active):
         b, t, e = hidden.shape
         flat = (hidden.reshape(b * t, e), kernel, targets.reshape(-1), active.reshape(-1))
-        losses, correct = _chunked(min(chunk, b * t), dtype, *flat)
+        losses, correct = _chunked(min(chunk, b * t), dtype, softcap, *flat)
         return losses.reshape(b, t), correct.reshape(b, t)
 
     mesh = jax.sharding.get_abstract_mesh()
@@ -96,10 +99,10 @@ def token_losses(
     return sharded(hidden, kernel, targets, active)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _chunked(chunk: int, dtype: str, hidden, kernel, targets, active):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _chunked(chunk: int, dtype: str, softcap: float | None, hidden, kernel, targets, active):
     """[N, E], [E, V], [N], [N] -> losses float32[N], correct bool[N]."""
-    return _forward(chunk, dtype, hidden, kernel, targets, active)[0]
+    return _forward(chunk, dtype, softcap, hidden, kernel, targets, active)[0]
 
 
 def _loop_over_chunks(chunk: int, active: jax.Array, body, carry):
@@ -119,9 +122,9 @@ def _loop_over_chunks(chunk: int, active: jax.Array, body, carry):
 take = functools.partial(jnp.take, axis=0, mode="fill", fill_value=0)
 
 
-def _forward(chunk, dtype, hidden, kernel, targets, active):
+def _forward(chunk, dtype, softcap, hidden, kernel, targets, active):
     def body(positions, carry):
-        logits = head_logits(take(hidden, positions), kernel, dtype)
+        logits = head_logits(take(hidden, positions), kernel, dtype, softcap=softcap)
         target = take(targets, positions)
         maximum = logits.max(axis=-1)
         log_sum = jnp.log(jnp.exp(logits - maximum[:, None]).sum(axis=-1))
@@ -135,7 +138,7 @@ def _forward(chunk, dtype, hidden, kernel, targets, active):
     return (losses, correct), (hidden, kernel, targets, active, normaliser)
 
 
-def _backward(chunk, dtype, saved, cotangents):
+def _backward(chunk, dtype, softcap, saved, cotangents):
     hidden, kernel, targets, active, normaliser = saved
     weight, _ = cotangents
 
@@ -143,9 +146,12 @@ def _backward(chunk, dtype, saved, cotangents):
         d_hidden, d_kernel = carry
         h = take(hidden, positions)
         maximum, log_sum = (take(x, positions)[:, None] for x in normaliser)
-        probabilities = jnp.exp(head_logits(h, kernel, dtype) - maximum - log_sum)
+        logits = head_logits(h, kernel, dtype, softcap=softcap)
+        probabilities = jnp.exp(logits - maximum - log_sum)
         target = jax.nn.one_hot(take(targets, positions), kernel.shape[1], dtype=jnp.float32)
         d_logits = (probabilities - target) * take(weight, positions)[:, None]
+        if softcap is not None:
+            d_logits *= 1 - (logits / softcap) ** 2  # the derivative of tanh
         d_hidden = d_hidden.at[positions].set(head_logits(d_logits, kernel.T, dtype).astype(h.dtype), mode="drop")
         return d_hidden, d_kernel + head_logits(h.T, d_logits.astype(dtype), dtype)
 

@@ -1,6 +1,7 @@
 """Tile attention for CPUs in plain XLA: skips tiles in which no query sees a key, and never builds a T x U array.
 
 A row packed with many samples has few active tiles: a quarter of the causal tiles for 2,048 tokens in samples of 150.
+A sliding window has few too.
 On an accelerator each loop step would launch one or more kernels, so only CPUs use it.
 
 Letters: B rows, T query tokens, U key tokens, H query heads, G key/value heads, K head width; C, D queries and keys
@@ -10,35 +11,46 @@ of a tile; I = T / C, J = U / D tiles per row each way; X = C H / G queries that
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from radfm_jax.models.kernels.sharded import run_per_device
-from radfm_jax.models.layers import matmul_precision
+from radfm_jax.models.layers import matmul_precision, soft_cap
 
 TILE = 256
 LOWEST = jnp.finfo(jnp.float32).min
 
 
-def tiled_attention(q, k, v, q_segments, k_segments, *, causal: bool) -> jax.Array:
+class Form(NamedTuple):
+    """Options of `attention.attention`."""
+
+    causal: bool
+    window: int
+    scale: float
+    softcap: float | None
+
+
+def tiled_attention(q, k, v, q_segments, k_segments, *, causal: bool, window=0, scale=None, softcap=None) -> jax.Array:
     """Apply `attend_in_tiles` to each device's rows and heads."""
+    form = Form(causal, window, q.shape[-1] ** -0.5 if scale is None else scale, softcap)
     arrays = (jnp.asarray(x) for x in (q, k, v, q_segments, k_segments))
-    return run_per_device(lambda *local: attend_in_tiles(*local, causal), *arrays)
+    return run_per_device(lambda *local: attend_in_tiles(*local, form), *arrays)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def attend_in_tiles(q, k, v, q_segments, k_segments, causal: bool) -> jax.Array:
+def attend_in_tiles(q, k, v, q_segments, k_segments, form: Form) -> jax.Array:
     """Compute attention as `attention.attention` does, for T and U that are multiples of 128.
 
     A query that sees no key gets zeros; a padding query (segment 0) may get zeros.
     """
-    return _forward(q, k, v, q_segments, k_segments, causal)[0]
+    return _forward(q, k, v, q_segments, k_segments, form)[0]
 
 
-def _forward(q, k, v, q_segments, k_segments, causal):
-    tiles = _Tiles(q, k, q_segments, k_segments, causal)
+def _forward(q, k, v, q_segments, k_segments, form):
+    tiles = _Tiles(q, k, q_segments, k_segments, form)
     queries, keys, values = tiles.split_queries(q), tiles.split_keys(k), tiles.split_keys(v)
 
     def step(query, key, carry):
@@ -60,9 +72,9 @@ def _forward(q, k, v, q_segments, k_segments, causal):
     return out, (q, k, v, q_segments, k_segments, out, normaliser)
 
 
-def _backward(causal, saved, gradient):
+def _backward(form, saved, gradient):
     q, k, v, q_segments, k_segments, out, normaliser = saved
-    tiles = _Tiles(q, k, q_segments, k_segments, causal)
+    tiles = _Tiles(q, k, q_segments, k_segments, form)
     queries, keys, values = tiles.split_queries(q), tiles.split_keys(k), tiles.split_keys(v)
     gradients = tiles.split_queries(gradient)
     mean_gradient = (gradients.astype(jnp.float32) * tiles.split_queries(out)).sum(axis=-1)
@@ -72,7 +84,10 @@ def _backward(causal, saved, gradient):
         scores, allowed = tiles.scores(queries, keys, query, key)
         weights = jnp.where(allowed, jnp.exp(scores - normaliser[query][..., None]), 0.0)
         d_weights = tiles.product("gxk,gdk->gxd", gradients[query], values[key])
-        d_scores = (weights * (d_weights - mean_gradient[query][..., None]) * tiles.scale).astype(q.dtype)
+        d_scores = weights * (d_weights - mean_gradient[query][..., None]) * form.scale
+        if form.softcap is not None:
+            d_scores *= 1 - jnp.clip(scores / form.softcap, -1, 1) ** 2  # masked scores are LOWEST: 0, not infinity
+        d_scores = d_scores.astype(q.dtype)
         return (
             d_queries.at[query].add(tiles.product("gxd,gdk->gxk", d_scores, keys[key])),
             d_keys.at[key].add(tiles.product("gxd,gxk->gdk", d_scores, queries[query])),
@@ -90,10 +105,10 @@ attend_in_tiles.defvjp(_forward, _backward)
 class _Tiles:
     """The tiles of all rows, and the list of active pairs of a query tile and a key tile."""
 
-    def __init__(self, q, k, q_segments, k_segments, causal: bool):
-        b, t, h, width = q.shape
+    def __init__(self, q, k, q_segments, k_segments, form: Form):
+        b, t, h, _ = q.shape
         u, self.heads = k.shape[1:3]
-        self.causal, self.group, self.scale = causal, h // self.heads, width**-0.5
+        self.form, self.group = form, h // self.heads
         self.precision = matmul_precision(q.dtype)
         self.c, self.d = (TILE if n % TILE == 0 else 128 for n in (t, u))
         self.i, self.j = t // self.c, u // self.d
@@ -104,8 +119,11 @@ class _Tiles:
         )
         active = (low_q[:, :, None] <= high_k[:, None]) & (low_k[:, None] <= high_q[:, :, None])
         active &= high_q[:, :, None] > 0  # outputs of padding queries are never read
-        if causal:
-            active &= jnp.arange(self.j) * self.d < (jnp.arange(self.i)[:, None] + 1) * self.c
+        if form.causal:
+            first_key, query = jnp.arange(self.j) * self.d, jnp.arange(self.i)[:, None]
+            active &= first_key < (query + 1) * self.c
+            if form.window:
+                active &= query * self.c - (first_key + self.d - 1) < form.window
         self.count = active.sum()
         self.order = jnp.argsort(~active.reshape(-1), stable=True)
 
@@ -139,9 +157,13 @@ class _Tiles:
     def scores(self, queries, keys, query, key):
         """Return float32[G, X, D] scores, LOWEST where masked, and the mask bool[X, D]."""
         allowed = self.q_segments[query][:, None] == self.k_segments[key]
-        if self.causal:
+        form = self.form
+        if form.causal:
             first_query, first_key = query % self.i * self.c, key % self.j * self.d
-            allowed &= first_key + jnp.arange(self.d) <= first_query + jnp.arange(self.c)[:, None]
+            at_key, at_query = first_key + jnp.arange(self.d), first_query + jnp.arange(self.c)[:, None]
+            allowed &= at_key <= at_query
+            if form.window:
+                allowed &= at_query - at_key < form.window
         allowed = jnp.tile(allowed, (self.group, 1))
-        scores = self.product("gxk,gdk->gxd", queries[query], keys[key]) * self.scale
+        scores = soft_cap(self.product("gxk,gdk->gxd", queries[query], keys[key]) * form.scale, form.softcap)
         return jnp.where(allowed, scores, LOWEST), allowed
