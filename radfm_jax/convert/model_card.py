@@ -14,9 +14,8 @@ def model_card(config: RadFMConfig, part: str, parameters: int, hf: dict) -> str
     hf: the config.json of the export.
     """
     llm, preparation = config.llama, hf.get(KEY)
-    text = (
-        f"Language model: {llm.num_layers} layers, width {llm.width}, {llm.num_heads} heads, vocabulary {llm.vocab_size}"
-    )
+    sizes_of_llm = f"{llm.num_layers} layers, width {llm.width}, {llm.num_heads} heads, vocabulary {llm.vocab_size}"
+    text = f"Language model: {sizes_of_llm}"
     if part == "llama":
         title, sizes = "Language model of a RadFM", [text]
         loaded = f"transformers.{hf['architectures'][0]}.from_pretrained(folder)"

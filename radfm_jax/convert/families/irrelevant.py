@@ -23,10 +23,10 @@ IRRELEVANT = {
         RESULTS: "output_attentions output_hidden_states return_dict chunk_size_feed_forward torchscript",
         HEADS: "num_labels id2label label2id problem_type finetuning_task task_specific_params",
         RECORD: """
-            transformers_version transformers.js_config architectures model_type name_or_path _name_or_path _model_name_or_path _commit_hash
-            torch_dtype dtype use_bfloat16 tf_legacy_loss _attn_implementation _attn_implementation_autoset
-            _attn_implementation_internal _experts_implementation_internal base_model_tp_plan unsloth_version
-            unsloth_fixed""",
+            transformers_version transformers.js_config architectures model_type name_or_path _name_or_path
+            _model_name_or_path _commit_hash torch_dtype dtype use_bfloat16 tf_legacy_loss _attn_implementation
+            _attn_implementation_autoset _attn_implementation_internal _experts_implementation_internal
+            base_model_tp_plan unsloth_version unsloth_fixed""",
     }.items()
 }
 # Keys of encoders and decoders of older versions: with these values, the model is a plain decoder.
