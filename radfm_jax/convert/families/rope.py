@@ -67,7 +67,7 @@ def flat_rope(context: int, theta: float = 10000.0) -> Group:
         _check_whole(rotary_share)
         return {"rope_theta": base, "rope_scaling": scaling}
 
-    return Group(keys, read, lambda config, source: {"rope_theta": config.rope_theta, **_written(config)})
+    return Group(keys, read, lambda config, source: _written(config, _record(source), source.get(CONTEXT) or context))
 
 
 def phi_rope(context: int) -> Group:
@@ -78,24 +78,25 @@ def phi_rope(context: int) -> Group:
     keys = dict(flat_rope(context).keys)
     keys[ORIGINAL] = (context, Size)
 
-    def read(values: Values) -> Fields:
-        record = dict(_record(values))
+    def record_of(values: Values) -> dict[str, Any]:
+        record = _record(values)
         if (kind := _kind(record)) in ("su", "yarn"):  # names of LongRoPE in older files
             record = {**record, "rope_type": "longrope", "type": "longrope"}
-        if kind not in (None, "default"):
-            record[ORIGINAL] = values[ORIGINAL]  # transformers prefers the one at the top level
-        base, scaling, rotary_share = _read(record, values, ("longrope",))
+        # transformers prefers the original context at the top level
+        return record if kind in (None, "default") else {**record, ORIGINAL: values.get(ORIGINAL, context)}
+
+    def read(values: Values) -> Fields:
+        base, scaling, rotary_share = _read(record_of(values), values, ("longrope",))
         return {"rope_theta": base, "rope_scaling": scaling, "rotary_share": rotary_share}
 
     def write(config: DecoderConfig, source: Values) -> dict[str, Any]:
-        written = {"rope_theta": config.rope_theta, "partial_rotary_factor": config.rotary_share, **_written(config)}
+        written = {
+            "partial_rotary_factor": config.rotary_share,
+            **_written(config, record_of(source), source.get(CONTEXT) or context),
+        }
         if (scaling := config.rope_scaling) is not None:
             written[ORIGINAL] = scaling.original_context
-            theirs = _record(source) if source else {}
-            if as_tuple(theirs.get("short_factor")) == scaling.channel_factors:  # keep the list for long contexts
-                written["rope_scaling"] = {key: x for key, x in theirs.items() if key not in written}
-            else:
-                written["rope_scaling"]["long_factor"] = list(scaling.channel_factors)
+            written["rope_scaling"].setdefault("long_factor", list(scaling.channel_factors))
         return written
 
     return Group(keys, read, write)
@@ -110,13 +111,18 @@ def gemma3_rope(context: int, theta: float = 1e6, local_theta: float = 1e4) -> G
     # transformers reads `truncate` of YaRN from another place for nested records.
     kinds = ("linear", "llama3")
 
+    def full_record(values: Values) -> dict[str, Any]:
+        nested = _as_record(values.get("rope_parameters"), "rope_parameters")
+        full = _as_record(nested.get("full_attention"), "rope_parameters.full_attention")
+        return full | _as_record(values.get("rope_scaling"), "rope_scaling")
+
     def read(values: Values) -> Fields:
-        nested = values["rope_parameters"] or {}
+        nested = _as_record(values["rope_parameters"], "rope_parameters")
         layer_types = ("full_attention", "sliding_attention")
         if unknown := [key for key in nested if key not in layer_types]:
             raise ValueError(f"rope_parameters has {', '.join(unknown)}: its keys must be {' and '.join(layer_types)}")
-        full, sliding = (_as_record(nested.get(name), f"rope_parameters.{name}") for name in layer_types)
-        base, scaling, rotary_share = _read(full | _as_record(values["rope_scaling"], "rope_scaling"), values, kinds)
+        sliding = _as_record(nested.get("sliding_attention"), "rope_parameters.sliding_attention")
+        base, scaling, rotary_share = _read(full_record(values), values, kinds)
         local = {**values, "rope_theta": values["rope_local_base_freq"]}
         local_base, _, local_share = _read(sliding, local, ())
         _check_whole(min(rotary_share, local_share))
@@ -124,7 +130,7 @@ def gemma3_rope(context: int, theta: float = 1e6, local_theta: float = 1e4) -> G
         return {"rope_theta": base, "rope_scaling": scaling, "local_rope_theta": None if is_same else local_base}
 
     def write(config: DecoderConfig, source: Values) -> dict[str, Any]:
-        written = {"rope_theta": config.rope_theta, **_written(config)}
+        written = _written(config, full_record(source), source.get(CONTEXT) or context)
         if config.sliding_layers:
             written["rope_local_base_freq"] = config.local_rope_theta or config.rope_theta
         return written
@@ -199,13 +205,21 @@ def _scaling(kind: str, record: Mapping, context: int) -> RopeScaling:
     return RopeScaling(kind=kind, **stated)
 
 
-def _written(config: DecoderConfig) -> dict[str, Any]:
-    """Return rope_scaling in the old spelling."""
-    if (scaling := config.rope_scaling) is None:
-        return {"rope_scaling": None}
-    stated = {key: getattr(scaling, field) for key, field in FIELDS[scaling.kind].items()}
-    values = {key: list(x) if isinstance(x, tuple) else x for key, x in stated.items() if x is not None}
-    return {"rope_scaling": {"rope_type": scaling.kind, **values}}
+def _written(config: DecoderConfig, record: Mapping, context: int) -> dict[str, Any]:
+    """Return rope_theta and rope_scaling. The record of the source is kept if it states the same scaling.
+
+    `context` is the source's max_position_embeddings.
+    """
+    scaling, written = config.rope_scaling, {"rope_theta": config.rope_theta, "rope_scaling": None}
+    if scaling is None:
+        return written
+    if _kind(record) == scaling.kind and _scaling(scaling.kind, record, context) == scaling:
+        stated = {key: x for key, x in record.items() if key not in ("rope_theta", "partial_rotary_factor")}
+    else:
+        stated = {key: getattr(scaling, field) for key, field in FIELDS[scaling.kind].items()}
+        stated = {"rope_type": scaling.kind, **{key: x for key, x in stated.items() if x is not None}}
+    values = {key: list(x) if isinstance(x, tuple) else x for key, x in stated.items()}
+    return written | {"rope_scaling": values}
 
 
 def _check_whole(rotary_share: float) -> None:
