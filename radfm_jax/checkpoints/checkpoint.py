@@ -39,6 +39,7 @@ DESCRIPTION, MANIFEST, PARAMS, TOKENIZER = "radfm.json", "manifest.json", "param
 UNUSED = "unused.safetensors"
 TOKENIZERS = (TOKENIZER, *HUGGING_FACE_FILES)
 EXTRA_FILES = (*TOKENIZERS, UNUSED)
+ABSENT = "absent"  # key of radfm.json: parameters of its parts that a checkpoint does not have
 FORMAT = 1
 CHUNK_BYTES = 32 * 2**20
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}

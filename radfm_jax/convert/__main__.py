@@ -99,6 +99,8 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     sub.add_argument("--vision", metavar="DIR", help="folder of a vision encoder: SigLIP, DINOv2, or a model that has "
                      "a SigLIP")  # fmt: skip
+    sub.add_argument("--image-size", metavar="N", type=int, help="side of the encoder's scans in pixels; its positions "
+                     "are interpolated (default: that of the folder)")  # fmt: skip
     command(
         "to-hf", "language model of a checkpoint directory -> Hugging Face folder",
         "checkpoint directory of a RadFM or of a language model", "folder to create", aliases=("to-llama",),
@@ -164,7 +166,9 @@ def _convert(args: argparse.Namespace, console: Console) -> int:
         if args.command.startswith("from"):
             config = model_config.read_config(args.config) if args.config else None
             options = {"config": config, "tokenizer": args.tokenizer, "unused": getattr(args, "unused", "drop")}
-            options |= {"trim_vocabulary": args.trim_vocabulary, "vision": getattr(args, "vision", None)}
+            options["trim_vocabulary"] = args.trim_vocabulary
+            if part == "llama":
+                options |= {"vision": args.vision, "image_size": args.image_size}
             report = from_torch.from_torch(args.src, args.dst, verify=not args.no_verify, **options, **common)
         else:
             src = run_directory.select_checkpoint(args.src)

@@ -25,6 +25,7 @@ def from_torch(
     *,
     part: str = "radfm",  # what `src` must be: `radfm`, or `llama` for a Hugging Face folder of a language model
     vision=None,  # Hugging Face folder of a vision encoder; with it, `src` may be None
+    image_size: int | None = None,  # of the vision encoder, if not that of the file
     config: dict | None = None,  # from model_config.read_config, for sizes that tensor shapes do not show
     tokenizer=None,  # SentencePiece model; default: the tokenizer next to `src`
     trim_vocabulary: bool = False,  # drop the rows of the vocabulary that the tokenizer lacks
@@ -41,6 +42,8 @@ def from_torch(
         raise ValueError(f"{dst} exists: choose another name or remove it first")
     if src is None and vision is None:
         raise ValueError("nothing to convert: pass the folder of a language model, --vision DIR, or both")
+    if image_size is not None and vision is None:
+        raise ValueError("--image-size is the size of a vision encoder: pass --vision")
     files = TokenizerFiles.of(src, tokenizer, part) if src is not None else TokenizerFiles()
     if trim_vocabulary and files.size is None:
         raise ValueError(f"--trim-vocabulary needs the tokenizer: {files.main} does not exist; pass --tokenizer")
@@ -55,7 +58,7 @@ def from_torch(
         if vision is not None:
             from radfm_jax.convert.vision_source import VisionWeights
 
-            models.append(stack.enter_context(VisionWeights(vision, **options)))
+            models.append(stack.enter_context(VisionWeights(vision, image_size=image_size, **options)))
         for model in models:
             model.check()
         if isinstance(models[0], TorchModel):
@@ -91,6 +94,8 @@ def _write(models: list[Weights], dst: Path, kept: dict[str, TensorInfo], files:
         if models[0].part == "radfm" and not kept:
             infos = models[0].reader.infos
             source["unused"] = {n: [list(infos[n].shape), infos[n].dtype.name] for n in models[0].unused}
+        if absent := [path for model in models for path in model.absent]:
+            fields[checkpoint.ABSENT] = absent
         part = "+".join(model.part for model in models)
         checkpoint.write_description(directory, part, sizes, source=source, **fields)
         progress.stage("hashing", None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,7 @@ class Weights(contextlib.AbstractContextManager):
     sources: dict[str, str]  # tensor of an entry -> its name in the file
     shapes: Shapes  # by parameter path
     unused: list[str]  # names of tensors that the model does not read
+    absent: Sequence[str] = ()  # paths of parameters that no source has
     notes: list[str]  # lines for the report
     remark = ""  # about the origin of the sizes, for errors
 
