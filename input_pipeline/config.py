@@ -29,6 +29,7 @@ from input_pipeline.files import nearest
 from input_pipeline.images.augment import FLIPS
 from input_pipeline.images.intensity import parse_intensity, setting_text
 from input_pipeline.images.planes import CHANNELS, FITS, MODES, STORAGE, Sizes
+from input_pipeline.text.tokens import TEMPLATES
 from input_pipeline.text.vocabularies import SEMANTIC_TYPES, bad_semantic_types
 
 SPLITS = ("train", "validation", "test")
@@ -52,7 +53,12 @@ class DataConfig:
     validation_share: Annotated[float, at_least(0), at_most(0.5)] = 0.0
     validation_seed: Count = 0
     index: str = ""  # the directory that `prepare` wrote
-    tokenizer: str = ""  # a SentencePiece model file
+    # A SentencePiece model file, a tokenizer.json of Hugging Face, or a folder with one.
+    tokenizer: str = ""
+    # Number of ids of the model (`model.llama.vocab_size`), if it has more than the tokenizer; 0: as many.
+    vocab_size: Count = 0
+    # Form of a conversation: `radfm` joins the texts, `chat` uses the chat template of the tokenizer (docs/tokenizers.md).
+    template: Annotated[str, one_of(TEMPLATES)] = "radfm"
     # The source of medical terms: `open` (HPO, ICD-10-CM and a radiology list), `umls:DIR` (a directory with
     # MRCONSO.RRF and, for umls_types, MRSTY.RRF), `scispacy:MODEL` or `none`.
     terms: str = "open"
@@ -116,6 +122,8 @@ class DataConfig:
         if bad := bad_semantic_types(self.umls_types):
             yield f"data.umls_types: {bad}"
         if self.preprocess == "released":
+            if self.template != "radfm":
+                yield "data.preprocess='released' needs data.template='radfm'"
             if self.storage != "float32":
                 yield "data.preprocess='released' needs data.storage='float32'"
             if self.records or self.flips or self.fit != "stretch":

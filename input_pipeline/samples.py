@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal, get_args
 
-Role = Literal["context", "instruction", "response", "interleaved"]
+Role = Literal["context", "instruction", "response", "interleaved", "system"]
 Task = Literal["modality", "diagnosis", "vqa", "report", "rationale", "interleaved"]
 ROLES: tuple[str, ...] = get_args(Role)
 TASKS: tuple[str, ...] = get_args(Task)
@@ -16,7 +16,8 @@ class Text:
     """A piece of text.
 
     `context` is shortened first if a sample is too long; `instruction` is the user's question; `response` is the target
-    of training; `interleaved` text is a target throughout (paper, equations 3 and 4).
+    of training; `interleaved` text is a target throughout (paper, equations 3 and 4). `system` text comes first, says
+    how to answer, and is never shortened.
     """
 
     text: str

@@ -14,8 +14,8 @@ from input_pipeline.datasets import Dataset, open_dataset, sample_rng
 from input_pipeline.datasets.json_tables import json_lines_cache
 from input_pipeline.samples import Sample, Scan
 from input_pipeline.text.terms import TermFinder
-from input_pipeline.text.tokenizer import Tokenizer
-from input_pipeline.text.tokens import Encoded, Mode, encode
+from input_pipeline.text.tokenizer import Tokenizer, load_tokenizer
+from input_pipeline.text.tokens import Encoded, Mode, Template, encode
 from input_pipeline.text.vocabularies import SEMANTIC_TYPES, open_terms, scispacy_terms, umls_terms
 
 
@@ -97,7 +97,8 @@ def encode_row(
         parts = tuple(scans[part] if isinstance(part, Scan) else part for part in sample.parts)
         sample = dataclasses.replace(sample, parts=parts)
     limits = {"max_scans": config.max_scans, "num_latents": config.num_latents, "max_tokens": config.text_length}
-    return sample, encode(sample, tokenizer, terms, **limits, mode=cast(Mode, config.preprocess), rng=rng)
+    form = {"mode": cast(Mode, config.preprocess), "template": cast(Template, config.template)}
+    return sample, encode(sample, tokenizer, terms, **limits, **form, rng=rng)
 
 
 def rows_shown(name: str, dataset: Dataset, rows: np.ndarray, seed: int) -> dict[int, int]:
@@ -128,10 +129,19 @@ class NoTerms:
 
 
 def tokenizer_of(config: DataConfig) -> Tokenizer:
-    """Open the tokenizer that `data.tokenizer` names."""
+    """Open the tokenizer that `data.tokenizer` names. Raises ValueError if it does not fit `data.template`."""
     if not config.tokenizer:
-        raise ValueError("data.tokenizer is empty: pass a SentencePiece model, --config.data.tokenizer=tokenizer.model")
+        raise ValueError(
+            "data.tokenizer is empty: pass a SentencePiece model or a folder with a tokenizer.json, "
+            "--config.data.tokenizer=tokenizer.model"
+        )
     try:
-        return Tokenizer(config.tokenizer)
+        tokenizer = load_tokenizer(config.tokenizer, vocab_size=config.vocab_size or None)
     except ValueError as error:
         raise ValueError(f"data.tokenizer: {error}") from None
+    if config.template == "chat":
+        try:
+            _ = tokenizer.chat.end_id
+        except ValueError as error:
+            raise ValueError(f"data.template='chat': {error}") from None
+    return tokenizer

@@ -22,7 +22,7 @@ from convert_parts import SMALL, only_source, save_bin, state_of, write_sizes
 
 import radfm_jax
 from radfm_jax.checkpoints import checkpoint
-from radfm_jax.convert import model_config, table, torch_source
+from radfm_jax.convert import model_config, table, weights
 from radfm_jax.convert.from_torch import from_torch
 from radfm_jax.convert.tensor_files import open_tensors
 from radfm_jax.convert.to_torch import to_torch
@@ -148,7 +148,7 @@ def test_unused_tensors_at_released_size():
 
 
 def test_large_tensors_are_read_in_blocks_of_rows(small_checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch_source, "BLOCK_BYTES", 100)
+    monkeypatch.setattr(weights, "BLOCK_BYTES", 100)
     from_torch(save_bin(tmp_path / "small.bin", state_of()), tmp_path / "checkpoint")
     first, second = (checkpoint.ParamReader(d) for d in (small_checkpoint, tmp_path / "checkpoint"))
     assert all(np.array_equal(first.read(k), second.read(k)) for k in first.shapes)
@@ -391,7 +391,7 @@ def test_llama_folder_and_back(variant, tmp_path):
         np.testing.assert_array_equal(again(torch.from_numpy(ids)).logits.numpy(), logits(ids))
     with pytest.raises(ValueError, match="has only the part 'llama'"):
         radfm_jax.load(tmp_path / "checkpoint")
-    with pytest.raises(ValueError, match="language model alone.: use `from-llama`"):
+    with pytest.raises(ValueError, match="language model alone.: use `from-hf`"):
         from_torch(tmp_path / "hf", tmp_path / "other")
 
 

@@ -53,7 +53,7 @@ def test_a_language_model_alone(prefix, tmp_path):
     entries = table.entries(SMALL, "llama")
     state = {prefix + e.name: np.ones(e.torch_shape, np.float32) for e in entries}
     path = save_bin(tmp_path / "x.bin", state, config=None)
-    with pytest.raises(ValueError, match="has the tensors of a llama .a language model alone.: use `from-llama`"):
+    with pytest.raises(ValueError, match="has the tensors of a llama .a language model alone.: use `from-hf`"):
         from_torch(path, tmp_path / "checkpoint")
     write_sizes(path)
     from_torch(path, tmp_path / "checkpoint", part="llama")

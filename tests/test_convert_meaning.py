@@ -191,7 +191,7 @@ def test_released_vision_with_another_language_model():
     assert (sizes.vision, sizes.llama.norm_eps, sizes.llama.rope_theta) == (radfm.radfm_14b().vision, 1e-5, 5e5)
     for other, words in (
         ({"hidden_act": "gelu"}, "activation 'gelu'"),
-        ({"model_type": "mistral"}, "describes a 'mistral'"),
+        ({"model_type": "mixtral"}, "model_type 'mixtral' is not supported .did you mean mistral"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
     ):
         with pytest.raises(ValueError, match=words):

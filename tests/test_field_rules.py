@@ -23,7 +23,7 @@ from input_pipeline.field_rules import (
     share,
     unknown_fields,
 )
-from radfm_jax.convert import llama_config, model_config
+from radfm_jax.convert import hf_config, model_config
 from radfm_jax.evaluate.radbench import Benchmark
 from radfm_jax.inference.inputs import Preparation
 from radfm_jax.models.decoder import DecoderConfig, RopeScaling
@@ -227,10 +227,10 @@ def test_round_trip_of_an_experiment():
 def test_hostile_sizes_of_a_hugging_face_config(tmp_path, key, value):
     import json
 
-    config = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-              "num_attention_heads": 4}  # fmt: skip
+    config = {"model_type": "llama", "vocab_size": 96, "hidden_size": 32, "intermediate_size": 64,
+              "num_hidden_layers": 2, "num_attention_heads": 4}  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
     with pytest.raises(ValueError, match=f"config.json: {key} must be"):
-        model_config.read_config(tmp_path / "config.json")
+        hf_config.decoder_from_hf(model_config.read_config(tmp_path / "config.json"), tmp_path / "config.json")
     (tmp_path / "config.json").write_text(json.dumps(config | {"rope_theta": None}))
-    assert llama_config.llama_from_hf(model_config.read_config(tmp_path / "config.json"), "x").head_dim == 8
+    assert hf_config.decoder_from_hf(model_config.read_config(tmp_path / "config.json"), "x").head_dim == 8

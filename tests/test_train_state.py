@@ -129,13 +129,14 @@ def test_init_from_a_step_with_other_frozen_parts(tmp_path):
     now = state(9, mesh(fsdp=8))
     now["params"] |= now.pop("frozen")  # no part is frozen any more
     now["frozen"] = {}
-    now["params"]["vit"]["new"] = now["skipped"]
+    now["params"]["bridge"] = {"new": now["skipped"]}
     now["params"]["vit"]["latents"] = now["params"]["vit"]["latents"].astype(jnp.bfloat16)
     params, report = train_state.init_from(latest(tmp_path), now)
     old = values(1)
-    assert report.new == ("vit/new",) and len(report.loaded) == 4 and report.unused == ()
+    assert report.new == ("bridge/new",) and len(report.loaded) == 4 and report.unused == ()
     assert report.cast == {"vit/latents": "float32 -> bfloat16"}
-    assert "vit: 2 loaded, 1 new" in str(report) and "float32 -> bfloat16: 1 arrays" in str(report)
+    assert "bridge: 0 loaded, 1 new" in str(report) and "vit: 2 loaded, 0 new" in str(report)
+    assert "float32 -> bfloat16: 1 arrays" in str(report)
     assert set(params) == set(report.loaded)
     assert np.asarray(params["llama/kernel"]).tobytes() == old["frozen"]["llama"]["kernel"].tobytes()
     assert params["llama/kernel"].sharding == now["params"]["llama"]["kernel"].sharding
@@ -146,24 +147,49 @@ def test_init_from_a_step_with_other_frozen_parts(tmp_path):
     assert numbers.sum() > 70
 
 
+def write_parts(folder, params: dict, part: str = "llama", **fields):
+    sizes = {"llama": radfm.tiny().to_dict()["llama"] | {"rope_theta": 5e5}}
+    with checkpoint.new_directory(folder) as partial:
+        checkpoint.save_params(partial, params)
+        checkpoint.write_description(partial, part, sizes, **fields)
+    return folder
+
+
 def test_init_from_a_language_model(tmp_path):
     """A checkpoint of the part `llama` alone; settings that change no shape are compared."""
-    llama = {"llama": {"kernel": jnp.ones((64, 96), jnp.bfloat16), "other": jnp.ones(2)}}
-    sizes = radfm.tiny().to_dict()["llama"]
-    with checkpoint.new_directory(tmp_path / "llama") as partial:
-        checkpoint.save_params(partial, llama)
-        checkpoint.write_description(partial, "llama", {"llama": sizes | {"rope_theta": 5e5}})
-    params, report = train_state.init_from(tmp_path / "llama", state(1, mesh(fsdp=2)), radfm.tiny())
-    assert report.loaded == ("llama/kernel",) and report.unused == ("llama/other",)
-    assert report.new == ("llama/norm", "vit/kernel", "vit/latents")
-    assert report.sizes == (f"llama.rope_theta is {sizes['rope_theta']!r}, was 500000.0 in the checkpoint",)
+    llama = {"llama": {"kernel": jnp.ones((64, 96), jnp.bfloat16), "norm": jnp.ones(24)}}
+    folder = write_parts(tmp_path / "llama", llama)
+    params, report = train_state.init_from(folder, state(1, mesh(fsdp=2)), radfm.tiny())
+    assert report.loaded == ("llama/kernel", "llama/norm") and report.unused == ()
+    assert report.new == ("vit/kernel", "vit/latents")
+    assert report.sizes == ("llama.rope_theta is 10000.0, was 500000.0 in the checkpoint",)
     assert params["llama/kernel"].dtype == jnp.float32 and (params["llama/kernel"] == 1).all()
     now = state(1, mesh())
     now["frozen"]["llama"]["kernel"] = now["frozen"]["llama"]["norm"]
     with pytest.raises(ValueError, match=r"llama/kernel is \(64, 96\), expected \(24,\)"):
-        train_state.init_from(tmp_path / "llama", now)
-    with pytest.raises(ValueError, match="no parameter of this model: it has llama/kernel, llama/other"):
-        train_state.init_from(tmp_path / "llama", {**now, "frozen": {}})
-    (tmp_path / "llama" / "params" / "llama.other" / "zarr.json").unlink()
-    with pytest.raises(ValueError, match="missing: params/llama.other/zarr.json"):
-        train_state.init_from(tmp_path / "llama", now)
+        train_state.init_from(folder, now)
+    with pytest.raises(ValueError, match="no parameter of this model: it has llama/kernel, llama/norm"):
+        train_state.init_from(folder, {**now, "frozen": {}})
+    (folder / "params" / "llama.norm" / "zarr.json").unlink()
+    with pytest.raises(ValueError, match="missing: params/llama.norm/zarr.json"):
+        train_state.init_from(folder, now)
+
+
+def test_init_from_parts_that_differ(tmp_path):
+    """A part that both have must have the same parameters, except those that no source of the checkpoint has."""
+    llama = {"llama": {"kernel": jnp.ones((64, 96)), "bias": jnp.ones(2)}}
+    folder = write_parts(tmp_path / "llama", llama)
+    for check in (train_state.init_from, train_state.check_init):
+        with pytest.raises(ValueError) as e:
+            check(folder, state(1, mesh()), radfm.tiny())
+        for line in (
+            "missing: llama/norm (24,)",
+            "unexpected: llama/bias (2,)",
+            "model.llama.rope_theta is 10000.0, was 500000.0 in the checkpoint",
+        ):
+            assert line in str(e.value)
+        assert "vit/" not in str(e.value)
+    vision = {"vit": {"kernel": jnp.ones((2, 16, 8), jnp.bfloat16)}}
+    folder = write_parts(tmp_path / "vision", vision, "vision", absent=["vit/latents"])
+    params, report = train_state.init_from(folder, state(1, mesh()))
+    assert report.loaded == ("vit/kernel",) and "vit/latents" in report.new

@@ -18,9 +18,9 @@ _OPENING = ("(", "[", "{")
 
 @dataclasses.dataclass
 class Block:
-    """The tokens of a text of one role, of a scan, or an EOS."""
+    """The tokens of a text of one role, of a scan, of a piece of a chat template, BOS, or the end of an answer."""
 
-    role: str  # context, instruction, response, interleaved, scan, eos
+    role: str  # that of a text, or scan, template, bos, eos
     ids: list[int]
     weights: list[float] | None = None  # None: zeros
     scan: Scan | None = None
@@ -45,10 +45,10 @@ def separator(left: str | None, right: str) -> str:
 def to_blocks(
     parts: Sequence[Text | Scan], tokenizer: Tokenizer, terms: TermFinder, num_latents: int, prompt: bool
 ) -> list[Block]:
-    """Encode the parts of a sample in reading order, with an EOS after every answer."""
-    mark = [tokenizer.image_id, *[0] * num_latents, tokenizer.image_end_id]
+    """Encode BOS, if there is one, and the parts of a sample in reading order, with an EOS after every answer."""
+    mark = scan_mark(tokenizer, num_latents)
     last_text = max(i for i, p in enumerate(parts) if isinstance(p, Text))
-    blocks: list[Block] = []
+    blocks = [] if tokenizer.bos_id is None else [Block("bos", [tokenizer.bos_id])]
     eos_position = None  # position of the current answer's EOS: after its last text
     left: str | None = None  # the previous text, unless a scan is in between
     for i, part in enumerate(parts):
@@ -59,7 +59,8 @@ def to_blocks(
         if part.role not in TRAINED and eos_position is not None:
             blocks.insert(eos_position, Block("eos", [tokenizer.eos_id], [1.0]))
             eos_position, left = None, None
-        starts_word = separator(left, part.text) == " "
+        space = separator(left, part.text)
+        before = None if left is None and space else space if space == " " else ""
         following = parts[i + 1] if i + 1 < len(parts) else None
         lines = ""  # line breaks belong to the text before them
         if isinstance(following, Text) and not (part.role in TRAINED and following.role not in TRAINED):
@@ -67,22 +68,32 @@ def to_blocks(
         elif prompt and i == last_text and following is None:
             lines = separator(part.text, "x")  # as in training, where a response follows
         text = part.text.strip() + lines.strip(" ")
+        blocks.append(text_block(part.role, text, before, tokenizer, terms))
         if part.role in TRAINED:
-            blocks.append(Block(part.role, *_encode_weighted(text, starts_word, tokenizer, terms)))
             eos_position = len(blocks)
-        else:
-            blocks.append(Block(part.role, tokenizer.encode(text, starts_word=starts_word)))
         left = part.text
     if eos_position is not None:
         blocks.append(Block("eos", [tokenizer.eos_id], [1.0]))
     return blocks
 
 
+def scan_mark(tokenizer: Tokenizer, num_latents: int) -> list[int]:
+    """Return the ids of a scan: `<image>`, a 0 for each latent, `</image>`."""
+    return [tokenizer.image_id, *[0] * num_latents, tokenizer.image_end_id]
+
+
+def text_block(role: str, text: str, before: str | None, tokenizer: Tokenizer, terms: TermFinder) -> Block:
+    """Encode a text. `before` is the separator for Tokenizer.encode. Text of a trained role gets weights."""
+    if role not in TRAINED:
+        return Block(role, tokenizer.encode(text, separator=before))
+    return Block(role, *_encode_weighted(text, before, tokenizer, terms))
+
+
 def _encode_weighted(
-    text: str, starts_word: bool, tokenizer: Tokenizer, terms: TermFinder
+    text: str, before: str | None, tokenizer: Tokenizer, terms: TermFinder
 ) -> tuple[list[int], list[float]]:
     """Return ids and weights; every piece that shares a character with a term has TERM_WEIGHT."""
-    ids, offsets = tokenizer.encode_with_offsets(text, starts_word=starts_word)
+    ids, offsets = tokenizer.encode_with_offsets(text, separator=before)
     weights = [1.0] * len(ids)
     i = 0
     for begin, end in terms.find(text):

@@ -61,6 +61,8 @@ def insert_images(text: str, images: Iterable[tuple[int, int]]) -> list[str | in
 
 def encode_segments(tokenizer: Tokenizer, segments: Sequence[str | int], *, num_latents: int) -> list[int]:
     """Encode BOS, texts and scans. White space next to a scan is dropped, and every text starts a word."""
+    if tokenizer.bos_id is None:
+        raise ValueError(f"tokenizer {tokenizer.path} has no begin-of-text token, which the released layout needs")
     ids = [tokenizer.bos_id]
     for i, segment in enumerate(segments):
         if isinstance(segment, int):

@@ -43,7 +43,7 @@ def shorten_blocks(
 
 def _shorten_answer(sample: Sample, blocks: list[Block], excess: int, tokenizer: Tokenizer, max_tokens: int) -> int:
     """Remove the end of the last answer or interleaved text, but keep its EOS. Returns the number of tokens removed."""
-    total = 1 + sum(len(b.ids) for b in blocks)
+    total = sum(len(b.ids) for b in blocks)
     too_long = does_not_fit(sample, total, sum(b.role == "scan" for b in blocks), max_tokens)
     eos = next((i for i in range(len(blocks) - 1, -1, -1) if blocks[i].role == "eos"), None)
     if eos is None:

@@ -24,12 +24,15 @@ import numpy as np
 from input_pipeline.samples import RowError, Sample, Scan, Text
 from input_pipeline.text import released_text
 from input_pipeline.text.blocks import TRAINED, separator, to_blocks
+from input_pipeline.text.chat import chat_blocks
 from input_pipeline.text.shorten import shorten_blocks, shorten_released
 from input_pipeline.text.terms import TermFinder
 from input_pipeline.text.tokenizer import Tokenizer
 
 Mode = Literal["paper", "released"]
 MODES: tuple[str, ...] = Mode.__args__
+Template = Literal["radfm", "chat"]
+TEMPLATES: tuple[str, ...] = Template.__args__
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,12 +60,13 @@ def encode(
     num_latents: int = 32,
     max_tokens: int = 2048,
     mode: Mode = "paper",
+    template: Template = "radfm",
     rng: np.random.Generator | None = None,
     prompt: bool = False,
 ) -> Encoded:
     """Encode a sample (section 4.1 of the paper, equations 3 and 4).
 
-    BOS, then the parts in reading order, each scan as `<image>`, its latents and `</image>`. `blocks.separator` defines
+    BOS if the model has one, then the parts in reading order, each scan as `<image>`, its latents and `</image>`. `blocks.separator` defines
     the white space between parts. EOS ends every answer and the interleaved text, and is trained.
 
     A sample longer than `max_tokens` is cut, no more than needed, in this order:
@@ -75,24 +79,31 @@ def encode(
       max_scans: maximum of distinct scans. If there are more, `rng` chooses which to keep.
       mode: `paper`, or `released`: the layout that the released weights were trained with (released_text.py). If it is
         too long, the beginning of the question and then the end of the answer is cut. The original loses the answer.
-      prompt: the sample has no answer and will be continued: no EOS, no weights.
+      template: `radfm`, or `chat`: the chat template of the tokenizer (chat.py), in mode `paper`. Its own tokens are
+        never cut. Interleaved text has no turns and keeps the form `radfm`.
+      prompt: the sample ends with a question and will be continued: no EOS at its end, no weights.
     Raises:
-      RowError: nothing to train on, nothing to answer, too long, or not valid Unicode.
-      ValueError: an unknown mode; more than `max_scans` scans and no rng.
+      RowError: nothing to train on, nothing to answer, too long, not valid Unicode, or rejected by the chat template.
+      ValueError: an unknown mode or template; more than `max_scans` scans and no rng.
     """
-    if mode not in MODES:
-        raise ValueError(f"mode {mode!r} must be one of {', '.join(MODES)}")
+    if mode not in MODES or template not in TEMPLATES or (mode, template) == ("released", "chat"):
+        known = f"mode must be one of {', '.join(MODES)}, template one of {', '.join(TEMPLATES)}; released needs radfm"
+        raise ValueError(f"mode {mode!r} with template {template!r}: {known}")
     parts, dropped = _choose_scans(sample, max_scans, rng)
-    trained = any(isinstance(p, Text) and p.role in TRAINED for p in parts)
-    if prompt and trained:
-        raise _row_error(sample, "a prompt must not have a response", "remove the response")
+    roles = [p.role for p in parts if isinstance(p, Text)]
+    trained = any(role in TRAINED for role in roles)
+    if prompt and trained and roles[-1] in TRAINED:
+        raise _row_error(sample, "a prompt must not end with a response", "remove the response")
     if not prompt and not trained:
         raise _row_error(sample, "no response and no interleaved text: nothing to train on", "fill in the response")
-    if not any(isinstance(p, Text) for p in parts):
+    if not roles:
         raise _row_error(sample, "no text", "write an instruction")
-    layout = _paper if mode == "paper" else _released
     try:
-        return layout(sample, parts, dropped, tokenizer, terms, num_latents, max_tokens, prompt)
+        if mode == "released":
+            return _released(sample, parts, dropped, tokenizer, terms, num_latents, max_tokens, prompt)
+        to_own_blocks = chat_blocks if template == "chat" and "interleaved" not in roles else to_blocks
+        blocks = to_own_blocks(parts, tokenizer, terms, num_latents, prompt)
+        return _paper(sample, blocks, dropped, tokenizer, num_latents, max_tokens, prompt)
     except RowError:
         raise
     except ValueError as error:
@@ -115,20 +126,19 @@ def _choose_scans(sample: Sample, max_scans: int, rng: np.random.Generator | Non
     return [p for p in parts if isinstance(p, Text) or p in kept], len(distinct) - max_scans
 
 
-def _paper(sample, parts, dropped, tokenizer, terms, num_latents, max_tokens, prompt) -> Encoded:
-    blocks = to_blocks(parts, tokenizer, terms, num_latents, prompt)
-    excess = 1 + sum(len(block.ids) for block in blocks) - max_tokens
+def _paper(sample, blocks, dropped, tokenizer, num_latents, max_tokens, prompt) -> Encoded:
+    excess = sum(len(block.ids) for block in blocks) - max_tokens
     cut: Counter[str] = Counter()
     if excess > 0:
         before = {b.scan for b in blocks} - {None}
         cut = shorten_blocks(sample, blocks, excess, tokenizer, max_tokens)
         dropped += len(before - {b.scan for b in blocks})
-    ids, weights, visual, scans = [tokenizer.bos_id], [0.0], [], {}
+    ids, weights, visual, scans = [], [], [], {}
     for block in blocks:
         if block.scan is not None:
             visual.append((len(ids) + 1, scans.setdefault(block.scan, len(scans))))
         ids += block.ids
-        weights += block.weights or [0.0] * len(block.ids)
+        weights += [0.0] * len(block.ids) if prompt or block.weights is None else block.weights
     return _to_arrays(tokenizer, ids, weights, visual, num_latents, tuple(scans), cut, dropped)
 
 

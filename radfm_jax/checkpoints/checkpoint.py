@@ -2,7 +2,7 @@
 
 DIR/radfm.json           description: part, model sizes, source, versions
 DIR/params/              the parameters, an Orbax PyTree; the layers of a stack are along the first axis
-DIR/tokenizer.model      the SentencePiece model, if there is one
+DIR/tokenizer.model      the SentencePiece model, if there is one; or the files of a Hugging Face tokenizer
 DIR/unused.safetensors   tensors of a released file that the model does not use (convert --unused keep)
 DIR/manifest.json        size and SHA-256 of every other file; written last, it marks the directory as complete
 """
@@ -32,13 +32,14 @@ from rich import filesize
 
 from input_pipeline.field_rules import errors_of
 from input_pipeline.files import fsync, read_json, sha256_of_file, write_json
+from input_pipeline.text.tokenizer import HUGGING_FACE_FILES
 from radfm_jax.models import radfm
 
 DESCRIPTION, MANIFEST, PARAMS, TOKENIZER = "radfm.json", "manifest.json", "params", "tokenizer.model"
 UNUSED = "unused.safetensors"
-# Tokenizer files of Hugging Face folders, for language models without a SentencePiece model.
-TOKENIZERS = (TOKENIZER, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZERS = (TOKENIZER, *HUGGING_FACE_FILES)
 EXTRA_FILES = (*TOKENIZERS, UNUSED)
+ABSENT = "absent"  # key of radfm.json: parameters of its parts that a checkpoint does not have
 FORMAT = 1
 CHUNK_BYTES = 32 * 2**20
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -188,7 +189,9 @@ def _remedies(directory: Path, listed: dict[str, dict]) -> dict[str, str]:
 
 
 def write_description(directory: Path, part: str, model: dict, **fields) -> None:
-    """Write radfm.json, with the sizes of a RadFM (part `radfm`) or of a language model alone (part `llama`).
+    """Write radfm.json, with the sizes of a RadFM (part `radfm`), or of the parts that `part` names.
+
+    These are `llama` (a language model), `vision` (a vision encoder) or `llama+vision`.
 
     Settings of the computation (dtype, remat, ...) are not written.
     """
@@ -217,7 +220,7 @@ def read_description(directory) -> dict:
 
 
 def model_config(description: dict, directory) -> radfm.RadFMConfig:
-    """Return the sizes of a complete RadFM. Raises ValueError for a checkpoint of the language model alone."""
+    """Return the sizes of a complete RadFM. Raises ValueError for a checkpoint of single parts."""
     if (part := description["part"]) != "radfm":
         raise ValueError(f"{directory} has only the part {part!r}: it can initialise a RadFM, but is not one")
     with errors_of(Path(directory) / DESCRIPTION):

@@ -12,7 +12,7 @@ import jax
 from input_pipeline.field_rules import Size, field_problems, raise_problems
 from input_pipeline.files import read_json
 from radfm_jax.checkpoints import checkpoint, run_directory
-from radfm_jax.checkpoints.checkpoint import PARAMS, check_shapes, flatten, mismatches, read_arrays, stored_arrays
+from radfm_jax.checkpoints.checkpoint import PARAMS, flatten, mismatches, read_arrays, stored_arrays
 from radfm_jax.checkpoints.run_directory import DATA, RUN, TRAINING
 from radfm_jax.models import radfm
 
@@ -87,7 +87,10 @@ class Initialised:
 
 
 def init_from(directory, state: dict, model: radfm.RadFMConfig | None = None) -> tuple[dict, Initialised]:
-    """Read parameters from a run (its best or newest step), a step, a converted RadFM, or a language model alone.
+    """Read parameters from a run (its best or newest step), a step, a converted RadFM, or converted parts of one.
+
+    Parts of the model that the checkpoint does not have, such as the perceiver of a language model with a vision
+    encoder, are new. A part that both have must have the same parameters.
 
     Args:
       state: arrays or shapes (train_step.abstract_state); their dtypes and shardings apply to what is read.
@@ -95,42 +98,59 @@ def init_from(directory, state: dict, model: radfm.RadFMConfig | None = None) ->
     Returns:
       ({path: array} for `train_step.init_state`, a report). No parameter ever exists unsharded.
     Raises:
-      ValueError: the directory is damaged, shapes differ (lists all of them), or no parameter matches.
+      ValueError: the directory is damaged, parameters differ (lists all of them), or no parameter matches.
     """
     directory = run_directory.select_checkpoint(directory)
     run_directory.verify(directory)
-    description = checkpoint.read_description(directory)
-    params, stored, loaded = _shared_parameters(directory, state)
-    sizes = []
-    if model is not None:
-        expected = json.loads(json.dumps(model.to_dict()))  # tuples become lists, as in the checkpoint
-        for part, stored_sizes in description["model"].items():
-            sizes += [
-                f"{part}.{name} is {expected[part].get(name)!r}, was {value!r} in the checkpoint"
-                for name, value in stored_sizes.items()
-                if name not in COMPUTATION and expected.get(part, {}).get(name) != value
-            ]
+    sizes = _differing_sizes(checkpoint.read_description(directory), model)
+    params, stored, loaded = _shared_parameters(directory, state, sizes)
     new, unused = (tuple(k for k in a if k not in b) for a, b in ((params, stored), (stored, params)))
     cast = {k: f"{stored[k].dtype} -> {v.dtype}" for k, v in loaded.items() if stored[k].dtype != v.dtype}
     report = Initialised(directory, tuple(loaded), new, unused, cast, tuple(sizes))
     return read_arrays(directory / PARAMS, loaded), report
 
 
-def check_init(directory, state: dict) -> None:
+def check_init(directory, state: dict, model: radfm.RadFMConfig | None = None) -> None:
     """Check what `init_from` checks, except the bytes of the files."""
     directory = run_directory.select_checkpoint(directory)
     checkpoint.verify(directory, hashes=False)
-    _shared_parameters(directory, state)
+    _shared_parameters(directory, state, _differing_sizes(checkpoint.read_description(directory), model))
 
 
-def _shared_parameters(directory: Path, state: dict) -> tuple[dict, dict, dict]:
-    """Return three dicts {path: leaf}: parameters of the state, of the checkpoint, and the state's that are in both."""
+def _differing_sizes(description: dict, model: radfm.RadFMConfig | None) -> list[str]:
+    """Return one line per field of the model that differs from the checkpoint."""
+    if model is None:
+        return []
+    expected = json.loads(json.dumps(model.to_dict()))  # tuples become lists, as in the checkpoint
+    return [
+        f"{part}.{name} is {expected[part].get(name)!r}, was {value!r} in the checkpoint"
+        for part, stored_sizes in description["model"].items()
+        for name, value in stored_sizes.items()
+        if name not in COMPUTATION and expected.get(part, {}).get(name) != value
+    ]
+
+
+def _shared_parameters(directory: Path, state: dict, sizes: list[str]) -> tuple[dict, dict, dict]:
+    """Return three dicts {path: leaf}: parameters of the state, of the checkpoint, and the state's that are in both.
+
+    `sizes` are the fields that differ, for the error.
+    """
     params, stored = split_state(state)[PARAMS], stored_arrays(directory / PARAMS)
     shared = {path: x for path, x in params.items() if path in stored}
-    check_shapes(shared, {path: stored[path] for path in shared}, directory)
     if not shared:
         raise ValueError(f"{directory} has no parameter of this model: it has {', '.join(sorted(stored)[:5])}, ...")
+    absent = checkpoint.read_description(directory).get(checkpoint.ABSENT, [])
+    parts = {_part(path) for path in params} & {_part(path) for path in stored}
+    expected = {path: tuple(x.shape) for path, x in params.items() if _part(path) in parts and path not in absent}
+    actual = {path: tuple(x.shape) for path, x in stored.items() if _part(path) in parts}
+    if problems := mismatches(expected, actual):
+        lines = [f"parameters of {directory} do not fit the model:", *problems, *(f"model.{size}" for size in sizes)]
+        raise ValueError("\n  ".join(lines))
     return params, stored, shared
+
+
+def _part(path: str) -> str:
+    return path.partition("/")[0]
 
 
 def data_state(directory, process: int | None = None) -> dict:

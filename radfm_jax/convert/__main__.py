@@ -28,9 +28,11 @@ examples:
   python -m radfm_jax.convert to-torch radfm/ pytorch_model.bin
   # ... or as a folder of safetensors with config.json, tokenizer and model card
   python -m radfm_jax.convert to-torch radfm/ radfm_safetensors/ --dtype bfloat16
-  # a LLaMA to start training from (MedLLaMA, LLaMA 1 to 3.x), and back
-  python -m radfm_jax.convert from-llama MedLLaMA_13B/ medllama/
-  python -m radfm_jax.convert to-llama medllama/ MedLLaMA_again/
+  # a language model of Hugging Face to start training from, and back
+  python -m radfm_jax.convert from-hf Qwen3-8B/ qwen3/
+  python -m radfm_jax.convert to-hf qwen3/ Qwen3-8B_again/
+  # a language model and a vision encoder in one checkpoint
+  python -m radfm_jax.convert from-hf Qwen3-8B/ start/ --vision medsiglip-448/
   # compare the logits of two checkpoints of any format
   python -m radfm_jax.convert check radfm/ pytorch_model.bin
 
@@ -43,14 +45,25 @@ def parser() -> argparse.ArgumentParser:
     top = terminal.parser("python -m radfm_jax.convert", DESCRIPTION, EXAMPLES)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, help: str, src: str, dst: str, *, reads_torch: bool = False) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=help, description=help)
-        sub.add_argument("src", metavar="SRC", help=src)
+    def command(
+        name: str,
+        help: str,
+        src: str,
+        dst: str,
+        *,
+        reads_torch: bool = False,
+        aliases: tuple[str, ...] = (),
+        **src_options,
+    ) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, aliases=aliases, help=help, description=help)
+        sub.set_defaults(command=name)
+        sub.add_argument("src", metavar="SRC", help=src, **src_options)
         sub.add_argument("dst", metavar="DST", help=dst)
         dtypes = ("float32", "bfloat16", "float16")
         sub.add_argument("--dtype", choices=dtypes, help="dtype of the stored parameters (default: unchanged)")
         if reads_torch:
-            sub.add_argument("--tokenizer", metavar="FILE", help="SentencePiece model (default: next to SRC)")
+            sub.add_argument("--tokenizer", metavar="FILE", help="SentencePiece model or tokenizer.json (default: next "
+                             "to SRC)")  # fmt: skip
             sub.add_argument(
                 "--config", metavar="FILE", help="config.json or configs/*.py, for sizes that tensor shapes do not "
                 "give, such as attention heads, and for the preparation of scans (default: SRC's x.config.json or "
@@ -78,13 +91,19 @@ def parser() -> argparse.ArgumentParser:
         "--layout", choices=("4.28", "plain"), default="4.28",
         help="4.28 adds the 41 buffers that the released code's strict load needs (default: %(default)s)",
     )  # fmt: skip
-    command(
-        "from-llama", "Hugging Face LLaMA folder -> checkpoint directory of the language model",
-        "folder with config.json and weights", "checkpoint directory to create", reads_torch=True,
+    sub = command(
+        "from-hf", "Hugging Face folders -> checkpoint directory of a language model (LLaMA, Mistral, Qwen, SmolLM, "
+        "Gemma, Phi), a vision encoder (--vision), or both",
+        "folder with config.json and weights of a language model; only --vision may be given instead",
+        "checkpoint directory to create", reads_torch=True, aliases=("from-llama",), nargs="?",
     )  # fmt: skip
+    sub.add_argument("--vision", metavar="DIR", help="folder of a vision encoder: SigLIP, DINOv2, or a model that has "
+                     "a SigLIP")  # fmt: skip
+    sub.add_argument("--image-size", metavar="N", type=int, help="side of the encoder's scans in pixels; its positions "
+                     "are interpolated (default: that of the folder)")  # fmt: skip
     command(
-        "to-llama", "language model of a checkpoint directory -> Hugging Face LLaMA folder",
-        "checkpoint directory of a RadFM or of a language model", "folder to create",
+        "to-hf", "language model of a checkpoint directory -> Hugging Face folder",
+        "checkpoint directory of a RadFM or of a language model", "folder to create", aliases=("to-llama",),
     )  # fmt: skip
     sub = commands.add_parser(
         "check",
@@ -140,7 +159,7 @@ def _convert(args: argparse.Namespace, console: Console) -> int:
     from radfm_jax.convert import from_torch, model_config, to_torch
 
     start = time.monotonic()
-    part = "llama" if args.command.endswith("llama") else "radfm"
+    part = "llama" if args.command.endswith("hf") else "radfm"
     bar = ProgressBar(console)
     with bar.rich:
         common = {"part": part, "dtype": args.dtype, "progress": bar}
@@ -148,13 +167,16 @@ def _convert(args: argparse.Namespace, console: Console) -> int:
             config = model_config.read_config(args.config) if args.config else None
             options = {"config": config, "tokenizer": args.tokenizer, "unused": getattr(args, "unused", "drop")}
             options["trim_vocabulary"] = args.trim_vocabulary
+            if part == "llama":
+                options |= {"vision": args.vision, "image_size": args.image_size}
             report = from_torch.from_torch(args.src, args.dst, verify=not args.no_verify, **options, **common)
         else:
             src = run_directory.select_checkpoint(args.src)
             report = to_torch.to_torch(src, args.dst, layout=getattr(args, "layout", "plain"), **common)
     seconds = time.monotonic() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    print(f"{args.src} -> {args.dst}")
+    sources = [src for src in (args.src, getattr(args, "vision", None)) if src]
+    print(f"{' + '.join(sources)} -> {args.dst}")
     print(
         f"{report.parameters:,} parameters, {', '.join(report.dtypes)}, {report.bytes / 1e9:.2f} GB in {seconds:.1f} s "
         f"({report.bytes / 1e6 / seconds:.0f} MB/s), peak memory {peak:.2f} GB"

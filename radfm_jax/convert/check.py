@@ -16,18 +16,31 @@ from radfm_jax.models.decoder import Decoder, DecoderConfig
 from radfm_jax.models.radfm import RadFMConfig
 
 
+def part_of(path, config: dict | None = None) -> str:
+    """Return `radfm`, or `llama` for everything that has only a language model, without reading the parameters."""
+    path = run_directory.select_checkpoint(path)
+    if (Path(path) / checkpoint.DESCRIPTION).is_file():
+        return "radfm" if checkpoint.read_description(path)["part"] == "radfm" else "llama"
+    with TorchModel(path, config=config, verify=False) as model:
+        return model.part
+
+
 def load_any(path, *, config: dict | None = None) -> tuple[str, RadFMConfig, dict]:
     """Return (part, sizes, params) of a checkpoint or run directory, or of PyTorch weights.
 
-    Parameters keep their stored dtype and stay on the host.
+    The part is `radfm`, or `llama` for everything that has only a language model. Parameters keep their stored dtype
+    and stay on the host. Raises ValueError if there is no language model.
     """
     path = run_directory.select_checkpoint(path)
     if (Path(path) / checkpoint.DESCRIPTION).is_file():
         checkpoint.verify(path)
-        description = checkpoint.read_description(path)
+        part, description = part_of(path), checkpoint.read_description(path)
+        if "llama" not in description["model"]:
+            raise ValueError(f"{path} has only the part {description['part']!r}: there are no logits to compare")
+        sizes = {name: x for name, x in description["model"].items() if part in ("radfm", name)}
         reader = checkpoint.ParamReader(path)
-        sizes = RadFMConfig.from_dict(description["model"])
-        return description["part"], sizes, checkpoint.unflatten({k: reader.read(k) for k in reader.shapes})
+        names = [name for name in reader.shapes if part == "radfm" or name.startswith("llama/")]
+        return part, RadFMConfig.from_dict(sizes), checkpoint.unflatten({name: reader.read(name) for name in names})
     with TorchModel(path, config=config) as model:
         model.check()
         params = {k: np.empty(shape, dtype) for k, (shape, dtype) in model.shapes.items()}
@@ -72,16 +85,17 @@ def _llama_logits(config: DecoderConfig, params: dict, ids: jax.Array) -> jax.Ar
 def compare(a, b, *, config: dict | None = None, seed: int = 0, dtype: str = "float32") -> dict[str, float]:
     """Return `compare_logits` of two checkpoints on the same inputs, with one model in memory at a time.
 
-    Raises ValueError if one of them cannot be read, or if they differ in part or inputs.
+    If only one of them is a RadFM, the language models are compared. Raises ValueError if one of them cannot be read,
+    or if they need different inputs.
     """
-    part, sizes, params = load_any(a, config=config)
+    part = "radfm" if {part_of(a, config), part_of(b, config)} == {"radfm"} else "llama"
+    _, sizes, params = load_any(a, config=config)
     ids, vision = random_inputs(part, sizes, seed)
     first = logits_of(part, sizes, params, ids, vision, dtype)
     del params  # before the second model is loaded
-    part_b, sizes_b, params = load_any(b, config=config)
-    if part_b != part:
-        raise ValueError(f"{a} is a {part}, {b} is a {part_b}: they cannot be compared")
-    if sizes_b.llama.vocab_size != sizes.llama.vocab_size or sizes_b.num_latents != sizes.num_latents:
+    _, sizes_b, params = load_any(b, config=config)
+    latents_differ = part == "radfm" and sizes_b.num_latents != sizes.num_latents
+    if sizes_b.llama.vocab_size != sizes.llama.vocab_size or latents_differ:
         raise ValueError(
             f"{a} and {b} need different inputs: vocabularies {sizes.llama.vocab_size} and "
             f"{sizes_b.llama.vocab_size}, visual tokens {sizes.num_latents} and {sizes_b.num_latents}"

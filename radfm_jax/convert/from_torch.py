@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
+from input_pipeline.text.tokenizer import HUGGING_FACE, SENTENCEPIECE
 from radfm_jax.checkpoints import checkpoint
 from radfm_jax.convert import table
 from radfm_jax.convert.report import NO_PROGRESS, Progress, Report
 from radfm_jax.convert.tensor_files import TensorInfo, write_safetensors
+from radfm_jax.convert.tokenizer_files import TokenizerFiles
 from radfm_jax.convert.torch_source import TorchModel
+from radfm_jax.convert.weights import Weights
 from radfm_jax.inference import stored
 
 
@@ -19,9 +23,11 @@ def from_torch(
     src,
     dst,
     *,
-    part: str = "radfm",  # what `src` must be: `radfm`, or `llama` for a Hugging Face LLaMA folder
+    part: str = "radfm",  # what `src` must be: `radfm`, or `llama` for a Hugging Face folder of a language model
+    vision=None,  # Hugging Face folder of a vision encoder; with it, `src` may be None
+    image_size: int | None = None,  # of the vision encoder, if not that of the file
     config: dict | None = None,  # from model_config.read_config, for sizes that tensor shapes do not show
-    tokenizer=None,  # SentencePiece model; default: `tokenizer.model` next to `src`
+    tokenizer=None,  # SentencePiece model; default: the tokenizer next to `src`
     trim_vocabulary: bool = False,  # drop the rows of the vocabulary that the tokenizer lacks
     unused: str = "drop",  # `keep` stores tensors that the model never reads, `drop` only their names and shapes
     dtype: str | None = None,  # float32, bfloat16 or float16; None keeps the dtype of the file
@@ -34,69 +40,82 @@ def from_torch(
     """
     if Path(dst).exists():
         raise ValueError(f"{dst} exists: choose another name or remove it first")
-    if tokenizer and not Path(tokenizer).is_file():
-        raise ValueError(f"tokenizer {tokenizer} does not exist")
-    source = Path(src)
-    vocabulary = Path(tokenizer or (source if source.is_dir() else source.parent) / checkpoint.TOKENIZER)
-    pieces = piece_count(vocabulary) if vocabulary.is_file() else None
-    if trim_vocabulary and pieces is None:
-        raise ValueError(f"--trim-vocabulary needs the tokenizer: {vocabulary} does not exist; pass --tokenizer")
+    if src is None and vision is None:
+        raise ValueError("nothing to convert: pass the folder of a language model, --vision DIR, or both")
+    if image_size is not None and vision is None:
+        raise ValueError("--image-size is the size of a vision encoder: pass --vision")
+    files = TokenizerFiles.of(src, tokenizer, part) if src is not None else TokenizerFiles()
+    if trim_vocabulary and files.size is None:
+        raise ValueError(f"--trim-vocabulary needs the tokenizer: {files.main} does not exist; pass --tokenizer")
     progress.stage("opening", None)
-    options = {"part": part, "config": config, "vocabulary": pieces if trim_vocabulary else None, "dtype": dtype}
-    with TorchModel(src, **options, verify=verify, progress=progress) as model:
-        model.check()
-        if pieces is not None:
-            check_pieces(vocabulary, pieces, model.config.llama.vocab_size)
-        records, infos = _records(model), model.reader.infos
-        kept = {n: infos[n] for n in model.unused} if unused == "keep" else {}
-        size = checkpoint.bytes_of(model.shapes) + sum(info.nbytes for info in kept.values())
-        checkpoint.require_space(dst, size + size // 50, f"converting {src}")
-        _write(model, Path(dst), kept, vocabulary, records, progress)
-        return _report(model, kept, vocabulary)
+    options = {"dtype": dtype, "verify": verify, "progress": progress}
+    with contextlib.ExitStack() as stack:
+        models: list[Weights] = []
+        if src is not None:
+            vocabulary = files.size if trim_vocabulary else None
+            model = TorchModel(src, part=part, config=config, vocabulary=vocabulary, **options)
+            models.append(stack.enter_context(model))
+        if vision is not None:
+            from radfm_jax.convert.vision_source import VisionWeights
+
+            models.append(stack.enter_context(VisionWeights(vision, image_size=image_size, **options)))
+        for model in models:
+            model.check()
+        if isinstance(models[0], TorchModel):
+            files.check(models[0].config.llama.vocab_size)
+        kept = _kept(models[0]) if unused == "keep" else {}
+        size = sum(checkpoint.bytes_of(m.shapes) for m in models) + sum(info.nbytes for info in kept.values())
+        checkpoint.require_space(dst, size + size // 50, f"converting {src if vision is None else vision}")
+        _write(models, Path(dst), kept, files, progress)
+        return _report(models, kept, files)
 
 
-def _write(
-    model: TorchModel,
-    dst: Path,
-    kept: dict[str, TensorInfo],
-    vocabulary: Path,
-    records: dict[str, dict],
-    progress: Progress,
-) -> None:
-    infos, part = model.reader.infos, model.part
-    sources = [*(infos[model.source(e)] for e in model.entries), *kept.values()]
-    progress.stage("converting", sum(info.nbytes for info in sources))
+def _kept(model: Weights) -> dict[str, TensorInfo]:
+    return {name: model.reader.infos[name] for name in model.unused} if model.part == "radfm" else {}
+
+
+def _write(models: list[Weights], dst: Path, kept: dict[str, TensorInfo], files: TokenizerFiles, progress) -> None:
+    total = sum(m.reader.infos[name].nbytes for m in models for name in m.tensors)
+    progress.stage("converting", total + sum(info.nbytes for info in kept.values()))
+    fields = {name: value for model in models for name, value in _records(model).items()}
     with checkpoint.new_directory(dst) as directory:
-        stacked = {e.path for e in model.entries if e.layer is not None}
-        writer = checkpoint.ParamWriter(directory, model.shapes, stacked)
-        for path, index, value in model.slices(progress):
-            writer.write(path, value, index)
+        shapes = {path: shape for model in models for path, shape in model.shapes.items()}
+        stacked = {e.path for model in models for e in model.entries if e.layer is not None}
+        writer = checkpoint.ParamWriter(directory, shapes, stacked)
+        for model in models:
+            for path, index, value in model.slices(progress):
+                writer.write(path, value, index)
         if kept:
             options = {"max_shard_bytes": sys.maxsize, "basename": "unused", "progress": progress.advance}
-            write_safetensors(directory, kept, model.reader.read, **options)
-        for name in checkpoint.TOKENIZERS if part == "llama" else ():
-            if (model.folder / name).is_file():
-                shutil.copyfile(model.folder / name, directory / name)
-        if vocabulary.is_file():
-            shutil.copyfile(vocabulary, directory / checkpoint.TOKENIZER)
-        sizes = model.config.to_dict()
-        dropped = {} if kept else {n: [list(infos[n].shape), infos[n].dtype.name] for n in model.unused}
-        hf_config = model.user_config if part == "llama" and "model" not in model.user_config else None
-        source = {"file": model.src.name, "unused": dropped, "config": hf_config, **records.pop("source", {})}
-        sizes = sizes if part == "radfm" else {"llama": sizes["llama"]}
-        checkpoint.write_description(directory, part, sizes, source=source, **records)
+            write_safetensors(directory, kept, models[0].reader.read, **options)
+        files.copy(directory)
+        sizes = {name: values for model in models for name, values in model.sizes.items()}
+        source = {"file": models[0].src.name, **fields.pop("source", {})}
+        if models[0].part == "radfm" and not kept:
+            infos = models[0].reader.infos
+            source["unused"] = {n: [list(infos[n].shape), infos[n].dtype.name] for n in models[0].unused}
+        if absent := [path for model in models for path in model.absent]:
+            fields[checkpoint.ABSENT] = absent
+        part = "+".join(model.part for model in models)
+        checkpoint.write_description(directory, part, sizes, source=source, **fields)
         progress.stage("hashing", None)
 
 
-def _records(model: TorchModel) -> dict[str, dict]:
-    """Return the fields of radfm.json that the config next to the weights records: preparation and origin.
+def _records(model: Weights) -> dict[str, dict]:
+    """Return the fields of radfm.json that the config next to the weights records.
 
-    Without a record, a model of the released sizes gets the preparation of the released weights. Raises ValueError if
-    a record does not fit the model.
+    These are the preparation of scans and the origin of a RadFM, and the config.json of a language model. Without a
+    record, a model of the released sizes gets the preparation of the released weights. Raises ValueError if a record
+    does not fit the model.
     """
+    if not isinstance(model, TorchModel):
+        return {}
     config, where = model.user_config or {}, f"the config of {model.src}"
     origin = config.get(stored.ORIGIN)
-    fields: dict[str, dict] = {"source": {stored.ORIGIN: origin}} if isinstance(origin, dict) else {}
+    source: dict[str, Any] = {stored.ORIGIN: origin} if isinstance(origin, dict) else {}
+    if model.hf_config is not None:
+        source["config"] = model.hf_config
+    fields = {"source": source}
     if model.part == "llama":
         return fields
     if (record := config.get(stored.KEY)) is not None:
@@ -114,55 +133,35 @@ def _records(model: TorchModel) -> dict[str, dict]:
     return fields
 
 
-def piece_count(path: Path) -> int:
-    """Return the number of pieces of a SentencePiece model. Raises ValueError if `path` is something else, or empty."""
-    import sentencepiece
-
-    try:
-        pieces = sentencepiece.SentencePieceProcessor(model_file=str(path)).vocab_size()
-    except (OSError, RuntimeError) as e:
-        raise ValueError(f"{path} is not a SentencePiece model: {e}") from None
-    if not pieces:
-        raise ValueError(f"{path} has no pieces: pass the model's own tokenizer")
-    return pieces
-
-
-def check_pieces(path: Path, pieces: int, vocab_size: int) -> None:
-    """Raise ValueError unless the vocabulary has a row for each piece of the tokenizer and no others."""
-    if pieces < vocab_size:
-        raise ValueError(
-            f"vocabulary of {path} is {pieces:,}, but the embedding has {vocab_size:,} rows: pass the model's own "
-            f"tokenizer. If the other {vocab_size - pieces:,} rows are padding or tokens that no text has ([PAD]), "
-            "--trim-vocabulary drops them"
+def _report(models: list[Weights], kept: dict, files: TokenizerFiles) -> Report:
+    lines = [note for model in models for note in model.notes]
+    shapes = [shape for model in models for shape in model.shapes.values()]
+    if models[0].part == "radfm":
+        lines += _unused_lines(models[0], kept)
+    for model in models:
+        if model.reader.ties:
+            lines.append("tied: " + ", ".join(f"{a} = {b}" for a, b in model.reader.ties.items()))
+    if not files.all and models[0].part != "vision":
+        lines.append(
+            f"no tokenizer: to use this checkpoint with text, put {HUGGING_FACE} or {SENTENCEPIECE} next to the source "
+            "or pass --tokenizer"
         )
-    if pieces > vocab_size:
-        raise ValueError(
-            f"vocabulary of {path} is {pieces:,}, but the embedding has {vocab_size:,} rows: pass the model's own "
-            "tokenizer"
-        )
+    return Report(
+        parameters=sum(math.prod(shape) for shape, _ in shapes),
+        bytes=sum(checkpoint.bytes_of(model.shapes) for model in models),
+        dtypes=tuple(sorted({dtype.name for _, dtype in shapes})),
+        lines=lines,
+    )
 
 
-def _report(model: TorchModel, kept: dict, vocabulary: Path) -> Report:
-    infos, lines = model.reader.infos, list(model.notes)
+def _unused_lines(model: Weights, kept: dict) -> list[str]:
+    infos, lines = model.reader.infos, []
     buffers = [n for n in model.unused if table.is_buffer(n)]
-    unused = [n for n in model.unused if not table.is_buffer(n)]
-    if unused:
+    if unused := [n for n in model.unused if not table.is_buffer(n)]:
         count = sum(math.prod(infos[n].shape) for n in unused)
         modules = ", ".join(sorted({table.UNUSED.fullmatch(n)[1] for n in unused}))
         action = "kept next to the parameters" if kept else "dropped (--unused keep stores them)"
         lines.append(f"{len(unused)} tensors ({count:,} numbers) that RadFM never uses were {action}: {modules}")
     if buffers:
         lines.append(f"{len(buffers)} buffers of transformers 4.28 are computed, not learned")
-    if model.reader.ties:
-        lines.append("tied: " + ", ".join(f"{a} = {b}" for a, b in model.reader.ties.items()))
-    if not vocabulary.is_file():
-        lines.append(
-            f"no tokenizer: to use this checkpoint with text, put the SentencePiece model next to the source as "
-            f"{checkpoint.TOKENIZER} or pass --tokenizer"
-        )
-    return Report(
-        parameters=sum(math.prod(shape) for shape, _ in model.shapes.values()),
-        bytes=checkpoint.bytes_of(model.shapes),
-        dtypes=tuple(sorted({dtype.name for _, dtype in model.shapes.values()})),
-        lines=lines,
-    )
+    return lines

@@ -7,10 +7,11 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from input_pipeline.text.tokenizer import Tokenizer
+from input_pipeline.text.tokenizer import Tokenizer, load_tokenizer
 from radfm_jax.checkpoints import checkpoint
-from radfm_jax.convert import llama_config
+from radfm_jax.convert import hf_config
 from radfm_jax.convert.model_card import model_card
 from radfm_jax.convert.report import Report
 from radfm_jax.inference import stored
@@ -21,35 +22,34 @@ MODEL_TYPE = "radfm_jax"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
-def config_json(src: Path, part: str, config: RadFMConfig, description: dict, report: Report) -> dict:
+def config_json(src: Path, part: str, config: RadFMConfig, description: dict, dtype: str, lines: list[str]) -> dict:
     """Return the config.json of an export.
 
     For a RadFM it has everything that `from-torch` cannot read from the tensors: sizes, the preparation of scans and
-    texts, and the origin of the weights. transformers does not know the model type and rejects the folder.
+    texts, and the origin of the weights. transformers does not know the model type and rejects the folder. What is
+    missing is added to `lines`, the notes of the report.
     """
-    dtype = report.dtypes[0]
     if part == "llama":
-        original = description.get("source", {}).get("config") or _special_ids(src)
-        return llama_config.llama_to_hf(config.llama, dtype, original)
+        original = description.get("source", {}).get("config")
+        return hf_config.decoder_to_hf(config.llama, dtype, original or _special_ids(src))
     hf = {"architectures": ["RadFM"], "model_type": MODEL_TYPE, "torch_dtype": dtype, "model": config.to_dict()}
     if origin := stored.origin_of(src):
         hf[stored.ORIGIN] = origin
     try:
         hf[stored.KEY] = stored.to_record(stored.preparation_of(src, config))
     except ValueError as e:
-        report.lines.append(f"the export does not state how scans are prepared: {e}")
+        lines.append(f"the export does not state how scans are prepared: {e}")
     return hf
 
 
-def _special_ids(src: Path) -> dict[str, int]:
-    """Return the special tokens of a checkpoint's SentencePiece model as keys of config.json; {} without one."""
-    if not (src / checkpoint.TOKENIZER).is_file():
-        return {}
+def _special_ids(src: Path) -> dict[str, Any]:
+    """Return the special tokens of a checkpoint's tokenizer as keys of config.json; {} without one."""
     try:
-        tokenizer = Tokenizer(src / checkpoint.TOKENIZER)
-    except ValueError:  # a model without BOS or EOS, which a language model alone may have
+        tokenizer = load_tokenizer(src)
+    except ValueError:  # no tokenizer, or one without an end token, which a language model alone may have
         return {}
-    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    ends = tokenizer.stop_ids
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends[0] if len(ends) == 1 else list(ends)}
 
 
 @contextlib.contextmanager
@@ -66,7 +66,7 @@ def config_next_to(path: Path, hf: dict) -> Iterator[None]:
 def write_folder(folder: Path, src: Path, part: str, config: RadFMConfig, hf: dict, report: Report) -> None:
     """Write config.json, the model card and the tokenizer of an exported folder."""
     write_json(folder / "config.json", hf)
-    (folder / "README.md").write_text(model_card(config, part, report.parameters, hf.get(stored.KEY)))
+    (folder / "README.md").write_text(model_card(config, part, report.parameters, hf))
     tokenizers = [path for name in checkpoint.TOKENIZERS if (path := src / name).is_file()]
     for path in tokenizers:
         shutil.copyfile(path, folder / path.name)
@@ -74,17 +74,17 @@ def write_folder(folder: Path, src: Path, part: str, config: RadFMConfig, hf: di
         report.lines.append("the checkpoint has no tokenizer, so the folder has none")
     elif [path.name for path in tokenizers] == [checkpoint.TOKENIZER]:
         try:
-            write_json(folder / TOKENIZER_CONFIG, tokenizer_config(tokenizers[0]))
+            write_json(folder / TOKENIZER_CONFIG, tokenizer_config(load_tokenizer(tokenizers[0])))
         except ValueError as e:
             report.lines.append(f"no {TOKENIZER_CONFIG}: {e}")
 
 
-def tokenizer_config(path: Path) -> dict:
-    """Return a tokenizer_config.json. With it, transformers encodes like `Tokenizer` and adds BOS, which prompts need.
+def tokenizer_config(tokenizer: Tokenizer) -> dict:
+    """Return a tokenizer_config.json for a SentencePiece model.
 
-    Without it, AutoTokenizer does not know the tokenizer class of a folder, or does not add BOS.
+    With it, transformers encodes like `Tokenizer` and adds BOS, which prompts need. Without it, AutoTokenizer does not
+    know the tokenizer class of a folder, or does not add BOS.
     """
-    tokenizer = Tokenizer(path)
     return {
         "tokenizer_class": "LlamaTokenizer",
         "add_bos_token": True,

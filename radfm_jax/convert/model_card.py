@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from radfm_jax.inference.stored import KEY
 from radfm_jax.models.radfm import RadFMConfig
 
 WARNING = "**Research only, not for clinical use.**"
 
 
-def model_card(config: RadFMConfig, part: str, parameters: int, preparation: dict | None = None) -> str:
+def model_card(config: RadFMConfig, part: str, parameters: int, hf: dict) -> str:
     """Return Markdown that describes the weights, their use and their limits.
 
-    preparation: the record in config.json (inference.stored).
+    hf: the config.json of the export.
     """
-    llm = config.llama
-    text = f"LLaMA: {llm.num_layers} layers, width {llm.width}, {llm.num_heads} heads, vocabulary {llm.vocab_size}"
+    llm, preparation = config.llama, hf.get(KEY)
+    sizes_of_llm = f"{llm.num_layers} layers, width {llm.width}, {llm.num_heads} heads, vocabulary {llm.vocab_size}"
+    text = f"Language model: {sizes_of_llm}"
     if part == "llama":
         title, sizes = "Language model of a RadFM", [text]
-        use = "`transformers.LlamaForCausalLM.from_pretrained(folder)`, or `python -m radfm_jax.convert from-llama`."
+        loaded = f"transformers.{hf['architectures'][0]}.from_pretrained(folder)"
+        use = f"`{loaded}`, or `python -m radfm_jax.convert from-hf`."
     else:
         title = "RadFM, generalist radiology vision-language model"
         vision = config.vision

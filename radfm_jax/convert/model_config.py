@@ -13,9 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from input_pipeline.config import DataConfig
-from input_pipeline.field_rules import field_problems, raise_problems
 from input_pipeline.files import read_json
-from radfm_jax.convert.llama_config import HF_RULES, attention_from_hf
+from radfm_jax.convert.hf_config import decoder_from_hf
 from radfm_jax.convert.table import ROTARY
 from radfm_jax.inference import stored
 from radfm_jax.models.decoder import DecoderConfig
@@ -38,8 +37,8 @@ REMEDY = (
 def read_config(path) -> dict:
     """Return {"model": sizes, "preparation": ...} of a configs/*.py, or the content of a JSON file.
 
-    JSON files are the config.json of an export, a checkpoint's radfm.json, or a config.json of Hugging Face. Raises
-    ValueError for a file that is missing or of another kind.
+    JSON files are the config.json of an export, a checkpoint's radfm.json, or a config.json of Hugging Face, whose keys
+    `hf_config` checks. Raises ValueError for a file that is missing or of another kind.
     """
     path = Path(path)
     if not path.is_file():
@@ -52,10 +51,8 @@ def read_config(path) -> dict:
         preparation = stored.to_record(stored.Preparation.from_data(DataConfig.from_dict(config.data).to_dict()))
         return {"model": config.model.to_dict(), stored.KEY: preparation}
     config = read_json(path)
-    if not isinstance(config, dict) or not ({"model", "num_attention_heads", "num_key_value_heads"} & config.keys()):
-        raise ValueError(f"config {path} has neither `model` (radfm_jax) nor `num_attention_heads` (Hugging Face)")
-    stated = {key: config[key] for key in HF_RULES if config.get(key) is not None and "model" not in config}
-    raise_problems(f"{path}: {p}" for key, value in stated.items() for p in field_problems(value, HF_RULES[key], key))
+    if not isinstance(config, dict) or not ({"model", "model_type", "num_attention_heads"} & config.keys()):
+        raise ValueError(f"config {path} has neither `model` (radfm_jax) nor `model_type` (Hugging Face)")
     return config
 
 
@@ -93,8 +90,7 @@ def radfm_from_shapes(shapes: Shapes, config: dict | None, path) -> RadFMConfig:
     if not {"vision", "perceiver"} <= parts.keys():  # the two share a width
         parts = {k: v for k, v in parts.items() if k == "llama"}
     if config:
-        fields = {k: v for k, v in sizes["llama"].items() if k not in ("query_width", "key_width")}
-        parts["llama"] = DecoderConfig(**fields, **attention_from_hf(config, fields["width"], path))
+        parts["llama"] = _decoder_of_tensors(sizes["llama"], config, path)
     if unknown := [f"{p}.{n}" for p in HIDDEN_SIZES if p not in parts for n in HIDDEN_SIZES[p]]:
         raise ValueError(
             f"{path}: tensor shapes do not give the number of attention heads and other sizes ({', '.join(unknown)}), "
@@ -102,6 +98,14 @@ def radfm_from_shapes(shapes: Shapes, config: dict | None, path) -> RadFMConfig:
         )
     check_rotary(shapes, parts["llama"], path)
     return RadFMConfig(**parts)
+
+
+def _decoder_of_tensors(sizes: Mapping, config: Mapping, path) -> DecoderConfig:
+    """Return the decoder of a config.json, with the sizes that tensors show. Without a model type it is a LLaMA."""
+    keys = {"vocab_size": "vocab_size", "width": "hidden_size", "mlp_width": "intermediate_size",
+            "num_layers": "num_hidden_layers"}  # fmt: skip
+    shown = {key: sizes[field] for field, key in keys.items()}
+    return decoder_from_hf({"model_type": "llama", **config, **shown}, path)
 
 
 def _sizes_of_config(config: RadFMConfig) -> dict[str, dict]:

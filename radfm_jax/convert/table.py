@@ -7,9 +7,11 @@ width, d vision width, p patch voxels, l latents, n table rows, x = which of q, 
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 import re
+from collections.abc import Callable, Iterable
 
 import einops
 import flax.linen as nn
@@ -17,7 +19,7 @@ import numpy as np
 
 from radfm_jax.checkpoints.checkpoint import flatten
 from radfm_jax.models import radfm
-from radfm_jax.models.decoder import rope_frequencies
+from radfm_jax.models.decoder import DecoderConfig, rope_frequencies
 
 LLAMA = {
     "model.embed_tokens.weight": ("embedding", "v e -> v e"),
@@ -33,6 +35,23 @@ LLAMA = {
     "model.norm.weight": ("norm/scale", "e -> e"),
     "lm_head.weight": ("head", "v e -> e v"),
 }
+# What the options of other families add. POST_NORMS replaces the name that LLaMA gives to the norm before the MLP.
+QKV_BIAS = {
+    f"model.layers.*.self_attn.{name}_proj.bias": (f"blocks/{path}/bias", "(h k) -> h k")
+    for name, path in (("q", "query"), ("k", "key"), ("v", "value"))
+}
+QK_NORM = {
+    "model.layers.*.self_attn.q_norm.weight": ("blocks/query_norm/scale", "k -> k"),
+    "model.layers.*.self_attn.k_norm.weight": ("blocks/key_norm/scale", "k -> k"),
+}
+POST_NORMS = {
+    "model.layers.*.post_attention_layernorm.weight": ("blocks/attention_post_norm/scale", "e -> e"),
+    "model.layers.*.pre_feedforward_layernorm.weight": ("blocks/mlp_norm/scale", "e -> e"),
+    "model.layers.*.post_feedforward_layernorm.weight": ("blocks/mlp_post_norm/scale", "e -> e"),
+}
+# Phi: one tensor has the rows of several. Entries of the same name follow each other in it.
+FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "gate_up_proj",
+         "up_proj": "gate_up_proj"}  # fmt: skip
 
 VISION = {
     "to_patch_embedding.1.weight": ("embedding/patch_norm/scale", "p -> p"),
@@ -74,13 +93,10 @@ PERCEIVER = {
     "norm.bias": ("norm/bias", "d -> d"),
 }
 
-RADFM = {
-    "embedding_layer.figure_token_weight": ("image_marks", "n e -> n e"),
-    "embedding_layer.fc.weight": ("projection/kernel", "e d -> d e"),
-    "embedding_layer.fc.bias": ("projection/bias", "e -> e"),
-    **{f"embedding_layer.vision_encoder.{k}": (f"vit/{v}", layout) for k, (v, layout) in VISION.items()},
-    **{f"embedding_layer.perceiver.{k}": (f"perceiver/{v}", layout) for k, (v, layout) in PERCEIVER.items()},
-    **{f"lang_model.{k}": (f"llama/{v}", layout) for k, (v, layout) in LLAMA.items()},
+BRIDGE = {
+    "figure_token_weight": ("image_marks", "n e -> n e"),
+    "fc.weight": ("projection/kernel", "e d -> d e"),
+    "fc.bias": ("projection/bias", "e -> e"),
 }
 
 # One tensor under two names in a released file. If the two differ, the released code uses the second.
@@ -103,21 +119,27 @@ def is_buffer(name: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One tensor of a file."""
+    """One tensor of a file, or the rows of it that belong to one parameter."""
 
     name: str
-    torch_shape: tuple[int, ...]
+    torch_shape: tuple[int, ...]  # of the rows from `start` on
     path: str  # the parameter it belongs to
     layer: int | None  # index in a stack
     layout: str
     axes: dict[str, int] = dataclasses.field(hash=False)
+    start: int = 0  # the first row
 
     @property
     def index(self) -> tuple:
         return () if self.layer is None else (self.layer,)
 
+    @property
+    def has_rows(self) -> bool:
+        """Whether single rows of the tensor can be written: the parameter has its first axis, unfolded."""
+        return self.layer is None and self.layout[0].isalpha()
+
     def row_index(self, rows: slice) -> tuple:
-        """Return the index in the parameter of some rows of the tensor. The tensor's first axis must not be folded."""
+        """Return the index in the parameter of some rows of the tensor."""
         torch_axes, our_axes = self.layout.split(" -> ")
         return (slice(None),) * our_axes.split().index(torch_axes[0]) + (rows,)
 
@@ -134,29 +156,75 @@ class Entry:
         return {letter: self.axes[letter] for letter in " ".join(folded).split()}
 
 
-def entries(config: radfm.RadFMConfig, part: str = "radfm") -> list[Entry]:
+Rules = dict[str, tuple[str, str]]  # name of a tensor, * for the layer -> (path of the parameter, layout)
+
+
+def entries(config: radfm.RadFMConfig, part: str = "radfm", *, fused: bool = False) -> list[Entry]:
     """Return every tensor of a model's PyTorch form, in the order of the table.
 
     Part `radfm` has the released names, `llama` those of a Hugging Face folder. Parameter names are the same in both
-    (`llama/...`), so that one can initialise the other.
+    (`llama/...`), so that one can initialise the other. A `fused` language model has Phi's names.
     """
-    shapes = param_shapes(config, part)
-    rules = RADFM if part == "radfm" else {k: (f"llama/{v}", layout) for k, (v, layout) in LLAMA.items()}
-    result = []
+    tables = {("", "llama/"): decoder_rules(config.llama)}
+    if part == "radfm":
+        tables = {
+            ("embedding_layer.", ""): BRIDGE,
+            ("embedding_layer.vision_encoder.", "vit/"): VISION,
+            ("embedding_layer.perceiver.", "perceiver/"): PERCEIVER,
+            ("lang_model.", "llama/"): decoder_rules(config.llama),
+        }
+    rules = {
+        prefix + name: (path_prefix + path, layout)
+        for (prefix, path_prefix), table in tables.items()
+        for name, (path, layout) in table.items()
+    }
+    return entries_of(rules, param_shapes(config, part), rename=_fused if fused else str)
+
+
+def decoder_rules(config: DecoderConfig) -> Rules:
+    """Return the table of a language model."""
+    rules = LLAMA | (QKV_BIAS if config.qkv_bias else {}) | (QK_NORM if config.qk_norm else {})
+    rules |= POST_NORMS if config.post_norms else {}
+    return {name: rule for name, rule in rules.items() if name != "lm_head.weight" or not config.tied_head}
+
+
+def _fused(name: str) -> str:
+    return ".".join(FUSED.get(part, part) for part in name.split("."))
+
+
+def entries_of(rules: Rules, shapes: dict[str, tuple[int, ...]], *, rename: Callable[[str], str] = str) -> list[Entry]:
+    """Return the tensors of a table for parameters of these shapes, in the order of the table.
+
+    Args:
+      rename: from a name in the table to that in the file. Rules that get the same name have consecutive rows.
+    """
+    result, rows = [], collections.Counter[str]()
     for name, (path, layout) in rules.items():
-        if path == "llama/head" and config.llama.tied_head:
-            continue
-        stacked = "*" in name
+        name, stacked = rename(name), "*" in name
         shape = shapes[path][1:] if stacked else shapes[path]
         torch_axes, our_axes = layout.split(" -> ")
         axes = dict(zip(our_axes.split(), shape, strict=True))
-        groups = re.findall(r"\([^)]*\)|[a-z]", torch_axes)
+        groups = re.findall(r"\([^)]*\)|[a-z1]", torch_axes)
         torch_shape = tuple(math.prod(axes[letter] for letter in re.findall("[a-z]", group)) for group in groups)
         for layer in range(shapes[path][0]) if stacked else (None,):
-            result.append(Entry(name.replace("*", str(layer)), torch_shape, path, layer, layout, axes))
+            result.append(Entry(name.replace("*", str(layer)), torch_shape, path, layer, layout, axes, rows[name]))
+        rows[name] += torch_shape[0]
     missing = shapes.keys() - {e.path for e in result}
     assert not missing, f"parameters without a rule: {missing}"
     return result
+
+
+def by_tensor(table: Iterable[Entry]) -> dict[str, list[Entry]]:
+    """Return the entries of each tensor, by its name."""
+    tensors: dict[str, list[Entry]] = {}
+    for entry in table:
+        tensors.setdefault(entry.name, []).append(entry)
+    return tensors
+
+
+def tensor_shape(parts: list[Entry]) -> tuple[int, ...]:
+    """Return the shape of a tensor from its entries."""
+    return (sum(e.torch_shape[0] for e in parts), *parts[0].torch_shape[1:])
 
 
 def param_shapes(config: radfm.RadFMConfig, part: str = "radfm") -> dict[str, tuple[int, ...]]:

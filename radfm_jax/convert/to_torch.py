@@ -12,6 +12,7 @@ import numpy as np
 
 from radfm_jax.checkpoints import checkpoint
 from radfm_jax.convert import hf_folder, table
+from radfm_jax.convert.families import FAMILIES
 from radfm_jax.convert.report import NO_PROGRESS, Progress, Report
 from radfm_jax.convert.tensor_files import TensorInfo, open_tensors, write_safetensors, write_torch_bin
 from radfm_jax.models.radfm import RadFMConfig
@@ -21,7 +22,7 @@ def to_torch(
     src,
     dst,
     *,
-    part: str = "radfm",  # `radfm` for the released names, `llama` for the language model with Hugging Face names
+    part: str = "radfm",  # `radfm` for the released names, `llama` for the language model as a Hugging Face folder
     layout: str = "4.28",  # `4.28` adds the 41 buffers that the released code's strict load needs; or `plain`
     dtype: str | None = None,
     max_shard_bytes: int = 5 * 10**9,
@@ -43,34 +44,39 @@ def to_torch(
             raise ValueError(f"{path} exists: choose another name or remove it first")
     progress.stage("verifying", None)
     description, config, reader, shapes = _open(src, part)
-    entries = {e.name: e for e in table.entries(config, part)}
     override = np.dtype(checkpoint.DTYPES[dtype]) if dtype else None
-    infos = {n: TensorInfo(e.torch_shape, override or np.dtype(reader.dtypes[e.path])) for n, e in entries.items()}
-    dtypes = tuple(sorted({info.dtype.name for info in infos.values()}))
-    extras, ties, lines = {}, {}, []
+    dtypes = tuple(sorted({(override or np.dtype(reader.dtypes[path])).name for path in shapes}))
+    lines: list[str] = []
+    hf = hf_folder.config_json(Path(src), part, config, description, dtypes[0], lines)
+    fused = part == "llama" and FAMILIES[hf["model_type"]].fused
+    tensors = table.by_tensor(table.entries(config, part, fused=fused))
+    dtype_of = lambda parts: override or max((np.dtype(reader.dtypes[e.path]) for e in parts), key=_width)  # noqa: E731
+    infos = {name: TensorInfo(table.tensor_shape(parts), dtype_of(parts)) for name, parts in tensors.items()}
+    extras, ties = {}, {}
 
     def read(name: str) -> np.ndarray:
         if name in extras:
             return extras[name]()
-        entry = entries[ties.get(name, name)]
-        value = entry.to_torch(reader.read(entry.path, entry.index))
-        with np.errstate(over="ignore"):
-            cast = value.astype(infos[name].dtype, copy=False)
-        if not np.isfinite(cast).all():
-            raise ValueError(f"{src}: {entry.path} is not finite as {infos[name].dtype} (tensor {name})")
-        return cast
+        rows = []
+        for entry in tensors[ties.get(name, name)]:
+            value = entry.to_torch(reader.read(entry.path, entry.index))
+            with np.errstate(over="ignore"):
+                rows.append(value.astype(infos[name].dtype, copy=False))
+            if not np.isfinite(rows[-1]).all():
+                raise ValueError(f"{src}: {entry.path} is not finite as {infos[name].dtype} (tensor {name})")
+        return rows[0] if len(rows) == 1 else np.concatenate(rows)
 
     with contextlib.ExitStack() as resources:
         if part == "radfm":
             infos[table.EMBEDDING_ALIAS] = infos[table.EMBEDDING]
             ties[table.EMBEDDING_ALIAS] = table.EMBEDDING
-            extra_infos, extras, lines = released_extras(Path(src), description, config, layout, resources)
+            extra_infos, extras, notes = released_extras(Path(src), description, config, layout, resources)
             infos |= extra_infos
+            lines += notes
         # safetensors cannot share one tensor between two names.
         size = sum(info.nbytes for name, info in infos.items() if not (as_bin and name in ties))
         report = Report(sum(map(math.prod, shapes.values())), size, dtypes, lines)
         checkpoint.require_space(dst, size + size // 50, f"writing {dst}")
-        hf = hf_folder.config_json(Path(src), part, config, description, report)
         progress.stage("converting", size)
         if as_bin:
             dst.parent.mkdir(parents=True, exist_ok=True)
@@ -83,12 +89,18 @@ def to_torch(
     return report
 
 
+def _width(dtype: np.dtype) -> int:
+    return dtype.itemsize
+
+
 def _open(src, part: str) -> tuple[dict, RadFMConfig, checkpoint.ParamReader, dict[str, tuple[int, ...]]]:
     """Return description, sizes, reader and parameter shapes of a verified checkpoint directory."""
     checkpoint.verify(src)
     description = checkpoint.read_description(src)
     if part == "radfm":
         config = checkpoint.model_config(description, src)
+    elif "llama" not in description["model"]:
+        raise ValueError(f"{src} has only the part {description['part']!r}: there is no language model to write")
     else:
         config = RadFMConfig.from_dict({"llama": description["model"]["llama"]})
     reader = checkpoint.ParamReader(src)

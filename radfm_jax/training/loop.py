@@ -79,7 +79,7 @@ def _prepare(config: Experiment, workdir: Path, peers: Peers, stack: contextlib.
     if newest is not None:
         train_state.check(newest, abstract)
     elif config.checkpoint.init_from:
-        train_state.check_init(config.checkpoint.init_from, abstract)
+        train_state.check_init(config.checkpoint.init_from, abstract, config.model)
     answers = EvalAnswers(config, workdir, mesh) if config.train.eval_answers else None
     shard = {"batch": config.train.batch, "host": jax.process_index(), "hosts": jax.process_count()}
     splits = stack.enter_context(contextlib.closing(OpenSplits(config.data, shard)))
