@@ -147,7 +147,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _tabulate(self, byte_level: bool) -> None:
         """Find the ids that begin inside a character, start with white space, or end a line."""
-        self._continues, self._starts, self._ends_line = bytearray(self.size), bytearray(self.size), bytearray(self.size)
+        self._continues, self._starts, self._ends_line = (bytearray(self.size) for _ in range(3))
         for token, piece in self._pieces.items():
             if token in self._added or not piece:
                 first, last = ord(piece[:1] or "x"), ord(piece[-1:] or "x")

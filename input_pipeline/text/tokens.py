@@ -66,8 +66,9 @@ def encode(
 ) -> Encoded:
     """Encode a sample (section 4.1 of the paper, equations 3 and 4).
 
-    BOS if the model has one, then the parts in reading order, each scan as `<image>`, its latents and `</image>`. `blocks.separator` defines
-    the white space between parts. EOS ends every answer and the interleaved text, and is trained.
+    BOS if the model has one, then the parts in reading order, each scan as `<image>`, its latents and `</image>`.
+    `blocks.separator` defines the white space between parts. EOS ends every answer and the interleaved text, and is
+    trained.
 
     A sample longer than `max_tokens` is cut, no more than needed, in this order:
       1. the beginning of its contexts, the first one first;

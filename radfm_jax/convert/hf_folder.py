@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from input_pipeline.text.tokenizer import Tokenizer
+from input_pipeline.text.tokenizer import load_tokenizer
 from radfm_jax.checkpoints import checkpoint
 from radfm_jax.convert import llama_config
 from radfm_jax.convert.model_card import model_card
@@ -46,7 +46,7 @@ def _special_ids(src: Path) -> dict[str, int]:
     if not (src / checkpoint.TOKENIZER).is_file():
         return {}
     try:
-        tokenizer = Tokenizer(src / checkpoint.TOKENIZER)
+        tokenizer = load_tokenizer(src / checkpoint.TOKENIZER)
     except ValueError:  # a model without BOS or EOS, which a language model alone may have
         return {}
     return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
@@ -80,11 +80,11 @@ def write_folder(folder: Path, src: Path, part: str, config: RadFMConfig, hf: di
 
 
 def tokenizer_config(path: Path) -> dict:
-    """Return a tokenizer_config.json. With it, transformers encodes like `Tokenizer` and adds BOS, which prompts need.
+    """Return a tokenizer_config.json. With it, transformers encodes as we do and adds BOS, which prompts need.
 
     Without it, AutoTokenizer does not know the tokenizer class of a folder, or does not add BOS.
     """
-    tokenizer = Tokenizer(path)
+    tokenizer = load_tokenizer(path)
     return {
         "tokenizer_class": "LlamaTokenizer",
         "add_bos_token": True,
