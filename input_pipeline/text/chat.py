@@ -21,6 +21,7 @@ answer.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 from input_pipeline.samples import Scan, Text
@@ -74,7 +75,7 @@ def chat_blocks(
         messages.append(Message("assistant", []))
     pieces = tokenizer.chat.pieces([message.role for message in messages])
     blocks = [Block("template", list(pieces[0].ids))]
-    for message, before, after in zip(messages, pieces, pieces[1:], strict=True):
+    for message, (before, after) in zip(messages, itertools.pairwise(pieces), strict=True):
         if prompt and message is messages[-1]:
             return blocks
         blocks += _content(message.parts, before.separator, tokenizer, terms, num_latents)

@@ -211,7 +211,7 @@ class HuggingFaceTokenizer(Tokenizer):
         kept = piece.rstrip(" ")
         spaces = piece[len(kept) :]
         ids = self._parsing.encode(kept, add_special_tokens=False).ids
-        if not kept or (ids and ids[-1] in self._special and kept.endswith(self._added[ids[-1]].content)):
+        if not kept or (ids and ids[-1] in self._special):
             absorbs = bool(ids) and self._added[ids[-1]].rstrip
             if absorbs or not spaces:
                 return kept, None if self._prefixes_sections or not kept else ""
