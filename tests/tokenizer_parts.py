@@ -23,7 +23,11 @@ Findings: consolidation in the left lower lobe.\n\nImpression: pneumonia. What a
 You are a radiologist. Answer in one sentence. Which side? Left. Any change since 2023-05-01? Yes, it is smaller.
 system user assistant model Système d'imagerie: œdème pulmonaire à gauche, 3,5 cm."""
 
-_ORDINARY = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# How byte-level models of today split a text: contractions, words, up to three digits, punctuation, white space.
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 _ADDED = {"__type": "AddedToken", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
@@ -75,7 +79,7 @@ GEMMA = Family(
 {%- set first = '' %}{% if messages[0].role == 'system' %}
 {%- set first = messages[0].content + '\\n\\n' %}{% set messages = messages[1:] %}{% endif %}
 {%- for m in messages %}
-    {%- if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('user and model must alternate') }}{% endif %}
+    {%- if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}
     {{- '<turn>' + ('model' if m.role == 'assistant' else m.role) + '\\n' + (first if loop.first else '') }}
     {{- m.content | trim + '</turn>\\n' }}
 {%- endfor %}""",
@@ -96,8 +100,8 @@ PHI = Family(
     "phi",
     ("<unk>", "<s>", "</s>", "<|done|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"),
     {"bos_token": "<s>", "eos_token": "<|done|>", "add_bos_token": False},
-    """{% for m in messages %}{% generation %}{{ '<|' + m.role + '|>\\n' + m.content + '<|end|>\\n' }}{% endgeneration %}
-{%- endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ eos_token }}{% endif %}""",
+    """{% for m in messages %}{% generation %}{{ '<|' + m.role + '|>\\n' + m.content + '<|end|>\\n' }}
+{%- endgeneration %}{%- endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ eos_token }}{% endif %}""",
     "<|user|>\n{0}<|end|>\n<|assistant|>\n{1}<|end|>\n<|done|>",
     stops=("<|done|>", "<|end|>"),
     rstrip=True,
@@ -108,7 +112,7 @@ FAMILIES = (CHATML, LLAMA3, GEMMA, MISTRAL, PHI)
 def _byte_level(family: Family) -> tokenizers.Tokenizer:
     trained = tokenizers.Tokenizer(models.BPE())
     trained.normalizer = normalizers.NFC() if family is CHATML else None
-    split = pre_tokenizers.Split(tokenizers.Regex(_ORDINARY), "isolated")
+    split = pre_tokenizers.Split(tokenizers.Regex(_SPLIT), "isolated")
     own = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=family is CHATML)
     trained.pre_tokenizer = own if family is CHATML else pre_tokenizers.Sequence([split, own])
     trained.decoder = decoders.ByteLevel()
@@ -146,7 +150,7 @@ def _sentencepiece_style(family: Family) -> tokenizers.Tokenizer:
 
 
 def write_folder(family: Family, folder: Path, **changes) -> Path:
-    """Write the tokenizer of a family as a folder. `changes` replace entries of tokenizer_config.json; None drops one."""
+    """Write the tokenizer of a family as a folder. `changes` replace entries of tokenizer_config.json, None drops them."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = _byte_level(family) if family in (CHATML, LLAMA3) else _sentencepiece_style(family)
     tokenizer.add_special_tokens(
@@ -178,11 +182,14 @@ def texts() -> tuple[str, ...]:
     rng = random.Random(0)
     real = [*_sample(rng, _icd(), 500), *_sample(rng, _hpo(), 500), *_sample(rng, _code(), 400)]
     foreign = (
-        "لا يوجد انصباب جنبي. הריאות נקיות, ללא תפליט. 肺野清晰，心影不大。 경미한 폐부종 ⚕️ 👩🏽‍⚕️ 🫁 🇩🇪 Ö e\u0301 ﬁ ① \u200f \u202b Ελ ж ß 𝔸 ⅓ µm"
+        "لا يوجد انصباب جنبي. הריאות נקיות, ללא תפליט. 肺野清晰，心影不大。 경미한 폐부종 ⚕️ 👩🏽\u200d⚕️ 🫁 🇩🇪 Ö e\u0301 ﬁ ① "
+        "\u200f \u202b Ελ ж ß 𝔸 ⅓ µm"
     ).split()
-    odd = [" ", "  ", "\n", "\n\n", "\t", "\u00a0", "\u3000", "\r\n", "\u2009", "", "", "3.5", "mm", "(", ").", "'s", "▁", "Ġ", "<"]
+    spaces = [" ", "  ", "\n", "\n\n", "\t", "\u00a0", "\u3000", "\r\n", "\u2009", ""]
+    odd = [*spaces, "", "3.5", "mm", "(", ").", "'s", "▁", "Ġ", "<"]
     mixed = ["".join(rng.choice(foreign) + rng.choice(odd) for _ in range(rng.randint(1, 12))) for _ in range(300)]
-    spaced = ["".join(rng.choice(odd) + rng.choice(real[:50])[:9] for _ in range(rng.randint(1, 8))) for _ in range(300)]
+    words = [text[:9] for text in real[:50]]
+    spaced = ["".join(rng.choice(odd) + rng.choice(words) for _ in range(rng.randint(1, 8))) for _ in range(300)]
     return tuple([*real, *mixed, *spaced])
 
 
