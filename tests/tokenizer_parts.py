@@ -101,7 +101,8 @@ PHI = Family(
     ("<unk>", "<s>", "</s>", "<|done|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"),
     {"bos_token": "<s>", "eos_token": "<|done|>", "add_bos_token": False},
     """{% for m in messages %}{% generation %}{{ '<|' + m.role + '|>\\n' + m.content + '<|end|>\\n' }}
-{%- endgeneration %}{%- endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ eos_token }}{% endif %}""",
+{%- endgeneration %}{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ eos_token }}{% endif %}""",
     "<|user|>\n{0}<|end|>\n<|assistant|>\n{1}<|end|>\n<|done|>",
     stops=("<|done|>", "<|end|>"),
     rstrip=True,
@@ -150,7 +151,7 @@ def _sentencepiece_style(family: Family) -> tokenizers.Tokenizer:
 
 
 def write_folder(family: Family, folder: Path, **changes) -> Path:
-    """Write the tokenizer of a family as a folder. `changes` replace entries of tokenizer_config.json, None drops them."""
+    """Write the tokenizer of a family as a folder. `changes` replace entries of the config; None drops one."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = _byte_level(family) if family in (CHATML, LLAMA3) else _sentencepiece_style(family)
     tokenizer.add_special_tokens(
@@ -182,8 +183,8 @@ def texts() -> tuple[str, ...]:
     rng = random.Random(0)
     real = [*_sample(rng, _icd(), 500), *_sample(rng, _hpo(), 500), *_sample(rng, _code(), 400)]
     foreign = (
-        "لا يوجد انصباب جنبي. הריאות נקיות, ללא תפליט. 肺野清晰，心影不大。 경미한 폐부종 ⚕️ 👩🏽\u200d⚕️ 🫁 🇩🇪 Ö e\u0301 ﬁ ① "
-        "\u200f \u202b Ελ ж ß 𝔸 ⅓ µm"
+        "لا يوجد انصباب جنبي. הריאות נקיות, ללא תפליט. 肺野清晰，心影不大。 경미한 폐부종 ⚕️ 👩🏽\u200d⚕️ 🫁 🇩🇪 "
+        "Ö e\u0301 ﬁ ① \u200f \u202b Ελ ж ß 𝔸 ⅓ µm"
     ).split()
     spaces = [" ", "  ", "\n", "\n\n", "\t", "\u00a0", "\u3000", "\r\n", "\u2009", ""]
     odd = [*spaces, "", "3.5", "mm", "(", ").", "'s", "▁", "Ġ", "<"]
