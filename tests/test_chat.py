@@ -148,7 +148,7 @@ def test_forms_without_turns(chatml):
     plain = run(chatml, *((ROLES[role], content) for role, content in TURNS), template="radfm")
     assert trained(chatml, plain) == [content + "<|im_end|>" for role, content in TURNS if role == "assistant"]
     assert chatml.piece(int(plain.ids[0])) == "Is" and answer_separator(chatml, "radfm") == " "
-    with pytest.raises(ValueError, match="released needs radfm"):
+    with pytest.raises(ValueError, match="template 'chat' must be one of radfm in mode 'released'"):
         run(chatml, instruction("Q"), response("A"), mode="released", template="chat")
     with pytest.raises(RowError, match="has no begin-of-text token, which the released layout needs"):
         run(chatml, instruction("Q"), response("A"), mode="released")

@@ -96,7 +96,7 @@ class HuggingFaceTokenizer(Tokenizer):
                 f"{HUGGING_FACE}"
             )
         self.stop_ids, self.eos_id = tuple(stops), stops[0]
-        self.pad_id = own.get("pad_token", self.eos_id)
+        self.pad_id, self.unk_id = own.get("pad_token", self.eos_id), own.get("unk_token")
         # BOS counts only if the model sees it before every text. Many tokenizers name one and never use it.
         begin, plain = (self._initial.encode("a", add_special_tokens=special).ids[0] for special in (True, False))
         self.bos_id = begin if begin != plain else own.get("bos_token")

@@ -87,9 +87,11 @@ def encode(
       RowError: nothing to train on, nothing to answer, too long, not valid Unicode, or rejected by the chat template.
       ValueError: an unknown mode or template; more than `max_scans` scans and no rng.
     """
-    if mode not in MODES or template not in TEMPLATES or (mode, template) == ("released", "chat"):
-        known = f"mode must be one of {', '.join(MODES)}, template one of {', '.join(TEMPLATES)}; released needs radfm"
-        raise ValueError(f"mode {mode!r} with template {template!r}: {known}")
+    if mode not in MODES:
+        raise ValueError(f"mode {mode!r} must be one of {', '.join(MODES)}")
+    known = TEMPLATES if mode == "paper" else TEMPLATES[:1]
+    if template not in known:
+        raise ValueError(f"template {template!r} must be one of {', '.join(known)} in mode {mode!r}")
     parts, dropped = _choose_scans(sample, max_scans, rng)
     roles = [p.role for p in parts if isinstance(p, Text)]
     trained = any(role in TRAINED for role in roles)

@@ -90,7 +90,8 @@ def answer_file(
                 try:
                     if isinstance(encoded, ValueError):
                         raise encoded
-                    (prompt,) = generator.prompts([Request(line.prompt, encoded, line.context, place)])
+                    request = Request(line.prompt, encoded, line.context, place, line.system, line.history)
+                    (prompt,) = generator.prompts([request])
                     generator.token_limit(prompt, sampling)
                     prompts[line.row_id] = prompt
                 except ValueError as error:
