@@ -51,6 +51,8 @@ class Model:
         *,
         context: str = "",
         place: str = "first",
+        system: str = "",
+        history: Sequence[tuple[str, str]] = (),
         on_text: Callable[[str], None] | None = None,
         **options,
     ) -> str:
@@ -65,6 +67,8 @@ class Model:
             of `encode_scans`, for several questions about the same scans.
           context: clinical context, inserted before the prompt.
           place: position of scans without marks: `first` or `last`.
+          system: how to answer.
+          history: earlier questions and answers.
           on_text: called with each new piece of the answer while it is generated.
           options: fields of inference.Sampling (max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed,
             stop, stop_ids).
@@ -74,10 +78,11 @@ class Model:
           ValueError: a mark has no scan or a scan no mark, a scan cannot be read, the prompt is empty or too long,
             logits are not finite, or the checkpoint lacks its tokenizer or the preparation of its scans.
         """
+        request = Request(prompt, scans, context, place, system, history)
         if on_text is None:
-            return self.answers([Request(prompt, scans, context, place)], **options)[0]
+            return self.answers([request], **options)[0]
         text = ""
-        for piece, answer in self._streamed(Request(prompt, scans, context, place), CHUNK, options):
+        for piece, answer in self._streamed(request, CHUNK, options):
             text = answer.text
             if piece:
                 on_text(piece)

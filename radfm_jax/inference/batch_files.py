@@ -5,8 +5,8 @@
 `prompt` may be called `instruction`, and `context` is optional. A conversation has `messages` instead: the last message
 of the user is the prompt, and an answer after it is ignored. Fields in `IGNORED` are allowed, so training data in JSON
 Lines (input_pipeline/datasets/jsonl.py, which also describes `scans`) and the questions of
-`python -m radfm_jax.evaluate radbench --export` are batch files. A file `roots.json` next to the batch file may give the
-directory of relative scan paths for each `dataset`.
+`python -m radfm_jax.evaluate radbench --export` are batch files. A file `roots.json` next to the batch file may give
+the directory of relative scan paths for each `dataset`.
 """
 
 from __future__ import annotations
