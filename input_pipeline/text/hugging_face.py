@@ -96,7 +96,7 @@ class HuggingFaceTokenizer(Tokenizer):
                 f"{HUGGING_FACE}"
             )
         self.stop_ids, self.eos_id = tuple(stops), stops[0]
-        self.pad_id = own.get("pad_token", self.eos_id)
+        self.pad_id, self.unk_id = own.get("pad_token", self.eos_id), own.get("unk_token")
         # BOS counts only if the model sees it before every text. Many tokenizers name one and never use it.
         begin, plain = (self._initial.encode("a", add_special_tokens=special).ids[0] for special in (True, False))
         self.bos_id = begin if begin != plain else own.get("bos_token")
@@ -147,7 +147,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _tabulate(self, byte_level: bool) -> None:
         """Find the ids that begin inside a character, start with white space, or end a line."""
-        self._continues, self._starts, self._ends_line = bytearray(self.size), bytearray(self.size), bytearray(self.size)
+        self._continues, self._starts, self._ends_line = (bytearray(self.size) for _ in range(3))
         for token, piece in self._pieces.items():
             if token in self._added or not piece:
                 first, last = ord(piece[:1] or "x"), ord(piece[-1:] or "x")
@@ -211,7 +211,7 @@ class HuggingFaceTokenizer(Tokenizer):
         kept = piece.rstrip(" ")
         spaces = piece[len(kept) :]
         ids = self._parsing.encode(kept, add_special_tokens=False).ids
-        if not kept or (ids and ids[-1] in self._special and kept.endswith(self._added[ids[-1]].content)):
+        if not kept or (ids and ids[-1] in self._special):
             absorbs = bool(ids) and self._added[ids[-1]].rstrip
             if absorbs or not spaces:
                 return kept, None if self._prefixes_sections or not kept else ""

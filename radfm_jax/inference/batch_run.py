@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 
-from input_pipeline import files
 from input_pipeline.images.planes import Volume
 from input_pipeline.samples import Scan
 from radfm_jax.inference import inputs
@@ -91,7 +90,8 @@ def answer_file(
                 try:
                     if isinstance(encoded, ValueError):
                         raise encoded
-                    (prompt,) = generator.prompts([Request(line.prompt, encoded, line.context, place)])
+                    request = Request(line.prompt, encoded, line.context, place, line.system, line.history)
+                    (prompt,) = generator.prompts([request])
                     generator.token_limit(prompt, sampling)
                     prompts[line.row_id] = prompt
                 except ValueError as error:
@@ -136,7 +136,7 @@ def _settings(generator: Generator, sampling: Sampling, model: str, checkpoint: 
     dtype, weights = generator.config.llama.dtype, generator.weights
     settings = {"model": model, "checkpoint": checkpoint, "dtype": dtype, "weights": weights}
     if generator.tokenizer is not None:
-        settings["tokenizer"] = files.sha256_of_file(generator.tokenizer.path)
+        settings["tokenizer"] = generator.tokenizer.fingerprint
     prepared = None if generator.preparation is None else generator.preparation.to_dict()
     settings |= {"place": place, "prepared": prepared, **dataclasses.asdict(sampling)}
     return json.loads(json.dumps(settings))
