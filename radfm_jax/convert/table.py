@@ -140,17 +140,26 @@ def entries(config: radfm.RadFMConfig, part: str = "radfm") -> list[Entry]:
     Part `radfm` has the released names, `llama` those of a Hugging Face folder. Parameter names are the same in both
     (`llama/...`), so that one can initialise the other.
     """
-    shapes = param_shapes(config, part)
+    if part == "radfm" and (config.vision.kind, config.perceiver.kind) != ("vit3d", "perceiver"):
+        raise ValueError(
+            f"RadFM's PyTorch form has only the vision encoder vit3d and the perceiver, but model.vision.kind is "
+            f"{config.vision.kind} and model.perceiver.kind is {config.perceiver.kind}"
+        )
     rules = RADFM if part == "radfm" else {k: (f"llama/{v}", layout) for k, (v, layout) in LLAMA.items()}
+    if config.llama.tied_head:
+        rules = {k: rule for k, rule in rules.items() if rule[0] != "llama/head"}
+    return entries_of(rules, param_shapes(config, part))
+
+
+def entries_of(rules: dict[str, tuple[str, str]], shapes: dict[str, tuple[int, ...]]) -> list[Entry]:
+    """Return the tensors of a table for parameters of these shapes, in the order of the table."""
     result = []
     for name, (path, layout) in rules.items():
-        if path == "llama/head" and config.llama.tied_head:
-            continue
         stacked = "*" in name
         shape = shapes[path][1:] if stacked else shapes[path]
         torch_axes, our_axes = layout.split(" -> ")
         axes = dict(zip(our_axes.split(), shape, strict=True))
-        groups = re.findall(r"\([^)]*\)|[a-z]", torch_axes)
+        groups = re.findall(r"\([^)]*\)|[a-z1]", torch_axes)
         torch_shape = tuple(math.prod(axes[letter] for letter in re.findall("[a-z]", group)) for group in groups)
         for layer in range(shapes[path][0]) if stacked else (None,):
             result.append(Entry(name.replace("*", str(layer)), torch_shape, path, layer, layout, axes))

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from input_pipeline.field_rules import errors_of, plain_mapping
 from radfm_jax.checkpoints import checkpoint, run_directory
 from radfm_jax.inference import stored
+from radfm_jax.models.radfm import COMPUTE, RadFMConfig
 from radfm_jax.runtime import console
 
 ROW_LIMITS = ("vision_rows", "patch_length", "planes", "scans")  # fields of DataConfig; Preparation has text_length
@@ -46,6 +47,11 @@ def follow_checkpoint(config: ConfigDict, overridden: Collection[str]) -> Config
     if (directory / checkpoint.TOKENIZER).is_file():
         followed["data.tokenizer"] = str(directory / checkpoint.TOKENIZER)
     with config.unlocked(), config.ignore_type():
+        for part, sizes in description["model"].items():
+            kind = getattr(getattr(RadFMConfig(), part), "kind", None)  # of files that do not have the field
+            group = config.model[part]
+            if sizes.get("kind", kind) != group.get("kind", kind):  # another network, with other fields
+                config.model[part] = ConfigDict({name: group[name] for name in COMPUTE if name in group})
         for path, value in followed.items():
             *groups, name = path.split(".")
             group = config
