@@ -126,7 +126,7 @@ class DataConfig:
         try:
             _ = self.sizes
         except ValueError as error:
-            yield f"data.size_2d, data.size_3d, data.depth, data.patch: {error}"
+            yield f"data.patch, data.position_tables, data.size_2d, data.size_3d, data.depth: {error}"
         yield from self._intensity_problems()
         if bad := bad_semantic_types(self.umls_types):
             yield f"data.umls_types: {bad}"

@@ -103,7 +103,7 @@ class Preparation:
         try:
             _ = self.sizes
         except ValueError as error:
-            yield f"size_2d, size_3d, depth, patch: {error}"
+            yield f"patch, position_tables, size_2d, size_3d, depth: {error}"
 
     @property
     def sizes(self) -> Sizes:
