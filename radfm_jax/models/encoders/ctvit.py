@@ -257,12 +257,17 @@ class CTViT(nn.Module):
         x = layer_norm(c, "spatial_norm", bias=False)(x)
         x, _ = scan_blocks(CTViTBlock, c.temporal_layers, c.remat)(c, False, name="temporal")(x, segments, None)
         x = layer_norm(c, "temporal_norm", bias=False)(x)
-        return (self.quantised(x) if c.codebook else x).reshape(shape)
+        if c.codebook:
+            init = partitioned(nn.initializers.normal(width**-0.5), (None, "embed"))
+            x = nearest_codes(x, self.param("codebook", init, (c.codebook, width), c.param_dtype))
+        return x.reshape(shape)
 
-    def quantised(self, x: jax.Array) -> jax.Array:
-        """Return the code that is nearest in direction to each feature; gradients pass as if it were the feature."""
-        c = self.config
-        init = partitioned(nn.initializers.normal(c.width**-0.5), (None, "embed"))
-        codes = unit_length(self.param("codebook", init, (c.codebook, c.width), c.param_dtype))
-        scores = jnp.einsum("vgnd,cd->vgnc", unit_length(x), codes, precision=jax.lax.Precision.HIGHEST)
-        return x + jax.lax.stop_gradient(codes[scores.argmax(axis=-1)].astype(x.dtype) - x)
+
+def nearest_codes(x: jax.Array, codebook: jax.Array) -> jax.Array:
+    """Return the code [V, D] of unit length that is nearest in direction to each feature float[..., D].
+
+    Gradients pass as if the result were the feature.
+    """
+    codes = unit_length(codebook)
+    scores = jnp.einsum("...d,vd->...v", unit_length(x), codes, precision=jax.lax.Precision.HIGHEST)
+    return x + jax.lax.stop_gradient(codes[scores.argmax(axis=-1)].astype(x.dtype) - x)
