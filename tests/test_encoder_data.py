@@ -21,6 +21,7 @@ from input_pipeline.images.planes import (
 from input_pipeline.images.volumes import prepare_volume
 from input_pipeline.index.index import changed_settings, record_settings
 from input_pipeline.inspect.images import volume_of_slot
+from radfm_jax.checkpoints import checkpoint
 from radfm_jax.inference import inputs, stored
 from radfm_jax.inference.inputs import Preparation
 from radfm_jax.models.encoders import siglip
@@ -28,8 +29,10 @@ from radfm_jax.models.encoders.ctvit import CTViTConfig
 from radfm_jax.models.encoders.dinov2 import rad_dino
 from radfm_jax.models.encoders.kinds import data_preset, data_problems
 from radfm_jax.models.encoders.siglip import SiglipConfig, medsiglip
-from radfm_jax.models.radfm import RadFMConfig
+from radfm_jax.models.radfm import RadFMConfig, tiny
 from radfm_jax.models.vit3d import ViTConfig
+from radfm_jax.training.experiment import Experiment
+from radfm_jax.training.follow import follow_checkpoint
 
 SLICES = Patches((4, 4, 1), (3, 3, 8), "slabs")
 SLABS = Patches((4, 4, 3), (3, 3, 4), "slabs")
@@ -161,6 +164,30 @@ def test_data_that_do_not_fit_the_encoder_name_field_and_remedy():
 def test_bad_patches_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         DataConfig(**fields)
+
+
+@pytest.mark.parametrize("part", ["radfm", "vision"])
+def test_a_run_follows_the_encoder_of_a_checkpoint(tmp_path, part):
+    """Another encoder replaces that of the config, with its patch; other settings of the config stay."""
+    vision = dataclasses.replace(medsiglip(), remat="none")
+    model = RadFMConfig(vision, dataclasses.replace(RadFMConfig().perceiver, width=vision.width), tiny().llama)
+    data = DataConfig(**data_preset(vision), patch_length=1024)
+    if part == "radfm":
+        preparation = stored.to_record(Preparation.from_data(data.to_dict()))
+        checkpoint.write_description(tmp_path, part, model.to_dict(), preparation=preparation)
+    else:
+        checkpoint.write_description(tmp_path, part, {"vision": model.to_dict()["vision"]})
+    config = ConfigDict(Experiment(tiny()).to_dict(), convert_dict=True).lock()
+    config.model.vision.remat = "dots"
+    config.checkpoint.init_from, config.data.patch_length = str(tmp_path), 1024
+    config = follow_checkpoint(config, {"model.perceiver.num_layers"} if part == "radfm" else {"data.depth"})
+    if part == "vision":
+        config.model.perceiver.width = vision.width
+    followed = Experiment.from_dict(config)
+    assert followed.model.vision == dataclasses.replace(vision, remat="dots")
+    assert followed.model.perceiver.num_layers == tiny().perceiver.num_layers
+    assert followed.data.patches == data.patches and (followed.data.size_2d, followed.data.size_3d) == (448, 448)
+    assert not list(data_problems(followed.model.vision, followed.data))
 
 
 # --- the config of the slot -------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from radfm_jax.models.pooling import PooledMlpConfig, pool
 from radfm_jax.models.radfm import RadFM, RadFMConfig
 from radfm_jax.runtime.sharding import make_mesh, param_shardings
 from radfm_jax.training.experiment import Experiment, TrainConfig
+from radfm_jax.training.optimizer import OptimizerConfig
 
 TINY = {"width": 16, "num_layers": 2, "num_heads": 2, "mlp_width": 24, "image_size": 12, "patch": (4, 4, 1),
         "depth_positions": 8}  # fmt: skip
@@ -182,7 +183,9 @@ STACKS, LAYERS = ("blocks", "spatial", "temporal"), ("num_layers", "spatial_laye
 @pytest.mark.parametrize("name", ENCODERS)
 def test_a_plan_knows_every_part(name, perceiver):
     config = model(ENCODERS[name], perceiver)
-    experiment = Experiment(config, data(config), TrainConfig(batch=2, remat="attention"))
+    experiment = Experiment(
+        config, data(config), TrainConfig(batch=2, remat="attention"), OptimizerConfig(method="muon")
+    )
     memory = estimate.memory(experiment, estimate.abstract_mesh(experiment.mesh, 1))
     assert min(memory.values()) > 0
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(nn.unbox(radfm.abstract_params(config))))

@@ -44,10 +44,10 @@ def _attention(names: Mapping[str, str]) -> Rules:
 
 
 def _mlp(layer: str, up: str, down: str, gated: bool = False) -> Rules:
-    weight, bias = ("(g f) d -> d g f", "(g f) -> g f") if gated else ("f d -> d f", "f -> f")
+    ours, weight, bias = ("gate_up", "(g f) d -> d g f", "(g f) -> g f") if gated else ("up", "f d -> d f", "f -> f")
     return {
-        f"{layer}.mlp.{up}.weight": ("blocks/mlp/up/kernel", weight),
-        f"{layer}.mlp.{up}.bias": ("blocks/mlp/up/bias", bias),
+        f"{layer}.mlp.{up}.weight": (f"blocks/mlp/{ours}/kernel", weight),
+        f"{layer}.mlp.{up}.bias": (f"blocks/mlp/{ours}/bias", bias),
         f"{layer}.mlp.{down}.weight": ("blocks/mlp/down/kernel", "d f -> f d"),
         f"{layer}.mlp.{down}.bias": ("blocks/mlp/down/bias", "d -> d"),
     }
@@ -92,7 +92,7 @@ DINOV2: Rules = {
 def _ctvit_stack(name: str, stack: str, convolution: str) -> Rules:
     layer = f"enc_{name}_transformer.layers.*"
     return {
-        f"{layer}.0.dsconv.weight": (f"{stack}/positions/kernel", convolution),
+        f"{layer}.0.dsconv.weight": (f"{stack}/positions/taps", convolution),
         f"{layer}.0.dsconv.bias": (f"{stack}/positions/bias", "d -> d"),
         f"{layer}.1.norm.gamma": (f"{stack}/norm/scale", "d -> d"),
         f"{layer}.1.to_q.weight": (f"{stack}/query/kernel", "(h k) d -> d h k"),
@@ -101,7 +101,7 @@ def _ctvit_stack(name: str, stack: str, convolution: str) -> Rules:
         f"{layer}.1.k_scale": (f"{stack}/key_scale", "k -> k"),
         f"{layer}.1.to_out.weight": (f"{stack}/out/kernel", "d (h k) -> h k d"),
         **_affine(f"{layer}.3.0", f"{stack}/mlp_norm"),
-        f"{layer}.3.1.weight": (f"{stack}/up/kernel", "(g f) d -> d g f"),
+        f"{layer}.3.1.weight": (f"{stack}/gate_up/kernel", "(g f) d -> d g f"),
         f"{layer}.3.4.weight": (f"{stack}/down/kernel", "d f -> f d"),
         f"enc_{name}_transformer.norm_out.gamma": (f"{name}_norm/scale", "d -> d"),
     }

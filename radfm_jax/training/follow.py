@@ -21,7 +21,7 @@ def follow_checkpoint(config: ConfigDict, overridden: Collection[str]) -> Config
     """Return a config with the model, the tokenizer and the preparation of scans of `checkpoint.init_from`.
 
     A step of a training run also sets the sizes of a row. A language model alone sets only its own sizes and the
-    tokenizer. If the directory does not exist, nothing changes.
+    tokenizer, a vision encoder alone its own sizes and the fields of `data` that it requires. If the directory does not exist, nothing changes.
 
     Args:
       overridden: fields that the command line sets, such as "model.llama.num_layers". They do not change.
@@ -39,6 +39,9 @@ def follow_checkpoint(config: ConfigDict, overridden: Collection[str]) -> Config
         if len(intensities := preparation.pop("intensities")) == 1:  # otherwise each source of the config needs its own
             preparation["intensity"] = intensities[0]
         followed |= {f"data.{name}": value for name, value in preparation.items()}
+    elif fields := description["model"].get("vision"):
+        vision = RadFMConfig.from_dict({"vision": fields, "perceiver": {"width": fields["width"]}}).vision
+        followed |= {f"data.{name}": value for name, value in vision.data_fields.items()}
     if (directory / run_directory.RUN).is_file():
         with errors_of(directory / run_directory.RUN):
             config_of_run = plain_mapping(run_directory.read_run(directory).get("config"), "config")

@@ -29,6 +29,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from input_pipeline.field_rules import Count, Size, above, check_fields, one_of
 from radfm_jax.models.attention import NAMES
@@ -155,8 +156,8 @@ class PositionConvolution(nn.Module):
         """float[V, G, H, W, D], int32[V, G] -> float[V, G, H, W, D]. Outside of the scan everything is 0."""
         v, g, h, w, width = x.shape
         init = nn.initializers.variance_scaling(1 / 27, "fan_in", "truncated_normal", in_axis=(), out_axis=3)
-        kernel = self.param("kernel", partitioned(init, (None, None, None, "embed")), (3, 3, 3, width),
-                            self.config.param_dtype)  # fmt: skip
+        shape = (3, 3, 3, width)  # depth, rows, columns
+        kernel = self.param("taps", partitioned(init, (None, None, None, "embed")), shape, self.config.param_dtype)
         bias = self.param("bias", partitioned(nn.initializers.zeros, ("bias",)), (width,), self.config.param_dtype)
         kernel, out = kernel.astype(x.dtype), bias.astype(x.dtype)
         padding = ((-self.rows[0], self.rows[-1]), (1, 1))
@@ -195,7 +196,7 @@ class CTViTBlock(nn.Module):
         h = self.attention(einops.rearrange(x, fold), bias, allowed)
         x = x + einops.rearrange(h, unfold, v=x.shape[0], n=c.slab)
         h = layer_norm(c, "mlp_norm")(x)
-        h = dense((2, c.mlp_width), ("embed", None, "mlp"), c, name="up")(h)
+        h = dense((2, c.mlp_width), ("embed", None, "mlp"), c, name="gate_up")(h)
         h = jax.nn.gelu(h[..., 1, :], approximate=False) * h[..., 0, :]
         x = x + dense(c.width, ("mlp", "embed"), c, gain=RESIDUAL, name="down")(h)
         return constrain(x, "batch", None, None, None), None
@@ -206,7 +207,9 @@ class CTViTBlock(nn.Module):
         heads = (c.num_heads, c.head_dim)
         q = dense(heads, ("embed", "heads", "head_dim"), c, name="query")(layer_norm(c, "norm", bias=False)(x))
         kv = dense((2, *heads), ("embed", None, "heads", "head_dim"), c, name="key_value")(x)
-        q, k = self.unit(q, "query_scale"), self.unit(kv[..., 0, :, :], "key_scale")
+        q = checkpoint_name(self.unit(q, "query_scale"), "query")
+        k = checkpoint_name(self.unit(kv[..., 0, :, :], "key_scale"), "key")
+        v = checkpoint_name(kv[..., 1, :, :], "value")
         precision = matmul_precision(c.dtype)
         scores = SCORE_SCALE * jnp.einsum(
             "ztkc,zukc->zktu", q, k, precision=precision, preferred_element_type=jnp.float32
@@ -214,7 +217,7 @@ class CTViTBlock(nn.Module):
         scores = scores if bias is None else scores + bias
         scores = scores if allowed is None else jnp.where(allowed, scores, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(scores, axis=-1).astype(c.dtype)
-        out = jnp.einsum("zktu,zukc->ztkc", weights, kv[..., 1, :, :], precision=precision)
+        out = checkpoint_name(jnp.einsum("zktu,zukc->ztkc", weights, v, precision=precision), "attention")
         return dense(c.width, ("heads", "head_dim", "embed"), c, axis=(-2, -1), gain=RESIDUAL, name="out")(out)
 
     def unit(self, x: jax.Array, name: str) -> jax.Array:

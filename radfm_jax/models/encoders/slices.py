@@ -185,7 +185,7 @@ class SwigluMlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        up = dense((2, self.hidden), ("embed", None, "mlp"), self.config, bias=True, name="up")(x)
+        up = dense((2, self.hidden), ("embed", None, "mlp"), self.config, bias=True, name="gate_up")(x)
         x = jax.nn.silu(up[..., 0, :]) * up[..., 1, :]
         return dense(self.config.width, ("mlp", "embed"), self.config, bias=True, gain=RESIDUAL, name="down")(x)
 
