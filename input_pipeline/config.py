@@ -28,7 +28,17 @@ from input_pipeline.field_rules import (
 from input_pipeline.files import nearest
 from input_pipeline.images.augment import FLIPS
 from input_pipeline.images.intensity import parse_intensity, setting_text
-from input_pipeline.images.planes import CHANNELS, FITS, MODES, STORAGE, Sizes
+from input_pipeline.images.planes import (
+    CHANNELS,
+    FITS,
+    MODES,
+    ORDERS,
+    PATCH,
+    POSITION_TABLES,
+    STORAGE,
+    Patches,
+    Sizes,
+)
 from input_pipeline.text.tokens import TEMPLATES
 from input_pipeline.text.vocabularies import SEMANTIC_TYPES, bad_semantic_types
 
@@ -71,10 +81,15 @@ class DataConfig:
     # How a slice becomes a square: `stretch`, or `pad` to keep the ratio of its sides.
     fit: Annotated[str, one_of(FITS)] = "stretch"
     storage: Annotated[str, one_of(STORAGE)] = "uint8"  # dtype of the planes: uint8, int16 or float32
-    # Final side of 2D scans and of volumes, and maximum slices, in `paper` mode: multiples of the patch (32, 32, 4).
+    # Final side of 2D scans and of volumes, and maximum slices, in `paper` mode: multiples of the patch.
     size_2d: Size = 512
     size_3d: Size = 256
     depth: Size = 64
+    # The patch of the vision encoder (rows, columns, slices), its numbers of learned positions, and the order of a
+    # scan's patches (planes.Patches). They must equal the model's: encoders.kinds.data_preset has those of an encoder.
+    patch: tuple[Size, Size, Size] = PATCH
+    position_tables: tuple[Size, Size, Size] = POSITION_TABLES
+    patch_order: Annotated[str, one_of(ORDERS)] = "columns"
     # 1 if every scan is gray: the network then computes one channel instead of three equal ones.
     channels: Annotated[int, one_of((1, CHANNELS))] = 3
     records: bool = False  # read volumes from the records that `prepare --records` wrote, not from the scan files
@@ -117,7 +132,7 @@ class DataConfig:
         try:
             _ = self.sizes
         except ValueError as error:
-            yield f"data.size_2d, data.size_3d, data.depth: {error}"
+            yield f"data.patch, data.position_tables, data.size_2d, data.size_3d, data.depth: {error}"
         yield from self._intensity_problems()
         if bad := bad_semantic_types(self.umls_types):
             yield f"data.umls_types: {bad}"
@@ -128,6 +143,8 @@ class DataConfig:
                 yield "data.preprocess='released' needs data.storage='float32'"
             if self.records or self.flips or self.fit != "stretch":
                 yield "data.preprocess='released' cannot be combined with data.records, data.flips or data.fit='pad'"
+            if self.own_patches:
+                yield f"data.preprocess='released' cannot be combined with data.{', data.'.join(self.own_patches)}"
 
     def _intensity_problems(self) -> Iterable[str]:
         settings = {"data.intensity": self.intensity}
@@ -171,7 +188,17 @@ class DataConfig:
     @property
     def sizes(self) -> Sizes:
         """The final sizes of scans."""
-        return Sizes(self.size_2d, self.size_3d, self.depth)
+        return Sizes(self.size_2d, self.size_3d, self.depth, self.patches)
+
+    @property
+    def patches(self) -> Patches:
+        """How volumes are cut for the vision encoder."""
+        return Patches(self.patch, self.position_tables, self.patch_order)
+
+    @property
+    def own_patches(self) -> dict[str, Any]:
+        """The fields of `patches` that differ from RadFM's, as JSON values; records of RadFM's do not have them."""
+        return own_patches(self)
 
     def sources(self, split: str | None = None) -> dict[str, dict]:
         """Return {source name: fields} of one split or of all, sorted by name within a split as in a ConfigDict.
@@ -201,6 +228,13 @@ class DataConfig:
     def from_dict(cls, fields: Mapping) -> DataConfig:
         """Invert `to_dict`, for a dict or a ConfigDict. Raises ValueError with all unknown fields."""
         return from_mapping(cls, fields, "data")
+
+
+def own_patches(config: Any) -> dict[str, Any]:
+    """Return {field: JSON value} of `patch`, `position_tables` and `patch_order` that differ from RadFM's."""
+    default = {"patch": PATCH, "position_tables": POSITION_TABLES, "patch_order": "columns"}
+    own = {name: getattr(config, name) for name, value in default.items() if getattr(config, name) != value}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in own.items()}
 
 
 def trained_intensities(data: Mapping) -> tuple[str, ...]:

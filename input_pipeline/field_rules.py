@@ -202,8 +202,8 @@ def from_mapping(cls: type, fields: Any, group: str) -> Any:
         raise ValueError(f"unknown fields: {', '.join(unknown)}")
     values = {}
     for name, value in fields.items():
-        kind = _nested(_hints(cls)[name])
-        nested = kind is not None and value is not None and not isinstance(value, kind)
+        kind = _nested(_hints(cls)[name], value, _path(group, name))
+        nested = kind is not None and value is not None and not dataclasses.is_dataclass(value)
         values[name] = from_mapping(kind, value, _path(group, name)) if nested else as_tuple(value)
     return cls(**values)
 
@@ -213,7 +213,7 @@ def _all_unknown(fields: Mapping, cls: type, group: str) -> Iterator[str]:
     if unknown := unknown_fields(fields, cls, _path(group, "")):
         yield unknown
     for name, hint in _hints(cls).items():
-        if (kind := _nested(hint)) and isinstance(fields.get(name), Mapping):
+        if isinstance(fields.get(name), Mapping) and (kind := _nested(hint, fields[name], _path(group, name))):
             yield from _all_unknown(fields[name], kind, _path(group, name))
 
 
@@ -237,7 +237,19 @@ def unknown_fields(names: Iterable[str], cls: type, prefix: str = "") -> str:
     return ", ".join(f"{prefix}{name}{nearest(name, known, prefix)}" for name in names if name not in known)
 
 
-def _nested(hint: Any) -> type | None:
-    """Return the dataclass that a hint names, directly or as `X | None`."""
+def _nested(hint: Any, value: Any, path: str) -> type | None:
+    """Return the dataclass that a hint names, directly, as `X | None`, or as one of several that `value.kind` chooses.
+
+    Several dataclasses have a field `kind` with different defaults; without a `kind` the first one is meant.
+    """
     kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    return next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
+    kinds = tuple(kind for kind in kinds if dataclasses.is_dataclass(kind))
+    if len(kinds) < 2 or dataclasses.is_dataclass(value):
+        return kinds[0] if kinds else None
+    by_name = {kind.kind: kind for kind in kinds}
+    name = plain_mapping(value, path).get("kind", next(iter(by_name)))
+    if not isinstance(name, str) or name not in by_name:
+        raise ValueError(
+            f"{path}.kind must be one of {', '.join(by_name)} (got {shown(name)}){nearest(str(name), by_name)}"
+        )
+    return by_name[name]

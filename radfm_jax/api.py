@@ -190,7 +190,7 @@ class Model:
             # The network needs at least one scan; no token may refer to this placeholder.
             if ids.size and ids.max() >= c.llama.vocab_size + 2:
                 raise ValueError(f"ids contain {ids.max()}, a visual token, but there is no scan: pass vision")
-            vision = np.zeros((*ids.shape[:1], 1, c.vision.channels, *c.vision.patch), np.float32)
+            vision = np.zeros((*ids.shape[:1], 1, c.vision.channels, *c.vision.scan_shape(1)), np.float32)
         vision = np.asarray(vision)
         bad = np.argwhere(~np.isfinite(vision).reshape(*vision.shape[:2], -1).all(-1)) if vision.ndim == 6 else []
         if len(bad):
@@ -204,6 +204,7 @@ class Model:
         batch = plain_rows(
             ids, vision, attention_mask, vocab_size=c.llama.vocab_size, num_latents=c.num_latents,
             patch=c.vision.patch, channels=c.vision.channels, tables=c.vision.tables,
+            order=c.vision.patch_order,
         )  # fmt: skip
         with jax.set_mesh(self.mesh) if self.mesh is not None else contextlib.nullcontext():
             return _forward(c, self.params, batch)

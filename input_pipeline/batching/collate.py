@@ -13,7 +13,7 @@ import numpy as np
 
 from input_pipeline.batching.plan import RowLimits
 from input_pipeline.batching.report import RowInfo
-from input_pipeline.images.planes import CHANNELS, PATCH, Volume, patch_grid, patch_positions, planes
+from input_pipeline.images.planes import CHANNELS, PATCH, Volume, planes
 from input_pipeline.text.tokens import Encoded
 
 
@@ -29,7 +29,7 @@ class ScanPlanes:
 
     @classmethod
     def of(cls, volume: Volume) -> ScanPlanes:
-        return cls(*planes(volume), patch_positions(patch_grid(volume.shape)), volume.scale, volume.offset)
+        return cls(*planes(volume), volume.patches.positions(volume.shape), volume.scale, volume.offset)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,18 +51,25 @@ class Batch:
 
 
 def collate_row(
-    row: LoadedRow, limits: RowLimits, *, num_latents: int = 32, plane_dtype=np.uint8, channels: int = CHANNELS
+    row: LoadedRow,
+    limits: RowLimits,
+    *,
+    num_latents: int = 32,
+    plane_dtype=np.uint8,
+    channels: int = CHANNELS,
+    patch: tuple[int, int, int] = PATCH,
 ) -> dict[str, np.ndarray]:
     """Build the arrays of one row, without the batch axis; `planes` has only the planes in use.
 
     Args:
       channels: last axis of `plane_index`: 1 if all scans are gray, which costs the network a third of the time.
+      patch: (h, w, slices) of a row without scans.
     Raises:
       ValueError: a scan has another dtype, more patches or planes than planned, or colour where `channels` is 1.
     """
     scan = next(iter(row.scans.values()), None)
-    slices = scan.plane_index.shape[1] if scan else PATCH[2]
-    plane_shape = scan.planes.shape[1:] if scan else PATCH[:2]
+    slices = scan.plane_index.shape[1] if scan else patch[2]
+    plane_shape = scan.planes.shape[1:] if scan else patch[:2]
     t, r, p, s = limits.text_length, limits.vision_rows, limits.patch_length, limits.scans
     i32 = np.int32
     arrays = {
@@ -116,7 +123,10 @@ def _add_scans(arrays: dict[str, np.ndarray], row: LoadedRow, limits: RowLimits,
                 f"{free_planes} planes of {dtype} and {free_patches} patches: the index is out of date, run prepare"
             )
         if channels == 1 and (scan.plane_index != scan.plane_index[..., :1]).any():
-            raise ValueError(f"the scan in slot {slot} has colour, but data.channels is 1: make it {CHANNELS}")
+            raise ValueError(
+                f"the scan in slot {slot} has colour, but data.channels is 1: make it {CHANNELS}, if the model reads "
+                "colour"
+            )
         span = slice(start, start + n)
         used_planes.append(scan.planes)
         arrays["plane_index"][vision_row, span] = scan.plane_index[..., :channels] + planes_used

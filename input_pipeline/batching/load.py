@@ -85,7 +85,7 @@ class RowLoader:
             from input_pipeline.index.records import Records
 
             self.index.check_records(record_settings(config))
-            self.records = Records(self.index.directory / "records")
+            self.records = Records(self.index.directory / "records", patches=config.sizes.patches)
 
     def _check_channels(self) -> None:
         if colour := int((self.scans.shapes[:, -1] > self.config.channels).sum()):
@@ -239,6 +239,7 @@ class RowLoader:
             num_latents=config.num_latents,
             plane_dtype=np.dtype(config.storage),
             channels=config.channels,
+            patch=config.patch,
         )
         tasks = np.array([0, *(1 + TASKS.index(info.task) for info in infos)], np.int32)
         arrays["tasks"] = tasks[arrays["segments"]]

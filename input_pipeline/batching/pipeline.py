@@ -99,7 +99,7 @@ class Rows(grain.IterDataset):
             samples=config.epoch_samples,
         )
         self.windows = -(-len(self.mixture) // config.window)
-        settings = {name: getattr(config, name) for name in IDENTITY_FIELDS}
+        settings = {name: getattr(config, name) for name in IDENTITY_FIELDS} | config.own_patches
         settings["flips"] = list(config.flips)  # JSON returns lists, not tuples
         if config.fit != "stretch":  # states saved before this setting existed have none
             settings["fit"] = config.fit
@@ -186,8 +186,10 @@ class Rows(grain.IterDataset):
     @functools.cached_property
     def empty_row(self) -> dict[str, np.ndarray]:
         """The arrays of a row without samples."""
-        dtype, channels = np.dtype(self.config.storage), self.config.channels
-        arrays = collate_row(LoadedRow(), self.config.limits, plane_dtype=dtype, channels=channels)
+        config, dtype = self.config, np.dtype(self.config.storage)
+        arrays = collate_row(
+            LoadedRow(), config.limits, plane_dtype=dtype, channels=config.channels, patch=config.patch
+        )
         return arrays | {"tasks": np.zeros_like(arrays["segments"])}
 
     def close(self) -> None:

@@ -49,4 +49,4 @@ def augment(volume: Volume, rng: np.random.Generator, flips: Sequence[str] = (),
     box = volume.slices.reshape(k * channels, height, width)[:, top : top + h, left : left + w]
     slices = np.stack([resize_plane(np.ascontiguousarray(s), (height, width)) for s in box])
     slices = flip_slices(slices.reshape(k, channels, height, width), flips, rng)
-    return Volume.from_slices(slices, volume.scale, volume.offset, volume.depth)
+    return Volume.from_slices(slices, volume.scale, volume.offset, volume.depth, volume.patches)

@@ -1,7 +1,7 @@
 """Target sizes of scans, and volumes cut into the patches that the vision encoder reads.
 
 Letters: H W D voxels, C channels, (h, w, d) = patch size, n = (H/h) (W/w) (D/d) patches of a scan, K stored slices,
-m stored planes.
+m stored planes. The patch is that of the vision encoder (`Patches`); the defaults are RadFM's.
 
 All sizes depend only on the header of a scan, so rows can be planned before any pixel is read.
 """
@@ -18,6 +18,7 @@ import numpy as np
 
 PATCH = (32, 32, 4)
 POSITION_TABLES = (16, 16, 128)
+ORDERS = {"columns": "i j k", "slabs": "k i j"}  # of patches, by row i, column j and depth k; the last varies fastest
 CHANNELS = 3
 MODES = ("paper", "released")
 FITS = ("stretch", "pad")
@@ -41,8 +42,8 @@ def patch_grid(shape, patch=PATCH, tables=POSITION_TABLES) -> tuple[int, int, in
     return tuple(size // step for size, step in zip(shape, patch, strict=True))
 
 
-def patch_positions(grid, tables=POSITION_TABLES) -> np.ndarray:
-    """int32[n, 3], the entries of the three position tables for each patch; depth varies fastest.
+def patch_positions(grid, tables=POSITION_TABLES, order: str = "columns") -> np.ndarray:
+    """int32[n, 3], the entries of the three position tables for each patch; by default, depth varies fastest.
 
     n patches along an axis with N table entries use the entries (i + 1) * (N // n) - 1, which spreads a smaller scan
     over the table (PositionEmbeddingLearned3d of the released code):
@@ -50,17 +51,36 @@ def patch_positions(grid, tables=POSITION_TABLES) -> np.ndarray:
         16 rows,  8 patches: 1 3 5 7 9 11 13 15          128 depths, 2 patches: 63 127
     """
     axes = [(np.arange(n, dtype=np.int32) + 1) * (size // n) - 1 for n, size in zip(grid, tables, strict=True)]
-    return np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
+    grid_of_entries = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1)
+    return einops.rearrange(grid_of_entries, f"i j k a -> ({ORDERS[order]}) a")
 
 
-def to_planes(volumes: np.ndarray, patch=PATCH) -> np.ndarray:
+def to_planes(volumes: np.ndarray, patch=PATCH, order: str = "columns") -> np.ndarray:
     """Cut [..., C, H, W, D] into planes [..., n * d * C, h, w], each one slice of one channel of one patch.
 
     Plane (patch, slice p, channel c) has the index (patch * d + p) * C + c.
     """
     h, w, d = patch
-    pattern = "... c (i h) (j w) (k d) -> ... (i j k d c) h w"
+    pattern = f"... c (i h) (j w) (k d) -> ... ({ORDERS[order]} d c) h w"
     return einops.rearrange(volumes, pattern, h=h, w=w, d=d)
+
+
+@dataclasses.dataclass(frozen=True)
+class Patches:
+    """How volumes are cut for a vision encoder."""
+
+    size: tuple[int, int, int] = PATCH
+    tables: tuple[int, int, int] = POSITION_TABLES  # numbers of learned row, column and depth positions
+    order: str = "columns"  # `columns`: patches above each other are neighbours; `slabs`: patches of equal depth are
+
+    def grid(self, shape) -> tuple[int, int, int]:
+        return patch_grid(shape, self.size, self.tables)
+
+    def positions(self, shape) -> np.ndarray:
+        return patch_positions(self.grid(shape), self.tables, self.order)
+
+
+RADFM_PATCHES = Patches()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,10 +90,11 @@ class Sizes:
     flat: int = 512
     volume: int = 256
     depth: int = MAX_DEPTH
+    patches: Patches = RADFM_PATCHES
 
     def __post_init__(self):
-        patch_grid((self.flat, self.flat, PATCH[2]))
-        patch_grid((self.volume, self.volume, self.depth))
+        self.patches.grid((self.flat, self.flat, self.patches.size[2]))
+        self.patches.grid((self.volume, self.volume, self.depth))
 
 
 PAPER_SIZES = Sizes()
@@ -88,13 +109,17 @@ def target_shape(shape, mode: str = "paper", sizes: Sizes = PAPER_SIZES) -> tupl
         D      2   5   6   7   9  10  11  33  62  63  100
         D'     4   4   8   8   8  12  12  32  64  64   64
 
+    These are the numbers of `PAPER_SIZES`. Other `sizes` have their own sides, and the depth of their patch instead of
+    4: a 2D scan has the depth of one patch.
+
     `released`: the size in the released training code if the sample has no other scan (`released_shape`).
     """
     height, width, depth = _checked_shape(shape)
+    step = sizes.patches.size[2]
     if mode == "paper":
         if depth == 1:
-            return sizes.flat, sizes.flat, PATCH[2]
-        return sizes.volume, sizes.volume, min(max((depth + 2) // 4 * 4, 4), sizes.depth)
+            return sizes.flat, sizes.flat, step
+        return sizes.volume, sizes.volume, min(max((depth + step // 2) // step * step, step), sizes.depth)
     if mode == "released":
         return released_shape([depth])
     raise ValueError(f"mode {mode!r} must be one of {', '.join(MODES)}")
@@ -134,19 +159,20 @@ class Volume:
     voxels: np.ndarray  # uint8, int16 or float32 [H, W, K, C], C 1 or 3; a 2D scan is stored as one slice (K = 1)
     scale: float = 1.0
     offset: float = 0.0
-    depth: int | None = None  # D, slices that the model sees: K, or how often one slice is repeated (None: 4)
+    depth: int | None = None  # D, slices that the model sees: K, or how often one slice is repeated (None: a patch's)
     source: tuple[int, int, int] | None = None  # (H, W, D) of the scan before it was resized; None in records
     notices: tuple[str, ...] = ()  # contrast and shape that the conversion lost, if they were measured
+    patches: Patches = RADFM_PATCHES
 
     def __post_init__(self):
         v = self.voxels
         if v.ndim != 4 or v.shape[3] not in (1, CHANNELS) or v.dtype.name not in STORAGE:
             expected = f"{' or '.join(STORAGE)} [H, W, slices, 1 or {CHANNELS} channels]"
             raise ValueError(f"a volume must be {expected}, got {v.dtype}{list(v.shape)}")
-        depth = self.depth or (PATCH[2] if v.shape[2] == 1 else v.shape[2])
+        depth = self.depth or (self.patches.size[2] if v.shape[2] == 1 else v.shape[2])
         if v.shape[2] not in (1, depth):
             raise ValueError(f"{v.shape[2]} slices cannot fill a depth of {depth}")
-        patch_grid((*v.shape[:2], depth))
+        self.patches.grid((*v.shape[:2], depth))
         object.__setattr__(self, "depth", depth)
 
     @property
@@ -160,9 +186,16 @@ class Volume:
         return np.ascontiguousarray(self.voxels.transpose(2, 3, 0, 1))
 
     @classmethod
-    def from_slices(cls, slices: np.ndarray, scale: float, offset: float, depth: int | None = None) -> Volume:
+    def from_slices(
+        cls,
+        slices: np.ndarray,
+        scale: float,
+        offset: float,
+        depth: int | None = None,
+        patches: Patches = RADFM_PATCHES,
+    ) -> Volume:
         """Return the volume of `slices` [K, C, H, W], sharing their memory."""
-        return cls(slices.transpose(2, 3, 0, 1), scale, offset, depth)
+        return cls(slices.transpose(2, 3, 0, 1), scale, offset, depth, patches=patches)
 
     def values(self) -> np.ndarray:
         """float32[H, W, D, 3] that the network sees, with slices and channels repeated as views."""
@@ -196,32 +229,33 @@ def planes(volume: Volume) -> tuple[np.ndarray, np.ndarray]:
         `planes[plane_index]` equals `to_planes` of the expanded volume, reshaped.
     """
     _, _, slice_count, channels = volume.voxels.shape
-    h, w, _ = PATCH
+    patches = volume.patches
+    h, w, _ = patches.size
     stored_planes = einops.rearrange(volume.slices, "k c (i h) (j w) -> (k c i j) h w", h=h, w=w)
-    return stored_planes, _plane_index(patch_grid(volume.shape), slice_count == 1, channels)
+    return stored_planes, _plane_index(patches, patches.grid(volume.shape), slice_count == 1, channels)
 
 
 @functools.lru_cache(maxsize=64)
-def _plane_index(grid: tuple[int, int, int], one_slice: bool, channels: int) -> np.ndarray:
-    rows, columns, depths = grid
-    i, j, k, p, c = np.ogrid[:rows, :columns, :depths, : PATCH[2], :CHANNELS]
-    slice_ = 0 * (k + p) if one_slice else k * PATCH[2] + p
+def _plane_index(patches: Patches, grid: tuple[int, int, int], one_slice: bool, channels: int) -> np.ndarray:
+    (rows, columns, depths), d = grid, patches.size[2]
+    i, j, k, p, c = np.ogrid[:rows, :columns, :depths, :d, :CHANNELS]
+    slice_ = 0 * (k + p) if one_slice else k * d + p
     channel = c if channels == CHANNELS else 0 * c
     index = ((slice_ * channels + channel) * rows + i) * columns + j
-    out = index.reshape(-1, PATCH[2], CHANNELS).astype(np.int32)
+    out = einops.rearrange(index, f"i j k p c -> ({ORDERS[patches.order]}) p c").astype(np.int32)
     out.setflags(write=False)  # cached: all scans of this size share the array
     return out
 
 
 def patch_count(shape, mode: str = "paper", final=None, sizes: Sizes = PAPER_SIZES) -> int:
     """Return n, the patches of a scan. Pass `final` if the target size depends on the sample (`released_shape`)."""
-    return math.prod(patch_grid(final or target_shape(shape, mode, sizes)))
+    return math.prod(sizes.patches.grid(final or target_shape(shape, mode, sizes)))
 
 
 def plane_count(shape, channels: int, mode: str = "paper", final=None, sizes: Sizes = PAPER_SIZES) -> int:
     """Return m, the number of planes that `planes` returns for a header with (H, W, D) and 1 or 3 channels."""
     if channels not in (1, CHANNELS):
         raise ValueError(f"a scan must have 1 or {CHANNELS} channels, got {channels}")
-    rows, columns, depths = patch_grid(final or target_shape(shape, mode, sizes))
-    slices = 1 if _checked_shape(shape)[2] == 1 else depths * PATCH[2]
+    rows, columns, depths = sizes.patches.grid(final or target_shape(shape, mode, sizes))
+    slices = 1 if _checked_shape(shape)[2] == 1 else depths * sizes.patches.size[2]
     return rows * columns * slices * channels

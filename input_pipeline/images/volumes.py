@@ -89,7 +89,8 @@ def prepare_volume(
     inner = (height, width) if fit == "stretch" else padded_size(voxels.shape[:2], (height, width), spacing)
     slices = _scaled_slices(voxels, (*inner, depth if source[2] > 1 else 1), ranges, (low, high), storage)
     slices = slices if inner == (height, width) else _centered(slices, height, width)
-    volume = Volume.from_slices(flip_slices(slices, flips, rng), *QUANTIZATION[storage])
+    slices = flip_slices(slices, flips, rng)
+    volume = Volume.from_slices(slices, *QUANTIZATION[storage], patches=sizes.patches)
     return dataclasses.replace(volume, source=source, notices=notices)
 
 

@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 
 from input_pipeline.config import DataConfig
 from input_pipeline.files import fingerprint, nearest, parse_json, read_json, sha256_of_file
+from input_pipeline.images.planes import PATCH
 from input_pipeline.samples import Scan
 
 VERSION = 3
@@ -341,12 +342,14 @@ class Index:
 
 def record_settings(config: DataConfig) -> dict:
     """Return the settings that all records of a directory must share. A scan's intensity is part of its key instead."""
-    return {name: getattr(config, name) for name in ("storage", "size_2d", "size_3d", "depth", "fit")}
+    settings = {name: getattr(config, name) for name in ("storage", "size_2d", "size_3d", "depth", "fit")}
+    return settings | {name: value for name, value in config.own_patches.items() if name == "patch"}
 
 
 def changed_settings(old: Mapping[str, object], new: Mapping[str, object]) -> str:
     """Return "data.storage is int16, was uint8; ..." for the settings of records that differ, or ""."""
-    old = {"fit": "stretch"} | dict(old)  # records written before this setting existed
+    default = {"fit": "stretch", "patch": list(PATCH)}  # of settings that may be absent
+    old, new = default | dict(old), default | dict(new)
     return "; ".join(f"data.{k} is {v}, was {old.get(k)}" for k, v in new.items() if old.get(k) != v)
 
 

@@ -112,7 +112,7 @@ def index_description(
             "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         },
         "sources": sources,
-        "data": {name: data[name] for name in FIELDS},
+        "data": {name: data[name] for name in FIELDS} | results.config.own_patches,
         "tokenizer": tokenizer,
         "counts": {key: report[key] for key in ("rows", "scans", "quarantine", "leaks")},
         "records": records,

@@ -29,7 +29,7 @@ from tensorflow_datasets.core import dataset_info, example_serializer, file_adap
 from tensorflow_datasets.proto import tf_example_pb2
 
 from input_pipeline.files import PARTIAL, fsync, read_json
-from input_pipeline.images.planes import Volume
+from input_pipeline.images.planes import RADFM_PATCHES, Patches, Volume
 
 NAME, SPLIT, VERSION = "volumes", "scans", "1.0.0"
 SHARD_BYTES = 256 << 20
@@ -86,13 +86,14 @@ class Records:
 
     Args:
       lengths: number of records in each shard; None: as in the description of the data set.
+      patches: how the volumes are cut.
     Raises:
       ValueError: the directory has no records. On access: the number does not exist, or the shard is missing,
         truncated, damaged or has another record. The message names the file.
     """
 
-    def __init__(self, directory: Path | str, lengths: Sequence[int] | None = None):
-        self.directory = Path(directory)
+    def __init__(self, directory: Path | str, lengths: Sequence[int] | None = None, patches: Patches = RADFM_PATCHES):
+        self.directory, self.patches = Path(directory), patches
         self.lengths: list[int] = self._described_lengths() if lengths is None else list(lengths)
         self._ends = list(itertools.accumulate(self.lengths))
         self._readers: collections.OrderedDict[int, array_record_module.ArrayRecordReader] = collections.OrderedDict()
@@ -127,7 +128,8 @@ class Records:
         slices = np.frombuffer(as_bytes("slices"), as_bytes("dtype").decode())
         shape = list(values["shape"].int64_list.value)
         depth = values["depth"].int64_list.value[0]
-        return Volume.from_slices(slices.reshape(shape), as_float("scale"), as_float("offset"), depth)
+        scale, offset = as_float("scale"), as_float("offset")
+        return Volume.from_slices(slices.reshape(shape), scale, offset, depth, self.patches)
 
     def source(self, number: int) -> str:
         """Return the SHA-256 of the file from which the record was made."""

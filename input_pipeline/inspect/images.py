@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import numpy as np
 from PIL import Image
 
-from input_pipeline.images.planes import Volume, patch_grid, patch_positions, source_slice
+from input_pipeline.images.planes import RADFM_PATCHES, Patches, Volume, patch_positions, source_slice
 
 SLICES = 8  # images of a volume
 PNG_BYTES = 32768  # a larger image becomes a JPEG: a row of 2,048 tokens can show fifty of 512 x 512 pixels
@@ -54,7 +54,7 @@ class ScanView:
     thumbnail: SliceImage | None
 
 
-def volume_of_slot(arrays: Mapping[str, np.ndarray], slot: int) -> Volume:
+def volume_of_slot(arrays: Mapping[str, np.ndarray], slot: int, patches: Patches = RADFM_PATCHES) -> Volume:
     """Rebuild the volume in a slot from its planes and the positions of its patches.
 
     The inverse of `planes.planes` and `collate_row`, for patches in any order. Repeated slices and channels are kept
@@ -71,7 +71,7 @@ def volume_of_slot(arrays: Mapping[str, np.ndarray], slot: int) -> Volume:
     h, w = arrays["planes"].shape[1:]
     grid = tuple(len(np.unique(positions[:, axis])) for axis in range(3))
     order = np.lexsort(positions.T[::-1])
-    if not np.array_equal(positions[order], patch_positions(grid)):
+    if not np.array_equal(positions[order], patch_positions(grid, patches.tables)):
         raise ValueError(f"the {n} patches of slot {slot} do not cover a volume: their positions have gaps or repeat")
     # [rows, columns, depths, d, C] of plane numbers -> [D, C, rows, columns]
     numbers = index[order].reshape(*grid, d, channels).transpose(2, 3, 4, 0, 1)
@@ -83,7 +83,8 @@ def volume_of_slot(arrays: Mapping[str, np.ndarray], slot: int) -> Volume:
         numbers = numbers[:, :1]
     slices = arrays["planes"][numbers]  # [K, C, rows, columns, h, w]
     slices = slices.swapaxes(3, 4).reshape(*numbers.shape[:2], grid[0] * h, grid[1] * w)
-    return Volume.from_slices(slices, float(arrays["scan_scale"][slot]), float(arrays["scan_offset"][slot]), depth)
+    scale, offset = float(arrays["scan_scale"][slot]), float(arrays["scan_offset"][slot])
+    return Volume.from_slices(slices, scale, offset, depth, patches)
 
 
 def scan_view(
@@ -111,7 +112,7 @@ def scan_view(
     view = ScanView(
         slot=slot,
         vision_row=int(arrays["scan_rows"][slot]),
-        patches=int(np.prod(patch_grid(volume.shape))),
+        patches=int(np.prod(volume.patches.grid(volume.shape))),
         shape=volume.shape,
         source=source,
         slices=k,

@@ -59,7 +59,7 @@ def first_rows(config: DataConfig, split: str, count: int, epoch: int, name: str
             report.add(batch.rows)
             arrays, info = {key: value[0] for key, value in batch.arrays.items()}, batch.rows[0]
             notices = index.notices(scan.key for scan in info.slots)
-            views.append(row_view(arrays, info, tokenizer, config.num_latents, notices))
+            views.append(row_view(arrays, info, tokenizer, config.num_latents, notices, config.patches))
     fields, sources = config.sources_with_rows(split), []
     described = zip(rows.description["sources"].items(), rows.mixture.counts.tolist(), strict=True)
     for (source, table), samples in described:

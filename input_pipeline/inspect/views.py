@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from input_pipeline.batching.report import RowInfo, SampleInfo
+from input_pipeline.images.planes import RADFM_PATCHES, Patches
 from input_pipeline.inspect.images import ScanView, scan_view, volume_of_slot
 from input_pipeline.inspect.tokens import TEXT, Token, TokenDecoder, sample_tokens
 from input_pipeline.text.terms import TERM_WEIGHT
@@ -74,6 +75,7 @@ def row_view(
     tokenizer: Tokenizer,
     num_latents: int,
     notices: Mapping[int, Sequence[str]] = types.MappingProxyType({}),
+    patches: Patches = RADFM_PATCHES,
 ) -> RowView:
     """Return the view of one row. Its arrays have no batch axis. `notices` are those of `prepare`, by ScanInfo.key."""
     segments, decoder = arrays["segments"], TokenDecoder(tokenizer)
@@ -87,7 +89,7 @@ def row_view(
     sources = {scan.slot: scan for scan in info.slots}
     for slot in np.flatnonzero(arrays["scan_rows"] >= 0).tolist():
         try:
-            volume = volume_of_slot(arrays, slot)
+            volume = volume_of_slot(arrays, slot, patches)
         except ValueError as error:
             warnings.append(str(error))
             continue

@@ -62,8 +62,8 @@ def random_inputs(part: str, config: RadFMConfig, seed: int, length: int = 64) -
     v, latents = config.llama.vocab_size, config.num_latents
     scan = [v, *range(v + 2, v + 2 + latents), v + 1]
     ids = np.concatenate([ids[:, :1], np.tile(np.array(scan, np.int32), (2, 1)), ids[:, 1:]], axis=1)
-    side = [4 * p if n >= 4 else p for p, n in zip(config.vision.patch, config.vision.tables, strict=True)]
-    return ids, rng.random((2, 1, config.vision.channels, *side), dtype=np.float32)
+    shape = (2, 1, config.vision.channels, *config.vision.scan_shape(4))
+    return ids, rng.random(shape, dtype=np.float32)
 
 
 def logits_of(part: str, config: RadFMConfig, params: dict, ids: np.ndarray, vision, dtype: str) -> np.ndarray:

@@ -165,6 +165,11 @@ def entries(config: radfm.RadFMConfig, part: str = "radfm", *, fused: bool = Fal
     Part `radfm` has the released names, `llama` those of a Hugging Face folder. Parameter names are the same in both
     (`llama/...`), so that one can initialise the other. A `fused` language model has Phi's names.
     """
+    if part == "radfm" and (config.vision.kind, config.perceiver.kind) != ("vit3d", "perceiver"):
+        raise ValueError(
+            f"RadFM's PyTorch form has only the vision encoder vit3d and the perceiver, but model.vision.kind is "
+            f"{config.vision.kind} and model.perceiver.kind is {config.perceiver.kind}"
+        )
     tables = {("", "llama/"): decoder_rules(config.llama)}
     if part == "radfm":
         tables = {

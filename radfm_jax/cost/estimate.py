@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import flax.linen as nn
 import jax
@@ -22,6 +22,7 @@ from input_pipeline.datasets import FAMILIES
 from radfm_jax.cost import flops
 from radfm_jax.models import attention, radfm
 from radfm_jax.models.layers import matmul_precision
+from radfm_jax.models.perceiver import PerceiverConfig
 from radfm_jax.runtime import sharding
 from radfm_jax.training import train_step
 from radfm_jax.training.experiment import Experiment, MeshConfig
@@ -206,7 +207,10 @@ def memory(config: Experiment, mesh: Mesh | AbstractMesh, platform: str | None =
         "batch": 2 * train.accumulation * rows * row_bytes,
         "activations": sum(stack.layers * stack.saved(train.remat) for stack in blocks.values()),
         "working set": max(
-            *(2 * stack.live + weights for stack, weights in zip(blocks.values(), _gathered(config), strict=True)),
+            *(
+                2 * stack.live + weights
+                for stack, weights in zip(blocks.values(), _gathered(config, blocks), strict=True)
+            ),
             # A scaled plane, its norm and the gradient of the norm, each in float32.
             3 * 4 * rows * limits.vision_rows * limits.patch_length * math.prod(vision.patch) * config.data.channels,
             _head(config, rows),
@@ -264,49 +268,53 @@ def _has_kernel(config: Experiment, platform: str) -> bool:
 
 def _stacks(config: Experiment, rows: int, tensor: int, fused: bool, plain_decoder: bool) -> dict[str, _Stack]:
     """Return the stacks of blocks, with fused attention kernels or not; `plain_decoder`: the decoder has none."""
-    limits, c, v, q = config.data.limits, config.model.llama, config.model.vision, config.model.perceiver
+    limits, c, q = config.data.limits, config.model.llama, config.model.perceiver
     n = jnp.dtype(config.train.dtype).itemsize
     patches = rows * limits.vision_rows * limits.patch_length
     latents = rows * limits.scans * q.num_latents
-    inner_v, inner_q = v.num_heads * v.head_dim, q.num_heads * q.head_dim
 
-    def stack(layers, tokens, keys, width, heads, query, key, hidden, more_keys=0, plain=False, norms=2):
+    def stack(layers, tokens, keys, width, heads, query, key, hidden, more_keys=0, kernels=True, norms=2):
         """Return a stack of `tokens` queries with `keys` each, and `more_keys` from another sequence."""
         query, key, hidden = query // tensor, key // tensor, hidden // tensor
         # float32 scores and their softmax, unless a fused or tiled kernel computes them.
         tiled = keys >= attention.MIN_TILED_LENGTH and keys % 128 == 0
-        scores = 0 if (fused or tiled) and not plain else 2 * 4 * tokens * keys * heads // tensor
+        scores = 0 if (fused or tiled) and kernels else 2 * 4 * tokens * keys * heads // tensor
         products = query + 2 * key + width + hidden + width
         # Norms (also in float32), two sums, and the activated hidden layer.
         live = n * tokens * (products + query + (norms + 2) * width + hidden) + norms * 4 * tokens * width + scores
         saved = [n * tokens * size for size in (width, query, 2 * query + 2 * key, products + query)]
         return _Stack(layers, *saved, live + n * more_keys * 2 * key)
 
-    return {
-        "llama": stack(
+    result = {
+        "llama/blocks": stack(
             c.num_layers, rows * limits.text_length, limits.text_length, c.width, c.num_heads,
             c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, 2 * c.mlp_width,
-            plain=plain_decoder, norms=4 if c.post_norms else 2,
-        ),
-        "vit": stack(
-            v.num_layers, patches, limits.patch_length, v.width, v.num_heads, inner_v, inner_v, v.mlp_width
-        ),
-        "perceiver": stack(
-            q.num_layers, latents, limits.patch_length + q.num_latents, q.width, q.num_heads, inner_q, inner_q,
-            q.mlp_factor * q.width, rows * limits.scans * limits.patch_length,
+            kernels=not plain_decoder, norms=4 if c.post_norms else 2,
         ),
     }  # fmt: skip
+    for s in config.model.vision.stacks(limits.patch_length):
+        result[f"vit/{s.name}"] = stack(
+            s.layers, math.ceil(patches * s.tokens), s.keys, s.width, s.heads, s.inner, s.inner, s.hidden,
+            kernels=s.kernels,
+        )  # fmt: skip
+    if isinstance(q, PerceiverConfig):
+        inner = q.num_heads * q.head_dim
+        result["perceiver/blocks"] = stack(
+            q.num_layers, latents, limits.patch_length + q.num_latents, q.width, q.num_heads, inner, inner,
+            q.mlp_factor * q.width, rows * limits.scans * limits.patch_length,
+        )  # fmt: skip
+    return result
 
 
-def _gathered(config: Experiment) -> list[int]:
+def _gathered(config: Experiment, stacks: Iterable[str]) -> list[int]:
     """Return the bytes of each stack's gathered block weights in the dtype of products, and of their gradient.
 
-    On one device these are the cast weights.
+    On one device these are the cast weights. Stacks are named by the path of their parameters.
     """
     n = jnp.dtype(config.train.dtype).itemsize
     result = []
-    for name in ("llama", "vit", "perceiver"):
-        tree = nn.unbox(radfm.abstract_params(config.model))[name]["blocks"]
+    for name, stack in (path.split("/") for path in stacks):
+        tree = nn.unbox(radfm.abstract_params(config.model))[name][stack]
         numbers = sum(math.prod(x.shape[1:]) for x in jax.tree.leaves(tree))
         # The weights of the next block are gathered while one computes.
         result.append(numbers * n * (2 + (name not in config.optimizer.frozen)))

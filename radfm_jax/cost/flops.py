@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import jax
-import numpy as np
 
 from input_pipeline.batching.plan import RowLimits
 from radfm_jax.models.decoder import DecoderConfig
+from radfm_jax.models.pooling import PooledMlpConfig
 from radfm_jax.models.radfm import RadFMConfig
 
 # Published dense bfloat16 FLOP/s per device, and the share of it (MFU) that published training runs of 13B-class models
@@ -51,18 +51,21 @@ def forward(config: RadFMConfig, limits: RowLimits, channels: int | None = None)
     heads, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     layer = c.width * (2 * heads + 2 * kv) + 3 * c.width * c.mlp_width
     llama = c.num_layers * 2 * t * layer + decoder_attention(c, t)
-    inner = v.num_heads * v.head_dim
-    vit_layer = 4 * v.width * inner + 2 * v.width * v.mlp_width
-    patch = int(np.prod(v.patch)) * (channels or v.channels)
-    vit = 2 * p * patch * v.width + v.num_layers * (2 * p * vit_layer + 4 * p * limits.patch_length * inner)
-    latents, inner = limits.scans * q.num_latents, q.num_heads * q.head_dim
-    mlp = 2 * q.mlp_factor * q.width**2
-    keys = p + latents
-    attention = 4 * latents * inner * (limits.patch_length + q.num_latents)
-    perceiver = (
-        q.num_layers * (2 * latents * (2 * q.width * inner + mlp) + 2 * keys * 2 * q.width * inner + attention)
-        + 2 * latents * q.width * c.width
-    )
+    vit = p * v.patch_flops(channels)
+    for stack in v.stacks(limits.patch_length):
+        weights = 4 * stack.width * stack.inner + stack.width * (stack.hidden + stack.down)
+        vit += stack.layers * stack.tokens * p * (2 * weights + 4 * stack.keys * stack.inner)
+    latents = limits.scans * q.num_latents
+    if isinstance(q, PooledMlpConfig):
+        perceiver = 2 * latents * q.hidden * (q.width + c.width)
+    else:
+        inner, mlp = q.num_heads * q.head_dim, 2 * q.mlp_factor * q.width**2
+        keys = p + latents
+        attention = 4 * latents * inner * (limits.patch_length + q.num_latents)
+        perceiver = (
+            q.num_layers * (2 * latents * (2 * q.width * inner + mlp) + 2 * keys * 2 * q.width * inner + attention)
+            + 2 * latents * q.width * c.width
+        )
     return {"llama": llama, "vit": vit, "perceiver": perceiver, "head": 2 * t * c.width * c.vocab_size}
 
 

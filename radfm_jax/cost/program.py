@@ -160,9 +160,13 @@ def with_kernels(config: Experiment, platform: str):
     v, p, c = model.vision, model.perceiver, model.llama
     lengths = {
         "llama": (c, limits.text_length, limits.text_length, c.attention_softcap),
-        "vision": (v, limits.patch_length, limits.patch_length, None),
         "perceiver": (p, p.num_latents, limits.patch_length + p.num_latents, None),
     }
+    if p.kind != "perceiver":
+        del lengths["perceiver"]
+    for stack in v.stacks(limits.patch_length):
+        if stack.kernels:  # of at most one stack of an encoder
+            lengths["vision"] = (v, stack.keys, stack.keys, None)
     parts = {}
     for name, (part, queries, keys, softcap) in lengths.items():
         q, k = (jax.ShapeDtypeStruct((1, t, part.num_heads, part.head_dim), model.llama.dtype) for t in (queries, keys))

@@ -2,7 +2,7 @@
 
 All compiled shapes are buckets, so a few programs serve all requests: prompts of 64, 128 ... tokens, caches of
 256, 512 ... positions (up to `length`), batches of 1, 2, 4 ... prompts with up to 4, 8 ... scans, and scans of
-64, 128 ... patches and planes.
+64, 128 ... patches and planes. An encoder that reads slices or slabs has buckets of 1, 2, 4 ... of them instead.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from input_pipeline.batching.collate import ScanPlanes
+from input_pipeline.field_rules import raise_problems
 from input_pipeline.images.planes import Volume
 from input_pipeline.text.tokenizer import Tokenizer
 from input_pipeline.text.tokens import Encoded
@@ -23,10 +24,12 @@ from radfm_jax.inference.batch import SCANS, Batch, bucket
 from radfm_jax.inference.requests import Answer, EncodedScans, GenerationError, Prompt, Request
 from radfm_jax.inference.sampling import Sampling
 from radfm_jax.models import cpu_decode, radfm
+from radfm_jax.models.encoders.kinds import data_problems
 from radfm_jax.runtime import sharding
 
 NEW_TOKENS = 200  # default length limit of an answer, as in the released model
 CHUNK = 16  # tokens decoded between two checks for stop texts
+PATCHES = 64  # smallest bucket of an encoder that reads any number of patches
 VISION_PATCHES = 4096  # patches encoded per call: four of the largest scans
 
 
@@ -68,6 +71,8 @@ class Generator:
             raise ValueError(
                 f"preparation.num_latents is {preparation.num_latents}, the model has {config.num_latents} latents"
             )
+        if preparation is not None:
+            raise_problems(data_problems(config.vision, preparation))
         if length < 2:
             raise ValueError(f"length must be at least 2 (got {length})")
         self.config, self.params, self.mesh, self.length = config, params, mesh, length
@@ -139,10 +144,12 @@ class Generator:
         """
         names = names or [[f"scan {i + 1}" for i in range(len(volumes))] for volumes in prompts]
         groups: dict[tuple, list[tuple[int, int]]] = {}
+        slab = self.config.vision.slab
         for p, volumes in enumerate(prompts):
             for s, volume in enumerate(volumes):
                 planes = ScanPlanes.of(volume)
-                size = bucket(len(planes.plane_index), 64), bucket(len(planes.planes), 64), volume.voxels.dtype.name
+                patches = bucket(len(planes.plane_index), slab if slab > 1 else PATCHES)
+                size = patches, bucket(len(planes.planes), 64), volume.voxels.dtype.name
                 groups.setdefault(size, []).append((p, s))
         llama, latents = self.config.llama, self.config.num_latents
         # Row 0 is empty: it fills unused slots.
@@ -153,7 +160,7 @@ class Generator:
                 chunk = members[start : start + per_call]
                 rows = [prompts[p][s] for p, s in chunk]
                 rows += [None] * (self.row_bucket(len(rows)) - len(rows))
-                batch = inputs.scan_rows(rows, patches, planes, latents)
+                batch = inputs.scan_rows(rows, patches, planes, latents, self.config.vision.channels)
                 with self.on_mesh():
                     tokens, nonfinite = decoding.visual_tokens(self.config, self.params, self.device_put(batch))
                 nonfinite = np.asarray(nonfinite).any(axis=-1)

@@ -23,11 +23,23 @@ from input_pipeline.batching.collate import LoadedRow, ScanPlanes, collate_batch
 from input_pipeline.batching.plan import RowLimits
 from input_pipeline.config import DataConfig, trained_intensities
 from input_pipeline.datasets.rows import clean_text
-from input_pipeline.field_rules import Size, check_fields, one_of
+from input_pipeline.field_rules import Size, as_tuple, check_fields, one_of
 from input_pipeline.images import scans
 from input_pipeline.images.contrast import contrast_notices
 from input_pipeline.images.intensity import Window, one_channel_if_gray, parse_intensity
-from input_pipeline.images.planes import FITS, MODES, STORAGE, Sizes, Volume, source_slice
+from input_pipeline.images.planes import (
+    CHANNELS,
+    FITS,
+    MODES,
+    ORDERS,
+    PATCH,
+    POSITION_TABLES,
+    STORAGE,
+    Patches,
+    Sizes,
+    Volume,
+    source_slice,
+)
 from input_pipeline.images.released_volumes import released_volumes
 from input_pipeline.images.scans.access import as_scan_error
 from input_pipeline.images.scans.arrays import layout_of
@@ -71,6 +83,9 @@ class Preparation:
     intensities: tuple[str, ...] = ("minmax",)
     fit: Annotated[str, one_of(FITS)] = "stretch"
     template: Annotated[str, one_of(TEMPLATES)] = "radfm"  # form of a conversation, as in DataConfig
+    patch: tuple[Size, Size, Size] = PATCH
+    position_tables: tuple[Size, Size, Size] = POSITION_TABLES
+    patch_order: Annotated[str, one_of(ORDERS)] = "columns"
 
     def __post_init__(self):
         object.__setattr__(self, "intensities", tuple(self.intensities))
@@ -91,11 +106,13 @@ class Preparation:
         try:
             _ = self.sizes
         except ValueError as error:
-            yield f"size_2d, size_3d, depth: {error}"
+            yield f"patch, position_tables, size_2d, size_3d, depth: {error}"
 
     @property
     def sizes(self) -> Sizes:
-        return Sizes(self.size_2d, self.size_3d, self.depth)
+        return Sizes(
+            self.size_2d, self.size_3d, self.depth, Patches(self.patch, self.position_tables, self.patch_order)
+        )
 
     @classmethod
     def from_config(cls, config: DataConfig) -> Preparation:
@@ -106,13 +123,14 @@ class Preparation:
     def from_data(cls, data: Mapping) -> Preparation:
         """Return the preparation of a training run from its `data` group. Another version may have written it."""
         known = {f.name for f in dataclasses.fields(cls)} - {"intensities"}
-        fields = {name: value for name, value in data.items() if name in known}
+        fields = {name: as_tuple(value) for name, value in data.items() if name in known}
         return cls(**fields, intensities=trained_intensities(data))
 
     def to_dict(self) -> dict:
         """Return plain values. Fields that version 0.1 did not have are absent at their defaults."""
-        plain = dataclasses.asdict(self) | {"intensities": list(self.intensities)}
-        new = {f.name: f.default for f in dataclasses.fields(self) if f.name in ("intensities", "fit", "template")}
+        plain = {name: list(x) if isinstance(x, tuple) else x for name, x in dataclasses.asdict(self).items()}
+        since = ("intensities", "fit", "template", "patch", "position_tables", "patch_order")
+        new = {f.name: f.default for f in dataclasses.fields(self) if f.name in since}
         return {name: value for name, value in plain.items() if name not in new or getattr(self, name) != new[name]}
 
     def window_of(self, window: Window | None) -> Window | None:
@@ -272,18 +290,20 @@ def _read(scan: Scan, number: int):
 
 
 def scan_rows(
-    volumes: Sequence[Volume | None], patches: int, plane_count: int, num_latents: int
+    volumes: Sequence[Volume | None], patches: int, plane_count: int, num_latents: int, channels: int = CHANNELS
 ) -> dict[str, np.ndarray]:
     """Return a batch of rows without text, with one scan in slot 0 of each row; None is an empty row.
 
-    All volumes must have the same dtype and at most `patches` patches and `plane_count` planes.
+    All volumes must have the same dtype and at most `patches` patches and `plane_count` planes. `channels` are those of
+    the model.
     """
     limits = RowLimits(text_length=1, vision_rows=1, patch_length=patches, planes=plane_count, scans=1)
-    dtype = next(volume.voxels.dtype for volume in volumes if volume is not None)
+    first = next(volume for volume in volumes if volume is not None)
+    options = {"plane_dtype": first.voxels.dtype, "channels": channels, "patch": first.patches.size}
     rows = []
     for volume in volumes:
         row = LoadedRow() if volume is None else LoadedRow(vision_rows={0: 0}, scans={0: ScanPlanes.of(volume)})
-        rows.append((collate_row(row, limits, num_latents=num_latents, plane_dtype=dtype), None))
+        rows.append((collate_row(row, limits, num_latents=num_latents, **options), None))
     return collate_batch(rows, plane_count).arrays
 
 

@@ -17,6 +17,7 @@ def plain_rows(
     patch=PATCH,
     channels: int = 3,
     tables=POSITION_TABLES,
+    order: str = "columns",
 ) -> dict[str, np.ndarray]:
     """Build a batch with one sample per row (radfm_jax/models/radfm.py draws its arrays).
 
@@ -49,10 +50,10 @@ def plain_rows(
         "segments": np.ones(ids.shape, np.int32),
         "positions": repeat(np.arange(length, dtype=np.int32), length),
         "key_ok": mask,
-        "planes": to_planes(vision, patch).reshape(b, s * n * per_patch, *patch[:2]),
+        "planes": to_planes(vision, patch, order).reshape(b, s * n * per_patch, *patch[:2]),
         "plane_index": repeat(index, *index.shape),
         "patch_segments": repeat(np.arange(1, s + 1, dtype=np.int32)[:, None], s, n),
-        "patch_positions": repeat(patch_positions(grid, tables), s, n, 3),
+        "patch_positions": repeat(patch_positions(grid, tables, order), s, n, 3),
         "scan_rows": repeat(np.arange(s, dtype=np.int32), s),
         "scan_scale": np.ones((b, s), np.float32),
         "scan_offset": np.zeros((b, s), np.float32),

@@ -120,10 +120,10 @@ def matrix_product(x: jax.Array, kernel: jax.Array, dimensions, **options) -> ja
     return jax.lax.dot_general(x, kernel, (((1,), (0,)), ((), ())), **options).reshape(*outer, *inner)
 
 
-def layer_norm(config, name: str) -> nn.LayerNorm:
+def layer_norm(config, name: str, eps: float = NORM_EPS, *, bias: bool = True) -> nn.LayerNorm:
     """Return PyTorch's LayerNorm: float32 statistics and two-pass variance (E[x^2] - E[x]^2 loses digits)."""
     zeros = partitioned(nn.initializers.zeros, ("embed",))
-    return _norm(nn.LayerNorm, config, NORM_EPS, name, use_fast_variance=False, bias_init=zeros)
+    return _norm(nn.LayerNorm, config, eps, name, use_fast_variance=False, use_bias=bias, bias_init=zeros)
 
 
 def rms_norm(config, eps: float, name: str | None, *, unit_offset: bool = False) -> nn.Module:
@@ -155,17 +155,18 @@ def _norm(kind, config, eps: float, name: str | None, **options):
 
 
 class GeluMlp(nn.Module):
-    """Linear, exact (erf) GELU, linear. The tanh approximation changes RadFM's logits by 1e-3."""
+    """Linear, GELU, linear. RadFM's GELU is exact (erf): the tanh approximation changes its logits by 1e-3."""
 
     config: object
     hidden: int
     bias: bool
     dropout: float = 0.0
+    tanh: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
         width = x.shape[-1]
         x = dense(self.hidden, ("embed", "mlp"), self.config, bias=self.bias, name="up")(x)
-        x = nn.Dropout(self.dropout)(jax.nn.gelu(x, approximate=False), deterministic)
+        x = nn.Dropout(self.dropout)(jax.nn.gelu(x, approximate=self.tanh), deterministic)
         x = dense(width, ("mlp", "embed"), self.config, bias=self.bias, gain=RESIDUAL, name="down")(x)
         return nn.Dropout(self.dropout)(x, deterministic)

@@ -6,7 +6,7 @@ Letters: B rows, R vision rows, P patch tokens per vision row, S scan slots, L l
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, Literal
 
 import flax.linen as nn
 import jax
@@ -33,6 +33,7 @@ from radfm_jax.runtime.sharding import constrain
 class PerceiverConfig:
     """Sizes of the resampler; the defaults are RadFM's. The width equals the vision encoder's."""
 
+    kind: Literal["perceiver"] = "perceiver"
     width: Size = 768
     num_latents: Size = 32
     num_layers: Size = 6
@@ -81,10 +82,12 @@ class Perceiver(nn.Module):
     config: PerceiverConfig
 
     @nn.compact
-    def __call__(self, tokens: jax.Array, patch_segments: jax.Array, scan_rows: jax.Array) -> jax.Array:
+    def __call__(
+        self, tokens: jax.Array, patch_segments: jax.Array, scan_rows: jax.Array, patch_positions: jax.Array
+    ) -> jax.Array:
         """float[B, R, P, D], int32[B, R, P] (1 + slot, 0 = padding), int32[B, S] (-1 = empty) -> float[B, S, L, D].
 
-        Latents of an empty slot depend on no scan and are not used.
+        Latents of an empty slot depend on no scan and are not used. Positions are not used: the tokens have them.
         """
         c = self.config
         init = partitioned(nn.initializers.normal(1.0), (None, "embed"))

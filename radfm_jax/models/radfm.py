@@ -36,9 +36,11 @@ import jax.numpy as jnp
 
 from input_pipeline.field_rules import check_fields, from_mapping
 from radfm_jax.models.decoder import Decoder, DecoderConfig
+from radfm_jax.models.encoders.kinds import VisionConfig, encoder
 from radfm_jax.models.layers import dense, partitioned
 from radfm_jax.models.perceiver import Perceiver, PerceiverConfig
-from radfm_jax.models.vit3d import ViT3D, ViTConfig, gather_rows
+from radfm_jax.models.pooling import PooledMlp, PooledMlpConfig
+from radfm_jax.models.vit3d import ViTConfig, gather_rows
 from radfm_jax.runtime.sharding import constrain
 
 COMPUTE = ("dtype", "param_dtype", "remat", "attention")  # fields of every part that are not sizes
@@ -46,10 +48,13 @@ COMPUTE = ("dtype", "param_dtype", "remat", "attention")  # fields of every part
 
 @dataclasses.dataclass(frozen=True)
 class RadFMConfig:
-    """Sizes of all parts. `vision.width` equals `perceiver.width`."""
+    """Sizes of all parts. `vision.width` equals `perceiver.width`.
 
-    vision: ViTConfig = ViTConfig()
-    perceiver: PerceiverConfig = PerceiverConfig()
+    The `kind` of `vision` and `perceiver` chooses the network; an absent kind is RadFM's.
+    """
+
+    vision: VisionConfig = ViTConfig()
+    perceiver: PerceiverConfig | PooledMlpConfig = PerceiverConfig()
     llama: DecoderConfig = DecoderConfig()
 
     def __post_init__(self):
@@ -88,6 +93,8 @@ def radfm_14b() -> RadFMConfig:
 def has_released_sizes(config: RadFMConfig) -> bool:
     """Return whether all sizes are the released ones. Settings of training and computation do not matter."""
     released = radfm_14b()
+    if not (isinstance(config.vision, ViTConfig) and isinstance(released.vision, ViTConfig)):
+        return False
     config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, dropout=released.vision.dropout))
     return config.with_compute(**{name: getattr(released.llama, name) for name in COMPUTE}) == released
 
@@ -108,8 +115,8 @@ class RadFM(nn.Module):
 
     def setup(self):
         c = self.config
-        self.vit = ViT3D(c.vision)
-        self.perceiver = Perceiver(c.perceiver)
+        self.vit = encoder(c.vision)
+        self.perceiver = (PooledMlp if isinstance(c.perceiver, PooledMlpConfig) else Perceiver)(c.perceiver)
         self.projection = dense(c.llama.width, (None, "embed"), c.llama, bias=True)
         marks = partitioned(nn.initializers.normal(0.5), (None, "embed"))
         self.image_marks = self.param("image_marks", marks, (2, c.llama.width), c.llama.param_dtype)
@@ -142,7 +149,8 @@ class RadFM(nn.Module):
             patches = (clean[k] for k in ("planes", "plane_index", "patch_segments", "patch_positions"))
             out["vit"] = self.vit(*patches, clean["scan_scale"], clean["scan_offset"], deterministic=deterministic)
         with jax.named_scope("perceiver"):
-            out["perceiver"] = self.perceiver(out["vit"], batch["patch_segments"], batch["scan_rows"])
+            scans = (batch[k] for k in ("patch_segments", "scan_rows", "patch_positions"))
+            out["perceiver"] = self.perceiver(out["vit"], *scans)
         with jax.named_scope("projection"):
             out["visual_tokens"] = self.projection(out["perceiver"].astype(c.llama.dtype))
         with jax.named_scope("fusion"):
@@ -198,9 +206,14 @@ def segment_max(segments: jax.Array, values: jax.Array, count: int | None = None
 
 
 def abstract_batch(
-    config: RadFMConfig, *, rows=1, text=8, scans=1, vision_rows=1, patches=8, planes=8, plane_dtype=jnp.uint8
+    config: RadFMConfig, *, rows=1, text=8, scans=1, vision_rows=1, patches=None, planes=8, plane_dtype=jnp.uint8
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return the shapes of a batch, for `jax.eval_shape`, ahead-of-time compilation and initialisation."""
+    """Return the shapes of a batch, for `jax.eval_shape`, ahead-of-time compilation and initialisation.
+
+    `patches` is by default the smallest number that the encoder supports, but at least 8.
+    """
+    slab = config.vision.slab
+    patches = -(-8 // slab) * slab if patches is None else patches
     h, w, d = config.vision.patch
     i32, f32 = jnp.int32, jnp.float32
     shapes = {

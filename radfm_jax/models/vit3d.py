@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Annotated
+from typing import Annotated, Literal
 
 import einops
 import flax.linen as nn
@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from input_pipeline.field_rules import Size, check_fields, one_of, share
 from radfm_jax.models.attention import NAMES, attention
+from radfm_jax.models.encoders.base import EncoderConfig, Stack
 from radfm_jax.models.layers import (
     DTYPES,
     NORM_EPS,
@@ -34,13 +35,14 @@ from radfm_jax.runtime.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
-class ViTConfig:
+class ViTConfig(EncoderConfig):
     """Sizes of the vision encoder; the defaults are RadFM's.
 
     `tables` are the numbers of learned row, column and depth positions: scans may have up to 16 * 32 = 512 pixels per
     side and 128 * 4 = 512 slices.
     """
 
+    kind: Literal["vit3d"] = "vit3d"
     width: Size = 768
     num_layers: Size = 12
     num_heads: Size = 8
@@ -65,10 +67,13 @@ class ViTConfig:
             )
 
     @property
-    def patch_size(self) -> int:
-        """Voxels of a patch, channels included: 12288."""
-        h, w, d = self.patch
-        return h * w * d * self.channels
+    def data_fields(self) -> dict:
+        return {"patch": self.patch, "position_tables": self.tables}
+
+    def stacks(self, patch_length: int) -> tuple[Stack, ...]:
+        inner = self.num_heads * self.head_dim
+        sizes = (self.width, self.num_heads, inner, self.mlp_width, self.mlp_width)
+        return (Stack("blocks", self.num_layers, *sizes, patch_length),)
 
 
 class PatchEmbedding(nn.Module):
@@ -84,12 +89,7 @@ class PatchEmbedding(nn.Module):
     def __call__(self, planes, plane_index, patch_segments, patch_positions, scan_scale, scan_offset):
         c = self.config
         with jax.named_scope("patchify"):
-            x = gather_rows(planes, plane_index).astype(jnp.float32)  # [B, R, P, slices, channels, h, w]
-            # Each scan has its own quantisation. Padding patches refer to plane 0 of another scan and are zeroed.
-            slot = jnp.maximum(patch_segments - 1, 0)
-            shape = (*slot.shape, 1, 1, 1, 1)
-            x = x * gather_rows(scan_scale, slot).reshape(shape) + gather_rows(scan_offset, slot).reshape(shape)
-            x = jnp.where((patch_segments > 0).reshape(shape), x, 0.0)
+            x = patch_voxels(planes, plane_index, patch_segments, scan_scale, scan_offset)
             x = constrain(einops.rearrange(x, "b r p d c h w -> b r p (d c h w)"), "batch", None, None, None)
         x = x - x.mean(axis=-1, keepdims=True)
         x = x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + NORM_EPS)
@@ -127,6 +127,16 @@ class PatchEmbedding(nn.Module):
         ]
         parts = [table[patch_positions[..., i]] for i, table in enumerate(tables)]
         return jnp.concatenate(parts, axis=-1).astype(jnp.float32)
+
+
+def patch_voxels(planes, plane_index, patch_segments, scan_scale, scan_offset) -> jax.Array:
+    """Return the voxels of all patches, float32[B, R, P, slices, channels, h, w]; those of padding patches are 0."""
+    x = gather_rows(planes, plane_index).astype(jnp.float32)
+    # Each scan has its own quantisation. Padding patches refer to plane 0 of another scan and are zeroed.
+    slot = jnp.maximum(patch_segments - 1, 0)
+    shape = (*slot.shape, 1, 1, 1, 1)
+    x = x * gather_rows(scan_scale, slot).reshape(shape) + gather_rows(scan_offset, slot).reshape(shape)
+    return jnp.where((patch_segments > 0).reshape(shape), x, 0.0)
 
 
 class AffineParameters(nn.Module):

@@ -13,7 +13,9 @@ import jax
 from input_pipeline.batching.collate import Batch
 from input_pipeline.batching.pipeline import Rows, batches, prefetch
 from input_pipeline.config import DataConfig
+from input_pipeline.field_rules import raise_problems
 from radfm_jax.evaluate import radbench
+from radfm_jax.models.encoders.kinds import data_problems
 from radfm_jax.training import train_step
 from radfm_jax.training.experiment import Experiment
 
@@ -64,10 +66,11 @@ def check_validation(config: Experiment) -> None:
 
 
 def check_model(config: Experiment, rows: Rows) -> None:
-    """Raise ValueError if the data do not fit the model's latents or vocabulary."""
+    """Raise ValueError if the data do not fit the model's latents, vision encoder or vocabulary."""
     latents, vocabulary = config.model.num_latents, config.model.llama.vocab_size
     if config.data.num_latents != latents:
         raise ValueError(f"data.num_latents is {config.data.num_latents}, but the model has {latents} latents per scan")
+    raise_problems(data_problems(config.model.vision, config.data))
     pieces = rows.description["vocab_size"]
     if pieces != vocabulary:
         padded = ""

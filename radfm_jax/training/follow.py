@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from input_pipeline.field_rules import errors_of, plain_mapping
 from radfm_jax.checkpoints import checkpoint, run_directory
 from radfm_jax.inference import stored
+from radfm_jax.models.radfm import COMPUTE, RadFMConfig
 from radfm_jax.runtime import console
 
 ROW_LIMITS = ("vision_rows", "patch_length", "planes", "scans")  # fields of DataConfig; Preparation has text_length
@@ -20,7 +21,8 @@ def follow_checkpoint(config: ConfigDict, overridden: Collection[str]) -> Config
     """Return a config with the model, the tokenizer and the preparation of scans of `checkpoint.init_from`.
 
     A step of a training run also sets the sizes of a row. A language model alone sets only its own sizes and the
-    tokenizer. If the directory does not exist, nothing changes.
+    tokenizer, a vision encoder alone its own sizes and the fields of `data` that it requires. If the directory does not
+    exist, nothing changes.
 
     Args:
       overridden: fields that the command line sets, such as "model.llama.num_layers". They do not change.
@@ -38,6 +40,9 @@ def follow_checkpoint(config: ConfigDict, overridden: Collection[str]) -> Config
         if len(intensities := preparation.pop("intensities")) == 1:  # otherwise each source of the config needs its own
             preparation["intensity"] = intensities[0]
         followed |= {f"data.{name}": value for name, value in preparation.items()}
+    elif fields := description["model"].get("vision"):
+        vision = RadFMConfig.from_dict({"vision": fields, "perceiver": {"width": fields["width"]}}).vision
+        followed |= {f"data.{name}": value for name, value in vision.data_fields.items()}
     if (directory / run_directory.RUN).is_file():
         with errors_of(directory / run_directory.RUN):
             config_of_run = plain_mapping(run_directory.read_run(directory).get("config"), "config")
@@ -48,6 +53,11 @@ def follow_checkpoint(config: ConfigDict, overridden: Collection[str]) -> Config
         if tokenizer == directory:  # its vocabulary may be smaller than that of the model
             followed["data.vocab_size"] = description["model"]["llama"]["vocab_size"]
     with config.unlocked(), config.ignore_type():
+        for part, sizes in description["model"].items():
+            kind = getattr(getattr(RadFMConfig(), part), "kind", None)  # of files that do not have the field
+            group = config.model[part]
+            if sizes.get("kind", kind) != group.get("kind", kind):  # another network, with other fields
+                config.model[part] = ConfigDict({name: group[name] for name in COMPUTE if name in group})
         for path, value in followed.items():
             *groups, name = path.split(".")
             group = config

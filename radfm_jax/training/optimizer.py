@@ -30,6 +30,7 @@ MATRICES = {
     **dict.fromkeys(("qkv", "key_value"), ((1,), (3, 4))),
     "out": ((1, 2), (3,)),
     **dict.fromkeys(("gate", "up", "down"), ((1,), (2,))),
+    "gate_up": ((1,), (3,)),
 }
 
 
@@ -122,7 +123,7 @@ def _direction(config: OptimizerConfig, leaves: dict) -> optax.GradientTransform
     moments: dict[str, Any] = {"eps": config.eps, "mu_dtype": jnp.dtype(config.mu_dtype)}
     if config.method == "adamw":
         return optax.scale_by_adam(config.b1, config.b2, **moments)
-    kernels = {path: path.split("/")[-2] for path in leaves if re.search("/blocks/.*/kernel$", path)}
+    kernels = {path: path.split("/")[-2] for path in leaves if re.search("/(blocks|spatial|temporal)/.*/kernel$", path)}
     if unknown := [path for path, name in kernels.items() if name not in MATRICES]:
         raise ValueError(f"no Muon axes for {', '.join(unknown)}: add them to MATRICES")
     axes = {path: MuonDimensionNumbers(*MATRICES[kernels[path]]) if path in kernels else None for path in leaves}
