@@ -326,7 +326,7 @@ def test_leaks_and_duplicates(mine, tmp_path, capsys):
 
 
 def test_a_study_below_two_roots_is_a_leak(practice, mine, tmp_path):
-    """A paper is the same in every data set. A path is not: many data sets have an `images/1.png`."""
+    """A paper is the same in every data set. A path or another name is not: many data sets have an `images/1.png`."""
     other = tmp_path / "other"
     (other / "images").mkdir(parents=True)
     (mine / "images").mkdir()
@@ -338,6 +338,7 @@ def test_a_study_below_two_roots_is_a_leak(practice, mine, tmp_path):
     for folder, name, last in ((mine, "train", "PMC5"), (other, "test", "pmc5")):
         figure = next(path for path in (folder / "images").iterdir() if path.name.lower().startswith("pmc"))
         rows = [row("a", "images/1.png"), row("b", f"images/{figure.name}"), row("c", "images/9.png", study=last)]
+        rows.append(row("d", "images/9.png", study="case-1"))
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rows))
     source = lambda folder, name: {"family": "jsonl", "table": f"{name}.jsonl", "root": str(folder)}  # noqa: E731
     config = config_of(mine, {"train": {"own": source(mine, "train")}, "test": {"theirs": source(other, "test")}})

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from input_pipeline.config import DataConfig
 from input_pipeline.datasets import Dataset
+from input_pipeline.datasets.base import study_key
 from input_pipeline.index.index import scan_key
 from input_pipeline.index.scan_checks import Key
 from input_pipeline.parallel import workers
@@ -51,7 +52,7 @@ class RowCheck(NamedTuple):
     terms: int = 0  # tokens with the weight of a medical term
     instruction: int = 0  # text tokens without a weight (contexts and instructions), BOS not counted
     used: tuple[int, ...] = ()  # indices of the row's scans that are used
-    # (key, study): the studies that must not be in two splits. Equal studies have equal keys.
+    # (study_key, study): the studies that must not be in two splits, the sample's own first.
     studies: tuple[tuple[str, str], ...] = ()
     cut: tuple[int, int, int, int] = (0, 0, 0, 0)  # tokens of context, instruction and response; dropped scans
     problem: Problem | None = None  # why the row cannot be used; the other fields may then be empty
@@ -148,16 +149,11 @@ def _encode_row(tables: Tables, name: str, dataset: Dataset, row: int, row_id: s
 
 
 def _studies(dataset: Dataset, sample: Sample, keys) -> tuple[tuple[str, str], ...]:
-    """Return (key, study) of the sample, and of other scans that the row may show in other epochs.
-
-    A name of a study, patient or paper means the same below every root, as in study_groups.py. The path of a scan does
-    not.
-    """
-    studies, paths = [sample.study_id] if sample.study_id else [], {path for _, path, _, _ in keys}
+    """Return (key, study) of the sample, and of other scans that the row may show in other epochs."""
+    studies = [sample.study_id] if sample.study_id else []
     if studies and len(keys) > len(set(sample.scans)) and hasattr(dataset, "study_of"):
         studies += [dataset.study_of(path) for _, path, _, _ in keys]
-    key = lambda study: f"{dataset.root}\0{study}" if study in paths else study.casefold()  # noqa: E731
-    return tuple({key(study): (key(study), study) for study in studies}.values())
+    return tuple(dict.fromkeys((study_key(study, dataset.root), study) for study in studies))
 
 
 def _problem(dataset: Dataset, row_id: str, error: RowError) -> Problem:
