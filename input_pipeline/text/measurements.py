@@ -20,20 +20,20 @@ from typing import NamedTuple
 
 from input_pipeline.text.sentences import spans
 
-_NUMBER = r"(?:\d+(?:[.,]\d+)?|\.\d+)"
+_NUMBER = r"(?:\d++(?:[.,]\d++)?+|\.\d++)"
 _UNIT = r"(?:mm|cm|millimet(?:er|re)s?|centimet(?:er|re)s?)(?:[³²]|\^?[23]\b)?(?![A-Za-z])"
 # Each blank here and in _SIZE must match in one way only; otherwise "1 x 1 x 1 x ..." backtracks exponentially. Repeats
 # have a limit that no real text reaches; otherwise a text of only such repeats takes quadratic time.
-_HYPHEN = r"\s*(?:-\s*)?"
+_HYPHEN = r"\s*+(?:-\s*+)?+"
 _DIRECTION = r"\b(?:AP|TR|TV|TRV|CC|ML|SI|LL|transverse|craniocaudal|anteroposterior)\b"
-_AXIS = rf"(?:\s*\(?{_DIRECTION}\)?)"
-_TIMES = r"\s*(?:x|×|\*|by|to|--?|–|and)\s*"
+_AXIS = rf"(?:\s*+\(?{_DIRECTION}\)?)"
+_TIMES = r"\s*+(?:x|×|\*|by|to|--?|–|and)\s*+"
 _NOUN = r"(?:length|size|sizes|diameter|diameters|thickness|width|height|depth|dimensions?|axis)"
 _EXTENT = r"(?:(?:short|long)(?:[- ]axis)?|maxim\w+|AP|transverse|greatest|largest)"
 # "3 x 2.5 cm", "3.5 cm (AP) x 2 cm (TR)", "12-mm": the last number must have a unit, so that no "3 x" remains.
 _ALONG = rf"(?:\s+in\s+(?:\w+\s+){{0,2}}{_NOUN}\b|\s+(?:{_EXTENT}\s+)?{_NOUN}\b(?!\s+of\b))"
 _SIZE = (
-    rf"(?<![\w.])(?:{_NUMBER}(?:{_HYPHEN}{_UNIT})?{_AXIS}?{_TIMES}){{0,11}}{_NUMBER}{_HYPHEN}{_UNIT}{_AXIS}?"
+    rf"(?<![\w.])(?:{_NUMBER}(?:{_HYPHEN}{_UNIT})?+{_AXIS}?+{_TIMES}){{0,11}}{_NUMBER}{_HYPHEN}{_UNIT}{_AXIS}?"
     rf"(?:\s*\({_DIRECTION}(?:\s*(?:x|×|,|by)\s*{_DIRECTION}){{1,5}}\))?"
     rf"(?:{_HYPHEN}(?:thick|wide|long|deep|high)\b)?" + _ALONG + "?"
 )
@@ -77,10 +77,10 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(_WORD.findall(text.lower().translate(_SAME_LETTERS)))
 
 
-def _rule(clues: str, pattern: str) -> _Rule:
+def _rule(clues: str, pattern: str, flags: re.RegexFlag = re.IGNORECASE) -> _Rule:
     words = frozenset(clue for clue in clues.split() if clue.isalpha())
     marks = tuple(clue for clue in clues.split() if not clue.isalpha())
-    return _Rule(words, marks, re.compile(pattern, re.IGNORECASE))
+    return _Rule(words, marks, re.compile(pattern, flags))
 
 
 # "previously 2 cm when measured similarly", "compared to 3 mm before", "increased from 6 mm to 9 mm".
@@ -181,14 +181,14 @@ _NUMBERS = re.compile(rf"(?:\D*+\d++){{{_MOST}}}")
 _DIGITS, _HIDDEN = "0123456789", "ꀀꀁꀂꀃꀄꀅꀆꀇꀈꀉ"
 _BLANKS = re.compile(r"\s(?:\s+|(?<=[\n\r]))")
 _CLEAN = (
-    (_rule("( [", r"([(\[])\s*[,;]\s*"), r"\1"),
-    (_rule("( [", r"\s*(?:\(\s*\)|\[\s*\])"), ""),
+    (_rule("( [", r"([(\[])\s*[,;]\s*", re.NOFLAG), r"\1"),
+    (_rule("( [", r"\s*(?:\(\s*\)|\[\s*\])", re.NOFLAG), ""),
     (
-        _rule("", r"(?:\s*\b(?:and|or|but)\b)?[\s,]+([.;:])|\s*,(?:\s*,)+|\s+(?=,)"),
+        _rule("", r"(?:\s*\b(?:and|or|but)\b)?[\s,]+([.;:])|\s*,(?:\s*,)+|\s+(?=,)", re.NOFLAG),
         lambda m: m[1] or ("," * ("," in m[0])),
     ),
-    (_rule("and or but", r"\s+(?:and|or|but)\s*(?=[.;]|$)"), ""),
-    (_rule(":", r":\s*,\s*"), ": "),
+    (_rule("and or but", r"\s+(?:and|or|but)\s*(?=[.;]|$)", re.NOFLAG), ""),
+    (_rule(":", r":\s*,\s*", re.NOFLAG), ": "),
 )
 _FIRST = re.compile(r"(?:(?:\d{1,2}[.)]|[-–•*])\s*)?[a-z]")
 
