@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from input_pipeline.text.sentences import spans
@@ -61,9 +61,6 @@ class _Rule(NamedTuple):
 
     def sub(self, replacement, text: str) -> str:
         return self.pattern.sub(replacement, text) if self._has_clue(text) else text
-
-    def finditer(self, text: str) -> Iterator[re.Match]:
-        return self.pattern.finditer(text) if self._has_clue(text) else iter(())
 
     def _has_clue(self, text: str) -> bool:
         if self.words:
@@ -158,11 +155,12 @@ _HAS = _rule(
     rf"{_MEASURE}|\b(?:ranges?|ranged)\s+(?:in\s+{_NOUN}\s+)?(?:from|between)\s+{_MEASURE}",
 )
 # "No node over 1 cm" is not "No node": a `no`, then a limit in the same clause. The marks between clauses reset it.
-_NO_OVER = _rule(
-    "no not without",
+_NO_OVER = re.compile(
     r"(?P<mark>[,.;])|(?P<no>\b(?:no|not|without)\b(?!\s+(?:less|more|[a-z]{3,}er)\s+than))"
     rf"|\b(?:(?:less|more|[a-z]{{3,}}er)\s+than|over|exceeding)\s+{_MEASURE}",
+    re.IGNORECASE,
 )
+_NO = _rule("no not without", r"\b(?:no|not|without)\b")
 _APART = _rule(
     "from",
     rf"(?P<moved>\b(?:withdrawn|retracted|pulled(?:\s+back)?|moved|migrated|displaced|separated|removed)\s+)?"
@@ -210,9 +208,8 @@ def without_sizes(text: str) -> str:
     for begin, end in spans(text):
         gap, previous_end = max(gap, "\n" * text.count("\n", previous_end, begin), key=len), end
         piece = text[begin:end]
-        hidden = _hide_numbers(piece)
-        if _HAS_SIZE.search(hidden):
-            piece = _remove_sizes(hidden)
+        if _HAS_SIZE.search(_hide_numbers(piece)):
+            piece = _remove_sizes(piece)
         if piece.strip(" .,;:-–•*"):
             out += [(gap or " ") if len(out) > 1 else "", piece]
             gap = ""
@@ -254,6 +251,8 @@ def _without(rules: Iterable[_Rule], text: str) -> str:
 
 
 def _denies_a_size(sentence: str) -> bool:
+    if not _NO.search(sentence):
+        return False
     denied = False
     for match in _NO_OVER.finditer(sentence):
         if denied and not (match["mark"] or match["no"]):
@@ -263,7 +262,9 @@ def _denies_a_size(sentence: str) -> bool:
 
 
 def _remove_sizes(sentence: str) -> str:
-    sentence = _without((), sentence)
+    shown = _without((), sentence)
+    sentence = _hide_numbers(shown)
+    is_hidden = sentence is not shown
     if _PIECE.search(sentence):
         return ""
     sentence = _without(_BEFORE, sentence)
@@ -279,7 +280,9 @@ def _remove_sizes(sentence: str) -> str:
         if not apart["phrase"]:
             return ""
         sentence = sentence[: apart.start()] + sentence[apart.start("end") :]
-    sentence = _show_numbers(_without((_REST,), sentence))
+    sentence = _without((_REST,), sentence)
+    if is_hidden:
+        sentence = _show_numbers(sentence)
     for rule, replacement in _CLEAN:
         sentence = rule.sub(replacement, sentence)
     sentence = sentence.strip(" ,")
