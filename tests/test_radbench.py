@@ -202,7 +202,7 @@ def test_the_name_of_a_study_leaks_from_any_root(data, tmp_path):
     """PMC-CaseReport has the paper "PMC123"; a path of another set may contain "pmc123"."""
     row = {"id": "1", "task": "vqa", "instruction": "Q?", "response": "a", "scans": ["a.npy"], "study": "PMC123"}
     (tmp_path / "own.jsonl").write_text(json.dumps(row))
-    np.save(tmp_path / "a.npy", np.arange(64, dtype=np.uint8).reshape(8, 8))
+    np.save(tmp_path / "a.npy", np.arange(64, dtype=np.uint8).reshape(8, 8, 1))
     source = {"family": "jsonl", "root": str(tmp_path), "table": "own.jsonl"}
     config = dataclasses.replace(data, train={"own": source}, test={}, records=False)
     prepare(config, tmp_path / "index", workers=0)
