@@ -1,4 +1,4 @@
-"""A small tokenizer, scans and a training run to generate answers from."""
+"""A small tokenizer, scans and a training run to generate answers from, and their fixtures."""
 
 import dataclasses
 import functools
@@ -9,9 +9,11 @@ import jax
 import nibabel
 import numpy as np
 import parity
+import pytest
 import sentencepiece
 from PIL import Image
 
+import radfm_jax
 from input_pipeline.text.tokenizer import load_tokenizer
 from radfm_jax.checkpoints import checkpoint
 from radfm_jax.models import radfm
@@ -76,3 +78,27 @@ def size_of(tokenizer) -> int:
 def greedy(model, *args, **options):
     """Return an answer of at most 12 tokens."""
     return model.answer(*args, max_new_tokens=12, **options)
+
+
+# A test file imports the fixtures that it uses.
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return train_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def run(tokenizer, tmp_path_factory):
+    """Return a run whose heads are 8 wide and whose scans are prepared at 64 and 32 pixels."""
+    return write_run(tmp_path_factory.mktemp("run"), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def model(run):
+    return radfm_jax.load(run)
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory):
+    return write_scans(tmp_path_factory.mktemp("scans"))

@@ -1,15 +1,12 @@
 """Text of an answer while its tokens arrive."""
 
+# ruff: noqa: F811 (fixtures that are imported)
+
 import pytest
-from generation_parts import train_tokenizer
+from generation_parts import tokenizer  # noqa: F401
 
 from input_pipeline.text.tokenizer import load_tokenizer
 from radfm_jax.inference.answer_text import AnswerText
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return train_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 5, 100])

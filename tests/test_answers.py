@@ -1,12 +1,14 @@
 """Answers from Python: Model.answer, its variants and its errors."""
 
+# ruff: noqa: F811 (fixtures that are imported)
+
 import dataclasses
 import json
 
 import jax
 import numpy as np
 import pytest
-from generation_parts import PREPARED, greedy, train_tokenizer, write_run, write_scans
+from generation_parts import PREPARED, greedy, model, run, scans, tokenizer  # noqa: F401
 from PIL import Image
 
 import radfm_jax
@@ -20,26 +22,6 @@ from input_pipeline.text.tokens import encode
 from radfm_jax.checkpoints import checkpoint
 from radfm_jax.inference import GenerationError, Request, Sampling, inputs
 from radfm_jax.models import radfm
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return train_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="module")
-def scans(tmp_path_factory):
-    return write_scans(tmp_path_factory.mktemp("scans"))
-
-
-@pytest.fixture(scope="module")
-def run(tokenizer, tmp_path_factory):
-    return write_run(tmp_path_factory.mktemp("run"), tokenizer)
-
-
-@pytest.fixture(scope="module")
-def model(run):
-    return radfm_jax.load(run)
 
 
 def one_row(encoded, volumes, num_latents: int) -> dict[str, np.ndarray]:

@@ -1,5 +1,7 @@
 """Batch files: answers, resuming, locks and the cache of scans."""
 
+# ruff: noqa: F811 (fixtures that are imported)
+
 import dataclasses
 import errno
 import fcntl
@@ -9,33 +11,13 @@ import shutil
 
 import jax
 import pytest
-from generation_parts import SHORT, greedy, train_tokenizer, write_run, write_scans
+from generation_parts import SHORT, greedy, model, run, scans, tokenizer  # noqa: F401
 
 import radfm_jax
 from radfm_jax.checkpoints import checkpoint
 from radfm_jax.inference import Sampling, batch_run
 from radfm_jax.inference.batch_files import read_batch_file
 from radfm_jax.inference.command import main
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return train_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="module")
-def run(tokenizer, tmp_path_factory):
-    return write_run(tmp_path_factory.mktemp("run"), tokenizer)
-
-
-@pytest.fixture(scope="module")
-def model(run):
-    return radfm_jax.load(run)
-
-
-@pytest.fixture(scope="module")
-def scans(tmp_path_factory):
-    return write_scans(tmp_path_factory.mktemp("scans"))
 
 
 def test_a_batch_file(run, model, scans, tmp_path, capsys):

@@ -1,5 +1,7 @@
 """An exported model means the same after it is read back: sizes, preparation, origin, tokens, bytes."""
 
+# ruff: noqa: F811 (fixtures that are imported)
+
 import dataclasses
 import json
 import os
@@ -10,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 from convert_parts import SMALL, save_bin, state_of, write_sizes
-from generation_parts import PREPARED, greedy, train_tokenizer, write_run, write_scans
+from generation_parts import PREPARED, greedy, run, tokenizer, write_scans  # noqa: F401
 
 import radfm_jax
 from input_pipeline.text.tokenizer import load_tokenizer
@@ -23,17 +25,6 @@ from radfm_jax.inference import inputs, stored
 from radfm_jax.models import radfm
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return train_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="module")
-def run(tokenizer, tmp_path_factory):
-    """Return a run whose heads are 8 wide and whose scans are prepared at 64 and 32 pixels."""
-    return write_run(tmp_path_factory.mktemp("run"), tokenizer)
 
 
 @pytest.fixture(scope="module")

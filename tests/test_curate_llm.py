@@ -22,8 +22,8 @@ from input_pipeline.curate.__main__ import main
 from input_pipeline.curate.qa_prompts import Pair
 from input_pipeline.datasets import open_dataset
 from tests import jats_papers
+from tests.chat_server import FailingServer
 from tests.dataset_tables import CASE, volumes, write_json
-from tests.llm_server import Server
 
 KEY = "sk-test-0123456789"
 FAST = {"timeout": 5.0, "first_wait": 0.01, "concurrency": 4, "retries": 4}
@@ -54,7 +54,7 @@ def test_misbehaviour_is_counted_exactly(tmp_path):
         "case 7 ": ["length"], "case 8 ": ["empty"], "case 9 ": ["400"], "case 10 ": ["500"],
     }  # fmt: skip
     texts = [f"case {k} ." for k in range(20)]
-    with Server(plans) as server:
+    with FailingServer(plans) as server:
         _, answers, go = ask(server, tmp_path, [*texts, "case 0 ."], timeout=2.0)
         counts = go()
         assert counts.ended == {"answered": 15, "refused": 1, "cut": 1, "empty": 1, "rejected": 1}
@@ -77,7 +77,7 @@ def test_misbehaviour_is_counted_exactly(tmp_path):
 
 def test_odd_answers_are_paid_for_once(tmp_path):
     """Half a surrogate pair, which UTF-8 cannot store, and token counts that are not numbers."""
-    with Server({"case 1 ": ["surrogate"], "case 2 ": ["token texts"]}) as server:
+    with FailingServer({"case 1 ": ["surrogate"], "case 2 ": ["token texts"]}) as server:
         _, answers, go = ask(server, tmp_path, ["case 1 .", "case 2 ."])
         counts = go()
     assert (counts.sent, counts.left, counts.ended) == (2, 0, {"answered": 2})
@@ -102,7 +102,7 @@ def test_seconds_of_retry_after(text, seconds):
 
 @pytest.mark.parametrize(("what", "words"), [("401", r"refuses requests \(401\)"), ("404", "404")])
 def test_what_stops_a_run(tmp_path, what, words):
-    with Server({"case 2 ": [what]}, pause=0.05) as server:
+    with FailingServer({"case 2 ": [what]}, pause=0.05) as server:
         _, answers, go = ask(server, tmp_path, [f"case {k} ." for k in range(40)])
         with pytest.raises(llm.Stop, match=words) as stopped:
             go()
@@ -111,7 +111,7 @@ def test_what_stops_a_run(tmp_path, what, words):
 
 
 def test_budget_rate_and_key(tmp_path, monkeypatch):
-    with Server() as server:
+    with FailingServer() as server:
         _, answers, go = ask(
             server, tmp_path, [f"case {k} ." for k in range(30)], price_in=1e4, budget=5.0, concurrency=1
         )
@@ -135,7 +135,7 @@ def test_killed_at_any_moment(tmp_path):
     command = [sys.executable, "-m", "input_pipeline.curate", "vqa", "cap.json", "--out", "out", "--model", "m"]
     root = Path(__file__).parents[1]
     path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
-    with Server(pause=0.1) as server:
+    with FailingServer(pause=0.1) as server:
         command += ["--base-url", server.url, "--concurrency", "4"]
         run = lambda: subprocess.Popen(  # noqa: E731
             command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.DEVNULL,
@@ -239,7 +239,7 @@ def test_case_reports(tmp_path, capsys):
     pmc.curate("pmc-inline", source, tmp_path / "pmc", options, workers=0)
     common = ["pmc-casereport", str(tmp_path / "pmc" / "cases.jsonl"), "--out", str(tmp_path / "pmc"), "--model", "m"]
     common += ["--radiologic"]
-    with Server({"Caption: Coronal CT.": ["sorry"]}) as server:
+    with FailingServer({"Caption: Coronal CT.": ["sorry"]}) as server:
         common += ["--base-url", server.url, "--concurrency", "2"]
         assert main([*common, "--dry-run", "--price-in", "1"]) == 0
         assert not server.tries and "requests to send" in capsys.readouterr().out
@@ -273,7 +273,7 @@ def test_vqa_reads_back_and_says_what_is_left(tmp_path, capsys):
     rows = [CASE, CASE | {"finding": "Other.", "npy_path": "v/2.npy"}, CASE | {"finding": "", "impression": ""}]
     write_json(tmp_path / "cap.json", rows)
     command = ["vqa", str(tmp_path / "cap.json"), "--out", str(tmp_path), "--model", "m", "--retries", "0"]
-    with Server({"Other": ["500", "ok"]}) as server:
+    with FailingServer({"Other": ["500", "ok"]}) as server:
         assert main([*command, "--base-url", server.url]) == 1
         assert len(open_dataset("rad3d_vqa", table="vqa.csv", root=tmp_path)) == 2
         assert main([*command, "--base-url", server.url]) == 0
@@ -290,7 +290,7 @@ def test_a_key_in_an_answer_is_removed(tmp_path, capsys):
     rows = [CASE | {"npy_path": f"v/{k}.npy", "finding": f"Case {k} of a mass."} for k in range(3)]
     write_json(tmp_path / "cap.json", rows)
     plans = {"Case 0": ["echo"], "Case 1": ["echo refusal"], "Case 2": ["400"]}
-    with Server(plans) as server:
+    with FailingServer(plans) as server:
         command = ["vqa", str(tmp_path / "cap.json"), "--model", "m", "--base-url", server.url]
         assert main([*command, "--out", str(tmp_path / "out")]) == 0
         assert server.keys == {f"Bearer {KEY}"}

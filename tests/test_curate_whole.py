@@ -17,8 +17,8 @@ from radfm_jax.training import display
 from radfm_jax.training.command import main as train
 from radfm_jax.training.experiment import Experiment
 from tests import jats_papers
+from tests.chat_server import FailingServer
 from tests.dataset_tables import write_csv
-from tests.llm_server import Server
 from tests.scan_files import nifti
 
 CONFIG = """
@@ -84,7 +84,7 @@ def run_tools(place: Path) -> None:
     common = ("--root", data, "--strict")
     split = [t.replace(":", ":../split/") if ":" in t else t.replace("cxr_mix/", "split/") for t in TABLES]
     kept = [t.replace("split/", "radmd/") for t in split[2:]]
-    with Server() as server:
+    with FailingServer() as server:
         model = ("--model", "m", "--base-url", server.url, "--key-variable", "", "--strict")
         for argv in (
             ("pmc-inline", place / "oa", "--out", data / "pmc_inline", "--cases", *local),

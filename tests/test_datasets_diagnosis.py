@@ -145,8 +145,26 @@ def test_open_tables_asked_both_ways_are_balanced_and_true(tmp_path, normals):
                 ], (rows[i], question)
     total = counts["yes"] + counts["no"]
     # 4 standard deviations of a fair coin.
-    assert abs(counts["yes"] - total / 2) < 2 * total**0.5 and total > 1500, counts
+    assert abs(counts["yes"] - total / 2) < 2 * total**0.5 and total > 1200, counts
     assert counts["open"] > 1500
+
+
+@pytest.mark.parametrize("normals, balance", [(42, None), (42, True), (400, True), (5, True)])
+def test_abnormal_images_are_asked_both_ways(tmp_path, normals, balance):
+    """The answer to a yes/no question does not follow from whether the image is abnormal."""
+    labels = ("Consolidation", "Pneumothorax", "Cardiomegaly", "Rib fracture")
+    rows = [(f"{k}.png", labels[k % 4]) for k in range(42)] + [(f"n{k}.png", "No finding") for k in range(normals)]
+    write_csv(tmp_path / "t.csv", ("image_path", "label"), *rows)
+    dataset = open_dataset("cxr_mix", table="t.csv", root=tmp_path, form="both", balance=balance)
+    asked, share = Counter(), 42 / normals if balance else 1.0
+    for i in range(len(dataset)):
+        is_normal = rows[i][1] == "No finding"
+        for sample in filter(judged, draws(dataset, i, 7000 // len(dataset))):
+            asked[is_normal, answer(sample)] += share if is_normal else 1
+    yes, no, of_normal = asked[False, "yes"], asked[False, "no"], asked[True, "no"]
+    assert not asked[True, "yes"] and of_normal > 50
+    assert 0.45 < yes / (yes + no + of_normal) < 0.55  # balanced over an epoch
+    assert no / (yes + no) > 0.3 and no > 0.75 * of_normal
 
 
 def test_labels_of_open_tables(tmp_path):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import random
+import re
 import time
 
 import pytest
 
+from input_pipeline.text import measurements
 from input_pipeline.text.measurements import without_sizes
 from input_pipeline.text.sentences import closed, join, sentences, shorten
 
@@ -122,3 +125,52 @@ def test_many_numbers_do_not_backtrack():
     start = time.process_time()
     assert without_sizes("1 x " * 12 + "2 c") == "1 x " * 12 + "2 c"
     assert time.process_time() - start < 1  # measured: 0.001 s; ambiguous blanks would need more than 3 ** 12 steps
+
+
+# --- what makes it fast changes no result ---
+
+SIZES = "3 cm|2.5cm|1,5 mm|12-mm|3 x 4 cm|1, 2, 3 cm|less than 1 cm|about 2 cm|.5 cm|5 mm thick".split("|")
+BETWEEN = (" ", " ", " ", ", ", ". ", ": ", " (", ") ", "-", "\n", " = ")
+WORDS = (
+    "a an previously formerly compared to versus vs from between measured measuring measures sized with and over along "
+    "by largest now of is are has shows ranges no not without than other length diameter mass cyst removed away "
+    "MeaſurIng wİth"
+).split()
+
+
+def random_texts(count: int):
+    rng = random.Random(0)
+    for _ in range(count):
+        parts = (rng.choice(SIZES if rng.random() < 0.3 else WORDS) for _ in range(rng.randint(2, 20)))
+        text = "".join(part + rng.choice(BETWEEN) for part in parts)
+        yield text.upper() if rng.random() < 0.1 else text
+
+
+def rules_of(value) -> list[measurements._Rule]:
+    if isinstance(value, measurements._Rule):
+        return [value]
+    return [rule for item in value for rule in rules_of(item)] if isinstance(value, tuple) else []
+
+
+def test_every_match_of_a_rule_has_its_clue():
+    rules = [rule for value in vars(measurements).values() for rule in rules_of(value) if rule.words or rule.marks]
+    matched = set()
+    for text in random_texts(400):
+        text = measurements._BLANKS.sub(" ", text)
+        for rule in rules:
+            if rule.pattern.search(text):
+                matched.add(rule)
+                assert rule._has_clue(text), (rule.pattern.pattern, text)
+    assert len(rules) > 24 and len(matched) > 18
+
+
+def test_hidden_numbers_change_nothing(monkeypatch):
+    texts = [f"{text} {number * 300}{end} {text}" for text in random_texts(4)
+             for number in ("1-", "1 x ", "1, ", "2.5 ") for end in ("3 cm", "3", "cm")]  # fmt: skip
+    monkeypatch.setattr(measurements, "_MOST", 10**6)
+    expected = [(without_sizes(text), measurements.has_size(text)) for text in texts]
+    monkeypatch.setattr(measurements, "_MOST", 100)
+    monkeypatch.setattr(measurements, "_NUMBERS", re.compile(r"(?:\D*+\d++){100}"))
+    assert [(without_sizes(text), measurements.has_size(text)) for text in texts] == expected
+    assert any("ꀁ" in measurements._hide_numbers(text) for text in texts)
+    assert without_sizes("ꀁ" * 5000 + " 3 cm") == without_sizes("ꀁ" * 5 + " 3 cm").replace("ꀁ" * 5, "ꀁ" * 5000)

@@ -10,9 +10,9 @@ import types
 import numpy as np
 import pytest
 import yaml
+from chat_server import VisionServer, text_of
 from PIL import Image
 from radbench_parts import config_file
-from vision_server import VisionServer, text_of
 
 from input_pipeline.curate import llm
 from input_pipeline.samples import Scan

@@ -1,5 +1,7 @@
 """`python -m radfm_jax.generate`: single questions, chats and invalid options."""
 
+# ruff: noqa: F811 (fixtures that are imported)
+
 import io
 import json
 from types import SimpleNamespace
@@ -7,36 +9,15 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from generation_parts import SHORT, greedy, train_tokenizer, write_run, write_scans
+from generation_parts import SHORT, greedy, model, run, scans, tokenizer  # noqa: F401
 from PIL import Image
 
-import radfm_jax
 from input_pipeline.messages import printable
 from radfm_jax.checkpoints import checkpoint
 from radfm_jax.inference import inputs, stored
 from radfm_jax.inference.command import main, mesh_of
 from radfm_jax.inference.requests import Answer, suspicious
 from radfm_jax.models import radfm
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return train_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="module")
-def run(tokenizer, tmp_path_factory):
-    return write_run(tmp_path_factory.mktemp("run"), tokenizer)
-
-
-@pytest.fixture(scope="module")
-def model(run):
-    return radfm_jax.load(run)
-
-
-@pytest.fixture(scope="module")
-def scans(tmp_path_factory):
-    return write_scans(tmp_path_factory.mktemp("scans"))
 
 
 def test_one_question(run, model, scans, tmp_path, capsys):

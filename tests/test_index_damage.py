@@ -170,3 +170,21 @@ def test_a_damaged_version_does_not_look_like_an_old_index(prepared):
     (directory / "index.json").write_text(text.replace(f'"version": {index.VERSION}', f'"version": {index.UNVERIFIED}'))
     with pytest.raises(ValueError, match="index.json is damaged: its content does not match its digest"):
         everything(config)
+
+
+def test_an_old_index_without_its_content_is_refused(prepared):
+    """A damaged version 2 has no digest that would show it."""
+    config, directory = prepared
+    as_version_2(directory)
+    whole = json.loads((directory / "index.json").read_text())
+    name = next(iter(whole["sources"]))
+    for content, missing in (
+        ({"version": 2}, "identity, sources"),
+        (whole | {"identity": 1}, "identity"),
+        (whole | {"sources": []}, "sources"),
+        (whole | {"sources": {"own": []}}, "sources.own.fields, .*sources.own.rows"),
+        (whole | {"sources": {name: whole["sources"][name] | {"root": None}}}, f"sources.{name}.root"),
+    ):
+        (directory / "index.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=f"index.json is damaged: {missing} missing or of another type; restore"):
+            everything(config)

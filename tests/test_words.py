@@ -37,6 +37,21 @@ DIFFERENT = [
     ("½", "1/3", "12"),
     ("Grade Ⅳ", "Grade Ⅲ"),
     ("?", "!"),
+    ("☑ edema", "☐ edema", "☒ edema", "edema"),
+    ("✓ edema", "✗ edema", "edema"),
+]
+# The same words in another order, which only `exact` sees.
+TICKS = [
+    ("■ Yes □ No", "□ Yes ■ No", "□ Yes □ No"),
+    ("☑ Yes ☐ No", "☐ Yes ☑ No", "☐ Yes ☒ No"),
+    ("■ Yes\n□ No", "□ Yes\n■ No"),
+    ("● left ○ right", "○ left ● right"),
+    ("◼ CT ◻ MR", "◻ CT ◼ MR"),
+    ("✓ edema ✗ mass", "✗ edema ✓ mass"),
+    ("✔ edema ✘ mass", "✘ edema ✔ mass"),
+    ("✅ edema ❌ mass", "❌ edema ✅ mass"),
+    ("[x] Yes [ ] No", "[ ] Yes [x] No"),
+    ("⊠ Yes ☐ No", "☐ Yes ⊠ No"),
 ]
 SAME = [
     ("-50 HU", "−50 HU", "－５０ HU"),
@@ -56,6 +71,11 @@ SAME = [
     ("fibrosis", "ﬁbrosis", "fibro\u00adsis"),
     ("5 µm", "5 μm"),
     ("X-ray", "X\u2011ray", "x ray"),
+    ("■ Yes □ No", "☑ Yes ☐ No", "⬛ Yes ⬜ No", "▪ Yes ▫ No"),
+    ("■ Yes", "● Yes", "□ Yes", "- Yes"),  # list marks
+    ("● Lungs clear\n○ no mass", "- Lungs clear\n  - no mass"),  # marks of two levels of a list
+    ("✔\ufe0f Yes", "✔ Yes", "✓ Yes"),
+    ("✘ Yes", "✗ Yes"),
 ]
 
 
@@ -69,6 +89,12 @@ def test_different_answers(group):
     for a in group:
         assert metrics.exact(a, [a]) == 1 and metrics.bleu1(a, [a]) == pytest.approx(1), a
         assert metrics.rouge1(a, [a]) == (1 if words(a) else 0), a
+
+
+@pytest.mark.parametrize("group", TICKS, ids=lambda group: group[0])
+def test_ticks_belong_to_their_words(group):
+    for a, b in itertools.permutations(group, 2):
+        assert metrics.exact(a, [b]) == 0, (a, b)
 
 
 @pytest.mark.parametrize("group", SAME, ids=lambda group: group[0])

@@ -6,6 +6,7 @@ This module parses the words. `figure_ties` finds the figure of the paper, with 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 
 _KEYWORD = re.compile(
@@ -70,6 +71,7 @@ class Mention:
     elsewhere: bool = False  # the text refers to another paper
 
 
+@functools.lru_cache(4096)
 def fold(number: str) -> str:
     """Normalize the number of a label or a mention: "S 1." -> "S1", "A.2" -> "A2", "02" -> "2"."""
     number = re.sub(r"^([A-Za-z])[\s.–-]*(?=\d)", r"\1", number.strip(" .:"))

@@ -27,6 +27,14 @@ _STUDY = re.compile(
     r"(PMC\d+)|(?:^|/)(p\d{8})(?:/|$)|(patient\d+)|(MPX\d+)|(?:^|/)(\d{8})_\d{3}\.(?:png|jpe?g)$", re.IGNORECASE
 )
 
+# Names that an archive gives once: papers of PubMed Central, patients of MIMIC. Other names are unique in a data set.
+_ARCHIVED = re.compile(r"PMC\d+|p\d{8}", re.IGNORECASE)
+
+
+def study_key(study: str, root) -> str:
+    """Return a key that two studies share if they are the same below the same or different roots."""
+    return study.casefold() if _ARCHIVED.fullmatch(study) else f"{root}\0{study}"
+
 
 def study_pattern(study: str | None) -> re.Pattern:
     """Compile the pattern of studies in paths. Its groups match a study. None: the pattern of the public sets."""

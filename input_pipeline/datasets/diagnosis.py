@@ -164,8 +164,9 @@ class Diagnosis(TableDataset):
         """Set the question probabilities, so that yes and no are equally frequent over an epoch.
 
         An image with diseases gets a yes/no question half of the time. For an image without diseases, the answer to a
-        yes/no question is always no. To compensate, images with diseases get more questions with the answer yes, or
-        images without diseases get fewer yes/no questions.
+        yes/no question is always no. To compensate, images with diseases get more questions with the answer yes, up to
+        2 of 3, and images without diseases get fewer yes/no questions. So at least half of the answers "no" are about
+        images with diseases: whether an image is abnormal does not decide the answer.
         """
         counts, names = collections.Counter(), {}
         for _, labels in self._rows:
@@ -183,9 +184,10 @@ class Diagnosis(TableDataset):
             both += weight * (has and lacks)
             yes += weight * (has and not lacks)
             no += weight * (lacks and not has)
-        # Solves both * (2y - 1) + asked_yes - asked_no = 0. y is the share of yes among the images that allow both
-        # answers; the others get a yes/no question with half the probability of asked_yes / yes or asked_no / no.
-        asked_yes, asked_no = min(yes, both + no), min(no, both + yes)
+        # Solves both * (2y - 1) + asked_yes - asked_no = 0 with 1/3 <= y <= 2/3. y is the share of yes among the images
+        # that allow both answers; the others get a yes/no question with half the probability of asked_yes / yes or
+        # asked_no / no.
+        asked_yes, asked_no = min(yes, both / 3 + no), min(no, both / 3 + yes)
         self._yes = 0.5 if both == 0 else 0.5 + (asked_no - asked_yes) / (2 * both)
         self._ask_yes, self._ask_no = asked_yes / (yes or 1), asked_no / (no or 1)
 

@@ -9,7 +9,7 @@
     mentions   the scans that each row can use, in order
     rows       the check of each row, and its state; `file` and `remedy` belong to the state; `study_group` and `held`
                are set at the end (study_groups.py)
-    studies    the studies of each row that must not be in two splits
+    studies    the studies of each row that must not be in two splits; equal studies have equal keys
     good       view: the usable rows; the split of a row that is held out of a training source is `validation`
 
 The database file is anonymous and disappears with the process. SQLite writes it to SQLITE_TMPDIR or TMPDIR when it
@@ -47,7 +47,7 @@ CREATE TABLE facts (scan INTEGER PRIMARY KEY, {", ".join(FACTS)});
 CREATE VIEW scans AS SELECT scan, source, {SCAN} FROM keys JOIN facts USING (scan);
 CREATE TABLE mentions (source, row, position, scan, PRIMARY KEY (source, row, position)) WITHOUT ROWID;
 CREATE TABLE rows ({", ".join(ROW)}, PRIMARY KEY (source, row)) WITHOUT ROWID;
-CREATE TABLE studies (position INTEGER PRIMARY KEY, source, row, study);
+CREATE TABLE studies (position INTEGER PRIMARY KEY, source, row, key, study);
 CREATE VIEW good AS SELECT rows.*, name, root, CASE WHEN held THEN 'validation' ELSE split END AS split
     FROM rows JOIN sources USING (source) WHERE state = 'good';
 """

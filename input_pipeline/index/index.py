@@ -35,6 +35,7 @@ from input_pipeline.samples import Scan
 VERSION = 3
 UNVERIFIED = 2  # the version before this one, without digests; it can still be opened
 KEYS = frozenset("version created sources data tokenizer counts records identity".split())  # if UNVERIFIED
+SOURCE = {"fields": dict, "root": str, "sha256": str, "split": str, "rows": int}  # keys of a source that are read
 PARTS = ("scans.parquet", "rows.parquet", "records/dataset_info.json")  # verified when an index is opened
 # Fields of a source that do not change what its rows are: sampling shares, and locations.
 NOT_IDENTITY = ("weight", "fraction", "root", "table", "quarantine")
@@ -181,12 +182,23 @@ def read_description(directory: Path) -> dict:
     except ValueError as error:
         raise ValueError(f"{error}; {RESTORE}") from None
     if description.get("version") == UNVERIFIED and description.keys() <= KEYS:
-        return description
+        return _complete(file, description)
     if description.get("version") not in (VERSION, UNVERIFIED):
         raise ValueError(f"{file} has version {description.get('version')}, not {VERSION}: run prepare again")
     content = {name: value for name, value in description.items() if name != "sha256"}
     if description.get("sha256") != fingerprint(content):
         raise ValueError(f"{file} is damaged: its content does not match its digest; {RESTORE}")
+    return _complete(file, description)
+
+
+def _complete(file: Path, description: dict) -> dict:
+    """Return the content of index.json. Raises ValueError that names every key without a value of its type."""
+    bad = [name for name, kind in (("identity", str), ("sources", dict)) if not isinstance(description.get(name), kind)]
+    for name, source in description["sources"].items() if "sources" not in bad else ():
+        stored = source if isinstance(source, dict) else {}
+        bad += [f"sources.{name}.{key}" for key, kind in SOURCE.items() if not isinstance(stored.get(key), kind)]
+    if bad:
+        raise ValueError(f"{file} is damaged: {', '.join(bad)} missing or of another type; {RESTORE}")
     return description
 
 

@@ -86,17 +86,19 @@ def leaks(results: Results) -> Iterator[dict]:
     splits = [split for split in SPLITS if results.config.sources(split)]
     if len(splits) < 2:
         return
-    results.db.execute("CREATE INDEX IF NOT EXISTS by_study ON studies (study)")
+    results.db.execute("CREATE INDEX IF NOT EXISTS by_study ON studies (key)")
     both = "HAVING COUNT(DISTINCT split) > 1"
     rows = results.db.execute(
         "WITH members AS "
-        "(SELECT root, study, split, name, source, row, position FROM studies JOIN sources USING (source)), "
-        f"shared AS (SELECT root, study, MIN(position) AS first FROM members GROUP BY root, study {both}) "
-        "SELECT root, study, split, name, row_id FROM shared JOIN members USING (root, study) "
+        "(SELECT root, key, study, split, name, source, row, position FROM studies JOIN sources USING (source)), "
+        f"shared AS (SELECT key, MIN(position) AS first FROM members GROUP BY key {both}) "
+        "SELECT first, root, study, split, name, row_id FROM shared JOIN members USING (key) "
         "JOIN (SELECT source, row, row_id FROM rows) USING (source, row) ORDER BY first, position"
     )
-    for (root, study), members in itertools.groupby(rows, lambda line: line[:2]):
-        line: dict = {"kind": "study", "study": study, "root": root, **{split: [] for split in splits}}
+    for _, members in itertools.groupby(rows, lambda line: line[0]):
+        members = list(members)
+        roots = list(dict.fromkeys(root for _, root, *_ in members))
+        line: dict = {"kind": "study", "study": members[0][2], "roots": roots, **{split: [] for split in splits}}
         for *_, split, name, row_id in members:
             line[split].append({"source": name, "row": row_id})
         yield line

@@ -67,9 +67,9 @@ class Results:
                 (source, number, row.row_id, row.number, row.task, row.study, row.tokens, row.trained, row.terms)
                 + (row.instruction, *row.cut, len(row_scans), state, file, remedy, row.side, row.windows, None, False)
             )
-            studies += [(source, number, study) for study in row.studies]
+            studies += [(source, number, *study) for study in row.studies]
         self.db.executemany(f"INSERT INTO rows VALUES ({database.placeholders(len(database.ROW))})", lines)
-        self.db.executemany("INSERT INTO studies VALUES (NULL, ?, ?, ?)", studies)
+        self.db.executemany("INSERT INTO studies VALUES (NULL, ?, ?, ?, ?)", studies)
 
     def assign_study_groups(self) -> None:
         """Store the study group of each row of the training sources, and whether it is held out for validation."""

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from input_pipeline.config import DataConfig
 from input_pipeline.datasets import Dataset
+from input_pipeline.datasets.base import study_key
 from input_pipeline.index.index import scan_key
 from input_pipeline.index.scan_checks import Key
 from input_pipeline.parallel import workers
@@ -51,7 +52,8 @@ class RowCheck(NamedTuple):
     terms: int = 0  # tokens with the weight of a medical term
     instruction: int = 0  # text tokens without a weight (contexts, instructions, chat template), BOS not counted
     used: tuple[int, ...] = ()  # indices of the row's scans that are used
-    studies: tuple[str, ...] = ()  # the studies that must not be in two splits, the sample's own first
+    # (study_key, study): the studies that must not be in two splits, the sample's own first.
+    studies: tuple[tuple[str, str], ...] = ()
     cut: tuple[int, int, int, int] = (0, 0, 0, 0)  # tokens of context, instruction and response; dropped scans
     problem: Problem | None = None  # why the row cannot be used; the other fields may then be empty
     number: int = -1  # row number in the table
@@ -146,12 +148,12 @@ def _encode_row(tables: Tables, name: str, dataset: Dataset, row: int, row_id: s
     )
 
 
-def _studies(dataset: Dataset, sample: Sample, keys) -> tuple[str, ...]:
-    """Return the study of the sample, and the studies of other scans that the row may show in other epochs."""
+def _studies(dataset: Dataset, sample: Sample, keys) -> tuple[tuple[str, str], ...]:
+    """Return (key, study) of the sample, and of other scans that the row may show in other epochs."""
     studies = [sample.study_id] if sample.study_id else []
     if studies and len(keys) > len(set(sample.scans)) and hasattr(dataset, "study_of"):
         studies += [dataset.study_of(path) for _, path, _, _ in keys]
-    return tuple(dict.fromkeys(studies))
+    return tuple(dict.fromkeys((study_key(study, dataset.root), study) for study in studies))
 
 
 def _problem(dataset: Dataset, row_id: str, error: RowError) -> Problem:

@@ -13,25 +13,27 @@ size ("It measures 3 cm.", "The tip is 3 cm from the vein.", "No node over 1 cm.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from input_pipeline.text.sentences import spans
 
-_NUMBER = r"(?:\d+(?:[.,]\d+)?|\.\d+)"
+_NUMBER = r"(?:\d++(?:[.,]\d++)?+|\.\d++)"
 _UNIT = r"(?:mm|cm|millimet(?:er|re)s?|centimet(?:er|re)s?)(?:[³²]|\^?[23]\b)?(?![A-Za-z])"
 # Each blank here and in _SIZE must match in one way only; otherwise "1 x 1 x 1 x ..." backtracks exponentially. Repeats
 # have a limit that no real text reaches; otherwise a text of only such repeats takes quadratic time.
-_HYPHEN = r"\s*(?:-\s*)?"
+_HYPHEN = r"\s*+(?:-\s*+)?+"
 _DIRECTION = r"\b(?:AP|TR|TV|TRV|CC|ML|SI|LL|transverse|craniocaudal|anteroposterior)\b"
-_AXIS = rf"(?:\s*\(?{_DIRECTION}\)?)"
-_TIMES = r"\s*(?:x|×|\*|by|to|--?|–|and)\s*"
+_AXIS = rf"(?:\s*+\(?{_DIRECTION}\)?)"
+_TIMES = r"\s*+(?:x|×|\*|by|to|--?|–|and)\s*+"
 _NOUN = r"(?:length|size|sizes|diameter|diameters|thickness|width|height|depth|dimensions?|axis)"
 _EXTENT = r"(?:(?:short|long)(?:[- ]axis)?|maxim\w+|AP|transverse|greatest|largest)"
 # "3 x 2.5 cm", "3.5 cm (AP) x 2 cm (TR)", "12-mm": the last number must have a unit, so that no "3 x" remains.
 _ALONG = rf"(?:\s+in\s+(?:\w+\s+){{0,2}}{_NOUN}\b|\s+(?:{_EXTENT}\s+)?{_NOUN}\b(?!\s+of\b))"
 _SIZE = (
-    rf"(?<![\w.])(?:{_NUMBER}(?:{_HYPHEN}{_UNIT})?{_AXIS}?{_TIMES}){{0,11}}{_NUMBER}{_HYPHEN}{_UNIT}{_AXIS}?"
+    rf"(?<![\w.])(?:{_NUMBER}(?:{_HYPHEN}{_UNIT})?+{_AXIS}?+{_TIMES}){{0,11}}{_NUMBER}{_HYPHEN}{_UNIT}{_AXIS}?"
     rf"(?:\s*\({_DIRECTION}(?:\s*(?:x|×|,|by)\s*{_DIRECTION}){{1,5}}\))?"
     rf"(?:{_HYPHEN}(?:thick|wide|long|deep|high)\b)?" + _ALONG + "?"
 )
@@ -39,63 +41,118 @@ _ABOUT = (
     r"(?:(?:approximately|about|around|roughly|up\s+to|at\s+least|at\s+most|(?:(?:no|not)\s+)?(?:less|more|\b[a-z]{3,}er)"
     r"\s+than|over|nearly|almost)\s+|(?:ca\.|~|≈|<|>|≤|≥)\s*)"
 )
-_MEASURE = rf"(?:{_ABOUT}){{0,4}}{_SIZE}"
+_MEASURE = rf"(?=[\w.~≈<>≤≥])(?:{_ABOUT}){{0,4}}{_SIZE}"
 _SEVERAL = rf"{_MEASURE}(?:(?:\s*,\s*(?:and\s+)?|\s+and\s+){_MEASURE})*"
 _NOW = r"(?:now|currently|today|presently|again|still)"
 _HAS_SIZE = re.compile(_SIZE, re.IGNORECASE)
+_WORD = re.compile(r"\w+")
+_SAME_LETTERS = str.maketrans("ıſ", "is", "\u0307")  # re.IGNORECASE takes ı, İ and ſ for i and s
 
 
-def _compile(*patterns: str) -> tuple[re.Pattern, ...]:
-    return tuple(re.compile(pattern, re.IGNORECASE) for pattern in patterns)
+class _Rule(NamedTuple):
+    """A pattern, and clues to it: words or marks of which each match contains one. Looking for them is much faster."""
+
+    words: frozenset[str]
+    marks: tuple[str, ...]
+    pattern: re.Pattern
+
+    def search(self, text: str) -> re.Match | None:
+        return self.pattern.search(text) if self._has_clue(text) else None
+
+    def sub(self, replacement, text: str) -> str:
+        return self.pattern.sub(replacement, text) if self._has_clue(text) else text
+
+    def _has_clue(self, text: str) -> bool:
+        if self.words:
+            return not self.words.isdisjoint(_words(text))
+        return not self.marks or any(mark in text for mark in self.marks)
+
+
+@functools.lru_cache(maxsize=1)
+def _words(text: str) -> frozenset[str]:
+    """Return the words of a text in lower case."""
+    return frozenset(_WORD.findall(text.lower().translate(_SAME_LETTERS)))
+
+
+def _rule(clues: str, pattern: str, flags: re.RegexFlag = re.IGNORECASE) -> _Rule:
+    words = frozenset(clue for clue in clues.split() if clue.isalpha())
+    marks = tuple(clue for clue in clues.split() if not clue.isalpha())
+    return _Rule(words, marks, re.compile(pattern, flags))
 
 
 # "previously 2 cm when measured similarly", "compared to 3 mm before", "increased from 6 mm to 9 mm".
-_BEFORE = _compile(
-    rf"(?<=[cm]m)\s*,?\s*(?:increased|decreased|enlarged|reduced|grown|up|down)\s+from\s+{_MEASURE}(?:\s+previously)?",
-    rf"\s*[,;]?\s*\b(?:and\s+|was\s+|were\s+)?(?:previously|formerly)\s+(?:(?:measuring|measured|sized|was|were|of|at)\s+){{0,6}}"
-    rf"{_MEASURE}(?:\s+when\s+measured\s+\w+)?",
-    rf"\s*[,;]?\s*\b(?:as\s+)?(?:compared\s+(?:to|with)|versus|vs\.?)\s+{_MEASURE}(?:\s+(?:previously|before|earlier))?",
-    rf"\s*[,;]?\s*\b(?:(?:ranging|varying)\s+(?:in\s+{_NOUN}\s+)?)?(?<!ranges )(?<!range )(?<!ranged )"
-    rf"(?:from|between)\s+{_MEASURE}(?:\s+previously)?(?:\s+to\s+{_MEASURE})?(?:\s+previously)?",
+_BEFORE = (
+    _rule(
+        "from",
+        rf"(?<=[cm]m)\s*,?\s*(?:increased|decreased|enlarged|reduced|grown|up|down)\s+from\s+{_MEASURE}(?:\s+previously)?",
+    ),
+    _rule(
+        "previously formerly",
+        rf"\s*[,;]?\s*\b(?:and\s+|was\s+|were\s+)?(?:previously|formerly)\s+(?:(?:measuring|measured|sized|was|were|of|at)\s+){{0,6}}"
+        rf"{_MEASURE}(?:\s+when\s+measured\s+\w+)?",
+    ),
+    _rule(
+        "compared versus vs",
+        rf"\s*[,;]?\s*\b(?:as\s+)?(?:compared\s+(?:to|with)|versus|vs\.?)\s+{_MEASURE}(?:\s+(?:previously|before|earlier))?",
+    ),
+    _rule(
+        "from between",
+        rf"\s*[,;]?\s*\b(?:(?:ranging|varying)\s+(?:in\s+{_NOUN}\s+)?)?(?<!ranges )(?<!range )(?<!ranged )"
+        rf"(?:from|between)\s+{_MEASURE}(?:\s+previously)?(?:\s+to\s+{_MEASURE})?(?:\s+previously)?",
+    ),
 )
-_LISTED = _compile(
-    rf"(?:\s*\bof\s+)?(?:\b\d+(?:\.\d+)?\s*,\s*){{1,12}}(?:(?:and|or)\s+)?{_MEASURE}",
-    rf",?\s*\b(?<!was )(?<!were )(?<!is )measured\s+(?:at\s+)?{_SEVERAL}",
-    rf",?\s*\b(?:with|and|over|along|at|to)\s+(?:an?\s+|the\s+|its\s+)?(?:\w+\s+)?{_NOUN}\s*"
-    rf"(?:(?:of|measuring)\s+|[=:]\s*)?{_SEVERAL}",
-    rf"\s*\bby\s+(?:an?\s+)?(?:(?:additional|another|further)\s+)?{_MEASURE}",
+_LISTED = (
+    _rule(",", rf"(?:\s*\bof\s+)?(?:\b\d+(?:\.\d+)?\s*,\s*){{1,12}}(?:(?:and|or)\s+)?{_MEASURE}"),
+    _rule("measured", rf",?\s*\b(?<!was )(?<!were )(?<!is )measured\s+(?:at\s+)?{_SEVERAL}"),
+    _rule(
+        "with and over along at to",
+        rf",?\s*\b(?:with|and|over|along|at|to)\s+(?:an?\s+|the\s+|its\s+)?(?:\w+\s+)?{_NOUN}\s*"
+        rf"(?:(?:of|measuring)\s+|[=:]\s*)?{_SEVERAL}",
+    ),
+    _rule("by", rf"\s*\bby\s+(?:an?\s+)?(?:(?:additional|another|further)\s+)?{_MEASURE}"),
 )
-_ARTICLE = re.compile(rf"\b(an?)\s+{_MEASURE}(?:\s+(?:in\s+)?{_NOUN}\b)?\s*,?\s+(?=([A-Za-z]))", re.IGNORECASE)
-_PHRASES = _compile(
-    rf"\s*[(\[]\s*(?:{_NOW}\s+)?(?:measur\w+\s+)?{_MEASURE}\s*[)\]]",
-    rf",\s*(?:the\s+)?(?:largest|biggest|longest|smallest)(?:\s+(?:of\s+(?:which|these|them)|one))?\s+(?:(?:measur\w+|is|being|"
-    rf"of|at)\s+)?{_MEASURE}\s*(?:,(?=\s+(?:is|are|was|were)\b)|(?=[,.;)]|$))",
-    rf",?\s*\b(?:and\s+)?(?:{_NOW}\s+)?(?:measuring|sized)\s+(?:{_NOW}\s+)?{_SEVERAL}",
-    rf",\s*{_NOW}\s+{_MEASURE}",
-    rf"\s*\bwith\s+{_SEVERAL}(?=\s*(?:[.,;)]|$)|\s+(?:is|are|was|were|has|have|had|in|at|on|and|by|for)\b)",
-    rf"(?<=\bis )(?:{_NOW}\s+)?{_MEASURE}\s+of\s+",
-    r"\s*\b(?:with\s+an?\s+(?:\w+\s+)?(?:size|diameter|thickness|length|width)\s+of|of|(?<!up )to|at)"
-    rf"\s+{_MEASURE}",
+_ARTICLE = _rule("a an", rf"\b(an?)\s+{_MEASURE}(?:\s+(?:in\s+)?{_NOUN}\b)?\s*,?\s+(?=([A-Za-z]))")
+_PHRASES = (
+    _rule("( [", rf"\s*[(\[]\s*(?:{_NOW}\s+)?(?:measur\w+\s+)?{_MEASURE}\s*[)\]]"),
+    _rule(
+        "largest biggest longest smallest",
+        rf",\s*(?:the\s+)?(?:largest|biggest|longest|smallest)(?:\s+(?:of\s+(?:which|these|them)|one))?\s+(?:(?:measur\w+|is|being|"
+        rf"of|at)\s+)?{_MEASURE}\s*(?:,(?=\s+(?:is|are|was|were)\b)|(?=[,.;)]|$))",
+    ),
+    _rule("measuring sized", rf",?\s*\b(?:and\s+)?(?:{_NOW}\s+)?(?:measuring|sized)\s+(?:{_NOW}\s+)?{_SEVERAL}"),
+    _rule("now currently today presently again still", rf",\s*{_NOW}\s+{_MEASURE}"),
+    _rule(
+        "with", rf"\s*\bwith\s+{_SEVERAL}(?=\s*(?:[.,;)]|$)|\s+(?:is|are|was|were|has|have|had|in|at|on|and|by|for)\b)"
+    ),
+    _rule("of", rf"(?<=\bis )(?:{_NOW}\s+)?{_MEASURE}\s+of\s+"),
+    _rule(
+        "with of to at",
+        r"\s*\b(?:with\s+an?\s+(?:\w+\s+)?(?:size|diameter|thickness|length|width)\s+of|of|(?<!up )to|at)"
+        rf"\s+{_MEASURE}",
+    ),
 )
 _IS = rf"(?:is|are|was|were)(?:\s+{_NOW})?"
 # The statement after the size is kept: "The duct measures 9 mm but tapers." -> "The duct tapers."
-_AND_MORE = re.compile(
+_AND_MORE = _rule(
+    "and but",
     rf"\s+(?:{_IS}|measures?|measured)\s+{_MEASURE}\s*,?\s+(?:and|but)(?=\s+(?:is|are|was|were|has|have|had|shows?|showed|"
     r"demonstrates?|tapers?|appears?|contains?|extends?|causes?|enhances?|remains?|involves?|displaces?|compresses|abuts?|"
     r"invades?|encases?)\b)",
-    re.IGNORECASE,
 )
-_STATEMENTS = _compile(
-    rf"\b(?:measures?|measured)\s+(?:{_NOW}\s+)?{_MEASURE}",
+_STATEMENTS = (
+    _rule("measures measure measured", rf"\b(?:measures?|measured)\s+(?:{_NOW}\s+)?{_MEASURE}"),
     # "There is 3 cm mass", "is 3 cm above" and "Kidney: 3 cm cyst" state more than a size.
-    rf"\b{_IS}\s+{_MEASURE}(?=\s*(?:[^\sA-Za-z]|$)|\s+(?:and|but|or|in|at|on|with|apart|away|when|compared|to|for|from|during|by|within|as|since)\b)",
-    rf"[=:]\s*{_MEASURE}\s*(?=[.,;)]*\s*$|[,;]\s*\w+\s*[:=])",
+    _rule(
+        "is are was were",
+        rf"\b{_IS}\s+{_MEASURE}(?=\s*(?:[^\sA-Za-z]|$)|\s+(?:and|but|or|in|at|on|with|apart|away|when|compared|to|for|from|during|by|within|as|since)\b)",
+    ),
+    _rule("= :", rf"[=:]\s*{_MEASURE}\s*(?=[.,;)]*\s*$|[,;]\s*\w+\s*[:=])"),
 )
 # Statements that _PHRASES would cut into fragments.
-_HAS = re.compile(
+_HAS = _rule(
+    "has have had show shows showed demonstrate demonstrates range ranges ranged",
     rf"\b(?:has|have|had|shows?|showed|demonstrates?)\s+(?:an?\s+|the\s+)?(?:\w+\s+)?{_NOUN}\s+(?:of|measuring)\s+"
     rf"{_MEASURE}|\b(?:ranges?|ranged)\s+(?:in\s+{_NOUN}\s+)?(?:from|between)\s+{_MEASURE}",
-    re.IGNORECASE,
 )
 # "No node over 1 cm" is not "No node": a `no`, then a limit in the same clause. The marks between clauses reset it.
 _NO_OVER = re.compile(
@@ -103,33 +160,40 @@ _NO_OVER = re.compile(
     rf"|\b(?:(?:less|more|[a-z]{{3,}}er)\s+than|over|exceeding)\s+{_MEASURE}",
     re.IGNORECASE,
 )
-_APART = re.compile(
+_NO = _rule("no not without", r"\b(?:no|not|without)\b")
+_APART = _rule(
+    "from",
     rf"(?P<moved>\b(?:withdrawn|retracted|pulled(?:\s+back)?|moved|migrated|displaced|separated|removed)\s+)?"
     rf"(?P<phrase>,\s*)?{_MEASURE}\s+(?:away\s+)?from\b(?P<whence>[^,;.]*)(?P<end>[,;.]|$)",
-    re.IGNORECASE,
 )
-_REST = re.compile(_SEVERAL, re.IGNORECASE)
-_PIECE = re.compile(rf"(?:^|[,;]\s*){_MEASURE}\s+of\b", re.IGNORECASE)
+_REST = _rule("", _SEVERAL)
+_PIECE = _rule("of", rf"(?:^|[,;]\s*){_MEASURE}\s+of\b")
 # "5 mM", "25 mm Hg" and "3 cm/s" are not sizes: a mark between number and unit hides them from the patterns.
 _NOT_A_SIZE = re.compile(r"(?<=\d)(?=\s*(?:-\s*)?(?:mM\b|[cm]m\s*(?:-\s*)?(?:Hg|H2O|H₂O|[-−]1|⁻¹|/|per\b)))")
 _MARK = "\ue000"
-_BLANKS = re.compile(r"\s{2,}|[\n\r]")
+# Digits that cannot belong to a size are hidden as letters. All rules together remove fewer than _MOST numbers before a
+# unit.
+_LAST_DIGIT = re.compile(rf"(\d{_HYPHEN}{_UNIT})", re.IGNORECASE)
+_MOST = 1000
+_NUMBERS = re.compile(rf"(?:\D*+\d++){{{_MOST}}}")
+_DIGITS, _HIDDEN = "0123456789", "ꀀꀁꀂꀃꀄꀅꀆꀇꀈꀉ"
+_BLANKS = re.compile(r"\s(?:\s+|(?<=[\n\r]))")
 _CLEAN = (
-    (re.compile(r"([(\[])\s*[,;]\s*"), r"\1"),
-    (re.compile(r"\s*(?:\(\s*\)|\[\s*\])"), ""),
+    (_rule("( [", r"([(\[])\s*[,;]\s*", re.NOFLAG), r"\1"),
+    (_rule("( [", r"\s*(?:\(\s*\)|\[\s*\])", re.NOFLAG), ""),
     (
-        re.compile(r"(?:\s*\b(?:and|or|but)\b)?[\s,]+([.;:])|\s*,(?:\s*,)+|\s+(?=,)"),
+        _rule("", r"(?:\s*\b(?:and|or|but)\b)?[\s,]+([.;:])|\s*,(?:\s*,)+|\s+(?=,)", re.NOFLAG),
         lambda m: m[1] or ("," * ("," in m[0])),
     ),
-    (re.compile(r"\s+(?:and|or|but)\s*(?=[.;]|$)"), ""),
-    (re.compile(r":\s*,\s*"), ": "),
+    (_rule("and or but", r"\s+(?:and|or|but)\s*(?=[.;]|$)", re.NOFLAG), ""),
+    (_rule(":", r":\s*,\s*", re.NOFLAG), ": "),
 )
 _FIRST = re.compile(r"(?:(?:\d{1,2}[.)]|[-–•*])\s*)?[a-z]")
 
 
 def has_size(text: str) -> bool:
     """Return whether a text states a size in mm or cm."""
-    return _HAS_SIZE.search(_NOT_A_SIZE.sub(_MARK, text)) is not None
+    return _HAS_SIZE.search(_hide_numbers(_NOT_A_SIZE.sub(_MARK, text))) is not None
 
 
 def without_sizes(text: str) -> str:
@@ -144,7 +208,7 @@ def without_sizes(text: str) -> str:
     for begin, end in spans(text):
         gap, previous_end = max(gap, "\n" * text.count("\n", previous_end, begin), key=len), end
         piece = text[begin:end]
-        if _HAS_SIZE.search(piece):
+        if _HAS_SIZE.search(_hide_numbers(piece)):
             piece = _remove_sizes(piece)
         if piece.strip(" .,;:-–•*"):
             out += [(gap or " ") if len(out) > 1 else "", piece]
@@ -152,15 +216,43 @@ def without_sizes(text: str) -> str:
     return "".join(out).replace(_MARK, "")
 
 
-def _without(patterns: Iterable[re.Pattern], text: str) -> str:
-    """Remove what the patterns match, and reduce each run of white space to one space."""
+def _hide_numbers(text: str) -> str:
+    """Replace the digits with _MOST or more numbers between them and the next unit.
+
+    Otherwise "1 x 1 x 1 x ..." is tried as a size from each of its numbers.
+    """
+    if len(text) < 2 * _MOST or any(digit in text for digit in _HIDDEN):
+        return text
+    pieces = _LAST_DIGIT.split(text)  # texts and units in turn
+    for k in range(0, len(pieces), 2):
+        if len(pieces[k]) >= 2 * _MOST:
+            rest = _NUMBERS.match(pieces[k][::-1]) if k + 1 < len(pieces) else None
+            end = len(pieces[k]) - rest.end() if rest else 0 if k + 1 < len(pieces) else len(pieces[k])
+            hidden = pieces[k][:end]
+            for digit, letter in zip(_DIGITS, _HIDDEN, strict=True):
+                hidden = hidden.replace(digit, letter)
+            pieces[k] = hidden + pieces[k][end:]
+    return "".join(pieces)
+
+
+def _show_numbers(text: str) -> str:
+    for digit, hidden in zip(_DIGITS, _HIDDEN, strict=True):
+        text = text.replace(hidden, digit)
+    return text
+
+
+def _without(rules: Iterable[_Rule], text: str) -> str:
+    """Remove what the rules match, and reduce each run of white space to one space."""
     text = _BLANKS.sub(" ", text)  # a run would be tried from each of its characters
-    for pattern in patterns:
-        text = _BLANKS.sub(" ", pattern.sub("", text))
+    for rule in rules:
+        if (shorter := rule.sub("", text)) != text:
+            text = _BLANKS.sub(" ", shorter)
     return text
 
 
 def _denies_a_size(sentence: str) -> bool:
+    if not _NO.search(sentence):
+        return False
     denied = False
     for match in _NO_OVER.finditer(sentence):
         if denied and not (match["mark"] or match["no"]):
@@ -170,7 +262,9 @@ def _denies_a_size(sentence: str) -> bool:
 
 
 def _remove_sizes(sentence: str) -> str:
-    sentence = _without((), sentence)
+    shown = _without((), sentence)
+    sentence = _hide_numbers(shown)
+    is_hidden = sentence is not shown
     if _PIECE.search(sentence):
         return ""
     sentence = _without(_BEFORE, sentence)
@@ -179,7 +273,7 @@ def _remove_sizes(sentence: str) -> str:
     sentence = _without(_LISTED, sentence)
     sentence = _ARTICLE.sub(_article, sentence)
     sentence = _without((*_PHRASES, _AND_MORE), sentence)
-    if any(statement.search(sentence) for statement in _STATEMENTS):
+    if any(rule.search(sentence) for rule in _STATEMENTS):
         return ""
     apart = _APART.search(sentence)
     if apart and not apart["moved"]:
@@ -187,8 +281,10 @@ def _remove_sizes(sentence: str) -> str:
             return ""
         sentence = sentence[: apart.start()] + sentence[apart.start("end") :]
     sentence = _without((_REST,), sentence)
-    for pattern, replacement in _CLEAN:
-        sentence = pattern.sub(replacement, sentence)
+    if is_hidden:
+        sentence = _show_numbers(sentence)
+    for rule, replacement in _CLEAN:
+        sentence = rule.sub(replacement, sentence)
     sentence = sentence.strip(" ,")
     first = _FIRST.match(sentence)
     return first[0].upper() + sentence[first.end() :] if first else sentence

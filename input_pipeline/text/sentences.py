@@ -17,7 +17,7 @@ _LETTERED = frozenset(
     "case part section and or influenza".split()
 )
 _END = re.compile(r"""(?<![.!?])[.!?]+["'”’)\]]*(?=\s+["'“‘(\[]*[A-Z0-9<≥>≤~])|\n\s*\n""")
-_LAST_WORD = re.compile(r"([^\s(\[\"'“‘]+)$")
+_LAST_WORD = re.compile(r"\n?([^\s(\[\"'“‘]+)")  # in a text that runs backwards
 _LOOK_BACK = 100  # characters before a full stop that are searched for its word and the word before it
 _NEXT = re.compile(r"\s*(\S?)")
 # Lines of a list: they start with a bullet, the next number, or a capital after a line without a full stop.
@@ -73,20 +73,20 @@ def _line_ends_sentence(text: str, start: int, match: re.Match) -> bool:
 
 def _stop_ends_sentence(text: str, start: int, match: re.Match) -> bool:
     before = text[max(start, match.start() - _LOOK_BACK) : match.start()]
-    last = _LAST_WORD.search(before)
+    last = _LAST_WORD.match(before[::-1])
     if last is None or len(match.group()) > 1:
         # ")." and '."' end a sentence; an abbreviation inside quotes is too rare to handle.
         return True
-    word = last.group(1)
+    word, earlier = last[1][::-1], before[: len(before) - last.end()]
     plain = word.lower().strip(".")
     if plain in _BEFORE_NUMBER:
         return not _NEXT.match(text, match.end())[1].isdigit()
     if plain in _ABBREVIATIONS:
         return False
     if len(word) == 1 and word.isalpha() and word.isupper():
-        previous = before[: last.start()].split()
+        previous = earlier.split()
         return bool(previous) and previous[-1].lower().strip(".,(") in _LETTERED
-    return not (word.isdigit() and not before[: last.start()].strip())
+    return not (word.isdigit() and not earlier.strip())
 
 
 def shorten(text: str, first: int = 1, last: int = 4) -> str:

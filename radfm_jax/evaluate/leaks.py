@@ -22,11 +22,12 @@ def find_leaks(questions: Iterable[Question], directory: Path | str) -> list[dic
     """
     index, questions = Index(directory), list(questions)
     training = {name for name, source in index.tables.items() if source["split"] != "test"}
-    test_studies = {question.study for question in questions if question.study}
-    studies: dict[str, dict[str, str]] = {}  # study -> root -> source
+    test_studies = {key for question in questions for key in _study_keys(question)}
+    studies: dict[tuple[str, str], str] = {}  # key -> source
     for row in _rows(index.directory / "rows.parquet", "source", "study"):
-        if row["source"] in training and row["study"] in test_studies:
-            studies.setdefault(row["study"], {})[index.tables[row["source"]]["root"]] = row["source"]
+        if row["source"] in training:
+            keys = ("", row["study"].casefold()), (index.tables[row["source"]]["root"], row["study"])
+            studies |= {key: row["source"] for key in keys if key in test_studies}
     hashes: dict[str, str] = {}
     for path in {scan.path for question in questions for scan in question.scans}:
         with contextlib.suppress(OSError, ValueError):  # scoring reports an unreadable scan
@@ -39,7 +40,7 @@ def find_leaks(questions: Iterable[Question], directory: Path | str) -> list[dic
     }
     leaks = []
     for question in questions:
-        if source := _training_source(question, studies):
+        if source := next((studies[key] for key in _study_keys(question) if key in studies), ""):
             leaks.append({"id": question.row_id, "kind": "study", "what": question.study, "in": source})
         for scan, relative in zip(question.scans, question.relative_scans(), strict=True):
             if file := training_files.get(hashes.get(scan.path)):
@@ -54,15 +55,13 @@ def _rows(file: Path, *columns: str) -> Iterator[dict]:
             yield from batch.to_pylist()
 
 
-def _training_source(question: Question, studies: dict[str, dict[str, str]]) -> str:
-    """Return the training source that has the study, or "".
+def _study_keys(question: Question) -> list[tuple[str, str]]:
+    """Return the keys of a question's study: ("", folded name), or (root, path) if its name is the path of a scan.
 
-    A study name that is just the path of its scan matches only below the same root: many data sets have an
-    `images/1.png`.
+    A path matches only below the same root: many data sets have an `images/1.png`.
     """
-    roots = studies.get(question.study or "", {})
+    if not question.study:
+        return []
     suffix = f"/{question.study}"
-    own_roots = [s.path.removesuffix(suffix) for s in question.scans if s.path.endswith(suffix)]
-    if own_roots:
-        return next((roots[root] for root in own_roots if root in roots), "")
-    return next(iter(roots.values()), "")
+    roots = [scan.path.removesuffix(suffix) for scan in question.scans if scan.path.endswith(suffix)]
+    return [(root, question.study) for root in roots] or [("", question.study.casefold())]

@@ -40,20 +40,22 @@ def named_choices(answer: str, names: Mapping[str, Sequence[str]]) -> list[str]:
     counts. This finds CT in "This is a CT scan.", where `closest_choice` returns Ultrasound.
     """
     answer_words, matches = words(answer), []
+    positions = collections.defaultdict(list)
+    for position, word in enumerate(answer_words):
+        positions[word].append(position)
     for choice, choice_names in names.items():
-        positions = [_position(answer_words, words(name)) for name in choice_names]
-        matches += [(position, choice) for position in positions if position]
+        found = [_position(answer_words, positions, words(name)) for name in choice_names]
+        matches += [(position, choice) for position in found if position]
     by_position = {position: choice for (position, _), choice in sorted(matches, reverse=True)}
     return list(dict.fromkeys(by_position[position] for position in sorted(by_position)))
 
 
-def _position(text: Sequence[str], name: Sequence[str]) -> tuple[int, int] | None:
+def _position(text: list[str], positions: Mapping[str, list[int]], name: list[str]) -> tuple[int, int] | None:
     """Return (first position of a name in the words of a text, minus its length), or None."""
     *start, last = name
-    for i in range(len(text) - len(start)):
-        if list(text[i : i + len(start)]) == start and text[i + len(start)] in (last, f"{last}s"):
-            return i, -len(name)
-    return None
+    lasts = sorted(positions.get(last, []) + positions.get(f"{last}s", []))
+    first = next((i for i in lasts if i >= len(start) and text[i - len(start) : i] == start), None)
+    return None if first is None else (first - len(start), -len(name))
 
 
 def named_choice(answer: str, names: Mapping[str, Sequence[str]]) -> str | None:

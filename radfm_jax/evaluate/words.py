@@ -11,8 +11,9 @@ For text of letters a-z and whole numbers, these are the words of rouge-score. I
   numbers.
 - A number keeps its sign, its decimals and its exponent: -50, 3.5 (also written 3,5), 10 ^ 6. `1,000` is 1000.
 - A unit is separated from its number: `3mm` is 3 mm.
-- Symbols with a meaning are words: comparison and other mathematical signs, currencies, arrows, %, ° and ‰; `/` and `:`
-  between numbers; + everywhere; - alone, in brackets, or at the end of a line (`HER2-`).
+- Symbols with a meaning are words: comparison and other mathematical signs, currencies, arrows, ticks, %, ° and ‰; `/`
+  and `:` between numbers; + everywhere; - alone, in brackets, or at the end of a line (`HER2-`).
+- Boxes are ticks if a text has filled and empty ones: `■ Yes □ No` is `☑ Yes ☐ No`. Otherwise they are list marks.
 
 Other punctuation, list marks and Markdown are dropped.
 """
@@ -36,10 +37,14 @@ _EXPONENT = re.compile(rf"(?<=\d)([{_SUPERSCRIPTS}]+)|([⁺⁻][{_SUPERSCRIPTS}]
 # Characters to replace before NFKC normalization, which would turn ™ into the letters "tm". Triangles that point up or
 # down are kept, because they mean an increase or a decrease.
 _DROPPED = re.compile("[©®™℠\u2500-\u25b1\u25b6-\u25bb\u25be-\u25ff]")
+# Boxes and circles to tick, filled and empty. They have a meaning if a text has both kinds, circles in one line;
+# otherwise they are list marks.
+_BOXES, _CIRCLES = ("■▣▪◼◾⬛", "□▢▫◻◽⬜"), ("●◉⚫", "○◯⚪")
+_CIRCLES_IN_LINE = re.compile(r"^(?=.*[{}])(?=.*[{}]).*".format(*_CIRCLES), re.MULTILINE)
 _SPELLINGS = (
     ("\u2044", "/"), ("\u2215", "/"), ("\u066b", "."), ("\u066c", ","), ("\u2236", ":"),
     ("+/-", "±"), ("+-", "±"), ("<=", "≤"), ("=<", "≤"), (">=", "≥"), ("!=", "≠"), ("->", "→"), ("~", "≈"),
-    ("\u223c", "≈"), ("\u2264\ufe00", "≤"), ("⩽", "≤"), ("⩾", "≥"), ("≦", "≤"), ("≧", "≥"),
+    ("\u223c", "≈"), ("\u2264\ufe00", "≤"), ("⩽", "≤"), ("⩾", "≥"), ("≦", "≤"), ("≧", "≥"), ("✔", "✓"), ("✘", "✗"),
 )  # fmt: skip
 _TIMES = re.compile(r"(?<=\d)\s*[x×]\s*(?=\d)")
 _UNIT = re.compile(rf"(?<=\d)(?=(?:{'|'.join(UNITS)})[23]?(?![^\W\d_]))")
@@ -58,15 +63,19 @@ _MARKS = _marks()
 _LETTER = rf"(?:[^\W_{UNSPACED}]|[{_MARKS}])"  # or a digit
 _CHARACTER = rf"[{UNSPACED}][{_MARKS}]*"
 _NOT_IN_WORD = rf"(?<![^\W{UNSPACED}])"
+# Symbols that may have a meaning. Those of a number, a minus or a ratio have none alone.
+_SYMBOL = rf"[^\w\s./:{UNSPACED}{_MARKS}-]"
 _WORD = re.compile(
-    rf"(?P<number>(?:{_NOT_IN_WORD}(?<![)\]%°.-])-)?{_NOT_IN_WORD}(?:\d+(?:[.,]\d+)*|\.\d+)(?!{_LETTER}))"
-    rf"|(?P<word>{_LETTER}+(?:(?<=\d)[.,]\d+)*)"
-    rf"|(?P<character>{_CHARACTER})"
-    r"|(?P<minus>(?<=\()-(?=\))|-(?=[);]?\.?[ \t\r]*$))"
-    r"|(?P<between>(?<=\d)[/:](?=\d))"
-    r"|(?P<symbol>[^\w\s])",
+    rf"{_SYMBOL}"
+    rf"|(?:{_NOT_IN_WORD}(?<![)\]%°.-])-)?{_NOT_IN_WORD}(?:\d+(?:[.,]\d+)*|\.\d+)(?!{_LETTER})"  # a number
+    rf"|_?{_LETTER}+(?:(?<=\d)[.,]\d+)*"  # a word; after "_" even 3,5 is no number
+    rf"|{_CHARACTER}"
+    r"|(?<=\()-(?=\))|-(?=[);]?\.?[ \t\r]*$)"  # a minus
+    r"|(?<=\d)[/:](?=\d)",
     re.MULTILINE,
 )
+_DECIMAL = re.compile(r"-?\d*(?:[.,]\d+)+")
+_THOUSANDS = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 
 
 def fold(text: str) -> str:
@@ -74,36 +83,56 @@ def fold(text: str) -> str:
     if text.isascii():
         folded = text.casefold()
     else:
-        text = _DASHES.sub("-", _VULGAR_FRACTION.sub(" ", _DROPPED.sub(" ", text)))
+        text = _DASHES.sub("-", _VULGAR_FRACTION.sub(" ", _DROPPED.sub(" ", _ticks(text))))
         text = _EXPONENT.sub(lambda m: "^" + m.group().translate(_DIGITS_OF_SUPERSCRIPTS), text)
         folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-        folded = "".join(map(_plain_character, folded))
+        folded = folded.translate({ord(c): _plain_character(c) for c in set(folded)})
     for spelling, standard in _SPELLINGS:
         folded = folded.replace(spelling, standard)
     return _POWER_OF_UNIT.sub("", _UNIT.sub(" ", _TIMES.sub(" x ", folded)))
+
+
+def _ticks(text: str) -> str:
+    """Return a text with its filled and empty boxes and circles as ☑ and ☐, where they have a meaning."""
+    for filled, empty in (_BOXES, _CIRCLES):
+        if not all(any(mark in text for mark in marks) for marks in (filled, empty)):
+            continue
+        table = str.maketrans(filled + empty, "☑" * len(filled) + "☐" * len(empty))
+        if filled in _BOXES:
+            text = text.translate(table)
+        else:
+            text = _CIRCLES_IN_LINE.sub(lambda line, table=table: line[0].translate(table), text)
+    return text
 
 
 def _plain_character(character: str) -> str:
     category = unicodedata.category(character)
     if category == "Nd":
         return str(unicodedata.digit(character))
-    return "" if category == "Cf" else character  # joiners, soft hyphens, marks of direction
+    # Joiners, soft hyphens, marks of direction; selectors of a black or a coloured form.
+    return "" if category == "Cf" or character in "\ufe0e\ufe0f" else character
 
 
 def words(text: str) -> list[str]:
     """Return the folded words of a text, in order. The docstring of this module defines a word."""
-    out = []
-    for match in _WORD.finditer(fold(text)):
-        kind, word = match.lastgroup, match.group()
-        if kind == "number":
-            out.append(_plain_number(word))
-        elif kind != "symbol" or _has_meaning(word):
-            out.append(word)
-    return out
+    found = _WORD.findall(fold(text))
+    plain = {word: _plain_word(word) for word in set(found)}
+    return [word for word in map(plain.__getitem__, found) if word]
 
 
-def _plain_number(number: str) -> str:
-    if re.fullmatch(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?", number):
+def _plain_word(word: str) -> str:
+    """Return a match of _WORD without the marks of its spelling; "" for a symbol without a meaning."""
+    if word.isalnum():
+        return word
+    if word[0] == "_":
+        return word[1:]
+    if re.fullmatch(_SYMBOL, word):
+        return word if _has_meaning(word) else ""
+    return _plain_decimal(word) if _DECIMAL.fullmatch(word) else word
+
+
+def _plain_decimal(number: str) -> str:
+    if _THOUSANDS.fullmatch(number):
         number = number.replace(",", "")
     elif number.count(",") == 1 and "." not in number:
         number = number.replace(",", ".")
@@ -127,4 +156,4 @@ def spaced(text: str) -> str:
     """
     if text.isascii():
         return text
-    return re.sub(_CHARACTER, r" \g<0> ", fold(text))
+    return " ".join(re.split(f"({_CHARACTER})", fold(text)))

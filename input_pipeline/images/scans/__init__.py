@@ -29,7 +29,7 @@ import numpy as np
 
 from input_pipeline.images.scans import arrays, dicom, images, nifti, tiff
 from input_pipeline.images.scans.access import as_scan_error, open_scan, resolve, stat_scan
-from input_pipeline.images.scans.base import FAULTS, Header, ScanError, ScanLimits
+from input_pipeline.images.scans.base import FAULTS, Header, ScanError, ScanLimits, other_format
 from input_pipeline.images.scans.checks import check_values
 
 __all__ = ["FAULTS", "Header", "ScanLimits", "ScanError", "header", "read", "resolve"]
@@ -41,18 +41,6 @@ READERS = {  # DICOM first: its preamble may contain any bytes, its mark is at b
     tiff: ("a 2D image", (".tif", ".tiff")),
     arrays: (".npy", (".npy",)),
 }
-# First bytes of common formats that cannot be read, or cannot be read safely.
-UNSUPPORTED = {
-    b"PK\x03\x04": ("is a zip or .npz archive", "unpack it, or save single .npy files"),
-    b"GIF8": ("is a GIF", "save it as PNG"),
-    b"BM": ("is a BMP", "save it as PNG"),
-    b"RIFF": ("is a WebP or other RIFF file", "save it as PNG"),
-    b"NRRD": ("is NRRD", "convert it to .nii.gz"),
-    b"ObjectType": ("is MetaImage", "convert it to .nii.gz"),
-    b"\x80\x04": ("is a pickle", "save it as .npy"),
-    b"\x89HDF": ("is HDF5", "save it as .npy or .nii.gz"),
-    b"version ": ("is a Git LFS pointer, not the file itself", "fetch it with git lfs pull"),
-}
 
 
 def find_reader(path, limits: ScanLimits):
@@ -63,11 +51,8 @@ def find_reader(path, limits: ScanLimits):
         start = file.read(262)
     detected = next((module for module in READERS if module.sniff(start)), None)
     if detected is None:
-        for magic, (reason, remedy) in UNSUPPORTED.items():
-            if start.startswith(magic):
-                raise ScanError(path, reason, remedy, "unsupported")
-        if start[257:] == b"ustar":
-            raise ScanError(path, "is a tar archive", "unpack it", "unsupported")
+        if (other := other_format(start)) is not None:
+            raise ScanError(path, f"is {other[0]}", other[1], "unsupported")
         remedy = "supported are NIfTI, DICOM, PNG, JPEG, TIFF and .npy"
         raise ScanError(path, f"has an unknown format: it starts with {start[:8].hex()}", remedy, "unsupported")
     # 2D images are often renamed between .png and .jpg, which is harmless; any other mismatch suggests a wrong file.

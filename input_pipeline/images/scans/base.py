@@ -17,6 +17,26 @@ MAX_LISTED = 10  # offending files or slices named in one message
 COPY_AGAIN = "the file is truncated or damaged: copy it again from its source"
 WRONG_SIZE = "it is truncated or its header is damaged: copy it again"
 
+# First bytes of common formats that cannot be read, or cannot be read safely.
+UNSUPPORTED = {
+    b"PK\x03\x04": ("a zip or .npz archive", "unpack it, or save single .npy files"),
+    b"GIF8": ("a GIF", "save it as PNG"),
+    b"BM": ("a BMP", "save it as PNG"),
+    b"RIFF": ("a WebP or other RIFF file", "save it as PNG"),
+    b"NRRD": ("NRRD", "convert it to .nii.gz"),
+    b"ObjectType": ("MetaImage", "convert it to .nii.gz"),
+    b"\x80\x04": ("a pickle", "save it as .npy"),
+    b"\x89HDF": ("HDF5", "save it as .npy or .nii.gz"),
+    b"version ": ("a Git LFS pointer, not the file itself", "fetch it with git lfs pull"),
+}
+
+
+def other_format(start: bytes) -> tuple[str, str] | None:
+    """Return the name and the remedy of a format that no reader accepts, from the first 262 bytes of a file."""
+    if start[257:262] == b"ustar":
+        return "a tar archive", "unpack it, and name a scan or the folder of one series"
+    return next((other for magic, other in UNSUPPORTED.items() if start.startswith(magic)), None)
+
 
 class ScanError(ValueError):
     """A scan that cannot be used. The message names the file, the problem and the remedy."""

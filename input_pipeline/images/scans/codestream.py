@@ -105,10 +105,15 @@ def jpeg2000(data: bytes) -> Size:
 
 
 def packbits_size(data: bytes, expected: int) -> int:
-    """Return the unpacked size of a PackBits stream in bytes. Counting stops above `expected`."""
+    """Return the unpacked size of a PackBits stream in bytes. Counting stops above `expected + 1`.
+
+    Zero bytes after the expected size are padding and do not count.
+    """
     offset = size = 0
-    while offset < len(data) and size <= expected:
+    while offset < len(data) and size <= expected + 1:
         head = data[offset]
+        if head == 0 and size == expected and data.count(0, offset) == len(data) - offset:
+            break
         if head < 128:
             size += head + 1
             offset += head + 2
@@ -131,7 +136,7 @@ def check_rle(data: bytes, planes: int, plane_bytes: int) -> None:
     for start, end in zip(offsets, ends, strict=False):
         if not 64 <= start < end <= len(data):
             raise ValueError("has RLE segments outside the frame")
-        size = packbits_size(data[start:end], plane_bytes + 1)
+        size = packbits_size(data[start:end], plane_bytes)
         if not plane_bytes <= size <= plane_bytes + 1:
             amount = f"more than {plane_bytes + 1}" if size > plane_bytes else f"only {size}"
             raise ValueError(f"has an RLE segment of {amount} bytes, but its header requires {plane_bytes}")

@@ -20,7 +20,7 @@ from nibabel.spatialimages import HeaderDataError
 
 from input_pipeline.images.scans import orientation
 from input_pipeline.images.scans.access import BoundedFile, as_scan_error, open_scan, read_exactly
-from input_pipeline.images.scans.base import WRONG_SIZE, Header, ScanError, ScanLimits, limit_error
+from input_pipeline.images.scans.base import WRONG_SIZE, Header, ScanError, ScanLimits, limit_error, other_format
 from input_pipeline.images.scans.checks import check_opaque, check_shape, check_volume, to_intensities
 
 GZIP = b"\x1f\x8b"
@@ -34,6 +34,8 @@ COLOURS = {128: 3, 2304: 4}  # channels of uint8
 OTHERS = {1: "1-bit", 32: "complex", 1536: "128-bit float", 1792: "complex", 2048: "complex"}
 MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # xyzt_units: unknown (read as mm by convention), m, mm, micron
 CONVERT = "convert it to a plain .nii.gz with nibabel or dcm2niix"
+# First bytes of formats that can be read outside a gzip stream only.
+READABLE = {b"\x93NUMPY": ".npy", b"\x89PNG": "PNG", b"\xff\xd8\xff": "JPEG", b"II*\0": "TIFF", b"MM\0*": "TIFF"}
 QUATERNION_ROUNDING = 1e-2  # tolerated excess length of a quaternion
 REPAIR = "the NIfTI header is damaged: copy the file again, or convert it again from DICOM"
 
@@ -81,6 +83,16 @@ def unpacked(path, file: BoundedFile) -> Iterator[BoundedFile | igzip.IGzipFile]
         raise ScanError(path, f"the gzip stream is damaged: {error}", "copy it again from its source") from error
 
 
+def in_gzip(start: bytes) -> tuple[str, str]:
+    """Return what a gzip stream without a NIfTI header is, and the remedy, from its first unpacked bytes."""
+    kind = "DICOM" if start[128:132] == b"DICM" else next((k for m, k in READABLE.items() if start.startswith(m)), "")
+    if kind:
+        return f"is {kind} in a gzip stream", "unpack it"
+    if (other := other_format(start)) is not None:
+        return f"is {other[0]} in a gzip stream", other[1]
+    return "is a gzip stream without a NIfTI header", "name a .nii or .nii.gz file"
+
+
 def skip(path, stream, count: int, content: str) -> None:
     buffer = memoryview(bytearray(CHUNK))
     for start in range(0, count, CHUNK):
@@ -91,11 +103,9 @@ def read_layout(path, file: BoundedFile, stream, limits: ScanLimits) -> NiftiLay
     """Read the header (348 or 540 bytes) and check it. The size of an uncompressed file must match it."""
     block = bytearray(540)
     read_exactly(path, stream, memoryview(block)[:348], "header")
-    if block[128:132] == b"DICM":
-        raise ScanError(path, "contains DICOM in a gzip stream", "unpack it", "unsupported")
     endian = next((e for e in "<>" if struct.unpack(e + "i", block[:4])[0] in KINDS), None)
     if endian is None:
-        raise ScanError(path, "has no NIfTI header", "name a .nii or .nii.gz file", "unsupported")
+        raise ScanError(path, *in_gzip(bytes(block[:348])), "unsupported")
     size = struct.unpack(endian + "i", block[:4])[0]
     kind, start, expected = KINDS[size]
     read_exactly(path, stream, memoryview(block)[348:size], "header")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import warnings
 from collections.abc import Iterator
 
 import numpy as np
@@ -168,7 +169,8 @@ def decode_pixels(path, data: bytes, instance: Instance) -> np.ndarray:
             frame = decode_jpeg(data, instance)
         else:
             decoder = pixels.get_decoder(instance.syntax)
-            frame, info = decoder.as_array(buffer, index=0, validate=False, decoding_plugin=plugin, **options)
+            with warnings.catch_warnings(action="ignore"):  # about the padding of an RLE segment
+                frame, info = decoder.as_array(buffer, index=0, validate=False, decoding_plugin=plugin, **options)
     if instance.samples == 3 and info["photometric_interpretation"] != "RGB":
         reason = f"has colours as {info['photometric_interpretation']}, which could not be converted to RGB"
         raise ScanError(path, reason, EXPORT, "unsupported")

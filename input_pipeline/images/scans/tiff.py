@@ -229,7 +229,7 @@ def check_segments(path, data: bytes, page: tifffile.TiffPage, form: PageFormat)
                 if size <= expected and not unpacker.eof:
                     raise ScanError(path, f"strip or tile {i + 1} is truncated", COPY_AGAIN)
         elif form.compression == PACKBITS:
-            size = codestream.packbits_size(bytes(segment), expected + 1)
+            size = codestream.packbits_size(bytes(segment), expected)
         if size != expected and not (form.compression == PACKBITS and size == expected + 1):
             reason = f"strip or tile {i + 1} has {'more than ' * (size > expected)}{size} bytes instead of {expected}"
             raise ScanError(path, reason, COPY_AGAIN)
