@@ -229,7 +229,7 @@ def test_checkpoints_that_lack_something(model, run, tokenizer, scans, tmp_path)
         checkpoint.save_params(bare, model.params)
         checkpoint.write_description(bare, "radfm", model.config.to_dict())
     bare = radfm_jax.load(tmp_path / "bare")
-    with pytest.raises(ValueError, match="bare has no tokenizer.model and no tokenizer.json: load it with .*--tokenizer FILE"):
+    with pytest.raises(ValueError, match="no tokenizer.model and no tokenizer.json: load it with .*--tokenizer FILE"):
         bare.answer("Lesion?")
     bare = radfm_jax.load(tmp_path / "bare", tokenizer=tokenizer)
     assert bare.answer("Lesion?", max_new_tokens=4) == model.answer("Lesion?", max_new_tokens=4)
