@@ -107,11 +107,14 @@ class Model:
         *,
         context: str = "",
         place: str = "first",
+        system: str = "",
+        history: Sequence[tuple[str, str]] = (),
         chunk: int = CHUNK,
         **options,
     ) -> Iterator[str]:
         """Yield the pieces of an answer: one after every `chunk` tokens, which may be empty."""
-        for piece, _ in self._streamed(Request(prompt, scans, context, place), chunk, options):
+        request = Request(prompt, scans, context, place, system, history)
+        for piece, _ in self._streamed(request, chunk, options):
             yield piece
 
     def _streamed(self, request: Request, chunk: int, options: dict) -> Iterator[tuple[str, Answer]]:

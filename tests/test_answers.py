@@ -159,7 +159,7 @@ def test_released_form(tokenizer, scans):
         ("<image-2> Lesion?", ["film.png"], {}, "no scan for <image-2>.*no mark <image-1>"),
         ("<image-1> Lesion?", ["film.png", "ct.nii.gz"], {}, "2 scans, but no mark <image-2>"),
         ("  ", ["film.png"], {}, "the prompt is empty: write a question"),
-        (None, ["film.png"], {}, "prompt and context must be str .got NoneType and str"),
+        (None, ["film.png"], {}, "prompt, context and system must be str .got NoneType, str, str"),
         ("<image-1>", ["film.png"], {}, "has scans but no text"),
         ("<image-1> Lesion?", [], {}, "no scan for <image-1> .no scans are given"),
         (
@@ -211,7 +211,7 @@ def test_checkpoints_that_lack_something(model, run, tokenizer, scans, tmp_path)
         checkpoint.save_params(bare, model.params)
         checkpoint.write_description(bare, "radfm", model.config.to_dict())
     bare = radfm_jax.load(tmp_path / "bare")
-    with pytest.raises(ValueError, match="bare has no tokenizer.model: load it with tokenizer=FILE .*--tokenizer FILE"):
+    with pytest.raises(ValueError, match="no tokenizer.model and no tokenizer.json: load it with .*--tokenizer FILE"):
         bare.answer("Lesion?")
     bare = radfm_jax.load(tmp_path / "bare", tokenizer=tokenizer)
     assert bare.answer("Lesion?", max_new_tokens=4) == model.answer("Lesion?", max_new_tokens=4)

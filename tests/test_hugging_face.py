@@ -111,6 +111,30 @@ def test_special_tokens_in_a_text_stay_text(family, folders):
         own.encode("a\ud800b")
 
 
+@pytest.mark.parametrize(
+    "place", ["eos_token", "generation_config", "additional_special_tokens", "extra_special_tokens"]
+)
+def test_tokens_that_the_configs_name_are_special(place, folders, tmp_path):
+    """tokenizer.json may not mark the end of a turn as special; then a text must not encode to it either."""
+    folder = tmp_path / "unmarked"
+    shutil.copytree(folders["chatml"], folder)
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    for token in spec["added_tokens"]:
+        token["special"] = token["content"] != "<|im_start|>"
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    plain = load_tokenizer(folder)
+    start = next(token["id"] for token in spec["added_tokens"] if not token["special"])
+    assert start in plain.encode("a<|im_start|>b") and not plain.is_special(start)
+    if place == "generation_config":
+        _edit(folder / "generation_config.json", eos_token_id=[start])
+    else:
+        named = {"additional_special_tokens": ["<|im_start|>"], "extra_special_tokens": {"start": "<|im_start|>"}}
+        _edit(folder / "tokenizer_config.json", **{place: named.get(place, "<|im_start|>")})
+    own = load_tokenizer(folder)
+    assert start not in own.encode("a<|im_start|>b") and own.is_special(start)
+    assert own.decode(own.encode("a<|im_start|>b")) == "a<|im_start|>b"
+
+
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_cuts_are_at_words_or_characters(family, folders):
     own, rng = load_tokenizer(folders[family.name]), random.Random(1)

@@ -300,7 +300,7 @@ def test_invalid_rows_are_named(tokenizer, parts, reason, mode):
 def test_invalid_arguments_are_errors(tokenizer):
     with pytest.raises(ValueError, match="mode 'other' must be one of paper, released"):
         run(tokenizer, instruction("?"), response("x"), mode="other")
-    with pytest.raises(RowError, match="must not have a response"):
+    with pytest.raises(RowError, match="must not end with a response"):
         run(tokenizer, instruction("?"), response("x"), prompt=True)
     with pytest.raises(RowError, match="no text"):
         run(tokenizer, A, prompt=True)
