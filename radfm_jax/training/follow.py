@@ -21,7 +21,8 @@ def follow_checkpoint(config: ConfigDict, overridden: Collection[str]) -> Config
     """Return a config with the model, the tokenizer and the preparation of scans of `checkpoint.init_from`.
 
     A step of a training run also sets the sizes of a row. A language model alone sets only its own sizes and the
-    tokenizer, a vision encoder alone its own sizes and the fields of `data` that it requires. If the directory does not exist, nothing changes.
+    tokenizer, a vision encoder alone its own sizes and the fields of `data` that it requires. If the directory does not
+    exist, nothing changes.
 
     Args:
       overridden: fields that the command line sets, such as "model.llama.num_layers". They do not change.
