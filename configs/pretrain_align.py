@@ -3,7 +3,7 @@
 The data is MedMD. The language model is MedLLaMA-13B (PMC-LLaMA), frozen, so it needs no gradients and no optimizer
 memory. The vision encoder, the perceiver and the projection are initialized randomly and learn.
 
-    python -m radfm_jax.convert from-llama MedLLaMA_13B/ medllama/
+    python -m radfm_jax.convert from-hf MedLLaMA_13B/ medllama/
     python -m input_pipeline.prepare --config=configs/pretrain_align.py --out data/medmd_index --records
     python -m radfm_jax.train --config=configs/pretrain_align.py --workdir=runs/pretrain_align \
         --config.data.records=True

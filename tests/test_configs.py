@@ -215,7 +215,7 @@ def test_each_stage_starts_from_the_one_before():
     assert [c.checkpoint.init_from for c in stages.values()] == ["medllama", "runs/pretrain_align", "runs/pretrain"]
     for name in STAGES:
         assert f"--workdir=runs/{name}" in module(name).__doc__
-    assert "convert from-llama MedLLaMA_13B/ medllama/" in module("pretrain_align").__doc__
+    assert "convert from-hf MedLLaMA_13B/ medllama/" in module("pretrain_align").__doc__
     assert [c.train.epochs for c in stages.values()] == [1, 3, 2]
     # With equal seeds, the first epoch of a stage would repeat the order and crops of the stage before.
     assert len({c.data.seed for c in stages.values()}) == len({c.train.seed for c in stages.values()}) == 3

@@ -1,6 +1,5 @@
 """radfm_jax.convert: PyTorch files <-> checkpoint directories, with the released tensor names."""
 
-import json
 import os
 import re
 import shutil
@@ -13,7 +12,6 @@ import zipfile
 from pathlib import Path
 
 import golden
-import llama_oracle
 import numpy as np
 import parity
 import pytest
@@ -24,7 +22,6 @@ import radfm_jax
 from radfm_jax.checkpoints import checkpoint
 from radfm_jax.convert import model_config, table, weights
 from radfm_jax.convert.from_torch import from_torch
-from radfm_jax.convert.tensor_files import open_tensors
 from radfm_jax.convert.to_torch import to_torch
 from radfm_jax.models import radfm
 
@@ -369,63 +366,3 @@ def test_tokenizer_is_copied_and_must_match_the_vocabulary(tmp_path):
     from_torch(path, tmp_path / "b")  # tokenizer.model next to the source
     to_torch(tmp_path / "b", tmp_path / "folder")
     assert (tmp_path / "folder" / "tokenizer.model").read_bytes() == (tmp_path / "40.model").read_bytes()
-
-
-# --- LLaMA folders ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("variant", ["gqa", "llama31", "tied", "head_dim"])
-def test_llama_folder_and_back(variant, tmp_path):
-    """A folder written by transformers has the same logits after a round trip through a checkpoint."""
-    import transformers
-
-    state, logits, save = llama_oracle.build(llama_oracle.variants()[variant], seed=3)
-    save(tmp_path / "hf")
-    from_torch(tmp_path / "hf", tmp_path / "checkpoint", part="llama")
-    to_torch(tmp_path / "checkpoint", tmp_path / "back", part="llama")
-    with open_tensors(tmp_path / "back") as reader:
-        assert all(np.array_equal(reader.read(k), state[k]) for k in reader.infos)
-    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "back", attn_implementation="eager").eval()
-    ids = np.random.default_rng(0).integers(3, again.config.vocab_size, size=(2, 48))
-    with torch.no_grad():
-        np.testing.assert_array_equal(again(torch.from_numpy(ids)).logits.numpy(), logits(ids))
-    with pytest.raises(ValueError, match="has only the part 'llama'"):
-        radfm_jax.load(tmp_path / "checkpoint")
-    with pytest.raises(ValueError, match="language model alone.: use `from-hf`"):
-        from_torch(tmp_path / "hf", tmp_path / "other")
-
-
-def test_unused_config_values_round_trip(tmp_path):
-    """The round trip keeps context length, special tokens and tokenizer files."""
-    _, _, save = llama_oracle.build(llama_oracle.variants()["llama31"], seed=3)
-    save(tmp_path / "hf")
-    path = tmp_path / "hf" / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "max_position_embeddings": 8192, "bos_token_id": 90}))
-    (tmp_path / "hf" / "tokenizer.json").write_text("{}")
-    from_torch(tmp_path / "hf", tmp_path / "checkpoint", part="llama")
-    to_torch(tmp_path / "checkpoint", tmp_path / "back", part="llama")
-    config = json.loads((tmp_path / "back" / "config.json").read_text())
-    assert (config["max_position_embeddings"], config["bos_token_id"]) == (8192, 90)
-    assert (tmp_path / "back" / "tokenizer.json").read_text() == "{}"
-
-
-def test_a_tied_head_in_a_state_dict(tmp_path):
-    """torch.save(model.state_dict()) of a tied model has the embedding twice; a head that differs is an error."""
-    variant = llama_oracle.variants()["tied"]
-    state, _, save = llama_oracle.build(variant, seed=3)
-    save(tmp_path / "hf")
-    (tmp_path / "hf" / "model.safetensors").unlink()
-    both = {**state, "lm_head.weight": state["model.embed_tokens.weight"]}
-    save_bin(tmp_path / "hf" / "pytorch_model.bin", both, config=None)
-    from_torch(tmp_path / "hf", tmp_path / "checkpoint", part="llama")
-    different = {**both, "lm_head.weight": both["lm_head.weight"] + 1}
-    save_bin(tmp_path / "hf" / "pytorch_model.bin", different, config=None)
-    with pytest.raises(ValueError, match="lm_head.weight differs from model.embed_tokens.weight"):
-        from_torch(tmp_path / "hf", tmp_path / "again", part="llama")
-
-
-def test_language_model_of_a_radfm(small_checkpoint, tmp_path):
-    to_torch(small_checkpoint, tmp_path / "llm", part="llama")
-    with open_tensors(tmp_path / "llm") as reader:
-        state = state_of()
-        assert all(np.array_equal(reader.read(k), state[f"lang_model.{k}"]) for k in reader.infos)

@@ -41,9 +41,12 @@ def test_commands_run_in_sequence(tmp_path, monkeypatch, capsys):
     for command in (
         "from-torch x.bin ck --unused keep",
         "to-torch ck y.bin --layout plain",
-        "to-llama ck llm",
-        "from-llama llm llm_ck",
+        "to-hf ck llm",
+        "from-hf llm llm_ck",
         "check llm_ck llm",
+        "check ck llm",  # the language model of a RadFM
+        "to-llama llm_ck again",  # the older names
+        "from-llama again again_ck",
     ):
         assert main(command.split()) == 0, capsys.readouterr().err
     assert main("from-torch x.bin ck".split()) == 2
