@@ -30,7 +30,7 @@ from input_pipeline.curate import captions, filters, qa_prompts, radiology, refe
 from input_pipeline.curate.language import is_english
 from input_pipeline.datasets.modalities import modalities
 from input_pipeline.messages import printable
-from input_pipeline.text import measurements, sentences, terms
+from input_pipeline.text import marks, measurements, sentences, terms
 from input_pipeline.text.measurements import has_size, without_sizes
 from radfm_jax.evaluate import metrics, radbench, refusals, words
 
@@ -342,6 +342,14 @@ def test_functions_are_linear(name):
             text = pump * (length // len(pump)) + END
             times.append(min(seconds(function, text) for _ in range(2)))
         assert times[1] < max(9 * times[0], 0.05), (pump, times)  # quadratic: 16 times
+
+
+def test_marks_are_linear():
+    """A small quadratic term needs a long text to show."""
+    assert seconds(marks.misspelt_marks, f"< image{' ' * 200_000}") < 1
+    assert marks.misspelt_marks("< image - 1 > and <image_2>, <Image  > but not <image-3>") == [
+        "< image - 1 >", "<image_2>", "<Image  >",
+    ]  # fmt: skip
 
 
 @pytest.mark.slow

@@ -271,3 +271,18 @@ def test_orientation_of_images_in_memory(tmp_path, suffix):
                 if loaded:
                     image.load()
                 np.testing.assert_array_equal(pixels_of("image", image)[0], apply_orientation(RAMP, tag))
+
+
+@pytest.mark.parametrize("padding", [1, 3, 100])
+def test_zeros_at_the_end_of_a_packbits_strip(tmp_path, padding):
+    pixels, path = np.repeat(np.arange(64, dtype=np.uint8).reshape(8, 8), 4, axis=1), tmp_path / "a.tif"
+    Image.fromarray(pixels).save(path, compression="packbits")
+    with tifffile.TiffFile(path) as file:
+        tags, (start,), (size,) = file.pages[0].tags, file.pages[0].dataoffsets, file.pages[0].databytecounts
+        offsets, counts = (tags[name].offset + 8 for name in ("StripOffsets", "StripByteCounts"))
+    data = bytearray(path.read_bytes())
+    strip = bytes(data[start : start + size]) + bytes(padding)
+    struct.pack_into("<H", data, offsets, len(data))
+    struct.pack_into("<L", data, counts, len(strip))
+    path.write_bytes(data + strip)
+    np.testing.assert_array_equal(scans.read(path)[0][:, :, 0, 0], pixels)

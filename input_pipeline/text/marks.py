@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 _MARK = re.compile(r"<image-([0-9]+)>")
 # Marks and misspelt marks: `<image>`, `<image1>`, `<Image-1>`, `<image 1>`.
-MARK_LIKE = re.compile(r"<\s*image[\s_-]*[0-9]*\s*>", re.IGNORECASE)
+MARK_LIKE = re.compile(r"<\s*+image[\s_-]*+[0-9]*+\s*+>", re.IGNORECASE)
 
 
 def place_scans(templates: Sequence[str], n_scans: int, first: bool = True) -> list[list]:

@@ -176,7 +176,8 @@ _MARK = "\ue000"
 _LAST_DIGIT = re.compile(rf"(\d{_HYPHEN}{_UNIT})", re.IGNORECASE)
 _MOST = 1000
 _NUMBERS = re.compile(rf"(?:\D*+\d++){{{_MOST}}}")
-_DIGITS, _HIDDEN = "0123456789", "ꀀꀁꀂꀃꀄꀅꀆꀇꀈꀉ"
+_HIDDEN = "ꀀꀁꀂꀃꀄꀅꀆꀇꀈꀉ"
+_HIDE, _SHOW = str.maketrans("0123456789", _HIDDEN), str.maketrans(_HIDDEN, "0123456789")
 _BLANKS = re.compile(r"\s(?:\s+|(?<=[\n\r]))")
 _CLEAN = (
     (_rule("( [", r"([(\[])\s*[,;]\s*", re.NOFLAG), r"\1"),
@@ -223,22 +224,12 @@ def _hide_numbers(text: str) -> str:
     """
     if len(text) < 2 * _MOST or any(digit in text for digit in _HIDDEN):
         return text
-    pieces = _LAST_DIGIT.split(text)  # texts and units in turn
+    *pieces, rest = _LAST_DIGIT.split(text)  # texts and units in turn
     for k in range(0, len(pieces), 2):
-        if len(pieces[k]) >= 2 * _MOST:
-            rest = _NUMBERS.match(pieces[k][::-1]) if k + 1 < len(pieces) else None
-            end = len(pieces[k]) - rest.end() if rest else 0 if k + 1 < len(pieces) else len(pieces[k])
-            hidden = pieces[k][:end]
-            for digit, letter in zip(_DIGITS, _HIDDEN, strict=True):
-                hidden = hidden.replace(digit, letter)
-            pieces[k] = hidden + pieces[k][end:]
-    return "".join(pieces)
-
-
-def _show_numbers(text: str) -> str:
-    for digit, hidden in zip(_DIGITS, _HIDDEN, strict=True):
-        text = text.replace(hidden, digit)
-    return text
+        if len(pieces[k]) >= 2 * _MOST and (last := _NUMBERS.match(pieces[k][::-1])):
+            end = len(pieces[k]) - last.end()
+            pieces[k] = pieces[k][:end].translate(_HIDE) + pieces[k][end:]
+    return "".join(pieces) + rest.translate(_HIDE)
 
 
 def _without(rules: Iterable[_Rule], text: str) -> str:
@@ -282,7 +273,7 @@ def _remove_sizes(sentence: str) -> str:
         sentence = sentence[: apart.start()] + sentence[apart.start("end") :]
     sentence = _without((_REST,), sentence)
     if is_hidden:
-        sentence = _show_numbers(sentence)
+        sentence = sentence.translate(_SHOW)
     for rule, replacement in _CLEAN:
         sentence = rule.sub(replacement, sentence)
     sentence = sentence.strip(" ,")

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from input_pipeline import phantoms
-from tests.llm_server import Server
+from tests.chat_server import FailingServer
 
 CHILD = """
 import sys
@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("tools", nargs="*", metavar="TOOL", choices=[[], *SIZES], help=", ".join(SIZES))
     tools = parser.parse_args().tools or SIZES
     print(f"{'tool':<18}{'N':>8}{'MB at N':>10}{'MB at 10 N':>12}{'kB an item':>12}", flush=True)
-    with Server() as server:
+    with FailingServer() as server:
         for tool in tools:
             n = SIZES[tool]
             small, large = peak(tool, n, server.url), peak(tool, 10 * n, server.url)
