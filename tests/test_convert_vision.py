@@ -10,7 +10,6 @@ import torch
 import transformers
 from encoder_parts import converted, random_weights
 from family_parity import FAMILIES, their_model
-from radfm_jax.models.encoders.siglip import SiglipConfig
 
 from radfm_jax.checkpoints import checkpoint, train_state
 from radfm_jax.convert import vision_config
@@ -18,6 +17,7 @@ from radfm_jax.convert.__main__ import main
 from radfm_jax.convert.from_torch import from_torch
 from radfm_jax.convert.tensor_files import open_tensors
 from radfm_jax.models import radfm
+from radfm_jax.models.encoders.siglip import SiglipConfig
 from radfm_jax.runtime import sharding
 from radfm_jax.training import optimizer, train_step
 
