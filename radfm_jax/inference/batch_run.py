@@ -90,8 +90,7 @@ def answer_file(
                 try:
                     if isinstance(encoded, ValueError):
                         raise encoded
-                    request = Request(line.prompt, encoded, line.context, place, line.system, line.history)
-                    (prompt,) = generator.prompts([request])
+                    (prompt,) = generator.prompts([_request(line, encoded, place)])
                     generator.token_limit(prompt, sampling)
                     prompts[line.row_id] = prompt
                 except ValueError as error:
@@ -111,6 +110,10 @@ def answer_file(
             output.flush()
             progress(answered, len(failed), len(todo))
     return BatchResult(answered, len(lines) - len(todo), failed, time.perf_counter() - start_time, odd)
+
+
+def _request(line: BatchLine, scans: EncodedScans, place: str) -> Request:
+    return Request(line.prompt, scans, line.context, place, line.system, line.history)
 
 
 def _recorded(line: BatchLine, answer: Answer) -> dict:
