@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import resource
 import sys
@@ -45,35 +46,7 @@ def parser() -> argparse.ArgumentParser:
     top = terminal.parser("python -m radfm_jax.convert", DESCRIPTION, EXAMPLES)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(
-        name: str,
-        help: str,
-        src: str,
-        dst: str,
-        *,
-        reads_torch: bool = False,
-        aliases: tuple[str, ...] = (),
-        **src_options,
-    ) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, aliases=aliases, help=help, description=help)
-        sub.set_defaults(command=name)
-        sub.add_argument("src", metavar="SRC", help=src, **src_options)
-        sub.add_argument("dst", metavar="DST", help=dst)
-        dtypes = ("float32", "bfloat16", "float16")
-        sub.add_argument("--dtype", choices=dtypes, help="dtype of the stored parameters (default: unchanged)")
-        if reads_torch:
-            sub.add_argument("--tokenizer", metavar="FILE", help="SentencePiece model or tokenizer.json (default: next "
-                             "to SRC)")  # fmt: skip
-            sub.add_argument(
-                "--config", metavar="FILE", help="config.json or configs/*.py, for sizes that tensor shapes do not "
-                "give, such as attention heads, and for the preparation of scans (default: SRC's x.config.json or "
-                "config.json next to it)",
-            )  # fmt: skip
-            sub.add_argument("--trim-vocabulary", action="store_true", help="drop the rows of the vocabulary that the "
-                             "tokenizer lacks, which are padding")  # fmt: skip
-            sub.add_argument("--no-verify", action="store_true", help="skip the checksums of SRC")
-        return sub
-
+    command = functools.partial(conversion, commands)
     sub = command(
         "from-torch", "released RadFM weights -> checkpoint directory",
         "pytorch_model.bin, the zip it is published in, a .safetensors file or a folder of them",
@@ -117,6 +90,38 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: %(default)s)")
     sub.add_argument("--seed", type=int, default=0, help="seed of the inputs (default: %(default)s)")
     return top
+
+
+def conversion(
+    commands,
+    name: str,
+    help: str,
+    src: str,
+    dst: str,
+    *,
+    reads_torch=False,
+    aliases: tuple[str, ...] = (),
+    **src_options,
+) -> argparse.ArgumentParser:
+    """Add a command with SRC, DST and the options of all conversions."""
+    sub = commands.add_parser(name, aliases=aliases, help=help, description=help)
+    sub.set_defaults(command=name)
+    sub.add_argument("src", metavar="SRC", help=src, **src_options)
+    sub.add_argument("dst", metavar="DST", help=dst)
+    dtypes = ("float32", "bfloat16", "float16")
+    sub.add_argument("--dtype", choices=dtypes, help="dtype of the stored parameters (default: unchanged)")
+    if reads_torch:
+        sub.add_argument("--tokenizer", metavar="FILE", help="SentencePiece model or tokenizer.json (default: next "
+                         "to SRC)")  # fmt: skip
+        sub.add_argument(
+            "--config", metavar="FILE", help="config.json or configs/*.py, for sizes that tensor shapes do not "
+            "give, such as attention heads, and for the preparation of scans (default: SRC's x.config.json or "
+            "config.json next to it)",
+        )  # fmt: skip
+        sub.add_argument("--trim-vocabulary", action="store_true", help="drop the rows of the vocabulary that the "
+                         "tokenizer lacks, which are padding")  # fmt: skip
+        sub.add_argument("--no-verify", action="store_true", help="skip the checksums of SRC")
+    return sub
 
 
 class ProgressBar:

@@ -77,8 +77,7 @@ def answer_file(
     made_with = _settings(generator, sampling, model, checkpoint, place)
     lines = {line.row_id: line for line in read_batch_file(file, (root or file.parent).absolute(), roots)}
     numbers = {row_id: number for number, row_id in enumerate(lines)}
-    failed: dict[str, str] = {}
-    odd: dict[str, str] = {}
+    failed, odd = dict[str, str](), dict[str, str]()
     answered, start_time, cache = 0, time.perf_counter(), _ScanCache()
     with locked_output(out) as output, concurrent.futures.ThreadPoolExecutor(1) as reader:
         existing = existing_answers(out, made_with, lines, reject_unknown_ids)
