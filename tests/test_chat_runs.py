@@ -11,6 +11,7 @@ import numpy as np
 import parity
 import pytest
 from generation_parts import CONFIG, PREPARED, SHORT, write_scans
+from ml_collections import ConfigDict
 from practice import write_index
 from tokenizer_parts import CHATML, write_folder
 
@@ -19,6 +20,7 @@ from input_pipeline.batching.load import RowLoader
 from input_pipeline.config import DataConfig
 from input_pipeline.index.index import Index
 from input_pipeline.inspect.sampling import first_rows
+from input_pipeline.sources import tokenizer_of
 from input_pipeline.text.tokenizer import load_tokenizer
 from radfm_jax.checkpoints import checkpoint
 from radfm_jax.evaluate.model_answers import first_tokens
@@ -27,6 +29,7 @@ from radfm_jax.inference.batch_files import read_batch_file
 from radfm_jax.inference.command import main
 from radfm_jax.training import loop
 from radfm_jax.training.experiment import CheckpointConfig, Experiment, TrainConfig
+from radfm_jax.training.follow import follow_checkpoint
 from radfm_jax.training.optimizer import OptimizerConfig
 
 V = 640  # ids of the model; the tokenizer has fewer
@@ -121,6 +124,13 @@ def test_a_checkpoint_has_its_tokenizer(model, folder, tmp_path):
     large = dataclasses.replace(CONFIG, llama=dataclasses.replace(CONFIG.llama, vocab_size=300))
     with pytest.raises(ValueError, match="ids, but the model has 300"):
         _ = radfm_jax.Model(large, {}, tokenizer_file=folder).tokenizer
+
+
+def test_a_run_follows_the_tokenizer_of_its_checkpoint(model):
+    config = ConfigDict(Experiment(MODEL, checkpoint=CheckpointConfig(init_from=str(model.directory))).to_dict())
+    data = follow_checkpoint(config, ()).data
+    assert (data.tokenizer, data.vocab_size, data.template) == (str(model.directory), V, "chat")
+    assert tokenizer_of(DataConfig.from_dict(data)).fingerprint == model.tokenizer.fingerprint
 
 
 def test_answers_end_at_each_stop_token(model, folder, scans, tmp_path):
