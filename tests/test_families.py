@@ -187,7 +187,7 @@ def test_decoding_with_a_cache_equals_the_full_pass(kind):
 def test_all_parameters_have_logical_axes():
     boxed = jax.eval_shape(Decoder(EVERYTHING).init, jax.random.key(0), *abstract_row())["params"]
     specs = flatten(param_specs(boxed))
-    assert tuple(specs["blocks/query/bias"]) == (None, "tensor", "fsdp")
+    assert tuple(specs["blocks/query/bias"]) == (None, "tensor", None)
     assert {path for path in specs if path.startswith("blocks/")} >= {
         f"blocks/{name}" for name in ("key/bias", "value/bias", "query_norm/scale", "key_norm/scale",
                                       "attention_post_norm/scale", "mlp_post_norm/scale")

@@ -198,7 +198,7 @@ def memory(config: Experiment, mesh: Mesh | AbstractMesh, platform: str | None =
     in_float32 = sum(_shard(x) * 4 for x in jax.tree.leaves(state["params"]))
     # A CPU has no fused attention: it stores the scores of all pairs of tokens, except where attention is tiled.
     fused = not isinstance(mesh, Mesh) or mesh.devices.flat[0].platform != "cpu"
-    blocks = _stacks(config, rows, tensor, fused, platform is not None and not _has_kernel(config, platform))
+    blocks = _stacks(config, rows, tensor, fused, platform is None or _has_kernel(config, platform))
     row_bytes = sum(math.prod(x.shape[2:]) * x.dtype.itemsize for x in abstract_batch(config).values())
     return {
         "parameters": trained + _bytes(state["frozen"]),
@@ -266,8 +266,8 @@ def _has_kernel(config: Experiment, platform: str) -> bool:
     return attention.choose(c.attention, q, k, platform, c.attention_softcap) != "xla"
 
 
-def _stacks(config: Experiment, rows: int, tensor: int, fused: bool, plain_decoder: bool) -> dict[str, _Stack]:
-    """Return the stacks of blocks, with fused attention kernels or not; `plain_decoder`: the decoder has none."""
+def _stacks(config: Experiment, rows: int, tensor: int, fused: bool, decoder_kernel: bool) -> dict[str, _Stack]:
+    """Return the stacks of blocks, with fused attention kernels or not; the decoder may have no kernel at all."""
     limits, c, q = config.data.limits, config.model.llama, config.model.perceiver
     n = jnp.dtype(config.train.dtype).itemsize
     patches = rows * limits.vision_rows * limits.patch_length
@@ -277,8 +277,8 @@ def _stacks(config: Experiment, rows: int, tensor: int, fused: bool, plain_decod
         """Return a stack of `tokens` queries with `keys` each, and `more_keys` from another sequence."""
         query, key, hidden = query // tensor, key // tensor, hidden // tensor
         # float32 scores and their softmax, unless a fused or tiled kernel computes them.
-        tiled = keys >= attention.MIN_TILED_LENGTH and keys % 128 == 0
-        scores = 0 if (fused or tiled) and kernels else 2 * 4 * tokens * keys * heads // tensor
+        tiled = kernels and keys >= attention.MIN_TILED_LENGTH and keys % 128 == 0
+        scores = 0 if (fused and kernels) or tiled else 2 * 4 * tokens * keys * heads // tensor
         products = query + 2 * key + width + hidden + width
         # Norms (also in float32), two sums, and the activated hidden layer.
         live = n * tokens * (products + query + (norms + 2) * width + hidden) + norms * 4 * tokens * width + scores
@@ -289,7 +289,7 @@ def _stacks(config: Experiment, rows: int, tensor: int, fused: bool, plain_decod
         "llama/blocks": stack(
             c.num_layers, rows * limits.text_length, limits.text_length, c.width, c.num_heads,
             c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, 2 * c.mlp_width,
-            kernels=not plain_decoder, norms=4 if c.post_norms else 2,
+            kernels=decoder_kernel, norms=4 if c.post_norms else 2,
         ),
     }  # fmt: skip
     for s in config.model.vision.stacks(limits.patch_length):

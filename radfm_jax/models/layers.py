@@ -93,6 +93,7 @@ class Dense(nn.DenseGeneral):
 
 def dense(features, names, config, *, axis=-1, bias=False, gain=1.0, name=None) -> Dense:
     """Return a linear map whose kernel has logical axis names and starts with deviation gain / sqrt(fan in)."""
+    bias_names = ("bias",) if isinstance(features, int) else names[-len(features) :]
     init = nn.initializers.variance_scaling(gain**2, "fan_in", "truncated_normal")
     return Dense(
         features=features,
@@ -102,7 +103,7 @@ def dense(features, names, config, *, axis=-1, bias=False, gain=1.0, name=None) 
         param_dtype=config.param_dtype,
         precision=matmul_precision(config.dtype),
         kernel_init=partitioned(init, names),
-        bias_init=partitioned(nn.initializers.zeros, (*names[len(names) - np.size(features) : -1], "bias")),
+        bias_init=partitioned(nn.initializers.zeros, bias_names),
         dot_general=matrix_product,
         name=name,
     )
