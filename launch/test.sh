@@ -10,4 +10,4 @@ environment requirements.txt requirements-test.txt
 .venv/bin/ruff check --quiet .
 .venv/bin/mypy --no-error-summary
 # Most of the time goes into compiling, which uses one core per worker. The tests of a file share fixtures.
-exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@"
+exec .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -15,3 +15,10 @@ pytest.register_assert_rewrite("tensor_arrays", "token_parts")
 # Both must be set before the first array is made: the backend starts with it and keeps what it found.
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
+
+# Files that take a minute or more start first. Otherwise one worker would end long after the other.
+LONGEST = ("test_train.py", "test_golden.py", "test_train_step.py", "test_distributed.py", "test_radfm.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))

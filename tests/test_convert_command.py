@@ -7,6 +7,7 @@ import sys
 import textwrap
 
 import numpy as np
+import pytest
 from convert_parts import SMALL, save_bin, state_of, write_sizes
 from test_convert import ROOT, small_checkpoint  # noqa: F401
 
@@ -62,6 +63,7 @@ def test_errors_exit_with_2_and_no_traceback(tmp_path):
     assert done.returncode == 2 and "error: " in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_model(tmp_path):
     """290 MB of parameters in 40 layers convert both ways in less than a third of that memory."""
     config = radfm.RadFMConfig(

@@ -130,7 +130,9 @@ print(len(opened[0]) + len(opened[0].problems), peak)
 """
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "csv", "json", "bad rows"])
+@pytest.mark.parametrize(
+    "kind", ["bad rows", *(pytest.param(k, marks=pytest.mark.slow) for k in ("jsonl", "csv", "json"))]
+)
 def test_memory_does_not_grow_with_the_text_of_a_table(tmp_path, kind):
     """Two sources of one table with 2 kB of text per row: 28 MB more text may take at most 12 MB more memory.
 

@@ -182,41 +182,39 @@ def read(workdir: Path) -> list[dict]:
     return []
 
 
-def test_an_interrupted_run_with_2_4_2_and_1_processes_equals_an_unbroken_one(processes, unbroken, tmp_path):
-    """Each start resumes from the last saved step: two processes, one gets SIGTERM; four, the first is killed; two, the
-    second is stopped; one, to the end."""
-    run = tmp_path / "run"
-    pids = processes.start(run, 2, pace=0.2)
-    wait_for_step(run, 2, processes)
-    os.kill(pids[1], signal.SIGTERM)
-    assert processes.end(pids, PATIENCE) == [75, 75], processes.console(0)
-    saved = run_directory.steps(run)[-1]
-    assert 2 <= saved < STEPS - 4
-    assert f"process 1 got SIGTERM: saved step {saved}" in processes.console(0)
-    assert f"process 1 got SIGTERM: saved step {saved}" in (run / "logs" / "1.log").read_text()
-    assert processes.console(1) == ""
+ENDINGS = {signal.SIGTERM: "got SIGTERM", signal.SIGKILL: "sends no heartbeat", signal.SIGSTOP: "sends no heartbeat"}
+# Starts until the last one, each with its number of processes, the process that gets a signal, and the signal.
+TWO_STARTS = [(2, 1, signal.SIGTERM), (2, 0, signal.SIGKILL)]
+THREE_STARTS = [(2, 1, signal.SIGTERM), (4, 0, signal.SIGKILL), (2, 1, signal.SIGSTOP)]
 
-    pids = processes.start(run, 4, pace=0.2)
-    wait_for_step(run, saved + 2, processes)
-    os.kill(pids[0], signal.SIGKILL)
-    start_time = time.monotonic()
-    assert processes.end(pids, 30) == [-signal.SIGKILL, 75, 75, 75], (run / "logs" / "1.log").read_text()
-    print(f"killed: {time.monotonic() - start_time:.1f} s")
-    for i in (1, 2, 3):
-        log = (run / "logs" / f"{i}.log").read_text()
-        assert f"parameters of step {saved} are equal in process {i}" in log
-        assert (
-            "process 0 sends no heartbeat (--peer-timeout 5): killed, stopped, or disconnected. Exiting with code 75"
-            in log
-        )
 
-    logged = max(line["step"] for line in read(run))
-    pids = processes.start(run, 2, pace=0.2)
-    wait_for_step(run, logged + 1, processes)
-    os.kill(pids[1], signal.SIGSTOP)
-    assert processes.end(pids[:1], 30) == [75], processes.console(0)
-    processes.end(pids[1:], 0)
-    assert "process 1 sends no heartbeat (--peer-timeout 5)" in (run / "logs" / "0.log").read_text()
+@pytest.mark.parametrize("starts", [TWO_STARTS, pytest.param(THREE_STARTS, marks=pytest.mark.slow)])
+def test_an_interrupted_run_equals_an_unbroken_one(starts, processes, unbroken, tmp_path):
+    """Each start resumes from the last saved step and ends after a signal to one process. One process ends the run."""
+    run, logged = tmp_path / "run", 0
+    for count, victim, number in starts:
+        resumed = run_directory.steps(run)[-1:] if run.exists() else []
+        pids = processes.start(run, count, pace=0.2)
+        wait_for_step(run, logged + 2, processes)
+        os.kill(pids[victim], number)
+        start_time = time.monotonic()
+        others = [i for i in range(count) if i != victim]
+        patience = PATIENCE if number == signal.SIGTERM else 30
+        assert processes.end([pids[i] for i in others], patience) == [75] * len(others), processes.console(others[0])
+        print(f"{signal.Signals(number).name}: {time.monotonic() - start_time:.1f} s")
+        expected = {signal.SIGTERM: 75, signal.SIGKILL: -signal.SIGKILL, signal.SIGSTOP: None}
+        assert processes.end([pids[victim]], 0 if number == signal.SIGSTOP else 30) == [expected[number]]
+        for i in others:
+            log = (run / "logs" / f"{i}.log").read_text()
+            assert f"process {victim} {ENDINGS[number]}" in log
+            for step in resumed:
+                assert f"parameters of step {step} are equal in process {i}" in log
+        if number == signal.SIGTERM:
+            saved = run_directory.steps(run)[-1]
+            assert saved >= logged + 2 and f"process {victim} got SIGTERM: saved step {saved}" in processes.console(0)
+            assert processes.console(1) == ""
+        logged = max(line["step"] for line in read(run))
+        assert logged < STEPS - 4
 
     saved = run_directory.steps(run)[-1]
     assert processes.end(processes.start(run, 1), PATIENCE) == [0], processes.console(0)

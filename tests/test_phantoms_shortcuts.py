@@ -79,6 +79,7 @@ def guess(train, test, targets=TARGETS, groups=GROUPS, boosting=True):
             yield target, group, name, accuracy, chance, error, len(y_test)
 
 
+@pytest.mark.slow
 def test_answers_cannot_be_predicted_without_the_image():
     train, test = (studies(split, n, volumes=0.02) for split, n in (("train", 1200), ("test", 700)))
     targets = {name: target for name, target in TARGETS.items() if name != "modality"}

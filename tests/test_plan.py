@@ -328,6 +328,7 @@ def test_arithmetic_is_labelled_and_roofline_includes_links(capsys):
     assert report.brief(0.0) == "0.0" and report.brief(0.0030) == "0.0030" and report.brief(1234.5, 0) == "1,234"
 
 
+@pytest.mark.slow
 def test_compilations_for_simulated_devices_are_cached(tmp_path, monkeypatch, capsys):
     """Plan the tiny model for two devices twice; the second run compiles nothing."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -259,7 +259,14 @@ def test_scanned_stacks_equal_separate_blocks():
     np.testing.assert_allclose(x @ own["head"], logits, rtol=0, atol=ATOL)
 
 
-@pytest.mark.parametrize("remat", [name for name in REMAT_POLICIES if name != CONFIG.llama.remat])
+@pytest.mark.parametrize(
+    "remat",
+    [
+        pytest.param(name, marks=() if name == "dots" else pytest.mark.slow)
+        for name in REMAT_POLICIES
+        if name != CONFIG.llama.remat
+    ],
+)
 def test_remat_does_not_change_results(remat):
     (loss, out), grads = plain_run()
     (other_loss, other_out), other_grads = parity.step(CONFIG.with_compute(remat=remat))(PARAMS, eight_rows())
@@ -314,7 +321,11 @@ def test_rows_are_independent():
     assert np.abs(changed["logits"][3] - out["logits"][3]).max() > 0.1
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 8, 1), (2, 2, 2), *(pytest.param(shape, marks=pytest.mark.slow) for shape in ((8, 1, 1), (2, 4, 1)))],
+    ids=str,
+)
 def test_meshes(shape):
     """With data, fsdp and tensor parallelism, the loss and all gradients match one device."""
     (loss, out), grads = plain_run()
@@ -383,7 +394,7 @@ def drawn_sizes(rng) -> golden.Sizes:
     )
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_any_size_matches_pytorch(seed):
     """Two samples of two scans with H != W and D > 1, a mask with holes, and gradients of all parameters."""
     rng = np.random.default_rng(seed)

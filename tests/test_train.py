@@ -28,7 +28,7 @@ from radfm_jax.models.perceiver import PerceiverConfig
 from radfm_jax.models.radfm import RadFMConfig
 from radfm_jax.models.vit3d import ViTConfig
 from radfm_jax.runtime import console
-from radfm_jax.training import display, evaluation, loop
+from radfm_jax.training import display, evaluation, loop, programs
 from radfm_jax.training.eval_answers import EvalAnswers
 from radfm_jax.training.experiment import CheckpointConfig, Experiment, TrainConfig
 from radfm_jax.training.optimizer import OptimizerConfig
@@ -41,14 +41,20 @@ MODEL = RadFMConfig(
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Cache the two programs that every start compiles on disk."""
-    before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("cache")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    yield
-    jax.config.update("jax_compilation_cache_dir", before[0])
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])
+def compiled_once():
+    """Starts with the same model, optimizer and rows share their programs: tracing takes longer than the steps."""
+    compiled, known = programs.Programs.compile, {}
+
+    def compile_once(config, *others):
+        train = config.train.step, config.train.batch, config.train.accumulation
+        key = repr((config.compute, config.optimizer, config.data.limits, config.data.validates, train))
+        if key not in known:
+            known[key] = compiled(config, *others)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(programs.Programs, "compile", compile_once)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -190,7 +190,7 @@ def test_evaluation_counts_by_task():
     assert list(found) == ["all", "modality", "diagnosis"]
     assert [found[k]["samples"] for k in found] == [3, 2, 1]
     row = packed.row([packed.A, packed.B], **packed.SIZES)
-    _, _, out = radfm_loss(RadFM(packed.CONFIG), params, row, chunk=16)
+    _, _, out = jax.jit(lambda p, r: radfm_loss(RadFM(packed.CONFIG), p, r, chunk=16))(params, row)
     of_b = (row["segments"] == 2) & (row["weights"] > 0)
     expected = (out["token_loss"] * row["weights"])[of_b].sum() / row["weights"][of_b].sum()
     np.testing.assert_allclose(found["diagnosis"]["loss"], expected, rtol=1e-5)
