@@ -1,4 +1,7 @@
-"""Tiny models of the decoder families that differ from LLaMA (`llama_oracle.py` has that): their transformers form, their DecoderConfig, and the weights of both."""
+"""Tiny models of the decoder families that differ from LLaMA: their configs in transformers and ours, and weights.
+
+`llama_oracle.py` has the variants of LLaMA.
+"""
 
 import dataclasses
 import functools

@@ -30,7 +30,7 @@ from radfm_jax.models.decoder import DecoderConfig, RopeScaling
 from radfm_jax.models.perceiver import PerceiverConfig
 from radfm_jax.models.radfm import RadFMConfig, tiny
 from radfm_jax.models.vit3d import ViTConfig
-from radfm_jax.training.experiment import GROUPS, CheckpointConfig, Experiment, MeshConfig, TrainConfig
+from radfm_jax.training.experiment import GROUPS, CheckpointConfig, Experiment, MeshConfig, TrainConfig, changes
 from radfm_jax.training.optimizer import OptimizerConfig
 from radfm_jax.training.train_step import StepConfig
 
@@ -218,6 +218,15 @@ def test_round_trip_of_an_experiment():
     assert Experiment.from_dict(config.to_dict()) == config
     scaled = dataclasses.replace(tiny(), llama=dataclasses.replace(tiny().llama, rope_scaling=RopeScaling()))
     assert RadFMConfig.from_dict(scaled.to_dict()) == scaled
+
+
+def test_fields_that_an_older_config_lacks_have_not_changed():
+    now, old = Experiment(tiny(), train=TrainConfig(steps=60)).to_dict(), Experiment(tiny()).to_dict()
+    old["train"]["steps"] = 30
+    del old["model"]["llama"]["window"], old["model"]["llama"]["qkv_bias"]
+    assert changes(old, now) == ["train.steps is 60, was 30"]
+    old["model"]["llama"]["discontinued"] = 1
+    assert "model.llama.discontinued is missing, was 1" in changes(old, now)
 
 
 @pytest.mark.parametrize(

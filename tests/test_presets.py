@@ -47,25 +47,25 @@ def test_presets_have_the_published_parameters_and_a_plan(name):
     numbers = sum(x.size for x in jax.tree.leaves(nn.unbox(radfm.abstract_params(model))["llama"]))
     assert numbers == PARAMETERS[name]
     config = Experiment(model, train=TrainConfig(dtype="bfloat16"))
-    plans = [candidates.plain(config, parse(text), 8, 0.4) for text in ("gpu:8xH100", "v5p:2x2x2")]
-    for plan in plans:
-        assert numbers / 8 * 4 <= plan.memory["parameters"] < numbers / 8 * 4 * 1.02  # float32 on each of 8 devices
-        assert plan.compute > 0 and plan.name
-    # cuDNN has neither heads of 256 channels nor soft caps, so the scores of Gemma's 8 or 16 heads exist on GPUs.
-    more = plans[0].memory["working set"] - plans[1].memory["working set"]
-    text, heads = config.data.text_length, PRESETS[name].num_heads
-    assert more == (2 * 2 * 4 * text**2 * heads if name.startswith("gemma") else 0)
+    plan = lambda text: candidates.evaluate(config, parse(text), 0.4, batch=8, accumulation=1, remat="none")  # noqa: E731
+    on_gpus = plan("gpu:8xH100")
+    assert numbers / 8 * 4 <= on_gpus.memory["parameters"] < numbers / 8 * 4 * 1.02  # float32 on each of 8 devices
+    assert on_gpus.compute > 0
+    if name.startswith("gemma"):
+        # cuDNN has neither heads of 256 channels nor soft caps: scores and their softmax are stored.
+        more = on_gpus.memory["activations"] - plan("v5p:2x2x2").memory["activations"]
+        c, text = PRESETS[name], config.data.text_length
+        assert more == 2 * 4 * text**2 * c.num_heads * c.num_layers
 
 
 def test_windows_have_less_attention():
-    """5 tokens and a window of 2: 9 pairs of 15 by hand; the band of the formula has 2 x 5 - 2 x 2 / 2 = 8 of 12.5."""
+    """5 tokens and a window of 2: 9 of 15 pairs by hand; of the formula's 12.5, a band of (25 - 9) / 2 = 8."""
     c = DecoderConfig(num_layers=3, num_heads=2, num_kv_heads=2, head_dim=4)
-    full = flops.decoder_attention(c, 5)
-    assert full == 3 * 4 * 12.5 * 2 * 4
-    assert (
-        flops.decoder_attention(dataclasses.replace(c, window=2, sliding_layers=(0, 2)), 5) == full * (1 + 2 * 0.64) / 3
-    )
-    assert flops.decoder_attention(dataclasses.replace(c, window=9, sliding_layers=(0, 1, 2)), 5) == full
+    attention = lambda **fields: flops.decoder_attention(dataclasses.replace(c, **fields), 5)  # noqa: E731
+    pair = 4 * 2 * 4  # two products of a pair's four channels in two heads
+    assert attention() == 3 * 12.5 * pair
+    assert attention(window=2, sliding_layers=(0, 2)) == (12.5 + 2 * 8) * pair
+    assert attention(window=9, sliding_layers=(0, 1, 2)) == attention()
 
 
 # Fields of a preset that are defaults of the config class in transformers, which has the sizes of one of its models.

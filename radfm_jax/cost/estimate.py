@@ -197,7 +197,7 @@ def memory(config: Experiment, mesh: Mesh | AbstractMesh, platform: str | None =
     in_float32 = sum(_shard(x) * 4 for x in jax.tree.leaves(state["params"]))
     # A CPU has no fused attention: it stores the scores of all pairs of tokens, except where attention is tiled.
     fused = not isinstance(mesh, Mesh) or mesh.devices.flat[0].platform != "cpu"
-    blocks = _stacks(config, rows, tensor, fused, fused and (platform is None or _is_fused(config, platform)))
+    blocks = _stacks(config, rows, tensor, fused, platform is None or _has_kernel(config, platform))
     row_bytes = sum(math.prod(x.shape[2:]) * x.dtype.itemsize for x in abstract_batch(config).values())
     return {
         "parameters": trained + _bytes(state["frozen"]),
@@ -255,27 +255,27 @@ class _Stack:
         return self.inputs + extra[remat] if remat in extra else self.live
 
 
-def _is_fused(config: Experiment, platform: str) -> bool:
-    """Return whether the decoder's attention on `platform` is a fused kernel."""
+def _has_kernel(config: Experiment, platform: str) -> bool:
+    """Return whether the decoder's attention on `platform` is not plain XLA."""
     c, text = config.compute.llama, config.data.text_length
     q, k = (jax.ShapeDtypeStruct((1, text, heads, c.head_dim), c.dtype) for heads in (c.num_heads, c.num_kv_heads))
     return attention.choose(c.attention, q, k, platform, c.attention_softcap) != "xla"
 
 
-def _stacks(config: Experiment, rows: int, tensor: int, fused: bool, fused_decoder: bool) -> dict[str, _Stack]:
-    """Return the stacks of blocks; the flags say whether scores stay inside attention kernels."""
+def _stacks(config: Experiment, rows: int, tensor: int, fused: bool, decoder_kernel: bool) -> dict[str, _Stack]:
+    """Return the stacks of blocks, with fused attention kernels or not; the decoder may have no kernel at all."""
     limits, c, v, q = config.data.limits, config.model.llama, config.model.vision, config.model.perceiver
     n = jnp.dtype(config.train.dtype).itemsize
     patches = rows * limits.vision_rows * limits.patch_length
     latents = rows * limits.scans * q.num_latents
     inner_v, inner_q = v.num_heads * v.head_dim, q.num_heads * q.head_dim
 
-    def stack(layers, tokens, keys, width, heads, query, key, hidden, more_keys=0, fused=fused, norms=2):
+    def stack(layers, tokens, keys, width, heads, query, key, hidden, more_keys=0, kernels=True, norms=2):
         """Return a stack of `tokens` queries with `keys` each, and `more_keys` from another sequence."""
         query, key, hidden = query // tensor, key // tensor, hidden // tensor
         # float32 scores and their softmax, unless a fused or tiled kernel computes them.
-        tiled = keys >= attention.MIN_TILED_LENGTH and keys % 128 == 0
-        scores = 0 if fused or tiled else 2 * 4 * tokens * keys * heads // tensor
+        tiled = kernels and keys >= attention.MIN_TILED_LENGTH and keys % 128 == 0
+        scores = 0 if (fused and kernels) or tiled else 2 * 4 * tokens * keys * heads // tensor
         products = query + 2 * key + width + hidden + width
         # Norms (also in float32), two sums, and the activated hidden layer.
         live = n * tokens * (products + query + (norms + 2) * width + hidden) + norms * 4 * tokens * width + scores
@@ -286,7 +286,7 @@ def _stacks(config: Experiment, rows: int, tensor: int, fused: bool, fused_decod
         "llama": stack(
             c.num_layers, rows * limits.text_length, limits.text_length, c.width, c.num_heads,
             c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, 2 * c.mlp_width,
-            fused=fused_decoder, norms=4 if c.post_norms else 2,
+            kernels=decoder_kernel, norms=4 if c.post_norms else 2,
         ),
         "vit": stack(
             v.num_layers, patches, limits.patch_length, v.width, v.num_heads, inner_v, inner_v, v.mlp_width

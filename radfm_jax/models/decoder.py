@@ -70,12 +70,12 @@ class DecoderConfig:
     activation: Annotated[str, one_of(ACTIVATIONS)] = "silu"
     attention_scale: Annotated[float, above(0)] | None = None  # of scores; None: head_dim ** -0.5
     attention_softcap: Annotated[float, above(0)] | None = None  # Gemma 2: scores are cap * tanh(scores / cap)
-    logit_softcap: Annotated[float, above(0)] | None = None  # Gemma 2: so are logits
+    logit_softcap: Annotated[float, above(0)] | None = None  # Gemma 2: the same for logits
     window: Count = 0  # tokens that a query of a sliding layer sees, itself included; 0: no sliding layers
     sliding_layers: tuple[Count, ...] = ()  # Mistral: all layers; Gemma 2: 0, 2, 4 ...
     local_rope_theta: Annotated[float, above(1)] | None = None  # Gemma 3: unscaled RoPE of the sliding layers
     nope_layers: tuple[Count, ...] = ()  # SmolLM3: layers without RoPE
-    rotary_share: Annotated[float, share(zero=False, one=True)] = 1.0  # Phi-4-mini: of a head's channels that RoPE uses
+    rotary_share: Annotated[float, share(zero=False, one=True)] = 1.0  # Phi-4-mini: share of channels with RoPE
 
     def __post_init__(self):
         check_fields(self, "model.llama", self._conflicts())

@@ -73,44 +73,37 @@ partitioned: Callable[..., Callable[..., Any]] = nn.with_logical_partitioning
 
 
 class Dense(nn.DenseGeneral):
-    """A linear map; its products are multiplied by the parameter `scale` if there is one (int8 kernels).
+    """A linear map; its products are multiplied by the parameter `scale` if there is one (int8 kernels)."""
 
-    The bias is added after that, so `use_bias` of the base class is False.
-    """
-
-    bias_axes: tuple[str, ...] | None = None  # logical axis names of the bias; None: no bias
-
-    @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        products = super().__call__(inputs)
-        if self.bias_axes is not None:
-            init = partitioned(nn.initializers.zeros, self.bias_axes)
-            self.param("bias", init, jnp.shape(products)[-len(self.bias_axes) :], self.param_dtype)
-        return self.finished(products)
+        if not self.has_variable("params", "scale"):
+            return super().__call__(inputs)
+        inputs, kernel = (jnp.asarray(x, self.dtype) for x in (inputs, self.get_variable("params", "kernel")))
+        axes = tuple(np.atleast_1d(self.axis))
+        return self.finished(matrix_product(inputs, kernel, ((axes, axes), ((), ())), precision=self.precision))
 
     def finished(self, products: jax.Array) -> jax.Array:
-        """Return the outputs of products with the kernel: scaled and with the bias."""
+        """Return products with the kernel times `scale` plus `bias`, where there are such parameters."""
         scale: jax.Array | None = self.get_variable("params", "scale")
+        bias: jax.Array | None = self.get_variable("params", "bias")
         if scale is not None:
             products = products * scale.astype(products.dtype)
-        if self.bias_axes is None:
-            return products
-        bias = jnp.asarray(nn.unbox(self.get_variable("params", "bias")), products.dtype)
-        return products + bias.reshape((1,) * (products.ndim - bias.ndim) + bias.shape)
+        return products if bias is None else products + bias.astype(products.dtype)
 
 
 def dense(features, names, config, *, axis=-1, bias=False, gain=1.0, name=None) -> Dense:
     """Return a linear map whose kernel has logical axis names and starts with deviation gain / sqrt(fan in)."""
+    bias_names = ("bias",) if isinstance(features, int) else names[-len(features) :]
     init = nn.initializers.variance_scaling(gain**2, "fan_in", "truncated_normal")
     return Dense(
         features=features,
         axis=axis,
-        use_bias=False,
-        bias_axes=(*names[len(names) - np.size(features) : -1], "bias") if bias else None,
+        use_bias=bias,
         dtype=config.dtype,
         param_dtype=config.param_dtype,
         precision=matmul_precision(config.dtype),
         kernel_init=partitioned(init, names),
+        bias_init=partitioned(nn.initializers.zeros, bias_names),
         dot_general=matrix_product,
         name=name,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping
@@ -168,7 +169,12 @@ def flat(value, path: str = "") -> dict[str, str]:
 
 
 def changes(before: Mapping, now: Mapping) -> list[str]:
-    """Return "train.steps is 60, was 30" for each setting that differs; `before` may be from an older version."""
+    """Return "train.steps is 60, was 30" for each setting that differs.
+
+    `before` may be from an older version: fields that it lacks have their defaults.
+    """
+    with contextlib.suppress(ValueError):  # a config that this version refuses is compared as it is
+        before = Experiment.from_dict(before).to_dict()
     old, new = flat(before), flat(now)
     keys = [key for key in dict.fromkeys((*new, *old)) if old.get(key) != new.get(key)]
     return [f"{key} is {new.get(key, 'missing')}, was {old.get(key, 'missing')}" for key in keys]
