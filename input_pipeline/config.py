@@ -57,7 +57,7 @@ class DataConfig:
     tokenizer: str = ""
     # Number of ids of the model (`model.llama.vocab_size`), if it has more than the tokenizer; 0: as many.
     vocab_size: Count = 0
-    # Form of a conversation: `radfm` joins the texts, `chat` uses the chat template of the tokenizer (docs/tokenizers.md).
+    # Form of a conversation: `radfm` joins the texts; `chat` is the tokenizer's chat template (docs/tokenizers.md).
     template: Annotated[str, one_of(TEMPLATES)] = "radfm"
     # The source of medical terms: `open` (HPO, ICD-10-CM and a radiology list), `umls:DIR` (a directory with
     # MRCONSO.RRF and, for umls_types, MRSTY.RRF), `scispacy:MODEL` or `none`.

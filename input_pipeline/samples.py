@@ -9,6 +9,7 @@ Role = Literal["context", "instruction", "response", "interleaved", "system"]
 Task = Literal["modality", "diagnosis", "vqa", "report", "rationale", "interleaved"]
 ROLES: tuple[str, ...] = get_args(Role)
 TASKS: tuple[str, ...] = get_args(Task)
+SPEAKERS = ("system", "user", "assistant")  # roles of the messages of a conversation
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from input_pipeline.text.tokenizer import Tokenizer
+from input_pipeline.text.tokenizer import Tokenizer, load_tokenizer, read_tokenizer_files
 from radfm_jax.checkpoints import checkpoint, run_directory
 from radfm_jax.checkpoints import int8 as quantised
 from radfm_jax.inference import Answer, EncodedScans, Generator, Request, Sampling, inputs, require_answers, stored
@@ -34,7 +34,7 @@ class Model:
     params: dict
     directory: Path | None = None  # the checkpoint it was loaded from; None for a model built in memory
     mesh: jax.sharding.Mesh | None = None  # the mesh of the parameters; None for one device
-    tokenizer_file: Path | None = None  # SentencePiece model, if the directory has none
+    tokenizer_file: Path | None = None  # file or folder (load_tokenizer), instead of that of the directory
     prepared: inputs.Preparation | None = None  # scan preparation; None: as stored in the checkpoint
 
     def __repr__(self) -> str:
@@ -51,6 +51,8 @@ class Model:
         *,
         context: str = "",
         place: str = "first",
+        system: str = "",
+        history: Sequence[tuple[str, str]] = (),
         on_text: Callable[[str], None] | None = None,
         **options,
     ) -> str:
@@ -65,6 +67,8 @@ class Model:
             of `encode_scans`, for several questions about the same scans.
           context: clinical context, inserted before the prompt.
           place: position of scans without marks: `first` or `last`.
+          system: how to answer.
+          history: earlier questions and answers.
           on_text: called with each new piece of the answer while it is generated.
           options: fields of inference.Sampling (max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed,
             stop, stop_ids).
@@ -74,10 +78,11 @@ class Model:
           ValueError: a mark has no scan or a scan no mark, a scan cannot be read, the prompt is empty or too long,
             logits are not finite, or the checkpoint lacks its tokenizer or the preparation of its scans.
         """
+        request = Request(prompt, scans, context, place, system, history)
         if on_text is None:
-            return self.answers([Request(prompt, scans, context, place)], **options)[0]
+            return self.answers([request], **options)[0]
         text = ""
-        for piece, answer in self._streamed(Request(prompt, scans, context, place), CHUNK, options):
+        for piece, answer in self._streamed(request, CHUNK, options):
             text = answer.text
             if piece:
                 on_text(piece)
@@ -102,11 +107,14 @@ class Model:
         *,
         context: str = "",
         place: str = "first",
+        system: str = "",
+        history: Sequence[tuple[str, str]] = (),
         chunk: int = CHUNK,
         **options,
     ) -> Iterator[str]:
         """Yield the pieces of an answer: one after every `chunk` tokens, which may be empty."""
-        for piece, _ in self._streamed(Request(prompt, scans, context, place), chunk, options):
+        request = Request(prompt, scans, context, place, system, history)
+        for piece, _ in self._streamed(request, chunk, options):
             yield piece
 
     def _streamed(self, request: Request, chunk: int, options: dict) -> Iterator[tuple[str, Answer]]:
@@ -130,16 +138,17 @@ class Model:
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer. Raises ValueError if there is none."""
-        if self.tokenizer_file is not None:
-            return Tokenizer(self.tokenizer_file)
-        if self.directory is None:
-            raise ValueError("this model was built in memory and has no tokenizer: pass `tokenizer_file`")
-        if not (self.directory / checkpoint.TOKENIZER).is_file():
+        path = self.tokenizer_file
+        if path is None:
+            if self.directory is None:
+                raise ValueError("this model was built in memory and has no tokenizer: pass `tokenizer_file`")
+            path = checkpoint.tokenizer_path(self.directory)
+        if path is None:
             raise ValueError(
-                f"{self.directory} has no {checkpoint.TOKENIZER}: load it with tokenizer=FILE (command line: "
-                "--tokenizer FILE), the SentencePiece model of its decoder"
+                f"{self.directory} has no {checkpoint.TOKENIZER} and no tokenizer.json: load it with tokenizer=FILE "
+                "(command line: --tokenizer FILE), the SentencePiece model or the tokenizer.json of its decoder"
             )
-        return Tokenizer(self.directory / checkpoint.TOKENIZER)
+        return load_tokenizer(path, vocab_size=self.config.llama.vocab_size)
 
     @functools.cached_property
     def preparation(self) -> inputs.Preparation:
@@ -229,7 +238,7 @@ def load(
       int8: keep the decoder's matrices in int8, with a scale per output (radfm_jax.checkpoints.int8).
       mesh: from `sharding.make_mesh`, to shard the parameters over; None: the first device.
       verify: check the SHA-256 of every file; False checks sizes only.
-      tokenizer: SentencePiece model, for a checkpoint without one.
+      tokenizer: SentencePiece model, tokenizer.json or a folder with one, for a checkpoint without a tokenizer.
       prepared: overrides the scan preparation stored in the checkpoint.
     Raises:
       ValueError: not a checkpoint, a damaged one, or not a complete RadFM.
@@ -239,10 +248,10 @@ def load(
             raise ValueError(f"dtype {name!r} is unknown: choose one of {', '.join(checkpoint.DTYPES)}")
     if mesh is not None and mesh.axis_names != sharding.AXES:
         raise ValueError(f"mesh has axes {mesh.axis_names}, expected {sharding.AXES}: use sharding.make_mesh")
-    if tokenizer is not None and not Path(tokenizer).is_file():
-        raise ValueError(f"tokenizer {tokenizer} does not exist: pass a SentencePiece model file")
+    if tokenizer is not None and not Path(tokenizer).exists():
+        raise ValueError(f"tokenizer {tokenizer} does not exist: pass a SentencePiece model file or a tokenizer.json")
     directory = run_directory.select_checkpoint(directory)
-    checkpoint.verify(directory, hashes=verify, allow_missing=() if tokenizer is None else (checkpoint.TOKENIZER,))
+    checkpoint.verify(directory, hashes=verify, allow_missing=() if tokenizer is None else checkpoint.TOKENIZERS)
     config = checkpoint.model_config(checkpoint.read_description(directory), directory)
     boxed = radfm.abstract_params(config)
     dtypes = checkpoint.ParamReader(directory).dtypes
@@ -270,7 +279,9 @@ def save(model: Model, directory) -> None:
         raise ValueError("save needs a single process: gather the parameters in one process and save there")
     extra_files, fields = [], {"source": {}}
     if model.directory is not None:
-        extra_files = [p for n in (*checkpoint.EXTRA_FILES, run_directory.RUN) if (p := model.directory / n).is_file()]
+        names = [*checkpoint.EXTRA_FILES, run_directory.RUN]
+        names = [name for name in names if model.tokenizer_file is None or name not in checkpoint.TOKENIZERS]
+        extra_files = [path for name in names if (path := model.directory / name).is_file()]
         description = checkpoint.read_description(model.directory)
         fields |= {k: description[k] for k in ("source", stored.KEY) if k in description}
     if model.prepared is not None:
@@ -282,5 +293,6 @@ def save(model: Model, directory) -> None:
         for path in extra_files:
             shutil.copyfile(path, partial / path.name)
         if model.tokenizer_file is not None:
-            shutil.copyfile(model.tokenizer_file, partial / checkpoint.TOKENIZER)
+            for name, content in read_tokenizer_files(model.tokenizer_file).items():
+                (partial / name).write_bytes(content)
         checkpoint.write_description(partial, "radfm", model.config.to_dict(), **fields)

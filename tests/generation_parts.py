@@ -12,7 +12,7 @@ import parity
 import sentencepiece
 from PIL import Image
 
-from input_pipeline.text.tokenizer import Tokenizer
+from input_pipeline.text.tokenizer import load_tokenizer
 from radfm_jax.checkpoints import checkpoint
 from radfm_jax.models import radfm
 from radfm_jax.models.decoder import DecoderConfig
@@ -70,7 +70,7 @@ def write_run(workdir, tokenizer):
 
 @functools.cache
 def size_of(tokenizer) -> int:
-    return Tokenizer(tokenizer).vocab_size
+    return load_tokenizer(tokenizer).vocab_size
 
 
 def greedy(model, *args, **options):

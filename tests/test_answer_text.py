@@ -3,7 +3,7 @@
 import pytest
 from generation_parts import train_tokenizer
 
-from input_pipeline.text.tokenizer import Tokenizer
+from input_pipeline.text.tokenizer import load_tokenizer
 from radfm_jax.inference.answer_text import AnswerText
 
 
@@ -16,7 +16,7 @@ def tokenizer(tmp_path_factory):
 @pytest.mark.parametrize("stop", [(), ("lung",), ("the right", "left lung"), ("zzz", "é")])
 def test_pieces_of_text(tokenizer, chunk, stop):
     """Pieces concatenate to the answer, never change, and end at the same position for all chunk sizes."""
-    t = Tokenizer(tokenizer)
+    t = load_tokenizer(tokenizer)
     text = "none seen in the left lung é😀 the right"
     ids = t.encode(text)
     answer, pieces = AnswerText(t, stop), []

@@ -15,7 +15,7 @@ from input_pipeline.batching.plan import RowLimits
 from input_pipeline.datasets import open_dataset
 from input_pipeline.samples import Scan
 from input_pipeline.sources import NoTerms
-from input_pipeline.text.tokenizer import Tokenizer
+from input_pipeline.text.tokenizer import load_tokenizer
 from input_pipeline.text.tokens import encode
 from radfm_jax.checkpoints import checkpoint
 from radfm_jax.inference import GenerationError, Request, Sampling, inputs
@@ -150,7 +150,7 @@ def test_scans_are_where_training_puts_them(tokenizer, tmp_path, marks):
     row = {"id": "a", "task": "vqa", "scans": ["0", "1", "2"], "context": "Small lung.", "instruction": marks}
     (tmp_path / "t.jsonl").write_text(json.dumps(row | {"response": "Yes."}))
     sample = open_dataset("jsonl", table="t.jsonl", root=tmp_path).sample(0, np.random.default_rng(0))
-    t = Tokenizer(tokenizer)
+    t = load_tokenizer(tokenizer)
     trained = encode(sample, t, NoTerms(), max_scans=3, num_latents=4)
     asked = inputs.encode_prompt(marks, 3, t, inputs.Preparation(**PREPARED), context="Small lung.")
     length = len(asked.ids)
@@ -160,7 +160,7 @@ def test_scans_are_where_training_puts_them(tokenizer, tmp_path, marks):
 
 def test_released_form(tokenizer, scans):
     """2D scans are 512 x 512, all scans have one depth, and an image at the end precedes the last character."""
-    t, released = Tokenizer(tokenizer), dataclasses.replace(inputs.RELEASED, num_latents=4)
+    t, released = load_tokenizer(tokenizer), dataclasses.replace(inputs.RELEASED, num_latents=4)
     volumes = inputs.read_scans([scans / "film.png", scans / "ct.nii.gz"], released)
     assert [v.shape for v in volumes] == [(256, 256, 8)] * 2 and volumes[0].voxels.dtype == np.float32
     tested = inputs.read_scans([scans / "ct.nii.gz"], dataclasses.replace(released, size_3d=512))
@@ -177,7 +177,7 @@ def test_released_form(tokenizer, scans):
         ("<image-2> Lesion?", ["film.png"], {}, "no scan for <image-2>.*no mark <image-1>"),
         ("<image-1> Lesion?", ["film.png", "ct.nii.gz"], {}, "2 scans, but no mark <image-2>"),
         ("  ", ["film.png"], {}, "the prompt is empty: write a question"),
-        (None, ["film.png"], {}, "prompt and context must be str .got NoneType and str"),
+        (None, ["film.png"], {}, "prompt, context and system must be str .got NoneType, str, str"),
         ("<image-1>", ["film.png"], {}, "has scans but no text"),
         ("<image-1> Lesion?", [], {}, "no scan for <image-1> .no scans are given"),
         (
@@ -229,7 +229,7 @@ def test_checkpoints_that_lack_something(model, run, tokenizer, scans, tmp_path)
         checkpoint.save_params(bare, model.params)
         checkpoint.write_description(bare, "radfm", model.config.to_dict())
     bare = radfm_jax.load(tmp_path / "bare")
-    with pytest.raises(ValueError, match="bare has no tokenizer.model: load it with tokenizer=FILE .*--tokenizer FILE"):
+    with pytest.raises(ValueError, match="no tokenizer.model and no tokenizer.json: load it with .*--tokenizer FILE"):
         bare.answer("Lesion?")
     bare = radfm_jax.load(tmp_path / "bare", tokenizer=tokenizer)
     assert bare.answer("Lesion?", max_new_tokens=4) == model.answer("Lesion?", max_new_tokens=4)

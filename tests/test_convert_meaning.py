@@ -13,7 +13,7 @@ from convert_parts import SMALL, save_bin, state_of, write_sizes
 from generation_parts import PREPARED, greedy, train_tokenizer, write_run, write_scans
 
 import radfm_jax
-from input_pipeline.text.tokenizer import Tokenizer
+from input_pipeline.text.tokenizer import load_tokenizer
 from radfm_jax.checkpoints import checkpoint
 from radfm_jax.convert import from_torch as from_torch_module
 from radfm_jax.convert import model_config, table
@@ -224,7 +224,7 @@ def test_the_tokenizer_of_transformers_adds_bos(part, run, folder, tokenizer, tm
     if part == "llama":
         folder = tmp_path / "llm"
         to_torch(run / "checkpoints" / "5", folder, part="llama")
-    theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), Tokenizer(tokenizer)
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), load_tokenizer(tokenizer)
     for text in ("Is there a lesion?", "size 3 x 4 mm\nleft  lung", "Läsion", "none"):
         assert theirs(text)["input_ids"] == [ours.bos_id, *ours.encode(text)], text
     assert theirs.eos_token_id == ours.eos_id

@@ -24,14 +24,19 @@ def test_tfds_source(tmp_path):
             def _info(self):
                 text = tfds.features.Text()
                 features = {"question": text, "answer": text, "scans": tfds.features.Sequence(text), "blob": text}
+                features["messages"] = tfds.features.Sequence({"role": text, "content": text})
                 return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
             def _split_generators(self, dl_manager):
                 return {"train": self._generate_examples()}
 
             def _generate_examples(self):
-                for k in range(6):
+                talk = [{"role": "user", "content": "Q <image-1>"}, {"role": "assistant", "content": "A6"}]
+                for k in range(7):
                     texts = {"question": "<image-1> Q?", "answer": "" if k == 5 else f"A{k}"}
+                    if k == 6:
+                        texts = {"question": "", "answer": ""}
+                    texts["messages"] = talk if k == 6 else []
                     yield k, {**texts, "scans": [f"s{k}.png"], "blob": b"\\xff\\x00"}
         ''')
     )
@@ -51,9 +56,9 @@ def test_tfds_source(tmp_path):
     with pytest.raises(TableError, match="response is required"):
         open_dataset("tfds", **fields, split="train")
     dataset = open_dataset("tfds", **fields, split="train", quarantine=True)
-    assert len(dataset) == 5 and len(dataset.problems) == 1
-    got = {dataset.sample(i, np.random.default_rng(0)) for i in range(5)}
-    assert {answer(s) for s in got} == {f"A{k}" for k in range(5)}
+    assert len(dataset) == 6 and len(dataset.problems) == 1
+    got = {dataset.sample(i, np.random.default_rng(0)) for i in range(6)}
+    assert {answer(s) for s in got} == {"A0", "A1", "A2", "A3", "A4", "A6"}  # the last one from its messages
     assert all(s.scans == (Scan(f"s{answer(s)[1:]}.png"),) and s.task == "vqa" and s.dataset == "tfds" for s in got)
     with pytest.raises(ValueError, match="split is required"):
         open_dataset("tfds", **fields)

@@ -33,7 +33,7 @@ from input_pipeline.inspect.sampling import Overview, Source, first_rows
 from input_pipeline.inspect.views import row_view
 from input_pipeline.samples import Sample, Scan, Text
 from input_pipeline.sources import open_sources
-from input_pipeline.text.tokenizer import Tokenizer
+from input_pipeline.text.tokenizer import load_tokenizer
 from input_pipeline.text.tokens import encode
 
 HOSTILE = "<script>alert('1')</script> &amp; \"two\" \u202e \x00 caf\u00e9\nEND</div><!-- -->"
@@ -47,7 +47,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tokenizer(config):
-    return Tokenizer(config.tokenizer)
+    return load_tokenizer(config.tokenizer)
 
 
 class Terms:

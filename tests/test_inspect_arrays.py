@@ -13,7 +13,7 @@ from input_pipeline.images.released_volumes import released_volumes
 from input_pipeline.images.volumes import prepare_volume
 from input_pipeline.inspect.images import volume_of_slot
 from input_pipeline.inspect.tokens import TokenDecoder, sample_tokens
-from input_pipeline.text.tokenizer import Tokenizer
+from input_pipeline.text.tokenizer import load_tokenizer
 
 LATENTS = 4
 
@@ -22,7 +22,7 @@ LATENTS = 4
 def tokenizer(tmp_path_factory):
     data = tmp_path_factory.mktemp("phantoms") / "data"
     phantoms.write(data, train=1, test=1, size=64, workers=1)
-    return Tokenizer(data / "tokenizer.model")
+    return load_tokenizer(data / "tokenizer.model")
 
 
 # --- volumes out of the arrays of a row -------------------------------------------------------------------------------
@@ -104,7 +104,7 @@ def test_token_has_its_own_weight(tokenizer):
      0     0    0  0     0        0  0    1     3      1   1
     """
     words = [tokenizer.encode(word) for word in ("Why", "mild", "lesion")]
-    marks, dot = [tokenizer.image_id, 0, 0, tokenizer.image_end_id], tokenizer.encode(".", starts_word=False)
+    marks, dot = [tokenizer.image_id, 0, 0, tokenizer.image_end_id], tokenizer.encode(".", separator="")
     ids = [tokenizer.bos_id, *marks, *words[0], *words[1], *words[2], *dot, tokenizer.eos_id]
     n = [len(word) for word in words]
     weights = [0] * (5 + n[0]) + [1] * n[1] + [3] * n[2] + [1] * len(dot) + [1]

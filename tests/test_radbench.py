@@ -15,7 +15,7 @@ from configs import radbench_practice
 from input_pipeline.datasets import open_dataset, sample_rng
 from input_pipeline.samples import Sample, Scan, Text
 from input_pipeline.sources import NoTerms
-from input_pipeline.text.tokenizer import Tokenizer
+from input_pipeline.text.tokenizer import load_tokenizer
 from input_pipeline.text.tokens import encode
 from radfm_jax.evaluate import leaks
 from radfm_jax.evaluate.leaks import find_leaks
@@ -72,7 +72,7 @@ def test_wording_is_fixed_by_the_seed(bench, root):
 
 def test_a_question_has_the_tokens_of_training(root, data, bench):
     """For all positions of scans, a prompt has the tokens that training reads before the answer."""
-    tokenizer, preparation = Tokenizer(data.tokenizer), inputs.Preparation.from_config(data)
+    tokenizer, preparation = load_tokenizer(data.tokenizer), inputs.Preparation.from_config(data)
     of = {q.row_id: q for q in bench.questions}
     for name, fields in sets(root).items():
         if name == "slake":

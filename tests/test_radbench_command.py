@@ -18,7 +18,7 @@ import radfm_jax
 from input_pipeline.images.slices import slices
 from input_pipeline.samples import Scan
 from input_pipeline.text.terms import Terms
-from input_pipeline.text.tokenizer import Tokenizer
+from input_pipeline.text.tokenizer import load_tokenizer
 from radfm_jax.evaluate import (
     model_answers,
     radbench,
@@ -228,7 +228,7 @@ def test_recorded_answers_do_not_replace_questions_of_generated_ones(tmp_path):
 
 def test_first_tokens(data):
     """No token begins both answers, however the tokenizer splits capitals."""
-    tokenizer = Tokenizer(data.tokenizer)
+    tokenizer = load_tokenizer(data.tokenizer)
     yes, no = model_answers.first_tokens(tokenizer)
     assert yes[0] == tokenizer.encode("yes")[0] and no[0] == tokenizer.encode("no")[0] and not set(yes) & set(no)
     letters = types.SimpleNamespace(encode=lambda text: [0, *map(ord, text)], decode=lambda ids: "")

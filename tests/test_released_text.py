@@ -28,7 +28,7 @@ from token_parts import (  # noqa: F401
 
 from input_pipeline.text.released_text import encode_segments, insert_images, released_text
 from input_pipeline.text.terms import Terms
-from input_pipeline.text.tokenizer import Tokenizer
+from input_pipeline.text.tokenizer import Tokenizer, load_tokenizer
 from radfm_jax.inference.inputs import Preparation, encode_prompt
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "tokenizer_golden.json").read_text())
@@ -40,7 +40,7 @@ def llama() -> Tokenizer:
     """Return the LLaMA tokenizer of the reference encodings: RADFM_TOKENIZER=/path/to/tokenizer.model."""
     if not (path := os.environ.get("RADFM_TOKENIZER")):
         pytest.skip("RADFM_TOKENIZER must name a LLaMA tokenizer.model")
-    return Tokenizer(path)
+    return load_tokenizer(path)
 
 
 # --- reference encodings ---

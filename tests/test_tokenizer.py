@@ -13,15 +13,15 @@ from token_parts import A, V, instruction, read_back, response, run, tokenizer  
 
 from input_pipeline.text.released_text import released_text
 from input_pipeline.text.terms import Terms
-from input_pipeline.text.tokenizer import Tokenizer
+from input_pipeline.text.tokenizer import load_tokenizer
 
 
 def test_tokenizer_files(tokenizer, tmp_path):
     with pytest.raises(ValueError, match=r"none.model cannot be read \(No such file"):
-        Tokenizer(tmp_path / "none.model")
+        load_tokenizer(tmp_path / "none.model")
     (tmp_path / "bad.model").write_bytes(b"not a model")
     with pytest.raises(ValueError, match="bad.model is not a SentencePiece model"):
-        Tokenizer(tmp_path / "bad.model")
+        load_tokenizer(tmp_path / "bad.model")
     again = pickle.loads(pickle.dumps(tokenizer))
     assert again.fingerprint == tokenizer.fingerprint and again.encode("A mass\n") == tokenizer.encode("A mass\n")
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (V, 1, 2, 0)
@@ -34,7 +34,7 @@ def test_a_small_custom_model(tmp_path):
     corpus.write_text("the mass is in the left lung\nno edema is seen in the right lung\n" * 20)
     options = dict(input=str(corpus), vocab_size=60, model_type="bpe", minloglevel=2)
     sentencepiece.SentencePieceTrainer.train(model_prefix=str(tmp_path / "own"), **options)
-    own = Tokenizer(tmp_path / "own.model")
+    own = load_tokenizer(tmp_path / "own.model")
     encoded = run(own, A, instruction("is the mass"), response("in the left lung"), terms=Terms(["lung"]))
     assert read_back(own, encoded) == "[a] is the mass in the left lung|"
     assert (encoded.ids == 60).sum() == (encoded.ids == 61).sum() == 1
@@ -45,10 +45,10 @@ def test_a_small_custom_model(tmp_path):
     assert sum(got.weights) == len(got.ids) - got.question_length - 1
     sentencepiece.SentencePieceTrainer.train(model_prefix=str(tmp_path / "bare"), add_dummy_prefix=False, **options)
     with pytest.raises(ValueError, match="no dummy prefix"):
-        Tokenizer(tmp_path / "bare.model")
+        load_tokenizer(tmp_path / "bare.model")
     sentencepiece.SentencePieceTrainer.train(model_prefix=str(tmp_path / "endless"), eos_id=-1, **options)
     with pytest.raises(ValueError, match="no end-of-text"):
-        Tokenizer(tmp_path / "endless.model")
+        load_tokenizer(tmp_path / "endless.model")
 
 
 def test_encoding_word_by_word_equals_encoding_the_text(tokenizer):
@@ -78,5 +78,5 @@ def test_encoding_word_by_word_equals_encoding_the_text(tokenizer):
     texts = ["".join(rng.choice(bits) + " " * rng.integers(2) for _ in range(rng.integers(9))) for _ in range(3000)]
     assert sum("  " not in text and "▁" not in text for text in texts) > 500
     for text in texts:
-        for starts_word, model in ((True, tokenizer._words), (False, tokenizer._continued)):
-            assert tokenizer.encode_with_offsets(text, starts_word=starts_word) == tokenizer._encode(model, text)
+        for separator, model in ((None, tokenizer._words), (" ", tokenizer._words), ("", tokenizer._continued)):
+            assert tokenizer.encode_with_offsets(text, separator=separator) == tokenizer._encode(model, text)

@@ -103,7 +103,8 @@ def test_weights_follow_the_characters(tokenizer):
         spans = list(zip(edges[0::2], edges[1::2], strict=False))
         finder = type("Finder", (), {"find": lambda self, _, spans=spans: spans})()
         encoded = run(tokenizer, instruction("Q"), response(text), terms=finder)
-        ids, offsets = tokenizer.encode_with_offsets(text, starts_word=encoded.ids[2] == tokenizer.encode(text)[0])
+        before = None if encoded.ids[2] == tokenizer.encode(text)[0] else ""
+        ids, offsets = tokenizer.encode_with_offsets(text, separator=before)
         flagged = [any(b < end and begin < e for begin, end in spans) and b < e for b, e in offsets]
         got = encoded.weights[encoded.weights > 0][:-1]
         assert got.tolist() == [3 if f else 1 for f in flagged]
@@ -299,7 +300,7 @@ def test_invalid_rows_are_named(tokenizer, parts, reason, mode):
 def test_invalid_arguments_are_errors(tokenizer):
     with pytest.raises(ValueError, match="mode 'other' must be one of paper, released"):
         run(tokenizer, instruction("?"), response("x"), mode="other")
-    with pytest.raises(RowError, match="must not have a response"):
+    with pytest.raises(RowError, match="must not end with a response"):
         run(tokenizer, instruction("?"), response("x"), prompt=True)
     with pytest.raises(RowError, match="no text"):
         run(tokenizer, A, prompt=True)

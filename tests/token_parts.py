@@ -12,7 +12,7 @@ import pytest
 
 from input_pipeline.samples import Sample, Scan, Text
 from input_pipeline.text.terms import Terms
-from input_pipeline.text.tokenizer import Tokenizer
+from input_pipeline.text.tokenizer import Tokenizer, load_tokenizer
 from input_pipeline.text.tokens import Encoded, encode
 
 V = 32000
@@ -23,7 +23,7 @@ NO_TERMS = Terms(["zzz"])
 @functools.cache
 def installed() -> Tokenizer:
     folder = Path(importlib.util.find_spec("mistral_common").origin).parent
-    return Tokenizer(folder / "data" / "tokenizer.model.v1")
+    return load_tokenizer(folder / "data" / "tokenizer.model.v1")
 
 
 @pytest.fixture(scope="module")

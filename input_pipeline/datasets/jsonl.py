@@ -3,12 +3,17 @@
     {"id": "case-17", "task": "report", "scans": ["ct.nii.gz", "old_cxr.png"], "context": "65-year-old, chest pain.",
      "instruction": "<image-1> Compare with <image-2>. What are the findings?", "response": "..."}
     {"id": "paper-3", "task": "interleaved", "scans": ["fig1.jpg"], "text": "... shown in <image-1> ..."}
+    {"id": "chat-5", "task": "vqa", "scans": ["ct.nii.gz"], "messages": [
+        {"role": "system", "content": "Answer briefly."}, {"role": "user", "content": "<image-1> Any effusion?"},
+        {"role": "assistant", "content": "Yes."}, {"role": "user", "content": "Which side?"},
+        {"role": "assistant", "content": "Left."}]}
 
 A scan is a path below the root or {"path": ..., "volume": 0, "window": "lung" or [-160, 240]}. `<image-i>` marks the
-position of scan i (from 1) in the context, the instruction or the text. Marks come in any order and may repeat; each
-scan needs at least one. Without any mark, all scans come first. `context` and `study` are optional: "" is the same as
-an absent key. A study must not be divided between training and test; the default is the study that the path of the
-first scan names, or that path.
+position of scan i (from 1) in the context, the instruction, the text or a message of the user. Marks come in any order
+and may repeat; each scan needs at least one. Without any mark, all scans come first. `context` and `study` are
+optional: "" is the same as an absent key. A study must not be divided between training and test; the default is the
+study that the path of the first scan names, or that path. Every message of the assistant is an answer to train on; a
+system message is optional and comes first.
 """
 
 from __future__ import annotations
@@ -20,12 +25,12 @@ import re
 import numpy as np
 
 from input_pipeline.datasets.base import SkippedRow, TableDataset
-from input_pipeline.datasets.rows import MISSING_WORDS, Row
+from input_pipeline.datasets.rows import MISSING_WORDS, Row, bad_text, clean_text
 from input_pipeline.datasets.store import digest, first_equal
-from input_pipeline.samples import TASKS, RowError, Scan, Text
+from input_pipeline.samples import SPEAKERS, TASKS, RowError, Scan, Text
 from input_pipeline.text.marks import parse_marks, place_scans
 
-KEYS = ("id", "task", "scans", "context", "instruction", "response", "text", "study")
+KEYS = ("id", "task", "scans", "context", "instruction", "response", "text", "messages", "study")
 _REMEDY = "see docs/data_layouts.md"
 
 
@@ -99,38 +104,102 @@ def parse_object(row: Row) -> tuple[str, str, str | None, tuple[Text | Scan, ...
     if min(row_id) < " ":
         raise row.error(f"id {row_id!r} has a control character")
     scans = scans_of_row(row)
-    required, forbidden = ("instruction", "response"), ("text",)
+    required, forbidden = ("instruction", "response"), ("text", "messages")
     if task == "interleaved":
-        required, forbidden = ("text",), ("context", "instruction", "response")
+        required, forbidden = ("text",), ("context", "instruction", "response", "messages")
+    elif cells.get("messages") is not None:
+        required, forbidden = (), ("context", "instruction", "response", "text")
     problems = [f"{key} is required" for key in required if cells.get(key) is None]
-    problems += [f"{key} is not allowed" for key in forbidden if row.optional(key, MISSING_WORDS)]
+    problems += [f"{key} is not allowed" for key in forbidden if _has(row, key)]
     if problems:
         raise row.error(f"task {task}: {', '.join(problems)}", _REMEDY)
+    if not required:
+        return row_id, task, row.optional("study") or None, conversation_parts(row, messages_of_row(row), scans)
     texts = {role: row.text(role, MISSING_WORDS) for role in required}
     if task == "interleaved":
         templates = {"interleaved": texts["text"]}
     else:
         templates = {"context": row.optional("context", MISSING_WORDS), "instruction": texts["instruction"]}
-        try:
-            parse_marks(texts["response"], 0)
-        except ValueError:
-            remedy = "put image marks into the context or the instruction"
-            raise row.error("the response has an image mark", remedy) from None
-    try:
-        parsed = place_scans(list(templates.values()), len(scans))
-    except ValueError as error:
-        raise row.error(str(error)[:300], "mark every scan or none; the first mark is <image-1>") from None
-    # White space next to a mark carries no meaning; the code that joins texts and scans adds its own.
-    fields = [
-        (role, [p if isinstance(p, int) else p.strip() for p in pieces if isinstance(p, int) or p.strip()])
-        for role, pieces in zip(templates, parsed, strict=True)
-    ]
+        _refuse_marks(row, texts["response"], "the response")
+    fields = list(zip(templates, _placed(row, list(templates.values()), len(scans)), strict=True))
     if not any(isinstance(p, str) for p in fields[-1][1]):
         raise row.error(f"{required[0]} has image marks but no words", _REMEDY)
     parts = tuple(scans[p] if isinstance(p, int) else Text(p, role) for role, pieces in fields for p in pieces)
     if task != "interleaved":
         parts += (Text(texts["response"], "response"),)
     return row_id, task, row.optional("study") or None, parts
+
+
+def _has(row: Row, key: str) -> bool:
+    return bool(row.cells.get(key) if key == "messages" else row.optional(key, MISSING_WORDS))
+
+
+def _refuse_marks(row: Row, text: str, where: str) -> None:
+    try:
+        parse_marks(text, 0)
+    except ValueError:
+        remedy = "put image marks into the context, the instruction or a message of the user"
+        raise row.error(f"{where} has an image mark", remedy) from None
+
+
+def _placed(row: Row, templates: list[str], n_scans: int) -> list[list]:
+    """Return the texts and scan numbers of each template, as `place_scans`, without blank texts."""
+    try:
+        parsed = place_scans(templates, n_scans)
+    except ValueError as error:
+        raise row.error(str(error)[:300], "mark every scan or none; the first mark is <image-1>") from None
+    # White space next to a mark carries no meaning; the code that joins texts and scans adds its own.
+    return [
+        [p if isinstance(p, int) else p.strip() for p in pieces if isinstance(p, int) or p.strip()] for pieces in parsed
+    ]
+
+
+def messages_of_row(row: Row) -> list[tuple[str, str]]:
+    """Return (role, content) of each item of `messages`: an optional system message, then user and assistant in turn.
+
+    Raises RowError.
+    """
+    messages = row.cells.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise row.error("messages must be a list with at least one message", _REMEDY)
+    found: list[tuple[str, str]] = []
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, dict) or message.keys() != {"role", "content"}:
+            raise row.error(f"message {number} must have the fields role and content, and no others", _REMEDY)
+        role, content = message["role"], message["content"]
+        if role not in SPEAKERS:
+            raise row.error(f"message {number} has the role {str(role)[:40]!r}", f"use one of {', '.join(SPEAKERS)}")
+        if not isinstance(content, str):
+            raise row.error(f"the content of message {number} must be text, got {type(content).__name__}", _REMEDY)
+        if reason := bad_text(content):
+            raise row.error(f"message {number} {reason}", "write the table as UTF-8 text")
+        if not (content := clean_text(content)):
+            raise row.error(f"message {number} ({role}) is blank", "write its content, or remove the row")
+        found.append((role, content))
+    turns = [role for role, _ in found if role != "system"]
+    if "system" in [role for role, _ in found[1:]] or any(role != SPEAKERS[1 + i % 2] for i, role in enumerate(turns)):
+        raise row.error(
+            f"the roles are {', '.join(role for role, _ in found)[:200]}",
+            "write an optional system message, then user and assistant in turn",
+        )
+    return found
+
+
+def conversation_parts(row: Row, messages: list[tuple[str, str]], scans: tuple[Scan, ...]) -> tuple[Text | Scan, ...]:
+    """Return the parts of a conversation that ends with an answer. Raises RowError."""
+    if messages[-1][0] != "assistant":
+        raise row.error(f"the last message is of {messages[-1][0]}", "end with the answer of the assistant")
+    for number, (role, content) in enumerate(messages, 1):
+        if role != "user":
+            _refuse_marks(row, content, f"message {number} ({role})")
+    placed = iter(_placed(row, [content for role, content in messages if role == "user"], len(scans)))
+    parts: list[Text | Scan] = []
+    for role, content in messages:
+        if role == "user":
+            parts += [scans[p] if isinstance(p, int) else Text(p, "instruction") for p in next(placed)]
+        else:
+            parts.append(Text(content, "system" if role == "system" else "response"))
+    return tuple(parts)
 
 
 def scans_of_row(row: Row) -> tuple[Scan, ...]:

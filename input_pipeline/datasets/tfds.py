@@ -63,7 +63,9 @@ class TFDS(JSONL):
             cells = {"id": str(number), **self.constants}
             cells |= {key: _plain(record[feature]) for key, feature in names.items()}
             # A feature is always present, so an empty text means that the key is absent.
-            yield number, {key: value for key, value in cells.items() if value != "" or key in ("id", "task")}
+            # The same is true of a list of messages.
+            empty = {key for key, value in cells.items() if value == "" or (key == "messages" and not value)}
+            yield number, {key: cells[key] for key in cells if key in ("id", "task") or key not in empty}
 
     def _parse(self, row):
         # TFDS has chosen the split; a feature named split is not part of the schema.
@@ -71,7 +73,12 @@ class TFDS(JSONL):
 
 
 def _plain(value):
-    """Return a decoded feature as str or list of str. Other values are unchanged; the schema rejects them."""
+    """Return a decoded feature as str, list of str, or list of dicts. The schema rejects other values."""
+    if isinstance(value, dict):  # TFDS decodes a sequence of dicts as a dict of columns
+        columns = {key: _plain(column) for key, column in value.items()}
+        if all(isinstance(column, list) for column in columns.values()):
+            return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        return columns
     if isinstance(value, bytes):
         return value.decode("utf-8", "surrogateescape")
     if isinstance(value, np.ndarray) and value.dtype == object and value.ndim == 0:

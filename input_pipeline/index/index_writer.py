@@ -21,12 +21,12 @@ from input_pipeline.index.resume_state import ResumeState
 BATCH = 16384
 PACKAGES = (
     "numpy nibabel pydicom pylibjpeg-openjpeg pyjpegls python-gdcm pillow tifffile opencv-python-headless scipy "
-    "sentencepiece pyarrow array-record tensorflow-datasets"
+    "sentencepiece tokenizers jinja2 pyarrow array-record tensorflow-datasets"
 ).split()
 # Fields of `data` that determine a scan, a sample, or the position of a sample in a row.
 FIELDS = (
-    "tokenizer terms umls_types preprocess intensity fit storage size_2d size_3d depth text_length vision_rows "
-    "patch_length planes scans max_scans num_latents seed"
+    "tokenizer template terms umls_types preprocess intensity fit storage size_2d size_3d depth text_length "
+    "vision_rows patch_length planes scans max_scans num_latents seed"
 ).split()
 
 

@@ -49,7 +49,7 @@ class RowCheck(NamedTuple):
     tokens: int = 0
     trained: int = 0  # tokens with a weight
     terms: int = 0  # tokens with the weight of a medical term
-    instruction: int = 0  # text tokens without a weight (contexts and instructions), BOS not counted
+    instruction: int = 0  # text tokens without a weight (contexts, instructions, chat template), BOS not counted
     used: tuple[int, ...] = ()  # indices of the row's scans that are used
     studies: tuple[str, ...] = ()  # the studies that must not be in two splits, the sample's own first
     cut: tuple[int, int, int, int] = (0, 0, 0, 0)  # tokens of context, instruction and response; dropped scans
@@ -139,7 +139,7 @@ def _encode_row(tables: Tables, name: str, dataset: Dataset, row: int, row_id: s
         tokens=len(encoded.ids),
         trained=trained,
         terms=int((encoded.weights == TERM_WEIGHT).sum()),
-        instruction=len(encoded.ids) - 1 - latents - marks - trained,
+        instruction=len(encoded.ids) - int(encoded.ids[0] == tables.tokenizer.bos_id) - latents - marks - trained,
         used=tuple(keys[scan_key(dataset.root, scan)] for scan in encoded.scans),
         studies=_studies(dataset, sample, keys),
         cut=(encoded.cut_context, encoded.cut_instruction, encoded.cut_response, encoded.dropped_scans),

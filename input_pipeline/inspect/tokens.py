@@ -27,7 +27,8 @@ TEXT = ("ids", "targets", "weights", "visual_index", "key_ok")
 class Token:
     """One token, or all tokens of a scan.
 
-    Its kind is text; byte (another byte of the previous character); bos; eos; image; lost (an image that could not be
+    Its kind is text; byte (another byte of the previous character); bos; eos; special (a special token of a chat
+    template, with its name as text); image; lost (an image that could not be
     loaded); mark (an image mark without its latents); or unknown (no text).
     """
 
@@ -105,6 +106,8 @@ def sample_tokens(
             add("mark", "</image>", warning="an image's end mark without its visual tokens")
         elif token in (tokenizer.bos_id, tokenizer.eos_id):
             add("bos" if token == tokenizer.bos_id else "eos")
+        elif tokenizer.is_special(token) and token != tokenizer.unk_id:
+            add("special", tokenizer.piece(token))
         elif not 0 <= token < tokenizer.vocab_size:
             add("unknown", warning="an id outside the vocabulary")
         else:

@@ -1,4 +1,4 @@
-"""Text to tokens: tokenizer, token layouts, medical terms, and sentence and measurement rules for reports.
+"""Text to tokens: tokenizers, chat templates, token layouts, medical terms, and rules for sentences and measurements.
 
 Reading tables and packing rows do not belong here.
 """

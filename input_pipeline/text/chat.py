@@ -1,20 +1,27 @@
-"""Encode a sample in the chat template of its model, part by part.
+r"""Encode a sample in the chat template of its model, part by part.
 
-    Text("Be brief.", system), Scan(a), Text("Any edema?", instruction), Text("Mild edema.", response)     ChatML
+    Text("Be brief.", system), Scan(a), Text("Any edema?", instruction), Text("Mild edema.", response)
+    "edema" is a term; a template in the style of ChatML; \n is a token
 
-    block     template   system     template     scan  instruction  template     response     eos         template
-    text      <|im_start|>          <|im_end|>\\n  a    Any edema?   <|im_end|>\\n  Mild edema.  <|im_end|>  \\n
-              system\\n              <|im_start|>                    <|im_start|>
-                         Be brief.  user\\n                          assistant\\n
-    trained   no         no         no           no    no           no           yes          yes         no
+    block         tokens                                         weights
+    template      <|im_start|> system \n                         0
+    system        Be Ġbrief .                                    0
+    template      <|im_end|> \n <|im_start|> user \n             0
+    scan          <image> a0 a1 </image>                         0
+    instruction   Any Ġed ema ?                                  0
+    template      <|im_end|> \n <|im_start|> assistant \n        0
+    response      M ild Ġed ema .                                1 1 3 3 1
+    eos           <|im_end|>                                     1
+    template      \n                                             0
 
-Answers and the token that ends each of them are trained, in every turn. The prompt of a question is the same sequence up
-to the answer, so training and inference see the same tokens.
+Answers and the end of each answer are trained, in every turn. The prompt of a question has the same tokens up to the
+answer.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 from input_pipeline.samples import Scan, Text
@@ -68,7 +75,7 @@ def chat_blocks(
         messages.append(Message("assistant", []))
     pieces = tokenizer.chat.pieces([message.role for message in messages])
     blocks = [Block("template", list(pieces[0].ids))]
-    for message, before, after in zip(messages, pieces, pieces[1:], strict=True):
+    for message, (before, after) in zip(messages, itertools.pairwise(pieces), strict=True):
         if prompt and message is messages[-1]:
             return blocks
         blocks += _content(message.parts, before.separator, tokenizer, terms, num_latents)

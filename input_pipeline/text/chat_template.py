@@ -27,7 +27,6 @@ from input_pipeline.text.tokenizer import CHAT_TEMPLATE, TOKENIZER_CONFIG
 if TYPE_CHECKING:
     from input_pipeline.text.hugging_face import HuggingFaceTokenizer
 
-ROLES = ("system", "user", "assistant")
 # What templates that print the date print. The real date would change the tokens of a sample every day.
 TODAY = datetime.datetime(2024, 7, 26)
 REMEDY = "correct the template, or set data.template='radfm'"

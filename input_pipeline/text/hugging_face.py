@@ -28,6 +28,7 @@ from input_pipeline.text.tokenizer import (
 )
 
 NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")  # the special tokens that templates may use
+MORE = ("additional_special_tokens", "extra_special_tokens")  # lists of other special tokens
 _WHITE_SPACE = frozenset(b" \t\n\r")
 
 
@@ -38,18 +39,15 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def __init__(self, path: str, files: Mapping[str, bytes], vocab_size: int | None = None):
         self.path, self.files = path, {name: files[name] for name in HUGGING_FACE_FILES if name in files}
+        config = self._json(TOKENIZER_CONFIG)
+        self._named = self._json(SPECIAL_TOKENS) | {name: config[name] for name in (*NAMES, *MORE) if name in config}
+        spec, self._text = self._marked_spec()
         try:
-            text = self.files[HUGGING_FACE].decode()
-            self._initial = tokenizers.Tokenizer.from_str(text)
+            self._initial = self._continued = _opened(self._text)
         except Exception as error:  # the library raises bare exceptions
             raise ValueError(f"tokenizer {path}: {HUGGING_FACE} is invalid ({error})") from error
-        _configure(self._initial)
-        spec = json.loads(self._initial.to_str())
-        without = _without_prefix(spec)
-        self._continued = self._initial
-        if without != spec:
-            self._continued = tokenizers.Tokenizer.from_str(json.dumps(without))
-            _configure(self._continued)
+        if (without := _without_prefix(spec)) != spec:
+            self._continued = _opened(json.dumps(without))
         self._pieces = {token: piece for piece, token in self._initial.get_vocab(with_added_tokens=True).items()}
         self._added = self._initial.get_added_tokens_decoder()
         self._special = frozenset(token for token, added in self._added.items() if added.special)
@@ -70,22 +68,38 @@ class HuggingFaceTokenizer(Tokenizer):
             raise ValueError(f"tokenizer {self.path}: {name} must be an object")
         return value
 
+    def _marked_spec(self) -> tuple[dict, str]:
+        """Return tokenizer.json with all tokens that the configs name marked as special, as an object and as text."""
+        try:
+            text = self.files[HUGGING_FACE].decode()
+            spec = json.loads(text)  # without the checks of `parse_json`, which take seconds for a large vocabulary
+            added = spec.get("added_tokens", [])
+            before = [token["special"] for token in added]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"tokenizer {self.path}: {HUGGING_FACE} is invalid ({error!r})") from None
+        named, ends = [self._named.get(name) for name in NAMES], self._end_ids()
+        for more in map(self._named.get, MORE):
+            named += more.values() if isinstance(more, dict) else more if isinstance(more, list) else []
+        contents = [_content(token) for token in named]
+        for token in added:
+            token["special"] |= token.get("content") in contents or token.get("id") in ends
+        return spec, text if before == [token["special"] for token in added] else json.dumps(spec)
+
+    def _end_ids(self) -> list:
+        ends = self._json(GENERATION_CONFIG).get("eos_token_id")
+        return [] if ends is None else ends if isinstance(ends, list) else [ends]
+
     def _set_special_tokens(self) -> None:
-        config, generation = self._json(TOKENIZER_CONFIG), self._json(GENERATION_CONFIG)
-        named = self._json(SPECIAL_TOKENS) | {name: config[name] for name in NAMES if name in config}
         self.special_tokens: dict[str, str] = {}
         for name in NAMES:
-            token = named.get(name)
-            token = token.get("content") if isinstance(token, dict) else token
-            if token is None:
+            if (token := _content(self._named.get(name))) is None:
                 continue
             if not isinstance(token, str) or self._initial.token_to_id(token) is None:
                 reason = f"`{name}` of {TOKENIZER_CONFIG} is {token!r}, which is not in its vocabulary"
                 raise ValueError(f"tokenizer {self.path}: {reason}: correct `{name}`")
             self.special_tokens[name] = token
         own = {name: self._initial.token_to_id(token) for name, token in self.special_tokens.items()}
-        ends = generation.get("eos_token_id")
-        ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+        ends = self._end_ids()
         if bad := [i for i in ends if type(i) is not int or i not in self._pieces]:
             reason = f"`eos_token_id` of {GENERATION_CONFIG} contains {bad[0]!r}, which is not in its vocabulary"
             raise ValueError(f"tokenizer {self.path}: {reason}: correct `eos_token_id`")
@@ -96,11 +110,11 @@ class HuggingFaceTokenizer(Tokenizer):
                 f"{HUGGING_FACE}"
             )
         self.stop_ids, self.eos_id = tuple(stops), stops[0]
-        self.pad_id = own.get("pad_token", self.eos_id)
+        self.pad_id, self.unk_id = own.get("pad_token", self.eos_id), own.get("unk_token")
         # BOS counts only if the model sees it before every text. Many tokenizers name one and never use it.
         begin, plain = (self._initial.encode("a", add_special_tokens=special).ids[0] for special in (True, False))
         self.bos_id = begin if begin != plain else own.get("bos_token")
-        if not config.get("add_bos_token", begin != plain):
+        if not self._json(TOKENIZER_CONFIG).get("add_bos_token", begin != plain):
             self.bos_id = None
 
     def _model_size(self, vocab_size: int | None) -> int:
@@ -147,7 +161,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _tabulate(self, byte_level: bool) -> None:
         """Find the ids that begin inside a character, start with white space, or end a line."""
-        self._continues, self._starts, self._ends_line = bytearray(self.size), bytearray(self.size), bytearray(self.size)
+        self._continues, self._starts, self._ends_line = (bytearray(self.size) for _ in range(3))
         for token, piece in self._pieces.items():
             if token in self._added or not piece:
                 first, last = ord(piece[:1] or "x"), ord(piece[-1:] or "x")
@@ -186,8 +200,8 @@ class HuggingFaceTokenizer(Tokenizer):
     @functools.cached_property
     def _parsing(self) -> tokenizers.Tokenizer:
         """The tokenizer that parses special tokens."""
-        parsing = tokenizers.Tokenizer.from_str(self.files[HUGGING_FACE].decode())
-        _configure(parsing, special_tokens_are_text=False)
+        parsing = _opened(self._text)
+        parsing.encode_special_tokens = False
         return parsing
 
     def encode_template(self, piece: str, *, first: bool) -> list[int]:
@@ -211,7 +225,7 @@ class HuggingFaceTokenizer(Tokenizer):
         kept = piece.rstrip(" ")
         spaces = piece[len(kept) :]
         ids = self._parsing.encode(kept, add_special_tokens=False).ids
-        if not kept or (ids and ids[-1] in self._special and kept.endswith(self._added[ids[-1]].content)):
+        if not kept or (ids and ids[-1] in self._special):
             absorbs = bool(ids) and self._added[ids[-1]].rstrip
             if absorbs or not spaces:
                 return kept, None if self._prefixes_sections or not kept else ""
@@ -226,10 +240,18 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._parsing.encode(special + "a", add_special_tokens=False).ids[1:] == self.encode("a")
 
 
-def _configure(tokenizer: tokenizers.Tokenizer, special_tokens_are_text: bool = True) -> None:
-    tokenizer.encode_special_tokens = special_tokens_are_text
+def _opened(text: str) -> tokenizers.Tokenizer:
+    """Return the tokenizer of a tokenizer.json, for which special tokens are text."""
+    tokenizer = tokenizers.Tokenizer.from_str(text)
+    tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    return tokenizer
+
+
+def _content(token: Any) -> Any:
+    """Return the text of a token in a config, which may be an object with more fields."""
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def _encode(tokenizer: tokenizers.Tokenizer, text: str) -> tuple[list[int], list[tuple[int, int]]]:
@@ -246,8 +268,11 @@ def _without_prefix(spec: Any) -> Any:
         return [_without_prefix(x) for x in spec if not (isinstance(x, dict) and x.get("type") == "Prepend")]
     if not isinstance(spec, dict):
         return spec
-    changed = {"Metaspace": {"prepend_scheme": "never"}, "ByteLevel": {"add_prefix_space": False}}
-    plain = spec | changed.get(spec.get("type"), {})
+    plain = dict(spec)
+    if plain.get("type") == "Metaspace":
+        plain["prepend_scheme"] = "never"
+    if plain.get("add_prefix_space"):  # of ByteLevel, and of Metaspace in older files
+        plain["add_prefix_space"] = False
     parts = ("normalizer", "pre_tokenizer", "normalizers", "pretokenizers")
     plain |= {name: _without_prefix(plain[name]) for name in parts if name in plain}
     if isinstance(plain.get("normalizer"), dict) and plain["normalizer"].get("type") == "Prepend":

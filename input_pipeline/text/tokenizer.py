@@ -37,6 +37,7 @@ class Tokenizer(abc.ABC):
     eos_id: int  # ends every answer in the form `radfm`
     stop_ids: tuple[int, ...]  # tokens that end a generated answer, `eos_id` first
     pad_id: int
+    unk_id: int | None  # stands for text that is not in the vocabulary; None if every text is
 
     @property
     def image_id(self) -> int:

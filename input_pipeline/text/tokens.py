@@ -66,8 +66,9 @@ def encode(
 ) -> Encoded:
     """Encode a sample (section 4.1 of the paper, equations 3 and 4).
 
-    BOS if the model has one, then the parts in reading order, each scan as `<image>`, its latents and `</image>`. `blocks.separator` defines
-    the white space between parts. EOS ends every answer and the interleaved text, and is trained.
+    BOS if the model has one, then the parts in reading order, each scan as `<image>`, its latents and `</image>`.
+    `blocks.separator` defines the white space between parts. EOS ends every answer and the interleaved text, and is
+    trained.
 
     A sample longer than `max_tokens` is cut, no more than needed, in this order:
       1. the beginning of its contexts, the first one first;
@@ -86,9 +87,11 @@ def encode(
       RowError: nothing to train on, nothing to answer, too long, not valid Unicode, or rejected by the chat template.
       ValueError: an unknown mode or template; more than `max_scans` scans and no rng.
     """
-    if mode not in MODES or template not in TEMPLATES or (mode, template) == ("released", "chat"):
-        known = f"mode must be one of {', '.join(MODES)}, template one of {', '.join(TEMPLATES)}; released needs radfm"
-        raise ValueError(f"mode {mode!r} with template {template!r}: {known}")
+    if mode not in MODES:
+        raise ValueError(f"mode {mode!r} must be one of {', '.join(MODES)}")
+    known = TEMPLATES if mode == "paper" else TEMPLATES[:1]
+    if template not in known:
+        raise ValueError(f"template {template!r} must be one of {', '.join(known)} in mode {mode!r}")
     parts, dropped = _choose_scans(sample, max_scans, rng)
     roles = [p.role for p in parts if isinstance(p, Text)]
     trained = any(role in TRAINED for role in roles)

@@ -2,7 +2,7 @@
 
 DIR/radfm.json           description: part, model sizes, source, versions
 DIR/params/              the parameters, an Orbax PyTree; the layers of a stack are along the first axis
-DIR/tokenizer.model      the SentencePiece model, if there is one; or the files of a Hugging Face tokenizer
+DIR/tokenizer.model      the SentencePiece model, or tokenizer.json and the files of HUGGING_FACE_FILES that go with it
 DIR/unused.safetensors   tensors of a released file that the model does not use (convert --unused keep)
 DIR/manifest.json        size and SHA-256 of every other file; written last, it marks the directory as complete
 """
@@ -32,10 +32,10 @@ from rich import filesize
 
 from input_pipeline.field_rules import errors_of
 from input_pipeline.files import fsync, read_json, sha256_of_file, write_json
-from input_pipeline.text.tokenizer import HUGGING_FACE_FILES
+from input_pipeline.text.tokenizer import HUGGING_FACE, HUGGING_FACE_FILES, SENTENCEPIECE
 from radfm_jax.models import radfm
 
-DESCRIPTION, MANIFEST, PARAMS, TOKENIZER = "radfm.json", "manifest.json", "params", "tokenizer.model"
+DESCRIPTION, MANIFEST, PARAMS, TOKENIZER = "radfm.json", "manifest.json", "params", SENTENCEPIECE
 UNUSED = "unused.safetensors"
 TOKENIZERS = (TOKENIZER, *HUGGING_FACE_FILES)
 EXTRA_FILES = (*TOKENIZERS, UNUSED)
@@ -171,21 +171,29 @@ def digest(directory) -> str:
     return hashlib.sha256(json.dumps(params).encode()).hexdigest()
 
 
+def tokenizer_path(directory) -> Path | None:
+    """Return what `load_tokenizer` opens for a checkpoint: its SentencePiece model, the directory itself, or None."""
+    if (Path(directory) / TOKENIZER).is_file():
+        return Path(directory) / TOKENIZER
+    return Path(directory) if (Path(directory) / HUGGING_FACE).is_file() else None
+
+
 def _remedies(directory: Path, listed: dict[str, dict]) -> dict[str, str]:
     """Return how to recover each file that may also exist elsewhere."""
     use = "pass it as --tokenizer FILE, in Python load(..., tokenizer=FILE)"
-    tokenizer = f": the checkpoint was made without a tokenizer. Keep the file elsewhere and {use}"
-    if entry := listed.get(TOKENIZER):
-        tokenizer = (
-            f": copy the SentencePiece model of {entry['bytes']:,} bytes, SHA-256 {entry['sha256']}, to "
-            f"{directory / TOKENIZER}, or {use}. All steps of a run have the same one: training read it from "
-            "data.tokenizer, conversion from --tokenizer or from the folder of the weights"
-        )
+    remedies = {TOKENIZER: f": the checkpoint was made without a tokenizer. Keep the file elsewhere and {use}"}
+    for name in TOKENIZERS:
+        if entry := listed.get(name):
+            remedies[name] = (
+                f": copy the {'SentencePiece model' if name == TOKENIZER else 'file'} of {entry['bytes']:,} bytes, "
+                f"SHA-256 {entry['sha256']}, to {directory / name}, or {use}. All steps of a run have the same one: "
+                "training read it from data.tokenizer, conversion from --tokenizer or from the folder of the weights"
+            )
     description = (
         f": copy it to {directory / DESCRIPTION} from the source of this directory. No other file has the model sizes; "
         "without a copy, convert the weights again or use another step of the run"
     )
-    return {TOKENIZER: tokenizer, DESCRIPTION: description}
+    return remedies | {DESCRIPTION: description}
 
 
 def write_description(directory: Path, part: str, model: dict, **fields) -> None:

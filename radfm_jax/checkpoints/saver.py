@@ -27,6 +27,7 @@ import jax
 
 from input_pipeline.files import fsync, read_json, write_json
 from input_pipeline.messages import printable
+from input_pipeline.text.tokenizer import read_tokenizer_files
 from radfm_jax.checkpoints import run_directory
 from radfm_jax.checkpoints.run_directory import BEST, CHECKPOINTS, CONFIG, RUN, Warn, step_directory
 from radfm_jax.checkpoints.step_writer import PARTIAL, SaveError, StepWriter, recover_replaced, remove_partial
@@ -60,7 +61,7 @@ class Saver:
     _: dataclasses.KW_ONLY
     config: Mapping  # config of the run as JSON values; `begin` writes it to config.json, `save` to every step
     model: radfm.RadFMConfig
-    tokenizer: str | Path | None = None  # SentencePiece model, which is copied to every step
+    tokenizer: str | Path | None = None  # file or folder (load_tokenizer), whose files are copied to every step
     keep_last: int = 2  # number of newest steps to keep, at least 1
     keep_every: int = 0  # also keep steps that are divisible by this; 0 for none
     best: str | None = None  # also keep the step with the lowest value of this metric
@@ -71,8 +72,7 @@ class Saver:
         for name, minimum in (("keep_last", 1), ("keep_every", 0)):
             if (value := getattr(self, name)) < minimum:
                 raise ValueError(f"checkpoint.{name} is {value}, but must be at least {minimum}")
-        if self.tokenizer is not None and not Path(self.tokenizer).is_file():
-            raise ValueError(f"tokenizer {self.tokenizer} does not exist")
+        self._tokenizer_files = {} if self.tokenizer is None else read_tokenizer_files(self.tokenizer)
         self.workdir, self.config = Path(self.workdir), json.loads(json.dumps(dict(self.config)))
         self._directory = self.workdir / CHECKPOINTS
         self._lock: TextIO | None = None
@@ -123,7 +123,7 @@ class Saver:
             raise ValueError(f"{self.workdir}: this Saver is closed")
         with jax.transfer_guard("allow"):
             metrics = {name: float(value) for name, value in (metrics or {}).items()}
-        writer = StepWriter(self.workdir, state, next(_saves), self.model, self.tokenizer, self.timeout)
+        writer = StepWriter(self.workdir, state, next(_saves), self.model, self._tokenizer_files, self.timeout)
         try:
             writer.start(data_state, metrics, self.config)
         except Exception as e:

@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -61,12 +62,20 @@ class StepWriter:
     `number` counts the saves of this process and makes the barrier keys unique.
     """
 
-    def __init__(self, workdir: Path, state: dict, number: int, model: radfm.RadFMConfig, tokenizer, timeout: float):
+    def __init__(
+        self,
+        workdir: Path,
+        state: dict,
+        number: int,
+        model: radfm.RadFMConfig,
+        tokenizer_files: Mapping[str, bytes],
+        timeout: float,
+    ):
         with jax.transfer_guard("allow"):
             self.step = int(state["step"])
         self.workdir, self.number, self.timeout = workdir, number, timeout
         self.directory = step_directory(workdir, self.step)
-        self._model, self._tokenizer = model, tokenizer
+        self._model, self._tokenizer_files = model, tokenizer_files
         self._parts = split_state(state)
         self._shapes = {part: {k: x.shape for k, x in leaves.items()} for part, leaves in self._parts.items()}
         self._bytes = sum(x.nbytes for leaves in self._parts.values() for x in leaves.values())
@@ -100,8 +109,8 @@ class StepWriter:
         partial = checkpoints / f"{self.step}.{os.getpid()}-{time.time_ns()}{PARTIAL}"
         for directory in (*self._parts, DATA):
             (partial / directory).mkdir(parents=True)
-        if self._tokenizer is not None:
-            shutil.copyfile(self._tokenizer, partial / checkpoint.TOKENIZER)
+        for name, content in self._tokenizer_files.items():
+            (partial / name).write_bytes(content)
         source = {"training": self.workdir.absolute().name, "step": self.step}
         checkpoint.write_description(partial, "radfm", self._model.to_dict(), source=source)
         run = {
@@ -147,8 +156,7 @@ class StepWriter:
         """
         sizes = {name: p.stat().st_size for name, p in checkpoint.list_files(self._partial).items()}
         expected = [checkpoint.DESCRIPTION, RUN, *(f"{DATA}/{p}.json" for p in range(jax.process_count()))]
-        if self._tokenizer is not None:
-            expected.append(checkpoint.TOKENIZER)
+        expected += self._tokenizer_files
         for part, shapes in self._shapes.items():
             expected.append(f"{part}/_METADATA")
             for path, shape in shapes.items():

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from input_pipeline.datasets.json_tables import text_lines
 from input_pipeline.files import parse_json, write_json_lines
+from input_pipeline.text.chat import answer_separator
 from input_pipeline.text.tokenizer import Tokenizer
 from radfm_jax.evaluate.radbench import Question
 from radfm_jax.evaluate.radbench_build import roots_of, write_questions, write_roots
@@ -59,7 +60,7 @@ def generate_answers(
     Raises:
       ValueError: `answers_file` has answers that were made with other settings, or to other questions.
     """
-    yes, no = first_tokens(generator.tokenizer)
+    yes, no = first_tokens(generator.tokenizer, generator.template)
     closed = {q.row_id for q in questions if q.task == "diagnosis"}
 
     def probability_fields(row_id: str, answer: Answer) -> dict:
@@ -88,13 +89,16 @@ def generate_answers(
     return result
 
 
-def first_tokens(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def first_tokens(tokenizer: Tokenizer, template: str = "radfm") -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the first tokens of the answers yes and no. Both are empty if the two answers begin with the same token.
 
     The lower-case spelling of the data sets always counts. Other spellings count with two exceptions: their first token
     also begins the other answer, or it is a bare word-start mark, which begins any word in single letters.
     """
-    yes, no = ([tokenizer.encode(spelling)[0] for spelling in SPELLINGS[answer]] for answer in ("yes", "no"))
+    before = answer_separator(tokenizer, template)
+    yes, no = (
+        [tokenizer.encode(spelling, separator=before)[0] for spelling in SPELLINGS[answer]] for answer in ("yes", "no")
+    )
     if yes[0] == no[0]:
         return (), ()
 

@@ -20,8 +20,7 @@ from input_pipeline import files
 from input_pipeline.config import DataConfig
 from input_pipeline.datasets import sample_rng
 from input_pipeline.samples import RowError, Sample
-from input_pipeline.sources import open_sources, terms_of
-from input_pipeline.text.tokenizer import Tokenizer
+from input_pipeline.sources import open_sources, terms_of, tokenizer_of
 from radfm_jax.evaluate import model_answers, scoring
 from radfm_jax.evaluate.plausibility import REMEDY, GivenAnswer, implausible
 from radfm_jax.evaluate.radbench import CLOSED, Question
@@ -83,7 +82,7 @@ def answer(
     if not questions:
         return [], skips
     generator = Generator(
-        config.compute, params, tokenizer=Tokenizer(config.data.tokenizer),
+        config.compute, params, tokenizer=tokenizer_of(config.data),
         preparation=inputs.Preparation.from_config(config.data), length=config.data.text_length,
     )  # fmt: skip
     file = _generated(out, questions, checkpoint or model) / "answers.jsonl"

@@ -25,6 +25,7 @@ from input_pipeline.images import scans
 from input_pipeline.index.categories import MODALITIES
 from input_pipeline.reasons import Reasons
 from input_pipeline.samples import RowError, Sample, Scan, Text
+from input_pipeline.text.chat import to_messages
 from radfm_jax.evaluate.radbench import CLOSED, DATASETS, MODALITY_CHOICES, SET_FIELDS, Benchmark, Question
 from radfm_jax.inference.batch_files import ROOTS, read_roots
 
@@ -133,6 +134,8 @@ def question_of(
     """
     if sample.task != task:
         raise Skipped(f"task is {sample.task}")
+    if sum(message.role == "assistant" for message in to_messages(sample.parts)) > 1:
+        raise Skipped("a conversation of several questions")
     response = [p.text for p in sample.parts if isinstance(p, Text) and p.role == "response"]
     parts = [p for p in sample.parts if isinstance(p, Scan) or p.role != "response"]
     if any("<image-" in p.text for p in parts if isinstance(p, Text)):
@@ -148,7 +151,8 @@ def question_of(
     elif task in CLOSED and reference not in CLOSED[task]:
         raise Skipped("an open question, not yes or no")
     numbers = {scan: i for i, scan in enumerate(dict.fromkeys(sample.scans), 1)}
-    last_context = max((k for k, p in enumerate(parts) if isinstance(p, Text) and p.role == "context"), default=-1)
+    known = ("context", "system")
+    last_context = max((k for k, p in enumerate(parts) if isinstance(p, Text) and p.role in known), default=-1)
     join = lambda parts: " ".join(  # noqa: E731
         f"<image-{numbers[p]}>" if isinstance(p, Scan) else p.text.strip() for p in parts
     )

@@ -6,9 +6,6 @@ from collections.abc import Sequence
 
 from input_pipeline.text.tokenizer import Tokenizer
 
-# The first tokens of a character that takes several tokens decode to this.
-INCOMPLETE_CHARACTER = "\ufffd"
-
 
 class AnswerText:
     """The text of an answer while it is generated; the pieces concatenate to `text`.
@@ -30,12 +27,12 @@ class AnswerText:
         # With stop texts, decode token by token: the end must not depend on the chunk size.
         for chunk in ([token] for token in ids) if self._stop else (ids,):
             self.ids += map(int, chunk)
-            decoded = self._tokenizer.decode(self.ids).lstrip()
+            decoded = self._tokenizer.decode(self.ids).lstrip() if self._stop else ""
             starts = [start for start in map(decoded.find, self._stop) if start >= 0]
             if starts:
                 self.stopped = True
                 return self._emit(decoded[: min(starts)].rstrip())
-        final = decoded.rstrip(INCOMPLETE_CHARACTER)
+        final = self._tokenizer.decode_complete(self.ids).lstrip()
         return self._emit(final[: len(final) - self._partial_stop(final)].rstrip())
 
     def finish(self) -> str:

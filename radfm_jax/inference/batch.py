@@ -134,7 +134,7 @@ class Batch:
 def _stop_ids(generator: Generator, sampling: Sampling) -> tuple[int, ...]:
     ids, vocabulary = sampling.stop_ids, generator.config.llama.vocab_size
     if ids is None:
-        return () if generator.tokenizer is None else (generator.tokenizer.eos_id,)
+        return generator.stop_ids
     if invalid := [i for i in ids if not 0 <= i < vocabulary]:
         raise ValueError(f"stop_ids contains {invalid[0]}: token ids run from 0 to {vocabulary - 1}")
     return ids

@@ -2,8 +2,9 @@
 
     {"id": "case-17", "scans": ["ct.nii.gz", "old_cxr.png"], "prompt": "Compare <image-1> with <image-2>."}
 
-`prompt` may be called `instruction`, and `context` is optional. Fields in `IGNORED` are allowed, so training data in
-JSON Lines (input_pipeline/datasets/jsonl.py, which also describes `scans`) and the questions of
+`prompt` may be called `instruction`, and `context` is optional. A conversation has `messages` instead: the last message
+of the user is the prompt, and an answer after it is ignored. Fields in `IGNORED` are allowed, so training data in JSON
+Lines (input_pipeline/datasets/jsonl.py, which also describes `scans`) and the questions of
 `python -m radfm_jax.evaluate radbench --export` are batch files. A file `roots.json` next to the batch file may give
 the directory of relative scan paths for each `dataset`.
 """
@@ -28,7 +29,7 @@ from input_pipeline.reasons import pattern
 from input_pipeline.samples import Scan
 
 ROOTS = "roots.json"  # {data set: directory of its relative scan paths}
-READ = ("id", "prompt", "instruction", "context", "scans")
+READ = ("id", "prompt", "instruction", "context", "messages", "scans")
 IGNORED = ("task", "response", "study", "dataset", "modality", "anatomy", "references", "closed", "slices")
 
 
@@ -42,11 +43,16 @@ class BatchLine:
     scans: tuple[Scan, ...] = ()  # paths are absolute
     listed_scans: tuple[Scan, ...] = ()  # as written in the line
     error: str = ""  # why the line has no prompt; "" if it has one
+    system: str = ""
+    history: tuple[tuple[str, str], ...] = ()  # earlier questions and answers
 
     def echo(self, absolute: bool = False) -> dict:
         """Return the fields that are copied to an answer's line. `absolute`: with absolute paths (old versions)."""
         scans = self.scans if absolute else self.listed_scans
-        return {"prompt": self.prompt, "context": self.context, "scans": [_scan_cell(s) for s in scans]}
+        fields = {"prompt": self.prompt, "context": self.context, "scans": [_scan_cell(s) for s in scans]}
+        if self.system or self.history:
+            fields |= {"system": self.system, "history": [list(turn) for turn in self.history]}
+        return fields
 
 
 def _scan_cell(scan: Scan) -> str | dict:
@@ -125,17 +131,35 @@ def _batch_line(row: Row, row_id: str, cells: dict) -> BatchLine:
         if unknown := row.unknown_keys((*READ, *IGNORED)):
             raise row.error(unknown, f"known: {', '.join((*READ, *IGNORED))}")
         asked = [key for key in ("prompt", "instruction") if row.optional(key, MISSING_WORDS)]
+        asked += ["messages"] if cells.get("messages") else []
         if len(asked) > 1:
-            raise row.error("has both `prompt` and `instruction`", "keep one of them")
-        prompt = row.text(asked[0] if asked else "instruction" if "instruction" in cells else "prompt", MISSING_WORDS)
+            raise row.error(f"has both {' and '.join(f'`{key}`' for key in asked)}", "keep one of them")
+        system, history = "", ()
+        if asked == ["messages"]:
+            system, history, prompt = _conversation(row)
+        else:
+            key = asked[0] if asked else "instruction" if "instruction" in cells else "prompt"
+            prompt = row.text(key, MISSING_WORDS)
         context = row.optional("context", MISSING_WORDS)
         row_scans = jsonl.scans_of_row(row)
         resolved = (dataclasses.replace(s, path=str(scans.resolve(row.root, s.path))) for s in row_scans)
         paths = [cell if isinstance(cell, str) else cell["path"] for cell in row.cells["scans"]]
         listed = tuple(dataclasses.replace(s, path=path) for s, path in zip(row_scans, paths, strict=True))
-        return BatchLine(row_id, prompt, context, tuple(resolved), listed)
+        return BatchLine(row_id, prompt, context, tuple(resolved), listed, system=system, history=history)
     except ValueError as error:
         return BatchLine(row_id, error=str(error))
+
+
+def _conversation(row: Row) -> tuple[str, tuple[tuple[str, str], ...], str]:
+    """Return the system message, the earlier turns and the last question of `messages`. Raises RowError."""
+    messages = jsonl.messages_of_row(row)
+    system = messages.pop(0)[1] if messages[0][0] == "system" else ""
+    if messages and messages[-1][0] == "assistant":
+        messages.pop()
+    if not messages:
+        raise row.error("messages has no question", "end with a message of the user")
+    texts = [content for _, content in messages]
+    return system, tuple(zip(texts[:-1:2], texts[1:-1:2], strict=True)), texts[-1]
 
 
 def existing_answers(

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 
-from input_pipeline import files
 from input_pipeline.images.planes import Volume
 from input_pipeline.samples import Scan
 from radfm_jax.inference import inputs
@@ -91,7 +90,7 @@ def answer_file(
                 try:
                     if isinstance(encoded, ValueError):
                         raise encoded
-                    (prompt,) = generator.prompts([Request(line.prompt, encoded, line.context, place)])
+                    (prompt,) = generator.prompts([_request(line, encoded, place)])
                     generator.token_limit(prompt, sampling)
                     prompts[line.row_id] = prompt
                 except ValueError as error:
@@ -111,6 +110,10 @@ def answer_file(
             output.flush()
             progress(answered, len(failed), len(todo))
     return BatchResult(answered, len(lines) - len(todo), failed, time.perf_counter() - start_time, odd)
+
+
+def _request(line: BatchLine, scans: EncodedScans, place: str) -> Request:
+    return Request(line.prompt, scans, line.context, place, line.system, line.history)
 
 
 def _recorded(line: BatchLine, answer: Answer) -> dict:
@@ -136,7 +139,7 @@ def _settings(generator: Generator, sampling: Sampling, model: str, checkpoint: 
     dtype, weights = generator.config.llama.dtype, generator.weights
     settings = {"model": model, "checkpoint": checkpoint, "dtype": dtype, "weights": weights}
     if generator.tokenizer is not None:
-        settings["tokenizer"] = files.sha256_of_file(generator.tokenizer.path)
+        settings["tokenizer"] = generator.tokenizer.fingerprint
     prepared = None if generator.preparation is None else generator.preparation.to_dict()
     settings |= {"place": place, "prepared": prepared, **dataclasses.asdict(sampling)}
     return json.loads(json.dumps(settings))

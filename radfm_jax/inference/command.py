@@ -14,6 +14,7 @@ from input_pipeline.images.intensity import canonical_window
 from input_pipeline.images.planes import MODES
 from input_pipeline.messages import printable
 from input_pipeline.samples import Scan
+from input_pipeline.text.tokens import TEMPLATES
 from radfm_jax import api, terminal
 from radfm_jax.checkpoints import checkpoint, run_directory
 from radfm_jax.inference import inputs, stored
@@ -47,7 +48,8 @@ def add_model_options(group, *, required: bool = False) -> None:
     """Add the options that select and load a model; `load` reads them."""
     group.add_argument("--checkpoint", required=required, type=Path, metavar="DIR", help="a checkpoint, or a training "
                        "run (its best checkpoint, else its newest)")  # fmt: skip
-    group.add_argument("--tokenizer", type=Path, metavar="FILE", help="SentencePiece model, if the checkpoint has none")
+    group.add_argument("--tokenizer", type=Path, metavar="PATH", help="SentencePiece model, tokenizer.json "
+                       "or a folder with one, if the checkpoint has none")  # fmt: skip
     group.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of the computation "
                        "and of the decoder's weights (default: float32)")  # fmt: skip
     group.add_argument("--int8", action="store_true", help="keep the decoder's matrices in int8: half the memory of "
@@ -77,6 +79,7 @@ def parser() -> argparse.ArgumentParser:
                        "LOW,HIGH in the unit of the scan, lung/soft_tissue/bone as channels, header, percentile or "
                        "minmax (default: as in training)")  # fmt: skip
     scans.add_argument("--context", default="", help="clinical context, inserted before the question")
+    scans.add_argument("--system", default="", help="how to answer, inserted first; with --prompt and --chat")
     scans.add_argument("--show", type=Path, metavar="FILE.png", help="save an image of the prepared scans")
     answer = top.add_argument_group("decoding")
     answer.add_argument("--temperature", type=float, default=0.0, help="0 is greedy decoding (default: 0)")
@@ -95,6 +98,8 @@ def parser() -> argparse.ArgumentParser:
     model = top.add_argument_group("model")
     add_model_options(model, required=True)
     model.add_argument("--preprocess", choices=MODES, help="override the preprocessing of the checkpoint")
+    model.add_argument("--template", choices=TEMPLATES, help="override the form of a conversation: chat is the chat "
+                       "template of the tokenizer")  # fmt: skip
     model.add_argument("--size-2d", type=int, help="override the side of 2D scans, in pixels")
     model.add_argument("--size-3d", type=int, help="override the side of volumes, in pixels")
     model.add_argument("--depth", type=int, help="override the maximum number of slices of a volume")
@@ -111,8 +116,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     scan_options = args.window is not None or args.volume is not None
     if (args.jsonl is None) != (args.out is None):
         top.error("--jsonl FILE and --out FILE require each other")
-    if args.jsonl and (args.scan or args.context or args.show or scan_options):
-        top.error("--jsonl excludes --scan, --window, --volume, --context and --show: the batch file has these fields")
+    if args.jsonl and (args.scan or args.context or args.system or args.show or scan_options):
+        top.error(
+            "--jsonl excludes --scan, --window, --volume, --context, --system and --show: the batch file has "
+            "these fields"
+        )
     if args.prompt is not None and scan_options and not args.scan:
         top.error("--window and --volume need a --scan")
     if args.history and not args.chat:
@@ -140,7 +148,7 @@ def _main(args: argparse.Namespace) -> int:
     if args.jsonl:
         return run_batch_file(args, model, sampling)
     if args.prompt is not None:
-        model.generator.encode_text(Request(args.prompt, scans, args.context, args.place))
+        model.generator.encode_text(Request(args.prompt, scans, args.context, args.place, args.system))
     encoded = model.encode_scans(scans) if scans else None
     if args.show:
         if encoded is None:
@@ -150,17 +158,17 @@ def _main(args: argparse.Namespace) -> int:
         terminal.message(f"saved the prepared scans: {args.show}")
     if args.chat:
         return Chat(args, model, sampling, scans, encoded).run()
-    print_answer(model, Request(args.prompt, encoded or (), args.context, args.place), sampling)
+    print_answer(model, Request(args.prompt, encoded or (), args.context, args.place, args.system), sampling)
     return 0
 
 
 def load(args: argparse.Namespace) -> api.Model:
     """Load the model that the options select. Raises ValueError if it cannot be used, or has no tokenizer."""
     directory = run_directory.select_checkpoint(args.checkpoint)
-    allow_missing = () if args.tokenizer is None else (checkpoint.TOKENIZER,)
+    allow_missing = () if args.tokenizer is None else checkpoint.TOKENIZERS
     checkpoint.verify(directory, hashes=not getattr(args, "no_verify", False), allow_missing=allow_missing)
     config = checkpoint.model_config(checkpoint.read_description(directory), directory)
-    overrides = {name: getattr(args, name, None) for name in ("preprocess", "size_2d", "size_3d", "depth")}
+    overrides = {name: getattr(args, name, None) for name in ("preprocess", "template", "size_2d", "size_3d", "depth")}
     prepared = _preparation(directory, config, {k: v for k, v in overrides.items() if v is not None})
     model = api.load(
         directory, dtype=args.dtype, param_dtype=None if args.dtype == "float32" else args.dtype, int8=args.int8,
@@ -259,9 +267,10 @@ class Chat:
         elif line.startswith("/"):
             raise ValueError(f"unknown command {command}: {HELP}")
         else:
-            turns = [f"{question} {answer}" for question, answer in self.history] if self.args.history else []
-            context = "\n".join([self.args.context, *turns]).strip()
-            request = Request(line, self.encoded or (), context, self.args.place)
+            history = self.history if self.args.history else ()
+            request = Request(
+                line, self.encoded or (), self.args.context, self.args.place, self.args.system, tuple(history)
+            )
             answer = print_answer(self.model, request, self.sampling)
             # A mark in the history would insert its scan once more.
             self.history.append((inputs.without_marks(line), inputs.without_marks(answer)))

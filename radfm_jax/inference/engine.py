@@ -62,7 +62,7 @@ class Generator:
         if tokenizer is not None and tokenizer.vocab_size != vocabulary:
             raise ValueError(
                 f"{tokenizer.path} has {tokenizer.vocab_size} pieces, the model {vocabulary}: "
-                "pass the tokenizer of the model"
+                "pass the tokenizer of the model, opened with its vocab_size"
             )
         if preparation is not None and preparation.num_latents != config.num_latents:
             raise ValueError(
@@ -82,6 +82,19 @@ class Generator:
             if split:
                 llama = cpu_decode.split_params(config.llama, llama)
         self.decode_params = {"llama": llama, "image_marks": params["image_marks"]}
+
+    @property
+    def template(self) -> str:
+        """Form of a conversation: `radfm` or `chat`."""
+        return "radfm" if self.preparation is None else self.preparation.template
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer: those of the tokenizer, and the end of a turn in the chat template."""
+        if self.tokenizer is None:
+            return ()
+        ends = (self.tokenizer.chat.end_id,) if self.template == "chat" else ()
+        return tuple(dict.fromkeys(self.tokenizer.stop_ids + ends))
 
     @property
     def weights(self) -> str:
@@ -173,11 +186,11 @@ class Generator:
         Raises ValueError as `prompts` does.
         """
         if self.tokenizer is None:
-            raise ValueError("this model has no tokenizer: pass its SentencePiece model")
+            raise ValueError("this model has no tokenizer: pass its SentencePiece model or tokenizer.json")
         return inputs.encode_prompt(
             request.prompt, len(request.scans), self.tokenizer,
             self.preparation or inputs.Preparation(num_latents=self.config.num_latents),
-            context=request.context, place=request.place,
+            context=request.context, place=request.place, system=request.system, history=request.history,
         )  # fmt: skip
 
     def prompts(self, requests: Sequence[Request]) -> list[Prompt]:

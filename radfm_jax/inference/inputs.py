@@ -39,7 +39,7 @@ from input_pipeline.samples import Scan as ScanFile
 from input_pipeline.sources import NoTerms
 from input_pipeline.text.marks import MARK_LIKE, misspelt_marks, place_scans
 from input_pipeline.text.tokenizer import Tokenizer
-from input_pipeline.text.tokens import Encoded, encode
+from input_pipeline.text.tokens import TEMPLATES, Encoded, encode
 
 PLACES = ("first", "last")
 Scan = str | Path | ScanFile | np.ndarray | Image.Image
@@ -70,6 +70,7 @@ class Preparation:
     # several, each scan must have a window.
     intensities: tuple[str, ...] = ("minmax",)
     fit: Annotated[str, one_of(FITS)] = "stretch"
+    template: Annotated[str, one_of(TEMPLATES)] = "radfm"  # form of a conversation, as in DataConfig
 
     def __post_init__(self):
         object.__setattr__(self, "intensities", tuple(self.intensities))
@@ -85,6 +86,8 @@ class Preparation:
                 yield f"intensities: {error}"
         if self.preprocess == "released" and self.size_3d not in (256, 512):
             yield f"size_3d is {self.size_3d}: released mode supports 256 and 512"
+        if self.preprocess == "released" and self.template != "radfm":
+            yield f"template is {self.template!r}: released mode supports 'radfm'"
         try:
             _ = self.sizes
         except ValueError as error:
@@ -107,9 +110,9 @@ class Preparation:
         return cls(**fields, intensities=trained_intensities(data))
 
     def to_dict(self) -> dict:
-        """Return plain values. `intensities` and `fit` are absent at their defaults, as in files of version 0.1."""
+        """Return plain values. Fields that version 0.1 did not have are absent at their defaults."""
         plain = dataclasses.asdict(self) | {"intensities": list(self.intensities)}
-        new = {f.name: f.default for f in dataclasses.fields(self) if f.name in ("intensities", "fit")}
+        new = {f.name: f.default for f in dataclasses.fields(self) if f.name in ("intensities", "fit", "template")}
         return {name: value for name, value in plain.items() if name not in new or getattr(self, name) != new[name]}
 
     def window_of(self, window: Window | None) -> Window | None:
@@ -135,14 +138,18 @@ def encode_prompt(
     *,
     context: str = "",
     place: str = "first",
+    system: str = "",
+    history: Sequence[tuple[str, str]] = (),
 ) -> Encoded:
     """Return the tokens of a prompt, at full length.
 
     Args:
       prompt: text in which `<image-1>` marks set the positions of scans, in any order. If there are marks, here or in
         `context`, each scan needs at least one. Without marks, `place` sets the position of all scans.
-      context: known facts or earlier turns; inserted before the prompt. White space around both texts is removed.
-      place: `first`, before the context; or `last`, after the prompt.
+      context: known facts; inserted before the prompt. White space around all texts is removed.
+      place: `first`, before all questions and the context; or `last`, after the prompt.
+      system: how to answer; inserted first.
+      history: earlier questions and answers. With the template `radfm` they are part of the context.
     Returns:
       Tokens. In `Encoded.scans`, the path of a scan is its number; `visual` refers to these scans.
     Raises:
@@ -151,28 +158,37 @@ def encode_prompt(
     """
     if place not in PLACES:
         raise ValueError(f"place must be one of {', '.join(PLACES)} (got {place!r})")
-    if not isinstance(prompt, str) or not isinstance(context, str):
-        raise ValueError(f"prompt and context must be str (got {type(prompt).__name__} and {type(context).__name__})")
+    if not all(isinstance(text, str) for text in (prompt, context, system)):
+        kinds = [type(text).__name__ for text in (prompt, context, system)]
+        raise ValueError(f"prompt, context and system must be str (got {', '.join(kinds)})")
     prompt, context = clean_text(prompt), clean_text(context)
     if not prompt:
         raise ValueError("the prompt is empty: write a question")
+    turns = [tuple(map(clean_text, turn)) for turn in history]
+    if preparation.template == "radfm":
+        context = clean_text("\n".join([context, *map(" ".join, turns)]))
+        turns = []
     # These are probably typing errors, so they are errors here, although training may read them as text.
     if misspelt := misspelt_marks(context, prompt):
         field, listed = "prompt" if misspelt[-1] in prompt else "context", ", ".join(misspelt)
         raise ValueError(f"the {field} contains {listed}, which is not a valid mark: write <image-1>")
+    questions = [context, *(question for question, _ in turns), prompt]
     try:
-        placed = place_scans([context, prompt], scan_count, first=place == "first")
+        placed = place_scans(questions, scan_count, first=place == "first")
     except ValueError as error:
         raise ValueError(f"the prompt does not fit its scans: {error}") from None
-    parts = []
-    for role, pieces in zip(("context", "instruction"), placed, strict=True):
+    answers = [None, *(answer for _, answer in turns), None]
+    parts: list[Text | ScanFile] = [Text(system, "system")] if system.strip() else []
+    for i, (pieces, answer) in enumerate(zip(placed, answers, strict=True)):
+        role = "instruction" if i else "context"
         parts += [Text(p, role) if isinstance(p, str) else ScanFile(str(p)) for p in pieces]
+        parts += [Text(answer, "response")] if answer else []
     if not any(isinstance(p, Text) and p.text.strip() for p in parts):
         raise ValueError("the prompt has scans but no text: write a question")
     sample = Sample("1", "prompt", "vqa", None, tuple(parts))
     return encode(
         sample, tokenizer, NoTerms(), max_scans=max(scan_count, 1), num_latents=preparation.num_latents,
-        max_tokens=2**31, mode=preparation.preprocess, prompt=True,
+        max_tokens=2**31, mode=preparation.preprocess, template=preparation.template, prompt=True,
     )  # fmt: skip
 
 

@@ -36,6 +36,8 @@ class Request:
     scans: Sequence[inputs.Scan] | EncodedScans = ()
     context: str = ""
     place: str = "first"
+    system: str = ""
+    history: Sequence[tuple[str, str]] = ()  # earlier questions and answers
 
     def __post_init__(self):
         if not isinstance(self.scans, EncodedScans | list | tuple):

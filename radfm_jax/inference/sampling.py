@@ -22,7 +22,7 @@ class Sampling:
     repetition_penalty: float = 1.0
     seed: int = 0  # prompt i is sampled with seed + i, so its answer does not depend on the other prompts
     stop: tuple[str, ...] = ()  # texts that end an answer; the answer excludes them
-    stop_ids: tuple[int, ...] | None = None  # tokens that end an answer; None: the tokenizer's end-of-text token
+    stop_ids: tuple[int, ...] | None = None  # tokens that end an answer; None: those of the tokenizer
 
     def __post_init__(self):
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop

@@ -70,7 +70,11 @@ def check_model(config: Experiment, rows: Rows) -> None:
         raise ValueError(f"data.num_latents is {config.data.num_latents}, but the model has {latents} latents per scan")
     pieces = rows.description["vocab_size"]
     if pieces != vocabulary:
-        raise ValueError(f"{config.data.tokenizer} has {pieces} pieces, but model.llama.vocab_size is {vocabulary}")
+        padded = ""
+        if pieces < vocabulary:
+            padded = f": if the vocabulary of the model is padded, set data.vocab_size={vocabulary}"
+        reason = f"{config.data.tokenizer} has {pieces} pieces, but model.llama.vocab_size is {vocabulary}{padded}"
+        raise ValueError(reason)
 
 
 def step_count(config: Experiment, rows: Rows) -> int:

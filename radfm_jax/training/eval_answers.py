@@ -23,8 +23,7 @@ from input_pipeline.config import DataConfig
 from input_pipeline.datasets import sample_rng
 from input_pipeline.index.index import Index
 from input_pipeline.samples import RowError
-from input_pipeline.sources import open_sources, terms_of
-from input_pipeline.text.tokenizer import Tokenizer
+from input_pipeline.sources import open_sources, terms_of, tokenizer_of
 from radfm_jax.evaluate import model_answers, radbench, radbench_build, scoring
 from radfm_jax.inference import Generator, inputs
 from radfm_jax.training.experiment import Experiment
@@ -57,7 +56,7 @@ class EvalAnswers:
             raise ValueError(f"train.eval_answers: no validation row is a question with a reference answer ({fewer})")
         self.description = f"each evaluation generates answers to {len(self.questions)} validation questions"
         self.description += f" ({fewer})" if fewer else ""
-        self.tokenizer = Tokenizer(config.data.tokenizer)
+        self.tokenizer = tokenizer_of(config.data)
         self.terms = terms_of(config.data.terms, config.data.umls_types)
 
     def __call__(self, params: dict, step: int, alive: Callable[[], None]) -> dict[str, float]:

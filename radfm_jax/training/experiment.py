@@ -126,6 +126,12 @@ class Experiment:
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
+    def __post_init__(self):
+        ids, vocabulary = self.data.vocab_size, self.model.llama.vocab_size
+        if ids not in (0, vocabulary):
+            reason = f"data.vocab_size is {ids}, but model.llama.vocab_size is {vocabulary}"
+            raise ValueError(f"{reason}: set both to the same number")
+
     def to_dict(self) -> dict:
         """Return plain values, as in a config file and in a checkpoint."""
         return {"model": self.model.to_dict(), "data": self.data.to_dict()} | {

@@ -43,8 +43,10 @@ def follow_checkpoint(config: ConfigDict, overridden: Collection[str]) -> Config
             config_of_run = plain_mapping(run_directory.read_run(directory).get("config"), "config")
             data = plain_mapping(config_of_run.get("data"), "config.data")
         followed |= {f"data.{name}": data[name] for name in ROW_LIMITS if name in data}
-    if (directory / checkpoint.TOKENIZER).is_file():
-        followed["data.tokenizer"] = str(directory / checkpoint.TOKENIZER)
+    if (tokenizer := checkpoint.tokenizer_path(directory)) is not None:
+        followed["data.tokenizer"] = str(tokenizer)
+        if tokenizer == directory:  # its vocabulary may be smaller than that of the model
+            followed["data.vocab_size"] = description["model"]["llama"]["vocab_size"]
     with config.unlocked(), config.ignore_type():
         for path, value in followed.items():
             *groups, name = path.split(".")

@@ -35,7 +35,7 @@ from input_pipeline.datasets import prompts
 from input_pipeline.files import write_json
 from input_pipeline.index import index
 from input_pipeline.text import terms
-from input_pipeline.text.tokenizer import Tokenizer
+from input_pipeline.text.tokenizer import Tokenizer, load_tokenizer
 
 LIMITS = {
     "14 vision rows, 57,344 planes": {},
@@ -132,7 +132,7 @@ def main() -> None:
             parser.error("mistral-common is not installed: pass a SentencePiece model with --tokenizer")
         args.tokenizer = str(Path(spec.origin).parent / "data" / "tokenizer.model.v1")
     with tempfile.TemporaryDirectory() as folder:
-        sources = write_data(Path(folder), Tokenizer(args.tokenizer), args.samples, args.seed)
+        sources = write_data(Path(folder), load_tokenizer(args.tokenizer), args.samples, args.seed)
         config = DataConfig(
             train=sources, index=folder, tokenizer=args.tokenizer, workers=0, window=args.samples, seed=args.seed
         )
