@@ -80,7 +80,8 @@ def test_the_whole_record_of_the_preparation_travels(run, folder):
 
 
 def test_the_released_preparation_is_assumed_for_released_sizes_only(tmp_path):
-    model = SimpleNamespace(user_config=None, part="radfm", config=radfm.radfm_14b(), src="x.bin", notes=[])
+    fields = {"user_config": None, "hf_config": None, "part": "radfm", "src": "x.bin", "notes": []}
+    model = SimpleNamespace(**fields, config=radfm.radfm_14b())
     records = from_torch_module._records(model)
     assert stored.from_record(records["preparation"], "x") == inputs.RELEASED
     assert "assumed 'released' preprocessing at 512/256" in model.notes[0]
@@ -181,7 +182,7 @@ def test_released_vision_with_another_language_model():
     sizes = model_config.radfm_from_shapes(shapes, hf, "x")
     assert (sizes.vision, sizes.llama.norm_eps, sizes.llama.rope_theta) == (radfm.radfm_14b().vision, 1e-5, 5e5)
     for other, words in (
-        ({"hidden_act": "gelu"}, "activation 'gelu'"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
         ({"model_type": "mixtral"}, "model_type 'mixtral' is not supported .did you mean mistral"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
     ):

@@ -108,7 +108,7 @@ def _records(model: Weights) -> dict[str, dict]:
     record, a model of the released sizes gets the preparation of the released weights. Raises ValueError if a record
     does not fit the model.
     """
-    if not isinstance(model, TorchModel):
+    if model.part == "vision":
         return {}
     config, where = model.user_config or {}, f"the config of {model.src}"
     origin = config.get(stored.ORIGIN)
