@@ -42,6 +42,7 @@ def written(tmp_path) -> tuple[Path, dict]:
             "fields": f,
             "table": f["table"],
             "root": str(root),
+            "split": "train",
             "sha256": table_checksum(root / f["table"]),
             "rows": rows,
         }
