@@ -159,7 +159,7 @@ OWN = {
     "input_pipeline/files.py", "input_pipeline/images/scans/isolated.py", "radfm_jax/runtime/peers.py",
     "radfm_jax/runtime/barrier.py", "radfm_jax/runtime/rendezvous.py", "radfm_jax/checkpoints/train_state.py",
     "radfm_jax/checkpoints/saver.py", "radfm_jax/inference/batch_run.py", "radfm_jax/inference/stored.py",
-    "radfm_jax/evaluate/radbench_command.py",
+    "radfm_jax/evaluate/radbench_command.py", "input_pipeline/text/hugging_face.py",
 }  # fmt: skip
 
 

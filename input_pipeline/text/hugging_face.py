@@ -75,7 +75,7 @@ class HuggingFaceTokenizer(Tokenizer):
             spec = json.loads(text)  # without the checks of `parse_json`, which take seconds for a large vocabulary
             added = spec.get("added_tokens", [])
             before = [token["special"] for token in added]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"tokenizer {self.path}: {HUGGING_FACE} is invalid ({error!r})") from None
         named, ends = [self._named.get(name) for name in NAMES], self._end_ids()
         for more in map(self._named.get, MORE):
