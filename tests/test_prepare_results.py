@@ -40,7 +40,7 @@ def process(directory: Path, rows: int) -> dict:
                 for key, n in zip(keys, contents, strict=True)
             )
             results.add_rows(
-                chunk, [RowCheck(f"{name}{i}", "vqa", f"s{n}", 40, 10, 2, 20, (0,), (f"s{n}",), number=i)
+                chunk, [RowCheck(f"{name}{i}", "vqa", f"s{n}", 40, 10, 2, 20, (0,), ((f"s{n}", f"s{n}"),), number=i)
                         for (name, i), n in zip(chunk, contents, strict=True)]
             )  # fmt: skip
         report = summary.summarize(results)

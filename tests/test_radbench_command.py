@@ -231,7 +231,7 @@ def test_first_tokens(data):
     tokenizer = load_tokenizer(data.tokenizer)
     yes, no = model_answers.first_tokens(tokenizer)
     assert yes[0] == tokenizer.encode("yes")[0] and no[0] == tokenizer.encode("no")[0] and not set(yes) & set(no)
-    letters = types.SimpleNamespace(encode=lambda text: [0, *map(ord, text)], decode=lambda ids: "")
+    letters = types.SimpleNamespace(encode=lambda text, **_: [0, *map(ord, text)], decode=lambda ids: "")
     assert model_answers.first_tokens(letters) == ((), ())
 
 
