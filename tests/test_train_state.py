@@ -48,7 +48,7 @@ def test_a_step_describes_itself(tmp_path):
     assert json.loads((tmp_path / "run" / "config.json").read_text()) == CONFIG
     assert (directory / "tokenizer.model").read_bytes() == b"pieces"
     assert train_state.data_state(directory) == data_state(3)
-    with pytest.raises(ValueError, match="no_pieces does not exist"):
+    with pytest.raises(ValueError, match="no_pieces cannot be read"):
         saver(tmp_path / "run", tokenizer=tmp_path / "no_pieces")
 
 
