@@ -39,7 +39,7 @@ def models() -> dict:
             transformers.SiglipConfig(text_config={**text, "projection_size": 16}, vision_config=SIZES)
         ),
         "gemma3": lambda: transformers.Gemma3ForConditionalGeneration(
-            transformers.Gemma3Config(text_config=gemma, vision_config=SIZES | {"vision_use_head": False}, **tokens)
+            transformers.Gemma3Config(text_config=gemma, vision_config=SIZES, **tokens)
         ),
         "dinov2": lambda: transformers.Dinov2Model(transformers.Dinov2Config(**dino)),
     }

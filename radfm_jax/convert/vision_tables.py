@@ -130,7 +130,7 @@ PREFIXES = {
     "ctvit": r"(visual_transformer\.)?",
 }
 UNUSED = {
-    "siglip": r"(vision_model\.)?head\..*|text_model\..*|logit_(scale|bias)|.*position_ids|"
+    "siglip": r"(model\.)?(vision_tower\.)?(vision_model\.)?head\..*|text_model\..*|logit_(scale|bias)|.*position_ids|"
     r"(model\.)?(language_model|multi_modal_projector)\..*|lm_head\..*",
     "dinov2": r"(.*\.)?embeddings\.mask_token|classifier\..*",
     "ctvit": r"text_transformer\..*|to_(text|visual)_latent.*|temperature|(visual_transformer\.)?("
