@@ -77,13 +77,14 @@ PADDED = dict.fromkeys(("p1_2d_s1", "p2_3d_d24", "p5_noimage", "p7_3d_d12_answer
 """Cases with one scan share a program, which also tests padding. The other cases have no padding."""
 
 
-# Three full-depth volumes of 1,024 patches take over a minute; the other 3D cases cover all but the size.
-SLOW = "p3_3d_s3_d64"
+# Three full-depth volumes of 1,024 patches take over a minute; the other 3D cases cover all but the size. The other one
+# has a wider vision encoder, as test_radfm.py has.
+SLOW = ("p3_3d_s3_d64", "p8_vis48_2d_s2")
 
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(c, marks=pytest.mark.slow if c == SLOW else ()) for c in golden.CASES],
+    params=[pytest.param(c, marks=pytest.mark.slow if c in SLOW else ()) for c in golden.CASES],
 )
 def run(request):
     """A golden case and our outputs with its weights; one compilation serves both losses."""

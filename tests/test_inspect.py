@@ -340,6 +340,7 @@ def test_errors_are_one_line_with_exit_code_2(config, tmp_path, capsys):
     assert ended.value.code == 0 and "examples:" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_command_with_a_worker(config, tmp_path):
     command_line = [sys.executable, "-m", "input_pipeline.inspect", f"--config={config_file(tmp_path, config)}"]
     done = subprocess.run(

@@ -173,6 +173,7 @@ def test_other_parameters_are_updated_by_nadam():
         np.testing.assert_allclose(change, first[path] + second[path], atol=1e-5, err_msg=path)
 
 
+@pytest.mark.slow
 def test_muon_on_a_mesh():
     alone, sharded = moved(), moved(2, 2, 2)
     for path, (change, _) in alone.items():

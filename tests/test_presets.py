@@ -41,7 +41,12 @@ PARAMETERS = {
 """As published with each checkpoint; of Gemma 3, the language model."""
 
 
-@pytest.mark.parametrize("name", PRESETS)
+QUICK = ("llama-3.1-8b", "qwen3-8b", "gemma-3-4b")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in PRESETS]
+)
 def test_presets_have_the_published_parameters_and_a_plan(name):
     model = dataclasses.replace(radfm.tiny(), llama=PRESETS[name])
     numbers = sum(x.size for x in jax.tree.leaves(nn.unbox(radfm.abstract_params(model))["llama"]))

@@ -228,6 +228,7 @@ def test_one_channel_equals_three_equal_ones():
     assert_close_trees(of_folded, of_whole, to_peak=GRADS)
 
 
+@pytest.mark.slow
 def test_scanned_stacks_equal_separate_blocks():
     batch = {k: jnp.asarray(v) for k, v in packed.row(SAMPLES.values(), **SIZES).items()}
     logits, out = jax.jit(lambda p, b: RadFM(CONFIG).apply({"params": p}, b))(PARAMS, batch)
@@ -323,7 +324,7 @@ def test_rows_are_independent():
 
 @pytest.mark.parametrize(
     "shape",
-    [(1, 8, 1), (2, 2, 2), *(pytest.param(shape, marks=pytest.mark.slow) for shape in ((8, 1, 1), (2, 4, 1)))],
+    [(2, 2, 2), *(pytest.param(shape, marks=pytest.mark.slow) for shape in ((8, 1, 1), (1, 8, 1), (2, 4, 1)))],
     ids=str,
 )
 def test_meshes(shape):
