@@ -40,6 +40,7 @@ def get_config() -> ConfigDict:
     )  # fmt: skip
     for name, share in SHARES.items():
         config.data.train[name].weight = share
+        config.data.test[f"{name}_test"].fraction = 0.15  # of the test rows, which take minutes
     config.train.update(steps=230, batch=2, remat="none", eval_batches=20, log_every=10)
     config.optimizer.update(
         learning_rate=1e-3, final=0.1, warmup_steps=10, frozen=("llama",), rates={"vit/embedding/projection": 0.07}
