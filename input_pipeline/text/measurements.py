@@ -50,7 +50,7 @@ _SAME_LETTERS = str.maketrans("ıſ", "is", "\u0307")  # re.IGNORECASE takes ı,
 
 
 class _Rule(NamedTuple):
-    """A pattern, and clues to it: words or marks of which each match contains one. Looking for them is much faster."""
+    """A pattern with its clues: every match contains at least one clue, and a text without clues is skipped quickly."""
 
     words: frozenset[str]
     marks: tuple[str, ...]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import math
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ class Stack:
     kernels: bool = True  # whether one of attention.KERNELS can compute its attention
 
 
-class EncoderConfig:
+class EncoderConfig(abc.ABC):
     """Base of the encoders' configs: dataclasses with `kind`, `width`, `patch` (h, w, d), `channels` and `tables`.
 
     `tables` are the numbers of learned row, column and depth positions.
@@ -47,9 +48,9 @@ class EncoderConfig:
         return h, w, d
 
     @property
+    @abc.abstractmethod
     def data_fields(self) -> dict[str, Any]:
         """Values that fields of `data` must have for this encoder."""
-        raise NotImplementedError
 
     @property
     def patch_size(self) -> int:
@@ -61,9 +62,9 @@ class EncoderConfig:
         """Return the FLOPs per patch outside the stacks. `channels` are those of the planes (`data.channels`)."""
         return 2 * math.prod(self.patch) * (channels or self.channels) * self.width
 
+    @abc.abstractmethod
     def stacks(self, patch_length: int) -> tuple[Stack, ...]:
         """Return the stacks of blocks for vision rows of `patch_length` patches."""
-        raise NotImplementedError
 
 
 class FixedSideConfig(EncoderConfig):
