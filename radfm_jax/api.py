@@ -288,10 +288,10 @@ def save(model: Model, directory) -> None:
     and the tokenizer that the model was loaded with replace those of the checkpoint. Raises ValueError if `directory`
     exists, the disk is too small, weights are int8 or nf4, the model has adapters, or there are several processes.
     """
-    if any(np.issubdtype(x.dtype, np.integer) for x in jax.tree.leaves(model.params)):
-        raise ValueError('int8 and nf4 weights cannot be saved: load the model with weights="float32" and save that')
     if model.config.lora is not None:
         raise ValueError("a model with adapters cannot be saved: merge them first (python -m radfm_jax.convert merge)")
+    if any(np.issubdtype(x.dtype, np.integer) for x in jax.tree.leaves(model.params)):
+        raise ValueError('int8 and nf4 weights cannot be saved: load the model with weights="float32" and save that')
     if jax.process_count() > 1:
         raise ValueError("save needs a single process: gather the parameters in one process and save there")
     extra_files, fields = [], {"source": {}}

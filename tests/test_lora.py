@@ -116,7 +116,7 @@ def test_a_fresh_adapter_changes_nothing_and_answers_follow_a_trained_one():
         )
     )
     assert trained == whole
-    assert (np.argmax(plain.logits(IDS)[:, -1], -1) != [ids[0] for ids in trained]).any()
+    assert np.argmax(plain.logits(IDS)[:, -1], -1).tolist() != [ids[0] for ids in trained]
 
 
 def test_dropout_is_applied_to_the_inputs_of_a_only_in_training():
@@ -249,7 +249,8 @@ def test_a_step_has_what_learned_and_resumes_bit_for_bit(run, base):
     learned, frozen = flatten(states[1][0]["params"]), flatten(states[1][0]["frozen"])
     assert set(ADAPTERS) <= set(learned) and not any(lora.is_adapter(path) for path in frozen)
     assert all(path.startswith(("llama/", "vit/blocks/")) for path in frozen)
-    assert any((x != y).any() for x, y in zip(*(s[0]["params"]["llama"]["blocks"]["up"].values() for s in states)))
+    first, second = (s[0]["params"]["llama"]["blocks"]["up"]["lora_b"] for s in states)
+    assert (first != second).any()
     directory = run_directory.step_directory(workdir, 1)
     assert set(checkpoint.stored_arrays(directory / "params")) == set(learned)
     record = checkpoint.read_description(directory)
@@ -328,15 +329,11 @@ def test_errors_of_the_config():
         LoraConfig(rank=0)
     with pytest.raises(ValueError, match="must name a linear map"):
         LoraConfig(targets=())
-    with pytest.raises(
-        ValueError, match=r"no linear map matches 'llama/blocks/querry' \(did you mean llama/blocks/query"
-    ):
+    with pytest.raises(ValueError, match=r"no linear map matches 'llama/blocks/querry' \(did you mean llama/blocks/q"):
         radfm.abstract_params(dataclasses.replace(CONFIG, lora=LoraConfig(targets=("llama/blocks/querry",))))
     with pytest.raises(ValueError, match=r"model\.llama\.lora \(set model\.lora"):
         radfm.RadFMConfig.from_dict({"llama": {"lora": {"rank": 4}}})
-    with pytest.raises(
-        ValueError, match="match llama/blocks/down/kernel, which is trained itself: add it to optimizer"
-    ):
+    with pytest.raises(ValueError, match="match llama/blocks/down/kernel, which is trained itself: add it"):
         train_step.abstract_state(CONFIG, OptimizerConfig(), sharding.make_mesh(devices=jax.devices()[:1]))
     with pytest.raises(ValueError, match="model.lora and model.base need checkpoint.init_from"):
         Experiment(CONFIG, optimizer=FROZEN)
