@@ -20,7 +20,7 @@ from radfm_jax.checkpoints import checkpoint, run_directory
 from radfm_jax.inference import Answer, EncodedScans, Generator, Request, Sampling, inputs, require_answers, stored
 from radfm_jax.inference.plain_rows import plain_rows
 from radfm_jax.inference.stored import preparation_of
-from radfm_jax.models import lora, quantised, radfm
+from radfm_jax.models import quantised, radfm
 from radfm_jax.runtime import sharding
 
 CHUNK = 8  # tokens per piece of a streamed answer
@@ -269,11 +269,12 @@ def load(
     as_stored = config.base == "float32" and weights in (None, "int8")  # other than the matrices
     config = dataclasses.replace(config, base=weights or config.base)
     boxed = radfm.abstract_params(config)
-    dtypes, leaves = checkpoint.StoredParams(directory, base).dtypes, checkpoint.flatten(nn.unbox(boxed))
+    stored_params, leaves = checkpoint.StoredParams(directory, base), checkpoint.flatten(nn.unbox(boxed))
     fixed = quantised.quantised_shapes(leaves)
     for path, leaf in leaves.items():
-        if path in dtypes and path not in fixed and (as_stored or leaf.dtype != jnp.bfloat16):
-            dtype_of_leaf = dtypes[path] if param_dtype is None or lora.is_adapter(path) else param_dtype
+        is_own = base is not None and stored_params.origins.get(path) != base  # learned in float32
+        if path in stored_params.dtypes and path not in fixed and (as_stored or is_own or leaf.dtype != jnp.bfloat16):
+            dtype_of_leaf = stored_params.dtypes[path] if param_dtype is None or is_own else param_dtype
             leaves[path] = jax.ShapeDtypeStruct(leaf.shape, dtype_of_leaf)
     shardings = sharding.param_shardings(boxed, mesh)[0] if mesh is not None else None
     params = checkpoint.restore_params(directory, checkpoint.unflatten(leaves), shardings, base)

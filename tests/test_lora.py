@@ -24,7 +24,7 @@ from radfm_jax.models import lora, quantised, radfm
 from radfm_jax.models.lora import LoraConfig
 from radfm_jax.runtime import sharding
 from radfm_jax.training import train_step
-from radfm_jax.training.experiment import CheckpointConfig, Experiment
+from radfm_jax.training.experiment import Experiment
 from radfm_jax.training.losses import radfm_loss
 from radfm_jax.training.optimizer import OptimizerConfig
 
@@ -337,6 +337,9 @@ def test_errors_of_the_config():
         train_step.abstract_state(CONFIG, OptimizerConfig(), sharding.make_mesh(devices=jax.devices()[:1]))
     with pytest.raises(ValueError, match="model.lora and model.base need checkpoint.init_from"):
         Experiment(CONFIG, optimizer=FROZEN)
-    with pytest.raises(ValueError, match="model.base is int8, which cannot be trained: add llama to optimizer.frozen"):
-        Experiment(dataclasses.replace(PLAIN, base="int8"), checkpoint=CheckpointConfig(init_from="x"))
+    with pytest.raises(
+        ValueError, match="model.base nf4 holds llama/blocks/.*/kernel, which is trained: add it to opt"
+    ):
+        mesh = sharding.make_mesh(devices=jax.devices()[:1])
+        train_step.abstract_state(dataclasses.replace(PLAIN, base="nf4"), OptimizerConfig(), mesh)
     assert radfm.RadFMConfig.from_dict(CONFIG.to_dict()) == CONFIG
