@@ -12,7 +12,7 @@ import itertools
 import math
 from collections.abc import Callable
 
-from radfm_jax.cost import estimate, flops
+from radfm_jax.cost import adapters, estimate, flops
 from radfm_jax.cost.program import CompileError, Program
 from radfm_jax.cost.topology import Topology
 from radfm_jax.models.layers import REMAT_POLICIES
@@ -111,7 +111,7 @@ def executed_flops(config: Experiment, remat: str | None = None) -> float:
     """Return the FLOPs that a step executes per row: those that MFU counts, and recomputation."""
     limits, c = config.data.limits, config.model.llama
     parts = flops.forward(config.model, limits, config.data.channels)
-    stacks = parts["llama"] + parts["vit"] + parts["perceiver"]
+    stacks = parts["llama"] + parts["vit"] + parts["perceiver"] + sum(adapters.forward(config.model, limits).values())
     attention = flops.decoder_attention(c, limits.text_length)
     keys = 2 * limits.text_length * c.width * (c.num_heads + 2 * c.num_kv_heads) * c.head_dim * c.num_layers
     # Savings of a policy are counted for the language model only, which has 99 % of them.

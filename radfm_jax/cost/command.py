@@ -93,7 +93,9 @@ def plan(config: Experiment, topology: Topology, args: argparse.Namespace) -> re
     if topology.chip is not None:
         mfu = args.mfu or flops.REACHED[topology.chip.name]
         peak = estimate.amount(flops.PEAK[topology.chip.name], "FLOP/s")
-        mfu_source = f"{mfu:.0%} of {peak}, " + ("from --mfu" if args.mfu else "as in published runs of similar models")
+        is_published = topology.chip.name in flops.PUBLISHED
+        basis = "as in published runs of similar models" if is_published else "assumed: there are no published runs"
+        mfu_source = f"{mfu:.0%} of {peak}, {'from --mfu' if args.mfu else basis}"
     batches = args.batch or [candidates.batch_for(config, topology)]
     ranked = candidates.candidates(config, topology, batches, mfu)
     plain = candidates.plain(config, topology, batches[0], mfu)
