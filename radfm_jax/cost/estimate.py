@@ -223,9 +223,9 @@ def memory(config: Experiment, mesh: Mesh | AbstractMesh, platform: str | None =
 def traffic(config: Experiment, mesh: Mesh | AbstractMesh) -> float:
     """Return the minimum bytes received by each device per step, in the dtype of products; 0 on one device.
 
-    Quantised weights are sent as they are. Each micro-batch gathers the weights sharded over `fsdp` twice (forward and backward) and reduces gradients of
+    Each micro-batch gathers the weights sharded over `fsdp` twice (forward and backward) and reduces gradients of
     trained parameters once. Gradients of parameters too small for `fsdp` (sharding.param_shardings) are only
-    all-reduced. All gradients are all-reduced over the replicas of `data`.
+    all-reduced. All gradients are all-reduced over the replicas of `data`. Quantised weights are sent as they are.
     """
     state, ways, replicas = _state(config, mesh), mesh.shape["fsdp"], mesh.shape["data"]
     all_reduce = lambda n: 2 * (n - 1) / n  # noqa: E731
@@ -329,8 +329,8 @@ def _gathered(config: Experiment, stacks: Iterable[str]) -> list[int]:
     result = []
     for stack in stacks:
         numbers = {path: math.prod(shape[1:]) for path, shape in shapes.items() if path.startswith(f"{stack}/")}
-        learns = lambda path, part=stack.partition("/")[0]: part not in frozen or lora.is_adapter(path)  # noqa: E731
-        gradients = sum(count for path, count in numbers.items() if learns(path))
+        learns = stack.partition("/")[0] not in frozen
+        gradients = sum(count for path, count in numbers.items() if learns or lora.is_adapter(path))
         # The weights of the next block are gathered while one computes.
         result.append(n * (2 * sum(numbers.values()) + gradients))
     return result
