@@ -338,7 +338,7 @@ def test_errors_of_the_config():
     with pytest.raises(ValueError, match="model.lora and model.base need checkpoint.init_from"):
         Experiment(CONFIG, optimizer=FROZEN)
     with pytest.raises(
-        ValueError, match="model.base nf4 holds llama/blocks/.*/kernel, which is trained: add it to opt"
+        ValueError, match="model.base nf4 holds llama/blocks/.*/kernel, which is trained: add it"
     ):
         mesh = sharding.make_mesh(devices=jax.devices()[:1])
         train_step.abstract_state(dataclasses.replace(PLAIN, base="nf4"), OptimizerConfig(), mesh)
