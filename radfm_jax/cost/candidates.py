@@ -88,16 +88,18 @@ class Candidate:
 
 
 def evaluate(
-    config: Experiment, topology: Topology, mfu: float | None, *, batch: int, accumulation: int, remat: str
-) -> Candidate:
-    """Estimate one setting by arithmetic.
+    config: Experiment, topology: Topology, mfu: float | None, *, batch: int, accumulation: int, remat: str,
+    state: dict | None = None,
+) -> Candidate:  # fmt: skip
+    """Estimate one setting by arithmetic. `state` is estimate.abstract_state, if the caller has it.
 
     Raises ValueError if rows do not divide, or if the mesh does not match the topology.
     """
     train = dataclasses.replace(config.train, batch=batch, accumulation=accumulation, remat=remat)
     config = dataclasses.replace(config, train=train)
     mesh = estimate.abstract_mesh(config.mesh, topology.count)
-    memory, traffic, compute = estimate.memory(config, mesh, platform(topology)), estimate.traffic(config, mesh), None
+    memory = estimate.memory(config, mesh, platform(topology), state)
+    traffic, compute = estimate.traffic(config, mesh, state), None
     if topology.peak is not None and mfu is not None:
         flops_per_device = estimate.row_flops(config) * batch / topology.count
         recomputation = executed_flops(config) / executed_flops(config, ASSUMED_REMAT)
@@ -146,8 +148,8 @@ def batch_for(config: Experiment, topology: Topology) -> int:
 
 def candidates(config: Experiment, topology: Topology, batches: list[int], mfu: float | None) -> list[Candidate]:
     """Return all candidates of these batch sizes in the order of `rank`."""
-    shards = row_shards(config, topology)
-    result = []
+    shards, result = row_shards(config, topology), []
+    state = estimate.abstract_state(config, estimate.abstract_mesh(config.mesh, topology.count))
     for batch in batches:
         if batch < 1:
             raise ValueError(f"a batch of {batch} rows: must be at least 1")
@@ -156,7 +158,8 @@ def candidates(config: Experiment, topology: Topology, batches: list[int], mfu: 
                 f"a batch of {batch} rows does not divide over {shards} devices of mesh.data and mesh.fsdp"
             )
         for accumulation, remat in itertools.product(accumulations(config, topology, batch), REMAT_POLICIES):
-            result.append(evaluate(config, topology, mfu, batch=batch, accumulation=accumulation, remat=remat))
+            setting = {"batch": batch, "accumulation": accumulation, "remat": remat}
+            result.append(evaluate(config, topology, mfu, **setting, state=state))
     return sorted(result, key=rank)
 
 

@@ -169,7 +169,15 @@ def abstract_mesh(config: MeshConfig, devices: int) -> AbstractMesh:
     return AbstractMesh(tuple(sizes), sharding.AXES)
 
 
-def memory(config: Experiment, mesh: Mesh | AbstractMesh, platform: str | None = None) -> dict[str, int]:
+def abstract_state(config: Experiment, mesh: Mesh | AbstractMesh) -> dict:
+    """Return the state that trains: train_step.abstract_state. It does not depend on `data` and `train`."""
+    # config.model instead of config.compute: the dtype of products does not change shapes.
+    return train_step.abstract_state(config.model, config.optimizer, mesh)[0]
+
+
+def memory(
+    config: Experiment, mesh: Mesh | AbstractMesh, platform: str | None = None, state: dict | None = None
+) -> dict[str, int]:
     """Return the bytes on each device by part; their sum is the peak of a step.
 
       parameters      of all parts in the types that hold them, with scales and adapters (train_step.abstract_state)
@@ -183,6 +191,7 @@ def memory(config: Experiment, mesh: Mesh | AbstractMesh, platform: str | None =
     Args:
       platform: that of an AbstractMesh's devices, which decides whether the decoder's attention is fused
         (attention.choose); None: it is.
+      state: abstract_state of this config, if the caller has it.
     Raises:
       ValueError: rows do not divide over micro-batches and devices.
     """
@@ -194,7 +203,7 @@ def memory(config: Experiment, mesh: Mesh | AbstractMesh, platform: str | None =
             f"devices of {' and '.join(f'mesh.{axis}' for axis in sharding.BATCH)}"
         )
     rows = train.batch // train.accumulation // ways
-    state = _state(config, mesh)
+    state = state or abstract_state(config, mesh)
     trained = _bytes(state["params"])
     in_float32 = sum(_shard(x) * 4 for x in jax.tree.leaves(state["params"]))
     # A CPU has no fused attention: it stores the scores of all pairs of tokens, except where attention is tiled.
@@ -220,14 +229,14 @@ def memory(config: Experiment, mesh: Mesh | AbstractMesh, platform: str | None =
     }
 
 
-def traffic(config: Experiment, mesh: Mesh | AbstractMesh) -> float:
+def traffic(config: Experiment, mesh: Mesh | AbstractMesh, state: dict | None = None) -> float:
     """Return the minimum bytes received by each device per step, in the dtype of products; 0 on one device.
 
     Each micro-batch gathers the weights sharded over `fsdp` twice (forward and backward) and reduces gradients of
     trained parameters once. Gradients of parameters too small for `fsdp` (sharding.param_shardings) are only
     all-reduced. All gradients are all-reduced over the replicas of `data`. Quantised weights are sent as they are.
     """
-    state, ways, replicas = _state(config, mesh), mesh.shape["fsdp"], mesh.shape["data"]
+    state, ways, replicas = state or abstract_state(config, mesh), mesh.shape["fsdp"], mesh.shape["data"]
     all_reduce = lambda n: 2 * (n - 1) / n  # noqa: E731
     size, received = jnp.dtype(config.train.dtype).itemsize, 0.0
     for name, passes, trained in (("params", 3, True), ("frozen", 2, False)):
@@ -237,11 +246,6 @@ def traffic(config: Experiment, mesh: Mesh | AbstractMesh) -> float:
             received += bytes_ * (passes * (ways - 1) if sharded else trained * all_reduce(ways))
             received += bytes_ * trained * all_reduce(replicas)
     return received * config.train.accumulation
-
-
-def _state(config: Experiment, mesh: Mesh | AbstractMesh) -> dict:
-    # config.model instead of config.compute: the dtype of products does not change shapes.
-    return train_step.abstract_state(config.model, config.optimizer, mesh)[0]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -91,22 +91,21 @@ def variant(config: Experiment, method: str) -> Experiment:
     )
 
 
-def fit(config: Experiment, topology: Topology, method: str, text_length: int | None = None) -> Fit:
-    """Return the leanest candidate of a method, for rows of `text_length` tokens (default: those of the config).
+def fits(config: Experiment, topology: Topology, method: str, lengths: Sequence[int]) -> list[Fit]:
+    """Return the leanest candidate of a method for rows of each number of tokens (`data.text_length`).
 
     Raises ValueError if the mesh does not match the topology.
     """
     config = variant(config, method)
-    if text_length is not None:
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, text_length=text_length))
     mesh, platform = estimate.abstract_mesh(config.mesh, topology.count), candidates.platform(topology)
-    leanest = None
-    for setting in _leanest_settings(config, topology):
-        memory = estimate.memory(setting, mesh, platform)
-        if leanest is None or sum(memory.values()) < leanest.total:
-            leanest = Fit(method, topology, setting, memory)
-    assert leanest is not None
-    return leanest
+    state, result = estimate.abstract_state(config, mesh), []
+    for length in lengths:
+        rows = dataclasses.replace(config, data=dataclasses.replace(config.data, text_length=length))
+        settings = list(_leanest_settings(rows, topology))
+        memories = [estimate.memory(setting, mesh, platform, state) for setting in settings]
+        leanest = min(range(len(settings)), key=lambda i, memories=memories: sum(memories[i].values()))
+        result.append(Fit(method, topology, settings[leanest], memories[leanest]))
+    return result
 
 
 def _leanest_settings(config: Experiment, topology: Topology) -> Iterator[Experiment]:
@@ -120,7 +119,7 @@ def _leanest_settings(config: Experiment, topology: Topology) -> Iterator[Experi
 def table(config: Experiment, topology: Topology, lengths: Sequence[int] = LENGTHS) -> dict[str, list[Fit]]:
     """Return the fits of every method for rows of `lengths` tokens, and of the config's own length, in order."""
     lengths = sorted({*lengths, config.data.text_length})
-    return {method: [fit(config, topology, method, length) for length in lengths] for method in METHODS}
+    return {method: fits(config, topology, method, lengths) for method in METHODS}
 
 
 def smallest(config: Experiment, method: str) -> Fit | None:
@@ -139,7 +138,7 @@ def smallest(config: Experiment, method: str) -> Fit | None:
         suited += 1
         names = [name for name in by_memory if count <= GPUS[name].node or GPUS[name].network]
         # The memory that a step needs does not depend on the kind of GPU.
-        needed = fit(config, gpus(count, names[-1]), method)
+        [needed] = fits(config, gpus(count, names[-1]), method, [config.data.text_length])
         for name in names:
             found = dataclasses.replace(needed, topology=gpus(count, name))
             if found.fits:
