@@ -24,14 +24,15 @@ config has not been run at this size; docs/backbones.md lists what was run.
 
 from ml_collections import ConfigDict
 
-from configs import adapt, qwen3_8b_medsiglip
+from configs import qwen3_8b_medsiglip
 from radfm_jax.models.families import PRESETS
+from radfm_jax.training import methods
 
 NAME = "gemma3_medsiglip"
 resolve = qwen3_8b_medsiglip.resolve
 
 
-@adapt.with_methods
+@methods.variants
 def get_config(root: str = "my") -> ConfigDict:
     config = qwen3_8b_medsiglip.get_config(root).unlock()
     decoder = PRESETS["gemma-3-4b"]

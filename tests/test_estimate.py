@@ -24,7 +24,7 @@ from radfm_jax.models.quantised import BASES
 from radfm_jax.runtime import sharding
 from radfm_jax.training import display
 from radfm_jax.training import optimizer as opt
-from radfm_jax.training.experiment import CheckpointConfig, Experiment, MeshConfig, TrainConfig
+from radfm_jax.training.experiment import Experiment, MeshConfig, TrainConfig
 from radfm_jax.training.optimizer import OptimizerConfig, split
 
 
@@ -205,9 +205,7 @@ def test_the_state_equals_real_arrays(base):
     learned, frozen = split(params, optimizer.frozen)
     moments = opt.optimizer(optimizer, learned).init(learned)
     size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))  # noqa: E731
-    config = dataclasses.replace(
-        experiment("tiny"), model=model, optimizer=optimizer, checkpoint=CheckpointConfig(init_from="x")
-    )
+    config = dataclasses.replace(experiment("tiny"), model=model, optimizer=optimizer)
     parts = parts_of(config, devices=1)
     assert parts["parameters"] == size(learned) + size(frozen)
     assert parts["optimizer"] == size(moments)
@@ -218,8 +216,7 @@ def test_working_set_and_activations_of_a_quantised_base_with_adapters():
     config = large(1, frozen=("llama",))
     lora = LoraConfig(rank=16, dropout=0.1)
     model = dataclasses.replace(config.model, lora=lora, base="nf4")
-    checkpoint = CheckpointConfig(init_from="x")
-    quantised_config = dataclasses.replace(config, model=model, checkpoint=checkpoint)
+    quantised_config = dataclasses.replace(config, model=model)
     # The weights of two blocks in bfloat16, as those of a float32 base, and adapters with their gradient.
     weights, adapters = 4 * 5120 * 5120 + 3 * 5120 * 13824, 16 * (4 * (5120 + 5120) + 3 * (5120 + 13824))
     norms = 2 * 5120

@@ -80,14 +80,10 @@ def variant(config: Experiment, method: str) -> Experiment:
     is_frozen, has_adapters, base = METHODS[method]
     frozen = tuple(dict.fromkeys((*config.optimizer.frozen, LANGUAGE_MODEL))) if is_frozen else ()
     adapters = (config.model.lora or LoraConfig()) if has_adapters else None
-    checkpoint = config.checkpoint
-    if base != "float32" or has_adapters:  # such a config must name the checkpoint of its base
-        checkpoint = dataclasses.replace(checkpoint, init_from=checkpoint.init_from or "BASE")
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, lora=adapters, base=base),
         optimizer=dataclasses.replace(config.optimizer, frozen=frozen),
-        checkpoint=checkpoint,
     )
 
 

@@ -143,8 +143,6 @@ class Experiment:
         if self.train.patience and not self.data.validates:
             reason = f"train.patience is {self.train.patience}, but there are no validation rows"
             raise ValueError(f"{reason}: set data.validation or data.validation_share")
-        if (self.model.lora is not None or self.model.base != "float32") and not self.checkpoint.init_from:
-            raise ValueError("model.lora and model.base need checkpoint.init_from, the checkpoint with the base")
 
     def to_dict(self) -> dict:
         """Return plain values, as in a config file and in a checkpoint."""
