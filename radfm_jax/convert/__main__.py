@@ -132,8 +132,8 @@ def add_adapter_commands(commands) -> None:
                            TO_PEFT, run, "folder to create")  # fmt: skip
     sub.add_argument("--dtype", choices=DTYPES, help="dtype of the adapters (default: unchanged)")
     sub.add_argument("--base", **moved)
-    sub.add_argument("--base-model", metavar="NAME", help="id or folder of the base on Hugging Face, for "
-                     "base_model_name_or_path; a folder must have the sizes of the run (default: that of from-peft)")  # fmt: skip
+    sub.add_argument("--base-model", metavar="NAME", help="Hugging Face id or folder of the base, which the "
+                     "folder records; a folder is compared with the run (default: that of from-peft)")  # fmt: skip
     sub = plain_conversion(commands, "from-peft", "LoRA folder of PEFT -> checkpoint directory over a base", FROM_PEFT,
                            "folder with adapter_config.json and adapter_model.safetensors",
                            "checkpoint directory to create; it has only the adapters")  # fmt: skip

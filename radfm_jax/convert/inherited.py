@@ -1,4 +1,4 @@
-"""What a checkpoint takes over from the checkpoints that it is made of: files, preparation and records of the source."""
+"""What a checkpoint takes over from the checkpoints that it is made of: files, preparation, source."""
 
 from __future__ import annotations
 

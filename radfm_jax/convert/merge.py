@@ -16,8 +16,8 @@ from flax.traverse_util import flatten_dict
 
 from radfm_jax.checkpoints import checkpoint, run_directory
 from radfm_jax.convert import inherited
-from radfm_jax.convert.report import NO_PROGRESS, Progress, Report
 from radfm_jax.convert.peft.writing import adapters_of
+from radfm_jax.convert.report import NO_PROGRESS, Progress, Report
 from radfm_jax.convert.weights import BLOCK_BYTES
 from radfm_jax.inference import stored
 from radfm_jax.models import lora, quantised
@@ -83,8 +83,8 @@ def _dtype(name: str) -> np.dtype:
     """Return the dtype of the merged weights. Raises ValueError for one that cannot hold an adapter."""
     if name in QUANTISED:
         raise ValueError(
-            f"merging into {name} loses the adapters: what they add to a weight is smaller than a step of {name}. Merge "
-            f"into bfloat16 or float32. radfm_jax.load(DST, held={name!r}) then holds the merged weights in {name}"
+            f"merging into {name} loses the adapters: what they add to a weight is smaller than a step of {name}. "
+            f"Merge into bfloat16 or float32; radfm_jax.load(DST, held={name!r}) then holds the result in {name}"
         )
     if name not in checkpoint.DTYPES:
         raise ValueError(f"dtype {name!r} is unknown: choose one of {', '.join(checkpoint.DTYPES)}")
@@ -151,6 +151,8 @@ class _Merging:
         lines = [f"merged the adapters of {', '.join(self.merged)}"]
         if self.added:
             share = math.sqrt(self.rounded / self.added)
-            lines.append(f"rounding to {self.dtype.name} changes the merged weights by {share:.1%} of what the adapters "
-                         "add (root mean square); float32 keeps it")  # fmt: skip
+            lines.append(
+                f"rounding to {self.dtype.name} changes the merged weights by {share:.1%} of what the adapters add "
+                "(root mean square); float32 does not"
+            )
         return lines

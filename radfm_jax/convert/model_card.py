@@ -9,8 +9,8 @@ from radfm_jax.models.lora import LoraConfig
 from radfm_jax.models.radfm import RadFMConfig
 
 WARNING = """\
-**Research only, not for clinical use.** Its wrong answers can sound convincing. The model is not a medical device and has
-no regulatory approval. Its answers must not guide the care of any patient."""
+**Research only, not for clinical use.** Its wrong answers can sound convincing. The model is not a medical device and
+has no regulatory approval. Its answers must not guide the care of any patient."""
 
 
 def model_card(config: RadFMConfig, part: str, parameters: int, hf: dict) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,13 @@ import numpy as np
 
 from input_pipeline.files import read_json
 from radfm_jax.checkpoints import checkpoint, run_directory
-from radfm_jax.convert import diagnosis, inherited, table
+from radfm_jax.convert import diagnosis, inherited
 from radfm_jax.convert.peft import config as peft_config
 from radfm_jax.convert.peft import tensors as peft_tensors
 from radfm_jax.convert.report import NO_PROGRESS, Progress, Report
 from radfm_jax.convert.tensor_files import open_tensors
 from radfm_jax.inference import stored
-from radfm_jax.models import lora
+from radfm_jax.models import lora, quantised
 from radfm_jax.models.lora import LoraConfig
 from radfm_jax.models.radfm import RadFMConfig
 
@@ -119,13 +120,23 @@ def _matched(
         raise ValueError(f"{file} has no LoRA tensors of the language model ({', '.join(list(tensors)[:3])}, ...)")
     adapters = peft_config.lora_config(values, targets if len(targets) < len(maps) else ("llama/blocks/*",))
     _check_patterns(values, adapters, stacked, src)
-    with_adapters = table.param_shapes(dataclasses.replace(config, lora=adapters), "llama")
-    shapes = {path: shape for path, shape in with_adapters.items() if lora.is_adapter(path)}
+    shapes = _shapes(targets, checkpoint.StoredParams(base).shapes, adapters.rank)
     entries = peft_tensors.entries(config, shapes)
     if problems := _mismatches(tensors, {e.name: e.torch_shape for e in entries}, config.llama.num_layers):
         fit = f"{file} does not fit the language model of {base} and r {adapters.rank}:"
         raise ValueError("\n  ".join([fit, *problems]))
     return _stacks(entries, shapes, tensors, dtype, file), adapters
+
+
+def _shapes(targets: tuple[str, ...], stored: Mapping[str, tuple[int, ...]], rank: int) -> dict[str, tuple[int, ...]]:
+    """Return {path: shape} of the adapters of some linear maps, from the shapes of their kernels."""
+    shapes = {}
+    for target in targets:
+        kernel = stored[target + lora.KERNEL]
+        inputs = quantised.contraction_axes(target + lora.KERNEL)
+        shapes[f"{target}/{lora.A}"] = (*kernel[: inputs.stop], rank)
+        shapes[f"{target}/{lora.B}"] = (*kernel[: inputs.start], rank, *kernel[inputs.stop :])
+    return shapes
 
 
 def _read_tensors(src: Path) -> tuple[dict[str, np.ndarray], Path]:

@@ -27,7 +27,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from radfm_jax.convert import table
-from radfm_jax.models.lora import A, B, KERNEL
+from radfm_jax.models.lora import KERNEL, A, B
 from radfm_jax.models.radfm import RadFMConfig
 
 PREFIX = "base_model.model."
