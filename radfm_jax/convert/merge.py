@@ -1,4 +1,4 @@
-"""A run with adapters -> an ordinary checkpoint: W + scale * A B in place of W.
+"""A run with adapters or a base of its own -> an ordinary checkpoint, with W + scale * A B in place of W.
 
 One layer of one linear map is in memory at a time.
 """
@@ -9,6 +9,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import numpy as np
@@ -16,7 +17,6 @@ from flax.traverse_util import flatten_dict
 
 from radfm_jax.checkpoints import checkpoint, run_directory
 from radfm_jax.convert import inherited
-from radfm_jax.convert.peft.writing import adapters_of
 from radfm_jax.convert.report import NO_PROGRESS, Progress, Report
 from radfm_jax.convert.weights import BLOCK_BYTES
 from radfm_jax.inference import stored
@@ -27,7 +27,7 @@ QUANTISED = ("int8", "nf4")
 
 
 def merge(src, dst, *, dtype: str = "float32", base=None, progress: Progress = NO_PROGRESS) -> Report:
-    """Write the model of a run with adapters as one checkpoint without adapters or base.
+    """Write the model of a run as one checkpoint without adapters or base.
 
     Its weights are those that the run computes with: a base that the run held in bfloat16, int8 or nf4 is converted to
     that type and back before the adapters are added.
@@ -37,8 +37,8 @@ def merge(src, dst, *, dtype: str = "float32", base=None, progress: Progress = N
       dtype: of all parameters of the new checkpoint: float32, bfloat16 or float16.
       base: checkpoint directory of the base, if it is not where it was during training.
     Raises:
-      ValueError: `src` has no adapters, its base is missing or another one, `dtype` is a quantised type, or weights are
-        not finite in `dtype`.
+      ValueError: `src` has no base, its base is missing or another one, `dtype` is a quantised type, or weights are not
+        finite in `dtype`.
     """
     src, target = run_directory.select_checkpoint(src), _dtype(dtype)
     if Path(dst).exists():
@@ -46,23 +46,18 @@ def merge(src, dst, *, dtype: str = "float32", base=None, progress: Progress = N
     progress.stage("verifying", None)
     checkpoint.verify(src)
     description = checkpoint.read_description(src)
-    adapters = adapters_of(description, src)
+    if checkpoint.BASE not in description:
+        raise ValueError(f"{src} has no adapters to merge: it is complete, trained without model.lora and model.base")
     params = checkpoint.StoredParams(src, base)
     checkpoint.verify(params.base)
-    below = checkpoint.read_description(params.base)
-    model = {name: x for name, x in description["model"].items() if name in PARTS}
-    config = dataclasses.replace(RadFMConfig.from_dict(description["model"]), lora=None, base="float32")
-    boxed = flatten_dict(abstract_params(config), is_leaf=lambda _, x: isinstance(x, nn.Partitioned), sep="/")
+    config = RadFMConfig.from_dict(description["model"])
+    merged = dataclasses.replace(config, lora=None, base="float32")
+    boxed = flatten_dict(abstract_params(merged), is_leaf=lambda _, x: isinstance(x, nn.Partitioned), sep="/")
     shapes = {path: (box.value.shape, target) for path, box in boxed.items() if path in params.shapes}
     checkpoint.require_space(dst, (size := checkpoint.bytes_of(shapes)) * 51 // 50, f"merging {src}")
-    merging = _Merging(src, params, RadFMConfig.from_dict(description["model"]), target)
-    lines: list[str] = []
-    record = {"rank": adapters.rank, "alpha": adapters.alpha, "base": description[checkpoint.BASE]["sha256"]}
-    source = {"file": src.name, "merged": record, **inherited.source_fields(description, below)}
-    fields = {
-        "source": source | {stored.ORIGIN: stored.origin_of(src)},
-        **inherited.preparation(src, description, lines),
-    }
+    merging, lines = _Merging(src, params, config, target), list[str]()
+    fields = _fields(src, description, checkpoint.read_description(params.base), lines)
+    model = {name: x for name, x in description["model"].items() if name in PARTS}
     progress.stage("merging", size)
     with checkpoint.new_directory(dst) as directory:
         stacked = {path for path in shapes if boxed[path].names[0] == "layers"}
@@ -79,12 +74,21 @@ def merge(src, dst, *, dtype: str = "float32", base=None, progress: Progress = N
     return Report(sum(math.prod(shape) for shape, _ in shapes.values()), size, (target.name,), lines)
 
 
+def _fields(src: Path, description: dict, base: dict, lines: list[str]) -> dict[str, Any]:
+    """Return the fields of radfm.json: where the weights come from, and the preparation of scans and texts."""
+    merged = {"lora": description["model"].get("lora"), "base": description[checkpoint.BASE]["sha256"]}
+    source = {"file": src.name, "merged": merged, **inherited.source_fields(description, base)}
+    if origin := stored.origin_of(src):
+        source[stored.ORIGIN] = origin
+    return {"source": source, **inherited.preparation(src, description, lines)}
+
+
 def _dtype(name: str) -> np.dtype:
     """Return the dtype of the merged weights. Raises ValueError for one that cannot hold an adapter."""
     if name in QUANTISED:
         raise ValueError(
             f"merging into {name} loses the adapters: what they add to a weight is smaller than a step of {name}. "
-            f"Merge into bfloat16 or float32; radfm_jax.load(DST, held={name!r}) then holds the result in {name}"
+            f"Merge into bfloat16 or float32; radfm_jax.load(DST, weights={name!r}) then holds the result in {name}"
         )
     if name not in checkpoint.DTYPES:
         raise ValueError(f"dtype {name!r} is unknown: choose one of {', '.join(checkpoint.DTYPES)}")
@@ -95,7 +99,8 @@ class _Merging:
     """Reads the parameters of a run slice by slice, with the adapters added, and measures the rounding."""
 
     def __init__(self, src: Path, params: checkpoint.StoredParams, config: RadFMConfig, dtype: np.dtype):
-        self.src, self.params, self.scale, self.dtype = src, params, config.lora.scale, dtype
+        self.src, self.params, self.dtype = src, params, dtype
+        self.scale = config.lora.scale if config.lora else 0.0
         # dtypes in which the run holds its frozen language model
         leaves = checkpoint.flatten(nn.unbox(abstract_params(config))) if config.base != "float32" else {}
         self.held = {path: np.dtype(leaf.dtype) for path, leaf in leaves.items() if path.startswith(quantised.PART)}
@@ -129,7 +134,9 @@ class _Merging:
         else:
             axis = 1 if path == quantised.HEAD else 0
             step = max(1, BLOCK_BYTES * shape[axis] // (4 * math.prod(shape)))
-            yield from ((slice(None),) * axis + (slice(i, i + step),) for i in range(0, shape[axis], step))
+            yield from (
+                (slice(None),) * axis + (slice(i, min(i + step, shape[axis])),) for i in range(0, shape[axis], step)
+            )
 
     def _held(self, path: str, value: np.ndarray) -> np.ndarray:
         """Return weights as the run has them: converted to the type of its base and back."""
@@ -148,7 +155,7 @@ class _Merging:
         return total
 
     def lines(self) -> list[str]:
-        lines = [f"merged the adapters of {', '.join(self.merged)}"]
+        lines = [f"merged the adapters of {', '.join(self.merged) or 'no linear map: the run trained none'}"]
         if self.added:
             share = math.sqrt(self.rounded / self.added)
             lines.append(

@@ -1,0 +1,141 @@
+"""Runs with adapters -> one checkpoint: every weight, the logits, and what is refused."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from family_parity import logits_of
+
+import radfm_jax
+from radfm_jax.checkpoints import checkpoint
+from radfm_jax.convert.merge import merge
+from radfm_jax.convert.to_torch import to_torch
+from radfm_jax.models import lora, quantised, radfm
+
+LORA = lora.LoraConfig(rank=2, alpha=3.0, targets=("llama/blocks/*", "vit/blocks/qkv", "projection"))
+LEARNED = ("vit", "perceiver", "projection", "image_marks")
+PREPARATION = {"preprocess": "paper", "size_2d": [32, 32], "num_latents": 4}
+
+
+def random_params(config: radfm.RadFMConfig, seed: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(lambda: radfm.init_params(config, jax.random.key(0)))
+    return {path: rng.normal(0, 0.2, x.shape).astype(np.float32) for path, x in checkpoint.flatten(shapes).items()}
+
+
+def write(directory, params: dict, model: dict, **fields) -> None:
+    with checkpoint.new_directory(directory) as partial:
+        checkpoint.save_params(partial, checkpoint.unflatten(params))
+        checkpoint.write_description(partial, "radfm", model, **fields)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Return a folder with `base` and a run for every type of base, and the parameters that a run computes with."""
+    root = tmp_path_factory.mktemp("merge")
+    config = dataclasses.replace(radfm.tiny(), lora=LORA)
+    params = random_params(config, 0)
+    base = {path: x for path, x in params.items() if not lora.is_adapter(path)}
+    write(root / "base", base, radfm.tiny().to_dict(), source={"file": "x"})
+    params |= {path: x + 1 for path, x in params.items() if path.split("/")[0] in LEARNED}
+    own = {path: x for path, x in params.items() if lora.is_adapter(path) or path.split("/")[0] in LEARNED}
+    record = {"directory": str(root / "base"), "sha256": checkpoint.digest(root / "base")}
+    source = {"training": "adapt", "step": 3, "origin": {"training": "adapt", "step": 3, "init_from": "base"}}
+    for held in quantised.BASES:
+        model = dataclasses.replace(config, base=held).to_dict()
+        write(root / held, own, model, source=source, base=record, preparation=PREPARATION)
+    return root, params
+
+
+def expected(params: dict, held: str) -> dict[str, np.ndarray]:
+    """Return the merged weights, written plainly."""
+    merged = {}
+    for path, x in params.items():
+        if lora.is_adapter(path):
+            continue
+        if path.startswith("llama/") and held != "float32":
+            inputs = 2 if path == "llama/blocks/out/kernel" else 1
+            if held in ("int8", "nf4") and path.startswith("llama/blocks/") and path.endswith("/kernel"):
+                convert = quantised.to_int8 if held == "int8" else quantised.to_nf4
+                x = np.stack([quantised.dequantise(path, *convert(layer, inputs)) for layer in x])
+            elif (held, path) == ("int8", "llama/head"):
+                x = quantised.dequantise(path, *quantised.to_int8(x, 1))
+            else:
+                x = x.astype(ml_dtypes.bfloat16).astype(np.float32)
+        a, b = (params.get(path.removesuffix("/kernel") + leaf) for leaf in ("/lora_a", "/lora_b"))
+        if a is not None:
+            many = x.ndim == a.ndim + b.ndim - 3  # a stack of layers
+            pairs = zip(a, b, strict=True) if many else [(a, b)]
+            change = [1.5 * np.tensordot(a, b, 1) for a, b in pairs]
+            x = x + (np.stack(change) if many else change[0])
+        merged[path] = x
+    return merged
+
+
+@pytest.mark.parametrize("held", quantised.BASES)
+def test_merged_weights_are_those_that_the_run_computes_with(held, runs, tmp_path):
+    root, params = runs
+    report = merge(root / held, tmp_path / "merged")
+    merged, want = checkpoint.StoredParams(tmp_path / "merged"), expected(params, held)
+    assert merged.shapes.keys() == want.keys() and merged.base is None
+    for path, x in want.items():
+        assert merged.dtypes[path] == np.float32
+        np.testing.assert_allclose(merged.read(path), x, rtol=0, atol=2e-6, err_msg=path)
+    assert report.parameters == sum(x.size for x in want.values())
+    description = checkpoint.read_description(tmp_path / "merged")
+    assert checkpoint.model_config(description, "x") == radfm.tiny()
+    assert "base" not in description and description["preparation"] == PREPARATION | description["preparation"]
+    assert description["source"]["origin"]["training"] == "adapt"
+    assert description["source"]["merged"]["lora"]["rank"] == 2
+
+
+def test_a_merged_model_has_the_logits_of_the_run(runs, tmp_path):
+    root, _ = runs
+    merge(root / "nf4", tmp_path / "merged")
+    run, merged = radfm_jax.load(root / "nf4"), radfm_jax.load(tmp_path / "merged")
+    assert run.config.lora == LORA and merged.config == radfm.tiny()
+    ids = np.random.default_rng(0).integers(3, 90, (1, 12))
+    of = lambda model: np.asarray(logits_of(model.config.with_compute(remat="none").llama, model.params["llama"], ids))  # noqa: E731
+    expected, actual = of(run), of(merged)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+
+
+def test_narrow_types_report_what_rounding_costs(runs, tmp_path):
+    root, params = runs
+    report = merge(root / "float32", tmp_path / "merged", dtype="bfloat16")
+    merged, want = checkpoint.StoredParams(tmp_path / "merged"), expected(params, "float32")
+    assert all(
+        np.array_equal(merged.read(path), x.astype(ml_dtypes.bfloat16)) for path, x in want.items() if "/vit" in path
+    )
+    maps = [path for path in want if f"{path.removesuffix('/kernel')}/lora_a" in params]
+    squares = lambda arrays: sum(float(np.sum(np.square(x, dtype=np.float64))) for x in arrays)  # noqa: E731
+    error = squares(want[path] - merged.read(path).astype(np.float32) for path in maps)
+    added = squares(want[path] - params[path] for path in maps)
+    assert f"by {(error / added) ** 0.5:.1%} of what the adapters add" in report.lines[1]
+
+
+def test_what_is_refused(runs, tmp_path):
+    root, _ = runs
+    for dtype in ("int8", "nf4"):
+        with pytest.raises(ValueError, match=f"merging into {dtype} loses the adapters"):
+            merge(root / "float32", tmp_path / "x", dtype=dtype)
+    with pytest.raises(ValueError, match="dtype 'float8' is unknown: choose one of float32, float16, bfloat16"):
+        merge(root / "float32", tmp_path / "x", dtype="float8")
+    with pytest.raises(ValueError, match="base has no adapters to merge"):
+        merge(root / "base", tmp_path / "x")
+    with pytest.raises(ValueError, match="exists: choose another name"):
+        merge(root / "float32", root / "base")
+    with pytest.raises(ValueError, match="has adapters over a base: merge them first"):
+        to_torch(root / "float32", tmp_path / "x")
+    other = shutil.copytree(root / "base", tmp_path / "other")
+    manifest = json.loads((other / "manifest.json").read_text())
+    changed = next(name for name in manifest["files"] if "up.kernel/c/" in name)
+    manifest["files"][changed]["sha256"] = "0" * 64
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="was trained on another base than .*other, whose digest is"):
+        merge(root / "float32", tmp_path / "x", base=other)
+    assert not (tmp_path / "x").exists()
