@@ -12,15 +12,15 @@ from pathlib import Path
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from input_pipeline.text.tokenizer import Tokenizer, load_tokenizer, read_tokenizer_files
 from radfm_jax.checkpoints import checkpoint, run_directory
-from radfm_jax.checkpoints import int8 as quantised
 from radfm_jax.inference import Answer, EncodedScans, Generator, Request, Sampling, inputs, require_answers, stored
 from radfm_jax.inference.plain_rows import plain_rows
 from radfm_jax.inference.stored import preparation_of
-from radfm_jax.models import radfm
+from radfm_jax.models import lora, quantised, radfm
 from radfm_jax.runtime import sharding
 
 CHUNK = 8  # tokens per piece of a streamed answer
@@ -224,6 +224,8 @@ def load(
     dtype: str = "float32",
     param_dtype: str | None = None,
     int8: bool = False,
+    weights: str | None = None,
+    base=None,
     mesh=None,
     verify: bool = True,
     tokenizer=None,
@@ -231,12 +233,17 @@ def load(
 ) -> Model:
     """Load a checkpoint (from `python -m radfm_jax.convert`, training or `save`).
 
+    A run that trained adapters is loaded together with its base.
+
     Args:
       directory: a checkpoint or a training run. Of a run, the best checkpoint is loaded, or the newest if none was
         evaluated.
       dtype: compute dtype of matrix products: float32 or bfloat16.
       param_dtype: dtype of the parameters; None: as stored.
-      int8: keep the decoder's matrices in int8, with a scale per output (radfm_jax.checkpoints.int8).
+      int8: the same as weights="int8".
+      weights: how the decoder's weights are held: float32, bfloat16, int8 or nf4 (radfm_jax.models.quantised); None: as
+        in the training of adapters, otherwise as stored.
+      base: directory of the base of a run that trained adapters, if it is not where it was then.
       mesh: from `sharding.make_mesh`, to shard the parameters over; None: the first device.
       verify: check the SHA-256 of every file; False checks sizes only.
       tokenizer: SentencePiece model, tokenizer.json or a folder with one, for a checkpoint without a tokenizer.
@@ -247,22 +254,29 @@ def load(
     for name in filter(None, (dtype, param_dtype)):
         if name not in checkpoint.DTYPES:
             raise ValueError(f"dtype {name!r} is unknown: choose one of {', '.join(checkpoint.DTYPES)}")
+    if weights not in (None, *quantised.BASES):
+        raise ValueError(f"weights {weights!r} is unknown: choose one of {', '.join(quantised.BASES)}")
     if mesh is not None and mesh.axis_names != sharding.AXES:
         raise ValueError(f"mesh has axes {mesh.axis_names}, expected {sharding.AXES}: use sharding.make_mesh")
     if tokenizer is not None and not Path(tokenizer).exists():
         raise ValueError(f"tokenizer {tokenizer} does not exist: pass a SentencePiece model file or a tokenizer.json")
     directory = run_directory.select_checkpoint(directory)
     checkpoint.verify(directory, hashes=verify, allow_missing=() if tokenizer is None else checkpoint.TOKENIZERS)
+    if (base := checkpoint.base_of(directory, base)) is not None:
+        checkpoint.verify(base, hashes=verify)
     config = checkpoint.model_config(checkpoint.read_description(directory), directory)
+    weights = "int8" if int8 else weights
+    as_stored = config.base == "float32" and weights in (None, "int8")  # other than the matrices
+    config = dataclasses.replace(config, base=weights or config.base)
     boxed = radfm.abstract_params(config)
-    dtypes = checkpoint.ParamReader(directory).dtypes
-    abstract = {
-        path: jax.ShapeDtypeStruct(leaf.shape, param_dtype or dtypes.get(path, leaf.dtype))
-        for path, leaf in checkpoint.flatten(nn.unbox(boxed)).items()
-    }
+    dtypes, leaves = checkpoint.StoredParams(directory, base).dtypes, checkpoint.flatten(nn.unbox(boxed))
+    fixed = quantised.quantised_shapes(leaves)
+    for path, leaf in leaves.items():
+        if path in dtypes and path not in fixed and (as_stored or leaf.dtype != jnp.bfloat16):
+            dtype_of_leaf = dtypes[path] if param_dtype is None or lora.is_adapter(path) else param_dtype
+            leaves[path] = jax.ShapeDtypeStruct(leaf.shape, dtype_of_leaf)
     shardings = sharding.param_shardings(boxed, mesh)[0] if mesh is not None else None
-    restore = quantised.restore_params if int8 else checkpoint.restore_params
-    params = restore(directory, checkpoint.unflatten(abstract), shardings)
+    params = checkpoint.restore_params(directory, checkpoint.unflatten(leaves), shardings, base)
     tokenizer = None if tokenizer is None else Path(tokenizer)
     return Model(config.with_compute(dtype=dtype), params, directory, mesh, tokenizer, prepared)
 
@@ -272,10 +286,12 @@ def save(model: Model, directory) -> None:
 
     The other files of the loaded checkpoint (tokenizer, unused tensors of a released file) are copied. The preparation
     and the tokenizer that the model was loaded with replace those of the checkpoint. Raises ValueError if `directory`
-    exists, the disk is too small, weights are int8, or there are several processes.
+    exists, the disk is too small, weights are int8 or nf4, the model has adapters, or there are several processes.
     """
-    if any(x.dtype == np.int8 for x in jax.tree.leaves(model.params)):
-        raise ValueError("int8 weights cannot be saved: load the model without int8 and save that")
+    if model.config.lora is not None:
+        raise ValueError("a model with adapters cannot be saved: merge them first (python -m radfm_jax.convert merge)")
+    if any(np.issubdtype(x.dtype, np.integer) for x in jax.tree.leaves(model.params)):
+        raise ValueError('int8 and nf4 weights cannot be saved: load the model with weights="float32" and save that')
     if jax.process_count() > 1:
         raise ValueError("save needs a single process: gather the parameters in one process and save there")
     extra_files, fields = [], {"source": {}}

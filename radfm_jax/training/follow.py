@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 from input_pipeline.field_rules import errors_of, plain_mapping
 from radfm_jax.checkpoints import checkpoint, run_directory
 from radfm_jax.inference import stored
-from radfm_jax.models.radfm import COMPUTE, RadFMConfig
+from radfm_jax.models.computation import COMPUTE
+from radfm_jax.models.radfm import PARTS, RadFMConfig
 from radfm_jax.runtime import console
 
 ROW_LIMITS = ("vision_rows", "patch_length", "planes", "scans")  # fields of DataConfig; Preparation has text_length
@@ -33,7 +34,8 @@ def follow_checkpoint(config: ConfigDict, overridden: Collection[str]) -> Config
         return config
     directory = run_directory.select_checkpoint(config.checkpoint.init_from)
     description = checkpoint.read_description(directory)
-    followed = {f"model.{part}.{name}": x for part, sizes in description["model"].items() for name, x in sizes.items()}
+    parts = {part: sizes for part, sizes in description["model"].items() if part in PARTS}
+    followed = {f"model.{part}.{name}": x for part, sizes in parts.items() for name, x in sizes.items()}
     if description["part"] == "radfm":
         model = checkpoint.model_config(description, directory)
         preparation = dataclasses.asdict(stored.preparation_of(directory, model))
@@ -53,7 +55,7 @@ def follow_checkpoint(config: ConfigDict, overridden: Collection[str]) -> Config
         if tokenizer == directory:  # its vocabulary may be smaller than that of the model
             followed["data.vocab_size"] = description["model"]["llama"]["vocab_size"]
     with config.unlocked(), config.ignore_type():
-        for part, sizes in description["model"].items():
+        for part, sizes in parts.items():
             kind = getattr(getattr(RadFMConfig(), part), "kind", None)  # of files that do not have the field
             group = config.model[part]
             if sizes.get("kind", kind) != group.get("kind", kind):  # another network, with other fields
