@@ -14,11 +14,13 @@ import radfm_jax
 from radfm_jax.checkpoints import checkpoint
 from radfm_jax.convert.merge import merge
 from radfm_jax.convert.to_torch import to_torch
+from radfm_jax.inference import stored
+from radfm_jax.inference.inputs import Preparation
 from radfm_jax.models import lora, quantised, radfm
 
 LORA = lora.LoraConfig(rank=2, alpha=3.0, targets=("llama/blocks/*", "vit/blocks/qkv", "projection"))
 LEARNED = ("vit", "perceiver", "projection", "image_marks")
-PREPARATION = {"preprocess": "paper", "size_2d": [32, 32], "num_latents": 4}
+PREPARATION = stored.to_record(Preparation(size_2d=64, num_latents=4))
 
 
 def random_params(config: radfm.RadFMConfig, seed: int) -> dict[str, np.ndarray]:
@@ -88,7 +90,7 @@ def test_merged_weights_are_those_that_the_run_computes_with(held, runs, tmp_pat
     assert report.parameters == sum(x.size for x in want.values())
     description = checkpoint.read_description(tmp_path / "merged")
     assert checkpoint.model_config(description, "x") == radfm.tiny()
-    assert "base" not in description and description["preparation"] == PREPARATION | description["preparation"]
+    assert "base" not in description and description["preparation"] == PREPARATION
     assert description["source"]["origin"]["training"] == "adapt"
     assert description["source"]["merged"]["lora"]["rank"] == 2
 

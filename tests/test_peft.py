@@ -25,7 +25,9 @@ from radfm_jax.convert.peft.writing import to_peft
 from radfm_jax.models.lora import LoraConfig
 from radfm_jax.models.radfm import RadFMConfig
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT reads it
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)  # PEFT reads it
 IDS = np.random.default_rng(0).integers(3, 60, (2, 24))
 # Family -> fields of PEFT's LoraConfig.
 CASES = {

@@ -168,9 +168,10 @@ def raise_damage(directory, problems: Iterable[str]) -> None:
 
 
 def digest(directory) -> str:
-    """Return a SHA-256 that identifies the parameters of a checkpoint. It does not depend on the path."""
-    files = read_manifest(Path(directory))
-    params = {name: entry["sha256"] for name, entry in sorted(files.items()) if name.startswith(f"{PARAMS}/")}
+    """Return a SHA-256 that identifies the parameters of a checkpoint. It does not depend on path or time."""
+    files = sorted(read_manifest(Path(directory)).items())
+    times = {f"{PARAMS}/{name}" for name in ("_CHECKPOINT_METADATA", "commit_success.txt")}  # written by Orbax
+    params = {name: entry["sha256"] for name, entry in files if name.startswith(f"{PARAMS}/") and name not in times}
     return hashlib.sha256(json.dumps(params).encode()).hexdigest()
 
 
