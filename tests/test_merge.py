@@ -95,15 +95,20 @@ def test_merged_weights_are_those_that_the_run_computes_with(held, runs, tmp_pat
     assert description["source"]["merged"]["lora"]["rank"] == 2
 
 
+@pytest.mark.slow
 def test_a_merged_model_has_the_logits_of_the_run(runs, tmp_path):
     root, _ = runs
     merge(root / "nf4", tmp_path / "merged")
     run, merged = radfm_jax.load(root / "nf4"), radfm_jax.load(tmp_path / "merged")
     assert run.config.lora == LORA and merged.config == radfm.tiny()
     ids = np.random.default_rng(0).integers(3, 90, (1, 12))
-    of = lambda model: np.asarray(logits_of(model.config.with_compute(remat="none").llama, model.params["llama"], ids))  # noqa: E731
-    expected, actual = of(run), of(merged)
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+
+    def logits(model):
+        config = model.config.with_compute(remat="none").llama
+        return np.asarray(jax.jit(lambda params: logits_of(config, params, ids))(model.params["llama"]))
+
+    expected = logits(run)
+    np.testing.assert_allclose(logits(merged), expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
 
 def test_narrow_types_report_what_rounding_costs(runs, tmp_path):

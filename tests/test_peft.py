@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 
+import jax
 import numpy as np
 import peft
 import pytest
@@ -18,10 +19,12 @@ from transformers import LlamaForCausalLM
 from radfm_jax.checkpoints import checkpoint
 from radfm_jax.convert.__main__ import main
 from radfm_jax.convert.from_torch import from_torch
+from radfm_jax.convert.merge import merge
 from radfm_jax.convert.peft import config as peft_config
 from radfm_jax.convert.peft import tensors as peft_tensors
 from radfm_jax.convert.peft.reading import from_peft
 from radfm_jax.convert.peft.writing import to_peft
+from radfm_jax.convert.to_torch import to_torch
 from radfm_jax.models.lora import LoraConfig
 from radfm_jax.models.radfm import RadFMConfig
 
@@ -55,7 +58,7 @@ def our_logits(directory) -> np.ndarray:
     params = checkpoint.StoredParams(directory)
     leaves = {name.removeprefix("llama/"): params.read(name) for name in params.shapes}
     llama = dataclasses.replace(config.llama, remat="none")  # compiles faster
-    return np.asarray(logits_of(llama, checkpoint.unflatten(leaves), IDS))
+    return np.asarray(jax.jit(lambda params: logits_of(llama, params, IDS))(checkpoint.unflatten(leaves)))
 
 
 def tensors_of(folder) -> dict[str, np.ndarray]:
@@ -106,6 +109,11 @@ def test_a_round_trip_keeps_every_bit_and_the_logits_agree(name, made):
     np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
     loaded = peft.PeftModel.from_pretrained(theirs(name), root / "again").eval()
     np.testing.assert_array_equal(their_logits(loaded), expected)
+    merge(root / "checkpoint", root / "merged")
+    to_torch(root / "merged", root / "merged_hf", part="llama")
+    merged, theirs_merged = load_file(root / "merged_hf" / "model.safetensors"), loaded.merge_and_unload().state_dict()
+    for key, x in merged.items():
+        np.testing.assert_allclose(x, theirs_merged[key].numpy(), rtol=0, atol=2e-6, err_msg=key)
 
 
 def test_what_a_checkpoint_of_adapters_contains(made):

@@ -20,8 +20,8 @@ from radfm_jax.convert import inherited
 from radfm_jax.convert.report import NO_PROGRESS, Progress, Report
 from radfm_jax.convert.weights import BLOCK_BYTES
 from radfm_jax.inference import stored
-from radfm_jax.models import lora, quantised
-from radfm_jax.models.radfm import PARTS, RadFMConfig, abstract_params
+from radfm_jax.models import decoder, lora, quantised, radfm
+from radfm_jax.models.radfm import PARTS, RadFMConfig
 
 QUANTISED = ("int8", "nf4")
 
@@ -51,11 +51,10 @@ def merge(src, dst, *, dtype: str = "float32", base=None, progress: Progress = N
     params = checkpoint.StoredParams(src, base)
     checkpoint.verify(params.base)
     config = RadFMConfig.from_dict(description["model"])
-    merged = dataclasses.replace(config, lora=None, base="float32")
-    boxed = flatten_dict(abstract_params(merged), is_leaf=lambda _, x: isinstance(x, nn.Partitioned), sep="/")
+    boxed = _boxed(config, description["part"])
     shapes = {path: (box.value.shape, target) for path, box in boxed.items() if path in params.shapes}
     checkpoint.require_space(dst, (size := checkpoint.bytes_of(shapes)) * 51 // 50, f"merging {src}")
-    merging, lines = _Merging(src, params, config, target), list[str]()
+    merging, lines = _Merging(src, params, config, quantised.hold(boxed, config.base), target), list[str]()
     fields = _fields(src, description, checkpoint.read_description(params.base), lines)
     model = {name: x for name, x in description["model"].items() if name in PARTS}
     progress.stage("merging", size)
@@ -72,6 +71,15 @@ def merge(src, dst, *, dtype: str = "float32", base=None, progress: Progress = N
         progress.stage("hashing", None)
     lines[:0] = merging.lines()
     return Report(sum(math.prod(shape) for shape, _ in shapes.values()), size, (target.name,), lines)
+
+
+def _boxed(config: RadFMConfig, part: str) -> dict[str, nn.Partitioned]:
+    """Return {path: boxed shape} of a model without adapters."""
+    if part == "llama":
+        tree = {"llama": decoder.abstract_params(dataclasses.replace(config.llama, lora=None))}
+    else:
+        tree = radfm.abstract_params(dataclasses.replace(config, lora=None, base="float32"))
+    return flatten_dict(tree, is_leaf=lambda _, x: isinstance(x, nn.Partitioned), sep="/")
 
 
 def _fields(src: Path, description: dict, base: dict, lines: list[str]) -> dict[str, Any]:
@@ -98,12 +106,12 @@ def _dtype(name: str) -> np.dtype:
 class _Merging:
     """Reads the parameters of a run slice by slice, with the adapters added, and measures the rounding."""
 
-    def __init__(self, src: Path, params: checkpoint.StoredParams, config: RadFMConfig, dtype: np.dtype):
+    def __init__(self, src: Path, params: checkpoint.StoredParams, config: RadFMConfig, held: dict, dtype: np.dtype):
         self.src, self.params, self.dtype = src, params, dtype
         self.scale = config.lora.scale if config.lora else 0.0
-        # dtypes in which the run holds its frozen language model
-        leaves = checkpoint.flatten(nn.unbox(abstract_params(config))) if config.base != "float32" else {}
-        self.held = {path: np.dtype(leaf.dtype) for path, leaf in leaves.items() if path.startswith(quantised.PART)}
+        # dtypes in which the run has its frozen language model
+        frozen = {} if config.base == "float32" else held
+        self.held = {path: np.dtype(box.value.dtype) for path, box in frozen.items() if path.startswith(quantised.PART)}
         self.merged: list[str] = []
         self.added = self.rounded = 0.0  # sums of squares: what the adapters add, and its error in `dtype`
 
