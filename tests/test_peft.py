@@ -95,7 +95,7 @@ def made(tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "gemma3")) for n in CASES])
 def test_a_round_trip_keeps_every_bit_and_the_logits_agree(name, made):
     root, expected = made(name)
     before, after = tensors_of(root / "adapter"), tensors_of(root / "again")
