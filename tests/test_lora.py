@@ -24,7 +24,7 @@ from radfm_jax.models import lora, quantised, radfm
 from radfm_jax.models.lora import LoraConfig
 from radfm_jax.runtime import sharding
 from radfm_jax.training import train_step
-from radfm_jax.training.experiment import CheckpointConfig, Experiment
+from radfm_jax.training.experiment import Experiment
 from radfm_jax.training.losses import radfm_loss
 from radfm_jax.training.optimizer import OptimizerConfig
 
@@ -281,6 +281,28 @@ def test_other_meshes_and_load_read_a_step_with_its_base(run, base):
         api.save(model, workdir.parent / "copy")
 
 
+def test_several_adapters_share_the_arrays_of_one_base(run, base):
+    weights, workdir, states, _ = run
+    steps = {f"step {n}": run_directory.step_directory(workdir, n) for n in (1, 2)}
+    model = api.load(base, weights=weights).with_adapters(steps)
+    shared = [m.params["llama"]["blocks"]["up"]["kernel"] for m in (model, *model.adapters.values())]
+    assert shared[0] is shared[1] is shared[2]
+    alone = radfm_jax.load(workdir)
+    assert alone.with_adapters(steps).adapters["step 1"].config == alone.config
+    for path, x in flatten(model.adapters["step 2"].params).items():
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(flatten(alone.params)[path]), err_msg=path)
+    first = states[0][0]["params"]["llama"]["blocks"]["up"]["lora_b"]
+    for whole in (model, alone.with_adapters(steps)):
+        np.testing.assert_array_equal(whole.adapters["step 1"].params["llama"]["blocks"]["up"]["lora_b"], first)
+    with pytest.raises(ValueError, match=r"adapter 'step' is unknown \(did you mean step \d\?\); adapters: step 1"):
+        model.answer("Is there an effusion?", adapter="step")
+    if weights == "nf4":
+        with pytest.raises(ValueError, match="trained on a base in nf4, but this model holds it in float32: load it w"):
+            api.load(base).with_adapters(steps)
+    with pytest.raises(ValueError, match="has all its parameters and needs no base"):
+        model.with_adapters({"base": base})
+
+
 def test_a_base_that_moved_or_changed(run, base, tmp_path):
     weights, workdir, _, _ = run
     directory = run_directory.step_directory(workdir, 2)
@@ -337,6 +359,7 @@ def test_errors_of_the_config():
         train_step.abstract_state(CONFIG, OptimizerConfig(), sharding.make_mesh(devices=jax.devices()[:1]))
     with pytest.raises(ValueError, match="model.lora and model.base need checkpoint.init_from"):
         Experiment(CONFIG, optimizer=FROZEN)
-    with pytest.raises(ValueError, match="model.base is int8, which cannot be trained: add llama to optimizer.frozen"):
-        Experiment(dataclasses.replace(PLAIN, base="int8"), checkpoint=CheckpointConfig(init_from="x"))
+    with pytest.raises(ValueError, match="model.base nf4 holds llama/blocks/.*/kernel, which is trained: add it"):
+        mesh = sharding.make_mesh(devices=jax.devices()[:1])
+        train_step.abstract_state(dataclasses.replace(PLAIN, base="nf4"), OptimizerConfig(), mesh)
     assert radfm.RadFMConfig.from_dict(CONFIG.to_dict()) == CONFIG

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 
-from input_pipeline.field_rules import Size, field_problems, raise_problems
+from input_pipeline.field_rules import Size, as_tuple, field_problems, from_mapping, raise_problems
 from input_pipeline.files import read_json
 from radfm_jax.checkpoints import checkpoint, run_directory
 from radfm_jax.checkpoints.checkpoint import PARAMS, flatten, mismatches, read_arrays, stored_arrays
@@ -180,14 +180,18 @@ def _differing_sizes(description: dict, model: radfm.RadFMConfig | None) -> list
     """Return one line per field of the model that differs from the checkpoint."""
     if model is None:
         return []
-    expected = json.loads(json.dumps(model.to_dict()))  # tuples become lists, as in the checkpoint
-    return [
-        f"{part}.{name} is {expected[part].get(name)!r}, was {value!r} in the checkpoint"
-        for part, stored_sizes in description["model"].items()
-        if part in radfm.PARTS
-        for name, value in stored_sizes.items()
-        if name not in COMPUTATION and expected.get(part, {}).get(name) != value
-    ]
+    lines = []
+    for part in (name for name in radfm.PARTS if name in description["model"]):
+        config, stored = getattr(model, part), description["model"][part]
+        with contextlib.suppress(ValueError):  # raised for the sizes of another network, which are compared as they are
+            stored = from_mapping(type(config), stored, part).to_dict()  # adds fields that older files do not have
+        expected = config.to_dict()
+        lines += [
+            f"{part}.{name} is {expected.get(name)!r}, was {value!r} in the checkpoint"
+            for name, value in stored.items()
+            if name not in COMPUTATION and as_tuple(expected.get(name)) != as_tuple(value)
+        ]
+    return lines
 
 
 def _shared_parameters(directory: Path, params: dict, stored: checkpoint.StoredParams, sizes: list[str]) -> list[str]:

@@ -21,5 +21,9 @@ class Computation:
     attention: Annotated[str, one_of(NAMES)] = "auto"
     lora: LoraConfig | None = None  # copied from `model.lora` by RadFMConfig
 
+    def to_dict(self) -> dict:
+        """Return the fields as plain values, without `lora`, which is stated once for the whole model."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "lora"}  # type: ignore[call-overload]
+
 
 COMPUTE = tuple(field.name for field in dataclasses.fields(Computation))

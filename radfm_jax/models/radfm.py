@@ -90,10 +90,7 @@ class RadFMConfig:
         return dataclasses.replace(self, **parts)
 
     def to_dict(self) -> dict:
-        fields = dataclasses.asdict(self)
-        for name in PARTS:
-            del fields[name]["lora"]
-        return fields
+        return dataclasses.asdict(self) | {name: getattr(self, name).to_dict() for name in PARTS}
 
     @classmethod
     def from_dict(cls, fields: dict) -> RadFMConfig:

@@ -131,10 +131,7 @@ class Experiment:
         if ids not in (0, vocabulary):
             reason = f"data.vocab_size is {ids}, but model.llama.vocab_size is {vocabulary}"
             raise ValueError(f"{reason}: set both to the same number")
-        lora, base = self.model.lora, self.model.base
-        if base != "float32" and "llama" not in self.optimizer.frozen:
-            raise ValueError(f"model.base is {base}, which cannot be trained: add llama to optimizer.frozen")
-        if (lora is not None or base != "float32") and not self.checkpoint.init_from:
+        if (self.model.lora is not None or self.model.base != "float32") and not self.checkpoint.init_from:
             raise ValueError("model.lora and model.base need checkpoint.init_from, the checkpoint with the base")
 
     def to_dict(self) -> dict:

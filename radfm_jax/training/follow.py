@@ -21,6 +21,8 @@ ROW_LIMITS = ("vision_rows", "patch_length", "planes", "scans")  # fields of Dat
 def follow_checkpoint(config: ConfigDict, overridden: Collection[str]) -> ConfigDict:
     """Return a config with the model, the tokenizer and the preparation of scans of `checkpoint.init_from`.
 
+    A run that trained adapters sets `model.lora` and `model.base`, unless the config has adapters.
+
     A step of a training run also sets the sizes of a row. A language model alone sets only its own sizes and the
     tokenizer, a vision encoder alone its own sizes and the fields of `data` that it requires. If the directory does not
     exist, nothing changes.
@@ -67,5 +69,8 @@ def follow_checkpoint(config: ConfigDict, overridden: Collection[str]) -> Config
                 group = group[part]
             if path not in overridden and not any(path.startswith(f"{field}.") for field in overridden):
                 group[name] = tuple(value) if isinstance(group.get(name), tuple) else value
+        if (trained := description["model"].get("lora")) and config.model.lora is None:
+            config.model.lora = ConfigDict(trained | {"targets": tuple(trained["targets"])})
+            config.model.base = description["model"].get("base", config.model.base)
     console.log(f"model, tokenizer and preparation of scans are those of {directory}, unless an option sets them")
     return config
