@@ -140,6 +140,8 @@ def add_adapter_commands(commands) -> None:
     sub.add_argument("--dtype", choices=DTYPES, help="dtype of the stored adapters (default: unchanged)")
     sub.add_argument("--base", metavar="DIR", required=True, help="checkpoint directory, or run, whose language model "
                      "the adapters were trained on")  # fmt: skip
+    sub.add_argument("--weights", choices=("float32", "bfloat16", "int8", "nf4"), default="float32", help="how the "
+                     "base is held when the checkpoint is loaded, such as nf4 for QLoRA (default: %(default)s)")  # fmt: skip
     sub.add_argument("--any-base", action="store_true", help="accept a base with another digest than to-peft recorded, "
                      "for one with the same weights in another dtype")  # fmt: skip
 
@@ -263,7 +265,7 @@ def _convert_adapters(args: argparse.Namespace, bar: ProgressBar) -> Report:
         return merge(args.src, args.dst, **common)
     if args.command == "to-peft":
         return to_peft(args.src, args.dst, base_model=args.base_model, **common)
-    return from_peft(args.src, args.dst, any_base=args.any_base, **common)
+    return from_peft(args.src, args.dst, any_base=args.any_base, weights=args.weights, **common)
 
 
 def _check(args: argparse.Namespace, console: Console) -> int:

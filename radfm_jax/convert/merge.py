@@ -109,9 +109,10 @@ class _Merging:
     def __init__(self, src: Path, params: checkpoint.StoredParams, config: RadFMConfig, held: dict, dtype: np.dtype):
         self.src, self.params, self.dtype = src, params, dtype
         self.scale = config.lora.scale if config.lora else 0.0
-        # dtypes in which the run has its frozen language model
-        frozen = {} if config.base == "float32" else held
-        self.held = {path: np.dtype(box.value.dtype) for path, box in frozen.items() if path.startswith(quantised.PART)}
+        # dtypes in which the run has its frozen language model; what it learned is float32
+        frozen = [path for path, origin in params.origins.items() if origin == params.base and path in held]
+        is_held = lambda path: config.base != "float32" and path.startswith(quantised.PART)  # noqa: E731
+        self.held = {path: np.dtype(held[path].value.dtype) for path in frozen if is_held(path)}
         self.merged: list[str] = []
         self.added = self.rounded = 0.0  # sums of squares: what the adapters add, and its error in `dtype`
 
@@ -149,7 +150,7 @@ class _Merging:
     def _held(self, path: str, value: np.ndarray) -> np.ndarray:
         """Return weights as the run has them: converted to the type of its base and back."""
         dtype = self.held.get(path, value.dtype)
-        if lora.is_adapter(path) or not np.issubdtype(dtype, np.integer):
+        if not np.issubdtype(dtype, np.integer):
             return value.astype(dtype, copy=False)
         convert = quantised.to_int8 if dtype == np.int8 else quantised.to_nf4
         return quantised.dequantise(path, *convert(value, len(quantised.contraction_axes(path))))

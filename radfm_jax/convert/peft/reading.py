@@ -34,6 +34,7 @@ def from_peft(
     *,
     base,  # checkpoint directory, or run, whose language model the adapters were trained on
     any_base: bool = False,  # accept a base with another digest than the folder records
+    weights: str = "float32",  # how `load` holds the language model of `base`: one of quantised.BASES
     dtype: str | None = None,  # of the adapters; None keeps that of the file
     progress: Progress = NO_PROGRESS,
 ) -> Report:
@@ -68,7 +69,7 @@ def from_peft(
         for path, x in params.items():
             writer.write(path, x)
         inherited.copy_files(base, directory)
-        model = {**description["model"], "lora": dataclasses.asdict(adapters)}
+        model = {**description["model"], "lora": dataclasses.asdict(adapters), "base": weights}
         below = {checkpoint.BASE: {"directory": str(checkpoint.absolute(base)), "sha256": digest}}
         checkpoint.write_description(directory, description["part"], model, source=source, **preparation, **below)
     return _report(params, shapes, adapters, [_base_line(values, description), *lines])
