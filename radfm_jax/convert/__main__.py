@@ -140,8 +140,10 @@ def add_adapter_commands(commands) -> None:
     sub.add_argument("--dtype", choices=DTYPES, help="dtype of the stored adapters (default: unchanged)")
     sub.add_argument("--base", metavar="DIR", required=True, help="checkpoint directory, or run, whose language model "
                      "the adapters were trained on")  # fmt: skip
-    sub.add_argument("--weights", choices=("float32", "bfloat16", "int8", "nf4"), default="float32", help="how the "
-                     "base is held when the checkpoint is loaded, such as nf4 for QLoRA (default: %(default)s)")  # fmt: skip
+    sub.add_argument(
+        "--weights", choices=("float32", "bfloat16", "int8", "nf4"), default="float32",
+        help="how the base is held when the checkpoint is loaded, such as nf4 for QLoRA (default: %(default)s)",
+    )  # fmt: skip
     sub.add_argument("--any-base", action="store_true", help="accept a base with another digest than to-peft recorded, "
                      "for one with the same weights in another dtype")  # fmt: skip
 
