@@ -131,8 +131,6 @@ class Experiment:
         if ids not in (0, vocabulary):
             reason = f"data.vocab_size is {ids}, but model.llama.vocab_size is {vocabulary}"
             raise ValueError(f"{reason}: set both to the same number")
-        if (self.model.lora is not None or self.model.base != "float32") and not self.checkpoint.init_from:
-            raise ValueError("model.lora and model.base need checkpoint.init_from, the checkpoint with the base")
 
     def to_dict(self) -> dict:
         """Return plain values, as in a config file and in a checkpoint."""

@@ -135,6 +135,8 @@ def _is_complete(config: Experiment, workdir: Path, saver: Saver, newest: Path |
 def _base(config: Experiment, newest: Path | None, abstract: dict) -> train_state.Base | None:
     """Return the base of a run that trains adapters. It may have moved to `checkpoint.init_from`."""
     source, moved = newest or config.checkpoint.init_from, None
+    if not source and (config.model.lora is not None or config.model.base != "float32"):
+        raise ValueError("model.lora and model.base need checkpoint.init_from, the checkpoint with the base")
     if newest is not None and (recorded := checkpoint.read_description(newest).get(checkpoint.BASE)):
         moved = None if Path(recorded["directory"]).is_dir() else config.checkpoint.init_from
     return train_state.find_base(source, abstract, config.model, moved)
