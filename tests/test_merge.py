@@ -19,6 +19,8 @@ import radfm_jax
 from radfm_jax.checkpoints import checkpoint
 from radfm_jax.convert import table
 from radfm_jax.convert.merge import merge
+from radfm_jax.convert.peft.reading import from_peft
+from radfm_jax.convert.peft.writing import to_peft
 from radfm_jax.convert.to_torch import to_torch
 from radfm_jax.inference import stored
 from radfm_jax.inference.inputs import Preparation
@@ -129,6 +131,28 @@ def test_narrow_types_report_what_rounding_costs(runs, tmp_path):
     error = squares(want[path] - merged.read(path).astype(np.float32) for path in maps)
     added = squares(want[path] - params[path] for path in maps)
     assert f"by {(error / added) ** 0.5:.1%} of what the adapters add" in report.lines[1]
+
+
+def test_adapters_of_the_language_model_go_to_peft_and_back(runs, tmp_path):
+    root, params = runs
+    report = to_peft(root / "nf4", tmp_path / "adapter", base_model="org/name")
+    lines = "\n".join(report.lines)
+    assert "adapters of other parts are not in the folder: projection, vit/blocks/qkv" in lines
+    assert (
+        "the run also trained image_marks, llama, perceiver, projection, vit" in lines
+        and "held its base in nf4" in lines
+    )
+    assert (
+        json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/name"
+    )
+    from_peft(tmp_path / "adapter", tmp_path / "back", base=root / "base", weights="nf4")
+    description = checkpoint.read_description(tmp_path / "back")
+    assert description["part"] == "radfm" and description["model"]["base"] == "nf4"
+    assert description["preparation"] == PREPARATION and description["source"]["origin"]["training"] == "adapt"
+    back = checkpoint.StoredParams(tmp_path / "back")
+    own = [path for path, origin in back.origins.items() if origin != back.base]
+    assert sorted(own) == sorted(path for path in params if lora.is_adapter(path) and path.startswith("llama/"))
+    assert all(np.array_equal(back.read(path), params[path]) for path in own)
 
 
 def test_what_is_refused(runs, tmp_path):

@@ -225,6 +225,8 @@ def test_tensors_that_are_refused(broken):
     assert "has no LoRA tensors of the language model" in broken(
         tensors=lambda x: [x.pop(k) for k in list(x)[1:]] and rename("proj", "x")(x)
     )
+    head = {"base_model.model.lm_head.lora_A.weight": np.ones((3, 64), np.float32)}
+    assert "unexpected: lm_head.lora_A.weight (3, 64)\n" in broken(tensors=lambda x: x.update(head))
     assert "q_proj.lora_A.weight (not finite)" in broken(tensors=lambda x: x[a].fill(np.nan))
     assert "layers of llama/blocks/query/lora_a differ in dtype: pass --dtype" in broken(
         tensors=lambda x: x.update({a: x[a].astype(np.float16)})
@@ -232,6 +234,18 @@ def test_tensors_that_are_refused(broken):
     assert "adapters of vision_tower" in broken(
         tensors=lambda x: x.update({f"base_model.model.vision_tower.{b}": x[a]})
     )
+
+
+def test_names_of_a_vision_language_model_and_files_of_torch(made, tmp_path):
+    root, _ = made("llama")
+    shutil.copy(root / "adapter" / "adapter_config.json", tmp_path)
+    tensors = {k: torch.from_numpy(x) for k, x in tensors_of(root / "adapter").items()}
+    rename(".model.layers.", ".model.language_model.layers.")(tensors)
+    torch.save(tensors, tmp_path / "adapter_model.bin")
+    from_peft(tmp_path, tmp_path / "checkpoint", base=root / "base")
+    ours, same = (checkpoint.StoredParams(folder / "checkpoint") for folder in (tmp_path, root))
+    assert ours.shapes == same.shapes
+    assert all(np.array_equal(ours.read(path), same.read(path)) for path in same.shapes if "lora" in path)
 
 
 def test_another_base_is_refused(made, tmp_path):
