@@ -52,7 +52,10 @@ def merge(src, dst, *, dtype: str = "float32", base=None, progress: Progress = N
     checkpoint.verify(params.base)
     config = RadFMConfig.from_dict(description["model"])
     boxed = _boxed(config, description["part"])
-    shapes = {path: (box.value.shape, target) for path, box in boxed.items() if path in params.shapes}
+    whole = description["part"] in ("radfm", "llama")  # not some parts of a RadFM
+    shapes = {path: (box.value.shape, target) for path, box in boxed.items() if whole or path in params.shapes}
+    weights = {path: shape for path, shape in params.shapes.items() if not lora.is_adapter(path)}
+    checkpoint.check_shapes({path: shape for path, (shape, _) in shapes.items()}, weights, src)
     checkpoint.require_space(dst, (size := checkpoint.bytes_of(shapes)) * 51 // 50, f"merging {src}")
     merging, lines = _Merging(src, params, config, quantised.hold(boxed, config.base), target), list[str]()
     fields = _fields(src, description, checkpoint.read_description(params.base), lines)

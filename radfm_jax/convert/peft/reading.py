@@ -46,6 +46,8 @@ def from_peft(
     src, dst = Path(src), Path(dst)
     if dst.exists():
         raise ValueError(f"{dst} exists: choose another name or remove it first")
+    if weights not in quantised.BASES:
+        raise ValueError(f"weights {weights!r} is unknown: choose one of {', '.join(quantised.BASES)}")
     values = peft_config.read(src)
     base = run_directory.select_checkpoint(base)
     checkpoint.verify(base, hashes=False)  # `load` verifies the contents
