@@ -13,6 +13,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from convert_parts import PEAK
 from family_parity import logits_of
 
 import radfm_jax
@@ -201,11 +202,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     model = {"llama": config.to_dict()["llama"], "lora": adapters, "base": "nf4"}
     write_random(tmp_path / "run", {p: (x, np.dtype(np.float32)) for p, x in small.items()}, model=model, base=record)
     code = """
-        import re
-        from pathlib import Path
         from radfm_jax.convert import merge as module
-        # ru_maxrss would include the process that started this one.
-        peak = lambda: 1024 * int(re.search("VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
         from radfm_jax.checkpoints import checkpoint
         from radfm_jax.models import quantised
         import numpy as np
@@ -219,7 +216,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
         print(peak() - before, report.bytes)
     """
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
+        [sys.executable, "-c", PEAK + textwrap.dedent(code)],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(Path(radfm_jax.__file__).parents[1]), "JAX_PLATFORMS": "cpu"},
         capture_output=True,
