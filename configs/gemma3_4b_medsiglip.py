@@ -15,7 +15,7 @@ pixels. CT needs `--config.data.intensity=lung/soft_tissue/bone` (docs/backbones
 
 Hardware: one device with 48 GB. Estimated (radfm_jax/cost/estimate.py):
 
-    memory: 38 GB a device (parameters 17.5, optimizer 4.0, gradients 4.0, batch 0.3, activations 4.8, working set 7.6)
+    memory: 37 GB a device (parameters 17.5, optimizer 4.0, gradients 4.0, batch 0.3, activations 4.8, working set 6.6)
     a step: 2.59 s (128 TFLOP a row x 8 rows at 40 % of 989 TFLOP/s on 1 x H100)
 
 The second run needs 2 devices with 80 GB: 58 GB on each. For other devices see `python -m radfm_jax.plan`. This
