@@ -69,7 +69,7 @@ def test_exact_is_what_the_logits_say(config, params):
     said = logits.argmax(-1)
     trained = arrays["weights"] > 0
     arrays["targets"] = np.where(trained & (arrays["segments"] % 2 == 0), said, arrays["targets"])
-    exact = np.asarray(evaluate._exact(MODEL.with_compute(remat="none"), "weighted", 64, params, arrays))
+    exact = np.asarray(evaluate._exact(config.compute, "weighted", 64, params, arrays))
     seen = []
     for row in range(4):
         for segment in range(1, arrays["segments"][row].max() + 1):
@@ -159,7 +159,7 @@ def test_the_command(config, params, tmp_path, capsys):
     radfm_jax.save(radfm_jax.Model(MODEL, params, tokenizer_file=config.data.tokenizer), tmp_path / "model")
     assert checkpoint.read_description(tmp_path / "model")
     command = [f"--config={file}", f"--checkpoint={tmp_path / 'model'}", f"--out={tmp_path / 'out'}"]
-    assert evaluate.main([*command, "--answers=9", "--config.data.text_length=64"]) == 0
+    assert evaluate.main([*command, "--answers=9", "--config.train.log_every=7"]) == 0
     text = (tmp_path / "out" / "answers.jsonl").read_text()
     answers = [json.loads(line) for line in text.splitlines()]
     sources = open_sources(config.data, "test")
