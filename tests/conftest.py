@@ -7,6 +7,9 @@ import os
 # nothing here runs long. `XLA_FLAGS="" bash launch/test.sh` runs the tests on the code that users run.
 FLAGS = "backend_optimization_level=0", "cpu_use_fusion_emitters=false", "cpu_parallel_codegen_split_count=1"
 os.environ.setdefault("XLA_FLAGS", " ".join(f"--xla_{flag}" for flag in FLAGS))
+# Each worker has one core. Threads of PyTorch and numpy that wait for a core spin, and take several times the time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

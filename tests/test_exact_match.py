@@ -5,6 +5,7 @@ import json
 
 import jax
 import numpy as np
+import parity
 import pytest
 from ml_collections import ConfigDict
 from practice import practice
@@ -19,7 +20,7 @@ from radfm_jax.evaluate import own_answers
 from radfm_jax.evaluate.exact_match import ExactMatch
 from radfm_jax.models.decoder import DecoderConfig
 from radfm_jax.models.perceiver import PerceiverConfig
-from radfm_jax.models.radfm import RadFM, RadFMConfig, init_params
+from radfm_jax.models.radfm import RadFM, RadFMConfig
 from radfm_jax.models.vit3d import ViTConfig
 from radfm_jax.training.experiment import Experiment, TrainConfig
 
@@ -38,8 +39,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def params(config):
-    """Return initial parameters."""
-    return jax.jit(lambda key: init_params(MODEL, key))(jax.random.key(0))
+    return jax.device_put(parity.recipe_params(MODEL))
 
 
 @pytest.fixture(scope="module")
