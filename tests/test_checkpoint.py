@@ -230,7 +230,7 @@ def test_params_written_slice_by_slice(model, tmp_path, monkeypatch):
                 writer.write(name, np.asarray(value)[index or ...], index)
         checkpoint.write_description(partial, "radfm", model.config.to_dict())
     assert_equal(model.params, radfm_jax.load(tmp_path / "sliced").params)
-    reader = checkpoint.ParamReader(tmp_path / "sliced")
+    reader = checkpoint.StoredParams(tmp_path / "sliced")
     np.testing.assert_array_equal(reader.read("llama/blocks/up/kernel", (1,)), flat["llama/blocks/up/kernel"][1])
 
 
@@ -243,3 +243,7 @@ def test_the_digest_depends_on_the_parameters_alone(tmp_path):
         return checkpoint.digest(tmp_path / name)
 
     assert digest_of("a", "one", "x") == digest_of("b", "one", "y") != digest_of("c", "two", "x")
+    for name in ("d", "e"):  # Orbax writes the time to files of its own
+        with checkpoint.new_directory(tmp_path / name) as partial:
+            checkpoint.save_params(partial, {"w": np.arange(3)})
+    assert checkpoint.digest(tmp_path / "d") == checkpoint.digest(tmp_path / "e")

@@ -93,17 +93,19 @@ def _width(dtype: np.dtype) -> int:
     return dtype.itemsize
 
 
-def _open(src, part: str) -> tuple[dict, RadFMConfig, checkpoint.ParamReader, dict[str, tuple[int, ...]]]:
+def _open(src, part: str) -> tuple[dict, RadFMConfig, checkpoint.StoredParams, dict[str, tuple[int, ...]]]:
     """Return description, sizes, reader and parameter shapes of a verified checkpoint directory."""
     checkpoint.verify(src)
     description = checkpoint.read_description(src)
+    if checkpoint.BASE in description:
+        raise ValueError(f"{src} has adapters over a base: merge them first (python -m radfm_jax.convert merge)")
     if part == "radfm":
         config = checkpoint.model_config(description, src)
     elif "llama" not in description["model"]:
         raise ValueError(f"{src} has only the part {description['part']!r}: there is no language model to write")
     else:
         config = RadFMConfig.from_dict({"llama": description["model"]["llama"]})
-    reader = checkpoint.ParamReader(src)
+    reader = checkpoint.StoredParams(src)
     shapes = {k: v for k, v in reader.shapes.items() if part == "radfm" or k.startswith("llama/")}
     checkpoint.check_shapes(table.param_shapes(config, part), shapes, src)
     return description, config, reader, shapes

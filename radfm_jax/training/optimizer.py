@@ -20,6 +20,7 @@ from optax.contrib import MuonDimensionNumbers, muon
 from input_pipeline.field_rules import Count, above, at_least, check_fields, one_of, share
 from input_pipeline.files import nearest
 from radfm_jax.checkpoints.checkpoint import flatten, unflatten
+from radfm_jax.models.lora import A, is_adapter
 
 METHODS = ("adamw", "muon")
 MU_DTYPES = ("float32", "bfloat16")
@@ -66,11 +67,18 @@ class OptimizerConfig:
 
 
 def split(params: dict, frozen: tuple[str, ...]) -> tuple[dict, dict]:
-    """Split parameters into (trainable, frozen); `merge` is the inverse. Raises ValueError if a name is not a part."""
+    """Split parameters into (trainable, frozen); `merge` is the inverse. Adapters are always trainable.
+
+    Raises ValueError if a name is not a part, everything is frozen, or a linear map with an adapter is not frozen.
+    """
     leaves = flatten(params)
     for name in frozen:
         _check(name, leaves, "optimizer.frozen")
-    is_frozen = {path: any(_within(path, name) for name in frozen) for path in leaves}
+    is_frozen = {path: any(_within(path, name) for name in frozen) and not is_adapter(path) for path in leaves}
+    for path in leaves:
+        kernel = path.removesuffix(A) + "kernel"
+        if path.endswith(f"/{A}") and not is_frozen[kernel]:
+            raise ValueError(f"model.lora.targets match {kernel}, which is trained itself: add it to optimizer.frozen")
     if all(is_frozen.values()):
         raise ValueError(f"optimizer.frozen ({', '.join(frozen)}) freezes all parameters: leave a part trainable")
     trainable, fixed = ({p: x for p, x in leaves.items() if is_frozen[p] is kept} for kept in (False, True))
@@ -82,16 +90,30 @@ def merge(trainable: dict, frozen: dict) -> dict:
     return unflatten(flatten(trainable) | flatten(frozen))
 
 
-def learning_rates(config: OptimizerConfig, steps: int) -> np.ndarray:
-    """Return the learning rate of each step, float32[steps]."""
-    if config.warmup_steps >= steps:
-        raise ValueError(
-            f"optimizer.warmup_steps must be below the {steps} steps of the run (got {config.warmup_steps})"
-        )
+def learning_rates(config: OptimizerConfig, steps: int, constant_until: int = 0) -> np.ndarray:
+    """Return the learning rate of each step, float32[steps].
+
+    Args:
+      constant_until: the first steps, whose rates are those of `warmup_rate`: they were computed before the number of
+        steps was known. The cosine starts after them and after the warm-up.
+    """
+    warmup = config.warmup_steps
+    if warmup >= steps:
+        raise ValueError(f"optimizer.warmup_steps must be below the {steps} steps of the run (got {warmup})")
+    early = np.array([warmup_rate(config, step) for step in range(max(warmup, constant_until))], np.float32)
+    if constant_until >= steps:
+        return early[:steps]
+    inserted = len(early) - warmup
     schedule = optax.warmup_cosine_decay_schedule(
-        0.0, config.learning_rate, config.warmup_steps, steps, config.learning_rate * config.final
+        0.0, config.learning_rate, warmup, steps - inserted, config.learning_rate * config.final
     )
-    return np.asarray(jax.jit(jax.vmap(schedule))(jnp.arange(steps)), np.float32)
+    rates = np.asarray(jax.jit(jax.vmap(schedule))(jnp.arange(steps - inserted)), np.float32)
+    return np.concatenate([early, rates[warmup:]]) if constant_until else rates
+
+
+def warmup_rate(config: OptimizerConfig, step: int) -> np.float32:
+    """Return the learning rate of a step while the number of steps is unknown: linear from 0, then constant."""
+    return np.float32(config.learning_rate * min(1.0, step / config.warmup_steps if config.warmup_steps else 1.0))
 
 
 def optimizer(config: OptimizerConfig, trainable: dict) -> optax.GradientTransformation:

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
-import numpy as np
 from rich.text import Text
 
 from input_pipeline.batching.report import PackingReport, RowInfo
@@ -18,6 +17,7 @@ from radfm_jax.cost import estimate, flops
 from radfm_jax.runtime import console
 from radfm_jax.training import display
 from radfm_jax.training.experiment import Experiment
+from radfm_jax.training.length import RunLength
 
 RowInfos = Sequence[RowInfo | None]
 
@@ -26,11 +26,11 @@ class StepMetrics:
     """Records the metrics of finished steps, and stops the run on values that are not finite.
 
     Reading metrics waits for their step. So `add` reads the metrics of the previous step while the newest step
-    computes. `rates` has the learning rate of each step.
+    computes.
     """
 
-    def __init__(self, config: Experiment, mesh: jax.sharding.Mesh, rates: np.ndarray, screen: display.Display):
-        self.train, self.rates, self.screen = config.train, rates, screen
+    def __init__(self, config: Experiment, mesh: jax.sharding.Mesh, length: RunLength, screen: display.Display):
+        self.train, self.length, self.screen = config.train, length, screen
         self.packing = PackingReport(config.data.text_length)
         self.devices, self.peak = mesh.devices.size, flops.peak(mesh.devices.flat[0])
         self.flops = estimate.row_flops(config) * config.train.batch
@@ -68,7 +68,7 @@ class StepMetrics:
         self.tokens += sum(info.tokens for info in infos) * jax.process_count()
         names = {"loss": "loss", "weight": "weight", "token_accuracy": "correct", "grad_norm": "grad_norm"}
         recorded = {f"train/{name}": float(values[key]) for name, key in names.items()}
-        recorded["train/learning_rate"] = float(self.rates[step])
+        recorded["train/learning_rate"] = float(self.length.rate(step))
         recorded["data/real_tokens"] = float(values["real_tokens"])
         recorded |= {
             f"train/{task}/loss": float(loss)
@@ -76,7 +76,7 @@ class StepMetrics:
             if weight
         }
         line = ""
-        if number % self.train.log_every == 0 or number == len(self.rates) or not self._logged_one:
+        if number % self.train.log_every == 0 or number == self.length.steps or not self._logged_one:
             self._logged_one = True
             speed = self._speed()
             recorded |= speed
