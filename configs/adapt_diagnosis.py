@@ -24,6 +24,7 @@ resolve = adapt.resolve
 SIZES = {"diagnosis": Source(20_000, 60, 256)}
 
 
+@adapt.with_methods
 def get_config(root: str = "data") -> ConfigDict:
     train = {"diagnosis": radfm_14b.source(root, "diagnosis", "train.csv", form="yes_no", balance=True)}
     test = {"diagnosis_test": radfm_14b.source(root, "diagnosis", "test.csv", form="yes_no", balance=False)}

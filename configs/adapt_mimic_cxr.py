@@ -23,6 +23,7 @@ resolve = adapt.resolve
 SIZES = {"mimic_cxr": radfm_14b.SIZES["mimic_cxr"]}
 
 
+@adapt.with_methods
 def get_config(root: str = "data") -> ConfigDict:
     train = {"mimic_cxr": radfm_14b.source(root, "mimic_cxr", "train.csv")}
     test = {"mimic_cxr_test": radfm_14b.source(root, "mimic_cxr", "test.csv", fraction=0.25)}

@@ -21,6 +21,7 @@ resolve = adapt.resolve
 SIZES = {"pmc_vqa": radfm_14b.SIZES["pmc_vqa"]}
 
 
+@adapt.with_methods
 def get_config(root: str = "data") -> ConfigDict:
     train = {"pmc_vqa": radfm_14b.source(root, "pmc_vqa", "train.csv")}
     test = {"pmc_vqa_test": radfm_14b.source(root, "pmc_vqa", "test.csv", fraction=0.05)}

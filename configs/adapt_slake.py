@@ -22,6 +22,7 @@ resolve = adapt.resolve
 SIZES = {"slake": Source(4_919, 70, 256)}
 
 
+@adapt.with_methods
 def get_config(root: str = "data") -> ConfigDict:
     train = {"slake": radfm_14b.source(root, "slake", "train.csv")}
     test = {"slake_test": radfm_14b.source(root, "slake", "test.csv")}

@@ -20,6 +20,7 @@ from configs import adapt
 resolve = adapt.resolve
 
 
+@adapt.with_methods
 def get_config(root: str = "my") -> ConfigDict:
     config = adapt.get_config(root).unlock()
     config.checkpoint.init_from = "runs/quickstart/finetune"

@@ -23,6 +23,7 @@ resolve = adapt.resolve
 SIZES = {"vqa_rad": Source(3_064, 70, 256)}
 
 
+@adapt.with_methods
 def get_config(root: str = "data") -> ConfigDict:
     train = {"vqa_rad": radfm_14b.source(root, "vqa_rad", "train.csv")}
     test = {"vqa_rad_test": radfm_14b.source(root, "vqa_rad", "test.csv")}

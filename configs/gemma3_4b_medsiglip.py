@@ -22,21 +22,20 @@ The second run needs 2 devices with 80 GB: 58 GB on each. For other devices see 
 config has not been run at this size; docs/backbones.md lists what was run.
 """
 
-import dataclasses
-
 from ml_collections import ConfigDict
 
-from configs import qwen3_8b_medsiglip
+from configs import adapt, qwen3_8b_medsiglip
 from radfm_jax.models.families import PRESETS
 
 NAME = "gemma3_medsiglip"
 resolve = qwen3_8b_medsiglip.resolve
 
 
+@adapt.with_methods
 def get_config(root: str = "my") -> ConfigDict:
     config = qwen3_8b_medsiglip.get_config(root).unlock()
     decoder = PRESETS["gemma-3-4b"]
-    config.model.llama = ConfigDict(dataclasses.asdict(decoder), convert_dict=True)
+    config.model.llama = ConfigDict(decoder.to_dict(), convert_dict=True)
     config.data.update(tokenizer=NAME, vocab_size=decoder.vocab_size, index=f"{root}/{NAME}_index")
     config.checkpoint.init_from = NAME
     return config.lock()

@@ -24,12 +24,13 @@ config has not been run at this size; docs/backbones.md lists what was run.
 
 from ml_collections import ConfigDict
 
-from configs import qwen3_8b_medsiglip
+from configs import adapt, qwen3_8b_medsiglip
 from radfm_jax.models.families import PRESETS
 from radfm_jax.models.vit3d import ViTConfig
 
 resolve = qwen3_8b_medsiglip.resolve
 
 
+@adapt.with_methods
 def get_config(root: str = "my") -> ConfigDict:
     return qwen3_8b_medsiglip.on_backbone(root, "llama31", PRESETS["llama-3.1-8b"], ViTConfig()).lock()

@@ -48,6 +48,7 @@ def on_backbone(root: str, name: str, decoder: DecoderConfig, vision: VisionConf
     return config
 
 
+@adapt.with_methods
 def get_config(root: str = "my") -> ConfigDict:
     config = on_backbone(root, "qwen3_medsiglip", PRESETS["qwen3-8b"], medsiglip())
     patches = 16 * medsiglip().slab  # of a vision row, in three channels

@@ -33,7 +33,7 @@ SHARES = {
 def get_config() -> ConfigDict:
     config = quickstart.get_config("finetune").unlock()
     llama = dataclasses.replace(PRESETS["smollm2-135m"], norm_eps=9.999999747378752e-06)  # as stored in the GGUF file
-    config.model.llama = ConfigDict(dataclasses.asdict(llama), convert_dict=True)
+    config.model.llama = ConfigDict(llama.to_dict(), convert_dict=True)
     config.data.update(
         tokenizer=LANGUAGE_MODEL, vocab_size=llama.vocab_size, template="chat", index="practice/smollm2_index",
         text_length=320, scans=4, patch_length=64, planes=256,

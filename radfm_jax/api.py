@@ -7,20 +7,21 @@ import dataclasses
 import functools
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from input_pipeline.files import nearest
 from input_pipeline.text.tokenizer import Tokenizer, load_tokenizer, read_tokenizer_files
 from radfm_jax.checkpoints import checkpoint, run_directory
-from radfm_jax.checkpoints import int8 as quantised
 from radfm_jax.inference import Answer, EncodedScans, Generator, Request, Sampling, inputs, require_answers, stored
 from radfm_jax.inference.plain_rows import plain_rows
 from radfm_jax.inference.stored import preparation_of
-from radfm_jax.models import radfm
+from radfm_jax.models import quantised, radfm
 from radfm_jax.runtime import sharding
 
 CHUNK = 8  # tokens per piece of a streamed answer
@@ -36,6 +37,7 @@ class Model:
     mesh: jax.sharding.Mesh | None = None  # the mesh of the parameters; None for one device
     tokenizer_file: Path | None = None  # file or folder (load_tokenizer), instead of that of the directory
     prepared: inputs.Preparation | None = None  # scan preparation; None: as stored in the checkpoint
+    adapters: Mapping[str, Model] = dataclasses.field(default_factory=dict)  # of `with_adapters`
 
     def __repr__(self) -> str:
         """Return a description with sizes and origin, without the weights."""
@@ -53,6 +55,7 @@ class Model:
         place: str = "first",
         system: str = "",
         history: Sequence[tuple[str, str]] = (),
+        adapter: str = "",
         on_text: Callable[[str], None] | None = None,
         **options,
     ) -> str:
@@ -69,6 +72,7 @@ class Model:
           place: position of scans without marks: `first` or `last`.
           system: how to answer.
           history: earlier questions and answers.
+          adapter: name of one of `adapters`; "": this model itself.
           on_text: called with each new piece of the answer while it is generated.
           options: fields of inference.Sampling (max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed,
             stop, stop_ids).
@@ -78,7 +82,7 @@ class Model:
           ValueError: a mark has no scan or a scan no mark, a scan cannot be read, the prompt is empty or too long,
             logits are not finite, or the checkpoint lacks its tokenizer or the preparation of its scans.
         """
-        request = Request(prompt, scans, context, place, system, history)
+        request = Request(prompt, scans, context, place, system, history, adapter)
         if on_text is None:
             return self.answers([request], **options)[0]
         text = ""
@@ -98,7 +102,13 @@ class Model:
             raise ValueError(f"{invalid[0]!r} is not a request: pass (prompt, scans) or a Request")
         requests = [r if isinstance(r, Request) else Request(*r) for r in requests]
         sampling = Sampling(**options)
-        return [a.text for a in require_answers(self._checked_generator(requests).answers(requests, sampling))]
+        answers: dict[int, Answer] = {}
+        for name in dict.fromkeys(r.adapter for r in requests):
+            members = [i for i, r in enumerate(requests) if r.adapter == name]
+            group, seeds = [requests[i] for i in members], [sampling.seed + i for i in members]
+            generator = self._adapted(name)._checked_generator(group)
+            answers |= dict(zip(members, generator.answers(group, sampling, seeds=seeds), strict=True))
+        return [a.text for a in require_answers([answers[i] for i in range(len(requests))])]
 
     def stream(
         self,
@@ -109,17 +119,19 @@ class Model:
         place: str = "first",
         system: str = "",
         history: Sequence[tuple[str, str]] = (),
+        adapter: str = "",
         chunk: int = CHUNK,
         **options,
     ) -> Iterator[str]:
         """Yield the pieces of an answer: one after every `chunk` tokens, which may be empty."""
-        request = Request(prompt, scans, context, place, system, history)
+        request = Request(prompt, scans, context, place, system, history, adapter)
         for piece, _ in self._streamed(request, chunk, options):
             yield piece
 
     def _streamed(self, request: Request, chunk: int, options: dict) -> Iterator[tuple[str, Answer]]:
         sampling = Sampling(**options)
-        for pieces, answers in self._checked_generator([request]).stream([request], sampling, chunk=chunk):
+        generator = self._adapted(request.adapter)._checked_generator([request])
+        for pieces, answers in generator.stream([request], sampling, chunk=chunk):
             yield pieces[0], require_answers(answers)[0]
 
     def encode_scans(self, scans: Sequence[inputs.Scan]) -> EncodedScans:
@@ -129,6 +141,28 @@ class Model:
         """
         _ = self.preparation
         return self.generator.encode_scans(scans)
+
+    def with_adapters(self, runs: Mapping[str, Path | str]) -> Model:
+        """Return this model with what other runs learned on the same base, chosen by the `adapter` of a request.
+
+            model = radfm_jax.load("radfm", weights="nf4").with_adapters({"chest": "runs/chest", "head": "runs/head"})
+            model.answer("Describe the scan.", ["ct.nii.gz"], adapter="head")
+
+        All of them share the arrays of the base, so each costs only the parameters that its run learned.
+
+        Args:
+          runs: name -> run or checkpoint that trained adapters.
+        Raises:
+          ValueError: a run has another base, holds it in another type, or cannot be read.
+        """
+        adapters = {name: _on_shared_base(self, Path(directory)) for name, directory in runs.items()}
+        return dataclasses.replace(self, adapters=self.adapters | adapters)
+
+    def _adapted(self, name: str) -> Model:
+        if name and name not in self.adapters:
+            known = ", ".join(self.adapters) or "none: see Model.with_adapters"
+            raise ValueError(f"adapter {name!r} is unknown{nearest(name, self.adapters)}; adapters: {known}")
+        return self.adapters[name] if name else self
 
     def _checked_generator(self, requests: Sequence[Request]) -> Generator:
         """Return the generator. Raises ValueError if the tokenizer or the preparation is missing."""
@@ -224,6 +258,8 @@ def load(
     dtype: str = "float32",
     param_dtype: str | None = None,
     int8: bool = False,
+    weights: str | None = None,
+    base=None,
     mesh=None,
     verify: bool = True,
     tokenizer=None,
@@ -231,12 +267,17 @@ def load(
 ) -> Model:
     """Load a checkpoint (from `python -m radfm_jax.convert`, training or `save`).
 
+    A run that trained adapters is loaded together with its base.
+
     Args:
       directory: a checkpoint or a training run. Of a run, the best checkpoint is loaded, or the newest if none was
         evaluated.
       dtype: compute dtype of matrix products: float32 or bfloat16.
       param_dtype: dtype of the parameters; None: as stored.
-      int8: keep the decoder's matrices in int8, with a scale per output (radfm_jax.checkpoints.int8).
+      int8: the same as weights="int8".
+      weights: how the decoder's weights are held: float32, bfloat16, int8 or nf4 (radfm_jax.models.quantised); None: as
+        in the training of adapters, otherwise as stored.
+      base: directory of the base of a run that trained adapters, if it is not where it was then.
       mesh: from `sharding.make_mesh`, to shard the parameters over; None: the first device.
       verify: check the SHA-256 of every file; False checks sizes only.
       tokenizer: SentencePiece model, tokenizer.json or a folder with one, for a checkpoint without a tokenizer.
@@ -247,24 +288,70 @@ def load(
     for name in filter(None, (dtype, param_dtype)):
         if name not in checkpoint.DTYPES:
             raise ValueError(f"dtype {name!r} is unknown: choose one of {', '.join(checkpoint.DTYPES)}")
+    if weights not in (None, *quantised.BASES):
+        raise ValueError(f"weights {weights!r} is unknown: choose one of {', '.join(quantised.BASES)}")
     if mesh is not None and mesh.axis_names != sharding.AXES:
         raise ValueError(f"mesh has axes {mesh.axis_names}, expected {sharding.AXES}: use sharding.make_mesh")
     if tokenizer is not None and not Path(tokenizer).exists():
         raise ValueError(f"tokenizer {tokenizer} does not exist: pass a SentencePiece model file or a tokenizer.json")
     directory = run_directory.select_checkpoint(directory)
     checkpoint.verify(directory, hashes=verify, allow_missing=() if tokenizer is None else checkpoint.TOKENIZERS)
+    if (base := checkpoint.base_of(directory, base)) is not None:
+        checkpoint.verify(base, hashes=verify)
     config = checkpoint.model_config(checkpoint.read_description(directory), directory)
+    weights = "int8" if int8 else weights
+    as_stored = config.base == "float32" and weights in (None, "int8")  # other than the matrices
+    config = dataclasses.replace(config, base=weights or config.base)
     boxed = radfm.abstract_params(config)
-    dtypes = checkpoint.ParamReader(directory).dtypes
-    abstract = {
-        path: jax.ShapeDtypeStruct(leaf.shape, param_dtype or dtypes.get(path, leaf.dtype))
-        for path, leaf in checkpoint.flatten(nn.unbox(boxed)).items()
-    }
+    stored_params, leaves = checkpoint.StoredParams(directory, base), checkpoint.flatten(nn.unbox(boxed))
+    fixed = quantised.quantised_shapes(leaves)
+    for path, leaf in leaves.items():
+        is_own = base is not None and stored_params.origins.get(path) != base  # learned in float32
+        if path in stored_params.dtypes and path not in fixed and (as_stored or is_own or leaf.dtype != jnp.bfloat16):
+            dtype_of_leaf = stored_params.dtypes[path] if param_dtype is None or is_own else param_dtype
+            leaves[path] = jax.ShapeDtypeStruct(leaf.shape, dtype_of_leaf)
     shardings = sharding.param_shardings(boxed, mesh)[0] if mesh is not None else None
-    restore = quantised.restore_params if int8 else checkpoint.restore_params
-    params = restore(directory, checkpoint.unflatten(abstract), shardings)
+    params = checkpoint.restore_params(directory, checkpoint.unflatten(leaves), shardings, base)
     tokenizer = None if tokenizer is None else Path(tokenizer)
     return Model(config.with_compute(dtype=dtype), params, directory, mesh, tokenizer, prepared)
+
+
+def _on_shared_base(model: Model, directory: Path) -> Model:
+    """Return the model of a run that trained adapters, with the arrays of the base that `model` has already."""
+    directory = run_directory.select_checkpoint(directory)
+    config = checkpoint.model_config(checkpoint.read_description(directory), directory)
+    if model.directory is None:
+        raise ValueError("this model was built in memory: load the base of the adapters from a checkpoint")
+    own_base = checkpoint.base_of(model.directory)
+    base = checkpoint.base_of(directory, own_base or model.directory)
+    if base is None:
+        raise ValueError(f"{directory} has all its parameters and needs no base: load it by itself")
+    if config.base != model.config.base:
+        raise ValueError(
+            f"{directory} was trained on a base in {config.base}, but this model holds it in {model.config.base}: "
+            f"load it with weights={config.base!r}"
+        )
+    checkpoint.verify(directory)
+    stored_params, leaves = checkpoint.StoredParams(directory, base), checkpoint.flatten(model.params)
+    learned = checkpoint.StoredParams(model.directory).origins if own_base else {}
+    boxed = radfm.abstract_params(config)
+    abstract = checkpoint.flatten(nn.unbox(boxed))
+    shardings = checkpoint.flatten(sharding.param_shardings(boxed, model.mesh)[0]) if model.mesh is not None else None
+    is_shared = lambda path: (  # noqa: E731
+        stored_params.origins.get(path, base) == base and learned.get(path) != model.directory and path in leaves
+    )
+    missing = {path: x for path, x in abstract.items() if not is_shared(path)}
+    dtypes = {path: stored_params.dtypes.get(path, x.dtype) for path, x in missing.items()}
+    wanted = checkpoint.with_shardings(
+        {path: jax.ShapeDtypeStruct(x.shape, dtypes[path]) for path, x in missing.items()},
+        shardings and {path: shardings[path] for path in missing},
+    )
+    read = stored_params.read_leaves(wanted)
+    params = checkpoint.unflatten({path: read.get(path, leaves.get(path)) for path in abstract})
+    compute = {"dtype": model.config.llama.dtype}
+    return dataclasses.replace(
+        model, config=config.with_compute(**compute), params=params, directory=directory, adapters={}
+    )
 
 
 def save(model: Model, directory) -> None:
@@ -272,10 +359,12 @@ def save(model: Model, directory) -> None:
 
     The other files of the loaded checkpoint (tokenizer, unused tensors of a released file) are copied. The preparation
     and the tokenizer that the model was loaded with replace those of the checkpoint. Raises ValueError if `directory`
-    exists, the disk is too small, weights are int8, or there are several processes.
+    exists, the disk is too small, weights are int8 or nf4, the model has adapters, or there are several processes.
     """
-    if any(x.dtype == np.int8 for x in jax.tree.leaves(model.params)):
-        raise ValueError("int8 weights cannot be saved: load the model without int8 and save that")
+    if model.config.lora is not None:
+        raise ValueError("a model with adapters cannot be saved: merge them first (python -m radfm_jax.convert merge)")
+    if any(np.issubdtype(x.dtype, np.integer) for x in jax.tree.leaves(model.params)):
+        raise ValueError('int8 and nf4 weights cannot be saved: load the model with weights="float32" and save that')
     if jax.process_count() > 1:
         raise ValueError("save needs a single process: gather the parameters in one process and save there")
     extra_files, fields = [], {"source": {}}

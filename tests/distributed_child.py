@@ -61,7 +61,7 @@ def run(arguments: list[str], devices: int, cache: str, output: str, pace: float
         """Check that the parameters of this process are bit-equal to those of the step that it resumes from."""
         state, messages = first_state(config, newest, *args)
         if newest is not None:
-            stored = checkpoint.ParamReader(newest)
+            stored = checkpoint.StoredParams(newest)
             for path, x in checkpoint.flatten({**state["params"], **state["frozen"]}).items():
                 expected = np.asarray(stored.read(path))
                 for shard in x.addressable_shards:

@@ -229,7 +229,7 @@ def test_params_written_slice_by_slice(model, tmp_path, monkeypatch):
                 writer.write(name, np.asarray(value)[index or ...], index)
         checkpoint.write_description(partial, "radfm", model.config.to_dict())
     assert_equal(model.params, radfm_jax.load(tmp_path / "sliced").params)
-    reader = checkpoint.ParamReader(tmp_path / "sliced")
+    reader = checkpoint.StoredParams(tmp_path / "sliced")
     np.testing.assert_array_equal(reader.read("llama/blocks/up/kernel", (1,)), flat["llama/blocks/up/kernel"][1])
 
 

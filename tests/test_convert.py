@@ -76,7 +76,7 @@ def test_safetensors_folder_round_trip(golden_checkpoint, tmp_path):
     assert {"README.md", "config.json", "model.safetensors.index.json"} < set(names) and "manifest.json" not in names
     assert "not for clinical use" in (tmp_path / "folder" / "README.md").read_text()
     from_torch(tmp_path / "folder", tmp_path / "again", unused="keep")
-    first, second = (checkpoint.ParamReader(d) for d in (golden_checkpoint, tmp_path / "again"))
+    first, second = (checkpoint.StoredParams(d) for d in (golden_checkpoint, tmp_path / "again"))
     assert first.shapes == second.shapes
     for name in first.shapes:
         np.testing.assert_array_equal(first.read(name), second.read(name), err_msg=name)
@@ -89,7 +89,7 @@ def test_the_published_zip(compression, small_checkpoint, tmp_path):
         z.write(tmp_path / "pytorch_model.bin", "RadFM/pytorch_model.bin")
     write_sizes(tmp_path / "published.zip", SMALL)
     from_torch(tmp_path / "published.zip", tmp_path / "checkpoint")
-    first, second = (checkpoint.ParamReader(d) for d in (small_checkpoint, tmp_path / "checkpoint"))
+    first, second = (checkpoint.StoredParams(d) for d in (small_checkpoint, tmp_path / "checkpoint"))
     assert all(np.array_equal(first.read(k), second.read(k)) for k in first.shapes)
 
 
@@ -101,7 +101,7 @@ def test_dtype_option_and_unchanged_dtype(dtype, small_checkpoint, tmp_path):
     name = "lang_model.model.layers.1.mlp.up_proj.weight"
     assert same_bits(narrow[name], state[name].to(getattr(torch, dtype)))
     from_torch(tmp_path / "narrow.bin", tmp_path / "checkpoint", unused="keep")
-    assert {str(d) for d in checkpoint.ParamReader(tmp_path / "checkpoint").dtypes.values()} == {dtype}
+    assert {str(d) for d in checkpoint.StoredParams(tmp_path / "checkpoint").dtypes.values()} == {dtype}
     to_torch(tmp_path / "checkpoint", tmp_path / "back.bin")
     back = load_bin(tmp_path / "back.bin")
     assert back.keys() == narrow.keys() and all(same_bits(back[k], narrow[k]) for k in back)
@@ -147,7 +147,7 @@ def test_unused_tensors_at_released_size():
 def test_large_tensors_are_read_in_blocks_of_rows(small_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(weights, "BLOCK_BYTES", 100)
     from_torch(save_bin(tmp_path / "small.bin", state_of()), tmp_path / "checkpoint")
-    first, second = (checkpoint.ParamReader(d) for d in (small_checkpoint, tmp_path / "checkpoint"))
+    first, second = (checkpoint.StoredParams(d) for d in (small_checkpoint, tmp_path / "checkpoint"))
     assert all(np.array_equal(first.read(k), second.read(k)) for k in first.shapes)
 
 
@@ -157,7 +157,7 @@ def test_embeddings_that_differ(tmp_path):
     state[table.EMBEDDING_ALIAS] = state[table.EMBEDDING] + 1
     report = from_torch(save_bin(tmp_path / "x.bin", state, tie=False), tmp_path / "checkpoint")
     assert any("differ" in line for line in report.lines)
-    stored = checkpoint.ParamReader(tmp_path / "checkpoint").read("llama/embedding")
+    stored = checkpoint.StoredParams(tmp_path / "checkpoint").read("llama/embedding")
     np.testing.assert_array_equal(stored, state[table.EMBEDDING_ALIAS])
 
 

@@ -17,11 +17,11 @@ from radfm_jax.convert.to_torch import to_torch
 def small(tmp_path_factory):
     folder = tmp_path_factory.mktemp("small")
     from_torch(save_bin(folder / "x.bin", state_of()), folder / "checkpoint")
-    return checkpoint.ParamReader(folder / "checkpoint")
+    return checkpoint.StoredParams(folder / "checkpoint")
 
 
-def same(first: checkpoint.ParamReader, directory) -> bool:
-    second = checkpoint.ParamReader(directory)
+def same(first: checkpoint.StoredParams, directory) -> bool:
+    second = checkpoint.StoredParams(directory)
     return all(np.array_equal(first.read(k), second.read(k)) for k in first.shapes)
 
 
@@ -102,7 +102,7 @@ def test_float64(small, tmp_path):
     with pytest.raises(ValueError, match="parameters are float64 .*pass --dtype float32"):
         from_torch(path, tmp_path / "checkpoint")
     from_torch(path, tmp_path / "checkpoint", dtype="float32")
-    assert {str(d) for d in checkpoint.ParamReader(tmp_path / "checkpoint").dtypes.values()} == {"float32"}
+    assert {str(d) for d in checkpoint.StoredParams(tmp_path / "checkpoint").dtypes.values()} == {"float32"}
 
 
 # --- vocabulary -------------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ def stored_decoder(directory) -> DecoderConfig:
 
 
 def params_in(directory) -> dict[str, np.ndarray]:
-    reader = checkpoint.ParamReader(directory)
+    reader = checkpoint.StoredParams(directory)
     return {name.removeprefix("llama/"): reader.read(name) for name in reader.shapes}
 
 

@@ -85,7 +85,7 @@ def test_a_hugging_face_tokenizer_must_fit_the_vocabulary(tmp_path):
     assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= stored.keys()
     options = {"part": "llama", "tokenizer": tmp_path / "other", "trim_vocabulary": True}
     from_torch(tmp_path / "hf", tmp_path / "trimmed", **options)
-    assert checkpoint.ParamReader(tmp_path / "trimmed").shapes["llama/embedding"] == (60, 32)
+    assert checkpoint.StoredParams(tmp_path / "trimmed").shapes["llama/embedding"] == (60, 32)
 
 
 def test_a_tied_head_in_a_state_dict(tmp_path):

@@ -60,7 +60,7 @@ def folder(tmp_path_factory):
 
 
 def params_in(directory, part: str) -> dict[str, np.ndarray]:
-    reader = checkpoint.ParamReader(directory)
+    reader = checkpoint.StoredParams(directory)
     return {name: reader.read(name) for name in reader.shapes if name.startswith(f"{part}/")}
 
 

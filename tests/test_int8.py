@@ -11,20 +11,21 @@ from packed import CONFIG
 
 from radfm_jax import api
 from radfm_jax.checkpoints import checkpoint
-from radfm_jax.checkpoints import int8 as quantised
 from radfm_jax.inference import Generator, Prompt, Sampling
+from radfm_jax.models import quantised
 from radfm_jax.runtime.sharding import make_mesh
 
 PARAMS = parity.recipe_params(CONFIG)
-INT8 = quantised.quantise_params(PARAMS)
+INT8 = quantised.quantise_params(PARAMS, "int8")
 IDS = np.random.default_rng(0).integers(3, CONFIG.llama.vocab_size, (2, 12))
 
 
 def widened(params: dict) -> dict:
     """Return the float parameters that int8 ones represent."""
     leaves = {path: np.asarray(x) for path, x in checkpoint.flatten(params).items()}
-    for path, scale in quantised.scale_paths(leaves).items():
-        steps = np.expand_dims(leaves.pop(scale), tuple(quantised._input_axes(path)))
+    for path in quantised.quantised_shapes(leaves):
+        scale = quantised.companion(path, np.int8)
+        steps = np.expand_dims(leaves.pop(scale), tuple(quantised.contraction_axes(path)))
         leaves[path] = leaves[path].astype(np.float32) * steps
     return checkpoint.unflatten(leaves)
 
@@ -38,17 +39,17 @@ def saved(tmp_path_factory):
 
 def test_quantise_by_hand():
     kernel = np.array([[1.0, -2.54, 0.0], [-0.5, 0.01, 0.0]], np.float32)
-    values, scale = quantised.quantise(kernel, 1)
+    values, scale = quantised.to_int8(kernel, 1)
     assert values.tolist() == [[127, -127, 0], [-64, 0, 0]]  # 63.5 rounds to even
     np.testing.assert_allclose(scale, [1 / 127, 2.54 / 127, 0], rtol=1e-6)
     with pytest.raises(ValueError, match="not finite"):
-        quantised.quantise(np.array([[np.nan]]), 1)
+        quantised.to_int8(np.array([[np.nan]]), 1)
 
 
 @pytest.mark.parametrize("inputs", [1, 2])
 def test_the_error_is_at_most_half_a_step(inputs):
     kernel = np.random.default_rng(1).standard_normal((6, 5, 7)).astype(np.float32)
-    values, scale = quantised.quantise(kernel, inputs)
+    values, scale = quantised.to_int8(kernel, inputs)
     assert values.dtype == np.int8 and scale.shape == kernel.shape[inputs:]
     error = np.abs(values * scale - kernel)
     assert (error <= scale * 0.5000001).all() and error.max() > 0.4 * scale.min()

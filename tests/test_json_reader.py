@@ -111,7 +111,7 @@ def readers(folder: Path, text: str) -> dict:
         "manifest.json": lambda: checkpoint.read_manifest(step),
         "run.json": lambda: train_state.data_state(step),
         "best.json": lambda: run_directory.best(folder / "run"),
-        "_METADATA": lambda: checkpoint.ParamReader(folder / "parameters"),
+        "_METADATA": lambda: checkpoint.StoredParams(folder / "parameters"),
         "config.json": lambda: model_config.read_config(config),
         "a.jsonl, line 1": lambda: read_questions(line),
         "line 1": lambda: read_batch_file(line, folder),

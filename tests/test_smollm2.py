@@ -116,7 +116,7 @@ def test_greedy_answers_equal_those_of_transformers(folder, tmp_path):
     assert transformers.AutoConfig.from_pretrained(tmp_path / "hf") == transformers.AutoConfig.from_pretrained(folder)
     assert prompts_and_answers(tmp_path / "hf") == (prompts, answers)
     from_torch(tmp_path / "hf", tmp_path / "again", part="llama")
-    first, again = (checkpoint.ParamReader(tmp_path / name) for name in ("first", "again"))
+    first, again = (checkpoint.StoredParams(tmp_path / name) for name in ("first", "again"))
     assert all(np.array_equal(first.read(path), again.read(path)) for path in first.shapes)
     _, config, params = load_any(tmp_path / "again")
     assert abs(config.llama.norm_eps - 1e-5) < 1e-12  # GGUF stores float32

@@ -79,7 +79,7 @@ def test_a_state_may_be_donated_as_soon_as_save_returns(tmp_path):
     with saver(tmp_path) as s:
         s.save(full, data_state(1))
         assert (change(array) == -1).all()
-    stored = checkpoint.ParamReader(latest(tmp_path)).read("vit/latents")
+    stored = checkpoint.StoredParams(latest(tmp_path)).read("vit/latents")
     assert (stored == 3).all()
 
 

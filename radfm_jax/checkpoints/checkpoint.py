@@ -33,12 +33,15 @@ from rich import filesize
 from input_pipeline.field_rules import errors_of
 from input_pipeline.files import fsync, read_json, sha256_of_file, write_json
 from input_pipeline.text.tokenizer import HUGGING_FACE, HUGGING_FACE_FILES, SENTENCEPIECE
-from radfm_jax.models import radfm
+from radfm_jax.models import quantised, radfm
+from radfm_jax.models.computation import COMPUTE
 
 DESCRIPTION, MANIFEST, PARAMS, TOKENIZER = "radfm.json", "manifest.json", "params", SENTENCEPIECE
 UNUSED = "unused.safetensors"
 TOKENIZERS = (TOKENIZER, *HUGGING_FACE_FILES)
 EXTRA_FILES = (*TOKENIZERS, UNUSED)
+OPTIONS = ("lora", "base")  # keys of the model in radfm.json that are not parts
+BASE = "base"  # key of radfm.json: directory and digest of the checkpoint that has the frozen parameters
 ABSENT = "absent"  # key of radfm.json: parameters of its parts that a checkpoint does not have
 FORMAT = 1
 CHUNK_BYTES = 32 * 2**20
@@ -201,9 +204,10 @@ def write_description(directory: Path, part: str, model: dict, **fields) -> None
 
     These are `llama` (a language model), `vision` (a vision encoder) or `llama+vision`.
 
-    Settings of the computation (dtype, remat, ...) are not written.
+    Settings of the computation (dtype, remat, ...) are not written, nor are `lora` and `base` without adapters.
     """
-    model = {name: {k: v for k, v in sizes.items() if k not in radfm.COMPUTE} for name, sizes in model.items()}
+    sizes = {name: {k: v for k, v in model[name].items() if k not in COMPUTE} for name in model if name in radfm.PARTS}
+    model = sizes | {name: x for name, x in model.items() if name in OPTIONS and x not in (None, "float32")}
     versions = {p: importlib.metadata.version(p) for p in ("jax", "flax", "orbax-checkpoint", "numpy")}
     description = {"format": FORMAT, "part": part, "model": model, **fields, "versions": versions}
     (directory / DESCRIPTION).write_text(json.dumps(description, indent=1))
@@ -215,7 +219,9 @@ def read_description(directory) -> dict:
     try:
         description = read_json(path, kind=dict)
         file_format, *_ = description["format"], description["part"]
-        parts = {"model": description["model"], **description["model"], "source": description.get("source", {})}
+        sizes = {name: x for name, x in description["model"].items() if name != "base"}
+        parts = {"model": description["model"], **sizes, "source": description.get("source", {})}
+        parts[BASE] = description.get(BASE, {})
         if wrong := [name for name, value in parts.items() if not isinstance(value, dict)]:
             raise TypeError(f"{', '.join(wrong)} must have fields")
     except FileNotFoundError:
@@ -250,14 +256,15 @@ def save_params(directory: Path, params: dict) -> None:
         absl.logging.set_verbosity(verbosity)
 
 
-def restore_params(directory, abstract: dict, shardings: dict | None = None) -> dict:
-    """Read parameters onto any mesh (default: one device) and cast them to the dtypes of `abstract`.
+def restore_params(directory, abstract: dict, shardings: dict | None = None, base=None) -> dict:
+    """Read parameters onto any mesh (default: one device), and cast or quantise them to the leaves of `abstract`.
 
-    Raises ValueError that lists every parameter that is missing, unexpected or of another shape.
+    `base` is as in StoredParams. Raises ValueError that lists every parameter that is missing, unexpected or of another
+    shape, or for weights that cannot be quantised.
     """
-    leaves, path = with_shardings(abstract, shardings), Path(directory) / PARAMS
-    check_shapes(leaves, stored_arrays(path), directory)
-    return unflatten(read_arrays(path, leaves))
+    leaves, stored = with_shardings(abstract, shardings), StoredParams(directory, base)
+    check_shapes(quantised.source_shapes(leaves), stored.shapes, directory)
+    return unflatten(stored.read_leaves(leaves))
 
 
 def with_shardings(abstract: dict, shardings: dict | None) -> dict[str, jax.ShapeDtypeStruct]:
@@ -359,31 +366,80 @@ def _chunk_shape(shape, dtype, stacked: bool) -> list[int]:
     return chunk
 
 
-class ParamReader:
-    """Read single parameters, or slices of them, from any Orbax PyTree (zarr or zarr3, OCDBT or not)."""
+def base_of(directory, base=None) -> Path | None:
+    """Return the checkpoint that has the frozen parameters of this one; None if this one is complete.
 
-    def __init__(self, directory):
-        path = absolute(directory) / PARAMS
-        try:
-            metadata = read_json(path / "_METADATA", kind=dict)
-        except FileNotFoundError:
-            raise ValueError(f"{path} contains no Orbax parameters") from None
-        self._stores = {}
-        for entry in metadata["tree_metadata"].values():
-            keys = [k["key"] for k in entry["key_metadata"]]
-            kvstore = {"driver": "file", "path": f"{path / '.'.join(keys)}/"}
-            if metadata["use_ocdbt"]:
-                base = {"driver": "file", "path": f"{path}/"}
-                kvstore = {"driver": "ocdbt", "base": base, "path": f"{'.'.join(keys)}/"}
-            spec = {
-                "driver": "zarr3" if metadata["use_zarr3"] else "zarr",
-                "kvstore": kvstore,
-                "fill_missing_data_reads": False,  # a lost chunk is an error, not zeros
-            }
-            self._stores["/".join(keys)] = ts.open(spec, open=True, read=True).result()
+    A run that trains adapters records its base (radfm.json). `base` is another place of it.
+
+    Raises:
+      ValueError: the base does not exist, or has other parameters than those that the run was trained on.
+    """
+    record = read_description(directory).get(BASE)
+    if record is None:
+        return None
+    path = Path(base or record["directory"])
+    remedy = f"pass its directory as base=DIR (command line: --base DIR); its digest is {record['sha256']}"
+    if not (path / MANIFEST).is_file():
+        raise ValueError(f"{directory} has only what it learned; its base {path} does not exist: {remedy}")
+    if (actual := digest(path)) != record["sha256"]:
+        raise ValueError(f"{directory} was trained on another base than {path}, whose digest is {actual}: {remedy}")
+    return path
+
+
+class StoredParams:
+    """The parameters of a checkpoint directory, and those of its base (`base_of`) that it does not have itself."""
+
+    def __init__(self, directory, base=None):
+        is_checkpoint = (Path(directory) / DESCRIPTION).is_file()
+        self.base = base_of(directory, base) if is_checkpoint else None
+        self._stores, self.origins = {}, {}
+        for source in filter(None, (self.base, Path(directory))):
+            stores = _open_stores(source)
+            self._stores |= stores
+            self.origins |= dict.fromkeys(stores, source)
         self.shapes = {k: tuple(v.shape) for k, v in self._stores.items()}
         self.dtypes = {k: v.dtype.numpy_dtype for k, v in self._stores.items()}
 
     def read(self, name: str, index: tuple = ()) -> np.ndarray:
         """Return parameter[index]."""
         return self._stores[name][index or ...].read().result()
+
+    def read_leaves(self, leaves: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+        """Return arrays cast and sharded like `leaves`. Quantised ones are made layer by layer."""
+        shapes = quantised.quantised_shapes(leaves)
+        arrays: dict[str, jax.Array] = {}
+        for source in set(self.origins.values()):
+            whole = {k: leaf for k, leaf in leaves.items() if self.origins.get(k) == source and k not in shapes}
+            if whole:
+                arrays |= read_arrays(source / PARAMS, whole)
+        for path, shape in shapes.items():
+            leaf, scale = leaves[path], str(quantised.companion(path, leaves[path].dtype))
+            try:
+                pair = quantised.quantise(path, shape, leaf.dtype, lambda index, path=path: self.read(path, index))
+            except ValueError as error:
+                raise ValueError(f"{self.origins[path]}: {path}: {error}") from None
+            arrays[path], arrays[scale] = jax.device_put(pair, (leaf.sharding, leaves[scale].sharding))
+        return arrays
+
+
+def _open_stores(directory) -> dict[str, ts.TensorStore]:
+    """Return the arrays of any Orbax PyTree of parameters (zarr or zarr3, OCDBT or not), by parameter path."""
+    path = absolute(directory) / PARAMS
+    try:
+        metadata = read_json(path / "_METADATA", kind=dict)
+    except FileNotFoundError:
+        raise ValueError(f"{path} contains no Orbax parameters") from None
+    stores = {}
+    for entry in metadata["tree_metadata"].values():
+        keys = [k["key"] for k in entry["key_metadata"]]
+        kvstore = {"driver": "file", "path": f"{path / '.'.join(keys)}/"}
+        if metadata["use_ocdbt"]:
+            base = {"driver": "file", "path": f"{path}/"}
+            kvstore = {"driver": "ocdbt", "base": base, "path": f"{'.'.join(keys)}/"}
+        spec = {
+            "driver": "zarr3" if metadata["use_zarr3"] else "zarr",
+            "kvstore": kvstore,
+            "fill_missing_data_reads": False,  # a lost chunk is an error, not zeros
+        }
+        stores["/".join(keys)] = ts.open(spec, open=True, read=True).result()
+    return stores

@@ -31,6 +31,7 @@ from input_pipeline.text.tokenizer import read_tokenizer_files
 from radfm_jax.checkpoints import run_directory
 from radfm_jax.checkpoints.run_directory import BEST, CHECKPOINTS, CONFIG, RUN, Warn, step_directory
 from radfm_jax.checkpoints.step_writer import PARTIAL, SaveError, StepWriter, recover_replaced, remove_partial
+from radfm_jax.checkpoints.train_state import Base
 from radfm_jax.models import radfm
 from radfm_jax.runtime import compat
 from radfm_jax.runtime.barrier import barrier, describe
@@ -52,7 +53,7 @@ class Saver:
     that, it waits for the save, and exits with code 1 if the save failed.
 
     Frozen parameters are written with every step, so that each step is complete. In the first stage of the paper, where
-    the language model is frozen, they are 52.1 of 53.4 GB (float32).
+    the language model is frozen, they are 52.1 of 53.4 GB (float32). A run that trains adapters leaves them out.
 
     Raises ValueError if another process writes to the directory, or it cannot be written.
     """
@@ -65,6 +66,7 @@ class Saver:
     keep_last: int = 2  # number of newest steps to keep, at least 1
     keep_every: int = 0  # also keep steps that are divisible by this; 0 for none
     best: str | None = None  # also keep the step with the lowest value of this metric
+    base: Base | None = None  # with the frozen parameters, which steps then leave out (train_state.find_base)
     timeout: float = 1800  # seconds that processes wait for each other
     warn: Warn = run_directory.warning  # called with lines for the user
 
@@ -123,7 +125,9 @@ class Saver:
             raise ValueError(f"{self.workdir}: this Saver is closed")
         with jax.transfer_guard("allow"):
             metrics = {name: float(value) for name, value in (metrics or {}).items()}
-        writer = StepWriter(self.workdir, state, next(_saves), self.model, self._tokenizer_files, self.timeout)
+        writer = StepWriter(
+            self.workdir, state, next(_saves), self.model, self._tokenizer_files, self.timeout, self.base
+        )
         try:
             writer.start(data_state, metrics, self.config)
         except Exception as e:

@@ -23,7 +23,7 @@ from input_pipeline.files import PARTIAL, fsync, read_json, write_json
 from radfm_jax.checkpoints import checkpoint
 from radfm_jax.checkpoints.checkpoint import MANIFEST
 from radfm_jax.checkpoints.run_directory import CHECKPOINTS, DATA, RUN, own_share, step_directory
-from radfm_jax.checkpoints.train_state import split_state
+from radfm_jax.checkpoints.train_state import Base, split_state
 from radfm_jax.models import radfm
 from radfm_jax.runtime import faults
 from radfm_jax.runtime.barrier import barrier, describe, forget
@@ -70,13 +70,14 @@ class StepWriter:
         model: radfm.RadFMConfig,
         tokenizer_files: Mapping[str, bytes],
         timeout: float,
+        base: Base | None = None,
     ):
         with jax.transfer_guard("allow"):
             self.step = int(state["step"])
         self.workdir, self.number, self.timeout = workdir, number, timeout
         self.directory = step_directory(workdir, self.step)
         self._model, self._tokenizer_files = model, tokenizer_files
-        self._parts = split_state(state)
+        self._parts, self._base = split_state(state, base), base
         self._shapes = {part: {k: x.shape for k, x in leaves.items()} for part, leaves in self._parts.items()}
         self._bytes = sum(x.nbytes for leaves in self._parts.values() for x in leaves.values())
         shardings = [x.sharding for x in jax.tree.leaves(state)]
@@ -112,7 +113,8 @@ class StepWriter:
         for name, content in self._tokenizer_files.items():
             (partial / name).write_bytes(content)
         source = {"training": self.workdir.absolute().name, "step": self.step}
-        checkpoint.write_description(partial, "radfm", self._model.to_dict(), source=source)
+        fields = {} if self._base is None else {checkpoint.BASE: self._base.record}
+        checkpoint.write_description(partial, "radfm", self._model.to_dict(), source=source, **fields)
         run = {
             "step": self.step, "metrics": metrics,
             "processes": jax.process_count(), "mesh": self._mesh and dict(self._mesh.shape),

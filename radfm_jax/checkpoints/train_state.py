@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 
-from input_pipeline.field_rules import Size, field_problems, raise_problems
+from input_pipeline.field_rules import Size, as_tuple, field_problems, from_mapping, raise_problems
 from input_pipeline.files import read_json
 from radfm_jax.checkpoints import checkpoint, run_directory
 from radfm_jax.checkpoints.checkpoint import PARAMS, flatten, mismatches, read_arrays, stored_arrays
 from radfm_jax.checkpoints.run_directory import DATA, RUN, TRAINING
-from radfm_jax.models import radfm
+from radfm_jax.models import lora, quantised, radfm
+from radfm_jax.models.computation import COMPUTE
 
-# Settings of the computation, which do not change the meaning of the weights.
-COMPUTATION = ("dtype", "param_dtype", "remat", "attention", "dropout")
+# Settings that do not change the meaning of the weights.
+COMPUTATION = (*COMPUTE, "dropout")
+
+QUANTISED = {"int8": "int8", "uint8": "nf4"}
 
 
 def _locations(state: dict) -> Iterator[tuple[str, str, jax.Array]]:
@@ -27,35 +30,79 @@ def _locations(state: dict) -> Iterator[tuple[str, str, jax.Array]]:
         yield (PARAMS, name, leaf) if group in ("params", "frozen") else (TRAINING, path, leaf)
 
 
-def split_state(state: dict) -> dict[str, dict]:
-    """Return a state as it is stored: {"params": {path: leaf}, "training": {path: leaf}}."""
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """The checkpoint with the frozen parameters of a run that trains adapters; its steps do not repeat them."""
+
+    directory: Path
+    sha256: str  # checkpoint.digest
+    paths: frozenset[str]  # the parameters that steps leave out
+
+    @property
+    def record(self) -> dict:
+        """The entry in radfm.json of a step."""
+        return {"directory": str(checkpoint.absolute(self.directory)), "sha256": self.sha256}
+
+
+def find_base(source, abstract: dict, model: radfm.RadFMConfig, base=None) -> Base | None:
+    """Return the base of a run; None if its steps are complete, since it has no adapters and no `model.base`.
+
+    Args:
+      source: the step to resume from, or the checkpoint to start from (`init_from`).
+      base: another place of the base that `source` records.
+    Raises:
+      ValueError: there is no such checkpoint, or its base is missing or another one.
+    """
+    if model.lora is None and model.base == "float32":
+        return None
+    source = run_directory.select_checkpoint(source)
+    stored = checkpoint.StoredParams(source, base)
+    directory = stored.base or source
+    frozen = flatten(abstract["frozen"])
+    left_out = {path for path in quantised.source_shapes(frozen) if stored.origins.get(path) == directory}
+    left_out |= {str(quantised.companion(path, frozen[path].dtype)) for path in left_out} & frozen.keys()
+    return Base(directory, checkpoint.digest(directory), frozenset(left_out))
+
+
+def split_state(state: dict, base: Base | None = None) -> dict[str, dict]:
+    """Return a state as it is stored: {"params": {path: leaf}, "training": {path: leaf}}, without those of the base."""
     parts: dict[str, dict] = {PARAMS: {}, TRAINING: {}}
     for part, name, leaf in _locations(state):
-        parts[part][name] = leaf
+        if part == TRAINING or base is None or name not in base.paths:
+            parts[part][name] = leaf
     return parts
 
 
-def restore(directory, abstract: dict, *, verified: bool = False) -> dict:
+def restore(directory, abstract: dict, *, base: Base | None = None, verified: bool = False) -> dict:
     """Restore the state of a step bit-exactly onto any mesh and number of processes.
 
-    `abstract` is the result of train_step.abstract_state. Every device reads only its own shards. Pass `verified` if
-    `run_directory.latest` has just verified the files. Raises ValueError if the directory is damaged, or with a list
-    of all arrays that are missing, unexpected or different.
+    `abstract` is the result of train_step.abstract_state, `base` that of `find_base`. Every device reads only its own
+    shards. Pass `verified` if `run_directory.latest` has just verified the files. Raises ValueError if the directory
+    or the base is damaged, or with a list of all arrays that are missing, unexpected or different.
     """
     directory = Path(directory)
     if not verified:
         run_directory.verify(directory)
-    check(directory, abstract)
+    if base is not None:
+        run_directory.verify(base.directory)
+    check(directory, abstract, base)
     parts = split_state(abstract)
-    arrays = {part: read_arrays(directory / part, leaves) for part, leaves in parts.items()}
+    stored = checkpoint.StoredParams(directory, base and base.directory)
+    arrays = {PARAMS: stored.read_leaves(parts[PARAMS])}
+    arrays[TRAINING] = read_arrays(directory / TRAINING, parts[TRAINING])
     leaves = [arrays[part][name] for part, name, _ in _locations(abstract)]
     return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
 
 
-def check(directory: Path, abstract: dict) -> None:
+def check(directory: Path, abstract: dict, base: Base | None = None) -> None:
     """Check that `restore` can read a step. Raises ValueError with all missing, unexpected and different arrays."""
-    parts = split_state(abstract)
+    parts = split_state(abstract, base)
     stored = {part: stored_arrays(directory / part) for part in parts}
+    if base is not None:
+        left_out = {path: x for path, x in flatten(abstract["frozen"]).items() if path in base.paths}
+        shapes = stored_arrays(base.directory / PARAMS)
+        expected = quantised.source_shapes(left_out)
+        checkpoint.check_shapes(expected, {path: shapes[path] for path in expected if path in shapes}, base.directory)
     if problems := mismatches(_kinds(parts), _kinds(stored)):
         raise ValueError(
             "\n  ".join([f"{directory} does not match this model and optimizer:", *problems])
@@ -102,51 +149,76 @@ def init_from(directory, state: dict, model: radfm.RadFMConfig | None = None) ->
     """
     directory = run_directory.select_checkpoint(directory)
     run_directory.verify(directory)
+    if (base := checkpoint.base_of(directory)) is not None:
+        run_directory.verify(base)
     sizes = _differing_sizes(checkpoint.read_description(directory), model)
-    params, stored, loaded = _shared_parameters(directory, state, sizes)
-    new, unused = (tuple(k for k in a if k not in b) for a, b in ((params, stored), (stored, params)))
-    cast = {k: f"{stored[k].dtype} -> {v.dtype}" for k, v in loaded.items() if stored[k].dtype != v.dtype}
-    report = Initialised(directory, tuple(loaded), new, unused, cast, tuple(sizes))
-    return read_arrays(directory / PARAMS, loaded), report
+    stored = checkpoint.StoredParams(directory)
+    params = split_state(state)[PARAMS]
+    shared = _shared_parameters(directory, params, stored, sizes)
+    sources = quantised.source_shapes(params)
+    new, unused = (tuple(k for k in a if k not in b) for a, b in ((sources, stored.shapes), (stored.shapes, sources)))
+    kinds = {path: QUANTISED.get(params[path].dtype.name, params[path].dtype.name) for path in shared}
+    cast = {k: f"{stored.dtypes[k]} -> {kind}" for k, kind in kinds.items() if stored.dtypes[k] != kind}
+    report = Initialised(directory, tuple(shared), new, unused, cast, tuple(sizes))
+    scales = {scale for path in shared if (scale := quantised.companion(path, params[path].dtype)) in params}
+    return stored.read_leaves({path: params[path] for path in (*shared, *scales)}), report
 
 
 def check_init(directory, state: dict, model: radfm.RadFMConfig | None = None) -> None:
     """Check what `init_from` checks, except the bytes of the files."""
     directory = run_directory.select_checkpoint(directory)
     checkpoint.verify(directory, hashes=False)
-    _shared_parameters(directory, state, _differing_sizes(checkpoint.read_description(directory), model))
+    sizes = _differing_sizes(checkpoint.read_description(directory), model)
+    params = split_state(state)[PARAMS]
+    shared = _shared_parameters(directory, params, checkpoint.StoredParams(directory), sizes)
+    fresh = [path for path in quantised.source_shapes(flatten(state["frozen"])) if path not in shared]
+    if fresh and model is not None and (model.lora is not None or model.base != "float32"):
+        raise ValueError(f"optimizer.frozen freezes parameters that {directory} does not have: {', '.join(fresh[:3])}")
 
 
 def _differing_sizes(description: dict, model: radfm.RadFMConfig | None) -> list[str]:
     """Return one line per field of the model that differs from the checkpoint."""
     if model is None:
         return []
-    expected = json.loads(json.dumps(model.to_dict()))  # tuples become lists, as in the checkpoint
-    return [
-        f"{part}.{name} is {expected[part].get(name)!r}, was {value!r} in the checkpoint"
-        for part, stored_sizes in description["model"].items()
-        for name, value in stored_sizes.items()
-        if name not in COMPUTATION and expected.get(part, {}).get(name) != value
-    ]
+    lines = []
+    for part in (name for name in radfm.PARTS if name in description["model"]):
+        config, stored = getattr(model, part), description["model"][part]
+        with contextlib.suppress(ValueError):  # raised for the sizes of another network, which are compared as they are
+            stored = from_mapping(type(config), stored, part).to_dict()  # adds fields that older files do not have
+        expected = config.to_dict()
+        lines += [
+            f"{part}.{name} is {expected.get(name)!r}, was {value!r} in the checkpoint"
+            for name, value in stored.items()
+            if name not in COMPUTATION and as_tuple(expected.get(name)) != as_tuple(value)
+        ]
+    return lines
 
 
-def _shared_parameters(directory: Path, state: dict, sizes: list[str]) -> tuple[dict, dict, dict]:
-    """Return three dicts {path: leaf}: parameters of the state, of the checkpoint, and the state's that are in both.
+def _shared_parameters(directory: Path, params: dict, stored: checkpoint.StoredParams, sizes: list[str]) -> list[str]:
+    """Return the paths of the parameters of a state that a checkpoint has, without the scales of quantised ones.
 
-    `sizes` are the fields that differ, for the error.
+    Adapters may be new. `sizes` are the fields that differ, for the error.
     """
-    params, stored = split_state(state)[PARAMS], stored_arrays(directory / PARAMS)
-    shared = {path: x for path, x in params.items() if path in stored}
+    sources = quantised.source_shapes(params)
+    shared = [path for path in sources if path in stored.shapes]
     if not shared:
-        raise ValueError(f"{directory} has no parameter of this model: it has {', '.join(sorted(stored)[:5])}, ...")
+        paths = ", ".join(sorted(stored.shapes)[:5])
+        raise ValueError(f"{directory} has no parameter of this model: it has {paths}, ...")
+    adapters = [path for path in stored.shapes if lora.is_adapter(path)]
+    if adapters and not any(lora.is_adapter(path) for path in sources):
+        raise ValueError(
+            f"{directory} has adapters ({adapters[0]}, ...): set model.lora as in its {checkpoint.DESCRIPTION}, or "
+            "start from its merged weights (python -m radfm_jax.convert merge)"
+        )
     absent = checkpoint.read_description(directory).get(checkpoint.ABSENT, [])
-    parts = {_part(path) for path in params} & {_part(path) for path in stored}
-    expected = {path: tuple(x.shape) for path, x in params.items() if _part(path) in parts and path not in absent}
-    actual = {path: tuple(x.shape) for path, x in stored.items() if _part(path) in parts}
+    may_be_new = {*absent, *(path for path in sources if lora.is_adapter(path) and not adapters)}
+    parts = {_part(path) for path in sources} & {_part(path) for path in stored.shapes}
+    expected = {path: x for path, x in sources.items() if _part(path) in parts and path not in may_be_new}
+    actual = {path: x for path, x in stored.shapes.items() if _part(path) in parts}
     if problems := mismatches(expected, actual):
         lines = [f"parameters of {directory} do not fit the model:", *problems, *(f"model.{size}" for size in sizes)]
         raise ValueError("\n  ".join(lines))
-    return params, stored, shared
+    return shared
 
 
 def _part(path: str) -> str:

@@ -38,7 +38,7 @@ def load_any(path, *, config: dict | None = None) -> tuple[str, RadFMConfig, dic
         if "llama" not in description["model"]:
             raise ValueError(f"{path} has only the part {description['part']!r}: there are no logits to compare")
         sizes = {name: x for name, x in description["model"].items() if part in ("radfm", name)}
-        reader = checkpoint.ParamReader(path)
+        reader = checkpoint.StoredParams(path)
         names = [name for name in reader.shapes if part == "radfm" or name.startswith("llama/")]
         return part, RadFMConfig.from_dict(sizes), checkpoint.unflatten({name: reader.read(name) for name in names})
     with TorchModel(path, config=config) as model:

@@ -15,8 +15,8 @@ from input_pipeline.files import nearest
 from radfm_jax.convert.families import FAMILIES, Family
 from radfm_jax.convert.families.irrelevant import NOT_KEPT, PLAIN, REASONS, REMEDIES
 from radfm_jax.convert.families.rope import CONTEXT, long_context
+from radfm_jax.models.computation import COMPUTE
 from radfm_jax.models.decoder import DecoderConfig
-from radfm_jax.models.radfm import COMPUTE
 
 # Models of several parts: model type -> (key of the language model's config, its model type, keys of the other parts).
 COMPOSITES = {

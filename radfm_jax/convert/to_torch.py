@@ -93,7 +93,7 @@ def _width(dtype: np.dtype) -> int:
     return dtype.itemsize
 
 
-def _open(src, part: str) -> tuple[dict, RadFMConfig, checkpoint.ParamReader, dict[str, tuple[int, ...]]]:
+def _open(src, part: str) -> tuple[dict, RadFMConfig, checkpoint.StoredParams, dict[str, tuple[int, ...]]]:
     """Return description, sizes, reader and parameter shapes of a verified checkpoint directory."""
     checkpoint.verify(src)
     description = checkpoint.read_description(src)
@@ -103,7 +103,7 @@ def _open(src, part: str) -> tuple[dict, RadFMConfig, checkpoint.ParamReader, di
         raise ValueError(f"{src} has only the part {description['part']!r}: there is no language model to write")
     else:
         config = RadFMConfig.from_dict({"llama": description["model"]["llama"]})
-    reader = checkpoint.ParamReader(src)
+    reader = checkpoint.StoredParams(src)
     shapes = {k: v for k, v in reader.shapes.items() if part == "radfm" or k.startswith("llama/")}
     checkpoint.check_shapes(table.param_shapes(config, part), shapes, src)
     return description, config, reader, shapes

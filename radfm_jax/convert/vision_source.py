@@ -35,7 +35,7 @@ class VisionWeights(Weights):
         try:
             self.stored = self._read_config()  # with the image size of the file
             self.config = self._resized(image_size)
-            self.sizes = {"vision": dataclasses.asdict(self.config)}
+            self.sizes = {"vision": self.config.to_dict()}
             names = {name: vision_tables.local_name(self.config.kind, name) for name in self.reader.infos}
             local = {plain: name for name, plain in names.items() if plain is not None}
             self.entries = vision_tables.vision_entries(self.stored)

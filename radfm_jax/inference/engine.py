@@ -103,18 +103,23 @@ class Generator:
 
     @property
     def weights(self) -> str:
-        """Dtype of the language model's matrices: int8, or the compute dtype."""
+        """Type of the language model's matrices: int8, nf4, or the compute dtype."""
         kernel = self.params["llama"]["blocks"]["query"]["kernel"]
-        return "int8" if kernel.dtype == jnp.int8 else jnp.dtype(self.config.llama.dtype).name
+        stored = {jnp.dtype(jnp.int8): "int8", jnp.dtype(jnp.uint8): "nf4"}
+        return stored.get(kernel.dtype, jnp.dtype(self.config.llama.dtype).name)
 
     def _cast(self, params: dict) -> dict:
         """Cast the matrices to the compute dtype once; casting at each use would read twice the bytes per token.
 
-        Norm scales are multiplied in float32 and keep their dtype, as do int8 matrices and their scales.
+        Norm scales are multiplied in float32 and keep their dtype, as do int8 and nf4 matrices and their scales.
         """
         dtype = jnp.dtype(self.config.llama.dtype)
-        keep = lambda path, x: path[-1].key.endswith("scale") or x.dtype in (dtype, jnp.int8)  # noqa: E731
-        return jax.tree_util.tree_map_with_path(lambda path, x: x if keep(path, x) else x.astype(dtype), params)
+
+        def cast(path, x):
+            is_kept = path[-1].key.endswith(("scale", "absmax")) or jnp.issubdtype(x.dtype, jnp.integer)
+            return x if is_kept or x.dtype == dtype else x.astype(dtype)
+
+        return jax.tree_util.tree_map_with_path(cast, params)
 
     def on_mesh(self):
         """Return a context that sets the mesh, if there is one."""

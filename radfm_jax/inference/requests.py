@@ -38,6 +38,7 @@ class Request:
     place: str = "first"
     system: str = ""
     history: Sequence[tuple[str, str]] = ()  # earlier questions and answers
+    adapter: str = ""  # name of one of `Model.adapters`; "": the model itself
 
     def __post_init__(self):
         if not isinstance(self.scans, EncodedScans | list | tuple):

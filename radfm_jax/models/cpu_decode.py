@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from radfm_jax.models.decoder import INPUT_AXES, DecoderConfig, KVCache
+from radfm_jax.models.decoder import DecoderConfig, KVCache
 from radfm_jax.models.layers import Dense, matmul_precision, soft_cap
+from radfm_jax.models.quantised import INPUT_AXES
 
 MAX_BYTES = 8 * 2**30  # split parameters take twice their memory
 MAX_LEFT_ROWS = 32  # with more rows, XLA's repacking of the weights is faster
@@ -30,8 +31,13 @@ def is_split(params: dict) -> bool:
 
 
 def is_worthwhile(params: dict) -> bool:
-    """Whether splitting a decoder's parameters is worthwhile: on CPUs, if the copy takes less than MAX_BYTES."""
-    return jax.default_backend() == "cpu" and sum(x.nbytes for x in jax.tree.leaves(params)) < MAX_BYTES
+    """Whether splitting a decoder's parameters is worthwhile: on CPUs, if the copy takes less than MAX_BYTES.
+
+    nf4 weights are not split: they are packed along the inputs.
+    """
+    leaves = jax.tree.leaves(params)
+    is_packed = any(x.dtype == np.uint8 for x in leaves)
+    return jax.default_backend() == "cpu" and not is_packed and sum(x.nbytes for x in leaves) < MAX_BYTES
 
 
 def split_params(config: DecoderConfig, params: dict) -> dict:
@@ -126,4 +132,4 @@ def multiply_rows(call, args, options, context):
     outer = inputs.shape[: inputs.ndim - np.size(layer.axis)]
     x = inputs.astype(layer.dtype).reshape(-1, rows.shape[1])
     out = product_with_rows(x, rows, precision=layer.precision)
-    return layer.finished(out.reshape(*outer, *np.atleast_1d(layer.features).tolist()))
+    return layer.finished(out.reshape(*outer, *np.atleast_1d(layer.features).tolist()), inputs)

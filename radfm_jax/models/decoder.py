@@ -23,11 +23,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from input_pipeline.field_rules import Count, Size, above, check_fields, one_of, share
 from radfm_jax.models import rotary
-from radfm_jax.models.attention import NAMES, attention
+from radfm_jax.models.attention import attention
+from radfm_jax.models.computation import Computation
 from radfm_jax.models.kernels.xla import attention_mask, plain_attention
 from radfm_jax.models.layers import (
-    DTYPES,
-    REMAT_POLICIES,
     RESIDUAL,
     dense,
     matmul_precision,
@@ -43,7 +42,7 @@ ACTIVATIONS: dict[str, Callable] = {"silu": jax.nn.silu, "gelu_tanh": functools.
 
 
 @dataclasses.dataclass(frozen=True)
-class DecoderConfig:
+class DecoderConfig(Computation):
     """Sizes and options of the language model; the defaults are those of LLaMA-13B, which RadFM uses."""
 
     vocab_size: Size = 32000
@@ -57,10 +56,6 @@ class DecoderConfig:
     rope_scaling: RopeScaling | None = None
     norm_eps: Annotated[float, above(0)] = 1e-6
     tied_head: bool = False
-    dtype: Annotated[str, one_of(DTYPES)] = "float32"
-    param_dtype: Annotated[str, one_of(DTYPES)] = "float32"
-    remat: Annotated[str, one_of(REMAT_POLICIES)] = "full"
-    attention: Annotated[str, one_of(NAMES)] = "auto"
     # What other families change.
     qkv_bias: bool = False  # Qwen2: queries, keys and values have biases
     qk_norm: bool = False  # Qwen3, Gemma 3: RMSNorm of each query and key head before RoPE
@@ -156,10 +151,6 @@ def _rope_table(positions, config, kind: str) -> tuple[jax.Array, jax.Array]:
         return rotary.table(positions, np.zeros(config.rotary_dim // 2, np.float32))  # angles of 0 rotate nothing
     scaling = config.rope_scaling
     return rotary.table(positions, rope_frequencies(config), scaling.magnitude if scaling else 1.0)
-
-
-# Linear maps of a block -> the number of input axes of their kernels, not counting the axis `layers`.
-INPUT_AXES = {"query": 1, "key": 1, "value": 1, "out": 2, "gate": 1, "up": 1, "down": 1}
 
 
 class DecoderBlock(nn.Module):

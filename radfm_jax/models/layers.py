@@ -11,6 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from radfm_jax.models.lora import A, B, LoraConfig, product
+from radfm_jax.models.quantised import from_nf4
+
 # What a transformer block saves for the backward pass, from least to most memory. The names are those that the blocks
 # pass to `checkpoint_name`.
 REMAT_POLICIES = {
@@ -73,22 +76,47 @@ partitioned: Callable[..., Callable[..., Any]] = nn.with_logical_partitioning
 
 
 class Dense(nn.DenseGeneral):
-    """A linear map; its products are multiplied by the parameter `scale` if there is one (int8 kernels)."""
+    """A linear map whose weights may be int8 or nf4 (quantised.py), plus its adapter if it has one (lora.py)."""
+
+    lora: LoraConfig | None = None
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        if not self.has_variable("params", "scale"):
+        if not any(self.has_variable("params", name) for name in ("scale", "absmax", A)):
             return super().__call__(inputs)
-        inputs, kernel = (jnp.asarray(x, self.dtype) for x in (inputs, self.get_variable("params", "kernel")))
         axes = tuple(np.atleast_1d(self.axis))
-        return self.finished(matrix_product(inputs, kernel, ((axes, axes), ((), ())), precision=self.precision))
+        kernel: jax.Array = self.get_variable("params", "kernel")
+        if self.has_variable("params", "absmax"):
+            absmax: jax.Array = self.get_variable("params", "absmax")
+            kernel = from_nf4(kernel, absmax, len(axes) - 1, self.dtype or jnp.float32)
+        inputs, kernel = (jnp.asarray(x, self.dtype) for x in (inputs, kernel))
+        products = matrix_product(inputs, kernel, ((axes, axes), ((), ())), precision=self.precision)
+        return self.finished(products, inputs)
 
-    def finished(self, products: jax.Array) -> jax.Array:
-        """Return products with the kernel times `scale` plus `bias`, where there are such parameters."""
+    def finished(self, products: jax.Array, inputs: jax.Array) -> jax.Array:
+        """Return products with the kernel times `scale`, plus the adapter's, plus `bias`: what there are parameters of.
+
+        Args:
+          products: [..., *outputs]; inputs: [..., *inputs].
+        """
         scale: jax.Array | None = self.get_variable("params", "scale")
         bias: jax.Array | None = self.get_variable("params", "bias")
+        a: jax.Array | None = self.get_variable("params", A)
         if scale is not None:
             products = products * scale.astype(products.dtype)
+        if a is not None:
+            if self.lora is None:
+                raise ValueError(f"{self.name} has an adapter: set model.lora")
+            b: jax.Array = self.get_variable("params", B)
+            inputs = self._dropped(inputs.astype(products.dtype), self.lora.dropout)
+            products = products + self.lora.scale * product(inputs, a, b, self.precision)
         return products if bias is None else products + bias.astype(products.dtype)
+
+    def _dropped(self, x: jax.Array, rate: float) -> jax.Array:
+        """Return x with dropout, if the caller passes random numbers for it."""
+        if not rate or not self.has_rng("dropout"):
+            return x
+        kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - rate, x.shape)
+        return jnp.where(kept, x / (1 - rate), jnp.zeros_like(x))
 
 
 def dense(features, names, config, *, axis=-1, bias=False, gain=1.0, name=None) -> Dense:
@@ -105,6 +133,7 @@ def dense(features, names, config, *, axis=-1, bias=False, gain=1.0, name=None) 
         kernel_init=partitioned(init, names),
         bias_init=partitioned(nn.initializers.zeros, bias_names),
         dot_general=matrix_product,
+        lora=config.lora,
         name=name,
     )
 

@@ -6,18 +6,17 @@ Letters: B rows, R vision rows, P patch tokens per vision row, S scan slots, L l
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Literal
+from typing import Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from input_pipeline.field_rules import Size, check_fields, one_of
-from radfm_jax.models.attention import NAMES, attention
+from input_pipeline.field_rules import Size, check_fields
+from radfm_jax.models.attention import attention
+from radfm_jax.models.computation import Computation
 from radfm_jax.models.layers import (
-    DTYPES,
-    REMAT_POLICIES,
     RESIDUAL,
     GeluMlp,
     dense,
@@ -30,7 +29,7 @@ from radfm_jax.runtime.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
-class PerceiverConfig:
+class PerceiverConfig(Computation):
     """Sizes of the resampler; the defaults are RadFM's. The width equals the vision encoder's."""
 
     kind: Literal["perceiver"] = "perceiver"
@@ -40,10 +39,6 @@ class PerceiverConfig:
     num_heads: Size = 8
     head_dim: Size = 64
     mlp_factor: Size = 4
-    dtype: Annotated[str, one_of(DTYPES)] = "float32"
-    param_dtype: Annotated[str, one_of(DTYPES)] = "float32"
-    remat: Annotated[str, one_of(REMAT_POLICIES)] = "full"
-    attention: Annotated[str, one_of(NAMES)] = "auto"
 
     def __post_init__(self):
         check_fields(self, "model.perceiver")

@@ -7,35 +7,31 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Annotated, Literal
+from typing import Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from input_pipeline.field_rules import Size, check_fields, one_of
-from radfm_jax.models.attention import NAMES
-from radfm_jax.models.layers import DTYPES, REMAT_POLICIES, dense
+from input_pipeline.field_rules import Size, check_fields
+from radfm_jax.models.computation import Computation
+from radfm_jax.models.layers import dense
 from radfm_jax.models.vit3d import gather_rows
 
 
 @dataclasses.dataclass(frozen=True)
-class PooledMlpConfig:
+class PooledMlpConfig(Computation):
     """Sizes of the MLP bridge, an alternative to PerceiverConfig in `model.perceiver`.
 
     `grid` is the number of pooled tokens along rows, columns and depth; their product is `num_latents`. `hidden` is the
     width between the two linear maps: LLaVA's is the language model's. The second map is `projection` of the model.
+    `remat` and `attention` are not used: the bridge has no blocks and no attention.
     """
 
     kind: Literal["mlp"] = "mlp"
     width: Size = 768
     hidden: Size = 5120
     grid: tuple[Size, Size, Size] = (4, 4, 2)
-    dtype: Annotated[str, one_of(DTYPES)] = "float32"
-    param_dtype: Annotated[str, one_of(DTYPES)] = "float32"
-    # Not used: the bridge has no blocks and no attention.
-    remat: Annotated[str, one_of(REMAT_POLICIES)] = "full"
-    attention: Annotated[str, one_of(NAMES)] = "auto"
 
     def __post_init__(self):
         check_fields(self, "model.perceiver")

@@ -29,36 +29,49 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Annotated
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from input_pipeline.field_rules import check_fields, from_mapping
+from input_pipeline.field_rules import check_fields, from_mapping, one_of
+from radfm_jax.models import lora, quantised
+from radfm_jax.models.computation import COMPUTE
 from radfm_jax.models.decoder import Decoder, DecoderConfig
 from radfm_jax.models.encoders.kinds import VisionConfig, encoder
 from radfm_jax.models.layers import dense, partitioned
+from radfm_jax.models.lora import LoraConfig
 from radfm_jax.models.perceiver import Perceiver, PerceiverConfig
 from radfm_jax.models.pooling import PooledMlp, PooledMlpConfig
+from radfm_jax.models.quantised import BASES
 from radfm_jax.models.vit3d import ViTConfig, gather_rows
 from radfm_jax.runtime.sharding import constrain
 
-COMPUTE = ("dtype", "param_dtype", "remat", "attention")  # fields of every part that are not sizes
+PARTS = ("vision", "perceiver", "llama")
 
 
 @dataclasses.dataclass(frozen=True)
 class RadFMConfig:
     """Sizes of all parts. `vision.width` equals `perceiver.width`.
 
-    The `kind` of `vision` and `perceiver` chooses the network; an absent kind is RadFM's.
+    The `kind` of `vision` and `perceiver` chooses the network; an absent kind is RadFM's. `lora` adds adapters to
+    linear maps. `base` is the type in which a frozen language model is held (quantised.py).
     """
 
     vision: VisionConfig = ViTConfig()
     perceiver: PerceiverConfig | PooledMlpConfig = PerceiverConfig()
     llama: DecoderConfig = DecoderConfig()
+    lora: LoraConfig | None = None
+    base: Annotated[str, one_of(BASES)] = "float32"
 
     def __post_init__(self):
         check_fields(self, "model")
+        for name in PARTS:
+            if (part := getattr(self, name)).lora != self.lora:
+                object.__setattr__(self, name, dataclasses.replace(part, lora=self.lora))
         if self.vision.width != self.perceiver.width:
             raise ValueError(f"vision width {self.vision.width} and perceiver width {self.perceiver.width} differ")
 
@@ -73,15 +86,17 @@ class RadFMConfig:
 
     def with_compute(self, **fields) -> RadFMConfig:
         """Return a copy with fields of `COMPUTE` set in every part."""
-        parts = {f.name: dataclasses.replace(getattr(self, f.name), **fields) for f in dataclasses.fields(self)}
+        parts = {name: dataclasses.replace(getattr(self, name), **fields) for name in PARTS}
         return dataclasses.replace(self, **parts)
 
     def to_dict(self) -> dict:
-        return dataclasses.asdict(self)
+        return dataclasses.asdict(self) | {name: getattr(self, name).to_dict() for name in PARTS}
 
     @classmethod
     def from_dict(cls, fields: dict) -> RadFMConfig:
         """Invert `to_dict`. ValueError lists every unknown field, or every invalid one."""
+        if nested := [name for name in PARTS if "lora" in (fields.get(name) or {})]:
+            raise ValueError(f"unknown fields: model.{nested[0]}.lora (set model.lora, which names the linear maps)")
         return from_mapping(cls, fields, "model")
 
 
@@ -95,7 +110,8 @@ def has_released_sizes(config: RadFMConfig) -> bool:
     released = radfm_14b()
     if not (isinstance(config.vision, ViTConfig) and isinstance(released.vision, ViTConfig)):
         return False
-    config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, dropout=released.vision.dropout))
+    vision = dataclasses.replace(config.vision, dropout=released.vision.dropout)
+    config = dataclasses.replace(config, vision=vision, lora=None, base=released.base)
     return config.with_compute(**{name: getattr(released.llama, name) for name in COMPUTE}) == released
 
 
@@ -233,15 +249,28 @@ def abstract_batch(
 @functools.lru_cache(maxsize=8)
 def abstract_params(config: RadFMConfig) -> dict:
     """Return the boxed tree of parameter shapes and logical axis names. `nn.unbox` gives the plain shapes."""
-    return jax.eval_shape(functools.partial(_init, config), jax.random.key(0), abstract_batch(config))
+    boxed = jax.eval_shape(functools.partial(_init, config), jax.random.key(0), abstract_batch(config))
+    return _mapped(boxed, functools.partial(quantised.hold, base=config.base))
 
 
 def init_params(config: RadFMConfig, rng: jax.Array) -> dict:
-    """Return fresh parameters as a plain dict. Jit it with out_shardings so that none ever exists unsharded."""
+    """Return fresh parameters as a plain dict, all in float32 whatever `config.base` is.
+
+    Jit it with out_shardings so that none ever exists unsharded.
+    """
     batch = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), abstract_batch(config))
     return nn.unbox(_init(config, rng, batch))
 
 
 def _init(config: RadFMConfig, rng: jax.Array, batch: dict) -> dict:
     # Plain XLA attention is the only kernel for the few tokens of `abstract_batch`.
-    return RadFM(config.with_compute(attention="xla")).init(rng, batch)["params"]
+    params = RadFM(config.with_compute(attention="xla")).init(rng, batch)["params"]
+    if (adapters := config.lora) is None:
+        return params
+    return _mapped(params, lambda boxed: boxed | lora.adapters(adapters, boxed, jax.random.fold_in(rng, 1)))
+
+
+def _mapped(boxed: dict, change: Callable[[dict[str, nn.Partitioned]], dict[str, nn.Partitioned]]) -> dict:
+    """Return a tree of boxed parameters after a change of its {path: box}."""
+    is_box = lambda _, x: isinstance(x, nn.Partitioned)  # noqa: E731
+    return unflatten_dict(change(flatten_dict(boxed, is_leaf=is_box, sep="/")), sep="/")

@@ -16,13 +16,11 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from input_pipeline.field_rules import Size, check_fields, one_of, share
-from radfm_jax.models.attention import NAMES, attention
+from input_pipeline.field_rules import Size, check_fields, share
+from radfm_jax.models.attention import attention
 from radfm_jax.models.encoders.base import EncoderConfig, Stack
 from radfm_jax.models.layers import (
-    DTYPES,
     NORM_EPS,
-    REMAT_POLICIES,
     RESIDUAL,
     GeluMlp,
     dense,
@@ -52,10 +50,6 @@ class ViTConfig(EncoderConfig):
     channels: Size = 3
     tables: tuple[Size, Size, Size] = (16, 16, 128)
     dropout: Annotated[float, share(zero=True, one=False)] = 0.1
-    dtype: Annotated[str, one_of(DTYPES)] = "float32"
-    param_dtype: Annotated[str, one_of(DTYPES)] = "float32"
-    remat: Annotated[str, one_of(REMAT_POLICIES)] = "full"
-    attention: Annotated[str, one_of(NAMES)] = "auto"
 
     def __post_init__(self):
         check_fields(self, "model.vision", self._conflicts())

@@ -142,6 +142,8 @@ class Experiment:
         if ids not in (0, vocabulary):
             reason = f"data.vocab_size is {ids}, but model.llama.vocab_size is {vocabulary}"
             yield f"{reason}: set both to the same number"
+        if (self.model.lora is not None or self.model.base != "float32") and not self.checkpoint.init_from:
+            yield "model.lora and model.base need checkpoint.init_from, the checkpoint with the base"
         objective, grpo, length = self.train.objective, self.grpo, self.data.text_length
         if objective != "likelihood" and self.train.normalise == "micro_batch":
             yield f"train.normalise='micro_batch' cannot be combined with train.objective={objective!r}: use 'sample'"

@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 from input_pipeline.field_rules import errors_of, plain_mapping
 from radfm_jax.checkpoints import checkpoint, run_directory
 from radfm_jax.inference import stored
-from radfm_jax.models.radfm import COMPUTE, RadFMConfig
+from radfm_jax.models.computation import COMPUTE
+from radfm_jax.models.radfm import PARTS, RadFMConfig
 from radfm_jax.runtime import console
 
 ROW_LIMITS = ("vision_rows", "patch_length", "planes", "scans")  # fields of DataConfig; Preparation has text_length
@@ -19,6 +20,8 @@ ROW_LIMITS = ("vision_rows", "patch_length", "planes", "scans")  # fields of Dat
 
 def follow_checkpoint(config: ConfigDict, overridden: Collection[str]) -> ConfigDict:
     """Return a config with the model, the tokenizer and the preparation of scans of `checkpoint.init_from`.
+
+    A run that trained adapters sets `model.lora` and `model.base`, unless the config has adapters.
 
     A step of a training run also sets the sizes of a row. A language model alone sets only its own sizes and the
     tokenizer, a vision encoder alone its own sizes and the fields of `data` that it requires. If the directory does not
@@ -33,7 +36,8 @@ def follow_checkpoint(config: ConfigDict, overridden: Collection[str]) -> Config
         return config
     directory = run_directory.select_checkpoint(config.checkpoint.init_from)
     description = checkpoint.read_description(directory)
-    followed = {f"model.{part}.{name}": x for part, sizes in description["model"].items() for name, x in sizes.items()}
+    parts = {part: sizes for part, sizes in description["model"].items() if part in PARTS}
+    followed = {f"model.{part}.{name}": x for part, sizes in parts.items() for name, x in sizes.items()}
     if description["part"] == "radfm":
         model = checkpoint.model_config(description, directory)
         preparation = dataclasses.asdict(stored.preparation_of(directory, model))
@@ -53,7 +57,7 @@ def follow_checkpoint(config: ConfigDict, overridden: Collection[str]) -> Config
         if tokenizer == directory:  # its vocabulary may be smaller than that of the model
             followed["data.vocab_size"] = description["model"]["llama"]["vocab_size"]
     with config.unlocked(), config.ignore_type():
-        for part, sizes in description["model"].items():
+        for part, sizes in parts.items():
             kind = getattr(getattr(RadFMConfig(), part), "kind", None)  # of files that do not have the field
             group = config.model[part]
             if sizes.get("kind", kind) != group.get("kind", kind):  # another network, with other fields
@@ -65,5 +69,8 @@ def follow_checkpoint(config: ConfigDict, overridden: Collection[str]) -> Config
                 group = group[part]
             if path not in overridden and not any(path.startswith(f"{field}.") for field in overridden):
                 group[name] = tuple(value) if isinstance(group.get(name), tuple) else value
+        if (trained := description["model"].get("lora")) and config.model.lora is None:
+            config.model.lora = ConfigDict(trained | {"targets": tuple(trained["targets"])})
+            config.model.base = description["model"].get("base", config.model.base)
     console.log(f"model, tokenizer and preparation of scans are those of {directory}, unless an option sets them")
     return config

@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 
 from input_pipeline.batching.pipeline import Rows
 from input_pipeline.sources import describe_terms
-from radfm_jax.checkpoints import run_directory, train_state
+from radfm_jax.checkpoints import checkpoint, run_directory, train_state
 from radfm_jax.checkpoints.saver import Saver
 from radfm_jax.cost import estimate
 from radfm_jax.runtime import console, faults, sharding
@@ -79,8 +79,9 @@ def _prepare(config: Experiment, workdir: Path, peers: Peers, stack: contextlib.
     abstract, transform, _ = train_step.abstract_state(
         config.compute, config.optimizer, mesh, reference=config.has_reference
     )
+    saver.base = base = _base(config, newest, abstract)
     if newest is not None:
-        train_state.check(newest, abstract)
+        train_state.check(newest, abstract, base)
     elif config.checkpoint.init_from:
         train_state.check_init(config.checkpoint.init_from, abstract, config.model)
     answers = EvalAnswers(config, workdir, mesh) if config.train.eval_answers else None
@@ -100,7 +101,7 @@ def _prepare(config: Experiment, workdir: Path, peers: Peers, stack: contextlib.
     rates = optimizer.learning_rates(config.optimizer, steps)
     saver.begin(newest)
     rows.prefetch_plan(data_state)
-    state_ready = _start_first_state(config, newest, abstract, transform, mesh, stack)
+    state_ready = _start_first_state((config, newest, abstract, transform, base), mesh, stack)
     _log_plan(config, abstract, mesh, rows, steps - (0 if newest is None else int(newest.name)))
     if answers:
         console.log(answers.description)
@@ -135,11 +136,18 @@ def _is_complete(config: Experiment, workdir: Path, saver: Saver, newest: Path |
     return True
 
 
+def _base(config: Experiment, newest: Path | None, abstract: dict) -> train_state.Base | None:
+    """Return the base of a run that trains adapters. It may have moved to `checkpoint.init_from`."""
+    source, moved = newest or config.checkpoint.init_from, None
+    if newest is not None and (recorded := checkpoint.read_description(newest).get(checkpoint.BASE)):
+        moved = None if Path(recorded["directory"]).is_dir() else config.checkpoint.init_from
+    return train_state.find_base(source, abstract, config.model, moved)
+
+
 def _start_first_state(
-    config: Experiment, newest: Path | None, abstract: dict, transform, mesh, stack: contextlib.ExitStack
+    arguments: tuple, mesh: Mesh, stack: contextlib.ExitStack
 ) -> Callable[[], tuple[dict, list[str]]]:
     """Compute `first_state` in a thread while the step is compiled. Return a function that returns its result."""
-    arguments = (config, newest, abstract, transform)
     if mesh.devices.flat[0].platform == "gpu":  # GPU autotuning during compilation needs an otherwise idle device
         return lambda: first_state(*arguments)
     threads = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="first state"))
@@ -147,11 +155,16 @@ def _start_first_state(
 
 
 def first_state(
-    config: Experiment, newest: Path | None, abstract: dict, transform: optax.GradientTransformation
+    config: Experiment,
+    newest: Path | None,
+    abstract: dict,
+    transform: optax.GradientTransformation,
+    base: train_state.Base | None = None,
 ) -> tuple[dict, list[str]]:
     """Return the state to start from, and messages about it. `newest` is the run's newest step, verified, or None."""
     if newest is not None:
-        return train_state.restore(newest, abstract, verified=True), [f"resuming from {newest}"]
+        message = f"resuming from {newest}" + (f" and its base {base.directory}" if base else "")
+        return train_state.restore(newest, abstract, base=base, verified=True), [message]
     loaded, messages = None, []
     if config.checkpoint.init_from:
         loaded, report = train_state.init_from(config.checkpoint.init_from, abstract, config.model)

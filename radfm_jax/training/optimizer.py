@@ -20,6 +20,7 @@ from optax.contrib import MuonDimensionNumbers, muon
 from input_pipeline.field_rules import Count, above, at_least, check_fields, one_of, share
 from input_pipeline.files import nearest
 from radfm_jax.checkpoints.checkpoint import flatten, unflatten
+from radfm_jax.models.lora import A, is_adapter
 
 METHODS = ("adamw", "muon")
 MU_DTYPES = ("float32", "bfloat16")
@@ -66,11 +67,18 @@ class OptimizerConfig:
 
 
 def split(params: dict, frozen: tuple[str, ...]) -> tuple[dict, dict]:
-    """Split parameters into (trainable, frozen); `merge` is the inverse. Raises ValueError if a name is not a part."""
+    """Split parameters into (trainable, frozen); `merge` is the inverse. Adapters are always trainable.
+
+    Raises ValueError if a name is not a part, everything is frozen, or a linear map with an adapter is not frozen.
+    """
     leaves = flatten(params)
     for name in frozen:
         _check(name, leaves, "optimizer.frozen")
-    is_frozen = {path: any(_within(path, name) for name in frozen) for path in leaves}
+    is_frozen = {path: any(_within(path, name) for name in frozen) and not is_adapter(path) for path in leaves}
+    for path in leaves:
+        kernel = path.removesuffix(A) + "kernel"
+        if path.endswith(f"/{A}") and not is_frozen[kernel]:
+            raise ValueError(f"model.lora.targets match {kernel}, which is trained itself: add it to optimizer.frozen")
     if all(is_frozen.values()):
         raise ValueError(f"optimizer.frozen ({', '.join(frozen)}) freezes all parameters: leave a part trainable")
     trainable, fixed = ({p: x for p, x in leaves.items() if is_frozen[p] is kept} for kept in (False, True))

@@ -67,6 +67,7 @@ def abstract_state(
     shardings, notes = sharding.param_shardings(boxed, mesh)
     params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.unbox(boxed), shardings)
     trainable, frozen = opt.split(params, config.frozen)
+    trainable = _in_float32(trainable, model.base)
     transform = opt.optimizer(config, trainable)
     replicated = NamedSharding(mesh, PartitionSpec())
     small = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=replicated)  # noqa: E731
@@ -83,6 +84,18 @@ def abstract_state(
     if reference:
         state["reference"] = trainable
     return {**state, "key": small((2,), jnp.uint32), "skipped": small((), jnp.int32)}, transform, notes
+
+
+def _in_float32(trainable: dict, base: str) -> dict:
+    """Return the trained parameters of the language model in float32, as the others are, whatever `model.base` is."""
+
+    def widened(path: str, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        if jnp.issubdtype(x.dtype, jnp.integer):
+            raise ValueError(f"model.base {base} holds {path}, which is trained: add it to optimizer.frozen")
+        is_narrow = base != "float32" and x.dtype == jnp.bfloat16
+        return jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding) if is_narrow else x
+
+    return unflatten({path: widened(path, x) for path, x in flatten(trainable).items()})
 
 
 def init_state(

@@ -27,11 +27,10 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from radfm_jax.checkpoints import int8
 from radfm_jax.checkpoints.checkpoint import flatten, unflatten
 from radfm_jax.convert.table import entries
 from radfm_jax.inference import Generator, Prompt, Sampling
-from radfm_jax.models import radfm
+from radfm_jax.models import quantised, radfm
 from radfm_jax.models.decoder import DecoderConfig
 from radfm_jax.models.perceiver import PerceiverConfig
 from radfm_jax.models.vit3d import ViTConfig
@@ -122,7 +121,7 @@ def main() -> None:
     params = random_params(config)
     ids = np.random.default_rng(1).integers(3, config.llama.vocab_size, (max(BATCHES), args.prompt)).astype(np.int32)
     generator, model = Generator(config, jax.tree.map(jax.numpy.asarray, params)), torch_model(config, params)
-    small = Generator(config, int8.quantise_params(params))
+    small = Generator(config, quantised.quantise_params(params, "int8"))
     sides = {f"ours, batch {b}": (b, Ours(generator, ids[:b])) for b in BATCHES}
     sides |= {f"ours in int8, batch {b}": (b, Ours(small, ids[:b])) for b in BATCHES}
     sides |= {f"transformers, batch {b}": (b, Theirs(model, ids[:b])) for b in BATCHES}

@@ -8,6 +8,8 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from radfm_jax.models.computation import Computation
+
 
 @dataclasses.dataclass(frozen=True)
 class Stack:
@@ -25,7 +27,7 @@ class Stack:
     kernels: bool = True  # whether one of attention.KERNELS can compute its attention
 
 
-class EncoderConfig(abc.ABC):
+class EncoderConfig(Computation, abc.ABC):
     """Base of the encoders' configs: dataclasses with `kind`, `width`, `patch` (h, w, d), `channels` and `tables`.
 
     `tables` are the numbers of learned row, column and depth positions.

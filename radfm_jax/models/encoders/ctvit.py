@@ -31,12 +31,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from input_pipeline.field_rules import Count, Size, above, check_fields, one_of
-from radfm_jax.models.attention import NAMES
+from input_pipeline.field_rules import Count, Size, above, check_fields
 from radfm_jax.models.encoders.base import FixedSideConfig, Stack
 from radfm_jax.models.layers import (
-    DTYPES,
-    REMAT_POLICIES,
     RESIDUAL,
     dense,
     layer_norm,
@@ -58,7 +55,8 @@ class CTViTConfig(FixedSideConfig):
     """Sizes of CT-ViT; the defaults are those of CT-CLIP.
 
     `codebook` is the number of codes that features are rounded to; 0 leaves them continuous. Voxels in [0, 1] are
-    normalised by `mean` and `std`. `depth` is the maximum number of slabs.
+    normalised by `mean` and `std`. `depth` is the maximum number of slabs. `attention` is not used: no fused kernel has
+    unit-length queries or a learned bias.
     """
 
     kind: Literal["ctvit"] = "ctvit"
@@ -75,11 +73,6 @@ class CTViTConfig(FixedSideConfig):
     codebook: Count = 8192
     mean: float = 0.5
     std: Annotated[float, above(0)] = 0.5
-    dtype: Annotated[str, one_of(DTYPES)] = "float32"
-    param_dtype: Annotated[str, one_of(DTYPES)] = "float32"
-    remat: Annotated[str, one_of(REMAT_POLICIES)] = "full"
-    # Not used: no fused kernel has unit-length queries or a learned bias.
-    attention: Annotated[str, one_of(NAMES)] = "auto"
 
     def __post_init__(self):
         check_fields(self, "model.vision", self._conflicts())

@@ -23,12 +23,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from input_pipeline.field_rules import Size, above, check_fields, one_of
-from radfm_jax.models.attention import NAMES, attention
+from input_pipeline.field_rules import Size, above, check_fields
+from radfm_jax.models.attention import attention
 from radfm_jax.models.encoders.base import FixedSideConfig, Stack
 from radfm_jax.models.layers import (
-    DTYPES,
-    REMAT_POLICIES,
     RESIDUAL,
     GeluMlp,
     dense,
@@ -72,10 +70,6 @@ class SliceConfig(SliceOptions):
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[Annotated[float, above(0)], ...] = (0.5, 0.5, 0.5)
     norm_eps: Annotated[float, above(0)] = 1e-6
-    dtype: Annotated[str, one_of(DTYPES)] = "float32"
-    param_dtype: Annotated[str, one_of(DTYPES)] = "float32"
-    remat: Annotated[str, one_of(REMAT_POLICIES)] = "full"
-    attention: Annotated[str, one_of(NAMES)] = "auto"
 
     def __post_init__(self):
         check_fields(self, "model.vision", self._conflicts())
