@@ -294,9 +294,7 @@ def test_several_adapters_share_the_arrays_of_one_base(run, base):
     first = states[0][0]["params"]["llama"]["blocks"]["up"]["lora_b"]
     for whole in (model, alone.with_adapters(steps)):
         np.testing.assert_array_equal(whole.adapters["step 1"].params["llama"]["blocks"]["up"]["lora_b"], first)
-    with pytest.raises(
-        ValueError, match=r"adapter 'step' is unknown \(did you mean step \d\?\); adapters: step 1"
-    ):
+    with pytest.raises(ValueError, match=r"adapter 'step' is unknown \(did you mean step \d\?\); adapters: step 1"):
         model.answer("Is there an effusion?", adapter="step")
     if weights == "nf4":
         with pytest.raises(ValueError, match="trained on a base in nf4, but this model holds it in float32: load it w"):

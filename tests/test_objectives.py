@@ -1,11 +1,13 @@
 """DPO and GRPO: losses against numpy, gradients, advantages, and the segments that they read."""
 
 import dataclasses
+import functools
 import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import packed
 import pytest
 from ml_collections import ConfigDict
 from token_parts import installed
@@ -17,10 +19,15 @@ from input_pipeline.samples import RowError, Sample, Scan, Text
 from input_pipeline.sources import NoTerms
 from input_pipeline.text.alternatives import Group, Pair
 from input_pipeline.text.tokens import encode
+from radfm_jax.checkpoints.checkpoint import flatten, unflatten
 from radfm_jax.models import radfm
-from radfm_jax.training import objectives
+from radfm_jax.models.lora import LoraConfig, is_adapter
+from radfm_jax.runtime import sharding
+from radfm_jax.training import objectives, train_step
 from radfm_jax.training.experiment import Experiment
+from radfm_jax.training.losses import answer_losses
 from radfm_jax.training.objectives import DPOConfig, GRPOConfig, group_advantages
+from radfm_jax.training.optimizer import OptimizerConfig
 from radfm_jax.training.rewards import Rewards, term_f1
 
 # --- losses -----------------------------------------------------------------------------------------------------------
@@ -264,3 +271,58 @@ def test_options_round_trip():
     config = Experiment(radfm.tiny(), dpo=DPOConfig(beta=0.2), grpo=GRPOConfig(reward=("rouge", "umls")))
     assert Experiment.from_dict(ConfigDict(config.to_dict(), convert_dict=True)) == config
     assert config.objective is None and not config.has_reference
+
+
+# --- steps ------------------------------------------------------------------------------------------------------------
+
+LORA = LoraConfig(rank=2, targets=("llama/blocks/*",))
+
+
+@functools.cache
+def tuned(lora: LoraConfig | None):
+    """Return the model, the state after three DPO steps, their metrics, and how often the step was traced."""
+    model = dataclasses.replace(packed.CONFIG, lora=lora)
+    mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    config = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, frozen=("llama",) if lora else ())
+    abstract, transform, _ = train_step.abstract_state(model, config, mesh, reference=True)
+    state = train_step.init_state(abstract, model, config, transform, seed=0)
+    # The samples of packed.py in turn are chosen and rejected.
+    arrays = packed.stack(packed.row([packed.SAMPLES[s] for s in names], **packed.SIZES) for names in ("AB", "CD"))
+    arrays["tasks"] = np.minimum(arrays["segments"], 1)
+    batch = train_step.put_batch(arrays, mesh, accumulation=2)
+    options = train_step.StepConfig(chunk=16, objective=DPOConfig(beta=0.5))
+    shardings = train_step.shardings_of(abstract), None
+    step = jax.jit(train_step.make_train_step(model, transform, options), out_shardings=shardings)
+    metrics = []
+    for _ in range(3):
+        state, values = step(state, batch, np.float32(1e-2))
+        metrics.append(jax.device_get(values))
+    return model, state, metrics, step._cache_size(), {name: x[0] for name, x in batch.items()}
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["all", "lora"])
+def test_dpo_steps(lora):
+    """The loss starts at log 2 and falls, with one program; a state keeps its reference."""
+    _, state, metrics, programs, _ = tuned(lora)
+    losses = [float(values["loss"]) for values in metrics]
+    assert programs == 1 and losses[0] == pytest.approx(np.log(2), abs=1e-5) and losses[2] < losses[1] < losses[0]
+    assert metrics[0]["measures"]["margin"] == pytest.approx(0, abs=1e-5) and metrics[2]["measures"]["margin"] > 0
+    assert metrics[2]["measures"]["preferred"] == 1 and metrics[0]["weight"] == 2
+    learned, kept = flatten(state["params"]), flatten(state["reference"])
+    assert learned.keys() == kept.keys() and any((learned[path] != kept[path]).any() for path in learned)
+
+
+def test_the_reference_is_the_base_without_adapters():
+    """Its answers have the probabilities of the model without adapters, and only what learns is stored twice."""
+    model, state, *_, batch = tuned(LORA)
+    base = {path: x for path, x in flatten(train_step.reference_of(state)).items() if not is_adapter(path)}
+    plain, active = dataclasses.replace(model, lora=None), batch["weights"] > 0
+    of = jax.jit(
+        lambda params, config: answer_losses(radfm.RadFM(config), params, batch, active, chunk=16)["token_loss"],
+        static_argnums=1,
+    )
+    reference = of(train_step.reference_of(state), model)
+    # The adapter adds a product with zeros.
+    np.testing.assert_allclose(reference, of(unflatten(base), plain), rtol=1e-6)
+    assert (np.abs(of(train_step.params_of(state), model) - reference)[np.asarray(active)] > 1e-4).any()
+    assert not any(path.startswith("llama") and not is_adapter(path) for path in flatten(state["reference"]))

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/bench_preference.py --objective grpo --checkpoint runs/quickstart/pretrain [--seeds 3]
 
-Each seed is a run of configs/preference_practice.py. `held out` is the share of test questions about lesions whose
+Each seed is a run of configs/preference_practice.py. `held out` is the share of test questions whose
 greedy answer is the reference (reward `exact`). `scans exchanged` is the same with the scan of another question.
 `without scans` is what the best constant answer to each question reaches. The folder above `practice` is the working
 directory."""
@@ -30,19 +30,19 @@ from radfm_jax.evaluate import exact_match
 from radfm_jax.training import display, loop, programs
 from radfm_jax.training.experiment import Experiment
 
-OTHER = {"left": "right", "upper": "lower", "small": "big"} | {"right": "left", "lower": "upper", "big": "small"}
+ANSWERS = (("zero", "one", "two"), ("normal", "nodule", "mass", "multiple lesions"))
 
 
 def write_pairs(practice: Path) -> None:
-    """Write pairs.jsonl of each split: the answer of the data is chosen, the other answer to the question rejected."""
+    """Write pairs.jsonl of each split: the answer of the data is chosen, another answer to the question rejected."""
+    rng = np.random.default_rng(0)
     for split in ("train", "validation"):
-        lines = [json.loads(line) for line in (practice / split / "all.jsonl").read_text().splitlines()]
-        lines = [line for line in lines if line["response"] in OTHER]
-        pairs = [line | {"chosen": line["response"], "rejected": OTHER[line["response"]]} for line in lines]
-        write_json_lines(
-            practice / split / "pairs.jsonl",
-            ({key: value for key, value in pair.items() if key != "response"} for pair in pairs),
-        )
+        pairs = []
+        for line in map(json.loads, (practice / split / "all.jsonl").read_text().splitlines()):
+            chosen = line.pop("response", None)
+            if others := [answer for answers in ANSWERS if chosen in answers for answer in answers if answer != chosen]:
+                pairs.append(line | {"chosen": chosen, "rejected": str(rng.choice(others))})
+        write_json_lines(practice / split / "pairs.jsonl", pairs)
 
 
 def experiment(arguments, seed: int) -> Experiment:
@@ -85,9 +85,8 @@ def main() -> None:
     arguments.checkpoint, arguments.out = arguments.checkpoint.absolute(), arguments.out.absolute()
     os.chdir(arguments.practice.absolute().parent)
     config = experiment(arguments, 0)
-    if arguments.objective == "dpo":
-        write_pairs(arguments.practice)
-        prepare(config.data, config.data.index, workers=2, records=True)
+    write_pairs(arguments.practice)
+    prepare(config.data, config.data.index, workers=2, records=True)
     share_programs()
     runs = {"before": arguments.checkpoint}
     for seed in range(arguments.seeds):
