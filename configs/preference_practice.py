@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from configs import quickstart
 
 QUESTIONS = ("*-count", "*-diagnosis")
+HELD_OUT = ("*-test-000[0-2]??-count", "*-test-000[0-2]??-diagnosis")  # of 300 studies
 STEPS = {"dpo": 60, "grpo": 40}
 
 
@@ -28,7 +29,7 @@ def get_config(objective: str = "dpo") -> ConfigDict:
     config = quickstart.get_config("finetune").unlock()
     config.data.train = ConfigDict({"questions": source("train", "pairs.jsonl")})
     config.data.validation = ConfigDict({"questions_validation": source("validation", "pairs.jsonl")})
-    config.data.test = ConfigDict({"questions_test": source("test")})
+    config.data.test = ConfigDict({"questions_test": source("test") | {"ids": HELD_OUT}})
     config.data.mixture = "epoch"
     config.train.update(objective=objective, steps=STEPS[objective], batch=8, log_every=5, eval_batches=8)
     config.optimizer.update(learning_rate=7e-4, warmup_steps=5, final=0.1)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -38,6 +39,7 @@ def config(tmp_path_factory):
         lines = [json.loads(line) for line in table.read_text().splitlines()]
         pairs = [line | {"chosen": line.pop("response")} for line in lines if line["response"] in OTHER]
         pairs = [pair | {"rejected": OTHER[pair["chosen"]]} for pair in pairs]
+        pairs.append(pairs[0] | {"id": "too long", "rejected": "no " * 200})
         write_json_lines(directory / "data" / split / "pairs.jsonl", pairs)
         sources[split] = {
             "family": "jsonl",
@@ -119,6 +121,12 @@ def test_held_out_answers_are_greedy(config):
     sums = rollouts.Rollouts(config, mesh).held_out(params, arrays, infos)
     assert sums["weight"] == sum(len(info.samples) for info in infos if info)
     assert sums["loss"] + sums["reward"] == sums["weight"]
+
+
+def test_a_pair_that_is_too_long_is_in_quarantine(config):
+    quarantined = Path(config.data.index, "quarantine.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in quarantined] == ["too long"] * 2
+    assert "increase data.text_length" in quarantined[0] and "has at least" in quarantined[0]
 
 
 def test_rows_without_pairs(config):
