@@ -300,7 +300,7 @@ def tuned(lora: LoraConfig | None):
     return model, state, metrics, step._cache_size(), {name: x[0] for name, x in batch.items()}
 
 
-@pytest.mark.parametrize("lora", [None, LORA], ids=["all", "lora"])
+@pytest.mark.parametrize("lora", [pytest.param(None, marks=pytest.mark.slow, id="all"), pytest.param(LORA, id="lora")])
 def test_dpo_steps(lora):
     """The loss starts at log 2 and falls, with one program; a state keeps its reference."""
     _, state, metrics, programs, _ = tuned(lora)

@@ -17,6 +17,7 @@ from input_pipeline.batching.pipeline import Rows
 from input_pipeline.files import write_json_lines
 from radfm_jax.checkpoints import run_directory
 from radfm_jax.models import radfm
+from radfm_jax.models.lora import LoraConfig
 from radfm_jax.runtime import sharding
 from radfm_jax.training import display, loop, programs, rollouts
 from radfm_jax.training.data import device_batches
@@ -76,7 +77,12 @@ def random_params(model: radfm.RadFMConfig) -> dict:
 
 
 def test_answers_of_a_step(config):
-    """Every segment gets its own answer, with the log probabilities that training computes, and a resume repeats it."""
+    """Every segment gets its own answer, with the log probabilities that training computes, and a resume repeats it.
+
+    The model has adapters.
+    """
+    model = dataclasses.replace(config.model, lora=LoraConfig(rank=2))
+    config = dataclasses.replace(config, model=model, checkpoint=CheckpointConfig(init_from="base"))
     compute, objective, mesh = config.compute, config.grpo, mesh_of_one()
     params = random_params(compute)
     sampler = rollouts.Rollouts(config, mesh)

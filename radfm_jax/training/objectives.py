@@ -37,7 +37,7 @@ class DPOConfig:
 
     beta: Annotated[float, above(0)] = 0.1  # a larger value keeps the policy closer to the reference
     # Share of pairs that are assumed to be in the wrong order (conservative DPO).
-    label_smoothing: Annotated[float, at_least(0), share(zero=True, one=False)] = 0.0
+    label_smoothing: Annotated[float, share(zero=True, one=False)] = 0.0
     # Weight of the loss per token of the chosen answer. DPO alone may make both answers less likely.
     likelihood: Annotated[float, at_least(0)] = 0.0
 
