@@ -29,55 +29,17 @@ model as well: `--config.optimizer.frozen="()" --config.optimizer.learning_rate=
 210 GB over all devices, plus activations.
 """
 
-import dataclasses
-import functools
-from collections.abc import Callable
-
 from ml_collections import ConfigDict
 
 from input_pipeline.config import DataConfig
 from radfm_jax.models import radfm
-from radfm_jax.models.lora import LoraConfig
+from radfm_jax.training import methods
 from radfm_jax.training.experiment import CheckpointConfig, Experiment, TrainConfig
 from radfm_jax.training.follow import follow_checkpoint
 from radfm_jax.training.optimizer import OptimizerConfig
 
 # The command line calls this function. It copies model, tokenizer and preparation from `init_from`.
 resolve = follow_checkpoint
-
-
-METHODS = {"lora": "bfloat16", "qlora": "nf4"}  # variant of a config: how it holds the frozen language model
-
-
-def with_methods(get_config: Callable[..., ConfigDict]) -> Callable[..., ConfigDict]:
-    """Give a config the variants of METHODS: FILE:qlora, or FILE:qlora,DIR where FILE:DIR sets its directory."""
-
-    @functools.wraps(get_config)
-    def variant(argument: str = "") -> ConfigDict:
-        method, _, root = argument.partition(",")
-        if method not in METHODS:
-            method, root = "", argument
-        config = get_config(root) if root else get_config()
-        return with_adapters(config, METHODS[method]) if method else config
-
-    return variant
-
-
-def with_adapters(config: ConfigDict, base: str, rank: int = 16) -> ConfigDict:
-    """Return a config that trains adapters of the language model, which is held in `base` (models/quantised.py).
-
-    Adapters learn ten times as fast as the other parts, as is common.
-    """
-    config = config.copy_and_resolve_references().unlock()
-    config.model.base = base
-    lora = LoraConfig(rank=rank, alpha=2.0 * rank, dropout=0.05)
-    config.model.lora = ConfigDict(dataclasses.asdict(lora), convert_dict=True)
-    config.optimizer.frozen = tuple(dict.fromkeys((*config.optimizer.frozen, "llama")))
-    rate, others = max(config.optimizer.learning_rate, 2e-4), config.optimizer.learning_rate
-    config.optimizer.learning_rate = rate
-    parts = ("vit", "perceiver", "projection", "image_marks")
-    config.optimizer.rates = ConfigDict(dict.fromkeys(parts, others / rate) | config.optimizer.rates.to_dict())
-    return config.lock()
 
 
 def adapted(
@@ -107,7 +69,7 @@ def adapted(
     return ConfigDict(experiment.to_dict(), convert_dict=True).lock()
 
 
-@with_methods
+@methods.variants
 def get_config(root: str = "my") -> ConfigDict:
     own = {"family": "jsonl", "root": root, "fraction": 1.0}
     return adapted({"own": own | {"table": "train.jsonl"}}, {"own_test": own | {"table": "test.jsonl"}}, root)

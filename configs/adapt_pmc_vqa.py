@@ -16,12 +16,13 @@ Hardware: one H200. Estimated:
 from ml_collections import ConfigDict
 
 from configs import adapt, radfm_14b
+from radfm_jax.training import methods
 
 resolve = adapt.resolve
 SIZES = {"pmc_vqa": radfm_14b.SIZES["pmc_vqa"]}
 
 
-@adapt.with_methods
+@methods.variants
 def get_config(root: str = "data") -> ConfigDict:
     train = {"pmc_vqa": radfm_14b.source(root, "pmc_vqa", "train.csv")}
     test = {"pmc_vqa_test": radfm_14b.source(root, "pmc_vqa", "test.csv", fraction=0.05)}

@@ -15,7 +15,7 @@ pixels. CT needs `--config.data.intensity=lung/soft_tissue/bone` (docs/backbones
 
 Hardware: one device with 48 GB. Estimated (radfm_jax/cost/estimate.py):
 
-    memory: 38 GB a device (parameters 17.5, optimizer 4.0, gradients 4.0, batch 0.3, activations 4.8, working set 7.6)
+    memory: 37 GB a device (parameters 17.5, optimizer 4.0, gradients 4.0, batch 0.3, activations 4.8, working set 6.6)
     a step: 2.59 s (128 TFLOP a row x 8 rows at 40 % of 989 TFLOP/s on 1 x H100)
 
 The second run needs 2 devices with 80 GB: 58 GB on each. For other devices see `python -m radfm_jax.plan`. This
@@ -24,14 +24,15 @@ config has not been run at this size; docs/backbones.md lists what was run.
 
 from ml_collections import ConfigDict
 
-from configs import adapt, qwen3_8b_medsiglip
+from configs import qwen3_8b_medsiglip
 from radfm_jax.models.families import PRESETS
+from radfm_jax.training import methods
 
 NAME = "gemma3_medsiglip"
 resolve = qwen3_8b_medsiglip.resolve
 
 
-@adapt.with_methods
+@methods.variants
 def get_config(root: str = "my") -> ConfigDict:
     config = qwen3_8b_medsiglip.get_config(root).unlock()
     decoder = PRESETS["gemma-3-4b"]

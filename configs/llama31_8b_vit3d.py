@@ -15,7 +15,7 @@ described there.
 
 Hardware: one device with 48 GB. Estimated (radfm_jax/cost/estimate.py):
 
-    memory: 43 GB a device (parameters 32.5, optimizer 0.9, gradients 0.9, batch 1.0, activations 1.7, working set 5.7)
+    memory: 41 GB a device (parameters 32.5, optimizer 0.9, gradients 0.9, batch 1.0, activations 1.7, working set 4.2)
     a step: 1.45 s (71.9 TFLOP a row x 8 rows at 40 % of 989 TFLOP/s on 1 x H100)
 
 The second run needs 2 H200: 85 GB on each. For other devices see `python -m radfm_jax.plan`. This
@@ -24,13 +24,14 @@ config has not been run at this size; docs/backbones.md lists what was run.
 
 from ml_collections import ConfigDict
 
-from configs import adapt, qwen3_8b_medsiglip
+from configs import qwen3_8b_medsiglip
 from radfm_jax.models.families import PRESETS
 from radfm_jax.models.vit3d import ViTConfig
+from radfm_jax.training import methods
 
 resolve = qwen3_8b_medsiglip.resolve
 
 
-@adapt.with_methods
+@methods.variants
 def get_config(root: str = "my") -> ConfigDict:
     return qwen3_8b_medsiglip.on_backbone(root, "llama31", PRESETS["llama-3.1-8b"], ViTConfig()).lock()

@@ -15,7 +15,7 @@ pixels. CT needs `--config.data.intensity=lung/soft_tissue/bone` (docs/backbones
 
 Hardware: one device with 80 GB. Estimated (radfm_jax/cost/estimate.py):
 
-    memory: 55 GB a device (parameters 34.7, optimizer 4.0, gradients 4.0, batch 0.3, activations 5.3, working set 6.8)
+    memory: 55 GB a device (parameters 34.7, optimizer 4.0, gradients 4.0, batch 0.3, activations 5.3, working set 6.6)
     a step: 3.23 s (160 TFLOP a row x 8 rows at 40 % of 989 TFLOP/s on 1 x H100)
 
 The second run needs 4 devices with 80 GB: 49 GB on each. For other devices see `python -m radfm_jax.plan`. This
@@ -31,6 +31,7 @@ from radfm_jax.models.encoders.siglip import medsiglip
 from radfm_jax.models.families import PRESETS
 from radfm_jax.models.perceiver import PerceiverConfig
 from radfm_jax.models.radfm import RadFMConfig
+from radfm_jax.training import methods
 
 resolve = adapt.resolve
 
@@ -48,7 +49,7 @@ def on_backbone(root: str, name: str, decoder: DecoderConfig, vision: VisionConf
     return config
 
 
-@adapt.with_methods
+@methods.variants
 def get_config(root: str = "my") -> ConfigDict:
     config = on_backbone(root, "qwen3_medsiglip", PRESETS["qwen3-8b"], medsiglip())
     patches = 16 * medsiglip().slab  # of a vision row, in three channels

@@ -71,8 +71,9 @@ def render(args: argparse.Namespace, topology: Topology) -> str:
         selector = {"cloud.google.com/gke-tpu-accelerator": TPU[kind], "cloud.google.com/gke-tpu-topology": shape}
         resource, flags, chips = "google.com/tpu", "tpu", TPU_CHIPS
     elif topology.kind == "gpu":
-        name = topology.text.rpartition("x")[2]
-        accelerator, flags = next(value for key, value in GPU.items() if key.lower() == name.lower())
+        if topology.device not in GPU:
+            raise ValueError(f"{topology.text}: GPUs on GKE must be one of {', '.join(GPU)}")
+        accelerator, flags = GPU[topology.device]
         selector = {"cloud.google.com/gke-accelerator": accelerator}
         resource, chips = "nvidia.com/gpu", topology.chip.node
     else:

@@ -27,6 +27,7 @@ from radfm_jax.checkpoints.checkpoint import flatten
 from radfm_jax.cost import estimate
 from radfm_jax.evaluate.radbench import Benchmark
 from radfm_jax.models import radfm
+from radfm_jax.models.lora import LoraConfig
 from radfm_jax.training import train_step
 from radfm_jax.training.data import check_validation
 from radfm_jax.training.experiment import GROUPS, Experiment
@@ -302,7 +303,24 @@ def test_adaptations_freeze_the_language_model(name):
     config = experiment(name)
     assert config.optimizer.frozen == ("llama",) and config.checkpoint.init_from == "radfm"
     assert config.model == radfm.radfm_14b()
-    assert config.data.test and len((ROOT / "configs" / f"{name}.py").read_text().splitlines()) < 75
+    assert config.data.test and len((ROOT / "configs" / f"{name}.py").read_text().splitlines()) < 90
+
+
+@pytest.mark.parametrize("name", [*ADAPTATIONS, "adapt_small", *BACKBONES])
+def test_adaptations_have_variants_with_adapters(name, tmp_path):
+    """The variants differ from the config in the model's adapters, its base, what is frozen, and learning rates."""
+    plain_config, lora, qlora = (parsed(name + variant) for variant in ("", ":lora", f":qlora,{tmp_path}"))
+    assert (lora.model.base, qlora.model.base, lora.model.lora.rank) == ("bfloat16", "nf4", 16)
+    assert str(tmp_path) in str(qlora.data.train)
+    read = Experiment.from_dict(lora)
+    assert "llama" in read.optimizer.frozen
+    assert read.optimizer.rates["vit"] * read.optimizer.learning_rate == pytest.approx(
+        plain_config.optimizer.learning_rate * plain_config.optimizer.rates.get("vit", 1.0)
+    )
+    same = ("data", "train", "mesh", "checkpoint")
+    assert plain({k: lora[k].to_dict() for k in same}) == plain({k: plain_config[k].to_dict() for k in same})
+    changed = parsed(f"{name}:lora", "--config.model.lora.rank=4", "--config.model.base=int8")
+    assert Experiment.from_dict(changed).model.lora.rank == 4 and changed.model.base == "int8"
 
 
 @pytest.mark.parametrize("name", [*ADAPTATIONS, "adapt_small"])
@@ -319,6 +337,9 @@ def test_adaptations_follow_the_checkpoint(name, tmp_path, capsys):
     assert [getattr(config.data, f) for f in followed] == [getattr(quickstart.data, f) for f in followed]
     assert config.data.depth == 16 and config.data.channels == 3
     assert experiment(name, "--config.checkpoint.init_from=nowhere").model == radfm.radfm_14b()
+    trained = dataclasses.replace(model, lora=LoraConfig(rank=2, targets=("llama/blocks/up",)), base="int8")
+    checkpoint.write_description(tmp_path, "radfm", trained.to_dict())
+    assert experiment(name, f"--config.checkpoint.init_from={tmp_path}").model == trained
     for damaged in ("{}", '{"config": []}', '{"config": {"data": {"train": 1}}}'):
         (tmp_path / "run.json").write_text(damaged)
         with pytest.raises(SystemExit):

@@ -6,19 +6,26 @@ import dataclasses
 import io
 import math
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import pytest
 from rich.console import Console
 from test_configs import STAGES, experiment, root  # noqa: F401
 
 from input_pipeline.batching.plan import RowLimits
+from radfm_jax.checkpoints.checkpoint import flatten, unflatten
 from radfm_jax.cost import estimate, flops
 from radfm_jax.cost.estimate import Source
-from radfm_jax.models import radfm
+from radfm_jax.cost.topology import GPUS, TPUS
+from radfm_jax.models import quantised, radfm
+from radfm_jax.models.lora import LoraConfig
+from radfm_jax.models.quantised import BASES
 from radfm_jax.runtime import sharding
 from radfm_jax.training import display
+from radfm_jax.training import optimizer as opt
 from radfm_jax.training.experiment import Experiment, MeshConfig, TrainConfig
-from radfm_jax.training.optimizer import OptimizerConfig
+from radfm_jax.training.optimizer import OptimizerConfig, split
 
 
 def test_flops_by_what_learns():
@@ -42,8 +49,36 @@ def test_flops_by_what_learns():
     assert (whole["llama"] + whole["head"]) / 1e12 == pytest.approx(54.4, abs=0.05)
 
 
+def test_flops_of_adapters():
+    """A frozen language model computes gradients of its inputs, but not of its weights; its adapters learn."""
+    limits = RowLimits(64, 2, 16, 64, 3)
+    frozen = ("llama", "vit", "perceiver", "projection", "image_marks")
+    model = dataclasses.replace(radfm.tiny(), lora=LoraConfig(rank=4))
+    parts = flops.forward(model, limits)
+    assert parts == flops.forward(radfm.tiny(), limits)
+    # 2 layers of query, key, value and out (32 -> 4 x 8), gate and up (32 -> 64), down (64 -> 32).
+    adapted = 2 * 64 * 2 * 4 * (4 * (32 + 32) + 3 * (32 + 64))
+    language = 2 * (parts["llama"] + parts["head"])
+    expected = parts["vit"] + parts["perceiver"] + language + 3 * adapted
+    assert flops.training(model, limits, frozen) == pytest.approx(expected)
+    # Adapters of the vision encoder: everything after them needs the gradients of its inputs. 2 x 16 patches of a row.
+    lora = LoraConfig(rank=4, targets=("vit/blocks/out", "perceiver/blocks/key_value"))
+    model = dataclasses.replace(radfm.tiny(), lora=lora)
+    adapted = 2 * 32 * 2 * 4 * (16 + 24) + 2 * (32 + 3 * 4) * 2 * 4 * (24 + 2 * 16)
+    expected = 2 * parts["vit"] + 2 * parts["perceiver"] + language + 3 * adapted
+    assert flops.training(model, limits, frozen) == pytest.approx(expected)
+
+
 def test_kinds_of_devices():
     for kind, name in (
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 3090 Ti", None),
+        ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada"),
+        ("NVIDIA RTX A6000", "RTX A6000"),
+        ("NVIDIA L40S", "L40S"),
+        ("NVIDIA L40", None),
+        ("NVIDIA A10G", None),
         ("NVIDIA A100-SXM4-80GB", "A100"),
         ("NVIDIA H200", "H200"),
         ("TPU v5 lite", "TPU v5 lite"),
@@ -52,6 +87,7 @@ def test_kinds_of_devices():
     ):
         assert flops.known_device(kind) == name
     assert flops.REACHED.keys() == flops.PEAK.keys()
+    assert {chip.name for chip in (*GPUS.values(), *TPUS.values())} <= flops.PEAK.keys()
     assert estimate.published("a100", 4) == estimate.Hardware(4, 156e12, "50 % of 312 TFLOP/s on 4 x A100")
     with pytest.raises(ValueError, match="unknown peak FLOP/s of 'GTX 1080'; known devices: A100"):
         estimate.published("GTX 1080", 1)
@@ -149,6 +185,54 @@ def test_memory_near_what_a_compiler_said():
 def test_gradients_are_kept_twice_only_where_they_are_added_up():
     assert parts_of(large(128, 4))["gradients"] == 2 * parts_of(large(128))["gradients"]
     assert parts_of(large(128, 4))["batch"] == parts_of(large(128))["batch"]
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_the_state_equals_real_arrays(base):
+    """Parameters, optimizer and gradients against the bytes of arrays, after quantisation."""
+    lora = LoraConfig(rank=4, targets=("llama/blocks/*", "vit/blocks/out"))
+    model = dataclasses.replace(radfm.tiny(), lora=lora, base=base)
+    optimizer = OptimizerConfig(frozen=("llama", "vit/blocks"), mu_dtype="bfloat16")
+    shapes = nn.unbox(radfm.abstract_params(dataclasses.replace(model, base="float32")))
+    params = jax.tree.map(lambda x: jnp.full(x.shape, 0.5, x.dtype), shapes)
+    if base in ("int8", "nf4"):
+        params = quantised.quantise_params(params, base)
+    if base != "float32":  # what is not quantised
+        paths = [p for p in flatten(shapes) if p.startswith("llama/") and not p.endswith(("lora_a", "lora_b"))]
+        leaves = flatten(params)
+        rest = {p: leaves[p].astype(jnp.bfloat16) for p in paths if leaves[p].dtype == jnp.float32}
+        params = unflatten(leaves | rest)
+    learned, frozen = split(params, optimizer.frozen)
+    moments = opt.optimizer(optimizer, learned).init(learned)
+    size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))  # noqa: E731
+    config = dataclasses.replace(experiment("tiny"), model=model, optimizer=optimizer)
+    parts = parts_of(config, devices=1)
+    assert parts["parameters"] == size(learned) + size(frozen)
+    assert parts["optimizer"] == size(moments)
+    assert parts["gradients"] == size(jax.tree.map(jnp.zeros_like, learned))
+
+
+def test_working_set_and_activations_of_a_quantised_base_with_adapters():
+    config = large(1, frozen=("llama",))
+    lora = LoraConfig(rank=16, dropout=0.1)
+    model = dataclasses.replace(config.model, lora=lora, base="nf4")
+    quantised_config = dataclasses.replace(config, model=model)
+    # The weights of two blocks in bfloat16, as those of a float32 base, and adapters with their gradient.
+    weights, adapters = 4 * 5120 * 5120 + 3 * 5120 * 13824, 16 * (4 * (5120 + 5120) + 3 * (5120 + 13824))
+    norms = 2 * 5120
+    block = lambda config: estimate._gathered(config, ["llama/blocks"])  # noqa: E731
+    assert block(config) == [2 * 2 * (weights + norms)]
+    assert block(quantised_config) == [2 * (2 * (weights + norms) + 3 * adapters)]
+    plain, adapted = (
+        estimate._stacks(c, 1, 1, fused=True, decoder_kernel=True)["llama/blocks"] for c in (config, quantised_config)
+    )
+    products = 2 * 2048 * (7 * 16 + 5 * 5120 + 2 * 13824)
+    assert adapted.dots - plain.dots == products
+    assert adapted.live - plain.live == products + 3 * 2048 * (6 * 5120 + 13824)
+    assert adapted.saved("full") == plain.saved("full")
+    # A frozen head in bfloat16 has no gradient and no copy.
+    assert estimate._head(config, 1) - estimate._head(quantised_config, 1) == 4 * 5120 * 32000
+    assert estimate._head(large(1), 1) - estimate._head(config, 1) == 4 * 5120 * 32000
 
 
 def test_traffic():

@@ -23,7 +23,7 @@ from radfm_jax.inference import Generator, Prompt, Sampling
 from radfm_jax.models import lora, quantised, radfm
 from radfm_jax.models.lora import LoraConfig
 from radfm_jax.runtime import sharding
-from radfm_jax.training import train_step
+from radfm_jax.training import loop, train_step
 from radfm_jax.training.experiment import Experiment
 from radfm_jax.training.losses import radfm_loss
 from radfm_jax.training.optimizer import OptimizerConfig
@@ -358,7 +358,7 @@ def test_errors_of_the_config():
     with pytest.raises(ValueError, match="match llama/blocks/down/kernel, which is trained itself: add it"):
         train_step.abstract_state(CONFIG, OptimizerConfig(), sharding.make_mesh(devices=jax.devices()[:1]))
     with pytest.raises(ValueError, match="model.lora and model.base need checkpoint.init_from"):
-        Experiment(CONFIG, optimizer=FROZEN)
+        loop._base(Experiment(CONFIG, optimizer=FROZEN), None, {})
     with pytest.raises(ValueError, match="model.base nf4 holds llama/blocks/.*/kernel, which is trained: add it"):
         mesh = sharding.make_mesh(devices=jax.devices()[:1])
         train_step.abstract_state(dataclasses.replace(PLAIN, base="nf4"), OptimizerConfig(), mesh)

@@ -35,6 +35,9 @@ from radfm_jax.training.experiment import Experiment
         ("gpu:32xA100-80GB", 32, 80e9, 200e9),  # 8 adapters of 25 GB/s bring it into each node
         ("gpu:16xH100", 16, 80e9, 400e9),
         ("gpu:1xH200", 1, 141e9, None),
+        ("gpu:1xRTX4090-24GB", 1, 24e9, None),
+        ("gpu:2xl40s", 2, 48e9, 31.5e9),  # PCIe; there is one memory size
+        ("gpu:8xRTX5090-32GB", 8, 32e9, 63e9),
         ("cpu:4", 4, None, None),
     ],
 )
@@ -52,6 +55,7 @@ def test_topologies(text, count, memory, bandwidth):
         ("gpu:8xA100", "choose a memory size: gpu:8xA100-40GB or gpu:8xA100-80GB"),
         ("gpu:0xH100", "is not a topology"),
         ("gpu:8xGTX1080", "is not a topology"),
+        ("gpu:16xL40S-48GB", "gpu:16xL40S-48GB: at most 8, because L40S-48GB has no published network"),
     ],
 )
 def test_unknown_topologies_are_refused(text, words):

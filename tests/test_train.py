@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -28,10 +29,10 @@ from radfm_jax.models.perceiver import PerceiverConfig
 from radfm_jax.models.radfm import RadFMConfig
 from radfm_jax.models.vit3d import ViTConfig
 from radfm_jax.runtime import console
-from radfm_jax.training import display, evaluation, loop, programs
+from radfm_jax.training import display, evaluation, length, loop, programs
 from radfm_jax.training.eval_answers import EvalAnswers
 from radfm_jax.training.experiment import CheckpointConfig, Experiment, TrainConfig
-from radfm_jax.training.optimizer import OptimizerConfig
+from radfm_jax.training.optimizer import OptimizerConfig, learning_rates
 
 MODEL = RadFMConfig(
     ViTConfig(width=24, num_layers=1, num_heads=2, head_dim=8, mlp_width=32, dropout=0.1),
@@ -136,6 +137,69 @@ def test_interrupted_by_a_signal_and_resumed(config, whole, tmp_path, monkeypatc
     assert record(tmp_path / "run") == record(whole)
     jax.tree.map(np.testing.assert_array_equal, bits(tmp_path / "run", 6), bits(whole, 6))
     assert compare.main([str(whole), str(tmp_path / "run"), "6"]) == 0
+
+
+def interrupted_after(step: int, monkeypatch):
+    """Send SIGTERM to this process when the metrics of a step are logged."""
+    log = display.Display.record
+
+    def signalled(self, number, values, *others, **options):
+        log(self, number, values, *others, **options)
+        if number == step and "train/loss" in values:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(display.Display, "record", signalled)
+
+
+@pytest.fixture
+def one_second_a_step(monkeypatch):
+    """By the timer of train.minutes."""
+    monkeypatch.setattr(length.Timer, "elapsed", lambda self: float(self.steps - 1))
+    monkeypatch.setattr(length.Timer, "step_seconds", lambda self: 1.0)
+    monkeypatch.setattr(display, "draw_curves", lambda _: None)
+
+
+def test_minutes_patience_and_a_resume(config, tmp_path, monkeypatch, capsys, one_second_a_step):
+    """Of 8.5 s for 8 steps, 4 are done: the loss is lowest at step 2, and two evaluations later the run ends.
+
+    It was interrupted between them, after the number of steps had been fixed at step 2.
+    """
+    losses = {1: 3.0, 2: 2.0, 3: 2.5, 4: math.nan}
+    scripted = lambda self, params, step, watchdog: {length.METRIC: losses[step]}  # noqa: E731
+    monkeypatch.setattr(evaluation.Evaluation, "_metrics", scripted)
+    train = dataclasses.replace(config.train, steps=0, minutes=8.5 / 60, patience=2, eval_every=1, eval_answers=0)
+    policy = dataclasses.replace(config.checkpoint, save_every=9, keep_last=1)
+    config = dataclasses.replace(config, train=train, checkpoint=policy)
+    with monkeypatch.context() as patch:
+        interrupted_after(3, patch)
+        assert loop.train(config, tmp_path) == 75
+    assert "0.141667 minutes: 8 steps of 1 s" in capsys.readouterr().err
+    monkeypatch.setattr(length.Timer, "step_seconds", lambda self: pytest.fail("timed again"))
+    assert loop.train(config, tmp_path) == 0
+    monkeypatch.setattr(loop, "OpenSplits", lambda *_: pytest.fail("the data were opened"))
+    assert loop.train(config, tmp_path) == 0
+    reason = "stopped after step 4: 2 evaluations without a lower validation loss than 2.0000 at step 2"
+    assert " ".join(capsys.readouterr().err.split()).count(reason) == 2
+    assert run_directory.steps(tmp_path) == [2, 4] and run_directory.best(tmp_path).name == "2"
+    rates = [line["train/learning_rate"] for line in display.read_metrics(tmp_path) if "train/loss" in line]
+    assert rates == [float(rate) for rate in learning_rates(config.optimizer, 8, 2)[:4]]
+
+
+@pytest.mark.slow
+def test_a_run_of_minutes_resumes_bit_exactly(config, tmp_path, monkeypatch, one_second_a_step):
+    train = dataclasses.replace(config.train, steps=0, minutes=8.5 / 60, eval_every=0, eval_answers=0)
+    config = dataclasses.replace(config, train=train)
+    assert loop.train(config, tmp_path / "whole") == 0
+    with monkeypatch.context() as patch:
+        interrupted_after(5, patch)
+        assert loop.train(config, tmp_path / "run") == 75
+    monkeypatch.setattr(length.Timer, "step_seconds", lambda self: pytest.fail("timed again"))
+    assert loop.train(config, tmp_path / "run") == 0
+    assert record(tmp_path / "run") == record(tmp_path / "whole")
+    assert compare.main([str(tmp_path / "whole"), str(tmp_path / "run"), "8"]) == 0
+    # With more minutes the run is longer, without timing its steps again.
+    longer = dataclasses.replace(config, train=dataclasses.replace(train, minutes=10.5 / 60))
+    assert loop.train(longer, tmp_path / "run") == 0 and run_directory.steps(tmp_path / "run")[-1] == 10
 
 
 @pytest.mark.parametrize("ending", ['{"step": 6, "eval/all', "\0" * 40, '"text"\n'])

@@ -168,9 +168,12 @@ def raise_damage(directory, problems: Iterable[str]) -> None:
 
 
 def digest(directory) -> str:
-    """Return a SHA-256 that identifies the parameters of a checkpoint. It does not depend on the path."""
-    files = read_manifest(Path(directory))
-    params = {name: entry["sha256"] for name, entry in sorted(files.items()) if name.startswith(f"{PARAMS}/")}
+    """Return a SHA-256 that identifies the parameters of a checkpoint and its base, whatever their path and time."""
+    files = sorted(read_manifest(Path(directory)).items())
+    times = {f"{PARAMS}/{name}" for name in ("_CHECKPOINT_METADATA", "commit_success.txt")}  # written by Orbax
+    params = {name: entry["sha256"] for name, entry in files if name.startswith(f"{PARAMS}/") and name not in times}
+    if (Path(directory) / DESCRIPTION).is_file() and (base := read_description(directory).get(BASE)):
+        params[BASE] = base["sha256"]
     return hashlib.sha256(json.dumps(params).encode()).hexdigest()
 
 

@@ -16,10 +16,11 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from input_pipeline.console import SafeConsole
 from input_pipeline.messages import printable
 from radfm_jax import terminal
+from radfm_jax.convert.report import Report
 
 DESCRIPTION = """\
-Convert weights between PyTorch and Orbax, in either direction, and check them. Peak memory does not depend on the size
-of the model.
+Convert weights between PyTorch and Orbax, in either direction, merge adapters or exchange them with PEFT, and check the
+result. Peak memory does not depend on the size of the model.
 """
 EXAMPLES = """\
 examples:
@@ -34,12 +35,19 @@ examples:
   python -m radfm_jax.convert to-hf qwen3/ Qwen3-8B_again/
   # a language model and a vision encoder in one checkpoint
   python -m radfm_jax.convert from-hf Qwen3-8B/ start/ --vision medsiglip-448/
+  # a run that trained adapters (model.lora) as one checkpoint, which every command and `load` take
+  python -m radfm_jax.convert merge runs/adapted/ merged/ --dtype bfloat16
+  # its adapters for peft.PeftModel.from_pretrained, and adapters of PEFT over a checkpoint
+  python -m radfm_jax.convert to-peft runs/adapted/ adapter/ --base-model Qwen/Qwen3-8B
+  python -m radfm_jax.convert from-peft adapter/ adapted/ --base start/
   # compare the logits of two checkpoints of any format
   python -m radfm_jax.convert check radfm/ pytorch_model.bin
 
 A checkpoint directory contains its sizes and tokenizer. To use it:
   radfm_jax.load("radfm/")
 """
+DTYPES = ("float32", "bfloat16", "float16")
+ADAPTER_COMMANDS = ("merge", "to-peft", "from-peft")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -78,6 +86,7 @@ def parser() -> argparse.ArgumentParser:
         "to-hf", "language model of a checkpoint directory -> Hugging Face folder",
         "checkpoint directory of a RadFM or of a language model", "folder to create", aliases=("to-llama",),
     )  # fmt: skip
+    add_adapter_commands(commands)
     sub = commands.add_parser(
         "check",
         help="compare the logits of two checkpoints on the same random inputs",
@@ -90,6 +99,61 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: %(default)s)")
     sub.add_argument("--seed", type=int, default=0, help="seed of the inputs (default: %(default)s)")
     return top
+
+
+MERGE = """\
+Add the adapters of a run to the weights of its base, and write the sum as one checkpoint without adapters or base. A
+base that the run held in bfloat16, int8 or nf4 is converted to that type first, so that the merged model answers as the
+run did.
+"""
+TO_PEFT = """\
+Write the adapters of a run's language model as a folder of PEFT: adapter_config.json and adapter_model.safetensors.
+Adapters of the vision encoder or the perceiver have no place in it, nor have their weights; the report lists them. Use
+`merge` for the whole model.
+"""
+FROM_PEFT = """\
+Convert the LoRA folder of a language model to a checkpoint with adapters over --base. --base must have the weights that
+the adapters were trained on: convert that folder of Hugging Face with from-hf first. DoRA, modules_to_save, biases and
+ranks of single modules are refused.
+"""
+
+
+def add_adapter_commands(commands) -> None:
+    """Add the commands for runs that trained adapters."""
+    moved = {"metavar": "DIR", "help": "checkpoint directory of the base, if it is not where it was during training"}
+    run = "training run with adapters, or one of its checkpoints"
+    sub = plain_conversion(commands, "merge", "adapters of a run -> weights of one checkpoint", MERGE, run,
+                           "checkpoint directory to create")  # fmt: skip
+    sub.add_argument("--dtype", metavar="DTYPE", default="float32", help="float32, bfloat16 or float16: dtype of all "
+                     "weights. 16 bits round away a part of the adapters; the report says how much (default: "
+                     "%(default)s)")  # fmt: skip
+    sub.add_argument("--base", **moved)
+    sub = plain_conversion(commands, "to-peft", "adapters of a run -> folder for peft.PeftModel.from_pretrained",
+                           TO_PEFT, run, "folder to create")  # fmt: skip
+    sub.add_argument("--dtype", choices=DTYPES, help="dtype of the adapters (default: unchanged)")
+    sub.add_argument("--base", **moved)
+    sub.add_argument("--base-model", metavar="NAME", help="Hugging Face id or folder of the base, which the "
+                     "folder records; a folder is compared with the run (default: that of from-peft)")  # fmt: skip
+    sub = plain_conversion(commands, "from-peft", "LoRA folder of PEFT -> checkpoint directory over a base", FROM_PEFT,
+                           "folder with adapter_config.json and adapter_model.safetensors",
+                           "checkpoint directory to create; it has only the adapters")  # fmt: skip
+    sub.add_argument("--dtype", choices=DTYPES, help="dtype of the stored adapters (default: unchanged)")
+    sub.add_argument("--base", metavar="DIR", required=True, help="checkpoint directory, or run, whose language model "
+                     "the adapters were trained on")  # fmt: skip
+    sub.add_argument(
+        "--weights", choices=("float32", "bfloat16", "int8", "nf4"), default="float32",
+        help="how the base is held when the checkpoint is loaded, such as nf4 for QLoRA (default: %(default)s)",
+    )  # fmt: skip
+    sub.add_argument("--any-base", action="store_true", help="accept a base with another digest than to-peft recorded, "
+                     "for one with the same weights in another dtype")  # fmt: skip
+
+
+def plain_conversion(commands, name: str, help: str, description: str, src: str, dst: str) -> argparse.ArgumentParser:
+    """Add a command with SRC and DST."""
+    sub = commands.add_parser(name, help=help, description=description)
+    sub.add_argument("src", metavar="SRC", help=src)
+    sub.add_argument("dst", metavar="DST", help=dst)
+    return sub
 
 
 def conversion(
@@ -108,8 +172,7 @@ def conversion(
     sub.set_defaults(command=name)
     sub.add_argument("src", metavar="SRC", help=src, **src_options)
     sub.add_argument("dst", metavar="DST", help=dst)
-    dtypes = ("float32", "bfloat16", "float16")
-    sub.add_argument("--dtype", choices=dtypes, help="dtype of the stored parameters (default: unchanged)")
+    sub.add_argument("--dtype", choices=DTYPES, help="dtype of the stored parameters (default: unchanged)")
     if reads_torch:
         sub.add_argument("--tokenizer", metavar="FILE", help="SentencePiece model or tokenizer.json (default: next "
                          "to SRC)")  # fmt: skip
@@ -160,24 +223,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _convert(args: argparse.Namespace, console: Console) -> int:
-    from radfm_jax.checkpoints import run_directory
-    from radfm_jax.convert import from_torch, model_config, to_torch
-
     start = time.monotonic()
-    part = "llama" if args.command.endswith("hf") else "radfm"
     bar = ProgressBar(console)
     with bar.rich:
-        common = {"part": part, "dtype": args.dtype, "progress": bar}
-        if args.command.startswith("from"):
-            config = model_config.read_config(args.config) if args.config else None
-            options = {"config": config, "tokenizer": args.tokenizer, "unused": getattr(args, "unused", "drop")}
-            options["trim_vocabulary"] = args.trim_vocabulary
-            if part == "llama":
-                options |= {"vision": args.vision, "image_size": args.image_size}
-            report = from_torch.from_torch(args.src, args.dst, verify=not args.no_verify, **options, **common)
-        else:
-            src = run_directory.select_checkpoint(args.src)
-            report = to_torch.to_torch(src, args.dst, layout=getattr(args, "layout", "plain"), **common)
+        report = (_convert_adapters if args.command in ADAPTER_COMMANDS else _convert_weights)(args, bar)
     seconds = time.monotonic() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     sources = [src for src in (args.src, getattr(args, "vision", None)) if src]
@@ -189,6 +238,36 @@ def _convert(args: argparse.Namespace, console: Console) -> int:
     for line in report.lines:
         print(printable(f"- {line}"))
     return 0
+
+
+def _convert_weights(args: argparse.Namespace, bar: ProgressBar) -> Report:
+    from radfm_jax.checkpoints import run_directory
+    from radfm_jax.convert import from_torch, model_config, to_torch
+
+    part = "llama" if args.command.endswith("hf") else "radfm"
+    common = {"part": part, "dtype": args.dtype, "progress": bar}
+    if args.command.startswith("to"):
+        src = run_directory.select_checkpoint(args.src)
+        return to_torch.to_torch(src, args.dst, layout=getattr(args, "layout", "plain"), **common)
+    config = model_config.read_config(args.config) if args.config else None
+    options = {"config": config, "tokenizer": args.tokenizer, "unused": getattr(args, "unused", "drop")}
+    options["trim_vocabulary"] = args.trim_vocabulary
+    if part == "llama":
+        options |= {"vision": args.vision, "image_size": args.image_size}
+    return from_torch.from_torch(args.src, args.dst, verify=not args.no_verify, **options, **common)
+
+
+def _convert_adapters(args: argparse.Namespace, bar: ProgressBar) -> Report:
+    from radfm_jax.convert.merge import merge
+    from radfm_jax.convert.peft.reading import from_peft
+    from radfm_jax.convert.peft.writing import to_peft
+
+    common = {"dtype": args.dtype, "base": args.base, "progress": bar}
+    if args.command == "merge":
+        return merge(args.src, args.dst, **common)
+    if args.command == "to-peft":
+        return to_peft(args.src, args.dst, base_model=args.base_model, **common)
+    return from_peft(args.src, args.dst, any_base=args.any_base, weights=args.weights, **common)
 
 
 def _check(args: argparse.Namespace, console: Console) -> int:

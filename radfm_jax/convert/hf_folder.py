@@ -32,7 +32,8 @@ def config_json(src: Path, part: str, config: RadFMConfig, description: dict, dt
     if part == "llama":
         original = description.get("source", {}).get("config")
         return hf_config.decoder_to_hf(config.llama, dtype, original or _special_ids(src))
-    hf = {"architectures": ["RadFM"], "model_type": MODEL_TYPE, "torch_dtype": dtype, "model": config.to_dict()}
+    sizes = {name: fields for name, fields in config.to_dict().items() if name not in checkpoint.OPTIONS}
+    hf = {"architectures": ["RadFM"], "model_type": MODEL_TYPE, "torch_dtype": dtype, "model": sizes}
     if origin := stored.origin_of(src):
         hf[stored.ORIGIN] = origin
     try:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from radfm_jax.inference.stored import KEY
+from radfm_jax.models.lora import LoraConfig
 from radfm_jax.models.radfm import RadFMConfig
 
-WARNING = "**Research only, not for clinical use.**"
+WARNING = """\
+**Research only, not for clinical use.** Its wrong answers can sound convincing. The model is not a medical device and
+has no regulatory approval. Its answers must not guide the care of any patient."""
 
 
 def model_card(config: RadFMConfig, part: str, parameters: int, hf: dict) -> str:
@@ -45,8 +50,7 @@ tags: [radiology, medical, vision-language]
 
 # {title}
 
-{WARNING} Its wrong answers can sound convincing. The model is not a medical device and has no regulatory
-approval. Its answers must not guide the care of any patient.
+{WARNING}
 
 Exported by radfm_jax; {parameters:,} parameters.
 
@@ -61,4 +65,28 @@ Exported by radfm_jax; {parameters:,} parameters.
 Architecture: Wu et al., "Towards Generalist Foundation Model for Radiology" (arXiv 2308.02463). Performance depends on
 the training data, which this export does not record. Measure it on your own data before you rely on any answer. The
 licences of the weights and of their base language model apply.
+"""
+
+
+def adapter_card(adapters: LoraConfig, parameters: int, config: Mapping) -> str:
+    """Return Markdown that describes a folder of PEFT. `config` is its adapter_config.json."""
+    base = config["base_model_name_or_path"]
+    named = f"base_model: {base}\n" if base else ""
+    return f"""---
+library_name: peft
+{named}tags: [radiology, medical, lora]
+---
+
+# LoRA adapters of the language model of a RadFM
+
+{WARNING}
+
+Exported by radfm_jax; {parameters:,} parameters: rank {adapters.rank}, alpha {adapters.alpha:g}.
+
+## Use
+
+`peft.PeftModel.from_pretrained(base, folder)`, where `base` is {base or "the language model that the run adapted"}.
+`python -m radfm_jax.convert from-peft folder DIR --base CHECKPOINT` converts them back.
+
+The folder has no vision encoder: in plain transformers the adapters answer text alone. The licence of the base applies.
 """

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from input_pipeline.config import DataConfig
 from input_pipeline.files import read_json
+from radfm_jax.checkpoints import checkpoint
 from radfm_jax.convert.hf_config import decoder_from_hf
 from radfm_jax.convert.table import ROTARY
 from radfm_jax.inference import stored
@@ -68,6 +69,8 @@ def config_next_to(path) -> Path | None:
 
 def radfm_from_model(model: Mapping, path, parts: tuple[str, ...] = tuple(HIDDEN_SIZES)) -> RadFMConfig:
     """Return the sizes in a config's `model`. Raises ValueError if it lacks one that tensor shapes do not show."""
+    if isinstance(model, Mapping):  # PyTorch weights have no adapters and no quantised base
+        model = {name: fields for name, fields in model.items() if name not in checkpoint.OPTIONS}
     if not isinstance(model, Mapping) or not all(isinstance(fields, Mapping) for fields in model.values()):
         raise ValueError(f"the config of {path}: `model` must have the parts {', '.join(parts)} with their sizes")
     if missing := [f"{p}.{n}" for p in parts for n in HIDDEN_SIZES[p] if n not in model.get(p, {})]:

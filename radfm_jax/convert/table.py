@@ -18,7 +18,7 @@ import flax.linen as nn
 import numpy as np
 
 from radfm_jax.checkpoints.checkpoint import flatten
-from radfm_jax.models import radfm
+from radfm_jax.models import decoder, radfm
 from radfm_jax.models.decoder import DecoderConfig, rope_frequencies
 
 LLAMA = {
@@ -234,8 +234,8 @@ def tensor_shape(parts: list[Entry]) -> tuple[int, ...]:
 
 def param_shapes(config: radfm.RadFMConfig, part: str = "radfm") -> dict[str, tuple[int, ...]]:
     """Return {parameter path: shape} of a RadFM, or of its language model alone."""
-    shapes = {k: tuple(v.shape) for k, v in flatten(nn.unbox(radfm.abstract_params(config))).items()}
-    return shapes if part == "radfm" else {k: v for k, v in shapes.items() if k.startswith("llama/")}
+    boxed = {"llama": decoder.abstract_params(config.llama)} if part == "llama" else radfm.abstract_params(config)
+    return {k: tuple(v.shape) for k, v in flatten(nn.unbox(boxed)).items()}
 
 
 def unused_shapes(config: radfm.RadFMConfig) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -97,6 +97,8 @@ def _open(src, part: str) -> tuple[dict, RadFMConfig, checkpoint.StoredParams, d
     """Return description, sizes, reader and parameter shapes of a verified checkpoint directory."""
     checkpoint.verify(src)
     description = checkpoint.read_description(src)
+    if checkpoint.BASE in description:
+        raise ValueError(f"{src} has adapters over a base: merge them first (python -m radfm_jax.convert merge)")
     if part == "radfm":
         config = checkpoint.model_config(description, src)
     elif "llama" not in description["model"]:

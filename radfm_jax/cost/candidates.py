@@ -12,7 +12,7 @@ import itertools
 import math
 from collections.abc import Callable
 
-from radfm_jax.cost import estimate, flops
+from radfm_jax.cost import adapters, estimate, flops
 from radfm_jax.cost.program import CompileError, Program
 from radfm_jax.cost.topology import Topology
 from radfm_jax.models.layers import REMAT_POLICIES
@@ -88,22 +88,23 @@ class Candidate:
 
 
 def evaluate(
-    config: Experiment, topology: Topology, mfu: float | None, *, batch: int, accumulation: int, remat: str
-) -> Candidate:
-    """Estimate one setting by arithmetic.
+    config: Experiment, topology: Topology, mfu: float | None, *, batch: int, accumulation: int, remat: str,
+    state: dict | None = None,
+) -> Candidate:  # fmt: skip
+    """Estimate one setting by arithmetic. `state` is estimate.abstract_state, if the caller has it.
 
     Raises ValueError if rows do not divide, or if the mesh does not match the topology.
     """
     train = dataclasses.replace(config.train, batch=batch, accumulation=accumulation, remat=remat)
     config = dataclasses.replace(config, train=train)
     mesh = estimate.abstract_mesh(config.mesh, topology.count)
-    platform = {"tpu": "tpu", "gpu": "cuda"}.get(topology.kind)
-    memory, traffic, compute = estimate.memory(config, mesh, platform), estimate.traffic(config, mesh), None
+    memory = estimate.memory(config, mesh, platform(topology), state)
+    traffic, compute = estimate.traffic(config, mesh, state), None
     if topology.peak is not None and mfu is not None:
         flops_per_device = estimate.row_flops(config) * batch / topology.count
         recomputation = executed_flops(config) / executed_flops(config, ASSUMED_REMAT)
         compute = flops_per_device / (mfu * topology.peak) * recomputation
-    rows = batch // accumulation // _row_shards(config, topology)
+    rows = batch // accumulation // row_shards(config, topology)
     return Candidate(config, topology, rows, memory, traffic, compute)
 
 
@@ -111,7 +112,7 @@ def executed_flops(config: Experiment, remat: str | None = None) -> float:
     """Return the FLOPs that a step executes per row: those that MFU counts, and recomputation."""
     limits, c = config.data.limits, config.model.llama
     parts = flops.forward(config.model, limits, config.data.channels)
-    stacks = parts["llama"] + parts["vit"] + parts["perceiver"]
+    stacks = parts["llama"] + parts["vit"] + parts["perceiver"] + sum(adapters.forward(config.model, limits).values())
     attention = flops.decoder_attention(c, limits.text_length)
     keys = 2 * limits.text_length * c.width * (c.num_heads + 2 * c.num_kv_heads) * c.head_dim * c.num_layers
     # Savings of a policy are counted for the language model only, which has 99 % of them.
@@ -122,22 +123,33 @@ def executed_flops(config: Experiment, remat: str | None = None) -> float:
     return estimate.row_flops(config) + recomputed[remat or config.train.remat]
 
 
-def _row_shards(config: Experiment, topology: Topology) -> int:
+def row_shards(config: Experiment, topology: Topology) -> int:
     """Return the number of devices that the rows of a batch are divided over."""
     mesh = estimate.abstract_mesh(config.mesh, topology.count)
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def platform(topology: Topology) -> str | None:
+    """Return JAX's name of the platform of a topology's devices; None for simulated ones."""
+    return {"tpu": "tpu", "gpu": "cuda"}.get(topology.kind)
+
+
+def accumulations(config: Experiment, topology: Topology, batch: int) -> list[int]:
+    """Return the numbers of micro-batches that a batch can be divided into."""
+    per_device = batch // row_shards(config, topology)
+    return [count for count in range(1, per_device + 1) if per_device % count == 0]
+
+
 def batch_for(config: Experiment, topology: Topology) -> int:
     """Return the config's batch size, or the next larger one that the devices can share."""
-    shards = _row_shards(config, topology)
+    shards = row_shards(config, topology)
     return math.ceil(config.train.batch / shards) * shards
 
 
 def candidates(config: Experiment, topology: Topology, batches: list[int], mfu: float | None) -> list[Candidate]:
     """Return all candidates of these batch sizes in the order of `rank`."""
-    shards = _row_shards(config, topology)
-    result = []
+    shards, result = row_shards(config, topology), []
+    state = estimate.abstract_state(config, estimate.abstract_mesh(config.mesh, topology.count))
     for batch in batches:
         if batch < 1:
             raise ValueError(f"a batch of {batch} rows: must be at least 1")
@@ -145,16 +157,15 @@ def candidates(config: Experiment, topology: Topology, batches: list[int], mfu: 
             raise ValueError(
                 f"a batch of {batch} rows does not divide over {shards} devices of mesh.data and mesh.fsdp"
             )
-        per_device = batch // shards
-        divisors = [a for a in range(1, per_device + 1) if per_device % a == 0]
-        for accumulation, remat in itertools.product(divisors, REMAT_POLICIES):
-            result.append(evaluate(config, topology, mfu, batch=batch, accumulation=accumulation, remat=remat))
+        for accumulation, remat in itertools.product(accumulations(config, topology, batch), REMAT_POLICIES):
+            setting = {"batch": batch, "accumulation": accumulation, "remat": remat}
+            result.append(evaluate(config, topology, mfu, **setting, state=state))
     return sorted(result, key=rank)
 
 
 def plain(config: Experiment, topology: Topology, batch: int, mfu: float | None) -> Candidate:
     """Return the candidate that gathers the weights for every row: one row per device and micro-batch, full remat."""
-    accumulation = batch // _row_shards(config, topology)
+    accumulation = batch // row_shards(config, topology)
     return evaluate(config, topology, mfu, batch=batch, accumulation=accumulation, remat="full")
 
 

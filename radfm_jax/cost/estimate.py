@@ -19,8 +19,9 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from input_pipeline.datasets import FAMILIES
-from radfm_jax.cost import flops
-from radfm_jax.models import attention, radfm
+from radfm_jax.checkpoints.checkpoint import flatten
+from radfm_jax.cost import adapters, flops
+from radfm_jax.models import attention, lora, quantised, radfm
 from radfm_jax.models.layers import matmul_precision
 from radfm_jax.models.perceiver import PerceiverConfig
 from radfm_jax.runtime import sharding
@@ -177,21 +178,30 @@ def abstract_mesh(config: MeshConfig, devices: int) -> AbstractMesh:
     return AbstractMesh(tuple(sizes), sharding.AXES)
 
 
-def memory(config: Experiment, mesh: Mesh | AbstractMesh, platform: str | None = None) -> dict[str, int]:
+def abstract_state(config: Experiment, mesh: Mesh | AbstractMesh) -> dict:
+    """Return the state that trains: train_step.abstract_state. Of `data` and `train`, only the objective matters."""
+    # config.model instead of config.compute: the dtype of products does not change shapes.
+    return train_step.abstract_state(config.model, config.optimizer, mesh, reference=config.has_reference)[0]
+
+
+def memory(
+    config: Experiment, mesh: Mesh | AbstractMesh, platform: str | None = None, state: dict | None = None
+) -> dict[str, int]:
     """Return the bytes on each device by part; their sum is the peak of a step.
 
-      parameters      of all parts, as stored (train_step.abstract_state)
+      parameters      of all parts in the types that hold them, with scales and adapters (train_step.abstract_state)
       reference       copy of the trained parameters, with an objective that has one
       optimizer       moments of trained parameters
       gradients       float32, of trained parameters; twice with accumulation, which adds a running sum
       batch           the arrays of this step and of the next one, which is transferred while this one computes
       activations     what remat saves of every block for the backward pass (`saved`)
-      working set     the maximum of: a block in the backward pass with its gathered weights, the patch embedding, the
-                      loss head, the update
+      working set     the maximum of: a block in the backward pass with its gathered and dequantised weights, the patch
+                      embedding, the loss head, the update
 
     Args:
       platform: that of an AbstractMesh's devices, which decides whether the decoder's attention is fused
         (attention.choose); None: it is.
+      state: abstract_state of this config, if the caller has it.
     Raises:
       ValueError: rows do not divide over micro-batches and devices.
     """
@@ -203,7 +213,7 @@ def memory(config: Experiment, mesh: Mesh | AbstractMesh, platform: str | None =
             f"devices of {' and '.join(f'mesh.{axis}' for axis in sharding.BATCH)}"
         )
     rows = train.batch // train.accumulation // ways
-    state = _state(config, mesh)
+    state = state or abstract_state(config, mesh)
     trained = _bytes(state["params"])
     in_float32 = sum(_shard(x) * 4 for x in jax.tree.leaves(state["params"]))
     # A CPU has no fused attention: it stores the scores of all pairs of tokens, except where attention is tiled.
@@ -212,7 +222,7 @@ def memory(config: Experiment, mesh: Mesh | AbstractMesh, platform: str | None =
     row_bytes = sum(math.prod(x.shape[2:]) * x.dtype.itemsize for x in abstract_batch(config).values())
     return {
         "parameters": trained + _bytes(state["frozen"]),
-        **({"reference": _bytes(state["reference"])} if config.has_reference else {}),
+        **({"reference": _bytes(state["reference"])} if "reference" in state else {}),
         "optimizer": _bytes(state["opt"]),
         "gradients": in_float32 * (2 if train.accumulation > 1 else 1),
         "batch": 2 * train.accumulation * rows * row_bytes,
@@ -230,27 +240,23 @@ def memory(config: Experiment, mesh: Mesh | AbstractMesh, platform: str | None =
     }
 
 
-def traffic(config: Experiment, mesh: Mesh | AbstractMesh) -> float:
+def traffic(config: Experiment, mesh: Mesh | AbstractMesh, state: dict | None = None) -> float:
     """Return the minimum bytes received by each device per step, in the dtype of products; 0 on one device.
 
     Each micro-batch gathers the weights sharded over `fsdp` twice (forward and backward) and reduces gradients of
     trained parameters once. Gradients of parameters too small for `fsdp` (sharding.param_shardings) are only
-    all-reduced. All gradients are all-reduced over the replicas of `data`.
+    all-reduced. All gradients are all-reduced over the replicas of `data`. Quantised weights are sent as they are.
     """
-    state, ways, replicas = _state(config, mesh), mesh.shape["fsdp"], mesh.shape["data"]
+    state, ways, replicas = state or abstract_state(config, mesh), mesh.shape["fsdp"], mesh.shape["data"]
     all_reduce = lambda n: 2 * (n - 1) / n  # noqa: E731
-    numbers = 0.0
+    size, received = jnp.dtype(config.train.dtype).itemsize, 0.0
     for name, passes, trained in (("params", 3, True), ("frozen", 2, False)):
         for x in jax.tree.leaves(state[name]):
             sharded = any("fsdp" in ((axis,) if isinstance(axis, str) else axis or ()) for axis in x.sharding.spec)
-            numbers += _shard(x) * (passes * (ways - 1) if sharded else trained * all_reduce(ways))
-            numbers += _shard(x) * trained * all_reduce(replicas)
-    return numbers * jnp.dtype(config.train.dtype).itemsize * config.train.accumulation
-
-
-def _state(config: Experiment, mesh: Mesh | AbstractMesh) -> dict:
-    # config.model instead of config.compute: the dtype of products does not change shapes.
-    return train_step.abstract_state(config.model, config.optimizer, mesh, reference=config.has_reference)[0]
+            bytes_ = _shard(x) * (x.dtype.itemsize if jnp.issubdtype(x.dtype, jnp.integer) else size)
+            received += bytes_ * (passes * (ways - 1) if sharded else trained * all_reduce(ways))
+            received += bytes_ * trained * all_reduce(replicas)
+    return received * config.train.accumulation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,6 +274,17 @@ class _Stack:
         """Return the bytes that a policy of layers.REMAT_POLICIES saves for the backward pass of one block."""
         extra = {"full": 0, "attention": self.attention, "projections": self.projections, "dots": self.dots}
         return self.inputs + extra[remat] if remat in extra else self.live
+
+    def adapted(self, config: Experiment, path: str, rows: int) -> _Stack:
+        """Return the stack at this parameter path with the activations of its adapters (adapters.py)."""
+        n, dots, live = jnp.dtype(config.train.dtype).itemsize, 0.0, 0.0
+        for adapter in adapters.adapters(config.model):
+            if adapter.path.startswith(f"{path}/"):
+                tokens = rows * adapter.tokens(config.model, config.data.limits)
+                dots += n * tokens * (adapter.rank + adapter.outputs)
+                if config.model.lora.dropout:  # the inputs after dropout, and which of them remain
+                    live += (n + 1) * tokens * adapter.inputs
+        return dataclasses.replace(self, dots=self.dots + math.ceil(dots), live=self.live + math.ceil(dots + live))
 
 
 def _has_kernel(config: Experiment, platform: str) -> bool:
@@ -314,30 +331,36 @@ def _stacks(config: Experiment, rows: int, tensor: int, fused: bool, decoder_ker
             q.num_layers, latents, limits.patch_length + q.num_latents, q.width, q.num_heads, inner, inner,
             q.mlp_factor * q.width, rows * limits.scans * limits.patch_length,
         )  # fmt: skip
-    return result
+    return {path: blocks.adapted(config, path, rows) for path, blocks in result.items()}
 
 
 def _gathered(config: Experiment, stacks: Iterable[str]) -> list[int]:
     """Return the bytes of each stack's gathered block weights in the dtype of products, and of their gradient.
 
-    On one device these are the cast weights. Stacks are named by the path of their parameters.
+    On one device these are the cast or dequantised weights. Stacks are named by the path of their parameters.
     """
-    n = jnp.dtype(config.train.dtype).itemsize
+    n, frozen = jnp.dtype(config.train.dtype).itemsize, config.optimizer.frozen
+    shapes = quantised.source_shapes(flatten(nn.unbox(radfm.abstract_params(config.model))))
     result = []
-    for name, stack in (path.split("/") for path in stacks):
-        tree = nn.unbox(radfm.abstract_params(config.model))[name][stack]
-        numbers = sum(math.prod(x.shape[1:]) for x in jax.tree.leaves(tree))
+    for stack in stacks:
+        numbers = {path: math.prod(shape[1:]) for path, shape in shapes.items() if path.startswith(f"{stack}/")}
+        learns = stack.partition("/")[0] not in frozen
+        gradients = sum(count for path, count in numbers.items() if learns or lora.is_adapter(path))
         # The weights of the next block are gathered while one computes.
-        result.append(numbers * n * (2 + (name not in config.optimizer.frozen)))
+        result.append(n * (2 * sum(numbers.values()) + gradients))
     return result
 
 
 def _head(config: Experiment, rows: int) -> int:
-    """Return the bytes of the loss: the unsharded float32 head and its gradient, chunks of logits, hidden states."""
+    """Return the bytes of the loss: the unsharded head, its gradient, chunks of logits, hidden states.
+
+    The head is float32 and cast, unless `model.base` holds it in a smaller type. A frozen one has no gradient.
+    """
     c, chunk = config.model.llama, min(config.train.chunk, rows * config.data.text_length)
-    n = jnp.dtype(config.train.dtype).itemsize
+    n, learns = jnp.dtype(config.train.dtype).itemsize, "llama" not in config.optimizer.frozen
+    number = n + (4 if config.model.base == "float32" else 0) + (4 if learns else 0)
     hidden = rows * config.data.text_length * c.width * n
-    return c.width * c.vocab_size * (4 + 4 + n) + 3 * 4 * chunk * c.vocab_size + 2 * hidden
+    return c.width * c.vocab_size * number + 3 * 4 * chunk * c.vocab_size + 2 * hidden
 
 
 def abstract_batch(config: Experiment) -> dict[str, jax.ShapeDtypeStruct]:

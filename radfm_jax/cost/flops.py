@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 
 from input_pipeline.batching.plan import RowLimits
+from radfm_jax.cost import adapters
 from radfm_jax.models.decoder import DecoderConfig
 from radfm_jax.models.pooling import PooledMlpConfig
 from radfm_jax.models.radfm import RadFMConfig
 
-# Published dense bfloat16 FLOP/s per device, and the share of it (MFU) that published training runs of 13B-class models
-# reach in bfloat16, rounded down (A100: torchtitan 61 %, llm-foundry 52.6 %; H100 40 to 44 %; H200 33 to 58 %; TPUs,
-# MaxText: v4 57 to 59 %, v5e 61 to 67 %, v5p 71.5 % for 32B, v6e 45 to 50 %). MFU does not count recomputation as work.
-_DEVICES = {
+# Published dense bfloat16 FLOP/s per device, with float32 sums, and the share of it (MFU) that published training runs
+# of 13B-class models reach in bfloat16, rounded down (A100: torchtitan 61 %, llm-foundry 52.6 %; H100 40 to 44 %; H200
+# 33 to 58 %; TPUs, MaxText: v4 57 to 59 %, v5e 61 to 67 %, v5p 71.5 % for 32B, v6e 45 to 50 %). MFU does not count
+# recomputation as work. For the other devices there are no such runs (None).
+# Peaks of GPUs: NVIDIA's data sheets of A100, H100, H200, A10, A40, L4, L40S (half of the figures with sparsity);
+# whitepapers of the architectures GA102 (RTX 3090, RTX A6000), Ada (RTX 4080, RTX 4090, RTX 6000 Ada) and Blackwell
+# (RTX 5090).
+_DEVICES: dict[str, tuple[float, float | None]] = {
     "A100": (312e12, 0.5),
     "H100": (989e12, 0.4),
     "H200": (989e12, 0.4),
+    "A10": (125e12, None),
+    "A40": (149.7e12, None),
+    "L4": (121e12, None),
+    "L40S": (362e12, None),
+    "RTX 3090": (71e12, None),
+    "RTX A6000": (154.8e12, None),
+    "RTX 4080": (97.5e12, None),
+    "RTX 4090": (165.2e12, None),
+    "RTX 6000 Ada": (364.2e12, None),
+    "RTX 5090": (209.5e12, None),
     "TPU v4": (275e12, 0.55),
     "TPU v5 lite": (197e12, 0.6),
     "TPU v5e": (197e12, 0.6),
@@ -25,12 +42,16 @@ _DEVICES = {
     "TPU v6e": (918e12, 0.45),
 }
 PEAK = {name: peak for name, (peak, _) in _DEVICES.items()}
-REACHED = {name: share for name, (_, share) in _DEVICES.items()}
+ASSUMED = min(share for _, share in _DEVICES.values() if share is not None)  # MFU of devices without published runs
+REACHED = {name: share or ASSUMED for name, (_, share) in _DEVICES.items()}
+PUBLISHED = frozenset(name for name, (_, share) in _DEVICES.items() if share)  # devices with published runs
+# Words after the name of a GPU that make it another one: "RTX 3090 Ti", "RTX 4090 Laptop GPU".
+_VARIANTS = r"(?! (?:ti|super|d|laptop|mobile|max-q)\b)"
 
 
 def known_device(kind: str) -> str | None:
     """Return the key of PEAK for a `device_kind` ("NVIDIA A100-SXM4-80GB" -> "A100"), or None."""
-    names = [name for name in PEAK if name.lower() in kind.lower()]
+    names = [name for name in PEAK if re.search(rf"\b{re.escape(name.lower())}(?![a-z0-9]){_VARIANTS}", kind.lower())]
     return max(names, key=len) if names else None
 
 
@@ -86,14 +107,16 @@ def training(
     """Return the FLOPs of one row of a training step, without recomputation, as usual for MFU.
 
     They are the forward pass, the gradients of trained weights, and the gradients of inputs that depend on them. A part
-    counts as frozen only if all of it is in `frozen` (`optimizer.frozen`): `llama/blocks` alone does not count.
+    counts as frozen only if all of it is in `frozen` (`optimizer.frozen`): `llama/blocks` alone does not count. A
+    frozen part with adapters needs the gradients of its inputs, but not those of its weights.
     """
-    parts = forward(config, limits, channels)
+    parts, adapted = forward(config, limits, channels), adapters.forward(config, limits)
     trained = {name: name not in frozen for name in ("vit", "perceiver", "llama", "projection", "image_marks")}
     before = {"vit": (), "perceiver": ("vit",), "llama": ("vit", "perceiver", "projection", "image_marks")}
     before["head"] = (*before["llama"], "llama")
-    total = 0.0
+    learns = {name: trained[name] or name in adapted for name in trained}
+    total = 3 * sum(adapted.values())
     for name, flops in parts.items():
         own = trained["llama" if name == "head" else name]
-        total += flops * (1 + own + (own or any(trained[part] for part in before[name])))
+        total += flops * (1 + own + (own or name in adapted or any(learns[part] for part in before[name])))
     return total

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from input_pipeline import files
-from radfm_jax.cost import estimate
+from radfm_jax.cost import estimate, methods
 from radfm_jax.cost.candidates import MARGIN, Candidate, executed_flops
+from radfm_jax.cost.methods import Fit
 from radfm_jax.cost.topology import Topology
 from radfm_jax.training.experiment import MeshConfig
 
@@ -29,6 +30,7 @@ class Plan:
     plain: Candidate  # gathers the weights for every row
     sources: Mapping[str, estimate.Source] | None  # sizes of the config's data (its SIZES)
     price: float | None  # price of a device-hour
+    methods: Mapping[str, Sequence[Fit]] = dataclasses.field(default_factory=dict)  # methods.table, if it was computed
 
 
 def table(plan: Plan, limit: int = 12) -> Table:
@@ -57,6 +59,41 @@ def table(plan: Plan, limit: int = 12) -> Table:
             "" if seconds is None else f"{train.batch / seconds[1]:.3g} - {train.batch / seconds[0]:.3g}",
             "failed" if candidate.compile_error else compiled,
             style="bold" if candidate is plan.best else "" if candidate.fits else "dim",
+        )  # fmt: skip
+    return result
+
+
+def methods_table(plan: Plan) -> Table:
+    """Return the table of methods and row lengths."""
+    lengths = [fit.config.data.text_length for fit in next(iter(plan.methods.values()))]
+    train = plan.plain.config.train
+    result = Table(
+        "method", "state", *(f"{length:,} tokens" for length in lengths), caption_justify="left",
+        title=f"GB per device on {plan.topology.text} by method and tokens per row (data.text_length)",
+        caption=f"yes: {MARGIN:.0%} of the memory stays free with full remat, {train.batch:,} rows per step and the "
+        f"micro-batches that need the least memory. state: {', '.join(methods.STATE)}. docs/plan.md has the methods.",
+    )  # fmt: skip
+    for method, fits in plan.methods.items():
+        cells = (f"{brief(fit.total / 1e9)} {'yes' if fit.fits else 'no'}" for fit in fits)
+        result.add_row(method, brief(fits[0].state / 1e9), *cells, style="" if any(f.fits for f in fits) else "dim")
+    return result
+
+
+def smallest_table(name: str, fits: Mapping[str, Fit | None]) -> Table:
+    """Return the table of methods.smallest for each method."""
+    result = Table(
+        "method", "smallest", "GB per device", "of", "state", "micro-batches x rows per device",
+        title=f"smallest GPUs for {name}",
+        caption=f"{MARGIN:.0%} of the memory stays free with full remat. state: {', '.join(methods.STATE)}.",
+        caption_justify="left",
+    )  # fmt: skip
+    for method, fit in fits.items():
+        if fit is None:
+            result.add_row(method, f"more than {methods.COUNTS[-1]} GPUs")
+            continue
+        result.add_row(
+            method, fit.topology.text, brief(fit.total / 1e9), brief((fit.topology.memory or 0) / 1e9, 0),
+            brief(fit.state / 1e9), f"{fit.config.train.accumulation} x {fit.rows}",
         )  # fmt: skip
     return result
 
@@ -90,7 +127,11 @@ def lines(plan: Plan) -> list[str]:
         f"--config.train.remat={train.remat}"
     )
     parts = ", ".join(f"{part} {brief(size / 1e9, 2)}" for part, size in best.memory.items())
-    result.append(f"memory, arithmetic: {brief(sum(best.memory.values()) / 1e9, 2)} GB ({parts})")
+    state = sum(best.memory[part] for part in methods.STATE)
+    result.append(
+        f"memory, arithmetic: {brief(sum(best.memory.values()) / 1e9, 2)} GB ({parts}), of which state "
+        f"{brief(state / 1e9, 2)} GB ({', '.join(methods.STATE)})"
+    )
     return result + _compiled(plan) + _time(plan)
 
 
@@ -145,19 +186,25 @@ def _time(plan: Plan) -> list[str]:
     def duration(steps: float) -> str:
         return f"{estimate.duration(steps * fast)} to {estimate.duration(steps * slow)}{cost(steps)}"
 
+    if train.minutes:
+        counts = (60 * train.minutes / seconds for seconds in (slow, fast))
+        result.append(f"{train.minutes:g} minutes: {' to '.join(f'{count:,.0f}' for count in counts)} steps")
     if epoch is None:
         hours = f"{1000 * fast / 3600:.3g} to {1000 * slow / 3600:.3g} h"
         return [*result, f"{hours} for 1,000 steps on {count} devices{cost(1000)}"]
     per_row, steps, text_length = epoch.samples / epoch.rows, epoch.rows / train.batch, best.config.data.text_length
     about = estimate.about
+    stage = () if train.minutes else (
+        f"the stage: {about(epoch.steps)} steps, {about(epoch.steps * train.batch * per_row)} samples, "
+        f"{epoch.steps * train.batch * text_length / 1e9:.3g} G tokens, {duration(epoch.steps)}",
+    )  # fmt: skip
     return [
         *result,
         f"samples/s: {per_row * train.batch / slow:,.0f} to {per_row * train.batch / fast:,.0f} "
         f"({per_row:.1f} samples per row, from the sizes in the config)",
         f"an epoch: {about(epoch.samples)} samples, {epoch.rows * text_length / 1e9:.3g} G tokens, "
         f"{about(steps)} steps, {duration(steps)}",
-        f"the stage: {about(epoch.steps)} steps, {about(epoch.steps * train.batch * per_row)} samples, "
-        f"{epoch.steps * train.batch * text_length / 1e9:.3g} G tokens, {duration(epoch.steps)}",
+        *stage,
     ]
 
 
@@ -174,6 +221,8 @@ def show(plan: Plan, console: Console) -> None:
     console.print(table(plan))
     for line in lines(plan):
         console.print(line, highlight=False, soft_wrap=True)
+    if plan.methods:
+        console.print(methods_table(plan))
 
 
 def write_json(plan: Plan, path: Path) -> None:
@@ -200,6 +249,7 @@ def write_json(plan: Plan, path: Path) -> None:
         "mfu": plan.mfu, "mfu_from": plan.mfu_source, "price": plan.price,
         "take": plan.best and fields(plan.best), "plain": fields(plan.plain),
         "ladder": [fields(candidate) for candidate in plan.ranked], "lines": lines(plan),
+        "methods": [fit.as_dict() for fits in plan.methods.values() for fit in fits],
     }  # fmt: skip
     files.write_json(path, result)
 

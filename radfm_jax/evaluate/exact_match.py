@@ -101,6 +101,9 @@ def main(argv: list[str] | None = None) -> int:
         if not experiment.data.test:
             raise ValueError(f"{args.config}: data.test is empty: add a source")
         model = api.load(args.checkpoint)
+        # The checkpoint knows its adapters; the config need not repeat them.
+        options = {"lora": model.config.lora, "base": model.config.base}
+        experiment = dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, **options))
         if model.config != experiment.model:
             raise ValueError(f"{args.checkpoint} and {args.config} have different model sizes: pass the run's config")
         scored = evaluate(experiment, model.params, control=not args.no_control)

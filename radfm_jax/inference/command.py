@@ -22,6 +22,7 @@ from radfm_jax.inference.batch_files import read_batch_file
 from radfm_jax.inference.batch_run import answer_file, model_name
 from radfm_jax.inference.requests import EncodedScans, Request, require_answers, suspicious
 from radfm_jax.inference.sampling import Sampling
+from radfm_jax.models.quantised import BASES
 from radfm_jax.runtime import sharding
 
 EPILOG = """\
@@ -54,6 +55,11 @@ def add_model_options(group, *, required: bool = False) -> None:
                        "and of the decoder's weights (default: float32)")  # fmt: skip
     group.add_argument("--int8", action="store_true", help="keep the decoder's matrices in int8: half the memory of "
                        "bfloat16, a quarter of float32; answers may differ")  # fmt: skip
+    group.add_argument("--weights", choices=BASES, help="how the decoder's weights are held; nf4 takes a quarter of "
+                       "the memory of bfloat16 (default: as in the training of adapters, otherwise "
+                       "--dtype)")  # fmt: skip
+    group.add_argument("--base", type=Path, metavar="DIR", help="the checkpoint that a run trained adapters for, if it "
+                       "has moved")  # fmt: skip
     group.add_argument("--devices", type=int, help="number of devices for tensor parallelism (default: the most that "
                        "divide the heads)")  # fmt: skip
     group.add_argument("--batch", type=int, default=8, help="prompts per batch (default: 8)")
@@ -167,12 +173,15 @@ def load(args: argparse.Namespace) -> api.Model:
     directory = run_directory.select_checkpoint(args.checkpoint)
     allow_missing = () if args.tokenizer is None else checkpoint.TOKENIZERS
     checkpoint.verify(directory, hashes=not getattr(args, "no_verify", False), allow_missing=allow_missing)
+    if (base := checkpoint.base_of(directory, args.base)) is not None:
+        checkpoint.verify(base, hashes=not getattr(args, "no_verify", False))
     config = checkpoint.model_config(checkpoint.read_description(directory), directory)
     overrides = {name: getattr(args, name, None) for name in ("preprocess", "template", "size_2d", "size_3d", "depth")}
     prepared = _preparation(directory, config, {k: v for k, v in overrides.items() if v is not None})
     model = api.load(
         directory, dtype=args.dtype, param_dtype=None if args.dtype == "float32" else args.dtype, int8=args.int8,
-        mesh=mesh_of(config, args.devices), verify=False, tokenizer=args.tokenizer, prepared=prepared,
+        weights=args.weights, base=args.base, mesh=mesh_of(config, args.devices), verify=False,
+        tokenizer=args.tokenizer, prepared=prepared,
     )  # fmt: skip
     _ = model.tokenizer
     return model

@@ -307,6 +307,17 @@ def head_logits(
     return soft_cap(logits if scale is None else logits * scale, softcap)
 
 
+@functools.lru_cache(maxsize=8)
+def abstract_params(config: DecoderConfig) -> dict:
+    """Return the boxed tree of parameter shapes and logical axis names of a language model alone, without adapters."""
+    model, ids = Decoder(dataclasses.replace(config, attention="xla")), jnp.zeros((1, 1), jnp.int32)
+
+    def forward(model: Decoder) -> jax.Array:
+        return model.logits(model(model.embed(ids), ids, ids, ids > 0))
+
+    return jax.eval_shape(functools.partial(model.init, method=forward), jax.random.key(0))["params"]
+
+
 # --- decoding with a cache --------------------------------------------------------------------------------------------
 
 

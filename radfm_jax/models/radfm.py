@@ -249,8 +249,17 @@ def abstract_batch(
 @functools.lru_cache(maxsize=8)
 def abstract_params(config: RadFMConfig) -> dict:
     """Return the boxed tree of parameter shapes and logical axis names. `nn.unbox` gives the plain shapes."""
-    boxed = jax.eval_shape(functools.partial(_init, config), jax.random.key(0), abstract_batch(config))
+    boxed = _abstract_params(dataclasses.replace(config, lora=None, base="float32"))
+    if (adapters := config.lora) is not None:
+        with_adapters = functools.partial(_mapped, boxed, lambda x: x | lora.adapters(adapters, x, jax.random.key(0)))
+        boxed = jax.eval_shape(with_adapters)
     return _mapped(boxed, functools.partial(quantised.hold, base=config.base))
+
+
+@functools.lru_cache(maxsize=8)
+def _abstract_params(config: RadFMConfig) -> dict:
+    """Trace a model without adapters, which takes seconds."""
+    return jax.eval_shape(functools.partial(_init, config), jax.random.key(0), abstract_batch(config))
 
 
 def init_params(config: RadFMConfig, rng: jax.Array) -> dict:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import json
 import math
+import os
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,11 +31,12 @@ class Display:
     """Progress bar and metrics of a run.
 
     Args:
-      first, steps: the first step after this (re)start, and the total number of steps of the run.
+      first: the first step after this (re)start.
+      steps: number of steps of the run; None if it is not known yet (`set_steps`).
       active: False in all processes except process 0: they write no files and show no bar.
     """
 
-    def __init__(self, workdir: Path, first: int, steps: int, active: bool = True):
+    def __init__(self, workdir: Path, first: int, steps: int | None, active: bool = True):
         self.workdir, self.active, self.steps = workdir, active, steps
         if not active:
             return
@@ -58,16 +60,28 @@ class Display:
         self._task = self._bar.add_task("train", total=steps, completed=first, line="")
         self._bar.start()
 
-    def record(self, step: int, values: dict[str, float], line: str = "") -> None:
-        """Write values to metrics.jsonl and TensorBoard, and show `line` in the bar and the logs."""
+    def set_steps(self, steps: int) -> None:
+        """Set the number of steps of the run."""
+        self.steps = steps
+        if self.active:
+            self._bar.update(self._task, total=steps)
+
+    def record(self, step: int, values: dict[str, float], line: str = "", durable: bool = False) -> None:
+        """Write values to metrics.jsonl and TensorBoard, and show `line` in the bar and the logs.
+
+        `durable` values are on disk when this returns.
+        """
         if line:
             if self.active:
                 self._bar.update(self._task, completed=step, line=line)
-            console.log(f"step {step}/{self.steps}  {line}", bar=self.active)
+            total = "" if self.steps is None else f"/{self.steps}"
+            console.log(f"step {step}{total}  {line}", bar=self.active)
         if self.active:
             # JSON has no NaN and no infinities.
             line_values = {name: x if math.isfinite(x) else str(x) for name, x in values.items()}
             self._file.write(json.dumps({"step": step, **line_values}) + "\n")
+            if durable:
+                os.fsync(self._file.fileno())
             for name, x in values.items():
                 if math.isfinite(x):
                     self._board.add_scalar(name, x, step)

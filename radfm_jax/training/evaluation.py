@@ -6,34 +6,19 @@ import contextlib
 import dataclasses
 import itertools
 import operator
-from pathlib import Path
 
 import jax
 
 from input_pipeline.batching.pipeline import Rows
 from input_pipeline.samples import TASKS
 from radfm_jax.runtime import console, faults
-from radfm_jax.runtime.barrier import barrier
 from radfm_jax.runtime.peers import Peers
 from radfm_jax.training import display, eval_answers, train_step
 from radfm_jax.training.data import device_batches
 from radfm_jax.training.experiment import Experiment
+from radfm_jax.training.length import METRIC, RunLength
 from radfm_jax.training.progress import RowInfos
 from radfm_jax.training.rollouts import Rollouts
-
-METRIC = "validation/all/loss"  # the best step has its lowest value
-_checks = itertools.count()
-
-
-def was_evaluated(workdir: Path, step: int) -> bool:
-    """Whether metrics.jsonl has the evaluation of a step. Process 0 reads the file; all processes call this."""
-
-    def recorded() -> bool:
-        metrics = display.read_metrics(workdir) if jax.process_index() == 0 else []
-        return any(line["step"] == step and METRIC in line for line in metrics)
-
-    key = f"evaluated/{step}/{next(_checks)}"  # barrier keys must be unique
-    return barrier(key, recorded)[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +27,7 @@ class Evaluation:
 
     config: Experiment
     mesh: jax.sharding.Mesh
-    steps: int  # number of steps of the run; the last one is always evaluated
+    length: RunLength  # the last step is always evaluated
     peers: Peers
     rows: Rows | None  # validation rows; None without any
     program: jax.stages.Compiled | None  # Programs.evaluate
@@ -52,7 +37,7 @@ class Evaluation:
     def due(self, step: int) -> bool:
         """Whether an evaluation follows a step."""
         every = self.config.train.eval_every
-        return self.rows is not None and (step == self.steps or bool(every and step % every == 0))
+        return self.rows is not None and (step == self.length.steps or bool(every and step % every == 0))
 
     def __call__(self, state: dict, step: int, screen: display.Display, watchdog: faults.Watchdog) -> dict[str, float]:
         """Return the metrics after logging them, or {} if a signal interrupted the evaluation."""
@@ -66,7 +51,8 @@ class Evaluation:
                 summary += f"; generated answers: {eval_answers.summary(scores)}"
         except _Stopped:
             return {}
-        screen.record(step, metrics)
+        screen.record(step, metrics, durable=True)
+        self.length.evaluated(step, metrics[METRIC])
         console.log(f"step {step}: validation loss {metrics[METRIC]:.4f}; {summary}")
         return metrics
 

@@ -38,8 +38,13 @@ class TrainConfig:
     # What is learned: the answers of the data (`likelihood`), a preference between two answers (`dpo`), or a reward of
     # generated answers (`grpo`); the groups of the same names have the options.
     objective: Annotated[str, one_of(OBJECTIVES)] = "likelihood"
-    steps: Count = 0  # optimizer steps of the run; 0: use `epochs`
+    # The length of a run is `steps`, `minutes` or `epochs`: the first that is not 0. `steps` and `minutes` exclude each
+    # other.
+    steps: Count = 0  # optimizer steps of the run
+    minutes: Annotated[float, at_least(0)] = 0.0  # wall time of the steps, with evaluation and saving (length.py)
     epochs: Annotated[float, at_least(0)] = 1.0
+    # Evaluations in a row without a lower validation loss after which the run ends; 0: never. Needs `eval_every`.
+    patience: Count = 0
     batch: Size = 8  # rows of a global batch, over all devices and micro-batches
     accumulation: Size = 1  # micro-batches per step
     dtype: Annotated[str, one_of(DTYPES)] = "float32"  # dtype of matrix products
@@ -69,8 +74,12 @@ class TrainConfig:
     def _conflicts(self) -> Iterator[str]:
         if self.batch % self.accumulation:
             yield f"train.batch {self.batch} must be a multiple of train.accumulation {self.accumulation}"
-        if not self.steps and not self.epochs > 0:
-            yield "set train.steps or train.epochs: both are 0 or negative"
+        if not self.steps and not self.minutes and not self.epochs > 0:
+            yield "set train.steps, train.minutes or train.epochs: all are 0 or negative"
+        if self.steps and self.minutes:
+            yield f"train.steps is {self.steps} and train.minutes is {self.minutes:g}: set one of them to 0"
+        if self.patience and not self.eval_every:
+            yield f"train.patience is {self.patience}, but train.eval_every is 0: set it to a number of steps"
         if self.profile and (len(self.profile) != 2 or self.profile[0] > self.profile[1]):
             yield f"train.profile must be (first, last) steps (got {self.profile})"
 
@@ -142,8 +151,9 @@ class Experiment:
         if ids not in (0, vocabulary):
             reason = f"data.vocab_size is {ids}, but model.llama.vocab_size is {vocabulary}"
             yield f"{reason}: set both to the same number"
-        if (self.model.lora is not None or self.model.base != "float32") and not self.checkpoint.init_from:
-            yield "model.lora and model.base need checkpoint.init_from, the checkpoint with the base"
+        if self.train.patience and not self.data.validates:
+            reason = f"train.patience is {self.train.patience}, but there are no validation rows"
+            yield f"{reason}: set data.validation or data.validation_share"
         objective, grpo, length = self.train.objective, self.grpo, self.data.text_length
         if objective != "likelihood" and self.train.normalise == "micro_batch":
             yield f"train.normalise='micro_batch' cannot be combined with train.objective={objective!r}: use 'sample'"

@@ -4,6 +4,7 @@ A run resumes from the newest step in WORKDIR. Without one, it loads parameters 
 initialises them.
 
 WORKDIR/config.json, checkpoints/                   run_directory.py
+WORKDIR/length.json                                 with train.minutes (length.py)
 WORKDIR/metrics.jsonl, tensorboard/, curves.png     display.py
 WORKDIR/rows/PROCESS.jsonl                          samples of each step (progress.py)
 WORKDIR/answers/STEP/                               with train.eval_answers (eval_answers.py)
@@ -20,7 +21,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
-import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -32,11 +32,12 @@ from radfm_jax.cost import estimate
 from radfm_jax.runtime import console, faults, sharding
 from radfm_jax.runtime.barrier import barrier
 from radfm_jax.runtime.peers import Peers
-from radfm_jax.training import display, optimizer, train_step
+from radfm_jax.training import display, train_step
 from radfm_jax.training.data import OpenSplits, check_model, check_validation, device_batches, step_count
 from radfm_jax.training.eval_answers import EvalAnswers
-from radfm_jax.training.evaluation import METRIC, Evaluation, was_evaluated
+from radfm_jax.training.evaluation import Evaluation
 from radfm_jax.training.experiment import Experiment, changes
+from radfm_jax.training.length import METRIC, RunLength
 from radfm_jax.training.programs import Programs
 from radfm_jax.training.progress import Profile, RowLog, StepMetrics
 from radfm_jax.training.rollouts import Rollouts
@@ -74,7 +75,8 @@ def _prepare(config: Experiment, workdir: Path, peers: Peers, stack: contextlib.
     newest = run_directory.latest(workdir, allow_older=config.checkpoint.allow_older, warn=console.log)
     if newest is not None and previous and (changed := changes(previous, config.to_dict())):
         console.log(f"settings that differ from the last start: {'; '.join(changed)}")
-    if config.train.steps and _is_complete(config, workdir, saver, newest, config.train.steps):
+    length = RunLength(config, workdir, newest)
+    if _is_complete(length, saver, newest):
         return lambda: 0
     abstract, transform, _ = train_step.abstract_state(
         config.compute, config.optimizer, mesh, reference=config.has_reference
@@ -94,15 +96,15 @@ def _prepare(config: Experiment, workdir: Path, peers: Peers, stack: contextlib.
     if data_state is not None:
         rows.check_state(data_state)
     console.log(describe_terms(config.data.terms, config.data.umls_types))
-    steps = step_count(config, rows)
-    if not config.train.steps and _is_complete(config, workdir, saver, newest, steps):
-        return lambda: 0
+    if length.is_open and not config.train.minutes:
+        length.set_steps(step_count(config, rows))
+        if _is_complete(length, saver, newest):
+            return lambda: 0
     validation = splits("validation") if config.data.validates else None
-    rates = optimizer.learning_rates(config.optimizer, steps)
     saver.begin(newest)
     rows.prefetch_plan(data_state)
     state_ready = _start_first_state((config, newest, abstract, transform, base), mesh, stack)
-    _log_plan(config, abstract, mesh, rows, steps - (0 if newest is None else int(newest.name)))
+    _log_plan(config, abstract, mesh, rows, length, 0 if newest is None else int(newest.name))
     if answers:
         console.log(answers.description)
     programs = Programs.compile(config, abstract, transform, rows, mesh)
@@ -111,9 +113,9 @@ def _prepare(config: Experiment, workdir: Path, peers: Peers, stack: contextlib.
         console.log(message)
     # Compile times differ between hosts, and a collective waits for its peers only for a limited time.
     barrier("ready")
-    evaluation = Evaluation(config, mesh, steps, peers, validation, programs.evaluate, answers, rollouts)
+    evaluation = Evaluation(config, mesh, length, peers, validation, programs.evaluate, answers, rollouts)
     return functools.partial(
-        _run, config, workdir, mesh, rates, rows, programs, saver, peers, evaluation, rollouts, state, data_state
+        _run, config, workdir, mesh, length, rows, programs, saver, peers, evaluation, rollouts, state, data_state
     )
 
 
@@ -126,19 +128,20 @@ def _saver(config: Experiment, workdir: Path) -> Saver:
     )  # fmt: skip
 
 
-def _is_complete(config: Experiment, workdir: Path, saver: Saver, newest: Path | None, steps: int) -> bool:
+def _is_complete(length: RunLength, saver: Saver, newest: Path | None) -> bool:
     """Return whether the last step is saved and (with validation rows) evaluated; if so, log and write the config."""
-    is_saved = newest == run_directory.step_directory(workdir, steps)
-    if not is_saved or (config.data.validates and not was_evaluated(workdir, steps)):
+    if newest is None or not length.is_complete(int(newest.name)):
         return False
     saver.begin(newest)
-    console.log(f"{newest}: all {steps:,} steps are done")
+    console.log(f"{newest}: {length.ending(int(newest.name))}")
     return True
 
 
 def _base(config: Experiment, newest: Path | None, abstract: dict) -> train_state.Base | None:
     """Return the base of a run that trains adapters. It may have moved to `checkpoint.init_from`."""
     source, moved = newest or config.checkpoint.init_from, None
+    if not source and (config.model.lora is not None or config.model.base != "float32"):
+        raise ValueError("model.lora and model.base need checkpoint.init_from, the checkpoint with the base")
     if newest is not None and (recorded := checkpoint.read_description(newest).get(checkpoint.BASE)):
         moved = None if Path(recorded["directory"]).is_dir() else config.checkpoint.init_from
     return train_state.find_base(source, abstract, config.model, moved)
@@ -173,8 +176,8 @@ def first_state(
     return state, messages
 
 
-def _log_plan(config: Experiment, abstract: dict, mesh: Mesh, rows: Rows, steps_left: int) -> None:
-    """Log parameters, estimated memory and time, and the data sources."""
+def _log_plan(config: Experiment, abstract: dict, mesh: Mesh, rows: Rows, length: RunLength, first: int) -> None:
+    """Log parameters, estimated memory and time of the steps after `first`, and the data sources."""
     console.log(display.parameter_table(abstract))
     console.log(display.memory_table(estimate.memory(config, mesh), estimate.capacity(mesh)))
     console.log(display.data_table(rows.description, rows.mixture.counts, rows.windows))
@@ -183,35 +186,40 @@ def _log_plan(config: Experiment, abstract: dict, mesh: Mesh, rows: Rows, steps_
     if config.data.test and not config.data.validates:
         console.log("training does not read data.test: set data.validation or data.validation_share to evaluate")
     hardware = estimate.hardware(list(mesh.devices.flat), config.train.dtype)
-    console.log(estimate.time_line(config, steps_left, hardware))
+    steps = length.steps
+    if steps is None:
+        steps = max(first, int(config.train.minutes * 60 / estimate.step_seconds(config, hardware)))
+        console.log(f"train.minutes={config.train.minutes:g}: timing the first steps to fix their number")
+    console.log(estimate.time_line(config, steps - first, hardware))
 
 
 def _run(
-    config: Experiment, workdir: Path, mesh: Mesh, rates: np.ndarray, rows: Rows, programs: Programs, saver: Saver,
+    config: Experiment, workdir: Path, mesh: Mesh, length: RunLength, rows: Rows, programs: Programs, saver: Saver,
     peers: Peers, evaluation: Evaluation, rollouts: Rollouts | None, state: dict, data_state: dict | None,
 ) -> int:  # fmt: skip
     """Run the steps after state["step"]. Return 0 when all are done, faults.REQUEUE if a stop was requested."""
     train, save_every = config.train, config.checkpoint.save_every
-    first, steps = int(state["step"]), len(rates)
+    first = number = int(state["step"])
     data = device_batches(rows, mesh, train.accumulation)
     if data_state is not None:
         data.set_state(data_state)
     watchdog = faults.Watchdog(train.step_timeout, peers.files, peers.abort)
     with (
         contextlib.closing(data),
-        contextlib.closing(display.Display(workdir, first, steps, active=jax.process_index() == 0)) as screen,
+        contextlib.closing(display.Display(workdir, first, length.steps, active=jax.process_index() == 0)) as screen,
         contextlib.closing(RowLog(workdir, first)) as row_log,
         contextlib.closing(Profile(train.profile, workdir / "profile")) as profile,
         watchdog,
         jax.set_mesh(mesh),
     ):
-        metrics = StepMetrics(config, mesh, rates, screen)
+        metrics = StepMetrics(config, mesh, length, screen)
         # The last start may have ended between saving a step and evaluating it.
-        if first and evaluation.due(first) and not was_evaluated(workdir, first):
+        if first and evaluation.due(first) and not length.was_evaluated(first):
             if not (scores := evaluation(state, first, screen, watchdog)):
                 return faults.REQUEUE
             saver.save(state, data.get_state(), metrics=scores)
-        for step in range(first, steps):
+        while not length.is_over(number):
+            step, number = number, number + 1
             watchdog.alive(f"step {step}")
             profile.before(step, state)
             with metrics.waiting_for_data():
@@ -220,28 +228,31 @@ def _run(
             sampled: dict[str, float] = {}
             if rollouts is not None:
                 arrays, sampled = rollouts.fill(train_step.params_of(state), arrays, infos, step)
-            rate = train_step.put_rate(rates[step], mesh)
+            rate = train_step.put_rate(length.rate(step), mesh)
             with jax.transfer_guard("disallow"):
                 state, step_metrics = programs.step(state, arrays, rate)
             metrics.add(step, step_metrics, infos, sampled)
-            number = step + 1
+            if (fixed := length.measure(number, metrics.flush)) is not None:
+                screen.set_steps(fixed)
             stopping = peers.stopping()
             evaluating = evaluation.due(number) and not stopping
-            saving = number == steps or stopping or number % save_every == 0
+            saving = number == length.steps or stopping or number % save_every == 0
             if not evaluating and not saving:
                 continue
             metrics.flush()
-            scores = evaluation(state, number, screen, watchdog) if evaluating else {}
-            stopping = stopping or peers.stopping()
-            if saving or stopping or (scores and config.checkpoint.best):
-                watchdog.alive(f"saving step {number}")
-                saver.save(state, data.get_state(), metrics=scores)
+            with length.pause("evaluation" if evaluating else "saving"):
+                scores = evaluation(state, number, screen, watchdog) if evaluating else {}
+                stopping = stopping or peers.stopping()
+                if saving or stopping or length.is_over(number) or (scores and config.checkpoint.best):
+                    watchdog.alive(f"saving step {number}")
+                    saver.save(state, data.get_state(), metrics=scores)
             metrics.start_interval()
-            if stopping and (number < steps or (evaluation.due(number) and not scores)):
+            if stopping and (not length.is_over(number) or (evaluation.due(number) and not scores)):
                 saver.wait()
                 console.log(f"{peers.stopped_by}: saved step {number}")
                 return faults.REQUEUE
-        if first < steps:
+        if first < number:
             console.log(display.packing_line(metrics.packing))
         saver.wait()
+        console.log(length.ending(number))
         return 0

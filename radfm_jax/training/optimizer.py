@@ -90,16 +90,30 @@ def merge(trainable: dict, frozen: dict) -> dict:
     return unflatten(flatten(trainable) | flatten(frozen))
 
 
-def learning_rates(config: OptimizerConfig, steps: int) -> np.ndarray:
-    """Return the learning rate of each step, float32[steps]."""
-    if config.warmup_steps >= steps:
-        raise ValueError(
-            f"optimizer.warmup_steps must be below the {steps} steps of the run (got {config.warmup_steps})"
-        )
+def learning_rates(config: OptimizerConfig, steps: int, constant_until: int = 0) -> np.ndarray:
+    """Return the learning rate of each step, float32[steps].
+
+    Args:
+      constant_until: the first steps, whose rates are those of `warmup_rate`: they were computed before the number of
+        steps was known. The cosine starts after them and after the warm-up.
+    """
+    warmup = config.warmup_steps
+    if warmup >= steps:
+        raise ValueError(f"optimizer.warmup_steps must be below the {steps} steps of the run (got {warmup})")
+    early = np.array([warmup_rate(config, step) for step in range(max(warmup, constant_until))], np.float32)
+    if constant_until >= steps:
+        return early[:steps]
+    inserted = len(early) - warmup
     schedule = optax.warmup_cosine_decay_schedule(
-        0.0, config.learning_rate, config.warmup_steps, steps, config.learning_rate * config.final
+        0.0, config.learning_rate, warmup, steps - inserted, config.learning_rate * config.final
     )
-    return np.asarray(jax.jit(jax.vmap(schedule))(jnp.arange(steps)), np.float32)
+    rates = np.asarray(jax.jit(jax.vmap(schedule))(jnp.arange(steps - inserted)), np.float32)
+    return np.concatenate([early, rates[warmup:]]) if constant_until else rates
+
+
+def warmup_rate(config: OptimizerConfig, step: int) -> np.float32:
+    """Return the learning rate of a step while the number of steps is unknown: linear from 0, then constant."""
+    return np.float32(config.learning_rate * min(1.0, step / config.warmup_steps if config.warmup_steps else 1.0))
 
 
 def optimizer(config: OptimizerConfig, trainable: dict) -> optax.GradientTransformation:

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
-import numpy as np
 from rich.text import Text
 
 from input_pipeline.batching.report import PackingReport, RowInfo
@@ -18,6 +17,7 @@ from radfm_jax.cost import estimate, flops
 from radfm_jax.runtime import console
 from radfm_jax.training import display
 from radfm_jax.training.experiment import Experiment
+from radfm_jax.training.length import RunLength
 
 RowInfos = Sequence[RowInfo | None]
 SHOWN = ("reward", "preferred", "margin")  # metrics of objectives in the line of a step
@@ -27,11 +27,11 @@ class StepMetrics:
     """Records the metrics of finished steps, and stops the run on values that are not finite.
 
     Reading metrics waits for their step. So `add` reads the metrics of the previous step while the newest step
-    computes. `rates` has the learning rate of each step.
+    computes.
     """
 
-    def __init__(self, config: Experiment, mesh: jax.sharding.Mesh, rates: np.ndarray, screen: display.Display):
-        self.train, self.rates, self.screen = config.train, rates, screen
+    def __init__(self, config: Experiment, mesh: jax.sharding.Mesh, length: RunLength, screen: display.Display):
+        self.train, self.length, self.screen = config.train, length, screen
         self.packing = PackingReport(config.data.text_length)
         self.devices, self.peak = mesh.devices.size, flops.peak(mesh.devices.flat[0])
         self.flops = estimate.row_flops(config) * config.train.batch
@@ -75,7 +75,7 @@ class StepMetrics:
         measures = {name: float(x) for name, x in values.get("measures", {}).items()}
         measures |= sampled
         recorded |= {f"train/{name}": x for name, x in measures.items()}
-        recorded["train/learning_rate"] = float(self.rates[step])
+        recorded["train/learning_rate"] = float(self.length.rate(step))
         recorded["data/real_tokens"] = float(values["real_tokens"])
         recorded |= {
             f"train/{task}/loss": float(loss)
@@ -83,7 +83,7 @@ class StepMetrics:
             if weight
         }
         line = ""
-        if number % self.train.log_every == 0 or number == len(self.rates) or not self._logged_one:
+        if number % self.train.log_every == 0 or number == self.length.steps or not self._logged_one:
             self._logged_one = True
             speed = self._speed()
             recorded |= speed
