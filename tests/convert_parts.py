@@ -52,3 +52,14 @@ def state_of(config: radfm.RadFMConfig = SMALL, seed: int = 0, dtype=np.float32)
 def only_source(folder: Path) -> bool:
     """Return whether a folder has the source of a conversion and nothing else."""
     return {p.name for p in folder.iterdir()} <= {"x.bin", "x.config.json"}
+
+
+PEAK = """
+import re
+from pathlib import Path
+
+def peak() -> int:
+    # Bytes. ru_maxrss would include the process that started this one.
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+"""
+"""Source of a function that returns the peak memory of a process, for tests that start one."""

@@ -318,6 +318,8 @@ def test_adaptations_have_variants_with_adapters(name, tmp_path):
     assert read.optimizer.rates["vit"] * read.optimizer.learning_rate == pytest.approx(
         plain_config.optimizer.learning_rate * plain_config.optimizer.rates.get("vit", 1.0)
     )
+    assert lora.train.accumulation == lora.train.batch
+    lora.train.accumulation = plain_config.train.accumulation
     same = ("data", "train", "mesh", "checkpoint")
     assert plain({k: lora[k].to_dict() for k in same}) == plain({k: plain_config[k].to_dict() for k in same})
     changed = parsed(f"{name}:lora", "--config.model.lora.rank=4", "--config.model.base=int8")
@@ -357,6 +359,16 @@ def test_memory_of_adapt_when_the_language_model_learns():
     found = estimate.memory(config, estimate.abstract_mesh(config.mesh, 8))
     state = 8 * sum(found[part] for part in ("parameters", "optimizer", "gradients"))
     assert round(state / 1e9) == 210 and "210 GB over all devices" in module("adapt").__doc__
+
+
+def test_memory_of_adapt_with_adapters():
+    for variant, most in (("lora", 40), ("qlora", 24)):
+        config = experiment(f"adapt:{variant}")
+        found = estimate.memory(config, estimate.abstract_mesh(config.mesh, 1))
+        (stated,) = re.findall(rf"adapt.py:{variant}` \((\d+) GB", module("adapt").__doc__)
+        assert int(stated) == round(sum(found.values()) / 1e9) < 0.9 * most
+        state = sum(found[part] for part in ("parameters", "optimizer", "gradients"))
+        assert variant == "lora" or state < 16e9
 
 
 @pytest.mark.parametrize("name", ["radfm_14b", *STAGES, "radbench"])

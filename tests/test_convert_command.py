@@ -8,7 +8,7 @@ import textwrap
 
 import numpy as np
 import pytest
-from convert_parts import SMALL, save_bin, state_of, write_sizes
+from convert_parts import PEAK, SMALL, save_bin, state_of, write_sizes
 from test_convert import ROOT, small_checkpoint  # noqa: F401
 
 import radfm_jax
@@ -78,12 +78,10 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     write_torch_bin(tmp_path / "x.bin", infos, lambda n: rng.standard_normal(infos[n].shape, np.float32))
     size = (tmp_path / "x.bin").stat().st_size
     code = """
-        import json, resource
-        from pathlib import Path
+        import json
         from radfm_jax.convert.from_torch import from_torch
         from radfm_jax.convert.to_torch import to_torch
         config = json.loads(Path("config.json").read_text())
-        peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         import torch
         from_torch("small.bin", "warm")
         to_torch("warm", "warm.bin")
@@ -98,7 +96,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     save_bin(small / "small.bin", state_of())
     code = code.replace('"small.bin"', repr(str(small / "small.bin")))
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
+        [sys.executable, "-c", PEAK + textwrap.dedent(code)],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
         capture_output=True,

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from radfm_jax.api import Model
+from radfm_jax import api
 from radfm_jax.checkpoints import checkpoint, run_directory
 from radfm_jax.convert.torch_source import TorchModel
 from radfm_jax.models.decoder import Decoder, DecoderConfig
@@ -37,6 +37,9 @@ def load_any(path, *, config: dict | None = None) -> tuple[str, RadFMConfig, dic
         part, description = part_of(path), checkpoint.read_description(path)
         if "llama" not in description["model"]:
             raise ValueError(f"{path} has only the part {description['part']!r}: there are no logits to compare")
+        if part == "radfm" and checkpoint.BASE in description:
+            model = api.load(path, verify=False)  # its base may be quantised
+            return part, model.config, model.params
         sizes = {name: x for name, x in description["model"].items() if part in ("radfm", name)}
         reader = checkpoint.StoredParams(path)
         names = [name for name in reader.shapes if part == "radfm" or name.startswith("llama/")]
@@ -70,7 +73,7 @@ def logits_of(part: str, config: RadFMConfig, params: dict, ids: np.ndarray, vis
     """Return logits float32[2, L, V], computed in `dtype`."""
     config = config.with_compute(dtype=dtype)
     if part == "radfm":
-        return np.asarray(Model(config, params).logits(ids, vision))
+        return np.asarray(api.Model(config, params).logits(ids, vision))
     return np.asarray(_llama_logits(config.llama, params["llama"], ids))
 
 

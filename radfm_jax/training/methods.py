@@ -30,6 +30,7 @@ def variants(get_config: Callable[..., ConfigDict]) -> Callable[..., ConfigDict]
 def with_adapters(config: ConfigDict, base: str, rank: int = 16) -> ConfigDict:
     """Return a config that trains adapters of the language model, which is held in `base` (models/quantised.py).
 
+    A micro-batch is one row, which takes the least memory on one device.
     Adapters learn ten times as fast as the other parts, as is common.
     """
     config = config.copy_and_resolve_references().unlock()
@@ -37,6 +38,7 @@ def with_adapters(config: ConfigDict, base: str, rank: int = 16) -> ConfigDict:
     lora = LoraConfig(rank=rank, alpha=2.0 * rank, dropout=0.05)
     config.model.lora = ConfigDict(dataclasses.asdict(lora), convert_dict=True)
     config.optimizer.frozen = tuple(dict.fromkeys((*config.optimizer.frozen, "llama")))
+    config.train.accumulation = config.train.batch
     rate, others = max(config.optimizer.learning_rate, 2e-4), config.optimizer.learning_rate
     config.optimizer.learning_rate = rate
     parts = ("vit", "perceiver", "projection", "image_marks")
