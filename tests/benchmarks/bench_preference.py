@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import dataclasses
 import json
 import os
 import time
@@ -60,9 +59,9 @@ def share_programs() -> None:
     programs.Programs.compile = lambda *arguments: known.get("all") or known.setdefault("all", compiled(*arguments))
 
 
-def score(config: Experiment, checkpoint: Path) -> dict[str, float]:
+def score(checkpoint: Path) -> dict[str, float]:
     """Return the accuracies on the test questions."""
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, text_length=160, scans=3))
+    config = Experiment.from_dict(preference_practice.get_config("dpo"))  # rows for single answers suffice
     matches = exact_match.evaluate(config, api.load(checkpoint).params, progress=False)
     references = collections.defaultdict(collections.Counter)
     for match in matches:
@@ -97,7 +96,7 @@ def main() -> None:
     table = Table("run", "held out", "scans exchanged", "without scans", title=arguments.objective)
     results = {}
     for name, checkpoint in runs.items():
-        results[name] = scores = score(config, checkpoint)
+        results[name] = scores = score(checkpoint)
         print(name, scores, flush=True)
         table.add_row(name, *(f"{scores[key]:.1%}" for key in ("held_out", "exchanged", "constant")))
         write_json(arguments.out / f"{arguments.objective}.json", results)
