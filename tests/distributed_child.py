@@ -3,6 +3,7 @@
 They are forked from this process, which has imported everything already; imports are most of the time of a start.
 """
 
+import gc
 import json
 import os
 import sys
@@ -22,6 +23,7 @@ assert matplotlib.pyplot and tensorboardX  # import them here once, not in each 
 
 
 def serve() -> None:
+    gc.freeze()  # children neither collect nor copy the objects of the imports
     for line in sys.stdin:
         job = json.loads(line)
         if "pid" in job:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-import jax
+import parity
 
 from input_pipeline.config import DataConfig
 from radfm_jax.checkpoints import checkpoint
@@ -14,7 +14,7 @@ from radfm_jax.evaluate.radbench import Benchmark
 from radfm_jax.inference import inputs
 from radfm_jax.models.decoder import DecoderConfig
 from radfm_jax.models.perceiver import PerceiverConfig
-from radfm_jax.models.radfm import RadFMConfig, init_params
+from radfm_jax.models.radfm import RadFMConfig
 from radfm_jax.models.vit3d import ViTConfig
 
 STUDY = r"(p\d+-\w+-\d+)"
@@ -44,7 +44,7 @@ def benchmark(root: Path | str, **changes) -> Benchmark:
 
 def save_model(data: DataConfig, directory: Path) -> Path:
     """Save an untrained model like a training run, with its tokenizer and the preparation of its scans."""
-    params = jax.jit(lambda key: init_params(MODEL, key))(jax.random.key(0))
+    params = parity.recipe_params(MODEL)
     with checkpoint.new_directory(directory) as partial:
         checkpoint.save_params(partial, params)
         checkpoint.write_description(partial, "radfm", MODEL.to_dict(), source={"training": "run", "step": 1})

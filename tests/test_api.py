@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import parity
 import pytest
 
 import radfm_jax
@@ -17,7 +18,7 @@ V, LATENTS = 96, 4  # of radfm.tiny()
 @pytest.fixture(scope="module")
 def model() -> radfm_jax.Model:
     config = radfm.tiny()
-    return radfm_jax.Model(config, jax.jit(lambda k: radfm.init_params(config, k))(jax.random.key(1)))
+    return radfm_jax.Model(config, jax.device_put(parity.recipe_params(config)))
 
 
 @pytest.fixture(scope="module")

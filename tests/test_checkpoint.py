@@ -7,6 +7,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import parity
 import pytest
 
 import radfm_jax
@@ -18,7 +19,7 @@ from radfm_jax.runtime import sharding
 @pytest.fixture(scope="module")
 def model() -> radfm_jax.Model:
     config = radfm.tiny()
-    return radfm_jax.Model(config, jax.jit(lambda k: radfm.init_params(config, k))(jax.random.key(0)))
+    return radfm_jax.Model(config, jax.device_put(parity.recipe_params(config)))
 
 
 @pytest.fixture

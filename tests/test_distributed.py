@@ -62,7 +62,8 @@ class Processes:
             checkpoint=CheckpointConfig(save_every=4, keep_last=99),
         )
         silent = dataclasses.replace(experiment, data=dataclasses.replace(data, validation={}))
-        for name, config in (("evaluated", experiment), ("silent", silent)):
+        timed = dataclasses.replace(silent, train=dataclasses.replace(silent.train, steps=0, minutes=0.1, eval_every=0))
+        for name, config in (("evaluated", experiment), ("silent", silent), ("timed", timed)):
             (directory / f"{name}.py").write_text(
                 "import json\nfrom ml_collections import ConfigDict\ndef get_config():\n"
                 f"    return ConfigDict(json.loads({json.dumps(config.to_dict())!r}), convert_dict=True).lock()\n"
@@ -231,6 +232,18 @@ def test_several_processes_train_like_one(count, processes, evaluated, tmp_path)
     assert sum(name == "validation/all/loss" for _, name, _ in losses(run)) == 2
     for i in range(count):
         assert f"step {STEPS}/{STEPS}  loss" in (run / "logs" / f"{i}.log").read_text()
+
+
+@pytest.mark.slow
+def test_processes_agree_on_the_steps_of_some_minutes(processes, tmp_path):
+    run = tmp_path / "run"
+    assert processes.end(processes.start(run, 2, "timed", pace=0.2), PATIENCE) == [0, 0], processes.console(0)
+    fixed = json.loads((run / "length.json").read_text())
+    assert fixed["after"] < fixed["steps"] < 6 / 0.2 and run_directory.steps(run)[-1] == fixed["steps"]
+    for i in range(2):
+        assert f"0.1 minutes: {fixed['steps']} steps of" in (run / "logs" / f"{i}.log").read_text()
+    assert processes.end(processes.start(run, 1, "timed"), PATIENCE) == [0]
+    assert f"all {fixed['steps']} steps are done" in processes.console(0)
 
 
 @pytest.mark.slow

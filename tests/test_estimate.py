@@ -235,6 +235,24 @@ def test_working_set_and_activations_of_a_quantised_base_with_adapters():
     assert estimate._head(large(1), 1) - estimate._head(config, 1) == 4 * 5120 * 32000
 
 
+def test_dequantised_weights_of_one_layer_at_a_time():
+    """A compiled scan over nf4 layers keeps a few arrays of the size of a kernel, not 16 for its table of codes."""
+    layers, width = 4, 512
+    packed = jax.ShapeDtypeStruct((layers, width // 2, width), jnp.uint8)
+    absmax = jax.ShapeDtypeStruct((layers, width // quantised.BLOCK, width), jnp.float32)
+
+    def loss(x, stack):
+        @jax.checkpoint
+        def layer(x, weights):
+            return jnp.tanh(x @ quantised.from_nf4(*weights, 0, jnp.float32)), None
+
+        return jax.lax.scan(layer, x, stack)[0].sum()
+
+    x = jax.ShapeDtypeStruct((8, width), jnp.float32)
+    memory = jax.jit(jax.grad(loss)).lower(x, (packed, absmax)).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 4 * 4 * width**2
+
+
 def test_traffic():
     numbers, llama = 13_123_822_336, 13_015_864_320
     cases = (((), 1, 3 * numbers), ((), 4, 12 * numbers), (("llama",), 1, 3 * numbers - llama))

@@ -5,6 +5,7 @@ import json
 
 import jax
 import numpy as np
+import parity
 import pytest
 from ml_collections import ConfigDict
 from practice import practice
@@ -19,7 +20,7 @@ from radfm_jax.evaluate import own_answers
 from radfm_jax.evaluate.exact_match import ExactMatch
 from radfm_jax.models.decoder import DecoderConfig
 from radfm_jax.models.perceiver import PerceiverConfig
-from radfm_jax.models.radfm import RadFM, RadFMConfig, init_params
+from radfm_jax.models.radfm import RadFM, RadFMConfig
 from radfm_jax.models.vit3d import ViTConfig
 from radfm_jax.training.experiment import Experiment, TrainConfig
 
@@ -38,8 +39,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def params(config):
-    """Return initial parameters."""
-    return jax.jit(lambda key: init_params(MODEL, key))(jax.random.key(0))
+    return jax.device_put(parity.recipe_params(MODEL))
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_exact_is_what_the_logits_say(config, params):
     said = logits.argmax(-1)
     trained = arrays["weights"] > 0
     arrays["targets"] = np.where(trained & (arrays["segments"] % 2 == 0), said, arrays["targets"])
-    exact = np.asarray(evaluate._exact(MODEL.with_compute(remat="none"), "weighted", 64, params, arrays))
+    exact = np.asarray(evaluate._exact(config.compute, "weighted", 64, params, arrays))
     seen = []
     for row in range(4):
         for segment in range(1, arrays["segments"][row].max() + 1):
@@ -159,7 +159,7 @@ def test_the_command(config, params, tmp_path, capsys):
     radfm_jax.save(radfm_jax.Model(MODEL, params, tokenizer_file=config.data.tokenizer), tmp_path / "model")
     assert checkpoint.read_description(tmp_path / "model")
     command = [f"--config={file}", f"--checkpoint={tmp_path / 'model'}", f"--out={tmp_path / 'out'}"]
-    assert evaluate.main([*command, "--answers=9", "--config.data.text_length=64"]) == 0
+    assert evaluate.main([*command, "--answers=9", "--config.train.log_every=7"]) == 0
     text = (tmp_path / "out" / "answers.jsonl").read_text()
     answers = [json.loads(line) for line in text.splitlines()]
     sources = open_sources(config.data, "test")

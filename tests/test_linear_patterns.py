@@ -93,14 +93,15 @@ def patterns_of(value: object, depth: int = 3) -> Iterator[re.Pattern]:
 def uses() -> tuple[Use, ...]:
     """Return all patterns that are applied to texts of strings, once for each method."""
     found, sources = {}, {module: Path(module.__file__).read_text() for module in modules()}
-    code = "\n".join(sources.values())
+    called = collections.defaultdict(set)
+    for name, method in re.findall(rf"\b(\w+)\.({'|'.join(METHODS)})\(", "\n".join(sources.values())):
+        called[name].add(method)
     for module, source in sources.items():
         for name, value in vars(module).items():
             for pattern in patterns_of(value):
                 if isinstance(pattern.pattern, bytes):
                     continue
-                methods = set(re.findall(rf"\b{name}\.({'|'.join(METHODS)})\(", code)) or {"sub"}
-                for method in methods:
+                for method in called.get(name, {"sub"}):
                     found.setdefault((pattern, method), Use(f"{module.__name__}.{name}", pattern, method))
         for pattern, method, line in literal_calls(module, source):
             found.setdefault((pattern, method), Use(f"{module.__name__}:{line}", pattern, method))

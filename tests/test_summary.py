@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -14,10 +15,10 @@ from radfm_jax.runtime import console
 from radfm_jax.training import display, run_summary
 
 
-@pytest.fixture
-def run(tmp_path):
-    workdir = tmp_path / "runs" / "align"
-    workdir.mkdir(parents=True)
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """A run with its curves."""
+    workdir = tmp_path_factory.mktemp("run")
     speed = {"speed/step_s": 9.0, "speed/samples_s": 1.0, "speed/data_wait": 0.9, "data/real_tokens": 0.5}
     lines = [{"step": 1, "train/loss": 6.0, **speed}]
     for step, seconds in ((10, 0.2), (20, 0.4)):
@@ -27,6 +28,11 @@ def run(tmp_path):
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     display.draw_curves(workdir)
     return workdir
+
+
+@pytest.fixture
+def run(drawn, tmp_path):
+    return shutil.copytree(drawn, tmp_path / "runs" / "align")
 
 
 def test_brackets_are_not_markup(capsys, tmp_path):

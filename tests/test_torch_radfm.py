@@ -35,7 +35,12 @@ def _close(ours: torch.Tensor | np.ndarray, theirs: np.ndarray, atol: float) -> 
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=atol)
 
 
-@pytest.fixture(scope="module", params=golden.CASES)
+# The two largest cases are slow in test_golden.py too, which compares the network with the same files.
+SLOW = ("p3_3d_s3_d64", "p8_vis48_2d_s2")
+CASES = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in golden.CASES]
+
+
+@pytest.fixture(scope="module", params=CASES)
 def run(request):
     """A golden case, its model, and the model's outputs, with their graph unless in WITHOUT_GRADIENTS."""
     case = golden.load(request.param)
@@ -95,7 +100,7 @@ def test_losses(run):
 
 
 @pytest.mark.parametrize("kind", LOSSES)
-@pytest.mark.parametrize("run", [name for name in golden.CASES if name not in WITHOUT_GRADIENTS], indirect=True)
+@pytest.mark.parametrize("run", [case for case in CASES if case.values[0] not in WITHOUT_GRADIENTS], indirect=True)
 def test_gradients(run, kind):
     parameters = dict(run.model.named_parameters())
     grads = torch.autograd.grad(getattr(run, kind), list(parameters.values()), retain_graph=True)

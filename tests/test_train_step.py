@@ -16,7 +16,7 @@ from radfm_jax.models.radfm import RadFM
 from radfm_jax.runtime import sharding
 from radfm_jax.training import train_step
 from radfm_jax.training.losses import radfm_loss
-from radfm_jax.training.optimizer import OptimizerConfig, optimizer
+from radfm_jax.training.optimizer import OptimizerConfig, optimizer, split
 
 CONFIG = OptimizerConfig(learning_rate=1e-2, warmup_steps=1, clip=1.0)
 RATE = np.float32(1e-2)
@@ -41,29 +41,41 @@ def setting(data, fsdp, tensor, frozen=(), devices=8):
 
 
 @functools.cache
-def compiled(data, fsdp, tensor, frozen=(), devices=8, normalise="token"):
-    mesh, _, abstract, transform = setting(data, fsdp, tensor, frozen, devices)
+def compiled(data, fsdp, tensor, frozen, devices, normalise):
+    _, _, abstract, transform = setting(data, fsdp, tensor, frozen, devices)
     step = train_step.make_train_step(packed.CONFIG, transform, train_step.StepConfig(normalise=normalise, chunk=16))
     return jax.jit(step, donate_argnums=0, out_shardings=(train_step.shardings_of(abstract), None))
 
 
 @functools.cache
-def initial(frozen=()):
+def initial():
     """Return the initial state in numpy: every mesh starts from it, and steps donate their state."""
-    _, config, abstract, transform = setting(1, 1, 1, frozen, 1)
+    _, config, abstract, transform = setting(1, 1, 1, (), 1)
     state = train_step.init_state(abstract, packed.CONFIG, config, transform, seed=0)
     return jax.tree.map(np.asarray, {**state, "step": np.int32(5)})
 
 
+def start(frozen=()):
+    """Return `initial` with a frozen part, which has no moments."""
+    trainable, fixed = split(train_step.params_of(initial()), frozen)
+    _, _, abstract, _ = setting(1, 1, 1, frozen, 1)
+    moments = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract["opt"])
+    return {**initial(), "params": trainable, "frozen": fixed, "opt": moments}
+
+
 def fresh(data=1, fsdp=1, tensor=1, frozen=(), devices=1):
     mesh, _, abstract, _ = setting(data, fsdp, tensor, frozen, devices)
-    return mesh, jax.device_put(initial(frozen), train_step.shardings_of(abstract))
+    return mesh, jax.device_put(start(frozen), train_step.shardings_of(abstract))
+
+
+def step_on(*, data=1, fsdp=1, tensor=1, frozen=(), devices=1, normalise="token"):
+    """Return the jitted step. Calls with the same arguments share it and its traces."""
+    return compiled(data, fsdp, tensor, frozen, devices, normalise)
 
 
 def run(rows, accumulation=1, steps=2, normalise="token", **where):
     mesh, state = fresh(**where)
-    key = {"data": 1, "fsdp": 1, "tensor": 1, "devices": 1, **where}
-    step = compiled(key["data"], key["fsdp"], key["tensor"], key.get("frozen", ()), key["devices"], normalise)
+    step = step_on(normalise=normalise, **where)
     with jax.set_mesh(mesh):
         for _ in range(steps):
             state, metrics = step(state, batch_of(rows, accumulation, mesh=mesh), RATE)
@@ -75,24 +87,31 @@ def close(a, b, tolerance):
         np.testing.assert_allclose(x, y, atol=tolerance, err_msg=path)
 
 
-def test_a_step_is_adam_on_the_mean_of_all_weights():
-    """Compare with optax on the gradient of sum / weight over all rows at once."""
-    params = train_step.params_of(initial())
+@functools.cache
+def by_hand():
+    """Return (mean loss, intermediates, gradients, their norm, updated parameters) of ROWS with the initial state.
+
+    The loss is sum / weight over all rows at once; optax updates the parameters.
+    """
     rows = packed.stack(packed.row([packed.SAMPLES[s] for s in names], **packed.SIZES) for names in ROWS)
 
     def mean(params):
-        total, weight, _ = radfm_loss(RadFM(packed.CONFIG), params, rows, chunk=16)
-        return total / weight
+        total, weight, out = radfm_loss(RadFM(packed.CONFIG), params, rows, chunk=16)
+        return total / weight, {name: out[name] for name in ("token_loss", "weights", "correct")}
 
     @jax.jit
-    def by_hand(params):
-        loss, grads = jax.value_and_grad(mean)(params)
+    def computed(params):
+        (loss, out), grads = jax.value_and_grad(mean, has_aux=True)(params)
         transform = optimizer(CONFIG, params)
         updates, _ = transform.update(grads, transform.init(params), params)
         down = jax.tree.map(lambda u: -RATE * u, updates)
-        return loss, optax.tree_utils.tree_norm(grads), grads, optax.apply_updates(params, down)
+        return loss, out, grads, optax.tree_utils.tree_norm(grads), optax.apply_updates(params, down)
 
-    loss, norm, grads, expected = by_hand(params)
+    return jax.device_get(computed(train_step.params_of(initial())))
+
+
+def test_a_step_is_adam_on_the_mean_of_all_weights():
+    loss, _, grads, norm, expected = by_hand()
     after, metrics = run(ROWS, steps=1)
     np.testing.assert_allclose(metrics["loss"], loss, rtol=2e-6)
     np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
@@ -118,9 +137,6 @@ def test_accumulation_is_exact():
     np.testing.assert_allclose(m1["loss"], m4["loss"], rtol=2e-6)
     assert m1["weight"] == m4["weight"]
     assert np.abs(m1["task_loss"] - m4["task_loss"]).max() < 1e-5
-    # The original divides each micro-batch by its own weight, which is another loss.
-    other = run(ROWS, accumulation=4, normalise="micro_batch")[1]
-    assert abs(other["loss"] - m4["loss"]) > 1e-3 and other["weight"] == 4
 
 
 def test_every_mesh_takes_the_same_step():
@@ -130,9 +146,24 @@ def test_every_mesh_takes_the_same_step():
     close(alone["params"], sharded["params"], 1e-4)
 
 
+@functools.cache
+def frozen_run():
+    """Return the first step of 4 micro-batches with a frozen part, in which each micro-batch has the same weight."""
+    return run(ROWS, accumulation=4, steps=1, normalise="micro_batch", frozen=("llama",))
+
+
+def test_micro_batches_with_equal_weights():
+    """The original divides each micro-batch by its own weight, which is another loss."""
+    loss, out, *_ = by_hand()
+    sums, weights = (x.reshape(4, -1).sum(axis=1) for x in (out["token_loss"] * out["weights"], out["weights"]))
+    metrics = frozen_run()[1]
+    np.testing.assert_allclose(metrics["loss"], np.mean(sums / weights), rtol=2e-6)
+    assert abs(metrics["loss"] - loss) > 1e-3 and metrics["weight"] == 4
+
+
 def test_a_frozen_part_is_unchanged_and_costs_no_gradient():
-    before = initial(("llama",))
-    after, _ = run(ROWS, frozen=("llama",))
+    before = start(("llama",))
+    after, _ = frozen_run()
     for path, x in flatten(before["frozen"]).items():
         assert path.startswith("llama/")
         np.testing.assert_array_equal(x, flatten(after["frozen"])[path])
@@ -141,14 +172,15 @@ def test_a_frozen_part_is_unchanged_and_costs_no_gradient():
     moments = [x for x in jax.tree.leaves(before["opt"]) if x.ndim]
     assert sum(x.size for x in moments) == 2 * sum(x.size for x in jax.tree.leaves(before["params"]))
     # The step computes no array with the shape of a frozen kernel.
-    assert made((2, 32, 64), frozen=("llama",)) == 0 < made((2, 32, 64), frozen=())
+    assert made((2, 32, 64), frozen=("llama",), normalise="micro_batch") == 0 < made((2, 32, 64))
 
 
-def made(shape, frozen):
-    """Count the arrays of a shape that the step computes, without its inputs and slices of them."""
+def made(shape, frozen=(), normalise="token"):
+    """Count the arrays of a shape that a step of 4 micro-batches computes, without its inputs and slices of them."""
     mesh, state = fresh(frozen=frozen)
     with jax.set_mesh(mesh):
-        jaxpr = compiled(1, 1, 1, frozen, 1).trace(state, batch_of(ROWS, mesh=mesh), RATE).jaxpr
+        step = step_on(frozen=frozen, normalise=normalise)
+        jaxpr = step.trace(state, batch_of(ROWS, 4, mesh=mesh), RATE).jaxpr
     found, todo = 0, [jaxpr.jaxpr]
     while todo:
         for equation in todo.pop().eqns:
@@ -166,7 +198,7 @@ def test_nonfinite_values_leave_the_state_unchanged(poison):
     broken = {"scan_scale": np.full((8, packed.SIZES["slots"]), np.nan, np.float32)} if poison == "voxel" else {
         "weights": np.full((8, packed.SIZES["text"]), np.inf, np.float32)
     }  # fmt: skip
-    step = compiled(1, 1, 1, (), 1)
+    step = step_on()
     with jax.set_mesh(mesh):
         state, metrics = step(state, batch_of(ROWS, mesh=mesh, **broken), RATE)
         assert not metrics["finite"] and state["skipped"] == 1 and state["step"] == 6
@@ -182,19 +214,18 @@ def test_nonfinite_values_leave_the_state_unchanged(poison):
 def test_evaluation_counts_by_task():
     """Compare the sums of row "AB" (segments 1, modality, and 2, diagnosis) with the intermediates of the loss."""
     mesh, state = fresh()
-    params = train_step.params_of(state)
+    params, out = train_step.params_of(state), by_hand()[1]
     evaluate = jax.jit(train_step.make_eval_step(packed.CONFIG, train_step.StepConfig(chunk=16)))
     with jax.set_mesh(mesh):
         counts = evaluate(params, batch_of(("AB", "B"), mesh=mesh))
     found = train_step.summarise(counts)
     assert list(found) == ["all", "modality", "diagnosis"]
     assert [found[k]["samples"] for k in found] == [3, 2, 1]
-    row = packed.row([packed.A, packed.B], **packed.SIZES)
-    _, _, out = jax.jit(lambda p, r: radfm_loss(RadFM(packed.CONFIG), p, r, chunk=16))(params, row)
-    of_b = (row["segments"] == 2) & (row["weights"] > 0)
-    expected = (out["token_loss"] * row["weights"])[of_b].sum() / row["weights"][of_b].sum()
+    row = packed.row([packed.A, packed.B], **packed.SIZES)  # ROWS[0]
+    of_b = ((row["segments"] == 2) & (row["weights"] > 0))[0]
+    expected = (out["token_loss"][0] * row["weights"][0])[of_b].sum() / row["weights"][0][of_b].sum()
     np.testing.assert_allclose(found["diagnosis"]["loss"], expected, rtol=1e-5)
-    np.testing.assert_allclose(found["diagnosis"]["token_accuracy"], out["correct"][of_b].mean())
+    np.testing.assert_allclose(found["diagnosis"]["token_accuracy"], out["correct"][0][of_b].mean())
 
 
 def test_a_sample_is_exact_if_every_trained_token_is_correct():
@@ -214,7 +245,7 @@ def test_a_sample_is_exact_if_every_trained_token_is_correct():
 def test_init_state_keeps_loaded_parameters():
     mesh, config, abstract, transform = setting(2, 2, 2)
     fresh = initial()["params"]
-    loaded = {path: x + 1 for path, x in flatten(fresh).items() if path.startswith("llama")}
+    loaded = {path: x + 1 for path, x in flatten(fresh).items() if not path.startswith("perceiver")}
     loaded = jax.device_put(loaded, {path: flatten(abstract["params"])[path].sharding for path in loaded})
     state = train_step.init_state(abstract, packed.CONFIG, config, transform, seed=0, loaded=loaded)
     assert jax.tree.map(lambda x: x.sharding, state) == train_step.shardings_of(abstract)

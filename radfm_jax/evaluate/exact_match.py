@@ -156,7 +156,7 @@ def evaluate(config: Experiment, params: dict, *, control: bool = True, progress
 
     Raises ValueError if the data are invalid.
     """
-    step = jax.jit(functools.partial(_exact, config.compute, config.train.step.weighting, config.train.chunk))
+    step = functools.partial(_exact, config.compute, config.train.step.weighting, config.train.chunk)
     scored = []
     for shuffled in (False, True)[: 1 + control]:
         data = dataclasses.replace(config.data, shuffle_scans=shuffled)
@@ -175,6 +175,7 @@ def evaluate(config: Experiment, params: dict, *, control: bool = True, progress
     return scored
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _exact(model, weighting: str, chunk: int, params: dict, batch: dict) -> jax.Array:
     """Return bool[B, T + 1]: whether every trained token of segment s is the most likely one."""
     _, _, out = losses.radfm_loss(RadFM(model), params, batch, weighting=weighting, chunk=chunk)

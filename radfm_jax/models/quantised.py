@@ -157,7 +157,7 @@ def from_nf4(packed: jax.Array, absmax: jax.Array, axis: int, dtype: jax.typing.
     half = packed.shape[axis] // absmax.shape[axis]
     codes = _in_blocks(packed, axis, half)
     codes = jnp.concatenate([codes & 15, codes >> 4], axis + 1)
-    values = _look_up(codes, CODES) * jnp.expand_dims(absmax, axis + 1)
+    values = _look_up(codes, CODES, jnp.expand_dims(absmax, axis + 1))
     return values.astype(dtype).reshape(*packed.shape[:axis], -1, *packed.shape[axis + 1 :])
 
 
@@ -165,12 +165,16 @@ def _in_blocks(x: jax.Array, axis: int, block: int) -> jax.Array:
     return x.reshape(*x.shape[:axis], -1, block, *x.shape[axis + 1 :])
 
 
-def _look_up(codes: jax.Array, table: tuple[float, ...]) -> jax.Array:
-    """Return table[codes] in float32 by selections, which fuse with their users; a gather does not."""
+def _look_up(codes: jax.Array, table: tuple[float, ...], factor: jax.Array) -> jax.Array:
+    """Return table[codes] * factor in float32 by selections, which fuse with their users; a gather does not.
+
+    The table is multiplied first: JAX would move selections between constants out of a scan over layers, and keep 16
+    arrays of the size of a kernel.
+    """
     if len(table) == 1:
-        return jnp.float32(table[0])
+        return jnp.float32(table[0]) * factor
     half = len(table) // 2
-    return jnp.where(codes & half, _look_up(codes, table[half:]), _look_up(codes, table[:half]))
+    return jnp.where(codes & half, _look_up(codes, table[half:], factor), _look_up(codes, table[:half], factor))
 
 
 # --- stored weights ---------------------------------------------------------------------------------------------------
