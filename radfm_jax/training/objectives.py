@@ -3,8 +3,8 @@
 Letters: B rows, T text tokens. An objective is a loss of the policy (the parameters that learn) and a reference, which
 is the model as it was before the first step. Both return (sum, weight), as in losses.py.
 
-google-tunix is not used: its trainers require a `flax.nnx` module that takes one prompt per row and returns the logits
-of every position, while this model is Linen, reads packed rows of text and scans, and computes logits in chunks.
+google-tunix is not used: its trainers and samplers require a `flax.nnx` module that reads tokens and images and returns
+logits, while this model is Linen, reads packed rows of text and scans, and computes logits in chunks.
 """
 
 from __future__ import annotations
