@@ -53,6 +53,7 @@ class Sample:
     task: Task
     study_id: str | None  # the study or paper, which must not be split between training and test; None if unknown
     parts: tuple[Text | Scan, ...]  # the same scan may occur more than once
+    rejected: str | None = None  # an answer that is worse than the last part, the response; None without one
 
     @property
     def scans(self) -> tuple[Scan, ...]:

@@ -13,6 +13,7 @@ from input_pipeline.config import DataConfig, open_fields
 from input_pipeline.datasets import Dataset, open_dataset, sample_rng
 from input_pipeline.datasets.json_tables import json_lines_cache
 from input_pipeline.samples import Sample, Scan
+from input_pipeline.text.alternatives import Form
 from input_pipeline.text.terms import TermFinder
 from input_pipeline.text.tokenizer import Tokenizer, load_tokenizer
 from input_pipeline.text.tokens import Encoded, Mode, Template, encode
@@ -81,12 +82,14 @@ def encode_row(
     *,
     shown: int | None = None,
     window: int | None = None,
+    form: Form | None = None,
 ) -> tuple[Sample, Encoded]:
     """Return the sample of a row and its tokens. `prepare` and training make the same random choices.
 
     Args:
       shown: another row with as many scans, which replace the scans of this row.
       window: as for Dataset.sample.
+      form: the segments of the sample; None: one, with its response.
     Raises:
       RowError: the row cannot become a sample, or does not fit `text_length`.
     """
@@ -96,9 +99,13 @@ def encode_row(
         scans = dict(zip(dict.fromkeys(dataset.scans(row)), dict.fromkeys(dataset.scans(shown)), strict=True))
         parts = tuple(scans[part] if isinstance(part, Scan) else part for part in sample.parts)
         sample = dataclasses.replace(sample, parts=parts)
-    limits = {"max_scans": config.max_scans, "num_latents": config.num_latents, "max_tokens": config.text_length}
-    form = {"mode": cast(Mode, config.preprocess), "template": cast(Template, config.template)}
-    return sample, encode(sample, tokenizer, terms, **limits, **form, rng=rng)
+    encode_one = functools.partial(
+        encode, tokenizer=tokenizer, terms=terms, max_scans=config.max_scans, num_latents=config.num_latents,
+        mode=cast(Mode, config.preprocess), template=cast(Template, config.template),
+    )  # fmt: skip
+    if form is not None:
+        return sample, form.encode(sample, encode_one, config.text_length, rng)
+    return sample, encode_one(sample, max_tokens=config.text_length, rng=rng)
 
 
 def rows_shown(name: str, dataset: Dataset, rows: np.ndarray, seed: int) -> dict[int, int]:

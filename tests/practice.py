@@ -19,7 +19,9 @@ FAMILIES = {
 }
 
 
-def practice(directory: Path, train: int = 24, test: int = 8, validation: int = 0, **changes) -> DataConfig:
+def practice(
+    directory: Path, train: int = 24, test: int = 8, validation: int = 0, indexed: bool = True, **changes
+) -> DataConfig:
     """Write phantoms of 64 x 64 pixels and their index below `directory`. Returns their config."""
     phantoms.write(directory / "data", train=train, test=test, validation=validation, size=64, workers=1)
     source = lambda split, family, table: {  # noqa: E731
@@ -46,7 +48,8 @@ def practice(directory: Path, train: int = 24, test: int = 8, validation: int = 
         workers=0,
     )
     config = dataclasses.replace(config, **changes)
-    write_index(config)
+    if indexed:
+        write_index(config)
     return config
 
 

@@ -38,6 +38,7 @@ BENCHMARKS = [name for name in NAMES if name.startswith("radbench")]
 FILES = [name for name in NAMES if name not in BENCHMARKS]
 STAGES = ("pretrain_align", "pretrain", "finetune")
 ADAPTATIONS = [name for name in FILES if name.startswith("adapt") and name != "adapt_small"]
+PRACTICE = ("quickstart", "tiny", "smollm2_practice", "preference_practice")  # of the practice data, without a root
 BACKBONES = ("qwen3_8b_medsiglip", "gemma3_4b_medsiglip", "llama31_8b_vit3d")
 # The hardware of the numbers in the docstrings.
 HARDWARE = {
@@ -263,7 +264,7 @@ def test_all_stages_hold_out_the_same_studies():
     assert len(splits) == 1
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if name not in ("quickstart", "tiny", "smollm2_practice")])
+@pytest.mark.parametrize("name", [name for name in FILES if name not in PRACTICE])
 def test_another_root_is_one_argument(name):
     config = experiment(f"{name}:/mnt/medmd")
     roots = {Path(source["root"]) for source in config.data.sources().values()}

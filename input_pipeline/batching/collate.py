@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -91,8 +92,8 @@ def collate_row(
 
 
 def _add_text(arrays: dict[str, np.ndarray], row: LoadedRow, num_latents: int) -> None:
-    start = 0
-    for segment, (sample, slots) in enumerate(zip(row.samples, row.slots, strict=True), 1):
+    start = segment = 0
+    for sample, slots in zip(row.samples, row.slots, strict=True):
         n = len(sample.ids)
         span = slice(start, start + n)
         for name in ("ids", "targets", "weights", "key_ok"):
@@ -103,8 +104,10 @@ def _add_text(arrays: dict[str, np.ndarray], row: LoadedRow, num_latents: int) -
             arrays["visual_index"][span] = np.where(scan >= 0, slot * num_latents + latent, -1)
         else:
             arrays["weights"][span] = 0
-        arrays["segments"][span] = segment
-        arrays["positions"][span] = np.arange(n)
+        for begin, end in itertools.pairwise((*sample.starts, n)):
+            segment += 1
+            arrays["segments"][start + begin : start + end] = segment
+            arrays["positions"][start + begin : start + end] = np.arange(end - begin)
         start += n
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -18,9 +18,9 @@ from input_pipeline.batching.collate import LoadedRow, ScanPlanes, collate_row
 from input_pipeline.batching.mixture import by_side
 from input_pipeline.batching.plan import PlannedRow, SampleSizes, plan_window
 from input_pipeline.batching.report import RowInfo, SampleInfo, ScanInfo
-from input_pipeline.batching.splits import rows_of_split
+from input_pipeline.batching.splits import SplitRows, rows_of_split
 from input_pipeline.config import DataConfig
-from input_pipeline.datasets import sample_rng
+from input_pipeline.datasets import Dataset, sample_rng
 from input_pipeline.files import fingerprint
 from input_pipeline.images import scans
 from input_pipeline.images.augment import augment
@@ -32,6 +32,7 @@ from input_pipeline.index.index import Index, IndexedScan, key_hash, record_sett
 from input_pipeline.parallel import workers
 from input_pipeline.samples import TASKS, RowError, Sample, Scan
 from input_pipeline.sources import encode_row, open_sources, rows_shown, terms_of, tokenizer_of
+from input_pipeline.text.alternatives import Form, Group, Pair
 from input_pipeline.text.tokens import Encoded
 
 # The original code of Rad3D-Modality scales each scan by itself; the others scale all scans of a sample together.
@@ -45,14 +46,16 @@ class RowLoader:
     Each method is a pure function of the config, the epoch and the samples, so any worker of any host can run it.
     """
 
-    def __init__(self, config: DataConfig, split: str, training: bool):
+    def __init__(self, config: DataConfig, split: str, training: bool, form: Form | None = None):
         """Open the tables, the index, the tokenizer and the medical terms. With `training`, crops and flips are random.
 
+        Args:
+          form: the segments of a sample; None: one, with its response.
         Raises:
-          ValueError: the split has no source or no row, the index does not match the tables or the records, or
-            data.channels is 1 and the scans have colour.
+          ValueError: the split has no source or no row, the index does not match the tables or the records, `form` is
+            a pair and a row has none, or data.channels is 1 and the scans have colour.
         """
-        self.config, self.split, self.training = config, split, training
+        self.config, self.split, self.training, self.form = config, split, training, form
         sources = config.sources_with_rows(split)
         if not sources:
             raise ValueError(f"data.{split} has no sources")
@@ -61,6 +64,8 @@ class RowLoader:
         opened = open_sources(config, split)
         self.rows = rows_of_split(config, split, self.index, opened)
         self.datasets = {name: opened[name] for name in self.rows}
+        if isinstance(form, Pair):
+            check_pairs(self.datasets, self.rows)
         self.names = list(self.datasets)  # in the order of the mixture
         sources = {name: sources[name] for name in self.names}
         self.notes: list[str] = []  # messages for the log
@@ -159,8 +164,9 @@ class RowLoader:
         window = None if windows is None else int(windows[position])
         shown = self.shown[name][row] if self.shown else None
         return name, *encode_row(
-            self.config, name, dataset, row, epoch, self.tokenizer, self.terms, shown=shown, window=window
-        )
+            self.config, name, dataset, row, epoch, self.tokenizer, self.terms, shown=shown, window=window,
+            form=self.form,
+        )  # fmt: skip
 
     def measure(self, epoch: int, samples: np.ndarray) -> SampleSizes:
         """Return the sizes of samples, which are named by their numbers in the mixture. Raises RowError."""
@@ -222,8 +228,11 @@ class RowLoader:
             name, sample, text = self.sample(number, epoch)
             encoded.append(text)
             cut = text.cut_context + text.cut_instruction + text.cut_response
+            reference = self.form.reference(sample) if isinstance(self.form, Group) else ""
             infos.append(
-                SampleInfo(name, sample.row_id, sample.task, sample.study_id, len(text.ids), cut, text.dropped_scans)
+                SampleInfo(
+                    name, sample.row_id, sample.task, sample.study_id, len(text.ids), cut, text.dropped_scans, reference
+                )
             )
             todo = {slot: scan for slot, scan in zip(slots, text.scans, strict=True) if slot not in tried}
             tried.update(todo)
@@ -241,8 +250,8 @@ class RowLoader:
             channels=config.channels,
             patch=config.patch,
         )
-        tasks = np.array([0, *(1 + TASKS.index(info.task) for info in infos)], np.int32)
-        arrays["tasks"] = tasks[arrays["segments"]]
+        tasks = [1 + TASKS.index(info.task) for info, text in zip(infos, encoded, strict=True) for _ in text.starts]
+        arrays["tasks"] = np.array([0, *tasks], np.int32)[arrays["segments"]]
         info = RowInfo(
             epoch, window, row, tuple(infos), planned.tokens, planned.padding, len(loaded), tuple(errors),
             tuple(scan_infos),
@@ -327,3 +336,16 @@ class RowLoader:
             raise ValueError(f"it has {size:,} bytes, but {indexed:,} when it was indexed: it has changed")
         voxels, header = scans.read(path, volume=scan.volume)
         return one_channel_if_gray(voxels), header
+
+
+def check_pairs(datasets: Mapping[str, Dataset], rows: Mapping[str, SplitRows]) -> None:
+    """Raise ValueError if a row has no rejected answer. The message names each source and its first such row."""
+    problems = []
+    for name, dataset in datasets.items():
+        if unpaired := [row for row in rows[name].rows.tolist() if not dataset.has_pair(row)]:
+            row_id = dataset.row_id(unpaired[0])
+            problems.append(f"{name} ({len(unpaired):,} of {len(rows[name].rows):,} rows, first: {row_id})")
+    if problems:
+        raise ValueError(
+            f"no `rejected` answer in rows of {'; '.join(problems)}: pairs need `chosen` and `rejected` in each row"
+        )

@@ -42,6 +42,7 @@ from input_pipeline.batching.report import RowInfo
 from input_pipeline.config import DataConfig
 from input_pipeline.files import fingerprint
 from input_pipeline.parallel.workers import Pool
+from input_pipeline.text.alternatives import Form
 
 CHUNK = 256  # samples that a worker measures at a time
 CACHED_PLANS = 4  # windows
@@ -69,6 +70,7 @@ class Rows(grain.IterDataset):
         hosts: int = 1,
         epochs: int | None = None,
         training: bool | None = None,
+        form: Form | None = None,
     ):
         """Open the data in worker processes.
 
@@ -77,6 +79,7 @@ class Rows(grain.IterDataset):
           batch: rows of the global batch. host, hosts: the share of it that this process loads.
           epochs: number of epochs; None repeats forever.
           training: apply random crops and flips; default: whether the split is "train".
+          form: the segments of a sample (text/alternatives.py); None: one, with its response.
         Raises:
           ValueError: as RowLoader, and if the hosts cannot share a batch evenly.
         """
@@ -86,7 +89,9 @@ class Rows(grain.IterDataset):
         training = split == "train" if training is None else training
         self.config, self.batch_rows, self.host, self.hosts, self.epochs = config, batch, host, hosts, epochs
         self.local_rows = batch // hosts
-        self.pool = Pool(functools.partial(RowLoader, config, split, training), config.workers, config.worker_timeout)
+        self.pool = Pool(
+            functools.partial(RowLoader, config, split, training, form), config.workers, config.worker_timeout
+        )
         try:
             self.description = self.pool.submit("describing the data", RowLoader.describe).result()
         except BaseException:
@@ -103,6 +108,8 @@ class Rows(grain.IterDataset):
         settings["flips"] = list(config.flips)  # JSON returns lists, not tuples
         if config.fit != "stretch":  # states saved before this setting existed have none
             settings["fit"] = config.fit
+        if form is not None:
+            settings["segments of a sample"] = repr(form)
         if config.terms.startswith("umls:"):
             settings["umls_types"] = list(config.umls_types)
         self.identity = {"split": split, "training": training, **settings, **self.description["identity"]}

@@ -19,6 +19,7 @@ class SampleInfo:
     tokens: int
     cut: int  # text tokens that were dropped because the sample was too long
     dropped_scans: int  # scans that were dropped because the sample had too many or was too long
+    reference: str = ""  # the answer of the row, for a group of answers (text/alternatives.py)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,8 @@ class RowInfo:
     epoch: int
     window: int
     row: int
-    samples: tuple[SampleInfo, ...]  # in the order of their segments, segment 1 first
+    # In the order of their segments, segment 1 first; a sample may have several (text/alternatives.py).
+    samples: tuple[SampleInfo, ...]
     tokens: int
     padding: str  # cause of the padding, as in PlannedRow
     scans: int  # number of slots in use

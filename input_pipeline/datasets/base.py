@@ -254,6 +254,10 @@ class TableDataset(abc.ABC):
     def parts(self, value, rng: np.random.Generator) -> tuple[Task, str | None, tuple[Text | Scan, ...]]:
         """Return task, study and parts of the sample of a value."""
 
+    def rejected(self, value) -> str | None:
+        """Return the answer of a value that is worse than its response; None if there is none."""
+        return None
+
     def content(self, value):
         """Return the part of a value that is compared to detect duplicate rows."""
         return value
@@ -300,12 +304,17 @@ class TableDataset(abc.ABC):
 
         window: which of the `window_count` samples; None draws one window.
         """
+        value = self._rows[i]
         try:
-            task, study, parts = self.window_parts(self._rows[i], rng, window)
+            task, study, parts = self.window_parts(value, rng, window)
         except ValueError as error:
             raise self._row_error(i, error) from error
         parts = tuple(self._windowed(part) if isinstance(part, Scan) else part for part in parts)
-        return Sample(self.sample_id(i, window), self.name, task, study, parts)
+        return Sample(self.sample_id(i, window), self.name, task, study, parts, self.rejected(value))
+
+    def has_pair(self, i: int) -> bool:
+        """Return whether row i has a rejected answer next to its response."""
+        return self.rejected(self._rows[i]) is not None
 
     def window_parts(self, value, rng: np.random.Generator, window: int | None):
         """Return task, study and parts, as `parts` does, for one window of a row."""

@@ -7,13 +7,16 @@
         {"role": "system", "content": "Answer briefly."}, {"role": "user", "content": "<image-1> Any effusion?"},
         {"role": "assistant", "content": "Yes."}, {"role": "user", "content": "Which side?"},
         {"role": "assistant", "content": "Left."}]}
+    {"id": "pair-8", "task": "vqa", "scans": ["ct.nii.gz"], "instruction": "Which side?", "chosen": "Left.",
+     "rejected": "Right."}
 
 A scan is a path below the root or {"path": ..., "volume": 0, "window": "lung" or [-160, 240]}. `<image-i>` marks the
 position of scan i (from 1) in the context, the instruction, the text or a message of the user. Marks come in any order
 and may repeat; each scan needs at least one. Without any mark, all scans come first. `context` and `study` are
 optional: "" is the same as an absent key. A study must not be divided between training and test; the default is the
 study that the path of the first scan names, or that path. Every message of the assistant is an answer to train on; a
-system message is optional and comes first.
+system message is optional and comes first. `chosen` and `rejected`, the better and the worse of two answers, replace
+`response`; `chosen` is the response wherever a single answer is needed.
 """
 
 from __future__ import annotations
@@ -30,7 +33,8 @@ from input_pipeline.datasets.store import digest, first_equal
 from input_pipeline.samples import SPEAKERS, TASKS, RowError, Scan, Text
 from input_pipeline.text.marks import parse_marks, place_scans
 
-KEYS = ("id", "task", "scans", "context", "instruction", "response", "text", "messages", "study")
+PAIR = ("chosen", "rejected")
+KEYS = ("id", "task", "scans", "context", "instruction", "response", "text", "messages", "study", *PAIR)
 _REMEDY = "see docs/data_layouts.md"
 
 
@@ -83,10 +87,13 @@ class JSONL(TableDataset):
 
     def parts(self, value, rng):
         """Return task, study and parts; rng is unused."""
-        _, task, study, parts = value
+        _, task, study, parts, *_ = value
         if study is None:
             study = next((self.study_of(part.path) for part in parts if isinstance(part, Scan)), None)
         return task, study, parts
+
+    def rejected(self, value):
+        return value[4] if len(value) > 4 else None
 
     def content(self, value):
         return value[1:]  # without the id
@@ -95,8 +102,11 @@ class JSONL(TableDataset):
         return tuple(dict.fromkeys(p for p in value[3] if isinstance(p, Scan)))
 
 
-def parse_object(row: Row) -> tuple[str, str, str | None, tuple[Text | Scan, ...]]:
-    """Return id, task, study and parts of one object of the schema. Raises RowError."""
+def parse_object(row: Row) -> tuple:
+    """Return id, task, study and parts of one object of the schema, and the rejected answer of a pair.
+
+    Raises RowError.
+    """
     cells = row.cells
     if unknown := row.unknown_keys(KEYS):
         raise row.error(unknown, f"known: {', '.join(KEYS)}")
@@ -106,7 +116,9 @@ def parse_object(row: Row) -> tuple[str, str, str | None, tuple[Text | Scan, ...
     scans = scans_of_row(row)
     required, forbidden = ("instruction", "response"), ("text", "messages")
     if task == "interleaved":
-        required, forbidden = ("text",), ("context", "instruction", "response", "messages")
+        required, forbidden = ("text",), ("context", "instruction", "response", "messages", *PAIR)
+    elif any(_has(row, key) for key in PAIR):
+        required, forbidden = ("instruction", *PAIR), ("response", "text", "messages")
     elif cells.get("messages") is not None:
         required, forbidden = (), ("context", "instruction", "response", "text")
     problems = [f"{key} is required" for key in required if cells.get(key) is None]
@@ -120,14 +132,20 @@ def parse_object(row: Row) -> tuple[str, str, str | None, tuple[Text | Scan, ...
         templates = {"interleaved": texts["text"]}
     else:
         templates = {"context": row.optional("context", MISSING_WORDS), "instruction": texts["instruction"]}
-        _refuse_marks(row, texts["response"], "the response")
+        for role in required[1:]:
+            _refuse_marks(row, texts[role], f"the {role} answer" if role in PAIR else "the response")
     fields = list(zip(templates, _placed(row, list(templates.values()), len(scans)), strict=True))
     if not any(isinstance(p, str) for p in fields[-1][1]):
         raise row.error(f"{required[0]} has image marks but no words", _REMEDY)
     parts = tuple(scans[p] if isinstance(p, int) else Text(p, role) for role, pieces in fields for p in pieces)
     if task != "interleaved":
-        parts += (Text(texts["response"], "response"),)
-    return row_id, task, row.optional("study") or None, parts
+        parts += (Text(texts[required[1]], "response"),)
+    value = row_id, task, row.optional("study") or None, parts
+    if "rejected" not in texts:
+        return value
+    if texts["rejected"] == texts["chosen"]:
+        raise row.error("chosen and rejected are the same answer", "write two different answers, or remove the row")
+    return *value, texts["rejected"]
 
 
 def _has(row: Row, key: str) -> bool:

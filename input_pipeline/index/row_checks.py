@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from input_pipeline.index.scan_checks import Key
 from input_pipeline.parallel import workers
 from input_pipeline.samples import RowError, Sample
 from input_pipeline.sources import encode_row, open_sources, terms_of, tokenizer_of
+from input_pipeline.text.alternatives import Pair
 from input_pipeline.text.terms import TERM_WEIGHT
 
 Row = tuple[str, int]  # source, row number in the opened data set
@@ -129,7 +131,12 @@ def _encode_windows(tables: Tables, name: str, dataset: Dataset, row: int, row_i
 
 def _encode_row(tables: Tables, name: str, dataset: Dataset, row: int, row_id: str, window: int | None) -> RowCheck:
     config = tables.config
-    sample, encoded = encode_row(config, name, dataset, row, 0, tables.tokenizer, tables.terms, window=window)
+    encode_form = functools.partial(
+        encode_row, config, name, dataset, row, 0, tables.tokenizer, tables.terms, window=window
+    )
+    sample, encoded = encode_form()
+    if sample.rejected is not None:
+        encode_form(form=Pair())  # raises RowError if the two answers do not fit one row
     keys = {key: i for i, key in enumerate(dict.fromkeys(scan_key(dataset.root, s) for s in dataset.scans(row)))}
     latents = int((encoded.visual[:, 0] >= 0).sum())
     marks = 2 * latents // config.num_latents

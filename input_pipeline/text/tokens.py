@@ -49,6 +49,7 @@ class Encoded:
     cut_instruction: int = 0
     cut_response: int = 0  # including interleaved text
     dropped_scans: int = 0  # distinct scans removed: more than `max_scans`, or all their marks were in removed text
+    starts: tuple[int, ...] = (0,)  # where the segments of the sample start; several only for alternatives.py
 
 
 def encode(

@@ -85,8 +85,17 @@ def product_rate(device: jax.Device, dtype: str, seconds: float = 0.2) -> float:
 
 
 def row_flops(config: Experiment) -> float:
-    """Return the FLOPs of one row of a training step (flops.training)."""
-    return flops.training(config.model, config.data.limits, config.optimizer.frozen, config.data.channels)
+    """Return the FLOPs of one row of a training step (flops.training), and of the forward pass of a reference.
+
+    The generation of answers (train.objective="grpo") is not included.
+    """
+    limits, channels, updates = (
+        config.data.limits,
+        config.data.channels,
+        config.objective.updates if config.objective else 1,
+    )
+    reference = sum(flops.forward(config.model, limits, channels).values()) if config.has_reference else 0.0
+    return updates * (flops.training(config.model, limits, config.optimizer.frozen, channels) + reference)
 
 
 def step_seconds(config: Experiment, devices: Hardware) -> float:
@@ -170,9 +179,9 @@ def abstract_mesh(config: MeshConfig, devices: int) -> AbstractMesh:
 
 
 def abstract_state(config: Experiment, mesh: Mesh | AbstractMesh) -> dict:
-    """Return the state that trains: train_step.abstract_state. It does not depend on `data` and `train`."""
+    """Return the state that trains: train_step.abstract_state. Of `data` and `train`, only the objective matters."""
     # config.model instead of config.compute: the dtype of products does not change shapes.
-    return train_step.abstract_state(config.model, config.optimizer, mesh)[0]
+    return train_step.abstract_state(config.model, config.optimizer, mesh, reference=config.has_reference)[0]
 
 
 def memory(
@@ -181,6 +190,7 @@ def memory(
     """Return the bytes on each device by part; their sum is the peak of a step.
 
       parameters      of all parts in the types that hold them, with scales and adapters (train_step.abstract_state)
+      reference       copy of the trained parameters, with an objective that has one
       optimizer       moments of trained parameters
       gradients       float32, of trained parameters; twice with accumulation, which adds a running sum
       batch           the arrays of this step and of the next one, which is transferred while this one computes
@@ -212,6 +222,7 @@ def memory(
     row_bytes = sum(math.prod(x.shape[2:]) * x.dtype.itemsize for x in abstract_batch(config).values())
     return {
         "parameters": trained + _bytes(state["frozen"]),
+        **({"reference": _bytes(state["reference"])} if "reference" in state else {}),
         "optimizer": _bytes(state["opt"]),
         "gradients": in_float32 * (2 if train.accumulation > 1 else 1),
         "batch": 2 * train.accumulation * rows * row_bytes,
@@ -363,7 +374,8 @@ def abstract_batch(config: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
     row["plane_index"] = jax.ShapeDtypeStruct((*index.shape[:-1], config.data.channels), index.dtype)
     text = (1, limits.text_length)
     row |= {name: jax.ShapeDtypeStruct(text, jnp.int32) for name in ("targets", "tasks")}
-    row["weights"] = jax.ShapeDtypeStruct(text, jnp.float32)
+    objective_arrays = config.objective.arrays if config.objective else ()
+    row |= {name: jax.ShapeDtypeStruct(text, jnp.float32) for name in ("weights", *objective_arrays)}
     micro = (config.train.accumulation, config.train.batch // config.train.accumulation)
     return {name: jax.ShapeDtypeStruct((*micro, *x.shape[1:]), x.dtype) for name, x in row.items()}
 

@@ -140,13 +140,15 @@ def compile_step(config: Experiment, topology: Topology):
     mesh = sharding.make_mesh(
         config.mesh.data, config.mesh.fsdp, config.mesh.tensor, slices=config.mesh.slices, devices=devices
     )
-    abstract, transform, _ = train_step.abstract_state(config.compute, config.optimizer, mesh)
+    abstract, transform, _ = train_step.abstract_state(
+        config.compute, config.optimizer, mesh, reference=config.has_reference
+    )
     sharding_of_batch = train_step.batch_sharding(mesh)
     batch = {name: x.update(sharding=sharding_of_batch) for name, x in estimate.abstract_batch(config).items()}
     model = with_kernels(config, "tpu" if topology.kind == "tpu" else "cpu")
     options = {"exec_time_optimization_effort": EFFORT} if topology.kind == "tpu" else None
     with jax.set_mesh(mesh):
-        lowered = programs.lower_step(model, config.train.step, abstract, transform, batch, mesh)
+        lowered = programs.lower_step(model, config.step, abstract, transform, batch, mesh)
         return lowered.compile(compiler_options=options)
 
 

@@ -7,11 +7,12 @@ reports to a commercial language model are not offered here.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import io
 import numbers
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 NAMES = (
     *("radgraph", "chexbert", "bertscore", "radeval_bertscore", "ratescore", "green", "srrbert", "radcliq"),
@@ -31,6 +32,12 @@ def check(names: Sequence[str]) -> None:
         raise ValueError(f"unknown clinical metrics {', '.join(unknown)}; known: {', '.join(NAMES)}")
 
 
+@functools.lru_cache(maxsize=len(NAMES))
+def _metric(kind: Callable, name: str):
+    """Return a metric. It is made once, because it reads its weights."""
+    return kind(metrics=[RADEVAL_NAMES.get(name, name)], show_progress=False)
+
+
 def clinical(name: str, answers: Sequence[str], references: Sequence[str]) -> dict[str, float]:
     """Return the values of one RadEval metric over all pairs, by RadEval's names. A failed answer is "".
 
@@ -43,8 +50,7 @@ def clinical(name: str, answers: Sequence[str], references: Sequence[str]) -> di
     try:
         # RadEval prints its downloads, and disables warnings for the whole process.
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            metric = RadEval(metrics=[RADEVAL_NAMES.get(name, name)], show_progress=False)
-            results = metric(refs=list(references), hyps=list(answers))
+            results = _metric(RadEval, name)(refs=list(references), hyps=list(answers))
     except Exception as error:  # torch, the hub and tokenizers raise many types
         raise Unavailable(
             f"{name} cannot be computed ({type(error).__name__}: {str(error)[:200]}): check that "

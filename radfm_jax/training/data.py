@@ -18,24 +18,28 @@ from radfm_jax.evaluate import radbench
 from radfm_jax.models.encoders.kinds import data_problems
 from radfm_jax.training import train_step
 from radfm_jax.training.experiment import Experiment
+from radfm_jax.training.objectives import Objective
 
 
 class OpenSplits:
     """Opens the training and validation rows in background threads; `splits("train")` waits for one of them.
 
     A call raises the error of a split that failed to open. `shard` has the arguments batch, host and hosts of Rows.
+    `objective` decides the segments of a sample.
     """
 
-    def __init__(self, config: DataConfig, shard: dict):
+    def __init__(self, config: DataConfig, shard: dict, objective: Objective | None = None):
         read = config.sources("train") | config.sources("validation")
         families = {fields.get("family") for fields in read.values()}
         if not config.workers and (config.records or "tfds" in families):
             # Import this before the threads start: during this import, imports in other threads return lazy modules.
             import tensorflow_datasets  # noqa: F401
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="opening")
-        self._futures = {"train": self._threads.submit(Rows, config, "train", **shard)}
+        form = lambda training: objective.form(training) if objective else None  # noqa: E731
+        self._futures = {"train": self._threads.submit(Rows, config, "train", **shard, form=form(True))}
         if config.validates:
-            self._futures["validation"] = self._threads.submit(Rows, config, "validation", **shard, epochs=1)
+            shard = shard | {"epochs": 1, "form": form(False)}
+            self._futures["validation"] = self._threads.submit(Rows, config, "validation", **shard)
 
     def __call__(self, split: str) -> Rows:
         return self._futures[split].result()

@@ -26,6 +26,7 @@ from input_pipeline.files import nearest
 from radfm_jax.models.layers import DTYPES, REMAT_POLICIES
 from radfm_jax.models.radfm import RadFMConfig
 from radfm_jax.training.losses import NORMALISATIONS, WEIGHTINGS
+from radfm_jax.training.objectives import OBJECTIVES, DPOConfig, GRPOConfig, Objective
 from radfm_jax.training.optimizer import OptimizerConfig
 from radfm_jax.training.train_step import NONFINITE, StepConfig
 
@@ -34,6 +35,9 @@ from radfm_jax.training.train_step import NONFINITE, StepConfig
 class TrainConfig:
     """The `train` group; train_step.StepConfig explains `weighting`, `normalise`, `chunk` and `dropout`."""
 
+    # What is learned: the answers of the data (`likelihood`), a preference between two answers (`dpo`), or a reward of
+    # generated answers (`grpo`); the groups of the same names have the options.
+    objective: Annotated[str, one_of(OBJECTIVES)] = "likelihood"
     # The length of a run is `steps`, `minutes` or `epochs`: the first that is not 0. `steps` and `minutes` exclude each
     # other.
     steps: Count = 0  # optimizer steps of the run
@@ -121,6 +125,8 @@ GROUPS: dict[str, Any] = {
     "optimizer": OptimizerConfig,
     "mesh": MeshConfig,
     "checkpoint": CheckpointConfig,
+    "dpo": DPOConfig,
+    "grpo": GRPOConfig,
 }
 
 
@@ -134,15 +140,28 @@ class Experiment:
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    dpo: DPOConfig = DPOConfig()
+    grpo: GRPOConfig = GRPOConfig()
 
     def __post_init__(self):
+        raise_problems(self._conflicts())
+
+    def _conflicts(self) -> Iterator[str]:
         ids, vocabulary = self.data.vocab_size, self.model.llama.vocab_size
         if ids not in (0, vocabulary):
             reason = f"data.vocab_size is {ids}, but model.llama.vocab_size is {vocabulary}"
-            raise ValueError(f"{reason}: set both to the same number")
+            yield f"{reason}: set both to the same number"
         if self.train.patience and not self.data.validates:
             reason = f"train.patience is {self.train.patience}, but there are no validation rows"
-            raise ValueError(f"{reason}: set data.validation or data.validation_share")
+            yield f"{reason}: set data.validation or data.validation_share"
+        objective, grpo, length = self.train.objective, self.grpo, self.data.text_length
+        if objective != "likelihood" and self.train.normalise == "micro_batch":
+            yield f"train.normalise='micro_batch' cannot be combined with train.objective={objective!r}: use 'sample'"
+        if objective == "grpo" and length // grpo.group - grpo.max_new_tokens <= self.data.num_latents:
+            yield (
+                f"data.text_length {length} has no room for grpo.group {grpo.group} prompts with answers of "
+                f"grpo.max_new_tokens {grpo.max_new_tokens}: increase data.text_length"
+            )
 
     def to_dict(self) -> dict:
         """Return plain values, as in a config file and in a checkpoint."""
@@ -172,6 +191,21 @@ class Experiment:
                 problems.append(str(error))
         raise_problems(problems)
         return cls(**made)
+
+    @property
+    def objective(self) -> Objective | None:
+        """The options of the objective; None for the likelihood of the answers."""
+        return {"likelihood": None, "dpo": self.dpo, "grpo": self.grpo}[self.train.objective]
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the state also has the parameters of a reference (train_step.abstract_state)."""
+        return self.objective is not None and self.objective.uses_reference
+
+    @property
+    def step(self) -> StepConfig:
+        """The options of a step, with the objective."""
+        return dataclasses.replace(self.train.step, objective=self.objective)
 
     @property
     def compute(self) -> RadFMConfig:

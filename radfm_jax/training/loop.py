@@ -40,6 +40,7 @@ from radfm_jax.training.experiment import Experiment, changes
 from radfm_jax.training.length import METRIC, RunLength
 from radfm_jax.training.programs import Programs
 from radfm_jax.training.progress import Profile, RowLog, StepMetrics
+from radfm_jax.training.rollouts import Rollouts
 
 
 def train(config: Experiment, workdir: Path, peers: Peers | None = None) -> int:
@@ -77,15 +78,18 @@ def _prepare(config: Experiment, workdir: Path, peers: Peers, stack: contextlib.
     length = RunLength(config, workdir, newest)
     if _is_complete(length, saver, newest):
         return lambda: 0
-    abstract, transform, _ = train_step.abstract_state(config.compute, config.optimizer, mesh)
+    abstract, transform, _ = train_step.abstract_state(
+        config.compute, config.optimizer, mesh, reference=config.has_reference
+    )
     saver.base = base = _base(config, newest, abstract)
     if newest is not None:
         train_state.check(newest, abstract, base)
     elif config.checkpoint.init_from:
         train_state.check_init(config.checkpoint.init_from, abstract, config.model)
     answers = EvalAnswers(config, workdir, mesh) if config.train.eval_answers else None
+    rollouts = Rollouts(config, mesh) if config.train.objective == "grpo" else None
     shard = {"batch": config.train.batch, "host": jax.process_index(), "hosts": jax.process_count()}
-    splits = stack.enter_context(contextlib.closing(OpenSplits(config.data, shard)))
+    splits = stack.enter_context(contextlib.closing(OpenSplits(config.data, shard, config.objective)))
     data_state = None if newest is None else train_state.data_state(newest)
     rows = splits("train")
     check_model(config, rows)
@@ -109,9 +113,9 @@ def _prepare(config: Experiment, workdir: Path, peers: Peers, stack: contextlib.
         console.log(message)
     # Compile times differ between hosts, and a collective waits for its peers only for a limited time.
     barrier("ready")
-    evaluation = Evaluation(config, mesh, length, peers, validation, programs.evaluate, answers)
+    evaluation = Evaluation(config, mesh, length, peers, validation, programs.evaluate, answers, rollouts)
     return functools.partial(
-        _run, config, workdir, mesh, length, rows, programs, saver, peers, evaluation, state, data_state
+        _run, config, workdir, mesh, length, rows, programs, saver, peers, evaluation, rollouts, state, data_state
     )
 
 
@@ -191,7 +195,7 @@ def _log_plan(config: Experiment, abstract: dict, mesh: Mesh, rows: Rows, length
 
 def _run(
     config: Experiment, workdir: Path, mesh: Mesh, length: RunLength, rows: Rows, programs: Programs, saver: Saver,
-    peers: Peers, evaluation: Evaluation, state: dict, data_state: dict | None,
+    peers: Peers, evaluation: Evaluation, rollouts: Rollouts | None, state: dict, data_state: dict | None,
 ) -> int:  # fmt: skip
     """Run the steps after state["step"]. Return 0 when all are done, faults.REQUEUE if a stop was requested."""
     train, save_every = config.train, config.checkpoint.save_every
@@ -221,10 +225,13 @@ def _run(
             with metrics.waiting_for_data():
                 arrays, infos = next(data)
             row_log.add(step, infos)
+            sampled: dict[str, float] = {}
+            if rollouts is not None:
+                arrays, sampled = rollouts.fill(train_step.params_of(state), arrays, infos, step)
             rate = train_step.put_rate(length.rate(step), mesh)
             with jax.transfer_guard("disallow"):
                 state, step_metrics = programs.step(state, arrays, rate)
-            metrics.add(step, step_metrics, infos)
+            metrics.add(step, step_metrics, infos, sampled)
             if (fixed := length.measure(number, metrics.flush)) is not None:
                 screen.set_steps(fixed)
             stopping = peers.stopping()

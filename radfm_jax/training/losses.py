@@ -36,17 +36,27 @@ def radfm_loss(
       out: intermediates of the model, token_loss float32[B, T] (0 without weight), correct bool[B, T], and weights
         float32[B, T] as used.
     """
+    weights = token_weights(batch["weights"], batch["segments"], weighting=weighting, normalise=normalise)
+    out = answer_losses(model, params, batch, weights > 0, chunk=chunk, rngs=rngs)
+    total = jnp.sum(jnp.where(weights > 0, weights * out["token_loss"], 0.0))
+    return total, jnp.sum(weights), {**out, "weights": weights}
+
+
+def answer_losses(model: RadFM, params, batch, active: jax.Array, *, chunk: int, rngs=None) -> dict:
+    """Return the intermediates of the model, with token_loss float32[B, T] and correct bool[B, T].
+
+    token_loss is minus the log probability of the target; 0 where bool[B, T] `active` is false.
+    """
     hidden, out = model.apply({"params": params}, batch, deterministic=rngs is None, rngs=rngs, method=RadFM.hidden)
     llama, c = params["llama"], model.config.llama
     kernel = llama["embedding"].T if c.tied_head else llama["head"]
-    weights = token_weights(batch["weights"], batch["segments"], weighting=weighting, normalise=normalise)
     with jax.named_scope("loss"):
-        options = {"dtype": c.dtype, "chunk": chunk, "softcap": c.logit_softcap}
-        losses, correct = token_losses(hidden, kernel, batch["targets"], weights > 0, **options)
+        losses, correct = token_losses(
+            hidden, kernel, batch["targets"], active, dtype=c.dtype, chunk=chunk, softcap=c.logit_softcap
+        )
         # Only samples with a voxel that is not finite get a NaN loss (models/radfm.py).
-        losses = jnp.where(out["nonfinite_tokens"] & (weights > 0), jnp.nan, losses)
-    total = jnp.sum(jnp.where(weights > 0, weights * losses, 0.0))
-    return total, jnp.sum(weights), {**out, "token_loss": losses, "correct": correct, "weights": weights}
+        losses = jnp.where(out["nonfinite_tokens"] & active, jnp.nan, losses)
+    return {**out, "token_loss": losses, "correct": correct}
 
 
 def token_weights(weights: jax.Array, segments: jax.Array, *, weighting: str, normalise: str) -> jax.Array:

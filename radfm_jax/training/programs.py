@@ -22,19 +22,18 @@ class Programs:
     """The programs of a run. All batches have one shape, so all programs are compiled before the first step."""
 
     step: jax.stages.Compiled  # (state, batch, learning rate) -> (state, metrics)
-    evaluate: jax.stages.Compiled | None  # (parameters, batch) -> sums; None without validation rows
+    # (parameters, batch) -> sums, for DPO (parameters, batch, reference) -> sums; None without validation rows or if
+    # they are evaluated by generated answers.
+    evaluate: jax.stages.Compiled | None
 
     @classmethod
     def compile(cls, config: Experiment, abstract: dict, transform, rows: Rows, mesh: Mesh) -> Programs:
         """Compile for a state (train_step.abstract_state). Log how long it took and the memory that a step needs."""
         start = time.perf_counter()
-        batch, step_config = _abstract_batch(config, rows, mesh), config.train.step
+        batch, step_config = _abstract_batch(config, rows, mesh), config.step
         with jax.set_mesh(mesh):
             compiled = lower_step(config.compute, step_config, abstract, transform, batch, mesh).compile()
-            evaluate = None
-            if config.data.validates:
-                eval_step = jax.jit(train_step.make_eval_step(config.compute, step_config))
-                evaluate = eval_step.lower(train_step.params_of(abstract), batch).compile()
+            evaluate = _evaluate(config, abstract, batch) if config.data.validates else None
         host_memory.release()
         memory = compiled.memory_analysis()
         size = "memory per device unknown" if memory is None else (
@@ -46,6 +45,16 @@ class Programs:
             f"{mesh.devices.size} {mesh.devices.flat[0].device_kind} devices, {jax.process_count()} processes"
         )
         return cls(compiled, evaluate)
+
+
+def _evaluate(config: Experiment, abstract: dict, batch: dict) -> jax.stages.Compiled | None:
+    params = train_step.params_of(abstract)
+    if config.train.objective == "likelihood":
+        return jax.jit(train_step.make_eval_step(config.compute, config.step)).lower(params, batch).compile()
+    if config.train.objective == "dpo":
+        step = jax.jit(train_step.make_objective_eval_step(config.compute, config.step))
+        return step.lower(params, batch, train_step.reference_of(abstract)).compile()
+    return None
 
 
 def lower_step(model, config: train_step.StepConfig, abstract, transform, batch, mesh) -> jax.stages.Lowered:
@@ -60,7 +69,9 @@ def _abstract_batch(config: Experiment, rows: Rows, mesh: Mesh) -> dict[str, jax
     """Return the shapes of a batch, [A, B, ...]."""
     accumulation, sharding = config.train.accumulation, train_step.batch_sharding(mesh)
     micro_batch = config.train.batch // accumulation
+    arrays = collate_batch([(rows.empty_row, None)], config.data.planes).arrays
+    arrays |= dict.fromkeys(config.objective.arrays if config.objective else (), arrays["weights"])
     return {
         name: jax.ShapeDtypeStruct((accumulation, micro_batch, *x.shape[1:]), x.dtype, sharding=sharding)
-        for name, x in collate_batch([(rows.empty_row, None)], config.data.planes).arrays.items()
+        for name, x in arrays.items()
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -20,6 +20,7 @@ from radfm_jax.training.experiment import Experiment
 from radfm_jax.training.length import RunLength
 
 RowInfos = Sequence[RowInfo | None]
+SHOWN = ("reward", "preferred", "margin")  # metrics of objectives in the line of a step
 
 
 class StepMetrics:
@@ -34,7 +35,7 @@ class StepMetrics:
         self.packing = PackingReport(config.data.text_length)
         self.devices, self.peak = mesh.devices.size, flops.peak(mesh.devices.flat[0])
         self.flops = estimate.row_flops(config) * config.train.batch
-        self._pending: tuple[int, dict, RowInfos] | None = None
+        self._pending: tuple[int, dict, RowInfos, Mapping[str, float]] | None = None
         self._logged_one = False
         self.start_interval()
 
@@ -48,11 +49,14 @@ class StepMetrics:
         yield
         self.wait += time.perf_counter() - start
 
-    def add(self, step: int, metrics: dict, rows: RowInfos) -> None:
-        """Add a started step, and record the one before it. Raises ValueError by the policy of train.nonfinite."""
+    def add(self, step: int, metrics: dict, rows: RowInfos, sampled: Mapping[str, float]) -> None:
+        """Add a started step, and record the one before it. Raises ValueError by the policy of train.nonfinite.
+
+        sampled: metrics of the answers that the step generated (rollouts.py).
+        """
         self.packing.add(rows)
         self.flush()
-        self._pending = (step, metrics, rows)
+        self._pending = (step, metrics, rows, sampled)
 
     def flush(self) -> None:
         """Wait for the pending step and record it."""
@@ -60,7 +64,7 @@ class StepMetrics:
         if previous:
             self._record(*previous)
 
-    def _record(self, step: int, metrics: dict, rows: RowInfos) -> None:
+    def _record(self, step: int, metrics: dict, rows: RowInfos, sampled: Mapping[str, float]) -> None:
         values, number = jax.device_get(metrics), step + 1
         infos = [info for info in rows if info is not None]
         self.steps += 1
@@ -68,6 +72,9 @@ class StepMetrics:
         self.tokens += sum(info.tokens for info in infos) * jax.process_count()
         names = {"loss": "loss", "weight": "weight", "token_accuracy": "correct", "grad_norm": "grad_norm"}
         recorded = {f"train/{name}": float(values[key]) for name, key in names.items()}
+        measures = {name: float(x) for name, x in values.get("measures", {}).items()}
+        measures |= sampled
+        recorded |= {f"train/{name}": x for name, x in measures.items()}
         recorded["train/learning_rate"] = float(self.length.rate(step))
         recorded["data/real_tokens"] = float(values["real_tokens"])
         recorded |= {
@@ -81,7 +88,9 @@ class StepMetrics:
             speed = self._speed()
             recorded |= speed
             line = (
-                f"loss {recorded['train/loss']:.3f}  {speed['speed/samples_s']:.1f} samples/s  "
+                f"loss {recorded['train/loss']:.3f}  "
+                + "".join(f"{name} {measures[name]:.3f}  " for name in SHOWN if name in measures)
+                + f"{speed['speed/samples_s']:.1f} samples/s  "
                 f"{speed['speed/tokens_s_device']:.0f} tokens/s/device  "
                 f"{speed['speed/tflops_device']:.3g} TFLOP/s/device  "
                 + (f"MFU {speed['speed/mfu']:.1%}  " if self.peak else "")

@@ -2,6 +2,9 @@
 
     state     {"step", "params": trainable, "frozen", "opt", "key", "skipped"}
 
+and "reference" for an objective that has one: the trainable parameters before the first step. The frozen parameters
+belong to both models, so the reference of a model with adapters is small.
+
 Shapes come first, then shardings, then arrays: no parameter ever exists unsharded. A step adds up the gradients of the
 summed loss and the weights over A micro-batches of B rows, and divides once. So its result does not depend on A, the
 mesh or the packing.
@@ -30,6 +33,7 @@ from radfm_jax.models.radfm import segment_max
 from radfm_jax.runtime import sharding
 from radfm_jax.training import optimizer as opt
 from radfm_jax.training.losses import NORMALISATIONS, WEIGHTINGS, radfm_loss
+from radfm_jax.training.objectives import DPOConfig, GRPOConfig, Objective
 
 NONFINITE = ("skip", "stop")
 
@@ -42,7 +46,8 @@ class StepConfig:
     # losses.NORMALISATIONS; "micro_batch" divides by each one's weight, as the original does.
     normalise: Annotated[str, one_of((*NORMALISATIONS, "micro_batch"))] = "token"
     chunk: Size = 256  # positions per device whose logits are materialized at once
-    dropout: bool = True
+    dropout: bool = True  # an objective uses none, since it compares probabilities of two models
+    objective: DPOConfig | GRPOConfig | None = None  # None: the likelihood of the answers
 
     def __post_init__(self):
         check_fields(self, "train")
@@ -52,9 +57,12 @@ class StepConfig:
 
 
 def abstract_state(
-    model: radfm.RadFMConfig, config: opt.OptimizerConfig, mesh: Mesh
+    model: radfm.RadFMConfig, config: opt.OptimizerConfig, mesh: Mesh, *, reference: bool = False
 ) -> tuple[dict, optax.GradientTransformation, dict[str, str]]:
-    """Return (state of jax.ShapeDtypeStruct with shardings, optimizer, notes of sharding.param_shardings)."""
+    """Return (state of jax.ShapeDtypeStruct with shardings, optimizer, notes of sharding.param_shardings).
+
+    reference: the state also has the trainable parameters before the first step.
+    """
     boxed = radfm.abstract_params(model)
     shardings, notes = sharding.param_shardings(boxed, mesh)
     params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.unbox(boxed), shardings)
@@ -73,6 +81,8 @@ def abstract_state(
 
     moments = jax.tree_util.tree_map_with_path(moment, jax.eval_shape(transform.init, trainable))
     state = {"step": small((), jnp.int32), "params": trainable, "frozen": frozen, "opt": moments}
+    if reference:
+        state["reference"] = trainable
     return {**state, "key": small((2,), jnp.uint32), "skipped": small((), jnp.int32)}, transform, notes
 
 
@@ -118,12 +128,19 @@ def init_state(
     state = jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
     params = state.pop("fresh") | loaded
     trainable, frozen = opt.split(unflatten({path: params[path] for path in paths}), config.frozen)
+    if "reference" in abstract:  # a copy, because a step donates the parameters
+        state["reference"] = jax.tree.map(jnp.copy, trainable)
     return state | {"params": trainable, "frozen": frozen}
 
 
 def params_of(state: dict) -> dict:
     """Return all parameters of a state, trainable and frozen."""
     return opt.merge(state["params"], state["frozen"])
+
+
+def reference_of(state: dict) -> dict | None:
+    """Return all parameters of the reference of a state, or None if it has none."""
+    return opt.merge(state["reference"], state["frozen"]) if "reference" in state else None
 
 
 def shardings_of(abstract: dict) -> dict:
@@ -168,17 +185,9 @@ def make_train_step(
     A step whose loss or gradient is not finite leaves parameters and moments unchanged; `skipped` counts such steps in
     a row. The metrics are loss (the minimised value), weight, correct (share of the trained tokens that were the most
     likely ones), real_tokens (share of the positions that hold a token), grad_norm before clipping, finite bool,
-    skipped, and task_loss and task_weight float32[tasks].
+    skipped, and task_loss and task_weight float32[tasks]; with an objective also measures, name -> mean.
     """
-    normalise = "token" if config.normalise == "micro_batch" else config.normalise
-    loss_of = functools.partial(
-        radfm_loss, radfm.RadFM(model), weighting=config.weighting, normalise=normalise, chunk=config.chunk
-    )
-
-    def loss(trainable, frozen, batch, key):
-        rngs = {"dropout": key} if config.dropout else None
-        total, weight, out = loss_of(opt.merge(trainable, frozen), batch, rngs=rngs)
-        return total, (weight, _counts(batch, out))
+    loss = _loss(model, config)
 
     def step(state: dict, batch: dict, rate: jax.Array) -> tuple[dict, dict]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state["key"]), state["step"])
@@ -186,7 +195,7 @@ def make_train_step(
 
         def add_micro_batch(carry, numbered):
             number, micro = numbered
-            arguments = (state["params"], state["frozen"], micro, jax.random.fold_in(key, number))
+            arguments = (state["params"], state, micro, jax.random.fold_in(key, number))
             (total, (weight, counts)), grads = jax.value_and_grad(loss, has_aux=True)(*arguments)
             if config.normalise == "micro_batch":
                 share = 1.0 / jnp.maximum(weight, 1e-8)
@@ -195,7 +204,7 @@ def make_train_step(
 
         numbered = (jnp.arange(micro_batches), batch)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state["params"])
-        start = (zeros, jnp.float32(0), jnp.float32(0), _zero_counts())
+        start = (zeros, jnp.float32(0), jnp.float32(0), _zero_counts() | _zero_measures(config.objective))
         if micro_batches == 1:  # without a loop, XLA needs no memory for the sum in addition to the gradient
             (grads, total, weight, counts), _ = add_micro_batch(start, jax.tree.map(lambda x: x[0], numbered))
         else:
@@ -216,10 +225,42 @@ def make_train_step(
             "skipped": jnp.where(finite, 0, state["skipped"] + 1),
         }
         metrics = {"loss": total * share, "weight": weight, "grad_norm": norm, "finite": finite, **_shares(counts)}
+        if config.objective is not None:
+            metrics["measures"] = jax.tree.map(lambda x: x * share, counts["measures"])
         real_tokens = jnp.mean(batch["segments"] > 0, dtype=jnp.float32)
         return after, {**metrics, "real_tokens": real_tokens, "skipped": after["skipped"]}
 
-    return step
+    return step if config.objective is None else _with_updates(step, config.objective.updates)
+
+
+def _loss(model: radfm.RadFMConfig, config: StepConfig) -> Callable:
+    """Return (trainable, state, batch, key) -> (sum, (weight, counts))."""
+    network, objective = radfm.RadFM(model), config.objective
+    options = {"chunk": config.chunk, "normalise": "token" if config.normalise == "micro_batch" else config.normalise}
+
+    def likelihood(trainable, state, batch, key):
+        rngs = {"dropout": key} if config.dropout else None
+        params = opt.merge(trainable, state["frozen"])
+        total, weight, out = radfm_loss(network, params, batch, weighting=config.weighting, **options, rngs=rngs)
+        return total, (weight, _counts(batch, out))
+
+    def relative(trainable, state, batch, _):
+        params = opt.merge(trainable, state["frozen"])
+        total, weight, out = objective.loss(network, params, reference_of(state), batch, **options)
+        return total, (weight, _counts(batch, out) | {"measures": out["measures"]})
+
+    return likelihood if objective is None else relative
+
+
+def _with_updates(step: Callable, updates: int) -> Callable:
+    """Return a step that repeats a step on one batch. Its metrics are those of the last update."""
+
+    def repeated(state: dict, batch: dict, rate: jax.Array) -> tuple[dict, dict]:
+        after, metrics = jax.lax.scan(lambda state, _: step(state, batch, rate), state, length=updates)
+        finite = metrics["finite"].all()
+        return after | {"step": state["step"] + 1}, jax.tree.map(lambda x: x[-1], metrics) | {"finite": finite}
+
+    return step if updates == 1 else repeated
 
 
 def make_eval_step(model: radfm.RadFMConfig, config: StepConfig) -> Callable[[dict, dict], dict]:
@@ -242,6 +283,10 @@ def make_eval_step(model: radfm.RadFMConfig, config: StepConfig) -> Callable[[di
 
 def _zero_counts() -> dict:
     return {name: jnp.zeros(len(TASKS) + 1) for name in ("loss", "weight", "tokens", "correct", "samples", "exact")}
+
+
+def _zero_measures(objective: Objective | None) -> dict:
+    return {} if objective is None else {"measures": dict.fromkeys(objective.measures, jnp.float32(0))}
 
 
 def _counts(batch: dict, out: dict) -> dict[str, jax.Array]:
@@ -272,6 +317,30 @@ def _shares(counts: dict) -> dict[str, jax.Array]:
         "task_loss": share(counts["loss"], counts["weight"])[1:],
         "task_weight": counts["weight"][1:],
     }
+
+
+def make_objective_eval_step(model: radfm.RadFMConfig, config: StepConfig) -> Callable[[dict, dict, dict], dict]:
+    """Return (parameters, batch [A, B, ...], parameters of the reference) -> sums of loss, weight and measures."""
+    network, objective = radfm.RadFM(model), config.objective
+    assert objective is not None
+    options = {"chunk": config.chunk, "normalise": config.normalise}
+
+    def step(params: dict, batch: dict, reference: dict) -> dict:
+        def add_micro_batch(carry, micro):
+            loss, weight, out = objective.loss(network, params, reference, micro, **options)
+            return jax.tree.map(jnp.add, carry, {"loss": loss, "weight": weight, **out["measures"]}), None
+
+        zeros = dict.fromkeys(("loss", "weight", *objective.measures), jnp.float32(0))
+        return jax.lax.scan(add_micro_batch, zeros, batch)[0]
+
+    return step
+
+
+def summarise_objective(sums: dict) -> dict[str, dict[str, float]]:
+    """Convert sums of `make_objective_eval_step` to {"all": {loss, each measure, samples}}."""
+    weight = float(sums["weight"])
+    means = {name: float(x) / max(weight, 1e-8) for name, x in sums.items() if name != "weight"}
+    return {"all": means | {"samples": weight}}
 
 
 def summarise(counts: dict) -> dict[str, dict[str, float]]:
