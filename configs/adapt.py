@@ -36,7 +36,7 @@ from ml_collections import ConfigDict
 
 from input_pipeline.config import DataConfig
 from radfm_jax.models import radfm
-from radfm_jax.training import methods
+from radfm_jax.training import variants
 from radfm_jax.training.experiment import CheckpointConfig, Experiment, TrainConfig
 from radfm_jax.training.follow import follow_checkpoint
 from radfm_jax.training.optimizer import OptimizerConfig
@@ -72,7 +72,7 @@ def adapted(
     return ConfigDict(experiment.to_dict(), convert_dict=True).lock()
 
 
-@methods.variants
+@variants.with_variants
 def get_config(root: str = "my") -> ConfigDict:
     own = {"family": "jsonl", "root": root, "fraction": 1.0}
     return adapted({"own": own | {"table": "train.jsonl"}}, {"own_test": own | {"table": "test.jsonl"}}, root)

@@ -19,13 +19,13 @@ from ml_collections import ConfigDict
 
 from configs import adapt, radfm_14b
 from radfm_jax.cost.estimate import Source
-from radfm_jax.training import methods
+from radfm_jax.training import variants
 
 resolve = adapt.resolve
 SIZES = {"diagnosis": Source(20_000, 60, 256)}
 
 
-@methods.variants
+@variants.with_variants
 def get_config(root: str = "data") -> ConfigDict:
     train = {"diagnosis": radfm_14b.source(root, "diagnosis", "train.csv", form="yes_no", balance=True)}
     test = {"diagnosis_test": radfm_14b.source(root, "diagnosis", "test.csv", form="yes_no", balance=False)}

@@ -18,13 +18,13 @@ Hardware: one H200. Estimated:
 from ml_collections import ConfigDict
 
 from configs import adapt, radfm_14b
-from radfm_jax.training import methods
+from radfm_jax.training import variants
 
 resolve = adapt.resolve
 SIZES = {"mimic_cxr": radfm_14b.SIZES["mimic_cxr"]}
 
 
-@methods.variants
+@variants.with_variants
 def get_config(root: str = "data") -> ConfigDict:
     train = {"mimic_cxr": radfm_14b.source(root, "mimic_cxr", "train.csv")}
     test = {"mimic_cxr_test": radfm_14b.source(root, "mimic_cxr", "test.csv", fraction=0.25)}

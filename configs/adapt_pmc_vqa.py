@@ -16,13 +16,13 @@ Hardware: one H200. Estimated:
 from ml_collections import ConfigDict
 
 from configs import adapt, radfm_14b
-from radfm_jax.training import methods
+from radfm_jax.training import variants
 
 resolve = adapt.resolve
 SIZES = {"pmc_vqa": radfm_14b.SIZES["pmc_vqa"]}
 
 
-@methods.variants
+@variants.with_variants
 def get_config(root: str = "data") -> ConfigDict:
     train = {"pmc_vqa": radfm_14b.source(root, "pmc_vqa", "train.csv")}
     test = {"pmc_vqa_test": radfm_14b.source(root, "pmc_vqa", "test.csv", fraction=0.05)}

@@ -17,13 +17,13 @@ from ml_collections import ConfigDict
 
 from configs import adapt, radfm_14b
 from radfm_jax.cost.estimate import Source
-from radfm_jax.training import methods
+from radfm_jax.training import variants
 
 resolve = adapt.resolve
 SIZES = {"slake": Source(4_919, 70, 256)}
 
 
-@methods.variants
+@variants.with_variants
 def get_config(root: str = "data") -> ConfigDict:
     train = {"slake": radfm_14b.source(root, "slake", "train.csv")}
     test = {"slake_test": radfm_14b.source(root, "slake", "test.csv")}

@@ -16,12 +16,12 @@ Hardware: two CPU cores and 2 GB of memory for the model of the quickstart.
 from ml_collections import ConfigDict
 
 from configs import adapt
-from radfm_jax.training import methods
+from radfm_jax.training import variants
 
 resolve = adapt.resolve
 
 
-@methods.variants
+@variants.with_variants
 def get_config(root: str = "my") -> ConfigDict:
     config = adapt.get_config(root).unlock()
     config.checkpoint.init_from = "runs/quickstart/finetune"

@@ -18,13 +18,13 @@ from ml_collections import ConfigDict
 
 from configs import adapt, radfm_14b
 from radfm_jax.cost.estimate import Source
-from radfm_jax.training import methods
+from radfm_jax.training import variants
 
 resolve = adapt.resolve
 SIZES = {"vqa_rad": Source(3_064, 70, 256)}
 
 
-@methods.variants
+@variants.with_variants
 def get_config(root: str = "data") -> ConfigDict:
     train = {"vqa_rad": radfm_14b.source(root, "vqa_rad", "train.csv")}
     test = {"vqa_rad_test": radfm_14b.source(root, "vqa_rad", "test.csv")}

@@ -26,13 +26,13 @@ from ml_collections import ConfigDict
 
 from configs import qwen3_8b_medsiglip
 from radfm_jax.models.families import PRESETS
-from radfm_jax.training import methods
+from radfm_jax.training import variants
 
 NAME = "gemma3_medsiglip"
 resolve = qwen3_8b_medsiglip.resolve
 
 
-@methods.variants
+@variants.with_variants
 def get_config(root: str = "my") -> ConfigDict:
     config = qwen3_8b_medsiglip.get_config(root).unlock()
     decoder = PRESETS["gemma-3-4b"]

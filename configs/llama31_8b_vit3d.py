@@ -27,11 +27,11 @@ from ml_collections import ConfigDict
 from configs import qwen3_8b_medsiglip
 from radfm_jax.models.families import PRESETS
 from radfm_jax.models.vit3d import ViTConfig
-from radfm_jax.training import methods
+from radfm_jax.training import variants
 
 resolve = qwen3_8b_medsiglip.resolve
 
 
-@methods.variants
+@variants.with_variants
 def get_config(root: str = "my") -> ConfigDict:
     return qwen3_8b_medsiglip.on_backbone(root, "llama31", PRESETS["llama-3.1-8b"], ViTConfig()).lock()

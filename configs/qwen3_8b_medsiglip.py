@@ -31,7 +31,7 @@ from radfm_jax.models.encoders.siglip import medsiglip
 from radfm_jax.models.families import PRESETS
 from radfm_jax.models.perceiver import PerceiverConfig
 from radfm_jax.models.radfm import RadFMConfig
-from radfm_jax.training import methods
+from radfm_jax.training import variants
 
 resolve = adapt.resolve
 
@@ -49,7 +49,7 @@ def on_backbone(root: str, name: str, decoder: DecoderConfig, vision: VisionConf
     return config
 
 
-@methods.variants
+@variants.with_variants
 def get_config(root: str = "my") -> ConfigDict:
     config = on_backbone(root, "qwen3_medsiglip", PRESETS["qwen3-8b"], medsiglip())
     patches = 16 * medsiglip().slab  # of a vision row, in three channels

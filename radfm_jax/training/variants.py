@@ -10,19 +10,19 @@ from ml_collections import ConfigDict
 
 from radfm_jax.models.lora import LoraConfig
 
-METHODS = {"lora": "bfloat16", "qlora": "nf4"}  # variant of a config: how it holds the frozen language model
+VARIANTS = {"lora": "bfloat16", "qlora": "nf4"}  # variant of a config: how it holds the frozen language model
 
 
-def variants(get_config: Callable[..., ConfigDict]) -> Callable[..., ConfigDict]:
+def with_variants(get_config: Callable[..., ConfigDict]) -> Callable[..., ConfigDict]:
     """Decorate the get_config of a config: FILE:qlora, or FILE:qlora,DIR where FILE:DIR sets its directory."""
 
     @functools.wraps(get_config)
     def variant(argument: str = "") -> ConfigDict:
         method, _, root = argument.partition(",")
-        if method not in METHODS:
+        if method not in VARIANTS:
             method, root = "", argument
         config = get_config(root) if root else get_config()
-        return with_adapters(config, METHODS[method]) if method else config
+        return with_adapters(config, VARIANTS[method]) if method else config
 
     return variant
 
