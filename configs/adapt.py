@@ -24,8 +24,8 @@ same time. Estimated (radfm_jax/cost/estimate.py):
     memory: 62 GB a device (parameters 52.5, optimizer 0.9, gradients 0.9, batch 1.0, activations 2.2, working set 4.2)
     a step: 2.35 s (116 TFLOP a row x 8 rows at 40 % of 989 TFLOP/s on 1 x H200)
 
-Smaller cards train adapters (docs/adapt.md) with `--config=configs/adapt.py:lora` (34 GB, estimated) or
-`--config=configs/adapt.py:qlora` (16 GB).
+Smaller cards train adapters (docs/adapt.md) with `--config=configs/adapt.py:lora` (35 GB, estimated) or
+`--config=configs/adapt.py:qlora` (17 GB).
 
 On up to 8 devices use `--config.train.accumulation=1`; on more, also a larger `train.batch`. To train the language
 model as well: `--config.optimizer.frozen="()" --config.optimizer.learning_rate=5e-6`. Then the state takes
