@@ -255,6 +255,10 @@ def test_a_jobset_of_gpus():
     [
         (("--topology=gpu:12xH100",), "12 is not a multiple of the 8 devices per machine"),
         (("--topology=cpu:2",), "must be a TPU slice or GPUs"),
+        (
+            ("--topology=gpu:1xL40S-48GB",),
+            "gpu:1xL40S-48GB: GPUs on GKE must be one of A100-40GB, A100-80GB, H100, H200",
+        ),
         (("--topology=v6e:4x8", "--name=Pretrain"), "lowercase letters, digits and dashes"),
         (("--topology=v6e:4x8", "--restarts=-1"), "--restarts -1: must be at least 0"),
     ],

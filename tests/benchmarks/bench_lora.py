@@ -18,6 +18,7 @@ import time
 
 import bench_train
 import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -49,7 +50,7 @@ def program(ours: bench_train.Ours, batch: dict, method: str, rank: int):
     abstract, transform, _ = train_step.abstract_state(config, optimizer, mesh)
     leaves = flatten(quantised.quantise_params(ours.params, base) if base in ("int8", "nf4") else ours.params)
     paths = flatten(train_step.params_of(abstract))
-    loaded = {path: jax.device_put(leaves[path].astype(x.dtype)) for path, x in paths.items() if path in leaves}
+    loaded = {path: jnp.array(leaves[path], x.dtype, copy=True) for path, x in paths.items() if path in leaves}
     state = train_step.init_state(abstract, config, optimizer, transform, 0, loaded)
     step = train_step.make_train_step(config, transform, train_step.StepConfig(chunk=ours.chunk, dropout=False))
     arrays = train_step.put_batch(batch, mesh, 1)
