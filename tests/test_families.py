@@ -13,9 +13,8 @@ from family_parity import FAMILIES, SIZES, WINDOW, logits_of, params_of, their_m
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from radfm_jax.checkpoints import int8
 from radfm_jax.checkpoints.checkpoint import flatten
-from radfm_jax.models import cpu_decode, decoder
+from radfm_jax.models import cpu_decode, decoder, quantised
 from radfm_jax.models.decoder import Decoder, DecoderConfig, RopeScaling
 from radfm_jax.runtime.sharding import make_mesh, param_specs
 from radfm_jax.training.losses import token_losses
@@ -158,7 +157,7 @@ def test_decoding_with_a_cache_equals_the_full_pass(kind):
     """Prompts of 3 and 20 tokens, then 12 more tokens, across the edge of the window and of the original context."""
     c, params = EVERYTHING, everything()
     if kind == "split int8":
-        params = int8.quantise_params({"llama": params})["llama"]
+        params = quantised.quantise_params({"llama": params}, "int8")["llama"]
     ids = np.random.default_rng(2).integers(0, c.vocab_size, (2, 32))
     lengths = jnp.array([3, 20])
     full = np.asarray(jax.jit(functools.partial(logits_of, c))(params, ids))

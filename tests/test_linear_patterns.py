@@ -41,7 +41,10 @@ CALIBRATED = 0.008  # seconds that `calibration` takes on an idle core of a 2020
 GENERIC = (" ", "\n", "\t", "a", "A", "1", ",", ".", "-", "(", "[", "/", "_", "é", "1 x ", "1,", "a ", "1-", "A.", " ,")
 END = "\x01"  # no pattern matches it
 # Patterns of our own files and of compiler output, which no user writes.
-TRUSTED = ("radfm_jax.cost.hlo", "radfm_jax.convert.table", "radfm_jax.training.optimizer", "input_pipeline.phantoms")
+TRUSTED = (
+    "radfm_jax.cost.hlo", "radfm_jax.convert.table", "radfm_jax.convert.peft.tensors", "radfm_jax.training.optimizer",
+    "input_pipeline.phantoms",
+)  # fmt: skip
 OPTIONAL = ("apache_beam", "lxml", "openai", "imagehash", "datasketch", "torch", "RadEval", "spacy")
 # Patterns that see a text whose runs of white space are reduced to one space, and those that see few characters.
 ONE_SPACE = ("input_pipeline.text.measurements._", "input_pipeline.curate.references._LABEL")
@@ -242,13 +245,13 @@ def too_long(call: Callable[[str], object], text: str) -> bool:
 def is_slow(use: Use, text: str) -> bool:
     """Return whether twice the text takes much more than twice the time: linear 2, quadratic 4 times.
 
-    The best of several runs counts, because other programs disturb the times.
+    The best of several runs counts, and it must be slow three times, because other programs disturb the times.
     """
     if seconds(use.run, text, 5 * LIMIT) <= LIMIT:
         return False
     best = lambda text: min(seconds(use.run, text, 2.0) for _ in range(4))  # noqa: E731
-    half = best(text[: len(text) // 2] + END)
-    return half == math.inf or best(text) > 2.9 * half
+    half = text[: len(text) // 2] + END
+    return all((once := best(half)) == math.inf or best(text) > 2.9 * once for _ in range(3))
 
 
 def slow_attack(use: Use, rounds: int) -> str | None:
