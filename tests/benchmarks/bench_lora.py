@@ -2,8 +2,9 @@
 
     python tests/benchmarks/bench_lora.py [--repeats 7] [--rank 16] [--remat none]
 
-A step has forward and backward pass and the update (AdamW). The batch is the packed row of 2,048 tokens of
-bench_train.py. The methods run alternately; times are medians, ratios are medians of paired ratios to full training.
+A step has forward and backward pass and the update (AdamW). The batch has two samples of 512 tokens with a scan each,
+as in `unpacked` of bench_train.py. The methods run alternately; times are medians, ratios are medians of paired ratios
+to full training.
 State is what the arrays of a method take: parameters and moments.
 """
 
@@ -75,7 +76,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     args = parser.parse_args()
     ours = bench_train.Ours(args.remat, 256)
-    batch = ours.row(bench_train.vqa_like())
+    batch = ours.plain(**bench_train.unpacked())
     batch = batch | {"tasks": np.minimum(batch["segments"], 1)}
     make = functools.partial(program, ours, batch, rank=args.rank)
     programs = {name: make(name) for name in args.methods}
