@@ -9,5 +9,6 @@ environment requirements.txt requirements-test.txt
 
 .venv/bin/ruff check --quiet .
 .venv/bin/mypy --no-error-summary
-# Most of the time goes into compiling, which uses one core per worker. The tests of a file share fixtures.
-exec .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
+# Most of the time goes into compiling, which uses one core per worker; the third one runs while others wait for child
+# processes. The tests of a file share fixtures.
+exec .venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"
