@@ -1,10 +1,11 @@
-"""Memory of a model of 1.2 billion parameters in nf4: that of the estimate, and small while it is read."""
+"""Memory of a model of 1.2 billion parameters with adapters: little more than its arrays, also while it is read."""
 
 import dataclasses
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import flax.linen as nn
@@ -35,11 +36,11 @@ def status(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def write_base(directory) -> int:
+def write_base(directory, config: radfm.RadFMConfig = CONFIG) -> int:
     """Write random weights in bfloat16, layer by layer, and return the number of parameters."""
     shapes = {
         path: (x.shape, np.dtype(ml_dtypes.bfloat16))
-        for path, x in checkpoint.flatten(nn.unbox(radfm.abstract_params(CONFIG))).items()
+        for path, x in checkpoint.flatten(nn.unbox(radfm.abstract_params(config))).items()
     }
     stacked = {path for path in shapes if "blocks/" in path}
     rng = np.random.default_rng(0)
@@ -49,19 +50,26 @@ def write_base(directory) -> int:
             for index in [(layer,) for layer in range(shape[0])] if path in stacked else [()]:
                 values = rng.standard_normal(shape[len(index) :], np.float32) * 0.02
                 writer.write(path, values.astype(dtype), index)
-        checkpoint.write_description(partial, "radfm", CONFIG.to_dict())
+        checkpoint.write_description(partial, "radfm", config.to_dict())
     return sum(int(np.prod(shape)) for shape, _ in shapes.values())
+
+
+def first_state(directory, config: radfm.RadFMConfig, base: str) -> dict:
+    """Return the first state of a run with adapters."""
+    config = dataclasses.replace(config, base=base, lora=LoraConfig(rank=16))
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    abstract, transform, _ = train_step.abstract_state(config, OPTIMIZER, mesh)
+    loaded, _ = train_state.init_from(directory, abstract, config)
+    return jax.block_until_ready(train_step.init_state(abstract, config, OPTIMIZER, transform, 0, loaded))
 
 
 def main(directory: str, base: str) -> None:
     """Print the resident bytes of the first state of a run, those of its arrays, and the peak while it was read."""
-    config = dataclasses.replace(CONFIG, base=base, lora=LoraConfig(rank=16))
-    mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    jax.jit(lambda x: x + 1)(1).block_until_ready()
+    with tempfile.TemporaryDirectory() as small:  # loads the libraries
+        write_base(Path(small) / "base", radfm.tiny())
+        first_state(Path(small) / "base", radfm.tiny(), base)
     before = status("VmRSS")
-    abstract, transform, _ = train_step.abstract_state(config, OPTIMIZER, mesh)
-    loaded, _ = train_state.init_from(directory, abstract, config)
-    state = jax.block_until_ready(train_step.init_state(abstract, config, OPTIMIZER, transform, 0, loaded))
+    state = first_state(directory, CONFIG, base)
     host_memory.release()
     arrays = sum(x.nbytes for x in jax.tree.leaves(state))
     resident, peak = status("VmRSS") - before, status("VmHWM") - before
@@ -81,7 +89,7 @@ def test_resident_memory_is_that_of_the_arithmetic(tmp_path):
         print(found)
         blocks = LLAMA.num_layers * (4 * 2048 * 2048 + 3 * 2048 * 8192)
         assert found["arrays"] > blocks * bits / 8
-        assert 0.8 < found["resident"] / found["arrays"] < 1.2, found
+        assert 0.8 * found["arrays"] < found["resident"] < found["arrays"] + 0.4e9, found
         # One layer of a matrix in float32 and its quantised copy come on top.
         assert found["peak"] < found["arrays"] + 1.5e9, found
 
