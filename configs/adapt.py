@@ -10,25 +10,22 @@ The model, the tokenizer and the preparation of scans are those of `checkpoint.i
 an option sets them. configs/adapt_small.py adapts a small model on one machine.
 
 Data: my/train.jsonl and my/test.jsonl, with scans at paths relative to my/. A twentieth of the training studies is held
-out for validation; `radfm_jax.evaluate` reads the test table. For data in another directory:
-`--config.data.train.own.root=DIR --config.data.test.own_test.root=DIR --config.data.index=DIR/index`. For tables of
-another family, copy one of the configs/adapt_*.py.
+out for validation; `radfm_jax.evaluate` reads the test table. `--config=configs/adapt.py:DIR` reads the data in DIR.
+For tables of another family, copy one of the configs/adapt_*.py.
 
 CT needs a window, because the default `minmax` leaves soft tissue a few gray levels. Run `prepare` and `train` with
 `--config.data.intensity=lung/soft_tissue/bone`, or `brain` for heads. Sources of other modalities need their own
 `intensity` (docs/data.md).
 
-Hardware: one H200, or two devices with 80 GB. At the start, the fresh and the loaded parameters are in memory at the
-same time. Estimated (radfm_jax/cost/estimate.py):
+Hardware: one H200, or two devices with 80 GB. Estimated (radfm_jax/cost/estimate.py):
 
     memory: 62 GB a device (parameters 52.5, optimizer 0.9, gradients 0.9, batch 1.0, activations 2.2, working set 4.2)
     a step: 2.35 s (116 TFLOP a row x 8 rows at 40 % of 989 TFLOP/s on 1 x H200)
 
-Smaller cards train adapters (docs/adapt.md) with `--config=configs/adapt.py:lora` (35 GB, estimated) or
-`--config=configs/adapt.py:qlora` (17 GB).
+On a smaller card, `configs/adapt.py:lora` (35 GB) and `configs/adapt.py:qlora` (17 GB) train adapters (docs/adapt.md).
 
-On up to 8 devices use `--config.train.accumulation=1`; on more, also a larger `train.batch`. To train the language
-model as well: `--config.optimizer.frozen="()" --config.optimizer.learning_rate=5e-6`. Then the state takes
+On up to 8 devices use `--config.train.accumulation=1`; on more, also a larger `train.batch`. The language model learns
+too with `--config.optimizer.frozen="()" --config.optimizer.learning_rate=5e-6`. The state then has a size of
 210 GB over all devices, plus activations.
 """
 
@@ -41,7 +38,6 @@ from radfm_jax.training.experiment import CheckpointConfig, Experiment, TrainCon
 from radfm_jax.training.follow import follow_checkpoint
 from radfm_jax.training.optimizer import OptimizerConfig
 
-# The command line calls this function. It copies model, tokenizer and preparation from `init_from`.
 resolve = follow_checkpoint
 
 

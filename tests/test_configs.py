@@ -304,7 +304,7 @@ def test_adaptations_freeze_the_language_model(name):
     config = experiment(name)
     assert config.optimizer.frozen == ("llama",) and config.checkpoint.init_from == "radfm"
     assert config.model == radfm.radfm_14b()
-    assert config.data.test and len((ROOT / "configs" / f"{name}.py").read_text().splitlines()) < 90
+    assert config.data.test and len((ROOT / "configs" / f"{name}.py").read_text().splitlines()) < 75
 
 
 @pytest.mark.parametrize("name", [*ADAPTATIONS, "adapt_small", *BACKBONES])

@@ -115,7 +115,7 @@ def test_the_tables_of_the_command(tmp_path, capsys):
     code, output = run(*options, "--topology=gpu:1xL4", "--compile=none", "--config.train.minutes=2",
                        "--config.train.steps=0")  # fmt: skip
     fits = json.loads((tmp_path / "plan.json").read_text())["methods"]
-    assert code == 0 and "2 minutes: " in output.out and "of which state" in output.out
+    assert code == 0 and "2 minutes: " in output.out and "the state is" in output.out
     assert len(fits) == len(methods.METHODS) * 6 and {fit["text_length"] for fit in fits} >= {160, 512, 8192}
     assert all(fit["fits"] == (fit["memory_total"] <= 0.9 * 24e9) for fit in fits)
     assert (

@@ -1,8 +1,7 @@
 """Ways to train a model, and the devices that each fits on: full, frozen, LoRA, QLoRA.
 
-A method changes `optimizer.frozen`, `model.lora` and `model.base` of a config, nothing else. It fits if its leanest
-candidate does: full remat, and the number of micro-batches that needs the least memory. All of this is arithmetic
-(estimate.memory).
+A method changes only `optimizer.frozen`, `model.lora` and `model.base` of a config. It is estimated (estimate.memory)
+with full remat, and with the number of micro-batches whose memory is smallest.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ LANGUAGE_MODEL = "llama"
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """The leanest candidate of a method on a topology."""
+    """The candidate of a method with the smallest memory on a topology."""
 
     method: str
     topology: Topology

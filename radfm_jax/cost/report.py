@@ -71,7 +71,7 @@ def methods_table(plan: Plan) -> Table:
         "method", "state", *(f"{length:,} tokens" for length in lengths), caption_justify="left",
         title=f"GB per device on {plan.topology.text} by method and tokens per row (data.text_length)",
         caption=f"yes: {MARGIN:.0%} of the memory stays free with full remat, {train.batch:,} rows per step and the "
-        f"micro-batches that need the least memory. state: {', '.join(methods.STATE)}. docs/plan.md has the methods.",
+        f"micro-batches with the smallest memory. state: {', '.join(methods.STATE)}. docs/plan.md has the methods.",
     )  # fmt: skip
     for method, fits in plan.methods.items():
         cells = (f"{brief(fit.total / 1e9)} {'yes' if fit.fits else 'no'}" for fit in fits)
@@ -129,8 +129,8 @@ def lines(plan: Plan) -> list[str]:
     parts = ", ".join(f"{part} {brief(size / 1e9, 2)}" for part, size in best.memory.items())
     state = sum(best.memory[part] for part in methods.STATE)
     result.append(
-        f"memory, arithmetic: {brief(sum(best.memory.values()) / 1e9, 2)} GB ({parts}), of which state "
-        f"{brief(state / 1e9, 2)} GB ({', '.join(methods.STATE)})"
+        f"estimated memory: {brief(sum(best.memory.values()) / 1e9, 2)} GB ({parts}); the state is "
+        f"{brief(state / 1e9, 2)} GB of it ({', '.join(methods.STATE)})"
     )
     return result + _compiled(plan) + _time(plan)
 

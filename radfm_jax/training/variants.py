@@ -30,8 +30,8 @@ def with_variants(get_config: Callable[..., ConfigDict]) -> Callable[..., Config
 def with_adapters(config: ConfigDict, base: str, rank: int = 16) -> ConfigDict:
     """Return a config that trains adapters of the language model, which is held in `base` (models/quantised.py).
 
-    A micro-batch is one row, which takes the least memory on one device.
-    Adapters learn ten times as fast as the other parts, as is common.
+    Each micro-batch has one row, to save memory. The learning rate of adapters is ten times that of the other parts, as
+    is common.
     """
     config = config.copy_and_resolve_references().unlock()
     config.model.base = base
