@@ -65,17 +65,18 @@ def locked_directory(directory: Path, command: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def atomic_write(file: Path, *, unique: bool = False) -> Iterator[Path]:
+def atomic_write(file: Path, *, unique: bool = False, sync: bool = True) -> Iterator[Path]:
     """Yield a temporary path next to `file`; if the block succeeds, sync it and rename it to `file`.
 
-    With `unique`, the temporary name is new each time, for writers that may run twice at once. An OSError, for instance
-    on a full disk, has the name of `file`.
+    With `unique`, the temporary name is new each time, for writers that may run twice at once. Without `sync`, the file
+    may be empty after a power cut. An OSError, for instance on a full disk, has the name of `file`.
     """
     middle = f".{uuid.uuid4().hex}" if unique else ""
     partial = file.with_name(f"{file.name}{middle}{PARTIAL}")
     try:
         yield partial
-        fsync(partial)
+        if sync:
+            fsync(partial)
         os.replace(partial, file)
     except BaseException as error:
         partial.unlink(missing_ok=True)
@@ -104,10 +105,10 @@ def write_json(file: Path, value: Any) -> None:
     write_text(file, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
-def write_json_lines(file: Path, lines: Iterable[dict]) -> int:
-    """Write a JSON Lines file atomically. Returns the number of lines."""
+def write_json_lines(file: Path, lines: Iterable[dict], *, unique: bool = False) -> int:
+    """Write a JSON Lines file as `atomic_write` does. Returns the number of lines."""
     count = 0
-    with atomic_write(file) as partial, open(partial, "w", encoding="utf-8") as opened:
+    with atomic_write(file, unique=unique) as partial, open(partial, "w", encoding="utf-8") as opened:
         for line in lines:
             opened.write(json.dumps(line, ensure_ascii=False) + "\n")
             count += 1

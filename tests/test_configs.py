@@ -232,7 +232,7 @@ def test_the_data_are_those_of_tables_1_and_2():
     align, pretrain, finetune = (experiment(name) for name in STAGES)
     assert align.data == dataclasses.replace(pretrain.data, seed=0)
     families = lambda c: {source["family"] for source in c.data.train.values()}  # noqa: E731
-    elsewhere = {"diagnosis", "jsonl", "tfds", "mpx_questions"}
+    elsewhere = {"diagnosis", "jsonl", "tfds", "hf", "llava", "mpx_questions"}
     assert families(pretrain) == FAMILIES.keys() - elsewhere
     assert families(pretrain) - families(finetune) == {"pmc_inline", "pmc_oa"}
     # 4.3: all available data

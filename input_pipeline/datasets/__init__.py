@@ -10,7 +10,9 @@ import dataclasses
 from input_pipeline.datasets.base import TableDataset as Dataset
 from input_pipeline.datasets.base import sample_rng
 from input_pipeline.datasets.diagnosis import AnyDiagnosis, CXRMix, VinDrMammo, VinDrPCXR, VinDrSpineXR
+from input_pipeline.datasets.hugging_face import HuggingFace
 from input_pipeline.datasets.jsonl import JSONL
+from input_pipeline.datasets.llava import LLaVA
 from input_pipeline.datasets.mpx import MPxMulti, MPxQuestions, MPxSingle
 from input_pipeline.datasets.pmc import PMCCaseReport, PMCInline
 from input_pipeline.datasets.rad3d import Rad3DCaption, Rad3DModality, Rad3DRationale, Rad3DVQA
@@ -28,7 +30,7 @@ FAMILIES = {
     for family in (
         PMCInline, PMCOA, PMCCaseReport, PMCVQA, VQARAD, Slake, MimicCXR, CXRMix, VinDrPCXR, VinDrMammo, VinDrSpineXR,
         AnyDiagnosis, MPxSingle, MPxMulti, MPxQuestions, Rad3DCaption, Rad3DModality, Rad3DVQA, Rad3DRationale, JSONL,
-        TFDS,
+        TFDS, HuggingFace, LLaVA,
     )
 }  # fmt: skip
 

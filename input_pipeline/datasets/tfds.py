@@ -1,58 +1,72 @@
-"""A prepared TFDS data set (ArrayRecord files) with the features of jsonl.py. TensorFlow is not required."""
+"""A prepared TFDS data set (ArrayRecord files), mapped to the keys of jsonl.py. TensorFlow is not required."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+from typing import Any
 
 import numpy as np
 
-from input_pipeline.datasets.jsonl import JSONL, KEYS
+from input_pipeline.datasets.jsonl import KEYS
+from input_pipeline.datasets.mapped import Mapped
 from input_pipeline.samples import RowError
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
-class TFDS(JSONL):
-    """Rows of `tfds.builder_from_directory(root / table)`; scans are paths below the root.
+class TFDS(Mapped):
+    """Rows of `tfds.builder_from_directory(root / table)`.
 
     `table` is the directory of the version, with dataset_info.json and features.json. `split` is required and may have
-    slices as in TFDS, `train[:60%]`. Only the features of the schema are decoded; voxels in the records are not.
+    slices as in TFDS, `train[:60%]`. A feature of scans has paths (Text), images (Image), an array (Tensor), or a
+    sequence of paths or images. Only the mapped features are decoded.
     """
 
     name = "tfds"
+    keys = KEYS  # TFDS chooses the split
 
-    # key of the schema -> feature of the data set, e.g. {"instruction": "question"}
-    columns: dict[str, str] = dataclasses.field(default_factory=dict)
-    # key of the schema -> a value for every row, e.g. {"task": "vqa"}; the default id is the row number
-    constants: dict[str, str] = dataclasses.field(default_factory=dict)
-
-    def _stream(self):
+    def __post_init__(self):
         if not self.split:
             raise ValueError("tfds: split is required, e.g. split='train'")
-        if unknown := sorted((self.columns.keys() | self.constants.keys()) - set(KEYS)):
-            raise ValueError(f"tfds: unknown keys {', '.join(unknown)}; known: {', '.join(KEYS)}")
+        super().__post_init__()
+
+    def files(self):
+        return sorted(file for file in self.file.iterdir() if file.is_file())
+
+    def features(self):
+        return dict(self._builder.info.features)
+
+    def has_scans(self, feature):
+        return _kind(feature) in ("Image", "Tensor")
+
+    @functools.cached_property
+    def _builder(self):
         # The import takes seconds, and no other family needs it.
         import tensorflow_datasets as tfds
 
         if not (self.file / "dataset_info.json").is_file():
             raise RowError(self.file, 0, "not a TFDS data set: dataset_info.json is missing", "use a version directory")
+        return self._opened(tfds.builder_from_directory, self.file)
+
+    def _opened(self, function, *args, **options):
         try:
-            builder = tfds.builder_from_directory(self.file)
-            features = set(builder.info.features)
-            names = {key: self.columns.get(key, key) for key in KEYS if key not in self.constants}
-            missing = sorted(names[key] for key in self.columns.keys() & names.keys() if names[key] not in features)
-            names = {key: feature for key, feature in names.items() if feature in features}
-            if missing or "scans" not in names:
-                reason = f"features {', '.join(missing or ['scans'])} are missing; it has {', '.join(sorted(features))}"
-                raise RowError(self.file, 0, reason, "map them with `columns`")
-            # Data sources do not accept a PartialDecoding: read raw records and decode only these features.
-            selected = tfds.features.FeaturesDict({name: builder.info.features[name] for name in names.values()})
-            source = builder.as_data_source(self.split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
-        except RowError:
-            raise
+            return function(*args, **options)
         except Exception as error:
             # TFDS raises various exceptions, from KeyError to bare Exception, for a wrong split or a missing shard.
             reason = f"the data set cannot be opened: {type(error).__name__}: {str(error)[:200]}"
             raise RowError(self.file, 0, reason, "prepare it again with file_format='array_record'") from error
+
+    def records(self, names):
+        import tensorflow_datasets as tfds
+
+        # Data sources do not accept a PartialDecoding: read raw records and decode only these features. Images are
+        # stored as the bytes of their files, so they are read as texts.
+        kinds = {name: self._builder.info.features[name] for name in names}
+        text = tfds.features.Text()
+        as_bytes = {"Image": text, "Images": tfds.features.Sequence(text)}
+        selected = tfds.features.FeaturesDict({n: as_bytes.get(_form(kind), kind) for n, kind in kinds.items()})
+        raw = tfds.decode.DeserializeMethod.RAW_BYTES
+        source = self._opened(self._builder.as_data_source, self.split, deserialize_method=raw)
         for number in range(1, len(source) + 1):
             try:
                 record = selected.deserialize_example_np(source[number - 1])
@@ -60,29 +74,38 @@ class TFDS(JSONL):
                 reason = f"the record cannot be read: {type(error).__name__}: {str(error)[:200]}"
                 yield RowError(self.file, number, reason, "prepare the data set again")
                 continue
-            cells = {"id": str(number), **self.constants}
-            cells |= {key: _plain(record[feature]) for key, feature in names.items()}
-            # A feature is always present, so an empty text means that the key is absent.
-            # The same is true of a list of messages.
-            empty = {key for key, value in cells.items() if value == "" or (key == "messages" and not value)}
-            yield number, {key: cells[key] for key in cells if key in ("id", "task") or key not in empty}
-
-    def _parse(self, row):
-        # TFDS has chosen the split; a feature named split is not part of the schema.
-        return self.parse(row)
+            yield number, {name: _plain(record[name], _kind(kinds[name])) for name in names}
 
 
-def _plain(value):
-    """Return a decoded feature as str, list of str, or list of dicts. The schema rejects other values."""
+def _form(feature: Any) -> str:
+    """Return `Image`, `Images` for a sequence of them, or another name."""
+    return _kind(feature) + ("s" if hasattr(feature, "feature") else "")
+
+
+def _kind(feature: Any) -> str:
+    """Return the name of the class of a feature, or of the items of a sequence; `Tensor` also for its subclasses."""
+    import tensorflow_datasets as tfds
+
+    feature = getattr(feature, "feature", feature)
+    if isinstance(feature, tfds.features.Image):
+        return "Image"
+    # Text and Scalar are tensors without axes.
+    return "Tensor" if isinstance(feature, tfds.features.Tensor) and feature.shape else type(feature).__name__
+
+
+def _plain(value: Any, kind: str) -> Any:
+    """Return a decoded feature: the bytes of images, arrays as they are, otherwise text, lists of texts or of dicts."""
     if isinstance(value, dict):  # TFDS decodes a sequence of dicts as a dict of columns
-        columns = {key: _plain(column) for key, column in value.items()}
+        columns = {key: _plain(column, kind) for key, column in value.items()}
         if all(isinstance(column, list) for column in columns.values()):
             return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         return columns
     if isinstance(value, bytes):
-        return value.decode("utf-8", "surrogateescape")
+        return value if kind == "Image" else value.decode("utf-8", "surrogateescape")
     if isinstance(value, np.ndarray) and value.dtype == object and value.ndim == 0:
-        return _plain(value.item())
+        return _plain(value.item(), kind)
+    if kind == "Tensor":
+        return value
     if isinstance(value, np.ndarray | list | tuple):
-        return [_plain(v) for v in value]
+        return [_plain(v, kind) for v in value]
     return value

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import glob
 import hashlib
 import json
 import os
@@ -151,15 +152,32 @@ class Scans:
 
 
 def table_checksum(file: Path) -> str:
-    """Return the SHA-256 of a table file, or of a TFDS directory's file names, file sizes and JSON files."""
-    if not file.is_dir():
+    """Return a checksum of a table: the SHA-256 of a file.
+
+    Of a directory (TFDS), of Parquet files and of a pattern of files, which may be larger than memory: the SHA-256 of
+    their names, sizes, JSON files and Parquet footers.
+    """
+    if file.is_file() and file.suffix != ".parquet":
         return sha256_of_file(file)
+    if file.is_dir():
+        parts, root = sorted(file.glob("*.parquet")) or sorted(file.rglob("*")), file
+    else:
+        parts, root = [Path(part) for part in sorted(glob.glob(str(file)))] or [file], file.parent
     digest = hashlib.sha256()
-    for part in sorted(file.rglob("*")):
-        digest.update(f"{part.relative_to(file)}\0{part.stat().st_size}\0".encode())
+    for part in parts:
+        digest.update(f"{os.path.relpath(part, root)}\0{part.stat().st_size}\0".encode())
         if part.suffix == ".json":
             digest.update(part.read_bytes())
+        elif part.suffix == ".parquet":
+            digest.update(_parquet_footer(part))
     return digest.hexdigest()
+
+
+def _parquet_footer(file: Path) -> bytes:
+    """Return the last bytes of a Parquet file: its footer, with positions and sizes of all columns, up to 1 MiB."""
+    with open(file, "rb") as opened:
+        opened.seek(max(0, file.stat().st_size - (1 << 20)))
+        return opened.read()
 
 
 def sealed(directory: Path, description: dict) -> dict:
@@ -261,10 +279,11 @@ class Index:
                 if now != then:
                     problems.append(f"source {name}: {field} is {now!r}, was {then!r}")
             table = Path(fields["root"]).absolute() / fields["table"]
-            if not table.exists():
+            try:
+                if table_checksum(table) != known["sha256"]:
+                    problems.append(f"source {name}: {table} has changed since")
+            except FileNotFoundError:
                 problems.append(f"source {name}: {table} is missing")
-            elif table_checksum(table) != known["sha256"]:
-                problems.append(f"source {name}: {table} has changed since")
         if problems:
             raise ValueError(
                 f"the index {self.directory} was made from other data: {'; '.join(problems)}; run prepare again"

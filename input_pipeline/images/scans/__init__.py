@@ -32,7 +32,7 @@ from input_pipeline.images.scans.access import as_scan_error, open_scan, resolve
 from input_pipeline.images.scans.base import FAULTS, Header, ScanError, ScanLimits, other_format
 from input_pipeline.images.scans.checks import check_values
 
-__all__ = ["FAULTS", "Header", "ScanLimits", "ScanError", "header", "read", "resolve"]
+__all__ = ["FAULTS", "Header", "ScanLimits", "ScanError", "extension", "header", "read", "resolve"]
 
 READERS = {  # DICOM first: its preamble may contain any bytes, its mark is at byte 128
     dicom: ("DICOM", (".dcm", ".dicom")),
@@ -61,6 +61,15 @@ def find_reader(path, limits: ScanLimits):
         reason = f"is {kind}, which does not match its file name"
         raise ScanError(path, reason, "rename it, or copy the right file here", "ambiguous")
     return detected
+
+
+def extension(start: bytes) -> str:
+    """Return the file extension of a format, from the first 262 bytes of a file; "" if no reader accepts it."""
+    if start.startswith(nifti.GZIP):
+        return ".nii.gz"
+    if images.sniff(start):
+        return ".png" if start.startswith(images.PNG) else ".jpg"
+    return next((extensions[0] for module, (_, extensions) in READERS.items() if module.sniff(start)), "")
 
 
 def read(path, *, volume: int | None = None, limits: ScanLimits = ScanLimits()) -> tuple[np.ndarray, Header]:  # noqa: B008
