@@ -45,7 +45,7 @@ TRUSTED = (
     "radfm_jax.cost.hlo", "radfm_jax.convert.table", "radfm_jax.convert.peft.tensors", "radfm_jax.training.optimizer",
     "input_pipeline.phantoms",
 )  # fmt: skip
-OPTIONAL = ("apache_beam", "lxml", "openai", "imagehash", "datasketch", "torch", "RadEval", "spacy")
+OPTIONAL = ("apache_beam", "lxml", "openpyxl", "openai", "imagehash", "datasketch", "torch", "RadEval", "spacy")
 # Patterns that see a text whose runs of white space are reduced to one space, and those that see few characters.
 ONE_SPACE = ("input_pipeline.text.measurements._", "input_pipeline.curate.references._LABEL")
 FEW = ("input_pipeline.curate.references._ELSEWHERE_BEFORE", "input_pipeline.text.sentences._LAST_WORD")

@@ -17,6 +17,7 @@ TOOLS = {
     "vqa": ("question_answers", "findings of scans -> questions and answers by a language model (Rad3D-VQA)"),
     "radmd": ("radmd", "tables of MedMD -> RadMD, by the rules of Table 2"),
     "diagnosis": ("diagnosis", "label files of X-ray sets -> open and yes/no tables (CXR-Mix, VinDr)"),
+    "published": ("published", "data sets as their owners publish them -> JSON Lines, with the official splits"),
     "splits": ("splits", "train and test without leaks: studies, scans, near duplicates"),
     "statistics": ("statistics", "2D and 3D, modalities, tasks (Figure 4), and a data card"),
 }

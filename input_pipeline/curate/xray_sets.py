@@ -10,6 +10,8 @@
     nlm_tb                    *_0.png, *_1.png                                  1 / 0 in the name
     object_cxr                train.csv, dev.csv                                annotation / blank
     openi                     indiana_reports.csv, indiana_projections.csv      listed; "normal" / all else unknown
+    mimic_cxr_chexpert        mimic-cxr-2.0.0-chexpert.csv.gz, -split.csv.gz    as chexpert
+    mimic_cxr_negbio          mimic-cxr-2.0.0-negbio.csv.gz, -split.csv.gz      as chexpert
     vindr_pcxr                image_labels_train.csv, image_labels_test.csv     1 / 0
     vindr_spinexr             annotations/train.csv, annotations/test.csv       lesion_type / No finding
     vindr_mammo               finding_annotations.csv                           finding_categories / No Finding
@@ -79,35 +81,65 @@ CHEXPERT = (
 ).split("|")
 
 
+def _chexpert_findings(cells: dict, member: str, policy: Policy, result: Result) -> dict[str, bool | None]:
+    """Return the findings of a row with CheXpert's 14 columns. Raises ValueError with the reason why it is not used."""
+    findings: dict[str, bool | None] = {}
+    bad = []
+    for disease in CHEXPERT:
+        value = cells[disease].strip()
+        if value in ("-1", "-1.0"):
+            result.count(f"{member}: uncertain labels counted as {policy.choice(disease)}")
+            findings[disease] = UNCERTAIN[policy.choice(disease)]
+        elif flag(value) is not None:
+            findings[disease] = flag(value)
+        elif value:
+            bad.append(f"{disease} {value[:20]!r}")
+    if bad:
+        raise ValueError(f"a label is not 1, 0 or -1: {', '.join(bad)}")
+    positives = [d for d, present in findings.items() if present and d not in ("No Finding", "Support Devices")]
+    if findings.get("No Finding") and positives:
+        raise ValueError(f"No Finding together with a finding: {', '.join(positives)}")
+    if findings.pop("No Finding", None):
+        findings[NORMAL] = True
+    return findings
+
+
 def chexpert(folder: Path, policy: Policy, result: Result) -> Iterator[Image]:
     for file in all_files(folder, "train.csv", "valid.csv", "test.csv"):
         for row, cells in read_rows(file, ("Path", *CHEXPERT), result):
-            findings: dict[str, bool | None] = {}
-            bad = []
-            for disease in CHEXPERT:
-                value = cells[disease].strip()
-                if value in ("-1", "-1.0"):
-                    result.count(f"chexpert: uncertain labels counted as {policy.choice(disease)}")
-                    findings[disease] = UNCERTAIN[policy.choice(disease)]
-                elif flag(value) is not None:
-                    findings[disease] = flag(value)
-                elif value:
-                    bad.append(f"{disease} {value[:20]!r}")
             path = re.sub(r"^CheXpert-v1\.0(?:-small)?/", "", cells["Path"].strip())
-            if bad or not path:
-                reason = f"a label is not 1, 0 or -1: {', '.join(bad)}" if bad else "Path is blank"
-                reject(result, file, row, reason)
+            if not path:
+                reject(result, file, row, "Path is blank")
                 continue
-            positives = [d for d, present in findings.items() if present and d not in ("No Finding", "Support Devices")]
-            if findings.get("No Finding") and positives:
-                reject(result, file, row, f"No Finding together with a finding: {', '.join(positives)}: {path[:60]}")
+            try:
+                findings = _chexpert_findings(cells, "chexpert", policy, result)
+            except ValueError as error:
+                reject(result, file, row, f"{error}: {path[:60]}")
                 continue
-            if findings.pop("No Finding", None):
-                findings[NORMAL] = True
             patient = re.search(r"patient\d+", path)
             split = "train" if file.name == "train.csv" else "test"
             study = f"chexpert-{patient.group()}" if patient else f"chexpert-{path}"
             yield Image(path, study, findings, split, False, row, str(file))
+
+
+def _mimic_cxr(labeller: str, folder: Path, policy: Policy, result: Result) -> Iterator[Image]:
+    """Read the labels that a labeller (chexpert, negbio) gave to the reports of MIMIC-CXR-JPG, one row per study."""
+    labels: dict[str, tuple[dict[str, bool | None], int]] = {}
+    (table,) = first_files(folder, f"mimic-cxr-2.0.0-{labeller}.csv*")[:1]
+    for row, cells in read_rows(table, ("subject_id", "study_id", *CHEXPERT), result):
+        try:
+            labels[cells["study_id"]] = _chexpert_findings(cells, "mimic_cxr", policy, result), row
+        except ValueError as error:
+            reject(result, table, row, str(error))
+    for file in first_files(folder, "mimic-cxr-2.0.0-split.csv*")[:1]:
+        for _, cells in read_rows(file, ("dicom_id", "study_id", "subject_id", "split"), result):
+            findings, row = labels.get(cells["study_id"], ({}, 0))
+            if not findings:
+                result.count("mimic_cxr: images of studies without labels")
+                continue
+            patient = f"p{cells['subject_id']}"
+            path = f"files/{patient[:3]}/{patient}/s{cells['study_id']}/{cells['dicom_id']}.jpg"
+            yield Image(path, patient, findings, cells["split"], False, row, str(table))
 
 
 def rsna(folder: Path, policy: Policy, result: Result) -> Iterator[Image]:
@@ -287,6 +319,8 @@ _READERS = (chestxray14, chexpert, covid_cxr2, nlm_tb, object_cxr, openi, rsna, 
 CXR_MIX: dict[str, Reader] = {"vindr_cxr": functools.partial(_voted, "vindr-cxr")}
 CXR_MIX |= {reader.__name__: reader for reader in _READERS}
 MEMBERS: dict[str, Reader] = CXR_MIX | {
+    "mimic_cxr_chexpert": functools.partial(_mimic_cxr, "chexpert"),
+    "mimic_cxr_negbio": functools.partial(_mimic_cxr, "negbio"),
     "vindr_pcxr": functools.partial(_voted, "vindr-pcxr"),
     "vindr_spinexr": functools.partial(_boxes, "vindr-spinexr", ("train.csv", "test.csv"), "lesion_type"),
     "vindr_mammo": functools.partial(_boxes, "vindr-mammo", ("finding_annotations.csv",), "finding_categories"),

@@ -16,7 +16,11 @@ from input_pipeline.datasets.table_text import read_lines
 from input_pipeline.samples import RowError
 
 
-def _records(text: Iterable[str]) -> Iterator[tuple[int, list[str], str]]:
+def _delimiter(file: pathlib.Path) -> str:
+    return "\t" if ".tsv" in file.suffixes[-2:] else ","
+
+
+def _records(text: Iterable[str], delimiter: str) -> Iterator[tuple[int, list[str], str]]:
     """Yield (first line, cells, error) of each record.
 
     A lenient reader finds the ends of records, and a strict one then checks the records that have quotes. A strict
@@ -29,7 +33,7 @@ def _records(text: Iterable[str]) -> Iterator[tuple[int, list[str], str]]:
             raw.append(line)
             yield line
 
-    first, reader = 1, csv.reader(lines())
+    first, reader = 1, csv.reader(lines(), delimiter=delimiter)
     while True:
         # The end of a record must not depend on the length of its cells: `Row` checks the length later.
         limit, problem = csv.field_size_limit(sys.maxsize), ""
@@ -37,7 +41,7 @@ def _records(text: Iterable[str]) -> Iterator[tuple[int, list[str], str]]:
             cells = next(reader, None)
             if any('"' in line for line in raw):
                 try:
-                    next(csv.reader(raw, strict=True))
+                    next(csv.reader(raw, strict=True, delimiter=delimiter))
                 except csv.Error as error:
                     problem = str(error)
         finally:
@@ -56,7 +60,7 @@ def csv_header(file: pathlib.Path) -> list[str]:
 
 
 def stream_csv(file: pathlib.Path, required, optional=()) -> tuple[list[str], Iterator[tuple[int, dict] | RowError]]:
-    """Read a CSV file with a header row by row.
+    """Read a CSV file (or .tsv; both also as .gz) with a header row by row.
 
     Args:
       optional: columns to read if present. None reads every column with a unique name, for tools that copy rows to
@@ -67,7 +71,7 @@ def stream_csv(file: pathlib.Path, required, optional=()) -> tuple[list[str], It
     Raises:
       RowError: raised immediately with row 0 for a bad header, or while reading, for a row with an unclosed quote.
     """
-    records = _records(read_lines(file))
+    records = _records(read_lines(file), _delimiter(file))
     _, cells, problem = next(records, (0, None, ""))
     if cells is None:
         raise RowError(file, 0, "the table is empty", f"required columns: {', '.join(required)}")

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import io
 import pathlib
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 
 from input_pipeline.samples import RowError
 
 
 @contextlib.contextmanager
 def open_text(file: pathlib.Path, newline: str = "") -> Iterator[io.TextIOBase]:
-    """Open a table. Raises RowError with row 0 if it cannot be read or is UTF-16."""
+    """Open a table, which may be in a gzip file (.gz). Raises RowError with row 0 if it cannot be read or is UTF-16."""
+    open_file: Callable = gzip.open if file.suffix == ".gz" else open
     try:
-        with open(file, "rb") as start:
+        with open_file(file, "rb") as start:
             if start.read(2) in (b"\xff\xfe", b"\xfe\xff"):
                 raise RowError(file, 0, "the table is UTF-16", "save it as UTF-8")
-        with open(file, encoding="utf-8-sig", errors="surrogateescape", newline=newline) as text:
+        with open_file(file, "rt", encoding="utf-8-sig", errors="surrogateescape", newline=newline) as text:
             yield text
-    except OSError as error:
-        reason = f"the table cannot be read: {error.strerror}"
+    except (OSError, EOFError, zlib.error) as error:
+        reason = f"the table cannot be read: {getattr(error, 'strerror', None) or error}"
         raise RowError(file, 0, reason, "check the path of the table") from error
 
 
