@@ -156,6 +156,19 @@ def test_a_root_that_cannot_be_written(vqa, tmp_path):
         open_dataset("hf", **vqa)
 
 
+@pytest.mark.parametrize("key, more", [("image_id", {"cui": (pa.list_(pa.string()), [["C1"]] * 3)}), ("id", {})])
+def test_captions_in_parquet(tmp_path, key, more):
+    """The layouts of ROCOv2-radiology and MedTrinity-25M."""
+    captions = [f"CT {i}." for i in range(3)]
+    images = [{"bytes": png(i), "path": f"{i}.jpg"} for i in range(3)]
+    columns = {"image": (FILE, images), key: (pa.string(), list("abc")), "caption": (pa.string(), captions)}
+    write_parquet(tmp_path / "train-00000-of-00001.parquet", **columns, **more)
+    maps = {"scans": "image", "response": "caption", "id": key}
+    fields = {"table": "train-*.parquet", "root": tmp_path, "columns": maps}
+    dataset = open_dataset("hf", **fields, constants={"task": "report", "instruction": "Describe it."})
+    assert [answer(s) for s in samples(dataset)] == captions and dataset.row_id(2) == "c"
+
+
 def human(*turns: str) -> list[dict]:
     return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(turns)]
 
