@@ -95,6 +95,22 @@ def test_split_language_strip_duplicates_and_study(tmp_path):
         open_dataset("slake", table="t.csv", root=tmp_path, split="val", strip="/far")
 
 
+def test_the_error_names_the_prefix_to_strip(tmp_path):
+    """Paths of another machine: the error states the prefix, and with it the table is read."""
+    (tmp_path / "imgs" / "ct").mkdir(parents=True)
+    (tmp_path / "top.png").touch()
+    table = write_csv(tmp_path / "t.csv", ("image_path", "label"), ("/data0/them/imgs/ct/a.png", "Clear."))
+    with pytest.raises(RowError, match=r"set strip='/data0/them/'"):
+        open_dataset("mimic_cxr", table=table, root=tmp_path)
+    dataset = open_dataset("mimic_cxr", table=table, root=tmp_path, strip="/data0/them/")
+    assert dataset.scans(0) == (Scan("imgs/ct/a.png"),)
+    for path, remedy in (("/x/y/top.png", "set strip='/x/y/'"), ("/x/no.png", "set `root`, or `strip`")):
+        write_csv(table, ("image_path", "label"), (path, "Clear."))
+        with pytest.raises(RowError) as error:
+            open_dataset("mimic_cxr", table=table, root=tmp_path)
+        assert error.value.remedy == remedy
+
+
 @pytest.mark.parametrize(
     "path, study",
     [

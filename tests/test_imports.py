@@ -12,7 +12,7 @@ PACKAGES = ("input_pipeline", "radfm_jax")
 NOT_IN_TRAINING = (
     *(
         f"input_pipeline.index.{name}"
-        for name in ("prepare", "scan_checks", "row_checks", "results", "reports", "command", "summary")
+        for name in ("prepare", "scan_checks", "row_checks", "results", "reports", "command", "summary", "unchanged")
     ),
     "input_pipeline.inspect",
     "input_pipeline.curate",

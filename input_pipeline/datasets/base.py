@@ -141,6 +141,7 @@ class TableDataset(abc.ABC):
     released_fraction: ClassVar[float] = 1.0  # share of the rows in an epoch of the released code
     has_windows: ClassVar[bool] = False  # a row may need several samples to show all its scans
     layout: ClassVar[str] = "csv"
+    reads_other_files: ClassVar[bool] = False  # files that are neither the table nor scans (papers)
 
     table: str | pathlib.Path  # a relative path is below the root
     root: str | pathlib.Path  # the directory of all scans

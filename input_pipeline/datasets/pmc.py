@@ -64,6 +64,7 @@ class PMCInline(TableDataset):
     task = "interleaved"
     required = ("PMC_path",)
     has_windows = True
+    reads_other_files = True
 
     figures: str = "figures"  # folder of the figures below the root
     window: int = 50  # maximum sentences in a sample

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import pathlib
 import re
 
@@ -98,6 +99,24 @@ def bad_path(value: str) -> str | None:
     return None
 
 
+@functools.lru_cache(1 << 12)  # the rows of a table name few folders
+def _prefix_of_folder(root: pathlib.Path, folder: str) -> str:
+    parts = folder.split("/")
+    if ".." in parts:
+        return ""
+    return next(("/".join(parts[:n]) + "/" for n in range(1, len(parts)) if (root / "/".join(parts[n:])).is_dir()), "")
+
+
+def foreign_prefix(root: pathlib.Path, folder: str, name: str) -> str:
+    """Return the prefix of a path on another machine, without which the scan is below the root; "" if there is none.
+
+    "/data0/them/imgs/x", "1.png" -> "/data0/them/" if ROOT/imgs/x is a folder, or
+                                     "/data0/them/imgs/x/" if ROOT/1.png exists
+    """
+    prefix = _prefix_of_folder(root, folder)
+    return prefix or (f"{folder}/" if (root / name).exists() else "")
+
+
 @dataclasses.dataclass
 class Row:
     """One row of a table while it is read."""
@@ -185,7 +204,8 @@ class Row:
                 value = pathlib.PurePosixPath(value).relative_to(self.root).as_posix()
         except ValueError:
             reason = f"path {value!r} is not below the root {self.root}"
-            raise self.error(reason, "set `root`, or `strip`, the prefix to remove") from None
+            prefix = foreign_prefix(self.root, *value.rpartition("/")[::2])
+            raise self.error(reason, f"set strip={prefix!r}" if prefix else "set `root`, or `strip`") from None
         if folder:
             value = f"{folder.rstrip('/')}/{value}"
         if reason := bad_path(value):

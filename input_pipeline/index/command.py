@@ -44,8 +44,9 @@ examples:
   python -m input_pipeline.prepare --config=my.py --out /shared/index --runner flink \\
       --runner-option=--flink_master=host:8081
 
-Run the same command again to resume an interrupted run. A later run reads only files whose size or time has changed;
---recheck reads all of them. The result depends neither on --workers nor on --runner.
+Run the same command again to resume an interrupted run. A later run reads only files whose size or time has changed,
+and nothing at all if no file, option or package has changed. --recheck reads all of them. The result depends neither
+on --workers nor on --runner.
 
 With --runner, Apache Beam's workers read the scans, which is most of the work. They must see the data and DIR under
 the same paths. Tables and texts are always read locally.

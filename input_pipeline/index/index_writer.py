@@ -75,13 +75,10 @@ def _write_table(file: Path, schema: pa.Schema, lines: Iterable[dict]) -> None:
         writer.write_table(pa.Table.from_pylist(batch, schema))
 
 
-def index_description(
-    results: Results, state: ResumeState, scans: str, rows: str, tokenizer: str, report: dict
-) -> dict:
-    """Return the content of index.json.
+def index_description(results: Results, state: ResumeState, scans: str, rows: str, report: dict) -> dict:
+    """Return the content of index.json without the fingerprint of the tokenizer.
 
-    `scans` and `rows` are the checksums from `write_scans` and `write_rows`, `tokenizer` is a fingerprint, and `report`
-    the content of summary.json.
+    `scans` and `rows` are the checksums from `write_scans` and `write_rows`, `report` is the content of summary.json.
     """
     sources = {}
     for name, table in results.tables.items():
@@ -113,7 +110,6 @@ def index_description(
         },
         "sources": sources,
         "data": {name: data[name] for name in FIELDS} | results.config.own_patches,
-        "tokenizer": tokenizer,
         "counts": {key: report[key] for key in ("rows", "scans", "quarantine", "leaks")},
         "records": records,
         "identity": fingerprint({"tables": identities, "scans": scans, "rows": rows}),

@@ -11,7 +11,17 @@ from pathlib import Path
 
 from input_pipeline.config import DataConfig
 from input_pipeline.files import PARTIAL, atomic_write, locked_directory, write_json, write_json_lines, write_text
-from input_pipeline.index import beam_scans, database, index, index_writer, reports, row_checks, scan_checks, summary
+from input_pipeline.index import (
+    beam_scans,
+    database,
+    index,
+    index_writer,
+    reports,
+    row_checks,
+    scan_checks,
+    summary,
+    unchanged,
+)
 from input_pipeline.index.results import Results
 from input_pipeline.index.resume_state import ResumeState
 from input_pipeline.index.row_checks import Problem, Row, RowCheck
@@ -78,7 +88,14 @@ def prepare(
         raise ValueError("--records needs data.preprocess='paper' (got 'released'): remove --records")
     checksums = table_checksums(config)
     tokenizer = tokenizer_of(config)
+    inputs = unchanged.inputs(
+        config, checksums, tokenizer.fingerprint, records=records, strict=strict, allow_leaks=allow_leaks
+    )
     with locked_index(directory), database.open_database() as db:
+        if not recheck and (report := unchanged.unchanged_report(directory, inputs)) is not None:
+            _warn_of_colour(config, unchanged.colour_scans(directory, config.channels), log)
+            seconds, count = round(time.monotonic() - start_time, 1), report["scans"]["good"] + report["scans"]["bad"]
+            return report | {"reading": _reading(seconds, 0, runner, 0, count, 0)}
         state = ResumeState(directory, db, read=not recheck)
         settings = index.record_settings(config) if records else None
         check_records(directory, state, settings, recheck)
@@ -100,13 +117,20 @@ def prepare(
         results.assign_study_groups()
         if table_checksums(config) != checksums:
             raise ValueError("a table changed while it was read: run again")
-        reading = {
-            "seconds": round(time.monotonic() - start_time, 1), "workers": workers, "runner": runner,
-            "scans_read": reader.read, "scans_unchanged": results.count("facts") - reader.read,
-            "workers_ended": len(scan_pool.deaths) + len(table_pool.deaths),
-        }  # fmt: skip
-        report = summary.summarize(results) | {"reading": reading}
-        return _write_index(results, state, directory, tokenizer.fingerprint, report, strict, allow_leaks)
+        seconds, unread = round(time.monotonic() - start_time, 1), results.count("facts") - reader.read
+        deaths = len(scan_pool.deaths) + len(table_pool.deaths)
+        report = summary.summarize(results) | {
+            "reading": _reading(seconds, workers, runner, reader.read, unread, deaths)
+        }
+        made_from = {"tokenizer": tokenizer.fingerprint, "inputs": inputs}
+        return _write_index(results, state, directory, made_from, report, strict, allow_leaks)
+
+
+def _reading(seconds: float, workers: int, runner: str, read: int, unread: int, deaths: int) -> dict:
+    return {
+        "seconds": seconds, "workers": workers, "runner": runner, "scans_read": read, "scans_unchanged": unread,
+        "workers_ended": deaths,
+    }  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -162,10 +186,14 @@ def _read_scans(results, state: ResumeState, directory: Path, settings, pool, pr
         reader = ScanReader(results, state, directory, settings, pool)
         reader.run(progress)
     chunk_files.remove_parts(directory)
-    channels = results.config.channels
-    if colour := results.count("facts WHERE fault = '' AND channels > ?", channels):
-        log(f"data.channels is {channels}, but {colour:,} scans are in colour: set data.channels=3 for training")
+    colour = results.count("facts WHERE fault = '' AND channels > ?", results.config.channels)
+    _warn_of_colour(results.config, colour, log)
     return reader
+
+
+def _warn_of_colour(config: DataConfig, scans: int, log: Callable[[str], None]) -> None:
+    if scans:
+        log(f"data.channels is {config.channels}, but {scans:,} scans are in colour: set data.channels=3 for training")
 
 
 def _encode_rows(results: Results, pool: ResilientPool, progress: Progress) -> None:
@@ -184,9 +212,18 @@ def _encode_rows(results: Results, pool: ResilientPool, progress: Progress) -> N
 
 
 def _write_index(
-    results: Results, state: ResumeState, directory: Path, tokenizer: str, report: dict, strict: bool, allow_leaks: bool
+    results: Results,
+    state: ResumeState,
+    directory: Path,
+    made_from: dict,
+    report: dict,
+    strict: bool,
+    allow_leaks: bool,
 ) -> dict:
-    """Write all files. index.json is deleted first and written last, so it exists only if all files are complete."""
+    """Write all files. index.json is deleted first and written last, so it exists only if all files are complete.
+
+    `made_from` has the fingerprint of the tokenizer and the digest of the inputs.
+    """
     (directory / "index.json").unlink(missing_ok=True)
     scans = index_writer.write_scans(directory / "scans.parquet", results, state.metadata())
     state.file.unlink(missing_ok=True)
@@ -194,7 +231,7 @@ def _write_index(
     _write_reports(results, state, directory, report, strict, allow_leaks)
     if report["refused"]:
         raise Refused(report["refused"], report)
-    description = index_writer.index_description(results, state, scans, rows, tokenizer, report)
+    description = index_writer.index_description(results, state, scans, rows, report) | made_from
     write_json(directory / "index.json", index.sealed(directory, description))
     return report
 
