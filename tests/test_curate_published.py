@@ -179,7 +179,7 @@ def test_labels_of_mimic_cxr(folder):
         result = Result()
         images = xray_sets.read(f"mimic_cxr_{labeller}", folder, labels.Policy(), result)
         assert [(i.split, i.study, i.is_normal) for i in images] == [
-            ("train", "p10000032", True), ("train", "p10000032", True), ("validate", "p11000033", False),
+            ("train", "p10000032", True), ("train", "p10000032", True), ("validation", "p11000033", False),
         ]  # fmt: skip
         assert len(result.problems) == 1 and all((folder / image.path).is_file() for image in images)
 

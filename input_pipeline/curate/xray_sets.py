@@ -139,7 +139,8 @@ def _mimic_cxr(labeller: str, folder: Path, policy: Policy, result: Result) -> I
                 continue
             patient = f"p{cells['subject_id']}"
             path = f"files/{patient[:3]}/{patient}/s{cells['study_id']}/{cells['dicom_id']}.jpg"
-            yield Image(path, patient, findings, cells["split"], False, row, str(table))
+            split = {"validate": "validation"}.get(cells["split"], cells["split"])
+            yield Image(path, patient, findings, split, False, row, str(table))
 
 
 def rsna(folder: Path, policy: Policy, result: Result) -> Iterator[Image]:
