@@ -201,13 +201,16 @@ def test_openi(folder, tmp_path):
     (folder / "ecgen-radiology").mkdir()
     for i in (1, 2, 3):
         (folder / f"ecgen-radiology/{i}.xml").write_text(XML.format(i=i, impression="Normal." if i < 3 else ""))
-        png(folder / f"NLMCXR_png/CXR{i}_1_IM-000{i}-3001.png")
+    png(*(folder / f"NLMCXR_png/CXR{i}_1_IM-000{i}-3001.png" for i in (1, 2)))
+    (folder / "NLMCXR_dcm/3").mkdir(parents=True)
+    (folder / "NLMCXR_dcm/3/1_IM-0003-3001.dcm").touch()
     samples, report = convert(tmp_path, "openi")
     assert [answer(s) for s in samples[""]] == [
         "Findings: Clear lungs 1. Impression: Normal.", "Findings: Clear lungs 2. Impression: Normal.",
         "Findings: Clear lungs 3.",
     ]  # fmt: skip
     assert texts(samples[""][0], "context") == ["Pain"] and samples[""][0].study_id == "openi-1"
+    assert samples[""][2].scans[0].path == "SET/NLMCXR_dcm/3/1_IM-0003-3001.dcm"
     names = ("uid", "MeSH", "Problems", "image", "indication", "comparison", "findings", "impression")
     write_csv(
         folder / "indiana_reports.csv",
