@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import multiprocessing
 import os
 import resource
 import signal
@@ -16,6 +17,7 @@ import numpy as np
 import psutil
 import pytest
 
+from input_pipeline.parallel import workers
 from input_pipeline.parallel.workers import Pool, WorkerError, heartbeat
 from input_pipeline.samples import RowError
 
@@ -24,6 +26,12 @@ from input_pipeline.samples import RowError
 
 def make(base: int = 10) -> dict:
     return {"base": base, "keeper": os.getpid()}
+
+
+def make_in_parts() -> dict:
+    for part in range(3):
+        heartbeat(f"part {part}")
+    return make()
 
 
 def make_badly() -> None:
@@ -201,10 +209,23 @@ def test_a_heartbeat_restarts_the_timeout():
         assert patient.submit("slow", slowly, 4).result() == "done"  # 1.6 s in total
 
 
+def test_a_heartbeat_of_make_restarts_its_timeout(monkeypatch):
+    """The start may take longer than its limit, as long as the next heartbeat is in time."""
+    with Pool(make_in_parts, workers=1) as opened:
+        assert opened.submit("add", add, 1).result() == 11
+    waiting = object.__new__(Pool)
+    waiting._control, keeper = multiprocessing.Pipe()
+    monkeypatch.setattr(workers, "START_TIMEOUT", 0.05)
+    for part in range(3):
+        keeper.send(("item", f"part {part}"))
+    with pytest.raises(WorkerError, match="opening the data took more than 0 s at part 2"):
+        waiting._wait_for_start()
+
+
 def test_errors_of_make_are_raised():
-    for workers in (0, 1):
+    for count in (0, 1):
         with pytest.raises(RowError, match="train.csv, row 3: the label is blank"):
-            Pool(make_badly, workers=workers)
+            Pool(make_badly, workers=count)
     with pytest.raises(WorkerError, match="killed by SIGKILL"):
         Pool(make_and_die, workers=1)
 

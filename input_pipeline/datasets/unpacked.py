@@ -17,6 +17,7 @@ import numpy as np
 
 from input_pipeline.datasets.json_tables import stream_jsonl
 from input_pipeline.files import atomic_write, fingerprint, write_json_lines
+from input_pipeline.parallel.workers import heartbeat
 from input_pipeline.samples import RowError
 
 AXES = "HWDC"
@@ -92,15 +93,17 @@ def unpacked_rows(table: pathlib.Path, folder: ScanFolder, files: list[pathlib.P
     if not stored.is_file():
         try:
             stored.parent.mkdir(parents=True, exist_ok=True)
-            write_json_lines(stored, map(_line, rows()), unique=True)
+            write_json_lines(stored, _lines(table, rows()), unique=True)
         except OSError as error:
             reason = f"its scans cannot be unpacked to {stored.parent}: {error.strerror}"
             raise RowError(table, 0, reason, "make the root writable, or set `unpacked` to another folder") from error
     return _read(table, stored)
 
 
-def _line(row: tuple[int, dict] | RowError) -> dict:
-    return {"error": [row.reason, row.remedy]} if isinstance(row, RowError) else row[1]
+def _lines(table: pathlib.Path, rows: Rows) -> Iterator[dict]:
+    for number, row in enumerate(rows, 1):
+        heartbeat(f"{table}, row {number}")  # unpacking may take hours
+        yield {"error": [row.reason, row.remedy]} if isinstance(row, RowError) else row[1]
 
 
 def _read(table: pathlib.Path, stored: pathlib.Path) -> Iterator[tuple[int, dict] | RowError]:

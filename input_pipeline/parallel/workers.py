@@ -35,13 +35,13 @@ from typing import Any
 from input_pipeline.images.scans.base import ScanError
 from input_pipeline.samples import RowError
 
-START_TIMEOUT = 600.0  # seconds for make(), which reads all tables
+START_TIMEOUT = 600.0  # seconds for make(), which reads all tables, or between its heartbeats
 
-_send_item: Callable[[str], None] | None = None  # set in a worker
+_send_item: Callable[[str], None] | None = None  # set in a worker, and in the keeper during make()
 
 
 def heartbeat(item: str) -> None:
-    """Report the current item from inside a task: errors name it, and the timeout starts again."""
+    """Report the current item from inside a task or make(): errors name it, and the timeout starts again."""
     if _send_item is not None:
         _send_item(item)
 
@@ -105,10 +105,12 @@ class Pool(contextlib.AbstractContextManager):
             thread.start()
 
     def _wait_for_start(self) -> None:
-        if not self._control.poll(START_TIMEOUT):
-            raise WorkerError(f"opening the data took more than {START_TIMEOUT:.0f} s")
+        kind, value = "item", ""
         try:
-            kind, value = self._control.recv()
+            while kind == "item":
+                if not self._control.poll(START_TIMEOUT):
+                    raise WorkerError(f"opening the data took more than {START_TIMEOUT:.0f} s{_at_item(value)}")
+                kind, value = self._control.recv()
         except EOFError:
             self._keeper.join(10)
             raise WorkerError(f"the process that opens the data {_describe_exit(self._keeper.exitcode)}") from None
@@ -252,12 +254,15 @@ def _restore_error(pickled: tuple[BaseException, list[str]]) -> BaseException:
 
 def _run_keeper(make, pipes: list[connection.Connection], control: connection.Connection) -> None:
     """Make the state, fork the workers, wait until the caller closes `control`, then kill the workers."""
+    global _send_item
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller handles Ctrl-C
+    _send_item = lambda item: control.send(("item", item))  # noqa: E731
     try:
         state = make()
     except BaseException as error:
         control.send(("error", _picklable_error(error)))
         return
+    _send_item = None
     pids = []
     for own_pipe in pipes:
         pid = os.fork()
