@@ -188,6 +188,9 @@ def test_sections():
     assert report_sections.sections(REPORT)[2] == ("FINDINGS", "The lungs are clear. No effusion")
     text = "FINDINGS: Addendum.\nFINDINGS: The report: clear.\nIMPRESSION:\n"
     assert report_sections.named(report_sections.sections(text)) == {"findings": "The report: clear."}
+    text = "VIEWS: Two.\nFINDINGS:\nLUNGS: Clear.\n BONES:  Intact.\nIMPRESSION: Normal.\nNOTIFICATION(S): Dr. X"
+    named = report_sections.named(report_sections.sections(text))
+    assert named == {"findings": "LUNGS: Clear. BONES: Intact.", "impression": "Normal.", "notification": "Dr. X"}
 
 
 XML = """<?xml version="1.0" encoding="utf-8"?><eCitation><uId id="CXR{i}"/><MedlineCitation><Article><Abstract>

@@ -156,6 +156,22 @@ def test_a_root_that_cannot_be_written(vqa, tmp_path):
         open_dataset("hf", **vqa)
 
 
+def test_values_that_are_not_text(tmp_path):
+    image = [{"bytes": png(1), "path": None}] * 3
+    arrays = (pa.list_(pa.list_(pa.int16())), [[[1, 2], [3, 4]]] * 3)
+    write_parquet(tmp_path / "t.parquet", image=(FILE, image), number=(pa.float64(), [1.5, float("nan"), None]),
+                  array=arrays, note=(pa.string(), ["", None, "Cough."]))  # fmt: skip
+    fields = {"table": "t.parquet", "root": tmp_path, "constants": {"task": "vqa", "instruction": "Q?"}}
+    for column, reason in (("number", "response must be text, got float"), ("array", "a value is not text: .*ndarray")):
+        columns = {"scans": "image", "response": column, "context": "note"}
+        with pytest.raises(TableError, match=reason) as error:
+            open_dataset("hf", **fields, columns=columns)
+        assert len(error.value.problems) == 3
+    columns = {"scans": "image", "response": "note"}
+    dataset = open_dataset("hf", **fields, columns=columns, quarantine=True)
+    assert [answer(s) for s in samples(dataset)] == ["Cough."] and len(dataset.problems) == 2
+
+
 @pytest.mark.parametrize("key, more", [("image_id", {"cui": (pa.list_(pa.string()), [["C1"]] * 3)}), ("id", {})])
 def test_captions_in_parquet(tmp_path, key, more):
     """The layouts of ROCOv2-radiology and MedTrinity-25M."""

@@ -28,8 +28,14 @@ NAMES = {  # heading -> section
     "COMPARISONS": "comparison",
     "WET READ": "wet read",
     "NOTIFICATION": "notification",
+    "NOTIFICATIONS": "notification",
+    "NOTIFICATION(S)": "notification",
     "RECOMMENDATION": "recommendation",
     "RECOMMENDATIONS": "recommendation",
+    "RECOMMENDATION(S)": "recommendation",
+    "ADDENDUM": "addendum",
+    "PROVISIONAL FINDINGS IMPRESSION (PFI)": "addendum",
+    "DOSE": "technique",
 }
 
 
@@ -47,5 +53,14 @@ def sections(report: str) -> list[tuple[str, str]]:
 
 
 def named(found: list[tuple[str, str]]) -> dict[str, str]:
-    """Return {section of NAMES: text}. The last one of repeated sections counts: addenda come first."""
-    return {NAMES[heading]: text for heading, text in found if heading in NAMES and text}
+    """Return {section of NAMES: text}. The last one of repeated sections counts: addenda come first.
+
+    Other headings within findings or impression belong to its text: "FINDINGS: LUNGS: Clear."
+    """
+    texts: list[tuple[str, list[str]]] = []
+    for heading, text in found:
+        if heading in NAMES:
+            texts.append((NAMES[heading], [text]))
+        elif texts and texts[-1][0] in ("findings", "impression"):
+            texts[-1][1].append(f"{heading}: {text}")
+    return {section: text for section, parts in texts if (text := " ".join(part for part in parts if part))}

@@ -113,10 +113,10 @@ class Mapped(JSONL, abc.ABC):
                 if key == "scans":
                     cells[key] = [self._scan(value, folder) for value in values if value is not None]
                 elif key == "messages":
-                    if values:
+                    if record.get(columns[0]):
                         cells[key] = [_message(message) for message in values]
-                elif (value := record.get(columns[0])) not in (None, ""):
-                    cells[key] = str(value) if key == "id" and isinstance(value, int) else value
+                elif (value := record.get(columns[0])) is not None and not (isinstance(value, str) and not value):
+                    cells[key] = str(value) if key == "id" and isinstance(value, int | np.integer) else value
             except ValueError as error:
                 return RowError(self.file, number, f"column {', '.join(columns)}: {error}", "correct or remove the row")
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import pathlib
 from collections.abc import Iterable, Iterator
@@ -103,6 +104,11 @@ def unpacked_rows(table: pathlib.Path, folder: ScanFolder, files: list[pathlib.P
 def _lines(table: pathlib.Path, rows: Rows) -> Iterator[dict]:
     for number, row in enumerate(rows, 1):
         heartbeat(f"{table}, row {number}")  # unpacking may take hours
+        if not isinstance(row, RowError):
+            try:
+                json.dumps(row[1], ensure_ascii=False, allow_nan=False).encode()
+            except (TypeError, ValueError) as error:  # an array, NaN, bytes that are not UTF-8
+                row = RowError(table, number, f"a value is not text: {error}", "map other columns, or remove the row")
         yield {"error": [row.reason, row.remedy]} if isinstance(row, RowError) else row[1]
 
 
