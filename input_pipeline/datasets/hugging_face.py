@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import glob
-import json
 import pathlib
 from collections.abc import Iterator
 
@@ -18,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from input_pipeline.datasets.mapped import Mapped
+from input_pipeline.files import parse_json
 from input_pipeline.samples import RowError
 
 BATCH = 32  # rows in memory: a row may have a volume
@@ -95,7 +95,7 @@ def _is_array(kind: pa.DataType) -> bool:
 def _class_labels(schema: pa.Schema) -> dict[str, list[str]]:
     """Return column -> names of its class labels, from the metadata that `datasets` writes."""
     try:
-        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+        features = parse_json((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
         return {name: f["names"] for name, f in features.items() if isinstance(f, dict) and "names" in f}
     except (ValueError, KeyError, TypeError):
         return {}  # the metadata are optional
