@@ -47,7 +47,8 @@ def write_config(config: RadFMConfig, dtype: str, source: Mapping | None = None)
     """
     text = hf_config.decoder_to_hf(config.llama, dtype, source)
     text.pop("auto_map", None)  # the class of transformers is used, not code of the source
-    text.setdefault("pad_token_id", None)  # the default of Phi is beyond a small vocabulary
+    # Without a tokenizer they are unknown, and the defaults of a class may be beyond the vocabulary.
+    text = {**dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")), **text}
     size = config.llama.vocab_size
     return {
         "architectures": [ARCHITECTURE],

@@ -19,8 +19,8 @@ WEIGHTS = ("kernel", "scale", "taps")  # leaves that are `weight` of a module of
 TABLES = ("row_positions", "column_positions", "depth_positions", "latents", "codebook", "image_marks")  # nn.Embedding
 POOLED_MLP: Rules = {"weight": ("up/kernel", "f d -> d f"), "bias": ("up/bias", "f -> f")}
 DEPTH: Rules = {"depth_positions": ("depth_positions", "n d -> n d")}
-# Both convolutions of CT-ViT have the axes depth, rows, columns, unlike the released ones.
-LAYOUTS = {"temporal/positions/taps": "d 1 z y x -> z y x d"}
+# Layouts that differ from the released ones: both convolutions of CT-ViT have the axes depth, rows, columns.
+LAYOUTS = {"temporal/positions/taps": "d 1 z y x -> z y x d", "codebook": "n d -> n d"}
 
 
 def entries(config: RadFMConfig, *, fused: bool = False) -> list[Entry]:
