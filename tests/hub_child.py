@@ -67,12 +67,12 @@ def uses(folder: str, scratch: str) -> dict:
     folder, scratch = Path(folder), Path(scratch)
     batch = tensors(folder / "left.npz")
     model = load(folder, AutoModelForImageTextToText)
-    plain = model(**batch).logits
+    plain, real = model(**batch).logits, batch["attention_mask"] > 0
     found = {"attention": model.config._attn_implementation}
     eager = load(folder, attn_implementation="eager")
-    found["eager"] = largest(eager(**batch).logits - plain)
+    found["eager"] = largest((eager(**batch).logits - plain)[real])
     half = load(folder, dtype=torch.bfloat16)
-    found["bfloat16"] = largest(half(**batch).logits.float() - plain)
+    found["bfloat16"] = largest((half(**batch).logits.float() - plain)[real])
     spread = load(folder, device_map="auto")
     found["device_map"] = largest(spread(**batch).logits - plain)
     found["split"] = sorted(model._no_split_modules)

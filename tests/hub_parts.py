@@ -79,7 +79,7 @@ def prompts(config: RadFMConfig, seed: int = 1) -> list[tuple[np.ndarray, np.nda
     volume, flat = config.vision.scan_shape(3), (*config.vision.scan_shape(3)[:2], config.vision.patch[2])
     noise = lambda n, shape: rng.random((n, config.vision.channels, *shape), np.float32)  # noqa: E731
     rows = [
-        ([1, *text(9)], noise(0, flat)),
+        ([1, *text(9)], noise(0, volume)),
         ([1, *text(2), *mark(0), *text(5)], noise(1, volume)),
         ([1, *mark(0), *text(3)], noise(1, flat)),
         ([1, *mark(0), *text(4), *mark(1), *text(7)], noise(2, volume)),
