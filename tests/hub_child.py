@@ -57,9 +57,16 @@ def all_models(root: str, *names: str) -> dict:
             "lowest": bool((logits["left"][..., -3:] == np.finfo(np.float32).min).all()),
             "same without cache": bool((uncached[:, -NEW:] == new).all()),
             "parameters": sum(p.numel() for p in model.parameters()),
-            "names": sorted(model.state_dict()),
         }
+        model.save_pretrained(folder.with_name(f"{name} saved"))
     return found
+
+
+def quick(root: str, *names: str) -> dict:
+    """Run the models, and what damages the first of them."""
+    folder = Path(root) / names[0]
+    damage = errors(folder, Path(root) / "damaged", load(folder), tensors(folder / "left.npz"))
+    return all_models(root, *names) | {"errors": damage}
 
 
 def uses(folder: str, scratch: str) -> dict:
@@ -77,15 +84,15 @@ def uses(folder: str, scratch: str) -> dict:
     found["device_map"] = largest(spread(**batch).logits - plain)
     found["split"] = sorted(model._no_split_modules)
     found["several answers"] = several_answers(model, batch)
+    right = tensors(folder / "right.npz")
+    labels = right["input_ids"].masked_fill(right["attention_mask"] == 0, -100)
+    found["loss"] = float(model(**right, labels=labels).loss)
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    found["loss"] = float(model(**batch, labels=labels).loss)
     tuple_output = model(**batch, return_dict=False)
     found["tuple"] = isinstance(tuple_output, tuple) and largest(tuple_output[0] - plain) == 0
     found["gradients"] = gradients(model, {**batch, "labels": labels})
     found |= adapters(load(folder), {**batch, "labels": labels}, scratch)
     found |= trainer(load(folder), {**batch, "labels": labels}, scratch)
-    load(folder, dtype="auto").save_pretrained(scratch / "saved")
-    found["errors"] = errors(folder, scratch, model, batch)
     return found
 
 

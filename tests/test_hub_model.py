@@ -28,7 +28,7 @@ def write_exports(root, models):
 def exports(tmp_path_factory):
     root = tmp_path_factory.mktemp("exports")
     models = write_exports(root, MODELS)
-    return root, models, run_child("all_models", root, *MODELS)
+    return root, models, run_child("quick", root, *MODELS)
 
 
 def own_logits(model, rows, new, longest: int) -> np.ndarray:
@@ -81,9 +81,11 @@ def stored_equal(a, b) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_from_hf_returns_every_parameter(name, exports, tmp_path):
-    root, models, found = exports
-    from_torch(root / name, tmp_path / "back", part="llama")
-    stored_equal(root / "ours" / name, tmp_path / "back")
+    """Of an export, and of a folder that transformers saved again."""
+    root, models, _ = exports
+    for source, target in ((root / name, tmp_path / "back"), (root / f"{name} saved", tmp_path / "saved")):
+        from_torch(source, target, part="llama")
+        stored_equal(root / "ours" / name, target)
     sizes = RadFMConfig.from_dict(checkpoint.read_description(tmp_path / "back")["model"])
     fields = {part: getattr(models[name].config, part) for part in ("vision", "perceiver", "llama")}
     assert sizes == RadFMConfig(**fields).with_compute(remat="full")
@@ -95,17 +97,11 @@ def test_from_hf_returns_every_parameter(name, exports, tmp_path):
 # --- other libraries, damaged folders ---------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def used(exports, tmp_path_factory):
-    root, models, _ = exports
-    scratch = tmp_path_factory.mktemp("used")
-    return scratch, run_child("uses", root / "llama", scratch)
-
-
-def test_other_libraries_use_it(used, exports):
+@pytest.mark.slow
+def test_other_libraries_use_it(exports, tmp_path):
     """Attention kernels, device_map, beams, PEFT, Trainer, gradient checkpointing."""
     root, models, _ = exports
-    _, found = used
+    found = run_child("uses", root / "llama", tmp_path)
     assert found["attention"] == "sdpa" and found["eager"] < 2e-5 and 0 < found["bfloat16"] < 0.3
     assert found["device_map"] == 0 and {"ViT3D", "Perceiver", "LlamaDecoderLayer"} <= set(found["split"])
     assert found["several answers"] and found["tuple"]
@@ -121,11 +117,6 @@ def test_other_libraries_use_it(used, exports):
             if ids[t] < models["llama"].config.image_id:
                 losses.append(np.logaddexp.reduce(logits[i, t - 1]) - logits[i, t - 1, ids[t]])
     assert found["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
-
-
-def test_a_folder_that_transformers_saved_is_read(used, exports, tmp_path):
-    from_torch(used[0] / "saved", tmp_path / "back", part="llama")
-    stored_equal(exports[0] / "ours" / "llama", tmp_path / "back")
 
 
 MESSAGES = {
@@ -145,5 +136,5 @@ MESSAGES = {
 
 
 @pytest.mark.parametrize("damage", MESSAGES)
-def test_transformers_reports_damage(damage, used):
-    assert MESSAGES[damage] in used[1]["errors"][damage]
+def test_transformers_reports_damage(damage, exports):
+    assert MESSAGES[damage] in exports[2]["errors"][damage]

@@ -13,7 +13,7 @@ from typing import Any
 from input_pipeline.field_rules import as_tuple, errors_of, raise_problems
 from radfm_jax import __version__
 from radfm_jax.convert import hf_config, vision_config
-from radfm_jax.convert.families.irrelevant import REASONS
+from radfm_jax.convert.families.irrelevant import PLAIN, REASONS
 from radfm_jax.inference import stored
 from radfm_jax.models.computation import COMPUTE
 from radfm_jax.models.encoders.slices import SliceConfig
@@ -88,10 +88,16 @@ def read_config(hf: Mapping, path) -> RadFMConfig:
     text, vision, bridge = ({k: as_tuple(v) for k, v in hf[name].items()} for name in PARTS)
     with errors_of(path):
         own = vision.get("model_type") == OWN_VISION
-        vision = _without(vision, *REASONS, "model_type") if own else _read_slices(vision, path)
+        vision = _without(vision, *REASONS, *PLAIN) if own else _read_slices(vision, path)
         sizes = {"vision": vision, "perceiver": {**bridge, "width": vision.get("width")}}
         llama = hf_config.decoder_from_hf(text, path)
-        return RadFMConfig.from_dict({**sizes, "llama": llama.to_dict()})
+        config = RadFMConfig.from_dict({**sizes, "llama": llama.to_dict()})
+        wanted = {"bridge_config": _sizes(config.perceiver, "width"), "vision_config": _sizes(config.vision)}
+        if not own:
+            wanted["vision_config"] = SLICE_KEYS
+        if missing := [f"{name}.{key}" for name, keys in wanted.items() for key in keys if key not in hf[name]]:
+            raise ValueError(f"{', '.join(missing)} are missing: export the model again")
+    return config
 
 
 def _problems(hf: Mapping):
@@ -101,7 +107,7 @@ def _problems(hf: Mapping):
             yield f"{name} is missing: export the model again"
         elif name in PARTS and not isinstance(hf[name], Mapping):
             yield f"{name} must be a mapping (got {hf[name]!r})"
-    if unknown := [key for key in hf if key not in known and key not in REASONS]:
+    if unknown := [key for key in hf if key not in (*known, *REASONS, *PLAIN)]:
         yield f"unknown keys {', '.join(unknown)}: remove them if they do not change the network, or update radfm_jax"
     if _newer(hf.get(VERSION)):
         yield f"{VERSION} is {hf[VERSION]}, but this is radfm_jax {__version__}: update radfm_jax"
@@ -117,7 +123,7 @@ def _newer(version: Any) -> bool:
 
 
 def _read_slices(fields: Mapping, path) -> dict[str, Any]:
-    own = {field: fields.get(key) for key, field in SLICE_KEYS.items()}
+    own = {field: fields[key] for key, field in SLICE_KEYS.items() if key in fields}
     config = vision_config.read_config(_without(fields, *SLICE_KEYS), path)
     return dataclasses.replace(config, **own).to_dict()
 
