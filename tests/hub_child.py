@@ -21,7 +21,7 @@ sys.path = [p for p in sys.path if "/tests" not in p]
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
 logging.set_verbosity_error()
@@ -67,6 +67,20 @@ def quick(root: str, *names: str) -> dict:
     folder = Path(root) / names[0]
     damage = errors(folder, Path(root) / "damaged", load(folder), tensors(folder / "left.npz"))
     return all_models(root, *names) | {"errors": damage}
+
+
+def logits(folder: str, inputs: str, output: str) -> None:
+    """Write the logits for an .npz of inputs."""
+    with torch.no_grad():
+        np.save(output, load(folder)(**tensors(inputs)).logits.numpy())
+
+
+def shapes(folder: str) -> dict:
+    """Build the model of a config.json without values; return the names and shapes of its tensors."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+    return {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def uses(folder: str, scratch: str) -> dict:

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 
+import golden
 import numpy as np
 import pytest
-from hub_parts import MODELS, inputs_of, prompts, run_child, saved
+from convert_parts import save_bin
+from hub_parts import MODELS, MORE, inputs_of, prompts, run_child, saved
 
 from radfm_jax.checkpoints import checkpoint
+from radfm_jax.convert import hf_folder, hub_config, hub_table
 from radfm_jax.convert.from_torch import from_torch
 from radfm_jax.convert.to_torch import to_torch
+from radfm_jax.models import radfm
+from radfm_jax.models.decoder import DecoderConfig
+from radfm_jax.models.perceiver import PerceiverConfig
 from radfm_jax.models.radfm import RadFMConfig
+from radfm_jax.models.vit3d import ViTConfig
 
 
 def write_exports(root, models):
@@ -92,6 +101,55 @@ def test_from_hf_returns_every_parameter(name, exports, tmp_path):
     to_torch(tmp_path / "back", tmp_path / "again", part="hub")
     configs = [json.loads((folder / "config.json").read_text()) for folder in (root / name, tmp_path / "again")]
     assert configs[0] == configs[1]
+
+
+@pytest.mark.slow
+def test_the_other_families_and_options(tmp_path):
+    """Measured: at most 2e-5."""
+    models = write_exports(tmp_path, MORE)
+    run_child("all_models", tmp_path, *MORE)
+    for name, model in models.items():
+        worst = compare_with_ours(tmp_path, name, model)
+        assert max(worst.values()) < 2e-4, (name, worst)
+        from_torch(tmp_path / name, tmp_path / f"{name} back", part="llama")
+        stored_equal(tmp_path / "ours" / name, tmp_path / f"{name} back")
+
+
+@pytest.mark.slow
+def test_the_released_sizes(tmp_path):
+    """All 13,123,822,336 parameters have the names and shapes of the table."""
+    config = radfm.radfm_14b()
+    hf_folder.write_json(tmp_path / "config.json", hub_config.write_config(config, "bfloat16"))
+    for path in hf_folder.CODE.glob("*.py"):
+        shutil.copyfile(path, tmp_path / path.name)
+    shapes = run_child("shapes", tmp_path)
+    assert shapes == {e.name: list(e.torch_shape) for e in hub_table.entries(config)}
+    assert sum(math.prod(shape) for shape in shapes.values()) == 13_123_822_336
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["p1_2d_s1", "p4_b2s2_2d_pad", "p6_3d_s2_d8_mid"])
+def test_released_weights_give_the_released_outputs(name, tmp_path):
+    """Logits of the released code (golden files) against released weights, converted and run by transformers."""
+    case = golden.load(name)
+    path = save_bin(tmp_path / "x.bin", golden.state_dict(name), config=None)
+    sizes = golden.Sizes.of_golden(case)
+    vision = ViTConfig(width=sizes.vis_dim)
+    llama = DecoderConfig(
+        vocab_size=sizes.vocab, width=sizes.hidden, mlp_width=sizes.inter, num_layers=sizes.layers,
+        num_heads=sizes.heads, num_kv_heads=sizes.heads, head_dim=sizes.hidden // sizes.heads,
+    )  # fmt: skip
+    config = RadFMConfig(vision, PerceiverConfig(width=sizes.vis_dim), llama)
+    from_torch(path, tmp_path / "ours", config={"model": config.to_dict()})
+    to_torch(tmp_path / "ours", tmp_path / "export", part="hub")
+    real, rows = case["attention_mask"] > 0, []
+    for ids, mask, scans in zip(case["lang_x"], real, golden.vision(case), strict=True):
+        rows.append((ids[mask], scans[: (ids == config.image_id).sum()]))
+    np.savez(tmp_path / "inputs.npz", **inputs_of(config, rows, "right"))
+    run_child("logits", tmp_path / "export", tmp_path / "inputs.npz", tmp_path / "logits.npy")
+    actual = np.load(tmp_path / "logits.npy")[..., : sizes.vocab]
+    for i, (ids, _) in enumerate(rows):
+        np.testing.assert_allclose(actual[i, : len(ids)], case["logits"][i, real[i]], atol=2e-4, rtol=0)
 
 
 # --- other libraries, damaged folders ---------------------------------------------------------------------------------
