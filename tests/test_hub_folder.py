@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import importlib.util
 import json
 import shutil
 
@@ -16,6 +17,7 @@ from radfm_jax import __version__
 from radfm_jax.checkpoints import checkpoint
 from radfm_jax.convert import hub_config, hub_table, released_class, run_facts, table
 from radfm_jax.convert.__main__ import main
+from radfm_jax.convert.check import compare
 from radfm_jax.convert.from_torch import from_torch
 from radfm_jax.convert.to_torch import to_torch
 from radfm_jax.inference import stored
@@ -203,6 +205,13 @@ def test_folders_and_checkpoints_that_are_refused(run, export, tmp_path, capsys)
     with pytest.raises(ValueError, match="no model type of transformers has this decoder"):
         odd = dataclasses.replace(radfm.tiny().llama, qkv_bias=True, qk_norm=True)
         hub_config.write_config(dataclasses.replace(radfm.tiny(), llama=odd), "float32")
+
+
+def test_check_needs_torch_for_an_export(export, run, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else find_spec(name))
+    with pytest.raises(ValueError, match="is run by transformers, but torch is not installed: pip install"):
+        compare(export, run)
 
 
 def test_what_the_released_class_needs(tmp_path):

@@ -14,6 +14,7 @@ from hub_parts import MODELS, MORE, inputs_of, prompts, run_child, saved
 
 from radfm_jax.checkpoints import checkpoint
 from radfm_jax.convert import hf_folder, hub_config, hub_table
+from radfm_jax.convert.__main__ import main
 from radfm_jax.convert.from_torch import from_torch
 from radfm_jax.convert.to_torch import to_torch
 from radfm_jax.models import radfm
@@ -113,6 +114,22 @@ def test_the_other_families_and_options(tmp_path):
         assert max(worst.values()) < 2e-4, (name, worst)
         from_torch(tmp_path / name, tmp_path / f"{name} back", part="llama")
         stored_equal(tmp_path / "ours" / name, tmp_path / f"{name} back")
+
+
+@pytest.mark.slow
+def test_check_runs_the_code_of_the_folder(exports, tmp_path, capsys):
+    root = exports[0]
+    assert main(["check", str(root / "ours" / "qwen3"), str(root / "qwen3"), "--tolerance", "2e-4"]) == 0
+    assert main(["check", str(root / "qwen3"), str(root / "qwen3 saved"), "--tolerance", "0"]) == 0
+    to_torch(root / "ours" / "qwen3", tmp_path / "llm", part="llama")
+    assert main(["check", str(root / "qwen3"), str(tmp_path / "llm")]) == 0  # texts
+    edited = shutil.copytree(root / "qwen3", tmp_path / "edited")
+    code = (edited / "modeling_radfm.py").read_text()
+    (edited / "modeling_radfm.py").write_text(code.replace("F.gelu(self.up(x.flatten", "F.relu(self.up(x.flatten"))
+    assert main(["check", str(root / "ours" / "qwen3"), str(edited)]) == 1
+    (edited / "modeling_radfm.py").write_text("raise RuntimeError('broken')")
+    assert main(["check", str(root / "ours" / "qwen3"), str(edited)]) == 2
+    assert "RuntimeError: broken" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -7,11 +7,13 @@ is written as .npy, float32[B, T, V + 3].
 import sys
 
 import numpy as np
-import torch
-from transformers import AutoModelForCausalLM
 
 
 def main(folder: str, inputs: str, logits: str, dtype: str) -> None:
+    """Write the logits of the model for the inputs."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=getattr(torch, dtype)).eval()
     arguments = {name: torch.from_numpy(value) for name, value in np.load(inputs).items()}
     with torch.no_grad():
