@@ -179,6 +179,31 @@ def trainer(model, batch, scratch) -> dict:
     return {"trainer": [line["loss"] for line in run.state.log_history if "loss" in line]}
 
 
+def sft(folder: str, scratch: str) -> list[float]:
+    """Train three steps with SFTTrainer of TRL, which computes its loss from the hidden states; return the losses."""
+    import datasets
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+    from trl import SFTConfig, SFTTrainer
+
+    model, batch = load(folder), tensors(Path(folder) / "left.npz")
+    text = (batch["attention_mask"] > 0) & (batch["input_ids"] < model.config.image_start_token_id)
+    batch["labels"] = batch["input_ids"].masked_fill(~text, -100)
+    words = tokenizers.models.WordLevel(
+        {f"t{i}": i for i in range(model.config.text_config.vocab_size)}, unk_token="t0"
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(words), pad_token="t0", eos_token="t2")
+    arguments = SFTConfig(
+        str(Path(scratch) / "sft"), max_steps=3, per_device_train_batch_size=1, learning_rate=1e-3, report_to=[],
+        logging_steps=1, save_strategy="no", use_cpu=True, disable_tqdm=True, remove_unused_columns=False, bf16=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )  # fmt: skip
+    rows = datasets.Dataset.from_list([{"row": i} for i in range(3)])
+    run = SFTTrainer(model, arguments, lambda rows: dict(batch), rows, processing_class=tokenizer)
+    run.train()
+    return [float(line["loss"]) for line in run.state.log_history if "loss" in line] + [float(model(**batch).loss)]
+
+
 def errors(folder, scratch, model, batch) -> dict[str, str]:
     """Return the messages for damaged folders and for inputs that do not fit."""
 

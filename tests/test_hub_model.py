@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import shutil
@@ -192,6 +193,13 @@ def test_other_libraries_use_it(exports, tmp_path):
             if ids[t] < models["llama"].config.image_id:
                 losses.append(np.logaddexp.reduce(logits[i, t - 1]) - logits[i, t - 1, ids[t]])
     assert found["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not all(map(importlib.util.find_spec, ("trl", "datasets"))), reason="needs trl and datasets")
+def test_trl_trains_it(exports, tmp_path):
+    losses = run_child("sft", exports[0] / "llama", tmp_path)
+    assert len(losses) == 4 and losses == sorted(losses, reverse=True), losses
 
 
 MESSAGES = {

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from .configuration_radfm import RadFMConfig
@@ -385,9 +386,9 @@ class RadFMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None, pixel_values: Tensor | None = None, image_grid: Tensor | None = None,
         labels: Tensor | None = None, logits_to_keep: int | Tensor = 0, **kwargs,
     ):  # fmt: skip
-        """Return the output of the language model, with logits [B, T, V + 3]; its cache and options are in `kwargs`.
+        """Return the loss, logits [B, T, V + 3], the hidden states [B, T, E], and the cache of the language model.
 
-        Labels from V on do not count.
+        `kwargs` are those of the language model, such as its cache. Labels from V on do not count.
         """
         if inputs_embeds is None:
             inputs_embeds = self.embed(input_ids, pixel_values, image_grid)
@@ -395,14 +396,22 @@ class RadFMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             raise ValueError("pass input_ids with pixel_values, not inputs_embeds")
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
             position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
+        output = self.language_model.base_model(
+            inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids, **kwargs
+        )
+        rows = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits, loss = self.get_output_embeddings()(output.last_hidden_state[:, rows]), None
+        if cap := getattr(self.config.text_config, "final_logit_softcapping", None):
+            logits = cap * torch.tanh(logits / cap)
         if labels is not None:
-            labels = labels.masked_fill(labels >= self.config.image_start_token_id, -100)
-        output = self.language_model(
-            inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids, labels=labels,
-            logits_to_keep=logits_to_keep, **kwargs,
-        )  # fmt: skip
-        output.logits = F.pad(output.logits, (0, 3), value=torch.finfo(output.logits.dtype).min)
-        return output
+            size = self.config.text_config.vocab_size
+            labels = labels.masked_fill(labels >= size, -100)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=size, **kwargs)
+        logits = F.pad(logits, (0, 3), value=torch.finfo(logits.dtype).min)
+        rest = {name: value for name, value in output.items() if name != "last_hidden_state"}
+        result = CausalLMOutputWithPast(loss=loss, logits=logits, **rest)
+        result["last_hidden_state"] = output.last_hidden_state  # from which TRL computes its losses
+        return result
 
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None,
