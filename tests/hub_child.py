@@ -1,6 +1,7 @@
 """A process without JAX that runs exported folders: `python hub_child.py FUNCTION ARGUMENTS`; it prints JSON."""
 
-import importlib.abc
+import importlib.machinery
+import importlib.util
 import json
 import shutil
 import sys
@@ -8,15 +9,17 @@ import warnings
 from pathlib import Path
 
 
-class Blocker(importlib.abc.MetaPathFinder):
-    """Makes the import of JAX and of this project fail, as on a machine without them."""
+class WithoutJax(importlib.machinery.PathFinder):
+    """Finds neither JAX nor this project, as on a machine without them."""
 
-    def find_spec(self, name, path=None, target=None):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
         if name.partition(".")[0] in ("jax", "jaxlib", "flax", "radfm_jax", "input_pipeline"):
-            raise ModuleNotFoundError(f"{name} is blocked", name=name)
+            return None
+        return super().find_spec(name, path, target)
 
 
-sys.meta_path.insert(0, Blocker())
+sys.meta_path = [WithoutJax if x is importlib.machinery.PathFinder else x for x in sys.meta_path]
 sys.path = [p for p in sys.path if "/tests" not in p]
 
 import numpy as np  # noqa: E402
@@ -25,6 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.utils import logging  # noqa: E402
 
 logging.set_verbosity_error()
+assert all(importlib.util.find_spec(name) is None for name in ("jax", "radfm_jax", "input_pipeline"))
 NEW = 6  # tokens that `generate` adds
 torch.set_num_threads(2)
 
