@@ -28,6 +28,9 @@ from radfm_jax.convert.tensor_files import TensorInfo, open_tensors, write_torch
 from radfm_jax.models import radfm
 
 
+PARAMETER = re.compile(rf"{checkpoint.PARAMS}/(llama|vit|perceiver|projection|image_marks)")  # files of arrays
+
+
 def synthetic(path: Path, layers: int, dtype: str) -> int:
     """Write the file; return its number of parameters, with tied ones counted once."""
     config = radfm.radfm_14b()
@@ -101,7 +104,7 @@ def main() -> None:
         different = [n for n in {*before, *after} if before.get(n) != after.get(n)]
         console.print(f"tensors that differ after the round trip: {len(different)} of {len(before)} {different[:5]}")
         stored = [
-            {name: x for name, x in checkpoint.read_manifest(folder).items() if name.startswith(checkpoint.PARAMS)}
+            {name: x for name, x in checkpoint.read_manifest(folder).items() if PARAMETER.match(name)}
             for folder in (ours, again)
         ]
         different = [name for name in {*stored[0], *stored[1]} if stored[0].get(name) != stored[1].get(name)]
