@@ -27,7 +27,6 @@ from radfm_jax.convert import table
 from radfm_jax.convert.tensor_files import TensorInfo, open_tensors, write_torch_bin
 from radfm_jax.models import radfm
 
-
 PARAMETER = re.compile(rf"{checkpoint.PARAMS}/(llama|vit|perceiver|projection|image_marks)")  # files of arrays
 
 
