@@ -245,6 +245,7 @@ def errors(folder, scratch, model, batch) -> dict[str, str]:
         "other version": edited("c", lambda copy, config: config.update(code_version="9.0.0")),
         "other code": edited("d", replace_code),
         "missing key": edited("e", lambda copy, config: config["vision_config"].pop("width")),
+        "missing part": edited("h", lambda copy, config: config.pop("bridge_config")),
         "other id": edited("f", lambda copy, config: config.update(image_token_id=7)),
         "unknown bridge": edited("g", lambda copy, config: config["bridge_config"].update(kind="qformer")),
         "no pixels": message(model, input_ids=batch["input_ids"]),

@@ -168,7 +168,7 @@ def refused(change) -> str:
     (lambda hf: hf["vision_config"].update(model_type="clip"), "model_type 'clip' is not a supported vision encoder"),
     (lambda hf: hf["bridge_config"].update(grid=[1, 1, 0]), "model.perceiver.grid"),
     (lambda hf: hf["bridge_config"].update(kind="qformer"), "model.perceiver"),
-    (lambda hf: hf["text_config"].update(rope_scalin=1), "unknown keys rope_scalin"),
+    (lambda hf: hf["text_config"].update(rope_scalin=1), "config.json: text_config: unknown keys rope_scalin"),
 ])  # fmt: skip
 def test_configs_that_are_refused(change, message):
     assert message in refused(change)

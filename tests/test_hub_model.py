@@ -208,6 +208,7 @@ MESSAGES = {
     "other version": "written by radfm_jax 9.0.0, but configuration_radfm.py is of version",
     "other code": "but modeling_radfm.py is of version 0.",
     "missing key": "vision_config lacks width",
+    "missing part": "config.json lacks bridge_config",
     "other id": "image_token_id must be 98, as text_config.vocab_size is 96",
     "unknown bridge": "bridge_config.kind 'qformer' is unknown",
     "no pixels": "input_ids have visual tokens, but there are no pixel_values",

@@ -88,9 +88,9 @@ def read_config(hf: Mapping, path) -> RadFMConfig:
     text, vision, bridge = ({k: as_tuple(v) for k, v in hf[name].items()} for name in PARTS)
     with errors_of(path):
         own = vision.get("model_type") == OWN_VISION
-        vision = _without(vision, *REASONS, *PLAIN) if own else _read_slices(vision, path)
+        vision = _without(vision, *REASONS, *PLAIN) if own else _read_slices(vision)
         sizes = {"vision": vision, "perceiver": {**bridge, "width": vision.get("width")}}
-        llama = hf_config.decoder_from_hf(text, path)
+        llama = hf_config.decoder_from_hf(text, "text_config")
         config = RadFMConfig.from_dict({**sizes, "llama": llama.to_dict()})
         wanted = {"bridge_config": _sizes(config.perceiver, "width"), "vision_config": _sizes(config.vision)}
         if not own:
@@ -122,9 +122,9 @@ def _newer(version: Any) -> bool:
     return numbers(version) > numbers(__version__)
 
 
-def _read_slices(fields: Mapping, path) -> dict[str, Any]:
+def _read_slices(fields: Mapping) -> dict[str, Any]:
     own = {field: fields[key] for key, field in SLICE_KEYS.items() if key in fields}
-    config = vision_config.read_config(_without(fields, *SLICE_KEYS), path)
+    config = vision_config.read_config(_without(fields, *SLICE_KEYS), "vision_config")
     return dataclasses.replace(config, **own).to_dict()
 
 

@@ -41,7 +41,10 @@ class RadFMConfig(PreTrainedConfig):
         self.text_config, self.vision_config = _config(text_config), _config(vision_config)
         self.bridge_config, self.preparation, self.origin = bridge_config or {}, preparation, origin
         self.vocab_size = self.image_start_token_id = self.image_end_token_id = self.image_token_id = None
-        if text_config and vision_config and bridge_config:  # transformers also makes configs without fields
+        parts = {"text_config": text_config, "vision_config": vision_config, "bridge_config": bridge_config}
+        if any(parts.values()):  # transformers also makes configs without fields
+            if missing := [name for name, fields in parts.items() if not fields]:
+                raise ValueError(f"config.json lacks {', '.join(missing)}")
             self._check_fields()
             size = self.text_config.vocab_size
             ids = {"image_start_token_id": size, "image_end_token_id": size + 1, "image_token_id": size + 2}
