@@ -32,13 +32,13 @@ CT_WINDOWS = {"lung": (-1350, 150), "mediastinum": (-125, 225), "soft_tissue": (
               "bone": (-500, 1300), "brain": (0, 80)}  # fmt: skip
 QUANTIZATION = {"uint8": (1 / 255, 0.0), "int16": (1 / 65535, 32768 / 65535), "float32": (1.0, 0.0)}  # scale, offset
 ORDERS = {"columns": (3, 5, 0, 1, 2, 4, 6), "slabs": (0, 3, 5, 1, 2, 4, 6)}  # axes of [k, d, C, i, h, j, w]
-SAME = (  # attributes that must not be mixed within a volume
-    "SeriesInstanceUID SOPClassUID Modality FrameOfReferenceUID Rows Columns SamplesPerPixel BitsAllocated BitsStored "
-    "PhotometricInterpretation PixelRepresentation PixelPaddingValue PixelPaddingRangeLimit ImageType RescaleType Units "
-    "SUVType EchoTime EchoNumbers InversionTime FlipAngle ScanningSequence SequenceName DiffusionBValue KVP TriggerTime "
-    "ConvolutionKernel ContrastBolusAgent CorrectedImage TemporalPositionIdentifier AcquisitionNumber SliceThickness "
-    "ImageOrientationPatient PixelSpacing"
-).split()
+SAME = """
+    SeriesInstanceUID SOPClassUID Modality FrameOfReferenceUID Rows Columns SamplesPerPixel PhotometricInterpretation
+    BitsAllocated BitsStored PixelRepresentation PixelPaddingValue PixelPaddingRangeLimit ImageType RescaleType Units
+    SUVType EchoTime EchoNumbers InversionTime FlipAngle ScanningSequence SequenceName DiffusionBValue KVP TriggerTime
+    ConvolutionKernel ContrastBolusAgent CorrectedImage TemporalPositionIdentifier AcquisitionNumber SliceThickness
+    ImageOrientationPatient PixelSpacing
+""".split()  # attributes that must not be mixed within a volume
 PLAIN = "NumberOfFrames ModalityLUTSequence SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence".split()
 OTHERS = ("ImagePositionPatient RescaleSlope RescaleIntercept WindowCenter WindowWidth VOILUTFunction HighBit "
           "ImagerPixelSpacing NominalScannedPixelSpacing PixelData").split()  # fmt: skip
@@ -143,7 +143,10 @@ def read_dicom(files: list[Path]) -> Scan:
     plain = inverted or first.PhotometricInterpretation == "MONOCHROME2"
     plain &= all(s.get(tag, 1) == 1 for s in slices for tag in PLAIN) and first.get("HighBit", bits - 1) == bits - 1
     plain &= not any(s.get(tag) for s in slices for tag in MOSAIC) and "MOSAIC" not in str(first.get("ImageType"))
-    require(plain and first.get("Modality") not in ("SEG", "RTDOSE"), "is not a plain gray slice a file")
+    require(
+        plain and first.get("Modality") not in ("SEG", "RTDOSE"),
+        "has colour, several frames, a lookup table or a mosaic",
+    )
     names = [s.file_meta.TransferSyntaxUID.name for s in slices if s.file_meta.TransferSyntaxUID.is_compressed]
     lossless = all("Lossless" in name and "Lossy" not in name for name in names)
     require(lossless, "has a lossy or unknown transfer syntax", "convert it to Explicit VR Little Endian")
@@ -165,8 +168,8 @@ def read_dicom(files: list[Path]) -> Scan:
     total += float(max(*slopes * low + intercepts, *slopes * high + intercepts))
     rescaled = (slopes != 1).any() or (intercepts != 0).any()
     slopes, intercepts = (-slopes, total - intercepts) if inverted else (slopes, intercepts)
-    ends = {tuple(sorted(float(pad * a + b) for pad in (pads[0], pads[-1]))) for a, b in zip(slopes, intercepts) if pads}
-    require(len(ends) < 2, "has another padding value in every slice")
+    padding = np.sort(np.array(pads[:1] + pads[-1:])[:, None] * slopes + intercepts, axis=0)  # [2 or 0, slices]
+    require((padding == padding[:, :1]).all(), "has another padding value in every slice")
     order, across, down, step = slice_order(slices)
     if inverted and not rescaled:
         voxels = frames.dtype.type(total) - frames[order]
@@ -183,7 +186,8 @@ def read_dicom(files: list[Path]) -> Scan:
     windows = [window for s in slices if (window := stated_window(s))]
     window = tuple(statistics.median(w[i] for w in windows) for i in (0, 1)) if windows else (0, 0)
     window = (total - window[1], total - window[0]) if inverted else window
-    return Scan(voxels, next(iter(ends), None), first.get("Modality"), window if window[0] < window[1] else None, spacing)
+    window = window if window[0] < window[1] else None
+    return Scan(voxels, tuple(padding[:, 0].tolist()) or None, first.get("Modality"), window, spacing)
 
 
 def positive(dataset: Any, tag: str) -> tuple | None:
@@ -207,12 +211,12 @@ def slice_order(slices: list) -> tuple:
     if len(slices) == 1 and direction is None:
         return [0], None, None, None
     positions = [s.get("ImagePositionPatient") for s in slices]
-    located = direction is not None and (len(slices) == 1 or (None not in positions and positive(slices[0], "PixelSpacing")))
-    require(located, "has slices without position, orientation or spacing")
+    require(direction is not None, "has slices without orientation")
     across, down = np.array(direction[:3], float), np.array(direction[3:], float)
     normal = np.cross(across, down)
     if len(slices) == 1:
         return [0], across, down, normal
+    require(None not in positions and positive(slices[0], "PixelSpacing"), "has slices without position or spacing")
     positions = np.array(positions, float)
     order = [int(i) for i in np.argsort(positions @ normal, kind="stable")]
     positions = positions[order]
@@ -273,9 +277,11 @@ def intensity_ranges(scan: Scan, low: float, high: float, setting: str) -> list[
     if setting == "minmax":
         return [(low, high)]
     if setting.startswith("percentile"):
-        ends, steps = [float(x) for x in (setting + ":0.5,99.5").split(":")[1].split(",")], [1, 1, 1]
-        while math.prod(-(-n // s) for n, s in zip(scan.voxels.shape, steps)) * scan.voxels.shape[3] > 1 << 16:
-            steps[int(np.argmax([-(-n // s) for n, s in zip(scan.voxels.shape, steps)]))] += 1
+        ends = [float(x) for x in (setting + ":0.5,99.5").split(":")[1].split(",")]
+        steps = np.ones(3, int)
+        sides = np.array(scan.voxels.shape[:3])
+        while math.prod(-(-sides // steps)) * scan.voxels.shape[3] > 1 << 16:
+            steps[int(np.argmax(-(-sides // steps)))] += 1
         sample = scan.voxels[tuple(slice(step // 2, None, step) for step in steps)]
         sample = sample[sample > low]
         ends = np.percentile(sample, ends) if sample.size else (low, high)
@@ -285,15 +291,19 @@ def intensity_ranges(scan: Scan, low: float, high: float, setting: str) -> list[
         windows = [scan.window]
     else:
         names = [name.strip() for name in setting.split("/")]
+        named = any(name in CT_WINDOWS for name in names)
         try:
             windows = [tuple(map(float, CT_WINDOWS.get(name) or name.split(","))) for name in names]
-            (bottom, _), _ = windows[0], [low < high for low, high in windows]
         except ValueError:
-            raise ValueError(f"intensity {setting!r} is unknown: use {', '.join(CT_WINDOWS)}, minmax or LOW,HIGH") from None
-        require(len(windows) in (1, 3) and (len(windows) == 1 or scan.voxels.shape[3] == 1), "needs 1 or 3 windows, gray")
-        hounsfield = any(name in CT_WINDOWS for name in names) or (min(windows)[0] < 0 <= low)
-        ct = scan.modality in (None, "CT") and (low < 0 or not any(name in CT_WINDOWS for name in names))
-        require(ct or not hounsfield, f"is not in Hounsfield units ({low:g} to {high:g})", "use minmax or percentile")
+            windows = []
+        known = len(windows) in (1, 3) and all(len(window) == 2 and window[0] < window[1] for window in windows)
+        require(
+            known, f"intensity {setting!r} is unknown", f"use {', '.join(CT_WINDOWS)}, minmax, percentile or LOW,HIGH"
+        )
+        require(len(windows) == 1 or scan.voxels.shape[3] == 1, "three windows need a gray scan", "use one window")
+        ct = scan.modality in (None, "CT")
+        hounsfield = (ct and low < 0) if named else (ct or min(windows)[0] >= 0 or low < 0)
+        require(hounsfield, f"is not in Hounsfield units ({low:g} to {high:g})", "use minmax or percentile")
     seen = min(w[0] for w in windows) < high and low < max(w[1] for w in windows)
     require(seen, f"all its voxels ({low:g} to {high:g}) are outside the window {setting}", "choose another one")
     return windows
@@ -393,11 +403,12 @@ def released_slices(scans: list[Scan], size_3d: int) -> list[tuple[np.ndarray, i
 
     first = rounded(max(4, *(s.voxels.shape[2] for s in scans), 4), 64)
     depth = rounded(first, 32 if len(scans) > 6 else 64) if size_3d == 256 else first
-    side, flat = 256 if size_3d == 256 and depth > 4 else 512, [s.voxels.dtype == np.uint8 and s.voxels.shape[2] == 1 for s in scans]
-    others = [s.voxels for s, image in zip(scans, flat) if not image]
-    low, high = (float(f([float(f(v)) for v in others])) if others else x for f, x in ((np.min, 0.0), (np.max, 1.0)))
+    side = 256 if size_3d == 256 and depth > 4 else 512
+    images = [s.voxels.dtype == np.uint8 and s.voxels.shape[2] == 1 for s in scans]
+    others = [s.voxels for s, image in zip(scans, images, strict=True) if not image] or [np.array([0.0, 1.0])]
+    low, high = min(float(voxels.min()) for voxels in others), max(float(voxels.max()) for voxels in others)
     out = []
-    for scan, image in zip(scans, flat):
+    for scan, image in zip(scans, images, strict=True):
         if image:
             pixels = Image.fromarray(np.ascontiguousarray(scan.voxels[:, :, 0].squeeze()))
             pixels = np.asarray(pixels.resize((512, 512), Image.Resampling.BICUBIC)).reshape(512, 512, 1, -1)
@@ -407,14 +418,14 @@ def released_slices(scans: list[Scan], size_3d: int) -> list[tuple[np.ndarray, i
         index = [np.arange(n) for n in voxels.shape[:3]]
         for sizes in ((512, 512, first), (side, side, depth)):
             sizes = (*sizes[:2], 1) if voxels.shape[2] == 1 else sizes
-            index = [i[nearest(len(i), n)] for i, n in zip(index, sizes)]
+            index = [i[nearest(len(i), n)] for i, n in zip(index, sizes, strict=True)]
         out.append((np.ascontiguousarray(voxels[np.ix_(*index)].transpose(2, 3, 0, 1)), depth))
     return out
 
 
 def to_patches(slices: np.ndarray, depth: int, p: dict, channels: int) -> tuple[np.ndarray, list[int]]:
     """Cut slices [K, C, H, W] into patches float32[N, d*C*h*w] in the encoder's order. Returns them and their grid."""
-    require(slices.shape[1] <= channels, f"has {slices.shape[1]} channels, but the model reads {channels}", "pass it gray")
+    require(slices.shape[1] <= channels, "a scan has colour, but the model reads gray scans", "convert it to gray")
     (h, w, d), (height, width) = p["patch"], slices.shape[2:]
     x = np.broadcast_to(slices, (depth, channels, height, width))
     x = x.reshape(depth // d, d, channels, height // h, h, width // w, w).transpose(ORDERS[p["patch_order"]])
@@ -436,7 +447,7 @@ def prepare_scans(scans: list, preparation: dict, channels: int) -> tuple[np.nda
         volumes = released_slices(read, p["size_3d"])
     else:
         volumes = []
-        for scan, setting, item in zip(read, settings, items):
+        for scan, setting, item in zip(read, settings, items, strict=True):
             try:
                 volumes.append(paper_slices(scan, p, setting))
             except ValueError as error:
