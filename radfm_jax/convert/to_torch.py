@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from radfm_jax.checkpoints import checkpoint
-from radfm_jax.convert import hf_folder, table
+from radfm_jax.convert import hf_folder, hub_table, table
 from radfm_jax.convert.families import FAMILIES
 from radfm_jax.convert.report import NO_PROGRESS, Progress, Report
 from radfm_jax.convert.tensor_files import TensorInfo, open_tensors, write_safetensors, write_torch_bin
@@ -22,13 +22,18 @@ def to_torch(
     src,
     dst,
     *,
-    part: str = "radfm",  # `radfm` for the released names, `llama` for the language model as a Hugging Face folder
+    part: str = "radfm",  # see above
     layout: str = "4.28",  # `4.28` adds the 41 buffers that the released code's strict load needs; or `plain`
     dtype: str | None = None,
+    scores=None,  # output directory of `radfm_jax.evaluate`, for the model card of a folder
     max_shard_bytes: int = 5 * 10**9,
     progress: Progress = NO_PROGRESS,
 ) -> Report:
     """Convert a checkpoint directory to PyTorch weights.
+
+    Args:
+      part: what is written, and for which code: `radfm`, the model under the released names; `hub`, the model as a
+        folder with its own code for transformers; `llama`, the language model as a folder for transformers.
 
     `dst` is one file in torch's format if its name ends in .bin, else a folder of safetensors, config.json, tokenizer
     and model card. Next to x.bin, x.config.json has the sizes and the preparation of scans. Equal checkpoints give
@@ -48,8 +53,7 @@ def to_torch(
     dtypes = tuple(sorted({(override or np.dtype(reader.dtypes[path])).name for path in shapes}))
     lines: list[str] = []
     hf = hf_folder.config_json(Path(src), part, config, description, dtypes[0], lines)
-    fused = part == "llama" and FAMILIES[hf["model_type"]].fused
-    tensors = table.by_tensor(table.entries(config, part, fused=fused))
+    tensors = table.by_tensor(_entries(part, config, hf))
     dtype_of = lambda parts: override or max((np.dtype(reader.dtypes[e.path]) for e in parts), key=_width)  # noqa: E731
     infos = {name: TensorInfo(table.tensor_shape(parts), dtype_of(parts)) for name, parts in tensors.items()}
     extras, ties = {}, {}
@@ -85,8 +89,14 @@ def to_torch(
             return report
         with checkpoint.new_directory(dst, manifest=False) as folder:
             write_safetensors(folder, infos, read, max_shard_bytes=max_shard_bytes, progress=progress.advance)
-            hf_folder.write_folder(folder, Path(src), part, config, hf, report)
+            hf_folder.write_folder(folder, Path(src), part, config, hf, report, scores=scores)
     return report
+
+
+def _entries(part: str, config: RadFMConfig, hf: dict) -> list[table.Entry]:
+    if part == "hub":
+        return hub_table.entries(config, fused=FAMILIES[hf["text_config"]["model_type"]].fused)
+    return table.entries(config, part, fused=part == "llama" and FAMILIES[hf["model_type"]].fused)
 
 
 def _width(dtype: np.dtype) -> int:
@@ -99,14 +109,14 @@ def _open(src, part: str) -> tuple[dict, RadFMConfig, checkpoint.StoredParams, d
     description = checkpoint.read_description(src)
     if checkpoint.BASE in description:
         raise ValueError(f"{src} has adapters over a base: merge them first (python -m radfm_jax.convert merge)")
-    if part == "radfm":
+    if part != "llama":
         config = checkpoint.model_config(description, src)
     elif "llama" not in description["model"]:
         raise ValueError(f"{src} has only the part {description['part']!r}: there is no language model to write")
     else:
         config = RadFMConfig.from_dict({"llama": description["model"]["llama"]})
     reader = checkpoint.StoredParams(src)
-    shapes = {k: v for k, v in reader.shapes.items() if part == "radfm" or k.startswith("llama/")}
+    shapes = {k: v for k, v in reader.shapes.items() if part != "llama" or k.startswith("llama/")}
     checkpoint.check_shapes(table.param_shapes(config, part), shapes, src)
     return description, config, reader, shapes
 
