@@ -39,13 +39,13 @@ class RadFMProcessor(ProcessorMixin):
       image_start_token_id: V. A scan is V, a V + 2 for each visual token, V + 1.
       bos_token_id: begins every text of the form `radfm`; None without one.
       stop_token_ids: end an answer.
-      tokenizer_file: tokenizer.model or tokenizer.json.
+      text_model: tokenizer.model or tokenizer.json.
       encoding_check: a text and its ids in training.
     """
 
     def __init__(
         self, tokenizer, preparation=None, channels=3, image_start_token_id=None, bos_token_id=None, stop_token_ids=(),
-        tokenizer_file="tokenizer.json", encoding_check=None, code_version=VERSION, chat_template=None,
+        text_model="tokenizer.json", encoding_check=None, code_version=VERSION, chat_template=None,
     ):  # fmt: skip
         complete = preparation is not None and image_start_token_id is not None
         require(
@@ -55,11 +55,11 @@ class RadFMProcessor(ProcessorMixin):
         require(same, f"the folder is of radfm_jax {code_version}, its code of {VERSION}", "take files of one export")
         super().__init__(tokenizer, chat_template=chat_template)
         self.preparation, self.channels, self.image_start_token_id = preparation, channels, image_start_token_id
-        self.bos_token_id, self.stop_token_ids, self.tokenizer_file = bos_token_id, stop_token_ids, tokenizer_file
+        self.bos_token_id, self.stop_token_ids, self.text_model = bos_token_id, stop_token_ids, text_model
         self.encoding_check, self.code_version = encoding_check, code_version
-        self.texts = Texts(tokenizer, tokenizer_file, stop_token_ids)
+        self.texts = Texts(tokenizer, text_model, stop_token_ids)
         same = encoding_check is None or self.texts.encode(encoding_check["text"]) == encoding_check["ids"]
-        require(same, f"{tokenizer_file} does not encode a text as in training", "export the folder again")
+        require(same, f"{text_model} does not encode a text as in training", "export the folder again")
 
     def __call__(
         self, images=None, text=None, context="", system="", history=(), place="first", rendered=False, padding=True,
@@ -162,7 +162,7 @@ class RadFMProcessor(ProcessorMixin):
     def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
         """Save the processor, with the SentencePiece model that transformers does not save."""
         files = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
-        source, target = Path(self.tokenizer.vocab_file or ""), Path(save_directory, self.tokenizer_file)
+        source, target = Path(self.tokenizer.vocab_file or ""), Path(save_directory, self.text_model)
         if target.suffix == ".model" and source.resolve() != target.resolve():
             shutil.copyfile(source, target)
         return files
