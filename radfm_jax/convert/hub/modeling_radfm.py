@@ -332,18 +332,23 @@ class RadFMPreTrainedModel(PreTrainedModel):
     _keys_to_ignore_on_load_missing = [r"vision\.encoder\.embeddings\.mask_token"]  # DINOv2's, which nothing reads
 
 
+def add_vision(model: nn.Module, config: RadFMConfig) -> None:
+    """Give a model all parts but its language model."""
+    vision, bridge, width = config.vision_config, config.bridge_config, config.text_config.hidden_size
+    encoders = {"vit3d": ViT3D, "ctvit": CTViT}
+    model.vision = encoders.get(getattr(vision, "kind", None), SliceEncoder)(vision)
+    model.bridge = {"perceiver": Perceiver, "mlp": PooledMlp}[bridge["kind"]](model.vision.width, bridge)
+    model.projection = nn.Linear(model.bridge.width, width)
+    model.image_marks = nn.Embedding(2, width)
+
+
 class RadFMForConditionalGeneration(RadFMPreTrainedModel, GenerationMixin):
     """Questions about scans: `model.generate(**processor(text=..., images=..., return_tensors="pt"))`."""
 
     def __init__(self, config: RadFMConfig):
         super().__init__(config)
         config.check_version("modeling_radfm.py", VERSION)
-        vision, bridge = config.vision_config, config.bridge_config
-        encoders = {"vit3d": ViT3D, "ctvit": CTViT}
-        self.vision = encoders.get(getattr(vision, "kind", None), SliceEncoder)(vision)
-        self.bridge = {"perceiver": Perceiver, "mlp": PooledMlp}[bridge["kind"]](self.vision.width, bridge)
-        self.projection = nn.Linear(self.bridge.width, config.text_config.hidden_size)
-        self.image_marks = nn.Embedding(2, config.text_config.hidden_size)
+        add_vision(self, config)
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         self.post_init()
 

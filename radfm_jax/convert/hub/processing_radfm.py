@@ -83,13 +83,17 @@ class RadFMProcessor(ProcessorMixin):
         require(
             len(groups) == len(prompts), f"{len(groups)} lists of scans for {len(prompts)} texts", "pass one a text"
         )
-        template, parts = self.preparation["template"], []
-        for prompt, scans in zip(prompts, groups, strict=True):
-            if rendered and template == "chat":
-                parts.append([("rendered", piece) for piece in place_scans([prompt], len(scans), place)[0]])
-            else:
-                parts.append(prompt_parts(prompt, len(scans), template, context, place, system, history))
+        options = {"context": context, "system": system, "history": history, "place": place}
+        parts = [
+            self.parts(prompt, len(scans), rendered, **options) for prompt, scans in zip(prompts, groups, strict=True)
+        ]
         return self.batch(parts, groups, padding, return_tensors)
+
+    def parts(self, prompt: str, scans: int, rendered: bool = False, **options: Any) -> list[Part]:
+        """Return the texts and scans of a prompt in reading order. The other arguments are those of a call."""
+        if rendered and self.preparation["template"] == "chat":
+            return [("rendered", piece) for piece in place_scans([prompt], scans, "first")[0]]
+        return prompt_parts(prompt, scans, self.preparation["template"], **options)
 
     def ids(self, parts: list[Part]) -> list[int]:
         """Return the ids of a prompt."""
@@ -141,9 +145,7 @@ class RadFMProcessor(ProcessorMixin):
         if not tokenize:
             texts = [self.rendered(prompt, system, history) for prompt, _, system, history in asked]
             return texts if several else texts[0]
-        template, parts = self.preparation["template"], []
-        for prompt, scans, system, history in asked:
-            parts.append(prompt_parts(prompt, len(scans), template, system=system, history=history))
+        parts = [self.parts(prompt, len(scans), system=system, history=past) for prompt, scans, system, past in asked]
         options = {"padding": padding, "return_tensors": return_tensors} | (processor_kwargs or {})
         inputs = self.batch(parts, [scans for _, scans, _, _ in asked], **options)
         return inputs if return_dict else inputs["input_ids"]
