@@ -30,6 +30,8 @@ examples:
   python -m radfm_jax.convert to-torch radfm/ pytorch_model.bin
   # ... or as a folder of safetensors with config.json, tokenizer and model card
   python -m radfm_jax.convert to-torch radfm/ radfm_safetensors/ --dtype bfloat16
+  # a trained model for transformers: AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+  python -m radfm_jax.convert to-hf runs/mine/ folder/ --dtype bfloat16
   # a language model of Hugging Face to start training from, and back
   python -m radfm_jax.convert from-hf Qwen3-8B/ qwen3/
   python -m radfm_jax.convert to-hf qwen3/ Qwen3-8B_again/
@@ -74,23 +76,32 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     sub = command(
         "from-hf", "Hugging Face folders -> checkpoint directory of a language model (LLaMA, Mistral, Qwen, SmolLM, "
-        "Gemma, Phi), a vision encoder (--vision), or both",
-        "folder with config.json and weights of a language model; only --vision may be given instead",
+        "Gemma, Phi), a vision encoder (--vision), or both; or of a RadFM that to-hf wrote",
+        "folder with config.json and weights of a language model or a RadFM; only --vision may be given instead",
         "checkpoint directory to create", reads_torch=True, aliases=("from-llama",), nargs="?",
     )  # fmt: skip
     sub.add_argument("--vision", metavar="DIR", help="folder of a vision encoder: SigLIP, DINOv2, or a model that has "
                      "a SigLIP")  # fmt: skip
     sub.add_argument("--image-size", metavar="N", type=int, help="side of the encoder's scans in pixels; its positions "
                      "are interpolated (default: that of the folder)")  # fmt: skip
-    command(
-        "to-hf", "language model of a checkpoint directory -> Hugging Face folder",
-        "checkpoint directory of a RadFM or of a language model", "folder to create", aliases=("to-llama",),
+    sub = command(
+        "to-hf", "checkpoint directory -> Hugging Face folder that transformers runs, with the code of the model",
+        "run, or checkpoint directory of a RadFM or of a language model", "folder to create",
     )  # fmt: skip
+    sub.add_argument("--part", choices=("all", "llama"), default="all", help="llama: the language model alone, as a "
+                     "folder of its own class (default: %(default)s)")  # fmt: skip
+    sub.add_argument("--scores", metavar="DIR", help="output directory of `radfm_jax.evaluate`, for the model card")
+    sub = command(
+        "to-llama", "the same as to-hf --part llama", "checkpoint directory of a RadFM or of a language model",
+        "folder to create",
+    )  # fmt: skip
+    sub.set_defaults(part="llama", scores=None)
     add_adapter_commands(commands)
     sub = commands.add_parser(
         "check",
         help="compare the logits of two checkpoints on the same random inputs",
-        description="Compare the logits of A and B, both run by this package. Exits with 1 beyond the tolerance.",
+        description="Compare the logits of A and B. The folder of a RadFM that to-hf wrote is run by transformers, "
+        "everything else by this package. Exits with 1 beyond the tolerance.",
     )
     sub.add_argument("a", metavar="A", help="checkpoint directory, run directory, PyTorch file or folder")
     sub.add_argument("b", metavar="B", help="the same")
@@ -241,20 +252,24 @@ def _convert(args: argparse.Namespace, console: Console) -> int:
 
 
 def _convert_weights(args: argparse.Namespace, bar: ProgressBar) -> Report:
-    from radfm_jax.checkpoints import run_directory
+    from radfm_jax.checkpoints import checkpoint, run_directory
     from radfm_jax.convert import from_torch, model_config, to_torch
 
-    part = "llama" if args.command.endswith("hf") else "radfm"
-    common = {"part": part, "dtype": args.dtype, "progress": bar}
+    common = {"dtype": args.dtype, "progress": bar}
+    if args.command == "to-torch":
+        src = run_directory.select_checkpoint(args.src)
+        return to_torch.to_torch(src, args.dst, layout=args.layout, **common)
     if args.command.startswith("to"):
         src = run_directory.select_checkpoint(args.src)
-        return to_torch.to_torch(src, args.dst, layout=getattr(args, "layout", "plain"), **common)
+        whole = args.part == "all" and checkpoint.read_description(src)["part"] == "radfm"
+        return to_torch.to_torch(src, args.dst, part="hub" if whole else "llama", scores=args.scores, **common)
+    part = "llama" if args.command.endswith("hf") else "radfm"
     config = model_config.read_config(args.config) if args.config else None
     options = {"config": config, "tokenizer": args.tokenizer, "unused": getattr(args, "unused", "drop")}
     options["trim_vocabulary"] = args.trim_vocabulary
     if part == "llama":
         options |= {"vision": args.vision, "image_size": args.image_size}
-    return from_torch.from_torch(args.src, args.dst, verify=not args.no_verify, **options, **common)
+    return from_torch.from_torch(args.src, args.dst, part=part, verify=not args.no_verify, **options, **common)
 
 
 def _convert_adapters(args: argparse.Namespace, bar: ProgressBar) -> Report:
