@@ -2,7 +2,8 @@
 
 A prompt has one mark `<image-1>`, `<image-2>`, ... for each scan, in their order, or no marks. A scan in
 `multi_modal_data` is anything that scans_radfm.py of the export reads. Letters: V vocabulary, L visual tokens of a
-scan, E width of the language model. A scan has L + 2 tokens: V, V + 2 for each visual token, V + 1.
+scan, E width of the language model. A scan has L + 2 tokens: its mark, its visual tokens, its end mark. vLLM rejects
+ids from V on, so here all of them have the id of the unknown or of the padding token; their embeddings replace it.
 """
 
 from __future__ import annotations
@@ -78,9 +79,10 @@ class ProcessingInfo(BaseProcessingInfo):
 
     @property
     def mark(self) -> list[int]:
-        """The tokens of a scan."""
-        start = self.get_hf_config().image_start_token_id
-        return [start, *[start + 2] * self.preparation["num_latents"], start + 1]
+        """The L + 2 tokens of a scan."""
+        tokenizer = self.get_tokenizer()
+        ids = (tokenizer.unk_token_id, tokenizer.pad_token_id, 0)
+        return [next(token for token in ids if token is not None)] * (self.preparation["num_latents"] + 2)
 
 
 class DummyInputs(BaseDummyInputsBuilder[ProcessingInfo]):
@@ -107,14 +109,13 @@ class Processor(BaseMultiModalProcessor[ProcessingInfo]):
 
     def _postprocess_prompt(self, prompt: list[int]) -> list[int]:
         """Encode the text of a prompt again, as in training, with the tokens of its scans at their marks."""
-        if any(token >= self.info.mark[0] for token in prompt):
-            return prompt
         processor, chat = self.info.get_hf_processor(), self.info.preparation["template"] == "chat"
         text = self.info.get_tokenizer().decode(prompt, skip_special_tokens=not chat)
         marks = re.findall("<image-([0-9]+)>", text)
         if marks != [str(i + 1) for i in range(len(marks))]:
             raise ValueError(f"the prompt has the marks {', '.join(marks)}: number scans in the order of their marks")
-        return processor.ids(processor.parts(text, len(marks), rendered=chat))
+        ids = processor.ids(processor.parts(text, len(marks), rendered=chat))
+        return [token if token < processor.image_start_token_id else self.info.mark[0] for token in ids]
 
     def _get_mm_fields_config(self, hf_inputs, hf_processor_mm_kwargs) -> Mapping[str, MultiModalFieldConfig]:
         grids = hf_inputs.get("image_grid", torch.empty((0, 3), dtype=torch.int64))
@@ -147,8 +148,6 @@ class RadFMForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP):
             self.language_model = init_vllm_registered_model(
                 vllm_config=vllm_config, hf_config=config.text_config, prefix=maybe_prefix(prefix, "language_model")
             )
-        start = config.image_start_token_id
-        self.configure_mm_token_handling(vocab_size=start, mm_token_ids=[start, start + 1, start + 2])
         self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
 
     def embed_multimodal(self, pixel_values=None, image_grid=None, **kwargs: object) -> MultiModalEmbeddings:

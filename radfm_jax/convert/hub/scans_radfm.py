@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 try:
     import cv2
@@ -104,8 +104,10 @@ def read_array(array: Any) -> Scan:
     if isinstance(array, Image.Image):
         plain = array.mode in ("L", "RGB", "I;16", "I", "F") and "transparency" not in array.info
         require(plain and getattr(array, "n_frames", 1) == 1, f"is {array.mode}", "save it as one gray or RGB image")
-        array = np.asarray(ImageOps.exif_transpose(array))
-        array = array.reshape(*array.shape[:2], 1, -1)
+        turn, array = array.getexif().get(0x0112, 1), np.asarray(array)
+        array = array.swapaxes(0, 1) if turn in (5, 6, 7, 8) else array  # views, so that the memory order is known
+        array = array[:: -1 if turn in (3, 4, 7, 8) else 1, :: -1 if turn in (2, 3, 6, 7) else 1]
+        array = array[:, :, None] if array.ndim == 3 else array[:, :, None, None]
     array = np.asarray(array)
     array = array[..., None] if array.ndim == 2 else array
     require(array.ndim in (3, 4) and min(array.shape[:2]) > 4, f"has the shape {array.shape}", "pass [H, W, D, C]")
