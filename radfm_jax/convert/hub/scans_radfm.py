@@ -70,8 +70,10 @@ def read_scan(scan: Any) -> Scan:
             read = read_path(Path(scan)) if isinstance(scan, (str, Path)) else read_array(scan)
             require(np.isfinite(read.voxels).all(), "has voxels that are not finite")
             require((read.voxels != read.voxels[:1, :1, :1]).any(), "is constant", "leave it out")
+    except FileNotFoundError:
+        raise ValueError(f"scan {scan}: there is no such file: check the path") from None
     except Exception as error:
-        reason = error if type(error) in (ValueError, FileNotFoundError) else f"unreadable ({type(error).__name__})"
+        reason = error if type(error) is ValueError else f"it cannot be read ({type(error).__name__}): copy it again"
         raise ValueError(f"scan {name_of(scan)}: {reason}") from None
     gray = all(np.array_equal(read.voxels[..., 0], read.voxels[..., c]) for c in range(1, read.voxels.shape[3]))
     return read._replace(voxels=read.voxels[..., :1]) if gray else read
@@ -155,6 +157,8 @@ def read_dicom(files: list[Path]) -> Scan:
     size = first.Rows * first.Columns * first.BitsAllocated // 8
     sizes = {len(s.PixelData) for s in slices if not s.file_meta.TransferSyntaxUID.is_encapsulated}
     require(sizes <= {size, size + size % 2}, "has not the size that its header states", "copy it again")
+    for s in slices:
+        s.BitsStored = s.BitsAllocated  # otherwise pydicom drops the bits beyond, which may be an overlay or damage
     frames = np.stack([s.pixel_array for s in slices])
     low = -(1 << bits - 1) if first.PixelRepresentation else 0
     high, kind = low + (1 << bits) - 1, np.int16 if first.PixelRepresentation else np.uint16
