@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -140,10 +139,9 @@ class RadFMForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP):
         super().__init__()
         model = vllm_config.model_config
         config = self.config = model.hf_config
-        code = get_class_from_dynamic_module(CODE, model.model, code_revision=model.code_revision)
-        self.code, parts = code, sys.modules[code.__module__]
+        self.code = get_class_from_dynamic_module(CODE, model.model, code_revision=model.code_revision)
         with self._mark_tower_model(vllm_config, SCAN):
-            parts.add_vision(self, config)
+            self.code.add_vision(self, config)
         with self._mark_language_model(vllm_config):
             self.language_model = init_vllm_registered_model(
                 vllm_config=vllm_config, hf_config=config.text_config, prefix=maybe_prefix(prefix, "language_model")

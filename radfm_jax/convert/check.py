@@ -27,7 +27,6 @@ from radfm_jax.convert.torch_source import TorchModel
 from radfm_jax.models.decoder import Decoder, DecoderConfig
 from radfm_jax.models.radfm import RadFMConfig
 
-
 CHILD = Path(__file__).with_name("transformers_child.py")
 
 

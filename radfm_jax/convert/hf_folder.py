@@ -68,16 +68,17 @@ def config_next_to(path: Path, hf: dict) -> Iterator[None]:
 
 
 def write_folder(
-    folder: Path, src: Path, part: str, config: RadFMConfig, hf: dict, report: Report, *, scores=None
+    folder: Path, src: Path, part: str, config: RadFMConfig, hf: dict, report: Report, *, scores=None, notes=()
 ) -> None:
     """Write config.json, the model card and the tokenizer of an exported folder, and for part `hub` its code.
 
-    scores: output directory of `radfm_jax.evaluate`, for the model card.
+    For the model card: `scores` is an output directory of `radfm_jax.evaluate`, `notes` has lines about the use.
     """
     write_json(folder / "config.json", hf)
     if part == "hub":
         _write_code(folder, src, config, hf, report)
-    facts = {"training": run_facts.training(src), "scores": run_facts.scores(scores) if scores else ""}
+    notes = "\n".join(f"- {note}" for note in notes)
+    facts = {"notes": notes, "training": run_facts.training(src), "scores": run_facts.scores(scores) if scores else ""}
     (folder / "README.md").write_text(model_card(config, part, report.parameters, hf, **facts))
     tokenizers = [path for name in checkpoint.TOKENIZERS if (path := src / name).is_file()]
     for path in tokenizers:

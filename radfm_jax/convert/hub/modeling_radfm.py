@@ -35,18 +35,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor | None = No
 
 def positions(count: int, size: int, device) -> Tensor:
     """Return the entries that `count` patches use of a table of `size` positions: they are spread over the table."""
-    if count > size:
-        raise ValueError(f"image_grid has {count} patches along an axis, but there are {size} learned positions")
     return torch.arange(1, count + 1, device=device) * (size // count) - 1
-
-
-def check_side(grid: Grid, side: int) -> int:
-    """Return the number of patches along the side of a slice. Raises ValueError if a scan has another one."""
-    if grid[:2] != (side, side):
-        raise ValueError(
-            f"image_grid has {grid[0]} x {grid[1]} patches per slice, but the encoder reads {side} x {side}"
-        )
-    return side
 
 
 class VoxelNorm(nn.LayerNorm):
@@ -81,9 +70,6 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dropout(self.down(self.dropout(F.gelu(self.up(x)))))
-
-
-# --- 3D vision transformer --------------------------------------------------------------------------------------------
 
 
 class ViT3DEmbedding(PatchEmbedding):
@@ -128,6 +114,7 @@ class ViT3D(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.width, self.voxels = config.width, math.prod(config.patch) * config.channels
+        self.least, self.most = (1, 1, 1), tuple(config.tables)  # patches along the axes of a scan
         self.embedding = ViT3DEmbedding(config)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(ViT3DBlock(config) for _ in range(config.num_layers))
@@ -139,9 +126,6 @@ class ViT3D(nn.Module):
         return x.unflatten(1, grid)
 
 
-# --- 2D encoders of transformers --------------------------------------------------------------------------------------
-
-
 class SliceEncoder(nn.Module):
     """SigLIP or DINOv2 on each slice, plus positions of slices: [Z, n, voxels], depth first -> [Z, h, w, d, D]."""
 
@@ -149,21 +133,19 @@ class SliceEncoder(nn.Module):
         super().__init__()
         self.config, self.width = config, config.hidden_size
         self.voxels = config.num_channels * config.patch_size**2
-        self.side = config.image_size // config.patch_size
+        self.side = side = config.image_size // config.patch_size
+        self.least, self.most = (side, side, 1), (side, side, config.depth_positions)
         self.encoder = AutoModel.from_config(config)
         self.depth_positions = nn.Embedding(config.depth_positions, config.hidden_size)
 
     def forward(self, patches: Tensor, grid: Grid) -> Tensor:
-        c, side = self.config, check_side(grid, self.side)
+        c, side = self.config, self.side
         slices = patches.float().reshape(-1, side, side, c.num_channels, c.patch_size, c.patch_size)
         slices = slices.permute(0, 3, 1, 4, 2, 5).reshape(-1, c.num_channels, c.image_size, c.image_size)
         mean, std = (slices.new_tensor(x)[:, None, None] for x in (c.image_mean, c.image_std))
         x = self.encoder(pixel_values=(slices - mean) / std).last_hidden_state[:, -side * side :]
         x = x.reshape(len(patches), -1, side, side, self.width).movedim(1, 3)
         return x + self.depth_positions(positions(grid[2], c.depth_positions, x.device))
-
-
-# --- CT-ViT -----------------------------------------------------------------------------------------------------------
 
 
 class CTViTBlock(GradientCheckpointingLayer):
@@ -229,7 +211,8 @@ class CTViT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, self.width, self.voxels = config, config.width, math.prod(config.patch) * config.channels
-        self.side = config.image_size // config.patch[0]
+        self.side = side = config.image_size // config.patch[0]
+        self.least, self.most = (side, side, 1), (side, side, config.depth)
         self.embedding, self.bias = PatchEmbedding(config), DistanceBias(config)
         self.spatial = nn.ModuleList(CTViTBlock(config, True) for _ in range(config.spatial_layers))
         self.temporal = nn.ModuleList(CTViTBlock(config, False) for _ in range(config.temporal_layers))
@@ -237,7 +220,7 @@ class CTViT(nn.Module):
         self.codebook = nn.Embedding(config.codebook, config.width) if config.codebook else None
 
     def forward(self, patches: Tensor, grid: Grid) -> Tensor:
-        c, side = self.config, check_side(grid, self.side)
+        c, side = self.config, self.side
         x = patches.unflatten(-1, (c.patch[2], c.channels, *c.patch[:2])).transpose(2, 3).flatten(2)  # C, slices, rows
         x = self.embedding((x.float() - c.mean) / c.std).unflatten(1, (-1, side, side))
         bias = self.bias(side)
@@ -251,12 +234,9 @@ class CTViT(nn.Module):
 
     def nearest(self, x: Tensor) -> Tensor:
         """Return the code of unit length that is nearest in direction; gradients pass as if it were x."""
-        codes = F.normalize(self.codebook.weight.float(), dim=-1)
+        codes = F.normalize(self.codebook(torch.arange(self.config.codebook, device=x.device)).float(), dim=-1)
         index = (F.normalize(x.float(), dim=-1) @ codes.T).argmax(dim=-1)
         return x + (codes[index].to(x.dtype) - x).detach()
-
-
-# --- bridges ----------------------------------------------------------------------------------------------------------
 
 
 class PerceiverBlock(GradientCheckpointingLayer):
@@ -289,7 +269,9 @@ class Perceiver(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        tokens, latents = tokens.flatten(1, 3), self.latents.weight.expand(len(tokens), -1, -1)
+        tokens = tokens.flatten(1, 3)
+        latents = self.latents(torch.arange(self.latents.num_embeddings, device=tokens.device))
+        latents = latents.expand(len(tokens), -1, -1)
         for block in self.blocks:
             latents = block(latents, tokens)
         return self.norm(latents)
@@ -317,11 +299,8 @@ class PooledMlp(nn.Module):
         return F.gelu(self.up(x.flatten(1, 3).to(tokens.dtype)))
 
 
-# --- the model --------------------------------------------------------------------------------------------------------
-
-
-class RadFMPreTrainedModel(PreTrainedModel):
-    """What transformers must know of the model."""
+class RadFMForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """Answers questions about scans: `model.generate(**processor(text=..., images=..., return_tensors="pt"))`."""
 
     config_class = RadFMConfig
     base_model_prefix = "model"
@@ -331,24 +310,10 @@ class RadFMPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["ViT3D", "CTViT", "Perceiver", "PooledMlp"]
     _keys_to_ignore_on_load_missing = [r"vision\.encoder\.embeddings\.mask_token"]  # DINOv2's, which nothing reads
 
-
-def add_vision(model: nn.Module, config: RadFMConfig) -> None:
-    """Give a model all parts but its language model."""
-    vision, bridge, width = config.vision_config, config.bridge_config, config.text_config.hidden_size
-    encoders = {"vit3d": ViT3D, "ctvit": CTViT}
-    model.vision = encoders.get(getattr(vision, "kind", None), SliceEncoder)(vision)
-    model.bridge = {"perceiver": Perceiver, "mlp": PooledMlp}[bridge["kind"]](model.vision.width, bridge)
-    model.projection = nn.Linear(model.bridge.width, width)
-    model.image_marks = nn.Embedding(2, width)
-
-
-class RadFMForConditionalGeneration(RadFMPreTrainedModel, GenerationMixin):
-    """Questions about scans: `model.generate(**processor(text=..., images=..., return_tensors="pt"))`."""
-
     def __init__(self, config: RadFMConfig):
         super().__init__(config)
         config.check_version("modeling_radfm.py", VERSION)
-        add_vision(self, config)
+        self.add_vision(config)
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         self.post_init()
 
@@ -360,6 +325,15 @@ class RadFMForConditionalGeneration(RadFMPreTrainedModel, GenerationMixin):
             listed = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
             raise ValueError(f"{path} lacks {len(missing)} tensors of the model ({listed}): export it again")
         return (model, info) if output_loading_info else model
+
+    def add_vision(self, config: RadFMConfig) -> None:
+        """Add all parts but the language model."""
+        vision, bridge = config.vision_config, config.bridge_config
+        encoders = {"vit3d": ViT3D, "ctvit": CTViT}
+        self.vision = encoders.get(getattr(vision, "kind", None), SliceEncoder)(vision)
+        self.bridge = {"perceiver": Perceiver, "mlp": PooledMlp}[bridge["kind"]](self.vision.width, bridge)
+        self.projection = nn.Linear(self.bridge.width, config.text_config.hidden_size)
+        self.image_marks = nn.Embedding(2, config.text_config.hidden_size)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.language_model.get_output_embeddings()
@@ -380,10 +354,14 @@ class RadFMForConditionalGeneration(RadFMPreTrainedModel, GenerationMixin):
                 f"pixel_values has the shape {tuple(pixel_values.shape)}, but image_grid and the vision encoder need "
                 f"{(sum(counts), self.vision.voxels)}"
             )
-        scans, features = pixel_values.split(counts), [None] * len(grids)
+        scans, features, vision = pixel_values.split(counts), [None] * len(grids), self.vision
         for grid in dict.fromkeys(grids):
+            if not all(a <= n <= b for a, n, b in zip(vision.least, grid, vision.most, strict=True)):
+                raise ValueError(
+                    f"image_grid has {grid}, but the encoder reads {vision.least} to {vision.most} patches"
+                )
             members = [i for i, other in enumerate(grids) if other == grid]
-            tokens = self.vision(torch.stack([scans[i] for i in members]), grid)
+            tokens = vision(torch.stack([scans[i] for i in members]), grid)
             for i, x in zip(members, self.projection(self.bridge(tokens)), strict=True):
                 features[i] = x
         return torch.cat(features)
@@ -407,18 +385,14 @@ class RadFMForConditionalGeneration(RadFMPreTrainedModel, GenerationMixin):
 
     @can_return_tuple
     def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        image_grid: Tensor | None = None,
-        labels: Tensor | None = None,
-        logits_to_keep: int | Tensor = 0,
-        **kwargs,  # of the language model, such as its cache
-    ):
-        """Return the output of the language model, with logits [B, T, V + 3]. Labels from V on do not count."""
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None, pixel_values: Tensor | None = None, image_grid: Tensor | None = None,
+        labels: Tensor | None = None, logits_to_keep: int | Tensor = 0, **kwargs,
+    ):  # fmt: skip
+        """Return the output of the language model, with logits [B, T, V + 3]; its cache and options are in `kwargs`.
+
+        Labels from V on do not count.
+        """
         if inputs_embeds is None:
             inputs_embeds = self.embed(input_ids, pixel_values, image_grid)
         elif pixel_values is not None:
