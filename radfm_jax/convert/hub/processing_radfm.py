@@ -25,7 +25,8 @@ from .prompts_radfm import (
     released_ids,
     rendered_ids,
 )
-from .scans_radfm import prepare_scans, require
+from .scans_radfm import require
+from .volumes_radfm import prepare_scans
 
 VERSION = "0.5.0"
 
