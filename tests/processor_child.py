@@ -1,7 +1,8 @@
 """A process without JAX that calls the processors of exports: `python processor_child.py CALLS.json`.
 
-The file has a list of calls: {"folder", "method", "arguments"}. It prints a list with the result of each: a text, the
-message of an error, or the inputs of a model as JSON, with pixel_values as the `digest` of the array.
+The file has a list of calls: {"folder", "method", "arguments"}; the method `answer` is the function below. It prints a
+list with the result of each: a text, a list, the message of an error, or the inputs of a model as JSON, with
+pixel_values as the `digest` of the array.
 """
 
 import no_jax  # noqa: F401, I001 (first, so that later imports are blocked)
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from transformers import AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
 logging.set_verbosity_error()
@@ -25,6 +26,18 @@ logging.set_verbosity_error()
 @functools.cache
 def processor(folder: str):
     return AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+
+
+def answer(folder: str, **arguments) -> list[int]:
+    """Return the tokens of a greedy answer, with the one that ends it."""
+    inputs = processor(folder)(**arguments)
+    tokens = model(folder).generate(**inputs, max_new_tokens=60, do_sample=False)
+    return tokens[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+@functools.cache
+def model(folder: str):
+    return AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
 
 
 def opened(value):
@@ -47,6 +60,8 @@ def digest(array: np.ndarray) -> str:
 def run(call: dict):
     try:
         with warnings.catch_warnings(action="error"):
+            if call["method"] == "answer":
+                return answer(call["folder"], **call["arguments"])
             result = getattr(processor(call["folder"]), call["method"])(**opened(call["arguments"]))
     except Exception as error:
         known = isinstance(error, ValueError)
