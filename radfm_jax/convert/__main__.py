@@ -97,6 +97,10 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     sub.set_defaults(part="llama", scores=None)
     add_adapter_commands(commands)
+    sub = plain_conversion(commands, "push", "exported folder -> repository of the Hugging Face Hub", PUSH,
+                           "folder of to-hf, to-torch or to-peft", "OWNER/NAME")  # fmt: skip
+    sub.add_argument("--dry-run", action="store_true", help="only list what would be uploaded")
+    sub.add_argument("--public", action="store_true", help="make a new repository public (default: private)")
     sub = commands.add_parser(
         "check",
         help="compare the logits of two checkpoints on the same random inputs",
@@ -112,6 +116,10 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+PUSH = """\
+Upload an exported folder to a repository of the Hugging Face Hub, with the token of `hf auth login`. Names, sizes and
+SHA-256 of all files are listed first. For research only: the model card must keep its warning.
+"""
 MERGE = """\
 Add the adapters of a run to the weights of its base, and write the sum as one checkpoint without adapters or base. A
 base that the run held in bfloat16, int8 or nf4 is converted to that type first, so that the merged model answers as the
@@ -224,7 +232,8 @@ def main(argv: list[str] | None = None) -> int:
     absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax warns about merges that it skips
     console = SafeConsole(stderr=True)  # progress and errors; results go to standard output
     try:
-        return _check(args, console) if args.command == "check" else _convert(args, console)
+        commands = {"check": _check, "push": _push}
+        return commands.get(args.command, _convert)(args, console)
     except KeyboardInterrupt:
         console.print("interrupted, nothing was written", style="red")
         return 130
@@ -283,6 +292,14 @@ def _convert_adapters(args: argparse.Namespace, bar: ProgressBar) -> Report:
     if args.command == "to-peft":
         return to_peft(args.src, args.dst, base_model=args.base_model, **common)
     return from_peft(args.src, args.dst, any_base=args.any_base, weights=args.weights, **common)
+
+
+def _push(args: argparse.Namespace, console: Console) -> int:
+    from radfm_jax.convert.push import push
+
+    if address := push(args.src, args.dst, public=args.public, dry_run=args.dry_run):
+        print(address)
+    return 0
 
 
 def _check(args: argparse.Namespace, console: Console) -> int:

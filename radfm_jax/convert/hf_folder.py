@@ -11,7 +11,7 @@ from typing import Any
 
 from input_pipeline.text.tokenizer import Tokenizer, load_tokenizer
 from radfm_jax.checkpoints import checkpoint
-from radfm_jax.convert import hf_config, hub_config, run_facts
+from radfm_jax.convert import hf_config, hub_config, hub_processor, run_facts
 from radfm_jax.convert.hub_config import MODEL_TYPE
 from radfm_jax.convert.model_card import model_card
 from radfm_jax.convert.report import Report
@@ -76,7 +76,7 @@ def write_folder(
     """
     write_json(folder / "config.json", hf)
     if part == "hub":
-        _write_code(folder, src)
+        _write_code(folder, src, config, hf, report)
     notes = "\n".join(f"- {note}" for note in notes)
     facts = {"notes": notes, "training": run_facts.training(src), "scores": run_facts.scores(scores) if scores else ""}
     (folder / "README.md").write_text(model_card(config, part, report.parameters, hf, **facts))
@@ -93,15 +93,20 @@ def write_folder(
             report.lines.append(f"no {TOKENIZER_CONFIG}: {e}")
 
 
-def _write_code(folder: Path, src: Path) -> None:
-    """Write the code of a model for transformers, and the defaults of its answers: greedy, as in radfm_jax."""
+def _write_code(folder: Path, src: Path, config: RadFMConfig, hf: dict, report: Report) -> None:
+    """Write the code of a model for transformers, its processor, and the defaults of its answers: greedy, as here."""
     for path in CODE.glob("*.py"):
         shutil.copyfile(path, folder / path.name)
     with contextlib.suppress(ValueError):  # no tokenizer, which the report states
-        tokenizer = load_tokenizer(src)
+        tokenizer = load_tokenizer(src, vocab_size=config.llama.vocab_size)
         ids = {"eos_token_id": list(tokenizer.stop_ids), "pad_token_id": tokenizer.pad_id}
         bos = {} if tokenizer.bos_id is None else {"bos_token_id": tokenizer.bos_id}
         write_json(folder / GENERATION_CONFIG, {**bos, **ids, "do_sample": False, "max_new_tokens": 200})
+        if stored.KEY in hf:
+            record = hub_processor.processor_config(hf[stored.KEY], config.vision.channels, tokenizer)
+            write_json(folder / hub_processor.FILE, record)
+    if not (folder / hub_processor.FILE).is_file():
+        report.lines.append(f"no {hub_processor.FILE}: AutoProcessor needs the tokenizer and the preparation of scans")
 
 
 def tokenizer_config(tokenizer: Tokenizer) -> dict:

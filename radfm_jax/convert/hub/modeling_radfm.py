@@ -314,12 +314,7 @@ class RadFMForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def __init__(self, config: RadFMConfig):
         super().__init__(config)
         config.check_version("modeling_radfm.py", VERSION)
-        vision, bridge = config.vision_config, config.bridge_config
-        encoders = {"vit3d": ViT3D, "ctvit": CTViT}
-        self.vision = encoders.get(getattr(vision, "kind", None), SliceEncoder)(vision)
-        self.bridge = {"perceiver": Perceiver, "mlp": PooledMlp}[bridge["kind"]](self.vision.width, bridge)
-        self.projection = nn.Linear(self.bridge.width, config.text_config.hidden_size)
-        self.image_marks = nn.Embedding(2, config.text_config.hidden_size)
+        self.add_vision(config)
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         self.post_init()
 
@@ -331,6 +326,15 @@ class RadFMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             listed = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
             raise ValueError(f"{path} lacks {len(missing)} tensors of the model ({listed}): export it again")
         return (model, info) if output_loading_info else model
+
+    def add_vision(self, config: RadFMConfig) -> None:
+        """Add all parts but the language model."""
+        vision, bridge = config.vision_config, config.bridge_config
+        encoders = {"vit3d": ViT3D, "ctvit": CTViT}
+        self.vision = encoders.get(getattr(vision, "kind", None), SliceEncoder)(vision)
+        self.bridge = {"perceiver": Perceiver, "mlp": PooledMlp}[bridge["kind"]](self.vision.width, bridge)
+        self.projection = nn.Linear(self.bridge.width, config.text_config.hidden_size)
+        self.image_marks = nn.Embedding(2, config.text_config.hidden_size)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.language_model.get_output_embeddings()
