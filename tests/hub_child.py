@@ -1,34 +1,19 @@
 """A process without JAX that runs exported folders: `python hub_child.py FUNCTION ARGUMENTS`; it prints JSON."""
 
-import importlib.machinery
-import importlib.util
+import no_jax  # noqa: F401, I001 (first, so that later imports do not find it)
+
 import json
 import shutil
 import sys
 import warnings
 from pathlib import Path
 
-
-class WithoutJax(importlib.machinery.PathFinder):
-    """Finds neither JAX nor this project, as on a machine without them."""
-
-    @classmethod
-    def find_spec(cls, name, path=None, target=None):
-        if name.partition(".")[0] in ("jax", "jaxlib", "flax", "radfm_jax", "input_pipeline"):
-            return None
-        return super().find_spec(name, path, target)
-
-
-sys.meta_path = [WithoutJax if x is importlib.machinery.PathFinder else x for x in sys.meta_path]
-sys.path = [p for p in sys.path if "/tests" not in p]
-
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText  # noqa: E402
-from transformers.utils import logging  # noqa: E402
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.utils import logging
 
 logging.set_verbosity_error()
-assert all(importlib.util.find_spec(name) is None for name in ("jax", "radfm_jax", "input_pipeline"))
 NEW = 6  # tokens that `generate` adds
 torch.set_num_threads(2)
 

@@ -1,17 +1,19 @@
-"""Importing this module makes the import of JAX and of this project fail, as on a machine without them."""
+"""Importing this module hides JAX and this project, as on a machine on which they are not installed."""
 
-import importlib.abc
+import importlib.machinery
+import importlib.util
 import sys
 
-BLOCKED = ("jax", "jaxlib", "flax", "radfm_jax", "input_pipeline")
+HIDDEN = ("jax", "jaxlib", "flax", "radfm_jax", "input_pipeline")
 
 
-class Blocker(importlib.abc.MetaPathFinder):
-    """Refuses the modules of BLOCKED."""
+class WithoutJax(importlib.machinery.PathFinder):
+    """Finds all modules but the hidden ones. Libraries that ask for JAX, such as datasets, find none."""
 
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in BLOCKED:
-            raise ModuleNotFoundError(f"{name} is blocked", name=name)
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in HIDDEN else super().find_spec(name, path, target)
 
 
-sys.meta_path.insert(0, Blocker())
+sys.meta_path = [WithoutJax if finder is importlib.machinery.PathFinder else finder for finder in sys.meta_path]
+assert all(importlib.util.find_spec(name) is None for name in HIDDEN)
