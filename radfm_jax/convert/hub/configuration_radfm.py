@@ -31,6 +31,7 @@ class RadFMConfig(PreTrainedConfig):
 
     model_type = "radfm_jax"
     sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}
+    keys_to_ignore_at_inference = ["cache", "past_key_values", "last_hidden_state"]
 
     def __init__(
         self, text_config=None, vision_config=None, bridge_config=None, preparation=None, origin=None,
