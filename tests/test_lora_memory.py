@@ -1,11 +1,13 @@
 """Memory of a model of 1.2 billion parameters with adapters: little more than its arrays, also while it is read."""
 
 import dataclasses
+import gc
 import json
 import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import flax.linen as nn
@@ -70,6 +72,8 @@ def main(directory: str, base: str) -> None:
         first_state(Path(small) / "base", radfm.tiny(), base)
     before = status("VmRSS")
     state = first_state(directory, CONFIG, base)
+    gc.collect()
+    time.sleep(2)  # threads of the runtime free the last inputs of a program after its outputs are ready
     host_memory.release()
     arrays = sum(x.nbytes for x in jax.tree.leaves(state))
     resident, peak = status("VmRSS") - before, status("VmHWM") - before
@@ -89,7 +93,7 @@ def test_resident_memory_is_that_of_the_arithmetic(tmp_path):
         print(found)
         blocks = LLAMA.num_layers * (4 * 2048 * 2048 + 3 * 2048 * 8192)
         assert found["arrays"] > blocks * bits / 8
-        assert 0.8 * found["arrays"] < found["resident"] < found["arrays"] + 0.4e9, found
+        assert 0.8 * found["arrays"] < found["resident"] < 1.2 * found["arrays"], found
         # One layer of a matrix in float32 and its quantised copy come on top.
         assert found["peak"] < found["arrays"] + 1.5e9, found
 

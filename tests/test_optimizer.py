@@ -9,7 +9,7 @@ import optax
 import packed
 import pytest
 
-from radfm_jax.checkpoints.checkpoint import flatten
+from radfm_jax.checkpoints.checkpoint import flatten, unflatten
 from radfm_jax.runtime import sharding
 from radfm_jax.training import train_step
 from radfm_jax.training.optimizer import OptimizerConfig, learning_rates, merge, optimizer, split
@@ -148,6 +148,28 @@ def test_muon_treats_query_key_and_value_as_separate_matrices():
         u, _, v = np.linalg.svd(gradient[:, i].reshape(len(gradient), -1), full_matrices=False)
         seen = np.diag(u.T @ change[:, i].reshape(len(gradient), -1) @ v.T)
         assert seen.min() > 0.5 * seen.max(), i
+
+
+def test_muon_updates_both_matrices_of_an_adapter():
+    """Inputs or outputs that are heads by head widths count as one axis; q, k and v have matrices B of their own."""
+    shapes = {
+        "llama/blocks/query/lora_a": (2, 12, 3), "llama/blocks/query/lora_b": (2, 3, 2, 4),
+        "llama/blocks/out/lora_a": (2, 2, 4, 3), "llama/blocks/out/lora_b": (2, 3, 12),
+        "vit/blocks/qkv/lora_a": (2, 12, 3), "vit/blocks/qkv/lora_b": (2, 3, 3, 2, 4),
+    }  # fmt: skip
+    rng = np.random.default_rng(0)
+    gradients = {path: jnp.asarray(rng.normal(size=shape), jnp.float32) for path, shape in shapes.items()}
+    transform = optimizer(MUON, unflatten(gradients))
+    updates, _ = jax.jit(transform.update)(
+        unflatten(gradients), transform.init(unflatten(gradients)), unflatten(gradients)
+    )
+    for path, update in flatten(updates).items():
+        layer = np.asarray(update[0])
+        matrices = [layer[:, i] for i in range(3)] if "qkv/lora_b" in path else [layer]
+        for matrix in matrices:
+            matrix = matrix.reshape(-1, 3) if path.endswith("lora_a") else matrix.reshape(3, -1)
+            values = np.linalg.svd(matrix / (0.2 * max(matrix.shape) ** 0.5), compute_uv=False)
+            assert values.min() > 0.6 and values.max() < 1.3, (path, values)
 
 
 def test_muon_has_one_moment_per_matrix_with_the_same_sharding():

@@ -35,6 +35,7 @@ from input_pipeline.files import fsync, read_json, sha256_of_file, write_json
 from input_pipeline.text.tokenizer import HUGGING_FACE, HUGGING_FACE_FILES, SENTENCEPIECE
 from radfm_jax.models import quantised, radfm
 from radfm_jax.models.computation import COMPUTE
+from radfm_jax.runtime import host_memory
 
 DESCRIPTION, MANIFEST, PARAMS, TOKENIZER = "radfm.json", "manifest.json", "params", SENTENCEPIECE
 UNUSED = "unused.safetensors"
@@ -407,6 +408,7 @@ class StoredParams:
         """Return parameter[index]."""
         return self._stores[name][index or ...].read().result()
 
+    @host_memory.freed_at_once()
     def read_leaves(self, leaves: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
         """Return arrays cast and sharded like `leaves`. Quantised ones are made layer by layer."""
         shapes = quantised.quantised_shapes(leaves)

@@ -108,7 +108,7 @@ class Dense(nn.DenseGeneral):
                 raise ValueError(f"{self.name} has an adapter: set model.lora")
             b: jax.Array = self.get_variable("params", B)
             inputs = self._dropped(inputs.astype(products.dtype), self.lora.dropout)
-            products = products + self.lora.scale * product(inputs, a, b, self.precision)
+            products = products + product(inputs, a, b, self.lora.scale, self.precision)
         return products if bias is None else products + bias.astype(products.dtype)
 
     def _dropped(self, x: jax.Array, rate: float) -> jax.Array:

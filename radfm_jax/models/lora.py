@@ -94,14 +94,16 @@ def adapters(config: LoraConfig, boxed: dict[str, nn.Partitioned], key: jax.Arra
     return fresh
 
 
-def product(x: jax.Array, a: jax.Array, b: jax.Array, precision=None) -> jax.Array:
-    """[..., *inputs] x [*inputs, rank] x [rank, *outputs] -> [..., *outputs], in the dtype of x."""
+def product(x: jax.Array, a: jax.Array, b: jax.Array, scale: float, precision=None) -> jax.Array:
+    """Return scale * x A B, in the dtype of x: [..., *inputs] x [*inputs, rank] x [rank, *outputs] -> [..., *outputs].
+
+    The scale is applied to the narrow product, so neither pass reads or writes all outputs for it.
+    """
     rank = a.shape[-1]
     outer = x.shape[: x.ndim - (a.ndim - 1)]
-    flat = x.reshape(math.prod(outer), -1)
-    for matrix in (a.reshape(-1, rank), b.reshape(rank, -1)):
-        flat = jnp.matmul(flat, matrix.astype(x.dtype), precision=precision)
-    return flat.reshape(*outer, *b.shape[1:])
+    narrow = jnp.matmul(x.reshape(math.prod(outer), -1), a.reshape(-1, rank).astype(x.dtype), precision=precision)
+    wide = jnp.matmul(scale * narrow, b.reshape(rank, -1).astype(x.dtype), precision=precision)
+    return wide.reshape(*outer, *b.shape[1:])
 
 
 def change(a: np.ndarray, b: np.ndarray, scale: float) -> np.ndarray:

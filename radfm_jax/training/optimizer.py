@@ -20,7 +20,7 @@ from optax.contrib import MuonDimensionNumbers, muon
 from input_pipeline.field_rules import Count, above, at_least, check_fields, one_of, share
 from input_pipeline.files import nearest
 from radfm_jax.checkpoints.checkpoint import flatten, unflatten
-from radfm_jax.models.lora import A, is_adapter
+from radfm_jax.models.lora import A, B, is_adapter
 
 METHODS = ("adamw", "muon")
 MU_DTYPES = ("float32", "bfloat16")
@@ -39,8 +39,8 @@ MATRICES = {
 class OptimizerConfig:
     """The `optimizer` group of a config.
 
-    `method` is adamw or muon. muon updates the matrices of the blocks by orthogonalised momentum (one moment instead of
-    two), scaled to suit AdamW learning rates, and the rest by Adam; both with Nesterov momentum.
+    `method` is adamw or muon. muon updates the matrices of the blocks and of their adapters by orthogonalised momentum
+    (one moment instead of two), scaled to suit AdamW learning rates, and the rest by Adam; both with Nesterov momentum.
     """
 
     method: Annotated[str, one_of(METHODS)] = "adamw"
@@ -145,14 +145,26 @@ def _direction(config: OptimizerConfig, leaves: dict) -> optax.GradientTransform
     moments: dict[str, Any] = {"eps": config.eps, "mu_dtype": jnp.dtype(config.mu_dtype)}
     if config.method == "adamw":
         return optax.scale_by_adam(config.b1, config.b2, **moments)
-    kernels = {path: path.split("/")[-2] for path in leaves if re.search("/(blocks|spatial|temporal)/.*/kernel$", path)}
-    if unknown := [path for path, name in kernels.items() if name not in MATRICES]:
-        raise ValueError(f"no Muon axes for {', '.join(unknown)}: add them to MATRICES")
-    axes = {path: MuonDimensionNumbers(*MATRICES[kernels[path]]) if path in kernels else None for path in leaves}
+    axes = {path: _muon_axes(path) for path in leaves}
     # 0.2 is the root mean square of AdamW's updates (Liu et al., 2025, arXiv:2502.16982).
     negative = muon(1.0, muon_weight_dimension_numbers=unflatten(axes), consistent_rms=0.2, adam_b1=config.b1,
                     adam_b2=config.b2, **moments)  # fmt: skip
     return optax.chain(negative, optax.scale(-1.0))
+
+
+def _muon_axes(path: str) -> MuonDimensionNumbers | None:
+    """Return the input and output axes of a matrix of a block, or of the A or B of its adapter; None for the rest."""
+    if not (found := re.search(f"/(?:blocks|spatial|temporal)/.*?([^/]+)/(kernel|{A}|{B})$", path)):
+        return None
+    name, kind = found.groups()
+    if name not in MATRICES:
+        raise ValueError(f"no Muon axes for {path}: add {name} to MATRICES")
+    inputs, outputs = MATRICES[name]
+    if kind == A:
+        return MuonDimensionNumbers(inputs, (inputs[-1] + 1,))
+    if kind == B:
+        return MuonDimensionNumbers((1,), tuple(axis - len(inputs) + 1 for axis in outputs))
+    return MuonDimensionNumbers(inputs, outputs)
 
 
 def _within(path: str, part: str) -> bool:
