@@ -173,7 +173,7 @@ def add_voxels(calls: Calls, root: Path, scans: dict[str, list]) -> None:
         folder = export_processor(root / name, tokenizer, preparation)
         windows = [None, "minmax", "brain"] if name == "several" else [None]
         big = name in ("released", "demo")
-        every = 6 if big else 1 if name in ("minmax", "float32") else 2
+        every = 6 if big else 1 if name in ("minmax", "float32") else 3
         for scan, (ours, theirs) in list(scans.items())[::every]:
             for window in windows:
                 mine = Scan(ours, window=window) if isinstance(ours, str) else ours
@@ -205,7 +205,7 @@ def add_prompts(calls: Calls, root: Path, scan: str) -> None:
     folders = {"mistral_v1": model, "practice": root / "scans" / "practice" / "tokenizer.model"}
     folders |= {family.name: write_folder(family, root / "tokenizers" / family.name) for family in FAMILIES}
     systemless = {family.name for family in FAMILIES if not family.has_system}
-    prompts = [*PROMPTS, *((text.replace("<", "("), 1, {"place": "last"}) for text in texts()[:: 2000 // 12])]
+    prompts = [*PROMPTS, *((text.replace("<", "("), 1, {"place": "last"}) for text in texts()[:: 2000 // 6])]
     for name, path in folders.items():
         tokenizer = load_tokenizer(path)
         layouts = [SMALL, dataclasses.replace(SMALL, template="chat")] if path.is_dir() else [SMALL]
@@ -339,13 +339,13 @@ def test_voxels_equal_ours_bit_for_bit(results):
     _, voxels, *_ = results
     assert differences(voxels) == []
     read = [call for call, ours, _ in voxels if isinstance(ours, dict)]
-    assert len(read) > 100, len(read)
+    assert len(read) > 80, len(read)
 
 
 def test_prompts_have_our_ids(results):
     _, _, prompts, *_ = results
     assert differences(prompts) == []
-    assert sum(isinstance(ours, dict) for _, ours, _ in prompts) > 200
+    assert sum(isinstance(ours, dict) for _, ours, _ in prompts) > 150
 
 
 def test_what_cannot_be_read_exactly_is_refused(results):
