@@ -1,6 +1,7 @@
 """An export of a trained run on all practice data, and the readers on real files. Slow.
 
 RADFM_PRACTICE is the folder of a quickstart: practice/ and runs/quickstart/finetune/ (bash launch/quickstart.sh).
+RADFM_VLLM is a Python with vLLM and the plugin of launch/vllm.
 """
 
 from __future__ import annotations
@@ -8,10 +9,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import subprocess
+import warnings
 from pathlib import Path
 
-import nibabel
-import pydicom
 import pytest
 from test_hub_processor import PREPARATIONS, Calls, differences, export_processor, our_voxels
 
@@ -50,26 +51,45 @@ def test_all_scans_have_our_voxels(quickstart, tmp_path):
     assert len(scans) > 1000 and sum(isinstance(ours, dict) for _, ours, _ in done) == 2 * len(scans)
 
 
-def test_greedy_answers_are_ours_token_for_token(quickstart, tmp_path):
-    practice, run, export = quickstart
+@pytest.fixture(scope="module")
+def answers(quickstart):
+    """Return requests of practice questions, and our greedy answers."""
+    practice, run, _ = quickstart
     rows = [json.loads(line) for line in (practice / "test" / "all.jsonl").read_text().splitlines()]
     rows = rows[:: len(rows) // QUESTIONS][:QUESTIONS]
-    model, calls = radfm_jax.load(run), Calls(tmp_path / "calls")
     requests = [Request(row["instruction"], [str(practice / scan) for scan in row["scans"]]) for row in rows]
-    ours = model.generator.answers(requests, Sampling(max_new_tokens=60, temperature=0))
-    for request, answer in zip(requests, ours, strict=True):
-        calls.add(export, list(answer.ids), "answer", text=request.prompt, images=request.scans)
-    done = calls.run()
-    assert [(mine, theirs) for _, mine, theirs in done if mine != theirs] == []
-    assert len(done) == QUESTIONS and len({str(mine) for _, mine, _ in done}) > 10
+    with warnings.catch_warnings(action="ignore"):  # notices on contrast
+        ours = radfm_jax.load(run).generator.answers(requests, Sampling(max_new_tokens=60, temperature=0))
+    ids = [list(answer.ids) for answer in ours]
+    assert len(ids) == QUESTIONS and len(set(map(str, ids))) > 10
+    return requests, ids
+
+
+def test_greedy_answers_are_ours_token_for_token(quickstart, answers, tmp_path):
+    calls = Calls(tmp_path / "calls")
+    for request, ids in zip(*answers, strict=True):
+        calls.add(quickstart[2], ids, "answer", text=request.prompt, images=request.scans)
+    assert [(ours, theirs) for _, ours, theirs in calls.run() if ours != theirs] == []
+
+
+def test_greedy_answers_of_vllm_are_ours_token_for_token(quickstart, answers, tmp_path):
+    python = os.environ.get("RADFM_VLLM")
+    if not python:
+        pytest.skip("RADFM_VLLM does not name a Python with vLLM and launch/vllm")
+    requests, ours = answers
+    calls, out = tmp_path / "calls.json", tmp_path / "out.json"
+    calls.write_text(json.dumps([{"prompt": r.prompt, "scans": list(r.scans)} for r in requests]))
+    command = [python, Path(__file__).with_name("vllm_child.py"), quickstart[2], calls, out]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(out.read_text()) == ours
 
 
 def test_real_files_are_equal_or_refused(tmp_path):
     """What the export reads, our pipeline reads, with equal voxels. Files of pydicom and nibabel, and their folders."""
-    files = [Path(file) for file in pydicom.data.get_testdata_files("*")]
-    files += [
-        f for f in Path(nibabel.__file__).parent.rglob("*") if f.suffix in (".nii", ".gz", ".dcm") and f.is_file()
-    ]
+    roots = [Path(importlib.util.find_spec(name).origin).parent for name in ("pydicom.data", "data_store", "nibabel")]
+    suffixes = (".dcm", ".nii", ".gz", "")
+    files = [file for root in roots for file in root.rglob("*") if file.suffix in suffixes and file.is_file()]
     files = [*sorted(set(files)), *sorted({file.parent for file in files})]
     files = [file for file in files if file.is_dir() or file.stat().st_size < 2e7]
     tokenizer = Path(importlib.util.find_spec("mistral_common").origin).parent / "data" / "tokenizer.model.v1"

@@ -13,18 +13,7 @@ from typing import Any
 import numpy as np
 from transformers import BatchFeature, ProcessorMixin
 
-from .prompts_radfm import (
-    TODAY,
-    Part,
-    Texts,
-    chat_ids,
-    place_scans,
-    prompt_parts,
-    question_of,
-    radfm_ids,
-    released_ids,
-    rendered_ids,
-)
+from .prompts_radfm import TODAY, Part, Texts, place_scans, prompt_ids, prompt_parts, question_of
 from .scans_radfm import require
 from .volumes_radfm import prepare_scans
 
@@ -49,9 +38,7 @@ class RadFMProcessor(ProcessorMixin):
         text_model="tokenizer.json", encoding_check=None, code_version=VERSION, chat_template=None,
     ):  # fmt: skip
         complete = preparation is not None and image_start_token_id is not None
-        require(
-            complete, "processor_config.json lacks `preparation` or `image_start_token_id`", "export the folder again"
-        )
+        require(complete, "processor_config.json lacks `preparation` or `image_start_token_id`", "export again")
         same = code_version == VERSION
         require(same, f"the folder is of radfm_jax {code_version}, its code of {VERSION}", "take files of one export")
         super().__init__(tokenizer, chat_template=chat_template)
@@ -98,15 +85,9 @@ class RadFMProcessor(ProcessorMixin):
 
     def ids(self, parts: list[Part]) -> list[int]:
         """Return the ids of a prompt."""
-        v, texts, p = self.image_start_token_id, self.texts, self.preparation
-        mark = [v, *[v + 2] * p["num_latents"], v + 1]
-        if p["preprocess"] == "released":
-            return released_ids(parts, mark, texts, self.bos_token_id)
-        if p["template"] == "radfm":
-            return radfm_ids(parts, mark, texts, self.bos_token_id)
-        if parts[0][0] == "rendered":
-            return rendered_ids([part for _, part in parts], mark, texts)
-        return chat_ids(parts, mark, texts)
+        v = self.image_start_token_id
+        mark = [v, *[v + 2] * self.preparation["num_latents"], v + 1]
+        return prompt_ids(parts, mark, self.texts, self.preparation, self.bos_token_id)
 
     def batch(self, parts: list[list[Part]], groups: list[list], padding: Any, return_tensors: Any) -> BatchFeature:
         """Return the inputs for the parts and the scans of each prompt. Rows are padded on the left."""

@@ -153,6 +153,17 @@ def neighbours(parts: list[Part], i: int) -> tuple[str | None, str | None]:
     return before, next((role for role, part in parts[i + 1 :] if isinstance(part, str)), None)
 
 
+def prompt_ids(parts: list[Part], mark: list[int], texts: Texts, preparation: dict, bos: int | None) -> list[int]:
+    """Return the ids of a prompt; `mark` stands for a scan."""
+    if preparation["preprocess"] == "released":
+        return released_ids(parts, mark, texts, bos)
+    if preparation["template"] == "radfm":
+        return radfm_ids(parts, mark, texts, bos)
+    if parts[0][0] == "rendered":
+        return rendered_ids([part for _, part in parts], mark, texts)
+    return chat_ids(parts, mark, texts)
+
+
 def radfm_ids(parts: list[Part], mark: list[int], texts: Texts, bos: int | None) -> list[int]:
     """Return BOS, texts with the white space between them, and `mark` for every scan."""
     ids, left = [] if bos is None else [bos], None
