@@ -68,18 +68,17 @@ def config_next_to(path: Path, hf: dict) -> Iterator[None]:
 
 
 def write_folder(
-    folder: Path, src: Path, part: str, config: RadFMConfig, hf: dict, report: Report, *, scores=None, notes=()
+    folder: Path, src: Path, part: str, config: RadFMConfig, hf: dict, report: Report, **card: str
 ) -> None:
     """Write config.json, the model card and the tokenizer of an exported folder, and for part `hub` its code.
 
-    For the model card: `scores` is an output directory of `radfm_jax.evaluate`, `notes` has lines about the use.
+    card: more of its sections (model_card).
     """
     write_json(folder / "config.json", hf)
     if part == "hub":
         _write_code(folder, src, config, hf, report)
-    notes = "\n".join(f"- {note}" for note in notes)
-    facts = {"notes": notes, "training": run_facts.training(src), "scores": run_facts.scores(scores) if scores else ""}
-    (folder / "README.md").write_text(model_card(config, part, report.parameters, hf, **facts))
+    training = run_facts.training(src)
+    (folder / "README.md").write_text(model_card(config, part, report.parameters, hf, training=training, **card))
     tokenizers = [path for name in checkpoint.TOKENIZERS if (path := src / name).is_file()]
     for path in tokenizers:
         if not (folder / path.name).exists():

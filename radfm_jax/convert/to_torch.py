@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from radfm_jax.checkpoints import checkpoint
-from radfm_jax.convert import hf_folder, hub_table, released_class, table
+from radfm_jax.convert import hf_folder, hub_table, released_class, run_facts, table
 from radfm_jax.convert.families import FAMILIES
 from radfm_jax.convert.report import NO_PROGRESS, Progress, Report
 from radfm_jax.convert.tensor_files import TensorInfo, open_tensors, write_safetensors, write_torch_bin
@@ -56,7 +56,7 @@ def to_torch(
     description, config, reader, shapes = _open(src, part)
     override = np.dtype(checkpoint.DTYPES[dtype]) if dtype else None
     dtypes = tuple(sorted({(override or np.dtype(reader.dtypes[path])).name for path in shapes}))
-    lines, needs = list[str](), list[str]()
+    lines, card = list[str](), {"scores": run_facts.scores(scores) if scores else ""}
     hf = hf_folder.config_json(Path(src), part, config, description, dtypes[0], lines)
     tensors = table.by_tensor(_entries(part, config, hf))
     dtype_of = lambda parts: override or max((np.dtype(reader.dtypes[e.path]) for e in parts), key=_width)  # noqa: E731
@@ -74,7 +74,8 @@ def to_torch(
             ties[table.EMBEDDING_ALIAS] = table.EMBEDDING
             extra_infos, extras, notes = released_extras(Path(src), description, config, layout, resources)
             infos |= extra_infos
-            lines += [*(needs := released_class.notes(config, layout)), *notes]
+            needs = released_class.notes(config, layout)
+            lines, card["notes"] = [*lines, *needs, *notes], "\n".join(f"- {need}" for need in needs)
         # safetensors cannot share one tensor between two names.
         size = sum(info.nbytes for name, info in infos.items() if not (as_bin and name in ties))
         report = Report(sum(map(math.prod, shapes.values())), size, dtypes, lines)
@@ -87,7 +88,6 @@ def to_torch(
             return report
         with checkpoint.new_directory(dst, manifest=False) as folder:
             write_safetensors(folder, infos, read, max_shard_bytes=max_shard_bytes, progress=progress.advance)
-            card = {"scores": scores, "notes": needs}
             hf_folder.write_folder(folder, Path(src), part, config, hf, report, **card)
     return report
 
