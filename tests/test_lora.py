@@ -344,6 +344,13 @@ def test_resuming_or_starting_with_other_adapters(run, base):
         loaded["llama/blocks/up/lora_b"], states[1][0]["params"]["llama"]["blocks"]["up"]["lora_b"]
     )
     assert train_state.find_base(directory, abstract, config).directory == base
+    assert not report.sizes
+    # Another scale or base type changes what the adapters compute, but no shape.
+    other = dataclasses.replace(config, lora=dataclasses.replace(LORA, alpha=12.0, dropout=0.5), base="bfloat16")
+    _, report = train_state.init_from(directory, abstract, other)
+    assert "\n  DIFFERS: lora.alpha is 12.0, was 6.0 in the checkpoint" in str(report)
+    assert f"\n  DIFFERS: base is 'bfloat16', was {weights!r} in the checkpoint" in str(report)
+    assert len(report.sizes) == 2
 
 
 def test_errors_of_the_config():

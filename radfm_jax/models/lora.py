@@ -28,6 +28,7 @@ from input_pipeline.files import nearest
 
 A, B = "lora_a", "lora_b"
 KERNEL = "/kernel"
+PATCHES = "vit/embedding/"  # patch embeddings have no adapters: they are not a `layers.Dense`, but normalise their kernel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,8 @@ class LoraConfig:
     """The group `model.lora`: which linear maps get an adapter, and its size.
 
     `targets` are patterns (fnmatch) of linear maps: "llama/blocks/*" are the seven of every decoder block,
-    "llama/blocks/[qv]*" its queries and values, "vit/blocks/*" those of the vision encoder.
+    "llama/blocks/[qv]*" its queries and values, "vit/blocks/*" those of the vision encoder. Embeddings and the head have
+    no adapters.
     """
 
     rank: Size = 16
@@ -65,7 +67,8 @@ def input_axes(names: tuple[str | None, ...]) -> range:
 
 def targets(config: LoraConfig, boxed: dict[str, nn.Partitioned]) -> list[str]:
     """Return the linear maps of {path: boxed parameter} that match. ValueError for a pattern that matches none."""
-    maps = [path.removesuffix(KERNEL) for path, x in boxed.items() if path.endswith(KERNEL) and x.value.ndim > 1]
+    kernels = [path for path, x in boxed.items() if path.endswith(KERNEL) and x.value.ndim > 1]
+    maps = [path.removesuffix(KERNEL) for path in kernels if not path.startswith(PATCHES)]
     for pattern in config.targets:
         if not fnmatch.filter(maps, pattern):
             raise ValueError(
