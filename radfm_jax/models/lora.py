@@ -28,7 +28,7 @@ from input_pipeline.files import nearest
 
 A, B = "lora_a", "lora_b"
 KERNEL = "/kernel"
-PATCHES = "vit/embedding/"  # patch embeddings have no adapters: they are not a `layers.Dense`, but normalise their kernel
+PATCHES = "vit/embedding/"  # patch embeddings have no adapters: they transform their kernel, so are no `layers.Dense`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +36,8 @@ class LoraConfig:
     """The group `model.lora`: which linear maps get an adapter, and its size.
 
     `targets` are patterns (fnmatch) of linear maps: "llama/blocks/*" are the seven of every decoder block,
-    "llama/blocks/[qv]*" its queries and values, "vit/blocks/*" those of the vision encoder. Embeddings and the head have
-    no adapters.
+    "llama/blocks/[qv]*" its queries and values, "vit/blocks/*" those of the vision encoder. Embeddings and the head
+    have no adapters.
     """
 
     rank: Size = 16

@@ -32,7 +32,9 @@ def message(e: BaseException) -> str | None:
     if isinstance(e, OSError) and e.errno in DISK_ERRORS:
         return f"{e.filename or 'a file of the run'} cannot be written: {e.strerror}"
     if isinstance(e, ValueError | Explained):
-        return "\n".join([str(e), *getattr(e, "__notes__", [])])
+        # JAX adds a note that it shortened the traceback, which is not shown here.
+        notes = [note for note in getattr(e, "__notes__", []) if "JAX_TRACEBACK_FILTERING" not in note]
+        return "\n".join([str(e), *notes])
     return None
 
 

@@ -142,8 +142,11 @@ def _base(config: Experiment, newest: Path | None, abstract: dict) -> train_stat
     source, moved = newest or config.checkpoint.init_from, None
     if not source and (config.model.lora is not None or config.model.base != "float32"):
         raise ValueError("model.lora and model.base need checkpoint.init_from, the checkpoint with the base")
-    if newest is not None and (recorded := checkpoint.read_description(newest).get(checkpoint.BASE)):
-        moved = None if Path(recorded["directory"]).is_dir() else config.checkpoint.init_from
+    if newest is not None and checkpoint.read_description(newest).get(checkpoint.BASE):
+        try:
+            checkpoint.base_of(newest)
+        except ValueError:
+            moved = config.checkpoint.init_from or None
     return train_state.find_base(source, abstract, config.model, moved)
 
 
