@@ -314,6 +314,8 @@ def load(
             raise ValueError(f"dtype {name!r} is unknown: choose one of {', '.join(checkpoint.DTYPES)}")
     if weights not in (None, *quantised.BASES):
         raise ValueError(f"weights {weights!r} is unknown: choose one of {', '.join(quantised.BASES)}")
+    if int8 and weights not in (None, "int8"):
+        raise ValueError(f"int8=True and weights={weights!r} contradict each other: pass one of them")
     if mesh is not None and mesh.axis_names != sharding.AXES:
         raise ValueError(f"mesh has axes {mesh.axis_names}, expected {sharding.AXES}: use sharding.make_mesh")
     if tokenizer is not None and not Path(tokenizer).exists():

@@ -326,6 +326,8 @@ def test_a_base_that_moved_or_changed(run, base, tmp_path):
     assert model.with_adapters({"again": copy}).adapters["again"].base == moved
     with pytest.raises(ValueError, match="has all its parameters and needs no base: do not pass"):
         radfm_jax.load(moved, base=base)
+    with pytest.raises(ValueError, match="int8=True and weights='nf4' contradict each other"):
+        radfm_jax.load(copy, base=moved, int8=True, weights="nf4")
     with pytest.raises(ValueError, match=r"its base .*nothing does not exist or is not a checkpoint: pass"):
         radfm_jax.load(copy, base=tmp_path / "nothing")
     other = {**BASE, "projection": jax.tree.map(lambda x: x + 1, BASE["projection"])}
