@@ -81,8 +81,7 @@ def absolute(path) -> Path:
 
 def require_space(path, required: int, task: str) -> None:
     """Raise ValueError if the disk of `path` has fewer than `required` bytes free."""
-    path = Path(path).absolute()
-    existing = next(p for p in (path, *path.parents) if p.exists())
+    existing = next(p for p in (Path(path).absolute(), *Path(path).absolute().parents) if p.exists())
     if (free := shutil.disk_usage(existing).free) < required:
         raise ValueError(
             f"{task} needs {filesize.decimal(required)}, but the disk of {existing} has {filesize.decimal(free)} free"
@@ -227,6 +226,8 @@ def read_description(directory) -> dict:
         parts = {"model": description["model"], **sizes, **others}
         if wrong := [name for name, value in parts.items() if not isinstance(value, dict)]:
             raise TypeError(f"{', '.join(wrong)} must have fields")
+        if BASE in description and not all(isinstance(parts[BASE].get(k), str) for k in ("directory", "sha256")):
+            raise TypeError(f"{BASE} must have the texts directory and sha256")
     except FileNotFoundError:
         raise ValueError(f"{directory} has no {DESCRIPTION}: it is not a checkpoint directory of radfm_jax") from None
     except (KeyError, TypeError) as e:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import math
+from collections.abc import Mapping
 from typing import Annotated
 
 import flax.linen as nn
@@ -57,6 +58,15 @@ class LoraConfig:
 def is_adapter(path: str) -> bool:
     """Return whether a parameter path is that of an adapter."""
     return path.rpartition("/")[2] in (A, B)
+
+
+def check_rank(config: LoraConfig | None, shapes: Mapping[str, tuple[int, ...]], source) -> None:
+    """Raise ValueError if stored adapters {path: shape} have another rank than their config, which scales them."""
+    rank = 0 if config is None else config.rank
+    for path, shape in shapes.items():
+        if path.endswith(f"/{A}") and shape[-1] != rank:
+            stated = f"the rank {rank}" if config else "no adapters"
+            raise ValueError(f"{source}: {path} has the rank {shape[-1]}, but model.lora of radfm.json has {stated}")
 
 
 def input_axes(names: tuple[str | None, ...]) -> range:
