@@ -236,6 +236,11 @@ def test_a_group_has_room_for_answers():
         (Pair(), sample("yes", "yes "), "row row-1: chosen and rejected are the same tokens"),
         (Pair(), sample("yes " * 150, "no " * 150), "at least .* tokens, and a row 200"),
         (Group(2, 4), dataclasses.replace(sample(), parts=(Text("long text", "interleaved"),)), "has no question"),
+        (
+            Group(8, 22),
+            sample(),
+            "tokens.* the room of a prompt beside 8 answers of 22 in a row of 200.*lower grpo.group",
+        ),
     ],
 )
 def test_samples_that_do_not_fit(form, one, words):

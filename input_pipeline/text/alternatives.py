@@ -15,6 +15,7 @@ from collections.abc import Callable
 import numpy as np
 
 from input_pipeline.samples import RowError, Sample, Text
+from input_pipeline.text.shorten import TooLong
 from input_pipeline.text.tokens import Encoded
 
 Encode = Callable[..., Encoded]  # tokens.encode without the arguments sample, max_tokens, rng and prompt
@@ -55,11 +56,21 @@ class Group:
     room: int
 
     def encode(self, sample: Sample, encode: Encode, max_tokens: int, rng: np.random.Generator) -> Encoded:
-        """Return all segments. A long prompt is cut as in tokens.encode. Raises RowError if there is no question."""
+        """Return all segments. A long prompt is cut as in tokens.encode.
+
+        Raises RowError if there is no question, or if the answers leave no room for it.
+        """
         if any(isinstance(part, Text) and part.role == "interleaved" for part in sample.parts):
             raise _error(sample, "interleaved text has no question to answer", "remove its source from this run")
         prompt = dataclasses.replace(sample, parts=sample.parts[: len(sample.parts) - _answer_parts(sample)])
-        one = encode(prompt, max_tokens=max_tokens // self.size - self.room, rng=rng, prompt=True)
+        try:
+            one = encode(prompt, max_tokens=max_tokens // self.size - self.room, rng=rng, prompt=True)
+        except TooLong as error:
+            raise _error(
+                sample,
+                f"{error.reason}, the room of a prompt beside {self.size} answers of {self.room} in a row of {max_tokens}",
+                "increase data.text_length, or lower grpo.group or grpo.max_new_tokens",
+            ) from None
         return joined([self._with_room(one)] * self.size)
 
     def _with_room(self, prompt: Encoded) -> Encoded:

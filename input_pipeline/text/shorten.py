@@ -12,10 +12,14 @@ from input_pipeline.text.tokenizer import Tokenizer
 INSTRUCTION_FLOOR = 64
 
 
-def does_not_fit(sample: Sample, tokens: int, marks: int, max_tokens: int) -> RowError:
+class TooLong(RowError):
+    """A sample that is longer than a row, even without the texts that may be shortened."""
+
+
+def does_not_fit(sample: Sample, tokens: int, marks: int, max_tokens: int) -> TooLong:
     reason = f"{tokens} tokens, including {marks} scans, do not fit into {max_tokens}"
     remedy = "allow fewer scans or more tokens (data.max_scans, data.text_length)"
-    return RowError(sample.dataset, sample.row_id, reason, remedy)
+    return TooLong(sample.dataset, sample.row_id, reason, remedy)
 
 
 def shorten_blocks(

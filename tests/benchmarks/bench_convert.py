@@ -22,6 +22,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
 from radfm_jax.checkpoints import checkpoint
 from radfm_jax.convert import table
 from radfm_jax.convert.tensor_files import TensorInfo, open_tensors, write_torch_bin
