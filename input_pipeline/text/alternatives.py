@@ -68,7 +68,8 @@ class Group:
         except TooLong as error:
             raise _error(
                 sample,
-                f"{error.reason}, the room of a prompt beside {self.size} answers of {self.room} in a row of {max_tokens}",
+                f"{error.reason}, the room of a prompt beside {self.size} answers of {self.room} in a row of "
+                f"{max_tokens}",
                 "increase data.text_length, or lower grpo.group or grpo.max_new_tokens",
             ) from None
         return joined([self._with_room(one)] * self.size)
