@@ -19,7 +19,7 @@ WRONG_SIZE = "it is truncated or its header is damaged: copy it again"
 
 # First bytes of common formats that cannot be read, or cannot be read safely.
 UNSUPPORTED = {
-    b"PK\x03\x04": ("a zip or .npz archive", "unpack it, or save single .npy files"),
+    b"PK\x03\x04": ("a zip or .npz archive", "unpack it, or save single .npy files"),  # in a gzip stream
     b"GIF8": ("a GIF", "save it as PNG"),
     b"BM": ("a BMP", "save it as PNG"),
     b"RIFF": ("a WebP or other RIFF file", "save it as PNG"),
@@ -62,6 +62,7 @@ class ScanLimits:
     max_side: int = 16384  # rows and columns; the largest mammograms have about 6,000
     max_slices: int = 4096  # slices of a volume, frames of a DICOM file, pages of a TIFF, files of a series
     max_volumes: int = 16384  # volumes in a file
+    max_instances: int = 65536  # files of a study: a folder of any depth, or an archive
     max_file_bytes: int = 4 << 30  # a file on disk, all files of a series, an unpacked gzip stream
 
 

@@ -8,14 +8,14 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from input_pipeline.images.scans import orientation
-from input_pipeline.images.scans.access import open_scan
-from input_pipeline.images.scans.base import Header, ScanError, ScanLimits, join_offenders, printable
+from input_pipeline.images.scans.access import Member, open_scan
+from input_pipeline.images.scans.base import Header, ScanError, ScanLimits, join_offenders
 from input_pipeline.images.scans.checks import check_shape, check_volume
 from input_pipeline.images.scans.dicom_file import load, sniff
 from input_pipeline.images.scans.fields import DAMAGED_HEADER, Fields
-from input_pipeline.images.scans.instance import Instance
+from input_pipeline.images.scans.instance import Instance, select_frames
 from input_pipeline.images.scans.lookup import read_lut
-from input_pipeline.images.scans.mixtures import check_runs
+from input_pipeline.images.scans.mixtures import check_one_kind, check_runs, without_times
 from input_pipeline.images.scans.pixel_data import decode, encoded_frames
 from input_pipeline.images.scans.rescale import Rescale, rescale_of
 from input_pipeline.images.scans.series import join_kinds, load_series, series_files
@@ -184,16 +184,37 @@ def read_file(path, limits: ScanLimits, *, with_pixels: bool) -> tuple[np.ndarra
     """Read a single-frame or multi-frame file."""
     with open_scan(path, limits) as file:
         instance, dataset = load(path, file, limits, pixels=with_pixels)
+    return read_frames(path, instance, dataset, range(instance.frames), limits, with_pixels=with_pixels)
+
+
+def read_some_frames(
+    path, member: Member, frames: Sequence[int], limits: ScanLimits, *, with_pixels: bool, timed: bool
+) -> tuple[np.ndarray | None, Header]:
+    """Read those frames of a multi-frame file that are one volume. `timed` as in `load_series`."""
+    with member.open(limits, with_pixels) as file:
+        instance, dataset = load(member.path, file, limits, pixels=with_pixels, mixed=True)
+    kinds = select_frames(instance, frames).kinds
+    names = [f"frame {i + 1}" for i in frames]
+    check_one_kind(member.path, without_times(kinds) if timed else kinds, names, "frame")
+    return read_frames(member.path, instance, dataset, frames, limits, with_pixels=with_pixels)
+
+
+def read_frames(
+    path, instance: Instance, dataset, frames: Sequence[int], limits: ScanLimits, *, with_pixels: bool
+) -> tuple[np.ndarray | None, Header]:
+    """Read frames of one file that are one volume."""
+    part = select_frames(instance, frames)
 
     def decoded(order: list[int]) -> Iterator[tuple[int, np.ndarray]]:
         lut = read_lut(path, Fields(path, dataset), instance)
-        slot = {source: target for target, source in enumerate(order)}
+        slot = {frames[source]: target for target, source in enumerate(order)}
         for i, data in enumerate(encoded_frames(path, dataset, instance)):
-            yield slot[i], decode(path, data, instance, dataset, lut)
+            if i in slot:
+                yield slot[i], decode(path, data, instance, dataset, lut)
 
-    names = [f"frame {i + 1}" for i in range(instance.frames)]
-    frames = decoded if with_pixels else None
-    return read_slices(path, [instance], frames, names, instance.positions, limits, "frame")
+    names = [f"frame {i + 1}" for i in frames]
+    source = decoded if with_pixels else None
+    return read_slices(path, [part], source, names, part.positions, limits, "frame")
 
 
 def read_series(path, limits: ScanLimits, *, with_pixels: bool) -> tuple[np.ndarray | None, Header]:
@@ -201,21 +222,27 @@ def read_series(path, limits: ScanLimits, *, with_pixels: bool) -> tuple[np.ndar
     files = series_files(path, limits)
     if len(files) == 1:
         return read_file(files[0], limits, with_pixels=with_pixels)
-    names = [printable(f.name) for f in files]
-    instances, datasets = load_series(path, files, names, limits, with_pixels=with_pixels)
+    return read_members(path, [Member.of_file(file) for file in files], limits, with_pixels=with_pixels)
+
+
+def read_members(
+    path, members: Sequence[Member], limits: ScanLimits, *, with_pixels: bool, timed: bool = False
+) -> tuple[np.ndarray | None, Header]:
+    """Read the single-frame files of one volume. `timed` as in `load_series`."""
+    instances, datasets = load_series(path, members, limits, with_pixels=with_pixels, timed=timed)
     first = instances[0]
-    shape = (first.rows, first.columns, len(files), first.channels)
+    shape = (first.rows, first.columns, len(members), first.channels)
     check_shape(path, shape, max(i.bits_allocated for i in instances) // 8, limits)
 
     def decoded(order: list[int]) -> Iterator[tuple[int, np.ndarray]]:
         for target, index in enumerate(order):
-            file_path, instance, dataset = files[index], instances[index], datasets[index]
+            file_path, instance, dataset = members[index].path, instances[index], datasets[index]
             datasets[index] = None  # frees the encoded bytes as the voxels are decoded
             lut = read_lut(file_path, Fields(file_path, dataset), instance)
             data = list(encoded_frames(file_path, dataset, instance))
             yield target, decode(file_path, data[0], instance, dataset, lut)
 
-    frames = decoded if with_pixels else None
+    frames, names = decoded if with_pixels else None, [member.name for member in members]
     return read_slices(path, instances, frames, names, [i.positions[0] for i in instances], limits, "slice")
 
 
