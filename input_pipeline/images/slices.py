@@ -35,7 +35,7 @@ def slices(scan: Scan, max_slices: int = 1, *, for_people: bool = False) -> list
       for_people: show a CT without a window setting in the window of its file, or else in the soft tissue window. Its
         whole range would leave soft tissue a few gray levels.
     """
-    voxels, header = scans.read(scan.path, volume=scan.volume)
+    voxels, header = scans.read(scan.path, **scan.selection)
     try:
         voxels, low, high = without_padding(one_channel_if_gray(voxels), header.padding, header.value_range)
         window = scan.window
