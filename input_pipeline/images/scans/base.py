@@ -83,6 +83,8 @@ class Header:
     oblique_degrees: float | None = None  # largest angle between a voxel axis and its anatomical axis
     padding: tuple[float, float] | None = None  # (low, high) of values outside the field of view, after rescaling
     window: tuple[float, float] | None = None  # (low, high) to display, after rescaling
+    # DICOM: (row, column, slice, 1) -> mm to the patient's Right, Anterior and Superior; None without a regular grid.
+    affine: tuple[tuple[float, float, float, float], ...] | None = None
     # Faults that do not prevent reading, each with its remedy.
     notices: tuple[str, ...] = dataclasses.field(default=(), compare=False)
     # (minimum, maximum) of the voxels from `read`; None from `header`, which reads no voxels.

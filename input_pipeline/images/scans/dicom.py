@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -100,14 +101,21 @@ def stack_order(path, names, instance: Instance, positions, numbers) -> tuple[li
     return order, step, notice
 
 
-def slice_layout(
-    path, names, instance: Instance, positions, numbers
-) -> tuple[list[int], orientation.DisplayLayout | None, str | None]:
-    """Return the slice order, the display layout and a notice; without geometry, the file order, None and None."""
+class SliceLayout(NamedTuple):
+    """The order of slices and how they are displayed; without geometry, the file order and None."""
+
+    order: list[int]
+    display: orientation.DisplayLayout | None = None
+    affine: np.ndarray | None = None  # Header.affine
+    notice: str | None = None  # the slice distance changes
+
+
+def slice_layout(path, names, instance: Instance, positions, numbers) -> SliceLayout:
+    """Return the layout of the slices of one volume."""
     count = len(names)
     spacing = instance.spacing or ((1.0, 1.0) if count == 1 else None)  # for a single slice, only the directions matter
     if instance.orientation is None or spacing is None or (count > 1 and positions is None):
-        return list(range(count)), None, None
+        return SliceLayout(list(range(count)))
     across, down = np.array(instance.orientation[:3]), np.array(instance.orientation[3:])
     if abs(np.linalg.norm(across) - 1) > 0.01 or abs(np.linalg.norm(down) - 1) > 0.01 or abs(across @ down) > 0.01:
         raise ScanError(path, "has an ImageOrientationPatient that is not a rotation", DAMAGED_HEADER)
@@ -116,17 +124,20 @@ def slice_layout(
         order, step, notice = stack_order(path, names, instance, positions, numbers)
     # ImageOrientationPatient gives the column direction first, so the array's second axis steps along `across`.
     affine = np.stack([down * spacing[0], across * spacing[1], step], axis=1) * LPS_TO_RAS[:, None]
+    shape = instance.rows, instance.columns, count
     try:
-        layout = orientation.display_layout(affine, (instance.rows, instance.columns, count), slice_axis=2)
-        return order, layout, notice
+        display = orientation.display_layout(affine, shape, slice_axis=2)
     except ValueError as error:
         raise ScanError(path, f"states {error}", DAMAGED_HEADER) from None
+    if positions is None or instance.spacing is None or notice is not None:
+        return SliceLayout(order, display, None, notice)
+    origin = np.array(positions[order[0]], np.float64) * LPS_TO_RAS
+    return SliceLayout(order, display, display.affine(np.column_stack([affine, origin]), shape))
 
 
-def to_header(
-    instances: Sequence[Instance], layout: orientation.DisplayLayout | None, rescale: Rescale, notice: str | None
-) -> Header:
+def to_header(instances: Sequence[Instance], slices: SliceLayout, rescale: Rescale) -> Header:
     """Return the header of the volume of one file, or of the files of a series."""
+    layout, notice = slices.display, slices.notice
     first, count = instances[0], sum(i.frames for i in instances)
     shape, spacing = (first.rows, first.columns, count), (*(first.spacing or (None, None)), None)
     if layout is not None:
@@ -145,6 +156,7 @@ def to_header(
         oblique_degrees=layout.oblique_degrees if layout else None,
         padding=rescale.padding,
         window=shown_window(instances, rescale),
+        affine=None if slices.affine is None else tuple(tuple(map(float, row)) for row in slices.affine),
         notices=() if notice is None else (notice,),
     )
 
@@ -169,15 +181,16 @@ def read_slices(path, instances: list[Instance], frames, names, positions, limit
       noun: "slice" or "frame", for messages.
     """
     first, numbers = instances[0], [i.number if i.frames == 1 else None for i in instances for _ in range(i.frames)]
-    order, layout, notice = slice_layout(path, names, first, positions, numbers)
-    if layout is not None:
+    layout = slice_layout(path, names, first, positions, numbers)
+    order = layout.order
+    if layout.display is not None:
         check_runs(path, join_kinds(instances), order, names, noun)
     rescale = rescale_of(instances)
-    head = to_header(instances, layout, rescale, notice)
+    head = to_header(instances, layout, rescale)
     if frames is None:
         return None, head
     voxels = rescale.apply(path, stack_frames(len(names), frames(order)), order, limits).transpose(1, 2, 0, 3)
-    return (layout.apply(voxels) if layout else voxels), head
+    return (layout.display.apply(voxels) if layout.display else voxels), head
 
 
 def read_file(path, limits: ScanLimits, *, with_pixels: bool) -> tuple[np.ndarray | None, Header]:

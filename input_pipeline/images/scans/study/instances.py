@@ -125,7 +125,9 @@ def no_image(fields: Fields, sop_class: str) -> str:
         return NOT_SCANS[modality]
     if fields.raw("DirectoryRecordSequence") is not None:
         return "a DICOMDIR, a list of files"
-    return "an object without an image" if fields.raw("Rows") is None and fields.raw("Columns") is None else ""
+    absent = fields.raw("Rows") is None and fields.raw("Columns") is None
+    # Without them, an image is truncated. `interpret` refuses it.
+    return "an object without an image" if absent and name and "Image Storage" not in name else ""
 
 
 def aside(entries: Sequence[Entry]) -> str:

@@ -6,17 +6,19 @@ its series are surveyed.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import stat
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from input_pipeline.images.scans import dicom
-from input_pipeline.images.scans.access import as_scan_error, is_system_file, open_scan
+from input_pipeline.images.scans.access import as_scan_error, is_system_file, open_scan, stat_scan
 from input_pipeline.images.scans.base import Header, ScanError, ScanLimits
-from input_pipeline.images.scans.checks import check_volume
+from input_pipeline.images.scans.checks import check_values, check_volume
 from input_pipeline.images.scans.study import containers
 from input_pipeline.images.scans.study.selection import select
 from input_pipeline.images.scans.study.survey import Series, Study, refuse, survey
@@ -41,7 +43,7 @@ def header(path, *, series: str | None = None, limits: ScanLimits) -> Header:
 
 def _read(path, volume, series, limits: ScanLimits, *, with_pixels: bool):
     mixture = None
-    if series is None and is_single(path, limits):
+    if series is None and (volume is None or volume == 0) and is_single(path, limits):
         try:
             if with_pixels:
                 return dicom.read(path, volume=volume, limits=limits)
@@ -108,10 +110,34 @@ def notices(study: Study, series: Series) -> tuple[str, ...]:
     return out
 
 
-def open_study(path, limits: ScanLimits = ScanLimits(), advance=lambda count: None) -> Study:  # noqa: B008
-    """Return the survey of a folder, DICOMDIR, archive or DICOM file."""
-    with containers.open_container(path, limits) as container:
-        return survey(path, container, limits, advance)
+@dataclasses.dataclass(frozen=True)
+class OpenStudy:
+    """A surveyed study whose series can be read without another survey."""
+
+    path: str
+    limits: ScanLimits
+    study: Study
+
+    def read(self, series: Series, volume: int | None = None) -> tuple[np.ndarray, Header]:
+        """Return voxels and header as `scans.read` does. Raises ScanError."""
+        with as_scan_error(self.path, "reading a series"):
+            voxels, head = read_one(self.path, self.study, series, volume, self.limits, with_pixels=True)
+            voxels, ends, found = check_values(self.path, voxels)
+        return voxels, dataclasses.replace(head, value_range=ends, notices=(*head.notices, *found))
+
+
+@contextlib.contextmanager
+def open_study(
+    path, limits: ScanLimits = ScanLimits(), advance: Callable[[int], None] = lambda count: None  # noqa: B008
+) -> Iterator[OpenStudy]:  # fmt: skip
+    """Open a folder, DICOMDIR, archive or DICOM file, and survey it. `advance` is called with 1 after each file."""
+    path = os.fspath(path)
+    stat_scan(path)
+    with contextlib.ExitStack() as stack:
+        with as_scan_error(path, "reading the study"):
+            container = stack.enter_context(containers.open_container(path, limits))
+            study = survey(path, container, limits, advance)
+        yield OpenStudy(path, limits, study)
 
 
 def files_of(path) -> list[str]:
