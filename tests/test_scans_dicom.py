@@ -78,7 +78,9 @@ def test_gantry_tilt_is_one_stack_but_shifted_slices_are_not(tmp_path):
         z = float(dataset.ImagePositionPatient[2])
         dataset.ImagePositionPatient = [0, 0.4 * z, z]
         dataset.save_as(path)
-    np.testing.assert_array_equal(scans.read(folder)[0], axial_display(lps))
+    voxels, header = scans.read(folder)
+    np.testing.assert_array_equal(voxels, axial_display(lps))
+    assert "tilted by 21.8 degrees, so each slice is shifted by 0.80 mm" in header.notices[0]
     dataset = pydicom.dcmread(names[1])
     dataset.ImagePositionPatient[0] += 0.8
     dataset.save_as(names[1])

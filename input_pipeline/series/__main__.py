@@ -100,7 +100,7 @@ def write_series(opened: OpenStudy, series: Series, directory: Path, console: Sa
         for file in nifti.write(opened, series, directory):
             print(file, file=sys.stderr)
     except ScanError as error:
-        print_error(console, f"series {series.key} is not written: {error.reason} ({error.remedy})")
+        print_error(console, f"series {series.key} is not written: {error}")
         return False
     return True
 

@@ -25,6 +25,7 @@ from input_pipeline.images.scans.voi import series_window
 __all__ = ["header", "read", "sniff"]
 
 GAP = 0.25  # tolerated deviation from the usual slice distance: rounding to 0.1 mm stays below, a missing slice is 1.0
+TILT = 1.0  # degrees between the slice normal and the line through the slices, from which a tilt is reported
 RUN = 3  # distances on either side of a change of the slice distance that is not a missing slice
 LPS_TO_RAS = np.array([-1.0, -1.0, 1.0])
 
@@ -107,7 +108,20 @@ class SliceLayout(NamedTuple):
     order: list[int]
     display: orientation.DisplayLayout | None = None
     affine: np.ndarray | None = None  # Header.affine
-    notice: str | None = None  # the slice distance changes
+    changes: bool = False  # whether the slice distance changes
+    notices: tuple[str, ...] = ()
+
+
+def tilt_notice(instance: Instance, step: np.ndarray) -> tuple[str, ...]:
+    """Return the notice of a tilted gantry, whose slices are shifted against each other."""
+    normal = np.cross(instance.orientation[:3], instance.orientation[3:])
+    along = float(step @ normal)
+    shift = float(np.linalg.norm(step - along * normal))
+    degrees = float(np.degrees(np.arctan2(shift, abs(along))))
+    if degrees < TILT:
+        return ()
+    return (f"the gantry is tilted by {degrees:.1f} degrees, so each slice is shifted by {shift:.2f} mm against the "
+            "one before: the shape is sheared, and is not corrected",)  # fmt: skip
 
 
 def slice_layout(path, names, instance: Instance, positions, numbers) -> SliceLayout:
@@ -119,9 +133,11 @@ def slice_layout(path, names, instance: Instance, positions, numbers) -> SliceLa
     across, down = np.array(instance.orientation[:3]), np.array(instance.orientation[3:])
     if abs(np.linalg.norm(across) - 1) > 0.01 or abs(np.linalg.norm(down) - 1) > 0.01 or abs(across @ down) > 0.01:
         raise ScanError(path, "has an ImageOrientationPatient that is not a rotation", DAMAGED_HEADER)
-    order, step, notice = [0], np.cross(across, down), None
+    order, step, notices, changes = [0], np.cross(across, down), (), False
     if count > 1:
         order, step, notice = stack_order(path, names, instance, positions, numbers)
+        changes = notice is not None
+        notices = tilt_notice(instance, step) + (() if notice is None else (notice,))
     # ImageOrientationPatient gives the column direction first, so the array's second axis steps along `across`.
     affine = np.stack([down * spacing[0], across * spacing[1], step], axis=1) * LPS_TO_RAS[:, None]
     shape = instance.rows, instance.columns, count
@@ -129,20 +145,20 @@ def slice_layout(path, names, instance: Instance, positions, numbers) -> SliceLa
         display = orientation.display_layout(affine, shape, slice_axis=2)
     except ValueError as error:
         raise ScanError(path, f"states {error}", DAMAGED_HEADER) from None
-    if positions is None or instance.spacing is None or notice is not None:
-        return SliceLayout(order, display, None, notice)
+    if positions is None or instance.spacing is None or changes:
+        return SliceLayout(order, display, None, changes, notices)
     origin = np.array(positions[order[0]], np.float64) * LPS_TO_RAS
-    return SliceLayout(order, display, display.affine(np.column_stack([affine, origin]), shape))
+    return SliceLayout(order, display, display.affine(np.column_stack([affine, origin]), shape), False, notices)
 
 
 def to_header(instances: Sequence[Instance], slices: SliceLayout, rescale: Rescale) -> Header:
     """Return the header of the volume of one file, or of the files of a series."""
-    layout, notice = slices.display, slices.notice
+    layout = slices.display
     first, count = instances[0], sum(i.frames for i in instances)
     shape, spacing = (first.rows, first.columns, count), (*(first.spacing or (None, None)), None)
     if layout is not None:
         shape = layout.shape(shape)
-        distance = None if count == 1 or notice else round(layout.spacing_mm[2], 6)
+        distance = None if count == 1 or slices.changes else round(layout.spacing_mm[2], 6)
         spacing = (*(round(s, 6) if first.spacing else None for s in layout.spacing_mm[:2]), distance)
     return Header(
         format="dicom",
@@ -157,7 +173,7 @@ def to_header(instances: Sequence[Instance], slices: SliceLayout, rescale: Resca
         padding=rescale.padding,
         window=shown_window(instances, rescale),
         affine=None if slices.affine is None else tuple(tuple(map(float, row)) for row in slices.affine),
-        notices=() if notice is None else (notice,),
+        notices=slices.notices,
     )
 
 

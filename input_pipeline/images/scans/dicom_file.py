@@ -6,6 +6,7 @@ of the data set, as PS3.10 readers of such files assume.
 
 from __future__ import annotations
 
+import functools
 import struct
 import zlib
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ import pydicom
 from pydicom import uid
 from pydicom.datadict import dictionary_has_tag
 from pydicom.dataelem import RawDataElement
+from pydicom.tag import BaseTag
 
 from input_pipeline.images.scans.access import BoundedFile, as_scan_error
 from input_pipeline.images.scans.base import COPY_AGAIN, ScanError, ScanLimits, limit_error
@@ -150,11 +152,17 @@ def is_filled(file: BoundedFile, end: int) -> bool:
     return not data[end:].strip(b"\0") and data.count(b"\n") > data.count(b"\r\n")
 
 
+@functools.cache
+def tags_of(more: tuple[str, ...]) -> tuple[BaseTag, ...]:
+    """Return the tags of the attributes that a scan needs, and `more`."""
+    return tuple(tag_of(keyword) for keyword in (*KEYWORDS, *PRIVATE_TAGS, *more))
+
+
 def read_data_set(
     path, file: BoundedFile, layout: Layout, *, pixels: bool, more: Sequence[str] = ()
 ) -> pydicom.Dataset:
     """Return the data set with the attributes that a scan needs and `more`, and the encoded pixels if requested."""
-    tags = [tag_of(keyword) for keyword in (*KEYWORDS, *PRIVATE_TAGS, *more, *(PIXELS if pixels else ()))]
+    tags = list(tags_of((*more, *(PIXELS if pixels else ()))))
     with as_scan_error(path, "reading the DICOM header", hide_message=True):
         if layout.stated:
             file.seek(0)

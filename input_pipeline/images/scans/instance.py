@@ -19,6 +19,7 @@ from input_pipeline.images.scans.fields import (
     MOSAIC_COUNT,
     NOT_SCANS,
     Fields,
+    tag_of,
 )
 from input_pipeline.images.scans.mixtures import (
     ATTRIBUTES,
@@ -259,6 +260,7 @@ class FrameFields:
         self.per_frame = fields.items("PerFrameFunctionalGroupsSequence")
         if self.per_frame and len(self.per_frame) != self.count:
             raise ScanError(path, f"describes {len(self.per_frame)} frames but has {self.count}", DAMAGED_HEADER)
+        self.plain = self.shared is None and not self.per_frame  # no functional groups
         self.found: dict[str, list[list[Fields | None]]] = {}
 
     def sources(self, sequence: str) -> list[list[Fields | None]]:
@@ -273,6 +275,8 @@ class FrameFields:
             return group
 
         if sequence not in self.found:
+            if self.plain and tag_of(sequence.partition(".")[0]) not in self.fields.dataset:
+                return self.found.setdefault(sequence, [])
             own = [item(group) for group in self.per_frame]
             candidates = [own, [item(self.shared)] * self.count, [item(self.fields)] * self.count]
             self.found[sequence] = [items for items in candidates if any(items)]
@@ -294,7 +298,7 @@ class FrameFields:
 
     def column(self, attribute: Attribute) -> Sequence[Value]:
         """Return the value of an attribute for every frame."""
-        unassigned = UNASSIGNED if self.shared is not None or self.per_frame else ()
+        unassigned = () if self.plain else UNASSIGNED
         for sequence in (*attribute.sequences, *unassigned):
             for items in self.sources(sequence):
                 values = [item.comparable(attribute) if item is not None else None for item in items]
