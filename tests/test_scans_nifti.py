@@ -170,7 +170,7 @@ def test_other_gzip_streams_are_named(tmp_path):
         (b"\0" * 128 + b"DICM", "DICOM in a gzip stream (unpack it)"),
         (b"\x93NUMPY\1\0", ".npy in a gzip stream (unpack it)"),
         (b"\x89PNG\r\n\x1a\n", "PNG in a gzip stream (unpack it)"),
-        (b"NRRD0004\n", "NRRD in a gzip stream (convert it to .nii.gz)"),
+        (b"NRRD0004\n", "NRRD in a gzip stream (unpack it)"),
         (b"PK\3\4", "a zip or .npz archive in a gzip stream"),
         (b"id,path\n", "a gzip stream without a NIfTI header"),
     ):

@@ -10,6 +10,8 @@
 | NIfTI (.nii) | the same | flipped bits in voxels, spacing, affine, scaling |
 | DICOM file, frames, series | slices sorted by position, in display order; rescaled; MONOCHROME1 inverted; RGB | flipped bits in pixels and numbers; a missing first or last slice |
 | study: folder, DICOMDIR, zip, tar | one of its DICOM series, as above | as above; none in zip (CRC) |
+| FreeSurfer (.mgz, .mgh) | slices in display order | none in .mgz (CRC of the whole stream) |
+| NRRD, MetaImage (extra `itk`) | slices in display order | flipped bits in voxels and header |
 | PNG | gray or colour, EXIF orientation applied | none (CRC of every chunk) |
 | JPEG | the same | flipped bits in the image data |
 | TIFF | one slice per page | flipped bits in uncompressed pixels |
@@ -29,7 +31,7 @@ import stat
 
 import numpy as np
 
-from input_pipeline.images.scans import arrays, images, nifti, tiff
+from input_pipeline.images.scans import arrays, images, itk, mgh, nifti, tiff
 from input_pipeline.images.scans.access import as_scan_error, open_scan, resolve, stat_scan
 from input_pipeline.images.scans.base import FAULTS, Header, ScanError, ScanLimits, other_format
 from input_pipeline.images.scans.checks import check_values
@@ -42,10 +44,12 @@ DICOM = ("DICOM", (".dcm", ".dicom"))
 ARCHIVE = ("an archive", (".zip", ".tar", ".tar.gz", ".tgz"))
 READERS = {  # DICOM first: its preamble may contain any bytes, its mark is at byte 128
     reading: DICOM,
+    mgh: ("a FreeSurfer volume", (".mgz", ".mgh")),
     nifti: ("NIfTI or gzip", (".nii", ".nii.gz")),
     images: ("a 2D image", (".png", ".jpg", ".jpeg")),
     tiff: ("a 2D image", (".tif", ".tiff")),
     arrays: (".npy", (".npy",)),
+    itk: ("NRRD or MetaImage", (".nrrd", ".mha", ".mhd")),
 }
 
 
@@ -59,7 +63,7 @@ def find_reader(path, limits: ScanLimits):
     if detected is None:
         if (other := other_format(start)) is not None:
             raise ScanError(path, f"is {other[0]}", other[1], "unsupported")
-        remedy = "supported are NIfTI, DICOM, PNG, JPEG, TIFF and .npy"
+        remedy = "supported are NIfTI, DICOM, PNG, JPEG, TIFF, .npy, NRRD, MetaImage and FreeSurfer volumes"
         raise ScanError(path, f"has an unknown format: it starts with {start[:8].hex()}", remedy, "unsupported")
     # 2D images are often renamed between .png and .jpg, which is harmless; any other mismatch suggests a wrong file.
     name, kind = os.fsdecode(path).lower(), (ARCHIVE if containers.sniff(start) else READERS[detected])[0]

@@ -8,7 +8,7 @@ from typing import Literal
 
 from input_pipeline.messages import printable
 
-Format = Literal["nifti", "dicom", "image", "npy"]
+Format = Literal["nifti", "dicom", "image", "npy", "mgh", "itk"]
 Fault = Literal[
     "missing", "refused", "damaged", "limit", "unsupported", "ambiguous", "series", "non-finite", "constant"
 ]  # "non-finite" and "constant": readable files with useless voxels
@@ -23,8 +23,8 @@ UNSUPPORTED = {
     b"GIF8": ("a GIF", "save it as PNG"),
     b"BM": ("a BMP", "save it as PNG"),
     b"RIFF": ("a WebP or other RIFF file", "save it as PNG"),
-    b"NRRD": ("NRRD", "convert it to .nii.gz"),
-    b"ObjectType": ("MetaImage", "convert it to .nii.gz"),
+    b"NRRD": ("NRRD", "unpack it"),  # in a gzip stream
+    b"ObjectType": ("MetaImage", "unpack it"),
     b"\x80\x04": ("a pickle", "save it as .npy"),
     b"\x89HDF": ("HDF5", "save it as .npy or .nii.gz"),
     b"version ": ("a Git LFS pointer, not the file itself", "fetch it with git lfs pull"),

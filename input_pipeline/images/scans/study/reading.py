@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from input_pipeline.images.scans import dicom
+from input_pipeline.images.scans import dicom, itk
 from input_pipeline.images.scans.access import as_scan_error, is_system_file, open_scan, stat_scan
 from input_pipeline.images.scans.base import Header, ScanError, ScanLimits
 from input_pipeline.images.scans.checks import check_values, check_volume
@@ -155,4 +155,4 @@ def files_of(path) -> list[str]:
     if containers.is_dicomdir(root):
         with as_scan_error(root, "reading the DICOMDIR"), containers.open_container(root, ScanLimits()) as container:
             return [root, *sorted(str(member.path) for member in container.members if member.path != Path(root))]
-    return [root]
+    return itk.files_of(root) if root.lower().endswith(".mhd") else [root]
