@@ -41,14 +41,8 @@ def data_file(path, start: bytes) -> Path | None:
         return None
     if name.upper() == "LOCAL":
         return None
-    if (
-        start.startswith(NRRD)
-        or not name
-        or "/" in name
-        or "\\" in name
-        or "%" in name
-        or name.upper().startswith("LIST")
-    ):
+    plain = name and not set(name) & set("/\\%") and not name.upper().startswith("LIST")  # "%", LIST: several files
+    if start.startswith(NRRD) or not plain:
         raise ScanError(path, "has its voxels in other files", ONE_FILE, "unsupported")
     file = Path(path).parent / name
     if os.path.realpath(file) != os.path.join(os.path.realpath(Path(path).parent), name):
@@ -107,15 +101,12 @@ class Image:
         volumes = size[3] if dimensions == 4 else 1
         check_shape(path, (*shape, self.channels), self.dtype.itemsize, limits)
         check_volume(path, None, volumes, limits, needed=False)
-        located = dimensions > 2
+        located, spacing_mm = dimensions > 2, tuple(round(s, 6) for s in self.display.spacing_mm)
         self.header = Header(
             format="itk",
             shape=(*shape, self.channels),
             dtype=self.dtype.name,
-            spacing_mm=(
-                *(round(s, 6) for s in self.display.spacing_mm[:2]),
-                self.display.spacing_mm[2] if located else None,
-            ),
+            spacing_mm=(*spacing_mm[:2], spacing_mm[2] if located else None),
             orientation=self.display.codes if located else None,
             volumes=volumes,
             oblique_degrees=self.display.oblique_degrees if located else None,

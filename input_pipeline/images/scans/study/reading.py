@@ -155,4 +155,4 @@ def files_of(path) -> list[str]:
     if containers.is_dicomdir(root):
         with as_scan_error(root, "reading the DICOMDIR"), containers.open_container(root, ScanLimits()) as container:
             return [root, *sorted(str(member.path) for member in container.members if member.path != Path(root))]
-    return itk.files_of(root) if root.lower().endswith(".mhd") else [root]
+    return itk.files_of(root) if root.lower().endswith((".mhd", ".mha")) else [root]
