@@ -40,7 +40,7 @@ def test_oriented_volumes_equal_simpleitk_and_nifti(tmp_path, name, compressed):
 
 def test_types_dimensions_and_colours(tmp_path):
     for dtype in (np.uint8, np.uint16, np.int32, np.float32, np.float64):
-        SimpleITK.WriteImage(image_of(np.abs(LPS).astype(dtype) % 251), tmp_path / "a.nrrd")
+        SimpleITK.WriteImage(image_of((np.abs(LPS) % 251).astype(dtype)), tmp_path / "a.nrrd")
         voxels, header = scans.read(tmp_path / "a.nrrd")
         np.testing.assert_array_equal(voxels[..., 0], (np.abs(LPS) % 251).transpose(1, 0, 2))
         assert header.dtype == np.dtype(dtype).name
