@@ -66,6 +66,7 @@ def test_written_volumes_equal_the_scan_in_space(study, tmp_path):
     voxels, header = scans.read(study, series="lung")
     again, head = scans.read(file)
     np.testing.assert_array_equal(again, voxels)
+    assert any("burned-in annotation" in notice for notice in header.notices)
     assert head.spacing_mm == header.spacing_mm and head.orientation == "PLS"
     files = sorted((study / "2").iterdir())
     first = pydicom.dcmread(min(files, key=lambda f: pydicom.dcmread(f).ImagePositionPatient[2]))

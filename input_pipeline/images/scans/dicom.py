@@ -27,6 +27,7 @@ __all__ = ["header", "read", "sniff"]
 GAP = 0.25  # tolerated deviation from the usual slice distance: rounding to 0.1 mm stays below, a missing slice is 1.0
 TILT = 1.0  # degrees between the slice normal and the line through the slices, from which a tilt is reported
 RUN = 3  # distances on either side of a change of the slice distance that is not a missing slice
+BURNED_IN = "the header states burned-in annotation: look for names and dates in the image"
 LPS_TO_RAS = np.array([-1.0, -1.0, 1.0])
 
 
@@ -173,7 +174,7 @@ def to_header(instances: Sequence[Instance], slices: SliceLayout, rescale: Resca
         padding=rescale.padding,
         window=shown_window(instances, rescale),
         affine=None if slices.affine is None else tuple(tuple(map(float, row)) for row in slices.affine),
-        notices=slices.notices,
+        notices=(*slices.notices, *((BURNED_IN,) if any(i.burned_in for i in instances) else ())),
     )
 
 

@@ -63,7 +63,7 @@ KEYWORDS = (
     *("NumberOfFrames", "PlanarConfiguration", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"),
     *("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing"),
     *("ImageOrientationPatient", "ImagePositionPatient", "InstanceNumber", "TotalPixelMatrixColumns"),
-    *("DirectoryRecordSequence",),
+    *("DirectoryRecordSequence", "BurnedInAnnotation"),
     *("PixelPaddingValue", "PixelPaddingRangeLimit", "SharedFunctionalGroupsSequence"),
     *("PerFrameFunctionalGroupsSequence", "ExtendedOffsetTable", "ExtendedOffsetTableLengths"),
     *(attribute.keyword for attribute in ATTRIBUTES if attribute.private is None),

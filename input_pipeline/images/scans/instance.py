@@ -85,6 +85,7 @@ class Instance(PixelFormat):
     lut: bool  # whether a modality lookup table replaces slopes and intercepts
     padding: tuple[int, int] | None  # (low, high) as stored, in BitsAllocated
     window: tuple[float, float] | None  # (low, high) to display, after rescaling
+    burned_in: bool  # whether the file states that names or dates may be drawn into the pixels
     kinds: Columns  # one value a frame of every attribute of `mixtures`
 
     @property
@@ -170,6 +171,7 @@ def interpret(path, fields: Fields, syntax: uid.UID, *, mixed: bool = False) -> 
         lut=bool(fields.items("ModalityLUTSequence")),
         padding=read_padding(fields, pixel_format),
         window=stated_window(fields, frames),
+        burned_in=fields.soft("code", "BurnedInAnnotation") == "YES",
         kinds=kinds,
     )
 

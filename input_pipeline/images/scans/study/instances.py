@@ -14,7 +14,7 @@ from input_pipeline.images.scans.dicom_file import SNIFFED, check_syntax, open_d
 from input_pipeline.images.scans.fields import NOT_SCANS, Fields
 from input_pipeline.images.scans.instance import Instance
 
-LABELS = ("SpecificCharacterSet", "SOPInstanceUID", "SeriesNumber", "SeriesDescription", "BurnedInAnnotation")
+LABELS = ("SpecificCharacterSet", "SOPInstanceUID", "SeriesNumber", "SeriesDescription")
 # Words of the names of SOP classes without images (PS3.6), and what their files are.
 NO_IMAGES = {
     "Radiation Dose SR": "a dose report",
@@ -61,7 +61,6 @@ class Entry:
     number: int | None = None
     description: str = ""
     image_type: tuple[str, ...] = ()
-    burned_in: bool = False  # whether the header states that names or dates may be drawn into the pixels
 
 
 def read_entry(path, member: Member, limits: ScanLimits) -> Entry:
@@ -83,7 +82,6 @@ def read_entry(path, member: Member, limits: ScanLimits) -> Entry:
         number=series_number(fields),
         description=description(fields),
         image_type=tuple(part.strip() for part in (fields.soft("text", "ImageType") or "").upper().split("\\")),
-        burned_in=fields.soft("code", "BurnedInAnnotation") == "YES",
     )
     if kind := no_image(fields, entry.sop_class):
         return dataclasses.replace(entry, reason=f"is {kind}")

@@ -105,8 +105,6 @@ def notices(study: Study, series: Series) -> tuple[str, ...]:
         out += (f"the series is a {series.aside} by its header: check that it is the scan you mean",)
     if copies := sum(entry.files for entry in study.set_aside if entry.reason == "is a duplicate"):
         out += (f"{copies} files of the study are copies of others, and are not read: remove them",)
-    if series.burned_in:
-        out += ("the header states burned-in annotation: look for names and dates in the image",)
     return out
 
 

@@ -33,7 +33,8 @@ def select(path, study: Study, text: str | None) -> Series:
     """Return the series that the words select; without words, the only series. Raises ScanError that lists them."""
     candidates = [series for series in study.series if not series.aside] or list(study.series)
     if not candidates:
-        raise ScanError(path, nothing(study), "name a folder, DICOMDIR or archive with DICOM images", "unsupported")
+        remedy = "name a study of DICOM images; unpack an archive of other scans, and save .npz arrays as .npy"
+        raise ScanError(path, nothing(study), remedy, "unsupported")
     words = re.split(r"[\s,]+", text.strip().lower()) if text is not None else []
     if text is not None and not any(words):
         raise ScanError(path, "the series selector is empty", "name a number, or words of a series", "ambiguous")

@@ -218,7 +218,7 @@ def to_series(part: Part, key: str, label: str, reason: str, problem: str) -> Se
         columns=first.instance.columns,
         spacing_mm=(*spacing, part.distance),
         volumes=part.volumes,
-        burned_in=any(entry.burned_in for entry in part.entries),
+        burned_in=any(entry.instance.burned_in for entry in part.entries),
         aside=reason,
         problem=problem,
     )
