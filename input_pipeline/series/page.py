@@ -22,6 +22,7 @@ from input_pipeline.series import report
 GENERATOR = "input_pipeline.series"
 SIDE = 192  # pixels of a thumbnail
 SHOWN = 3  # slices of a volume
+ELSEWHERE = ("series", "description", "notes")  # headings of the table that the page shows as titles and notices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +38,8 @@ class SeriesView:
     @property
     def cells(self) -> list[tuple[str, str]]:
         """(heading, text) of the properties."""
-        named = zip(report.HEADINGS, report.cells(self.series), strict=True)
-        return [(heading, text) for heading, text in named if text and heading not in ("series", "description")]
+        named = [*zip(report.HEADINGS, report.cells(self.series), strict=True), ("part", self.series.label)]
+        return [(heading, text) for heading, text in named if text and heading not in ELSEWHERE]
 
 
 def view(opened: OpenStudy, series: Series) -> SeriesView:
