@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from pydicom import charset, uid
 
 from input_pipeline.images.scans.access import Member
-from input_pipeline.images.scans.base import ScanError, ScanLimits
+from input_pipeline.images.scans.base import ScanError, ScanLimits, printable
 from input_pipeline.images.scans.dicom_file import SNIFFED, check_syntax, open_data_set, sniff, to_instance
 from input_pipeline.images.scans.fields import NOT_SCANS, Fields
 from input_pipeline.images.scans.instance import Instance
 
+MAX_DESCRIPTION = 64  # characters, as the standard limits a SeriesDescription
 LABELS = ("SpecificCharacterSet", "SOPInstanceUID", "SeriesNumber", "SeriesDescription")
 # Words of the names of SOP classes without images (PS3.6), and what their files are.
 NO_IMAGES = {
@@ -108,7 +109,7 @@ def description(fields: Fields) -> str:
     codec = charset.python_encoding.get(stated.split("\\")[-1].strip(), "ascii")
     for candidate in (codec, "utf-8", "latin-1"):
         try:
-            return " ".join(data.decode(candidate).strip(" \0").split())
+            return printable(" ".join(data.decode(candidate).strip(" \0").split()))[:MAX_DESCRIPTION]
         except (UnicodeDecodeError, LookupError):
             continue
     return ""
