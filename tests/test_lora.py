@@ -187,7 +187,7 @@ def base(tmp_path_factory):
     return directory
 
 
-@pytest.mark.parametrize("weights", ["bfloat16", "int8", "nf4"])
+@pytest.mark.parametrize("weights", [pytest.param("bfloat16", marks=pytest.mark.slow), "int8", "nf4"])
 def test_held_weights_compute_what_their_float_values_compute(base, weights):
     model = api.load(base, weights=weights)
     leaves = flatten(model.params)
@@ -223,7 +223,7 @@ def setting(weights: str, where=(1, 1, 1), config=CONFIG):
     return config, mesh, abstract, transform
 
 
-@pytest.fixture(scope="module", params=["float32", "nf4"])
+@pytest.fixture(scope="module", params=[pytest.param("float32", marks=pytest.mark.slow), "nf4"])
 def run(request, base, tmp_path_factory):
     """Return (weights, directory of a run of two steps, the state after each, the compiled step)."""
     config, mesh, abstract, transform = setting(request.param)

@@ -30,6 +30,8 @@ examples:
   python -m radfm_jax.convert to-torch radfm/ pytorch_model.bin
   # ... or as a folder of safetensors with config.json, tokenizer and model card
   python -m radfm_jax.convert to-torch radfm/ radfm_safetensors/ --dtype bfloat16
+  # a trained model for transformers: AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+  python -m radfm_jax.convert to-hf runs/mine/ folder/ --dtype bfloat16
   # a language model of Hugging Face to start training from, and back
   python -m radfm_jax.convert from-hf Qwen3-8B/ qwen3/
   python -m radfm_jax.convert to-hf qwen3/ Qwen3-8B_again/
@@ -74,23 +76,36 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     sub = command(
         "from-hf", "Hugging Face folders -> checkpoint directory of a language model (LLaMA, Mistral, Qwen, SmolLM, "
-        "Gemma, Phi), a vision encoder (--vision), or both",
-        "folder with config.json and weights of a language model; only --vision may be given instead",
+        "Gemma, Phi), a vision encoder (--vision), or both; or of a RadFM that to-hf wrote",
+        "folder with config.json and weights of a language model or a RadFM; only --vision may be given instead",
         "checkpoint directory to create", reads_torch=True, aliases=("from-llama",), nargs="?",
     )  # fmt: skip
     sub.add_argument("--vision", metavar="DIR", help="folder of a vision encoder: SigLIP, DINOv2, or a model that has "
                      "a SigLIP")  # fmt: skip
     sub.add_argument("--image-size", metavar="N", type=int, help="side of the encoder's scans in pixels; its positions "
                      "are interpolated (default: that of the folder)")  # fmt: skip
-    command(
-        "to-hf", "language model of a checkpoint directory -> Hugging Face folder",
-        "checkpoint directory of a RadFM or of a language model", "folder to create", aliases=("to-llama",),
+    sub = command(
+        "to-hf", "checkpoint directory -> Hugging Face folder that transformers runs, with the code of the model",
+        "run, or checkpoint directory of a RadFM or of a language model", "folder to create",
     )  # fmt: skip
+    sub.add_argument("--part", choices=("all", "llama"), default="all", help="llama: the language model alone, as a "
+                     "folder of its own class (default: %(default)s)")  # fmt: skip
+    sub.add_argument("--scores", metavar="DIR", help="output directory of `radfm_jax.evaluate`, for the model card")
+    sub = command(
+        "to-llama", "the same as to-hf --part llama", "checkpoint directory of a RadFM or of a language model",
+        "folder to create",
+    )  # fmt: skip
+    sub.set_defaults(part="llama", scores=None)
     add_adapter_commands(commands)
+    sub = plain_conversion(commands, "push", "exported folder -> repository of the Hugging Face Hub", PUSH,
+                           "folder of to-hf, to-torch or to-peft", "OWNER/NAME")  # fmt: skip
+    sub.add_argument("--dry-run", action="store_true", help="only list what would be uploaded")
+    sub.add_argument("--public", action="store_true", help="make a new repository public (default: private)")
     sub = commands.add_parser(
         "check",
         help="compare the logits of two checkpoints on the same random inputs",
-        description="Compare the logits of A and B, both run by this package. Exits with 1 beyond the tolerance.",
+        description="Compare the logits of A and B. The folder of a RadFM that to-hf wrote is run by transformers, "
+        "everything else by this package. Exits with 1 beyond the tolerance.",
     )
     sub.add_argument("a", metavar="A", help="checkpoint directory, run directory, PyTorch file or folder")
     sub.add_argument("b", metavar="B", help="the same")
@@ -101,6 +116,10 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+PUSH = """\
+Upload an exported folder to a repository of the Hugging Face Hub, with the token of `hf auth login`. Names, sizes and
+SHA-256 of all files are listed first. For research only: the model card must keep its warning.
+"""
 MERGE = """\
 Add the adapters of a run to the weights of its base, and write the sum as one checkpoint without adapters or base. A
 base that the run held in bfloat16, int8 or nf4 is converted to that type first, so that the merged model answers as the
@@ -213,7 +232,8 @@ def main(argv: list[str] | None = None) -> int:
     absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax warns about merges that it skips
     console = SafeConsole(stderr=True)  # progress and errors; results go to standard output
     try:
-        return _check(args, console) if args.command == "check" else _convert(args, console)
+        commands = {"check": _check, "push": _push}
+        return commands.get(args.command, _convert)(args, console)
     except KeyboardInterrupt:
         console.print("interrupted, nothing was written", style="red")
         return 130
@@ -241,20 +261,24 @@ def _convert(args: argparse.Namespace, console: Console) -> int:
 
 
 def _convert_weights(args: argparse.Namespace, bar: ProgressBar) -> Report:
-    from radfm_jax.checkpoints import run_directory
+    from radfm_jax.checkpoints import checkpoint, run_directory
     from radfm_jax.convert import from_torch, model_config, to_torch
 
-    part = "llama" if args.command.endswith("hf") else "radfm"
-    common = {"part": part, "dtype": args.dtype, "progress": bar}
+    common = {"dtype": args.dtype, "progress": bar}
+    if args.command == "to-torch":
+        src = run_directory.select_checkpoint(args.src)
+        return to_torch.to_torch(src, args.dst, layout=args.layout, **common)
     if args.command.startswith("to"):
         src = run_directory.select_checkpoint(args.src)
-        return to_torch.to_torch(src, args.dst, layout=getattr(args, "layout", "plain"), **common)
+        whole = args.part == "all" and checkpoint.read_description(src)["part"] == "radfm"
+        return to_torch.to_torch(src, args.dst, part="hub" if whole else "llama", scores=args.scores, **common)
+    part = "llama" if args.command.endswith("hf") else "radfm"
     config = model_config.read_config(args.config) if args.config else None
     options = {"config": config, "tokenizer": args.tokenizer, "unused": getattr(args, "unused", "drop")}
     options["trim_vocabulary"] = args.trim_vocabulary
     if part == "llama":
         options |= {"vision": args.vision, "image_size": args.image_size}
-    return from_torch.from_torch(args.src, args.dst, verify=not args.no_verify, **options, **common)
+    return from_torch.from_torch(args.src, args.dst, part=part, verify=not args.no_verify, **options, **common)
 
 
 def _convert_adapters(args: argparse.Namespace, bar: ProgressBar) -> Report:
@@ -268,6 +292,14 @@ def _convert_adapters(args: argparse.Namespace, bar: ProgressBar) -> Report:
     if args.command == "to-peft":
         return to_peft(args.src, args.dst, base_model=args.base_model, **common)
     return from_peft(args.src, args.dst, any_base=args.any_base, weights=args.weights, **common)
+
+
+def _push(args: argparse.Namespace, console: Console) -> int:
+    from radfm_jax.convert.push import push
+
+    if address := push(args.src, args.dst, public=args.public, dry_run=args.dry_run):
+        print(address)
+    return 0
 
 
 def _check(args: argparse.Namespace, console: Console) -> int:

@@ -1,24 +1,40 @@
-"""Comparison of the logits of two checkpoints of any format, on the same random inputs."""
+"""Comparison of the logits of two checkpoints of any format, on the same random inputs.
+
+An exported RadFM with its own code is run by transformers, in a process of its own; everything else by this package.
+"""
 
 from __future__ import annotations
 
 import functools
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from input_pipeline.files import read_json
+from input_pipeline.images.planes import patch_grid, to_planes
 from radfm_jax import api
 from radfm_jax.checkpoints import checkpoint, run_directory
+from radfm_jax.convert import hub_config, hub_source
 from radfm_jax.convert.torch_source import TorchModel
 from radfm_jax.models.decoder import Decoder, DecoderConfig
 from radfm_jax.models.radfm import RadFMConfig
+
+CHILD = Path(__file__).with_name("transformers_child.py")
 
 
 def part_of(path, config: dict | None = None) -> str:
     """Return `radfm`, or `llama` for everything that has only a language model, without reading the parameters."""
     path = run_directory.select_checkpoint(path)
+    if hub_source.is_export(path):
+        return "radfm"
     if (Path(path) / checkpoint.DESCRIPTION).is_file():
         return "radfm" if checkpoint.read_description(path)["part"] == "radfm" else "llama"
     with TorchModel(path, config=config, verify=False) as model:
@@ -92,18 +108,64 @@ def compare(a, b, *, config: dict | None = None, seed: int = 0, dtype: str = "fl
     or if they need different inputs.
     """
     part = "radfm" if {part_of(a, config), part_of(b, config)} == {"radfm"} else "llama"
-    _, sizes, params = load_any(a, config=config)
-    ids, vision = random_inputs(part, sizes, seed)
-    first = logits_of(part, sizes, params, ids, vision, dtype)
-    del params  # before the second model is loaded
-    _, sizes_b, params = load_any(b, config=config)
+    sizes, run = _opened(a, part, config, dtype)
+    inputs = random_inputs(part, sizes, seed)
+    first = run(*inputs)
+    del run  # before the second model is loaded
+    sizes_b, run = _opened(b, part, config, dtype)
     latents_differ = part == "radfm" and sizes_b.num_latents != sizes.num_latents
     if sizes_b.llama.vocab_size != sizes.llama.vocab_size or latents_differ:
         raise ValueError(
             f"{a} and {b} need different inputs: vocabularies {sizes.llama.vocab_size} and "
             f"{sizes_b.llama.vocab_size}, visual tokens {sizes.num_latents} and {sizes_b.num_latents}"
         )
-    return compare_logits(first, logits_of(part, sizes_b, params, ids, vision, dtype))
+    return compare_logits(first, run(*inputs))
+
+
+def _opened(path, part: str, config: dict | None, dtype: str) -> tuple[RadFMConfig, Callable[..., np.ndarray]]:
+    """Return the sizes of a model, and a function of ids and vision that returns its logits."""
+    if hub_source.is_export(path):
+        file = Path(path) / "config.json"
+        sizes = hub_config.read_config(read_json(file, kind=dict), file)
+        return sizes, functools.partial(logits_of_export, path, sizes, dtype=dtype)
+    _, sizes, params = load_any(path, config=config)
+    return sizes, lambda ids, vision: logits_of(part, sizes, params, ids, vision, dtype)
+
+
+def logits_of_export(
+    folder, config: RadFMConfig, ids: np.ndarray, vision: np.ndarray | None, *, dtype: str
+) -> np.ndarray:
+    """Return the logits float32[B, L, V] of an exported RadFM, run by transformers in a process without JAX.
+
+    Raises:
+      ValueError: torch or transformers is not installed, or the process fails; the message has the end of its output.
+    """
+    if missing := [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]:
+        raise ValueError(f"{folder} is run by transformers, but {' and '.join(missing)} is not installed: "
+                         "pip install torch transformers")  # fmt: skip
+    with tempfile.TemporaryDirectory() as scratch:
+        files = [os.path.join(scratch, name) for name in ("inputs.npz", "logits.npy")]
+        np.savez(files[0], **export_inputs(config, ids, vision))
+        command = [sys.executable, str(CHILD), str(Path(folder).absolute()), *files, dtype]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise ValueError(f"transformers cannot run {folder}:\n{done.stderr.strip()[-2000:]}")
+        return np.load(files[1])[..., : config.llama.vocab_size]
+
+
+def export_inputs(config: RadFMConfig, ids: np.ndarray, vision: np.ndarray | None) -> dict[str, np.ndarray]:
+    """Return the arguments of an exported RadFM for ids int[B, L] and vision float[B, S, C, H, W, D] of `Model.logits`.
+
+    The ids of each scan must be in order, and each row must refer to all its scans.
+    """
+    arguments = {"input_ids": np.minimum(ids, config.image_id + 2).astype(np.int64)}
+    if vision is None:
+        return arguments
+    c = config.vision
+    grid = patch_grid(vision.shape[-3:], c.patch, c.tables)
+    planes = to_planes(np.asarray(vision, np.float32), c.patch, c.patch_order)
+    arguments["image_grid"] = np.tile(np.array(grid, np.int64), (vision.shape[0] * vision.shape[1], 1))
+    return arguments | {"pixel_values": planes.reshape(-1, c.patch_size)}
 
 
 def compare_logits(a: np.ndarray, b: np.ndarray) -> dict[str, float]:

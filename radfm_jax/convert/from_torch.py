@@ -10,11 +10,13 @@ from typing import Any
 
 from input_pipeline.text.tokenizer import HUGGING_FACE, SENTENCEPIECE
 from radfm_jax.checkpoints import checkpoint
-from radfm_jax.convert import table
+from radfm_jax.convert import hub_source, table
+from radfm_jax.convert.hub_source import HubModel
 from radfm_jax.convert.report import NO_PROGRESS, Progress, Report
 from radfm_jax.convert.tensor_files import TensorInfo, write_safetensors
 from radfm_jax.convert.tokenizer_files import TokenizerFiles
 from radfm_jax.convert.torch_source import TorchModel
+from radfm_jax.convert.vision_source import VisionWeights
 from radfm_jax.convert.weights import Weights
 from radfm_jax.inference import stored
 
@@ -23,7 +25,7 @@ def from_torch(
     src,
     dst,
     *,
-    part: str = "radfm",  # what `src` must be: `radfm`, or `llama` for a Hugging Face folder of a language model
+    part: str = "radfm",  # what `src` must be: `radfm` for released names, or `llama` for a folder of Hugging Face
     vision=None,  # Hugging Face folder of a vision encoder; with it, `src` may be None
     image_size: int | None = None,  # of the vision encoder, if not that of the file
     config: dict | None = None,  # from model_config.read_config, for sizes that tensor shapes do not show
@@ -44,6 +46,11 @@ def from_torch(
         raise ValueError("nothing to convert: pass the folder of a language model, --vision DIR, or both")
     if image_size is not None and vision is None:
         raise ValueError("--image-size is the size of a vision encoder: pass --vision")
+    exported = hub_source.is_export(src)
+    if exported and (vision is not None or config is not None or trim_vocabulary):
+        raise ValueError(
+            f"{src} is an exported RadFM, which is read as it is: --vision, --config and --trim-vocabulary do not apply"
+        )
     files = TokenizerFiles.of(src, tokenizer, part) if src is not None else TokenizerFiles()
     if trim_vocabulary and files.size is None:
         raise ValueError(f"--trim-vocabulary needs the tokenizer: {files.main} does not exist; pass --tokenizer")
@@ -52,16 +59,17 @@ def from_torch(
     with contextlib.ExitStack() as stack:
         models: list[Weights] = []
         if src is not None:
-            vocabulary = files.size if trim_vocabulary else None
-            model = TorchModel(src, part=part, config=config, vocabulary=vocabulary, **options)
+            if exported:
+                model = HubModel(src, **options)
+            else:
+                vocabulary = files.size if trim_vocabulary else None
+                model = TorchModel(src, part=part, config=config, vocabulary=vocabulary, **options)
             models.append(stack.enter_context(model))
         if vision is not None:
-            from radfm_jax.convert.vision_source import VisionWeights
-
             models.append(stack.enter_context(VisionWeights(vision, image_size=image_size, **options)))
         for model in models:
             model.check()
-        if isinstance(models[0], TorchModel):
+        if not isinstance(models[0], VisionWeights):
             files.check(models[0].config.llama.vocab_size)
         kept = _kept(models[0]) if unused == "keep" else {}
         size = sum(checkpoint.bytes_of(m.shapes) for m in models) + sum(info.nbytes for info in kept.values())

@@ -183,7 +183,7 @@ def entries(config: radfm.RadFMConfig, part: str = "radfm", *, fused: bool = Fal
         for (prefix, path_prefix), table in tables.items()
         for name, (path, layout) in table.items()
     }
-    return entries_of(rules, param_shapes(config, part), rename=_fused if fused else str)
+    return entries_of(rules, param_shapes(config, part), rename=fused_name if fused else str)
 
 
 def decoder_rules(config: DecoderConfig) -> Rules:
@@ -193,7 +193,8 @@ def decoder_rules(config: DecoderConfig) -> Rules:
     return {name: rule for name, rule in rules.items() if name != "lm_head.weight" or not config.tied_head}
 
 
-def _fused(name: str) -> str:
+def fused_name(name: str) -> str:
+    """Return the name that a tensor of a language model has in Phi."""
     return ".".join(FUSED.get(part, part) for part in name.split("."))
 
 

@@ -11,20 +11,23 @@ from pathlib import Path
 import numpy as np
 
 from radfm_jax.checkpoints import checkpoint
-from radfm_jax.convert import hf_folder, table
+from radfm_jax.convert import hf_folder, hub_table, released_class, run_facts, table
 from radfm_jax.convert.families import FAMILIES
 from radfm_jax.convert.report import NO_PROGRESS, Progress, Report
 from radfm_jax.convert.tensor_files import TensorInfo, open_tensors, write_safetensors, write_torch_bin
 from radfm_jax.models.radfm import RadFMConfig
+
+TORCH_SUFFIXES = (".bin", ".pt", ".pth")
 
 
 def to_torch(
     src,
     dst,
     *,
-    part: str = "radfm",  # `radfm` for the released names, `llama` for the language model as a Hugging Face folder
+    part: str = "radfm",  # see above
     layout: str = "4.28",  # `4.28` adds the 41 buffers that the released code's strict load needs; or `plain`
     dtype: str | None = None,
+    scores=None,  # output directory of `radfm_jax.evaluate`, for the model card of a folder
     max_shard_bytes: int = 5 * 10**9,
     progress: Progress = NO_PROGRESS,
 ) -> Report:
@@ -32,12 +35,19 @@ def to_torch(
 
     `dst` is one file in torch's format if its name ends in .bin, else a folder of safetensors, config.json, tokenizer
     and model card. Next to x.bin, x.config.json has the sizes and the preparation of scans. Equal checkpoints give
-    equal bytes. Raises ValueError if `src` is damaged, `dst` exists, or the disk is too small.
+    equal bytes.
+
+    Args:
+      part: what is written, and for which code: `radfm`, the model under the released names; `hub`, the model as a
+        folder with its own code for transformers; `llama`, the language model as a folder for transformers.
+    Raises:
+      ValueError: `src` is damaged or has adapters, `dst` exists, the disk is too small, or transformers has no class
+        for the language model or the vision encoder.
     """
     dst = Path(dst)
-    if dst.suffix == ".safetensors":
-        raise ValueError(f"{dst}: safetensors are written as a folder; use a name without .safetensors")
-    as_bin = dst.suffix in (".bin", ".pt", ".pth")
+    if dst.suffix == ".safetensors" or (part != "radfm" and dst.suffix in TORCH_SUFFIXES):
+        raise ValueError(f"{dst}: safetensors are written as a folder; use a name without {dst.suffix}")
+    as_bin = dst.suffix in TORCH_SUFFIXES
     sidecar = dst.with_suffix(".config.json")
     for path in (dst, sidecar) if as_bin else (dst,):
         if path.exists():
@@ -46,10 +56,9 @@ def to_torch(
     description, config, reader, shapes = _open(src, part)
     override = np.dtype(checkpoint.DTYPES[dtype]) if dtype else None
     dtypes = tuple(sorted({(override or np.dtype(reader.dtypes[path])).name for path in shapes}))
-    lines: list[str] = []
+    lines, card = list[str](), {"scores": run_facts.scores(scores) if scores else ""}
     hf = hf_folder.config_json(Path(src), part, config, description, dtypes[0], lines)
-    fused = part == "llama" and FAMILIES[hf["model_type"]].fused
-    tensors = table.by_tensor(table.entries(config, part, fused=fused))
+    tensors = table.by_tensor(_entries(part, config, hf))
     dtype_of = lambda parts: override or max((np.dtype(reader.dtypes[e.path]) for e in parts), key=_width)  # noqa: E731
     infos = {name: TensorInfo(table.tensor_shape(parts), dtype_of(parts)) for name, parts in tensors.items()}
     extras, ties = {}, {}
@@ -57,14 +66,7 @@ def to_torch(
     def read(name: str) -> np.ndarray:
         if name in extras:
             return extras[name]()
-        rows = []
-        for entry in tensors[ties.get(name, name)]:
-            value = entry.to_torch(reader.read(entry.path, entry.index))
-            with np.errstate(over="ignore"):
-                rows.append(value.astype(infos[name].dtype, copy=False))
-            if not np.isfinite(rows[-1]).all():
-                raise ValueError(f"{src}: {entry.path} is not finite as {infos[name].dtype} (tensor {name})")
-        return rows[0] if len(rows) == 1 else np.concatenate(rows)
+        return _tensor(src, reader, tensors[ties.get(name, name)], name, infos[name].dtype)
 
     with contextlib.ExitStack() as resources:
         if part == "radfm":
@@ -72,7 +74,8 @@ def to_torch(
             ties[table.EMBEDDING_ALIAS] = table.EMBEDDING
             extra_infos, extras, notes = released_extras(Path(src), description, config, layout, resources)
             infos |= extra_infos
-            lines += notes
+            needs = released_class.notes(config, layout)
+            lines, card["notes"] = [*lines, *needs, *notes], "\n".join(f"- {need}" for need in needs)
         # safetensors cannot share one tensor between two names.
         size = sum(info.nbytes for name, info in infos.items() if not (as_bin and name in ties))
         report = Report(sum(map(math.prod, shapes.values())), size, dtypes, lines)
@@ -85,8 +88,26 @@ def to_torch(
             return report
         with checkpoint.new_directory(dst, manifest=False) as folder:
             write_safetensors(folder, infos, read, max_shard_bytes=max_shard_bytes, progress=progress.advance)
-            hf_folder.write_folder(folder, Path(src), part, config, hf, report)
+            hf_folder.write_folder(folder, Path(src), part, config, hf, report, **card)
     return report
+
+
+def _tensor(src, reader: checkpoint.StoredParams, parts: list[table.Entry], name: str, dtype: np.dtype) -> np.ndarray:
+    """Return a tensor in the dtype of the export. Raises ValueError if it is not finite in it."""
+    rows = []
+    for entry in parts:
+        value = entry.to_torch(reader.read(entry.path, entry.index))
+        with np.errstate(over="ignore"):
+            rows.append(value.astype(dtype, copy=False))
+        if not np.isfinite(rows[-1]).all():
+            raise ValueError(f"{src}: {entry.path} is not finite as {dtype} (tensor {name})")
+    return rows[0] if len(rows) == 1 else np.concatenate(rows)
+
+
+def _entries(part: str, config: RadFMConfig, hf: dict) -> list[table.Entry]:
+    if part == "hub":
+        return hub_table.entries(config, fused=FAMILIES[hf["text_config"]["model_type"]].fused)
+    return table.entries(config, part, fused=part == "llama" and FAMILIES[hf["model_type"]].fused)
 
 
 def _width(dtype: np.dtype) -> int:
@@ -99,14 +120,14 @@ def _open(src, part: str) -> tuple[dict, RadFMConfig, checkpoint.StoredParams, d
     description = checkpoint.read_description(src)
     if checkpoint.BASE in description:
         raise ValueError(f"{src} has adapters over a base: merge them first (python -m radfm_jax.convert merge)")
-    if part == "radfm":
+    if part != "llama":
         config = checkpoint.model_config(description, src)
     elif "llama" not in description["model"]:
         raise ValueError(f"{src} has only the part {description['part']!r}: there is no language model to write")
     else:
         config = RadFMConfig.from_dict({"llama": description["model"]["llama"]})
     reader = checkpoint.StoredParams(src)
-    shapes = {k: v for k, v in reader.shapes.items() if part == "radfm" or k.startswith("llama/")}
+    shapes = {k: v for k, v in reader.shapes.items() if part != "llama" or k.startswith("llama/")}
     checkpoint.check_shapes(table.param_shapes(config, part), shapes, src)
     return description, config, reader, shapes
 

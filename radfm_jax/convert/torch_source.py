@@ -141,17 +141,9 @@ class TorchModel(Weights):
 
     def compare_copies(self) -> None:
         names = (table.EMBEDDING, table.EMBEDDING_ALIAS)
-        if all(n in self.reader.infos for n in names) and not self._equal(*names):
+        if all(n in self.reader.infos for n in names) and not self.equal(*names):
             self.notes.append(f"{names[0]} and {names[1]} differ; read the second, as the released code does")
         if self.tied_head is not None:
             embedding = next(self.source(e) for e in self.entries if e.path == "llama/embedding")
-            if not self._equal(embedding, self.tied_head):
+            if not self.equal(embedding, self.tied_head):
                 self.problems.append(f"{self.tied_head} differs from {embedding}, although the config ties them")
-
-    def _equal(self, first: str, second: str) -> bool:
-        infos, ties = self.reader.infos, self.reader.ties
-        if ties.get(first, first) == ties.get(second, second):
-            return True
-        return infos[first] == infos[second] and all(
-            np.array_equal(block, self.reader.read(second, (rows,))) for rows, block in self._blocks(first)
-        )

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from input_pipeline.field_rules import raise_problems, shown
+from radfm_jax.models.computation import COMPUTE
 from radfm_jax.models.encoders.ctvit import CTViTConfig
 from radfm_jax.models.encoders.dinov2 import Dinov2Config
 from radfm_jax.models.encoders.kinds import VisionConfig
@@ -35,6 +36,11 @@ USED: dict[str, dict[str, Any]] = {
     "dinov2_with_registers": {**_DINOV2, "patch_size": 16, "num_register_tokens": 4},
     "ctvit": _CTVIT,
 }
+SLICE_SIZES = {
+    "hidden_size": "width", "num_hidden_layers": "num_layers", "num_attention_heads": "num_heads",
+    "image_size": "image_size", "num_channels": "channels", "layer_norm_eps": "norm_eps",
+}  # fmt: skip
+SIGLIP_ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 # Keys that the features of patches do not depend on: training, heads, bookkeeping.
 IRRELEVANT = frozenset({
     "model_type", "architectures", "transformers_version", "torch_dtype", "dtype", "_name_or_path", "base_config_key",
@@ -101,19 +107,12 @@ def _unsupported(fields: Mapping, used: Mapping):
 
 
 def _slice_sizes(values: Mapping) -> dict[str, Any]:
-    return {
-        "width": values["hidden_size"],
-        "num_layers": values["num_hidden_layers"],
-        "num_heads": values["num_attention_heads"],
-        "image_size": values["image_size"],
-        "patch": (values["patch_size"], values["patch_size"], 1),
-        "channels": values["num_channels"],
-        "norm_eps": values["layer_norm_eps"],
-    }
+    sizes = {field: values[key] for key, field in SLICE_SIZES.items()}
+    return sizes | {"patch": (values["patch_size"], values["patch_size"], 1)}
 
 
 def _siglip(values: Mapping) -> SiglipConfig:
-    known = {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+    known = SIGLIP_ACTIVATIONS
     if values["hidden_act"] not in known:
         raise ValueError(f"key 'hidden_act' must be one of {', '.join(known)} (got {shown(values['hidden_act'])})")
     mlp = {"mlp": known[values["hidden_act"]], "mlp_width": values["intermediate_size"]}
@@ -123,7 +122,7 @@ def _siglip(values: Mapping) -> SiglipConfig:
 def _dinov2(values: Mapping) -> Dinov2Config:
     hidden = int(values["hidden_size"] * values["mlp_ratio"])
     if values["use_swiglu_ffn"]:
-        mlp = {"mlp": "swiglu", "mlp_width": (int(hidden * 2 / 3) + 7) // 8 * 8}
+        mlp = {"mlp": "swiglu", "mlp_width": _swiglu_width(hidden)}
     elif values["hidden_act"] == "gelu":
         mlp = {"mlp": "gelu", "mlp_width": hidden}
     else:
@@ -151,6 +150,45 @@ def _ctvit(values: Mapping) -> CTViTConfig:
 _READERS = {
     "siglip_vision_model": _siglip, "dinov2": _dinov2, "dinov2_with_registers": _dinov2, "ctvit": _ctvit,
 }  # fmt: skip
+
+
+def write_config(config: SliceConfig) -> dict[str, Any]:
+    """Return the config.json of an encoder in transformers: the inverse of `read_config` but for mean and deviation.
+
+    Raises:
+      ValueError: transformers' class cannot have these sizes.
+    """
+    hf = {key: getattr(config, field) for key, field in SLICE_SIZES.items()} | {"patch_size": config.patch[0]}
+    if isinstance(config, SiglipConfig):
+        hf |= {"model_type": "siglip_vision_model", "intermediate_size": config.mlp_width, "vision_use_head": False}
+        hf["hidden_act"] = {ours: key for key, ours in SIGLIP_ACTIVATIONS.items()}[config.mlp]
+    elif isinstance(config, Dinov2Config):
+        registers = {"num_register_tokens": config.registers} if config.registers else {}
+        kind = "dinov2_with_registers" if registers else "dinov2"
+        hf |= {"model_type": kind, "qkv_bias": config.qkv_bias, "use_swiglu_ffn": config.mlp == "swiglu", **registers}
+        hf |= {"mlp_ratio": _mlp_ratio(config)} | ({} if registers else {"use_mask_token": False})
+    else:
+        raise ValueError(f"transformers has no vision encoder of the kind {config.kind}")
+    own = {name: getattr(config, name) for name in ("depth_positions", "mean", "std", *COMPUTE)}
+    again = dataclasses.replace(read_config(hf, "config.json"), **own)
+    assert again == config, (again, config)
+    return hf
+
+
+def _mlp_ratio(config: Dinov2Config) -> int:
+    """Return the factor of the MLP's width; transformers' DINOv2 accepts an integer only."""
+    for ratio in range(1, 2 * config.mlp_width // config.width + 2):
+        hidden = config.width * ratio
+        if config.mlp_width == (_swiglu_width(hidden) if config.mlp == "swiglu" else hidden):
+            return ratio
+    raise ValueError(
+        f"transformers' DINOv2 cannot have model.vision.mlp_width {config.mlp_width} with width {config.width}: its "
+        "mlp_ratio must be an integer"
+    )
+
+
+def _swiglu_width(hidden: int) -> int:
+    return (int(hidden * 2 / 3) + 7) // 8 * 8
 
 
 def _with_preprocessor(config: VisionConfig, preprocessor: Mapping) -> VisionConfig:

@@ -146,6 +146,15 @@ class Weights(contextlib.AbstractContextManager):
     def compare_copies(self) -> None:
         """Compare tensors that a file may have under two names. Differences become problems or notes."""
 
+    def equal(self, first: str, second: str) -> bool:
+        """Return whether two tensors of the file are equal, bit by bit."""
+        infos, ties = self.reader.infos, self.reader.ties
+        if ties.get(first, first) == ties.get(second, second):
+            return True
+        return infos[first] == infos[second] and all(
+            np.array_equal(block, self.reader.read(second, (rows,))) for rows, block in self._blocks(first)
+        )
+
     def _rows(self, entry: table.Entry) -> tuple[int, int | None]:
         """Return the first row to read of a tensor, and the end; None for all rows."""
         return entry.start, entry.start + entry.torch_shape[0] if entry.torch_shape else None

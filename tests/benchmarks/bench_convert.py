@@ -1,4 +1,4 @@
-"""Convert a synthetic checkpoint in both directions; print time, MB/s and peak memory of each.
+"""Convert a synthetic checkpoint to the released names and for transformers, and back; print time and peak memory.
 
     python tests/benchmarks/bench_convert.py --layers 40 --dtype bfloat16 --dir /scratch
 
@@ -26,6 +26,8 @@ from radfm_jax.checkpoints import checkpoint
 from radfm_jax.convert import table
 from radfm_jax.convert.tensor_files import TensorInfo, open_tensors, write_torch_bin
 from radfm_jax.models import radfm
+
+PARAMETER = re.compile(rf"{checkpoint.PARAMS}/(llama|vit|perceiver|projection|image_marks)")  # files of arrays
 
 
 def synthetic(path: Path, layers: int, dtype: str) -> int:
@@ -88,6 +90,11 @@ def main() -> None:
         source.unlink()
         rows.append(("to-torch", convert("to-torch", str(ours), str(back))))
         after = digests(back)
+        back.unlink()
+        export, again = args.dir / "export", args.dir / "again"
+        rows.append(("to-hf", convert("to-hf", str(ours), str(export))))
+        shutil.rmtree(ours / checkpoint.PARAMS)  # its manifest stays
+        rows.append(("from-hf", convert("from-hf", str(export), str(again))))
         title = f"{parameters:,} parameters in {args.dtype}"
         report = Table("direction", "GB", "seconds", "MB/s", "peak memory, GB", title=title)
         for name, (size, seconds, speed, peak) in rows:
@@ -95,6 +102,12 @@ def main() -> None:
         console.print(report)
         different = [n for n in {*before, *after} if before.get(n) != after.get(n)]
         console.print(f"tensors that differ after the round trip: {len(different)} of {len(before)} {different[:5]}")
+        stored = [
+            {name: x for name, x in checkpoint.read_manifest(folder).items() if PARAMETER.match(name)}
+            for folder in (ours, again)
+        ]
+        different = [name for name in {*stored[0], *stored[1]} if stored[0].get(name) != stored[1].get(name)]
+        console.print(f"parameter files that differ after to-hf and from-hf: {len(different)} of {len(stored[0])}")
     finally:
         shutil.rmtree(args.dir)
 

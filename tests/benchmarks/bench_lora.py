@@ -35,6 +35,7 @@ METHODS = {  # adapters, base, frozen parts
     "full": (False, "float32", ()),
     "frozen": (False, "float32", ("llama",)),
     "LoRA, float32 base": (True, "float32", ("llama",)),
+    "LoRA, vision encoder frozen": (True, "float32", ("llama", "vit")),
     "LoRA, bfloat16 base": (True, "bfloat16", ("llama",)),
     "LoRA, int8 base": (True, "int8", ("llama",)),
     "QLoRA (nf4 base)": (True, "nf4", ("llama",)),
