@@ -124,7 +124,7 @@ def test_directory_with_other_files(tmp_path):
     fails(folder, "series", "has 2 series: ", "(CT, axial, 3 x 4 x 4)", 'series="s1"')
     (tmp_path / "empty").mkdir()
     fails(tmp_path / "empty", "missing", "empty directory")
-    fails(make_series(tmp_path / "many", lps), "limit", "3 files", limits=scans.ScanLimits(max_slices=3))
+    fails(make_series(tmp_path / "many", lps), "limit", "more than 3 slices", limits=scans.ScanLimits(max_slices=3))
     one = tmp_path / "one"
     one.mkdir()
     make_dicom(one / "a.dcm", lps[:, :, 0].T.copy())

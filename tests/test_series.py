@@ -172,6 +172,15 @@ def test_a_study_with_several_series_needs_a_selection(tmp_path):
     fails(tmp_path / "a.npy", "ambiguous", "is one scan without series", series="2")
 
 
+def test_a_flat_export_may_have_more_files_than_a_volume(tmp_path):
+    """The limits hold for the selected series, not for the folder."""
+    stack(tmp_path / "s", CT, 4, 2, SeriesDescription="Lung")
+    stack(tmp_path / "s", MR, 2, 3)
+    assert scans.read(tmp_path / "s", series="lung", limits=scans.ScanLimits(max_slices=4))[0].shape[2] == 4
+    fails(tmp_path / "s", "series", "has 2 series", limits=scans.ScanLimits(max_slices=4))
+    fails(tmp_path / "s", "limit", "more than 3 slices", limits=scans.ScanLimits(max_slices=3), series="lung")
+
+
 def test_series_that_were_set_aside_are_selected_by_number_only(tmp_path):
     chest(tmp_path / "s")
     for words in ("4.1", "4.2"):

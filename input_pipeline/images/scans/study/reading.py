@@ -49,9 +49,10 @@ def _read(path, volume, series, limits: ScanLimits, *, with_pixels: bool):
                 return dicom.read(path, volume=volume, limits=limits)
             return None, dicom.header(path, limits=limits)
         except ScanError as error:
-            if error.fault != "series":
+            beyond = error.fault == "limit" and os.path.isdir(path)  # one of its series may be within the limits
+            if error.fault != "series" and not beyond:
                 raise
-            mixture = error
+            mixture = None if beyond else error
     with containers.open_container(path, limits) as container:
         study = survey(path, container, limits)
         try:
