@@ -34,7 +34,7 @@ def chest(folder: Path) -> Expected:
     plant(folder / "ST0" / "SE1", "scout", "scout2")
     plant(folder, "report", "plan")
     (folder / "README.txt").write_text("viewer")
-    reasons = {"is a structured report", "is an object of radiotherapy", "is not DICOM", "localizer"}
+    reasons = {"a structured report", "an object of radiotherapy", "not DICOM", "localizer"}
     return Expected({"2": [files]}, reasons)
 
 
@@ -45,7 +45,7 @@ def two_kernels(folder: Path) -> Expected:
     for number, file in enumerate((*soft[:2], lung[3])):
         (folder / "copies").mkdir(exist_ok=True)
         shutil.copy(file, folder / "copies" / f"z{number}.dcm")
-    return Expected({"3": [soft], "4": [lung]}, {"is a duplicate"})
+    return Expected({"3": [soft], "4": [lung]}, {"a duplicate"})
 
 
 def echoes(folder: Path) -> Expected:
@@ -88,7 +88,7 @@ def captures(folder: Path) -> Expected:
     """A head CT with a secondary capture, a reformat, a segmentation and a dose distribution."""
     files = stack(folder / "ct", "693_UNCR.dcm", 3, 2)
     plant(folder / "more", "capture", "reformat", "segmentation", "dose")
-    reasons = {"is a segmentation", "is a dose distribution", "secondary capture", "derived reformat"}
+    reasons = {"a segmentation", "a dose distribution", "secondary capture", "derived reformat"}
     return Expected({"2": [files]}, reasons)
 
 
@@ -249,7 +249,7 @@ def test_hostile_archives(tmp_path):
     assert scans.read(tmp_path / "slip.zip")[0].shape == (128, 128, 1, 1)
     with open_study(tmp_path / "slip.zip") as opened:
         found = {entry.reason: entry.files for entry in opened.study.set_aside}
-    assert found == {"is a link": 1, "is not DICOM": 1, "its name leaves the archive": 2}
+    assert found == {"a link": 1, "not DICOM": 1, "its name leaves the archive": 2}
     limits = scans.ScanLimits(max_file_bytes=1_000_000)
     fails(tmp_path / "slip.zip", "series", "zeros has more than 1,000,000 bytes", limits=limits)
     fails(tmp_path / "slip.zip", "limit", "more than 1 files", limits=scans.ScanLimits(max_instances=1))

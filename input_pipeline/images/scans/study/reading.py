@@ -104,7 +104,7 @@ def notices(study: Study, series: Series) -> tuple[str, ...]:
     out = ()
     if series.aside:
         out += (f"the series is a {series.aside} by its header: check that it is the scan you mean",)
-    if copies := sum(entry.files for entry in study.set_aside if entry.reason == "is a duplicate"):
+    if copies := sum(entry.files for entry in study.set_aside if entry.reason == "a duplicate"):
         out += (f"{copies} files of the study are copies of others, and are not read: remove them",)
     return out
 

@@ -111,7 +111,7 @@ def survey(
 def join_reasons(others: Iterable[tuple[str, str]]) -> tuple[SetAside, ...]:
     names: dict[str, list[str]] = {}
     for reason, name in sorted(others):
-        names.setdefault(reason, []).append(name)
+        names.setdefault(reason.removeprefix("is "), []).append(name)
     return tuple(SetAside(reason, len(files), tuple(files[:MAX_LISTED])) for reason, files in sorted(names.items()))
 
 
