@@ -14,7 +14,8 @@ from family_parity import FAMILIES
 from input_pipeline.images.planes import patch_grid, to_planes
 from radfm_jax import api
 from radfm_jax.checkpoints import checkpoint
-from radfm_jax.convert import hub_table, table
+from radfm_jax.convert import table
+from radfm_jax.convert.hub import table as hub_table
 from radfm_jax.models import radfm
 from radfm_jax.models.encoders.ctvit import CTViTConfig
 from radfm_jax.models.encoders.dinov2 import Dinov2Config

@@ -15,10 +15,12 @@ from hub_parts import CTVIT, MODELS, MORE, ROOT, saved
 from input_pipeline.text.tokenizer import load_tokenizer
 from radfm_jax import __version__
 from radfm_jax.checkpoints import checkpoint
-from radfm_jax.convert import hub_config, hub_table, released_class, run_facts, table
+from radfm_jax.convert import released_class, run_facts, table
 from radfm_jax.convert.__main__ import main
 from radfm_jax.convert.check import compare
 from radfm_jax.convert.from_torch import from_torch
+from radfm_jax.convert.hub import config as hub_config
+from radfm_jax.convert.hub import table as hub_table
 from radfm_jax.convert.to_torch import to_torch
 from radfm_jax.inference import stored
 from radfm_jax.models import radfm
@@ -26,7 +28,7 @@ from radfm_jax.models.decoder import DecoderConfig
 from radfm_jax.models.encoders.dinov2 import Dinov2Config
 from radfm_jax.models.encoders.siglip import medsiglip
 
-CODE = ROOT / "radfm_jax" / "convert" / "hub"
+CODE = ROOT / "radfm_jax" / "convert" / "hub" / "code"
 ACCURACY = {
     "own": [{"kind": "vqa", "samples": 1200, "exact": 0.5, "low": 0.4, "high": 0.6, "balanced": None}],
     "another": [{"kind": "vqa", "samples": 1200, "exact": 0.25, "low": 0.2, "high": 0.3, "balanced": None}],

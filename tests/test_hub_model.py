@@ -14,9 +14,11 @@ from convert_parts import save_bin
 from hub_parts import MODELS, MORE, inputs_of, prompts, run_child, saved
 
 from radfm_jax.checkpoints import checkpoint
-from radfm_jax.convert import hf_folder, hub_config, hub_table
+from radfm_jax.convert import hf_folder
 from radfm_jax.convert.__main__ import main
 from radfm_jax.convert.from_torch import from_torch
+from radfm_jax.convert.hub import config as hub_config
+from radfm_jax.convert.hub import table as hub_table
 from radfm_jax.convert.to_torch import to_torch
 from radfm_jax.models import radfm
 from radfm_jax.models.decoder import DecoderConfig

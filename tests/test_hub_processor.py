@@ -29,7 +29,8 @@ from input_pipeline import phantoms
 from input_pipeline.images.planes import planes
 from input_pipeline.samples import Scan
 from input_pipeline.text.tokenizer import load_tokenizer
-from radfm_jax.convert import hf_folder, hub_processor
+from radfm_jax.convert import hf_folder
+from radfm_jax.convert.hub import processor as hub_processor
 from radfm_jax.inference import stored
 from radfm_jax.inference.inputs import RELEASED, Preparation, encode_prompt, read_scans
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import jinja2
 
-from radfm_jax.convert import hub_config
 from radfm_jax.convert.hf_folder import CODE
+from radfm_jax.convert.hub import config as hub_config
 
 PLUGIN = Path(__file__).parent.parent / "launch" / "vllm"
 

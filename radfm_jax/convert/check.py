@@ -22,12 +22,13 @@ from input_pipeline.files import read_json
 from input_pipeline.images.planes import patch_grid, to_planes
 from radfm_jax import api
 from radfm_jax.checkpoints import checkpoint, run_directory
-from radfm_jax.convert import hub_config, hub_source
+from radfm_jax.convert.hub import config as hub_config
+from radfm_jax.convert.hub import source as hub_source
 from radfm_jax.convert.torch_source import TorchModel
 from radfm_jax.models.decoder import Decoder, DecoderConfig
 from radfm_jax.models.radfm import RadFMConfig
 
-CHILD = Path(__file__).with_name("transformers_child.py")
+CHILD = Path(__file__).parent / "hub" / "child.py"
 
 
 def part_of(path, config: dict | None = None) -> str:

@@ -10,8 +10,9 @@ from typing import Any
 
 from input_pipeline.text.tokenizer import HUGGING_FACE, SENTENCEPIECE
 from radfm_jax.checkpoints import checkpoint
-from radfm_jax.convert import hub_source, table
-from radfm_jax.convert.hub_source import HubModel
+from radfm_jax.convert import table
+from radfm_jax.convert.hub import source as hub_source
+from radfm_jax.convert.hub.source import HubModel
 from radfm_jax.convert.report import NO_PROGRESS, Progress, Report
 from radfm_jax.convert.tensor_files import TensorInfo, write_safetensors
 from radfm_jax.convert.tokenizer_files import TokenizerFiles

@@ -11,14 +11,16 @@ from typing import Any
 
 from input_pipeline.text.tokenizer import Tokenizer, load_tokenizer
 from radfm_jax.checkpoints import checkpoint
-from radfm_jax.convert import hf_config, hub_config, hub_processor, run_facts
-from radfm_jax.convert.hub_config import MODEL_TYPE
+from radfm_jax.convert import hf_config, run_facts
+from radfm_jax.convert.hub import config as hub_config
+from radfm_jax.convert.hub import processor as hub_processor
+from radfm_jax.convert.hub.config import MODEL_TYPE
 from radfm_jax.convert.model_card import model_card
 from radfm_jax.convert.report import Report
 from radfm_jax.inference import stored
 from radfm_jax.models.radfm import RadFMConfig
 
-CODE = Path(__file__).parent / "hub"  # files that an export has for transformers; they are copied, never imported here
+CODE = Path(__file__).parent / "hub" / "code"  # copied into an export of a RadFM, never imported
 TOKENIZER_CONFIG, GENERATION_CONFIG = "tokenizer_config.json", "generation_config.json"
 
 

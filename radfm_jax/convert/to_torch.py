@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from radfm_jax.checkpoints import checkpoint
-from radfm_jax.convert import hf_folder, hub_table, released_class, run_facts, table
+from radfm_jax.convert import hf_folder, released_class, run_facts, table
 from radfm_jax.convert.families import FAMILIES
+from radfm_jax.convert.hub import table as hub_table
 from radfm_jax.convert.report import NO_PROGRESS, Progress, Report
 from radfm_jax.convert.tensor_files import TensorInfo, open_tensors, write_safetensors, write_torch_bin
 from radfm_jax.models.radfm import RadFMConfig

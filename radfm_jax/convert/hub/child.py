@@ -1,4 +1,4 @@
-"""A program that runs an exported folder in transformers: `python transformers_child.py FOLDER INPUTS LOGITS DTYPE`.
+"""A program that runs an exported folder in transformers: `python child.py FOLDER INPUTS LOGITS DTYPE`.
 
 It runs in a process of its own, without JAX. INPUTS is an .npz with the arguments of the model's forward pass; LOGITS
 is written as .npy, float32[B, T, V + 3].

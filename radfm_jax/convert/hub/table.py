@@ -1,4 +1,4 @@
-"""Names and layouts of the tensors of an exported RadFM (hub/modeling_radfm.py), as in table.py.
+"""Names and layouts of the tensors of an exported RadFM (code/modeling_radfm.py), as in convert/table.py.
 
 The language model and the encoders that transformers has keep their published names. The other modules have the names
 of our parameters: `vit/blocks/qkv/kernel` is `vision.blocks.*.qkv.weight`.

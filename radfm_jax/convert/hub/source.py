@@ -1,10 +1,12 @@
-"""An exported RadFM (hub/modeling_radfm.py) as weights: the folder of `to-hf`, or one that transformers saved again."""
+"""An exported RadFM as weights: the folder of `to-hf`, or one that transformers saved again."""
 
 from __future__ import annotations
 
 from input_pipeline.files import read_json
-from radfm_jax.convert import hub_config, hub_table, model_config, table, vision_tables
+from radfm_jax.convert import model_config, table, vision_tables
 from radfm_jax.convert.families import FAMILIES
+from radfm_jax.convert.hub import config as hub_config
+from radfm_jax.convert.hub import table as hub_table
 from radfm_jax.convert.report import NO_PROGRESS, Progress
 from radfm_jax.convert.weights import Weights
 from radfm_jax.models.encoders.slices import SliceConfig

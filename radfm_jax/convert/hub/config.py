@@ -1,4 +1,4 @@
-"""The config.json of an exported RadFM (hub/configuration_radfm.py) <-> RadFMConfig.
+"""The config.json of an exported RadFM (code/configuration_radfm.py) <-> RadFMConfig.
 
 `text_config` is the config.json of the language model in transformers, `vision_config` that of the encoder if
 transformers has it. Other parts have our sizes. Every key is used, known to change nothing, or an error.
