@@ -42,9 +42,7 @@ def test_table_page_json_and_nifti(study, tmp_path, capsys):
     table = capsys.readouterr().out
     for words in ("Lung <b> 2.5", "axial", "128 x 128", "3, 2 times", "0.661 x 0.661 x 2.5", "burned-in annotation"):
         assert words in re.sub(r"\s*│\s*\n│\s*│?", " ", table), words
-    assert (
-        "4 series in 14 files" in table.replace("3 series", "4 series") and "set aside 1 file: a structured" in table
-    )
+    assert "4 series in 14 files" in table.replace("3 series", "4 series") and "set aside 1 file: a structured" in table
     assert main([str(study), "--json"]) == 0
     described = json.loads(capsys.readouterr().out)
     assert [s["series"] for s in described["series"]] == ["2", "3", "4"]

@@ -60,9 +60,7 @@ class ResumeState:
             if last.get("version") != VERSION:
                 return
             self.shards, self.settings = list(last["shards"]), last["records"]
-            fields = [
-                name for name in ScanCheck._fields if name in table.schema_arrow.names
-            ]  # older tables lack some
+            fields = [name for name in ScanCheck._fields if name in table.schema_arrow.names]  # older tables lack some
             for batch in table.iter_batches(4096, columns=fields, use_threads=False):
                 columns = [batch[name].to_pylist() for name in fields]
                 # Bad scans are read again: a new decoder may be the reason for this run.
