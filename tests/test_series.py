@@ -208,6 +208,8 @@ def test_damaged_and_conflicting_files_prevent_reading(tmp_path):
     files[4].write_bytes(b"\0" * 128 + b"DICM" + b"\xff" * 60)
     fails(tmp_path / "a", "series", "has files that may be slices of the series", files[4].name, series="2")
     files[4].write_bytes(b"not DICOM")
+    fails(tmp_path / "a", "series", "is not DICOM, but is named like the images next to it", series="2")
+    files[4].rename(tmp_path / "a" / "ct" / "notes.txt")
     assert scans.read(tmp_path / "a")[0].shape[2] == 4
     conflict = stack(tmp_path / "b" / "ct", CT, 5, 2)
     dataset = pydicom.dcmread(conflict[2])
@@ -257,6 +259,13 @@ def test_hostile_archives(tmp_path):
     (tmp_path / "bomb" / "zeros").write_bytes(bytes(5_000_000))
     bomb = shutil.make_archive(str(tmp_path / "bomb"), "gztar", tmp_path / "bomb")
     fails(bomb, "limit", "unpacks to more than 1,000,000 bytes", limits=limits)
+    packed = Path(shutil.make_archive(str(tmp_path / "cut"), "tar", Path(dicom_file(CT)).parent, "CT_small.dcm"))
+    assert scans.read(packed)[0].shape == (128, 128, 1, 1)
+    whole = packed.read_bytes()
+    end = len(whole.rstrip(b"\0")) // 512 * 512 + 512
+    for damaged in (whole[:end], whole[:end] + b"\1" * 512 + bytes(1024), whole[:end] + bytes(512) + whole[:512]):
+        packed.write_bytes(damaged)
+        fails(packed, "damaged", "tar archive")
     data = bytearray((tmp_path / "slip.zip").read_bytes())
     data[data.index(b"ct/1.dcm") + 3000] ^= 1  # in the compressed bytes of the slice
     (tmp_path / "flipped.zip").write_bytes(data)
@@ -277,3 +286,35 @@ def test_links_in_folders(tmp_path):
         scans.resolve(tmp_path / "study", "ct")
     files[0].unlink()
     fails(tmp_path / "study", "series", "a link to a file that does not exist")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["zip", "gztar", "tar"])
+def test_damaged_archives_never_lose_a_slice(tmp_path, kind):
+    """Flipped bits, cuts and zeros give an error or the same voxels; only pixels of a plain tar have no checksum."""
+    study = tmp_path / "study"
+    stack(study, MR, 4, 2)
+    stack(study, MR, 3, 3)
+    good = {words: scans.read(study, series=words)[0] for words in "23"}
+    packed = Path(shutil.make_archive(str(tmp_path / "export"), kind, study))
+    data, rng, refused = packed.read_bytes(), np.random.default_rng(0), 0
+    for trial in range(200):
+        damaged = bytearray(data)
+        position = int(rng.integers(len(data)))
+        if trial % 4 == 0:
+            del damaged[position:]
+        elif trial % 4 == 1:
+            damaged[position : position + 64] = bytes(len(damaged[position : position + 64]))
+        else:
+            for place in rng.integers(len(data), size=20 if trial % 4 == 2 else 1).tolist():
+                damaged[place] ^= 1 << trial % 8
+        packed.write_bytes(damaged)
+        words = "23"[trial % 2]
+        try:
+            voxels = scans.read(packed, series=words)[0]
+        except scans.ScanError:
+            refused += 1
+            continue
+        assert voxels.shape == good[words].shape
+        assert kind == "tar" or (voxels == good[words]).all()
+    assert refused > 60

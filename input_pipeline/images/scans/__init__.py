@@ -9,7 +9,7 @@
 | NIfTI (.nii.gz) | slices in display order (`orientation`), intensities scaled | none (CRC of the whole stream) |
 | NIfTI (.nii) | the same | flipped bits in voxels, spacing, affine, scaling |
 | DICOM file, frames, series | slices sorted by position, in display order; rescaled; MONOCHROME1 inverted; RGB | flipped bits in pixels and numbers; a missing first or last slice |
-| study: folder, DICOMDIR, zip, tar | one of its DICOM series, as above | as above; none in zip (CRC) |
+| study: folder, DICOMDIR, zip, tar | one of its DICOM series, as above | as above; none in zip and tar.gz (CRC) |
 | FreeSurfer (.mgz, .mgh) | slices in display order | none in .mgz (CRC of the whole stream) |
 | NRRD, MetaImage (extra `itk`) | slices in display order | flipped bits in voxels and header |
 | PNG | gray or colour, EXIF orientation applied | none (CRC of every chunk) |

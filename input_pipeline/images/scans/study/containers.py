@@ -22,7 +22,7 @@ from pathlib import Path
 import pydicom
 
 from input_pipeline.images.scans.access import BoundedFile, Member, as_scan_error, is_system_file, open_scan
-from input_pipeline.images.scans.base import ScanError, ScanLimits, limit_error, printable
+from input_pipeline.images.scans.base import COPY_AGAIN, ScanError, ScanLimits, limit_error, printable
 from input_pipeline.images.scans.dicom_file import file_layout
 from input_pipeline.images.scans.fields import Fields, tag_of
 
@@ -272,9 +272,22 @@ def tar_members(path, file, limits: ScanLimits) -> Container:
             else:
                 container.add(member_of(path, info.name, tar_opener(path, archive, info)))
             container.check_count(path, limits)
+        check_end(path, file, archive.offset)
     limited.listing = False
     container.members.sort(key=lambda member: member.name)
     return container
+
+
+def check_end(path, file, offset: int) -> None:
+    """Raise unless a tar archive ends at this offset, with zeros. tarfile takes a damaged header for the end."""
+    file.seek(offset)
+    size = 0
+    while chunk := file.read(CHUNK):
+        size += len(chunk)
+        if chunk.strip(b"\0"):
+            raise ScanError(path, "has a damaged header of a tar archive", COPY_AGAIN)
+    if size < tarfile.BLOCKSIZE:
+        raise ScanError(path, "is a tar archive without its end", COPY_AGAIN)
 
 
 def tar_opener(path, archive: tarfile.TarFile, info: tarfile.TarInfo):

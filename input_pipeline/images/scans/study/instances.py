@@ -39,6 +39,7 @@ NO_IMAGES = {
 }
 RT_IMAGE = "1.2.840.10008.5.1.4.1.1.481.1"
 SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
+NOT_DICOM = "is not DICOM"
 LOCALIZER = "localizer"
 LOCALIZER_WORDS = re.compile(r"\b(locali[sz]ers?|scouts?|scanogram|topogram|surview|pilot)\b", re.IGNORECASE)
 DOSE_WORDS = re.compile(r"\b(dose|patient protocol|exam protocol)\b", re.IGNORECASE)
@@ -69,7 +70,7 @@ def read_entry(path, member: Member, limits: ScanLimits) -> Entry:
     try:
         with member.open(limits, False) as file:
             if not sniff(file.read(SNIFFED)):
-                return Entry(member=member, reason="is not DICOM")
+                return Entry(member=member, reason=NOT_DICOM)
             options = {"pixels": False, "more": LABELS, "any_syntax": True}
             dataset, syntax = open_data_set(path, file, limits, **options)
     except ScanError as error:

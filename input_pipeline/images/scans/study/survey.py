@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import os
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -12,7 +13,7 @@ from input_pipeline.images.scans.base import MAX_LISTED, ScanError, ScanLimits
 from input_pipeline.images.scans.mixtures import ORIENTATION, SPACING, Attribute, Columns, Value, show
 from input_pipeline.images.scans.study import duplicates, splitting
 from input_pipeline.images.scans.study.containers import Container
-from input_pipeline.images.scans.study.instances import LOCALIZER, Entry, aside, read_entry
+from input_pipeline.images.scans.study.instances import LOCALIZER, NOT_DICOM, Entry, aside, read_entry
 
 PLANES = ("sagittal", "coronal", "axial")  # by the axis of patient coordinates that is nearest to the slice normal
 UNLABELLED = {"Rows", "Columns", "Modality", SPACING.keyword, ORIENTATION.keyword}  # shown in columns of their own
@@ -85,6 +86,7 @@ def survey(
     for member in container.members:
         entries.append(read_entry(path, member, limits))
         advance(1)
+    entries = refuse_lookalikes(entries)
     entries, dropped, conflicts = duplicates.drop(path, entries, limits)
     problems = collections.defaultdict(list, {uid: list(texts) for uid, texts in conflicts.items()})
     refused = [(skipped.name, skipped.reason) for skipped in container.skipped if skipped.may_be_slice]
@@ -106,6 +108,24 @@ def survey(
     for uid in problems.keys() - found:  # none of its files can be read
         refused += [(text.partition(" ")[0], text.partition(" ")[2]) for text in problems[uid]]
     return Study(tuple(named(parts, problems)), join_reasons(others), tuple(sorted(refused)), len(container.members))
+
+
+def refuse_lookalikes(entries: Sequence[Entry]) -> list[Entry]:
+    """Return the entries. A file that is not DICOM, but is named like images in its folder, may be a damaged slice."""
+
+    def kind(entry: Entry) -> tuple[str, str]:
+        folder, name = os.path.split(entry.member.name)
+        suffix = os.path.splitext(name)[1].lower()
+        return folder, "" if suffix[1:].isdigit() else suffix  # UIDs and numbers as names
+
+    kinds = {kind(entry) for entry in entries if entry.instance is not None}
+    reason = "is not DICOM, but is named like the images next to it"
+    return [
+        dataclasses.replace(entry, reason=reason, refused=True)
+        if entry.reason == NOT_DICOM and kind(entry) in kinds
+        else entry
+        for entry in entries
+    ]
 
 
 def join_reasons(others: Iterable[tuple[str, str]]) -> tuple[SetAside, ...]:
