@@ -38,6 +38,7 @@ class Model:
     tokenizer_file: Path | None = None  # file or folder (load_tokenizer), instead of that of the directory
     prepared: inputs.Preparation | None = None  # scan preparation; None: as stored in the checkpoint
     adapters: Mapping[str, Model] = dataclasses.field(default_factory=dict)  # of `with_adapters`
+    base: Path | None = None  # the checkpoint with the parameters that `directory` refers to, if it has only adapters
 
     def __repr__(self) -> str:
         """Return a description with sizes and origin, without the weights."""
@@ -106,7 +107,7 @@ class Model:
         for name in dict.fromkeys(r.adapter for r in requests):
             members = [i for i, r in enumerate(requests) if r.adapter == name]
             group, seeds = [requests[i] for i in members], [sampling.seed + i for i in members]
-            generator = self._adapted(name)._checked_generator(group)
+            generator = self._generator_for(name, group)
             answers |= dict(zip(members, generator.answers(group, sampling, seeds=seeds), strict=True))
         return [a.text for a in require_answers([answers[i] for i in range(len(requests))])]
 
@@ -130,17 +131,19 @@ class Model:
 
     def _streamed(self, request: Request, chunk: int, options: dict) -> Iterator[tuple[str, Answer]]:
         sampling = Sampling(**options)
-        generator = self._adapted(request.adapter)._checked_generator([request])
+        generator = self._generator_for(request.adapter, [request])
         for pieces, answers in generator.stream([request], sampling, chunk=chunk):
             yield pieces[0], require_answers(answers)[0]
 
-    def encode_scans(self, scans: Sequence[inputs.Scan]) -> EncodedScans:
+    def encode_scans(self, scans: Sequence[inputs.Scan], *, adapter: str = "") -> EncodedScans:
         """Return the visual tokens of scans, on the device. Pass them instead of the scans to any number of questions.
 
-        In `released` mode all scans of one question get the same depth, so encode them together.
+        In `released` mode all scans of one question get the same depth, so encode them together. `adapter` is that of
+        the questions, which may have its own vision encoder and preparation.
         """
-        _ = self.preparation
-        return self.generator.encode_scans(scans)
+        model = self._adapted(adapter)
+        _ = model.preparation
+        return dataclasses.replace(model.generator.encode_scans(scans), adapter=adapter)
 
     def with_adapters(self, runs: Mapping[str, Path | str]) -> Model:
         """Return this model with what other runs learned on the same base, chosen by the `adapter` of a request.
@@ -155,6 +158,8 @@ class Model:
         Raises:
           ValueError: a run has another base, holds it in another type, or cannot be read.
         """
+        if "" in runs:
+            raise ValueError(f'the adapter of {runs[""]} has the name "", which is this model itself: choose another')
         adapters = {name: _on_shared_base(self, Path(directory)) for name, directory in runs.items()}
         return dataclasses.replace(self, adapters=self.adapters | adapters)
 
@@ -164,10 +169,22 @@ class Model:
             raise ValueError(f"adapter {name!r} is unknown{nearest(name, self.adapters)}; adapters: {known}")
         return self.adapters[name] if name else self
 
-    def _checked_generator(self, requests: Sequence[Request]) -> Generator:
-        """Return the generator. Raises ValueError if the tokenizer or the preparation is missing."""
-        _ = self.tokenizer, self.preparation if any(len(r.scans) for r in requests) else None
-        return self.generator
+    def _generator_for(self, adapter: str, requests: Sequence[Request]) -> Generator:
+        """Return the generator of an adapter, or of this model.
+
+        Raises ValueError if the tokenizer or the preparation is missing, or scans were encoded by another encoder.
+        """
+        model = self._adapted(adapter)
+        _ = model.tokenizer, model.preparation if any(len(r.scans) for r in requests) else None
+        for scans in (r.scans for r in requests if isinstance(r.scans, EncodedScans)):
+            encoder = self._adapted(scans.adapter)
+            if model.preparation != encoder.preparation or not _share_encoder(model, encoder):
+                names = [repr(name) if name else "no adapter" for name in (scans.adapter, adapter)]
+                raise ValueError(
+                    f"the scans were encoded with {names[0]}, but {names[1]} has another vision encoder or preparation "
+                    f"of scans: encode them with encode_scans(scans, adapter={adapter!r})"
+                )
+        return model.generator
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -247,6 +264,13 @@ class Model:
             return _forward(c, self.params, batch)
 
 
+def _share_encoder(model: Model, other: Model) -> bool:
+    """Return whether two models have the same arrays of the vision encoder, the perceiver and the projection."""
+    parts = [{k: x for k, x in m.params.items() if k not in ("llama", "image_marks")} for m in (model, other)]
+    first, second = map(checkpoint.flatten, parts)
+    return first.keys() == second.keys() and all(x is second[path] for path, x in first.items())
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(config, params, batch):
     return radfm.RadFM(config).apply({"params": params}, batch)
@@ -290,6 +314,8 @@ def load(
             raise ValueError(f"dtype {name!r} is unknown: choose one of {', '.join(checkpoint.DTYPES)}")
     if weights not in (None, *quantised.BASES):
         raise ValueError(f"weights {weights!r} is unknown: choose one of {', '.join(quantised.BASES)}")
+    if int8 and weights not in (None, "int8"):
+        raise ValueError(f"int8=True and weights={weights!r} contradict each other: pass one of them")
     if mesh is not None and mesh.axis_names != sharding.AXES:
         raise ValueError(f"mesh has axes {mesh.axis_names}, expected {sharding.AXES}: use sharding.make_mesh")
     if tokenizer is not None and not Path(tokenizer).exists():
@@ -313,19 +339,19 @@ def load(
     shardings = sharding.param_shardings(boxed, mesh)[0] if mesh is not None else None
     params = checkpoint.restore_params(directory, checkpoint.unflatten(leaves), shardings, base)
     tokenizer = None if tokenizer is None else Path(tokenizer)
-    return Model(config.with_compute(dtype=dtype), params, directory, mesh, tokenizer, prepared)
+    return Model(config.with_compute(dtype=dtype), params, directory, mesh, tokenizer, prepared, base=base)
 
 
 def _on_shared_base(model: Model, directory: Path) -> Model:
     """Return the model of a run that trained adapters, with the arrays of the base that `model` has already."""
     directory = run_directory.select_checkpoint(directory)
-    config = checkpoint.model_config(checkpoint.read_description(directory), directory)
+    description = checkpoint.read_description(directory)
+    config = checkpoint.model_config(description, directory)
     if model.directory is None:
         raise ValueError("this model was built in memory: load the base of the adapters from a checkpoint")
-    own_base = checkpoint.base_of(model.directory)
-    base = checkpoint.base_of(directory, own_base or model.directory)
-    if base is None:
+    if checkpoint.BASE not in description:
         raise ValueError(f"{directory} has all its parameters and needs no base: load it by itself")
+    base = checkpoint.base_of(directory, model.base or model.directory)
     if config.base != model.config.base:
         raise ValueError(
             f"{directory} was trained on a base in {config.base}, but this model holds it in {model.config.base}: "
@@ -333,7 +359,7 @@ def _on_shared_base(model: Model, directory: Path) -> Model:
         )
     checkpoint.verify(directory)
     stored_params, leaves = checkpoint.StoredParams(directory, base), checkpoint.flatten(model.params)
-    learned = checkpoint.StoredParams(model.directory).origins if own_base else {}
+    learned = checkpoint.StoredParams(model.directory, model.base).origins if model.base else {}
     boxed = radfm.abstract_params(config)
     abstract = checkpoint.flatten(nn.unbox(boxed))
     shardings = checkpoint.flatten(sharding.param_shardings(boxed, model.mesh)[0]) if model.mesh is not None else None
@@ -350,7 +376,7 @@ def _on_shared_base(model: Model, directory: Path) -> Model:
     params = checkpoint.unflatten({path: read.get(path, leaves.get(path)) for path in abstract})
     compute = {"dtype": model.config.llama.dtype}
     return dataclasses.replace(
-        model, config=config.with_compute(**compute), params=params, directory=directory, adapters={}
+        model, config=config.with_compute(**compute), params=params, directory=directory, adapters={}, base=base
     )
 
 

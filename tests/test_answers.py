@@ -204,6 +204,25 @@ def test_a_prompt_that_fails_has_no_answer(model, scans):
         model.answers([("Lesion?", seen), ("Lesion?", broken)], max_new_tokens=4)
 
 
+def test_encoded_scans_belong_to_the_encoder_of_an_adapter(model, scans):
+    """Adapters may have learned another vision encoder, for which other visual tokens would be wrong."""
+    projection = jax.tree.map(lambda x: x + 0.5, model.params["projection"])
+    own = dataclasses.replace(model, params={**model.params, "projection": projection})
+    several = dataclasses.replace(model, adapters={"same": model, "own": own})
+    films, options = [scans / "film.png"], {"max_new_tokens": 4}
+    seen = several.encode_scans(films)
+    assert several.answer("Lesion?", seen, adapter="same", **options) == model.answer("Lesion?", films, **options)
+    with pytest.raises(
+        ValueError, match=r"encoded with no adapter, but 'own' has .* encode_scans\(scans, adapter='own'"
+    ):
+        several.answer("Lesion?", seen, adapter="own", **options)
+    seen = several.encode_scans(films, adapter="own")
+    np.testing.assert_array_equal(seen.tokens, own.encode_scans(films).tokens)
+    assert several.answer("Lesion?", seen, adapter="own", **options) == own.answer("Lesion?", films, **options)
+    with pytest.raises(ValueError, match='has the name "", which is this model itself'):
+        model.with_adapters({"": "run"})
+
+
 def test_checkpoints_that_lack_something(model, run, tokenizer, scans, tmp_path):
     directory = run / "checkpoints" / "5"
     assert model.directory == directory and model.preparation == inputs.Preparation(**PREPARED, text_length=128)

@@ -339,7 +339,8 @@ def test_adaptations_follow_the_checkpoint(name, tmp_path, capsys):
     followed = ("size_2d", "size_3d", "storage", "num_latents", "text_length", "vision_rows", "patch_length", "scans")
     assert [getattr(config.data, f) for f in followed] == [getattr(quickstart.data, f) for f in followed]
     assert config.data.depth == 16 and config.data.channels == 3
-    assert experiment(name, "--config.checkpoint.init_from=nowhere").model == radfm.radfm_14b()
+    for start in ("nowhere", ""):
+        assert experiment(name, f"--config.checkpoint.init_from={start}").model == radfm.radfm_14b()
     trained = dataclasses.replace(model, lora=LoraConfig(rank=2, targets=("llama/blocks/up",)), base="int8")
     checkpoint.write_description(tmp_path, "radfm", trained.to_dict())
     assert experiment(name, f"--config.checkpoint.init_from={tmp_path}").model == trained

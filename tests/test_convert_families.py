@@ -308,6 +308,7 @@ def test_a_decoder_that_no_family_has(fields, words):
     [
         ("qwen3_moe", {}, "model_type 'qwen3_moe' is not supported .did you mean qwen3... Known: llama, mistral"),
         (None, {}, "model_type None is not supported"),
+        (["llama"], {}, r"model_type \['llama'\] is not supported"),
         ("llama", {"sliding_windows": 4}, "unknown keys sliding_windows.*Known keys of llama: vocab_size, .*rope"),
         ("qwen3", {"max_window_layer": 3}, "unknown keys max_window_layer .did you mean max_window_layers"),
         ("llama", {"hidden_act": "relu2"}, "hidden_act 'relu2' is not supported .silu, swish, gelu_pytorch_tanh"),
@@ -324,6 +325,7 @@ def test_a_decoder_that_no_family_has(fields, words):
         ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_theta": 5e5}},
          "rope_scaling and rope_parameters differ"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
+        ("llama", {"rope_scaling": {"rope_type": ["yarn"]}}, r"RoPE scaling \['yarn'\] is not supported"),
         ("phi3", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear' is not supported .known for this"),
         ("gemma3_text", {"rope_parameters": {"rope_theta": 1e4}}, "rope_parameters has rope_theta: its keys must be"),
         ("qwen2", {"layer_types": ["full_attention"]}, "layer_types has 1 entries, but num_hidden_layers is 4"),

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from encoder_parts import noise
+from jax.interpreters import partial_eval
 
 from input_pipeline.batching.collate import LoadedRow, ScanPlanes, collate_batch, collate_row
 from input_pipeline.batching.plan import RowLimits
@@ -24,6 +25,7 @@ from radfm_jax.models.encoders.ctvit import CTViTConfig
 from radfm_jax.models.encoders.dinov2 import Dinov2Config
 from radfm_jax.models.encoders.kinds import data_preset, encoder
 from radfm_jax.models.encoders.siglip import SiglipConfig, medsiglip
+from radfm_jax.models.lora import LoraConfig
 from radfm_jax.models.perceiver import PerceiverConfig
 from radfm_jax.models.pooling import PooledMlpConfig, pool
 from radfm_jax.models.radfm import RadFM, RadFMConfig
@@ -104,6 +106,22 @@ def test_2d_and_3d_scans_share_a_row_and_a_program(config):
     assert run._cache_size() == 1
     # A bias of all keys does not change a softmax.
     assert [k for k, g in flatten(grads).items() if not np.abs(g).max() > 0] in ([], ["vit/blocks/key/bias"])
+
+
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("dinov2", "ctvit")]
+
+
+@pytest.mark.parametrize("name", ["vit3d", "siglip", *SLOW])
+def test_every_adapter_changes_the_logits(name):
+    """A pattern may match every linear map; an adapter that no computation reads would never learn."""
+    config = radfm.tiny() if name == "vit3d" else model(ENCODERS[name], MLP if name == "dinov2" else PERCEIVER)
+    config = dataclasses.replace(config, lora=LoraConfig(rank=2, targets=("*",))).with_compute(attention="xla")
+    shapes = nn.unbox(radfm.abstract_params(config))
+    batch = {k: np.zeros(x.shape, x.dtype) for k, x in radfm.abstract_batch(config).items()}
+    trace = jax.make_jaxpr(lambda params: RadFM(config).apply({"params": params}, batch)[0])(shapes)
+    _, used = partial_eval.dce_jaxpr(trace.jaxpr, [True])
+    assert [path for path, is_used in zip(flatten(shapes), used, strict=True) if not is_used] == []
+    assert sum(path.endswith("lora_a") for path in flatten(shapes)) > 12
 
 
 # --- the MLP bridge ---------------------------------------------------------------------------------------------------

@@ -96,5 +96,10 @@ def test_errors_without_a_traceback():
     full = OSError(errno.ENOSPC, "No space left on device", "/data/metrics.jsonl")
     assert faults.message(full) == "/data/metrics.jsonl cannot be written: No space left on device"
     assert faults.message(ValueError("wrong field")) == "wrong field"
+    noted = ValueError("no map matches")
+    noted.add_note("in the second group")
+    noted.add_note("-----\nJAX has removed its internal frames. Set JAX_TRACEBACK_FILTERING=off to include these.")
+    noted.add_note("in a worker:\nTraceback (most recent call last):\n ...")
+    assert faults.message(noted) == "no map matches\nin the second group"
     assert faults.message(SaveError("step 2 was not saved")) == "step 2 was not saved"
     assert faults.message(OSError(errno.ENOENT, "No such file")) is None and faults.message(KeyError("bug")) is None

@@ -24,7 +24,7 @@ from radfm_jax.models import lora, quantised, radfm
 from radfm_jax.models.lora import LoraConfig
 from radfm_jax.runtime import sharding
 from radfm_jax.training import loop, train_step
-from radfm_jax.training.experiment import Experiment
+from radfm_jax.training.experiment import CheckpointConfig, Experiment
 from radfm_jax.training.losses import radfm_loss
 from radfm_jax.training.optimizer import OptimizerConfig
 
@@ -314,14 +314,32 @@ def test_a_base_that_moved_or_changed(run, base, tmp_path):
     (copy / "radfm.json").write_text(json.dumps(description))
     (copy / "manifest.json").unlink()
     checkpoint.write_manifest(copy)
-    with pytest.raises(ValueError, match=r"its base .*gone does not exist: pass its directory as base=DIR"):
+    with pytest.raises(ValueError, match=r"its base .*gone does not exist or is not a checkpoint: pass its dir"):
         radfm_jax.load(copy)
-    assert radfm_jax.load(copy, base=moved).config.base == weights
+    model = radfm_jax.load(copy, base=moved)
+    assert model.config.base == weights and model.base == moved
+    # A run that has the base as one of its steps is a place of it too, and adapters are added over a base that moved.
+    in_a_run = tmp_path / "run" / "checkpoints" / "7"
+    in_a_run.parent.mkdir(parents=True)
+    in_a_run.symlink_to(moved)
+    assert checkpoint.base_of(copy, tmp_path / "run") == in_a_run
+    assert model.with_adapters({"again": copy}).adapters["again"].base == moved
+    with pytest.raises(ValueError, match="has all its parameters and needs no base: do not pass"):
+        radfm_jax.load(moved, base=base)
+    with pytest.raises(ValueError, match="int8=True and weights='nf4' contradict each other"):
+        radfm_jax.load(copy, base=moved, int8=True, weights="nf4")
+    with pytest.raises(ValueError, match=r"its base .*nothing does not exist or is not a checkpoint: pass"):
+        radfm_jax.load(copy, base=tmp_path / "nothing")
     other = {**BASE, "projection": jax.tree.map(lambda x: x + 1, BASE["projection"])}
     api.save(api.Model(packed.CONFIG, jax.tree.map(jnp.asarray, other)), tmp_path / "other")
     digests = [checkpoint.digest(path) for path in (tmp_path / "other", base)]
     with pytest.raises(ValueError, match=f"trained on another base than .*other, whose digest is {digests[0]}: .*"):
         radfm_jax.load(copy, base=tmp_path / "other")
+    # A run resumes from init_from if the recorded directory has another checkpoint by now.
+    shutil.copytree(tmp_path / "other", tmp_path / "gone")
+    config, _, abstract, _ = setting(weights)
+    experiment = Experiment(config, optimizer=FROZEN, checkpoint=CheckpointConfig(init_from=str(moved)))
+    assert loop._base(experiment, copy, abstract).directory == moved
 
 
 def test_resuming_or_starting_with_other_adapters(run, base):
@@ -344,6 +362,13 @@ def test_resuming_or_starting_with_other_adapters(run, base):
         loaded["llama/blocks/up/lora_b"], states[1][0]["params"]["llama"]["blocks"]["up"]["lora_b"]
     )
     assert train_state.find_base(directory, abstract, config).directory == base
+    assert not report.sizes
+    # Another scale or base type changes what the adapters compute, but no shape.
+    other = dataclasses.replace(config, lora=dataclasses.replace(LORA, alpha=12.0, dropout=0.5), base="bfloat16")
+    _, report = train_state.init_from(directory, abstract, other)
+    assert "\n  DIFFERS: lora.alpha is 12.0, was 6.0 in the checkpoint" in str(report)
+    assert f"\n  DIFFERS: base is 'bfloat16', was {weights!r} in the checkpoint" in str(report)
+    assert len(report.sizes) == 2
 
 
 def test_errors_of_the_config():

@@ -176,6 +176,32 @@ def test_what_is_refused(runs, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+def test_a_description_that_does_not_fit_the_adapters(runs, tmp_path):
+    """Rank and alpha in radfm.json scale the adapters, so another rank would merge other weights."""
+    root, _ = runs
+
+    def changed(change) -> Path:
+        copy = shutil.copytree(root / "nf4", tmp_path / "copy", dirs_exist_ok=True)
+        description = json.loads((root / "nf4" / "radfm.json").read_text())
+        change(description)
+        (copy / "radfm.json").write_text(json.dumps(description))
+        (copy / "manifest.json").unlink()
+        checkpoint.write_manifest(copy)
+        return copy
+
+    for change, words in (
+        (lambda x: x["model"]["lora"].update(rank=4), "has the rank 2, but model.lora of radfm.json has the rank 4"),
+        (lambda x: x["model"].pop("lora"), "has the rank 2, but .* has no adapters|has no adapters: it"),
+        (lambda x: x["base"].pop("directory"), "is damaged: .*base must have the texts directory and sha256"),
+        (lambda x: x["base"].update(sha256=5), "base must have the texts directory and sha256"),
+        (lambda x: x.pop("base"), "has no adapters to merge|radfm.json has adapters, but no base: it is damaged"),
+    ):  # fmt: skip
+        for convert in (merge, to_peft):
+            with pytest.raises(ValueError, match=words):
+                convert(changed(change), tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_model(tmp_path):
     """290 MB of parameters in 40 layers are merged, over an nf4 base, in less than a third of that memory."""

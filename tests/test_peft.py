@@ -231,6 +231,9 @@ def test_tensors_that_are_refused(broken):
     assert "layers of llama/blocks/query/lora_a differ in dtype: pass --dtype" in broken(
         tensors=lambda x: x.update({a: x[a].astype(np.float16)})
     )
+    assert "has several tensors of model.layers.1.self_attn.q_proj.lora_A.weight, with different prefixes" in broken(
+        tensors=lambda x: x.update({a.removeprefix("base_model.model."): x[a] + 1})
+    )
     assert "adapters of vision_tower" in broken(
         tensors=lambda x: x.update({f"base_model.model.vision_tower.{b}": x[a]})
     )
@@ -238,9 +241,10 @@ def test_tensors_that_are_refused(broken):
 
 def test_names_of_a_vision_language_model_and_files_of_torch(made, tmp_path):
     root, _ = made("llama")
-    shutil.copy(root / "adapter" / "adapter_config.json", tmp_path)
     tensors = {k: torch.from_numpy(x) for k, x in tensors_of(root / "adapter").items()}
     rename(".model.layers.", ".model.language_model.layers.")(tensors)
+    config = config_of(root / "adapter") | {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"v_proj": 5}}  # no change
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     torch.save(tensors, tmp_path / "adapter_model.bin")
     from_peft(tmp_path, tmp_path / "checkpoint", base=root / "base")
     ours, same = (checkpoint.StoredParams(folder / "checkpoint") for folder in (tmp_path, root))

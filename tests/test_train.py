@@ -241,6 +241,8 @@ def test_a_refused_resume_changes_nothing(config, whole, tmp_path, monkeypatch):
     wider = dataclasses.replace(config.model, vision=dataclasses.replace(config.model.vision, mlp_width=64))
     with pytest.raises(ValueError, match="does not match this model and optimizer"):
         loop.train(dataclasses.replace(longer, model=wider), run)
+    with pytest.raises(ValueError, match="does not match this model and optimizer"):  # not even if no step is left
+        loop.train(dataclasses.replace(config, model=wider), run)
     with pytest.raises(ValueError, match="do not fit the model"):
         init_from = dataclasses.replace(config.checkpoint, init_from=str(whole))
         loop.train(dataclasses.replace(config, model=wider, checkpoint=init_from), tmp_path / "new")
@@ -264,8 +266,10 @@ def test_compare_finds_differences(whole, tmp_path, capsys):
 def test_a_missing_init_from_is_reported_before_compilation(config, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "OpenSplits", lambda *_: pytest.fail("the data were opened"))
     absent = dataclasses.replace(config, checkpoint=CheckpointConfig(init_from=str(tmp_path / "nowhere")))
-    with pytest.raises(ValueError, match="nowhere is not a directory"):
-        loop.train(absent, tmp_path / "run")
+    unread = dataclasses.replace(config.data, tokenizer=str(tmp_path / "of init_from"))
+    for data in (config.data, unread):
+        with pytest.raises(ValueError, match="checkpoint.init_from .*nowhere is not a directory: pass a checkpoint or"):
+            loop.train(dataclasses.replace(absent, data=data), tmp_path / "run")
 
 
 @pytest.mark.parametrize("terminal", [True, False])

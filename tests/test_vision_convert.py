@@ -51,6 +51,10 @@ def test_every_key_of_transformers_is_known():
     [
         ({"model_type": "clip"}, "dir/config.json: model_type 'clip' is not a supported vision encoder; known: siglip"),
         ({}, "model_type None is not a supported vision encoder"),
+        ({"model_type": ["siglip"]}, r"model_type \['siglip'\] is not a supported vision encoder"),
+        ({"model_type": "siglip", "vision_config": [1]}, r"vision_config must be the config of the encoder .got \[1\]"),
+        (DINOV2 | {"patch_size": 0}, "must be a multiple of the side of the square model.vision.patch"),
+        (SIGLIP | {"image_size": [["a"], ["a"]]}, "image_size"),
         ({"model_type": "siglip2_vision_model"}, "variable resolution .naflex. is not supported"),
         (SIGLIP | {"window_size": 7}, "key 'window_size' .7. is not known; known: hidden_act, hidden_size"),
         (SIGLIP | {"hidden_act": "relu"}, "key 'hidden_act' must be one of gelu_pytorch_tanh, gelu .got 'relu'"),

@@ -94,7 +94,8 @@ class ChatTemplate:
                 **self._tokenizer.special_tokens,
             )  # fmt: skip
         except Exception as error:  # a template can raise any exception
-            raise ValueError(f"{self._where} fails for the roles {listed} ({error}): {REMEDY}") from error
+            reason = str(error) or type(error).__name__
+            raise ValueError(f"{self._where} fails for the roles {listed} ({reason}): {REMEDY}") from error
         problems = [
             f"{'drops' if not text.count(mark) else 'repeats'} message {i} ({role})"
             for i, (role, mark) in enumerate(zip(roles, marks, strict=True), 1)

@@ -81,8 +81,7 @@ def absolute(path) -> Path:
 
 def require_space(path, required: int, task: str) -> None:
     """Raise ValueError if the disk of `path` has fewer than `required` bytes free."""
-    path = Path(path).absolute()
-    existing = next(p for p in (path, *path.parents) if p.exists())
+    existing = next(p for p in (Path(path).absolute(), *Path(path).absolute().parents) if p.exists())
     if (free := shutil.disk_usage(existing).free) < required:
         raise ValueError(
             f"{task} needs {filesize.decimal(required)}, but the disk of {existing} has {filesize.decimal(free)} free"
@@ -180,9 +179,8 @@ def digest(directory) -> str:
 
 def tokenizer_path(directory) -> Path | None:
     """Return what `load_tokenizer` opens for a checkpoint: its SentencePiece model, the directory itself, or None."""
-    if (Path(directory) / TOKENIZER).is_file():
-        return Path(directory) / TOKENIZER
-    return Path(directory) if (Path(directory) / HUGGING_FACE).is_file() else None
+    paths = {TOKENIZER: Path(directory) / TOKENIZER, HUGGING_FACE: Path(directory)}
+    return next((path for name, path in paths.items() if (Path(directory) / name).is_file()), None)
 
 
 def _remedies(directory: Path, listed: dict[str, dict]) -> dict[str, str]:
@@ -196,11 +194,11 @@ def _remedies(directory: Path, listed: dict[str, dict]) -> dict[str, str]:
                 f"SHA-256 {entry['sha256']}, to {directory / name}, or {use}. All steps of a run have the same one: "
                 "training read it from data.tokenizer, conversion from --tokenizer or from the folder of the weights"
             )
-    description = (
+    remedies[DESCRIPTION] = (
         f": copy it to {directory / DESCRIPTION} from the source of this directory. No other file has the model sizes; "
         "without a copy, convert the weights again or use another step of the run"
     )
-    return remedies | {DESCRIPTION: description}
+    return remedies
 
 
 def write_description(directory: Path, part: str, model: dict, **fields) -> None:
@@ -224,10 +222,12 @@ def read_description(directory) -> dict:
         description = read_json(path, kind=dict)
         file_format, *_ = description["format"], description["part"]
         sizes = {name: x for name, x in description["model"].items() if name != "base"}
-        parts = {"model": description["model"], **sizes, "source": description.get("source", {})}
-        parts[BASE] = description.get(BASE, {})
+        others = {name: description.get(name, {}) for name in ("source", BASE)}
+        parts = {"model": description["model"], **sizes, **others}
         if wrong := [name for name, value in parts.items() if not isinstance(value, dict)]:
             raise TypeError(f"{', '.join(wrong)} must have fields")
+        if BASE in description and not all(isinstance(parts[BASE].get(k), str) for k in ("directory", "sha256")):
+            raise TypeError(f"{BASE} must have the texts directory and sha256")
     except FileNotFoundError:
         raise ValueError(f"{directory} has no {DESCRIPTION}: it is not a checkpoint directory of radfm_jax") from None
     except (KeyError, TypeError) as e:
@@ -373,21 +373,21 @@ def _chunk_shape(shape, dtype, stacked: bool) -> list[int]:
 def base_of(directory, base=None) -> Path | None:
     """Return the checkpoint that has the frozen parameters of this one; None if this one is complete.
 
-    A run that trains adapters records its base (radfm.json). `base` is another place of it.
-
-    Raises:
-      ValueError: the base does not exist, or has other parameters than those that the run was trained on.
+    A run that trains adapters records its base. `base` is another place of it, or a run that has it as a step. Raises
+    ValueError if the base does not exist, was not the one in training, or is passed but not needed.
     """
-    record = read_description(directory).get(BASE)
-    if record is None:
+    if (record := read_description(directory).get(BASE)) is None:
+        if base is not None:
+            raise ValueError(f"{directory} has all its parameters and needs no base: do not pass {base}")
         return None
-    path = Path(base or record["directory"])
-    remedy = f"pass its directory as base=DIR (command line: --base DIR); its digest is {record['sha256']}"
-    if not (path / MANIFEST).is_file():
-        raise ValueError(f"{directory} has only what it learned; its base {path} does not exist: {remedy}")
-    if (actual := digest(path)) != record["sha256"]:
-        raise ValueError(f"{directory} was trained on another base than {path}, whose digest is {actual}: {remedy}")
-    return path
+    path, remedy = Path(base or record["directory"]), "pass its directory as base=DIR (command line: --base DIR)"
+    digests = {p: digest(p) for p in (path, *path.glob("checkpoints/*")) if (p / MANIFEST).is_file()}
+    problem = f"{directory} has only what it learned; its base {path} does not exist or is not a checkpoint"
+    for found, actual in digests.items():
+        if actual == record["sha256"]:
+            return found
+        problem = f"{directory} was trained on another base than {found}, whose digest is {actual}"
+    raise ValueError(f"{problem}: {remedy}; its digest is {record['sha256']}")
 
 
 class StoredParams:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -16,6 +16,7 @@ from radfm_jax.checkpoints.checkpoint import PARAMS, flatten, mismatches, read_a
 from radfm_jax.checkpoints.run_directory import DATA, RUN, TRAINING
 from radfm_jax.models import lora, quantised, radfm
 from radfm_jax.models.computation import COMPUTE
+from radfm_jax.models.lora import LoraConfig
 
 # Settings that do not change the meaning of the weights.
 COMPUTATION = (*COMPUTE, "dropout")
@@ -180,7 +181,7 @@ def _differing_sizes(description: dict, model: radfm.RadFMConfig | None) -> list
     """Return one line per field of the model that differs from the checkpoint."""
     if model is None:
         return []
-    lines = []
+    lines = _differing_options(description["model"], model)
     for part in (name for name in radfm.PARTS if name in description["model"]):
         config, stored = getattr(model, part), description["model"][part]
         with contextlib.suppress(ValueError):  # raised for the sizes of another network, which are compared as they are
@@ -192,6 +193,19 @@ def _differing_sizes(description: dict, model: radfm.RadFMConfig | None) -> list
             if name not in COMPUTATION and as_tuple(expected.get(name)) != as_tuple(value)
         ]
     return lines
+
+
+def _differing_options(stored: Mapping, model: radfm.RadFMConfig) -> list[str]:
+    """Return one line per option that changes what the stored adapters compute: their config, and the type of the base.
+
+    `stored` is `model` of radfm.json. It has no adapters: no lines, since those of the model are fresh.
+    """
+    if stored.get("lora") is None or model.lora is None:
+        return []
+    ours, theirs = dataclasses.asdict(model.lora), dataclasses.asdict(from_mapping(LoraConfig, stored["lora"], "lora"))
+    pairs = {f"lora.{name}": (ours[name], theirs[name]) for name in ours if name not in COMPUTATION}
+    pairs["base"] = model.base, stored.get("base", "float32")
+    return [f"{name} is {a!r}, was {b!r} in the checkpoint" for name, (a, b) in pairs.items() if a != b]
 
 
 def _shared_parameters(directory: Path, params: dict, stored: checkpoint.StoredParams, sizes: list[str]) -> list[str]:

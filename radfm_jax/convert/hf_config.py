@@ -35,12 +35,12 @@ def language_model(config: Mapping, path) -> dict:
     Raises ValueError if the model type is unknown.
     """
     model_type = config.get("model_type")
+    known = (*FAMILIES, *COMPOSITES)
+    if model_type not in known:  # a tuple, since a wrong value need not be hashable
+        raise ValueError(f"{path}: model_type {shown(model_type)} is not supported{nearest(model_type, known)}. "
+                         f"Known: {', '.join(known)}")  # fmt: skip
     if model_type in FAMILIES:
         return dict(config)
-    if model_type not in COMPOSITES:
-        known = ", ".join((*FAMILIES, *COMPOSITES))
-        raise ValueError(f"{path}: model_type {model_type!r} is not supported{nearest(model_type, known.split(', '))}. "
-                         f"Known: {known}")  # fmt: skip
     key, text_type, others = COMPOSITES[model_type]
     if not isinstance(text := config.get(key), Mapping):
         raise ValueError(f"{path}: {key} must be the config of the language model (got {shown(text)})")

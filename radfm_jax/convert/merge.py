@@ -51,6 +51,7 @@ def merge(src, dst, *, dtype: str = "float32", base=None, progress: Progress = N
     params = checkpoint.StoredParams(src, base)
     checkpoint.verify(params.base)
     config = RadFMConfig.from_dict(description["model"])
+    lora.check_rank(config.lora, params.shapes, src)
     boxed = _boxed(config, description["part"])
     whole = description["part"] in ("radfm", "llama")  # not some parts of a RadFM
     shapes = {path: (box.value.shape, target) for path, box in boxed.items() if whole or path in params.shapes}

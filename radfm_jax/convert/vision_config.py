@@ -79,15 +79,17 @@ def read_config(config: Mapping, path, preprocessor: Mapping | None = None) -> V
     kind, fields = config.get("model_type"), config
     if kind in WITH_VISION_CONFIG:
         fields = config.get("vision_config") or {}
+        if not isinstance(fields, Mapping):
+            raise ValueError(f"{path}: vision_config must be the config of the encoder (got {shown(fields)})")
         kind = fields.get("model_type", "siglip_vision_model")
-    if kind not in USED:
+    if kind not in tuple(USED):  # a tuple, since a wrong value need not be hashable
         more = "; SigLIP 2 with variable resolution (naflex) is not supported" if "siglip2" in str(kind) else ""
         known = ", ".join([*USED, *WITH_VISION_CONFIG])
         raise ValueError(f"{path}: model_type {shown(kind)} is not a supported vision encoder; known: {known}{more}")
     raise_problems(f"{path}: {problem}" for problem in _unsupported(fields, USED[kind]))
     values = {key: fields[key] if fields.get(key) is not None else value for key, value in USED[kind].items()}
     for key in ("image_size", "patch_size"):
-        if isinstance(values[key], list | tuple) and len(set(values[key])) == 1:
+        if isinstance(values[key], list | tuple) and values[key] and all(x == values[key][0] for x in values[key]):
             values[key] = values[key][0]
     try:
         result = _READERS[kind](values)

@@ -23,6 +23,7 @@ class EncodedScans:
     tokens: jax.Array  # float[S, L, E] on the device, zeros after the last scan
     names: tuple[str, ...] = ()  # names of the scans, for messages
     volumes: tuple[Volume, ...] = ()  # the prepared volumes
+    adapter: str = ""  # the one of `Model.adapters` that encoded them; "": the model itself
 
     def __len__(self) -> int:
         return len(self.names)

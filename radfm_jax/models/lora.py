@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import math
+from collections.abc import Mapping
 from typing import Annotated
 
 import flax.linen as nn
@@ -28,6 +29,7 @@ from input_pipeline.files import nearest
 
 A, B = "lora_a", "lora_b"
 KERNEL = "/kernel"
+PATCHES = "vit/embedding/"  # patch embeddings have no adapters: they transform their kernel, so are no `layers.Dense`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +37,8 @@ class LoraConfig:
     """The group `model.lora`: which linear maps get an adapter, and its size.
 
     `targets` are patterns (fnmatch) of linear maps: "llama/blocks/*" are the seven of every decoder block,
-    "llama/blocks/[qv]*" its queries and values, "vit/blocks/*" those of the vision encoder.
+    "llama/blocks/[qv]*" its queries and values, "vit/blocks/*" those of the vision encoder. Embeddings and the head
+    have no adapters.
     """
 
     rank: Size = 16
@@ -57,6 +60,15 @@ def is_adapter(path: str) -> bool:
     return path.rpartition("/")[2] in (A, B)
 
 
+def check_rank(config: LoraConfig | None, shapes: Mapping[str, tuple[int, ...]], source) -> None:
+    """Raise ValueError if stored adapters {path: shape} have another rank than their config, which scales them."""
+    rank = 0 if config is None else config.rank
+    for path, shape in shapes.items():
+        if path.endswith(f"/{A}") and shape[-1] != rank:
+            stated = f"the rank {rank}" if config else "no adapters"
+            raise ValueError(f"{source}: {path} has the rank {shape[-1]}, but model.lora of radfm.json has {stated}")
+
+
 def input_axes(names: tuple[str | None, ...]) -> range:
     """Return the contraction axes of a kernel with these logical axis names."""
     first = 1 if names[0] == "layers" else 0
@@ -65,7 +77,8 @@ def input_axes(names: tuple[str | None, ...]) -> range:
 
 def targets(config: LoraConfig, boxed: dict[str, nn.Partitioned]) -> list[str]:
     """Return the linear maps of {path: boxed parameter} that match. ValueError for a pattern that matches none."""
-    maps = [path.removesuffix(KERNEL) for path, x in boxed.items() if path.endswith(KERNEL) and x.value.ndim > 1]
+    kernels = [path for path, x in boxed.items() if path.endswith(KERNEL) and x.value.ndim > 1]
+    maps = [path.removesuffix(KERNEL) for path in kernels if not path.startswith(PATCHES)]
     for pattern in config.targets:
         if not fnmatch.filter(maps, pattern):
             raise ValueError(

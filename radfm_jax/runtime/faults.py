@@ -32,7 +32,10 @@ def message(e: BaseException) -> str | None:
     if isinstance(e, OSError) and e.errno in DISK_ERRORS:
         return f"{e.filename or 'a file of the run'} cannot be written: {e.strerror}"
     if isinstance(e, ValueError | Explained):
-        return "\n".join([str(e), *getattr(e, "__notes__", [])])
+        # JAX and Grain note that they shortened the traceback; a worker of the data notes its own traceback.
+        hidden = ("has removed its internal frames", "Traceback (most recent call last)")
+        notes = [note for note in getattr(e, "__notes__", []) if not any(words in note for words in hidden)]
+        return "\n".join([str(e), *notes])
     return None
 
 

@@ -32,7 +32,7 @@ def follow_checkpoint(config: ConfigDict, overridden: Collection[str]) -> Config
     Raises:
       ValueError: the checkpoint is damaged, or does not record how its scans were prepared.
     """
-    if not Path(config.checkpoint.init_from).is_dir():
+    if not config.checkpoint.init_from or not Path(config.checkpoint.init_from).is_dir():
         return config
     directory = run_directory.select_checkpoint(config.checkpoint.init_from)
     description = checkpoint.read_description(directory)

@@ -69,14 +69,17 @@ def _prepare(config: Experiment, workdir: Path, peers: Peers, stack: contextlib.
     A run that cannot start or resume raises an error before anything is compiled, and does not change config.json.
     """
     check_validation(config)
+    start = config.checkpoint.init_from
+    if start and not run_directory.steps(workdir) and not Path(start).is_dir():
+        raise ValueError(f"checkpoint.init_from {start} is not a directory: pass a checkpoint or a training run")
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, slices=config.mesh.slices)
     previous = run_directory.last_config(workdir)
     saver = stack.enter_context(_saver(config, workdir))
     newest = run_directory.latest(workdir, allow_older=config.checkpoint.allow_older, warn=console.log)
-    if newest is not None and previous and (changed := changes(previous, config.to_dict())):
+    if changed := changes(previous, config.to_dict()) if newest is not None and previous else []:
         console.log(f"settings that differ from the last start: {'; '.join(changed)}")
     length = RunLength(config, workdir, newest)
-    if _is_complete(length, saver, newest):
+    if not changed and _is_complete(length, saver, newest):
         return lambda: 0
     abstract, transform, _ = train_step.abstract_state(
         config.compute, config.optimizer, mesh, reference=config.has_reference
@@ -86,6 +89,8 @@ def _prepare(config: Experiment, workdir: Path, peers: Peers, stack: contextlib.
         train_state.check(newest, abstract, base)
     elif config.checkpoint.init_from:
         train_state.check_init(config.checkpoint.init_from, abstract, config.model)
+    if changed and _is_complete(length, saver, newest):  # config.json gets only settings that fit the steps
+        return lambda: 0
     answers = EvalAnswers(config, workdir, mesh) if config.train.eval_answers else None
     rollouts = Rollouts(config, mesh) if config.train.objective == "grpo" else None
     shard = {"batch": config.train.batch, "host": jax.process_index(), "hosts": jax.process_count()}
@@ -142,8 +147,11 @@ def _base(config: Experiment, newest: Path | None, abstract: dict) -> train_stat
     source, moved = newest or config.checkpoint.init_from, None
     if not source and (config.model.lora is not None or config.model.base != "float32"):
         raise ValueError("model.lora and model.base need checkpoint.init_from, the checkpoint with the base")
-    if newest is not None and (recorded := checkpoint.read_description(newest).get(checkpoint.BASE)):
-        moved = None if Path(recorded["directory"]).is_dir() else config.checkpoint.init_from
+    if newest is not None and checkpoint.read_description(newest).get(checkpoint.BASE):
+        try:
+            checkpoint.base_of(newest)
+        except ValueError:
+            moved = config.checkpoint.init_from or None
     return train_state.find_base(source, abstract, config.model, moved)
 
 

@@ -164,10 +164,10 @@ def _record(values: Values) -> dict[str, Any]:
 
 
 def _kind(record: Mapping) -> Any:
-    names = {record[key] for key in ("rope_type", "type") if record.get(key) is not None}
-    if len(names) > 1:
+    names = [record[key] for key in ("rope_type", "type") if record.get(key) is not None]
+    if any(name != names[0] for name in names):
         raise ValueError(f"RoPE scaling has rope_type {record['rope_type']!r} and type {record['type']!r}: keep one")
-    return names.pop() if names else None
+    return names[0] if names else None
 
 
 def _read(record: Mapping, values: Values, kinds: Collection[str]) -> tuple[float, RopeScaling | None, float]:

@@ -46,6 +46,7 @@ def to_peft(
     description = checkpoint.read_description(src)
     adapters = adapters_of(description, src)
     params = checkpoint.StoredParams(src, base)
+    lora.check_rank(adapters, params.shapes, src)
     paths = [path for path in params.shapes if lora.is_adapter(path) and path.startswith(peft_tensors.LLAMA)]
     if not paths:
         raise ValueError(f"{src} has no adapters of the language model, only {', '.join(adapters.targets)}")
@@ -85,6 +86,8 @@ def adapters_of(description: dict, src: Path) -> LoraConfig:
     record = description["model"].get("lora")
     if record is None:
         raise ValueError(f"{src} has no adapters: it was trained without model.lora")
+    if checkpoint.BASE not in description:
+        raise ValueError(f"{src / checkpoint.DESCRIPTION} has adapters, but no {checkpoint.BASE}: it is damaged")
     return RadFMConfig.from_dict({"lora": record}).lora
 
 

@@ -95,6 +95,6 @@ class FixedSideConfig(EncoderConfig):
 
     def side_problems(self) -> Iterator[str]:
         """Yield why a slice cannot be cut into patches."""
-        if self.patch[0] != self.patch[1] or self.image_size % self.patch[0]:
+        if self.patch[0] != self.patch[1] or self.patch[0] < 1 or self.image_size % self.patch[0]:
             size = f"model.vision.image_size {self.image_size}"
             yield f"{size} must be a multiple of the side of the square model.vision.patch (got {self.patch})"
