@@ -31,17 +31,23 @@ class Text:
 
 @dataclasses.dataclass(frozen=True)
 class Scan:
-    """One volume of a scan file or of a DICOM series directory."""
+    """One volume of a scan file, of a DICOM series, or of a series of a study."""
 
     path: str  # relative to the data set's root, as in its table
-    volume: int | None = None  # index of the volume in a 4D file; None if the file has only one
+    volume: int | None = None  # index of the volume in a 4D file or a dynamic series; None if it has only one
     # How intensities become 0 to 1: (low, high) to clip to, or a setting of images/intensity.py; None: minmax, or the
     # setting of the source or the model.
     window: str | tuple[float, float] | None = None
+    series: str | None = None  # words that select a series of a DICOM study (images/scans/study/selection.py)
 
     def __reduce__(self):
         """Pickle only the arguments of the constructor, as in `Text`."""
-        return Scan, (self.path, self.volume, self.window)
+        return Scan, (self.path, self.volume, self.window, self.series)
+
+    @property
+    def selection(self) -> dict:
+        """The keyword arguments of `scans.read` that select the volume."""
+        return {"volume": self.volume, "series": self.series}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ COMMANDS = {
     "summary": ("radfm_jax.summary", "show a chain of training runs on one page"),
     "prepare": ("input_pipeline.prepare", "read and check all data once, and write its index"),
     "inspect": ("input_pipeline.inspect.__main__", "show what the model will see, as a page"),
+    "series": ("input_pipeline.series.__main__", "list the series of a DICOM study, and write them as NIfTI"),
     "curate": ("input_pipeline.curate.__main__", "build MedMD and RadMD from published sources"),
     "phantoms": ("input_pipeline.phantoms.__main__", "write labelled practice scans"),
 }

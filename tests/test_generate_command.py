@@ -111,8 +111,8 @@ def test_chat_from_a_pipe(run, model, capsys, monkeypatch, lines, code):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--prompt", "x", "--window", "lung"], "--window and --volume need a --scan"),
-        (["--prompt", "x", "--window", "-1000,400"], "--window and --volume need a --scan"),
+        (["--prompt", "x", "--window", "lung"], "--window, --volume and --series need a --scan"),
+        (["--prompt", "x", "--window", "-1000,400"], "--window, --volume and --series need a --scan"),
         (["--jsonl", "x", "--out", "y", "--volume", "1"], "--jsonl excludes --scan, --window, --volume"),
         (["--prompt", "x", "--history"], "--history needs --chat"),
     ],

@@ -139,12 +139,12 @@ def test_a_changed_record_number_is_refused(prepared):
 
 
 def as_version_2(directory: Path) -> None:
-    """Rewrite an index as the version before wrote it: without digests."""
+    """Rewrite an index as the version before wrote it: without digests and series."""
     description = json.loads((directory / "index.json").read_text())
     del description["sha256"], description["files"], description["inputs"]
     (directory / "index.json").write_text(json.dumps(description | {"version": index.UNVERIFIED}))
     table = pq.read_table(directory / "scans.parquet")
-    pq.write_table(table.drop_columns(["record_digest"]), directory / "scans.parquet")
+    pq.write_table(table.drop_columns(["record_digest", "series"]), directory / "scans.parquet")
 
 
 def test_an_index_without_digests_opens_with_a_warning(prepared):

@@ -18,6 +18,7 @@ from input_pipeline.files import LoneSurrogate, parse_json, read_json, read_json
 from input_pipeline.samples import RowError
 from radfm_jax.checkpoints import checkpoint, run_directory, train_state
 from radfm_jax.convert import model_config
+from radfm_jax.convert.hf_folder import CODE
 from radfm_jax.evaluate.model_answers import read_answers
 from radfm_jax.evaluate.radbench_build import read_questions
 from radfm_jax.evaluate.ratings import read_ratings
@@ -164,9 +165,10 @@ OWN = {
 
 
 def test_no_file_is_read_without_the_reader():
+    """The code that exports get runs without this package, so it has a reader of its own."""
     root, found = Path(input_pipeline.__file__).parents[1], set()
     for package in (input_pipeline, radfm_jax):
         for file in Path(package.__file__).parent.rglob("*.py"):
-            if re.search(r"\bjson\.loads?\b", file.read_text()):
+            if file.parent != CODE and re.search(r"\bjson\.loads?\b", file.read_text()):
                 found.add(str(file.relative_to(root)))
     assert found <= OWN, found - OWN

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from test_series import two_kernels
 
 from input_pipeline import phantoms
 from input_pipeline.batching.load import RowLoader
@@ -22,6 +23,7 @@ from input_pipeline.index import prepare as prepare_module
 from input_pipeline.index import scan_checks, summary_figure
 from input_pipeline.index.index import Index, scan_key
 from input_pipeline.index.prepare import Refused, prepare
+from input_pipeline.samples import Scan
 from input_pipeline.sources import open_sources
 
 FAMILIES = {
@@ -174,6 +176,26 @@ def test_facts_of_a_scan(mine, tmp_path):
     assert (image["height"], image["width"], image["depth"], image["channels"]) == (33, 50, 1, 1)
     assert (image["patches"], image["planes"], image["spacing"]) == (4, 4, [])
     assert all(line["record"] == -1 and line["fault"] == "" for line in scan_facts.values())
+
+
+def test_series_of_a_study(mine, tmp_path):
+    """A study is a scan with `series`; a run on unchanged files reads nothing."""
+    two_kernels(mine / "study")
+    rows = [row(words, "study") | {"series": words} for words in ("soft", "lung", "spine")]
+    config = own(mine, rows)
+    prepare(config, tmp_path / "index", workers=0)
+    (bad,) = (line for line in lines(tmp_path / "index" / "quarantine.jsonl") if "series" in line)
+    assert bad["series"] == "spine" and "no series matches 'spine': 3 \"Chest soft\"" in bad["reason"]
+    table = {line["series"]: line for line in pq.read_table(tmp_path / "index" / "scans.parquet").to_pylist()}
+    assert {words: table[words]["depth"] for words in table} == {"soft": 6, "lung": 8, "spine": 0}
+    assert table["soft"]["sha256"] == table["lung"]["sha256"] and table["soft"]["key"] != table["lung"]["key"]
+    known = Index(tmp_path / "index").scans(config.sources("train"))
+    assert known[known.number(scan_key(mine, Scan("study", series="lung")))].shape == (128, 128, 8, 1)
+    assert known.number(scan_key(mine, Scan("study"))) is None
+    assert prepare(config, tmp_path / "index", workers=0)["reading"]["scans_read"] == 1  # the one that cannot be used
+    slice_file = next((mine / "study" / "b").iterdir())
+    os.utime(slice_file, ns=(0, 0))
+    assert prepare(config, tmp_path / "index", workers=0)["reading"]["scans_read"] == 3
 
 
 def test_facts_of_a_row(mine, tmp_path):

@@ -162,14 +162,15 @@ def test_other_gzip_streams_are_named(tmp_path):
         formats = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
         with tarfile.open(fileobj=file, mode="w:gz", format=formats[kind]) as archive:
             archive.add(tmp_path / "a.nii", "case/ct.nii")
-        for name in (f"{kind}.tar.gz", f"{kind}.nii.gz"):
-            (tmp_path / name).write_bytes(file.getvalue())
-            fails(tmp_path / name, "unsupported", "is a tar archive in a gzip stream", "unpack it, and name a scan")
+        (tmp_path / f"{kind}.tar.gz").write_bytes(file.getvalue())
+        fails(tmp_path / f"{kind}.tar.gz", "unsupported", "contains no DICOM image (1 file: not DICOM)")
+        (tmp_path / f"{kind}.nii.gz").write_bytes(file.getvalue())
+        fails(tmp_path / f"{kind}.nii.gz", "ambiguous", "is an archive, which does not match its file name")
     for start, name in (
         (b"\0" * 128 + b"DICM", "DICOM in a gzip stream (unpack it)"),
         (b"\x93NUMPY\1\0", ".npy in a gzip stream (unpack it)"),
         (b"\x89PNG\r\n\x1a\n", "PNG in a gzip stream (unpack it)"),
-        (b"NRRD0004\n", "NRRD in a gzip stream (convert it to .nii.gz)"),
+        (b"NRRD0004\n", "NRRD in a gzip stream (unpack it)"),
         (b"PK\3\4", "a zip or .npz archive in a gzip stream"),
         (b"id,path\n", "a gzip stream without a NIfTI header"),
     ):

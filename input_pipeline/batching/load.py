@@ -334,7 +334,7 @@ class RowLoader:
         indexed = self._indexed(root, scan).bytes
         if size != indexed:
             raise ValueError(f"it has {size:,} bytes, but {indexed:,} when it was indexed: it has changed")
-        voxels, header = scans.read(path, volume=scan.volume)
+        voxels, header = scans.read(path, **scan.selection)
         return one_channel_if_gray(voxels), header
 
 

@@ -27,7 +27,7 @@ class ScanInfo:
     """The scan in a slot of a row."""
 
     slot: int
-    key: int  # index.key_hash of its path, volume and window
+    key: int  # index.key_hash of its path, volume, window and series
     shape: tuple[int, int, int]  # (H, W, D) before it was resized
 
 

@@ -10,7 +10,8 @@
     {"id": "pair-8", "task": "vqa", "scans": ["ct.nii.gz"], "instruction": "Which side?", "chosen": "Left.",
      "rejected": "Right."}
 
-A scan is a path below the root or {"path": ..., "volume": 0, "window": "lung" or [-160, 240]}. `<image-i>` marks the
+A scan is a path below the root or {"path": ..., "volume": 0, "window": "lung" or [-160, 240], "series": "axial lung"}.
+`series` selects a series of a DICOM study; a key `series` of the row does so for its other scans. `<image-i>` marks the
 position of scan i (from 1) in the context, the instruction, the text or a message of the user. Marks come in any order
 and may repeat; each scan needs at least one. Without any mark, all scans come first. `context` and `study` are
 optional: "" is the same as an absent key. A study must not be divided between training and test; the default is the
@@ -34,7 +35,7 @@ from input_pipeline.samples import SPEAKERS, TASKS, RowError, Scan, Text
 from input_pipeline.text.marks import parse_marks, place_scans
 
 PAIR = ("chosen", "rejected")
-KEYS = ("id", "task", "scans", "context", "instruction", "response", "text", "messages", "study", *PAIR)
+KEYS = ("id", "task", "scans", "context", "instruction", "response", "text", "messages", "study", "series", *PAIR)
 _REMEDY = "see docs/data_layouts.md"
 
 
@@ -224,15 +225,26 @@ def scans_of_row(row: Row) -> tuple[Scan, ...]:
     values = row.cells.get("scans")
     if not isinstance(values, list):
         raise row.error(f"scans must be a list, got {type(values).__name__}", "use [] for a text without scans")
-    return tuple(_scan(row, value) for value in values)
+    series = _series(row, row.cells.get("series"))
+    return tuple(_scan(row, value, series) for value in values)
 
 
-def _scan(row: Row, value) -> Scan:
+def _series(row: Row, value) -> str | None:
+    """Return the words of a `series` key, or None. A number may be JSON text or a JSON number."""
+    if value is None or value == "":
+        return None
+    text = str(value) if type(value) is int else value
+    if not isinstance(text, str) or not text.strip() or bad_text(text):
+        raise row.error(f"series {str(value)[:40]!r} must be a number or words", _REMEDY)
+    return " ".join(text.split())
+
+
+def _scan(row: Row, value, default_series: str | None) -> Scan:
     if isinstance(value, str):
         value = {"path": value}
     has_path = isinstance(value, dict) and isinstance(value.get("path"), str)
-    if not has_path or value.keys() - {"path", "volume", "window"}:
-        raise row.error(f"scan {str(value)[:60]!r} must be a path or {{path, volume, window}}", _REMEDY)
+    if not has_path or value.keys() - {"path", "volume", "window", "series"}:
+        raise row.error(f"scan {str(value)[:60]!r} must be a path or {{path, volume, window, series}}", _REMEDY)
     volume, window = value.get("volume"), value.get("window") or None
     if volume is not None and (type(volume) is not int or volume < 0):
         raise row.error(f"volume {volume!r} of a scan must be an integer of at least 0", _REMEDY)
@@ -243,4 +255,4 @@ def _scan(row: Row, value) -> Scan:
         window = (float(window[0]), float(window[1]))
     elif window is not None and not (isinstance(window, str) and window.strip()):
         raise row.error(f"window {window!r} of a scan must be a name or [low, high]", _REMEDY)
-    return Scan(row.path(value["path"].strip()), volume, window)
+    return Scan(row.path(value["path"].strip()), volume, window, _series(row, value.get("series")) or default_series)

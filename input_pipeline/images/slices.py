@@ -35,15 +35,22 @@ def slices(scan: Scan, max_slices: int = 1, *, for_people: bool = False) -> list
       for_people: show a CT without a window setting in the window of its file, or else in the soft tissue window. Its
         whole range would leave soft tissue a few gray levels.
     """
-    voxels, header = scans.read(scan.path, volume=scan.volume)
+    voxels, header = scans.read(scan.path, **scan.selection)
+    return slices_of(voxels, header, scan.path, scan.window, max_slices, for_people=for_people)
+
+
+def slices_of(
+    voxels: np.ndarray, header: scans.Header, path, window: Window | None = None, max_slices: int = 1, *,
+    for_people: bool = False,
+) -> list[Slice]:  # fmt: skip
+    """Return `slices` of a scan that `scans.read` has read from `path`."""
     try:
         voxels, low, high = without_padding(one_channel_if_gray(voxels), header.padding, header.value_range)
-        window = scan.window
         if for_people and window is None:
             window = _reading_window(voxels, low, high, header)
         ranges = intensity_ranges(voxels, low, high, window, header.modality, header.window)
     except ValueError as error:
-        raise scans.ScanError(scan.path, str(error), fault="unsupported") from error
+        raise scans.ScanError(path, str(error), fault="unsupported") from error
     count = voxels.shape[2]
     numbers = [count // 2]
     if max_slices > 1:

@@ -26,11 +26,11 @@ import sqlite3
 from collections.abc import Iterator
 
 from input_pipeline.files import parse_json
-from input_pipeline.index.scan_checks import Key, ScanCheck
+from input_pipeline.index.scan_checks import ScanCheck
 
 CACHE = 64 << 10  # KiB
-KEY = ScanCheck._fields[: len(Key.__args__)]
-FACTS = ScanCheck._fields[len(KEY) :]
+KEY = ("root", "path", "volume", "window", "series")
+FACTS = tuple(field for field in ScanCheck._fields if field not in KEY)
 SCAN = ", ".join(ScanCheck._fields)
 SAME_KEY = " AND ".join(f"{column} = ?" for column in KEY)
 ROW = (
@@ -40,7 +40,8 @@ ROW = (
 
 _SCHEMA = f"""
 CREATE TABLE known ({SCAN}, PRIMARY KEY ({", ".join(KEY)})) WITHOUT ROWID;
-CREATE TABLE records (sha256, volume, window, record, digest, PRIMARY KEY (sha256, volume, window)) WITHOUT ROWID;
+CREATE TABLE records (sha256, volume, window, series, record, digest,
+    PRIMARY KEY (sha256, volume, window, series)) WITHOUT ROWID;
 CREATE TABLE sources (source INTEGER PRIMARY KEY, name, split, root);
 CREATE TABLE keys (scan INTEGER PRIMARY KEY, source, {", ".join(KEY)}, UNIQUE ({", ".join(KEY)}));
 CREATE TABLE facts (scan INTEGER PRIMARY KEY, {", ".join(FACTS)});
@@ -73,9 +74,15 @@ def open_database() -> Iterator[sqlite3.Connection]:
         database.close()
 
 
-def to_columns(check: ScanCheck) -> tuple:
+def to_columns(check: ScanCheck) -> ScanCheck:
     """Return the values of the columns SCAN."""
     return check._replace(spacing=json.dumps(check.spacing), notices=json.dumps(check.notices))
+
+
+def to_facts(check: ScanCheck) -> tuple:
+    """Return the values of the columns FACTS."""
+    columns = to_columns(check)._asdict()
+    return tuple(columns[field] for field in FACTS)
 
 
 def from_columns(row: tuple) -> ScanCheck:

@@ -1,7 +1,7 @@
 """The index directory: the facts about every scan and row that training needs.
 
     index.json         version, tables and their checksums, counts, digests of all files below; written last
-    scans.parquet      one line per scan: source, path, volume, window, shape, record number
+    scans.parquet      one line per scan: source, path, volume, window, series, shape, record number
     rows.parquet       one line per row of every table: study, task, token count at epoch 0, state
     records/           with --records: the volumes at their final size, as a TFDS data set
 
@@ -41,7 +41,7 @@ PARTS = ("scans.parquet", "rows.parquet", "records/dataset_info.json")  # verifi
 # Fields of a source that do not change what its rows are: sampling shares, and locations.
 NOT_IDENTITY = ("weight", "fraction", "root", "table", "quarantine")
 
-# A scan is a file with a volume and a window: another window of the same file is another scan.
+# A scan is a path with a volume, a window and a series: another window of the same file is another scan.
 SCANS = pa.schema(
     [
         ("source", pa.string()),  # the first source that names it
@@ -49,7 +49,7 @@ SCANS = pa.schema(
         ("path", pa.string()),
         ("volume", pa.int32()),  # -1: the only volume of the file
         ("window", pa.string()),  # JSON of a name or [low, high]; "" for none
-        ("key", pa.uint64()),  # key_hash of path, volume and window
+        ("key", pa.uint64()),  # key_hash of path, volume, window and series
         ("fault", pa.string()),  # "" if usable, else one of scans.FAULTS; the columns below may then be empty
         ("reason", pa.string()),
         ("remedy", pa.string()),
@@ -71,6 +71,7 @@ SCANS = pa.schema(
         ("record", pa.int64()),  # record number, or -1
         ("stamp", pa.string()),  # sizes and times of its files; `prepare` reads a scan again if they change
         ("record_digest", pa.int64()),  # records.digest of its record; 0 if there is none
+        ("series", pa.string()),  # words that select a series of a DICOM study; "" for none
     ]
 )
 ROWS = pa.schema(
@@ -100,15 +101,19 @@ class IndexedScan:
     record_digest: int = 0  # records.digest of the record; 0 if unknown
 
 
-def scan_key(root, scan: Scan) -> tuple[str, str, int, str]:
-    """Return the key of a scan: root, path, volume, window."""
+def scan_key(root, scan: Scan) -> tuple[str, str, int, str, str]:
+    """Return the key of a scan: root, path, volume, window, series."""
     window = "" if scan.window is None else json.dumps(scan.window)
-    return str(root), scan.path, -1 if scan.volume is None else scan.volume, window
+    return str(root), scan.path, -1 if scan.volume is None else scan.volume, window, scan.series or ""
 
 
 @functools.lru_cache(maxsize=1024)
 def key_hash(*values) -> int:
-    """Return a 64-bit hash of a root, or of path, volume and window. Training identifies a scan by the XOR of both."""
+    """Return a 64-bit hash of a root, or of path, volume, window and series. Training identifies a scan by their XOR.
+
+    An empty series is not hashed, as in indexes of earlier versions.
+    """
+    values = values[:3] if len(values) == 4 and not values[3] else values
     digest = hashlib.blake2b("\0".join(map(str, values)).encode("utf-8", "surrogateescape"), digest_size=8)
     return int.from_bytes(digest.digest(), "little")
 
@@ -139,7 +144,7 @@ class Scans:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def number(self, key: tuple[str, str, int, str]) -> int | None:
+    def number(self, key: tuple[str, str, int, str, str]) -> int | None:
         """Return the number of a scan_key, or None if it is unknown or not a good scan."""
         root, *rest = key
         hashed = np.uint64(key_hash(root) ^ key_hash(*rest))

@@ -40,7 +40,8 @@ def write_scans(file: Path, results: Results, metadata: dict[bytes, bytes]) -> s
             names = {"source": source, "key": index.key_hash(*scan.key[1:])}
             yield scan._asdict() | names | {"patches": patches, "planes": planes}
             shape = scan.height, scan.width, scan.depth, scan.channels
-            values = source, *scan.key[1:], scan.fault, scan.sha256, *shape, scan.record
+            values = source, *scan.key[1:4], scan.fault, scan.sha256, *shape, scan.record
+            values += (scan.series,) if scan.series else ()  # without one, as in earlier versions
             digest.update(json.dumps(values).encode())
 
     _write_table(file, schema, lines())

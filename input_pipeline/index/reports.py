@@ -9,6 +9,7 @@ from pathlib import Path
 from input_pipeline.config import SPLITS
 from input_pipeline.images.scans.base import printable
 from input_pipeline.index.results import GOOD, Results
+from input_pipeline.index.scan_checks import ScanCheck
 
 
 def quarantine(results: Results) -> Iterator[dict]:
@@ -25,7 +26,7 @@ def quarantine(results: Results) -> Iterator[dict]:
             "kind": "scan",
             "file": printable(Path(scan.root) / scan.path),
             "scan": printable(scan.path),
-            **({"volume": scan.volume} if scan.volume >= 0 else {}),
+            **_choice(scan),
             **({"window": scan.window} if scan.window else {}),
             "fault": scan.fault,
             "reason": scan.reason,
@@ -42,7 +43,7 @@ def notices(results: Results) -> Iterator[dict]:
     """Yield a line for each notice about a usable scan."""
     for name, scan in results.scans("fault = '' AND notices != '[]'"):
         place = {"source": name, "file": printable(Path(scan.root) / scan.path), "scan": printable(scan.path)}
-        place |= {"volume": scan.volume} if scan.volume >= 0 else {}
+        place |= _choice(scan)
         place |= {"window": scan.window} if scan.window else {}
         yield from (place | {"notice": notice} for notice in scan.notices)
 
@@ -61,6 +62,12 @@ def cut(results: Results) -> Iterator[dict]:
 def _row_names(row: dict) -> dict[str, str]:
     number = {"row": str(row["number"])} if row["number"] >= 0 else {}
     return number if row["row_id"] == number.get("row") else number | {"id": row["row_id"]}
+
+
+def _choice(scan: ScanCheck) -> dict:
+    """Return the volume and the series that a row selects, where it does."""
+    volume = {"volume": scan.volume} if scan.volume >= 0 else {}
+    return volume | ({"series": scan.series} if scan.series else {})
 
 
 def duplicates(results: Results) -> Iterator[dict]:

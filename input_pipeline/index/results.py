@@ -54,7 +54,7 @@ class Results:
 
     def add_scans(self, checks: Iterable[ScanCheck]) -> None:
         """Add the checks of the next scans, in the order of their numbers."""
-        facts = [database.to_columns(check)[len(database.KEY) :] for check in checks]
+        facts = [database.to_facts(check) for check in checks]
         self.db.executemany(f"INSERT INTO facts VALUES (NULL, {database.placeholders(len(database.FACTS))})", facts)
 
     def add_rows(self, rows: Sequence[Row], checks: Sequence[RowCheck]) -> None:

@@ -10,7 +10,6 @@ scans.parquet   from the last complete run; its metadata describes the records
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import sqlite3
@@ -61,13 +60,12 @@ class ResumeState:
             if last.get("version") != VERSION:
                 return
             self.shards, self.settings = list(last["shards"]), last["records"]
-            fields = [
-                name for name in ScanCheck._fields if name in table.schema_arrow.names
-            ]  # older tables lack the last
+            fields = [name for name in ScanCheck._fields if name in table.schema_arrow.names]  # older tables lack some
             for batch in table.iter_batches(4096, columns=fields, use_threads=False):
                 columns = [batch[name].to_pylist() for name in fields]
                 # Bad scans are read again: a new decoder may be the reason for this run.
-                self._add(c for c in itertools.starmap(ScanCheck, zip(*columns, strict=True)) if not c.fault)
+                checks = (ScanCheck(**dict(zip(fields, line, strict=True))) for line in zip(*columns, strict=True))
+                self._add(check for check in checks if not check.fault)
 
     def _read_progress(self) -> None:
         if not self.file.is_file():

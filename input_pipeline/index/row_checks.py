@@ -159,7 +159,7 @@ def _studies(dataset: Dataset, sample: Sample, keys) -> tuple[tuple[str, str], .
     """Return (key, study) of the sample, and of other scans that the row may show in other epochs."""
     studies = [sample.study_id] if sample.study_id else []
     if studies and len(keys) > len(set(sample.scans)) and hasattr(dataset, "study_of"):
-        studies += [dataset.study_of(path) for _, path, _, _ in keys]
+        studies += [dataset.study_of(path) for _, path, *_ in keys]
     return tuple(dict.fromkeys((study_key(study, dataset.root), study) for study in studies))
 
 

@@ -13,18 +13,17 @@ from input_pipeline.files import parse_json, sha256_of_file
 from input_pipeline.images import scans
 from input_pipeline.images.intensity import one_channel_if_gray
 from input_pipeline.images.planes import Sizes
-from input_pipeline.images.scans.access import is_system_file
 from input_pipeline.images.scans.base import printable
 from input_pipeline.images.volumes import prepare_volume
 from input_pipeline.parallel import workers
 from input_pipeline.samples import Scan
 
-Key = tuple[str, str, int, str]  # root, path, volume, window: see index.scan_key
+Key = tuple[str, str, int, str, str]  # root, path, volume, window, series: see index.scan_key
 ScanTask = tuple[Key, str]  # a scan, and the stamp of its files when they were last read ("" if never)
 
 
 class ScanCheck(NamedTuple):
-    """The columns of index.SCANS that depend only on the file, the volume and the window."""
+    """The columns of index.SCANS that depend only on the key of a scan and its files."""
 
     root: str
     path: str
@@ -49,10 +48,16 @@ class ScanCheck(NamedTuple):
     record: int = -1
     stamp: str = ""  # "" if the next run must read the file again
     record_digest: int = 0  # records.digest of the record; 0 if there is none. Older progress files end before it.
+    series: str = ""  # part of the key, but the last field, because older progress files end before it
 
     @property
     def key(self) -> Key:
-        return self[:4]
+        return (*self[:4], self.series)
+
+    @classmethod
+    def of(cls, key: Key, **facts) -> ScanCheck:
+        """Return the check of the scan with this key."""
+        return cls(*key[:4], series=key[4], **facts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,22 +81,23 @@ def preload() -> None:
 
 def scan_from_key(key: Key) -> Scan:
     """Return the scan of a key (the inverse of `index.scan_key`)."""
-    _, path, volume, window = key
+    _, path, volume, window, series = key
     window = parse_json(window) if window else None
-    return Scan(path, None if volume < 0 else volume, tuple(window) if isinstance(window, list) else window)
+    window = tuple(window) if isinstance(window, list) else window
+    return Scan(path, None if volume < 0 else volume, window, series or None)
 
 
 def task_label(task: ScanTask) -> str:
     """Return a readable name of the scan, unique among the scans of a root."""
-    (root, path, volume, window), _ = task
-    name = f"{printable(root)}/{printable(path)}"
+    (root, path, volume, window, series), _ = task
+    name = f"{printable(root)}/{printable(path)}" + (f", series {printable(series)}" if series else "")
     return name + (f", volume {volume}" if volume >= 0 else "") + (f", window {window}" if window else "")
 
 
 def failed_check(task: ScanTask, reason: str) -> tuple[ScanCheck, None]:
     """Return the result for a scan that killed or hung its worker."""
     remedy = "check it with another program; use fewer --workers (little memory) or a longer data.worker_timeout"
-    return ScanCheck(*task[0], fault="damaged", reason=reason, remedy=remedy), None
+    return ScanCheck.of(task[0], fault="damaged", reason=reason, remedy=remedy), None
 
 
 def check_scans(
@@ -126,7 +132,7 @@ def _check_scan(key: Key, known_stamp: str, conversion: Conversion) -> tuple[Sca
             return None, None
         facts["stamp"] = stamp
         facts["sha256"] = scan_sha256(path)
-        voxels, header = scans.read(path, volume=scan.volume)
+        voxels, header = scans.read(path, **scan.selection)
         voxels = one_channel_if_gray(voxels)
         low, high = map(float, header.value_range)
         facts |= dict(zip(("height", "width", "depth", "channels"), voxels.shape, strict=True))
@@ -138,15 +144,15 @@ def _check_scan(key: Key, known_stamp: str, conversion: Conversion) -> tuple[Sca
             facts["stamp"] = ""
             raise scans.ScanError(path, "changed while it was read", "run again when no process writes to it")
         if not conversion.records:
-            return ScanCheck(*key, **facts), None
+            return ScanCheck.of(key, **facts), None
         # Imported late: TFDS takes half a second to import, and most runs write no records.
         from input_pipeline.index.records import digest, serialize
 
         record = serialize(volume, facts["sha256"])
-        return ScanCheck(*key, **facts, record_digest=digest(record)), record
+        return ScanCheck.of(key, **facts, record_digest=digest(record)), record
     except scans.ScanError as error:
         kept = {name: facts[name] for name in ("bytes", "sha256", "stamp") if name in facts}
-        return ScanCheck(*key, error.fault, error.reason, error.remedy, **kept), None
+        return ScanCheck.of(key, fault=error.fault, reason=error.reason, remedy=error.remedy, **kept), None
 
 
 def _convert(voxels, header, scan: Scan, path, conversion: Conversion):
@@ -165,30 +171,29 @@ def _convert(voxels, header, scan: Scan, path, conversion: Conversion):
 
 
 def stamp_of(path: Path) -> tuple[str, int]:
-    """Return the stamp of a file or a series, and its total bytes. The stamp changes when a file is rewritten.
+    """Return the stamp of a file, a series or a study, and its total bytes. It changes when a file is rewritten.
 
     It consists of sizes and modification times, as in `make` and `rsync`.
     """
-    status = os.stat(path)
-    if not path.is_dir():
+    files = scans.files_of(path)
+    if files == [os.fspath(path)]:
+        status = os.stat(path)
         return f"{status.st_size}-{status.st_mtime_ns}", status.st_size
     digest, total = hashlib.blake2b(digest_size=16), 0
-    for name, status in _series_files(path):
+    for file in files:
+        status, name = os.stat(file), os.path.relpath(file, path)
         digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode("utf-8", "surrogateescape"))
         total += status.st_size
     return digest.hexdigest(), total
 
 
 def scan_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file; of a series, of its files in name order. Raises ScanError if one is unreadable."""
-    files = [path / name for name, _ in _series_files(path)] if path.is_dir() else [path]
+    """Return the SHA-256 of a file; of a series or a study, of its files in name order.
+
+    Raises ScanError if a file is unreadable.
+    """
     try:
-        return sha256_of_file(*files)
+        return sha256_of_file(*map(Path, scans.files_of(path)))
     except OSError as error:
         file = Path(error.filename or path)
         raise scans.ScanError(file, f"cannot be read: {error.strerror}", "check its permissions", "missing") from None
-
-
-def _series_files(directory: Path) -> list[tuple[str, os.stat_result]]:
-    with os.scandir(directory) as entries:
-        return sorted((e.name, e.stat()) for e in entries if e.is_file() and not is_system_file(e.name))

@@ -78,8 +78,8 @@ class ScanReader:
             self.writer = records.Writer(directory / "records", state.shards)
             self._add_missing_digests()
             results.db.execute(
-                "INSERT OR REPLACE INTO records SELECT sha256, volume, window, record, record_digest FROM known "
-                "WHERE record >= 0"
+                "INSERT OR REPLACE INTO records SELECT sha256, volume, window, series, record, record_digest "
+                "FROM known WHERE record >= 0"
             )
 
     def _add_missing_digests(self) -> None:
@@ -131,15 +131,15 @@ class ScanReader:
         return check
 
     def _record_number(self, check: ScanCheck, record: bytes) -> tuple[int, int]:
-        """Return the record's number and digest. Equal bytes with the same volume and window share one record."""
-        db, content = self.results.db, (check.sha256, check.volume, check.window)
+        """Return the record's number and digest. The same volume, window and series of equal bytes share a record."""
+        db, content = self.results.db, (check.sha256, check.volume, check.window, check.series)
         existing = db.execute(
-            "SELECT record, digest FROM records WHERE sha256 = ? AND volume = ? AND window = ?", content
+            "SELECT record, digest FROM records WHERE sha256 = ? AND volume = ? AND window = ? AND series = ?", content
         )
         if (number := existing.fetchone()) is not None:
             return number
         number = self.writer.add(record), check.record_digest
-        db.execute("INSERT INTO records VALUES (?, ?, ?, ?, ?)", (*content, *number))
+        db.execute("INSERT INTO records VALUES (?, ?, ?, ?, ?, ?)", (*content, *number))
         return number
 
     def _save(self) -> None:

@@ -49,7 +49,7 @@ def export(
     all_scans = list(dict.fromkeys(scan for question in questions for scan in question.scans))
     # The slice of a scan keeps its name if the data or the export move.
     names = {
-        scan: json.dumps([question.dataset, relative.path, scan.volume, scan.window])
+        scan: json.dumps([question.dataset, relative.path, scan.volume, scan.window, *filter(None, [scan.series])])
         for question in questions
         for scan, relative in zip(question.scans, question.relative_scans(), strict=True)
     }

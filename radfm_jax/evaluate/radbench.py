@@ -174,6 +174,8 @@ class Question:
         window = lambda w: tuple(w) if isinstance(w, list) else w  # noqa: E731
         fields["root"] = str(roots.get(line.get("dataset", ""), ""))
         absolute = lambda path: str(Path(fields["root"], path))  # noqa: E731
-        scans = (Scan(absolute(s["path"]), s.get("volume"), window(s.get("window"))) for s in line["scans"])
+        scans = (
+            Scan(absolute(s["path"]), s.get("volume"), window(s.get("window")), s.get("series")) for s in line["scans"]
+        )
         fields |= {"scans": tuple(scans), "references": tuple(line["references"]), "closed": tuple(line["closed"])}
         return cls(row_id=line["id"], **fields)

@@ -29,7 +29,7 @@ from input_pipeline.reasons import pattern
 from input_pipeline.samples import Scan
 
 ROOTS = "roots.json"  # {data set: directory of its relative scan paths}
-READ = ("id", "prompt", "instruction", "context", "messages", "scans")
+READ = ("id", "prompt", "instruction", "context", "messages", "scans", "series")
 IGNORED = ("task", "response", "study", "dataset", "modality", "anatomy", "references", "closed", "slices")
 
 
@@ -57,7 +57,8 @@ class BatchLine:
 
 def _scan_cell(scan: Scan) -> str | dict:
     window = list(scan.window) if isinstance(scan.window, tuple) else scan.window
-    options = {key: value for key, value in (("volume", scan.volume), ("window", window)) if value is not None}
+    options = {"volume": scan.volume, "window": window, "series": scan.series}
+    options = {key: value for key, value in options.items() if value is not None}
     return {"path": scan.path, **options} if options else scan.path
 
 

@@ -76,11 +76,15 @@ def parser() -> argparse.ArgumentParser:
     modes.add_argument("--chat", action="store_true", help="interactive chat")
     modes.add_argument("--jsonl", type=Path, metavar="FILE", help="batch file: {id, prompt, scans, context} per line")
     scans = top.add_argument_group("scans")
-    scans.add_argument("--scan", action="append", default=[], metavar="PATH", help="NIfTI, DICOM file or series, PNG, "
-                       "JPEG, TIFF or .npy; repeat for more")  # fmt: skip
+    scans.add_argument("--scan", action="append", default=[], metavar="PATH", help="NIfTI, DICOM file, series or study "
+                       "(folder, DICOMDIR, zip, tar), PNG, JPEG, TIFF or .npy; repeat for more")  # fmt: skip
     scans.add_argument("--place", choices=inputs.PLACES, default="first", help="position of scans without marks "
                        "(default: first)")  # fmt: skip
-    scans.add_argument("--volume", type=int, help="index of the volume in 4D files, from 0")
+    scans.add_argument("--volume", type=int, help="index of the volume in 4D files and dynamic "
+                       "series, from 0")  # fmt: skip
+    scans.add_argument("--series", metavar="WORDS", help="the series of a DICOM study: its number, or words of its "
+                       "description, modality and plane, such as \"axial lung\"; `python -m input_pipeline.series` "
+                       "lists them")  # fmt: skip
     scans.add_argument("--window", help="intensities that become black and white: a CT window (brain, lung, ...), "
                        "LOW,HIGH in the unit of the scan, lung/soft_tissue/bone as channels, header, percentile or "
                        "minmax (default: as in training)")  # fmt: skip
@@ -119,16 +123,16 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         i = argv.index("--window")
         argv[i : i + 2] = [f"--window={argv[i + 1]}"]
     args = top.parse_args(argv)
-    scan_options = args.window is not None or args.volume is not None
+    scan_options = any(option is not None for option in (args.window, args.volume, args.series))
     if (args.jsonl is None) != (args.out is None):
         top.error("--jsonl FILE and --out FILE require each other")
     if args.jsonl and (args.scan or args.context or args.system or args.show or scan_options):
         top.error(
-            "--jsonl excludes --scan, --window, --volume, --context, --system and --show: the batch file has "
+            "--jsonl excludes --scan, --window, --volume, --series, --context, --system and --show: the batch file has "
             "these fields"
         )
     if args.prompt is not None and scan_options and not args.scan:
-        top.error("--window and --volume need a --scan")
+        top.error("--window, --volume and --series need a --scan")
     if args.history and not args.chat:
         top.error("--history needs --chat")
     if args.batch < 1:
@@ -217,7 +221,8 @@ def mesh_of(config, devices: int | None) -> jax.sharding.Mesh | None:
 
 def _scan(args: argparse.Namespace, path: str) -> Scan:
     try:
-        return Scan(path, args.volume, None if args.window is None else canonical_window(args.window))
+        window = None if args.window is None else canonical_window(args.window)
+        return Scan(path, args.volume, window, args.series)
     except ValueError as error:
         raise ValueError(f"--window: {error}") from None
 

@@ -267,7 +267,7 @@ def scan_name(scan: Scan, number: int) -> str:
 
 def _read(scan: Scan, number: int):
     """Return (name, voxels, header, window) of a scan."""
-    name, window, volume, metadata = scan_name(scan, number), None, None, ()
+    name, window, selection, metadata = scan_name(scan, number), None, {}, ()
     if isinstance(scan, Image.Image):
         scan, metadata = pixels_of(name, scan)
         scan = scan[:, :, None]  # [H, W, 1] or [H, W, 1, 3]
@@ -282,10 +282,10 @@ def _read(scan: Scan, number: int):
         )
         return name, one_channel_if_gray(voxels), header, None
     if isinstance(scan, ScanFile):
-        scan, volume, window = scan.path, scan.volume, scan.window
+        scan, selection, window = scan.path, scan.selection, scan.window
     elif not isinstance(scan, str | Path):
         raise ValueError(f"scan {number} is a {type(scan).__name__}: pass a path, samples.Scan, PIL image or array")
-    voxels, header = scans.read(scan, volume=volume)
+    voxels, header = scans.read(scan, **selection)
     return name, one_channel_if_gray(voxels), header, window
 
 

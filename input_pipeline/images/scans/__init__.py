@@ -1,13 +1,17 @@
-"""Readers of scan files and DICOM series: path -> voxels and header. Resizing belongs to resize.py.
+"""Readers of scan files, DICOM series and studies: path -> voxels and header. Resizing belongs to resize.py.
 
     voxels, header = scans.read("ct.nii.gz")       # voxels [H, W, D, C]; a 2D gray image is [H, W, 1, 1]
     header = scans.header("ct.nii.gz")             # for planning: reads no voxels where the format allows it
+    voxels, header = scans.read("study/", series="axial lung")    # one series of a study (study/selection.py)
 
 | format | result | undetectable damage |
 |---|---|---|
 | NIfTI (.nii.gz) | slices in display order (`orientation`), intensities scaled | none (CRC of the whole stream) |
 | NIfTI (.nii) | the same | flipped bits in voxels, spacing, affine, scaling |
 | DICOM file, frames, series | slices sorted by position, in display order; rescaled; MONOCHROME1 inverted; RGB | flipped bits in pixels and numbers; a missing first or last slice |
+| study: folder, DICOMDIR, zip, tar | one of its DICOM series, as above | as above; none in zip and tar.gz (CRC) |
+| FreeSurfer (.mgz, .mgh) | slices in display order | none in .mgz (CRC of the whole stream) |
+| NRRD, MetaImage (extra `itk`) | slices in display order | flipped bits in voxels and header |
 | PNG | gray or colour, EXIF orientation applied | none (CRC of every chunk) |
 | JPEG | the same | flipped bits in the image data |
 | TIFF | one slice per page | flipped bits in uncompressed pixels |
@@ -27,37 +31,43 @@ import stat
 
 import numpy as np
 
-from input_pipeline.images.scans import arrays, dicom, images, nifti, tiff
+from input_pipeline.images.scans import arrays, images, itk, mgh, nifti, tiff
 from input_pipeline.images.scans.access import as_scan_error, open_scan, resolve, stat_scan
 from input_pipeline.images.scans.base import FAULTS, Header, ScanError, ScanLimits, other_format
 from input_pipeline.images.scans.checks import check_values
+from input_pipeline.images.scans.study import containers, reading
+from input_pipeline.images.scans.study.reading import files_of
 
-__all__ = ["FAULTS", "Header", "ScanLimits", "ScanError", "extension", "header", "read", "resolve"]
+__all__ = ["FAULTS", "Header", "ScanLimits", "ScanError", "extension", "files_of", "header", "read", "resolve"]
 
+DICOM = ("DICOM", (".dcm", ".dicom"))
+ARCHIVE = ("an archive", (".zip", ".tar", ".tar.gz", ".tgz"))
 READERS = {  # DICOM first: its preamble may contain any bytes, its mark is at byte 128
-    dicom: ("DICOM", (".dcm", ".dicom")),
+    reading: DICOM,
+    mgh: ("a FreeSurfer volume", (".mgz", ".mgh")),
     nifti: ("NIfTI or gzip", (".nii", ".nii.gz")),
     images: ("a 2D image", (".png", ".jpg", ".jpeg")),
     tiff: ("a 2D image", (".tif", ".tiff")),
     arrays: (".npy", (".npy",)),
+    itk: ("NRRD or MetaImage", (".nrrd", ".mha", ".mhd")),
 }
 
 
 def find_reader(path, limits: ScanLimits):
     """Return the module that reads this path."""
     if stat.S_ISDIR(stat_scan(path).st_mode):
-        return dicom
+        return reading
     with open_scan(path, limits) as file:
-        start = file.read(262)
+        start = file.read(containers.SNIFFED)
     detected = next((module for module in READERS if module.sniff(start)), None)
     if detected is None:
         if (other := other_format(start)) is not None:
             raise ScanError(path, f"is {other[0]}", other[1], "unsupported")
-        remedy = "supported are NIfTI, DICOM, PNG, JPEG, TIFF and .npy"
+        remedy = "supported are NIfTI, DICOM, PNG, JPEG, TIFF, .npy, NRRD, MetaImage and FreeSurfer volumes"
         raise ScanError(path, f"has an unknown format: it starts with {start[:8].hex()}", remedy, "unsupported")
     # 2D images are often renamed between .png and .jpg, which is harmless; any other mismatch suggests a wrong file.
-    name, kind = os.fsdecode(path).lower(), READERS[detected][0]
-    if any(name.endswith(extensions) and kind != named for named, extensions in READERS.values()):
+    name, kind = os.fsdecode(path).lower(), (ARCHIVE if containers.sniff(start) else READERS[detected])[0]
+    if any(name.endswith(extensions) and kind != named for named, extensions in (ARCHIVE, *READERS.values())):
         reason = f"is {kind}, which does not match its file name"
         raise ScanError(path, reason, "rename it, or copy the right file here", "ambiguous")
     return detected
@@ -72,25 +82,41 @@ def extension(start: bytes) -> str:
     return next((extensions[0] for module, (_, extensions) in READERS.items() if module.sniff(start)), "")
 
 
-def read(path, *, volume: int | None = None, limits: ScanLimits = ScanLimits()) -> tuple[np.ndarray, Header]:  # noqa: B008
+def series_option(path, reader, series: str | None) -> dict:
+    """Return the keyword arguments that select a series. Raises ScanError if the format has none."""
+    if series is None:
+        return {}
+    if reader is not reading:
+        reason = f"is one scan without series, so series={series!r} selects nothing"
+        raise ScanError(path, reason, "leave the series out, or name a DICOM study", "ambiguous")
+    return {"series": series}
+
+
+def read(
+    path, *, volume: int | None = None, series: str | None = None, limits: ScanLimits = ScanLimits()  # noqa: B008
+) -> tuple[np.ndarray, Header]:  # fmt: skip
     """Return voxels [H, W, D, C] of uint8, uint16, int16, int32 or float32, and the header.
 
     Args:
-      path: a file, or the directory of one DICOM series.
-      volume: index of the volume of a 4D NIfTI or a stack [S, 3, H, W, D]; required if the file has several.
+      path: a file, the directory of one DICOM series, or a study: a directory, DICOMDIR, zip or tar.
+      volume: index of the volume of a 4D NIfTI, a stack [S, 3, H, W, D] or a DICOM series of several times; required if
+        there are several.
+      series: words that select one series of a study (study/selection.py); required if it has several.
     Raises:
       ScanError: the file cannot be used; `fault` classifies the reason.
     """
     path = os.fspath(path)
     with as_scan_error(path, "reading the file"):
-        voxels, head = find_reader(path, limits).read(path, volume=volume, limits=limits)
+        reader = find_reader(path, limits)
+        voxels, head = reader.read(path, volume=volume, limits=limits, **series_option(path, reader, series))
         assert voxels.shape == head.shape, (voxels.shape, head.shape)
         voxels, ends, notices = check_values(path, voxels)
         return voxels, dataclasses.replace(head, value_range=ends, notices=(*head.notices, *notices))
 
 
-def header(path, *, limits: ScanLimits = ScanLimits()) -> Header:  # noqa: B008
+def header(path, *, series: str | None = None, limits: ScanLimits = ScanLimits()) -> Header:  # noqa: B008
     """Return the header as `read` does, and read as little as possible. Raises only errors that the header shows."""
     path = os.fspath(path)
     with as_scan_error(path, "reading the header"):
-        return find_reader(path, limits).header(path, limits=limits)
+        reader = find_reader(path, limits)
+        return reader.header(path, limits=limits, **series_option(path, reader, series))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -78,6 +79,23 @@ def open_scan(path, limits: ScanLimits) -> Iterator[BoundedFile]:
         yield BoundedFile(file, status.st_size)
 
 
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """A file of a series or of a study.
+
+    `open` takes the limits and whether all of the file will be read. Then the checksum of an archive is verified.
+    """
+
+    name: str  # below its folder or in its archive, safe to print
+    path: str | Path  # for messages
+    open: Callable[[ScanLimits, bool], contextlib.AbstractContextManager[BoundedFile]]
+
+    @classmethod
+    def of_file(cls, path: Path, name: str | None = None) -> Member:
+        """Return the member of a file on disk."""
+        return cls(printable(path.name if name is None else name), path, lambda limits, whole: open_scan(path, limits))
+
+
 def read_exactly(path, stream, buffer: memoryview, content: str, chunk: int | None = None) -> None:
     """Fill a buffer from a stream, `chunk` bytes at a time. Raises ScanError if the stream ends first."""
     done = 0
@@ -112,7 +130,7 @@ def resolve(root, path) -> Path:
     """Return the real path of a table entry, relative to the root of the data set or absolute and below it.
 
     Raises ScanError if the path contains `..` or NUL, does not exist, or resolves outside the root (as an
-    absolute path, through a link, or through a link within a series directory). The message names the root.
+    absolute path, through a link, or through a link to a file in a directory). The message names the root.
     """
     remedy = f"paths must be below the root {printable(root)}"
     if not isinstance(path, str | os.PathLike) or not os.fspath(path):
@@ -137,8 +155,8 @@ def resolve(root, path) -> Path:
     if not resolved.is_relative_to(base):
         raise ScanError(text, f"points outside the root, to {printable(resolved)}", remedy, "refused")
     if resolved.is_dir():
-        with os.scandir(resolved) as entries:
-            links = [Path(e.path) for e in entries if e.is_symlink()]
+        files = (Path(parent, name) for parent, _, names in os.walk(resolved) for name in names)
+        links = [file for file in files if file.is_symlink()]  # links to directories are not followed
         if outside := [printable(link.name) for link in sorted(links) if not real(link).is_relative_to(base)]:
             reason = f"contains links to targets outside the root: {join_offenders(outside)}"
             raise ScanError(text, reason, remedy, "refused")

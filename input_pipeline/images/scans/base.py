@@ -8,7 +8,7 @@ from typing import Literal
 
 from input_pipeline.messages import printable
 
-Format = Literal["nifti", "dicom", "image", "npy"]
+Format = Literal["nifti", "dicom", "image", "npy", "mgh", "itk"]
 Fault = Literal[
     "missing", "refused", "damaged", "limit", "unsupported", "ambiguous", "series", "non-finite", "constant"
 ]  # "non-finite" and "constant": readable files with useless voxels
@@ -19,12 +19,12 @@ WRONG_SIZE = "it is truncated or its header is damaged: copy it again"
 
 # First bytes of common formats that cannot be read, or cannot be read safely.
 UNSUPPORTED = {
-    b"PK\x03\x04": ("a zip or .npz archive", "unpack it, or save single .npy files"),
+    b"PK\x03\x04": ("a zip or .npz archive", "unpack it, or save single .npy files"),  # in a gzip stream
     b"GIF8": ("a GIF", "save it as PNG"),
     b"BM": ("a BMP", "save it as PNG"),
     b"RIFF": ("a WebP or other RIFF file", "save it as PNG"),
-    b"NRRD": ("NRRD", "convert it to .nii.gz"),
-    b"ObjectType": ("MetaImage", "convert it to .nii.gz"),
+    b"NRRD": ("NRRD", "unpack it"),  # in a gzip stream
+    b"ObjectType": ("MetaImage", "unpack it"),
     b"\x80\x04": ("a pickle", "save it as .npy"),
     b"\x89HDF": ("HDF5", "save it as .npy or .nii.gz"),
     b"version ": ("a Git LFS pointer, not the file itself", "fetch it with git lfs pull"),
@@ -62,6 +62,7 @@ class ScanLimits:
     max_side: int = 16384  # rows and columns; the largest mammograms have about 6,000
     max_slices: int = 4096  # slices of a volume, frames of a DICOM file, pages of a TIFF, files of a series
     max_volumes: int = 16384  # volumes in a file
+    max_instances: int = 65536  # files of a study: a folder of any depth, or an archive
     max_file_bytes: int = 4 << 30  # a file on disk, all files of a series, an unpacked gzip stream
 
 
@@ -82,6 +83,8 @@ class Header:
     oblique_degrees: float | None = None  # largest angle between a voxel axis and its anatomical axis
     padding: tuple[float, float] | None = None  # (low, high) of values outside the field of view, after rescaling
     window: tuple[float, float] | None = None  # (low, high) to display, after rescaling
+    # DICOM: (row, column, slice, 1) -> mm to the patient's Right, Anterior and Superior; None without a regular grid.
+    affine: tuple[tuple[float, float, float, float], ...] | None = None
     # Faults that do not prevent reading, each with its remedy.
     notices: tuple[str, ...] = dataclasses.field(default=(), compare=False)
     # (minimum, maximum) of the voxels from `read`; None from `header`, which reads no voxels.

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from input_pipeline.images.scans import orientation
-from input_pipeline.images.scans.access import open_scan
-from input_pipeline.images.scans.base import Header, ScanError, ScanLimits, join_offenders, printable
+from input_pipeline.images.scans.access import Member, open_scan
+from input_pipeline.images.scans.base import Header, ScanError, ScanLimits, join_offenders
 from input_pipeline.images.scans.checks import check_shape, check_volume
 from input_pipeline.images.scans.dicom_file import load, sniff
 from input_pipeline.images.scans.fields import DAMAGED_HEADER, Fields
-from input_pipeline.images.scans.instance import Instance
+from input_pipeline.images.scans.instance import Instance, select_frames
 from input_pipeline.images.scans.lookup import read_lut
-from input_pipeline.images.scans.mixtures import check_runs
+from input_pipeline.images.scans.mixtures import check_one_kind, check_runs, without_times
 from input_pipeline.images.scans.pixel_data import decode, encoded_frames
 from input_pipeline.images.scans.rescale import Rescale, rescale_of
 from input_pipeline.images.scans.series import join_kinds, load_series, series_files
@@ -24,7 +25,9 @@ from input_pipeline.images.scans.voi import series_window
 __all__ = ["header", "read", "sniff"]
 
 GAP = 0.25  # tolerated deviation from the usual slice distance: rounding to 0.1 mm stays below, a missing slice is 1.0
+TILT = 1.0  # degrees between the slice normal and the line through the slices, from which a tilt is reported
 RUN = 3  # distances on either side of a change of the slice distance that is not a missing slice
+BURNED_IN = "the header states burned-in annotation: look for names and dates in the image"
 LPS_TO_RAS = np.array([-1.0, -1.0, 1.0])
 
 
@@ -100,38 +103,63 @@ def stack_order(path, names, instance: Instance, positions, numbers) -> tuple[li
     return order, step, notice
 
 
-def slice_layout(
-    path, names, instance: Instance, positions, numbers
-) -> tuple[list[int], orientation.DisplayLayout | None, str | None]:
-    """Return the slice order, the display layout and a notice; without geometry, the file order, None and None."""
+class SliceLayout(NamedTuple):
+    """The order of slices and how they are displayed; without geometry, the file order and None."""
+
+    order: list[int]
+    display: orientation.DisplayLayout | None = None
+    affine: np.ndarray | None = None  # Header.affine
+    changes: bool = False  # whether the slice distance changes
+    notices: tuple[str, ...] = ()
+
+
+def tilt_notice(instance: Instance, step: np.ndarray) -> tuple[str, ...]:
+    """Return the notice of a tilted gantry, whose slices are shifted against each other."""
+    normal = np.cross(instance.orientation[:3], instance.orientation[3:])
+    along = float(step @ normal)
+    shift = float(np.linalg.norm(step - along * normal))
+    degrees = float(np.degrees(np.arctan2(shift, abs(along))))
+    if degrees < TILT:
+        return ()
+    return (f"the gantry is tilted by {degrees:.1f} degrees, so each slice is shifted by {shift:.2f} mm against the "
+            "one before: the shape is sheared, and is not corrected",)  # fmt: skip
+
+
+def slice_layout(path, names, instance: Instance, positions, numbers) -> SliceLayout:
+    """Return the layout of the slices of one volume."""
     count = len(names)
     spacing = instance.spacing or ((1.0, 1.0) if count == 1 else None)  # for a single slice, only the directions matter
     if instance.orientation is None or spacing is None or (count > 1 and positions is None):
-        return list(range(count)), None, None
+        return SliceLayout(list(range(count)))
     across, down = np.array(instance.orientation[:3]), np.array(instance.orientation[3:])
     if abs(np.linalg.norm(across) - 1) > 0.01 or abs(np.linalg.norm(down) - 1) > 0.01 or abs(across @ down) > 0.01:
         raise ScanError(path, "has an ImageOrientationPatient that is not a rotation", DAMAGED_HEADER)
-    order, step, notice = [0], np.cross(across, down), None
+    order, step, notices, changes = [0], np.cross(across, down), (), False
     if count > 1:
         order, step, notice = stack_order(path, names, instance, positions, numbers)
+        changes = notice is not None
+        notices = tilt_notice(instance, step) + (() if notice is None else (notice,))
     # ImageOrientationPatient gives the column direction first, so the array's second axis steps along `across`.
     affine = np.stack([down * spacing[0], across * spacing[1], step], axis=1) * LPS_TO_RAS[:, None]
+    shape = instance.rows, instance.columns, count
     try:
-        layout = orientation.display_layout(affine, (instance.rows, instance.columns, count), slice_axis=2)
-        return order, layout, notice
+        display = orientation.display_layout(affine, shape, slice_axis=2)
     except ValueError as error:
         raise ScanError(path, f"states {error}", DAMAGED_HEADER) from None
+    if positions is None or instance.spacing is None or changes:
+        return SliceLayout(order, display, None, changes, notices)
+    origin = np.array(positions[order[0]], np.float64) * LPS_TO_RAS
+    return SliceLayout(order, display, display.affine(np.column_stack([affine, origin]), shape), False, notices)
 
 
-def to_header(
-    instances: Sequence[Instance], layout: orientation.DisplayLayout | None, rescale: Rescale, notice: str | None
-) -> Header:
+def to_header(instances: Sequence[Instance], slices: SliceLayout, rescale: Rescale) -> Header:
     """Return the header of the volume of one file, or of the files of a series."""
+    layout = slices.display
     first, count = instances[0], sum(i.frames for i in instances)
     shape, spacing = (first.rows, first.columns, count), (*(first.spacing or (None, None)), None)
     if layout is not None:
         shape = layout.shape(shape)
-        distance = None if count == 1 or notice else round(layout.spacing_mm[2], 6)
+        distance = None if count == 1 or slices.changes else round(layout.spacing_mm[2], 6)
         spacing = (*(round(s, 6) if first.spacing else None for s in layout.spacing_mm[:2]), distance)
     return Header(
         format="dicom",
@@ -145,7 +173,8 @@ def to_header(
         oblique_degrees=layout.oblique_degrees if layout else None,
         padding=rescale.padding,
         window=shown_window(instances, rescale),
-        notices=() if notice is None else (notice,),
+        affine=None if slices.affine is None else tuple(tuple(map(float, row)) for row in slices.affine),
+        notices=(*slices.notices, *((BURNED_IN,) if any(i.burned_in for i in instances) else ())),
     )
 
 
@@ -169,31 +198,53 @@ def read_slices(path, instances: list[Instance], frames, names, positions, limit
       noun: "slice" or "frame", for messages.
     """
     first, numbers = instances[0], [i.number if i.frames == 1 else None for i in instances for _ in range(i.frames)]
-    order, layout, notice = slice_layout(path, names, first, positions, numbers)
-    if layout is not None:
+    layout = slice_layout(path, names, first, positions, numbers)
+    order = layout.order
+    if layout.display is not None:
         check_runs(path, join_kinds(instances), order, names, noun)
     rescale = rescale_of(instances)
-    head = to_header(instances, layout, rescale, notice)
+    head = to_header(instances, layout, rescale)
     if frames is None:
         return None, head
     voxels = rescale.apply(path, stack_frames(len(names), frames(order)), order, limits).transpose(1, 2, 0, 3)
-    return (layout.apply(voxels) if layout else voxels), head
+    return (layout.display.apply(voxels) if layout.display else voxels), head
 
 
 def read_file(path, limits: ScanLimits, *, with_pixels: bool) -> tuple[np.ndarray | None, Header]:
     """Read a single-frame or multi-frame file."""
     with open_scan(path, limits) as file:
         instance, dataset = load(path, file, limits, pixels=with_pixels)
+    return read_frames(path, instance, dataset, range(instance.frames), limits, with_pixels=with_pixels)
+
+
+def read_some_frames(
+    path, member: Member, frames: Sequence[int], limits: ScanLimits, *, with_pixels: bool, timed: bool
+) -> tuple[np.ndarray | None, Header]:
+    """Read those frames of a multi-frame file that are one volume. `timed` as in `load_series`."""
+    with member.open(limits, with_pixels) as file:
+        instance, dataset = load(member.path, file, limits, pixels=with_pixels, mixed=True)
+    kinds = select_frames(instance, frames).kinds
+    names = [f"frame {i + 1}" for i in frames]
+    check_one_kind(member.path, without_times(kinds) if timed else kinds, names, "frame")
+    return read_frames(member.path, instance, dataset, frames, limits, with_pixels=with_pixels)
+
+
+def read_frames(
+    path, instance: Instance, dataset, frames: Sequence[int], limits: ScanLimits, *, with_pixels: bool
+) -> tuple[np.ndarray | None, Header]:
+    """Read frames of one file that are one volume."""
+    part = select_frames(instance, frames)
 
     def decoded(order: list[int]) -> Iterator[tuple[int, np.ndarray]]:
         lut = read_lut(path, Fields(path, dataset), instance)
-        slot = {source: target for target, source in enumerate(order)}
+        slot = {frames[source]: target for target, source in enumerate(order)}
         for i, data in enumerate(encoded_frames(path, dataset, instance)):
-            yield slot[i], decode(path, data, instance, dataset, lut)
+            if i in slot:
+                yield slot[i], decode(path, data, instance, dataset, lut)
 
-    names = [f"frame {i + 1}" for i in range(instance.frames)]
-    frames = decoded if with_pixels else None
-    return read_slices(path, [instance], frames, names, instance.positions, limits, "frame")
+    names = [f"frame {i + 1}" for i in frames]
+    source = decoded if with_pixels else None
+    return read_slices(path, [part], source, names, part.positions, limits, "frame")
 
 
 def read_series(path, limits: ScanLimits, *, with_pixels: bool) -> tuple[np.ndarray | None, Header]:
@@ -201,21 +252,27 @@ def read_series(path, limits: ScanLimits, *, with_pixels: bool) -> tuple[np.ndar
     files = series_files(path, limits)
     if len(files) == 1:
         return read_file(files[0], limits, with_pixels=with_pixels)
-    names = [printable(f.name) for f in files]
-    instances, datasets = load_series(path, files, names, limits, with_pixels=with_pixels)
+    return read_members(path, [Member.of_file(file) for file in files], limits, with_pixels=with_pixels)
+
+
+def read_members(
+    path, members: Sequence[Member], limits: ScanLimits, *, with_pixels: bool, timed: bool = False
+) -> tuple[np.ndarray | None, Header]:
+    """Read the single-frame files of one volume. `timed` as in `load_series`."""
+    instances, datasets = load_series(path, members, limits, with_pixels=with_pixels, timed=timed)
     first = instances[0]
-    shape = (first.rows, first.columns, len(files), first.channels)
+    shape = (first.rows, first.columns, len(members), first.channels)
     check_shape(path, shape, max(i.bits_allocated for i in instances) // 8, limits)
 
     def decoded(order: list[int]) -> Iterator[tuple[int, np.ndarray]]:
         for target, index in enumerate(order):
-            file_path, instance, dataset = files[index], instances[index], datasets[index]
+            file_path, instance, dataset = members[index].path, instances[index], datasets[index]
             datasets[index] = None  # frees the encoded bytes as the voxels are decoded
             lut = read_lut(file_path, Fields(file_path, dataset), instance)
             data = list(encoded_frames(file_path, dataset, instance))
             yield target, decode(file_path, data[0], instance, dataset, lut)
 
-    frames = decoded if with_pixels else None
+    frames, names = decoded if with_pixels else None, [member.name for member in members]
     return read_slices(path, instances, frames, names, [i.positions[0] for i in instances], limits, "slice")
 
 

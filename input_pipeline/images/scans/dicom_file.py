@@ -6,14 +6,17 @@ of the data set, as PS3.10 readers of such files assume.
 
 from __future__ import annotations
 
+import functools
 import struct
 import zlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import pydicom
 from pydicom import uid
 from pydicom.datadict import dictionary_has_tag
 from pydicom.dataelem import RawDataElement
+from pydicom.tag import BaseTag
 
 from input_pipeline.images.scans.access import BoundedFile, as_scan_error
 from input_pipeline.images.scans.base import COPY_AGAIN, ScanError, ScanLimits, limit_error
@@ -55,8 +58,11 @@ class Layout(NamedTuple):
     stated: bool  # whether the file states the syntax and has a preamble, so that pydicom finds the data set itself
 
 
-def file_layout(path, file: BoundedFile) -> Layout:
-    """Return the layout of a DICOM file: from its meta information, or if that is absent, from the first element."""
+def file_layout(path, file: BoundedFile, *, any_syntax: bool = False) -> Layout:
+    """Return the layout of a DICOM file: from its meta information, or if that is absent, from the first element.
+
+    any_syntax: accept transfer syntaxes whose pixels cannot be decoded.
+    """
     file.seek(0)
     start = file.read(SNIFFED)
     preamble = start[128:132] == b"DICM"
@@ -79,13 +85,19 @@ def file_layout(path, file: BoundedFile) -> Layout:
             begin = file.tell() if end is None else end
     if syntax is None:
         return Layout(begin, unstated_syntax(path, file, begin), False)
+    if not any_syntax:
+        check_syntax(path, syntax)
+    if end is None and syntax == uid.DeflatedExplicitVRLittleEndian:
+        raise ScanError(path, "does not state the length of its meta information", EXPORT)
+    return Layout(begin, uid.UID(syntax), preamble)
+
+
+def check_syntax(path, syntax: str) -> None:
+    """Raise unless the pixels of a transfer syntax can be decoded."""
     if syntax not in PLUGINS:
         name = uid.UID(syntax).name if syntax in uid.UID_dictionary else "an unknown one"
         reason = f"is encoded in an unsupported transfer syntax ({name})"
         raise ScanError(path, reason, "transcode it to Explicit VR Little Endian", "unsupported")
-    if end is None and syntax == uid.DeflatedExplicitVRLittleEndian:
-        raise ScanError(path, "does not state the length of its meta information", EXPORT)
-    return Layout(begin, uid.UID(syntax), preamble)
 
 
 def unstated_syntax(path, file: BoundedFile, begin: int) -> uid.UID:
@@ -140,9 +152,17 @@ def is_filled(file: BoundedFile, end: int) -> bool:
     return not data[end:].strip(b"\0") and data.count(b"\n") > data.count(b"\r\n")
 
 
-def read_data_set(path, file: BoundedFile, layout: Layout, *, pixels: bool) -> pydicom.Dataset:
-    """Return the data set with the attributes that a scan needs, and the encoded pixels if requested."""
-    tags = [tag_of(keyword) for keyword in (*KEYWORDS, *PRIVATE_TAGS, *(PIXELS if pixels else ()))]
+@functools.cache
+def tags_of(more: tuple[str, ...]) -> tuple[BaseTag, ...]:
+    """Return the tags of the attributes that a scan needs, and `more`."""
+    return tuple(tag_of(keyword) for keyword in (*KEYWORDS, *PRIVATE_TAGS, *more))
+
+
+def read_data_set(
+    path, file: BoundedFile, layout: Layout, *, pixels: bool, more: Sequence[str] = ()
+) -> pydicom.Dataset:
+    """Return the data set with the attributes that a scan needs and `more`, and the encoded pixels if requested."""
+    tags = list(tags_of((*more, *(PIXELS if pixels else ()))))
     with as_scan_error(path, "reading the DICOM header", hide_message=True):
         if layout.stated:
             file.seek(0)
@@ -155,19 +175,37 @@ def read_data_set(path, file: BoundedFile, layout: Layout, *, pixels: bool) -> p
         return dataset
 
 
-def load(path, file: BoundedFile, limits: ScanLimits, *, pixels: bool) -> tuple[Instance, pydicom.Dataset]:
-    """Read a DICOM file. Returns its instance and a data set of KEYWORDS, plus the encoded pixels if requested."""
-    layout = file_layout(path, file)
+def open_data_set(
+    path, file: BoundedFile, limits: ScanLimits, *, pixels: bool, more: Sequence[str] = (), any_syntax: bool = False
+) -> tuple[pydicom.Dataset, uid.UID]:
+    """Return the data set of a DICOM file as `read_data_set` does, and its transfer syntax."""
+    layout = file_layout(path, file, any_syntax=any_syntax)
     deflated = layout.syntax == uid.DeflatedExplicitVRLittleEndian
     if deflated:
         if not layout.stated:
             raise ScanError(path, "is deflated and has no preamble", "rewrite it with dcmconv", "unsupported")
         file.seek(layout.start)
         check_deflated(path, file, limits)
-    dataset = read_data_set(path, file, layout, pixels=pixels)
+    dataset = read_data_set(path, file, layout, pixels=pixels, more=more)
     if pixels and not deflated and not layout.syntax.is_encapsulated:
         check_trailing(path, file, dataset)
-    instance = interpret(path, Fields(path, dataset), layout.syntax)
+    return dataset, layout.syntax
+
+
+def load(
+    path, file: BoundedFile, limits: ScanLimits, *, pixels: bool, mixed: bool = False
+) -> tuple[Instance, pydicom.Dataset]:
+    """Read a DICOM file. Returns its instance and a data set of KEYWORDS, plus the encoded pixels if requested.
+
+    mixed: its frames may belong to several volumes (`interpret`).
+    """
+    dataset, syntax = open_data_set(path, file, limits, pixels=pixels)
+    return to_instance(path, dataset, syntax, limits, mixed=mixed), dataset
+
+
+def to_instance(path, dataset: pydicom.Dataset, syntax: uid.UID, limits: ScanLimits, *, mixed: bool) -> Instance:
+    """Return the checked instance of a data set of KEYWORDS."""
+    instance = interpret(path, Fields(path, dataset), syntax, mixed=mixed)
     size = (instance.rows, instance.columns, instance.frames, instance.channels)
     check_shape(path, size, instance.bits_allocated // 8, limits)
-    return instance, dataset
+    return instance

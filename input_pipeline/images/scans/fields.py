@@ -63,7 +63,7 @@ KEYWORDS = (
     *("NumberOfFrames", "PlanarConfiguration", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"),
     *("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing"),
     *("ImageOrientationPatient", "ImagePositionPatient", "InstanceNumber", "TotalPixelMatrixColumns"),
-    *("DirectoryRecordSequence",),
+    *("DirectoryRecordSequence", "BurnedInAnnotation"),
     *("PixelPaddingValue", "PixelPaddingRangeLimit", "SharedFunctionalGroupsSequence"),
     *("PerFrameFunctionalGroupsSequence", "ExtendedOffsetTable", "ExtendedOffsetTableLengths"),
     *(attribute.keyword for attribute in ATTRIBUTES if attribute.private is None),
@@ -94,6 +94,12 @@ class Fields:
 
     def __init__(self, path, dataset: pydicom.Dataset):
         self.path, self.dataset = path, dataset
+
+    @functools.cached_property
+    def creators(self) -> dict[tuple[int, str | None], int]:
+        """(group, name) of each private creator -> its block; of several blocks the first."""
+        tags = sorted((t for t in self.dataset.keys() if t.group % 2 and t.element in BLOCKS), reverse=True)  # noqa: SIM118
+        return {(tag.group, self.soft("text", int(tag))): tag.element for tag in tags}
 
     def raw(self, keyword: str | int) -> RawDataElement | pydicom.DataElement | None:
         if (tag := tag_of(keyword)) not in self.dataset:
@@ -173,10 +179,9 @@ class Fields:
         tag: str | int = attribute.keyword
         if attribute.private is not None:
             creator, tag = attribute.private
-            creators = {self.soft("text", tag & 0xFFFF0000 | block): block for block in reversed(BLOCKS)}
-            if creator not in creators:
+            if (block := self.creators.get((tag >> 16, creator))) is None:
                 return None
-            tag = tag & 0xFFFF00FF | creators[creator] << 8
+            tag = tag & 0xFFFF00FF | block << 8
         element = self.raw(tag)
         if element is None or not element.value:
             return None

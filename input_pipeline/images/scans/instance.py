@@ -19,6 +19,7 @@ from input_pipeline.images.scans.fields import (
     MOSAIC_COUNT,
     NOT_SCANS,
     Fields,
+    tag_of,
 )
 from input_pipeline.images.scans.mixtures import (
     ATTRIBUTES,
@@ -84,6 +85,7 @@ class Instance(PixelFormat):
     lut: bool  # whether a modality lookup table replaces slopes and intercepts
     padding: tuple[int, int] | None  # (low, high) as stored, in BitsAllocated
     window: tuple[float, float] | None  # (low, high) to display, after rescaling
+    burned_in: bool  # whether the file states that names or dates may be drawn into the pixels
     kinds: Columns  # one value a frame of every attribute of `mixtures`
 
     @property
@@ -122,8 +124,12 @@ class Instance(PixelFormat):
         return [keyword for keyword, value in stated.items() if value is None]
 
 
-def interpret(path, fields: Fields, syntax: uid.UID) -> Instance:
-    """Check the attributes of a data set and return its instance."""
+def interpret(path, fields: Fields, syntax: uid.UID, *, mixed: bool = False) -> Instance:
+    """Check the attributes of a data set and return its instance.
+
+    With `mixed`, its frames may belong to several volumes: then only `kinds` has the spacing and orientation of each
+    frame, and `select_frames` must follow.
+    """
     modality = fields.soft("code", "Modality")
     if modality in NOT_SCANS:
         raise ScanError(path, f"is {NOT_SCANS[modality]} ({modality}), not a scan", "leave it out", "unsupported")
@@ -137,16 +143,19 @@ def interpret(path, fields: Fields, syntax: uid.UID) -> Instance:
     frames = FrameFields(path, fields)
     kinds = {attribute: frames.column(attribute) for attribute in ATTRIBUTES}
     check_not_tiled(path, fields, frames.count, kinds)
-    spacing, direction, positions = read_geometry(path, fields, frames)
+    spacings, directions, positions = read_geometry(path, fields, frames)
     slopes, intercepts, stated = read_rescale(path, frames)
     if stated:  # the rescaled values are comparable, even if the real-world values differ
         kinds |= {attribute: [None] * frames.count for attribute in REAL_WORLD_VALUES}
-    check_one_kind(path, kinds, [f"frame {i + 1}" for i in range(frames.count)], "frame")
-    check_frame_vectors(path, fields, frames.count)
+    kinds |= {SPACING: spacings, ORIENTATION: directions}
+    vectors = frame_vectors(fields, frames.count)
+    if mixed:
+        kinds |= vectors
+    else:
+        check_one_kind(path, kinds | vectors, [f"frame {i + 1}" for i in range(frames.count)], "frame")
     tables = [item.soft("comparable", Attribute("LUTData")) for item in fields.items("ModalityLUTSequence")[:1]]
     inverted = tables[0] if tables and pixel_format.photometric == "MONOCHROME1" else None
-    columns = {SPACING: spacing, ORIENTATION: direction, INVERTED_LUT: inverted}
-    kinds |= {attribute: [value] * frames.count for attribute, value in columns.items()}
+    kinds[INVERTED_LUT] = [inverted] * frames.count
     number = fields.soft("numbers", "InstanceNumber", 1)
     return Instance(
         **vars(pixel_format),
@@ -154,14 +163,15 @@ def interpret(path, fields: Fields, syntax: uid.UID) -> Instance:
         modality=modality,
         frames=frames.count,
         number=int(number[0]) if number else None,
-        spacing=spacing,
-        orientation=direction,
+        spacing=spacings[0],
+        orientation=directions[0],
         positions=positions,
         slopes=slopes,
         intercepts=intercepts,
         lut=bool(fields.items("ModalityLUTSequence")),
         padding=read_padding(fields, pixel_format),
         window=stated_window(fields, frames),
+        burned_in=fields.soft("code", "BurnedInAnnotation") == "YES",
         kinds=kinds,
     )
 
@@ -181,13 +191,29 @@ def check_not_tiled(path, fields: Fields, count: int, kinds: Columns) -> None:
         raise ScanError(path, f"has {count} frames that are tiles of one image, not slices", TILED, "unsupported")
 
 
-def check_frame_vectors(path, fields: Fields, count: int) -> None:
-    """Raise if frames of nuclear medicine belong to several energy windows, detectors, phases, ..."""
+def select_frames(instance: Instance, frames: Sequence[int]) -> Instance:
+    """Return the instance as if it had only these frames."""
+    kinds = {attribute: [values[i] for i in frames] for attribute, values in instance.kinds.items()}
+    return dataclasses.replace(
+        instance,
+        frames=len(frames),
+        spacing=kinds[SPACING][0],
+        orientation=kinds[ORIENTATION][0],
+        positions=None if instance.positions is None else tuple(instance.positions[i] for i in frames),
+        slopes=tuple(instance.slopes[i] for i in frames),
+        intercepts=tuple(instance.intercepts[i] for i in frames),
+        kinds=kinds,
+    )
+
+
+def frame_vectors(fields: Fields, count: int) -> dict[Attribute, list[Value]]:
+    """Return the energy window, detector, phase, ... of each frame of nuclear medicine, where the file states them."""
+    vectors: dict[Attribute, list[Value]] = {}
     for keyword in FRAME_VECTORS:
         values = fields.comparable(Attribute(keyword))
         if isinstance(values, tuple) and len(values) == count:
-            column: list[Value] = [(value,) for value in values]
-            check_one_kind(path, {Attribute(keyword): column}, [f"frame {i + 1}" for i in range(count)], "frame")
+            vectors[Attribute(keyword)] = [(value,) for value in values]
+    return vectors
 
 
 def read_padding(fields: Fields, form: PixelFormat) -> tuple[int, int] | None:
@@ -236,6 +262,7 @@ class FrameFields:
         self.per_frame = fields.items("PerFrameFunctionalGroupsSequence")
         if self.per_frame and len(self.per_frame) != self.count:
             raise ScanError(path, f"describes {len(self.per_frame)} frames but has {self.count}", DAMAGED_HEADER)
+        self.plain = self.shared is None and not self.per_frame  # no functional groups
         self.found: dict[str, list[list[Fields | None]]] = {}
 
     def sources(self, sequence: str) -> list[list[Fields | None]]:
@@ -250,6 +277,8 @@ class FrameFields:
             return group
 
         if sequence not in self.found:
+            if self.plain and tag_of(sequence.partition(".")[0]) not in self.fields.dataset:
+                return self.found.setdefault(sequence, [])
             own = [item(group) for group in self.per_frame]
             candidates = [own, [item(self.shared)] * self.count, [item(self.fields)] * self.count]
             self.found[sequence] = [items for items in candidates if any(items)]
@@ -271,7 +300,7 @@ class FrameFields:
 
     def column(self, attribute: Attribute) -> Sequence[Value]:
         """Return the value of an attribute for every frame."""
-        unassigned = UNASSIGNED if self.shared is not None or self.per_frame else ()
+        unassigned = () if self.plain else UNASSIGNED
         for sequence in (*attribute.sequences, *unassigned):
             for items in self.sources(sequence):
                 values = [item.comparable(attribute) if item is not None else None for item in items]
@@ -280,8 +309,8 @@ class FrameFields:
         return [self.fields.comparable(attribute)] * self.count
 
 
-def read_geometry(path, fields: Fields, frames: FrameFields):
-    """Return (spacing, orientation, positions) of an instance."""
+def read_geometry(path, fields: Fields, frames: FrameFields) -> tuple[list[Value], list[Value], tuple | None]:
+    """Return the spacing and the orientation of every frame (None where they are absent), and all positions or None."""
 
     def positive(values) -> tuple[float, float] | None:
         return tuple(values) if values is not None and min(values) > 0 else None
@@ -296,15 +325,12 @@ def read_geometry(path, fields: Fields, frames: FrameFields):
     positions = frames.each("PlanePositionSequence", "ImagePositionPatient", 3)
     if positions is not None and frames.count > 1 and not frames.per_frame:
         positions = None  # one position for all frames of a cine loop does not locate the frames
-    stated: dict[Attribute, Sequence[Value]] = {}
-    stated |= {SPACING: spacings} if spacings else {}
-    stated |= {ORIENTATION: orientations} if orientations else {}
-    check_one_kind(path, stated, [f"frame {i + 1}" for i in range(frames.count)], "frame")
-    spacing = positive(spacings[0]) if spacings else None
-    if frames.count == 1:
-        spacing = spacing or positive(fields.soft("numbers", "ImagerPixelSpacing", 2))
-        spacing = spacing or positive(fields.soft("numbers", "NominalScannedPixelSpacing", 2))
-    return spacing, orientations[0] if orientations else None, tuple(positions) if positions else None
+    absent = [None] * frames.count
+    measured = [positive(spacing) for spacing in spacings or absent]
+    if frames.count == 1 and measured[0] is None:
+        stated = (fields.soft("numbers", f"{kind}PixelSpacing", 2) for kind in ("Imager", "NominalScanned"))
+        measured = [next(filter(None, map(positive, stated)), None)]
+    return measured, list(orientations or absent), tuple(positions) if positions else None
 
 
 def read_rescale(path, frames: FrameFields) -> tuple[tuple[float, ...], tuple[float, ...], bool]:

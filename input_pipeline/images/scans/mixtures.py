@@ -139,6 +139,11 @@ def is_mixture(values: Sequence[Value], attribute: Attribute) -> bool:
     return partly or (len(groups) > 1 and (attribute.rule == "equal" or 2 * len(groups) <= len(values)))
 
 
+def without_times(columns: Columns) -> Columns:
+    """Return the attributes that all slices of one time of a dynamic series share."""
+    return {attribute: values for attribute, values in columns.items() if attribute.rule != "times"}
+
+
 def show(value: Value, attribute: Attribute, position: int) -> str:
     """Return a value as text. Identifiers and free text are replaced by "one value" and "another value"."""
     if value is None:
@@ -191,12 +196,16 @@ def check_one_kind(path, columns: Columns, names: Sequence[str], noun: str) -> N
     raise ScanError(path, reason, remedy, "series")
 
 
+def interleaved(values: Sequence[Value], attribute: Attribute, order: Sequence[int]) -> bool:
+    """Return whether different values alternate along the slice axis."""
+    kind = {i: number for number, (_, members) in enumerate(group(values, attribute)) for i in members}
+    starts = [kind[i] for k, i in enumerate(order) if k == 0 or kind[i] != kind[order[k - 1]]]
+    return len(starts) > len(set(starts))
+
+
 def check_runs(path, columns: Columns, order: Sequence[int], names: Sequence[str], noun: str) -> None:
     """Raise ScanError if slices of different acquisitions or thickness alternate along the slice axis."""
     for attribute, values in columns.items():
-        if attribute.rule == "runs":
-            kind = {i: number for number, (_, members) in enumerate(group(values, attribute)) for i in members}
-            starts = [kind[i] for k, i in enumerate(order) if k == 0 or kind[i] != kind[order[k - 1]]]
-            if len(starts) > len(set(starts)):
-                reason = f"interleaves {noun}s of several acquisitions: {describe(values, attribute, names, noun)}"
-                raise ScanError(path, reason, "give each kind its own directory or file", "series")
+        if attribute.rule == "runs" and interleaved(values, attribute, order):
+            reason = f"interleaves {noun}s of several acquisitions: {describe(values, attribute, names, noun)}"
+            raise ScanError(path, reason, "give each kind its own directory or file", "series")

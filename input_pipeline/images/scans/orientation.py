@@ -36,6 +36,15 @@ class DisplayLayout:
         moved = np.transpose(voxels, (*self.order, *range(3, voxels.ndim)))
         return moved[tuple(slice(None, None, -1) if f else slice(None) for f in self.flip)]
 
+    def affine(self, affine: np.ndarray, shape) -> np.ndarray:
+        """Return the affine [3, 4] of the displayed voxels, from that of the array (a, b, c)."""
+        out = affine[:, [*self.order, 3]].copy()
+        for axis, (source, flipped) in enumerate(zip(self.order, self.flip, strict=True)):
+            if flipped:
+                out[:, 3] += out[:, axis] * (shape[source] - 1)
+                out[:, axis] *= -1
+        return out
+
     def shape(self, shape) -> tuple[int, int, int]:
         """Return (a, b, c) as (H, W, D)."""
         return tuple(int(shape[axis]) for axis in self.order)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
-from input_pipeline.images.scans.access import is_system_file, open_scan
+from input_pipeline.images.scans.access import Member, is_system_file
 from input_pipeline.images.scans.base import ScanError, ScanLimits, join_offenders, limit_error, printable
 from input_pipeline.images.scans.dicom_file import load
 from input_pipeline.images.scans.fields import PIXELS, Fields
 from input_pipeline.images.scans.instance import Instance
-from input_pipeline.images.scans.mixtures import check_one_kind
+from input_pipeline.images.scans.mixtures import check_one_kind, without_times
 
 
 def series_files(path, limits: ScanLimits) -> list[Path]:
@@ -49,35 +50,39 @@ def join_kinds(instances: list[Instance]) -> dict:
     return {a: [value for i in instances for value in i.kinds[a]] for a in instances[0].kinds}
 
 
-def load_series(path, files: list[Path], names: list[str], limits: ScanLimits, *, with_pixels: bool):
-    """Return the instances and data sets of the files of a series. Raises ScanError listing files that do not fit."""
+def load_series(path, members: Sequence[Member], limits: ScanLimits, *, with_pixels: bool, timed: bool = False):
+    """Return the instances and data sets of the files of a series. Raises ScanError listing files that do not fit.
+
+    timed: the files are one time of several, so that the slices may have any trigger times.
+    """
     instances, datasets, problems, errors, size = [], [], [], [], 0
-    for name, file_path in zip(names, files, strict=True):
+    for member in members:
         try:
-            with open_scan(file_path, limits) as file:
-                instance, dataset = load(file_path, file, limits, pixels=with_pixels)
+            with member.open(limits, with_pixels) as file:
+                instance, dataset = load(member.path, file, limits, pixels=with_pixels)
         except ScanError as error:
-            problems.append(f"{name} {error.reason}")
+            problems.append(f"{member.name} {error.reason}")
             errors.append(error)
             continue
         if instance.frames > 1:
-            problems.append(f"{name} has {instance.frames} frames")
+            problems.append(f"{member.name} has {instance.frames} frames")
         elif absent := instance.absent_geometry:
-            problems.append(f"{name} states no {' and no '.join(absent)}, so it cannot be sorted")
+            problems.append(f"{member.name} states no {' and no '.join(absent)}, so it cannot be sorted")
         else:
             instances.append(instance)
             datasets.append(dataset)
-            elements = (Fields(file_path, dataset).raw(keyword) for keyword in PIXELS)
+            elements = (Fields(member.path, dataset).raw(keyword) for keyword in PIXELS)
             size += sum(len(element.value or b"") for element in elements if element is not None)
             if size > limits.max_file_bytes:  # deflated files are small on disk
                 reason = f"unpacks to more than {limits.max_file_bytes:,} bytes"
                 raise limit_error(path, reason, "max_file_bytes")
-    if len(errors) == len(files) and len({error.reason for error in errors}) == 1:
-        reason = f"none of its {len(files)} files can be used: each {errors[0].reason}"
+    if len(errors) == len(members) and len({error.reason for error in errors}) == 1:
+        reason = f"none of its {len(members)} files can be used: each {errors[0].reason}"
         raise ScanError(path, reason, errors[0].remedy, errors[0].fault)
     if problems:
-        reason = f"{len(problems)} of {len(files)} files are not slices of a series: {join_offenders(problems)}"
+        reason = f"{len(problems)} of {len(members)} files are not slices of a series: {join_offenders(problems)}"
         remedy = "leave only one series in the directory, or name the one file you need"
         raise ScanError(path, reason, remedy, "series")
-    check_one_kind(path, join_kinds(instances), names, "slice")
+    kinds = join_kinds(instances)
+    check_one_kind(path, without_times(kinds) if timed else kinds, [member.name for member in members], "slice")
     return instances, datasets
