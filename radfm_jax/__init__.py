@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from radfm_jax.api import load as load
     from radfm_jax.api import save as save
 
-__version__ = "0.5.0"
+__version__ = "0.6.0"
 __all__ = ["Model", "load", "save"]
 
 

@@ -4,7 +4,7 @@ import math
 
 from transformers import AutoConfig, PreTrainedConfig
 
-VERSION = "0.5.0"  # of radfm_jax; config.json and the code next to it must have the same
+VERSION = "0.6.0"  # of radfm_jax; config.json and the code next to it must have the same
 VISION_FIELDS = {
     "vit3d": "width num_layers num_heads head_dim mlp_width patch channels tables dropout",
     "ctvit": "width spatial_layers temporal_layers num_heads head_dim mlp_width image_size patch depth channels "

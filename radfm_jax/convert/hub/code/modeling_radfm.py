@@ -24,7 +24,7 @@ from transformers.utils import can_return_tuple
 
 from .configuration_radfm import RadFMConfig
 
-VERSION = "0.5.0"
+VERSION = "0.6.0"
 Grid = tuple[int, int, int]
 
 

@@ -17,7 +17,7 @@ from .prompts_radfm import TODAY, Part, Texts, place_scans, prompt_ids, prompt_p
 from .scans_radfm import require
 from .volumes_radfm import prepare_scans
 
-VERSION = "0.5.0"
+VERSION = "0.6.0"
 
 
 class RadFMProcessor(ProcessorMixin):
