@@ -342,6 +342,17 @@ class RadFMForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.language_model.set_output_embeddings(value)
 
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Module:
+        """Return the embeddings. Raises ValueError for another size: ids from V on are scans, so V cannot change."""
+        if new_num_tokens not in (None, self.config.text_config.vocab_size):
+            raise ValueError("the vocabulary cannot be resized: the ids after it are those of scans")
+        return self.get_input_embeddings()
+
+    def compute_transition_scores(self, sequences: Tensor, scores: tuple[Tensor, ...], *args, **kwargs) -> Tensor:
+        """As in transformers, which needs scores of V columns."""
+        size = self.config.text_config.vocab_size
+        return super().compute_transition_scores(sequences, tuple(x[:, :size] for x in scores), *args, **kwargs)
+
     def get_image_features(self, pixel_values: Tensor, image_grid: Tensor) -> Tensor:
         """Return the visual tokens of all scans, [S * L, E]. Scans of equal size run as one batch.
 
@@ -371,7 +382,8 @@ class RadFMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Return the embeddings of text, marks of scans and visual tokens, [B, T, E]."""
         size, is_visual = self.config.text_config.vocab_size, input_ids == self.config.image_token_id
         text = self.get_input_embeddings()(input_ids.clamp(max=size - 1))
-        marks = self.image_marks((input_ids - size).clamp(0, 1)).to(text)
+        marks = (input_ids - size).clamp(min=0).masked_fill(is_visual, 0)
+        marks = self.image_marks(marks).to(text)  # an id that is not in the table is an IndexError
         x = torch.where((input_ids >= size)[..., None], marks, text)
         if pixel_values is None:
             if input_ids.shape[1] > 1 and is_visual.any():
@@ -379,9 +391,13 @@ class RadFMForConditionalGeneration(PreTrainedModel, GenerationMixin):
                     "input_ids have visual tokens, but there are no pixel_values: pass those of the processor"
                 )
             return x
+        if image_grid is None:
+            raise ValueError("there are pixel_values, but no image_grid: pass that of the processor")
         features = self.get_image_features(pixel_values, image_grid).to(x)
         if (count := int(is_visual.sum())) != len(features):
-            raise ValueError(f"input_ids have {count} visual tokens, but the scans give {len(features)}")
+            raise ValueError(
+                f"input_ids have {count} visual tokens, but the scans give {len(features)}: pass their scans"
+            )
         return x.masked_scatter(is_visual[..., None], features)
 
     @can_return_tuple

@@ -62,8 +62,8 @@ class RadFMProcessor(ProcessorMixin):
           place: first or last.
           rendered: `text` is from apply_chat_template without `tokenize`.
         """
-        require(text is not None, "there is no text", "write a question")
-        prompts = [text] if isinstance(text, str) else list(text)
+        prompts = [text] if isinstance(text, str) else list(text or [])
+        require(prompts, "there is no text", "write a question")
         images = [] if images is None else list(images) if isinstance(images, (list, tuple)) else [images]
         nested = images and all(isinstance(image, (list, tuple)) for image in images)
         groups = images if nested else [images] if len(prompts) == 1 else [[image] for image in images]
@@ -122,6 +122,7 @@ class RadFMProcessor(ProcessorMixin):
         """
         question = add_generation_prompt and not continue_final_message
         require(question, "an answer cannot be continued", "end the messages with a question")
+        require(conversation, "there are no messages", "write a question")
         several = not isinstance(conversation[0], dict)
         asked = [question_of(messages) for messages in (conversation if several else [conversation])]
         if not tokenize:
