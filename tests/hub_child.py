@@ -238,6 +238,7 @@ def errors(folder, scratch, model, batch) -> dict[str, str]:
         "other code": edited("d", replace_code),
         "missing key": edited("e", lambda copy, config: config["vision_config"].pop("width")),
         "missing part": edited("h", lambda copy, config: config.pop("bridge_config")),
+        "fewer layers": edited("i", lambda copy, config: config["text_config"].update(num_hidden_layers=1)),
         "other id": edited("f", lambda copy, config: config.update(image_token_id=7)),
         "unknown bridge": edited("g", lambda copy, config: config["bridge_config"].update(kind="qformer")),
         "no pixels": message(model, input_ids=batch["input_ids"]),

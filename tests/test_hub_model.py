@@ -211,6 +211,7 @@ MESSAGES = {
     "other code": "but modeling_radfm.py is of version 0.",
     "missing key": "vision_config lacks width",
     "missing part": "config.json lacks bridge_config",
+    "fewer layers": "tensors that are not of the model (language_model.model.layers.1.",
     "other id": "image_token_id must be 98, as text_config.vocab_size is 96",
     "unknown bridge": "bridge_config.kind 'qformer' is unknown",
     "no pixels": "input_ids have visual tokens, but there are no pixel_values",

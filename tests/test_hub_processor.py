@@ -271,6 +271,8 @@ def add_refusals(calls: Calls, root: Path) -> None:
     gray = export_processor(root / "gray", root / "scans" / "practice" / "tokenizer.model", SMALL, channels=1)
     calls.add(gray, "a scan has colour, but the model reads gray scans", text="?", images=[root / "scans/colour.jpg"])
     edits = {
+        "`preparation` lacks size_2d": lambda config: config["preparation"].pop("size_2d"),
+        "has an unknown fit 'crop'": lambda config: config["preparation"].update(fit="crop"),
         "lacks `preparation`": lambda config: config.pop("preparation"),
         "is of radfm_jax 9.0.0, its code of": lambda config: config.update(code_version="9.0.0"),
         "does not encode a text as in training": lambda config: config["encoding_check"]["ids"].pop(),
@@ -281,6 +283,8 @@ def add_refusals(calls: Calls, root: Path) -> None:
         change(config)
         hf_folder.write_json(folder / hub_processor.FILE, config)
         calls.add(folder, pattern, text="What?")
+    (shutil.copytree(ok, root / "bare") / "tokenizer.model").unlink()
+    calls.add(root / "bare", "the folder lacks tokenizer.model", text="What?")
 
 
 def save_png16(path: Path) -> Path:

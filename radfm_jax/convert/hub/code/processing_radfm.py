@@ -15,9 +15,17 @@ from transformers import BatchFeature, ProcessorMixin
 
 from .prompts_radfm import TODAY, Part, Texts, place_scans, prompt_ids, prompt_parts, question_of
 from .scans_radfm import require
-from .volumes_radfm import prepare_scans
+from .volumes_radfm import ORDERS, QUANTIZATION, prepare_scans
 
 VERSION = "0.5.0"
+CHOICES = {
+    "preprocess": ("paper", "released"),
+    "storage": (*QUANTIZATION,),
+    "fit": ("stretch", "pad"),
+    "template": ("radfm", "chat"),
+    "patch_order": (*ORDERS,),
+}  # of the preparation
+NUMBERS = ("size_2d", "size_3d", "depth", "num_latents", "intensities", "patch")  # and others without choices
 
 
 class RadFMProcessor(ProcessorMixin):
@@ -41,6 +49,10 @@ class RadFMProcessor(ProcessorMixin):
         require(complete, "processor_config.json lacks `preparation` or `image_start_token_id`", "export again")
         same = code_version == VERSION
         require(same, f"the folder is of radfm_jax {code_version}, its code of {VERSION}", "take files of one export")
+        lacking = [name for name in (*CHOICES, *NUMBERS) if preparation.get(name) is None]
+        require(not lacking, f"processor_config.json: `preparation` lacks {', '.join(lacking)}", "export again")
+        wrong = [f"{name} {preparation[name]!r}" for name, known in CHOICES.items() if preparation[name] not in known]
+        require(not wrong, f"processor_config.json: `preparation` has an unknown {', '.join(wrong)}", "export again")
         super().__init__(tokenizer, chat_template=chat_template)
         self.preparation, self.channels, self.image_start_token_id = preparation, channels, image_start_token_id
         self.bos_token_id, self.stop_token_ids, self.text_model = bos_token_id, stop_token_ids, text_model
@@ -147,9 +159,9 @@ class RadFMProcessor(ProcessorMixin):
     def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
         """Save the processor, with the SentencePiece model that transformers does not save."""
         files = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
-        source, target = Path(self.tokenizer.vocab_file or ""), Path(save_directory, self.text_model)
-        if target.suffix == ".model" and source.resolve() != target.resolve():
-            shutil.copyfile(source, target)
+        target = Path(save_directory, self.text_model)
+        if target.suffix == ".model" and Path(self.tokenizer.vocab_file).resolve() != target.resolve():
+            shutil.copyfile(self.tokenizer.vocab_file, target)
         return files
 
     @property

@@ -32,7 +32,9 @@ class Texts:
     def __init__(self, tokenizer: Any, file: str, stop_ids: Sequence[int]):
         self.tokenizer = tokenizer
         if file.endswith(".model"):  # transformers' conversion encodes white space in another way
-            model = sentencepiece_model_pb2.ModelProto.FromString(Path(tokenizer.vocab_file).read_bytes())
+            path = getattr(tokenizer, "vocab_file", None)
+            require(path and Path(path).is_file(), f"the folder lacks {file}", "export it again")
+            model = sentencepiece_model_pb2.ModelProto.FromString(Path(path).read_bytes())
             self.start = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString()).encode
             model.normalizer_spec.add_dummy_prefix = False
             self.after = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString()).encode

@@ -91,7 +91,7 @@ def read_path(path: Path) -> Scan:
     require(sizes, "is not NIfTI, DICOM, PNG, JPEG or .npy")
     magic = data[344:347] if sizes[0] == 348 else data[4:7]
     require(magic in (b"n+1", b"n+2"), "is half of a pair of .hdr and .img, or not NIfTI")
-    return read_nifti(kinds[sizes[0]].from_bytes(data), len(data))
+    return read_nifti(kinds[sizes[0]], data)
 
 
 def read_array(array: Any) -> Scan:
@@ -114,15 +114,17 @@ def read_array(array: Any) -> Scan:
     return Scan(to_intensities(array))
 
 
-def read_nifti(image: Any, size: int) -> Scan:
+def read_nifti(kind: Any, data: bytes) -> Scan:
+    image, size = kind.from_bytes(data), len(data)
     header, proxy = image.header, image.dataobj
+    stored = kind.header_class(data[: header.sizeof_hdr], check=False)  # `header` is corrected
     shape = (*image.shape, 1)[:3]
     require(math.prod(image.shape) == math.prod(shape), "has several volumes", "pass one of them as an array")
     require(proxy.dtype.kind in "iuf" and proxy.dtype.itemsize <= 8, f"has {proxy.dtype} voxels")
     require(size == proxy.offset + math.prod(shape) * proxy.dtype.itemsize, "has not the size that its header states")
-    bits = int(header["bitpix"])
+    bits = int(stored["bitpix"])
     require(bits == 8 * proxy.dtype.itemsize, f"states {bits} bits for {proxy.dtype} voxels", "copy it again")
-    slope, inter = float(header["scl_slope"]), float(header["scl_inter"])
+    slope, inter = float(stored["scl_slope"]), float(stored["scl_inter"])
     scaled = math.isfinite(slope + inter) or slope == 0 or (math.isnan(slope) and math.isnan(inter))
     require(scaled, f"states the scaling {slope:g} * stored + {inter:g}", "correct scl_slope and scl_inter")
     (s, s_code), (q, q_code) = header.get_sform(coded=True), header.get_qform(coded=True)
