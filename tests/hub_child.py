@@ -33,8 +33,12 @@ def all_models(root: str, *names: str) -> dict:
         folder = Path(root) / name
         model, left, right = load(folder), tensors(folder / "left.npz"), tensors(folder / "right.npz")
         with torch.no_grad():
-            new = model.generate(**left, max_new_tokens=NEW, do_sample=False, pad_token_id=0)[:, -NEW:]
-            uncached = model.generate(**left, max_new_tokens=NEW, do_sample=False, pad_token_id=0, use_cache=False)
+            options = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
+            greedy = model.generate(**left, **options, return_dict_in_generate=True, output_scores=True)
+            new = greedy.sequences[:, -NEW:]
+            chosen = model.compute_transition_scores(greedy.sequences, greedy.scores, normalize_logits=True)
+            expected = torch.stack(greedy.scores, 1).log_softmax(-1).gather(-1, new[..., None])[..., 0]
+            uncached = model.generate(**left, **options, use_cache=False)
             padded = {"left": left, "right": right}
             logits = {side: model(**inputs).logits.numpy() for side, inputs in padded.items()}
             whole = {**left, "input_ids": torch.cat([left["input_ids"], new], dim=1)}
@@ -44,6 +48,7 @@ def all_models(root: str, *names: str) -> dict:
         found[name] = {
             "columns": logits["left"].shape[-1],
             "lowest": bool((logits["left"][..., -3:] == np.finfo(np.float32).min).all()),
+            "scores of tokens": float((chosen - expected).abs().max()),
             "same without cache": bool((uncached[:, -NEW:] == new).all()),
             "parameters": sum(p.numel() for p in model.parameters()),
         }
@@ -224,6 +229,8 @@ def errors(folder, scratch, model, batch) -> dict[str, str]:
 
     visual = batch["input_ids"].clone()
     visual[0, -1] = model.config.image_token_id
+    unknown = {**batch, "input_ids": batch["input_ids"].clone()}
+    unknown["input_ids"][0, -1] = model.config.vocab_size
     return {
         "missing tensor": edited("a", without_tensor),
         "other size": edited("b", lambda copy, config: config["text_config"].update(hidden_size=40)),
@@ -231,12 +238,16 @@ def errors(folder, scratch, model, batch) -> dict[str, str]:
         "other code": edited("d", replace_code),
         "missing key": edited("e", lambda copy, config: config["vision_config"].pop("width")),
         "missing part": edited("h", lambda copy, config: config.pop("bridge_config")),
+        "fewer layers": edited("i", lambda copy, config: config["text_config"].update(num_hidden_layers=1)),
         "other id": edited("f", lambda copy, config: config.update(image_token_id=7)),
         "unknown bridge": edited("g", lambda copy, config: config["bridge_config"].update(kind="qformer")),
         "no pixels": message(model, input_ids=batch["input_ids"]),
         "fewer patches": message(model, **{**batch, "pixel_values": batch["pixel_values"][:-1]}),
         "other grid": message(model, **{**batch, "image_grid": torch.ones(1, 3, dtype=torch.int64) * 99,
                                         "pixel_values": torch.zeros(99**3, 1).expand(-1, model.vision.voxels)}),
+        "no grid": message(model, **{**batch, "image_grid": None}),
+        "unknown id": message(model, **unknown),
+        "resized": message(model.resize_token_embeddings, model.config.vocab_size + 5),
         "more visual tokens": message(model, **{**batch, "input_ids": visual}),
         "embeddings": message(model, inputs_embeds=torch.zeros(1, 2, 32), pixel_values=batch["pixel_values"]),
     }  # fmt: skip

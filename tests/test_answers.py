@@ -161,6 +161,7 @@ def test_released_form(tokenizer, scans):
         ("  ", ["film.png"], {}, "the prompt is empty: write a question"),
         (None, ["film.png"], {}, "prompt, context and system must be str .got NoneType, str, str"),
         ("<image-1>", ["film.png"], {}, "has scans but no text"),
+        ("Lesion?", ["film.png"], {"history": [{"role": "user", "content": "a"}]}, "history must have pairs of texts"),
         ("<image-1> Lesion?", [], {}, "no scan for <image-1> .no scans are given"),
         (
             "<image> or <Image-1>?",

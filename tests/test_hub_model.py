@@ -83,7 +83,7 @@ def test_logits_and_greedy_tokens_equal_ours(name, exports):
     worst = compare_with_ours(root, name, models[name])
     assert max(worst.values()) < 2e-4, worst
     assert found[name]["columns"] == models[name].config.llama.vocab_size + 3 and found[name]["lowest"]
-    assert found[name]["same without cache"]
+    assert found[name]["same without cache"] and found[name]["scores of tokens"] < 1e-5
 
 
 def stored_equal(a, b) -> None:
@@ -211,11 +211,15 @@ MESSAGES = {
     "other code": "but modeling_radfm.py is of version 0.",
     "missing key": "vision_config lacks width",
     "missing part": "config.json lacks bridge_config",
+    "fewer layers": "tensors that are not of the model (language_model.model.layers.1.",
     "other id": "image_token_id must be 98, as text_config.vocab_size is 96",
     "unknown bridge": "bridge_config.kind 'qformer' is unknown",
     "no pixels": "input_ids have visual tokens, but there are no pixel_values",
     "fewer patches": "but image_grid and the vision encoder need",
     "other grid": "image_grid has (99, 99, 99), but the encoder reads (1, 1, 1) to (16, 16, 128) patches",
+    "no grid": "there are pixel_values, but no image_grid",
+    "unknown id": "IndexError: index out of range",
+    "resized": "the vocabulary cannot be resized",
     "more visual tokens": "visual tokens, but the scans give",
     "embeddings": "pass input_ids with pixel_values, not inputs_embeds",
 }

@@ -22,7 +22,7 @@ import pytest
 from dicom_files import edit, make_dicom, make_series
 from PIL import Image
 from pydicom import uid
-from scan_files import dicom_file, nifti, save_image, save_npy
+from scan_files import dicom_file, nifti, patched, save_image, save_npy
 from tokenizer_parts import FAMILIES, texts, write_folder
 
 from input_pipeline import phantoms
@@ -233,6 +233,7 @@ def add_refusals(calls: Calls, root: Path) -> None:
     sorted(gap.iterdir())[5].unlink()
     mixed = make_series(bad / "mixed", volume, EchoTime=10)
     edit(sorted(mixed.iterdir())[3], EchoTime=20)
+    plain = lambda name: nifti(bad / f"{name}.nii", volume, np.eye(4))  # noqa: E731
     scans = {
         "missing.png: there is no such file: check the path": bad / "missing.png",
         "text.dcm: is not NIfTI, DICOM, PNG, JPEG or .npy: prepare it with radfm_jax": bad / "text.dcm",
@@ -246,6 +247,11 @@ def add_refusals(calls: Calls, root: Path) -> None:
         "is constant": nifti(bad / "blank.nii", volume * 0, np.eye(4)),
         "voxels that are not finite": nifti(bad / "nan.nii", np.where(volume == 5, np.nan, volume), np.eye(4)),
         "16 bits and several channels": save_png16(bad / "deep.png"),
+        "half of a pair of .hdr and .img": patched(plain("pair"), ("4s", 344, b"ni1\0")),
+        "states 8 bits for int16 voxels": patched(plain("bits"), ("<h", 72, 8)),
+        "states the scaling nan": patched(plain("slope"), ("<f", 112, np.nan)),
+        "from 0 to 2e-35, which float32 cannot scale": save_npy(bad / "tiny.npy", (volume > 9) * np.float32(2e-35)),
+        "has folders in it": bad,
         "is RGBA: save it": save_image(bad / "clear.png", np.dstack([colour, colour[..., :1] * 0])),
         "is ambiguous": save_npy(bad / "ambiguous.npy", colour),
     }
@@ -253,6 +259,11 @@ def add_refusals(calls: Calls, root: Path) -> None:
         calls.add(ok, pattern, text="What?", images=[scan])
     good = str(root / "scans" / "gray.png")
     calls.add(ok, "2 lists of scans for 1 texts", text="What?", images=[[good], [good]])
+    calls.add(ok, "a scan has the key windows", text="What?", images=[{"image": good, "windows": "lung"}])
+    calls.add(ok, "a scan has no image", text="What?", images=[{"window": "lung"}])
+    calls.add(ok, "`history` is not a list of", text="What?", history=[{"role": "user", "content": "a"}])
+    calls.add(ok, "`context` or `system` is not a text", text=["a", "b"], context=["c", "d"])
+    calls.add(ok, "there is no text", text=[])
     calls.add(ok, "intensity 'lunge' is unknown", text="What?", images=[{"image": good, "window": "lunge"}])
     calls.add(ok, "not in Hounsfield units", text="What?", images=[{"image": good, "window": "lung"}])
     calls.add(root / "several", "trained with minmax and brain: choose one", text="What?", images=[good])
@@ -260,7 +271,10 @@ def add_refusals(calls: Calls, root: Path) -> None:
     gray = export_processor(root / "gray", root / "scans" / "practice" / "tokenizer.model", SMALL, channels=1)
     calls.add(gray, "a scan has colour, but the model reads gray scans", text="?", images=[root / "scans/colour.jpg"])
     edits = {
-        "lacks `preparation`": lambda config: config.pop("preparation"),
+        "`preparation` lacks size_2d": lambda config: config["preparation"].pop("size_2d"),
+        "has an unknown fit 'crop'": lambda config: config["preparation"].update(fit="crop"),
+        "lacks preparation": lambda config: config.pop("preparation"),
+        "lacks bos_token_id": lambda config: config.pop("bos_token_id"),
         "is of radfm_jax 9.0.0, its code of": lambda config: config.update(code_version="9.0.0"),
         "does not encode a text as in training": lambda config: config["encoding_check"]["ids"].pop(),
     }
@@ -270,6 +284,8 @@ def add_refusals(calls: Calls, root: Path) -> None:
         change(config)
         hf_folder.write_json(folder / hub_processor.FILE, config)
         calls.add(folder, pattern, text="What?")
+    (shutil.copytree(ok, root / "bare") / "tokenizer.model").unlink()
+    calls.add(root / "bare", "the folder lacks tokenizer.model", text="What?")
 
 
 def save_png16(path: Path) -> Path:
@@ -305,6 +321,10 @@ def add_messages(calls: Calls, root: Path) -> None:
     for pattern, wrong in (
         ("end the messages with a question", {"conversation": messages, "continue_final_message": True}),
         ("alternate the roles", {"conversation": messages[:3]}),
+        ("a system message has a scan", {"conversation": [message("system", good), message("user", "a")]}),
+        ("has the key windw", {"conversation": [message("user", {**good, "windw": "lung"}, "a")]}),
+        ("has 'video' without text", {"conversation": [message("user", {"type": "video"})]}),
+        ("there are no messages", {"conversation": []}),
         ("a text has a mark", {"conversation": [message("user", "<image-1>?")]}),
         ("an answer has a scan", {"conversation": [message("user", "a"), message("assistant", good), *messages[1:2]]}),
     ):
@@ -375,4 +395,4 @@ def test_messages_have_the_ids_of_the_prompt(results):
         assert load_tokenizer(again / tokenizer).encode("Any edema?") == load_tokenizer(first).encode("Any edema?")
         assert json.loads((again / hub_processor.FILE).read_text())["preparation"]["num_latents"] == 3
     wrong = [(pattern, result) for _, pattern, result in found[12:] if not re.search(pattern, str(result))]
-    assert wrong == [] and len(found) == 16
+    assert wrong == [] and len(found) == 20

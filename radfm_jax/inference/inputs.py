@@ -182,6 +182,8 @@ def encode_prompt(
     prompt, context = clean_text(prompt), clean_text(context)
     if not prompt:
         raise ValueError("the prompt is empty: write a question")
+    if not all(isinstance(turn, (list, tuple)) and [*map(type, turn)] == [str, str] for turn in history):
+        raise ValueError("history must have pairs of texts: (question, answer)")
     turns = [tuple(map(clean_text, turn)) for turn in history]
     if preparation.template == "radfm":
         context = clean_text("\n".join([context, *map(" ".join, turns)]))

@@ -320,11 +320,12 @@ class RadFMForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, path, *args, output_loading_info: bool = False, **kwargs):
-        """Load a folder. Raises ValueError if it lacks a tensor, which transformers would fill with random numbers."""
+        """Load a folder. Raises ValueError if its tensors are not those of the model, which transformers accepts."""
         model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
-        if missing := sorted(info["missing_keys"]):
-            listed = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-            raise ValueError(f"{path} lacks {len(missing)} tensors of the model ({listed}): export it again")
+        for key, fault in ("missing_keys", "lacks {} tensors"), ("unexpected_keys", "has {} tensors that are not"):
+            if names := sorted(info[key]):
+                names, fault = [*names[:5], *["..."] * (len(names) > 5)], fault.format(len(names))
+                raise ValueError(f"{path} {fault} of the model ({', '.join(names)}): export it again")
         return (model, info) if output_loading_info else model
 
     def add_vision(self, config: RadFMConfig) -> None:
@@ -342,12 +343,25 @@ class RadFMForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.language_model.set_output_embeddings(value)
 
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Module:
+        """Return the embeddings. Raises ValueError for another size: ids from V on are scans, so V cannot change."""
+        if new_num_tokens not in (None, self.config.text_config.vocab_size):
+            raise ValueError("the vocabulary cannot be resized: the ids after it are those of scans")
+        return self.get_input_embeddings()
+
+    def compute_transition_scores(self, sequences: Tensor, scores: tuple[Tensor, ...], *args, **kwargs) -> Tensor:
+        """As in transformers, which needs scores of V columns."""
+        size = self.config.text_config.vocab_size
+        return super().compute_transition_scores(sequences, tuple(x[:, :size] for x in scores), *args, **kwargs)
+
     def get_image_features(self, pixel_values: Tensor, image_grid: Tensor) -> Tensor:
         """Return the visual tokens of all scans, [S * L, E]. Scans of equal size run as one batch.
 
         Raises:
           ValueError: patches, grids and the encoder do not fit each other.
         """
+        if image_grid is None:
+            raise ValueError("there are pixel_values, but no image_grid: pass that of the processor")
         grids: list[Grid] = [tuple(grid) for grid in image_grid.tolist()]
         counts = [math.prod(grid) for grid in grids]
         if pixel_values.shape != (sum(counts), self.vision.voxels):
@@ -358,9 +372,8 @@ class RadFMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         scans, features, vision = pixel_values.split(counts), [None] * len(grids), self.vision
         for grid in dict.fromkeys(grids):
             if not all(a <= n <= b for a, n, b in zip(vision.least, grid, vision.most, strict=True)):
-                raise ValueError(
-                    f"image_grid has {grid}, but the encoder reads {vision.least} to {vision.most} patches"
-                )
+                least, most = vision.least, vision.most
+                raise ValueError(f"image_grid has {grid}, but the encoder reads {least} to {most} patches")
             members = [i for i, other in enumerate(grids) if other == grid]
             tokens = vision(torch.stack([scans[i] for i in members]), grid)
             for i, x in zip(members, self.projection(self.bridge(tokens)), strict=True):
@@ -371,7 +384,7 @@ class RadFMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Return the embeddings of text, marks of scans and visual tokens, [B, T, E]."""
         size, is_visual = self.config.text_config.vocab_size, input_ids == self.config.image_token_id
         text = self.get_input_embeddings()(input_ids.clamp(max=size - 1))
-        marks = self.image_marks((input_ids - size).clamp(0, 1)).to(text)
+        marks = self.image_marks((input_ids - size).clamp(min=0).masked_fill(is_visual, 0)).to(text)
         x = torch.where((input_ids >= size)[..., None], marks, text)
         if pixel_values is None:
             if input_ids.shape[1] > 1 and is_visual.any():
@@ -381,7 +394,7 @@ class RadFMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             return x
         features = self.get_image_features(pixel_values, image_grid).to(x)
         if (count := int(is_visual.sum())) != len(features):
-            raise ValueError(f"input_ids have {count} visual tokens, but the scans give {len(features)}")
+            raise ValueError(f"input_ids have {count} visual tokens, but the scans give {len(features)}: pass theirs")
         return x.masked_scatter(is_visual[..., None], features)
 
     @can_return_tuple

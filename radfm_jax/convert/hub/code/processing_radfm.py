@@ -15,9 +15,17 @@ from transformers import BatchFeature, ProcessorMixin
 
 from .prompts_radfm import TODAY, Part, Texts, place_scans, prompt_ids, prompt_parts, question_of
 from .scans_radfm import require
-from .volumes_radfm import prepare_scans
+from .volumes_radfm import ORDERS, QUANTIZATION, prepare_scans
 
 VERSION = "0.6.0"
+CHOICES = {
+    "preprocess": ("paper", "released"),
+    "storage": (*QUANTIZATION,),
+    "fit": ("stretch", "pad"),
+    "template": ("radfm", "chat"),
+    "patch_order": (*ORDERS,),
+}  # of the preparation
+NUMBERS = ("size_2d", "size_3d", "depth", "num_latents", "intensities", "patch")  # and others without choices
 
 
 class RadFMProcessor(ProcessorMixin):
@@ -27,20 +35,25 @@ class RadFMProcessor(ProcessorMixin):
       preparation: how scans and texts were prepared in training.
       channels: of the vision encoder.
       image_start_token_id: V. A scan is V, a V + 2 for each visual token, V + 1.
-      bos_token_id: begins every text of the form `radfm`; None without one.
+      bos_token_id: begins every text of the form `radfm`; null without one.
       stop_token_ids: end an answer.
       text_model: tokenizer.model or tokenizer.json.
       encoding_check: a text and its ids in training.
     """
 
     def __init__(
-        self, tokenizer, preparation=None, channels=3, image_start_token_id=None, bos_token_id=None, stop_token_ids=(),
+        self, tokenizer, preparation=None, channels=3, image_start_token_id=None, bos_token_id=-1, stop_token_ids=(),
         text_model="tokenizer.json", encoding_check=None, code_version=VERSION, chat_template=None,
     ):  # fmt: skip
-        complete = preparation is not None and image_start_token_id is not None
-        require(complete, "processor_config.json lacks `preparation` or `image_start_token_id`", "export again")
+        needed = {"preparation": preparation, "image_start_token_id": image_start_token_id}
+        absent = [name for name, value in needed.items() if value is None] + ["bos_token_id"] * (bos_token_id == -1)
+        require(not absent, f"processor_config.json lacks {', '.join(absent)}", "export again")
         same = code_version == VERSION
         require(same, f"the folder is of radfm_jax {code_version}, its code of {VERSION}", "take files of one export")
+        lacking = [name for name in (*CHOICES, *NUMBERS) if preparation.get(name) is None]
+        require(not lacking, f"processor_config.json: `preparation` lacks {', '.join(lacking)}", "export again")
+        wrong = [f"{name} {preparation[name]!r}" for name, known in CHOICES.items() if preparation[name] not in known]
+        require(not wrong, f"processor_config.json: `preparation` has an unknown {', '.join(wrong)}", "export again")
         super().__init__(tokenizer, chat_template=chat_template)
         self.preparation, self.channels, self.image_start_token_id = preparation, channels, image_start_token_id
         self.bos_token_id, self.stop_token_ids, self.text_model = bos_token_id, stop_token_ids, text_model
@@ -62,8 +75,8 @@ class RadFMProcessor(ProcessorMixin):
           place: first or last.
           rendered: `text` is from apply_chat_template without `tokenize`.
         """
-        require(text is not None, "there is no text", "write a question")
-        prompts = [text] if isinstance(text, str) else list(text)
+        prompts = [text] if isinstance(text, str) else list(text or [])
+        require(prompts, "there is no text", "write a question")
         images = [] if images is None else list(images) if isinstance(images, (list, tuple)) else [images]
         nested = images and all(isinstance(image, (list, tuple)) for image in images)
         groups = images if nested else [images] if len(prompts) == 1 else [[image] for image in images]
@@ -122,6 +135,7 @@ class RadFMProcessor(ProcessorMixin):
         """
         question = add_generation_prompt and not continue_final_message
         require(question, "an answer cannot be continued", "end the messages with a question")
+        require(conversation, "there are no messages", "write a question")
         several = not isinstance(conversation[0], dict)
         asked = [question_of(messages) for messages in (conversation if several else [conversation])]
         if not tokenize:
@@ -146,9 +160,9 @@ class RadFMProcessor(ProcessorMixin):
     def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
         """Save the processor, with the SentencePiece model that transformers does not save."""
         files = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
-        source, target = Path(self.tokenizer.vocab_file or ""), Path(save_directory, self.text_model)
-        if target.suffix == ".model" and source.resolve() != target.resolve():
-            shutil.copyfile(source, target)
+        target = Path(save_directory, self.text_model)
+        if target.suffix == ".model" and Path(self.tokenizer.vocab_file).resolve() != target.resolve():
+            shutil.copyfile(self.tokenizer.vocab_file, target)
         return files
 
     @property

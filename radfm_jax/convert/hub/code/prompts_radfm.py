@@ -19,6 +19,7 @@ from .scans_radfm import require
 MARK, MARK_LIKE = re.compile(r"<image-([0-9]+)>"), re.compile(r"<\s*+image[\s_-]*+[0-9]*+\s*+>", re.IGNORECASE)
 CLOSING = re.compile(r"[)\]},;?!%]|[.:](?!\d)")
 TODAY = datetime.datetime(2024, 7, 26)  # what chat templates print as the date, as in training
+IMAGE_KEYS = {"type", "image", "path", "url", "window"}  # of an image in a message
 Part = tuple[str, str | int]
 
 
@@ -31,7 +32,9 @@ class Texts:
     def __init__(self, tokenizer: Any, file: str, stop_ids: Sequence[int]):
         self.tokenizer = tokenizer
         if file.endswith(".model"):  # transformers' conversion encodes white space in another way
-            model = sentencepiece_model_pb2.ModelProto.FromString(Path(tokenizer.vocab_file).read_bytes())
+            path = getattr(tokenizer, "vocab_file", None)
+            require(path and Path(path).is_file(), f"the folder lacks {file}", "export it again")
+            model = sentencepiece_model_pb2.ModelProto.FromString(Path(path).read_bytes())
             self.start = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString()).encode
             model.normalizer_spec.add_dummy_prefix = False
             self.after = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString()).encode
@@ -132,6 +135,10 @@ def prompt_parts(
     prompt: str, scans: int, template: str, context="", place="first", system="", history=()
 ) -> list[Part]:
     """Return texts and scans in reading order, with the roles system, context, instruction and response."""
+    written = all(isinstance(text, str) for text in (prompt, context, system))
+    require(written, "the prompt, `context` or `system` is not a text", "pass one text for all questions")
+    pairs = all(isinstance(turn, (list, tuple)) and [*map(type, turn)] == [str, str] for turn in history)
+    require(pairs, "`history` is not a list of (question, answer)", "use apply_chat_template for messages")
     prompt, context = clean(prompt), clean(context)
     require(prompt and place in ("first", "last"), "the prompt is empty, or `place` is not first or last", "correct it")
     turns = [(clean(question), clean(answer)) for question, answer in history]
@@ -237,14 +244,19 @@ def question_of(messages: list[dict]) -> tuple[str, list, str, list[tuple[str, s
     """Return the last question, the scans, the system text and the earlier (question, answer) of messages."""
     scans, system, turns = [], "", []
     for message in messages:
-        text, content = "", message["content"]
-        for item in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-            if item["type"] == "image":
+        text, content = "", message.get("content")
+        for item in content if isinstance(content, (list, tuple)) else [{"type": "text", "text": content}]:
+            if (kind := item.get("type")) == "image":
+                require(message["role"] != "system", "a system message has a scan", "move it to a question")
+                wrong = {key for key, value in item.items() if value is not None} - IMAGE_KEYS
+                require(not wrong, f"an image of a message has the key {', '.join(wrong)}", "use image and window")
                 keys = [key for key in ("image", "path", "url") if item.get(key) is not None]
                 require(keys, "an image of a message has no scan", 'write {"type": "image", "image": ...}')
                 scans.append({"image": item[keys[0]], "window": item.get("window")})
                 text += f"<image-{len(scans)}>"
             else:
+                known = kind == "text" and isinstance(item.get("text"), str)
+                require(known, f"a message has {kind!r} without text", 'use {"type": "text", "text": ...} or an image')
                 require(not MARK_LIKE.search(item["text"]), "a text has a mark", 'write {"type": "image", ...}')
                 text += item["text"]
         if message["role"] == "system":

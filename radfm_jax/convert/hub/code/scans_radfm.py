@@ -74,7 +74,9 @@ def name_of(scan: Any) -> str:
 
 def read_path(path: Path) -> Scan:
     if path.is_dir():
-        return read_dicom(sorted(file for file in path.iterdir() if not file.name.startswith(".")))
+        files = sorted(file for file in path.iterdir() if not file.name.startswith("."))
+        require(not any(file.is_dir() for file in files), "has folders in it", "name the folder of one DICOM series")
+        return read_dicom(files)
     data = path.read_bytes()
     if data[128:132] == b"DICM":
         return read_dicom([path])
@@ -87,14 +89,18 @@ def read_path(path: Path) -> Scan:
     kinds = {348: nibabel.Nifti1Image, 540: nibabel.Nifti2Image}
     sizes = [size for size in kinds if data[:4] in (size.to_bytes(4, "little"), size.to_bytes(4, "big"))]
     require(sizes, "is not NIfTI, DICOM, PNG, JPEG or .npy")
-    return read_nifti(kinds[sizes[0]].from_bytes(data), len(data))
+    magic = data[344:347] if sizes[0] == 348 else data[4:7]
+    require(magic in (b"n+1", b"n+2"), "is half of a pair of .hdr and .img, or not NIfTI")
+    return read_nifti(kinds[sizes[0]], data)
 
 
 def read_array(array: Any) -> Scan:
     """Read a PIL image, or an array [H, W], [H, W, D] or [H, W, D, C]."""
     if isinstance(array, Image.Image):
-        plain = array.mode in ("L", "RGB", "I;16", "I", "F") and "transparency" not in array.info
-        require(plain and getattr(array, "n_frames", 1) == 1, f"is {array.mode}", "save it as one gray or RGB image")
+        plain = array.mode in ("L", "RGB", "I;16", "I", "F")
+        require(plain, f"is {array.mode}", "save it as one gray or RGB image")
+        plain = "transparency" not in array.info and getattr(array, "n_frames", 1) == 1
+        require(plain, "has a transparent colour, or several images", "save it as one gray or RGB image")
         turn, array = array.getexif().get(0x0112, 1), np.asarray(array)
         array = array.swapaxes(0, 1) if turn in (5, 6, 7, 8) else array  # views, so that the memory order is known
         array = array[:: -1 if turn in (3, 4, 7, 8) else 1, :: -1 if turn in (2, 3, 6, 7) else 1]
@@ -108,12 +114,19 @@ def read_array(array: Any) -> Scan:
     return Scan(to_intensities(array))
 
 
-def read_nifti(image: Any, size: int) -> Scan:
+def read_nifti(kind: Any, data: bytes) -> Scan:
+    image, size = kind.from_bytes(data), len(data)
     header, proxy = image.header, image.dataobj
+    stored = kind.header_class(data[: header.sizeof_hdr], check=False)  # `header` is corrected
     shape = (*image.shape, 1)[:3]
     require(math.prod(image.shape) == math.prod(shape), "has several volumes", "pass one of them as an array")
     require(proxy.dtype.kind in "iuf" and proxy.dtype.itemsize <= 8, f"has {proxy.dtype} voxels")
     require(size == proxy.offset + math.prod(shape) * proxy.dtype.itemsize, "has not the size that its header states")
+    bits = int(stored["bitpix"])
+    require(bits == 8 * proxy.dtype.itemsize, f"states {bits} bits for {proxy.dtype} voxels", "copy it again")
+    slope, inter = float(stored["scl_slope"]), float(stored["scl_inter"])
+    scaled = math.isfinite(slope + inter) or slope == 0 or (math.isnan(slope) and math.isnan(inter))
+    require(scaled, f"states the scaling {slope:g} * stored + {inter:g}", "correct scl_slope and scl_inter")
     (s, s_code), (q, q_code) = header.get_sform(coded=True), header.get_qform(coded=True)
     mirrored = s_code and q_code and np.linalg.det(s[:3, :3]) * np.linalg.det(q[:3, :3]) < 0
     require(not mirrored, "its sform and qform disagree on which side is left", "remove the wrong one")

@@ -26,6 +26,7 @@ ORDERS = {"columns": (3, 5, 0, 1, 2, 4, 6), "slabs": (0, 3, 5, 1, 2, 4, 6)}  # a
 
 def intensity_ranges(scan: Scan, low: float, high: float, setting: str) -> list[tuple[float, float]]:
     """Return the intensities that become 0 and 1: one pair, or one for each channel of several windows."""
+    require(1e-30 < high - low < 1e30, f"its voxels range from {low:g} to {high:g}, which float32 cannot scale")
     if setting == "minmax":
         return [(low, high)]
     if setting.startswith("percentile"):
@@ -190,6 +191,10 @@ def prepare_scans(scans: list, preparation: dict, channels: int) -> tuple[np.nda
     A grid is the number of patches along height, width and depth. preparation: as in processor_config.json.
     """
     p, items = preparation, [scan if isinstance(scan, dict) else {"image": scan} for scan in scans]
+    keys = {key for item in items for key, value in item.items() if value is not None}
+    wrong = ", ".join(map(str, keys - {"image", "window"}))
+    require(not wrong, f"a scan has the key {wrong}", 'write {"image": scan, "window": its intensity}')
+    require(all("image" in item for item in items), "a scan has no image", 'write {"image": scan}')
     settings = [item.get("window") or (p["intensities"][0] if len(p["intensities"]) == 1 else None) for item in items]
     choices = " and ".join(p["intensities"])
     require(None not in settings, f"the model was trained with {choices}", 'choose one: {"image": scan, "window": ...}')
