@@ -33,11 +33,11 @@ POOLED = PooledMlpConfig(width=24, hidden=20, grid=(2, 2, 3))
 MODELS = {
     "llama": radfm.tiny(),
     "qwen3": RadFMConfig(SiglipConfig(**SLICES, mlp_width=32, mean=(0.4, 0.5, 0.6)), POOLED, FAMILIES["qwen3"].config),
-    "gemma3": RadFMConfig(Dinov2Config(**SLICES, mlp_width=48, registers=2), PERCEIVER, FAMILIES["gemma3"].config),
     "phi3": RadFMConfig(CTVIT, PERCEIVER, FAMILIES["phi3"].config),
 }
 """Exported and run in the quick tests."""
 MORE = {
+    "gemma3": RadFMConfig(Dinov2Config(**SLICES, mlp_width=48, registers=2), PERCEIVER, FAMILIES["gemma3"].config),
     "mistral": RadFMConfig(radfm.tiny().vision, POOLED, FAMILIES["mistral"].config),
     "smollm3": RadFMConfig(SiglipConfig(**SLICES, mlp_width=32, mlp="gelu"), PERCEIVER, FAMILIES["smollm3"].config),
     "qwen2": RadFMConfig(Dinov2Config(**SLICES, mlp_width=96, qkv_bias=False), POOLED, FAMILIES["qwen2"].config),
