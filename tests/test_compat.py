@@ -13,8 +13,8 @@ from radfm_jax.runtime import compat
 
 ROOT = Path(__file__).parents[1]
 PRODUCT = ("radfm_jax", "input_pipeline", "configs", "launch")
-# Documented names (os._exit, namedtuple), lxml's type of an element, what torch_format.py needs to read pickles, and what
-# every multimodal model of vLLM calls.
+# Documented names (os._exit, namedtuple), lxml's type of an element, what torch_format.py needs to read pickles, and
+# what every multimodal model of vLLM calls.
 ALLOWED = {
     "_exit", "_asdict", "_fields", "_replace", "_Element", "_utils", "_rebuild_tensor_v2", "_checkpoint_offset",
     "_mark_tower_model", "_mark_language_model", "_get_expected_hidden_size",

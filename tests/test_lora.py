@@ -187,7 +187,9 @@ def base(tmp_path_factory):
     return directory
 
 
-@pytest.mark.parametrize("weights", [*(pytest.param(base, marks=pytest.mark.slow) for base in ("bfloat16", "int8")), "nf4"])
+@pytest.mark.parametrize(
+    "weights", [*(pytest.param(base, marks=pytest.mark.slow) for base in ("bfloat16", "int8")), "nf4"]
+)
 def test_held_weights_compute_what_their_float_values_compute(base, weights):
     model = api.load(base, weights=weights)
     leaves = flatten(model.params)
