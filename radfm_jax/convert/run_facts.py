@@ -28,7 +28,7 @@ def training(src) -> str:
     name, run = runs[-1]
     sources = _value(run, "config", "data", "train") or {}
     start = _value(runs[0][1], "config", "checkpoint", "init_from")
-    lines = [f"- starts from `{Path(start).name}`, of which this export has no record"] if start else []
+    lines = [f"- initialised from `{Path(start).name}` (no record of that run in this export)"] if start else []
     parts = ["\n".join([*lines, *(f"- `{stage}`: {_stage(record)}" for stage, record in runs)])]
     if sources:
         kinds = [f"`{source}` ({_value(options, 'family') or 'unknown family'})" for source, options in sources.items()]

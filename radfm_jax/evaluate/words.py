@@ -34,8 +34,8 @@ _DIGITS_OF_SUPERSCRIPTS = str.maketrans(_SUPERSCRIPTS, "0123456789+-")
 _DASHES = re.compile("[\u2010-\u2015\u2043\u2212\ufe58\ufe63\uff0d]")
 _VULGAR_FRACTION = re.compile("(?<=\\d)(?=[\u00bc-\u00be\u2150-\u215f\u2189])")
 _EXPONENT = re.compile(rf"(?<=\d)([{_SUPERSCRIPTS}]+)|([⁺⁻][{_SUPERSCRIPTS}]+)")
-# Characters that a space replaces before NFKC normalization, which converts ™ to the letters "tm". Triangles that point
-# up or down are kept, because they mean an increase or a decrease.
+# Characters that become a space before NFKC normalization, which would turn ™ into the letters "tm". Triangles that
+# point up or down are kept, because they mean an increase or a decrease.
 _DROPPED = re.compile("[©®™℠\u2500-\u25b1\u25b6-\u25bb\u25be-\u25ff]")
 # Boxes and circles to tick, filled and empty. They have a meaning if a text has both kinds, circles in one line;
 # otherwise they are list marks.

@@ -72,7 +72,7 @@ class Image:
         voxels = data_file(path, start)
         if voxels is not None and stat_scan(voxels).st_size > limits.max_file_bytes:
             raise limit_error(path, f"has voxels of more than {limits.max_file_bytes:,} bytes", "max_file_bytes")
-        self.library, self.reader = SimpleITK, SimpleITK.ImageFileReader()
+        self.itk, self.reader = SimpleITK, SimpleITK.ImageFileReader()
         self.reader.SetFileName(os.fspath(path))
         with as_scan_error(path, "reading the header"):
             self.reader.ReadImageInformation()
@@ -81,7 +81,7 @@ class Image:
     def interpret(self, path, limits: ScanLimits) -> None:
         """Check the header. Sets shape (x, y, z), channels, display and header."""
         size, dimensions = self.reader.GetSize(), self.reader.GetDimension()
-        kind = self.library.GetPixelIDValueAsString(self.reader.GetPixelIDValue()).removeprefix("vector of ")
+        kind = self.itk.GetPixelIDValueAsString(self.reader.GetPixelIDValue()).removeprefix("vector of ")
         self.channels = self.reader.GetNumberOfComponents()
         if dimensions not in (2, 3, 4) or kind not in TYPES or self.channels not in (1, 3):
             reason = f"has {dimensions} dimensions of {self.channels} x {kind}"
@@ -126,7 +126,7 @@ def read(path, *, volume: int | None, limits: ScanLimits) -> tuple[np.ndarray, H
         image.reader.SetExtractIndex([0, 0, 0, chosen])
         image.reader.SetExtractSize([*image.shape, 0])
     with as_scan_error(path, "reading the voxels"):
-        stored = image.library.GetArrayFromImage(image.reader.Execute())
+        stored = image.itk.GetArrayFromImage(image.reader.Execute())
     frames = stored.reshape(*image.shape[::-1], image.channels)  # [z, y, x, C]
     frames = to_intensities(path, frames, limits=limits)
     return image.display.apply(frames.transpose(2, 1, 0, 3)), image.header

@@ -35,7 +35,7 @@ class RadFMProcessor(ProcessorMixin):
       preparation: how scans and texts were prepared in training.
       channels: of the vision encoder.
       image_start_token_id: V. A scan is V, a V + 2 for each visual token, V + 1.
-      bos_token_id: begins every text of the form `radfm`; null without one.
+      bos_token_id: the first id of every text of the form `radfm`; null for none.
       stop_token_ids: end an answer.
       text_model: tokenizer.model or tokenizer.json.
       encoding_check: a text and its ids in training.
@@ -137,13 +137,13 @@ class RadFMProcessor(ProcessorMixin):
         require(question, "an answer cannot be continued", "end the messages with a question")
         require(conversation, "there are no messages", "write a question")
         several = not isinstance(conversation[0], dict)
-        asked = [question_of(messages) for messages in (conversation if several else [conversation])]
+        turns = [question_of(messages) for messages in (conversation if several else [conversation])]
         if not tokenize:
-            texts = [self.rendered(prompt, system, history) for prompt, _, system, history in asked]
+            texts = [self.rendered(prompt, system, history) for prompt, _, system, history in turns]
             return texts if several else texts[0]
-        parts = [self.parts(prompt, len(scans), system=system, history=past) for prompt, scans, system, past in asked]
+        parts = [self.parts(prompt, len(scans), system=system, history=past) for prompt, scans, system, past in turns]
         options = {"padding": padding, "return_tensors": return_tensors} | (processor_kwargs or {})
-        inputs = self.batch(parts, [scans for _, scans, _, _ in asked], **options)
+        inputs = self.batch(parts, [scans for _, scans, _, _ in turns], **options)
         return inputs if return_dict else inputs["input_ids"]
 
     def rendered(self, prompt: str, system: str, history: list[tuple[str, str]]) -> str:

@@ -161,7 +161,7 @@ def neighbours(parts: list[Part], i: int) -> tuple[str | None, str | None]:
 
 
 def prompt_ids(parts: list[Part], mark: list[int], texts: Texts, preparation: dict, bos: int | None) -> list[int]:
-    """Return the ids of a prompt; `mark` stands for a scan."""
+    """Return the ids of a prompt. Each scan becomes the ids `mark`."""
     if preparation["preprocess"] == "released":
         return released_ids(parts, mark, texts, bos)
     if preparation["template"] == "radfm":
