@@ -78,14 +78,14 @@ PYTHON
   --out "$dir/asked/answers.jsonl" --max-new-tokens 64
 
 if [ ! "$dir/pytorch" -nt "$trained" ]; then
-  say "writing the weights as PyTorch safetensors"
+  say "exporting to PyTorch: a folder for transformers"
   rm -rf "$dir/pytorch"
-  "$python" -m radfm_jax.convert to-torch "$dir/finetune" "$dir/pytorch"
+  "$python" -m radfm_jax.convert to-hf "$dir/finetune" "$dir/pytorch" --scores "$dir/scores"
 fi
 
 "$python" -m radfm_jax.summary --runs "$dir/align" "$dir/pretrain" "$dir/finetune" --scores "$dir/scores" \
   --questions "$dir/asked/questions.jsonl" --answers "$dir/asked/answers.jsonl" --root . \
   --note "Trained on drawn phantoms. Answers about the real scans only show that such files can be read." \
   --place "practice scans=$practice" --place "data check=$practice/index/summary.txt" \
-  --place "PyTorch weights=$dir/pytorch" --place "accuracies=$dir/scores/accuracy.json" --place "RadBench report=$dir/radbench/report.html" --out "$dir/summary.html"
+  --place "PyTorch model=$dir/pytorch" --place "accuracies=$dir/scores/accuracy.json" --place "RadBench report=$dir/radbench/report.html" --out "$dir/summary.html"
 say "done: open $dir/summary.html"
